@@ -1,0 +1,263 @@
+"""What a person may ask for (`JobRequest`, the wire body) and what it comes to (`JobSpec`, all numbers known).
+
+Units and limits stand at the fields and nowhere else. `resolve` turns the one into the other by rules
+that docs/CONFIGURATION.md repeats; the api never invents a default of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from enum import IntEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+SPEC_VERSION = 1
+BASE_LEARNING_RATE = 2e-4
+"""What a learning_rate_multiplier multiplies: the usual rate for LoRA with AdamW."""
+
+Auto = Literal["auto"]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
+
+
+class Strict(BaseModel):
+    """Unknown fields are refused; values are not coerced from strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class LoraRequest(Strict):
+    """The adapter's shape."""
+
+    rank: int = Field(16, ge=1, le=256, description="Rank r of B·A.")
+    alpha: PositiveFloat | Auto = Field("auto", description="The update is scaled by alpha/rank. auto: 2·rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an input of A.")
+    target_modules: Literal["all-linear"] | list[Annotated[str, StringConstraints(pattern=r"^[\w.]{1,128}$")]] = Field(
+        "all-linear", description="Names of the linear layers to adapt, or all but the output head."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) (arXiv 2312.03732).")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_targets(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and not 1 <= len(value) <= 64:
+            raise ValueError("name between 1 and 64 modules, or say 'all-linear'")
+        return value
+
+
+class OptimizerRequest(Strict):
+    """AdamW (arXiv 1711.05101)."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Auto = Field(
+        "auto", description=f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="Clip the job's gradient to this norm; null: never.")
+
+
+class ScheduleRequest(Strict):
+    """The learning rate over the steps of the job."""
+
+    type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Part of all steps in which the rate rises from 0.")
+
+
+class EvaluationRequest(Strict):
+    """When the validation file is read. It always is at the start (the base's loss) and at the end."""
+
+    every_steps: int | Auto = Field("auto", description="auto: ten times over the job.")
+
+    @field_validator("every_steps")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 1_000_000:
+            raise ValueError("must be between 1 and 1000000, or 'auto'")
+        return value
+
+
+class Hyperparameters(Strict):
+    """OpenAI's three numbers."""
+
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = Field("auto", description="Sequences per optimizer step.")
+    learning_rate_multiplier: PositiveFloat | Auto = "auto"
+    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field("auto", description="auto: 3.")
+
+
+class SupervisedMethod(Strict):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Strict):
+    """Only `supervised` for now."""
+
+    type: Literal["supervised"] = "supervised"
+    supervised: SupervisedMethod = SupervisedMethod()
+
+
+Priority = Literal["urgent", "normal", "batch"]
+
+
+class PriorityClass(IntEnum):
+    """Stored order: the lower trains first."""
+
+    urgent = 0
+    normal = 1
+    batch = 2
+
+
+class JobRequest(Strict):
+    """The body of POST /v1/fine_tuning/jobs: OpenAI's fields, then Lorry's."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] = Field(description="A base model's name.")
+    training_file: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    validation_file: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated by OpenAI; the same as method's.")
+    suffix: Suffix | None = Field(None, description="Becomes part of the adapter's name.")
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: dict[str, str] | None = None
+    integrations: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
+
+    lora: LoraRequest = LoraRequest()
+    optimizer: OptimizerRequest = OptimizerRequest()
+    schedule: ScheduleRequest = ScheduleRequest()
+    evaluation: EvaluationRequest = EvaluationRequest()
+    precision: Literal["auto", "bfloat16", "float32"] = Field("auto", description="The base's dtype; auto: bfloat16.")
+    max_length: int | Auto = Field("auto", description="Tokens of a row that are kept. auto: the base's, at most 4096.")
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(None, description="End after so many steps.")
+    checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field("auto", description="auto: 50.")
+    priority: Priority = "normal"
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_limits(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is None:
+            return None
+        if len(value) > 16:
+            raise ValueError("at most 16 pairs")
+        if any(not 1 <= len(k) <= 64 or len(v) > 512 for k, v in value.items()):
+            raise ValueError("a key has 1 to 64 characters and a value at most 512")
+        return value
+
+    @field_validator("max_length")
+    @classmethod
+    def _length_limits(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 8 <= value <= 131_072:
+            raise ValueError("must be between 8 and 131072 tokens, or 'auto'")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place_for_hyperparameters(self) -> JobRequest:
+        if self.method is not None and self.hyperparameters is not None:
+            raise ValueError("give hyperparameters once: in method.supervised, not at the top as well")
+        return self
+
+    def numbers(self) -> Hyperparameters:
+        """OpenAI's three numbers, from wherever they were given."""
+        if self.method is not None:
+            return self.method.supervised.hyperparameters
+        return self.hyperparameters or Hyperparameters()
+
+
+class LoraSpec(Strict):
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: Literal["all-linear"] | list[str]
+    use_rslora: bool
+
+
+class OptimizerSpec(Strict):
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+
+
+class ScheduleSpec(Strict):
+    type: Literal["constant", "linear", "cosine"]
+    warmup_ratio: float
+
+
+class JobSpec(Strict):
+    """A job with every default resolved: what lineage records and what a worker obeys.
+
+    `n_epochs` with the number of usable rows gives the number of steps, once the files are prepared:
+    `num_steps(rows)`.
+    """
+
+    version: Literal[1] = SPEC_VERSION
+    method: Literal["supervised"] = "supervised"
+    lora: LoraSpec
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
+    batch_size: int
+    n_epochs: int
+    max_steps: int | None
+    learning_rate_multiplier: float
+    max_length: int
+    evaluate_every_steps: int | None
+    """None: ten times over the job."""
+    checkpoint_every_steps: int
+    precision: Literal["bfloat16", "float32"]
+    seed: int
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the whole job over `num_rows` usable rows; a last partial batch is a step."""
+        steps = self.n_epochs * math.ceil(num_rows / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def evaluation_interval(self, num_rows: int) -> int:
+        """Steps between two evaluations."""
+        return self.evaluate_every_steps or max(1, math.ceil(self.num_steps(num_rows) / 10))
+
+
+def resolve(request: JobRequest, *, num_rows: int, max_positions: int | None, seed: int) -> JobSpec:
+    """Every `auto` becomes a number.
+
+    num_rows: rows of the training file, as counted at upload. max_positions: the longest sequence that
+    the base was made for, in tokens. seed: used where the request names none.
+    """
+    numbers = request.numbers()
+    multiplier = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
+    given_rate = request.optimizer.learning_rate
+    longest = max_positions or 4096
+    return JobSpec(
+        lora=_resolve_lora(request.lora),
+        optimizer=OptimizerSpec(
+            **request.optimizer.model_dump(exclude={"learning_rate"}),
+            learning_rate=BASE_LEARNING_RATE * multiplier if given_rate == "auto" else given_rate,
+        ),
+        schedule=ScheduleSpec(**request.schedule.model_dump()),
+        batch_size=auto_batch_size(num_rows) if numbers.batch_size == "auto" else numbers.batch_size,
+        n_epochs=3 if numbers.n_epochs == "auto" else numbers.n_epochs,
+        max_steps=request.max_steps,
+        learning_rate_multiplier=multiplier,
+        max_length=min(longest, 4096) if request.max_length == "auto" else min(longest, request.max_length),
+        evaluate_every_steps=None if request.evaluation.every_steps == "auto" else request.evaluation.every_steps,
+        checkpoint_every_steps=50 if request.checkpoint_every_steps == "auto" else request.checkpoint_every_steps,
+        precision="bfloat16" if request.precision == "auto" else request.precision,
+        seed=seed if request.seed is None else request.seed,
+    )
+
+
+def auto_batch_size(num_rows: int) -> int:
+    """About 0.5% of the rows, a power of two between 4 and 32."""
+    return min(32, max(4, 2 ** round(math.log2(max(1.0, num_rows * 0.005)))))
+
+
+def _resolve_lora(lora: LoraRequest) -> LoraSpec:
+    alpha = 2.0 * lora.rank if lora.alpha == "auto" else lora.alpha
+    return LoraSpec(**lora.model_dump(exclude={"alpha"}), alpha=alpha)
+
+
+LABEL = re.compile(r"^[A-Za-z0-9][\w.-]{0,63}$")
+"""What names chosen by people must look like (base models, projects, keys)."""

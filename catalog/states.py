@@ -1,0 +1,123 @@
+"""The states of a job, who moves it between them, and what each ending means.
+
+These are the wire names too. Only `jobs.py` (user verbs) and `claims.py` (worker verbs) write a state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class JobState(StrEnum):
+    """Where a job is. Cancel and pause are flags on a running job until its worker has obeyed."""
+
+    VALIDATING_FILES = "validating_files"
+    """Accepted; a worker tokenises its files. Enters: create. Leaves: prepared, failed, cancelled, paused."""
+    QUEUED = "queued"
+    """Ready to train and waiting for room. A retry is `queued` with `run_after` in the future."""
+    RUNNING = "running"
+    """Held by one claim. Leaves by the verbs of that claim, or by recovery when its lease has expired."""
+    PAUSED = "paused"
+    """Stopped by a person, with its last checkpoint kept. Leaves: resume, cancel."""
+    SUCCEEDED = "succeeded"
+    """Its adapter is stored, and PEFT gave the logits that training saw."""
+    FAILED = "failed"
+    """Ended for the reason on its record."""
+    CANCELLED = "cancelled"
+    """Ended by a person."""
+
+
+FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+
+class Verb(StrEnum):
+    """What moves a job: the first five are a person's, the others a worker's or recovery's."""
+
+    CREATE = "create"
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    RESUME = "resume"
+    PREPARED = "prepared"
+    REFUSED = "refused"
+    CLAIM = "claim"
+    RELEASE = "release"
+    REQUEUE = "requeue"
+    OBEY_PAUSE = "obey_pause"
+    OBEY_CANCEL = "obey_cancel"
+    COMPLETE = "complete"
+    FAIL = "fail"
+
+
+TRANSITIONS: dict[tuple[JobState | None, Verb], JobState] = {
+    (None, Verb.CREATE): JobState.VALIDATING_FILES,
+    (JobState.VALIDATING_FILES, Verb.PREPARED): JobState.QUEUED,
+    (JobState.VALIDATING_FILES, Verb.REFUSED): JobState.FAILED,
+    (JobState.VALIDATING_FILES, Verb.CANCEL): JobState.CANCELLED,
+    (JobState.VALIDATING_FILES, Verb.PAUSE): JobState.PAUSED,
+    (JobState.QUEUED, Verb.CLAIM): JobState.RUNNING,
+    (JobState.QUEUED, Verb.CANCEL): JobState.CANCELLED,
+    (JobState.QUEUED, Verb.PAUSE): JobState.PAUSED,
+    (JobState.RUNNING, Verb.RELEASE): JobState.QUEUED,
+    (JobState.RUNNING, Verb.REQUEUE): JobState.QUEUED,
+    (JobState.RUNNING, Verb.OBEY_PAUSE): JobState.PAUSED,
+    (JobState.RUNNING, Verb.OBEY_CANCEL): JobState.CANCELLED,
+    (JobState.RUNNING, Verb.COMPLETE): JobState.SUCCEEDED,
+    (JobState.RUNNING, Verb.FAIL): JobState.FAILED,
+    (JobState.PAUSED, Verb.RESUME): JobState.VALIDATING_FILES,
+    (JobState.PAUSED, Verb.CANCEL): JobState.CANCELLED,
+}
+"""Every move there is. A pair that is not here is refused. (A resumed job passes through
+`validating_files` again: where its files are prepared already, that is one look-up.)"""
+
+
+class EndReason(StrEnum):
+    """Why an attempt ended."""
+
+    COMPLETED = "completed"
+    CANCELLED_BY_USER = "cancelled_by_user"
+    PAUSED_BY_USER = "paused_by_user"
+    USER_ERROR = "user_error"
+    DIVERGED = "diverged"
+    CUDA_OOM = "cuda_oom"
+    HOST_OOM = "host_oom"
+    TRAINER_CRASHED = "trainer_crashed"
+    TIMEOUT = "timeout"
+    VERIFICATION_FAILED = "verification_failed"
+    INFRA_LOST = "infra_lost"
+    DRAINED = "drained"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """What an EndReason means for the job."""
+
+    state: JobState
+    retryable: bool
+    """The job goes back to the queue instead, while it has attempts left."""
+    counts: bool = True
+    """The attempt counts towards quarantine. A drained or lost worker is not the job's fault."""
+
+
+ENDINGS: dict[EndReason, Ending] = {
+    EndReason.COMPLETED: Ending(state=JobState.SUCCEEDED, retryable=False),
+    EndReason.CANCELLED_BY_USER: Ending(state=JobState.CANCELLED, retryable=False),
+    EndReason.PAUSED_BY_USER: Ending(state=JobState.PAUSED, retryable=False, counts=False),
+    EndReason.USER_ERROR: Ending(state=JobState.FAILED, retryable=False),
+    EndReason.DIVERGED: Ending(state=JobState.FAILED, retryable=False),
+    EndReason.CUDA_OOM: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.HOST_OOM: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.TRAINER_CRASHED: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.TIMEOUT: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED, retryable=False),
+    EndReason.INFRA_LOST: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.DRAINED: Ending(state=JobState.FAILED, retryable=True, counts=False),
+}
+
+MAX_COUNTED_ATTEMPTS = 3
+"""A job that ends its worker this often without a new checkpoint in between is quarantined as `failed`."""
+
+
+def next_state(state: JobState | None, verb: Verb) -> JobState | None:
+    """Where `verb` takes a job that is in `state`; None if it may not be done."""
+    return TRANSITIONS.get((state, verb))
