@@ -1,0 +1,134 @@
+# pyright: strict
+"""What a job and an engine are told, checked on construction. No torch here: the api may read it cheaply."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from lora_core.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """W x + scale·B A x, with scale = alpha / rank, or alpha / √rank with `use_rslora` (arXiv 2312.03732).
+
+    `target_modules`: "all-linear", one name, or several; a name matches a module path that it ends
+    at a dot, as in PEFT. Names are never regular expressions.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.rank <= 1024, "lora.rank", self.rank, "between 1 and 1024")
+        _require(_is_positive(self.alpha), "lora.alpha", self.alpha, "a positive number")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+        named = bool(names) and all(name and name.strip() == name for name in names)
+        _require(named, "lora.target_modules", self.target_modules, "'all-linear' or module names")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) over the whole adapter; `max_grad_norm` None means no clipping."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _require(_is_positive(self.learning_rate), "optimizer.learning_rate", self.learning_rate, "positive")
+        _require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "at least 0 and below 1")
+        _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "at least 0 and below 1")
+        _require(_is_positive(self.eps), "optimizer.eps", self.eps, "positive")
+        decay_ok = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        _require(decay_ok, "optimizer.weight_decay", self.weight_decay, "zero or positive")
+        clip_ok = self.max_grad_norm is None or _is_positive(self.max_grad_norm)
+        _require(clip_ok, "optimizer.max_grad_norm", self.max_grad_norm, "positive, or none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate by step: linear warm-up, then constant, linear to zero, or a half cosine to zero."""
+
+    kind: Literal["constant", "linear", "cosine"]
+    warmup_steps: int = 0
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        kind_ok = self.kind in ("constant", "linear", "cosine")
+        _require(kind_ok, "schedule.kind", self.kind, "constant, linear or cosine")
+        _require(self.num_steps >= 1, "schedule.num_steps", self.num_steps, "at least 1")
+        warmup_ok = 0 <= self.warmup_steps <= self.num_steps
+        _require(warmup_ok, "schedule.warmup_steps", self.warmup_steps, "between 0 and schedule.num_steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """Everything that decides a job's result, besides its data and the base model.
+
+    `batch_size` counts sequences per optimizer step. `slice_tokens` bounds the tokens of one slice; a
+    longer single sequence is a slice of its own. With a held-out set the job is always evaluated at
+    step 0 and at the end, and every `evaluate_every_steps` between.
+    """
+
+    lora: LoraConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    batch_size: int
+    num_steps: int
+    seed: int
+    evaluate_every_steps: int | None = None
+    slice_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
+        every = self.evaluate_every_steps
+        _require(every is None or every >= 1, "evaluate_every_steps", every, "at least 1, or none")
+        _require(self.slice_tokens >= 1, "slice_tokens", self.slice_tokens, "at least 1")
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: a checkpoint names the configuration that it continues."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How much is computed at once; never what is computed.
+
+    `token_budget`: tokens of one tick. `max_tick_seconds`: further slices stop joining a tick that is
+    expected to last longer, so that cancel and admission stay quick.
+    """
+
+    token_budget: int = 1024
+    max_tick_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
+        _require(_is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field} is {value!r}.", remedy=f"{field} must be {expected}.")

@@ -1,0 +1,33 @@
+# pyright: strict
+"""Random numbers as pure functions of a key: no hidden state, so nothing to save, restore or share.
+
+Philox-4x64 (Salmon et al., SC 2011) raw words, which NumPy keeps stable between versions.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def random_words(*key: int | str, count: int) -> NDArray[np.uint64]:
+    """`count` uniform 64-bit words that depend on `key` alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    words = np.random.Philox(key=np.frombuffer(digest, dtype="<u8")).random_raw(count)
+    return np.asarray(words, dtype=np.uint64)
+
+
+def uniform(*key: int | str, count: int) -> NDArray[np.float64]:
+    """`count` numbers in [0, 1) with 53 random bits."""
+    return (random_words(*key, count=count) >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(*key: int | str, count: int) -> NDArray[np.int64]:
+    """A random order of range(count)."""
+    return np.argsort(random_words(*key, count=count), kind="stable")
+
+
+def coin_flips(*key: int | str, count: int, threshold: int) -> NDArray[np.bool_]:
+    """`count` booleans, each True with probability threshold / 65536: four to a word."""
+    words = random_words(*key, count=-(-count // 4))
+    return words.view(np.uint16)[:count] < threshold

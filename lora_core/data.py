@@ -1,0 +1,106 @@
+# pyright: strict
+"""Tokenised rows, their order, and how a batch is cut into slices: pure functions of the job alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from lora_core.counter_random import permutation
+from lora_core.errors import BadDataset
+from lora_core.tensor_files import read_header
+
+TENSORS = {"input_ids": "I32", "loss_mask": "U8", "row_offsets": "I64"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenDataset:
+    """Rows of tokens, concatenated: row i is [row_offsets[i], row_offsets[i + 1]).
+
+    input_ids int32 [N]; loss_mask uint8 [N], 1 where the token is a label (predicted from the position
+    before it, in the same row); row_offsets int64 [rows + 1].
+    """
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.uint8]
+    row_offsets: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        _check_rows(self)
+
+    @classmethod
+    def load(cls, path: Path) -> "TokenDataset":
+        """Read a safetensors file with exactly the three tensors. Raises BadDataset or UnsafeFile."""
+        found = {name: dtype for name, (dtype, _) in read_header(path).items()}
+        if found != TENSORS:
+            raise _bad(f"{path.name} holds {found}, not {TENSORS}")
+        with safe_open(str(path), framework="numpy") as file:
+            return cls(**{name: file.get_tensor(name) for name in TENSORS})
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return int(self.loss_mask.sum(dtype=np.int64))
+
+    def row_lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.row_offsets)
+
+    def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """(input_ids, loss_mask) of one row."""
+        start, stop = self.row_offsets[index], self.row_offsets[index + 1]
+        return self.input_ids[start:stop], self.loss_mask[start:stop]
+
+
+def _check_rows(dataset: TokenDataset) -> None:
+    ids, mask, offsets = dataset.input_ids, dataset.loss_mask, dataset.row_offsets
+    if ids.ndim != 1 or mask.shape != ids.shape or offsets.ndim != 1 or len(offsets) < 2:
+        raise _bad("the three tensors have shapes that don't belong together")
+    if offsets[0] != 0 or offsets[-1] != len(ids) or np.any(np.diff(offsets) < 2):
+        raise _bad("row_offsets must start at 0, end at the number of tokens, and give rows of 2 tokens or more")
+    if ids.min() < 0 or mask.max() > 1 or np.any(mask[offsets[:-1]]):
+        raise _bad("ids must not be negative, the mask must be 0 or 1, and 0 at the first token of each row")
+    if np.any(np.add.reduceat(mask.astype(np.int64), offsets[:-1]) == 0):
+        raise _bad("a row has no label")
+
+
+def _bad(reason: str) -> BadDataset:
+    return BadDataset(f"The token file is wrong: {reason}.", remedy="Write it again from the source data.")
+
+
+def rows_of_step(*, num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Rows of optimizer step `step` (from 0): one endless stream of epochs, cut into batches.
+
+    Epoch e is the permutation keyed by (seed, e), so the data cursor is the step number alone.
+    """
+    orders: dict[int, NDArray[np.int64]] = {}
+    rows: list[int] = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, index = divmod(position, num_rows)
+        if epoch not in orders:
+            orders[epoch] = permutation("order", seed, epoch, count=num_rows)
+        rows.append(int(orders[epoch][index]))
+    return rows
+
+
+def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int) -> list[tuple[int, ...]]:
+    """Consecutive rows of at most `slice_tokens` tokens together; a longer row is a slice of its own."""
+    slices: list[tuple[int, ...]] = []
+    current: list[int] = []
+    num_tokens = 0
+    for row in rows:
+        length = int(lengths[row])
+        if current and num_tokens + length > slice_tokens:
+            slices.append(tuple(current))
+            current, num_tokens = [], 0
+        current.append(row)
+        num_tokens += length
+    return [*slices, tuple(current)] if current else slices

@@ -1,0 +1,68 @@
+# pyright: strict
+"""Errors a user can act on: each has a code, a sentence and a remedy. No torch here.
+
+Our own mistakes are asserts, never one of these.
+"""
+
+
+class LoraCoreError(ValueError):
+    """Root of the errors meant for a person; `code` is snake_case, `remedy` says what to do."""
+
+    code = "lora_core_error"
+
+    def __init__(self, message: str, *, remedy: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+        self.code = code or type(self).code
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class ConfigError(LoraCoreError):
+    """A number or name in a job's or the engine's configuration is out of range."""
+
+    code = "invalid_config"
+
+
+class UnsupportedModel(LoraCoreError):
+    """The base model can't be trained here, or its files can't be trusted."""
+
+    code = "unsupported_model"
+
+
+class NoTargets(LoraCoreError):
+    """`target_modules` matches no linear layer of the base model."""
+
+    code = "no_targets"
+
+
+class BadDataset(LoraCoreError):
+    """A token file isn't what TokenDataset describes, or doesn't fit the base model."""
+
+    code = "bad_dataset"
+
+
+class BadCheckpoint(LoraCoreError):
+    """A checkpoint is damaged or belongs to another job configuration."""
+
+    code = "bad_checkpoint"
+
+
+class BadAdapter(LoraCoreError):
+    """An exported adapter is damaged, incomplete or of another base model."""
+
+    code = "bad_adapter"
+
+
+class UnsafeFile(LoraCoreError):
+    """A tensor file exceeds the limits under which it may be opened."""
+
+    code = "unsafe_file"
+
+
+class OutOfMemory(LoraCoreError):
+    """One slice alone doesn't fit the device."""
+
+    code = "out_of_memory"

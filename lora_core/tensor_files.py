@@ -1,0 +1,75 @@
+# pyright: strict
+"""Safetensors headers read under limits, and directories written so that they exist whole or not at all.
+
+A header names every tensor; a hostile one can cost a gigabyte to parse, so it is measured first.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from lora_core.errors import UnsafeFile
+
+MAX_HEADER_BYTES = 8 * 2**20
+MAX_TENSORS = 20_000
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names of the tensors in a safetensors file, each with (dtype, shape). Raises UnsafeFile."""
+    try:
+        header = _parse_header(path)
+        return {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, UnsafeFile):
+            raise
+        raise _unsafe(path, f"can't be read as safetensors ({type(error).__name__})") from error
+
+
+def _parse_header(path: Path) -> dict[str, dict[str, Any]]:
+    with path.open("rb") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        if num_bytes > MAX_HEADER_BYTES:
+            raise _unsafe(path, f"has a header of {num_bytes} bytes, above {MAX_HEADER_BYTES}")
+        header = cast(dict[str, dict[str, Any]], json.loads(file.read(num_bytes)))
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise _unsafe(path, f"holds {len(header)} tensors, above {MAX_TENSORS}")
+    return header
+
+
+def _unsafe(path: Path, reason: str) -> UnsafeFile:
+    return UnsafeFile(f"{path.name} {reason}.", remedy="Give a safetensors file written by a known tool.")
+
+
+def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Make `directory` (which must not exist) by `fill` on a temporary sibling, fsync and rename."""
+    if directory.exists():
+        raise FileExistsError(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        for path in [*sorted(temporary.rglob("*")), temporary]:
+            _fsync(path)
+        temporary.rename(directory)
+        _fsync(directory.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
