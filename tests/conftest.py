@@ -1,0 +1,74 @@
+"""Session fixtures of the real servers that tests use. Each starts on first use and ends with the session.
+
+Where one can't be had, the tests that ask for it are skipped and counted at the end; under CI=true they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.services.chromium import chromium_program
+from tests.services.postgres import empty_database, postgres_server
+from tests.services.programs import Missing
+from tests.services.redis import redis_server
+
+NEEDS = "needs "
+"""How the reason of such a skip begins."""
+NewDatabase = Callable[[], AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server for this session: postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
+    with _or_skip("PostgreSQL"), postgres_server() as url:
+        yield url
+
+
+@pytest.fixture
+def new_postgres_url(postgres_url: str) -> Iterator[str]:
+    """An empty database on that server, for one test."""
+    with empty_database(postgres_url, f"test_{secrets.token_hex(6)}") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A Redis server for this session: redis://127.0.0.1:PORT/0."""
+    with _or_skip("Redis"), redis_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> Path:
+    """The program of a Chromium on this machine."""
+    with _or_skip("Chromium"):
+        return chromium_program()
+    raise AssertionError("unreachable")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the tests that were skipped for want of a server."""
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", []) if report.longrepr]
+    missing = Counter(str(reason).removeprefix("Skipped: ") for reason in reasons if NEEDS in str(reason))
+    if missing:
+        terminalreporter.section("skipped for want of a server")
+        for reason, number in missing.most_common():
+            terminalreporter.line(f"{number} tests: {reason}")
+
+
+@contextmanager
+def _or_skip(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Missing as missing:
+        reason = f"{NEEDS}{name}: {missing}"
+        if os.environ.get("CI", "").lower() in ("true", "1"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)

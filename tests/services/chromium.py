@@ -1,0 +1,27 @@
+"""A Chromium for the dashboard's tests; Playwright drives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.services.programs import find_or_install, on_path
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CACHES = (Path.home() / ".cache/ms-playwright", Path.home() / "Library/Caches/ms-playwright")
+MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+
+
+def chromium_program() -> Path:
+    """The browser's program."""
+    return find_or_install(find, name="Chromium", debian="chromium")
+
+
+def find() -> Path | None:
+    return on_path(*NAMES) or (MAC if MAC.exists() else _of_playwright())
+
+
+def _of_playwright() -> Path | None:
+    """One that `playwright install chromium` brought."""
+    patterns = ("chromium-*/chrome-linux*/chrome", "chromium-*/chrome-mac*/*/Contents/MacOS/*")
+    found = (path for cache in CACHES for pattern in patterns for path in cache.glob(pattern))
+    return next(iter(sorted(found, reverse=True)), None)

