@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from tests.services.programs import find_or_install, on_path
+from tests.services.programs import find_or_install, install_debian, install_playwright_browser, on_path
+
+INSTALLS = (partial(install_debian, "chromium"), install_playwright_browser)
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CACHES = (Path.home() / ".cache/ms-playwright", Path.home() / "Library/Caches/ms-playwright")
@@ -13,7 +16,7 @@ MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 
 def chromium_program() -> Path:
     """The browser's program."""
-    return find_or_install(find, name="Chromium", debian="chromium")
+    return find_or_install(find, name="Chromium", installs=INSTALLS)
 
 
 def find() -> Path | None:

