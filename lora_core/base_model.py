@@ -1,0 +1,167 @@
+# pyright: basic
+"""The resident base model: described without its weights, or loaded memory-mapped and frozen.
+
+A base directory is what base_import.py makes: config.json, safetensors, a tokenizer. Nothing else is read.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_core.attach import Attachment, find_linears, target_of
+from lora_core.base_import import import_base, read_config
+from lora_core.errors import UnsupportedModel
+from lora_core.objectives import Head
+from lora_core.tensor_files import read_header
+
+__all__ = ["BaseModel", "describe_base", "import_base", "load_base"]
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseModel:
+    """A frozen causal language model in evaluation mode. An engine attaches itself to it."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    device: str
+    attachment: Attachment | None = field(default=None)
+
+    def linear_names(self) -> tuple[str, ...]:
+        """Module paths of the linears that an adapter may change."""
+        return tuple(find_linears(self.model))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head().weight_VD.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        return max_positions(self.model.config)
+
+    def head(self) -> Head:
+        """The output head with the scaling and capping that the model's family applies to logits."""
+        config, output = self.model.config, self.model.get_output_embeddings()
+        multiplier = float(getattr(config, "logit_scale", None) or 1.0)
+        multiplier /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return Head(
+            weight_VD=output.weight,
+            bias_V=getattr(output, "bias", None),
+            multiplier=multiplier,
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    @contextmanager
+    def untouched(self):
+        """The model as transformers built it, whether or not an engine is attached."""
+        if self.attachment is None:
+            yield self.model
+            return
+        with self.attachment.suspended():
+            yield self.model
+
+
+def describe_base(base_dir: Path) -> dict[str, Any]:
+    """JSON-able facts from config.json and the meta device; no weights are read. Raises UnsupportedModel."""
+    config = read_config(base_dir)
+    with torch.device("meta"):
+        model = build_model(config)
+    shapes: dict[str, list[Any]] = {}
+    for name, linear in find_linears(model).items():
+        target = target_of(name, linear)
+        entry = shapes.setdefault(name.rpartition(".")[2], [[target.out_features, target.in_features], 0])
+        entry[1] += 1
+    return {
+        "architecture": type(model).__name__,
+        "num_parameters": model.num_parameters(),
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "max_positions": max_positions(config),
+        "linear_shapes": shapes,
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def max_positions(config: Any) -> int | None:
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_base(base_dir: Path, *, dtype: Literal["bfloat16", "float32"], device: str) -> BaseModel:
+    """Load frozen weights; on a CPU in the file's own dtype they stay memory-mapped, shared between processes.
+
+    Raises UnsupportedModel for a family that can't be packed, UnsafeFile for a tensor file over the limits.
+    """
+    config = read_config(base_dir)
+    torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    model = _build_empty(config, torch_dtype)
+    weights: dict[str, torch.Tensor] = {}
+    for path in sorted(base_dir.glob("*.safetensors")):
+        read_header(path)
+        weights |= load_file(path)  # views of a private memory map
+    weights = {name: weight.to(device, torch_dtype) for name, weight in weights.items()}
+    _assign(model, weights)
+    model.to(device)
+    model.requires_grad_(False).eval()
+    return BaseModel(model=model, dtype=torch_dtype, device=device)
+
+
+def build_model(config: Any) -> PreTrainedModel:
+    """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
+    refuse_unpackable(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    refuse_experts(model)
+    return model
+
+
+def refuse_unpackable(config: Any) -> None:
+    """Experts mix the tokens of jobs, and recurrent or convolutional layers carry state across sequences."""
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if any(getattr(config, name, None) for name in experts):
+        raise _unsupported(config, "routes tokens to experts")
+    allowed = {"full_attention", "sliding_attention", "attention"}
+    if set(getattr(config, "layer_types", None) or ()) - allowed:
+        raise _unsupported(config, f"has layers of kind {sorted(set(config.layer_types) - allowed)}")
+
+
+def refuse_experts(model: PreTrainedModel) -> None:
+    if any(parameter.ndim > 2 for parameter in model.parameters()):
+        raise _unsupported(model.config, "has weights that aren't plain matrices (experts or convolutions)")
+    if not model._can_set_attn_implementation():
+        raise _unsupported(model.config, "has its own attention, which can't be packed")
+
+
+def _unsupported(config: Any, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"Models of type {config.model_type!r} aren't supported: this one {reason}.",
+        remedy="Choose a dense decoder such as a Llama, Qwen, Mistral, Gemma or GPT-2 model.",
+    )
+
+
+def _build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Parameters on the meta device; buffers (rotary tables) real, for no file holds them."""
+    from accelerate import init_empty_weights
+
+    config.dtype = dtype
+    with init_empty_weights(include_buffers=False):
+        return build_model(config)
+
+
+def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    unknown = weights.keys() - model.state_dict().keys()
+    if missing or unknown:
+        raise UnsupportedModel(
+            f"The weights don't match config.json: missing {missing[:3]}, unknown {sorted(unknown)[:3]}.",
+            remedy="Import the base model again from a complete source.",
+        )

@@ -1,0 +1,184 @@
+# pyright: basic
+"""The engine: jobs join and leave one resident base model at tick boundaries; nothing else decides here.
+
+A tick is one forward and backward (or an evaluation's forward) over at most one slice of each job.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from lora_core import checkpoint
+from lora_core.adapters import AdapterRow
+from lora_core.attach import Attachment, choose_targets
+from lora_core.base_model import BaseModel
+from lora_core.config import EngineConfig, JobConfig
+from lora_core.data import TokenDataset
+from lora_core.errors import BadDataset, OutOfMemory
+from lora_core.events import Event
+from lora_core.export import ExportReport, export_adapter
+from lora_core.job import Job, Progress, data_digest
+from lora_core.pack import build_pack
+from lora_core.packed_pass import run_evaluation, run_training
+from lora_core.probe import Invariance, measure_invariance
+from lora_core.turns import Turn, choose
+
+
+class Engine:
+    """Trains every admitted job on `base`; one engine a base model. Not thread-safe: one caller ticks."""
+
+    def __init__(self, base: BaseModel, config: EngineConfig) -> None:
+        self.base = base
+        self.config = config
+        self._jobs: dict[str, Job] = {}
+        self._rate = 0.0
+        self._largest_tick = config.token_budget
+        if base.attachment is None:
+            base.attachment = Attachment(base.model)
+        self.invariance: Invariance = measure_invariance(base)
+
+    def admit(
+        self,
+        job: str,
+        config: JobConfig,
+        train: TokenDataset,
+        valid: TokenDataset | None = None,
+        resume_from: Path | None = None,
+    ) -> None:
+        """Make `job` resident. Raises NoTargets, BadDataset or BadCheckpoint, and then nothing has changed."""
+        assert job not in self._jobs, f"{job} is resident already"
+        assert self.base.attachment is not None
+        for dataset in filter(None, (train, valid)):
+            _check_fits(dataset, self.base)
+        targets = choose_targets(self.base.attachment.linears, config.lora.target_modules)
+        row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device)
+        if resume_from is None:
+            row.initialise(config.seed)
+            progress = Progress()
+        else:
+            expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
+            progress = checkpoint.load_checkpoint(resume_from, row=row, expected=expected)
+        served = min((other.served for other in self._jobs.values()), default=0)
+        self._jobs[job] = Job(
+            job, config, row=row, train=train, valid=valid, progress=progress, served=served
+        )
+
+    def tick(self) -> list[Event]:
+        """Compute one tick and say what it completed. Without work: [] at once. Raises OutOfMemory."""
+        events = self._take_pending()
+        turns = choose(self._waiting(), token_budget=self._tick_tokens())
+        if not turns:
+            return events
+        jobs = [self._jobs[turn.job] for turn in turns]
+        num_tokens = sum(turn.num_tokens for turn in turns)
+        run = run_training if turns[0].kind == "train" else run_evaluation
+        started = time.perf_counter()
+        try:
+            pack = build_pack([job.next_slice() for job in jobs], device=self.base.device)
+            scores = run(self.base, pack)
+        except torch.OutOfMemoryError as error:
+            self._split_after_out_of_memory(jobs, num_tokens, error)
+            return events
+        if turns[0].kind == "train":
+            self._learn_rate(num_tokens, time.perf_counter() - started)
+        for job, turn, score in zip(jobs, turns, scores, strict=True):
+            job.served += turn.num_tokens
+            events += job.receive(score)
+        return events
+
+    def evict(self, job: str) -> None:
+        """Forget a job at any tick boundary; its row's memory is free at once."""
+        del self._jobs[job]
+
+    def save_checkpoint(self, job: str, directory: Path) -> None:
+        """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""
+        checkpoint.save_checkpoint(self._jobs[job], directory)
+
+    def export(self, job: str, directory: Path, *, base_name: str) -> ExportReport:
+        """The adapter of the last completed step in PEFT's layout, into a directory that must not exist."""
+        return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
+
+    def num_parameters(self, job: str) -> int:
+        return self._jobs[job].row.num_parameters
+
+    def jobs(self) -> tuple[str, ...]:
+        return tuple(self._jobs)
+
+    def progress(self, job: str) -> tuple[int, int]:
+        """(completed steps, steps in all)."""
+        return self._jobs[job].step, self._jobs[job].config.num_steps
+
+    @property
+    def idle(self) -> bool:
+        """No job has a slice to compute or an event to report."""
+        return all(job.unit is None and not job.pending for job in self._jobs.values())
+
+    def tokens_per_second(self) -> float:
+        """Tokens trained a second of tick time, averaged over recent ticks; 0 before the first."""
+        return self._rate
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the base model, of all rows, and the peak of the device (of the process, on a CPU)."""
+        rows_bytes = sum(job.row.num_bytes for job in self._jobs.values())
+        return {
+            "base_bytes": self.base.num_bytes,
+            "rows_bytes": rows_bytes,
+            "peak_bytes": _peak_bytes(self.base.device),
+        }
+
+    def _take_pending(self) -> list[Event]:
+        events: list[Event] = []
+        for job in self._jobs.values():
+            events += job.pending
+            job.pending = []
+        return events
+
+    def _waiting(self) -> list[Turn]:
+        return [
+            Turn(job=name, kind=job.unit.kind, num_tokens=job.next_num_tokens(), served=job.served)
+            for name, job in self._jobs.items()
+            if job.unit is not None
+        ]
+
+    def _tick_tokens(self) -> int:
+        """The budget, less what memory or the wished length of a tick forbids."""
+        by_time = int(self._rate * self.config.max_tick_seconds) or self.config.token_budget
+        return min(self.config.token_budget, self._largest_tick, by_time)
+
+    def _learn_rate(self, num_tokens: int, seconds: float) -> None:
+        rate = num_tokens / seconds
+        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+
+    def _split_after_out_of_memory(self, jobs: list[Job], num_tokens: int, error: Exception) -> None:
+        """Half of a tick that didn't fit is tried next; its jobs replay their unit, since gradients are partial."""
+        if len(jobs) == 1:
+            raise OutOfMemory(
+                f"One slice of {num_tokens} tokens of job {jobs[0].name!r} doesn't fit the device.",
+                remedy="Lower slice_tokens or the length of the rows, or use a larger device.",
+            ) from error
+        for job in jobs:
+            job.replay_unit()
+        self._largest_tick = num_tokens // 2
+
+
+def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
+    largest, longest = int(dataset.input_ids.max()), int(dataset.row_lengths().max())
+    if largest >= base.vocab_size:
+        raise BadDataset(
+            f"The data holds token {largest}, but the base model has {base.vocab_size} tokens.",
+            remedy="Tokenise the data with this base model's tokenizer.",
+        )
+    if base.max_positions is not None and longest > base.max_positions:
+        raise BadDataset(
+            f"A row has {longest} tokens, but the base model takes {base.max_positions}.",
+            remedy="Shorten or split the long rows.",
+        )
+
+
+def _peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

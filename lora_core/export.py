@@ -1,0 +1,115 @@
+# pyright: basic
+"""An adapter in PEFT's layout, with the logits that the engine computes from it as evidence.
+
+What is exported are the weights that training computed with: in the base model's dtype, so that whoever loads
+them multiplies by the same numbers. The fp32 master stays in checkpoints.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_core.adapters import AdapterRow
+from lora_core.attach import matches
+from lora_core.base_model import BaseModel
+from lora_core.counter_random import random_words
+from lora_core.pack import SliceInput, build_pack
+from lora_core.packed_pass import hidden_states
+from lora_core.tensor_files import write_directory, write_json
+
+PROBE_ROWS, PROBE_TOKENS, PROBE_POSITIONS = 2, 48, 2
+PROBE_SEED = 20_260_101
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """`sha256` is of adapter_model.safetensors; `num_parameters` counts A and B."""
+
+    num_parameters: int
+    num_bytes: int
+    sha256: str
+    dtype: str
+
+
+def export_adapter(base: BaseModel, row: AdapterRow, directory: Path, *, base_name: str) -> ExportReport:
+    """Write adapter_config.json, adapter_model.safetensors and probe.safetensors; `directory` must not exist."""
+    write_directory(directory, lambda temporary: _write(base, row, temporary, base_name))
+    content = (directory / "adapter_model.safetensors").read_bytes()
+    return ExportReport(
+        num_parameters=row.num_parameters,
+        num_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        dtype=str(row.compute.dtype).removeprefix("torch."),
+    )
+
+
+def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str) -> None:
+    save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "adapter_config.json", peft_config(base, row, base_name))
+    save_file(_probe(base, row), directory / "probe.safetensors")
+
+
+def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:
+    """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path."""
+    tensors: dict[str, Tensor] = {}
+    for name, views in row.sites.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = views.a_RD.cpu().clone()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = views.b_OR.cpu().clone()
+    return tensors
+
+
+def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, object]:
+    conv1d = any(type(module).__name__ == "Conv1D" for module in base.model.modules())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": row.lora.rank,
+        "lora_alpha": row.lora.alpha,
+        "lora_dropout": row.lora.dropout,
+        "use_rslora": row.lora.use_rslora,
+        "target_modules": target_names(base, row),
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def target_names(base: BaseModel, row: AdapterRow) -> list[str]:
+    """The short names if they match exactly the adapted modules, as servers expect; the full paths otherwise."""
+    short = sorted({name.rpartition(".")[2] for name in row.sites})
+    matched = {name for name in base.linear_names() if any(matches(name, suffix) for suffix in short)}
+    return short if matched == row.sites.keys() else sorted(row.sites)
+
+
+def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
+    """Pseudo-random ids, never a user's, and the engine's logits at the last positions, with and without adapter."""
+    num_tokens = min(PROBE_TOKENS, base.max_positions or PROBE_TOKENS)
+    words = random_words("probe", PROBE_SEED, count=PROBE_ROWS * num_tokens)
+    ids = (words % np.uint64(base.vocab_size)).astype(np.int64).reshape(PROBE_ROWS, num_tokens)
+    bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "logits": packed_logits(base, row, ids),
+        "base_logits": packed_logits(base, bare, ids),
+    }
+
+
+@torch.no_grad()
+def packed_logits(base: BaseModel, row: AdapterRow, ids: np.ndarray) -> Tensor:
+    """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row."""
+    no_labels = np.zeros(ids.shape[1], np.uint8)
+    sequences = tuple((row_ids.astype(np.int32), no_labels) for row_ids in ids)
+    pack = build_pack(
+        [SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device
+    )
+    hidden = hidden_states(base, pack)[: ids.size].view(*ids.shape, -1)
+    last = hidden[:, -PROBE_POSITIONS:]
+    return base.head().logits(last.flatten(0, 1)).view(len(ids), PROBE_POSITIONS, -1).cpu()

@@ -1,0 +1,210 @@
+# pyright: basic
+"""One resident job: which slice comes next, and what the scores of a slice change.
+
+Work comes in units: one optimizer step, or one pass over the held-out set. A unit is a list of slices that depends
+on the job alone. Only a completed step changes the weights, so a dropped unit can always be replayed.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_core.adapters import AdapterRow
+from lora_core.config import JobConfig
+from lora_core.data import TokenDataset, cut_slices, rows_of_step
+from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
+from lora_core.optim import adamw_step, gradient_norm, learning_rate_at, stays_finite
+from lora_core.pack import DropoutKey, SliceInput
+from lora_core.turns import Kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A step or an evaluation: its slices (rows of `dataset` each), and the labels and tokens of them all."""
+
+    kind: Kind
+    dataset: TokenDataset
+    slices: tuple[tuple[int, ...], ...]
+    num_labels: int
+    num_tokens: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What the slices of the current unit have given so far; loss in nats, summed over labels."""
+
+    next_slice: int = 0
+    loss_sum: float = 0.0
+    num_correct: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceScores:
+    loss_sum: float
+    num_correct: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """What a checkpoint keeps beside the row: completed steps, and the step of the last evaluation (-1: none)."""
+
+    step: int = 0
+    last_evaluated_step: int = -1
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+
+
+class Job:
+    """`served` is the engine's account of tokens, for turns; `pending` are events to report at the next tick."""
+
+    def __init__(
+        self,
+        name: str,
+        config: JobConfig,
+        *,
+        row: AdapterRow,
+        train: TokenDataset,
+        valid: TokenDataset | None,
+        progress: Progress,
+        served: int,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.row = row
+        self.train = train
+        self.valid = valid
+        self.progress = progress
+        self.served = served
+        self.unit: Unit | None = None
+        self.tally = Tally()
+        self.pending: list[Event] = self._begin_unit()
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    def next_num_tokens(self) -> int:
+        unit = self.unit
+        assert unit is not None
+        return int(unit.dataset.row_lengths()[list(unit.slices[self.tally.next_slice])].sum())
+
+    def next_slice(self) -> SliceInput:
+        """The slice to compute now; asking twice gives the same one."""
+        unit, index = self.unit, self.tally.next_slice
+        assert unit is not None
+        training = unit.kind == "train"
+        dropout = self.config.lora.dropout if training else 0.0
+        key = DropoutKey(probability=dropout, seed=self.config.seed, step=self.step, slice_index=index)
+        return SliceInput(
+            row=self.row,
+            sequences=tuple(unit.dataset.row(row) for row in unit.slices[index]),
+            label_weight=1 / unit.num_labels if training else 0.0,
+            dropout=key if dropout else None,
+        )
+
+    def receive(self, scores: SliceScores) -> list[Event]:
+        """Book the slice just computed; its gradient is in the row already."""
+        unit, tally = self.unit, self.tally
+        assert unit is not None
+        if not math.isfinite(scores.loss_sum):
+            return self._diverge(f"The loss of {unit.kind} slice {tally.next_slice + 1} is not finite.")
+        tally.loss_sum += scores.loss_sum
+        tally.num_correct += scores.num_correct
+        tally.next_slice += 1
+        if tally.next_slice < len(unit.slices):
+            return []
+        return self._finish_step(unit) if unit.kind == "train" else self._finish_evaluation(unit)
+
+    def replay_unit(self) -> None:
+        """Forget the slices computed since the last completed step or evaluation."""
+        self.row.g.zero_()
+        self.tally = Tally()
+
+    def _finish_step(self, unit: Unit) -> list[Event]:
+        config, step = self.config.optimizer, self.step + 1
+        rate = learning_rate_at(step, peak=config.learning_rate, schedule=self.config.schedule)
+        norm = gradient_norm(self.row)
+        if not stays_finite(self.row, config, learning_rate=rate, norm=norm):
+            return self._diverge(f"The gradient or the update of step {step} is not finite.")
+        adamw_step(self.row, config, step=step, learning_rate=rate, norm=norm)
+        self.progress.step = step
+        self.progress.num_tokens += unit.num_tokens
+        self.progress.num_supervised_tokens += unit.num_labels
+        stepped = JobStepped(
+            job=self.name,
+            step=step,
+            loss=self.tally.loss_sum / unit.num_labels,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_tokens=unit.num_tokens,
+            num_supervised_tokens=unit.num_labels,
+            token_accuracy=self.tally.num_correct / unit.num_labels,
+        )
+        return [stepped, *self._begin_unit()]
+
+    def _finish_evaluation(self, unit: Unit) -> list[Event]:
+        self.progress.last_evaluated_step = self.step
+        evaluated = JobEvaluated(
+            job=self.name,
+            step=self.step,
+            loss=self.tally.loss_sum / unit.num_labels,
+            token_accuracy=self.tally.num_correct / unit.num_labels,
+            num_supervised_tokens=unit.num_labels,
+        )
+        return [evaluated, *self._begin_unit()]
+
+    def _diverge(self, message: str) -> list[Event]:
+        self.unit = None
+        self.row.g.zero_()
+        return [JobDiverged(job=self.name, step=self.step, message=message)]
+
+    def _begin_unit(self) -> list[Event]:
+        self.tally = Tally()
+        if self._evaluation_is_due():
+            assert self.valid is not None
+            self.unit = make_unit(
+                "evaluate", self.valid, range(self.valid.num_rows), self.config.slice_tokens
+            )
+        elif self.step < self.config.num_steps:
+            rows = rows_of_step(
+                num_rows=self.train.num_rows,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                step=self.step,
+            )
+            self.unit = make_unit("train", self.train, rows, self.config.slice_tokens)
+        else:
+            self.unit = None
+            return [JobFinished(job=self.name, step=self.step)]
+        return []
+
+    def _evaluation_is_due(self) -> bool:
+        if self.valid is None or self.progress.last_evaluated_step == self.step:
+            return False
+        every = self.config.evaluate_every_steps
+        return self.step in (0, self.config.num_steps) or (every is not None and self.step % every == 0)
+
+
+def make_unit(kind: Kind, dataset: TokenDataset, rows, slice_tokens: int) -> Unit:
+    rows = list(rows)
+    lengths = dataset.row_lengths()
+    return Unit(
+        kind=kind,
+        dataset=dataset,
+        slices=tuple(cut_slices(rows, lengths, slice_tokens=slice_tokens)),
+        num_labels=sum(int(dataset.row(row)[1].sum()) for row in rows),
+        num_tokens=int(lengths[rows].sum()),
+    )
+
+
+def data_digest(*datasets: TokenDataset | None) -> str:
+    """sha256 over the token files of a job: a checkpoint continues on the same data only."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        if dataset is not None:
+            for array in (dataset.input_ids, dataset.loss_mask, dataset.row_offsets):
+                digest.update(f"{array.dtype.str}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+# pyright: basic
+"""The linear layer of a packed step: one GEMM of the frozen weight over all tokens, LoRA by segment.
+
+Letters: T tokens, t tokens of a segment, D features in, O features out, R rank. Gradients of A and B go straight
+into each job's row and never through autograd; the gradient of the frozen weight is never computed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.adapters import SiteViews
+from lora_core.pack import DropoutKey, Pack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """The part of one job in one linear: rows [start, stop), its views, and its dropout if it has one."""
+
+    start: int
+    stop: int
+    views: SiteViews
+    module: str
+    dropout: DropoutKey | None
+
+    def dropped(self, x_tD: Tensor) -> Tensor:
+        return x_tD if self.dropout is None else x_tD * self.dropout.keep_TD(self.module, x_tD)
+
+
+def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
+    """The segments of `pack` whose adapters change `module`."""
+    return tuple(
+        Piece(
+            start=segment.start,
+            stop=segment.stop,
+            views=segment.row.sites[module],
+            module=module,
+            dropout=segment.dropout,
+        )
+        for segment in pack.segments
+        if module in segment.row.sites
+    )
+
+
+def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...]) -> list[Tensor]:
+    """y += h Bᵀ with h = scale · dropout(x) Aᵀ, in place by segment. Returns the h [t, R] for the backward."""
+    hidden: list[Tensor] = []
+    for piece in pieces:
+        views = piece.views
+        h_tR = (piece.dropped(x_TD[piece.start : piece.stop]) @ views.a_RD.T).mul_(views.scale)
+        y_TO[piece.start : piece.stop].addmm_(h_tR, views.b_OR.T)
+        hidden.append(h_tR)
+    return hidden
+
+
+def add_lora_gradients(
+    dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, hidden: list[Tensor], pieces: tuple[Piece, ...]
+) -> None:
+    """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted."""
+    for piece, h_tR in zip(pieces, hidden, strict=True):
+        views = piece.views
+        x_tD, dy_tO = x_TD[piece.start : piece.stop], dy_TO[piece.start : piece.stop]
+        dh_tR = (dy_tO @ views.b_OR).mul_(views.scale)
+        _accumulate(views.grad_b_OR, dy_tO.T, h_tR)
+        _accumulate(views.grad_a_RD, dh_tR.T, piece.dropped(x_tD))
+        if dx_TD is None:
+            continue
+        if piece.dropout is None:
+            dx_TD[piece.start : piece.stop].addmm_(dh_tR, views.a_RD)
+        else:
+            dx_TD[piece.start : piece.stop] += piece.dropped(dh_tR @ views.a_RD)
+
+
+def _accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
+    """gradient += left @ right; below fp32 the product is rounded to its dtype first, as autograd does."""
+    if gradient.dtype == left.dtype:
+        gradient.addmm_(left, right)
+    else:
+        gradient.add_(left @ right)
+
+
+class PackedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once and the small h.
+
+    `anchor` is a scalar that requires a gradient wherever an adapter is present: it makes autograd visit this
+    node although no weight is known to it. It receives none.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, anchor: Tensor | None, weight_OD: Tensor, bias_O: Tensor | None, pieces):
+        y_TO = F.linear(x_TD, weight_OD, bias_O)
+        ctx.pieces = pieces
+        ctx.hidden = add_lora(y_TO, x_TD, pieces)
+        ctx.save_for_backward(weight_OD, *([x_TD] if pieces else []))
+        return y_TO
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        weight_OD, *saved = ctx.saved_tensors
+        dy_TO = grad_outputs[0].contiguous()
+        dx_TD = dy_TO @ weight_OD if ctx.needs_input_grad[0] else None
+        if ctx.pieces:
+            add_lora_gradients(dx_TD, dy_TO, saved[0], ctx.hidden, ctx.pieces)
+        return dx_TD, None, None, None, None
+
+
+class PackedDelta(torch.autograd.Function):
+    """The LoRA part alone, for a linear whose base product is its own affair (quantised, sharded): y + delta."""
+
+    @staticmethod
+    def forward(ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces):
+        out_TO = y_TO.clone()
+        ctx.pieces = pieces
+        ctx.hidden = add_lora(out_TO, x_TD, pieces)
+        ctx.save_for_backward(x_TD)
+        return out_TO
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        (x_TD,) = ctx.saved_tensors
+        dy_TO = grad_outputs[0].contiguous()
+        dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
+        add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.hidden, ctx.pieces)
+        return dy_TO, dx_TD, None, None

@@ -1,0 +1,106 @@
+# pyright: basic
+"""Cross-entropy through the output head at supervised positions only, in chunks, its gradient made in the forward.
+
+Letters: L labels of the tick, C labels of a chunk, D features, V vocabulary. Logits exist one chunk at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.pack import ROW_MULTIPLE
+
+CHUNK_LABELS = 256  # a multiple of ROW_MULTIPLE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, h_CD: Tensor) -> Tensor:
+        """fp32 [C, V]; the product is rounded to the base's dtype first, as transformers does."""
+        z_CV = F.linear(h_CD, self.weight_VD, self.bias_V)
+        if self.multiplier != 1.0:
+            z_CV = z_CV * self.multiplier
+        if self.softcap is not None:
+            z_CV = torch.tanh(z_CV / self.softcap) * self.softcap
+        return z_CV.float()
+
+    def input_gradient(self, dlogits_CV: Tensor, logits_CV: Tensor) -> Tensor:
+        """dh [C, D] for the gradient of fp32 logits; d tanh = 1 - tanh²."""
+        if self.softcap is not None:
+            dlogits_CV = dlogits_CV * (1 - (logits_CV / self.softcap).square())
+        if self.multiplier != 1.0:
+            dlogits_CV = dlogits_CV * self.multiplier
+        return dlogits_CV.to(self.weight_VD.dtype) @ self.weight_VD
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenScores:
+    """Of each label: its cross-entropy in nats (fp32 [L]) and whether it was the likeliest token (bool [L])."""
+
+    losses_L: Tensor
+    correct_L: Tensor
+
+
+def score_labels(h_LD: Tensor, head: Head, labels_L: Tensor) -> TokenScores:
+    """Without a gradient, for evaluation."""
+    scores, _ = _score(h_LD.detach(), head, labels_L, None)
+    return scores
+
+
+def weighted_loss(
+    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor
+) -> tuple[Tensor, TokenScores]:
+    """Σ weight · cross-entropy, whose backward reaches h, and the scores of each label."""
+    loss, losses_L, correct_L = ChunkedCrossEntropy.apply(h_LD, head, labels_L, weights_L)
+    return loss, TokenScores(losses_L=losses_L, correct_L=correct_L)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor):
+        scores, ctx.dh_LD = _score(h_LD, head, labels_L, weights_L)
+        ctx.mark_non_differentiable(scores.losses_L, scores.correct_L)
+        return scores.losses_L.dot(weights_L), scores.losses_L, scores.correct_L
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        return ctx.dh_LD * grad_outputs[0], None, None, None
+
+
+def _score(
+    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None
+) -> tuple[TokenScores, Tensor | None]:
+    """Pads the last chunk to a multiple of 16 rows: see pack.py for why."""
+    num_labels = len(labels_L)
+    filler = -num_labels % ROW_MULTIPLE
+    h_LD, labels_L = F.pad(h_LD, (0, 0, 0, filler)), F.pad(labels_L, (0, filler))
+    losses, correct, gradients = [], [], []
+    for start in range(0, num_labels, CHUNK_LABELS):
+        chunk = slice(start, start + CHUNK_LABELS)
+        logits_CV = head.logits(h_LD[chunk])
+        log_probabilities_CV = torch.log_softmax(logits_CV, dim=-1)
+        losses.append(-log_probabilities_CV.gather(1, labels_L[chunk, None])[:, 0])
+        correct.append(logits_CV.argmax(-1) == labels_L[chunk])
+        if weights_L is not None:
+            dlogits_CV = _logit_gradient(
+                log_probabilities_CV, labels_L[chunk], F.pad(weights_L, (0, filler))[chunk]
+            )
+            gradients.append(head.input_gradient(dlogits_CV, logits_CV))
+    scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
+    return scores, torch.cat(gradients)[:num_labels] if gradients else None
+
+
+def _logit_gradient(log_probabilities_CV: Tensor, labels_C: Tensor, weights_C: Tensor) -> Tensor:
+    """weight · (softmax - onehot), made in place of the log-probabilities."""
+    gradient_CV = log_probabilities_CV.exp_()
+    gradient_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
+    return gradient_CV.mul_(weights_C[:, None])

@@ -1,0 +1,51 @@
+# pyright: basic
+"""AdamW over one flat row: one norm, one clip, one update. The learning rate is a pure function of the step."""
+
+import math
+
+import torch
+
+from lora_core.adapters import AdapterRow
+from lora_core.config import OptimizerConfig, ScheduleConfig
+
+
+def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of optimizer step `step` (from 1), as the schedules of transformers give it."""
+    done = step - 1
+    if done < schedule.warmup_steps:
+        return peak * done / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return peak
+    progress = min(1.0, (done - schedule.warmup_steps) / max(1, schedule.num_steps - schedule.warmup_steps))
+    if schedule.kind == "linear":
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def gradient_norm(row: AdapterRow) -> float:
+    """Euclidean norm of the whole gradient; not finite if any element isn't."""
+    return float(torch.linalg.vector_norm(row.g))
+
+
+def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
+    """Whether the next step can't overflow a weight: |m̂| / √v̂ never exceeds 1 / √(1 - β2)."""
+    if not math.isfinite(norm):
+        return False
+    largest = float(row.p.abs().max()) * abs(1 - learning_rate * config.weight_decay)
+    return largest + learning_rate / math.sqrt(1 - config.beta2) < torch.finfo(torch.float32).max
+
+
+def adamw_step(
+    row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
+) -> None:
+    """Clip and apply one step (arXiv 1711.05101, algorithm 2), then clear the gradient. `step` counts from 1."""
+    p, g, m, v = row.p, row.g, row.m, row.v
+    if config.max_grad_norm is not None:
+        g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
+    m.lerp_(g, 1 - config.beta1)
+    v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
+    denominator = torch.sqrt(v, out=g).div_(math.sqrt(1 - config.beta2**step)).add_(config.eps)
+    p.mul_(1 - learning_rate * config.weight_decay)
+    p.addcdiv_(m, denominator, value=-learning_rate / (1 - config.beta1**step))
+    g.zero_()
+    row.refresh_compute()

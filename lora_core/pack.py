@@ -1,0 +1,138 @@
+# pyright: basic
+"""What one tick computes: slices of several jobs, concatenated without padding between sequences.
+
+Letters: T tokens of the tick. T is rounded up to a multiple of 16 with a filler sequence that belongs to no
+job: below 16 rows a GEMM takes other kernels, and at odd sizes the last elements take scalar code.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_core.adapters import AdapterRow
+from lora_core.counter_random import coin_flips
+
+ROW_MULTIPLE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropoutKey:
+    """Names the random mask of one slice; the module's name completes the key."""
+
+    probability: float
+    seed: int
+    step: int
+    slice_index: int
+
+    @property
+    def threshold(self) -> int:
+        return round((1 - self.probability) * 65536)
+
+    def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
+        """0 or 1/keep for each element, so that the mean is kept. Same shape and dtype as `like_TD`."""
+        key = ("dropout", self.seed, self.step, self.slice_index, module)
+        flips = coin_flips(*key, count=like_TD.numel(), threshold=self.threshold)
+        mask_TD = torch.from_numpy(flips).view(like_TD.shape).to(like_TD.device, like_TD.dtype)
+        return mask_TD.mul_(65536 / self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceInput:
+    """One slice of one job: its sequences, which tokens are labels, and the weight of each label in the loss."""
+
+    row: AdapterRow
+    sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # (input_ids, loss_mask) each
+    label_weight: float
+    dropout: DropoutKey | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Rows [start, stop) of the tick belong to one slice; labels [first_label, last_label) as well."""
+
+    start: int
+    stop: int
+    row: AdapterRow
+    dropout: DropoutKey | None
+    label_start: int
+    label_stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """input_ids and position_ids int64 [1, T]; label_positions: rows whose next token is a label, int64 [L]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sequence_lengths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    label_positions_L: Tensor
+    labels_L: Tensor
+    label_weights_L: Tensor
+
+
+def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
+    """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
+    sequences = [sequence for part in slices for sequence in part.sequences]
+    lengths = [len(ids) for ids, _ in sequences]
+    filler = -sum(lengths) % ROW_MULTIPLE
+    lengths += [filler] if filler else []
+    ids = np.concatenate([*(ids for ids, _ in sequences), np.zeros(filler, np.int32)])
+    mask = np.concatenate([*(mask for _, mask in sequences), np.zeros(filler, np.uint8)])
+    label_rows = np.flatnonzero(mask)
+    weights = [np.full(_num_labels(part), part.label_weight, np.float32) for part in slices]
+    return Pack(
+        input_ids=torch.from_numpy(ids.astype(np.int64)).to(device)[None],
+        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        sequence_lengths=tuple(lengths),
+        segments=_segments(slices),
+        label_positions_L=torch.from_numpy(label_rows - 1).to(device),
+        labels_L=torch.from_numpy(ids[label_rows].astype(np.int64)).to(device),
+        label_weights_L=torch.from_numpy(np.concatenate(weights)).to(device),
+    )
+
+
+def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    start = label_start = 0
+    for part in slices:
+        stop = start + sum(len(ids) for ids, _ in part.sequences)
+        label_stop = label_start + _num_labels(part)
+        segments.append(
+            Segment(
+                start=start,
+                stop=stop,
+                row=part.row,
+                dropout=part.dropout,
+                label_start=label_start,
+                label_stop=label_stop,
+            )
+        )
+        start, label_start = stop, label_stop
+    return tuple(segments)
+
+
+def _num_labels(part: SliceInput) -> int:
+    return sum(int(mask.sum()) for _, mask in part.sequences)
+
+
+_current: ContextVar[Pack | None] = ContextVar("lora_core_pack", default=None)
+
+
+def current_pack() -> Pack | None:
+    """The pack that the running forward pass computes, for the attached linears and the attention."""
+    return _current.get()
+
+
+@contextmanager
+def running(pack: Pack) -> Iterator[None]:
+    token = _current.set(pack)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,96 @@
+# pyright: basic
+"""Asks the kernels of this machine, at start-up: does a job's gradient depend on its packmates?
+
+Whether it is bit for bit the same is a property of kernels, sizes and thread counts, so it is measured on the real
+base model. A model that isn't even close doesn't keep packed sequences apart, and is refused.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lora_core.adapters import AdapterRow
+from lora_core.attach import choose_targets
+from lora_core.base_model import BaseModel
+from lora_core.config import ALL_LINEAR, LoraConfig
+from lora_core.counter_random import random_words, uniform
+from lora_core.errors import UnsupportedModel
+from lora_core.export import packed_logits
+from lora_core.job import SliceScores
+from lora_core.pack import SliceInput, build_pack
+from lora_core.packed_pass import run_training
+
+Invariance = Literal["bitwise", "allclose"]
+LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
+RANKS = (4, 8, 3)
+
+
+def measure_invariance(base: BaseModel) -> Invariance:
+    """Train three synthetic jobs alone, then packed in two orders, and compare. Raises UnsupportedModel."""
+    refuse_mixing(base)
+    slices = [_synthetic_slice(base, index) for index in range(len(LENGTHS))]
+    alone = [_gradients(base, [part])[0] for part in slices]
+    orders = (slices, slices[::-1])
+    packed = [_gradients(base, list(orders[0])), _gradients(base, list(orders[1]))[::-1]]
+    pairs = [(one, other) for results in packed for one, other in zip(alone, results, strict=True)]
+    if all(torch.equal(one, other) for one, other in pairs):
+        return "bitwise"
+    if all(
+        torch.linalg.vector_norm(one - other) <= 0.05 * torch.linalg.vector_norm(one) for one, other in pairs
+    ):
+        return "allclose"
+    raise _mixes("gradients change with the packmates")
+
+
+def refuse_mixing(base: BaseModel) -> None:
+    """Packed logits without adapters must be those of transformers' own forward, one sequence at a time."""
+    ids = np.stack([_ids(base, "mixing", index, count=24) for index in range(2)])
+    bare = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
+    packed = packed_logits(base, bare, ids)
+    with base.untouched() as model, torch.no_grad():
+        rows = [torch.from_numpy(row.astype(np.int64))[None].to(base.device) for row in ids]
+        reference = torch.cat(
+            [model(input_ids=row, use_cache=False).logits[:, -2:].float().cpu() for row in rows]
+        )
+    limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[base.dtype] * float(reference.abs().max())
+    if float((packed - reference).abs().max()) > limit:
+        raise _mixes("logits differ from transformers' own")
+
+
+def _mixes(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"This base model doesn't keep packed sequences apart: its {reason}.",
+        remedy="Choose a decoder whose attention follows transformers' attention interface.",
+    )
+
+
+def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
+    assert base.attachment is not None
+    lora = LoraConfig(rank=RANKS[index], alpha=8)
+    targets = choose_targets(base.attachment.linears, ALL_LINEAR)
+    row = AdapterRow(targets, lora, dtype=base.dtype, device=base.device)
+    numbers = uniform("invariance", index, count=row.num_parameters) - 0.5
+    row.p.copy_(torch.from_numpy(numbers.astype(np.float32) * 0.05))
+    row.refresh_compute()
+    sequences = []
+    for length in LENGTHS[index]:
+        mask = np.ones(length, np.uint8)
+        mask[0] = 0
+        sequences.append((_ids(base, "invariance", index, length, count=length), mask))
+    num_labels = sum(length - 1 for length in LENGTHS[index])
+    return SliceInput(row=row, sequences=tuple(sequences), label_weight=1 / num_labels, dropout=None)
+
+
+def _ids(base: BaseModel, *key: int | str, count: int) -> np.ndarray:
+    return (random_words(*key, count=count) % np.uint64(base.vocab_size)).astype(np.int32)
+
+
+def _gradients(base: BaseModel, slices: list[SliceInput]) -> list[torch.Tensor]:
+    scores: list[SliceScores] = run_training(base, build_pack(slices, device=base.device))
+    gradients = [
+        torch.cat([part.row.g.cpu(), torch.tensor([score.loss_sum])]) for part, score in zip(slices, scores)
+    ]
+    for part in slices:
+        part.row.g.zero_()
+    return gradients

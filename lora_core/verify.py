@@ -1,0 +1,105 @@
+# pyright: basic
+"""Served equals trained: an exported adapter, loaded by PEFT on the resident base, gives the engine's logits.
+
+The tolerance is measured, not guessed. Without any adapter, the engine and transformers compute the same function
+in another order, so their difference there is rounding alone; with the adapter it may be twice that.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_core.base_model import BaseModel
+from lora_core.errors import BadAdapter, UnsafeFile
+from lora_core.export import PROBE_POSITIONS
+from lora_core.tensor_files import read_header
+
+ROUNDING_FACTOR = 2
+FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """Over all probed logits: the largest difference to PEFT, the largest logit, the largest change that the
+    adapter makes, and the tolerance (all in logits). `num_positions` counts probed positions.
+    """
+
+    max_abs_diff: float
+    max_abs_logit: float
+    max_abs_effect: float
+    tolerance: float
+    passed: bool
+    num_positions: int
+
+
+def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
+    """Compare PEFT's logits with probe.safetensors; the base is left without a trace. Raises BadAdapter."""
+    probe = _load_probe(base, directory)
+    with base.untouched() as model, torch.no_grad():
+        base_logits = _last_logits(model, probe["input_ids"])
+        adapted = _load_adapter(model, directory)
+        try:
+            logits = _last_logits(adapted, probe["input_ids"])
+        finally:
+            adapted.unload()
+    rounding = float((base_logits - probe["base_logits"]).abs().max())
+    largest = float(probe["logits"].abs().max())
+    tolerance = ROUNDING_FACTOR * max(rounding, torch.finfo(base.dtype).eps * largest / 2)
+    difference = float((logits - probe["logits"]).abs().max())
+    return VerifyReport(
+        max_abs_diff=difference,
+        max_abs_logit=largest,
+        max_abs_effect=float((probe["logits"] - probe["base_logits"]).abs().max()),
+        tolerance=tolerance,
+        passed=difference <= tolerance,
+        num_positions=probe["logits"].shape[0] * probe["logits"].shape[1],
+    )
+
+
+def _last_logits(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return logits[:, -PROBE_POSITIONS:].float().cpu()
+
+
+def _load_adapter(model: torch.nn.Module, directory: Path) -> PeftModel:
+    """PEFT's own loading, with its defaults: adapter weights are raised to fp32 as any user's would be."""
+    try:
+        return PeftModel.from_pretrained(model, str(directory), is_trainable=False).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _bad(f"PEFT can't load it: {error}") from error
+
+
+def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
+    for name in FILES:
+        if not (directory / name).is_file():
+            raise _bad(f"{name} is missing")
+    refuse_foreign_code(directory)
+    try:
+        read_header(directory / "adapter_model.safetensors")
+        header = read_header(directory / "probe.safetensors")
+    except UnsafeFile as error:
+        raise _bad(str(error)) from error
+    if header.keys() != {"input_ids", "logits", "base_logits"} or header["logits"][1][-1] != base.vocab_size:
+        raise _bad("probe.safetensors is of another base model or format")
+    return {
+        name: tensor.to(base.device) for name, tensor in load_file(directory / "probe.safetensors").items()
+    }
+
+
+def refuse_foreign_code(directory: Path) -> None:
+    """An adapter configuration may not name classes to import (PEFT's auto_mapping)."""
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text())
+    except (ValueError, RecursionError) as error:
+        raise _bad("adapter_config.json is not valid JSON") from error
+    if not isinstance(config, dict) or config.get("auto_mapping") or config.get("peft_type") != "LORA":
+        raise _bad("adapter_config.json is not that of a plain LoRA adapter")
+
+
+def _bad(reason: str) -> BadAdapter:
+    return BadAdapter(f"The exported adapter is refused: {reason}.", remedy="Export the job again.")
