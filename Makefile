@@ -1,0 +1,57 @@
+# What a person does with this repository. `make` alone lists it.
+# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… PYTEST_ARGS=…
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test test-slow check lock clean
+.SUFFIXES:
+
+BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+SET_UP := pyproject.toml requirements.lock .ci/set-up
+
+# Threads that spin while they wait make everything else on the machine slow.
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
+export KEEP PYTHON TORCH_INDEX
+
+help:
+	@echo "make demo        train three adapters at once and show the result (KEEP=1 leaves the service running)"
+	@echo "make up          start Lorry on this machine: api, dashboard and one worker, until Ctrl-C"
+	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
+	@echo "make test-slow   run the tests that take minutes"
+	@echo "make check       lint, format, types, import rules, migrations, documents"
+	@echo "make lock        write requirements.lock anew from the newest releases"
+	@echo "make clean       remove .venv and all caches"
+
+demo: .venv/.installed-demo
+	$(BIN)/python examples/demo.py
+
+up: .venv/.installed-demo
+	$(BIN)/lorry up
+
+test: .venv/.installed
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: .venv/.installed
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python .ci/check_migrations.py
+	$(PYTEST) -q tests/architecture
+
+lock:
+	.ci/lock
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: $(SET_UP)
+	.ci/set-up dev
+
+.venv/.installed-demo: $(SET_UP)
+	.ci/set-up demo
