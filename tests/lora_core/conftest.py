@@ -1,0 +1,46 @@
+"""Tiny random base models on disk, made once a session; one thread, as a worker on a CPU uses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lora_core.base_model import BaseModel, load_base
+from tests.lora_core.scenarios import VOCAB
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of an untied Llama with grouped heads and a tied GPT-2, in fp32, feature sizes multiples of 64."""
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.1,
+        )
+    )
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.1)
+    )
+    root = tmp_path_factory.mktemp("bases")
+    for name, model in {"llama": llama, "gpt2": gpt2}.items():
+        model.save_pretrained(root / name)
+    return {"llama": root / "llama", "gpt2": root / "gpt2"}
+
+
+@pytest.fixture
+def load(base_dirs: dict[str, Path]) -> Callable[[str, str], BaseModel]:
+    return lambda family, dtype="float32": load_base(base_dirs[family], dtype=dtype, device="cpu")

@@ -1,0 +1,146 @@
+"""Jobs that differ in everything that may differ in one pack, and how tests run them."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from lora_core.base_model import BaseModel
+from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.data import TokenDataset
+from lora_core.engine import Engine
+from lora_core.events import Event, JobFinished
+
+VOCAB = 320
+
+
+def dataset(seed: int, lengths: list[int]) -> TokenDataset:
+    """Rows of the given lengths: random ids, the second half of each row supervised."""
+    numbers = np.random.default_rng(seed)
+    masks = [np.arange(length) >= max(1, length // 2) for length in lengths]
+    return TokenDataset(
+        input_ids=numbers.integers(0, VOCAB, sum(lengths), dtype=np.int32),
+        loss_mask=np.concatenate(masks).astype(np.uint8),
+        row_offsets=np.cumsum([0, *lengths]),
+    )
+
+
+def config(
+    *,
+    rank: int = 4,
+    targets: str | tuple[str, ...] = "all-linear",
+    dropout: float = 0.0,
+    learning_rate: float = 1e-2,
+    batch_size: int = 2,
+    num_steps: int = 4,
+    seed: int = 0,
+    evaluate_every_steps: int | None = None,
+    slice_tokens: int = 1024,
+) -> JobConfig:
+    return JobConfig(
+        lora=LoraConfig(rank=rank, alpha=2 * rank, dropout=dropout, target_modules=targets),
+        optimizer=OptimizerConfig(learning_rate=learning_rate, weight_decay=0.01),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=1, num_steps=num_steps),
+        batch_size=batch_size,
+        num_steps=num_steps,
+        seed=seed,
+        evaluate_every_steps=evaluate_every_steps,
+        slice_tokens=slice_tokens,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    config: JobConfig
+    train: TokenDataset
+    valid: TokenDataset | None = None
+
+
+def submissions(family: str) -> dict[str, Submission]:
+    """Mixed ranks, targets, dropout, lengths (down to 2 tokens), batch sizes, slices and evaluations."""
+    attention = {"llama": ("q_proj", "v_proj"), "gpt2": ("c_attn",)}[family]
+    feed_forward = {"llama": "down_proj", "gpt2": "mlp.c_fc"}[family]
+    top = {"llama": "layers.1.self_attn.o_proj", "gpt2": "h.1.attn.c_proj"}[family]
+    return {
+        "plain": Submission(config=config(seed=1), train=dataset(1, [7, 12, 30, 5, 18])),
+        "dropout": Submission(
+            config=config(rank=8, targets=attention, dropout=0.25, batch_size=3, seed=2, slice_tokens=40),
+            train=dataset(2, [33, 21, 9, 2, 50]),
+        ),
+        "tiny": Submission(config=config(rank=1, targets=feed_forward, batch_size=1, seed=3), train=dataset(3, [2, 3, 4])),
+        "top_only": Submission(
+            config=config(rank=3, targets=top, batch_size=4, num_steps=3, seed=4, evaluate_every_steps=2),
+            train=dataset(4, [16, 17, 64, 1 + 14, 40]),
+            valid=dataset(40, [11, 23, 6]),
+        ),
+        "wide": Submission(
+            config=config(rank=16, dropout=0.1, batch_size=5, num_steps=2, seed=5, slice_tokens=70),
+            train=dataset(5, [80, 13, 27, 44, 8, 19]),
+            valid=dataset(50, [90, 31]),
+        ),
+    }
+
+
+def admit(engine: Engine, name: str, submission: Submission, **options) -> None:
+    engine.admit(name, submission.config, submission.train, submission.valid, **options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """All that a run leaves of a job: the bytes of weights and moments, and its events."""
+
+    vectors: bytes
+    events: tuple[Event, ...]
+
+
+def state_bytes(engine: Engine, job: str) -> bytes:
+    row = engine._jobs[job].row
+    return b"".join(vector.numpy().tobytes() for vector in (row.p, row.m, row.v))
+
+
+def weights(engine: Engine, job: str) -> Tensor:
+    return engine._jobs[job].row.p
+
+
+def run_alone(base: BaseModel, submission: Submission, *, token_budget: int = 4096) -> Outcome:
+    engine = Engine(base, EngineConfig(token_budget=token_budget))
+    admit(engine, "job", submission)
+    events: list[Event] = []
+    while not engine.idle:
+        events += engine.tick()
+    return Outcome(vectors=state_bytes(engine, "job"), events=rename(events, "job"))
+
+
+def rename(events: list[Event], job: str) -> tuple[Event, ...]:
+    """Events of `job`, under the one name that outcomes are compared by."""
+    from dataclasses import replace
+
+    return tuple(replace(event, job="job") for event in events if event.job == job)
+
+
+def run_elastically(
+    base: BaseModel, jobs: dict[str, Submission], *, token_budget: int, seed: int, victim: str
+) -> dict[str, Outcome]:
+    """Shuffled joins at odd ticks, finished jobs leave at once, and `victim` is evicted after its first step."""
+    engine = Engine(base, EngineConfig(token_budget=token_budget))
+    order = sorted(jobs)
+    random.Random(seed).shuffle(order)
+    events: list[Event] = []
+    outcomes: dict[str, Outcome] = {}
+    num_ticks = 0
+    while order or not engine.idle:
+        if order and num_ticks % 2 == 0:
+            name = order.pop()
+            admit(engine, name, jobs[name])
+        new = engine.tick()
+        events += new
+        num_ticks += 1
+        for event in new:
+            if isinstance(event, JobFinished):
+                vectors = state_bytes(engine, event.job)
+                outcomes[event.job] = Outcome(vectors=vectors, events=rename(events, event.job))
+                engine.evict(event.job)
+        if victim in engine.jobs() and engine.progress(victim)[0] >= 1:
+            engine.evict(victim)
+    return outcomes
