@@ -1,0 +1,136 @@
+"""What an artifact is: a kind, and files by name, size and sha256. The manifest's own sha256 is its name.
+
+A manifest may come from a store that somebody else can write to: a path that could leave its folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, ClassVar, cast
+
+import rfc8785
+
+from catalog.errors import LorryError
+
+MAX_PATH_CHARS = 256
+MAX_FILES = 100_000
+DIGEST = re.compile(r"[0-9a-f]{64}")
+KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+class DamagedArtifact(LorryError):
+    """A stored file is missing, or is not what its digest says."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str) -> None:
+        remedy = "Restore the store from a copy, or run the job again."
+        super().__init__(message, code="artifact_damaged", remedy=remedy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ManifestFile:
+    """One file: `path` is relative, with forward slashes; `digest` is the sha256 of its bytes, in hex."""
+
+    path: str
+    digest: str
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        check_digest(self.digest)
+        if not 0 <= self.num_bytes < 2**53:
+            raise DamagedArtifact(f"A manifest gives {self.path!r} a size of {self.num_bytes} bytes.")
+
+    def as_row(self) -> dict[str, Any]:
+        return {"path": self.path, "digest": self.digest, "num_bytes": self.num_bytes}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Files sorted by path, no path twice, none inside another. Raises DamagedArtifact otherwise."""
+
+    kind: str
+    files: tuple[ManifestFile, ...]
+
+    def __post_init__(self) -> None:
+        paths = [file.path for file in self.files]
+        if not KIND.fullmatch(self.kind) or len(paths) > MAX_FILES:
+            raise DamagedArtifact(f"A manifest of kind {self.kind!r} with {len(paths)} files is not one of ours.")
+        if paths != sorted(set(paths)):
+            raise DamagedArtifact("The files of a manifest are not sorted, or one stands there twice.")
+        taken = set(paths)
+        if inside := next((p for p in paths if any(parent in taken for parent in _parents(p))), None):
+            raise DamagedArtifact(f"A manifest has {inside!r} inside another of its files.")
+
+    @classmethod
+    def of(cls, kind: str, files: Iterable[ManifestFile]) -> Manifest:
+        """A manifest with its files put in order."""
+        return cls(kind=kind, files=tuple(sorted(files, key=lambda file: file.path)))
+
+    @classmethod
+    def from_rows(cls, kind: str, rows: Iterable[Mapping[str, Any]]) -> Manifest:
+        """From the `files` of an Artifact row, or of a parsed manifest."""
+        try:
+            return cls(kind=kind, files=tuple(_file(row) for row in rows))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedArtifact("A manifest has an entry without path, digest and size.") from error
+
+    @classmethod
+    def parse(cls, content: bytes) -> Manifest:
+        """From the bytes of a manifest object."""
+        try:
+            record = cast(dict[str, Any], json.loads(content))
+            return cls.from_rows(record["kind"], record["files"])
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise DamagedArtifact("A manifest is not the JSON that it should be.") from error
+
+    def as_rows(self) -> list[dict[str, Any]]:
+        """For an Artifact row."""
+        return [file.as_row() for file in self.files]
+
+    def canonical(self) -> bytes:
+        """RFC 8785 JSON: what is stored and digested."""
+        return rfc8785.dumps({"files": cast(Any, self.as_rows()), "kind": self.kind})
+
+    @property
+    def digest(self) -> str:
+        return sha256(self.canonical()).hexdigest()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    def file(self, path: str) -> ManifestFile | None:
+        return next((file for file in self.files if file.path == path), None)
+
+
+def check_path(path: str) -> None:
+    """Refuse what could name a place outside the folder, on any system. Raises DamagedArtifact."""
+    parts = path.split("/")
+    odd = any(part in ("", ".", "..") for part in parts) or "\\" in path or (len(path) > 1 and path[1] == ":")
+    if odd or len(path) > MAX_PATH_CHARS or any(unicodedata.category(c)[0] == "C" for c in path):
+        raise DamagedArtifact(f"A manifest names the path {path[:MAX_PATH_CHARS]!r}, which is not allowed.")
+
+
+def check_digest(digest: str) -> None:
+    if not DIGEST.fullmatch(digest):
+        raise DamagedArtifact(f"{digest[:80]!r} is not a sha256 in hex.")
+
+
+def _file(row: Mapping[str, Any]) -> ManifestFile:
+    path, digest, num_bytes = row["path"], row["digest"], row["num_bytes"]
+    if not (isinstance(path, str) and isinstance(digest, str) and type(num_bytes) is int):
+        raise TypeError
+    return ManifestFile(path=path, digest=digest, num_bytes=num_bytes)
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts))]

@@ -1,0 +1,145 @@
+"""The one file that knows obstore: objects by key, in a folder or a bucket, with our errors.
+
+Writes are atomic. Reads go in ranges, so that no request is longer than its time limit, whatever the size.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from catalog.errors import OutOfSpace, Unavailable
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+CHUNK_BYTES = 8 * 2**20
+RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
+FULL = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")
+STAGED = re.compile(r".*#\d+")
+"""Name of a local file that obstore has not finished writing."""
+
+
+class NoSuchObject(Exception):
+    """No object has this key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One stored object; `written_at` is seconds since 1970 by the store's clock."""
+
+    key: str
+    num_bytes: int
+    written_at: float
+
+
+class Objects:
+    """Bytes by key. `url`: file:///folder, or s3://bucket/prefix with AWS_… from the environment."""
+
+    def __init__(self, url: str) -> None:
+        self.folder = _folder(url)
+        with translated():
+            self._store = _open(url, self.folder)
+
+    def put(self, key: str, chunks: bytes | Iterable[bytes]) -> None:
+        """Write the object whole or not at all; an exception out of `chunks` leaves nothing."""
+        with translated():
+            obstore.put(self._store, key, chunks, chunk_size=CHUNK_BYTES, max_concurrency=2)
+        if self.folder is not None:
+            _settle(self.folder / key)
+
+    def head(self, key: str) -> Entry:
+        """Raises NoSuchObject."""
+        with translated(key):
+            return _entry(obstore.head(self._store, key))
+
+    def read(self, key: str) -> Iterator[bytes]:
+        """Chunks of at most 8 MiB. Raises NoSuchObject at the call, not at the first chunk."""
+        return self._ranges(key, self.head(key).num_bytes)
+
+    def _ranges(self, key: str, num_bytes: int) -> Iterator[bytes]:
+        for start in range(0, num_bytes, CHUNK_BYTES):
+            with translated(key):
+                chunk = obstore.get_range(self._store, key, start=start, end=min(start + CHUNK_BYTES, num_bytes))
+            yield bytes(chunk)
+
+    def list_all(self, prefix: str) -> Iterator[Entry]:
+        with translated():
+            for batch in cast(Any, obstore).list(self._store, prefix):
+                yield from map(_entry, batch)
+
+    def delete(self, key: str) -> None:
+        with translated(key):
+            obstore.delete(self._store, key)
+
+    def delete_staged(self, *, older_than: float) -> None:
+        """Remove what writers that were killed left unfinished in a local folder.
+
+        In a bucket these are incomplete multipart uploads: its lifecycle rule removes them.
+        """
+        if self.folder is None:
+            return
+        for path in self.folder.rglob("*#*"):
+            if STAGED.fullmatch(path.name) and path.stat().st_mtime < older_than:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def translated(key: str = "") -> Generator[None]:
+    """obstore's and the system's errors as ours: NoSuchObject, OutOfSpace, Unavailable."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NoSuchObject(key) from error
+    except (BaseError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
+            raise OutOfSpace(
+                "The disk or the quota of the store is full.",
+                code="out_of_space",
+                remedy="Nothing was kept. Free space under the data folder, then try again.",
+            ) from error
+        raise Unavailable(
+            "The artifact store does not answer.",
+            code="store_unavailable",
+            remedy="Nothing was changed. Try again in a few seconds; if it lasts, check LORRY_STORE_URL.",
+        ) from error
+
+
+def _folder(url: str) -> Path | None:
+    parts = urlsplit(url)
+    return Path(url2pathname(parts.path)) if parts.scheme == "file" else None
+
+
+def _open(url: str, folder: Path | None) -> ObjectStore:
+    if folder is not None:
+        return LocalStore(folder, mkdir=True)
+    plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("true", "1")
+    options: ClientConfig = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=60)}
+    return from_url(url, client_options={**options, "allow_http": plain}, retry_config=RETRY)
+
+
+def _entry(meta: Any) -> Entry:
+    return Entry(key=meta["path"], num_bytes=meta["size"], written_at=meta["last_modified"].timestamp())
+
+
+def _settle(path: Path) -> None:
+    """Make a finished file and its name outlive a power cut."""
+    for place in (path, path.parent):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,230 @@
+"""Content-addressed blobs and manifests: written blobs first and manifest last, verified when read.
+
+`blobs/ab/abcdef…` is the sha256 of the content, so writing twice is writing once. Nothing is deleted but by
+`delete_unreferenced`, which spares what is young: somebody may be about to name it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from catalog.artifacts.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
+from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects, translated
+from catalog.settings import Settings
+
+GRACE_SECONDS = 24 * 3600.0
+"""An unreferenced object lives at least this long: longer than any upload or export takes."""
+REFRESH_SECONDS = GRACE_SECONDS / 4
+"""A blob older than this is written again when it is put again, so that its grace begins anew."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blob:
+    """One stored content."""
+
+    digest: str
+    num_bytes: int
+
+
+def open_store(settings: Settings) -> ArtifactStore:
+    """The store that the settings name. Raises Unavailable."""
+    return ArtifactStore(Objects(settings.resolved_store_url()))
+
+
+class ArtifactStore:
+    """Raises OutOfSpace, Unavailable, and DamagedArtifact where content and digest differ."""
+
+    def __init__(self, objects: Objects, *, clock: Callable[[], float] = time.time) -> None:
+        self.objects = objects
+        self.clock = clock
+
+    def put_file(self, path: Path) -> Blob:
+        """Store the content of one file. Idempotent; a file that changes meanwhile is not stored."""
+        with path.open("rb") as file:
+            content = file.read(CHUNK_BYTES + 1)
+        if len(content) <= CHUNK_BYTES:
+            return self.put_bytes(content)
+        blob = _digest_of(path)
+        if not self._has(blob_key(blob.digest), blob.num_bytes):
+            self.objects.put(blob_key(blob.digest), _verified(_chunks(path), blob.digest))
+        return blob
+
+    def put_bytes(self, content: bytes) -> Blob:
+        """Store a short content."""
+        blob = Blob(digest=sha256(content).hexdigest(), num_bytes=len(content))
+        if not self._has(blob_key(blob.digest), blob.num_bytes):
+            self.objects.put(blob_key(blob.digest), content)
+        return blob
+
+    def put_folder(self, folder: Path, *, kind: str) -> Manifest:
+        """Store every file under `folder`, then the manifest that names them. Links are refused."""
+        files: list[ManifestFile] = []
+        for path in sorted(folder.rglob("*")):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise DamagedArtifact(f"{path.relative_to(folder).as_posix()!r} is not a plain file.")
+            if path.is_file():
+                blob = self.put_file(path)
+                name = path.relative_to(folder).as_posix()
+                files.append(ManifestFile(path=name, digest=blob.digest, num_bytes=blob.num_bytes))
+        manifest = Manifest.of(kind, files)
+        self.put_manifest(manifest)
+        return manifest
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """Store a manifest whose blobs are stored already."""
+        content = manifest.canonical()
+        if not self._has(manifest_key(manifest.digest), len(content)):
+            self.objects.put(manifest_key(manifest.digest), content)
+
+    def get_manifest(self, digest: str) -> Manifest:
+        check_digest(digest)
+        try:
+            content = b"".join(self.objects.read(manifest_key(digest)))
+        except NoSuchObject as error:
+            raise DamagedArtifact(f"The manifest {digest} is missing from the store.") from error
+        if sha256(content).hexdigest() != digest:
+            raise DamagedArtifact(f"The manifest {digest} has changed in the store.")
+        return Manifest.parse(content)
+
+    def open_blob(self, digest: str) -> Iterator[bytes]:
+        """The content in chunks. A missing blob raises at the call; a changed one after its last chunk."""
+        check_digest(digest)
+        try:
+            chunks = self.objects.read(blob_key(digest))
+        except NoSuchObject as error:
+            raise DamagedArtifact(f"The blob {digest} is missing from the store.") from error
+        return _verified(chunks, digest)
+
+    def fetch(self, manifest: Manifest, into: Path) -> None:
+        """Make `into` (absent, or an empty folder) hold the files, each verified: whole or not at all."""
+        with _disk():
+            into.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
+        try:
+            with _disk():
+                for file in manifest.files:
+                    self._fetch_file(file, temporary / file.path)
+                temporary.chmod(0o755)
+                temporary.rename(into)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _fetch_file(self, file: ManifestFile, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as out:
+            for chunk in self.open_blob(file.digest):
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def verify(self, manifest: Manifest) -> list[str]:
+        """Read everything back. What is wrong, in sentences; none if all is well."""
+        problems: list[str] = []
+        for file in manifest.files:
+            try:
+                num_bytes = sum(len(chunk) for chunk in self.open_blob(file.digest))
+            except DamagedArtifact as error:
+                problems.append(f"{file.path}: {error.message}")
+                continue
+            if num_bytes != file.num_bytes:
+                problems.append(
+                    f"{file.path} has {num_bytes} bytes in the store, and {file.num_bytes} by its manifest."
+                )
+        return problems
+
+    def delete_unreferenced(self, live: set[str], *, grace_seconds: float = GRACE_SECONDS) -> int:
+        """Delete what no digest in `live` (manifests and blobs) leads to and is older than the grace.
+
+        Returns the number of objects deleted. A live manifest keeps its blobs; one that can't be read stops
+        the sweep before anything is deleted. Safe beside writers: what they put or put again is young.
+        """
+        oldest = self.clock() - grace_seconds
+        kept = {manifest_key(digest) for digest in live} | {blob_key(digest) for digest in live}
+        for entry in self.objects.list_all("manifests"):
+            if entry.key in kept or entry.written_at >= oldest:
+                digest = entry.key.removeprefix("manifests/").removesuffix(".json")
+                kept |= {blob_key(file.digest) for file in self.get_manifest(digest).files}
+        num_deleted = 0
+        for prefix in ("manifests", "blobs"):
+            for entry in list(self.objects.list_all(prefix)):
+                num_deleted += entry.key not in kept and self._delete_if_old(entry.key, oldest)
+        self.objects.delete_staged(older_than=oldest)
+        return num_deleted
+
+    def check_reachable(self) -> None:
+        """Raises Unavailable where the store does not answer."""
+        try:
+            self.objects.head("manifests/none")
+        except NoSuchObject:
+            return
+
+    def _has(self, key: str, num_bytes: int) -> bool:
+        try:
+            entry = self.objects.head(key)
+        except NoSuchObject:
+            return False
+        return entry.num_bytes == num_bytes and self.clock() - entry.written_at < REFRESH_SECONDS
+
+    def _delete_if_old(self, key: str, oldest: float) -> bool:
+        """Look once more: it may have been put again since it was listed."""
+        try:
+            if self.objects.head(key).written_at >= oldest:
+                return False
+            self.objects.delete(key)
+        except NoSuchObject:
+            return False
+        return True
+
+
+def blob_key(digest: str) -> str:
+    return f"blobs/{digest[:2]}/{digest}"
+
+
+def manifest_key(digest: str) -> str:
+    return f"manifests/{digest}.json"
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _digest_of(path: Path) -> Blob:
+    digest, num_bytes = sha256(), 0
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return Blob(digest=digest.hexdigest(), num_bytes=num_bytes)
+
+
+def _verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
+    """The chunks as they are; raises after the last if they are not the content of `digest`."""
+    seen = sha256()
+    for chunk in chunks:
+        seen.update(chunk)
+        yield chunk
+    if seen.hexdigest() != digest:
+        raise DamagedArtifact(f"The content of {digest} has changed.")
+
+
+@contextmanager
+def _disk() -> Generator[None]:
+    """A full local disk as OutOfSpace."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with translated():
+                raise
+        raise

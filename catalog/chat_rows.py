@@ -1,0 +1,177 @@
+"""One line of a chat data set: what it may hold, and a reason and a remedy where it holds something else.
+
+Strict on purpose: JSON's loose ends (duplicate keys, NaN, numbers without end) mean different things to
+different readers, so none is let in. A message is never quoted in a refusal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NotRequired, TypedDict, cast
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id"})
+UNSUPPORTED = frozenset({"tools", "parallel_tool_calls", "functions", "tool_calls", "function_call", "audio"})
+MAX_DIGITS = 19
+"""As many as a 64-bit integer has."""
+MAX_NAMED_CHARS = 40
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    weight: NotRequired[int]
+    """0: the turn is read but not learnt. Only on assistant turns."""
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+
+
+class BadRow(Exception):
+    """What is wrong with one row: `reason` begins in lower case, `remedy` is a sentence."""
+
+    def __init__(self, code: str, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.remedy = remedy
+
+
+def parse_row(line: bytes) -> list[Message]:
+    """The messages of one line. Raises BadRow, whatever the bytes are."""
+    row = _parse_json(line)
+    if not isinstance(row, dict):
+        raise BadRow("row_not_object", f"the row is {_kind(row)}, not an object", 'Write {"messages": [...]}.')
+    return _check_row(cast(dict[str, Any], row))
+
+
+def is_supervised(messages: list[Message]) -> bool:
+    """Something in the row is learnt."""
+    return any(m["role"] == "assistant" and m["content"].strip() and m.get("weight", 1) for m in messages)
+
+
+def _parse_json(line: bytes) -> Any:
+    try:
+        row = _DECODER.decode(line.decode("utf-8"))
+        if b"\\ud" in line or b"\\uD" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        return row
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} is not valid UTF-8"
+        raise BadRow("invalid_utf8", reason, "Save the file as UTF-8.") from error
+    except UnicodeEncodeError as error:
+        remedy = "Write characters outside the basic plane as they are, or as a pair of \\u escapes."
+        raise BadRow("lone_surrogate", "an escape \\ud… stands without its other half", remedy) from error
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
+        raise BadRow("invalid_json", reason, "Write each row with a JSON library, on one line.") from error
+    except RecursionError as error:
+        remedy = "A row needs no more than three levels: object, list of messages, message."
+        raise BadRow("json_too_deep", "the JSON is nested too deep", remedy) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise BadRow("duplicate_key", f"the key {_name(twice)} occurs twice in one object", "Keep one of them.")
+    return row
+
+
+def _constant(name: str) -> Any:
+    raise BadRow("number_not_finite", f"{name} is not a JSON number", "Leave the value out, or give a number.")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise BadRow("number_not_finite", "a number is too large to be finite", "Give a number below 1e308.")
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text.lstrip("-")) > MAX_DIGITS:
+        reason = f"an integer has more than {MAX_DIGITS} digits"
+        raise BadRow("number_too_large", reason, "Write long numbers as strings.")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int)
+
+
+def _check_row(row: dict[str, Any]) -> list[Message]:
+    if row.keys() != {"messages"}:
+        _check_row_keys(row)
+    messages = row["messages"]
+    if not isinstance(messages, list):
+        reason = f"messages is {_kind(messages)}, not a list"
+        raise BadRow("messages_not_list", reason, "Write a list of {role, content} objects.")
+    for index, message in enumerate(cast(list[Any], messages)):
+        _check_message(f"messages[{index}]", message)
+    checked = cast(list[Message], messages)
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in checked):
+        reason = "the chat has no assistant message with text"
+        raise BadRow("no_assistant_turn", reason, "Add the answer that the model is to learn, or remove the row.")
+    return checked
+
+
+def _check_row_keys(row: dict[str, Any]) -> None:
+    for key in row:
+        if key in UNSUPPORTED:
+            raise BadRow("tools_unsupported", f"{key!r} is not supported", "Train on text alone: remove it.")
+        if key != "messages":
+            remedy = 'A row has the one key "messages". Remove the other, or correct its spelling.'
+            raise BadRow("unknown_key", f"the key {_name(key)} is unknown", remedy)
+    raise BadRow("messages_missing", 'the key "messages" is missing', 'Write {"messages": [...]}.')
+
+
+def _check_message(place: str, message: Any) -> None:
+    if not isinstance(message, dict):
+        reason = f"{place} is {_kind(message)}, not an object"
+        raise BadRow("message_not_object", reason, 'Write {"role": ..., "content": ...}.')
+    fields = cast(dict[str, Any], message)
+    if not fields.keys() <= MESSAGE_KEYS:
+        _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
+    role = fields.get("role")
+    if role not in ROLES:
+        reason = f"{place}.role is {_name(role) if isinstance(role, str) else _kind(role)}"
+        raise BadRow("invalid_role", reason, f"Use one of {', '.join(ROLES)}.")
+    if not isinstance(fields.get("content"), str):
+        given = _kind(fields["content"]) if "content" in fields else "missing"
+        remedy = "Give text as one string; parts, images and audio are not supported."
+        raise BadRow("content_not_text", f"{place}.content is {given}", remedy)
+    if len(fields) > 2:
+        _check_extras(place, role, fields)
+
+
+def _refuse_key(place: str, key: str) -> None:
+    if key in UNSUPPORTED:
+        raise BadRow("tools_unsupported", f"{place}.{key} is not supported", "Train on text alone: remove it.")
+    remedy = f"A message has the keys {', '.join(sorted(MESSAGE_KEYS))}."
+    raise BadRow("unknown_key", f"{place} has the unknown key {_name(key)}", remedy)
+
+
+def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
+    if "weight" in fields:
+        weight = fields["weight"]
+        if role != "assistant" or type(weight) is not int or weight not in (0, 1):
+            reason = f"{place}.weight must be 0 or 1, and stand on an assistant message"
+            raise BadRow("invalid_weight", reason, "Use 0 for a turn that is read but not learnt; leave others out.")
+    for key in ("name", "tool_call_id"):
+        if key in fields and not isinstance(fields[key], str):
+            raise BadRow("invalid_name", f"{place}.{key} is {_kind(fields[key])}", "Give a string, or leave it out.")
+
+
+def _name(text: str) -> str:
+    """A key or a role as a person wrote it, short, and with nothing that a terminal would act on."""
+    return ascii(text if len(text) <= MAX_NAMED_CHARS else text[:MAX_NAMED_CHARS] + "...")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names[type(value)]
