@@ -1,0 +1,71 @@
+"""How every group of commands is built: errors become a sentence and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lorry.cli import output
+
+if TYPE_CHECKING:
+    from lorry.client import Lorry
+
+EXIT_REFUSED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Group(TyperGroup):
+    """Runs a command and says what went wrong on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from lorry.errors import LorryError
+
+        try:
+            return super().invoke(ctx)
+        except LorryError as error:
+            _say_error(error)
+            raise typer.Exit(EXIT_REFUSED) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            output.say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+            raise typer.Exit(EXIT_REFUSED) from None
+
+
+def group(help_text: str) -> typer.Typer:
+    """A Typer app in the house's way."""
+    return typer.Typer(
+        cls=Group, help=help_text, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
+
+
+def client() -> Lorry:
+    """Of the service that the environment or the connection file names."""
+    from lorry.client import Lorry
+
+    return Lorry()
+
+
+def run(app: typer.Typer) -> None:
+    """The entry point's last net: our own mistake is one sentence too, unless LORRY_TRACEBACK is set."""
+    try:
+        app(prog_name="lorry")
+    except Exception as error:
+        if os.environ.get("LORRY_TRACEBACK"):
+            raise
+        output.say(f"Error: lorry made a mistake ({type(error).__name__}: {error}).")
+        output.say("Run it again with LORRY_TRACEBACK=1 and report what it prints.")
+        raise SystemExit(EXIT_REFUSED) from None
+
+
+def _say_error(error: Any) -> None:
+    from lorry.errors import APIError
+
+    place = f" (at {error.param})" if isinstance(error, APIError) and error.param else ""
+    output.say(f"Error: {error.message}{place}")
+    if error.remedy and error.remedy not in error.message:
+        output.say(error.remedy)

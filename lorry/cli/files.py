@@ -1,0 +1,97 @@
+"""`lorry files`: data sets, and what preparation found in them."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorry.cli import output
+from lorry.cli.app import client, group
+from lorry.cli.output import AsJson
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from lorry.client import Lorry
+    from lorry.models import File
+    from lorry.resources.files import OnBytes
+
+app = group("Data sets.")
+
+
+@app.command()
+def upload(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Chat JSONL.")],
+    purpose: Annotated[str, typer.Option(help="fine-tune, unless you know better.")] = "fine-tune",
+    as_json: AsJson = False,
+) -> None:
+    """Upload a file; every line is checked."""
+    file = upload_with_bar(client(), path, purpose=purpose)
+    if as_json:
+        output.print_json(file.raw)
+    else:
+        output.console().print(file.id)
+
+
+@app.command("list")
+def list_(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Uploaded files, newest first."""
+    files = list(client().files.list(limit=limit))
+    if as_json:
+        return output.print_json([file.raw for file in files])
+    rows = [(f.id, f.filename, output.size(f.bytes), f.purpose, output.when(f.created_at)) for f in files]
+    return output.table(
+        ("ID", "NAME", "SIZE", "PURPOSE", "CREATED"),
+        rows,
+        empty="There is no file yet. Upload one with `lorry files upload PATH`.",
+    )
+
+
+@app.command()
+def report(
+    file_id: Annotated[str, typer.Argument(help="The file's id.")],
+    model: Annotated[str, typer.Option(help="The base model whose tokenizer counts.")],
+    as_json: AsJson = False,
+) -> None:
+    """Rows, tokens, truncated rows, rows with nothing to learn, duplicates."""
+    found = client().files.report(file_id, model=model)
+    if as_json:
+        output.print_json(found)
+    else:
+        output.pairs(flatten(found))
+
+
+def upload_with_bar(lorry: Lorry, path: Path, *, purpose: str = "fine-tune") -> File:
+    """Uploads with a bar on stderr, where that is a terminal."""
+    with byte_bar(f"Uploading {path.name}") as on_progress:
+        return lorry.files.upload(path, purpose=purpose, on_progress=on_progress)
+
+
+@contextmanager
+def byte_bar(label: str) -> Generator[OnBytes | None]:
+    """A bar of bytes that goes away when it is full."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=output.messages(), transient=True) as progress:
+        task = progress.add_task(output.clean(label), total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Nested objects as dotted labels."""
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from flatten(inner, f"{prefix}{name}.")  # pyright: ignore[reportUnknownArgumentType]
+        elif name != "object":
+            yield f"{prefix}{name}", inner

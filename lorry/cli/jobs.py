@@ -1,0 +1,216 @@
+"""`lorry jobs`: submit, look, watch, steer."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from lorry.cli import output, watching
+from lorry.cli.app import EXIT_REFUSED, client, group
+from lorry.cli.files import flatten, upload_with_bar
+from lorry.cli.output import AsJson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorry import requests
+    from lorry.client import Lorry
+    from lorry.models import Job, JobEvent
+
+app = group("Fine-tuning jobs.")
+
+JobId = Annotated[str, typer.Argument(help="The job's id.")]
+
+
+class Priority(StrEnum):
+    """Whose turn comes first."""
+
+    urgent = "urgent"
+    normal = "normal"
+    batch = "batch"
+
+
+@app.command()
+def submit(
+    model: Annotated[str, typer.Argument(help="A base model's name.")],
+    training: Annotated[
+        str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")
+    ],
+    *,
+    valid: Annotated[str | None, typer.Option(help="Held-out file: a path or an id.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha/rank.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Probability of dropping an input of A.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Linear layer to adapt; may be repeated.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training file.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="End after so many optimizer steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Becomes part of the adapter's name.")] = None,
+    priority: Annotated[Priority | None, typer.Option(help="Class in the queue.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and draw its progress.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a job; files that are paths are uploaded first."""
+    lorry = client()
+    lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": target or None}
+    numbers = {"batch_size": batch_size, "n_epochs": epochs}
+    job = lorry.jobs.create(
+        model=model,
+        training_file=_file_id(lorry, training),
+        validation_file=None if valid is None else _file_id(lorry, valid),
+        suffix=suffix,
+        seed=seed,
+        lora=cast("requests.Lora | None", _given(lora)),
+        optimizer=None if learning_rate is None else {"learning_rate": learning_rate},
+        hyperparameters=cast("requests.Hyperparameters | None", _given(numbers)),
+        max_steps=max_steps,
+        priority=None if priority is None else priority.value,
+    )
+    if watch:
+        _watch(lorry, [job.id], as_json=as_json)
+    elif as_json:
+        output.print_json(job.raw)
+    else:
+        output.console().print(job.id)
+
+
+@app.command("list")
+def list_(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Newest first."""
+    jobs = list(client().jobs.list(limit=limit))
+    if as_json:
+        return output.print_json([job.raw for job in jobs])
+    rows = [(j.id, j.status, j.model, _steps(j), j.progress.loss, output.when(j.created_at)) for j in jobs]
+    columns = ("ID", "STATUS", "MODEL", "STEP", "LOSS", "CREATED")
+    return output.table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
+
+
+@app.command()
+def show(job_id: JobId, as_json: AsJson = False) -> None:
+    """Everything about one job, and why it waits."""
+    lorry = client()
+    job = lorry.jobs.get(job_id)
+    if as_json:
+        return output.print_json(job.raw)
+    output.pairs(
+        (
+            ("id", job.id),
+            ("status", _status(job)),
+            ("error", job.error and f"{job.error.message} {job.error.remedy}".strip()),
+            ("model", job.model),
+            ("adapter", job.fine_tuned_model),
+            ("step", _steps(job)),
+            ("loss", job.progress.loss),
+            ("time left", None if job.is_final else output.duration(job.progress.seconds_left)),
+            ("trained tokens", job.trained_tokens),
+            ("training file", job.training_file),
+            ("validation file", job.validation_file),
+            ("seed", job.seed),
+            ("priority", job.priority),
+            ("trainer", job.trainer_id),
+            ("created", output.when(job.created_at)),
+            ("finished", output.when(job.finished_at)),
+            *flatten({"hyperparameters": job.hyperparameters, "lora": job.lora, "optimizer": job.optimizer}),
+        )
+    )
+    if job.status in {"queued", "validating_files"}:
+        output.pairs((f"why: {label}", value) for label, value in flatten(lorry.jobs.why(job_id)))
+    return None
+
+
+@app.command()
+def watch(
+    job_ids: Annotated[list[str], typer.Argument(metavar="JOB...", help="One or more ids.")],
+    as_json: AsJson = False,
+) -> None:
+    """Draw live bars until all are done. Exit code 1 if one did not succeed."""
+    _watch(client(), job_ids, as_json=as_json)
+
+
+@app.command()
+def cancel(job_id: JobId, as_json: AsJson = False) -> None:
+    """End a job for good."""
+    _told(client().jobs.cancel(job_id), as_json=as_json)
+
+
+@app.command()
+def pause(job_id: JobId, as_json: AsJson = False) -> None:
+    """Stop a job at its last checkpoint; `resume` goes on from there."""
+    _told(client().jobs.pause(job_id), as_json=as_json)
+
+
+@app.command()
+def resume(job_id: JobId, as_json: AsJson = False) -> None:
+    """Put a paused job back into the queue."""
+    _told(client().jobs.resume(job_id), as_json=as_json)
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job is done.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The job's events, oldest first."""
+    lorry = client()
+    events = (
+        (update.event for update in lorry.jobs.follow(job_id) if update.event is not None)
+        if follow
+        else reversed(list(lorry.jobs.events(job_id)))
+    )
+    for event in events:
+        _print_event(event, as_json=as_json)
+
+
+def _watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
+    jobs = watching.watch(lorry, job_ids, as_json=as_json)
+    if any(job.status != "succeeded" for job in jobs):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _file_id(lorry: Lorry, path_or_id: str) -> str:
+    """The id of an uploaded file; a path is uploaded. A path that is there wins over an id that looks like it."""
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        return upload_with_bar(lorry, path).id
+    if path_or_id.startswith("file-") and "/" not in path_or_id:
+        return path_or_id
+    raise typer.BadParameter(f"{path_or_id!r} is neither a file here nor the id of an uploaded one (file-…).")
+
+
+def _given(values: Mapping[str, object]) -> dict[str, object] | None:
+    return {name: value for name, value in values.items() if value is not None} or None
+
+
+def _told(job: Job, *, as_json: bool) -> None:
+    if as_json:
+        output.print_json(job.raw)
+    else:
+        output.say(f"{job.id} is {_status(job)}.")
+
+
+def _status(job: Job) -> str:
+    for wanted, verb in ((job.cancel_requested, "cancelled"), (job.pause_requested, "paused")):
+        if wanted and job.status == "running":
+            return f"running, and will be {verb} at its next tick"
+    return job.status
+
+
+def _steps(job: Job) -> str | None:
+    return f"{job.progress.step}/{job.progress.num_steps}" if job.progress.num_steps else None
+
+
+def _print_event(event: JobEvent, *, as_json: bool) -> None:
+    if as_json:
+        output.print_json_line(event.raw)
+    else:
+        line = f"{output.when(event.created_at)}  {event.level:5}  {event.message}"
+        output.console().print(output.clean(line), soft_wrap=True)

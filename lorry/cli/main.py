@@ -1,0 +1,45 @@
+"""Puts the groups of commands together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorry.cli import adapters, files, fleet, jobs, models, up
+from lorry.cli.app import group, run
+
+app = group(
+    "Trains many LoRA adapters at once on the GPUs you own.\n\n"
+    "Talks to the service that LORRY_URL and LORRY_API_KEY name, or to the local one that `lorry up` started.\n\n"
+    "Exit codes: 0 done; 1 the service or a check refused; 2 wrong usage; 130 interrupted."
+)
+app.command("up")(up.up)
+app.add_typer(models.app, name="models")
+app.add_typer(files.app, name="files")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(adapters.app, name="adapters")
+app.command("queue")(fleet.queue)
+app.command("workers")(fleet.workers)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from lorry import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(  # pyright: ignore[reportUnusedFunction] - typer calls it
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """What the command `lorry` runs."""
+    run(app)

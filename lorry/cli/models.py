@@ -1,0 +1,60 @@
+"""`lorry models`: base models, and the adapters trained on them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from lorry.cli import output
+from lorry.cli.app import client, group
+from lorry.cli.output import AsJson
+
+app = group("Base models and adapters.")
+
+
+class Kind(StrEnum):
+    """What a source is."""
+
+    hub = "hub"
+    folder = "folder"
+    gguf = "gguf"
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What jobs will call the base.")],
+    source: Annotated[str, typer.Argument(help="A hub id, a folder of safetensors, or a GGUF file.")],
+    *,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Where it can't be seen from SOURCE.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the import is done.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Import a base model, and record its digest."""
+    lorry = client()
+    model = lorry.models.add(name, source, kind=None if kind is None else kind.value, revision=revision)
+    if wait:
+        with output.messages().status(f"Importing {output.clean(name)}"):
+            model = lorry.models.wait(name)
+    if as_json:
+        output.print_json(model.raw)
+    elif model.state == "ready":
+        output.say(f"{name} is ready, digest {model.digest}.")
+    else:
+        output.say(f"{name} is being imported; `lorry models list` shows when it is ready.")
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """What jobs can train on, and what they made."""
+    models = list(client().models.list())
+    if as_json:
+        return output.print_json([model.raw for model in models])
+    rows = [(m.id, m.kind, m.state, m.base, (m.digest or "")[:16] or None, output.when(m.created)) for m in models]
+    return output.table(
+        ("NAME", "KIND", "STATE", "BASE", "DIGEST", "CREATED"),
+        rows,
+        empty="There is no model yet. Add one with `lorry models add NAME SOURCE`.",
+    )

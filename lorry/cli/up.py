@@ -1,0 +1,115 @@
+"""`lorry up`: a whole service on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorry.cli import output
+from lorry.cli.app import EXIT_INTERRUPTED
+from lorry.cli.output import AsJson
+
+if TYPE_CHECKING:
+    from lorry.connection import Connection
+    from lorry.local.service import Service
+
+
+def up(
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of everything that is kept. Default: LORRY_DATA_DIR, else ~/.lorry.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: 8472, or the next one that is free.")
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="cpu, or GPU numbers such as 0,1. Default: every GPU, else the CPU.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start the service: api, database, store and a worker per device. Ctrl-C drains and ends it."""
+    from lorry import connection
+    from lorry.local import devices as device_names
+    from lorry.local import ports, service
+    from lorry.local.lock import DataLock
+
+    service.check_installed()
+    chosen = device_names.choose(devices)
+    folder = (data_dir or connection.default_data_dir()).expanduser().resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with DataLock(folder):
+        chosen_port = ports.choose(host, port)
+        running = service.Service(folder, host=host, port=chosen_port)
+        running.logs.mkdir(mode=0o700, exist_ok=True)
+        known = _bootstrap(running, ports.url(host, chosen_port))
+        num_signals = _supervise(running, known, chosen, as_json=as_json)
+    if num_signals > 1:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _bootstrap(running: Service, url: str) -> Connection:
+    """The connection file keeps the key of the first start; a later start only renews the address."""
+    from lorry import connection
+    from lorry.errors import NotConfigured
+
+    made = running.bootstrap()
+    try:
+        before = connection.read(running.data_dir)
+    except NotConfigured as error:
+        output.say(error.message)
+        before = None
+    known = connection.Connection(url=url, api_key=made or (before.api_key if before else None))
+    connection.write(running.data_dir, known)
+    if known.api_key is None:
+        output.say(
+            f"No API key is known: {running.data_dir / connection.FILE_NAME} was lost, and a key is shown only once. "
+            f"Make a new one with: LORRY_DATA_DIR={running.data_dir} python -m api new-key"
+        )
+    return known
+
+
+def _supervise(running: Service, known: Connection, devices: list[str], *, as_json: bool) -> int:
+    from lorry.local.supervisor import Supervisor
+
+    def announce() -> None:
+        link = running.sign_in_link()
+        if as_json:
+            output.print_json_line({"url": known.url, "sign_in_url": link, "data_dir": str(running.data_dir)})
+        else:
+            _announce(running, known.url, link, devices)
+
+    return Supervisor(
+        running.api(),
+        running.workers(devices),
+        is_ready=lambda: _is_ready(known.url),
+        on_ready=announce,
+        say=output.say,
+    ).run()
+
+
+def _announce(running: Service, url: str, link: str, devices: list[str]) -> None:
+    lines = (
+        f"Lorry runs at {url}",
+        f"  dashboard   {link}",
+        "              (this link signs in once, within 15 minutes)",
+        f"  data        {running.data_dir}",
+        f"  devices     {', '.join(devices)}",
+        f"  logs        {running.logs}",
+        "Ctrl-C stops it; jobs go on at the next start." if os.isatty(0) else "SIGTERM stops it.",
+    )
+    out = output.console()
+    for line in lines:
+        out.print(line, soft_wrap=True)
+    out.file.flush()
+
+
+def _is_ready(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False

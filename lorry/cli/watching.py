@@ -1,0 +1,125 @@
+"""Live bars for jobs: step, loss, tokens/s and time left. One thread per job reads; the main thread draws."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from lorry.cli import output
+from lorry.errors import LorryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.progress import Progress, TaskID
+
+    from lorry.client import Lorry
+    from lorry.models import Job
+
+Message = tuple[str, "Job | LorryError"]
+
+
+def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:
+    """Until all are final; returns them as they ended. With JSON, every change is one line on stdout."""
+    unique = list(dict.fromkeys(job_ids))
+    if as_json:
+        return _drain(lorry, unique, lambda job: output.print_json_line(job.raw))
+    if not sys.stderr.isatty():
+        return _drain(lorry, unique, _Lines().show)
+    with _bars() as progress:
+        bars = {job_id: progress.add_task(job_id, total=None, facts="") for job_id in unique}
+        jobs = _drain(lorry, unique, lambda job: _draw(progress, bars[job.id], job))
+    for job in jobs:
+        output.say(ending(job))
+    return jobs
+
+
+def ending(job: Job) -> str:
+    """One sentence on how a job ended."""
+    if job.status == "succeeded":
+        return f"{job.id} succeeded: {job.fine_tuned_model}"
+    why = f": {job.error.message} {job.error.remedy}".rstrip() if job.error else "."
+    return f"{job.id} {job.status}{why}"
+
+
+def facts(job: Job) -> str:
+    """What stands beside a bar."""
+    progress = job.progress
+    parts = [job.status]
+    if progress.num_steps:
+        parts.append(f"step {progress.step}/{progress.num_steps}")
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.3f}")
+    if progress.tokens_per_second is not None and not job.is_final:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.seconds_left is not None and not job.is_final:
+        parts.append(f"{output.duration(progress.seconds_left)} left")
+    return "  ".join(parts)
+
+
+class _Lines:
+    """For logs and pipes: one line when a job's status or step has changed."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, str] = {}
+
+    def show(self, job: Job) -> None:
+        line = ending(job) if job.is_final else f"{job.id}  {facts(job)}"
+        key = f"{job.status} {job.progress.step}"
+        if self._last.get(job.id) != key:
+            self._last[job.id] = key
+            output.say(line)
+
+
+def _drain(lorry: Lorry, job_ids: list[str], show: Callable[[Job], None]) -> list[Job]:
+    """Shows each new state of each job, in the main thread, so that Ctrl-C ends it at once."""
+    ended: dict[str, Job] = {}
+    for message in _messages(lorry, job_ids):
+        job_id, seen = message
+        if isinstance(seen, LorryError):
+            raise seen
+        show(seen)
+        if seen.is_final:
+            ended[job_id] = seen
+        if len(ended) == len(job_ids):
+            break
+    return [ended[job_id] for job_id in job_ids]
+
+
+def _messages(lorry: Lorry, job_ids: list[str]) -> Iterator[Message]:
+    if len(job_ids) == 1:  # no thread where none is needed
+        yield from ((job_ids[0], update.job) for update in lorry.jobs.follow(job_ids[0]) if update.job is not None)
+        return
+    inbox: SimpleQueue[Message] = SimpleQueue()
+    for job_id in job_ids:
+        threading.Thread(target=_follow, args=(lorry, job_id, inbox), daemon=True).start()
+    while True:
+        yield inbox.get()
+
+
+def _follow(lorry: Lorry, job_id: str, inbox: SimpleQueue[Message]) -> None:
+    try:
+        for update in lorry.jobs.follow(job_id):
+            if update.job is not None:
+                inbox.put((job_id, update.job))
+    except LorryError as error:
+        inbox.put((job_id, error))
+
+
+def _bars() -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[facts]}", markup=False),
+        console=output.messages(),
+    )
+
+
+def _draw(progress: Progress, bar: TaskID, job: Job) -> None:
+    steps = job.progress
+    total = steps.num_steps or (1 if job.is_final else None)
+    progress.update(bar, completed=steps.step, total=total, facts=output.clean(facts(job)))

@@ -1,0 +1,68 @@
+"""`Lorry`: one object per service, with one attribute per resource."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from lorry import connection
+from lorry.resources.adapters import Adapters
+from lorry.resources.files import Files
+from lorry.resources.fleet import Queue, Workers
+from lorry.resources.jobs import Jobs
+from lorry.resources.models import Models
+from lorry.resources.sign_in import SignInLinks
+from lorry.retries import RetryPolicy
+from lorry.transport import Transport
+
+
+class Lorry:
+    """Finds a local service by its connection file, or any by LORRY_URL and LORRY_API_KEY, or takes both here.
+
+    `sleep` and `transport` are for tests and for event loops of one's own.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        data_dir: Path | str | None = None,
+        retries: RetryPolicy | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        found = connection.find(url=url, api_key=api_key, data_dir=None if data_dir is None else Path(data_dir))
+        self._transport = Transport(found, retries=retries, sleep=sleep, transport=transport)
+        self.files = Files(self._transport)
+        self.jobs = Jobs(self._transport)
+        self.adapters = Adapters(self._transport)
+        self.models = Models(self._transport)
+        self.queue = Queue(self._transport)
+        self.workers = Workers(self._transport)
+        self.sign_in_links = SignInLinks(self._transport)
+
+    @property
+    def url(self) -> str:
+        """Address without `/v1`."""
+        return self._transport.connection.url
+
+    @property
+    def api_key(self) -> str | None:
+        return self._transport.connection.api_key
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,131 @@
+"""Which service to talk to: LORRY_URL with LORRY_API_KEY, else DATA/connection.json that `lorry up` wrote.
+
+The file holds a secret: it is written with mode 0600, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from lorry.errors import NotConfigured
+
+FILE_NAME = "connection.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connection:
+    """An address without `/v1`, and the API key (None: the service may need none, or it was lost)."""
+
+    url: str
+    api_key: str | None
+
+
+def find(
+    *,
+    url: str | None = None,
+    api_key: str | None = None,
+    data_dir: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Connection:
+    """Arguments win over the environment, and that over the file of a local service."""
+    environ = os.environ if environ is None else environ
+    if data_dir is None:
+        url = url or environ.get("LORRY_URL") or None
+    if url is not None:
+        return Connection(url=normalise_url(url), api_key=api_key or environ.get("LORRY_API_KEY") or None)
+    folder = data_dir or default_data_dir(environ)
+    local = read(folder)
+    if local is None:
+        raise NotConfigured(
+            f"No service is known: LORRY_URL is not set, and there is no {folder / FILE_NAME}.",
+            code="not_configured",
+            remedy="Start one with `lorry up`, or set LORRY_URL and LORRY_API_KEY.",
+        )
+    return Connection(url=local.url, api_key=api_key or environ.get("LORRY_API_KEY") or local.api_key)
+
+
+def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """LORRY_DATA_DIR, else ~/.lorry."""
+    given = (os.environ if environ is None else environ).get("LORRY_DATA_DIR")
+    return Path(given).expanduser() if given else Path.home() / ".lorry"
+
+
+def read(data_dir: Path) -> Connection | None:
+    """What `lorry up` wrote into `data_dir`; None if it wrote nothing."""
+    path = data_dir / FILE_NAME
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(path, str(error)) from error
+    try:
+        parsed: object = json.loads(text)
+    except ValueError as error:
+        raise _unreadable(path, "it is not JSON") from error
+    fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
+    url, key = fields.get("url"), fields.get("api_key")
+    if not isinstance(url, str) or not (key is None or isinstance(key, str)):
+        raise _unreadable(path, "it does not hold a url and an api_key")
+    return Connection(url=normalise_url(url), api_key=key)
+
+
+def write(data_dir: Path, connection: Connection) -> Path:
+    """Replaces the file in one step, so that a reader sees the old one or the new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=data_dir, prefix=".connection-")  # mode 0600
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            json.dump({"url": connection.url, "api_key": connection.api_key}, out, indent=2)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        path = data_dir / FILE_NAME
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+    return path
+
+
+def normalise_url(url: str) -> str:
+    """`http://host:port` or with a path prefix; a trailing slash and `/v1` are cut off."""
+    trimmed = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+    try:
+        parts = urlsplit(trimmed)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise NotConfigured(
+            f"{url!r} is not the address of a service.",
+            code="bad_url",
+            remedy="An address looks like http://127.0.0.1:8472.",
+        )
+    return trimmed
+
+
+def is_loopback(url: str) -> bool:
+    """True where the service runs on this machine, so that no proxy of the environment may be asked."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _unreadable(path: Path, why: str) -> NotConfigured:
+    return NotConfigured(
+        f"{path} cannot be used: {why}.",
+        code="bad_connection_file",
+        remedy="Start `lorry up` again to have it rewritten, or set LORRY_URL and LORRY_API_KEY.",
+    )

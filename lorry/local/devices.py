@@ -1,0 +1,47 @@
+"""Which devices to train on: one worker each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+from lorry.errors import LorryError
+
+CPU = "cpu"
+
+
+def choose(wanted: str | None) -> list[str]:
+    """`cpu`, or GPU numbers; by itself every GPU of the machine, and the CPU where there is none."""
+    if wanted is None:
+        return _gpus() or [CPU]
+    chosen = [part.strip().lower() for part in wanted.split(",")]
+    if chosen != [CPU] and not (
+        all(re.fullmatch(r"\d{1,3}", part) for part in chosen) and len(set(chosen)) == len(chosen)
+    ):
+        raise LorryError(
+            f"{wanted!r} names no devices.",
+            code="bad_devices",
+            remedy="Say --devices cpu, or the numbers of GPUs as in --devices 0,1.",
+        )
+    return chosen
+
+
+def environment(device: str) -> dict[str, str]:
+    """What leaves a worker that one device."""
+    return {"CUDA_VISIBLE_DEVICES": "" if device == CPU else device}
+
+
+def _gpus() -> list[str]:
+    """Numbers of the GPUs, as the driver's own tool gives them; none where there is no driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    argv = [tool, "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return (
+        [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()] if not listed.returncode else []
+    )

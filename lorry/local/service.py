@@ -1,0 +1,102 @@
+"""What the service's own commands are called, and what they need: the only place here that knows `api` and `worker`.
+
+They are run, never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+from lorry.errors import LorryError
+from lorry.local import devices
+from lorry.local.child import Child
+
+_NEEDED = ("fastapi", "sqlalchemy", "torch", "transformers", "peft")
+_COMMAND_SECONDS = 300
+
+
+def check_installed() -> None:
+    """Raises LorryError where only the client is installed."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise LorryError(
+            f"Only Lorry's client is installed here; a service needs {', '.join(missing)} too.",
+            code="server_not_installed",
+            remedy=f'Install them with: {sys.executable} -m pip install "lorry[worker]"',
+        )
+
+
+class Service:
+    """The service on one data folder, at one address."""
+
+    def __init__(self, data_dir: Path, *, host: str, port: int, environ: Mapping[str, str] | None = None) -> None:
+        self.data_dir = data_dir
+        self.logs = data_dir / "logs"
+        self._host = host
+        self._port = port
+        given = os.environ if environ is None else environ
+        # The client's own address and key are nobody's business in there.
+        self._env = {name: value for name, value in given.items() if name not in {"LORRY_URL", "LORRY_API_KEY"}}
+        self._env |= {"LORRY_DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
+        self._env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, or two processes starve each other
+
+    def bootstrap(self) -> str | None:
+        """Makes or migrates the database. The first operator key where this made it, else None: it is told once."""
+        key = self._run("bootstrap", "--json").get("api_key")
+        return key if isinstance(key, str) else None
+
+    def sign_in_link(self) -> str:
+        """A link that works once."""
+        return str(self._run("sign-in-link", "--json").get("url"))
+
+    def api(self) -> Child:
+        return self._child("api", _python("api", "serve", "--host", self._host, "--port", str(self._port)))
+
+    def workers(self, chosen: Sequence[str]) -> list[Child]:
+        """One for each device."""
+        names = ["worker"] if len(chosen) == 1 else [f"worker-{device}" for device in chosen]
+        return [
+            self._child(name, _python("worker.loop"), devices.environment(device))
+            for name, device in zip(names, chosen, strict=True)
+        ]
+
+    def _child(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
+        log = self.logs / f"{name}.log"
+        return Child(name, argv, env=self._env | dict(env or {}), cwd=self.data_dir, log=log)
+
+    def _run(self, *arguments: str) -> dict[str, Any]:
+        """The JSON object that a command of the api prints. Raises LorryError with the end of what it complained of."""
+        done = subprocess.run(
+            _python("api", *arguments),
+            env=self._env,
+            cwd=self.data_dir,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_SECONDS,
+            check=False,
+        )
+        try:
+            parsed: object = json.loads(done.stdout)
+        except ValueError:
+            parsed = None
+        if done.returncode or not isinstance(parsed, dict):
+            last = "\n".join(f"    {line}" for line in (done.stderr or done.stdout).splitlines()[-15:])
+            raise LorryError(
+                f"`python -m api {arguments[0]}` failed (status {done.returncode}). Its last lines:\n{last}",
+                code="service_failed",
+                remedy="Mend what they say, then start again.",
+            )
+        return cast("dict[str, Any]", parsed)
+
+
+def _python(module: str, *arguments: str) -> list[str]:
+    """-P: a folder called `api` where the user stands must not be taken for ours."""
+    return [sys.executable, "-P", "-m", module, *arguments]

@@ -1,0 +1,221 @@
+"""What the service answers, as dataclasses. Unknown fields are kept in `raw`; missing ones have a default.
+
+So an older client reads a newer service, and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self, cast
+
+FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A JSON object of the wire. A field whose metadata names a `view` is itself such an object."""
+
+    raw: dict[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
+
+    @classmethod
+    def of(cls, wire: Mapping[str, Any]) -> Self:
+        values: dict[str, Any] = {}
+        for known in fields(cls):
+            value = wire.get(known.name)
+            if known.name == "raw" or value is None:
+                continue
+            view: type[View] | None = known.metadata.get("view")
+            if view is None:
+                values[known.name] = value
+            elif isinstance(value, Mapping):
+                values[known.name] = view.of(cast("Mapping[str, Any]", value))
+        return cls(**values, raw=dict(wire))
+
+
+@dataclass(frozen=True, kw_only=True)
+class File(View):
+    """An uploaded file. `bytes` is its size."""
+
+    id: str = ""
+    filename: str = ""
+    purpose: str = ""
+    bytes: int = 0
+    status: str = ""
+    created_at: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(View):
+    """How far a job is. `seconds_left` is an estimate."""
+
+    step: int = 0
+    num_steps: int = 0
+    epoch: float | None = None
+    loss: float | None = None
+    valid_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFailure(View):
+    """Why a job failed. `param` is the field or file at fault."""
+
+    code: str = ""
+    message: str = ""
+    remedy: str = ""
+    param: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(View):
+    """A fine-tuning job; what it asked for is resolved to numbers."""
+
+    id: str = ""
+    status: str = ""
+    model: str = ""
+    training_file: str = ""
+    validation_file: str | None = None
+    fine_tuned_model: str | None = None
+    adapter_id: str | None = None
+    created_at: int = 0
+    finished_at: int | None = None
+    trained_tokens: int | None = None
+    seed: int | None = None
+    priority: str | None = None
+    attempt: int = 0
+    trainer_id: str | None = None
+    worker_id: str | None = None
+    pause_requested: bool = False
+    cancel_requested: bool = False
+    lora: dict[str, Any] = field(default_factory=dict[str, Any])
+    optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
+    schedule: dict[str, Any] = field(default_factory=dict[str, Any])
+    hyperparameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    metadata: dict[str, str] | None = None
+    progress: Progress = field(default_factory=Progress, metadata={"view": Progress})
+    error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in FINAL_STATUSES
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent(View):
+    """A line of a job's log."""
+
+    id: str = ""
+    created_at: int = 0
+    level: Literal["info", "warn", "error"] = "info"
+    message: str = ""
+    type: str = "message"
+    data: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(View):
+    """A point that a job can go on from."""
+
+    id: str = ""
+    created_at: int = 0
+    fine_tuning_job_id: str = ""
+    fine_tuned_model_checkpoint: str = ""
+    step_number: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt(View):
+    """One run of a job by one worker, and which jobs shared its trainer."""
+
+    number: int = 0
+    claim_id: str = ""
+    worker_id: str = ""
+    trainer_id: str | None = None
+    started_at: int | None = None
+    ended_at: int | None = None
+    reason: str | None = None
+    resumed_from_step: int | None = None
+    packmates: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobUpdate(View):
+    """One message of a job's live stream; exactly one of the three last is set, by `kind`."""
+
+    kind: str = ""
+    id: str = ""
+    job: Job | None = None
+    event: JobEvent | None = None
+    metric: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(View):
+    """A base model or an adapter, as a name to train on or to talk to."""
+
+    id: str = ""
+    created: int = 0
+    owned_by: str = ""
+    kind: str = ""
+    state: str = ""
+    base: str | None = None
+    digest: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    local_path: str | None = None
+    error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification(View):
+    """How far PEFT's logits were from training's when the adapter was exported."""
+
+    passed: bool | None = None
+    max_abs_diff: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(View):
+    """Mean loss per supervised token of the held-out file, for the base and with the adapter."""
+
+    base_loss: float | None = None
+    loss: float | None = None
+    base_perplexity: float | None = None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(View):
+    """A trained adapter. `artifact` is the digest of its manifest."""
+
+    id: str = ""
+    name: str = ""
+    created_at: int = 0
+    job_id: str = ""
+    base_model: str = ""
+    base_digest: str = ""
+    artifact: str = ""
+    bytes: int = 0
+    num_parameters: int = 0
+    rank: int | None = None
+    lineage_id: str = ""
+    verification: Verification = field(default_factory=Verification, metadata={"view": Verification})
+    evaluation: Evaluation = field(default_factory=Evaluation, metadata={"view": Evaluation})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker(View):
+    """A process that trains, and what it holds resident."""
+
+    id: str = ""
+    host: str = ""
+    state: str = ""
+    version: str = ""
+    devices: list[Any] = field(default_factory=list[Any])
+    resident_base: str | None = None
+    trainer_id: str | None = None
+    last_seen_at: int | None = None

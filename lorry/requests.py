@@ -1,0 +1,43 @@
+"""What a job may ask for beyond OpenAI's fields, typed for editors. Limits are the service's to check."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+Auto = Literal["auto"]
+Priority = Literal["urgent", "normal", "batch"]
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
+class Lora(TypedDict, total=False):
+    rank: int
+    alpha: float | Auto
+    dropout: float
+    target_modules: list[str] | Literal["all-linear"]
+    use_rslora: bool
+
+
+class Optimizer(TypedDict, total=False):
+    """AdamW. `learning_rate` is the peak rate."""
+
+    learning_rate: float | Auto
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+
+
+class Schedule(TypedDict, total=False):
+    type: Literal["constant", "linear", "cosine"]
+    warmup_ratio: float
+
+
+class EvaluationRule(TypedDict, total=False):
+    every_steps: int | Auto
+
+
+class Hyperparameters(TypedDict, total=False):
+    batch_size: int | Auto
+    learning_rate_multiplier: float | Auto
+    n_epochs: int | Auto

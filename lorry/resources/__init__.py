@@ -1,0 +1,1 @@
+"""One file per resource of the HTTP API; each maps calls to requests and answers to models."""

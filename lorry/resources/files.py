@@ -1,0 +1,74 @@
+"""Uploaded files and what preparation found in them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote
+
+from lorry.models import File
+from lorry.resources import pages
+from lorry.transport import Transport
+
+OnBytes = Callable[[int, int], None]
+"""Called with the bytes sent or received so far, and how many there are in all (0: not known)."""
+
+
+class Files:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def upload(self, path: Path | str, *, purpose: str = "fine-tune", on_progress: OnBytes | None = None) -> File:
+        """Streams a file; memory stays bounded. The service checks every line and refuses with line numbers."""
+        path = Path(path)
+        with path.open("rb") as source:
+            body = _Reported(source, path.stat().st_size, on_progress)
+            wire = self._transport.upload(
+                "files", fields={"purpose": purpose}, files={"file": (path.name, body, "application/jsonl")}
+            )
+        return File.of(wire)
+
+    def list(self, *, limit: int | None = None, purpose: str | None = None) -> Iterator[File]:
+        found = pages.follow(self._transport, "files", params={"purpose": purpose})
+        return (File.of(wire) for wire in itertools.islice(found, limit))
+
+    def get(self, file_id: str) -> File:
+        return File.of(self._transport.get(f"files/{quote(file_id, safe='')}"))
+
+    def content(self, file_id: str) -> Iterator[bytes]:
+        """The bytes as they were uploaded, in pieces."""
+        with self._transport.stream(f"files/{quote(file_id, safe='')}/content") as response:
+            yield from response.iter_bytes()
+
+    def report(self, file_id: str, *, model: str) -> dict[str, Any]:
+        """Rows, tokens, truncated rows … of the file as tokenised for `model`."""
+        return self._transport.get(f"files/{quote(file_id, safe='')}/report", {"model": model})
+
+    def delete(self, file_id: str) -> None:
+        self._transport.request("DELETE", f"files/{quote(file_id, safe='')}")
+
+
+class _Reported:
+    """A file for httpx's multipart, which reads it in pieces and rewinds it before a repetition."""
+
+    def __init__(self, source: IO[bytes], num_bytes: int, on_progress: OnBytes | None) -> None:
+        self._source = source
+        self._num_bytes = num_bytes
+        self._on_progress = on_progress
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._source.read(size)
+        if self._on_progress is not None:
+            self._on_progress(self._source.tell(), self._num_bytes)
+        return piece
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._source.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._source.tell()
+
+    def fileno(self) -> int:
+        return self._source.fileno()

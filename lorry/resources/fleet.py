@@ -1,0 +1,35 @@
+"""The queue and the workers that serve it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from lorry import stream
+from lorry.models import Worker
+from lorry.resources import pages
+from lorry.transport import Transport
+
+
+class Queue:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def get(self, *, all_projects: bool = False) -> dict[str, Any]:
+        """What runs and what waits, in the order in which it will be looked at."""
+        return self._transport.get("queue", {"all": "true" if all_projects else None})
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """Snapshots as they change, until the service ends the stream."""
+        with self._transport.stream("queue/stream", headers={"accept": "text/event-stream"}) as response:
+            for event in stream.parse(response.iter_bytes()):
+                yield json.loads(event.data)
+
+
+class Workers:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(self) -> Iterator[Worker]:
+        return (Worker.of(wire) for wire in pages.follow(self._transport, "workers"))

@@ -1,0 +1,155 @@
+"""Fine-tuning jobs: create, look, wait, steer. Following one live is in `live`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from lorry import requests
+from lorry.errors import WaitTimeout
+from lorry.models import Attempt, Checkpoint, Job, JobEvent, JobUpdate
+from lorry.resources import live, pages
+from lorry.transport import Transport
+
+_PATH = "fine_tuning/jobs"
+
+
+class Jobs:
+    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._transport = transport
+        self._clock = clock
+
+    def create(
+        self,
+        *,
+        model: str,
+        training_file: str,
+        validation_file: str | None = None,
+        suffix: str | None = None,
+        seed: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        hyperparameters: requests.Hyperparameters | None = None,
+        lora: requests.Lora | None = None,
+        optimizer: requests.Optimizer | None = None,
+        schedule: requests.Schedule | None = None,
+        evaluation: requests.EvaluationRule | None = None,
+        precision: requests.Precision | None = None,
+        max_length: int | None = None,
+        max_steps: int | None = None,
+        checkpoint_every_steps: int | None = None,
+        priority: requests.Priority | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job."""
+        method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else None
+        fields: dict[str, Any] = {
+            "model": model,
+            "training_file": training_file,
+            "validation_file": validation_file,
+            "suffix": suffix,
+            "seed": seed,
+            "metadata": metadata,
+            "method": method,
+            "lora": lora,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "evaluation": evaluation,
+            "precision": precision,
+            "max_length": max_length,
+            "max_steps": max_steps,
+            "checkpoint_every_steps": checkpoint_every_steps,
+            "priority": priority,
+        }
+        body = {name: value for name, value in fields.items() if value is not None}
+        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
+        return Job.of(self._transport.request("POST", _PATH, body=body, headers=headers))
+
+    def get(self, job_id: str) -> Job:
+        return Job.of(self._transport.get(_of(job_id)))
+
+    def list(self, *, limit: int | None = None) -> Iterator[Job]:
+        """Newest first."""
+        return (Job.of(wire) for wire in itertools.islice(pages.follow(self._transport, _PATH), limit))
+
+    def cancel(self, job_id: str) -> Job:
+        """At once where it waits; a running one is marked, and its worker obeys at the next tick."""
+        return self._verb(job_id, "cancel")
+
+    def pause(self, job_id: str) -> Job:
+        return self._verb(job_id, "pause")
+
+    def resume(self, job_id: str) -> Job:
+        return self._verb(job_id, "resume")
+
+    def events(self, job_id: str) -> Iterator[JobEvent]:
+        """Newest first."""
+        return (JobEvent.of(wire) for wire in pages.follow(self._transport, _of(job_id, "events")))
+
+    def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
+        return (Checkpoint.of(wire) for wire in pages.follow(self._transport, _of(job_id, "checkpoints")))
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        data: list[dict[str, Any]] = self._transport.get(_of(job_id, "attempts")).get("data") or []
+        return [Attempt.of(wire) for wire in data]
+
+    def metrics(self, job_id: str, *, kind: str = "train") -> list[dict[str, Any]]:
+        """Points of the loss curve, `kind` train or valid."""
+        return self._transport.get(_of(job_id, "metrics"), {"kind": kind}).get("data") or []
+
+    def why(self, job_id: str) -> dict[str, Any]:
+        """Why the job waits."""
+        return self._transport.get(_of(job_id, "why"))
+
+    def data_report(self, job_id: str) -> dict[str, Any]:
+        """What preparation found in the job's files."""
+        return self._transport.get(_of(job_id, "data_report"))
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        on_progress: Callable[[Job], None] | None = None,
+        timeout_seconds: float | None = None,
+        poll_seconds: float = 1.0,
+    ) -> Job:
+        """Until the job is final, whichever way: look at `status` and `error`. A paused job is waited for."""
+        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
+        while True:
+            job = self.get(job_id)
+            if on_progress is not None:
+                on_progress(job)
+            if job.is_final:
+                return job
+            if deadline is not None and self._clock() >= deadline:
+                raise WaitTimeout(
+                    f"{job_id} is {job.status} after {timeout_seconds:g} s; it goes on.",
+                    code="wait_timeout",
+                    remedy="Wait again, or cancel it.",
+                )
+            self._transport.sleep(poll_seconds)
+
+    def stream(self, job_id: str, *, last_event_id: str | None = None) -> Iterator[JobUpdate]:
+        """One connection's live updates. It ends when the service ends it; `follow` goes on over breaks."""
+        return live.stream(self._transport, _of(job_id, "stream"), last_event_id)
+
+    def follow(self, job_id: str, *, poll_seconds: float = 1.0, patience_seconds: float = 60.0) -> Iterator[JobUpdate]:
+        """Live updates until the job is final. Over a broken stream it polls, and takes up where it was."""
+        return live.follow(
+            lambda last_event_id: self.stream(job_id, last_event_id=last_event_id),
+            lambda: self.get(job_id),
+            sleep=self._transport.sleep,
+            clock=self._clock,
+            poll_seconds=poll_seconds,
+            patience_seconds=patience_seconds,
+        )
+
+    def _verb(self, job_id: str, verb: str) -> Job:
+        return Job.of(self._transport.request("POST", _of(job_id, verb)))
+
+
+def _of(job_id: str, *rest: str) -> str:
+    return "/".join((_PATH, quote(job_id, safe=""), *rest))

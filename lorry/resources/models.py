@@ -1,0 +1,82 @@
+"""Base models and adapters, by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+from lorry.errors import LorryError, WaitTimeout
+from lorry.models import Model
+from lorry.resources import pages
+from lorry.transport import Transport
+
+Kind = Literal["hub", "folder", "gguf"]
+
+
+class Models:
+    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._transport = transport
+        self._clock = clock
+
+    def add(self, name: str, source: str, *, kind: Kind | None = None, revision: str | None = None) -> Model:
+        """Asks the service to import a base: a hub id, a folder of safetensors or a GGUF file on ITS disk.
+
+        Returns at once, in state `importing`. Adding the same source under the same name again is no error.
+        """
+        kind = kind or guess_kind(source)
+        if kind != "hub":
+            source = str(Path(source).expanduser().resolve())
+        body = {"name": name, "kind": kind, "source": source, "revision": revision}
+        return Model.of(self._transport.request("POST", "models", body=body))
+
+    def wait(
+        self,
+        name: str,
+        *,
+        on_progress: Callable[[Model], None] | None = None,
+        timeout_seconds: float | None = None,
+        poll_seconds: float = 0.5,
+    ) -> Model:
+        """Until the base is `ready`. Raises LorryError with the import's own error if it failed."""
+        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
+        while True:
+            model = self.get(name)
+            if on_progress is not None:
+                on_progress(model)
+            if model.state == "ready":
+                return model
+            if model.state == "failed":
+                error = model.error
+                message = error.message if error else f"The import of {name} failed."
+                raise LorryError(message, code=error.code if error else "import_failed", remedy=_remedy(model))
+            if deadline is not None and self._clock() >= deadline:
+                raise WaitTimeout(
+                    f"The import of {name} takes longer than {timeout_seconds:g} s; it goes on.",
+                    code="wait_timeout",
+                    remedy="Look again with `lorry models list`.",
+                )
+            self._transport.sleep(poll_seconds)
+
+    def list(self) -> Iterator[Model]:
+        return (Model.of(wire) for wire in pages.follow(self._transport, "models"))
+
+    def get(self, name: str) -> Model:
+        return Model.of(self._transport.get(f"models/{quote(name, safe='')}"))
+
+    def delete(self, name: str) -> None:
+        self._transport.request("DELETE", f"models/{quote(name, safe='')}")
+
+
+def guess_kind(source: str) -> Kind:
+    """A path that is there, or that is written as one, is a folder or a GGUF file; all else is a hub id."""
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return "gguf"
+    return "folder" if path.is_dir() or source.startswith(("/", "./", "../", "~")) else "hub"
+
+
+def _remedy(model: Model) -> str:
+    return (model.error.remedy if model.error else "") or "Mend the source and add the model again."

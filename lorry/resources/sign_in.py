@@ -1,0 +1,16 @@
+"""One-time links by which a browser signs in to the dashboard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorry.transport import Transport
+
+
+class SignInLinks:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self) -> dict[str, Any]:
+        """`url` works once, until `expires_at`."""
+        return self._transport.request("POST", "sign_in_links")
