@@ -1,0 +1,90 @@
+"""A job's state is written in one place, by the table of transitions."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import TypeGuard
+
+from tests.architecture.source_files import SourceFile, dotted, source_files
+
+WRITER = "catalog/moves.py"
+PERSONS_VERBS = {"catalog/submission.py", "catalog/jobs.py"}
+WORKERS_VERBS = {"catalog/claims.py", "catalog/preparation.py", "catalog/endings.py", "catalog/recovery.py"}
+BASE_STATES = {"importing", "ready", "failed"}
+RAW_SQL = re.compile(r"\bupdate\s+jobs\b|\binsert\s+into\s+jobs\b", re.IGNORECASE)
+
+
+def test_a_jobs_state_is_written_in_one_place() -> None:
+    written = {place for source in _services() if source.name != WRITER for place in _state_writes(source)}
+
+    assert written == set()
+
+
+def test_only_the_catalogs_verbs_move_a_job() -> None:
+    moved = {
+        source.place(node)
+        for source in _services()
+        if source.name not in PERSONS_VERBS | WORKERS_VERBS
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and dotted(node.func) in ("move", "moves.move")
+    }
+
+    assert moved == set()
+
+
+def test_a_job_is_made_in_one_place() -> None:
+    makers = {
+        source.name
+        for source in _services()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and dotted(node.func) in ("Job", "tables.Job")
+    }
+
+    assert makers == {"catalog/submission.py"}
+
+
+def _services() -> Iterator[SourceFile]:
+    return source_files("api", "catalog", "worker")
+
+
+def _state_writes(source: SourceFile) -> Iterator[str]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and _assigns_state(node):
+            yield source.place(node)
+        if isinstance(node, ast.Call) and (_sets_state(node) or _updates_jobs_state(node)):
+            yield source.place(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and RAW_SQL.search(node.value):
+            yield source.place(node)
+
+
+def _assigns_state(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    stored = {part.attr for target in targets for part in ast.walk(target) if _is_stored_attribute(part)}
+    if "state" not in stored:
+        return False
+    # A base model has a state of its own, with words of its own.
+    values = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+    return not values & BASE_STATES
+
+
+def _is_stored_attribute(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and dotted(node.value) != "self"
+
+
+def _sets_state(call: ast.Call) -> bool:
+    return dotted(call.func) == "setattr" and isinstance(call.args[1], ast.Constant) and call.args[1].value == "state"
+
+
+def _updates_jobs_state(call: ast.Call) -> bool:
+    """`update(Job)…values(state=…)`, in whatever order its parts are chained."""
+    names_state = any(keyword.arg == "state" for keyword in call.keywords)
+    of_jobs = any(
+        isinstance(part, ast.Call)
+        and dotted(part.func).endswith("update")
+        and part.args
+        and dotted(part.args[0]) == "Job"
+        for part in ast.walk(call.func)
+    )
+    return names_state and of_jobs
