@@ -5,23 +5,26 @@ A transaction is short: never hold one across a file, a process or a network cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, Float, Select, create_engine, event, make_url, select
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import Connection, Engine, Float, Select, create_engine, event, make_url, select, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.functions import GenericFunction
 
-from catalog.errors import Unavailable
+from catalog.errors import LorryError, OutOfSpace, Unavailable
 
 BUSY_SECONDS = 30
-RowT = TypeVar("RowT", bound=tuple[Any, ...])
+SelectT = TypeVar("SelectT", bound=Select[Any])
 
 
 class now(GenericFunction[float]):  # noqa: N801  (an SQL function's name)
@@ -45,20 +48,23 @@ def _postgresql_now(element: Any, compiler: Any, **_: Any) -> str:
 class Database:
     """A place to open short transactions in."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
+        """`clock` stands in for the database's own, in seconds since 1970: for tests that turn it."""
         self.url = url
         self.engine = _engine(url)
-        self._readers = sessionmaker(self.engine, expire_on_commit=False)
-        self._writers = sessionmaker(self.engine.execution_options(lorry_immediate=True), expire_on_commit=False)
+        info = {"clock": clock}
+        writing = self.engine.execution_options(lorry_immediate=True)
+        self._readers = sessionmaker(self.engine, expire_on_commit=False, info=info)
+        self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
 
     @contextmanager
-    def read(self) -> Iterator[Session]:
+    def read(self) -> Generator[Session]:
         """A transaction that writes nothing. Rows stay usable after it has closed."""
         with _translated(), self._readers.begin() as session:
             yield session
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
+    def write(self) -> Generator[Session]:
         """A transaction that takes SQLite's write lock at once, so that it never fails half way.
 
         Raises Unavailable where the database does not answer or stays locked for 30 s.
@@ -77,15 +83,25 @@ class Database:
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to `revision`. Safe to call from several processes at once."""
         config = alembic_config(self.url)
-        if not self.is_sqlite:
-            with self.engine.begin() as connection:
-                connection.exec_driver_sql("select pg_advisory_xact_lock(7216)")
-                config.attributes["connection"] = connection
-                command.upgrade(config, revision)
-            return
-        with self.engine.connect().execution_options(lorry_immediate=True) as connection, connection.begin():
+        with _translated(), self.schema_connection() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
+
+    @contextmanager
+    def schema_connection(self) -> Generator[Connection]:
+        """A transaction for changing tables, one process at a time."""
+        with self.engine.connect().execution_options(lorry_immediate=True) as connection:
+            if self.is_sqlite:
+                # A table is changed by making it anew; its rows' children must not go with the old one.
+                _foreign_keys(connection, enforced=False)
+            try:
+                with connection.begin():
+                    if not self.is_sqlite:
+                        connection.exec_driver_sql("select pg_advisory_xact_lock(7216)")
+                    yield connection
+            finally:
+                if self.is_sqlite:
+                    _foreign_keys(connection, enforced=True)
 
 
 def alembic_config(url: str) -> Config:
@@ -96,7 +112,7 @@ def alembic_config(url: str) -> Config:
     return config
 
 
-def skip_locked(statement: Select[RowT]) -> Select[RowT]:
+def skip_locked(statement: SelectT) -> SelectT:
     """Lock the rows that `statement` finds and pass over those that another transaction holds.
 
     SQLite has one writer at a time and ignores it.
@@ -106,7 +122,30 @@ def skip_locked(statement: Select[RowT]) -> Select[RowT]:
 
 def read_clock(session: Session) -> float:
     """The database's time, in seconds since 1970."""
-    return session.scalar(select(now())) or 0.0
+    clock: Callable[[], float] | None = session.info.get("clock")
+    return clock() if clock else session.scalar(select(now())) or 0.0
+
+
+def serialise(session: Session, name: str) -> None:
+    """Until this transaction ends, others that name the same thing wait. SQLite has one writer anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        session.execute(text("select pg_advisory_xact_lock(:number)"), {"number": number})
+
+
+def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert the rows; one whose primary key exists takes the place of what was there."""
+    if not rows:
+        return
+    key = [column.name for column in table.__mapper__.primary_key]
+    module = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    for row in rows:
+        insert = module.insert(table).values(dict(row))
+        changed = {name: insert.excluded[name] for name in row if name not in key}
+        if changed:
+            session.execute(insert.on_conflict_do_update(index_elements=key, set_=changed))
+        else:
+            session.execute(insert.on_conflict_do_nothing(index_elements=key))
 
 
 def _engine(url: str) -> Engine:
@@ -134,15 +173,36 @@ def _begin_sqlite(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
+def _foreign_keys(connection: Connection, *, enforced: bool) -> None:
+    driver: Any = connection.connection.driver_connection  # the pragma does nothing inside a transaction
+    driver.execute(f"PRAGMA foreign_keys={'ON' if enforced else 'OFF'}")
+
+
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated() -> Generator[None]:
     try:
         yield
-    except (OperationalError, DBAPIError) as error:
-        if isinstance(error, OperationalError) or error.connection_invalidated:
-            raise Unavailable(
-                "The database does not answer.",
-                code="database_unavailable",
-                remedy="Nothing was changed. Try again in a few seconds.",
-            ) from error
-        raise
+    except (DBAPIError, PoolTimeout) as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _refusal(error: DBAPIError | PoolTimeout) -> LorryError | None:
+    """What a person is told; None where the fault is ours."""
+    if "disk is full" in str(error) or "No space left" in str(error):
+        return OutOfSpace(
+            "The disk that holds the database is full.",
+            code="disk_full",
+            remedy="Nothing was changed. Free some space on the server, then try again.",
+        )
+    if isinstance(error, DBAPIError):
+        is_outage = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+        if not is_outage:
+            return None
+    return Unavailable(
+        "The database does not answer.",
+        code="database_unavailable",
+        remedy="Nothing was changed. Try again in a few seconds.",
+    )

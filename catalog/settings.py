@@ -13,21 +13,27 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LORRY_", extra="ignore", frozen=True)
 
-    data_dir: Path = Field(Path.home() / ".lorry", description="Folder of the database, the store and the caches.")
-    database_url: str | None = Field(None, description="SQLAlchemy URL. Default: SQLite in the data folder.")
-    redis_url: str | None = Field(None, description="Broker of the doorbell. Default: none, workers poll.")
-    store_url: str | None = Field(None, description="file:///…, s3://bucket/prefix …. Default: a local folder.")
-    pepper: SecretStr | None = Field(None, description="Key of the HMAC over API keys. Default: a file in data_dir.")
+    data_dir: Path = Field(
+        default=Path.home() / ".lorry", description="Folder of the database, the store and the caches."
+    )
+    database_url: str | None = Field(default=None, description="SQLAlchemy URL. Default: SQLite in the data folder.")
+    redis_url: str | None = Field(default=None, description="Broker of the doorbell. Default: none, workers poll.")
+    store_url: str | None = Field(default=None, description="file:///…, s3://bucket/prefix …. Default: a local folder.")
+    pepper: SecretStr | None = Field(
+        default=None, description="Key of the HMAC over API keys. Default: a file in data_dir."
+    )
 
-    max_file_bytes: int = Field(512 * 2**20, description="Largest uploaded file.")
-    max_line_bytes: int = Field(8 * 2**20, description="Longest line of a data set.")
-    max_rows: int = Field(5_000_000, description="Most rows of a data set.")
+    max_file_bytes: int = Field(default=512 * 2**20, description="Largest uploaded file.")
+    max_line_bytes: int = Field(default=8 * 2**20, description="Longest line of a data set.")
+    max_rows: int = Field(default=5_000_000, description="Most rows of a data set.")
 
-    lease_seconds: float = Field(60, gt=1, description="How long a claim is good for without a heartbeat.")
-    heartbeat_seconds: float = Field(10, gt=0, description="Between two heartbeats of a worker.")
-    poll_seconds: float = Field(1, gt=0, description="Between two looks at the queue of an idle embedded worker.")
-    idle_seconds: float = Field(300, ge=0, description="How long a trainer keeps an idle base resident.")
-    max_jobs_per_trainer: int = Field(16, ge=1, description="Adapters trained together at most.")
+    lease_seconds: float = Field(default=60, gt=1, description="How long a claim is good for without a heartbeat.")
+    heartbeat_seconds: float = Field(default=10, gt=0, description="Between two heartbeats of a worker.")
+    poll_seconds: float = Field(
+        default=1, gt=0, description="Between two looks at the queue of an idle embedded worker."
+    )
+    idle_seconds: float = Field(default=300, ge=0, description="How long a trainer keeps an idle base resident.")
+    max_jobs_per_trainer: int = Field(default=16, ge=1, description="Adapters trained together at most.")
 
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir / 'lorry.db'}"

@@ -32,13 +32,13 @@ class Strict(BaseModel):
 class LoraRequest(Strict):
     """The adapter's shape."""
 
-    rank: int = Field(16, ge=1, le=256, description="Rank r of B·A.")
-    alpha: PositiveFloat | Auto = Field("auto", description="The update is scaled by alpha/rank. auto: 2·rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an input of A.")
+    rank: int = Field(default=16, ge=1, le=256, description="Rank r of B·A.")
+    alpha: PositiveFloat | Auto = Field(default="auto", description="The update is scaled by alpha/rank. auto: 2·rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Probability of dropping an input of A.")
     target_modules: Literal["all-linear"] | list[Annotated[str, StringConstraints(pattern=r"^[\w.]{1,128}$")]] = Field(
-        "all-linear", description="Names of the linear layers to adapt, or all but the output head."
+        default="all-linear", description="Names of the linear layers to adapt, or all but the output head."
     )
-    use_rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) (arXiv 2312.03732).")
+    use_rslora: bool = Field(default=False, description="Scale by alpha/sqrt(rank) (arXiv 2312.03732).")
 
     @field_validator("target_modules")
     @classmethod
@@ -52,26 +52,30 @@ class OptimizerRequest(Strict):
     """AdamW (arXiv 1711.05101)."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Auto = Field(
-        "auto", description=f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier."
+        default="auto", description=f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier."
     )
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: PositiveFloat | None = Field(1.0, description="Clip the job's gradient to this norm; null: never.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: PositiveFloat | None = Field(
+        default=1.0, description="Clip the job's gradient to this norm; null: never."
+    )
 
 
 class ScheduleRequest(Strict):
     """The learning rate over the steps of the job."""
 
     type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Part of all steps in which the rate rises from 0.")
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="Part of all steps in which the rate rises from 0."
+    )
 
 
 class EvaluationRequest(Strict):
     """When the validation file is read. It always is at the start (the base's loss) and at the end."""
 
-    every_steps: int | Auto = Field("auto", description="auto: ten times over the job.")
+    every_steps: int | Auto = Field(default="auto", description="auto: ten times over the job.")
 
     @field_validator("every_steps")
     @classmethod
@@ -84,9 +88,11 @@ class EvaluationRequest(Strict):
 class Hyperparameters(Strict):
     """OpenAI's three numbers."""
 
-    batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = Field("auto", description="Sequences per optimizer step.")
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
+        default="auto", description="Sequences per optimizer step."
+    )
     learning_rate_multiplier: PositiveFloat | Auto = "auto"
-    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field("auto", description="auto: 3.")
+    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description="auto: 3.")
 
 
 class SupervisedMethod(Strict):
@@ -118,8 +124,10 @@ class JobRequest(Strict):
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     validation_file: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated by OpenAI; the same as method's.")
-    suffix: Suffix | None = Field(None, description="Becomes part of the adapter's name.")
+    hyperparameters: Hyperparameters | None = Field(
+        default=None, description="Deprecated by OpenAI; the same as method's."
+    )
+    suffix: Suffix | None = Field(default=None, description="Becomes part of the adapter's name.")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, str] | None = None
     integrations: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
@@ -128,10 +136,18 @@ class JobRequest(Strict):
     optimizer: OptimizerRequest = OptimizerRequest()
     schedule: ScheduleRequest = ScheduleRequest()
     evaluation: EvaluationRequest = EvaluationRequest()
-    precision: Literal["auto", "bfloat16", "float32"] = Field("auto", description="The base's dtype; auto: bfloat16.")
-    max_length: int | Auto = Field("auto", description="Tokens of a row that are kept. auto: the base's, at most 4096.")
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(None, description="End after so many steps.")
-    checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field("auto", description="auto: 50.")
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="The base's dtype; auto: bfloat16."
+    )
+    max_length: int | Auto = Field(
+        default="auto", description="Tokens of a row that are kept. auto: the base's, at most 4096."
+    )
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        default=None, description="End after so many steps."
+    )
+    checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
+        default="auto", description="auto: 50."
+    )
     priority: Priority = "normal"
 
     @field_validator("metadata")

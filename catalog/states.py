@@ -1,6 +1,6 @@
 """The states of a job, who moves it between them, and what each ending means.
 
-These are the wire names too. Only `jobs.py` (user verbs) and `claims.py` (worker verbs) write a state.
+These are the wire names too. Only `moves.move` writes a state, for jobs (user verbs) and claims (worker verbs).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Ending:
     retryable: bool
     """The job goes back to the queue instead, while it has attempts left."""
     counts: bool = True
-    """The attempt counts towards quarantine. A drained or lost worker is not the job's fault."""
+    """The attempt counts towards quarantine. A drain or a pause is nobody's fault; a lost worker may be the job's."""
 
 
 ENDINGS: dict[EndReason, Ending] = {

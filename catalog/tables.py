@@ -120,7 +120,11 @@ class Job(Table):
     pack_key: Mapped[str]
     priority: Mapped[int] = mapped_column(Integer)
     requested: Mapped[Json]
+    body_digest: Mapped[str | None]
+    """Digest of the request's bytes: tells a client's retry from a second job."""
     spec: Mapped[Json]
+    adapter_parameters: Mapped[int] = mapped_column(default=0)
+    """Numbers that the adapter trains: what memory arithmetic starts from."""
     suffix: Mapped[str | None]
     labels: Mapped[Json | None]
     """The wire's `metadata`."""
@@ -134,10 +138,16 @@ class Job(Table):
     attempt: Mapped[int]
     counted_attempts: Mapped[int]
     """Attempts that ended badly since the last new checkpoint."""
+    lost_preparations: Mapped[int] = mapped_column(default=0)
+    """Times that a worker went away while it prepared the files."""
     claim_id: Mapped[str | None] = mapped_column(unique=True)
+    """The fencing token, of training or of preparing. Whoever does not hold it writes nothing."""
     worker_id: Mapped[str | None]
     trainer_id: Mapped[str | None]
+    """Of the attempt that runs; of the last one, once the job is final."""
     lease_expires_at: Mapped[float | None]
+    lease_extended: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Recovery gave this lease its one extension after an outage; a heartbeat clears it."""
     run_after: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(Boolean)
     pause_requested: Mapped[bool] = mapped_column(Boolean)
@@ -154,6 +164,9 @@ class Job(Table):
         Index(None, "project_id", "created_at", "id"),
         Index(None, "state", "priority", "created_at"),
         Index(None, "state", "lease_expires_at"),
+        Index(None, "created_by", "created_at"),
+        Index(None, "training_file"),
+        Index(None, "validation_file"),
     )
 
 
@@ -294,6 +307,14 @@ class Worker(Table):
     trainer_id: Mapped[str | None]
     report: Mapped[Json | None]
     """Tokens a second, memory in use, versions."""
+
+
+class Pulse(Table):
+    """One row: when the database was last seen to answer. A gap in it is an outage."""
+
+    __tablename__ = "pulse"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    seen_at: Mapped[float]
 
 
 class IdempotencyKey(Table):

@@ -1,0 +1,274 @@
+"""The worker's verbs. A claim gives one job to one worker: its id is the fencing token of every later write.
+
+Zero rows under that id means StaleClaim: another attempt has the job, and this worker writes nothing more.
+Preparing, recording and the workers' own rows are in preparation, records and workers, under the same fence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from catalog import artifact_rows, events, packing, queue, recovery
+from catalog.artifacts.manifest import Manifest
+from catalog.db import Database, read_clock, skip_locked
+from catalog.endings import close_attempt, end_attempt
+from catalog.errors import StaleClaim
+from catalog.fencing import hold
+from catalog.moves import move
+from catalog.packing import Choice, Room
+from catalog.preparation import Unprepared, next_unprepared, prepared, refused, release_preparation
+from catalog.records import (
+    distrust_checkpoint,
+    record_checkpoint,
+    record_event,
+    record_metrics,
+    record_progress,
+    resumable,
+)
+from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
+from catalog.tables import Adapter, Attempt, Checkpoint, Job, Json, Project, Worker, new_id
+from catalog.workers import WorkerOrders, end_trainer, end_worker, register_trainer, register_worker, worker_beat
+
+__all__ = [
+    "Claim",
+    "Orders",
+    "Room",
+    "StaleClaim",
+    "Unprepared",
+    "WorkerOrders",
+    "claim_pack",
+    "complete",
+    "distrust_checkpoint",
+    "end",
+    "end_trainer",
+    "end_worker",
+    "heartbeat",
+    "next_unprepared",
+    "prepared",
+    "record_checkpoint",
+    "record_event",
+    "record_metrics",
+    "record_progress",
+    "refused",
+    "register_trainer",
+    "register_worker",
+    "release_preparation",
+    "started",
+    "worker_beat",
+]
+
+MAX_TRIES = 3
+"""Looks at the queue in one call, where other workers take what this one chose."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A job that is this worker's now."""
+
+    job: Job
+    claim_id: str
+    attempt: int
+    resume_candidates: tuple[Checkpoint, ...]
+    """Checkpoints to go on from, newest first: the second is for when the first is damaged."""
+
+    @property
+    def resume_from(self) -> Checkpoint | None:
+        return self.resume_candidates[0] if self.resume_candidates else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orders:
+    """What to do about one claim."""
+
+    cancel: bool = False
+    pause: bool = False
+    stale: bool = False
+    """The job is another's now: stop, and write nothing."""
+
+
+def claim_pack(
+    db: Database,
+    *,
+    worker_id: str,
+    trainer_id: str,
+    room: Room,
+    lease_seconds: float,
+    pack_key: str | None = None,
+) -> list[Claim]:
+    """Jobs to train, best turn first; [] where none fits.
+
+    pack_key None: for a new trainer, an anchor and its packmates. Else: jobs that join the live trainer
+    `trainer_id` of that key.
+    """
+    recovery.expire(db, grace_seconds=lease_seconds)
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id)
+        if worker is not None and (worker.drain_requested or worker.ended_at is not None):
+            return []
+        worker_bytes = worker.memory_bytes if worker else room.memory_bytes_free
+        if pack_key is not None and _holds_suspect(session, trainer_id):
+            return []
+        for _ in range(MAX_TRIES):
+            choices = _choose(session, room, pack_key, now=now, worker_bytes=worker_bytes)
+            claims = _take(session, choices, worker_id, trainer_id, room, now=now, lease_seconds=lease_seconds)
+            if claims or not choices:
+                return claims
+        return []
+
+
+def heartbeat(db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float) -> dict[str, Orders]:
+    """Renew the leases of those claims that are still held, of training or preparing, and tell what is asked."""
+    with db.write() as session:
+        now = read_clock(session)
+        recovery.observe(session, now=now, grace_seconds=lease_seconds)
+        session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
+        mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
+        orders = dict.fromkeys(claim_ids, Orders(stale=True))
+        for job in session.scalars(mine):
+            job.lease_expires_at, job.lease_extended = now + lease_seconds, False
+            orders[job.claim_id or ""] = Orders(cancel=job.cancel_requested, pause=job.pause_requested)
+        return orders
+
+
+def started(db: Database, claim_id: str, *, trainer_id: str, resumed_from_step: int | None) -> None:
+    """The trainer has admitted the job."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        attempt = session.get_one(Attempt, claim_id)
+        job.trainer_id = attempt.trainer_id = trainer_id
+        attempt.resumed_from_step = resumed_from_step
+        job.started_at = job.started_at or now
+        message = (
+            f"Fine-tuning resumed from step {resumed_from_step}" if resumed_from_step else "Fine-tuning job started"
+        )
+        data = {"attempt": job.attempt, "trainer_id": trainer_id, "resumed_from_step": resumed_from_step}
+        events.add(session, job.id, now=now, message=message, data=data)
+
+
+def complete(
+    db: Database,
+    claim_id: str,
+    *,
+    artifact: Manifest,
+    num_parameters: int,
+    verification: Json,
+    evaluation: Json | None,
+    trained_tokens: int,
+    lineage: Json,
+    lineage_id: str,
+) -> Adapter:
+    """The job has succeeded: its adapter becomes visible in the same transaction. A cancel that came later lost."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        adapter = Adapter(
+            id=new_id("adapter"),
+            name=_adapter_name(session, job),
+            job_id=job.id,
+            project_id=job.project_id,
+            base_model=job.base_model,
+            base_digest=job.base_digest,
+            artifact=artifact_rows.show(session, artifact, now=now),
+            num_parameters=num_parameters,
+            verification=verification,
+            evaluation=evaluation,
+            lineage=lineage,
+            lineage_id=lineage_id,
+            created_at=now,
+        )
+        session.add(adapter)
+        close_attempt(session, job, reason=EndReason.COMPLETED, detail=None, now=now)
+        job.adapter_name, job.trained_tokens, job.error = adapter.name, trained_tokens, None
+        message = f"New fine-tuned model created: {adapter.name}"
+        events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})
+        done = "The job has successfully completed"
+        move(session, job, Verb.COMPLETE, now=now, message=done, reason=EndReason.COMPLETED)
+        return adapter
+
+
+def end(db: Database, claim_id: str, *, reason: EndReason, detail: str, error: Json | None = None) -> JobState:
+    """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        return end_attempt(session, job, reason=reason, detail=detail, error=error, now=read_clock(session))
+
+
+def _choose(session: Session, room: Room, pack_key: str | None, *, now: float, worker_bytes: int) -> list[Choice]:
+    turns = queue.turns(session, now=now)
+    if pack_key is None:
+        return packing.choose_pack(turns, room)
+    return packing.choose_joiners(turns, room, pack_key, worker_bytes=worker_bytes)
+
+
+def _take(
+    session: Session,
+    choices: list[Choice],
+    worker_id: str,
+    trainer_id: str,
+    room: Room,
+    *,
+    now: float,
+    lease_seconds: float,
+) -> list[Claim]:
+    """Lock what was chosen, pass over what another worker was quicker to take, and claim the rest.
+
+    Without its anchor a pack is not taken: the choice is made anew.
+    """
+    chosen = {choice.turn.candidate.job_id: choice for choice in choices}
+    free = select(Job).where(Job.id.in_(chosen), Job.state == JobState.QUEUED)
+    jobs = {job.id: job for job in session.scalars(skip_locked(free))}
+    if choices and choices[0].role == "anchor" and choices[0].turn.candidate.job_id not in jobs:
+        return []
+    for job_id, job in jobs.items():
+        job.claim_id = new_id("claim")
+        job.attempt += 1
+        job.worker_id, job.trainer_id = worker_id, trainer_id
+        job.lease_expires_at, job.lease_extended, job.run_after = now + lease_seconds, False, None
+        _open_attempt(session, job, chosen[job_id], room, now=now)
+    ordered = [jobs[job_id] for job_id in chosen if job_id in jobs]
+    return [_claim(session, job) for job in ordered]
+
+
+def _open_attempt(session: Session, job: Job, choice: Choice, room: Room, *, now: float) -> None:
+    turn = choice.turn
+    why = {
+        "role": choice.role,
+        "reason": choice.reason,
+        "position": turn.position,
+        "turn": turn.reason,
+        "waited_seconds": turn.waited_seconds,
+        "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free},
+        "resident_base": room.resident_base,
+    }
+    attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
+    attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, why
+    session.add(attempt)
+    message = f"Attempt {job.attempt} begins on worker {job.worker_id} ({choice.role})"
+    move(session, job, Verb.CLAIM, now=now, message=message)
+
+
+def _claim(session: Session, job: Job) -> Claim:
+    assert job.claim_id is not None
+    candidates = resumable(session, job.id)
+    return Claim(job=job, claim_id=job.claim_id, attempt=job.attempt, resume_candidates=candidates)
+
+
+def _holds_suspect(session: Session, trainer_id: str) -> bool:
+    suspect = (Job.state == JobState.RUNNING, Job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1)
+    return session.scalar(select(Job.id).where(Job.trainer_id == trainer_id, *suspect).limit(1)) is not None
+
+
+def _adapter_name(session: Session, job: Job) -> str:
+    """`ft:BASE:PROJECT:SUFFIX:ID`; the id is the job's own, so that a reader finds one from the other."""
+    project = session.get_one(Project, job.project_id)
+    stem = f"ft:{job.base_model}:{project.name}:{job.suffix or ''}"
+    name = f"{stem}:{job.id[-8:]}"
+    while session.scalar(select(Adapter.id).where(Adapter.name == name)) is not None:
+        name = f"{stem}:{new_id('x')[-8:]}"
+    return name

@@ -1,0 +1,116 @@
+"""How an attempt's end becomes the job's next state: `decide` is pure, `end_attempt` writes what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.moves import move
+from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
+from catalog.tables import Attempt, Job, Json
+
+BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
+"""Before the next attempt, by the number of counted ones so far; the last also for every further one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What follows for the job."""
+
+    verb: Verb
+    counted_attempts: int
+    wait_seconds: float = 0.0
+    is_quarantine: bool = False
+
+
+def decide(reason: EndReason, *, cancel_requested: bool, pause_requested: bool, counted_attempts: int) -> Verdict:
+    """The verb that ENDINGS and the person's wishes give. A wish outlives a crash; only completing outruns it."""
+    ending = ENDINGS[reason]
+    counted = counted_attempts + int(ending.counts and ending.retryable)
+    obeys = reason in (EndReason.CANCELLED_BY_USER, EndReason.PAUSED_BY_USER)
+    if reason is EndReason.CANCELLED_BY_USER or (cancel_requested and (obeys or ending.retryable)):
+        return Verdict(verb=Verb.OBEY_CANCEL, counted_attempts=counted)
+    if pause_requested and (obeys or ending.retryable):
+        return Verdict(verb=Verb.OBEY_PAUSE, counted_attempts=counted)
+    if reason is EndReason.PAUSED_BY_USER:  # the person has changed their mind since
+        return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
+    if not ending.retryable:
+        return Verdict(verb=Verb.FAIL, counted_attempts=counted)
+    if not ending.counts:
+        return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
+    if counted >= MAX_COUNTED_ATTEMPTS:
+        return Verdict(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
+    wait = BACK_OFF_SECONDS[min(counted, len(BACK_OFF_SECONDS)) - 1]
+    return Verdict(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
+
+
+def end_attempt(
+    session: Session, job: Job, *, reason: EndReason, detail: str, error: Json | None = None, now: float
+) -> JobState:
+    """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion."""
+    assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
+    close_attempt(session, job, reason=reason, detail=detail, now=now)
+    verdict = decide(
+        reason,
+        cancel_requested=job.cancel_requested,
+        pause_requested=job.pause_requested,
+        counted_attempts=job.counted_attempts,
+    )
+    job.counted_attempts = verdict.counted_attempts
+    if verdict.verb is Verb.FAIL:
+        job.error = (
+            _quarantined(session, job, reason, detail) if verdict.is_quarantine else _failed(reason, detail, error)
+        )
+    level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
+    message = _message(job, verdict, reason, detail)
+    state = move(session, job, verdict.verb, now=now, message=message, reason=reason, level=level)
+    if verdict.wait_seconds:
+        job.run_after = now + verdict.wait_seconds
+    return state
+
+
+def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str | None, now: float) -> None:
+    """Write the end on the attempt's own row."""
+    attempt = session.get(Attempt, job.claim_id)
+    assert attempt is not None, f"job {job.id} runs without an attempt"
+    attempt.ended_at, attempt.reason, attempt.detail = now, reason, detail
+
+
+def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
+    fallback: Json = {"code": reason.value, "message": detail, "param": None}
+    return {**fallback, **(error or {})}
+
+
+def _quarantined(session: Session, job: Job, reason: EndReason, detail: str) -> Json:
+    """The evidence: how each of the latest attempts ended, and where."""
+    ended = select(Attempt).where(Attempt.job_id == job.id, Attempt.ended_at.is_not(None))
+    attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(job.counted_attempts + 2))
+    evidence = [
+        {"attempt": a.number, "reason": a.reason, "detail": a.detail, "worker_id": a.worker_id, "ended_at": a.ended_at}
+        for a in attempts
+    ]
+    message = (
+        f"The job was put aside: {job.counted_attempts} attempts ended badly with no new checkpoint in between. "
+        f"The last one: {reason.value.replace('_', ' ')}. {detail}"
+    )
+    return {"code": "quarantined", "message": message.strip(), "param": None, "evidence": evidence}
+
+
+def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str) -> str:
+    why = f"{reason.value.replace('_', ' ')}: {detail}" if detail else reason.value.replace("_", " ")
+    match verdict.verb:
+        case Verb.FAIL:
+            return f"The job failed. {(job.error or {}).get('message', why)}"
+        case Verb.OBEY_CANCEL:
+            return "The job was cancelled."
+        case Verb.OBEY_PAUSE:
+            return "The job was paused; its last checkpoint is kept."
+        case Verb.RELEASE:
+            return f"The job goes back to the queue ({why}). This attempt does not count."
+        case _:
+            return (
+                f"Attempt {job.attempt} ended ({why}). It is tried again in {verdict.wait_seconds:.0f} s "
+                f"from its last checkpoint; {verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} bad ends so far."
+            )

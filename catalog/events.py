@@ -1,0 +1,26 @@
+"""A job's events: what a person reads. Written inside the transaction of what they tell of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sqlalchemy.orm import Session
+
+from catalog.tables import JobEvent, Json
+
+Level = Literal["info", "warn", "error"]
+EventType = Literal["message", "metrics", "transition"]
+
+
+def add(
+    session: Session,
+    job_id: str,
+    *,
+    now: float,
+    message: str,
+    level: Level = "info",
+    type: EventType = "message",  # noqa: A002  (the wire's word)
+    data: Json | None = None,
+) -> None:
+    """Append one event to the job's log."""
+    session.add(JobEvent(job_id=job_id, created_at=now, level=level, type=type, message=message, data=data))

@@ -1,0 +1,151 @@
+"""Why a job is where it is: one sentence for a person, and the facts it was made from."""
+
+from __future__ import annotations
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from catalog import memory, queue
+from catalog.db import Database, read_clock
+from catalog.fair_share import Turn
+from catalog.job_records import find
+from catalog.packing import PATIENCE_SECONDS
+from catalog.spec import PriorityClass
+from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
+from catalog.tables import Attempt, Job, Json, Worker
+from catalog.workers import SILENT_SECONDS
+
+MAX_NAMED = 20
+"""Jobs that are named of those ahead."""
+
+
+def explain(db: Database, *, project_id: str, job_id: str) -> Json:
+    """`explanation` (a sentence), `state`, and facts that depend on the state."""
+    with db.read() as session:
+        job = find(session, project_id, job_id)
+        now = read_clock(session)
+        match JobState(job.state):
+            case JobState.VALIDATING_FILES:
+                sentence, facts = _validating(session, job, now=now)
+            case JobState.QUEUED:
+                sentence, facts = _queued(session, job, now=now)
+            case JobState.RUNNING:
+                sentence, facts = _running(session, job)
+            case JobState.PAUSED:
+                sentence, facts = "It is paused. Resume it to let it go on from its last checkpoint.", {}
+            case JobState.SUCCEEDED:
+                sentence, facts = f"It has succeeded: its adapter is {job.adapter_name}.", {"adapter": job.adapter_name}
+            case JobState.FAILED:
+                error = job.error or {}
+                sentence, facts = f"It failed. {error.get('message', '')}".strip(), {"error": error}
+            case JobState.CANCELLED:
+                sentence, facts = "It was cancelled.", {}
+        return {"job_id": job.id, "state": job.state, "reason": job.reason, "explanation": sentence, **facts}
+
+
+def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+    facts: Json = {"worker_id": job.worker_id, "run_after": job.run_after, "live_workers": _live(session, now=now)}
+    if job.claim_id is not None:
+        return f"Worker {job.worker_id} is preparing its files.", facts
+    if job.run_after is not None and job.run_after > now:
+        return f"Its files are prepared again in {job.run_after - now:.0f} s.", facts
+    earlier = select(func.count()).select_from(Job).where(Job.state == JobState.VALIDATING_FILES)
+    facts["ahead"] = session.scalar(earlier.where(Job.created_at < job.created_at, Job.claim_id.is_(None))) or 0
+    if not facts["live_workers"]:
+        return "Its files wait to be prepared, but no worker is running. Start one.", facts
+    return f"Its files wait to be prepared; {_jobs(facts['ahead'])} ahead of it.", facts
+
+
+def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+    facts: Json = {
+        "run_after": job.run_after,
+        "counted_attempts": job.counted_attempts,
+        "live_workers": _live(session, now=now),
+        "resident_bases": queue.resident_bases(session, now=now),
+        "base_digest": job.base_digest,
+        "priority": PriorityClass(job.priority).name,
+    }
+    if job.run_after is not None and job.run_after > now:
+        wait = job.run_after - now
+        return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", facts
+    turns = queue.turns(session, now=now)
+    mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
+    if mine is None:
+        return "It stands behind more jobs than one decision looks at.", facts
+    ahead = [turn for turn in turns if turn.position < mine.position]
+    facts |= _place(mine, ahead, job)
+    if not facts["live_workers"]:
+        return "No worker is running. Start one.", facts
+    too_large = _too_large(session, mine, now=now)
+    if too_large:
+        return too_large, facts
+    return _queue_sentence(job, mine, ahead, facts), facts
+
+
+def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
+    """Jobs of other projects are counted, not named."""
+    own = [turn.candidate.job_id for turn in ahead if turn.candidate.project_id == job.project_id]
+    return {
+        "position": mine.position,
+        "ahead": len(ahead),
+        "ahead_of_this_project": own[:MAX_NAMED],
+        "waited_seconds": mine.waited_seconds,
+        "turn": mine.reason,
+    }
+
+
+def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], facts: Json) -> str:
+    if mine.candidate.is_suspect:
+        return (
+            f"It has ended badly {job.counted_attempts} times of {MAX_COUNTED_ATTEMPTS}: it waits for a worker to "
+            "itself, so that no other job is hurt."
+        )
+    if not ahead:
+        return "It is first in the queue and waits for a worker to have room."
+    if job.base_digest in facts["resident_bases"]:
+        return f"{_jobs(len(ahead))} ahead of it. Its base is loaded: it joins as soon as there is room."
+    sentence = f"{_jobs(len(ahead))} ahead of it."
+    if facts["resident_bases"]:
+        sentence += (
+            f" Workers hold another base now; jobs for that one may go first for {PATIENCE_SECONDS:.0f} s at most."
+        )
+    return sentence
+
+
+def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:
+    largest = session.scalar(select(func.max(Worker.memory_bytes)).where(*_live_filter(now))) or 0
+    need = mine.candidate.trainer_bytes + mine.candidate.row_bytes
+    if need <= largest:
+        return None
+    return (
+        f"It needs about {memory.readable(need)} and the largest worker has {memory.readable(largest)}. "
+        "Add a larger worker, or cancel it and use a lower rank or a smaller base."
+    )
+
+
+def _running(session: Session, job: Job) -> tuple[str, Json]:
+    attempt = session.get(Attempt, job.claim_id)
+    facts: Json = {
+        "worker_id": job.worker_id,
+        "trainer_id": job.trainer_id,
+        "attempt": job.attempt,
+        "why": attempt.why if attempt else None,
+        "progress": job.progress,
+    }
+    if job.cancel_requested:
+        return f"Its worker {job.worker_id} was asked to stop it.", facts
+    if job.pause_requested:
+        return f"Its worker {job.worker_id} was asked to store a checkpoint and pause it.", facts
+    return f"It trains on worker {job.worker_id}, attempt {job.attempt}.", facts
+
+
+def _live(session: Session, *, now: float) -> int:
+    return session.scalar(select(func.count()).select_from(Worker).where(*_live_filter(now))) or 0
+
+
+def _live_filter(now: float) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS
+
+
+def _jobs(number: int) -> str:
+    return {0: "No job is", 1: "1 job is"}.get(number, f"{number} jobs are")

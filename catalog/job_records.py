@@ -1,0 +1,89 @@
+"""What a person reads of a job: events, checkpoints, curves, attempts. Another project's job is not found."""
+
+from __future__ import annotations
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from catalog import curves
+from catalog.db import Database
+from catalog.errors import NotFound
+from catalog.pages import Page, paginate, unknown_cursor
+from catalog.tables import Attempt, Checkpoint, Job, JobEvent, Metric
+
+
+def find(session: Session, project_id: str, job_id: str, *, locked: bool = False) -> Job:
+    """The project's job, within a transaction."""
+    owned = select(Job).where(Job.id == job_id, Job.project_id == project_id)
+    job = session.scalar(owned.with_for_update(of=Job) if locked else owned)
+    if job is None:
+        raise NotFound("job", job_id)
+    return job
+
+
+def events_page(
+    db: Database, *, project_id: str, job_id: str, after: int | None = None, limit: int = 20
+) -> Page[JobEvent]:
+    """Newest first; `after` is the `seq` of the last event of the page before."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        events = select(JobEvent).where(JobEvent.job_id == job_id)
+        if after is not None:
+            if session.scalar(events.where(JobEvent.seq == after)) is None:
+                raise unknown_cursor(f"ftevent-{after}")
+            events = events.where(JobEvent.seq < after)
+        rows = list(session.scalars(events.order_by(JobEvent.seq.desc()).limit(limit + 1)))
+        return Page(items=rows[:limit], has_more=len(rows) > limit)
+
+
+def events_since(db: Database, *, project_id: str, job_id: str, seq: int, limit: int = 500) -> list[JobEvent]:
+    """Oldest first, from after `seq`: for a stream that goes on where it broke off."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        newer = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq)
+        return list(session.scalars(newer.order_by(JobEvent.seq).limit(limit)))
+
+
+def checkpoints_page(
+    db: Database, *, project_id: str, job_id: str, after: str | None = None, limit: int = 10
+) -> Page[Checkpoint]:
+    """Newest first, those without their files too."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        scope = select(Checkpoint).where(Checkpoint.job_id == job_id)
+        return paginate(session, scope, created=Checkpoint.created_at, ident=Checkpoint.id, after=after, limit=limit)
+
+
+def metrics(db: Database, *, project_id: str, job_id: str, kind: str, max_points: int | None = None) -> list[Metric]:
+    """A curve (`train` or `valid`) by step, thinned to `max_points` with its peaks kept."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        curve = select(Metric).where(Metric.job_id == job_id, Metric.kind == kind).order_by(Metric.step)
+        points = list(session.scalars(curve))
+    return points if max_points is None else curves.thin(points, max_points, value=lambda point: point.loss)
+
+
+def attempts(db: Database, *, project_id: str, job_id: str) -> list[Attempt]:
+    """Every attempt, the first first."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        return list(session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)))
+
+
+def packmates(db: Database, *, project_id: str, job_id: str) -> dict[str, list[str]]:
+    """By claim id of each attempt: the project's other jobs that were in the same trainer at the same time."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        mine = list(session.scalars(select(Attempt).where(Attempt.job_id == job_id)))
+        return {attempt.claim_id: _beside(session, project_id, attempt) for attempt in mine}
+
+
+def _beside(session: Session, project_id: str, attempt: Attempt) -> list[str]:
+    if attempt.trainer_id is None:
+        return []
+    together = (Attempt.trainer_id == attempt.trainer_id, Attempt.job_id != attempt.job_id)
+    overlap = [or_(Attempt.ended_at.is_(None), Attempt.ended_at > attempt.started_at)]
+    if attempt.ended_at is not None:
+        overlap.append(Attempt.started_at < attempt.ended_at)
+    others = select(Attempt.job_id).join(Job, Job.id == Attempt.job_id).where(*together, *overlap)
+    return list(session.scalars(others.where(Job.project_id == project_id).distinct().order_by(Attempt.job_id)))

@@ -1,0 +1,163 @@
+"""The user's verbs on jobs. What belongs to another project does not exist for the caller.
+
+Accepting is in submission, reading in job_records, "why does it wait" in explanation; they are re-exported here.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from catalog import events
+from catalog.db import Database, read_clock
+from catalog.errors import Conflict
+from catalog.explanation import explain
+from catalog.job_records import (
+    attempts,
+    checkpoints_page,
+    events_page,
+    events_since,
+    find,
+    metrics,
+    packmates,
+)
+from catalog.moves import move
+from catalog.pages import Page, paginate
+from catalog.states import FINAL_STATES, EndReason, JobState, Verb
+from catalog.submission import create
+from catalog.tables import Job, Prepared
+
+__all__ = [
+    "attempts",
+    "cancel",
+    "checkpoints_page",
+    "create",
+    "events_page",
+    "events_since",
+    "explain",
+    "get",
+    "list_page",
+    "metrics",
+    "packmates",
+    "pause",
+    "resume",
+]
+
+SCAN_ROWS = 500
+"""Rows looked at in one go where a list is filtered by labels."""
+
+
+def get(db: Database, *, project_id: str, job_id: str) -> Job:
+    """Raises NotFound."""
+    with db.read() as session:
+        return find(session, project_id, job_id)
+
+
+def list_page(
+    db: Database,
+    *,
+    project_id: str,
+    after: str | None = None,
+    limit: int = 20,
+    metadata: dict[str, str] | None = None,
+) -> Page[Job]:
+    """Newest first. `metadata`: only jobs whose labels hold all these pairs; {} means those without labels."""
+    scope = select(Job).where(Job.project_id == project_id)
+    with db.read() as session:
+        if metadata is None:
+            return _page(session, scope, after, limit)
+        found: list[Job] = []
+        while True:
+            page = _page(session, scope, after, SCAN_ROWS)
+            found += [job for job in page.items if _is_labelled(job, metadata)]
+            if len(found) > limit or not page.has_more:
+                return Page(items=found[:limit], has_more=len(found) > limit)
+            after = page.items[-1].id
+
+
+def cancel(db: Database, *, project_id: str, job_id: str) -> Job:
+    """End the job: at once where no worker trains it, else as soon as its worker obeys."""
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        now = read_clock(session)
+        if job.state in FINAL_STATES:
+            raise _already_final(job)
+        if job.state != JobState.RUNNING:
+            cancelled = EndReason.CANCELLED_BY_USER
+            move(session, job, Verb.CANCEL, now=now, message="The job was cancelled.", reason=cancelled)
+        elif not job.cancel_requested:
+            job.cancel_requested = True
+            events.add(session, job.id, now=now, message="Cancellation was requested; the worker stops the job.")
+        return job
+
+
+def pause(db: Database, *, project_id: str, job_id: str) -> Job:
+    """Stop the job, to go on later from where it is. Pausing twice is pausing once."""
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        now = read_clock(session)
+        if job.state in FINAL_STATES:
+            raise _already_final(job)
+        if job.state == JobState.PAUSED:
+            return job
+        if job.state != JobState.RUNNING:
+            paused = EndReason.PAUSED_BY_USER
+            move(session, job, Verb.PAUSE, now=now, message="The job was paused.", reason=paused)
+        elif job.cancel_requested:
+            raise Conflict(
+                f"Job {job.id} is being cancelled.",
+                code="job_cancelling",
+                remedy="It can't be paused any more. Create a new job to train again.",
+            )
+        elif not job.pause_requested:
+            job.pause_requested = True
+            events.add(session, job.id, now=now, message="A pause was requested; the worker stores a checkpoint first.")
+        return job
+
+
+def resume(db: Database, *, project_id: str, job_id: str) -> Job:
+    """Let a paused job go on; where its files are prepared, it is queued at once."""
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        now = read_clock(session)
+        if job.state in FINAL_STATES:
+            raise _already_final(job)
+        if job.state == JobState.RUNNING and job.pause_requested and not job.cancel_requested:
+            job.pause_requested = False
+            events.add(session, job.id, now=now, message="The pause was withdrawn.")
+            return job
+        if job.state != JobState.PAUSED:
+            raise Conflict(
+                f"Job {job.id} is {job.state}, not paused.",
+                code="job_not_paused",
+                remedy="Only a paused job can be resumed.",
+            )
+        move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
+        job.counted_attempts = job.lost_preparations = 0
+        if _is_prepared(session, job):
+            session.flush()
+            move(session, job, Verb.PREPARED, now=now, message="Its files are prepared: the job is queued.")
+        return job
+
+
+def _page(session: Session, scope: Select[Job], after: str | None, limit: int) -> Page[Job]:
+    return paginate(session, scope, created=Job.created_at, ident=Job.id, after=after, limit=limit)
+
+
+def _is_labelled(job: Job, metadata: dict[str, str]) -> bool:
+    labels = job.labels or {}
+    return all(labels.get(key) == value for key, value in metadata.items()) if metadata else not labels
+
+
+def _is_prepared(session: Session, job: Job) -> bool:
+    wanted = [job.train_prepared, job.valid_prepared] if job.validation_file else [job.train_prepared]
+    caches = [session.get(Prepared, key) if key else None for key in wanted]
+    return job.num_steps is not None and all(cache is not None and cache.artifact for cache in caches)
+
+
+def _already_final(job: Job) -> Conflict:
+    return Conflict(
+        f"Job {job.id} is already {job.state}.",
+        code="job_already_final",
+        remedy="A finished job does not change any more. Create a new one to train again.",
+    )

@@ -1,0 +1,185 @@
+"""API keys, one-time sign-in links and browser sessions. Only HMACs are kept: a stolen database opens nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from catalog.db import Database, read_clock
+from catalog.errors import Unauthorized
+from catalog.settings import Settings
+from catalog.tables import ApiKey, Project, SignIn, new_id
+
+LAST_USED_SECONDS = 60
+"""`last_used_at` is this coarse, so that reading does not become writing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who asks, and what they may see."""
+
+    api_key_id: str
+    project_id: str
+    project_name: str
+    is_operator: bool
+    name: str
+
+
+def create(
+    db: Database,
+    *,
+    project_id: str,
+    name: str,
+    pepper: bytes,
+    is_operator: bool = False,
+    expires_at: float | None = None,
+) -> tuple[ApiKey, str]:
+    """A new key and its text, which can't be shown again."""
+    key_id = new_id("key")
+    secret = f"lorry_{key_id}_{secrets.token_urlsafe(32)}"
+    with db.write() as session:
+        key = ApiKey(
+            id=key_id,
+            project_id=project_id,
+            name=name,
+            digest=_digest(secret, pepper),
+            is_operator=is_operator,
+            created_at=read_clock(session),
+            expires_at=expires_at,
+        )
+        session.add(key)
+    return key, secret
+
+
+def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
+    """Who holds this key. Raises Unauthorized for a wrong, expired or revoked one."""
+    given = _digest(secret, pepper)
+    parts = secret.split("_", 2)
+    key_id = parts[1] if len(parts) == 3 else ""
+    with db.read() as session:
+        now = read_clock(session)
+        key = session.get(ApiKey, key_id)
+        if not hmac.compare_digest(key.digest if key else "", given) or key is None or not _is_live(key, now):
+            raise _refused("The API key is not valid.", "Check it for missing characters, or have a new one made.")
+        caller = _caller(session, key)
+    if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS:
+        with db.write() as session:
+            session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used_at=now))
+    return caller
+
+
+def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
+    """The key and every browser session made from it end now."""
+    with db.write() as session:
+        owned = (ApiKey.id == api_key_id, ApiKey.project_id == project_id, ApiKey.revoked_at.is_(None))
+        session.execute(update(ApiKey).where(*owned).values(revoked_at=read_clock(session)))
+
+
+def create_sign_in_link(db: Database, *, api_key_id: str, pepper: bytes, seconds: float = 900) -> str:
+    """A token that opens one browser session, once."""
+    token = secrets.token_urlsafe(32)
+    with db.write() as session:
+        now = read_clock(session)
+        session.execute(delete(SignIn).where(SignIn.expires_at <= now))
+        session.add(
+            SignIn(
+                id=new_id("signin"),
+                api_key_id=api_key_id,
+                link_digest=_digest(token, pepper),
+                created_at=now,
+                expires_at=now + seconds,
+            )
+        )
+    return token
+
+
+def exchange_sign_in(db: Database, *, token: str, pepper: bytes, seconds: float = 12 * 3600) -> str:
+    """The browser's secret in return for a link's token. Raises Unauthorized when it was used or has expired."""
+    browser = secrets.token_urlsafe(32)
+    with db.write() as session:
+        now = read_clock(session)
+        unused = (SignIn.link_digest == _digest(token, pepper), SignIn.expires_at > now)
+        row_id = session.scalar(select(SignIn.id).where(*unused).with_for_update())
+        if row_id is None:
+            raise _refused("This sign-in link was used already or has expired.", "Make a new one: lorry sign-in.")
+        values = {"link_digest": None, "browser_digest": _digest(browser, pepper), "expires_at": now + seconds}
+        session.execute(update(SignIn).where(SignIn.id == row_id).values(values))
+    return browser
+
+
+def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
+    """Whose browser session this is. Raises Unauthorized when it has ended."""
+    with db.read() as session:
+        now = read_clock(session)
+        live = (SignIn.browser_digest == _digest(secret, pepper), SignIn.expires_at > now)
+        key = session.scalar(select(ApiKey).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live))
+        if key is None or not _is_live(key, now):
+            raise _refused("You are signed out.", "Open a new sign-in link, or sign in with an API key.")
+        return _caller(session, key)
+
+
+def end_browser(db: Database, *, secret: str, pepper: bytes) -> None:
+    """Sign out."""
+    with db.write() as session:
+        session.execute(delete(SignIn).where(SignIn.browser_digest == _digest(secret, pepper)))
+
+
+def load_pepper(settings: Settings) -> bytes:
+    """The HMAC's key: from the settings, or from a file in the data folder that is made on first use."""
+    if settings.pepper is not None:
+        return settings.pepper.get_secret_value().encode()
+    path = settings.data_dir / "pepper"
+    if not path.exists():
+        _create_once(path, secrets.token_bytes(32))
+    pepper = path.read_bytes()
+    if len(pepper) < 32:
+        raise ValueError(f"{path} is damaged: it must hold 32 bytes. Restore it, or every API key is lost.")
+    return pepper
+
+
+def _create_once(path: Path, content: bytes) -> None:
+    """Several processes may come here at once: the first one's file is everybody's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if not path.exists():
+            os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+
+
+def _digest(secret: str, pepper: bytes) -> str:
+    return hmac.new(pepper, secret.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def _is_live(key: ApiKey, now: float) -> bool:
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
+
+
+def _caller(session: Session, key: ApiKey) -> Caller:
+    project = session.get_one(Project, key.project_id)
+    return Caller(
+        api_key_id=key.id,
+        project_id=project.id,
+        project_name=project.name,
+        is_operator=key.is_operator,
+        name=key.name,
+    )
+
+
+def _refused(message: str, remedy: str) -> Unauthorized:
+    return Unauthorized(message, code="invalid_api_key", remedy=remedy)

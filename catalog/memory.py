@@ -1,0 +1,64 @@
+"""Byte arithmetic for placing jobs: what an adapter's row, a base and a tick occupy. Pure; all results in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+VECTORS_PER_ROW = 4
+"""Parameters, gradient and the two moments of AdamW, all fp32."""
+ACTIVATIONS_PER_FEATURE = 2
+"""Numbers kept for the backward per input feature of a linear: its input, and what norms and activations keep."""
+BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
+LOGIT_CHUNK_ROWS = 256
+"""Positions whose logits exist at one time."""
+
+Shapes = Mapping[str, Any]
+"""{"q_proj": [[out_features, in_features], count], …}, as lora_core describes a base."""
+
+
+def adapter_parameters(shapes: Shapes, *, rank: int, targets: Literal["all-linear"] | list[str]) -> int:
+    """Numbers in A (rank x in) and B (out x rank) over every target."""
+    total = 0
+    for name, ((out_features, in_features), count) in shapes.items():
+        if targets == "all-linear" or name in targets:
+            total += rank * (out_features + in_features) * count
+    return total
+
+
+def row_bytes(num_parameters: int) -> int:
+    """One job's row with its gradient and moments."""
+    return VECTORS_PER_ROW * 4 * num_parameters
+
+
+def base_bytes(num_parameters: int, precision: str) -> int:
+    """The frozen weights."""
+    return num_parameters * BYTES_PER_NUMBER[precision]
+
+
+def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
+    """What one token of a tick keeps until its backward."""
+    features = sum(in_features * count for (_, in_features), count in shapes.values())
+    return features * ACTIVATIONS_PER_FEATURE * BYTES_PER_NUMBER[precision]
+
+
+def tick_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int) -> int:
+    """Activations and one chunk of logits (fp32, with their gradient) of a tick of `num_tokens`."""
+    activations = num_tokens * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+    logits = 2 * 4 * LOGIT_CHUNK_ROWS * int(description.get("vocab_size", 0))
+    return activations + logits
+
+
+def trainer_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int = 1024) -> int:
+    """A trainer before its first job: base and one tick."""
+    base = base_bytes(int(description.get("num_parameters", 0)), precision)
+    return base + tick_bytes(description, precision, num_tokens=num_tokens)
+
+
+def readable(num_bytes: float) -> str:
+    """For a sentence: 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

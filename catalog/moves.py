@@ -1,0 +1,57 @@
+"""The one place that writes a job's state: by the table of transitions, with an event in the same transaction.
+
+Only jobs (a person's verbs), claims and preparation (a worker's) and endings call it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from catalog import events
+from catalog.errors import Conflict
+from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
+from catalog.tables import Job
+
+
+def move(
+    session: Session,
+    job: Job,
+    verb: Verb,
+    *,
+    now: float,
+    message: str,
+    reason: EndReason | None = None,
+    level: events.Level = "info",
+) -> JobState:
+    """Take the job where `verb` leads from its state. Raises Conflict where the table has no such move."""
+    before = JobState(job.state) if job.state else None
+    after = next_state(before, verb)
+    if after is None:
+        raise Conflict(
+            f"A job that is {before} can't {verb.value.replace('_', ' ')}.",
+            code="invalid_transition",
+            remedy="Look at its state and at its events.",
+        )
+    job.state = after
+    if after is not JobState.RUNNING:
+        _let_go(job, after)
+    if reason is not None:
+        job.reason = reason
+    if after in FINAL_STATES:
+        job.finished_at = now
+    data = {"from": before, "to": after, "verb": verb, "reason": reason}
+    events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
+    return after
+
+
+def _let_go(job: Job, after: JobState) -> None:
+    """Whoever held the job writes nothing more. A finished job keeps the names of where it trained last."""
+    job.claim_id = None
+    job.lease_expires_at = None
+    job.lease_extended = False
+    job.run_after = None
+    job.cancel_requested = False
+    job.pause_requested = False
+    if after not in FINAL_STATES:
+        job.worker_id = None
+        job.trainer_id = None

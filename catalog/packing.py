@@ -1,0 +1,116 @@
+"""Which jobs train together: the anchor is whose turn it is, packmates fill what it leaves. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from catalog.fair_share import Candidate, Turn
+
+PATIENCE_SECONDS = 60.0
+"""How long a job for another base may be passed over for the sake of a base that is loaded already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What a worker has free."""
+
+    max_jobs: int
+    """Jobs that it can take now."""
+    memory_bytes_free: int
+    """On the device, beside what is resident."""
+    resident_base: str | None = None
+    """Digest of the base that it holds, if any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A job that is let in, and why."""
+
+    turn: Turn
+    role: str
+    """anchor, packmate or joiner."""
+    reason: str
+
+
+def pack_key(base_digest: str, precision: str) -> str:
+    """Jobs train together where this is equal: base, dtype, task head."""
+    return f"{base_digest}:{precision}:causal-lm"
+
+
+def precision_of(key: str) -> str:
+    """The dtype within a pack key."""
+    return key.rsplit(":", 2)[1]
+
+
+def choose_pack(turns: Sequence[Turn], room: Room) -> list[Choice]:
+    """A new trainer's first jobs: an anchor and its packmates; [] where nothing fits."""
+    anchor = choose_anchor(turns, room)
+    return [] if anchor is None else [anchor, *choose(anchor, turns, room)]
+
+
+def choose_anchor(turns: Sequence[Turn], room: Room) -> Choice | None:
+    """Whose turn it is. A job for the resident base goes first while the head of the queue has not waited long."""
+    if room.max_jobs < 1:
+        return None
+    fitting = [turn for turn in turns if _need_bytes(turn.candidate, room) <= room.memory_bytes_free]
+    if not fitting:
+        return None
+    head = fitting[0]
+    if head.waited_seconds < PATIENCE_SECONDS:
+        for turn in fitting:
+            same_class = turn.candidate.priority == head.candidate.priority
+            if same_class and turn.candidate.base_digest == room.resident_base:
+                why = "first of its class for the base that is loaded" if turn is not head else "first in the queue"
+                return Choice(turn=turn, role="anchor", reason=why)
+    return Choice(turn=head, role="anchor", reason="first in the queue of those that fit this worker")
+
+
+def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choice]:
+    """Packmates for the anchor, in their own order. A suspect neither has nor becomes one."""
+    if anchor.turn.candidate.is_suspect:
+        return []
+    left = room.memory_bytes_free - _need_bytes(anchor.turn.candidate, room)
+    chosen: list[Choice] = []
+    for turn in candidates:
+        mate = turn.candidate
+        if len(chosen) >= room.max_jobs - 1:
+            break
+        if turn is anchor.turn or mate.is_suspect or mate.pack_key != anchor.turn.candidate.pack_key:
+            continue
+        if mate.row_bytes <= left:
+            left -= mate.row_bytes
+            reason = f"same base and dtype as {anchor.turn.candidate.job_id}, and fits beside it"
+            chosen.append(Choice(turn=turn, role="packmate", reason=reason))
+    return chosen
+
+
+def choose_joiners(turns: Sequence[Turn], room: Room, key: str, *, worker_bytes: int) -> list[Choice]:
+    """Jobs that may join a live trainer of pack key `key`.
+
+    None that stands behind a job which has waited past the patience for something else and would fit the
+    worker (`worker_bytes` in all): the trainer is let run empty then, and that job is the next anchor.
+    """
+    left = room.memory_bytes_free
+    chosen: list[Choice] = []
+    for turn in turns:
+        mate = turn.candidate
+        if len(chosen) >= room.max_jobs:
+            break
+        if mate.pack_key != key or mate.is_suspect:
+            fits_alone = mate.trainer_bytes + mate.row_bytes <= worker_bytes
+            if fits_alone and turn.waited_seconds >= PATIENCE_SECONDS:
+                break
+            continue
+        if mate.row_bytes <= left:
+            left -= mate.row_bytes
+            chosen.append(
+                Choice(turn=turn, role="joiner", reason="its base is loaded and there is room beside the rest")
+            )
+    return chosen
+
+
+def _need_bytes(candidate: Candidate, room: Room) -> int:
+    """A base that is resident is counted in what is free already."""
+    trainer = 0 if candidate.base_digest == room.resident_base else candidate.trainer_bytes
+    return trainer + candidate.row_bytes

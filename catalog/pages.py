@@ -1,0 +1,73 @@
+"""Pages of a list, by keyset on (created_at, id): never OFFSET, so a page costs the same wherever it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from sqlalchemy import ColumnElement, Select, and_, or_
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from catalog.errors import InvalidRequest
+
+T = TypeVar("T")
+Order = Literal["asc", "desc"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Page(Generic[T]):
+    """Some rows of a list, and whether more follow."""
+
+    items: list[T]
+    has_more: bool
+
+
+def paginate(
+    session: Session,
+    scope: Select[T],
+    *,
+    created: InstrumentedAttribute[float],
+    ident: InstrumentedAttribute[str],
+    after: str | None,
+    limit: int,
+    order: Order = "desc",
+    visible: tuple[ColumnElement[bool], ...] = (),
+) -> Page[T]:
+    """The page of `scope` that follows the row `after`.
+
+    The cursor may be any row of `scope`, the items only those that are also `visible`: a row deleted
+    since the last page still says where that page ended.
+    """
+    statement = scope.where(*visible)
+    if after is not None:
+        statement = statement.where(_beyond(session, scope, created=created, ident=ident, after=after, order=order))
+    keys: tuple[Any, Any] = (created.desc(), ident.desc()) if order == "desc" else (created.asc(), ident.asc())
+    rows = list(session.scalars(statement.order_by(*keys).limit(limit + 1)))
+    return Page(items=rows[:limit], has_more=len(rows) > limit)
+
+
+def unknown_cursor(after: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The list has no item with the id {after!r} to continue after.",
+        code="unknown_cursor",
+        remedy="Take `after` from the last item of the page before, or leave it out to begin at the start.",
+        param="after",
+    )
+
+
+def _beyond(
+    session: Session,
+    scope: Select[Any],
+    *,
+    created: InstrumentedAttribute[float],
+    ident: InstrumentedAttribute[str],
+    after: str,
+    order: Order,
+) -> ColumnElement[bool]:
+    cursor = session.execute(scope.with_only_columns(created, ident).where(ident == after)).first()
+    if cursor is None:
+        raise unknown_cursor(after)
+    at, row_id = cursor
+    if order == "desc":
+        return or_(created < at, and_(created == at, ident < row_id))
+    return or_(created > at, and_(created == at, ident > row_id))

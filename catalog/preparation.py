@@ -1,0 +1,91 @@
+"""The worker verbs of a job whose files are still to be tokenised: leased like a claim, but no attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from catalog import events
+from catalog.db import Database, read_clock, skip_locked
+from catalog.fencing import hold
+from catalog.moves import move
+from catalog.states import EndReason, JobState, Verb
+from catalog.tables import BaseModelRow, File, Job, Json, Worker, new_id
+
+VALIDATING = JobState.VALIDATING_FILES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unprepared:
+    """A job to prepare, and what that takes."""
+
+    claim_id: str
+    job: Job
+    training_file: File
+    validation_file: File | None
+    base: BaseModelRow
+
+
+def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float) -> Unprepared | None:
+    """The first job whose files wait to be prepared, leased to this worker; None where there is none.
+
+    Renew the lease with `claims.heartbeat`, as any other.
+    """
+    with db.write() as session:
+        now = read_clock(session)
+        if _is_leaving(session, worker_id):
+            return None
+        is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
+        waiting = select(Job).where(Job.state == VALIDATING, Job.claim_id.is_(None), is_due)
+        first = waiting.order_by(Job.priority, Job.created_at, Job.id).limit(1)
+        job = session.scalar(skip_locked(first))
+        if job is None:
+            return None
+        job.claim_id = claim_id = new_id("prep")
+        job.worker_id = worker_id
+        job.lease_expires_at = now + lease_seconds
+        job.lease_extended = False
+        return Unprepared(
+            claim_id=claim_id,
+            job=job,
+            training_file=session.get_one(File, job.training_file),
+            validation_file=session.get_one(File, job.validation_file) if job.validation_file else None,
+            base=session.get_one(BaseModelRow, job.base_model),
+        )
+
+
+def prepared(db: Database, *, claim_id: str, train_key: str, valid_key: str | None, num_steps: int) -> None:
+    """The files' token caches are stored: the job is queued."""
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        now = read_clock(session)
+        job.train_prepared, job.valid_prepared, job.num_steps = train_key, valid_key, num_steps
+        job.lost_preparations = 0
+        move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
+
+
+def refused(db: Database, *, claim_id: str, error: Json) -> None:
+    """The files can't be trained on: `error` holds code, message (with its remedy) and param."""
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        job.error = found = {"code": "invalid_training_file", "param": "training_file", **error}
+        message = f"The job failed. {found.get('message', '')}".strip()
+        now = read_clock(session)
+        move(session, job, Verb.REFUSED, now=now, message=message, reason=EndReason.USER_ERROR, level="error")
+
+
+def release_preparation(db: Database, *, claim_id: str, detail: str, wait_seconds: float = 0) -> None:
+    """The worker gives the job back unprepared: it drains, or the store did not answer."""
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        now = read_clock(session)
+        job.claim_id = job.worker_id = job.lease_expires_at = None
+        job.run_after = now + wait_seconds if wait_seconds else None
+        events.add(session, job.id, now=now, level="warn", message=f"The files will be prepared again: {detail}")
+
+
+def _is_leaving(session: Session, worker_id: str) -> bool:
+    worker = session.get(Worker, worker_id)
+    return worker is not None and (worker.drain_requested or worker.ended_at is not None)

@@ -1,0 +1,36 @@
+"""Token caches: one per data file, tokenizer and length, whoever asked first."""
+
+from __future__ import annotations
+
+import hashlib
+
+import rfc8785
+
+from catalog import artifact_rows
+from catalog.artifacts.manifest import Manifest
+from catalog.db import Database, read_clock, upsert
+from catalog.tables import Json, Prepared
+
+FORMAT = 1
+"""Counts up when preparing the same file would give other tokens."""
+
+
+def key(file_digest: str, tokenizer_digest: str, max_length: int) -> str:
+    """The cache's name: whatever decides the tokens goes into it."""
+    parts = {"format": FORMAT, "file": file_digest, "tokenizer": tokenizer_digest, "max_length": max_length}
+    return hashlib.sha256(rfc8785.dumps(parts)).hexdigest()
+
+
+def get(db: Database, key: str) -> Prepared | None:
+    with db.read() as session:
+        return session.get(Prepared, key)
+
+
+def put(db: Database, key: str, *, file_digest: str, artifact: Manifest | None, report: Json) -> Prepared:
+    """Record a cache whose files are stored; `artifact` None where the report tells why there is none."""
+    with db.write() as session:
+        now = read_clock(session)
+        digest = artifact_rows.show(session, artifact, now=now) if artifact else None
+        row = {"key": key, "file_digest": file_digest, "artifact": digest, "report": report, "created_at": now}
+        upsert(session, Prepared, [row])
+        return session.get_one(Prepared, key, populate_existing=True)

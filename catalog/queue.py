@@ -1,0 +1,125 @@
+"""What waits and in which order: for claims to choose from, for people to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from catalog import fair_share, memory, packing
+from catalog.db import Database, read_clock
+from catalog.fair_share import Candidate, Turn
+from catalog.spec import PriorityClass
+from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
+from catalog.tables import BaseModelRow, Job, Json, Project, Worker
+from catalog.workers import SILENT_SECONDS
+
+MAX_CANDIDATES = 5000
+"""Jobs looked at in one decision; the rest wait until these have gone."""
+
+
+def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[Turn]:
+    """The jobs that may be claimed now, first turn first."""
+    is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
+    rows = session.execute(
+        select(
+            Job.id,
+            Job.project_id,
+            Job.base_model,
+            Job.base_digest,
+            Job.pack_key,
+            Job.priority,
+            Job.created_at,
+            Job.adapter_parameters,
+            Job.counted_attempts,
+        )
+        .where(Job.state == JobState.QUEUED, is_due)
+        .order_by(Job.priority, Job.created_at)
+        .limit(limit)
+    ).all()
+    if not rows:
+        return []
+    needs = _trainer_bytes(session, {(row.base_model, row.pack_key) for row in rows})
+    candidates = [
+        Candidate(
+            job_id=row.id,
+            project_id=row.project_id,
+            base_digest=row.base_digest,
+            pack_key=row.pack_key,
+            priority=row.priority,
+            created_at=row.created_at,
+            row_bytes=memory.row_bytes(row.adapter_parameters),
+            trainer_bytes=needs[row.base_model, row.pack_key],
+            is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
+        )
+        for row in rows
+    ]
+    return fair_share.order(candidates, now, running_by_project=_running(session))
+
+
+def snapshot(db: Database, *, project_id: str | None) -> Json:
+    """The queue as people see it: counts, the waiting in order, the running. `project_id` None: every project's.
+
+    Positions are those in the whole queue, so a project sees how many stand before it, not who.
+    """
+    with db.read() as session:
+        now = read_clock(session)
+        places = {turn.candidate.job_id: turn for turn in turns(session, now=now)}
+        unfinished = select(Job).where(Job.state.not_in(FINAL_STATES))
+        if project_id is not None:
+            unfinished = unfinished.where(Job.project_id == project_id)
+        jobs = list(session.scalars(unfinished.order_by(Job.created_at, Job.id).limit(MAX_CANDIDATES)))
+        names = {row.id: row.name for row in session.scalars(select(Project))}
+        entries = [_entry(job, places.get(job.id), now=now, project=names[job.project_id]) for job in jobs]
+        entries.sort(key=lambda entry: (entry["position"] is None, entry["position"] or 0))
+        return {
+            "as_of": now,
+            "counts": dict(Counter(job.state for job in jobs)),
+            "waiting_in_all": len(places),
+            "jobs": entries,
+            "workers": _live_workers(session, now=now),
+        }
+
+
+def resident_bases(session: Session, *, now: float) -> list[str]:
+    """Digests of the bases that live workers hold."""
+    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
+    return [digest for digest in session.scalars(select(Worker.resident_base).where(*live).distinct()) if digest]
+
+
+def _entry(job: Job, turn: Turn | None, *, now: float, project: str) -> Json:
+    return {
+        "job_id": job.id,
+        "project": project,
+        "state": job.state,
+        "base_model": job.base_model,
+        "priority": PriorityClass(job.priority).name,
+        "created_at": job.created_at,
+        "waited_seconds": max(0.0, now - job.created_at),
+        "position": turn.position if turn else None,
+        "reason": turn.reason if turn else None,
+        "run_after": job.run_after,
+        "attempt": job.attempt,
+        "worker_id": job.worker_id,
+        "trainer_id": job.trainer_id,
+        "progress": job.progress,
+        "suffix": job.suffix,
+    }
+
+
+def _live_workers(session: Session, *, now: float) -> int:
+    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
+    return session.scalar(select(func.count()).select_from(Worker).where(*live)) or 0
+
+
+def _running(session: Session) -> dict[str, int]:
+    counted = select(Job.project_id, func.count()).where(Job.state == JobState.RUNNING).group_by(Job.project_id)
+    return {row[0]: row[1] for row in session.execute(counted)}
+
+
+def _trainer_bytes(session: Session, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    names = {name for name, _ in wanted}
+    rows = session.scalars(select(BaseModelRow).where(BaseModelRow.name.in_(names)))
+    described = {row.name: row.description or {} for row in rows}
+    return {(name, key): memory.trainer_bytes(described[name], packing.precision_of(key)) for name, key in wanted}

@@ -1,0 +1,135 @@
+"""What a running job leaves behind: events, curve points, progress and checkpoints, all fenced by its claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog import artifact_rows, events
+from catalog.artifacts.manifest import Manifest
+from catalog.db import Database, read_clock, upsert
+from catalog.fencing import hold
+from catalog.tables import Checkpoint, Job, Json, Metric, new_id
+
+KEPT_CHECKPOINTS = 2
+"""Those whose files are kept: the newest, and one to fall back on."""
+_OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm")
+
+
+def record_event(
+    db: Database,
+    claim_id: str,
+    level: events.Level,
+    message: str,
+    data: Json | None = None,
+    *,
+    type: events.EventType = "message",  # noqa: A002  (the wire's word)
+) -> None:
+    """Say something to the people who watch the job."""
+    assert type != "transition", "a transition is written by the move that it records"
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        events.add(session, job.id, now=now, level=level, message=message, data=data, type=type)
+
+
+def record_progress(db: Database, claim_id: str, progress: Json) -> None:
+    """Replace the latest step, loss, tokens_per_second, seconds_left."""
+    with db.write() as session:
+        hold(session, claim_id).progress = progress
+
+
+def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> None:
+    """Points of the curves: kind (train, valid), step, loss, and where known token_accuracy, learning_rate,
+    grad_norm, num_tokens. A replayed step overwrites. A point whose loss is not finite is left out.
+
+    One event of type `metrics` is written for the last point of each kind.
+    """
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        rows = [_metric(job.id, point, now) for point in points if math.isfinite(point["loss"])]
+        upsert(session, Metric, rows)
+        for row in {row["kind"]: row for row in rows}.values():
+            _tell(session, job, row, now=now)
+
+
+def record_checkpoint(
+    db: Database, claim_id: str, *, step: int, artifact: Manifest, metrics: Json, name: str | None = None
+) -> list[str]:
+    """A checkpoint whose files are stored. Returns the manifests that nothing needs any more.
+
+    One that is further than any before is progress: bad ends are counted from 0 again.
+    """
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
+        if furthest is None or step > furthest:
+            job.counted_attempts = 0
+        digest = artifact_rows.show(session, artifact, now=now)
+        _put_checkpoint(session, job, step=step, digest=digest, metrics=metrics, now=now)
+        events.add(session, job.id, now=now, message=f"Checkpoint created at step {step}", data={"step": step})
+        return _drop_older(session, job)
+
+
+def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, problem: str) -> None:
+    """A checkpoint's files are damaged or gone: it is never resumed from again."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        checkpoint = session.get(Checkpoint, checkpoint_id)
+        if checkpoint is None or checkpoint.job_id != job.id or checkpoint.artifact is None:
+            return
+        digest, checkpoint.artifact = checkpoint.artifact, None
+        artifact_rows.hide_unused(session, digest)
+        message = f"The checkpoint of step {checkpoint.step} can't be used: {problem}"
+        events.add(session, job.id, now=read_clock(session), level="warn", message=message)
+
+
+def resumable(session: Session, job_id: str) -> tuple[Checkpoint, ...]:
+    """The checkpoints that have their files, newest first."""
+    kept = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.artifact.is_not(None))
+    return tuple(session.scalars(kept.order_by(Checkpoint.step.desc())))
+
+
+def _metric(job_id: str, point: Json, now: float) -> dict[str, Any]:
+    assert point["kind"] in ("train", "valid")
+    row = {"job_id": job_id, "kind": point["kind"], "step": point["step"], "created_at": now, "loss": point["loss"]}
+    for name in _OPTIONAL:
+        value = point.get(name)
+        row[name] = value if value is not None and math.isfinite(value) else None
+    return {**row, "num_tokens": point.get("num_tokens")}
+
+
+def _tell(session: Session, job: Job, row: dict[str, Any], *, now: float) -> None:
+    """The same words and data that watchers of the OpenAI API know."""
+    kind, step, loss = row["kind"], row["step"], row["loss"]
+    of_all = f"{step}/{job.num_steps}" if job.num_steps else f"{step}"
+    data = {"step": step, "total_steps": job.num_steps, f"{kind}_loss": loss}
+    data[f"{kind}_mean_token_accuracy"] = row["token_accuracy"]
+    if kind == "train":
+        data |= {"learning_rate": row["learning_rate"], "grad_norm": row["grad_norm"]}
+    word = "training" if kind == "train" else "validation"
+    events.add(session, job.id, now=now, type="metrics", message=f"Step {of_all}: {word} loss={loss:.4f}", data=data)
+
+
+def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, metrics: Json, now: float) -> None:
+    same_step = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
+    checkpoint = session.scalar(same_step)
+    if checkpoint is None:
+        checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now)
+        session.add(checkpoint)
+    checkpoint.artifact, checkpoint.metrics = digest, metrics
+    session.flush()
+
+
+def _drop_older(session: Session, job: Job) -> list[str]:
+    stale = resumable(session, job.id)[KEPT_CHECKPOINTS:]
+    digests = {checkpoint.artifact for checkpoint in stale if checkpoint.artifact}
+    for checkpoint in stale:
+        checkpoint.artifact = None
+    return [digest for digest in sorted(digests) if artifact_rows.hide_unused(session, digest)]

@@ -1,0 +1,96 @@
+"""What becomes of jobs whose holder fell silent: expired leases are ended, after one lease of grace following an outage.
+
+An outage shows as a gap in the pulse: nobody has looked, nobody has beaten. Then no lease could have been
+renewed, so silence proves nothing: every lease is extended once, to a full grace from now. A second
+extension needs a heartbeat in between, so a dead holder delays its jobs by one lease at most. A clock
+that was set back looks the same way and is treated alike.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy.orm import Session
+
+from catalog.db import Database, read_clock, skip_locked, upsert
+from catalog.endings import end_attempt
+from catalog.moves import move
+from catalog.states import EndReason, JobState, Verb
+from catalog.tables import Job, Pulse, Worker
+
+GRACE_SECONDS = 60.0
+MAX_LOST_PREPARATIONS = 5
+"""A file that takes its worker down this often while it is prepared is refused. (Such an end is no attempt.)"""
+
+
+def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
+    """End or free every claim whose lease is past by the database's clock. Returns how many.
+
+    grace_seconds: the length of a lease. Safe to call from anywhere, at any time, as often as one likes.
+    """
+    with db.write() as session:
+        now = read_clock(session)
+        observe(session, now=now, grace_seconds=grace_seconds)
+        past = (Job.claim_id.is_not(None), Job.lease_expires_at <= now)
+        jobs = list(session.scalars(skip_locked(select(Job).where(*past).order_by(Job.id))))
+        for job in jobs:
+            if job.state == JobState.RUNNING:
+                _lose(session, job, now=now)
+            else:
+                _free_preparation(session, job, now=now)
+        return len(jobs)
+
+
+def observe(session: Session, *, now: float, grace_seconds: float) -> None:
+    """Note that the database answers; after a gap, extend the leases that nobody could renew."""
+    pulse = session.get(Pulse, 1, with_for_update=True)
+    seen_at = pulse.seen_at if pulse else now
+    if now - seen_at > grace_seconds / 2 or seen_at - now > grace_seconds / 10:
+        _extend_leases(session, now=now, grace_seconds=grace_seconds)
+    if pulse is None:
+        upsert(session, Pulse, [{"id": 1, "seen_at": now}])
+    elif abs(now - seen_at) > min(5.0, grace_seconds / 20):  # rarely, so that beats do not queue for this row
+        pulse.seen_at = now
+
+
+def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
+    """Its process is known to be gone: end or free at once what it held."""
+    held = select(Job).where(Job.worker_id == worker_id, Job.claim_id.is_not(None))
+    jobs = list(session.scalars(held.with_for_update()))
+    for job in jobs:
+        if job.state == JobState.RUNNING:
+            _lose(session, job, now=now)
+        else:
+            _free_preparation(session, job, now=now)
+    return len(jobs)
+
+
+def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> None:
+    gone = select(Worker.id).where(Worker.ended_at.is_not(None))
+    lease_is_off = or_(
+        and_(Job.lease_expires_at < now + grace_seconds, Job.lease_extended.is_(False)),
+        Job.lease_expires_at > now + 2 * grace_seconds,
+    )
+    held = (Job.claim_id.is_not(None), Job.worker_id.not_in(gone), lease_is_off)
+    session.execute(
+        update(Job)
+        .where(*held)
+        .values(lease_expires_at=now + grace_seconds, lease_extended=True)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _lose(session: Session, job: Job, *, now: float) -> None:
+    detail = f"Worker {job.worker_id} was not heard from any more."
+    end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=detail, now=now)
+
+
+def _free_preparation(session: Session, job: Job, *, now: float) -> None:
+    job.lost_preparations += 1
+    if job.lost_preparations < MAX_LOST_PREPARATIONS:
+        job.claim_id = job.worker_id = job.lease_expires_at = None
+        job.lease_extended = False
+        return
+    message = f"The worker was lost {job.lost_preparations} times while it prepared the files."
+    job.error = {"code": "preparation_lost", "message": message, "param": "training_file"}
+    failed = f"The job failed. {message}"
+    move(session, job, Verb.REFUSED, now=now, message=failed, reason=EndReason.INFRA_LOST, level="error")

@@ -1,0 +1,206 @@
+"""Accepting a job: every refusal that needs the database, then one row. The same submission twice is one job."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog import bases, memory
+from catalog.db import Database, read_clock, serialise
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.keys import Caller
+from catalog.moves import move
+from catalog.packing import pack_key
+from catalog.spec import JobRequest, JobSpec, PriorityClass, resolve
+from catalog.states import Verb
+from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
+
+CLIENT_RETRY_SECONDS = 600
+"""An identical body, marked by the client as a retry, is the same submission for so long."""
+PURPOSE = "fine-tune"
+
+
+def create(
+    db: Database,
+    *,
+    caller: Caller,
+    request: JobRequest,
+    idempotency_key: str | None = None,
+    body_digest: str,
+    is_client_retry: bool = False,
+) -> Job:
+    """Accept a job, or return the one that this same submission made before.
+
+    idempotency_key: one per submission, for ever; with another body it is a Conflict. is_client_retry: the
+    client says that it sends this again, having had no reply.
+    """
+    with db.write() as session:
+        serialise(session, f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
+        now = read_clock(session)
+        earlier = _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
+        if earlier is not None:
+            return earlier
+        job = _accept(session, caller, request, body_digest, now=now)
+        if idempotency_key is not None:
+            key = IdempotencyKey(project_id=caller.project_id, key=idempotency_key, job_id=job.id)
+            key.body_digest, key.created_at = body_digest, now
+            session.flush()  # the job's row goes first: the key refers to it
+            session.add(key)
+        return job
+
+
+def _same_submission(
+    session: Session,
+    caller: Caller,
+    idempotency_key: str | None,
+    body_digest: str,
+    is_client_retry: bool,
+    *,
+    now: float,
+) -> Job | None:
+    if idempotency_key is not None:
+        used = session.get(IdempotencyKey, (caller.project_id, idempotency_key))
+        if used is None:
+            return None
+        if used.body_digest != body_digest:
+            raise Conflict(
+                f"The Idempotency-Key {idempotency_key!r} was used for another request.",
+                code="idempotency_key_reused",
+                remedy=f"It made {used.job_id}. Use a new key for a new job.",
+            )
+        return session.get_one(Job, used.job_id)
+    if not is_client_retry:
+        return None
+    same = select(Job).where(
+        Job.created_by == caller.api_key_id,
+        Job.project_id == caller.project_id,
+        Job.created_at > now - CLIENT_RETRY_SECONDS,
+        Job.body_digest == body_digest,
+    )
+    return session.scalar(same.order_by(Job.created_at.desc()).limit(1))
+
+
+def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: str, *, now: float) -> Job:
+    base = _usable_base(session, request.model)
+    training = _usable_file(session, caller, request.training_file, "training_file")
+    validation = None
+    if request.validation_file is not None:
+        validation = _usable_file(session, caller, request.validation_file, "validation_file")
+    shapes: dict[str, Any] = (base.description or {}).get("linear_shapes", {})
+    _check_targets(request, base.name, shapes)
+    spec = resolve(
+        request,
+        num_rows=training.num_rows or 0,
+        max_positions=(base.description or {}).get("max_positions"),
+        seed=secrets.randbelow(2**31),
+    )
+    job = _row(caller, request, spec, base=base, training=training, validation=validation, now=now)
+    job.body_digest = body_digest
+    session.add(job)
+    session.flush()
+    move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
+    return job
+
+
+def _row(
+    caller: Caller,
+    request: JobRequest,
+    spec: JobSpec,
+    *,
+    base: BaseModelRow,
+    training: File,
+    validation: File | None,
+    now: float,
+) -> Job:
+    shapes: dict[str, Any] = (base.description or {}).get("linear_shapes", {})
+    lora = spec.lora
+    assert base.digest is not None
+    return Job(
+        id=new_id("ftjob"),
+        project_id=caller.project_id,
+        created_at=now,
+        created_by=caller.api_key_id,
+        state="",
+        base_model=base.name,
+        base_digest=base.digest,
+        pack_key=pack_key(base.digest, spec.precision),
+        priority=PriorityClass[request.priority],
+        requested=request.model_dump(mode="json", exclude_unset=True),
+        spec=spec.model_dump(mode="json"),
+        adapter_parameters=memory.adapter_parameters(shapes, rank=lora.rank, targets=lora.target_modules),
+        suffix=request.suffix,
+        labels=request.metadata,
+        training_file=training.id,
+        validation_file=validation.id if validation else None,
+        attempt=0,
+        counted_attempts=0,
+        lost_preparations=0,
+        lease_extended=False,
+        cancel_requested=False,
+        pause_requested=False,
+    )
+
+
+def _usable_base(session: Session, name: str) -> BaseModelRow:
+    base = bases.find(session, name)
+    if base.state == "importing":
+        raise InvalidRequest(
+            f"The base model {name!r} is still being imported.",
+            code="model_not_ready",
+            remedy="Submit the job again once the model's state is ready; GET /v1/models shows it.",
+            param="model",
+        )
+    if base.state != "ready":
+        detail = (base.error or {}).get("message", "no reason is recorded")
+        raise InvalidRequest(
+            f"The import of the base model {name!r} failed: {detail}",
+            code="model_import_failed",
+            remedy="Have an operator add it again, or choose another model.",
+            param="model",
+        )
+    return base
+
+
+def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> File:
+    """Locked against deletion until the job that uses it exists."""
+    file = session.get(File, file_id, with_for_update={"read": True})
+    if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
+        remedy = "Upload it with this project's key, and use the id that the upload returned."
+        raise NotFound("file", file_id, param=param, remedy=remedy)
+    if file.purpose != PURPOSE:
+        raise InvalidRequest(
+            f"The file {file_id} was uploaded with the purpose {file.purpose!r}.",
+            code="wrong_file_purpose",
+            remedy=f"Upload the data with purpose {PURPOSE!r} and use that file as {param}.",
+            param=param,
+        )
+    if not file.num_rows:
+        raise InvalidRequest(
+            f"The file {file_id} has no rows.",
+            code="empty_file",
+            remedy="Upload a file with at least one line of chat data.",
+            param=param,
+        )
+    return file
+
+
+def _check_targets(request: JobRequest, base_name: str, shapes: dict[str, Any]) -> None:
+    targets = request.lora.target_modules
+    missing = [] if targets == "all-linear" else [name for name in targets if name not in shapes]
+    if missing:
+        raise InvalidRequest(
+            f"{base_name} has no linear layers named {', '.join(missing)}.",
+            code="unknown_target_modules",
+            remedy=f"It has: {', '.join(sorted(shapes))}. Or say 'all-linear'.",
+            param="lora.target_modules",
+        )
+    if not shapes:
+        raise InvalidRequest(
+            f"{base_name} has no linear layers that an adapter could go on.",
+            code="no_target_modules",
+            remedy="Choose another base model.",
+            param="model",
+        )

@@ -1,0 +1,128 @@
+"""Workers and their trainers: who is there, what each holds, who was asked to drain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select, update
+
+from catalog import recovery
+from catalog.db import Database, read_clock
+from catalog.endings import end_attempt
+from catalog.errors import Conflict, NotFound
+from catalog.states import EndReason, JobState
+from catalog.tables import Job, Json, Trainer, Worker
+
+SILENT_SECONDS = 60.0
+"""A worker that was not heard from for so long is shown as lost."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerOrders:
+    """What the worker is asked to do."""
+
+    drain: bool
+
+
+def register_worker(
+    db: Database, *, worker_id: str, host: str, pid: int, devices: list[Any], version: str, memory_bytes: int
+) -> Worker:
+    """A worker has started. One that had the same id before is gone: what it held is freed at once."""
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None:
+            worker = Worker(id=worker_id)
+            session.add(worker)
+        else:
+            recovery.lose_worker(session, worker_id, now=now)
+            open_trainers = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
+            session.execute(update(Trainer).where(*open_trainers).values(ended_at=now))
+        worker.host, worker.pid, worker.devices = host, pid, devices
+        worker.version, worker.memory_bytes = version, memory_bytes
+        worker.started_at = worker.heartbeat_at = now
+        worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
+        worker.drain_requested = False
+        return worker
+
+
+def worker_beat(
+    db: Database, worker_id: str, *, resident_base: str | None, trainer_id: str | None, report: Json | None
+) -> WorkerOrders:
+    """The worker lives, and holds this. A worker that was ended in the meantime is told to drain."""
+    with db.write() as session:
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.ended_at is not None:
+            return WorkerOrders(drain=True)
+        worker.heartbeat_at = read_clock(session)
+        worker.resident_base, worker.trainer_id, worker.report = resident_base, trainer_id, report
+        return WorkerOrders(drain=worker.drain_requested)
+
+
+def end_worker(db: Database, worker_id: str) -> None:
+    """The worker leaves in good order: what it still holds is released, and does not count."""
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.ended_at is not None:
+            return
+        worker.ended_at = now
+        worker.resident_base = worker.trainer_id = None
+        running = select(Job).where(Job.worker_id == worker_id, Job.state == JobState.RUNNING)
+        for job in session.scalars(running.with_for_update()):
+            end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
+        preparing = (Job.worker_id == worker_id, Job.state == JobState.VALIDATING_FILES)
+        session.execute(update(Job).where(*preparing).values(claim_id=None, worker_id=None, lease_expires_at=None))
+        open_trainers = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
+        session.execute(update(Trainer).where(*open_trainers).values(ended_at=now))
+
+
+def request_drain(db: Database, worker_id: str) -> Worker:
+    """Ask a worker to end: it releases its jobs at their last step and takes no more."""
+    with db.write() as session:
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None:
+            raise NotFound("worker", worker_id)
+        if worker.ended_at is not None:
+            raise Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy="There is nothing to drain.")
+        worker.drain_requested = True
+        return worker
+
+
+def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Worker]:
+    """Those that live, and those that ended or fell silent lately; newest first."""
+    with db.read() as session:
+        since = read_clock(session) - ended_within_seconds
+        recent = select(Worker).where(Worker.heartbeat_at >= since)
+        return list(session.scalars(recent.order_by(Worker.started_at.desc(), Worker.id)))
+
+
+def register_trainer(
+    db: Database, *, trainer_id: str, worker_id: str, base_digest: str, pack_key: str, report: Json | None = None
+) -> Trainer:
+    """A base is being loaded on a device group."""
+    with db.write() as session:
+        trainer = Trainer(id=trainer_id, worker_id=worker_id, base_digest=base_digest, pack_key=pack_key)
+        trainer.started_at, trainer.report = read_clock(session), report
+        session.add(trainer)
+        return trainer
+
+
+def end_trainer(db: Database, trainer_id: str, *, report: Json | None = None) -> None:
+    """The trainer has unloaded or died; `report` is added to what it said at the start."""
+    with db.write() as session:
+        trainer = session.get(Trainer, trainer_id, with_for_update=True)
+        if trainer is None:
+            return
+        trainer.ended_at = trainer.ended_at or read_clock(session)
+        if report is not None:
+            trainer.report = {**(trainer.report or {}), **report}
+
+
+def report_trainer(db: Database, trainer_id: str, *, report: Json) -> None:
+    """What a live trainer says of itself: dtype, device, determinism class, versions, memory."""
+    with db.write() as session:
+        trainer = session.get(Trainer, trainer_id, with_for_update=True)
+        if trainer is not None:
+            trainer.report = {**(trainer.report or {}), **report}
