@@ -5,7 +5,6 @@ Writes are atomic. Reads go in ranges, so that no request is longer than its tim
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
@@ -21,14 +20,14 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from catalog.errors import OutOfSpace, Unavailable
+from catalog.disk import is_full, out_of_space
+from catalog.errors import Unavailable
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
 CHUNK_BYTES = 8 * 2**20
 RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
-FULL = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")
 STAGED = re.compile(r".*#\d+")
 """Name of a local file that obstore has not finished writing."""
 
@@ -105,12 +104,8 @@ def translated(key: str = "") -> Generator[None]:
     except FileNotFoundError as error:
         raise NoSuchObject(key) from error
     except (BaseError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
-            raise OutOfSpace(
-                "The disk or the quota of the store is full.",
-                code="out_of_space",
-                remedy="Nothing was kept. Free space under the data folder, then try again.",
-            ) from error
+        if is_full(error):
+            raise out_of_space() from error
         raise Unavailable(
             "The artifact store does not answer.",
             code="store_unavailable",

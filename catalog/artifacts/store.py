@@ -6,19 +6,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from catalog.artifacts.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
-from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects, translated
+from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects
+from catalog.disk import full_disk_named
 from catalog.settings import Settings
 
 GRACE_SECONDS = 24 * 3600.0
@@ -106,11 +105,11 @@ class ArtifactStore:
 
     def fetch(self, manifest: Manifest, into: Path) -> None:
         """Make `into` (absent, or an empty folder) hold the files, each verified: whole or not at all."""
-        with _disk():
+        with full_disk_named():
             into.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
         try:
-            with _disk():
+            with full_disk_named():
                 for file in manifest.files:
                     self._fetch_file(file, temporary / file.path)
                 temporary.chmod(0o755)
@@ -216,15 +215,3 @@ def _verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
         yield chunk
     if seen.hexdigest() != digest:
         raise DamagedArtifact(f"The content of {digest} has changed.")
-
-
-@contextmanager
-def _disk() -> Generator[None]:
-    """A full local disk as OutOfSpace."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            with translated():
-                raise
-        raise

@@ -1,0 +1,173 @@
+"""Uploaded files: a row for who, when and what, and a blob of the store for the bytes.
+
+Nothing shows until the row is there. A blob whose row could not be written is swept by the store later:
+another upload of the same bytes may rely on it by then, so it is not deleted here.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from sqlalchemy import ColumnElement, or_, select
+from sqlalchemy.orm import Session
+
+from catalog import datasets
+from catalog.artifacts.store import ArtifactStore
+from catalog.db import Database, read_clock
+from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
+from catalog.pages import Order, Page, paginate
+from catalog.settings import Settings
+from catalog.states import FINAL_STATES
+from catalog.tables import File, Job, new_id
+
+DATASET = "fine-tune"
+"""Purpose of a training or validation file: only these are checked, and only these can be trained on."""
+PURPOSES = (DATASET, "evals", "user_data")
+"""What may be uploaded."""
+MAX_NAME_CHARS = 200
+
+
+def create(
+    db: Database,
+    store: ArtifactStore,
+    *,
+    project_id: str,
+    purpose: str,
+    filename: str,
+    spooled: Path,
+    num_bytes: int,
+    digest: str,
+    settings: Settings,
+) -> File:
+    """Check, store and record the bytes in `spooled`, which stays the caller's.
+
+    num_bytes and digest (sha256, hex) are what the upload had. Raises InvalidRequest, TooLarge, OutOfSpace
+    and Unavailable; after any of these no file was made.
+    """
+    _check_purpose(purpose)
+    _check_size(num_bytes, settings)
+    num_rows = _count_rows(spooled, settings) if purpose == DATASET else None
+    blob = store.put_file(spooled)
+    if (blob.digest, blob.num_bytes) != (digest, num_bytes):
+        raise Unavailable("The upload arrived damaged.", code="upload_damaged", remedy="Send the file again.")
+    with db.write() as session:
+        file = File(
+            id=new_id("file"),
+            project_id=project_id,
+            purpose=purpose,
+            filename=label(filename),
+            num_bytes=num_bytes,
+            num_rows=num_rows,
+            digest=digest,
+            created_at=read_clock(session),
+        )
+        session.add(file)
+    return file
+
+
+def get(db: Database, *, project_id: str, file_id: str) -> File:
+    """Raises NotFound, also for a deleted file and for another project's."""
+    with db.read() as session:
+        return find(session, project_id=project_id, file_id=file_id)
+
+
+def list_page(
+    db: Database,
+    *,
+    project_id: str,
+    after: str | None = None,
+    limit: int = 20,
+    order: Order = "desc",
+    purpose: str | None = None,
+) -> Page[File]:
+    """The project's files by time of upload. Raises InvalidRequest for an unknown cursor."""
+    scope = select(File).where(File.project_id == project_id)
+    visible: list[ColumnElement[bool]] = [File.deleted_at.is_(None)]
+    if purpose is not None:
+        visible.append(File.purpose == purpose)
+    with db.read() as session:
+        return paginate(
+            session,
+            scope,
+            created=File.created_at,
+            ident=File.id,
+            after=after,
+            limit=limit,
+            order=order,
+            visible=tuple(visible),
+        )
+
+
+def delete(db: Database, *, project_id: str, file_id: str) -> File:
+    """Hide the file. Raises Conflict while a job that has not ended reads it.
+
+    Its row stays, for the records of the jobs that used it.
+    """
+    with db.write() as session:
+        file = find(session, project_id=project_id, file_id=file_id, lock=True)
+        user = session.scalar(
+            select(Job.id)
+            .where(or_(Job.training_file == file_id, Job.validation_file == file_id))
+            .where(Job.state.not_in([state.value for state in FINAL_STATES]))
+            .limit(1)
+        )
+        if user is not None:
+            raise Conflict(
+                f"The file {file_id} is used by the job {user}, which has not ended.",
+                code="file_in_use",
+                remedy="Wait until the job ends, or cancel it; then delete the file.",
+                param="file_id",
+            )
+        file.deleted_at = read_clock(session)
+    return file
+
+
+def open_content(db: Database, store: ArtifactStore, *, project_id: str, file_id: str) -> Iterator[bytes]:
+    """The bytes in chunks. Raises NotFound at the call."""
+    return store.open_blob(get(db, project_id=project_id, file_id=file_id).digest)
+
+
+def find(session: Session, *, project_id: str, file_id: str, lock: bool = False) -> File:
+    """The row, inside a transaction; `lock` keeps new jobs from starting to use it. Raises NotFound."""
+    statement = select(File).where(File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None))
+    file = session.scalar(statement.with_for_update() if lock else statement)
+    if file is None:
+        raise NotFound("file", file_id, param="file_id")
+    return file
+
+
+def label(filename: str) -> str:
+    """What a person called it: the last part of the path, with nothing in it that a terminal would act on."""
+    name = PurePosixPath(filename.replace("\\", "/")).name
+    plain = "".join("_" if unicodedata.category(char)[0] == "C" else char for char in name).strip()
+    return plain[:MAX_NAME_CHARS] if plain.strip(".") else "file"
+
+
+def _check_purpose(purpose: str) -> None:
+    if purpose not in PURPOSES:
+        raise InvalidRequest(
+            f"Files of the purpose {purpose[:40]!a} can't be uploaded.",
+            code="invalid_purpose",
+            remedy=f"Use one of: {', '.join(PURPOSES)}. Data to train on has the purpose {DATASET!r}.",
+            param="purpose",
+        )
+
+
+def _check_size(num_bytes: int, settings: Settings) -> None:
+    if num_bytes > settings.max_file_bytes:
+        raise TooLarge(
+            f"The file has {num_bytes:,} bytes; at most {settings.max_file_bytes:,} are allowed.",
+            code="file_too_large",
+            remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+            param="file",
+        )
+    if num_bytes == 0:
+        raise InvalidRequest("The file is empty.", code="file_empty", remedy="Send a file with rows.", param="file")
+
+
+def _count_rows(spooled: Path, settings: Settings) -> int:
+    with spooled.open("rb") as lines:
+        check = datasets.inspect(lines, max_line_bytes=settings.max_line_bytes, max_rows=settings.max_rows)
+    return check.num_rows
