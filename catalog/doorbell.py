@@ -1,0 +1,126 @@
+"""How a waiting worker learns that there is work, sooner than by its next look. Never a promise.
+
+A message names no job: losing one costs seconds, a duplicate nothing. `ring` neither waits nor fails, whatever
+the broker does: a thread of its own sends, and holds at most one ring.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any, Protocol
+
+from catalog.settings import Settings
+
+QUEUE = "lorry"
+TASK = "lorry.work"
+TRANSPORT_OPTIONS: dict[str, Any] = {
+    "visibility_timeout": 3600,
+    "health_check_interval": 10,
+    "socket_timeout": 10,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "global_keyprefix": "lorry:",
+}
+"""Sender and receiver must agree on the prefix."""
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
+CLOSE_SECONDS = 3.0
+"""How long a process that ends waits for its last ring."""
+
+log = logging.getLogger("lorry.doorbell")
+
+
+class Doorbell(Protocol):
+    """Rung after a commit that makes work."""
+
+    def ring(self) -> None:
+        """Say that there may be work. Returns at once; never raises."""
+        ...
+
+    def close(self) -> None:
+        """Send a ring that still waits, if that can be done soon."""
+        ...
+
+
+def open_doorbell(settings: Settings) -> Doorbell:
+    """Redis where the settings name one; else workers poll, and nothing need ring."""
+    return RedisDoorbell(settings.redis_url) if settings.redis_url else SilentDoorbell()
+
+
+class SilentDoorbell:
+    """For one machine: its worker looks at the database every second."""
+
+    def ring(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class RedisDoorbell:
+    """Sends `lorry.work` through Celery. Rings that come while one is being sent become one."""
+
+    def __init__(self, redis_url: str, *, first_wait_seconds: float = FIRST_WAIT_SECONDS) -> None:
+        self._redis_url = redis_url
+        self._first_wait_seconds = first_wait_seconds
+        self._changed = threading.Condition()
+        self._rung = False
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def ring(self) -> None:
+        with self._changed:
+            if self._closing:
+                return
+            self._rung = True
+            self._changed.notify()
+            if self._thread is None:  # at the first ring: a process that forks after opening keeps its own
+                self._thread = threading.Thread(target=self._relay, name="lorry-doorbell", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _relay(self) -> None:
+        app = _sender(self._redis_url)
+        wait_seconds = self._first_wait_seconds
+        while self._take():
+            try:
+                app.send_task(TASK, queue=QUEUE, retry=False, ignore_result=True)
+                wait_seconds = self._first_wait_seconds
+            except Exception as error:  # noqa: BLE001  (whatever it is, work is found by the sweep)
+                log.warning("The broker took no ring (%s). Workers find work by their sweep.", type(error).__name__)
+                self._put_back(wait_seconds)
+                wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
+        app.close()
+
+    def _take(self) -> bool:
+        """Wait for a ring and take it; False when it is time to end and none is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rung or self._closing)
+            taken, self._rung = self._rung, False
+            return taken
+
+    def _put_back(self, wait_seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, timeout=wait_seconds)
+            self._rung = not self._closing
+
+
+def _sender(redis_url: str) -> Any:
+    # late: a process that never rings never loads it
+    from celery import Celery  # pyright: ignore[reportMissingTypeStubs]
+
+    app: Any = Celery("lorry-doorbell", broker=redis_url, set_as_current=False)
+    app.conf.update(
+        task_ignore_result=True,
+        result_backend=None,
+        task_serializer="json",
+        broker_transport_options={**TRANSPORT_OPTIONS, "max_retries": 1},
+    )
+    return app
