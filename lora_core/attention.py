@@ -1,5 +1,5 @@
 # pyright: basic
-"""Attention within each sequence of a pack, at the sequence's own length, so packmates can't change a bit of it.
+"""Attention within each sequence of a pack, at the sequence's own length: packmates can't change a bit of it.
 
 Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, T of the tick, E head features.
 Registered with transformers under one name, without a mask: the pack says where sequences begin.
@@ -42,7 +42,8 @@ def packed_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E], as transformers expects."""
-    assert attention_mask is None and dropout == 0.0, "packed attention takes no mask and no dropout"
+    assert attention_mask is None, "packed attention takes no mask"
+    assert dropout == 0.0, "the base model is in evaluation mode"
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedModel(
             "This model's attention has sinks or a position bias, which packing doesn't support.",
@@ -70,45 +71,44 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One sequence: softmax(scale · q kᵀ) v with softmax in fp32. Returns [H, S, E]."""
-    num_tokens = q_HSE.shape[1]
-    hidden_SS = hidden_pairs(num_tokens, causal=causal, window=window, device=q_HSE.device)
+    """One sequence: softmax(softcap · tanh(scale · q kᵀ / softcap)) v. Returns [H, S, E]."""
+    num_heads, num_tokens, _ = q_HSE.shape
     if softcap is None and num_tokens > LONGEST_MATRIX:
-        return _attend_fused(
-            q_HSE, k_KSE, v_KSE, scale=scale, hidden_SS=hidden_SS, causal=causal, window=window
-        )
-    num_heads, num_groups = q_HSE.shape[0], q_HSE.shape[0] // k_KSE.shape[0]
-    q_KGSE = q_HSE.reshape(
-        k_KSE.shape[0], num_groups * num_tokens, -1
-    )  # groups folded into rows: one GEMM a key head
-    scores = (q_KGSE @ k_KSE.transpose(1, 2)).float().mul(scale).view(num_heads, num_tokens, num_tokens)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if hidden_SS is not None:
-        scores = scores.masked_fill(hidden_SS, float("-inf"))
-    weights = torch.softmax(scores, dim=-1).to(q_HSE.dtype)
-    return (weights.view(k_KSE.shape[0], num_groups * num_tokens, -1) @ v_KSE).view(num_heads, num_tokens, -1)
+        return _attend_fused(q_HSE, k_KSE, v_KSE, scale=scale, causal=causal, window=window)
+    num_groups = num_heads // k_KSE.shape[0]
+    q_KRE = q_HSE.reshape(k_KSE.shape[0], num_groups * num_tokens, -1)  # R = G · S rows: one GEMM a key head
+    bias_RS = torch.zeros((), dtype=q_HSE.dtype, device=q_HSE.device)
+    if causal:
+        hidden_SS = hidden_pairs(num_tokens, window=window, device=q_HSE.device)
+        bias_RS = bias_RS.new_zeros(num_tokens, num_tokens).masked_fill_(hidden_SS, float("-inf"))
+        bias_RS = bias_RS.repeat(num_groups, 1)
+    if softcap is None:
+        scores_KRS = torch.baddbmm(bias_RS, q_KRE, k_KSE.transpose(1, 2), alpha=scale)
+    else:
+        scores_KRS = torch.bmm(q_KRE, k_KSE.transpose(1, 2)).mul(scale / softcap)
+        scores_KRS = torch.tanh(scores_KRS) * softcap + bias_RS
+    weights_KRS = torch.softmax(scores_KRS, dim=-1)  # in fp32 inside, rounded once
+    return (weights_KRS @ v_KSE).view(num_heads, num_tokens, -1)
 
 
-def hidden_pairs(num_tokens: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+def hidden_pairs(num_tokens: int, *, window: int | None, device: torch.device) -> Tensor:
     """True [S, S] where query i must not see key j: the future, or `window` or more tokens ago."""
-    if not causal:
-        return None
     position = torch.arange(num_tokens, device=device)
     distance_SS = position[:, None] - position[None]
     hidden_SS = distance_SS < 0
-    if window is not None and window < num_tokens:
-        hidden_SS |= distance_SS >= window
-    return hidden_SS
+    return hidden_SS if window is None else hidden_SS | (distance_SS >= window)
 
 
-def _attend_fused(q_HSE, k_KSE, v_KSE, *, scale, hidden_SS, causal, window) -> Tensor:
+def _attend_fused(
+    q_HSE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    """torch's own kernel, which never holds the scores [H, S, S]."""
     windowed = causal and window is not None and window < q_HSE.shape[1]
     return F.scaled_dot_product_attention(
         q_HSE[None],
         k_KSE[None],
         v_KSE[None],
-        attn_mask=~hidden_SS if windowed else None,
+        attn_mask=~hidden_pairs(q_HSE.shape[1], window=window, device=q_HSE.device) if windowed else None,
         is_causal=causal and not windowed,
         scale=scale,
         enable_gqa=q_HSE.shape[0] != k_KSE.shape[0],

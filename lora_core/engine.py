@@ -65,27 +65,13 @@ class Engine:
         )
 
     def tick(self) -> list[Event]:
-        """Compute one tick and say what it completed. Without work: [] at once. Raises OutOfMemory."""
-        events = self._take_pending()
+        """Compute one tick and say what it completed. Without work: [] at once.
+
+        Raises OutOfMemory for one job, which is quarantined; the next tick goes on with the others.
+        """
         turns = choose(self._waiting(), token_budget=self._tick_tokens())
-        if not turns:
-            return events
-        jobs = [self._jobs[turn.job] for turn in turns]
-        num_tokens = sum(turn.num_tokens for turn in turns)
-        run = run_training if turns[0].kind == "train" else run_evaluation
-        started = time.perf_counter()
-        try:
-            pack = build_pack([job.next_slice() for job in jobs], device=self.base.device)
-            scores = run(self.base, pack)
-        except torch.OutOfMemoryError as error:
-            self._split_after_out_of_memory(jobs, num_tokens, error)
-            return events
-        if turns[0].kind == "train":
-            self._learn_rate(num_tokens, time.perf_counter() - started)
-        for job, turn, score in zip(jobs, turns, scores, strict=True):
-            job.served += turn.num_tokens
-            events += job.receive(score)
-        return events
+        events = self._compute(turns) if turns else []
+        return [*self._take_pending(), *events]
 
     def evict(self, job: str) -> None:
         """Forget a job at any tick boundary; its row's memory is free at once."""
@@ -127,6 +113,25 @@ class Engine:
             "peak_bytes": _peak_bytes(self.base.device),
         }
 
+    def _compute(self, turns: list[Turn]) -> list[Event]:
+        jobs = [self._jobs[turn.job] for turn in turns]
+        num_tokens = sum(turn.num_tokens for turn in turns)
+        run = run_training if turns[0].kind == "train" else run_evaluation
+        started = time.perf_counter()
+        try:
+            pack = build_pack([job.next_slice() for job in jobs], device=self.base.device)
+            scores = run(self.base, pack)
+        except torch.OutOfMemoryError as error:
+            self._split_after_out_of_memory(jobs, num_tokens, error)
+            return []
+        if turns[0].kind == "train":
+            self._learn_rate(num_tokens, time.perf_counter() - started)
+        events: list[Event] = []
+        for job, turn, score in zip(jobs, turns, scores, strict=True):
+            job.served += turn.num_tokens
+            events += job.receive(score)
+        return events
+
     def _take_pending(self) -> list[Event]:
         events: list[Event] = []
         for job in self._jobs.values():
@@ -151,12 +156,10 @@ class Engine:
         self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
 
     def _split_after_out_of_memory(self, jobs: list[Job], num_tokens: int, error: Exception) -> None:
-        """Half of a tick that didn't fit is tried next; its jobs replay their unit, since gradients are partial."""
+        """Half of a tick that didn't fit is tried next. Its jobs replay their unit: gradients are partial."""
         if len(jobs) == 1:
-            raise OutOfMemory(
-                f"One slice of {num_tokens} tokens of job {jobs[0].name!r} doesn't fit the device.",
-                remedy="Lower slice_tokens or the length of the rows, or use a larger device.",
-            ) from error
+            jobs[0].quarantine()
+            raise OutOfMemory(jobs[0].name, num_tokens=num_tokens) from error
         for job in jobs:
             job.replay_unit()
         self._largest_tick = num_tokens // 2

@@ -63,6 +63,13 @@ class UnsafeFile(LoraCoreError):
 
 
 class OutOfMemory(LoraCoreError):
-    """One slice alone doesn't fit the device."""
+    """One slice of `job` alone doesn't fit the device."""
 
     code = "out_of_memory"
+
+    def __init__(self, job: str, *, num_tokens: int) -> None:
+        super().__init__(
+            f"One slice of {num_tokens} tokens of job {job!r} doesn't fit the device.",
+            remedy="Lower slice_tokens or the length of the rows, or use a larger device.",
+        )
+        self.job = job

@@ -155,9 +155,13 @@ class Job:
         )
         return [evaluated, *self._begin_unit()]
 
-    def _diverge(self, message: str) -> list[Event]:
+    def quarantine(self) -> None:
+        """Compute nothing more; the row holds the last completed step."""
         self.unit = None
         self.row.g.zero_()
+
+    def _diverge(self, message: str) -> list[Event]:
+        self.quarantine()
         return [JobDiverged(job=self.name, step=self.step, message=message)]
 
     def _begin_unit(self) -> list[Event]:

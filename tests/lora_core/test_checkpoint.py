@@ -1,0 +1,90 @@
+"""A checkpoint is whole, names what it belongs to, and is refused when it lies."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_core.config import EngineConfig
+from lora_core.engine import Engine
+from lora_core.errors import BadCheckpoint
+from tests.lora_core.scenarios import Submission, admit, config, dataset
+
+JOB = Submission(config=config(num_steps=2), train=dataset(1, [10, 12, 8]))
+
+
+@pytest.fixture
+def engine(load) -> Engine:
+    return Engine(load("llama"), EngineConfig())
+
+
+@pytest.fixture
+def saved(engine: Engine, tmp_path: Path) -> Path:
+    admit(engine, "job", JOB)
+    while not engine.idle:
+        engine.tick()
+    engine.save_checkpoint("job", tmp_path / "saved")
+    engine.evict("job")
+    return tmp_path / "saved"
+
+
+def test_a_checkpoint_is_two_files_and_no_pickle(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["row.safetensors", "state.json"]
+    assert load_file(saved / "row.safetensors").keys() == {"p", "m", "v"}
+    state = json.loads((saved / "state.json").read_text())
+    assert (state["progress"]["step"], state["epoch"], state["position_in_epoch"]) == (2, 1, 1)
+
+
+def test_a_checkpoint_never_replaces_a_directory(engine, saved):
+    admit(engine, "job", JOB)
+    with pytest.raises(FileExistsError):
+        engine.save_checkpoint("job", saved)
+
+
+def test_a_failed_write_leaves_nothing_behind(engine, tmp_path, monkeypatch):
+    admit(engine, "job", JOB)
+    monkeypatch.setattr("lora_core.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        engine.save_checkpoint("job", tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_configuration_is_refused_and_the_job_not_admitted(engine, saved):
+    other = replace(JOB, config=replace(JOB.config, seed=99))
+    with pytest.raises(BadCheckpoint, match="config_digest"):
+        admit(engine, "job", other, resume_from=saved)
+    assert engine.jobs() == ()
+
+
+def test_other_data_is_refused(engine, saved):
+    with pytest.raises(BadCheckpoint, match="data_digest"):
+        admit(engine, "job", replace(JOB, train=dataset(2, [10, 12, 8])), resume_from=saved)
+
+
+def test_a_changed_row_is_refused(engine, saved):
+    vectors = load_file(saved / "row.safetensors")
+    vectors["p"][5] += 1
+    save_file(vectors, saved / "row.safetensors")
+    with pytest.raises(BadCheckpoint, match="digest"):
+        admit(engine, "job", JOB, resume_from=saved)
+
+
+def test_a_row_of_another_size_is_refused(engine, saved):
+    save_file({name: torch.zeros(7) for name in ("p", "m", "v")}, saved / "row.safetensors")
+    with pytest.raises(BadCheckpoint, match="p, m and v"):
+        admit(engine, "job", JOB, resume_from=saved)
+
+
+@pytest.mark.parametrize("name", ["state.json", "row.safetensors"])
+def test_a_missing_or_cut_file_is_refused(engine, saved, name):
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadCheckpoint):
+        admit(engine, "job", JOB, resume_from=saved)
+
+    (saved / name).unlink()
+    with pytest.raises(BadCheckpoint):
+        admit(engine, "job", JOB, resume_from=saved)

@@ -1,0 +1,54 @@
+"""Configurations refuse numbers out of range, with the field's name and what it should be."""
+
+from dataclasses import replace
+
+import pytest
+
+from lora_core.config import EngineConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.errors import ConfigError
+from tests.lora_core.scenarios import config
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "bad"),
+    [
+        (LoraConfig(rank=8, alpha=16), "rank", [0, -1, 1025]),
+        (LoraConfig(rank=8, alpha=16), "alpha", [0, -1, NAN, INF]),
+        (LoraConfig(rank=8, alpha=16), "dropout", [-0.1, 1.0, NAN]),
+        (LoraConfig(rank=8, alpha=16), "target_modules", ["", (), ("q_proj", " ")]),
+        (OptimizerConfig(learning_rate=1e-3), "learning_rate", [0, -1, NAN, INF]),
+        (OptimizerConfig(learning_rate=1e-3), "beta1", [-0.1, 1.0]),
+        (OptimizerConfig(learning_rate=1e-3), "beta2", [-0.1, 1.0]),
+        (OptimizerConfig(learning_rate=1e-3), "eps", [0, NAN]),
+        (OptimizerConfig(learning_rate=1e-3), "weight_decay", [-1, NAN]),
+        (OptimizerConfig(learning_rate=1e-3), "max_grad_norm", [0, -1, NAN]),
+        (ScheduleConfig(kind="linear", num_steps=10), "kind", ["step"]),
+        (ScheduleConfig(kind="linear", num_steps=10), "num_steps", [0]),
+        (ScheduleConfig(kind="linear", num_steps=10), "warmup_steps", [-1, 11]),
+        (config(), "batch_size", [0]),
+        (config(), "num_steps", [0]),
+        (config(), "seed", [-1, 2**63]),
+        (config(), "evaluate_every_steps", [0]),
+        (config(), "slice_tokens", [0]),
+        (EngineConfig(), "token_budget", [0]),
+        (EngineConfig(), "max_tick_seconds", [0, NAN]),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(make, field, bad):
+    for value in bad:
+        with pytest.raises(ConfigError, match=field) as caught:
+            replace(make, **{field: value})
+        assert field in caught.value.remedy
+
+
+def test_the_digest_follows_every_field():
+    assert config().digest() == config().digest()
+    assert config(seed=1).digest() != config(seed=2).digest()
+    assert config(dropout=0.1).digest() != config(dropout=0.2).digest()
+
+
+def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():
+    assert LoraConfig(rank=16, alpha=32).scale == 2
+    assert LoraConfig(rank=16, alpha=32, use_rslora=True).scale == 8

@@ -1,0 +1,138 @@
+"""One job's ruin stays its own: its packmates can't tell that it was ever there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_core.config import EngineConfig
+from lora_core.engine import Engine
+from lora_core.errors import OutOfMemory
+from lora_core.events import JobDiverged, JobFinished
+from tests.lora_core.scenarios import (
+    Submission,
+    admit,
+    config,
+    dataset,
+    rename,
+    run_alone,
+    state_bytes,
+    submissions,
+    weights,
+)
+
+GOOD = Submission(config=config(num_steps=6, seed=1), train=dataset(1, [20, 33, 15]))
+
+
+@pytest.mark.parametrize("learning_rate", [1e3, 1e30, 1e38])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_absurd_learning_rate_quarantines_its_job_alone(load, dtype, learning_rate):
+    base = load("llama", dtype)
+    alone = run_alone(base, GOOD)
+    absurd = config(num_steps=60, seed=2, learning_rate=learning_rate)
+    bad = Submission(config=replace(absurd, optimizer=replace(absurd.optimizer, weight_decay=0.1)), train=GOOD.train)
+
+    engine = Engine(base, EngineConfig())
+    admit(engine, "bad", bad)
+    admit(engine, "good", GOOD)
+    events = []
+    while not engine.idle:
+        events += engine.tick()
+
+    assert state_bytes(engine, "good") == alone.vectors
+    assert rename(events, "good") == alone.events
+    diverged = [event for event in events if isinstance(event, JobDiverged)]
+    if learning_rate > 1e3:
+        assert [event.job for event in diverged] == ["bad"]
+    assert torch.isfinite(weights(engine, "bad")).all()
+
+
+def test_a_row_of_nan_reaches_no_packmate_and_the_job_can_be_evicted(load):
+    base = load("gpt2")
+    alone = run_alone(base, GOOD)
+
+    engine = Engine(base, EngineConfig())
+    admit(engine, "bad", Submission(config=config(seed=3), train=GOOD.train))
+    admit(engine, "good", GOOD)
+    weights(engine, "bad").fill_(float("nan"))
+    events = engine.tick()
+    engine.evict("bad")
+    while not engine.idle:
+        events += engine.tick()
+
+    assert [event.job for event in events if isinstance(event, JobDiverged)] == ["bad"]
+    assert state_bytes(engine, "good") == alone.vectors
+
+
+def test_running_out_of_memory_splits_the_tick_and_changes_no_result(load, monkeypatch):
+    base = load("llama")
+    jobs = submissions("llama")
+    alone = {name: run_alone(base, job) for name, job in jobs.items()}
+    limit_token_memory(monkeypatch, num_tokens=176)
+
+    engine = Engine(base, EngineConfig(token_budget=4096))
+    for name, job in jobs.items():
+        admit(engine, name, job)
+    while not engine.idle:
+        engine.tick()
+
+    assert {name: state_bytes(engine, name) for name in jobs} == {
+        name: outcome.vectors for name, outcome in alone.items()
+    }
+
+
+def test_a_slice_that_does_not_fit_alone_fails_its_job_and_no_other(load, monkeypatch):
+    base = load("llama")
+    alone = run_alone(base, GOOD)
+    limit_token_memory(monkeypatch, num_tokens=96)
+
+    engine = Engine(base, EngineConfig())
+    admit(engine, "long", Submission(config=config(batch_size=1, seed=3), train=dataset(3, [120])))
+    admit(engine, "good", GOOD)
+    errors = []
+    while not engine.idle:
+        try:
+            engine.tick()
+        except OutOfMemory as error:
+            errors.append(error)
+
+    assert [error.job for error in errors] == ["long"]
+    assert "slice_tokens" in errors[0].remedy
+    assert state_bytes(engine, "good") == alone.vectors
+
+
+def limit_token_memory(monkeypatch, *, num_tokens: int) -> None:
+    """A device that fails in the backward, when gradients are partial already, above so many tokens."""
+    from lora_core import engine
+
+    def limited(run):
+        def wrapper(base, pack):
+            scores = run(base, pack)
+            if pack.input_ids.shape[1] > num_tokens:
+                raise torch.OutOfMemoryError("simulated")
+            return scores
+
+        return wrapper
+
+    monkeypatch.setattr(engine, "run_training", limited(engine.run_training))
+    monkeypatch.setattr(engine, "run_evaluation", limited(engine.run_evaluation))
+
+
+def test_finished_jobs_stay_until_evicted_and_leave_the_engine_idle(load):
+    engine = Engine(load("llama"), EngineConfig())
+    assert engine.idle
+    assert engine.tick() == []
+    admit(engine, "job", GOOD)
+    assert engine.progress("job") == (0, 6)
+    events = []
+    while not engine.idle:
+        events += engine.tick()
+
+    assert events[-1] == JobFinished(job="job", step=6)
+    assert engine.jobs() == ("job",)
+    assert engine.num_parameters("job") > 0
+    assert engine.memory()["rows_bytes"] == 16 * engine.num_parameters("job")
+    assert engine.tokens_per_second() > 0
+    engine.evict("job")
+    assert engine.jobs() == ()
+    assert engine.memory()["rows_bytes"] == 0

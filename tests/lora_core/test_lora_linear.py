@@ -1,0 +1,105 @@
+"""The hand-written gradients are those of the formula, checked by finite differences in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_core.adapters import SiteViews
+from lora_core.lora_linear import PackedDelta, PackedLinear, Piece
+from lora_core.pack import DropoutKey
+
+T, D, O, R = 7, 5, 6, 3
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def piece(start: int, stop: int, a_RD: Tensor, b_OR: Tensor, dropout: float, seed: int) -> Piece:
+    views = SiteViews(
+        a_RD=a_RD, b_OR=b_OR, grad_a_RD=torch.zeros_like(a_RD), grad_b_OR=torch.zeros_like(b_OR), scale=0.7
+    )
+    key = DropoutKey(probability=dropout, seed=seed, step=0, slice_index=0) if dropout else None
+    return Piece(start=start, stop=stop, views=views, module="layer", dropout=key)
+
+
+class ThroughAutograd(torch.autograd.Function):
+    """The packed linear as a function of x and both adapters, so that gradcheck sees the rows' gradients too."""
+
+    @staticmethod
+    def forward(ctx, make, x, *adapters):
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.pieces, ctx.y = make(ctx.x, [adapter.detach() for adapter in adapters])
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        (dx,) = torch.autograd.grad(ctx.y, ctx.x, dy, retain_graph=True)
+        gradients = [
+            gradient.clone()
+            for part in ctx.pieces
+            for gradient in (part.views.grad_a_RD, part.views.grad_b_OR)
+        ]
+        for part in ctx.pieces:
+            part.views.grad_a_RD.zero_()
+            part.views.grad_b_OR.zero_()
+        return None, dx, *gradients
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropout):
+    torch.manual_seed(1)
+    weight_OD, bias_O, anchor = numbers(O, D), numbers(O), torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def make(x, adapters):
+        pieces = (
+            piece(0, 3, adapters[0], adapters[1], dropout, seed=1),
+            piece(3, 6, adapters[2], adapters[3], dropout, seed=2),  # row 6 has no adapter
+        )
+        if fused:
+            return pieces, PackedLinear.apply(x, anchor, weight_OD, bias_O, pieces)
+        return pieces, PackedDelta.apply(x @ weight_OD.T + bias_O, x, anchor, pieces)
+
+    inputs = [numbers(T, D), numbers(R, D), numbers(O, R), numbers(R, D), numbers(O, R)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(lambda *args: ThroughAutograd.apply(make, *args), inputs)
+
+
+def test_the_output_is_the_formula():
+    torch.manual_seed(2)
+    x, weight_OD, a_RD, b_OR = numbers(T, D), numbers(O, D), numbers(R, D), numbers(O, R)
+
+    y = PackedLinear.apply(x, None, weight_OD, None, (piece(2, 5, a_RD, b_OR, 0.0, seed=0),))
+
+    expected = x @ weight_OD.T
+    expected[2:5] += 0.7 * x[2:5] @ a_RD.T @ b_OR.T
+    torch.testing.assert_close(y, expected)
+
+
+def test_gradients_accumulate_over_slices_and_no_gradient_of_the_weight_is_made():
+    weight_OD = numbers(O, D).requires_grad_()
+    part = piece(0, T, numbers(R, D), numbers(O, R), 0.0, seed=0)
+    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    x = numbers(T, D)
+
+    PackedLinear.apply(x, anchor, weight_OD, None, (part,)).sum().backward()
+    once = part.views.grad_a_RD.clone()
+    PackedLinear.apply(x, anchor, weight_OD, None, (part,)).sum().backward()
+
+    torch.testing.assert_close(part.views.grad_a_RD, 2 * once)
+    assert weight_OD.grad is None
+    assert anchor.grad is None
+
+
+def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
+    key = DropoutKey(probability=0.25, seed=3, step=4, slice_index=5)
+    like = torch.zeros(400, 100)
+
+    mask = key.keep_TD("layer", like)
+
+    assert torch.equal(mask, key.keep_TD("layer", like))
+    assert not torch.equal(mask, key.keep_TD("other", like))
+    assert mask.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert float(mask.mean()) == pytest.approx(1, abs=0.01)

@@ -1,0 +1,43 @@
+"""The chunked loss is cross-entropy, its gradient included, for every head that a family has."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_core import objectives
+from lora_core.objectives import Head, score_labels, weighted_loss
+
+L, D, V = 45, 8, 50
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"multiplier": 0.25}, {"multiplier": 2.0, "softcap": 5.0}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_loss_scores_and_gradient_equal_torch_cross_entropy(monkeypatch, options, bias):
+    monkeypatch.setattr(objectives, "CHUNK_LABELS", 16)
+    torch.manual_seed(0)
+    head = Head(weight_VD=torch.randn(V, D), bias_V=torch.randn(V) if bias else None, **options)
+    labels, weights = torch.randint(V, (L,)), torch.rand(L)
+    h = torch.randn(L, D, requires_grad=True)
+
+    loss, scores = weighted_loss(h, head, labels, weights)
+    (3 * loss).backward()
+
+    reference = h.detach().clone().requires_grad_()
+    logits = head.logits(reference)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    (3 * expected @ weights).backward()
+    torch.testing.assert_close(scores.losses_L, expected.detach())
+    torch.testing.assert_close(h.grad, reference.grad)
+    assert torch.equal(scores.correct_L, logits.argmax(-1) == labels)
+    assert torch.equal(score_labels(h, head, labels).losses_L, scores.losses_L)
+
+
+def test_the_order_of_labels_and_their_neighbours_change_no_bit():
+    torch.manual_seed(0)
+    head = Head(weight_VD=torch.randn(V, 64), bias_V=None, softcap=3.0)
+    h, labels = torch.randn(300, 64), torch.randint(V, (300,))
+
+    whole = score_labels(h, head, labels).losses_L
+
+    for start, stop in [(0, 1), (7, 24), (255, 300)]:
+        assert torch.equal(score_labels(h[start:stop], head, labels[start:stop]).losses_L, whole[start:stop])
