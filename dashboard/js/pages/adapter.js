@@ -1,0 +1,84 @@
+// One adapter: take it, see what it learned, check that it is what its record says.
+import { html, useState } from "../html.js";
+import { send } from "../api.js";
+import { link } from "../router.js";
+import { useResource } from "../resource.js";
+import { announce } from "../parts/announce.js";
+import { Ago, Command, Copy, Facts, Failure, Id, Loading, Panel } from "../parts/basics.js";
+import { adapterLabel, archivePath } from "../parts/adapter_facts.js";
+import { Lineage } from "./adapter_lineage.js";
+import * as format from "../format.js";
+
+export function AdapterPage({ id }) {
+  const path = `/v1/adapters/${encodeURIComponent(id)}`;
+  const { data: adapter, error, reload } = useResource(path);
+  const files = useResource(`${path}/files`);
+  const lineage = useResource(`${path}/lineage`);
+  if (!adapter) return html`<div class="title"><h1 tabindex="-1">Adapter</h1></div>${error ? html`<${Failure} error=${error} retry=${reload} />` : html`<${Loading} />`}`;
+  return html`
+    <nav class="trail" aria-label="Breadcrumb"><a href=${link.adapters()}>Adapters</a></nav>
+    <div class="title"><h1 tabindex="-1">${adapterLabel(adapter)}</h1>
+      <div class="buttons actions"><a class="button primary" href=${archivePath(adapter)} download>Download<span class="button-note">.tar, ${format.bytes(adapter.bytes)}</span></a></div></div>
+    <p class="under"><${Id} id=${adapter.name} what="adapter name" /><span>made <${Ago} at=${adapter.created_at} /></span>
+      <span>by job <a href=${link.job(adapter.job_id)}>${format.short(adapter.job_id, 18)}</a></span></p>
+    <div class="columns">
+      <div class="column"><${Evaluation} evaluation=${adapter.evaluation} /><${Lineage} record=${lineage.data} error=${lineage.error} adapter=${adapter} /></div>
+      <div class="column column-side"><${Verification} adapter=${adapter} path=${path} />
+        <${Panel} title="What it is" id="what"><${Facts} rows=${[
+          ["Base model", adapter.base_model], ["Rank", adapter.rank], ["Trained parameters", format.count(adapter.num_parameters)],
+          ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],
+          ["Artifact", html`<${Id} id=${adapter.artifact} what="artifact digest" length=${16} />`],
+        ]} /><p class="pad soft">In a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//>
+        <${Files} files=${files} path=${path} /></div>
+    </div>`;
+}
+
+function Evaluation({ evaluation }) {
+  if (!evaluation) return html`<${Panel} title="Against its base" id="evaluation"><p class="soft pad">The job had no held-out file, so nothing was measured. Give one with <code>--valid</code>.</p><//>`;
+  const { base_loss, loss, base_perplexity, perplexity } = evaluation;
+  const most = Math.max(base_loss, loss);
+  const row = (name, value, kind) => html`<tr key=${name}><th scope="row">${name}</th>
+    <td class="meter-cell"><meter class=${`meter meter-${kind}`} min="0" max=${most} value=${value} aria-label=${`Held-out loss, ${name}`}>${format.loss(value)}</meter></td>
+    <td class="num"><b>${format.loss(value)}</b></td><td class="num">${format.power(kind === "base" ? base_perplexity : perplexity)}</td></tr>`;
+  return html`<${Panel} title="Against its base" id="evaluation" aside=${html`<span class=${loss < base_loss ? "good-text" : "bad-text"}>${format.change(base_loss, loss)} loss</span>`}>
+    <table class="table table-tight compare"><caption class="unseen">Held-out loss and perplexity of the base and of the adapter</caption>
+      <thead><tr><th scope="col">On held-out data</th><th scope="col"><span class="unseen">Loss as a bar</span></th><th scope="col" class="num">Loss</th><th scope="col" class="num">Perplexity</th></tr></thead>
+      <tbody>${row("base alone", base_loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
+  <//>`;
+}
+
+function Verification({ adapter, path }) {
+  const [state, setState] = useState({ busy: false, result: null, error: null });
+  const verify = async () => {
+    setState({ busy: true, result: null, error: null });
+    try {
+      const result = await send("POST", `${path}/verify`);
+      setState({ busy: false, result, error: null });
+      announce(result.passed ? "Verified: no problem was found" : `Verification found ${format.plural(result.problems.length, "problem")}`);
+    } catch (error) {
+      setState({ busy: false, result: null, error });
+    }
+  };
+  const facts = adapter.verification || {};
+  const button = html`<button type="button" onClick=${verify} disabled=${state.busy}>${state.busy ? "Verifying…" : "Verify now"}</button>`;
+  return html`<${Panel} title="Verification" id="verification" aside=${button}>
+    <p class="pad">${adapter.verification
+      ? html`Loaded back by PEFT on the base model, its logits differ from those that training saw by at most <b>${format.power(facts.max_abs_diff)}</b>${typeof facts.tolerance === "number" && html` (allowed: ${format.power(facts.tolerance)})`}.`
+      : "No verification is on its record."}</p>
+    ${state.result && html`<div class=${`result ${state.result.passed ? "result-good" : "result-bad"}`}>
+      <p><b>${state.result.passed ? "Every file has the digest on its record, and the record has its id." : "This adapter is not what its record says."}</b></p>
+      ${state.result.problems?.length > 0 && html`<ul>${state.result.problems.map((problem) => html`<li key=${problem}>${problem}</li>`)}</ul>`}</div>`}
+    ${state.error && html`<${Failure} error=${state.error} />`}
+  <//>`;
+}
+
+function Files({ files, path }) {
+  const rows = files.data?.data || [];
+  return html`<${Panel} title="Files" id="files">
+    ${files.error && html`<${Failure} error=${files.error} retry=${files.reload} />`}
+    <table class="table table-tight files"><caption class="unseen">Files of the adapter</caption>
+      <thead><tr><th scope="col">File</th><th scope="col" class="num">Size</th><th scope="col">sha256</th></tr></thead>
+      <tbody>${rows.map((file) => html`<tr key=${file.path}><th scope="row"><a href=${`${path}/files/${file.path.split("/").map(encodeURIComponent).join("/")}`} download>${file.path}</a></th>
+        <td class="num">${format.bytes(file.num_bytes)}</td><td><span class="id"><code title=${file.digest}>${format.short((file.digest || "").replace("sha256:", ""), 8)}</code><${Copy} text=${file.digest || ""} what=${`digest of ${file.path}`} /></span></td></tr>`)}</tbody></table>
+  <//>`;
+}

@@ -1,0 +1,74 @@
+// One job: how far it is and what can be done about it, its curves, its log, and all that it was asked and given.
+import { html } from "../html.js";
+import { link } from "../router.js";
+import { useJob } from "../job_data.js";
+import { Ago, FINAL, Failure, Id, Loading, Panel, State, Until, stateWord } from "../parts/basics.js";
+import { Bar, done, jobName, numSteps } from "../parts/progress.js";
+import { Why } from "../parts/waiting.js";
+import { Actions } from "./job_actions.js";
+import { Curves } from "./job_curves.js";
+import { Events } from "./job_events.js";
+import { Attempts, Configuration, DataReport } from "./job_details.js";
+import * as format from "../format.js";
+
+export function JobPage({ id }) {
+  const held = useJob(id);
+  const { job, error } = held;
+  if (!job) return html`<div class="title"><h1 tabindex="-1">Job</h1></div>${error ? html`<${Failure} error=${error} retry=${held.reload} />` : html`<${Loading} />`}`;
+  return html`
+    <nav class="trail" aria-label="Breadcrumb"><a href=${link.jobs()}>Jobs</a></nav>
+    <div class="title">
+      <h1 tabindex="-1">${jobName(job)}</h1><${State} job=${job} />
+      <${Actions} job=${job} done=${held.reload} />
+    </div>
+    <p class="under"><${Id} id=${job.id} what="job id" /><span>${job.model}</span>
+      ${job.priority && job.priority !== "normal" && html`<span>priority ${job.priority}</span>`}
+      <span>created <${Ago} at=${job.created_at} /></span></p>
+    ${error && html`<${Failure} error=${error} retry=${held.reload} />`}
+    <${Outcome} job=${job} />
+    <${Headline} job=${job} valid=${held.valid} train=${held.train} />
+    <div class="columns">
+      <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} job=${job} /></div>
+      <div class="column column-side"><${Events} job=${job} events=${held.events} hasMore=${held.hasMoreEvents} />
+        <${DataReport} report=${held.report} job=${job} /><${Configuration} job=${job} /></div>
+    </div>`;
+}
+
+/** What a person must know first when it is not simply running. */
+function Outcome({ job }) {
+  if (job.status === "failed") {
+    const error = job.error || { message: "No reason was recorded." };
+    return html`<div class="failure"><p><strong>${error.message}</strong></p>${error.remedy && html`<p>${error.remedy}</p>`}
+      ${error.code && html`<p class="soft">code <code>${error.code}</code>${error.param && html`, at <code>${error.param}</code>`}</p>`}</div>`;
+  }
+  if (job.status === "queued" || job.status === "validating_files") {
+    return html`<div class="notice"><p><strong>${job.status === "queued" ? "Waiting to train." : "Its files are being read."}</strong> <${Why} job=${job} /></p></div>`;
+  }
+  if (job.status === "paused") return html`<div class="notice"><p><strong>Paused.</strong> Its last checkpoint is kept; resume it and it goes on from there.</p></div>`;
+  return null;
+}
+
+function Headline({ job, train, valid }) {
+  const progress = job.progress || {};
+  const part = done(job);
+  const first = valid[0]?.loss;
+  const best = valid.length ? valid.at(-1).loss : undefined;
+  return html`<section class="headline" aria-label="Progress">
+    <div class="headline-bar"><${Bar} job=${job} /><p><b>${part === null ? stateWord(job.status) : format.percent(part)}</b>
+      ${numSteps(job) > 0 && html`<span>step ${format.count(progress.step ?? 0)} of ${format.count(numSteps(job))}</span>`}
+      ${typeof progress.epoch === "number" && html`<span>epoch ${progress.epoch.toFixed(2)}</span>`}</p></div>
+    <dl class="figures">
+      ${FINAL.has(job.status)
+        ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.finished_at ? `took ${format.duration(job.finished_at - job.created_at)}` : null} />`
+        : html`<${Figure} name="Left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} />`} />`}
+      <${Figure} name="Train loss" value=${format.loss(progress.loss ?? train.at(-1)?.loss)} note=${train.length > 1 ? `from ${format.loss(train[0].loss)}` : null} />
+      <${Figure} name="Held-out loss" value=${format.loss(best)} note=${valid.length > 1 ? `${format.change(first, best)} since the start` : valid.length ? "the base's" : "no held-out file"} />
+      ${FINAL.has(job.status)
+        ? html`<${Figure} name="Trained on" value=${`${format.compact(job.trained_tokens)}`} note="tokens" />`
+        : html`<${Figure} name="Speed" value=${format.count(progress.tokens_per_second)} note="tokens a second" />`}
+    </dl>
+    ${job.adapter_id && html`<p class="headline-adapter"><a class="button primary" href=${link.adapter(job.adapter_id)}>Its adapter</a></p>`}
+  </section>`;
+}
+
+const Figure = ({ name, value, note }) => html`<div><dt>${name}</dt><dd><b>${value}</b>${note && html`<span class="soft">${note}</span>`}</dd></div>`;

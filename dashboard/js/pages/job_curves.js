@@ -1,0 +1,60 @@
+// The curves of a job: loss on training and held-out data large, what explains it small.
+import { html, useMemo } from "../html.js";
+import { Chart } from "../parts/chart.js";
+import { FINAL, Panel } from "../parts/basics.js";
+import * as format from "../format.js";
+
+const SMOOTH_FROM = 30;
+
+export function Curves({ train, valid, job }) {
+  const losses = useMemo(() => lossSeries(train, valid), [train, valid]);
+  const extras = useMemo(() => extraSeries(train, valid), [train, valid]);
+  return html`<${Panel} title="Loss" id="curves">
+    ${train.length + valid.length === 0
+      ? html`<p class="soft pad">${FINAL.has(job.status) ? "It ended before its first step." : "The first point comes with the first step."}</p>`
+      : html`<${Chart} title="Cross-entropy" unit="nats per supervised token" height=${280} series=${losses} summary=${summary(train, valid)} />
+        <div class="small-charts">${extras.map((one) => html`<${Chart} key=${one.title} ...${one} height=${120} />`)}</div>`}
+  <//>`;
+}
+
+const points = (curve, field) => curve.filter((point) => Number.isFinite(point[field])).map((point) => ({ x: point.step, y: point[field] }));
+
+function lossSeries(train, valid) {
+  const raw = points(train, "loss");
+  const series = raw.length < SMOOTH_FROM
+    ? [{ name: "train", colour: "--train", points: raw, dots: raw.length < 2, format: format.loss }]
+    : [{ name: "train", colour: "--train", points: raw, thin: true, format: format.loss },
+       { name: "smoothed", colour: "--train", points: smooth(raw), format: format.loss }];
+  if (valid.length) series.push({ name: "held-out", colour: "--valid", points: points(valid, "loss"), dots: true, format: format.loss });
+  return series;
+}
+
+/** An exponential mean over about a fiftieth of the curve, without the pull of its first value. */
+function smooth(raw) {
+  const keep = 1 - 1 / Math.max(5, raw.length / 50);
+  let mean = 0;
+  let weight = 0;
+  return raw.map(({ x, y }) => {
+    mean = keep * mean + (1 - keep) * y;
+    weight = keep * weight + (1 - keep);
+    return { x, y: mean / weight };
+  });
+}
+
+function extraSeries(train, valid) {
+  const accuracy = [
+    { name: "train", colour: "--train", points: points(train, "token_accuracy"), format: (value) => format.percent(value, 1) },
+    { name: "held-out", colour: "--valid", points: points(valid, "token_accuracy"), dots: true, format: (value) => format.percent(value, 1) },
+  ];
+  const one = (title, field, unit) => ({ title, unit, series: [{ name: "train", colour: "--train", points: points(train, field), format: format.power }] });
+  const all = [{ title: "Token accuracy", series: accuracy.filter((series) => series.points.length) }, one("Learning rate", "learning_rate"), one("Gradient norm", "grad_norm", "before clipping")];
+  return all.filter(({ series }) => series.some((curve) => curve.points.length > 1))
+    .map((chart) => ({ ...chart, smallest: 0, summary: `${chart.title} by step. ${chart.series.map(ends).join(" ")}` }));
+}
+
+const ends = ({ name, points: curve, format: text }) => (curve.length ? `${name}: from ${text(curve[0].y)} to ${text(curve.at(-1).y)}.` : "");
+
+function summary(train, valid) {
+  const parts = [["Training", train], ["Held-out", valid]].filter(([, curve]) => curve.length);
+  return parts.map(([name, curve]) => `${name} loss went from ${format.loss(curve[0].loss)} at step ${curve[0].step} to ${format.loss(curve.at(-1).loss)} at step ${curve.at(-1).step}.`).join(" ");
+}

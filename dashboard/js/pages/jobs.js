@@ -1,0 +1,132 @@
+// All jobs: what is on the lorries now, then every job with its state, how far it is, its loss and when it is done.
+import { html, useState } from "../html.js";
+import { link, replaceQuery, route } from "../router.js";
+import { Ago, Empty, FINAL, Failure, Loading, State, Until } from "../parts/basics.js";
+import { Bar, Sparkline, done, jobName, numSteps } from "../parts/progress.js";
+import { Bed } from "../parts/bed.js";
+import { Place } from "../parts/waiting.js";
+import { useJobs } from "../jobs_data.js";
+import * as format from "../format.js";
+
+const SUBMIT = "lorry jobs submit MODEL train.jsonl --valid held-out.jsonl --watch";
+const FILTERS = [
+  ["all", "All", () => true],
+  ["active", "Active", (job) => !FINAL.has(job.status)],
+  ["running", "Running", (job) => job.status === "running"],
+  ["waiting", "Waiting", (job) => job.status === "queued" || job.status === "validating_files"],
+  ["succeeded", "Succeeded", (job) => job.status === "succeeded"],
+  ["ended", "Failed or cancelled", (job) => job.status === "failed" || job.status === "cancelled"],
+];
+const ORDER = { running: 0, validating_files: 1, queued: 1, paused: 2 };
+
+export function JobsPage() {
+  const { jobs, queue, curves, loading, error, hasMore, more, reload } = useJobs();
+  const [filter, setFilter] = useState(() => ({
+    state: route.get().query.get("state") || "all",
+    text: route.get().query.get("find") || "",
+  }));
+  const choose = (change) => {
+    const next = { ...filter, ...change };
+    setFilter(next);
+    replaceQuery({ state: next.state === "all" ? null : next.state, find: next.text });
+  };
+  const shown = sorted(jobs.filter((job) => matches(job, filter)));
+  return html`
+    <div class="title"><h1 tabindex="-1">Jobs</h1><${Tally} jobs=${jobs} /></div>
+    ${error && html`<${Failure} error=${error} retry=${reload} />`}
+    <${Aboard} jobs=${jobs} />
+    ${jobs.length > 0 && html`<${Filters} jobs=${jobs} filter=${filter} choose=${choose} />`}
+    ${loading ? html`<${Loading} />` : jobs.length === 0 && !error
+      ? html`<${Empty} title="No jobs yet." command=${SUBMIT}>
+          A job trains one adapter. Submit one here in a terminal, or point the openai client at this address.<//>`
+      : shown.length === 0 && !error ? html`<${Empty} title="No job matches." ><button type="button" onClick=${() => choose({ state: "all", text: "" })}>Show all jobs</button><//>`
+      : html`<${JobsTable} jobs=${shown} curves=${curves} queue=${queue} />`}
+    ${hasMore && html`<p class="more"><button type="button" onClick=${more}>Show older jobs</button></p>`}`;
+}
+
+function Tally({ jobs }) {
+  const number = (test) => jobs.filter(test).length;
+  const parts = FILTERS.slice(2, 5).map(([, name, test]) => [name.toLowerCase(), number(test)]).filter(([, value]) => value);
+  if (!parts.length) return null;
+  return html`<p class="tally">${parts.map(([name, value]) => html`<span key=${name}><b>${format.count(value)}</b> ${name}</span>`)}</p>`;
+}
+
+function Aboard({ jobs }) {
+  const trainers = new Map();
+  for (const job of jobs.filter((job) => job.status === "running")) {
+    const key = job.trainer_id || job.id;
+    trainers.set(key, [...(trainers.get(key) || []), job]);
+  }
+  if (!trainers.size) return null;
+  return html`<section class="beds" aria-labelledby="aboard">
+    <h2 id="aboard" class="unseen">Training now</h2>
+    ${[...trainers].map(([id, aboard]) => html`<${Bed} key=${id} base=${aboard[0].model} jobs=${aboard} />`)}
+  </section>`;
+}
+
+function Filters({ jobs, filter, choose }) {
+  return html`<form class="filters" role="search" aria-label="Filter jobs" onSubmit=${(event) => event.preventDefault()}>
+    <div class="chips" role="group" aria-label="State">
+      ${FILTERS.map(([key, name, test]) => html`<button type="button" key=${key} class="chip" aria-pressed=${String(filter.state === key)}
+        onClick=${() => choose({ state: key })}>${name} <span class="chip-count">${jobs.filter(test).length}</span></button>`)}
+    </div>
+    <label class="find"><span class="unseen">Find by name, id, base model or label</span>
+      <input type="search" placeholder="Find by name, id, base or label" value=${filter.text} onInput=${(event) => choose({ text: event.currentTarget.value })} /></label>
+  </form>`;
+}
+
+function matches(job, { state, text }) {
+  const [, , test] = FILTERS.find(([key]) => key === state) || FILTERS[0];
+  if (!test(job)) return false;
+  const labels = Object.entries(job.metadata || {}).map(([key, value]) => `${key}=${value}`);
+  const words = [job.id, jobName(job), job.model, job.training_file, job.fine_tuned_model, ...labels].join(" ").toLowerCase();
+  return text.toLowerCase().split(/\s+/).every((word) => words.includes(word));
+}
+
+/** What is under way first; the rest by age, newest first. */
+const sorted = (jobs) => [...jobs].sort((a, b) => (ORDER[a.status] ?? 3) - (ORDER[b.status] ?? 3) || b.created_at - a.created_at);
+
+function JobsTable({ jobs, curves, queue }) {
+  return html`<table class="table jobs" role="table">
+    <caption class="unseen">Jobs, those under way first</caption>
+    <thead role="rowgroup"><tr role="row">
+      <th role="columnheader" scope="col">Job</th><th role="columnheader" scope="col">State</th><th role="columnheader" scope="col">Progress</th>
+      <th role="columnheader" scope="col">Loss</th><th role="columnheader" scope="col">Done</th>
+    </tr></thead>
+    <tbody role="rowgroup">${jobs.map((job) => html`<${Row} key=${job.id} job=${job} points=${curves[job.id]} entry=${queue[job.id]} />`)}</tbody>
+  </table>`;
+}
+
+function Row({ job, points, entry }) {
+  return html`<tr role="row">
+    <th role="rowheader" scope="row" class="job-name">
+      <a href=${link.job(job.id)}>${jobName(job)}</a>
+      <span class="sub"><span>${job.model}</span>${job.lora && html`<span>rank ${job.lora.rank}</span>`}<span><${Ago} at=${job.created_at} /></span></span>
+    </th>
+    <td role="cell" class="job-state"><${State} job=${job} /></td>
+    <td role="cell" class="job-progress"><${Progress} job=${job} entry=${entry} /></td>
+    <td role="cell" class="job-loss"><${Loss} job=${job} points=${points} /></td>
+    <td role="cell" class="job-done"><${Done} job=${job} /></td>
+  </tr>`;
+}
+
+function Progress({ job, entry }) {
+  if (job.status === "failed") return html`<span class="sub bad-text clamp">${job.error?.message || "No reason was recorded."}</span>`;
+  if (job.status === "queued" || job.status === "validating_files") return html`<${Place} job=${job} entry=${entry} />`;
+  const { step, epoch } = job.progress || {};
+  if (done(job) === null) return html`<span class="soft">${job.status === "running" ? "starting" : format.UNKNOWN}</span>`;
+  return html`<${Bar} job=${job} /><span class="sub"><span>${format.count(step)} / ${format.count(numSteps(job))} steps</span>
+    ${typeof epoch === "number" && html`<span>epoch ${epoch.toFixed(1)}</span>`}</span>`;
+}
+
+function Loss({ job, points }) {
+  const value = job.progress?.loss ?? points?.at(-1)?.loss;
+  if (value === undefined || value === null) return null;
+  return html`<span class="loss"><${Sparkline} points=${points} label=${`Training loss of ${jobName(job)}`} /><b class="num">${format.loss(value)}</b></span>`;
+}
+
+function Done({ job }) {
+  if (job.status === "running") return html`<${Until} seconds=${job.progress?.seconds_left} /><span class="sub">${format.rate(job.progress?.tokens_per_second)}</span>`;
+  if (job.finished_at) return html`<${Ago} at=${job.finished_at} /><span class="sub">took ${format.duration(job.finished_at - job.created_at)}</span>`;
+  return null;
+}

@@ -1,0 +1,43 @@
+// Signing in with an API key. The key goes to the API once and comes back as a cookie that scripts can't read.
+import { html, useRef, useState } from "../html.js";
+import { person, send, signedIn } from "../api.js";
+import { Command } from "../parts/basics.js";
+import { Mark } from "../parts/frame.js";
+
+const EXPIRED = { message: "This sign-in link was used already or has expired.", remedy: "Make a new one, or paste an API key." };
+
+export function SignInPage() {
+  const [error, setError] = useState(new URLSearchParams(location.search).get("sign_in") === "expired" ? EXPIRED : null);
+  const [busy, setBusy] = useState(false);
+  const field = useRef(null);
+  const submit = async (event) => {
+    event.preventDefault();
+    const key = field.current.value.trim();
+    if (!key) {
+      setError({ message: "No key was given.", remedy: "Paste an API key into the field." });
+      return field.current.focus();
+    }
+    setBusy(true);
+    setError(null);
+    try {
+      person.set(await send("POST", "/v1/browser_session", { api_key: key }));
+      signedIn.set(true);
+    } catch (problem) {
+      setError(problem);
+      setBusy(false);
+      field.current.focus();
+    }
+  };
+  return html`<div class="sign-in">
+    <${Mark} />
+    <h1 tabindex="-1">Sign in to Lorry</h1>
+    <form onSubmit=${submit} novalidate>
+      <label for="key">API key</label>
+      <input id="key" ref=${field} type="password" autocomplete="off" spellcheck="false" placeholder="lorry_…" aria-invalid=${error ? "true" : null} aria-describedby=${error ? "key-error" : null} />
+      <p id="key-error" class="field-error" role="alert">${error && html`${error.message} ${error.remedy || ""}`}</p>
+      <button type="submit" class="primary" disabled=${busy}>${busy ? "Signing in…" : "Sign in"}</button>
+    </form>
+    <p class="soft">Or ask the machine that runs Lorry for a one-time link:</p>
+    <${Command} text="python -m api sign-in-link" />
+  </div>`;
+}

@@ -1,0 +1,44 @@
+// How far a job is, and whether its loss goes down: a bar and a sparkline.
+import { html } from "../html.js";
+import * as format from "../format.js";
+
+/** Part of the job that is done, 0 to 1; null while its number of steps is not known. */
+export function done(job) {
+  if (job.status === "succeeded") return 1;
+  const total = numSteps(job);
+  return total && job.progress ? Math.min(1, (job.progress.step || 0) / total) : null;
+}
+
+export const numSteps = (job) => job.progress?.num_steps ?? job.num_steps;
+
+export function Bar({ job, label }) {
+  const part = done(job);
+  if (part === null) return null;
+  return html`<progress class=${`bar bar-${job.status}`} max="1" value=${part} aria-label=${label || `Progress of ${jobName(job)}`}>${format.percent(part)}</progress>`;
+}
+
+/** What a person calls the job: its suffix, else the start of its id. */
+export const jobName = (job) => job.suffix || job.id;
+
+const WIDTH = 96;
+const HEIGHT = 24;
+
+/** The curve of [{step, loss}] as a line without axes, scaled to itself. */
+export function Sparkline({ points, label = "training loss" }) {
+  const losses = (points || []).filter((point) => Number.isFinite(point.loss));
+  if (losses.length < 2) return html`<span class="spark spark-none" aria-hidden="true"></span>`;
+  const first = losses[0].loss;
+  const last = losses.at(-1).loss;
+  const low = Math.min(...losses.map((point) => point.loss));
+  const high = Math.max(...losses.map((point) => point.loss));
+  const from = losses[0].step;
+  const span = losses.at(-1).step - from || 1;
+  const x = (point) => 2 + ((point.step - from) / span) * (WIDTH - 6);
+  const y = (point) => 2 + ((high - point.loss) / (high - low || 1)) * (HEIGHT - 4);
+  const text = `${label} from ${format.loss(first)} to ${format.loss(last)} over ${format.plural(losses.at(-1).step, "step")}`;
+  return html`
+    <svg class="spark" viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} width=${WIDTH} height=${HEIGHT} role="img" aria-label=${text}>
+      <polyline points=${losses.map((point) => `${x(point).toFixed(1)},${y(point).toFixed(1)}`).join(" ")} />
+      <circle cx=${x(losses.at(-1)).toFixed(1)} cy=${y(losses.at(-1)).toFixed(1)} r="2" />
+    </svg>`;
+}

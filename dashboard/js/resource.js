@@ -1,0 +1,28 @@
+// Reading the API from a component: what came last stays on the screen while it is read again.
+import { useCallback, useEffect, useRef, useState } from "./html.js";
+import { read } from "./api.js";
+
+/** {data, error, loading, reload, replace} of a GET; `path` null reads nothing. */
+export function useResource(path) {
+  const [state, setState] = useState({ data: null, error: null, loading: Boolean(path), path });
+  const current = useRef(path);
+  current.current = path;
+
+  const reload = useCallback(async () => {
+    if (!path) return;
+    try {
+      const data = await read(path);
+      if (current.current === path) setState({ data, error: null, loading: false, path });
+    } catch (error) {
+      if (current.current === path) setState((was) => ({ ...was, error, loading: false, path }));
+    }
+  }, [path]);
+
+  useEffect(() => {
+    setState((was) => (was.path === path ? was : { data: null, error: null, loading: Boolean(path), path }));
+    reload();
+  }, [path]);
+
+  const replace = useCallback((data) => setState((was) => ({ ...was, data, error: null })), []);
+  return { ...state, reload, replace };
+}

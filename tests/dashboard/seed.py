@@ -1,0 +1,290 @@
+"""Fills a catalog with what the pages show, through the catalog's own verbs: jobs in every state, curves, adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from catalog import bases, claims, files, jobs, keys, lineage, prepared, projects
+from catalog.artifacts.store import ArtifactStore, open_store
+from catalog.db import Database
+from catalog.packing import Room
+from catalog.settings import Settings
+from catalog.spec import JobRequest
+from catalog.states import EndReason
+from catalog.tables import File, Job, Project
+
+LEASE_SECONDS = 3600.0
+WORKER = "worker-bay-1"
+TRAINER = "trainer-7f31c02e9a"
+BASE = "smollm2-135m"
+NUM_STEPS = 240
+LINEARS = {"q_proj": [[576, 576], 30], "v_proj": [[192, 576], 30], "down_proj": [[576, 1536], 30]}
+DESCRIPTION = {"num_parameters": 134_515_008, "linear_shapes": LINEARS, "vocab_size": 49152, "max_positions": 8192}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seeded:
+    """What a test needs of it."""
+
+    db: Database
+    store: ArtifactStore
+    settings: Settings
+    pepper: bytes
+    caller: keys.Caller
+    api_key: str
+    training: File
+    validation: File
+
+
+def start(data_dir: Path) -> Seeded:
+    """An empty service: one project, an operator's key, a base model that is ready, two files, one worker."""
+    settings = Settings(data_dir=data_dir)
+    db = Database(settings.resolved_database_url())
+    db.migrate()
+    store = open_store(settings)
+    pepper = keys.load_pepper(settings)
+    project = projects.ensure(db)
+    _, api_key = keys.create(db, project_id=project.id, name="first operator key", pepper=pepper, is_operator=True)
+    _import_base(db)
+    claims.register_worker(
+        db,
+        worker_id=WORKER,
+        host="bay-1",
+        pid=4711,
+        devices=[{"kind": "cpu", "name": "2 cores", "memory_bytes": 16 * 2**30}],
+        version="0.1.0",
+        memory_bytes=16 * 2**30,
+    )
+    return Seeded(
+        db=db,
+        store=store,
+        settings=settings,
+        pepper=pepper,
+        caller=keys.authenticate(db, secret=api_key, pepper=pepper),
+        api_key=api_key,
+        training=upload(db, store, settings, project, "signatures-train.jsonl", 410),
+        validation=upload(db, store, settings, project, "signatures-held-out.jsonl", 96),
+    )
+
+
+def upload(db: Database, store: ArtifactStore, settings: Settings, project: Project, name: str, rows: int) -> File:
+    spooled = settings.data_dir / "upload.jsonl"
+    lines = [_chat(f"def f{number}(x)", f"Return the value {number} in {name.partition('-')[0]}.") for number in range(rows)]
+    spooled.write_text("\n".join(lines) + "\n")
+    content = spooled.read_bytes()
+    return files.create(
+        db,
+        store,
+        project_id=project.id,
+        purpose="fine-tune",
+        filename=name,
+        spooled=spooled,
+        num_bytes=len(content),
+        digest=hashlib.sha256(content).hexdigest(),
+        settings=settings,
+    )
+
+
+def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
+    given: dict[str, Any] = {
+        "model": BASE,
+        "training_file": seeded.training.id,
+        "validation_file": seeded.validation.id,
+        "suffix": suffix,
+        "hyperparameters": {"batch_size": 4, "n_epochs": 3},
+        "max_steps": NUM_STEPS,
+    }
+    request = JobRequest.model_validate({**given, **fields})
+    digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+    return jobs.create(seeded.db, caller=seeded.caller, request=request, body_digest=digest)
+
+
+def prepare(seeded: Seeded) -> None:
+    """Tokenise, as far as the pages can tell, the files of every job that waits for it."""
+    while (work := claims.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
+        found = [_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None]
+        valid_key = found[1] if len(found) > 1 else None
+        claims.prepared(
+            seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=NUM_STEPS
+        )
+
+
+def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> dict[str, str]:
+    """Let the waiting jobs into one trainer; claim ids by job id."""
+    base = bases.get(seeded.db, BASE)
+    claims.worker_beat(
+        seeded.db, WORKER, resident_base=base.digest, trainer_id=trainer_id, report={"tokens_per_second": 487.0}
+    )
+    room = Room(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_base=base.digest)
+    taken = claims.claim_pack(
+        seeded.db, worker_id=WORKER, trainer_id=trainer_id, room=room, lease_seconds=LEASE_SECONDS
+    )
+    for one in taken:
+        claims.started(seeded.db, one.claim_id, trainer_id=trainer_id, resumed_from_step=None)
+    return {one.job.id: one.claim_id for one in taken}
+
+
+def train(seeded: Seeded, claim_id: str, *, until: int, since: int = 0, seed: int = 1) -> None:
+    """Record the curves of steps since+1 … until, and how far the job is."""
+    for start_step in range(since, until, 20):
+        points = list(_points(range(start_step + 1, min(start_step + 20, until) + 1), seed))
+        claims.record_metrics(seeded.db, claim_id, points)
+    last = _loss(until, seed)
+    progress = {
+        "step": until,
+        "num_steps": NUM_STEPS,
+        "epoch": round(3 * until / NUM_STEPS, 3),
+        "loss": last,
+        "tokens_per_second": 150.0 + 7 * seed,
+        "seconds_left": (NUM_STEPS - until) * 1.4,
+    }
+    claims.record_progress(seeded.db, claim_id, progress)
+
+
+def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1) -> str:
+    """Store an adapter's folder and complete the job; the adapter's id."""
+    folder = seeded.settings.data_dir / f"adapter-{seed}"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32}))
+    (folder / "adapter_model.safetensors").write_bytes(random.Random(seed).randbytes(300_000))
+    (folder / "README.md").write_text("# An adapter\n")
+    artifact = seeded.store.put_folder(folder, kind="adapter")
+    record = _record(artifact.digest, seed)
+    loss = _loss(NUM_STEPS, seed) + 0.1
+    adapter = claims.complete(
+        seeded.db,
+        claim_id,
+        artifact=artifact,
+        num_parameters=2_949_120,
+        verification={"passed": True, "max_abs_diff": 3.1e-5 * seed, "tolerance": 0.01},
+        evaluation={
+            "base_loss": 2.913,
+            "loss": loss,
+            "base_perplexity": math.exp(2.913),
+            "perplexity": math.exp(loss),
+        },
+        trained_tokens=81_240,
+        lineage=record,
+        lineage_id=lineage.lineage_id(record),
+    )
+    return adapter.id
+
+
+def fill(data_dir: Path) -> Seeded:
+    """Jobs in every state: two that succeeded, one failed, one cancelled, one paused, three in training, two queued."""
+    seeded = start(data_dir)
+    done = [submit(seeded, "docstrings-r16"), submit(seeded, "docstrings-r64", lora={"rank": 64}), submit(seeded, "hot-lr")]
+    prepare(seeded)
+    held = claim(seeded, trainer_id="trainer-19be44d0c1")
+    for seed, job in enumerate(done[:2], start=1):
+        train(seeded, held[job.id], until=NUM_STEPS, seed=seed)
+        succeed(seeded, held[job.id], seed=seed)
+    train(seeded, held[done[2].id], until=37, seed=3)
+    claims.end(seeded.db, held[done[2].id], reason=EndReason.DIVERGED, detail="loss nan at step 38", error=DIVERGED)
+    _stop_two(seeded)
+    running = [
+        submit(seeded, "titles-r8", lora={"rank": 8}, metadata={"team": "search", "sweep": "rank"}),
+        submit(seeded, "titles-r16", lora={"rank": 16, "alpha": 16}, seed=7, optimizer={"learning_rate": 1e-4}),
+        submit(seeded, "titles-r32", lora={"rank": 32}, metadata={"team": "search", "sweep": "rank"}),
+    ]
+    prepare(seeded)
+    held = claim(seeded)
+    for seed, (job, until) in enumerate(zip(running, (188, 121, 64), strict=True), start=4):
+        train(seeded, held[job.id], until=until, seed=seed)
+    submit(seeded, "nightly-a", priority="urgent")
+    submit(seeded, "nightly-b")
+    prepare(seeded)
+    submit(seeded, "summaries-r16")
+    return seeded
+
+
+DIVERGED = {
+    "code": "diverged",
+    "message": "The loss became NaN at step 38. Lower the learning rate (it was 0.01) or set max_grad_norm.",
+    "param": "optimizer.learning_rate",
+}
+
+
+def _stop_two(seeded: Seeded) -> None:
+    cancelled, paused = submit(seeded, "wrong-file"), submit(seeded, "reviews-long")
+    jobs.cancel(seeded.db, project_id=seeded.caller.project_id, job_id=cancelled.id)
+    prepare(seeded)
+    held = claim(seeded, trainer_id="trainer-2c90ab77f3")
+    train(seeded, held[paused.id], until=90, seed=9)
+    jobs.pause(seeded.db, project_id=seeded.caller.project_id, job_id=paused.id)
+    claims.end(seeded.db, held[paused.id], reason=EndReason.PAUSED_BY_USER, detail="paused at step 90")
+
+
+def _import_base(db: Database) -> None:
+    bases.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf")
+    bases.claim_import(db, lease_seconds=LEASE_SECONDS)
+    manifest = {"files": [{"path": "model.safetensors", "digest": "5e" * 32, "num_bytes": 269_060_552}]}
+    bases.finish_import(db, BASE, digest=bases.files_digest(manifest), manifest=manifest, description=DESCRIPTION)
+
+
+def _report(db: Database, file: File) -> str:
+    key = prepared.key(file.digest, "ab" * 32, 4096)
+    report = {
+        "rows": file.num_rows or 0,
+        "tokens": (file.num_rows or 0) * 66,
+        "supervised_tokens": (file.num_rows or 0) * 19,
+        "truncated_rows": 2,
+        "empty_rows": 0,
+        "duplicate_rows": 5,
+    }
+    prepared.put(db, key, file_digest=file.digest, artifact=None, report=report)
+    return key
+
+
+def _points(steps: range, seed: int) -> Iterator[dict[str, Any]]:
+    for step in steps:
+        loss = _loss(step, seed)
+        warm = min(1.0, step / 8)
+        yield {
+            "kind": "train",
+            "step": step,
+            "loss": loss,
+            "token_accuracy": max(0.0, 0.83 - loss * 0.16),
+            "learning_rate": 2e-4 * warm * (0.5 + 0.5 * math.cos(math.pi * step / NUM_STEPS)),
+            "grad_norm": 0.4 + 1.6 * math.exp(-step / 30) + random.Random(seed * 7919 + step).random() * 0.3,
+            "num_tokens": 280,
+        }
+        if step == 1 or step % 24 == 0:
+            smooth = _mean_loss(step, seed) + 0.12
+            yield {"kind": "valid", "step": step, "loss": smooth, "token_accuracy": 0.8 - smooth * 0.16}
+
+
+def _mean_loss(step: int, seed: int) -> float:
+    return 1.35 + 0.03 * (seed % 5) + 1.5 * math.exp(-step / (28 + 4 * seed))
+
+
+def _loss(step: int, seed: int) -> float:
+    return _mean_loss(step, seed) + random.Random(seed * 104729 + step).gauss(0, 0.11)
+
+
+def _chat(question: str, answer: str) -> str:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": turns})
+
+
+def _record(artifact: str, seed: int) -> dict[str, Any]:
+    """A lineage record of the usual chapters; only its reading is tested here."""
+    return {
+        "version": 1,
+        "outputs": {"artifact": artifact, "num_parameters": 2_949_120},
+        "base": {"name": BASE, "kind": "gguf", "digest": "5e" * 32},
+        "data": {"training": {"digest": "1f" * 32, "rows": 410}, "validation": {"digest": "2e" * 32, "rows": 96}},
+        "config": {
+            "requested": {"lora": {"rank": 16}, "seed": seed},
+            "resolved": {"lora": {"rank": 16, "alpha": 32.0}, "optimizer": {"learning_rate": 2e-4, "betas": [0.9, 0.999]}},
+        },
+        "attempts": [{"number": 1, "worker": WORKER, "device": "cpu", "reason": "completed", "packmates": 2}],
+        "results": {"steps": NUM_STEPS, "trained_tokens": 81_240, "determinism": "bitwise"},
+    }
