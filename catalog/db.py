@@ -15,13 +15,13 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, Float, Select, create_engine, event, make_url, select, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.functions import GenericFunction
 
-from catalog.errors import LorryError, OutOfSpace, Unavailable
+from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unavailable
 
 BUSY_SECONDS = 30
 SelectT = TypeVar("SelectT", bound=Select[Any])
@@ -182,20 +182,26 @@ def _foreign_keys(connection: Connection, *, enforced: bool) -> None:
 def _translated() -> Generator[None]:
     try:
         yield
-    except (DBAPIError, PoolTimeout) as error:
+    except (DBAPIError, PoolTimeout, UnicodeEncodeError, OverflowError) as error:
         refusal = _refusal(error)
         if refusal is None:
             raise
         raise refusal from error
 
 
-def _refusal(error: DBAPIError | PoolTimeout) -> LorryError | None:
+def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowError) -> LorryError | None:
     """What a person is told; None where the fault is ours."""
     if "disk is full" in str(error) or "No space left" in str(error):
         return OutOfSpace(
             "The disk that holds the database is full.",
             code="disk_full",
             remedy="Nothing was changed. Free some space on the server, then try again.",
+        )
+    if isinstance(error, DataError | UnicodeEncodeError | OverflowError):
+        return InvalidRequest(
+            "The request holds a value that can't be stored: a NUL or half a character, or a number that is too large.",
+            code="unstorable_value",
+            remedy="Leave that character or number out.",
         )
     if isinstance(error, DBAPIError):
         is_outage = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated

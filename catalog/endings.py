@@ -26,16 +26,12 @@ class Verdict:
 
 
 def decide(reason: EndReason, *, cancel_requested: bool, pause_requested: bool, counted_attempts: int) -> Verdict:
-    """The verb that ENDINGS and the person's wishes give. A wish outlives a crash; only completing outruns it."""
+    """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it."""
     ending = ENDINGS[reason]
     counted = counted_attempts + int(ending.counts and ending.retryable)
-    obeys = reason in (EndReason.CANCELLED_BY_USER, EndReason.PAUSED_BY_USER)
-    if reason is EndReason.CANCELLED_BY_USER or (cancel_requested and (obeys or ending.retryable)):
-        return Verdict(verb=Verb.OBEY_CANCEL, counted_attempts=counted)
-    if pause_requested and (obeys or ending.retryable):
-        return Verdict(verb=Verb.OBEY_PAUSE, counted_attempts=counted)
-    if reason is EndReason.PAUSED_BY_USER:  # the person has changed their mind since
-        return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
+    wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
+    if wished is not None:
+        return Verdict(verb=wished, counted_attempts=counted)
     if not ending.retryable:
         return Verdict(verb=Verb.FAIL, counted_attempts=counted)
     if not ending.counts:
@@ -44,6 +40,20 @@ def decide(reason: EndReason, *, cancel_requested: bool, pause_requested: bool, 
         return Verdict(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
     wait = BACK_OFF_SECONDS[min(counted, len(BACK_OFF_SECONDS)) - 1]
     return Verdict(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
+
+
+def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
+    """What a person asked for, where this ending leaves the choice."""
+    if reason is EndReason.CANCELLED_BY_USER:
+        return Verb.OBEY_CANCEL
+    is_pause = reason is EndReason.PAUSED_BY_USER
+    if not is_pause and not ENDINGS[reason].retryable:
+        return None
+    if cancel_requested:
+        return Verb.OBEY_CANCEL
+    if pause_requested:
+        return Verb.OBEY_PAUSE
+    return Verb.RELEASE if is_pause else None  # a pause that was withdrawn meanwhile
 
 
 def end_attempt(

@@ -29,7 +29,8 @@ def events_page(
         find(session, project_id, job_id)
         events = select(JobEvent).where(JobEvent.job_id == job_id)
         if after is not None:
-            if session.scalar(events.where(JobEvent.seq == after)) is None:
+            is_known = 0 <= after < 2**63 and session.scalar(events.where(JobEvent.seq == after)) is not None
+            if not is_known:
                 raise unknown_cursor(f"ftevent-{after}")
             events = events.where(JobEvent.seq < after)
         rows = list(session.scalars(events.order_by(JobEvent.seq.desc()).limit(limit + 1)))

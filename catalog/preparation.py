@@ -15,6 +15,8 @@ from catalog.states import EndReason, JobState, Verb
 from catalog.tables import BaseModelRow, File, Job, Json, Worker, new_id
 
 VALIDATING = JobState.VALIDATING_FILES
+MAX_LOST_PREPARATIONS = 5
+"""A file that takes its worker down this often while it is prepared is refused. (Such an end is no attempt.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +83,26 @@ def release_preparation(db: Database, *, claim_id: str, detail: str, wait_second
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
-        job.claim_id = job.worker_id = job.lease_expires_at = None
+        _free(job)
         job.run_after = now + wait_seconds if wait_seconds else None
         events.add(session, job.id, now=now, level="warn", message=f"The files will be prepared again: {detail}")
+
+
+def lose_preparation(session: Session, job: Job, *, now: float) -> None:
+    """Whoever prepared the job, whose row is locked, was not heard from any more: it is free for another."""
+    job.lost_preparations += 1
+    if job.lost_preparations < MAX_LOST_PREPARATIONS:
+        _free(job)
+        return
+    message = f"The worker was lost {job.lost_preparations} times while it prepared the files."
+    job.error = {"code": "preparation_lost", "message": message, "param": "training_file"}
+    failed = f"The job failed. {message}"
+    move(session, job, Verb.REFUSED, now=now, message=failed, reason=EndReason.INFRA_LOST, level="error")
+
+
+def _free(job: Job) -> None:
+    job.claim_id = job.worker_id = job.lease_expires_at = None
+    job.lease_extended = False
 
 
 def _is_leaving(session: Session, worker_id: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import fair_share, memory, packing
@@ -80,6 +80,18 @@ def snapshot(db: Database, *, project_id: str | None) -> Json:
             "jobs": entries,
             "workers": _live_workers(session, now=now),
         }
+
+
+def has_work(db: Database) -> bool:
+    """Whether there is anything to import, to prepare or to train now: whether ringing has a use."""
+    with db.read() as session:
+        now = read_clock(session)
+        is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
+        untouched = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
+        is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
+        jobs = select(Job.id).where(untouched, is_due).limit(1)
+        imports = select(BaseModelRow.name).where(BaseModelRow.state == "importing", is_free).limit(1)
+        return session.scalar(jobs) is not None or session.scalar(imports) is not None
 
 
 def resident_bases(session: Session, *, now: float) -> list[str]:

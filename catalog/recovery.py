@@ -1,4 +1,4 @@
-"""What becomes of jobs whose holder fell silent: expired leases are ended, after one lease of grace following an outage.
+"""What becomes of jobs whose holder fell silent: expired leases are ended, with one lease of grace after an outage.
 
 An outage shows as a gap in the pulse: nobody has looked, nobody has beaten. Then no lease could have been
 renewed, so silence proves nothing: every lease is extended once, to a full grace from now. A second
@@ -8,18 +8,18 @@ that was set back looks the same way and is treated alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sqlalchemy import and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, skip_locked, upsert
 from catalog.endings import end_attempt
-from catalog.moves import move
-from catalog.states import EndReason, JobState, Verb
+from catalog.preparation import lose_preparation
+from catalog.states import EndReason, JobState
 from catalog.tables import Job, Pulse, Worker
 
 GRACE_SECONDS = 60.0
-MAX_LOST_PREPARATIONS = 5
-"""A file that takes its worker down this often while it is prepared is refused. (Such an end is no attempt.)"""
 
 
 def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
@@ -31,13 +31,7 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
         now = read_clock(session)
         observe(session, now=now, grace_seconds=grace_seconds)
         past = (Job.claim_id.is_not(None), Job.lease_expires_at <= now)
-        jobs = list(session.scalars(skip_locked(select(Job).where(*past).order_by(Job.id))))
-        for job in jobs:
-            if job.state == JobState.RUNNING:
-                _lose(session, job, now=now)
-            else:
-                _free_preparation(session, job, now=now)
-        return len(jobs)
+        return _lose(session, session.scalars(skip_locked(select(Job).where(*past).order_by(Job.id))), now=now)
 
 
 def observe(session: Session, *, now: float, grace_seconds: float) -> None:
@@ -55,13 +49,7 @@ def observe(session: Session, *, now: float, grace_seconds: float) -> None:
 def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
     """Its process is known to be gone: end or free at once what it held."""
     held = select(Job).where(Job.worker_id == worker_id, Job.claim_id.is_not(None))
-    jobs = list(session.scalars(held.with_for_update()))
-    for job in jobs:
-        if job.state == JobState.RUNNING:
-            _lose(session, job, now=now)
-        else:
-            _free_preparation(session, job, now=now)
-    return len(jobs)
+    return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
 
 
 def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> None:
@@ -79,18 +67,12 @@ def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> Non
     )
 
 
-def _lose(session: Session, job: Job, *, now: float) -> None:
-    detail = f"Worker {job.worker_id} was not heard from any more."
-    end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=detail, now=now)
-
-
-def _free_preparation(session: Session, job: Job, *, now: float) -> None:
-    job.lost_preparations += 1
-    if job.lost_preparations < MAX_LOST_PREPARATIONS:
-        job.claim_id = job.worker_id = job.lease_expires_at = None
-        job.lease_extended = False
-        return
-    message = f"The worker was lost {job.lost_preparations} times while it prepared the files."
-    job.error = {"code": "preparation_lost", "message": message, "param": "training_file"}
-    failed = f"The job failed. {message}"
-    move(session, job, Verb.REFUSED, now=now, message=failed, reason=EndReason.INFRA_LOST, level="error")
+def _lose(session: Session, held: Iterable[Job], *, now: float) -> int:
+    jobs = list(held)
+    for job in jobs:
+        if job.state == JobState.RUNNING:
+            detail = f"Worker {job.worker_id} was not heard from any more."
+            end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=detail, now=now)
+        else:
+            lose_preparation(session, job, now=now)
+    return len(jobs)

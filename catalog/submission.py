@@ -20,6 +20,7 @@ from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
 
 CLIENT_RETRY_SECONDS = 600
 """An identical body, marked by the client as a retry, is the same submission for so long."""
+MAX_KEY_CHARS = 255
 PURPOSE = "fine-tune"
 
 
@@ -37,6 +38,13 @@ def create(
     idempotency_key: one per submission, for ever; with another body it is a Conflict. is_client_retry: the
     client says that it sends this again, having had no reply.
     """
+    if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_KEY_CHARS:
+        raise InvalidRequest(
+            f"The Idempotency-Key has {len(idempotency_key)} characters.",
+            code="invalid_idempotency_key",
+            remedy=f"Use between 1 and {MAX_KEY_CHARS}, for example a UUID.",
+            param="Idempotency-Key",
+        )
     with db.write() as session:
         serialise(session, f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
         now = read_clock(session)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from catalog import recovery
 from catalog.db import Database, read_clock
@@ -16,6 +17,9 @@ from catalog.tables import Job, Json, Trainer, Worker
 
 SILENT_SECONDS = 60.0
 """A worker that was not heard from for so long is shown as lost."""
+
+
+WorkerState = Literal["live", "draining", "lost", "ended"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +41,7 @@ def register_worker(
             session.add(worker)
         else:
             recovery.lose_worker(session, worker_id, now=now)
-            open_trainers = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
-            session.execute(update(Trainer).where(*open_trainers).values(ended_at=now))
+            _close_trainers(session, worker_id, now=now)
         worker.host, worker.pid, worker.devices = host, pid, devices
         worker.version, worker.memory_bytes = version, memory_bytes
         worker.started_at = worker.heartbeat_at = now
@@ -74,8 +77,20 @@ def end_worker(db: Database, worker_id: str) -> None:
             end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
         preparing = (Job.worker_id == worker_id, Job.state == JobState.VALIDATING_FILES)
         session.execute(update(Job).where(*preparing).values(claim_id=None, worker_id=None, lease_expires_at=None))
-        open_trainers = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
-        session.execute(update(Trainer).where(*open_trainers).values(ended_at=now))
+        _close_trainers(session, worker_id, now=now)
+
+
+def declare_lost(db: Database, worker_id: str) -> int:
+    """Its process is known to have died: what it held is freed now, not at the end of its leases. Returns how much."""
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.ended_at is not None:
+            return 0
+        worker.ended_at = now
+        worker.resident_base = worker.trainer_id = None
+        _close_trainers(session, worker_id, now=now)
+        return recovery.lose_worker(session, worker_id, now=now)
 
 
 def request_drain(db: Database, worker_id: str) -> Worker:
@@ -88,6 +103,15 @@ def request_drain(db: Database, worker_id: str) -> Worker:
             raise Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy="There is nothing to drain.")
         worker.drain_requested = True
         return worker
+
+
+def worker_state(worker: Worker, *, now: float) -> WorkerState:
+    """live, draining, lost (silent for too long) or ended."""
+    if worker.ended_at is not None:
+        return "ended"
+    if now - worker.heartbeat_at > SILENT_SECONDS:
+        return "lost"
+    return "draining" if worker.drain_requested else "live"
 
 
 def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Worker]:
@@ -126,3 +150,8 @@ def report_trainer(db: Database, trainer_id: str, *, report: Json) -> None:
         trainer = session.get(Trainer, trainer_id, with_for_update=True)
         if trainer is not None:
             trainer.report = {**(trainer.report or {}), **report}
+
+
+def _close_trainers(session: Session, worker_id: str, *, now: float) -> None:
+    still_open = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
+    session.execute(update(Trainer).where(*still_open).values(ended_at=now))
