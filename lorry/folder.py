@@ -35,14 +35,16 @@ class Contents:
     """What the service says of an adapter; its manifest has been checked against the artifact's digest."""
 
     files: Mapping[str, FileEntry]
+    kind: str
     artifact: str
     lineage: Mapping[str, Any]
 
     @classmethod
-    def of(cls, *, files: Iterable[Mapping[str, Any]], artifact: str, lineage: Mapping[str, Any]) -> Self:
+    def of(cls, *, manifest: Mapping[str, Any], artifact: str, lineage: Mapping[str, Any]) -> Self:
         """From the wire. Raises BadDownload where a path could leave the folder or the digests don't agree."""
-        entries = [_entry(wire) for wire in files]
-        contents = cls(files={entry.path: entry for entry in entries}, artifact=artifact, lineage=lineage)
+        entries = [_entry(wire) for wire in cast("Iterable[Mapping[str, Any]]", manifest.get("data") or ())]
+        files = {entry.path: entry for entry in entries}
+        contents = cls(files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
         if canonical_json.sha256(contents.manifest()) != artifact:
             raise BadDownload(
                 "The list of the adapter's files is not the one that its digest stands for.",
@@ -57,7 +59,7 @@ class Contents:
             {"path": entry.path, "digest": entry.digest, "num_bytes": entry.num_bytes}
             for entry in sorted(self.files.values(), key=lambda entry: entry.path)
         ]
-        return {"kind": "adapter", "files": rows}
+        return {"files": rows, "kind": self.kind}
 
     def write_records(self, folder: Path) -> None:
         (folder / MANIFEST).write_bytes(canonical_json.encode(self.manifest()))
@@ -102,7 +104,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
 
 def lineage_problems(lineage: Mapping[str, Any], artifact: str) -> list[str]:
     """Whether the record gives its id, and names the artifact."""
-    held: object = lineage.get("record")
+    held: object = lineage.get("lineage")
     if not isinstance(held, dict):
         return [f"{LINEAGE} holds no record."]
     record = cast("dict[str, Any]", held)

@@ -79,7 +79,9 @@ class Job(View):
     validation_file: str | None = None
     fine_tuned_model: str | None = None
     adapter_id: str | None = None
+    suffix: str | None = None
     created_at: int = 0
+    started_at: int | None = None
     finished_at: int | None = None
     trained_tokens: int | None = None
     seed: int | None = None
@@ -137,6 +139,7 @@ class Attempt(View):
     started_at: int | None = None
     ended_at: int | None = None
     reason: str | None = None
+    detail: str | None = None
     resumed_from_step: int | None = None
     packmates: list[str] = field(default_factory=list[str])
 
@@ -166,6 +169,7 @@ class Model(View):
     source: str | None = None
     revision: str | None = None
     local_path: str | None = None
+    description: dict[str, Any] | None = None
     error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
 
 
@@ -216,6 +220,8 @@ class Worker(View):
     state: str = ""
     version: str = ""
     devices: list[Any] = field(default_factory=list[Any])
+    memory_bytes: int = 0
     resident_base: str | None = None
+    resident_base_names: list[str] = field(default_factory=list[str])
     trainer_id: str | None = None
     last_seen_at: int | None = None

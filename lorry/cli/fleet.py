@@ -19,11 +19,11 @@ def queue(
     snapshot = client().queue.get(all_projects=everything)
     if as_json:
         return output.print_json(snapshot)
-    entries: list[dict[str, Any]] = [*(snapshot.get("running") or []), *(snapshot.get("waiting") or [])]
-    rows = [(e.get("id"), e.get("status"), e.get("model"), e.get("priority"), e.get("trainer_id")) for e in entries]
-    return output.table(
-        ("JOB", "STATUS", "MODEL", "PRIORITY", "TRAINER"), rows, empty="Nothing runs and nothing waits."
-    )
+    entries: list[dict[str, Any]] = snapshot.get("jobs") or []
+    shown = ("job_id", "state", "base_model", "priority", "position", "trainer_id", "reason")
+    rows = [tuple(entry.get(name) for name in shown) for entry in entries]
+    columns = ("JOB", "STATE", "BASE", "PRIORITY", "PLACE", "TRAINER", "WHY ITS TURN")
+    return output.table(columns, rows, empty="Nothing runs and nothing waits.")
 
 
 def workers(as_json: AsJson = False) -> None:
@@ -33,15 +33,20 @@ def workers(as_json: AsJson = False) -> None:
         return output.print_json([worker.raw for worker in found])
     rows = [
         (
-            w.id,
-            w.host,
-            w.state,
-            w.resident_base,
-            w.trainer_id,
-            ", ".join(map(str, w.devices)),
-            output.when(w.last_seen_at),
+            worker.id,
+            worker.state,
+            worker.host,
+            ", ".join(map(_device, worker.devices)),
+            ", ".join(worker.resident_base_names) or worker.resident_base,
+            worker.trainer_id,
+            output.when(worker.last_seen_at),
         )
-        for w in found
+        for worker in found
     ]
-    columns = ("ID", "HOST", "STATE", "BASE", "TRAINER", "DEVICES", "SEEN")
+    columns = ("ID", "STATE", "HOST", "DEVICES", "HOLDS", "TRAINER", "SEEN")
     return output.table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
+
+
+def _device(device: Any) -> str:
+    """A device's name, in whichever form the service tells it."""
+    return str(device.get("name") or device) if isinstance(device, dict) else str(device)  # pyright: ignore

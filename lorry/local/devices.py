@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -27,13 +28,8 @@ def choose(wanted: str | None) -> list[str]:
     return chosen
 
 
-def environment(device: str) -> dict[str, str]:
-    """What leaves a worker that one device."""
-    return {"CUDA_VISIBLE_DEVICES": "" if device == CPU else device}
-
-
 def _gpus() -> list[str]:
-    """Numbers of the GPUs, as the driver's own tool gives them; none where there is no driver."""
+    """Numbers of the GPUs, as the driver's own tool gives them, that CUDA_VISIBLE_DEVICES leaves."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -42,6 +38,6 @@ def _gpus() -> list[str]:
         listed = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return (
-        [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()] if not listed.returncode else []
-    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [] if listed.returncode else [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()]
+    return found if visible is None else [gpu for gpu in found if gpu in visible.split(",")]

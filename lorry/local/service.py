@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from lorry.errors import LorryError
-from lorry.local import devices
 from lorry.local.child import Child
 
 _NEEDED = ("fastapi", "sqlalchemy", "torch", "transformers", "peft")
@@ -63,13 +62,12 @@ class Service:
         """One for each device."""
         names = ["worker"] if len(chosen) == 1 else [f"worker-{device}" for device in chosen]
         return [
-            self._child(name, _python("worker.loop"), devices.environment(device))
+            self._child(name, _python("worker.loop", "--device", device))
             for name, device in zip(names, chosen, strict=True)
         ]
 
-    def _child(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
-        log = self.logs / f"{name}.log"
-        return Child(name, argv, env=self._env | dict(env or {}), cwd=self.data_dir, log=log)
+    def _child(self, name: str, argv: Sequence[str]) -> Child:
+        return Child(name, argv, env=self._env, cwd=self.data_dir, log=self.logs / f"{name}.log")
 
     def _run(self, *arguments: str) -> dict[str, Any]:
         """The JSON object that a command of the api prints. Raises LorryError with the end of what it complained of."""

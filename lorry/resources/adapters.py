@@ -28,9 +28,9 @@ class Adapters:
     def get(self, name: str) -> Adapter:
         return Adapter.of(self._transport.get(_of(name)))
 
-    def files(self, name: str) -> list[dict[str, Any]]:
-        """Path, digest and size of each file of the adapter's manifest."""
-        return self._transport.get(_of(name, "files")).get("data") or []
+    def manifest(self, name: str) -> dict[str, Any]:
+        """`data`: path, digest and num_bytes of each file; `artifact`: the digest of it all."""
+        return self._transport.get(_of(name, "files"))
 
     def lineage(self, name: str) -> dict[str, Any]:
         """The record of where the adapter comes from, with its id."""
@@ -48,7 +48,7 @@ class Adapters:
         """
         adapter = self.get(name)
         contents = folder.Contents.of(
-            files=self.files(adapter.id), artifact=adapter.artifact, lineage=self.lineage(adapter.id)
+            manifest=self.manifest(adapter.id), artifact=adapter.artifact, lineage=self.lineage(adapter.id)
         )
         target = Path(directory).expanduser()
         if folder.holds(target, contents):

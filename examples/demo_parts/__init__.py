@@ -1,0 +1,1 @@
+"""The parts of the demo, one per step or two. Read ../demo.py first."""

@@ -1,0 +1,140 @@
+"""Steps 4 to 6: upload and train by the unchanged openai client; collect; download and check in a clean process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+
+from demo_parts.report import DemoFailed, bars, console, draw
+from lorry import Lorry
+from lorry.models import Adapter, Job, Model
+
+MAX_STEPS = 40
+BATCH_SIZE = 8
+EVALUATE_EVERY = 20
+VARIANTS = (
+    {"suffix": "small", "rank": 4, "learning_rate": 2e-3, "seed": 1},
+    {"suffix": "medium", "rank": 8, "learning_rate": 1e-3, "seed": 2},
+    {"suffix": "large", "rank": 16, "learning_rate": 5e-4, "seed": 3},
+)
+_POLL_SECONDS = 0.5
+_CHECK_SECONDS = 300
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """A job that succeeded, and its adapter. Losses are means per supervised token of the held-out file."""
+
+    job: Job
+    adapter: Adapter
+    trainer_id: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    @property
+    def loss(self) -> float:
+        return self.adapter.evaluation.loss or float("nan")
+
+    @property
+    def base_loss(self) -> float:
+        return self.adapter.evaluation.base_loss or float("nan")
+
+
+def train(lorry: Lorry, base: str, train_path: Path, held_out_path: Path) -> list[str]:
+    """Three jobs, created at once. The client is OpenAI's own; what its API lacks goes into extra_body."""
+    client = OpenAI(base_url=f"{lorry.url}/v1", api_key=lorry.api_key or "none")
+    training = client.files.create(file=train_path, purpose="fine-tune")
+    held_out = client.files.create(file=held_out_path, purpose="fine-tune")
+    console.print(f"Uploaded {training.id} and {held_out.id}")
+    jobs = [
+        client.fine_tuning.jobs.create(
+            model=base,
+            training_file=training.id,
+            validation_file=held_out.id,
+            method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": BATCH_SIZE}}},
+            seed=variant["seed"],
+            suffix=variant["suffix"],
+            extra_body={
+                "lora": {"rank": variant["rank"]},
+                "optimizer": {"learning_rate": variant["learning_rate"]},
+                "evaluation": {"every_steps": EVALUATE_EVERY},
+                "max_steps": MAX_STEPS,
+            },
+        )
+        for variant in VARIANTS
+    ]
+    _show_until_done(client, jobs)
+    return [job.id for job in jobs]
+
+
+def outcomes(lorry: Lorry, job_ids: list[str]) -> list[Outcome]:
+    """Raises DemoFailed where a job did not succeed."""
+    found: list[Outcome] = []
+    for job_id in job_ids:
+        job = lorry.jobs.get(job_id)
+        if job.status != "succeeded" or job.adapter_id is None:
+            why = job.error.message if job.error else "see its log"
+            raise DemoFailed(f"{job_id} {job.status}: {why}")
+        attempt = lorry.jobs.attempts(job_id)[-1]
+        seconds = (job.finished_at or 0) - (attempt.started_at or 0)
+        adapter = lorry.adapters.get(job.adapter_id)
+        found.append(Outcome(job=job, adapter=adapter, trainer_id=attempt.trainer_id or "", seconds=seconds))
+    return found
+
+
+def check(lorry: Lorry, base: Model, best: Outcome, questions: list[str], root: Path) -> dict[str, Any]:
+    """Pulls the adapter, and runs check_adapter.py in an interpreter that sees nothing of this one."""
+    if base.local_path is None:
+        raise DemoFailed("The service does not say where the base model lies; is the key an operator's?")
+    folder = root / "adapters" / best.adapter.id
+    shutil.rmtree(folder, ignore_errors=True)
+    lorry.adapters.pull(best.name, folder)
+    asked = root / "questions.json"
+    asked.write_text(json.dumps(questions), "utf-8")
+    script = Path(__file__).parent.parent / "check_adapter.py"
+    argv = [sys.executable, "-I", str(script), base.local_path, str(folder), str(asked)]
+    with console.status("Asking the base and the best adapter, with PEFT alone"):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
+    if done.returncode:
+        raise DemoFailed(f"check_adapter.py failed:\n{done.stderr[-2000:]}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "folder": str(folder)}
+
+
+def problems(found: list[Outcome], checked: dict[str, Any]) -> list[str]:
+    """What must hold, and doesn't: each a sentence."""
+    worse = [o.name for o in found if not o.loss < o.base_loss]
+    trainers = {o.trainer_id for o in found}
+    sentences = [f"The held-out loss of {name} is not below the base's." for name in worse]
+    if len(trainers) != 1:
+        sentences.append(f"The jobs did not train together: their trainers are {', '.join(sorted(trainers))}.")
+    if not checked["agrees"]:
+        sentences.append("PEFT's logits are further from training's than rounding explains.")
+    if checked["imported_of_lorry"]:
+        sentences.append(f"The clean process was not clean: it imported {', '.join(checked['imported_of_lorry'])}.")
+    return sentences
+
+
+def _show_until_done(client: OpenAI, jobs: list[FineTuningJob]) -> None:
+    """A bar per job, from the field `progress` that Lorry adds to OpenAI's job."""
+    with bars() as progress:
+        tasks = {job.id: progress.add_task(str(job.to_dict().get("suffix")), total=MAX_STEPS, facts="") for job in jobs}
+        open_jobs = set(tasks)
+        while open_jobs:
+            for job_id in sorted(open_jobs):
+                job = client.fine_tuning.jobs.retrieve(job_id)
+                draw(progress, tasks[job_id], job.to_dict())
+                if job.status in {"succeeded", "failed", "cancelled"}:
+                    open_jobs.discard(job_id)
+            time.sleep(_POLL_SECONDS)
