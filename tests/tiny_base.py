@@ -1,0 +1,110 @@
+"""A base model small enough for tests and real in every other way: random Llama, trained tokenizer, chat template.
+
+`python -m tests.tiny_base FOLDER` makes it in a child, so that a test's own process needs no torch.
+The same call gives the same bytes: 2 layers, hidden 64, 320 tokens, float32.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 320
+"""256 bytes, the special tokens, and a few merges: a multiple of 64."""
+MAX_POSITIONS = 256
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
+    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+NOUNS = ("lorry", "crate", "bridge", "harbour", "engine", "wheel", "river", "market", "road", "signal")
+COLOURS = ("red", "green", "blue", "black", "white", "yellow")
+
+
+def make(folder: Path) -> Path:
+    """Make the base in `folder`, in a child process, unless it is there."""
+    if not (folder / "model.safetensors").exists():
+        subprocess.run(
+            [sys.executable, "-m", "tests.tiny_base", str(folder)], check=True, cwd=Path(__file__).parents[1]
+        )
+    return folder
+
+
+def chat_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Short conversations of unequal lengths, with something to learn in them."""
+    choose = random.Random(seed)
+    return [_row(choose) for _ in range(count)]
+
+
+def write_chat(path: Path, count: int, *, seed: int = 0) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(count, seed=seed)))
+    return path
+
+
+def _row(choose: random.Random) -> dict[str, Any]:
+    noun, colour = choose.choice(NOUNS), choose.choice(COLOURS)
+    words = " ".join(choose.choices(NOUNS, k=choose.randint(1, 6)))
+    return {
+        "messages": [
+            {"role": "user", "content": f"What colour is the {noun}? {words}"},
+            {"role": "assistant", "content": f"The {noun} is {colour}."},
+        ]
+    }
+
+
+def _build(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    _build_tokenizer(folder)
+
+
+def _build_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [message["content"] for row in chat_rows(400) for message in row["messages"]]
+    tokenizer.train_from_iterator(["user assistant system", *texts], trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY, tokenizer.get_vocab_size()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[0],
+        model_max_length=MAX_POSITIONS,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    _build(Path(sys.argv[1]))

@@ -1,0 +1,78 @@
+"""A job's numbers between trainer and database."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.curves import FLUSH_SECONDS, MAX_POINTS, Curve
+
+
+def step(number: int, *, seconds: float, num_tokens: int = 100) -> dict[str, float]:
+    return {
+        "step": number,
+        "seconds": seconds,
+        "num_tokens": num_tokens,
+        "loss": 1.0 / number,
+        "token_accuracy": 0.5,
+        "learning_rate": 1e-3,
+        "grad_norm": 2.0,
+    }
+
+
+def test_progress_tells_the_jobs_own_speed_and_the_time_that_it_leaves() -> None:
+    curve = Curve(num_steps=10)
+    for number in range(1, 5):
+        curve.stepped(step(number, seconds=2.0 * number))
+
+    assert curve.progress() == {
+        "step": 4,
+        "num_steps": 10,
+        "loss": 0.25,
+        "tokens_per_second": 50.0,
+        "seconds_left": 12.0,
+    }
+    assert curve.trained_tokens == 400
+
+
+def test_speed_is_unknown_before_two_steps() -> None:
+    curve = Curve(num_steps=10)
+    curve.stepped(step(1, seconds=1.0))
+
+    assert curve.progress()["tokens_per_second"] is None
+    assert curve.progress()["seconds_left"] is None
+
+
+def test_points_are_written_twice_a_second_at_most_or_when_there_are_many() -> None:
+    curve = Curve(num_steps=1000)
+    curve.stepped(step(1, seconds=0.0))
+    curve.written(1, now=100.0)
+    curve.stepped(step(2, seconds=0.1))
+
+    assert not curve.is_due(100.0 + FLUSH_SECONDS / 2)
+    assert curve.is_due(100.0 + FLUSH_SECONDS)
+    for number in range(3, MAX_POINTS + 3):
+        curve.stepped(step(number, seconds=0.1))
+    assert curve.is_due(100.0)
+
+
+def test_points_that_came_while_others_were_written_are_kept() -> None:
+    curve = Curve(num_steps=10)
+    curve.stepped(step(1, seconds=0.0))
+    writing = curve.points()
+    curve.stepped(step(2, seconds=0.1))
+
+    curve.written(len(writing), now=0.0)
+
+    assert [point["step"] for point in curve.points()] == [2]
+
+
+def test_a_checkpoint_carries_the_count_that_a_resume_goes_on_from() -> None:
+    curve = Curve(num_steps=10, trained_tokens=5000)
+    curve.stepped(step(6, seconds=0.0))
+    curve.evaluated({"step": 6, "loss": 0.7, "token_accuracy": 0.8, "num_supervised_tokens": 9})
+
+    metrics = curve.metrics()
+
+    assert metrics["trained_tokens"] == 5100
+    assert metrics["train_loss"] == pytest.approx(1 / 6)
+    assert metrics["full_valid_loss"] == 0.7

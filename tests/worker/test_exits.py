@@ -1,0 +1,40 @@
+"""How a trainer's end is classed."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog.states import EndReason
+from worker.exits import classify_exit
+
+LAUNCHER = "subprocess.CalledProcessError: Command '[…]' {}"
+
+
+@pytest.mark.parametrize(
+    ("returncode", "log_tail", "num_oom_kills", "expected"),
+    [
+        (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", 0, EndReason.CUDA_OOM),
+        (-9, "", 1, EndReason.HOST_OOM),
+        (1, LAUNCHER.format("died with <Signals.SIGKILL: 9>."), 1, EndReason.HOST_OOM),
+        (1, LAUNCHER.format("died with <Signals.SIGKILL: 9>."), 0, EndReason.TRAINER_CRASHED),
+        (1, LAUNCHER.format("died with <Signals.SIGSEGV: 11>."), 0, EndReason.TRAINER_CRASHED),
+        (1, LAUNCHER.format("returned non-zero exit status 113."), 0, EndReason.INFRA_LOST),
+        (0, "", 0, EndReason.TRAINER_CRASHED),
+    ],
+)
+def test_an_exit_is_classed_by_status_log_and_the_kernels_count(
+    returncode: int, log_tail: str, num_oom_kills: int, expected: EndReason
+) -> None:
+    reason, detail = classify_exit(returncode, log_tail, num_oom_kills=num_oom_kills)
+
+    assert reason is expected
+    assert detail
+
+
+def test_a_crash_names_the_trainers_own_error_rather_than_the_launchers() -> None:
+    log_tail = "ValueError: the number 7 is wrong\n" + LAUNCHER.format("returned non-zero exit status 1.")
+
+    _, detail = classify_exit(1, log_tail, num_oom_kills=0)
+
+    assert "ValueError: the number 7 is wrong" in detail
+    assert "CalledProcessError" not in detail

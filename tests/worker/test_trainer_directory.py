@@ -1,0 +1,57 @@
+"""The process edge: messages whole and in order, events line by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from worker.trainer_directory import EventReader, EventWriter, InboxReader, InboxWriter, TrainerDirectory
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> TrainerDirectory:
+    return TrainerDirectory.create(tmp_path / "trainer", {"device": "cpu"})
+
+
+def test_messages_are_taken_once_and_in_the_order_they_were_sent(directory: TrainerDirectory) -> None:
+    writer, reader = InboxWriter(directory), InboxReader(directory)
+    for number in range(12):
+        writer.send("cancel", claim_id=f"claim-{number}")
+
+    taken = reader.take()
+
+    assert [message.body["claim_id"] for message in taken] == [f"claim-{number}" for number in range(12)]
+    assert {message.verb for message in taken} == {"cancel"}
+    assert reader.take() == []
+
+
+def test_a_message_that_is_being_written_is_not_seen(directory: TrainerDirectory) -> None:
+    (directory.inbox / ".0001-admit.json.77.tmp").write_text('{"claim_id": ')
+
+    assert InboxReader(directory).take() == []
+
+
+def test_events_are_read_once_and_half_a_line_waits_for_the_rest(directory: TrainerDirectory) -> None:
+    reader, writer = EventReader(directory), EventWriter(directory)
+    assert reader.read() == []
+
+    writer.write({"type": "ready"}, {"type": "idle"})
+    writer.close()
+    with directory.events_path.open("a") as file:
+        file.write('{"type": "unlo')
+    first = reader.read()
+    with directory.events_path.open("a") as file:
+        file.write('aded"}\n')
+    second = reader.read()
+
+    assert [event["type"] for event in first] == ["ready", "idle"]
+    assert [event["type"] for event in second] == ["unloaded"]
+    assert reader.read() == []
+
+
+def test_the_log_tail_is_bounded(directory: TrainerDirectory) -> None:
+    assert directory.log_tail() == ""
+    directory.log_path.write_text("x" * 10_000 + "the end")
+
+    assert directory.log_tail(max_bytes=10) == "xxxthe end"

@@ -1,0 +1,88 @@
+"""Celery as a doorbell: a message says "look at the queue" and nothing else. `celery -A worker.celery_app worker`.
+
+Losing a message costs seconds, a duplicate costs nothing: what trains is decided by claims in the database.
+Run it with `-c 1 --without-gossip --without-mingle -Q lorry`; `beat` rings again now and then.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+import multiprocessing
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_process_init, worker_process_shutdown, worker_shutting_down
+
+from catalog.settings import Settings
+from worker import node
+from worker.context import WorkerContext, open_worker
+from worker.tether import die_with_parent
+
+QUEUE = "lorry"
+SWEEP_SECONDS = 15.0
+BROKER_OF_NOBODY = "memory://"
+"""Where no broker is set: the module can be imported, and a worker finds nothing."""
+
+app = Celery("lorry", broker=Settings().redis_url or BROKER_OF_NOBODY, include=["worker.tasks"])
+app.conf.update(
+    # Acknowledged on receipt: with late acknowledgement, a Redis restart ended the worker, and a task longer
+    # than the visibility timeout ran again. What a lost message costs, the sweep repays.
+    task_acks_late=False,
+    task_reject_on_worker_lost=False,  # else a poison job is a loop without end
+    worker_disable_prefetch=True,  # a busy worker must not sit on a ring that an idle one could answer
+    worker_prefetch_multiplier=1,
+    worker_concurrency=1,  # one device, one trainer
+    task_ignore_result=True,
+    result_backend=None,  # results are in the database
+    accept_content=["json"],
+    task_serializer="json",
+    task_default_queue=QUEUE,
+    broker_connection_max_retries=None,  # wait for Redis for as long as it takes
+    broker_connection_retry_on_startup=True,
+    broker_transport_options={
+        "visibility_timeout": 3600,
+        "health_check_interval": 10,  # notices a peer that vanished without a word
+        "socket_timeout": 10,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "global_keyprefix": "lorry:",  # others may use the same Redis
+    },
+    worker_hijack_root_logger=False,
+    beat_schedule={
+        # Expires before the next one: while every worker is busy, sweeps must not pile up.
+        "sweep": {"task": "lorry.sweep", "schedule": SWEEP_SECONDS, "options": {"expires": SWEEP_SECONDS}}
+    },
+)
+
+_leave = multiprocessing.get_context("fork").Event()
+"""Set in the main process, seen in the one that trains: it is forked from it."""
+_open = ExitStack()
+_context: WorkerContext | None = None
+
+
+def context() -> WorkerContext:
+    """The worker of this pool process."""
+    global _context  # noqa: PLW0603  (one per process, opened by the first who needs it)
+    if _context is None:
+        device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
+        _context = _open.enter_context(open_worker(Settings(), device=device))
+        _context.has_asked_to_leave = _leave.is_set
+    return _context
+
+
+@worker_process_init.connect
+def _begin(**_: Any) -> None:
+    die_with_parent()
+    context()
+
+
+@worker_shutting_down.connect
+def _ask_to_leave(**_: Any) -> None:
+    _leave.set()
+
+
+@worker_process_shutdown.connect
+def _end(**_: Any) -> None:
+    _open.close()

@@ -1,0 +1,65 @@
+"""What a worker does beside training, one thing at a time on a thread: import bases, prepare files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+
+from catalog.errors import StaleClaim
+from worker import bases, preparation
+from worker.context import WorkerContext
+
+log = logging.getLogger(__name__)
+
+
+class Chores:
+    """The thread lives as long as the block: a child dies with the thread that started it."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
+        self._current: Future[bool] | None = None
+        self._looks_again_at = 0.0
+
+    def __enter__(self) -> Chores:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def go_on(self) -> bool:
+        """Begin the next chore if none is being done. False once a look has found none.
+
+        Raises what went wrong in the last one: Unavailable, or a mistake of ours.
+        """
+        if self._current is None:
+            if time.monotonic() < self._looks_again_at:
+                return False
+            self._current = self._pool.submit(self._do_one)
+            return True
+        if not self._current.done():
+            return True
+        done, self._current = self._current, None
+        self._looks_again_at = time.monotonic() + self._context.settings.poll_seconds
+        found = done.result()
+        if found:
+            self._looks_again_at = 0.0
+        return found
+
+    def wait(self, seconds: float) -> None:
+        """Until the current chore is done, or `seconds` have passed."""
+        if self._current is not None:
+            wait([self._current], timeout=seconds)
+
+    def _do_one(self) -> bool:
+        if self._context.draining:
+            return False
+        try:
+            return bases.import_next(self._context) or preparation.prepare_next(self._context)
+        except StaleClaim:
+            log.info("Another worker has taken over what was being prepared here.")
+            return True

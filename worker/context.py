@@ -1,0 +1,81 @@
+"""What a worker has while it lives: settings, database, store, device, heartbeat, and whether to leave."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from catalog import workers
+from catalog.artifacts.store import ArtifactStore, open_store
+from catalog.db import Database
+from catalog.errors import LorryError
+from catalog.settings import Settings
+from worker import node, scratch
+from worker.pulse import Pulse
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerContext:
+    """One worker: it has one device, and at most one trainer at a time."""
+
+    settings: Settings
+    db: Database
+    store: ArtifactStore
+    worker_id: str
+    device: node.Device
+    pulse: Pulse
+    has_asked_to_leave: Callable[[], bool] = lambda: False
+    """True once a signal or an operator wants the worker gone: jobs are saved and released."""
+    leave: threading.Event = field(default_factory=threading.Event)
+    load_seconds: float = 900
+    """A trainer that has not loaded its base model by then is given up."""
+    progress_seconds: float = 300
+    """A busy trainer that says nothing for so long is given up."""
+    drain_seconds: float = 20
+    """How long the trainer has for saving every job when the worker leaves."""
+
+    @property
+    def draining(self) -> bool:
+        return self.leave.is_set() or self.pulse.drain or self.has_asked_to_leave()
+
+    def trainers_dir(self) -> Path:
+        return self.settings.work_dir() / "trainers"
+
+    def scratch_dir(self) -> Path:
+        return self.settings.work_dir() / "scratch"
+
+
+@contextmanager
+def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
+    """A registered worker whose heart beats, for as long as the block lasts. Raises Unavailable."""
+    db = Database(settings.resolved_database_url())
+    store = open_store(settings)
+    worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+    pulse = Pulse(db, worker_id, lease_seconds=settings.lease_seconds, heartbeat_seconds=settings.heartbeat_seconds)
+    context = WorkerContext(settings=settings, db=db, store=store, worker_id=worker_id, device=device, pulse=pulse)
+    for folder in (context.trainers_dir(), context.scratch_dir(), settings.bases_dir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch.sweep(folder)
+    workers.register_worker(
+        db,
+        worker_id=worker_id,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        devices=[device.as_json()],
+        version=node.versions()["lorry"],
+        memory_bytes=device.memory_bytes,
+    )
+    pulse.start()
+    try:
+        yield context
+    finally:
+        pulse.close()
+        with suppress(LorryError):
+            workers.end_worker(db, worker_id)
+        db.close()

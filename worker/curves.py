@@ -1,0 +1,78 @@
+"""A job's numbers on their way from trainer to database: points in batches, and how fast it goes. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+Json = dict[str, Any]
+FLUSH_SECONDS = 0.5
+"""At most two writes a second for a job, however fast it steps."""
+MAX_POINTS = 200
+WINDOW_STEPS = 50
+TRAIN_FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class Curve:
+    """Collects one job's `stepped` and `evaluated` events."""
+
+    num_steps: int
+    trained_tokens: int = 0
+    """Tokens of all its steps so far, those before a resume included."""
+    step: int = 0
+    loss: float | None = None
+    _latest: Json = field(default_factory=dict[str, Any])
+    _points: list[Json] = field(default_factory=list[Json])
+    _window: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=WINDOW_STEPS))
+    _flushed_at: float = 0.0
+
+    def stepped(self, event: Json) -> None:
+        self.step, self.loss = event["step"], event["loss"]
+        self._latest |= {"train_loss": event["loss"], "train_mean_token_accuracy": event["token_accuracy"]}
+        self.trained_tokens += event["num_tokens"]
+        self._window.append((event["seconds"], event["num_tokens"]))
+        self._points.append({"kind": "train", "step": event["step"], **{name: event[name] for name in TRAIN_FIELDS}})
+
+    def evaluated(self, event: Json) -> None:
+        self._latest |= {"full_valid_loss": event["loss"], "full_valid_mean_token_accuracy": event["token_accuracy"]}
+        self._points.append(
+            {
+                "kind": "valid",
+                "step": event["step"],
+                "loss": event["loss"],
+                "token_accuracy": event["token_accuracy"],
+                "num_tokens": event["num_supervised_tokens"],
+            }
+        )
+
+    def is_due(self, now: float) -> bool:
+        """now: the reader's monotonic clock, in seconds."""
+        waited = now - self._flushed_at >= FLUSH_SECONDS
+        return bool(self._points) and (waited or len(self._points) >= MAX_POINTS)
+
+    def points(self) -> list[Json]:
+        """What has not been written yet."""
+        return list(self._points)
+
+    def written(self, num_points: int, now: float) -> None:
+        del self._points[:num_points]
+        self._flushed_at = now
+
+    def metrics(self) -> Json:
+        """For a checkpoint: the latest numbers, by the wire's names, and what a resume goes on counting from."""
+        return {"step": self.step, **self._latest, "trained_tokens": self.trained_tokens}
+
+    def progress(self) -> Json:
+        """For the job's row: its own speed over the last steps, and the time that this leaves."""
+        speed: Json = {"tokens_per_second": None, "seconds_left": None}
+        if len(self._window) >= 2:
+            seconds = max(1e-6, self._window[-1][0] - self._window[0][0])
+            num_tokens = sum(num_tokens for _, num_tokens in self._window) - self._window[0][1]
+            step_seconds = seconds / (len(self._window) - 1)
+            speed = {
+                "tokens_per_second": round(num_tokens / seconds, 1),
+                "seconds_left": round((self.num_steps - self.step) * step_seconds, 1),
+            }
+        return {"step": self.step, "num_steps": self.num_steps, "loss": self.loss, **speed}

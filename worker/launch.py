@@ -1,0 +1,136 @@
+"""Starts a trainer under `accelerate launch`: its argv, its environment, its process group, its tether.
+
+Nothing is read from a configuration file: all is said by flags. No secret of the worker reaches the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from worker import failpoints, node
+from worker.tether import OPTION, tethered
+from worker.trainer_directory import TrainerDirectory
+
+SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
+ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", failpoints.VARIABLE})
+ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_")
+HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TrainerProcess:
+    """A running trainer: the launcher is our child, the trainer its child, all in one process group."""
+
+    def __init__(self, process: subprocess.Popen[bytes], directory: TrainerDirectory) -> None:
+        self.directory = directory
+        self.started_at = time.monotonic()
+        self.oom_kills_before = node.oom_kills()
+        self._process = process
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def pulse(self) -> None:
+        """Tell the trainer that its worker lives. Never blocks."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            os.write(self._process.stdin.fileno(), b".")
+
+    def wait(self, seconds: float) -> bool:
+        """True once it has ended."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Kill the whole process group, and wait for its leader."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+
+    def close(self) -> None:
+        """End what may be left of it."""
+        self.kill()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+
+def launch(directory: TrainerDirectory, device: node.Device, *, silence_seconds: float) -> TrainerProcess:
+    """Start the trainer of `directory` on `device`. Call it from a thread that outlives the trainer.
+
+    The trainer ends itself when it got no `pulse` for `silence_seconds`.
+    """
+    threads = node.num_threads()
+    argv = trainer_argv(directory.path, device, num_threads=threads, silence_seconds=silence_seconds)
+    with directory.log_path.open("ab") as log:
+        process = subprocess.Popen(
+            tethered(argv),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=trainer_environment(directory.path, device, num_threads=threads),
+            cwd=directory.path,
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    os.set_blocking(process.stdin.fileno(), False)
+    return TrainerProcess(process, directory)
+
+
+def trainer_argv(path: Path, device: node.Device, *, num_threads: int, silence_seconds: float) -> list[str]:
+    place = ["--cpu"] if device.kind == "cpu" else ["--gpu_ids", str(device.index)]
+    return [
+        *[sys.executable, "-m", "accelerate.commands.launch", *place],
+        *["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+        *["--num_cpu_threads_per_process", str(num_threads)],
+        *["-m", "worker.train_entry", str(path), f"{OPTION}{silence_seconds}"],
+    ]
+
+
+def trainer_environment(path: Path, device: node.Device, *, num_threads: int) -> dict[str, str]:
+    """What a trainer may know. The hub is closed to it, and its cache folder is its own."""
+    return child_environment() | {
+        "OMP_NUM_THREADS": str(num_threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(path / "hub"),  # also where accelerate would look for a configuration file
+        **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+    }
+
+
+def child_environment(*, with_hub: bool = False) -> dict[str, str]:
+    """The allow-listed part of our environment; with the hub's own variables only where a child downloads."""
+    wanted = {*ALLOWED, *HUB, *PROXIES} if with_hub else ALLOWED
+    kept = {name: value for name, value in os.environ.items() if name in wanted or name.startswith(ALLOWED_PREFIXES)}
+    path = os.pathsep.join(part for part in (str(ROOT), kept.get("PYTHONPATH", "")) if part)
+    return kept | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def run_child(module: str, *arguments: str, log_path: Path, with_hub: bool = False) -> subprocess.Popen[bytes]:
+    """Start `python -m module arguments…`, killed by the kernel when this thread ends."""
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            tethered([sys.executable, "-m", module, *arguments]),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=child_environment(with_hub=with_hub),
+            start_new_session=True,
+        )

@@ -1,0 +1,71 @@
+"""The embedded worker: `python -m worker.loop`. Looks at the queue, works while there is work, looks again.
+
+SIGTERM or SIGINT: save every job, release it, leave. A second one: leave at once, which the catalog
+survives as it survives a power cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+
+from catalog.errors import Unavailable
+from catalog.settings import Settings
+from worker import node
+from worker.context import WorkerContext, open_worker
+from worker.supervise import supervise
+
+log = logging.getLogger("worker")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with open_worker(Settings(), device=node.choose_device(options.device)) as context:
+        leave_on_signal(context.leave)
+        log.info("Worker %s on %s.", context.worker_id, context.device.name)
+        run(context, once=options.once)
+    return 0
+
+
+def run(context: WorkerContext, *, once: bool = False) -> None:
+    """Supervise and poll until asked to leave; `once`: until there is nothing to do."""
+    while not context.draining:
+        try:
+            supervise(context)
+        except Unavailable as error:
+            log.warning("%s", error)
+        else:
+            if once:
+                return
+        context.leave.wait(context.settings.poll_seconds)
+
+
+def leave_on_signal(leave: threading.Event) -> None:
+    """The first signal asks to leave; the second one ends the process, and the kernel its trainer."""
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if leave.is_set():
+            os._exit(128 + number)
+        leave.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m worker.loop", description=__doc__)
+    wanted = os.environ.get("LORRY_DEVICE", "auto")
+    parser.add_argument("--device", default=wanted, help="cpu, a GPU's number, or auto: the first GPU, else the CPU")
+    parser.add_argument("--once", action="store_true", help="end when there is nothing left to do")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What this machine has and what is free of it: NVML for GPUs, the operating system for the rest. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CGROUP_EVENTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One GPU, or the CPU."""
+
+    kind: str
+    """cpu or cuda."""
+    index: int
+    name: str
+    memory_bytes: int
+
+    def torch_name(self) -> str:
+        return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_devices() -> list[Device]:
+    """The GPUs that NVML reports; where there is none, the CPU."""
+    return _find_gpus() or [cpu()]
+
+
+def choose_device(wanted: str | None) -> Device:
+    """The device that `wanted` names: "cpu", a GPU's number, or the first that there is."""
+    if wanted == "cpu":
+        return cpu()
+    found = find_devices()
+    if wanted is None or wanted == "auto":
+        return found[0]
+    chosen = [device for device in found if device.kind == "cuda" and str(device.index) == wanted]
+    if not chosen:
+        names = ", ".join(str(device.index) for device in found if device.kind == "cuda") or "none"
+        raise SystemExit(f"There is no GPU {wanted!r} here (found: {names}). Choose one of these, or cpu.")
+    return chosen[0]
+
+
+def cpu() -> Device:
+    return Device(kind="cpu", index=0, name=f"CPU, {num_cores()} cores", memory_bytes=psutil.virtual_memory().total)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads() -> int:
+    """Threads for a trainer: OMP_NUM_THREADS where somebody has set it, else a thread per core."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else num_cores()
+
+
+def free_bytes(device: Device) -> int:
+    """Memory that a trainer on `device` may still take: of the GPU, or of the machine and its cgroup."""
+    if device.kind == "cuda":
+        return _gpu_free_bytes(device.index)
+    available = psutil.virtual_memory().available
+    limit, used = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
+    return available if limit is None else max(0, min(available, limit - (used or 0)))
+
+
+def oom_kills() -> int:
+    """How many processes of this cgroup the kernel has killed for want of memory, so far."""
+    for path in CGROUP_EVENTS:
+        try:
+            found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if found:
+            return int(found[1])
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result, without importing any."""
+    names = ("lorry", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _find_gpus() -> list[Device]:
+    nvml = _open_nvml()
+    if nvml is None:
+        return []
+    found: list[Device] = []
+    for index in _visible(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+        found.append(Device(kind="cuda", index=index, name=str(nvml.nvmlDeviceGetName(handle)), memory_bytes=memory))
+    return found
+
+
+def _visible(count: int) -> list[int]:
+    """GPUs that CUDA_VISIBLE_DEVICES leaves, by NVML's numbers."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(range(count))
+    return [int(part) for part in visible.split(",") if part.strip().isdecimal() and int(part) < count]
+
+
+def _gpu_free_bytes(index: int) -> int:
+    nvml = _open_nvml()
+    assert nvml is not None, "the device was found by NVML"
+    return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
+
+
+def _open_nvml() -> Any:
+    """NVML, initialised; None where the binding or the driver is missing."""
+    try:
+        import pynvml  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        return None
+    nvml: Any = pynvml
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None

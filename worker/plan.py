@@ -1,0 +1,50 @@
+"""The only bridge from what a person asked for (catalog.spec.JobSpec) to what the engine is told.
+
+Imported by train_entry alone: nothing else in worker/ knows lora_core.
+"""
+
+from __future__ import annotations
+
+import math
+
+from catalog.spec import JobSpec
+from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+
+CPU_TICK_TOKENS = 1024
+GPU_TICK_TOKENS = 8192
+"""Past these a larger tick gained nothing where it was measured (CPU) or is expected to (GPU)."""
+
+
+def engine_config(device: str) -> EngineConfig:
+    if device == "cpu":
+        return EngineConfig(token_budget=CPU_TICK_TOKENS, max_tick_seconds=1.0)
+    return EngineConfig(token_budget=GPU_TICK_TOKENS, max_tick_seconds=0.3)
+
+
+def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:
+    """Everything that decides the job's result. Raises lora_core's ConfigError."""
+    targets = spec.lora.target_modules
+    return JobConfig(
+        lora=LoraConfig(
+            rank=spec.lora.rank,
+            alpha=spec.lora.alpha,
+            dropout=spec.lora.dropout,
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            use_rslora=spec.lora.use_rslora,
+        ),
+        optimizer=OptimizerConfig(**spec.optimizer.model_dump()),
+        schedule=ScheduleConfig(
+            kind=spec.schedule.type,
+            warmup_steps=warmup_steps(spec.schedule.warmup_ratio, num_steps),
+            num_steps=num_steps,
+        ),
+        batch_size=spec.batch_size,
+        num_steps=num_steps,
+        seed=spec.seed,
+        evaluate_every_steps=evaluate_every_steps,
+    )
+
+
+def warmup_steps(ratio: float, num_steps: int) -> int:
+    """Rounded up, so that a ratio above zero warms up at least one step."""
+    return min(num_steps, math.ceil(ratio * num_steps))

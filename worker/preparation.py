@@ -1,0 +1,140 @@
+"""Gets a job's files tokenised in a child process, and the token caches into the store and the record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from secrets import token_hex
+
+from catalog import preparation as record
+from catalog import prepared
+from catalog.artifacts.manifest import DamagedArtifact
+from catalog.errors import LorryError, OutOfSpace, Unavailable
+from catalog.preparation import Unprepared
+from catalog.spec import JobSpec
+from catalog.tables import File, Json, Prepared
+from worker import bases, scratch
+from worker.context import WorkerContext
+from worker.launch import run_child
+from worker.trainer_directory import read_json, write_json
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 10.0
+EXIT_DISK_FULL = 75
+"""What worker.prepare ends with when the file is not to blame."""
+
+
+class FileRefused(LorryError):
+    """A file that can't be trained on: the report says why."""
+
+
+def prepare_next(context: WorkerContext) -> bool:
+    """Prepare the files of one job that waits for it; False where none does. Raises StaleClaim."""
+    since = time.monotonic()
+    lease_seconds = context.settings.lease_seconds
+    unprepared = record.next_unprepared(context.db, worker_id=context.worker_id, lease_seconds=lease_seconds)
+    if unprepared is None:
+        return False
+    context.pulse.hold([unprepared.claim_id], since=since)
+    try:
+        _prepare(context, unprepared)
+    finally:
+        context.pulse.release(unprepared.claim_id)
+    return True
+
+
+def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
+    claim_id = unprepared.claim_id
+    try:
+        train, valid = _both_files(context, unprepared)
+    except (FileRefused, bases.ImportRefused) as error:
+        refusal = {"code": error.code, "message": error.sentence(), "param": error.param}
+        record.refused(context.db, claim_id=claim_id, error=refusal)
+    except bases.Abandoned:
+        record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
+    except (DamagedArtifact, OutOfSpace, Unavailable) as error:
+        log.warning("%s", error)
+        record.release_preparation(context.db, claim_id=claim_id, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
+    else:
+        num_steps = JobSpec.model_validate(unprepared.job.spec).num_steps(num_rows(train.report))
+        record.prepared(
+            context.db,
+            claim_id=claim_id,
+            train_key=train.key,
+            valid_key=valid.key if valid else None,
+            num_steps=num_steps,
+        )
+
+
+def num_rows(report: Json) -> int:
+    """Rows that are trained on."""
+    return int(report["usable_rows"])
+
+
+def _both_files(context: WorkerContext, unprepared: Unprepared) -> tuple[Prepared, Prepared | None]:
+    train = _tokens(context, unprepared, unprepared.training_file, "training_file")
+    if unprepared.validation_file is None:
+        return train, None
+    return train, _tokens(context, unprepared, unprepared.validation_file, "validation_file")
+
+
+def _tokens(context: WorkerContext, unprepared: Unprepared, file: File, param: str) -> Prepared:
+    """The token cache of one file: made before, by whomever, or made now. Raises FileRefused."""
+    max_length = JobSpec.model_validate(unprepared.job.spec).max_length
+    key = prepared.key(file.digest, bases.tokenizer_digest(unprepared.base), max_length)
+    row = prepared.get(context.db, key)
+    if row is None or (row.artifact is None and "refusal" not in row.report):
+        row = _make(context, unprepared, file, key, max_length)
+    if row.artifact is None:
+        refusal = row.report["refusal"]
+        raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
+    return row
+
+
+def _make(context: WorkerContext, unprepared: Unprepared, file: File, key: str, max_length: int) -> Prepared:
+    base_dir = bases.ensure(context, unprepared.base.name, unprepared.job.base_digest)
+    with scratch.owned(context.scratch_dir() / f"prepare-{token_hex(8)}") as work:
+        work.mkdir()
+        source = work / "source.jsonl"
+        with source.open("wb") as target:
+            for chunk in context.store.open_blob(file.digest):
+                target.write(chunk)
+        report = _run(context, work, source, base_dir, max_length)
+        artifact = None
+        if "refusal" not in report:
+            artifact = context.store.put_folder(work / "tokens", kind="tokens")
+        return prepared.put(context.db, key, file_digest=file.digest, artifact=artifact, report=report)
+
+
+def _run(context: WorkerContext, work: Path, source: Path, base_dir: Path, max_length: int) -> Json:
+    """The child's report."""
+    arguments, tokens, report = work / "arguments.json", work / "tokens", work / "report.json"
+    tokens.mkdir()
+    write_json(
+        arguments,
+        {
+            "source": str(source),
+            "base_dir": str(base_dir),
+            "max_length": max_length,
+            "out": str(tokens / "tokens.safetensors"),
+            "report": str(report),
+        },
+    )
+    child = run_child("worker.prepare", str(arguments), log_path=work / "log.txt")
+    bases.wait_renewing(child, context, lambda: None)  # the heartbeat renews this claim with the others
+    if child.returncode == EXIT_DISK_FULL:
+        remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
+        raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)
+    if child.returncode != 0 or not report.exists():
+        raise _crashed(child.returncode, work / "log.txt")
+    return read_json(report)
+
+
+def _crashed(returncode: int, log_path: Path) -> FileRefused:
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    return FileRefused(
+        f"Tokenising the file ended with exit status {returncode}: {lines[-1][:300] if lines else 'no output'}",
+        code="preparation_failed",
+        remedy="Look at the file and at the base model's chat template.",
+    )

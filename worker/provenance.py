@@ -1,0 +1,79 @@
+"""Gathers what a finished job's lineage record holds; its form and its id are catalog.lineage's."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Literal
+
+import rfc8785
+
+from catalog import bases, files, jobs, lineage, prepared
+from catalog.artifacts.manifest import Manifest
+from catalog.claims import Claim
+from catalog.lineage import AttemptRecord, DataSource
+from catalog.tables import Job, Json, Trainer
+from worker.context import WorkerContext
+
+
+def record(
+    context: WorkerContext, claim: Claim, adapter: Manifest, *, num_parameters: int, trainer: Json, results: Json
+) -> tuple[Json, str]:
+    """(record, its id). trainer: what the one that made the adapter said when it was ready."""
+    job = jobs.get(context.db, project_id=claim.job.project_id, job_id=claim.job.id)
+    built = lineage.build(
+        job=job,
+        base=bases.get(context.db, job.base_model),
+        adapter=adapter,
+        num_parameters=num_parameters,
+        data=_data(context, job),
+        attempts=_attempts(context, job),
+        results={
+            **results,
+            "loss_log": _loss_log_digest(context, job),
+            "determinism": trainer["invariance"],
+        },
+        code=trainer["versions"],
+    )
+    return built, lineage.lineage_id(built)
+
+
+def _data(context: WorkerContext, job: Job) -> list[DataSource]:
+    sources = [_source(context, job.project_id, "training", job.training_file, job.train_prepared)]
+    if job.validation_file is not None:
+        sources.append(_source(context, job.project_id, "validation", job.validation_file, job.valid_prepared))
+    return sources
+
+
+def _source(
+    context: WorkerContext, project_id: str, role: Literal["training", "validation"], file_id: str, key: str | None
+) -> DataSource:
+    tokens = prepared.get(context.db, key) if key else None
+    assert tokens is not None, "the job was trained on it"
+    assert tokens.artifact is not None, "a refused file is not trained on"
+    file = files.get(context.db, project_id=project_id, file_id=file_id)
+    return DataSource(role=role, file=file, tokens=tokens.artifact, report=tokens.report)
+
+
+def _attempts(context: WorkerContext, job: Job) -> list[AttemptRecord]:
+    packmates = jobs.packmates(context.db, project_id=job.project_id, job_id=job.id)
+    attempts = jobs.attempts(context.db, project_id=job.project_id, job_id=job.id)
+    with context.db.read() as session:
+        trainers = [session.get(Trainer, attempt.trainer_id) for attempt in attempts]
+    return [
+        AttemptRecord(
+            attempt=attempt,
+            trainer=(trainer.report if trainer else None) or {},
+            packmates=packmates.get(attempt.claim_id, []),
+        )
+        for attempt, trainer in zip(attempts, trainers, strict=True)
+    ]
+
+
+def _loss_log_digest(context: WorkerContext, job: Job) -> str:
+    """sha256 over every point of both curves, in RFC 8785 JSON: [kind, step, loss]."""
+    points = [
+        [kind, point.step, point.loss]
+        for kind in ("train", "valid")
+        for point in jobs.metrics(context.db, project_id=job.project_id, job_id=job.id, kind=kind)
+    ]
+    return sha256(rfc8785.dumps(points)).hexdigest()

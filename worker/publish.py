@@ -1,0 +1,89 @@
+"""Makes what a trainer has written part of the record: checkpoints, and adapters that PEFT has verified."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from catalog import claims, jobs
+from catalog.claims import Claim
+from catalog.errors import LorryError, OutOfSpace
+from catalog.tables import Json
+from worker import failpoints, provenance
+from worker.context import WorkerContext
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int, metrics: Json) -> None:
+    """Store a checkpoint's files, then its row. A full store costs the checkpoint, not the job."""
+    failpoints.pass_by("uploading")
+    try:
+        manifest = context.store.put_folder(folder, kind="checkpoint")
+        claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, metrics=metrics)
+    except OutOfSpace as error:
+        message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
+        claims.record_event(context.db, claim.claim_id, "warn", message)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def adapter(
+    context: WorkerContext, claim: Claim, folder: Path, exported: Json, *, trained_tokens: int, trainer: Json
+) -> None:
+    """Store an adapter's files, then complete the job with it in one transaction.
+
+    exported: the trainer's event, whose report has passed. trainer: what it said when it was ready.
+    """
+    failpoints.pass_by("uploading")
+    manifest = context.store.put_folder(folder, kind="adapter")
+    evaluation = evaluate(context, claim)
+    lineage, lineage_id = provenance.record(
+        context,
+        claim,
+        manifest,
+        num_parameters=exported["num_parameters"],
+        trainer=trainer,
+        results={
+            "steps": exported["step"],
+            "trained_tokens": trained_tokens,
+            "evaluation": evaluation,
+            "verification": exported["report"],
+        },
+    )
+    failpoints.pass_by("before_complete")
+    claims.complete(
+        context.db,
+        claim.claim_id,
+        artifact=manifest,
+        num_parameters=exported["num_parameters"],
+        verification=exported["report"],
+        evaluation=evaluation,
+        trained_tokens=trained_tokens,
+        lineage=lineage,
+        lineage_id=lineage_id,
+    )
+    failpoints.pass_by("after_complete")
+
+
+def evaluate(context: WorkerContext, claim: Claim) -> Json | None:
+    """The base's and the adapter's loss on the validation file, from the recorded curve; None without one."""
+    points = jobs.metrics(context.db, project_id=claim.job.project_id, job_id=claim.job.id, kind="valid")
+    if not points:
+        return None
+    first, last = points[0], points[-1]
+    return {
+        "base_loss": first.loss,
+        "loss": last.loss,
+        "base_perplexity": math.exp(first.loss),
+        "perplexity": math.exp(last.loss),
+        "base_token_accuracy": first.token_accuracy,
+        "token_accuracy": last.token_accuracy,
+        "step": last.step,
+    }
+
+
+def wire_error(error: LorryError) -> Json:
+    """As a job's `error` holds it."""
+    return {"code": error.code, "message": error.sentence(), "param": error.param}

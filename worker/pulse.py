@@ -1,0 +1,131 @@
+"""The worker's heartbeat, on threads of its own: slow work elsewhere never costs a lease.
+
+A claim that was not renewed for two thirds of its lease is given up: the trainer is killed before the
+lease ends, and with it every chance that two workers train one job.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from catalog import claims, workers
+from catalog.claims import Orders
+from catalog.db import Database
+from catalog.errors import LorryError
+
+log = logging.getLogger(__name__)
+WATCH_SECONDS = 0.1
+
+
+class Pulse:
+    """Beats for one worker and for the claims that it holds."""
+
+    def __init__(self, db: Database, worker_id: str, *, lease_seconds: float, heartbeat_seconds: float) -> None:
+        self._db = db
+        self._worker_id = worker_id
+        self._lease_seconds = lease_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._lock = threading.Lock()
+        self._renewed_at: dict[str, float] = {}
+        self._orders: dict[str, Orders] = {}
+        self._closed = threading.Event()
+        self._beat_now = threading.Event()
+        self.drain = False
+        """An operator has asked for it."""
+        self.lost = threading.Event()
+        """Set when claims were given up, until `guard` is called again."""
+        self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
+        self._on_beat: Callable[[], None] | None = None
+        self._on_lost: Callable[[], None] | None = None
+        self._threads = [
+            threading.Thread(target=self._beat_for_ever, name="pulse", daemon=True),
+            threading.Thread(target=self._watch_for_ever, name="pulse-watch", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._beat_now.set()
+        for thread in self._threads:
+            thread.join(5)
+
+    def guard(self, *, on_beat: Callable[[], None] | None, on_lost: Callable[[], None] | None) -> None:
+        """Call `on_beat` after each beat that the database answered, `on_lost` when claims are given up."""
+        self._on_beat, self._on_lost = on_beat, on_lost
+        self.lost.clear()
+
+    def hold(self, claim_ids: Iterable[str], *, since: float) -> None:
+        """Renew these from now on. since: monotonic time from before the claim was made."""
+        with self._lock:
+            self._renewed_at |= dict.fromkeys(claim_ids, since)
+
+    def release(self, claim_id: str) -> None:
+        with self._lock:
+            self._renewed_at.pop(claim_id, None)
+            self._orders.pop(claim_id, None)
+
+    def take_orders(self) -> dict[str, Orders]:
+        """What the last heartbeats said, per claim; each is given once."""
+        with self._lock:
+            orders, self._orders = self._orders, {}
+        return orders
+
+    def beat(self) -> None:
+        """One heartbeat. Raises Unavailable where the database does not answer."""
+        began = time.monotonic()
+        with self._lock:
+            held = list(self._renewed_at)
+        orders = workers.worker_beat(self._db, self._worker_id, **self.status)
+        self.drain = self.drain or orders.drain
+        if held:
+            self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
+        if self._on_beat is not None:
+            self._on_beat()
+
+    def _renewal(self, held: list[str]) -> dict[str, Any]:
+        return {"worker_id": self._worker_id, "claim_ids": held, "lease_seconds": self._lease_seconds}
+
+    def _note(self, answers: dict[str, Orders], began: float) -> None:
+        with self._lock:
+            for claim_id, orders in answers.items():
+                if claim_id not in self._renewed_at:
+                    continue
+                if orders.stale:
+                    del self._renewed_at[claim_id]
+                else:
+                    self._renewed_at[claim_id] = began
+                self._orders[claim_id] = orders
+
+    def _beat_for_ever(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self.beat()
+                pause = self._heartbeat_seconds
+            except LorryError as error:
+                log.warning("No heartbeat: %s", error)
+                pause = min(1.0, self._heartbeat_seconds)
+            self._beat_now.wait(pause)
+            self._beat_now.clear()
+
+    def _watch_for_ever(self) -> None:
+        while not self._closed.wait(min(WATCH_SECONDS, self._lease_seconds / 20)):
+            limit = time.monotonic() - self._lease_seconds * 2 / 3
+            with self._lock:
+                overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]
+                for claim_id in overdue:
+                    del self._renewed_at[claim_id]
+            if overdue:
+                self._give_up(overdue)
+
+    def _give_up(self, overdue: list[str]) -> None:
+        log.error("No heartbeat for two thirds of a lease: %d claims are given up.", len(overdue))
+        self.lost.set()
+        if self._on_lost is not None:
+            self._on_lost()

@@ -1,0 +1,260 @@
+"""Start reading here. `supervise` is all that a worker does; the embedded loop and Celery both call it.
+
+Claim jobs of one pack, launch a trainer for them, relay what it says to the record, let more jobs join
+while there is room, publish what it finishes. Background chores (imports, preparation) go on beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from catalog import bases as catalog_bases
+from catalog import claims, packing, queue, workers
+from catalog.claims import Claim
+from catalog.errors import LorryError, StaleClaim, Unavailable
+from catalog.packing import Room
+from catalog.states import EndReason, JobState
+from catalog.tables import new_id
+from worker import bases, node, scratch
+from worker.chores import Chores
+from worker.context import WorkerContext
+from worker.exits import classify_exit
+from worker.launch import TrainerProcess, launch
+from worker.pack import Pack
+from worker.trainer_directory import TrainerDirectory
+
+log = logging.getLogger(__name__)
+TURN_SECONDS = 0.05
+OUTAGE_SECONDS = 0.5
+
+
+def supervise(context: WorkerContext) -> int:
+    """Work until there is nothing to import, prepare or train, or the worker is asked to leave.
+
+    Returns how many attempts ended. Raises Unavailable where the database does not answer while nothing
+    is held.
+    """
+    num_ended = 0
+    with Chores(context) as chores:
+        left_over: list[Claim] = []
+        while not context.draining:
+            had_chores = chores.go_on()
+            claimed = left_over or _claim(context, new_id("trainer"), room=_room(context))
+            left_over = []
+            if claimed:
+                num_ended_here, left_over = _train(context, chores, claimed)
+                num_ended += num_ended_here
+            elif had_chores:
+                chores.wait(TURN_SECONDS)
+            else:
+                return num_ended
+        _release(context, left_over, EndReason.DRAINED, "The worker left before it began.")
+    return num_ended
+
+
+def anything_waits(context: WorkerContext) -> bool:
+    """Whether a worker that is free would find something to do now, or soon."""
+    counts = queue.snapshot(context.db, project_id=None)["counts"]
+    waiting = (JobState.QUEUED, JobState.VALIDATING_FILES)
+    return any(counts.get(state) for state in waiting) or any(
+        row.state == "importing" for row in catalog_bases.list_all(context.db)
+    )
+
+
+def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tuple[int, list[Claim]]:
+    """One trainer from launch to end: (attempts ended, claims of another pack that were made for the next)."""
+    first = claimed[0].job
+    assert first.trainer_id is not None, "the claim names the trainer that it is for"
+    trainer_id = first.trainer_id
+    try:
+        base_dir = bases.ensure(context, first.base_model, first.base_digest)
+    except (bases.ImportRefused, bases.Abandoned) as error:
+        reason = EndReason.DRAINED if context.draining else EndReason.INFRA_LOST
+        return _release(context, claimed, reason, str(error) or "The worker left."), []
+    path = context.trainers_dir() / trainer_id
+    settings = {
+        "format": 1,
+        "trainer_id": trainer_id,
+        "base_dir": str(base_dir.absolute()),
+        "dtype": packing.precision_of(first.pack_key),
+        "device": context.device.torch_name(),
+        "idle_seconds": None,  # we tell it when to unload, so that it never leaves while a job is on its way
+    }
+    with ExitStack() as stack:
+        stack.enter_context(scratch.owned(path))
+        directory = TrainerDirectory.create(path, settings)
+        pack = Pack(context, trainer_id, directory, first.pack_key)
+        stack.callback(pack.forget_all)
+        for claim in claimed:
+            pack.admit(claim)
+        trainer = launch(directory, context.device, silence_seconds=context.settings.lease_seconds)
+        stack.callback(trainer.close)
+        stack.enter_context(_announced(context, trainer, trainer_id, first.base_digest, first.pack_key))
+        left_over = _attend(context, chores, trainer, pack)
+        _conclude(context, trainer, pack)
+    return pack.num_ended, left_over
+
+
+@contextmanager
+def _announced(
+    context: WorkerContext, trainer: TrainerProcess, trainer_id: str, base_digest: str, pack_key: str
+) -> Generator[None]:
+    """The trainer is on record, and lives by the worker's heartbeat."""
+    workers.register_trainer(
+        context.db, trainer_id=trainer_id, worker_id=context.worker_id, base_digest=base_digest, pack_key=pack_key
+    )
+    context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id}
+    context.pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
+    try:
+        yield
+    finally:
+        context.pulse.guard(on_beat=None, on_lost=None)
+        context.pulse.status |= {"resident_base": None, "trainer_id": None}
+        exit_report = {"exit_status": trainer.returncode}
+        _try(lambda: workers.end_trainer(context.db, trainer_id, report=exit_report))
+
+
+def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: Pack) -> list[Claim]:
+    """Until the trainer has ended. Returns claims of another pack, for which this one was unloaded."""
+    left_over: list[Claim] = []
+    looked_at = time.monotonic()
+    leaving_at: float | None = None
+    while trainer.returncode is None:
+        try:
+            pack.hear()
+            pack.obey(context.pulse.take_orders())
+            if context.draining and leaving_at is None:
+                leaving_at = time.monotonic()
+                _begin_to_leave(trainer, pack)
+            chores.go_on()
+            if leaving_at is None and time.monotonic() - looked_at >= context.settings.poll_seconds:
+                looked_at = time.monotonic()
+                left_over = _look_for_more(context, pack)
+                if left_over or _is_spent(context, pack):
+                    leaving_at = time.monotonic()
+                    pack.unload()
+        except Unavailable as error:
+            log.warning("%s The trainer goes on; its news are kept.", error)
+            trainer.wait(OUTAGE_SECONDS)
+        _watch_clock(context, trainer, pack, leaving_at)
+        trainer.wait(TURN_SECONDS)
+    return left_over
+
+
+def _begin_to_leave(trainer: TrainerProcess, pack: Pack) -> None:
+    """A trainer that is still loading has nothing to save."""
+    if pack.ready is None:
+        trainer.kill()
+    else:
+        pack.drain()
+
+
+def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
+    """Admit jobs that may join. An empty trainer also lets go of its base for others, whom this returns."""
+    room = _room(context, pack)
+    if len(pack):
+        for claim in _claim(context, pack.trainer_id, room=room, pack_key=pack.pack_key):
+            pack.admit(claim)
+        return []
+    claimed = _claim(context, new_id("trainer"), room=room)
+    if claimed and claimed[0].job.pack_key != pack.pack_key:
+        return claimed
+    for claim in claimed:
+        pack.admit(claim)
+    return []
+
+
+def _is_spent(context: WorkerContext, pack: Pack) -> bool:
+    return not len(pack) and time.monotonic() - pack.idle_since >= context.settings.idle_seconds
+
+
+def _watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> None:
+    """Kill a trainer that takes too long to load, to say anything while it is busy, or to leave."""
+    now = time.monotonic()
+    if leaving_at is not None and now - leaving_at > context.drain_seconds:
+        pack.verdict = (EndReason.DRAINED, "The trainer did not save its jobs in time; the last checkpoints stand.")
+    elif pack.ready is None and now - trainer.started_at > context.load_seconds:
+        pack.verdict = (EndReason.TIMEOUT, f"The base model was not loaded within {context.load_seconds:.0f} s.")
+    elif pack.ready is not None and len(pack) and now - pack.heard_at > context.progress_seconds:
+        pack.verdict = (EndReason.TIMEOUT, f"The trainer said nothing for {context.progress_seconds:.0f} s.")
+    else:
+        return
+    trainer.kill()
+
+
+def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> None:
+    """The trainer has ended: hear its last words, and end what it leaves unfinished by the way it ended."""
+    assert trainer.returncode is not None
+    deadline = time.monotonic() + context.settings.lease_seconds
+    while not context.pulse.lost.is_set() and time.monotonic() < deadline:
+        try:
+            pack.hear()
+            pack.end_all(*_verdict(context, trainer, pack))
+            return
+        except Unavailable as error:
+            log.warning("%s Waiting to record how the trainer ended.", error)
+            time.sleep(OUTAGE_SECONDS)
+    _try(lambda: pack.end_all(EndReason.INFRA_LOST, "The worker could not reach the database."))
+
+
+def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> tuple[EndReason, str]:
+    if pack.verdict is not None:
+        return pack.verdict
+    if context.draining:
+        return EndReason.DRAINED, "The worker left."
+    log_tail = pack.directory.log_tail()
+    num_oom_kills = node.oom_kills() - trainer.oom_kills_before
+    reason, detail = classify_exit(trainer.returncode or 0, log_tail, num_oom_kills=num_oom_kills)
+    if len(pack):
+        log.error("%s\n%s", detail, log_tail)
+    return reason, detail
+
+
+def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str | None = None) -> list[Claim]:
+    """Claimed jobs, whose leases the heartbeat renews from here on."""
+    if room.max_jobs <= 0:
+        return []
+    since = time.monotonic()
+    claimed = claims.claim_pack(
+        context.db,
+        worker_id=context.worker_id,
+        trainer_id=trainer_id,
+        room=room,
+        lease_seconds=context.settings.lease_seconds,
+        pack_key=pack_key,
+    )
+    context.pulse.hold((claim.claim_id for claim in claimed), since=since)
+    return claimed
+
+
+def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
+    """What fits beside the pack. An empty trainer's own memory counts as free: it would be unloaded."""
+    free = node.free_bytes(context.device)
+    if pack is None:
+        return Room(max_jobs=context.settings.max_jobs_per_trainer, memory_bytes_free=free)
+    if not len(pack) and pack.ready is not None:
+        free += int(pack.ready["memory"]["base_bytes"])
+    return Room(
+        max_jobs=context.settings.max_jobs_per_trainer - len(pack),
+        memory_bytes_free=free,
+        resident_base=pack.pack_key.partition(":")[0],
+    )
+
+
+def _release(context: WorkerContext, claimed: Sequence[Claim], reason: EndReason, detail: str) -> int:
+    """Give back what no trainer has seen."""
+    for claim in claimed:
+        context.pulse.release(claim.claim_id)
+        _try(lambda claim_id=claim.claim_id: claims.end(context.db, claim_id, reason=reason, detail=detail))
+    return len(claimed)
+
+
+def _try(record: Callable[[], object]) -> None:
+    """Best effort at the end of things: where it fails, the lease runs out and recovery does the same."""
+    try:
+        record()
+    except (LorryError, StaleClaim) as error:
+        log.warning("Not recorded: %s", error)

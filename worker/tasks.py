@@ -1,0 +1,24 @@
+"""The two messages. Whatever content one carries is ignored: it is a ring at the door."""
+
+# pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
+from __future__ import annotations
+
+from typing import Any
+
+from catalog import recovery
+from worker.celery_app import SWEEP_SECONDS, app, context
+from worker.supervise import anything_waits, supervise
+
+
+@app.task(name="lorry.work")
+def work(*_ignored: Any, **_also_ignored: Any) -> None:
+    """Work until nothing is left to do."""
+    supervise(context())
+
+
+@app.task(name="lorry.sweep")
+def sweep(*_ignored: Any, **_also_ignored: Any) -> None:
+    """Free what a dead worker held, and ring if anything waits."""
+    recovery.expire(context().db, grace_seconds=context().settings.lease_seconds)
+    if anything_waits(context()):
+        app.send_task("lorry.work", expires=SWEEP_SECONDS)

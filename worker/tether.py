@@ -1,0 +1,66 @@
+"""A child that ends when its parent does, however the parent ends.
+
+Two ropes. The kernel kills a direct child (`python -m worker.tether PARENT ARGV…` asks for it, then
+becomes ARGV). Grandchildren hold the read end of a pipe as their standard input, the only descriptor that
+accelerate's launcher hands on: they exit when it closes, or when the parent sends no byte for too long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+PR_SET_PDEATHSIG = 1
+OPTION = "--tethered="
+LOST_PARENT = 113
+"""Exit status of a trainer whose parent has gone, or has shown no sign of life."""
+
+
+def tethered(argv: Sequence[str]) -> list[str]:
+    """`argv` as a command that the kernel kills when the calling thread ends."""
+    return [sys.executable, "-m", "worker.tether", str(os.getpid()), *argv]
+
+
+def die_with_parent() -> None:
+    """Be killed by the kernel when the thread that started this process ends. Linux only; else nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def hold_on(argv: Sequence[str]) -> None:
+    """Tie this process to its parent if `argv` says `--tethered=SECONDS`: end after so long without a byte."""
+    for argument in argv:
+        if argument.startswith(OPTION):
+            die_with_parent()
+            watch_pipe(sys.stdin.fileno(), silence_seconds=float(argument.removeprefix(OPTION)))
+
+
+def watch_pipe(descriptor: int, *, silence_seconds: float | None) -> threading.Thread:
+    """Start the thread that ends this process when the pipe closes, or says nothing for so long."""
+    thread = threading.Thread(target=_watch, args=(descriptor, silence_seconds), name="tether", daemon=True)
+    thread.start()
+    return thread
+
+
+def _watch(descriptor: int, silence_seconds: float | None) -> None:
+    while True:
+        readable, _, _ = select.select([descriptor], [], [], silence_seconds)
+        if not readable or not os.read(descriptor, 4096):
+            os._exit(LOST_PARENT)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Become `arguments[1:]`, unless the parent, whose process id is `arguments[0]`, has gone already."""
+    die_with_parent()
+    if os.getppid() != int(arguments[0]):
+        os._exit(LOST_PARENT)
+    os.execv(arguments[1], list(arguments[1:]))  # noqa: S606  (a list of arguments, ours)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

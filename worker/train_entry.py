@@ -1,0 +1,308 @@
+"""The trainer: a child process that holds one base model and trains whatever its inbox admits.
+
+`python -m worker.train_entry DIR` runs by hand on a trainer directory; `--import-base ARGS.json` makes a
+base model's folder instead. The only importer of lora_core; no database, no store, no network.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from worker import failpoints, node, tether
+
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    tether.hold_on(sys.argv)
+
+import errno
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from catalog.spec import JobSpec
+from lora_core.base_model import BaseModel, describe_base, import_base, load_base
+from lora_core.data import TokenDataset
+from lora_core.engine import Engine
+from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
+from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
+from lora_core.verify import verify_export
+from worker.plan import engine_config, job_config
+from worker.trainer_directory import (
+    EventWriter,
+    InboxReader,
+    Json,
+    Message,
+    TrainerDirectory,
+    read_json,
+    write_json,
+)
+
+IDLE_LOOK_SECONDS = 0.02
+REPORT_SECONDS = 5.0
+EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
+
+
+@dataclass(kw_only=True, slots=True)
+class Resident:
+    """What the trainer knows of a job beyond what the engine holds."""
+
+    checkpoint_every_steps: int
+    base_name: str
+    num_steps: int
+    saved_step: int
+    """Step of the newest checkpoint that our parent was told of, or of the resume point; 0: none."""
+
+
+class Trainer:
+    """Reads the inbox at every tick boundary, ticks, and writes events."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._directory = directory
+        self._settings = directory.settings()
+        self._inbox = InboxReader(directory)
+        self._events = EventWriter(directory)
+        self._residents: dict[str, Resident] = {}
+        self._leaving = False
+        self._busy_at = self._reported_at = time.monotonic()
+        self._told_idle = False
+
+    def run(self) -> None:
+        """Until told to leave, or idle for `idle_seconds` of trainer.json (null: for ever)."""
+        self._load()
+        while not self._leaving:
+            for message in self._inbox.take():
+                self._obey(message)
+            if self._engine.idle:
+                self._rest()
+            else:
+                self._busy_at, self._told_idle = time.monotonic(), False
+                self._tick()
+            self._report()
+        self._events.write({"type": "unloaded"})
+        self._events.close()
+
+    def _load(self) -> None:
+        started = time.monotonic()
+        failpoints.pass_by("loading")
+        dtype = cast(Literal["bfloat16", "float32"], self._settings["dtype"])
+        device = str(self._settings["device"])
+        self._base: BaseModel = load_base(Path(self._settings["base_dir"]), dtype=dtype, device=device)
+        self._engine = Engine(self._base, engine_config(device))
+        ready = {
+            "type": "ready",
+            "pid": os.getpid(),
+            "device": device,
+            "dtype": dtype,
+            "invariance": self._engine.invariance,
+            "num_threads": node.num_threads(),
+            "load_seconds": round(time.monotonic() - started, 3),
+            "versions": node.versions(),
+            "memory": self._engine.memory(),
+        }
+        self._events.write(ready)
+
+    # What the parent says
+
+    def _obey(self, message: Message) -> None:
+        if message.verb == "drain":
+            for claim_id in self._engine.jobs():
+                self._pause(claim_id)
+            self._leaving = True
+        elif message.verb == "unload":
+            self._leaving = not self._residents
+        elif message.verb == "admit":
+            self._admit(message.body)
+        elif message.verb == "cancel":
+            self._evict(message.body["claim_id"])
+            self._events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
+        elif message.verb == "pause" and message.body["claim_id"] in self._residents:
+            self._pause(message.body["claim_id"])
+
+    def _admit(self, body: Json) -> None:
+        claim_id = str(body["claim_id"])
+        resume = self._inside(body["resume"])
+        try:
+            config = job_config(
+                JobSpec.model_validate(body["spec"]),
+                num_steps=body["num_steps"],
+                evaluate_every_steps=body["evaluate_every_steps"],
+            )
+            train, valid = self._inside(body["train"]), self._inside(body["valid"])
+            assert train is not None
+            self._engine.admit(
+                claim_id,
+                config,
+                TokenDataset.load(train),
+                TokenDataset.load(valid) if valid else None,
+                resume_from=resume,
+            )
+        except LoraCoreError as error:
+            self._refuse(claim_id, error, is_checkpoint=isinstance(error, BadCheckpoint))
+            return
+        step, num_steps = self._engine.progress(claim_id)
+        self._residents[claim_id] = Resident(
+            checkpoint_every_steps=body["checkpoint_every_steps"],
+            base_name=body["base_name"],
+            num_steps=num_steps,
+            saved_step=step,
+        )
+        num_parameters = self._engine.num_parameters(claim_id)
+        self._write(claim_id, "admitted", step=step, num_steps=num_steps, num_parameters=num_parameters)
+
+    def _inside(self, relative: str | None) -> Path | None:
+        """A path of a message, which is relative to the trainer's directory."""
+        return None if relative is None else self._directory.path / relative
+
+    def _pause(self, claim_id: str) -> None:
+        folder = self._save(claim_id)
+        step, _ = self._engine.progress(claim_id)
+        self._evict(claim_id)
+        self._write(claim_id, "paused", step=step, folder=folder)
+
+    def _evict(self, claim_id: str) -> None:
+        if self._residents.pop(claim_id, None) is not None:
+            self._engine.evict(claim_id)
+
+    # What the engine says
+
+    def _tick(self) -> None:
+        try:
+            events = self._engine.tick()
+        except OutOfMemory as error:
+            self._refuse(self._culprit(error), error)
+            return
+        self._events.write(*(_as_json(event) for event in events if not isinstance(event, JobDiverged)))
+        for event in events:
+            self._follow(event)
+
+    def _culprit(self, error: OutOfMemory) -> str:
+        """The job whose slice alone is too large: the error names it."""
+        return next(claim_id for claim_id in self._engine.jobs() if repr(claim_id) in str(error))
+
+    def _follow(self, event: Event) -> None:
+        if isinstance(event, JobStepped):
+            failpoints.pass_by(f"step_{event.step}")
+            resident = self._residents[event.job]
+            if event.step % resident.checkpoint_every_steps == 0 and event.step < resident.num_steps:
+                self._checkpoint(event.job)
+        elif isinstance(event, JobFinished):
+            self._export(event.job, event.step)
+        elif isinstance(event, JobDiverged):
+            self._checkpoint(event.job)
+            self._evict(event.job)
+            self._events.write(_as_json(event))
+
+    def _checkpoint(self, claim_id: str) -> None:
+        folder = self._save(claim_id)
+        if folder is not None:
+            failpoints.pass_by("in_checkpoint")
+            self._write(claim_id, "checkpointed", step=self._residents[claim_id].saved_step, folder=folder)
+
+    def _save(self, claim_id: str) -> str | None:
+        """The folder of a new checkpoint, relative; None where the newest is of this step, or the disk failed."""
+        step, _ = self._engine.progress(claim_id)
+        if step == self._residents[claim_id].saved_step:
+            return None
+        folder = self._directory.job_path(claim_id) / "checkpoints" / f"step-{step}"
+        try:
+            self._engine.save_checkpoint(claim_id, folder)
+        except OSError as error:
+            self._write(claim_id, "checkpoint_failed", step=step, error=_disk_error(error))
+            return None
+        self._residents[claim_id].saved_step = step
+        return str(folder.relative_to(self._directory.path))
+
+    def _export(self, claim_id: str, step: int) -> None:
+        folder = self._directory.job_path(claim_id) / "adapter"
+        try:
+            self._engine.export(claim_id, folder, base_name=self._residents[claim_id].base_name)
+            report = verify_export(self._base, folder)
+        except LoraCoreError as error:
+            self._refuse(claim_id, error)
+            return
+        except OSError as error:
+            self._evict(claim_id)
+            self._write(claim_id, "refused", error=_disk_error(error), is_checkpoint=False)
+            return
+        num_parameters = self._engine.num_parameters(claim_id)
+        self._evict(claim_id)
+        relative = str(folder.relative_to(self._directory.path))
+        body = {"step": step, "folder": relative, "num_parameters": num_parameters, "report": asdict(report)}
+        self._write(claim_id, "exported", **body)
+
+    def _refuse(self, claim_id: str, error: LoraCoreError, *, is_checkpoint: bool = False) -> None:
+        self._evict(claim_id)
+        described = {"code": error.code, "message": error.message, "remedy": error.remedy}
+        self._write(claim_id, "refused", error=described, is_checkpoint=is_checkpoint)
+
+    def _rest(self) -> None:
+        """Nothing to compute: say so once, and leave when it has lasted."""
+        if not self._told_idle:
+            self._events.write({"type": "idle"})
+            self._told_idle = True
+        limit = self._settings.get("idle_seconds")
+        if limit is not None and time.monotonic() - self._busy_at >= limit:
+            self._leaving = True
+            return
+        time.sleep(IDLE_LOOK_SECONDS)
+
+    def _report(self) -> None:
+        """Every few seconds: memory and speed, which is also the sign of life while a step takes long."""
+        if time.monotonic() - self._reported_at >= REPORT_SECONDS:
+            self._reported_at = time.monotonic()
+            report = self._engine.memory() | {"tokens_per_second": round(self._engine.tokens_per_second(), 1)}
+            self._events.write({"type": "memory", **report})
+
+    def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
+        self._events.write({"type": event_type, "claim_id": claim_id, **body})
+
+
+def _as_json(event: Event) -> Json:
+    body = asdict(event)
+    return {"type": EVENT_TYPES[type(event)], "claim_id": body.pop("job"), **body}
+
+
+def _disk_error(error: OSError) -> dict[str, str]:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free space under the worker's data folder; the job continues from its last checkpoint."
+        return {"code": "out_of_space", "message": "The worker's disk is full.", "remedy": remedy}
+    remedy = "Look at the worker's disk; the job continues from its last checkpoint."
+    return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
+
+
+def import_base_model(arguments_path: Path) -> None:
+    """Obey `{source, kind, revision, target_dir, result}`; the result file holds a description or an error."""
+    arguments = read_json(arguments_path)
+    target_dir = Path(arguments["target_dir"])
+    try:
+        import_base(
+            source=arguments["source"],
+            kind=arguments["kind"],
+            revision=arguments["revision"],
+            target_dir=target_dir,
+        )
+        result: Json = {"description": describe_base(target_dir)}
+    except LoraCoreError as error:
+        result = {"error": {"code": error.code, "message": error.message, "remedy": error.remedy}}
+    except OSError as error:
+        result = {"error": _disk_error(error) if error.errno else _source_error(error)}
+    write_json(Path(arguments["result"]), result)
+
+
+def _source_error(error: OSError) -> dict[str, str]:
+    """What the hub's client or transformers could not read."""
+    remedy = "Check the source's name, and that this machine reaches it."
+    return {"code": "source_unreachable", "message": str(error)[:1000], "remedy": remedy}
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--import-base"]:
+        import_base_model(Path(arguments[1]))
+        return 0
+    Trainer(TrainerDirectory(Path(arguments[0]).absolute())).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

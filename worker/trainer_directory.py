@@ -1,0 +1,140 @@
+"""The process edge of a trainer: a directory of files. Both ends are here, so that they agree.
+
+trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; log.txt is for people.
+A message exists whole or not at all (temporary file, then rename); an event is one flushed line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+Json = dict[str, Any]
+Verb = Literal["admit", "cancel", "pause", "drain", "unload"]
+"""admit: train a job. cancel: forget it. pause: save its checkpoint, then forget it. drain: pause all, then
+exit. unload: exit if no job is held."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    verb: str
+    body: Json
+
+
+class TrainerDirectory:
+    """Paths of one trainer's directory, and the two queues in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings_path = path / "trainer.json"
+        self.inbox = path / "inbox"
+        self.events_path = path / "events.jsonl"
+        self.log_path = path / "log.txt"
+
+    @classmethod
+    def create(cls, path: Path, settings: Json) -> TrainerDirectory:
+        directory = cls(path)
+        directory.inbox.mkdir(parents=True)
+        write_json(directory.settings_path, settings)
+        return directory
+
+    def settings(self) -> Json:
+        return read_json(self.settings_path)
+
+    def job_path(self, claim_id: str) -> Path:
+        return self.path / "jobs" / claim_id
+
+    def log_tail(self, max_bytes: int = 4000) -> str:
+        """The last of what the trainer printed."""
+        try:
+            with self.log_path.open("rb") as file:
+                file.seek(max(0, self.log_path.stat().st_size - max_bytes))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+
+class InboxWriter:
+    """The worker's end of the inbox."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._directory = directory
+        self._number = 0
+
+    def send(self, verb: Verb, **body: Any) -> None:
+        self._number += 1
+        write_json(self._directory.inbox / f"{self._number:04d}-{verb}.json", body)
+
+
+class InboxReader:
+    """The trainer's end: each message is taken once, in the order of its number."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._inbox = directory.inbox
+
+    def take(self) -> list[Message]:
+        """What has come. A message's file is removed as it is taken."""
+        paths = sorted(self._inbox.glob("[0-9]*-*.json"), key=lambda path: int(path.name.partition("-")[0]))
+        return [_take(path) for path in paths]
+
+
+class EventWriter:
+    """The trainer's end of events.jsonl. `seconds` is the trainer's monotonic clock."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._file = directory.events_path.open("a", encoding="utf-8")
+
+    def write(self, *events: Json) -> None:
+        """Append events and flush once."""
+        stamp = {"seconds": round(time.monotonic(), 4)}
+        self._file.write("".join(json.dumps(event | stamp) + "\n" for event in events))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventReader:
+    """The worker's end: whole lines only, each once."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._path = directory.events_path
+        self._offset = 0
+
+    def read(self) -> list[Json]:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return list(_parse_lines(whole.splitlines()))
+
+
+def write_json(path: Path, content: Json) -> None:
+    """Write by a temporary file and a rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Json:
+    return cast(Json, json.loads(path.read_text(encoding="utf-8")))
+
+
+def _take(path: Path) -> Message:
+    body = read_json(path)
+    path.unlink()
+    return Message(verb=path.stem.partition("-")[2], body=body)
+
+
+def _parse_lines(lines: Iterable[bytes]) -> Iterable[Json]:
+    for line in lines:
+        yield cast(Json, json.loads(line))
