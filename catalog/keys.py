@@ -12,8 +12,8 @@ from pathlib import Path
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from catalog.db import Database, read_clock
-from catalog.errors import Unauthorized
+from catalog.db import Database, read_clock, serialise
+from catalog.errors import NotFound, Unauthorized
 from catalog.settings import Settings
 from catalog.tables import ApiKey, Project, SignIn, new_id
 
@@ -42,20 +42,34 @@ def create(
     expires_at: float | None = None,
 ) -> tuple[ApiKey, str]:
     """A new key and its text, which can't be shown again."""
-    key_id = new_id("key")
-    secret = f"lorry_{key_id}_{secrets.token_urlsafe(32)}"
+    key, secret = _new(project_id, name, pepper)
     with db.write() as session:
-        key = ApiKey(
-            id=key_id,
-            project_id=project_id,
-            name=name,
-            digest=_digest(secret, pepper),
-            is_operator=is_operator,
-            created_at=read_clock(session),
-            expires_at=expires_at,
-        )
+        key.is_operator, key.created_at, key.expires_at = is_operator, read_clock(session), expires_at
         session.add(key)
     return key, secret
+
+
+def create_first(db: Database, *, project_id: str, name: str, pepper: bytes) -> str | None:
+    """The text of an operator's key, where there is no key at all yet; of several who ask at once, one gets it."""
+    key, secret = _new(project_id, name, pepper)
+    with db.write() as session:
+        serialise(session, "first key")
+        if session.scalar(select(ApiKey.id).limit(1)) is not None:
+            return None
+        key.is_operator, key.created_at = True, read_clock(session)
+        session.add(key)
+    return secret
+
+
+def an_operator(db: Database) -> str:
+    """The id of the oldest operator's key that is still good. Raises NotFound."""
+    with db.read() as session:
+        now = read_clock(session)
+        operators = select(ApiKey).where(ApiKey.is_operator.is_(True)).order_by(ApiKey.created_at, ApiKey.id)
+        for key in session.scalars(operators):
+            if _is_live(key, now):
+                return key.id
+    raise NotFound("operator key", "any", remedy="Make the first one: python -m api bootstrap.")
 
 
 def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
@@ -160,6 +174,12 @@ def _create_once(path: Path, content: bytes) -> None:
         pass
     finally:
         draft.unlink()
+
+
+def _new(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
+    key_id = new_id("key")
+    secret = f"lorry_{key_id}_{secrets.token_urlsafe(32)}"
+    return ApiKey(id=key_id, project_id=project_id, name=name, digest=_digest(secret, pepper)), secret
 
 
 def _digest(secret: str, pepper: bytes) -> str:

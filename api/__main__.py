@@ -1,0 +1,105 @@
+"""The service's own commands: `python -m api bootstrap`, `serve`, `sign-in-link`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from api import logs
+from api.bootstrap import Bootstrapped, bootstrap, sign_in_token
+from catalog.db import Database
+from catalog.errors import LorryError
+from catalog.keys import load_pepper
+from catalog.settings import Settings
+
+LINK_SECONDS = 900
+DEFAULT_PORT = 8000
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logs.configure(arguments.log_level)
+    settings = Settings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
+    try:
+        return arguments.run(arguments, settings)
+    except LorryError as error:
+        print(error.sentence(), file=sys.stderr)  # noqa: T201
+        return 1
+
+
+def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
+    from api.server import serve  # late: the other commands need no web server
+
+    return serve(settings, host=arguments.host, port=arguments.port)
+
+
+def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
+    done = bootstrap(settings)
+    if arguments.json:
+        _print({"created": done.created, "api_key": done.api_key})
+    else:
+        _print_for_people(done)
+    return 0
+
+
+def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
+    db = Database(settings.resolved_database_url())
+    token = sign_in_token(db, pepper=load_pepper(settings), seconds=LINK_SECONDS)
+    url = f"{(arguments.url or _known_address(settings)).rstrip('/')}/sign-in?token={token}"
+    if arguments.json:
+        _print({"url": url, "expires_at": int(time.time()) + LINK_SECONDS})
+    else:
+        _print(url)
+    return 0
+
+
+def _known_address(settings: Settings) -> str:
+    """Where people reach the api: as the operator says, else as `lorry up` noted."""
+    from api.settings import ApiSettings
+
+    public_url = ApiSettings().public_url
+    return public_url or _noted_address(settings.data_dir / "connection.json") or f"http://127.0.0.1:{DEFAULT_PORT}"
+
+
+def _noted_address(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text("utf-8"))["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _print_for_people(done: Bootstrapped) -> None:
+    if done.api_key is None:
+        _print("The database is up to date. There are API keys already; they are shown only when they are made.")
+    else:
+        _print(f"The first operator's API key, which is not shown again:\n{done.api_key}")
+
+
+def _print(value: str | dict[str, Any]) -> None:
+    print(value if isinstance(value, str) else json.dumps(value), flush=True)  # noqa: T201
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m api", description="Lorry's HTTP service.")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="Answer requests until SIGTERM.")
+    serve.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
+    serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any that is free.")
+    serve.set_defaults(run=_serve)
+    boot = commands.add_parser("bootstrap", help="Make or migrate the database, and the first operator's key.")
+    boot.add_argument("--json", action="store_true")
+    boot.set_defaults(run=_bootstrap)
+    link = commands.add_parser("sign-in-link", help="A link that signs one browser in, once.")
+    link.add_argument("--json", action="store_true")
+    link.add_argument("--url", help="Address of the api, as a browser reaches it.")
+    link.set_defaults(run=_sign_in_link)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Puts the app together: services, middleware, routes, the OpenAPI document, and what runs beside requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from api import error_handlers, uploads
+from api.background import keep_order
+from api.dashboard import Dashboard
+from api.deps import Services
+from api.feed import Feed
+from api.gate import Gate
+from api.hosts import HostPolicy, host_policy
+from api.routes import adapters, files, fleet, health, job_history, jobs, models, sign_in
+from api.settings import ApiSettings
+from api.telemetry import Telemetry
+from catalog import keys
+from catalog.artifacts.store import open_store
+from catalog.db import Database
+from catalog.doorbell import open_doorbell
+from catalog.settings import Settings
+
+DESCRIPTION = """Trains many LoRA adapters at once on the GPUs you own, and speaks the OpenAI fine-tuning API.
+
+The `openai` client works as it is for files, fine-tuning jobs and models: set `base_url` to this service's
+`/v1` and `api_key` to a key of it. What that API lacks are further fields and resources.
+
+Every refusal is `{"error": {"message", "type", "param", "code"}}`; the message ends with what to do about it.
+"""
+TAGS = [
+    {"name": "files", "description": "Data sets: chat JSONL, checked line by line."},
+    {"name": "fine-tuning jobs", "description": "From files and a base model to an adapter."},
+    {"name": "models", "description": "Base models, adapters and checkpoints by name."},
+    {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
+    {"name": "queue and workers", "description": "What waits, what runs, and where."},
+    {"name": "sign-in", "description": "The dashboard's door."},
+    {"name": "health", "description": "Alive, ready, and numbers."},
+]
+
+
+def create_app(
+    settings: Settings,
+    api_settings: ApiSettings | None = None,
+    *,
+    bound_host: str = "127.0.0.1",
+    further_hosts: Iterable[str] = (),
+) -> FastAPI:
+    """The whole api over a migrated database. `bound_host`: the address that it will listen on."""
+    own = api_settings or ApiSettings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
+    services = open_services(settings, own)
+    app = FastAPI(
+        title="Lorry",
+        version="0.1.0",
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.state.services = services
+    app.add_middleware(
+        Gate,
+        hosts=_hosts(own, bound_host, further_hosts),
+        max_body_bytes=own.max_body_bytes,
+        telemetry=services.telemetry,
+    )
+    error_handlers.install(app)
+    for module in (files, jobs, job_history, models, adapters, fleet, sign_in, health):
+        app.include_router(module.router)
+    app.mount("/dashboard", Dashboard())
+    return app
+
+
+def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
+    feed = Feed(look_seconds=api_settings.look_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds)
+    telemetry = Telemetry()
+    telemetry.count_streams(feed.num_listeners)
+    return Services(
+        settings=settings,
+        api_settings=api_settings,
+        db=Database(settings.resolved_database_url()),
+        store=open_store(settings),
+        doorbell=open_doorbell(settings),
+        pepper=keys.load_pepper(settings),
+        feed=feed,
+        telemetry=telemetry,
+    )
+
+
+def _hosts(api_settings: ApiSettings, bound_host: str, further: Iterable[str]) -> HostPolicy:
+    return host_policy(bound_host=bound_host, named=[*api_settings.named_hosts(), *further])
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    services: Services = app.state.services
+    uploads.remove_stale(services.settings.data_dir / "spool")
+    tasks = [asyncio.create_task(services.feed.run()), asyncio.create_task(keep_order(services))]
+    try:
+        yield
+    finally:
+        services.feed.close()
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        services.doorbell.close()
+        services.db.close()

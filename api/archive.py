@@ -1,0 +1,54 @@
+"""One tar of an adapter: its files, the manifest that names them, and where it comes from.
+
+Made as it is sent; the same adapter gives the same bytes. With the two records, the folder that comes out
+can be checked offline.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+BLOCK_BYTES = 512
+END_BYTES = 2 * BLOCK_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """A file of the tar; `read` is called when its turn comes."""
+
+    path: str
+    num_bytes: int
+    read: Callable[[], Iterator[bytes]]
+
+
+def inline(path: str, content: bytes) -> Member:
+    return Member(path=path, num_bytes=len(content), read=lambda: iter((content,)))
+
+
+def tar_chunks(members: list[Member], *, modified_at: int) -> Iterator[bytes]:
+    """Header, content and padding of each file, then the end marker."""
+    for member in members:
+        yield _header(member, modified_at)
+        yield from member.read()
+        yield b"\0" * _padding(member)
+    yield b"\0" * END_BYTES
+
+
+def tar_size(members: list[Member], *, modified_at: int) -> int:
+    """Bytes of the whole tar."""
+    sizes = [len(_header(member, modified_at)) + member.num_bytes + _padding(member) for member in members]
+    return sum(sizes) + END_BYTES
+
+
+def _padding(member: Member) -> int:
+    return -member.num_bytes % BLOCK_BYTES
+
+
+def _header(member: Member, modified_at: int) -> bytes:
+    info = tarfile.TarInfo(member.path)
+    info.size = member.num_bytes
+    info.mtime = modified_at
+    info.mode = 0o644
+    return info.tobuf(format=tarfile.PAX_FORMAT)

@@ -1,0 +1,100 @@
+"""Who asks: an API key in the Authorization header, or the dashboard's cookie with proof against forgery."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request, Security
+from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+
+from api.deps import Services, Use
+from catalog import keys
+from catalog.errors import Forbidden, Unauthorized
+from catalog.keys import Caller
+
+COOKIE = "lorry_session"
+CSRF_HEADER = "x-lorry-csrf"
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+bearer = HTTPBearer(auto_error=False, scheme_name="apiKey", description="An API key: `Authorization: Bearer lorry_…`.")
+cookie = APIKeyCookie(
+    name=COOKIE,
+    auto_error=False,
+    scheme_name="browser",
+    description="The dashboard's session. Unsafe methods need `X-Lorry-Csrf: 1` and a same-origin request too.",
+)
+
+
+def caller_of(
+    request: Request,
+    use: Use,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    session: Annotated[str | None, Security(cookie)],
+) -> Caller:
+    """The project and the rights that come with the request; raises Unauthorized."""
+    caller = _identify(request, use, credentials, session)
+    _check_project(request, caller)
+    request.state.caller = caller
+    return caller
+
+
+def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
+    require_operator(caller)
+    return caller
+
+
+def require_operator(caller: Caller) -> None:
+    if not caller.is_operator:
+        raise Forbidden(
+            "This needs an operator's key.",
+            code="operator_required",
+            remedy="Ask an operator to do it, or to give you an operator's key.",
+        )
+
+
+Signed = Annotated[Caller, Depends(caller_of)]
+Operator = Annotated[Caller, Depends(operator_of)]
+
+
+def require_same_origin(request: Request) -> None:
+    """A page of another origin can neither set our header nor hide where it is from."""
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site")
+    from_us = origin is not None and urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
+    alien = (origin is not None and not from_us) or (site is not None and site != "same-origin")
+    if request.headers.get(CSRF_HEADER) != "1" or alien or (origin is None and site is None):
+        raise Forbidden(
+            "A change made with the dashboard's cookie must come from the dashboard itself.",
+            code="cross_site_request",
+            remedy="Send X-Lorry-Csrf: 1 from a page of this service, or use an API key.",
+        )
+
+
+def _identify(
+    request: Request, use: Services, credentials: HTTPAuthorizationCredentials | None, session: str | None
+) -> Caller:
+    if credentials is not None:
+        return keys.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper)
+    if session is not None:
+        caller = keys.authenticate_browser(use.db, secret=session, pepper=use.pepper)
+        if request.method not in SAFE_METHODS:
+            require_same_origin(request)
+        return caller
+    raise Unauthorized(
+        "No API key came with the request.",
+        code="missing_api_key",
+        remedy="Send Authorization: Bearer YOUR_KEY. `lorry up` writes the first key to connection.json in its data "
+        "folder.",
+    )
+
+
+def _check_project(request: Request, caller: Caller) -> None:
+    """`OpenAI-Organization` is ignored; a project that is named must be the key's own."""
+    named = request.headers.get("openai-project")
+    if named and named not in (caller.project_id, caller.project_name):
+        raise Unauthorized(
+            "The API key belongs to another project than the OpenAI-Project header names.",
+            code="mismatched_project",
+            remedy="Leave the header out, or use a key of that project.",
+        )

@@ -1,0 +1,31 @@
+"""The dashboard's static pages, from the folder beside this package. They hold nothing secret, so need no key."""
+
+from __future__ import annotations
+
+import mimetypes
+from pathlib import Path
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+FOLDER = Path(__file__).parent.parent / "dashboard"
+SERVED = frozenset({".html", ".js", ".css", ".svg", ".png", ".ico", ".woff2", ".json", ".txt", ".webmanifest"})
+mimetypes.add_type("font/woff2", ".woff2")
+mimetypes.add_type("text/javascript", ".js")
+
+
+class Dashboard(StaticFiles):
+    """Only files of a page; a browser asks again each time whether one has changed."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        super().__init__(directory=folder, html=True, check_dir=False)
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        suffix = Path(path).suffix
+        if suffix and suffix not in SERVED:
+            raise HTTPException(404)
+        response = await super().get_response(path, scope)
+        response.headers["cache-control"] = "no-cache"
+        return response

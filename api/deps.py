@@ -1,0 +1,41 @@
+"""What a route may ask for: the services of this process, and pages of a list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Query, Request
+
+from api.settings import ApiSettings
+from api.telemetry import Telemetry
+from catalog.artifacts.store import ArtifactStore
+from catalog.db import Database
+from catalog.doorbell import Doorbell
+from catalog.settings import Settings
+
+if TYPE_CHECKING:
+    from api.feed import Feed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """Everything that outlives a request. Made once by `create_app`."""
+
+    settings: Settings
+    api_settings: ApiSettings
+    db: Database
+    store: ArtifactStore
+    doorbell: Doorbell
+    pepper: bytes
+    feed: Feed
+    telemetry: Telemetry
+
+
+def services_of(request: Request) -> Services:
+    return request.app.state.services
+
+
+Use = Annotated[Services, Depends(services_of)]
+After = Annotated[str | None, Query(description="Start after the item with this id.", max_length=128)]
+Limit = Annotated[int, Query(description="How many items at most.", ge=1, le=100)]

@@ -1,0 +1,136 @@
+"""Every way in which a request can end badly, turned into {"error": {message, type, param, code}}.
+
+What a person can act on comes from catalog.errors; nothing of our own insides ever leaves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.validation import explain
+from catalog.disk import is_full, out_of_space
+from catalog.errors import LorryError, Unauthorized, Unavailable
+
+log = logging.getLogger("lorry.api")
+
+
+def error_response(
+    status: int,
+    *,
+    message: str,
+    code: str,
+    type: str = "invalid_request_error",  # noqa: A002  (the wire's word)
+    param: str | None = None,
+    remedy: str = "",
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The shape on the wire. Only ASCII leaves, because a message may quote a lone surrogate."""
+    body = {"error": {"message": f"{message} {remedy}".strip(), "type": type, "param": param, "code": code}}
+    if remedy:
+        body["error"]["remedy"] = remedy
+    content = json.dumps(body).encode("ascii")
+    return Response(content, status_code=status, media_type="application/json", headers=dict(headers or {}))
+
+
+def refusal(error: LorryError) -> Response:
+    """What a LorryError says, with the headers that make clients retry it, or not."""
+    headers: dict[str, str] = {}
+    if error.status in (409, 507):
+        headers["x-should-retry"] = "false"
+    if isinstance(error, Unavailable):
+        headers["retry-after"] = str(error.retry_after_seconds)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = 'Bearer realm="lorry"'
+    return error_response(
+        error.status,
+        message=error.message,
+        remedy=error.remedy,
+        type=error.type,
+        param=error.param,
+        code=error.code,
+        headers=headers,
+    )
+
+
+def internal_error(request_id: str) -> Response:
+    """A crash of ours: the id leads an operator to the log, and nothing else is told."""
+    return error_response(
+        500,
+        message="Something broke inside the service.",
+        remedy=f"Try again; if it stays, tell the operator the id {request_id}.",
+        type="server_error",
+        code="internal_error",
+    )
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(LorryError, _on_refusal)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(OSError, _on_os_error)
+
+
+async def _on_refusal(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, LorryError)
+    return refusal(error)
+
+
+async def _on_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return refusal(explain(list(error.errors()), body=error.body, route=request.scope.get("route")))
+
+
+async def _on_os_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if is_full(error):
+        return refusal(out_of_space())
+    raise error
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return _unknown_route(request)
+    message, remedy, code = _sentence(request, error)
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return error_response(error.status_code, message=message, remedy=remedy, type=kind, code=code, headers=headers)
+
+
+def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
+    """(message, remedy, code)"""
+    allowed = (error.headers or {}).get("Allow", "another method")
+    wrong_method = f"{request.method} can't be done on {_quoted(request.url.path)}."
+    known: dict[int, tuple[str, str, str]] = {
+        400: ("The body can't be read as JSON.", "Send one JSON object, in UTF-8.", "invalid_json"),
+        405: (wrong_method, f"Use {allowed}.", "method_not_allowed"),
+        413: ("The body is larger than this call may send.", "Make it shorter.", "request_too_large"),
+    }
+    return known.get(error.status_code, (str(error.detail), "", f"http_{error.status_code}"))
+
+
+def _unknown_route(request: Request) -> Response:
+    path = request.url.path
+    near = difflib.get_close_matches(path, known_paths(request.app), n=1, cutoff=0.75)
+    remedy = f"Did you mean {near[0]}?" if near else "The routes are listed in /openapi.json."
+    message = f"There is no route {request.method} {_quoted(path)}."
+    return error_response(404, message=message, remedy=remedy, code="unknown_route")
+
+
+def known_paths(app: Any) -> list[str]:
+    """Templates of all routes in the OpenAPI document."""
+    return list(app.openapi()["paths"])
+
+
+def _quoted(path: str) -> str:
+    return json.dumps(path[:200])[1:-1]

@@ -1,0 +1,149 @@
+"""What every request passes on its way in and out: a request id, the hosts that are allowed, the limit of its
+body, security headers, one line in the log, and the last catch of a crash.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.error_handlers import error_response, internal_error
+from api.headers import security_headers
+from api.hosts import HostPolicy
+from api.telemetry import Telemetry
+
+UPLOAD_PATH = "/v1/files"
+"""Its body is bounded by the route itself, which counts the file's own bytes."""
+log = logging.getLogger("lorry.api")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Exchange:
+    """One request and what became of it."""
+
+    scope: Scope
+    request_id: str
+    began: float = field(default_factory=time.monotonic)
+    status: int = 0
+
+    @property
+    def path(self) -> str:
+        return self.scope["path"]
+
+
+class Gate:
+    """Outermost of our middleware; pure ASGI, so that streams pass through it as they are."""
+
+    def __init__(self, app: ASGIApp, *, hosts: HostPolicy, max_body_bytes: int, telemetry: Telemetry) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._max_body_bytes = max_body_bytes
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope=scope, request_id=f"req_{secrets.token_hex(12)}")
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        sender = _decorated(send, exchange)
+        try:
+            refused = self._refusal(scope)
+            if refused is not None:
+                await refused(scope, receive, sender)
+            else:
+                await self._app(scope, self._bounded(scope, receive), sender)
+        except Exception:  # the one place where a crash becomes a 500
+            log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
+            if exchange.status:  # the answer has begun: all that is left is to cut it off
+                raise
+            await internal_error(exchange.request_id)(scope, receive, sender)
+        finally:
+            self._note(exchange)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        if not self._hosts.admits(headers.get("host", "")):
+            return error_response(
+                421,
+                message="This service isn't known by the name in the Host header.",
+                remedy="Use the address it was started with, or have the name added to LORRY_ALLOWED_HOSTS.",
+                code="unknown_host",
+            )
+        if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
+            message = "The address contains a NUL character."
+            return error_response(400, message=message, remedy="Remove it.", code="invalid_path")
+        declared = headers.get("content-length", "0")
+        if self._is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
+            return self._too_large()
+        return None
+
+    def _is_bounded(self, scope: Scope) -> bool:
+        return not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
+
+    def _too_large(self) -> Response:
+        return error_response(
+            413,
+            message=f"The body is larger than {self._max_body_bytes} bytes.",
+            remedy="Make it shorter, or upload data as a file.",
+            code="request_too_large",
+            headers={"connection": "close"},
+        )
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """Counts what really comes in: Content-Length may lie or be absent."""
+        if not self._is_bounded(scope):
+            return receive
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self._max_body_bytes:
+                raise HTTPException(413)
+            return message
+
+        return counted
+
+    def _note(self, exchange: _Exchange) -> None:
+        seconds = time.monotonic() - exchange.began
+        self._telemetry.observe(exchange.scope, status=exchange.status, seconds=seconds)
+        log.info(
+            "request id=%s method=%s path=%s status=%d seconds=%.4f",
+            exchange.request_id,
+            exchange.scope["method"],
+            _logged(exchange.path),
+            exchange.status,
+            seconds,
+        )
+
+
+def request_id_of(request: Request) -> str:
+    return request.state.request_id
+
+
+def _decorated(send: Send, exchange: _Exchange) -> Send:
+    async def with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = exchange.request_id
+            for name, value in security_headers(exchange.path).items():
+                headers.setdefault(name, value)
+        await send(message)
+
+    return with_headers
+
+
+def _logged(path: str) -> str:
+    """A path fit for one line of a log. Queries are never logged: a sign-in token may be in one."""
+    return path[:200].encode("unicode_escape").decode("ascii")

@@ -1,0 +1,145 @@
+"""/v1/adapters: what was trained; its files, and the proof of where they come from."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.responses import StreamingResponse
+
+from api.archive import Member, inline, tar_chunks, tar_size
+from api.auth import Signed
+from api.deps import After, Limit, Use
+from api.downloads import attachment
+from api.routes import SIGNED, binary, errors
+from api.schemas.adapters import (
+    AdapterDeleted,
+    AdapterObject,
+    AdapterVerification,
+    ArtifactFiles,
+    LineageObject,
+    VerificationObject,
+    adapter_object,
+    files_object,
+)
+from api.schemas.pages import ListPage, page_of
+from catalog import adapters, lineage
+from catalog.adapters import AdapterView
+from catalog.artifacts.manifest import Manifest
+from catalog.artifacts.store import ArtifactStore
+from catalog.errors import NotFound
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
+BYTES = binary("application/octet-stream", "The bytes, as an attachment.")
+TAR = binary("application/x-tar", "A tar, as an attachment.")
+
+
+@router.get("", operation_id="list_adapters")
+def list_adapters(use: Use, caller: Signed, after: After = None, limit: Limit = 20) -> ListPage[AdapterObject]:
+    """Newest first."""
+    page = adapters.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
+    return page_of([_shown(view) for view in page.items], has_more=page.has_more)
+
+
+@router.get("/{adapter}", operation_id="get_adapter", responses=errors(404))
+def get_adapter(adapter: str, use: Use, caller: Signed) -> AdapterObject:
+    """By id or by name."""
+    return _shown(adapters.get(use.db, project_id=caller.project_id, name=adapter))
+
+
+@router.delete("/{adapter}", operation_id="delete_adapter", responses=errors(404))
+def delete_adapter(adapter: str, use: Use, caller: Signed) -> AdapterDeleted:
+    row = adapters.delete(use.db, project_id=caller.project_id, name=adapter)
+    return AdapterDeleted(id=row.id)
+
+
+@router.get("/{adapter}/files", operation_id="list_adapter_files", responses=errors(404))
+def list_adapter_files(adapter: str, use: Use, caller: Signed) -> ArtifactFiles:
+    """The manifest: every file with its size and digest."""
+    return files_object(adapters.get(use.db, project_id=caller.project_id, name=adapter).artifact)
+
+
+@router.get(
+    "/{adapter}/files/{path:path}",
+    operation_id="get_adapter_file",
+    response_class=StreamingResponse,
+    responses={**BYTES, **errors(404)},
+)
+def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> StreamingResponse:
+    view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
+    file = _manifest(view).file(path)
+    if file is None:
+        names = ", ".join(item.path for item in _manifest(view).files)
+        raise NotFound("adapter file", path, param="path", remedy=f"It has: {names}.")
+    chunks = use.store.open_blob(file.digest)
+    return attachment(chunks, filename=path.rpartition("/")[2], num_bytes=file.num_bytes, digest=file.digest)
+
+
+@router.get(
+    "/{adapter}/archive",
+    operation_id="get_adapter_archive",
+    response_class=StreamingResponse,
+    responses={**TAR, **errors(404)},
+)
+def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> StreamingResponse:
+    """All its files in one tar, with manifest.json and lineage.json; PEFT loads the unpacked folder as it is."""
+    view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
+    members = _members(view, use.store)
+    made_at = int(view.adapter.created_at)
+    return attachment(
+        tar_chunks(members, modified_at=made_at),
+        filename=f"{view.adapter.name.replace(':', '-')}.tar",
+        num_bytes=tar_size(members, modified_at=made_at),
+        digest=view.adapter.artifact,
+        media_type="application/x-tar",
+    )
+
+
+@router.get("/{adapter}/lineage", operation_id="get_adapter_lineage", responses=errors(404))
+def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject:
+    """Base, data, configuration, attempts, code and results: from it alone the job can be run again."""
+    return _lineage(adapters.get(use.db, project_id=caller.project_id, name=adapter))
+
+
+@router.post("/{adapter}/verify", operation_id="verify_adapter", responses=errors(404))
+def verify_adapter(adapter: str, use: Use, caller: Signed) -> AdapterVerification:
+    """Read every stored byte again; check bytes against the manifest, and the record against its id and the files."""
+    view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
+    manifest = _manifest(view)
+    problems = use.store.verify(manifest)
+    if manifest.digest != view.adapter.artifact:
+        problems.append("The manifest is not the one that the adapter's record names.")
+    problems += lineage.verify(view.adapter.lineage, view.adapter.lineage_id, manifest)
+    return AdapterVerification(
+        adapter_id=view.adapter.id,
+        passed=not problems,
+        problems=problems,
+        verification=VerificationObject.model_validate(view.adapter.verification),
+    )
+
+
+def _shown(view: AdapterView) -> AdapterObject:
+    return adapter_object(view.adapter, num_bytes=view.artifact.num_bytes, rank=view.rank)
+
+
+def _manifest(view: AdapterView) -> Manifest:
+    return Manifest.from_rows(view.artifact.kind, view.artifact.files)
+
+
+def _lineage(view: AdapterView) -> LineageObject:
+    row = view.adapter
+    return LineageObject(adapter_id=row.id, lineage_id=row.lineage_id, lineage=row.lineage)
+
+
+def _members(view: AdapterView, store: ArtifactStore) -> list[Member]:
+    """The two records are not of the manifest, so a file of the same name goes before them."""
+    manifest = _manifest(view)
+    members = [
+        Member(path=file.path, num_bytes=file.num_bytes, read=partial(store.open_blob, file.digest))
+        for file in manifest.files
+    ]
+    records = {
+        "lineage.json": _lineage(view).model_dump_json(indent=2).encode(),
+        "manifest.json": manifest.canonical(),
+    }
+    return members + [inline(path, content) for path, content in records.items() if manifest.file(path) is None]

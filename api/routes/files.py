@@ -1,0 +1,108 @@
+"""/v1/files: data sets come in, are checked line by line, and can be read back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from api.auth import Signed
+from api.deps import After, Use
+from api.downloads import attachment
+from api.routes import SIGNED, binary, errors
+from api.schemas.files import DataReport, FileDeleted, FileObject, file_object
+from api.schemas.pages import ListPage, page_of
+from api.uploads import receive_upload
+from catalog import data_reports, files
+
+router = APIRouter(prefix="/v1/files", tags=["files"], responses=SIGNED)
+
+UPLOAD_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "purpose": {"type": "string", "enum": ["fine-tune"]},
+                        "file": {"type": "string", "format": "binary", "description": "Chat JSONL, in UTF-8."},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", operation_id="upload_file", responses=errors(413, 507), openapi_extra=UPLOAD_FORM)
+async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
+    """Upload a data set. A wrong line is refused with its number; then nothing is kept."""
+    folder = use.settings.data_dir / "spool"
+    async with receive_upload(request, folder=folder, max_bytes=use.settings.max_file_bytes) as upload:
+        row = await run_in_threadpool(
+            files.create,
+            use.db,
+            use.store,
+            project_id=caller.project_id,
+            purpose=upload.purpose,
+            filename=upload.filename,
+            spooled=upload.path,
+            num_bytes=upload.num_bytes,
+            digest=upload.digest,
+            settings=use.settings,
+        )
+    return file_object(row)
+
+
+@router.get("", operation_id="list_files")
+def list_files(
+    use: Use,
+    caller: Signed,
+    *,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+) -> ListPage[FileObject]:
+    """The project's files, newest first."""
+    page = files.list_page(use.db, project_id=caller.project_id, after=after, limit=limit, order=order, purpose=purpose)
+    return page_of([file_object(row) for row in page.items], has_more=page.has_more)
+
+
+@router.get("/{file_id}", operation_id="get_file", responses=errors(404))
+def get_file(file_id: str, use: Use, caller: Signed) -> FileObject:
+    return file_object(files.get(use.db, project_id=caller.project_id, file_id=file_id))
+
+
+@router.delete("/{file_id}", operation_id="delete_file", responses=errors(404, 409))
+def delete_file(file_id: str, use: Use, caller: Signed) -> FileDeleted:
+    """Refused while an unfinished job uses it."""
+    files.delete(use.db, project_id=caller.project_id, file_id=file_id)
+    return FileDeleted(id=file_id)
+
+
+@router.get(
+    "/{file_id}/content",
+    operation_id="get_file_content",
+    response_class=StreamingResponse,
+    responses={**binary("application/octet-stream", "The bytes, as an attachment."), **errors(404)},
+)
+def get_file_content(file_id: str, use: Use, caller: Signed) -> StreamingResponse:
+    """The bytes, as they were uploaded."""
+    row = files.get(use.db, project_id=caller.project_id, file_id=file_id)
+    chunks = files.open_content(use.db, use.store, project_id=caller.project_id, file_id=file_id)
+    return attachment(chunks, filename=row.filename, num_bytes=row.num_bytes, digest=row.digest)
+
+
+@router.get("/{file_id}/report", operation_id="get_file_report", responses=errors(404))
+def get_file_report(
+    file_id: str, use: Use, caller: Signed, model: Annotated[str, Query(max_length=256, description="A base model.")]
+) -> DataReport:
+    """What preparation found in the file, by the tokenizer of `model`; null until a job on it was prepared."""
+    report = data_reports.of_file(use.db, project_id=caller.project_id, file_id=file_id, model=model)
+    return DataReport(file=file_id, model=model, report=report)

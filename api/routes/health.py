@@ -1,0 +1,98 @@
+"""Is it alive, is it ready, and its numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request, Response, Security
+from fastapi.security import HTTPAuthorizationCredentials
+from pydantic import BaseModel
+
+from api.auth import bearer, require_operator
+from api.deps import Services, Use
+from api.hosts import host_name, is_loopback
+from api.routes import errors
+from catalog import fleet, keys
+from catalog.db import read_clock
+from catalog.errors import LorryError, Unauthorized
+
+router = APIRouter(tags=["health"])
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+TEXT_FORMAT = "text/plain; version=1.0.0; charset=utf-8"
+
+
+class Alive(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """`status` is ok when everything needed answers."""
+
+    status: Literal["ok", "unavailable"]
+    database: Literal["ok", "unavailable"]
+    store: Literal["ok", "unavailable"]
+
+
+@router.get("/healthz", operation_id="get_health")
+async def get_health() -> Alive:
+    """The process answers."""
+    return Alive()
+
+
+@router.get("/readyz", operation_id="get_readiness", responses={503: {"model": Ready, "description": "Not ready."}})
+def get_readiness(use: Use, response: Response) -> Ready:
+    """The database and the store answer."""
+    database, store = _database_answers(use), _store_answers(use)
+    if not (database and store):
+        response.status_code = 503
+        response.headers["retry-after"] = "5"
+    return Ready(status=_word(database and store), database=_word(database), store=_word(store))
+
+
+@router.get(
+    "/metrics",
+    operation_id="get_prometheus_metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."}, **errors(401, 403)},
+)
+def get_prometheus_metrics(
+    request: Request, use: Use, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+) -> Response:
+    """For this machine itself, or with an operator's key."""
+    if credentials is not None:
+        require_operator(keys.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper))
+    elif not _is_from_this_machine(request):
+        raise Unauthorized(
+            "Numbers are shown to this machine itself only.",
+            code="missing_api_key",
+            remedy="Send an operator's key as Authorization: Bearer ….",
+        )
+    return Response(use.telemetry.expose(fleet.count(use.db)), media_type=TEXT_FORMAT)
+
+
+def _is_from_this_machine(request: Request) -> bool:
+    """A proxy on this machine passes strangers on: whoever names one in its headers is not local."""
+    peer = request.client.host if request.client else ""
+    if any(name in request.headers for name in FORWARDED):
+        return False
+    return is_loopback(peer) and is_loopback(host_name(request.headers.get("host", "")))
+
+
+def _database_answers(use: Services) -> bool:
+    try:
+        with use.db.read() as session:
+            return read_clock(session) > 0
+    except LorryError:
+        return False
+
+
+def _store_answers(use: Services) -> bool:
+    try:
+        use.store.check_reachable()
+    except LorryError:
+        return False
+    return True
+
+
+def _word(answers: bool) -> Literal["ok", "unavailable"]:
+    return "ok" if answers else "unavailable"

@@ -1,0 +1,128 @@
+"""What a job leaves behind, and its live stream."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Query
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from api.auth import Signed
+from api.deps import After, Limit, Use
+from api.job_stream import JobWatch
+from api.routes import SIGNED, errors
+from api.schemas.job_history import (
+    EVENT_PREFIX,
+    AttemptObject,
+    FineTuningJobCheckpoint,
+    FineTuningJobEvent,
+    JobDataReport,
+    MetricPoint,
+    WhyObject,
+    attempt_object,
+    checkpoint_object,
+    event_object,
+    metric_point,
+)
+from api.schemas.pages import ListPage, page_of
+from api.sse import event_stream, last_event_id
+from catalog import adapters, data_reports, jobs
+from catalog.errors import InvalidRequest
+
+router = APIRouter(
+    prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"], responses={**SIGNED, **errors(404)}
+)
+
+
+@router.get("/events", operation_id="list_job_events")
+def list_job_events(
+    job_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 20
+) -> ListPage[FineTuningJobEvent]:
+    """Newest first."""
+    page = jobs.events_page(use.db, project_id=caller.project_id, job_id=job_id, after=event_seq(after), limit=limit)
+    return page_of([event_object(row) for row in page.items], has_more=page.has_more)
+
+
+@router.get("/checkpoints", operation_id="list_job_checkpoints")
+def list_job_checkpoints(
+    job_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 10
+) -> ListPage[FineTuningJobCheckpoint]:
+    """Newest first, those whose files are no longer kept too."""
+    job = jobs.get(use.db, project_id=caller.project_id, job_id=job_id)
+    page = jobs.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
+    names = [adapters.checkpoint_name(job, row, project_name=caller.project_name) for row in page.items]
+    shown = [checkpoint_object(row, name=name) for row, name in zip(page.items, names, strict=True)]
+    return page_of(shown, has_more=page.has_more)
+
+
+@router.get("/metrics", operation_id="get_job_metrics")
+def get_job_metrics(
+    job_id: str,
+    use: Use,
+    caller: Signed,
+    kind: Literal["train", "valid"] = "train",
+    max_points: Annotated[int, Query(ge=4, le=10_000, description="Thinned to so many, peaks kept.")] = 2000,
+) -> ListPage[MetricPoint]:
+    """One curve, by step."""
+    rows = jobs.metrics(use.db, project_id=caller.project_id, job_id=job_id, kind=kind, max_points=max_points)
+    return ListPage[MetricPoint](data=[metric_point(row) for row in rows])
+
+
+@router.get("/why", operation_id="explain_job")
+def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
+    """Why the job is where it is, and what it waits for."""
+    return WhyObject.model_validate(jobs.explain(use.db, project_id=caller.project_id, job_id=job_id))
+
+
+@router.get("/data_report", operation_id="get_job_data_report")
+def get_job_data_report(job_id: str, use: Use, caller: Signed) -> JobDataReport:
+    """Rows, tokens, what was cut and what was left out, of both files."""
+    reports = data_reports.of_job(use.db, project_id=caller.project_id, job_id=job_id)
+    return JobDataReport(job_id=job_id, training=reports.training, validation=reports.validation)
+
+
+@router.get("/attempts", operation_id="list_job_attempts")
+def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[AttemptObject]:
+    """Every claim of the job by a worker, the first first."""
+    rows = jobs.attempts(use.db, project_id=caller.project_id, job_id=job_id)
+    beside = jobs.packmates(use.db, project_id=caller.project_id, job_id=job_id)
+    shown = [attempt_object(row, packmates=beside.get(row.claim_id, [])) for row in rows]
+    return ListPage[AttemptObject](data=shown)
+
+
+@router.get(
+    "/stream",
+    operation_id="stream_job",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"text/event-stream": {}}, "description": "Messages named job, event and metric."},
+        204: {"description": "The job is final, and everything was seen: don't come back."},
+    },
+)
+async def stream_job(
+    job_id: str, use: Use, caller: Signed, last_seen: Annotated[str | None, Header(alias="last-event-id")] = None
+) -> Response:
+    """Live. Events since Last-Event-ID (or from the first), points of the curves from now on, and the job whenever
+    it changes. Ends after the job's final state; a client that comes back then gets 204."""
+    seen = last_event_id(last_seen)
+    watch = await run_in_threadpool(JobWatch.start, use.db, project_id=caller.project_id, job_id=job_id, last_seen=seen)
+    first = await run_in_threadpool(watch.look)
+    if seen is not None and first.is_last and not watch.told_events:
+        return Response(status_code=204)
+    return event_stream(use.feed.stream(first, watch.look))
+
+
+def event_seq(after: str | None) -> int | None:
+    """The number in an event's id."""
+    if after is None:
+        return None
+    number = after.removeprefix(EVENT_PREFIX)
+    if not (number.isascii() and number.isdecimal() and len(number) < 19):
+        raise InvalidRequest(
+            "'after' is not the id of an event.",
+            code="unknown_cursor",
+            remedy=f"Use the id of the last event of the page before, such as {EVENT_PREFIX}417.",
+            param="after",
+        )
+    return int(number)

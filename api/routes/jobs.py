@@ -1,0 +1,129 @@
+"""/v1/fine_tuning/jobs: create, look, and steer. What a job leaves behind is in job_history."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Header, Request
+from fastapi.openapi.models import Example
+from starlette.datastructures import QueryParams
+
+from api.auth import Signed
+from api.deps import After, Limit, Services, Use
+from api.routes import SIGNED, errors
+from api.schemas.jobs import FineTuningJob, job_object
+from api.schemas.pages import ListPage, page_of
+from catalog import adapters, jobs
+from catalog.errors import InvalidRequest
+from catalog.spec import JobRequest
+from catalog.tables import Job
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
+
+REQUEST_EXAMPLES: dict[str, Example] = {
+    "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
+    "more": {
+        "value": {
+            "model": "smollm2-135m",
+            "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+            "suffix": "docs",
+            "seed": 42,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+            "lora": {"rank": 32},
+        }
+    },
+}
+
+
+@router.post("", operation_id="create_job", responses=errors(404, 409, 413))
+def create_job(
+    body: Annotated[JobRequest, Body(openapi_examples=REQUEST_EXAMPLES)],
+    use: Use,
+    caller: Signed,
+    idempotency_key: Annotated[
+        str | None, Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One per job: again is the same job.")
+    ] = None,
+    x_stainless_retry_count: Annotated[int, Header(ge=0, include_in_schema=False)] = 0,
+) -> FineTuningJob:
+    """Queue a job. It is validated and trained by a worker; follow its events, or its stream."""
+    job = jobs.create(
+        use.db,
+        caller=caller,
+        request=body,
+        idempotency_key=idempotency_key,
+        body_digest=body_digest(body),
+        is_client_retry=x_stainless_retry_count > 0,
+    )
+    use.doorbell.ring()
+    return _shown(use, job)
+
+
+@router.get("", operation_id="list_jobs")
+def list_jobs(
+    request: Request, use: Use, caller: Signed, after: After = None, limit: Limit = 20
+) -> ListPage[FineTuningJob]:
+    """The project's jobs, newest first. `metadata[k]=v` chooses by label; `metadata=null` those without any."""
+    page = jobs.list_page(
+        use.db,
+        project_id=caller.project_id,
+        after=after,
+        limit=limit,
+        metadata=metadata_filter(request.query_params),
+    )
+    adapter_ids = adapters.ids_by_job(use.db, [row.id for row in page.items if row.adapter_name])
+    shown = [job_object(row, adapter_id=adapter_ids.get(row.id)) for row in page.items]
+    return page_of(shown, has_more=page.has_more)
+
+
+@router.get("/{job_id}", operation_id="get_job", responses=errors(404))
+def get_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+    return _shown(use, jobs.get(use.db, project_id=caller.project_id, job_id=job_id))
+
+
+@router.post("/{job_id}/cancel", operation_id="cancel_job", responses=errors(404, 409))
+def cancel_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+    """At once where it waits; a running job is marked, and its worker obeys within seconds."""
+    return _shown(use, jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id))
+
+
+@router.post("/{job_id}/pause", operation_id="pause_job", responses=errors(404, 409))
+def pause_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+    """Stop, with a checkpoint to go on from."""
+    return _shown(use, jobs.pause(use.db, project_id=caller.project_id, job_id=job_id))
+
+
+@router.post("/{job_id}/resume", operation_id="resume_job", responses=errors(404, 409))
+def resume_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+    """Go on from the last checkpoint: the adapter will be the one that an unbroken job would have given."""
+    job = jobs.resume(use.db, project_id=caller.project_id, job_id=job_id)
+    use.doorbell.ring()
+    return _shown(use, job)
+
+
+def body_digest(request: JobRequest) -> str:
+    """Equal for equal requests, however their JSON was written."""
+    given = request.model_dump(mode="json", exclude_unset=True)
+    return hashlib.sha256(json.dumps(given, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def metadata_filter(query: QueryParams) -> dict[str, str] | None:
+    """`metadata[k]=v` as pairs; {} for `metadata=null`; None where no filter is given."""
+    pairs = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[") and key.endswith("]")}
+    plain = query.get("metadata")
+    if plain is None:
+        return pairs or None
+    if plain != "null" or pairs:
+        raise InvalidRequest(
+            "The filter by metadata can't be read.",
+            code="invalid_value",
+            remedy="Write metadata[KEY]=VALUE for each pair, or metadata=null alone.",
+            param="metadata",
+        )
+    return {}
+
+
+def _shown(use: Services, job: Job) -> FineTuningJob:
+    adapter_ids = adapters.ids_by_job(use.db, [job.id] if job.adapter_name else [])
+    return job_object(job, adapter_id=adapter_ids.get(job.id))

@@ -1,0 +1,79 @@
+"""/v1/models: bases, adapters and checkpoints by name."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.auth import Operator, Signed
+from api.deps import Services, Use
+from api.routes import SIGNED, errors
+from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
+from api.schemas.pages import ListPage, page_of
+from catalog import adapters, bases
+from catalog.adapters import CheckpointView
+from catalog.errors import Forbidden, NotFound
+from catalog.keys import Caller
+from catalog.tables import BaseModelRow
+
+router = APIRouter(prefix="/v1/models", tags=["models"], responses=SIGNED)
+
+
+@router.get("", operation_id="list_models")
+def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
+    """Every base model (see its `state`), then the project's adapters and the checkpoints that are kept."""
+    shown = [_base(use, caller, row) for row in bases.list_all(use.db)]
+    shown += [adapter_model(row) for row in adapters.list_all(use.db, project_id=caller.project_id)]
+    shown += [_checkpoint(caller, view) for view in adapters.kept_checkpoints(use.db, project_id=caller.project_id)]
+    return page_of(shown)
+
+
+@router.post("", operation_id="add_model", responses=errors(403, 409))
+def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
+    """Name a base model; a worker imports it. The same again is no error, and tries a failed import once more."""
+    row = bases.add(use.db, name=body.name, kind=body.kind, source=body.source, revision=body.revision)
+    use.doorbell.ring()
+    return _base(use, caller, row)
+
+
+@router.get("/{model}", operation_id="get_model", responses=errors(404))
+def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
+    """By name: a base's, an adapter's or a checkpoint's."""
+    if not model.startswith("ft:"):
+        return _base(use, caller, bases.get(use.db, model))
+    if ":ckpt-step-" in model:
+        views = adapters.kept_checkpoints(use.db, project_id=caller.project_id)
+        found = [shown for shown in (_checkpoint(caller, view) for view in views) if shown.id == model]
+        if not found:
+            raise NotFound("model", model, param="model")
+        return found[0]
+    return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model).adapter)
+
+
+@router.delete("/{model}", operation_id="delete_model", responses=errors(403, 404))
+def delete_model(model: str, use: Use, caller: Signed) -> ModelDeleted:
+    """An adapter, by its name."""
+    if not model.startswith("ft:") or ":ckpt-step-" in model:
+        raise Forbidden(
+            "Only an adapter can be deleted here.",
+            code="not_deletable",
+            remedy="Give the name of an adapter, which begins with ft: and names no checkpoint.",
+        )
+    adapters.delete(use.db, project_id=caller.project_id, name=model)
+    return ModelDeleted(id=model)
+
+
+def _base(use: Services, caller: Caller, row: BaseModelRow) -> ModelObject:
+    folder = use.settings.bases_dir() / row.digest if row.digest else None
+    local_path = str(folder) if folder is not None and folder.is_dir() else None
+    return base_object(row, local_path=local_path, shows_paths=caller.is_operator)
+
+
+def _checkpoint(caller: Caller, view: CheckpointView) -> ModelObject:
+    return ModelObject(
+        id=adapters.checkpoint_name(view.job, view.checkpoint, project_name=caller.project_name),
+        created=int(view.checkpoint.created_at),
+        owned_by=view.job.project_id,
+        kind="checkpoint",
+        base=view.job.base_model,
+        digest=view.checkpoint.artifact,
+    )

@@ -1,0 +1,127 @@
+"""Trained adapters: what they are, their files, and where they come from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.tables import Adapter, Artifact
+
+
+class VerificationObject(BaseModel):
+    """How far PEFT's logits on the base were from what training saw, when the adapter was exported."""
+
+    model_config = ConfigDict(extra="allow")
+    passed: bool | None = None
+    max_abs_diff: float | None = None
+    tolerance: float | None = None
+
+
+class EvaluationObject(BaseModel):
+    """Mean loss per supervised token of the validation file."""
+
+    model_config = ConfigDict(extra="allow")
+    base_loss: float | None = None
+    loss: float | None = None
+    base_perplexity: float | None = None
+    perplexity: float | None = None
+
+
+class AdapterObject(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "adapter-0a1b2c3d4e5f60718293a4b5",
+                "object": "adapter",
+                "name": "ft:smollm2-135m:default:docs:1c0ffee0",
+                "created_at": 1790000200,
+                "job_id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+                "base_model": "smollm2-135m",
+                "rank": 16,
+                "bytes": 9776128,
+                "num_parameters": 4884480,
+                "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
+                "evaluation": {"base_loss": 2.91, "loss": 1.87, "base_perplexity": 18.4, "perplexity": 6.5},
+            }
+        }
+    )
+    id: str
+    object: Literal["adapter"] = "adapter"
+    name: str
+    created_at: int
+    job_id: str
+    base_model: str
+    base_digest: str
+    artifact: str = Field(description="Digest of its manifest.")
+    bytes: int
+    num_parameters: int
+    rank: int | None
+    lineage_id: str
+    verification: VerificationObject
+    evaluation: EvaluationObject | None
+
+
+class ArtifactFile(BaseModel):
+    path: str
+    digest: str = Field(description="sha256 of the bytes.")
+    num_bytes: int
+
+
+class ArtifactFiles(BaseModel):
+    """The manifest. Its canonical JSON (RFC 8785) of `files` and `kind` has the digest `artifact`."""
+
+    object: Literal["list"] = "list"
+    artifact: str
+    kind: str
+    data: list[ArtifactFile]
+    has_more: bool = False
+
+
+class LineageObject(BaseModel):
+    """`lineage_id` is the sha256 of the RFC 8785 form of `lineage`."""
+
+    object: Literal["adapter.lineage"] = "adapter.lineage"
+    adapter_id: str
+    lineage_id: str
+    lineage: dict[str, Any]
+
+
+class AdapterVerification(BaseModel):
+    """What reading every stored byte again, and checking it against the record, has found."""
+
+    object: Literal["adapter.verification"] = "adapter.verification"
+    adapter_id: str
+    passed: bool
+    problems: list[str]
+    verification: VerificationObject
+
+
+class AdapterDeleted(BaseModel):
+    id: str
+    object: Literal["adapter"] = "adapter"
+    deleted: bool = True
+
+
+def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> AdapterObject:
+    return AdapterObject.model_validate(
+        {
+            "id": row.id,
+            "name": row.name,
+            "created_at": int(row.created_at),
+            "job_id": row.job_id,
+            "base_model": row.base_model,
+            "base_digest": row.base_digest,
+            "artifact": row.artifact,
+            "bytes": num_bytes,
+            "num_parameters": row.num_parameters,
+            "rank": rank,
+            "lineage_id": row.lineage_id,
+            "verification": row.verification,
+            "evaluation": row.evaluation,
+        }
+    )
+
+
+def files_object(row: Artifact) -> ArtifactFiles:
+    return ArtifactFiles.model_validate({"artifact": row.digest, "kind": row.kind, "data": row.files})

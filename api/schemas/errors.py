@@ -1,0 +1,30 @@
+"""The one shape of every refusal, as the openai client reads it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ErrorBody(BaseModel):
+    message: str = Field(description="What is wrong, and what to do about it.")
+    type: str = Field(description="Class of the error, such as invalid_request_error.")
+    param: str | None = Field(description="The field that is at fault, as a dotted path.")
+    code: str | None = Field(description="The error's name, to program against.")
+
+
+class ErrorResponse(BaseModel):
+    """Every answer with a status of 400 or more."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "error": {
+                    "message": "'lora.rank' must be at least 1; it was 0. Correct it and send the request again.",
+                    "type": "invalid_request_error",
+                    "param": "lora.rank",
+                    "code": "invalid_value",
+                }
+            }
+        }
+    )
+    error: ErrorBody

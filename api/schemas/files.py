@@ -1,0 +1,72 @@
+"""Uploaded files."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.tables import File
+
+Purpose = Literal["fine-tune", "fine-tune-results"]
+
+
+class FileObject(BaseModel):
+    """A file whose structure was checked line by line when it came in."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+                "object": "file",
+                "bytes": 52133,
+                "created_at": 1790000000,
+                "filename": "train.jsonl",
+                "purpose": "fine-tune",
+                "status": "processed",
+                "expires_at": None,
+                "status_details": None,
+                "rows": 410,
+                "digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+            }
+        }
+    )
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"] = "processed"
+    expires_at: int | None = None
+    status_details: str | None = None
+    rows: int | None = Field(description="Lines of a data set.")
+    digest: str = Field(description="sha256 of the content.")
+
+
+class FileDeleted(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+class DataReport(BaseModel):
+    """What preparation found in a file: rows, tokens, what was cut and what was left out."""
+
+    model_config = ConfigDict(extra="allow")
+    object: Literal["data_report"] = "data_report"
+    file: str = Field(description="Id of the file.")
+    model: str = Field(description="Base model whose tokenizer and template were used.")
+    report: dict[str, Any] | None = Field(description="Null until a worker has prepared the file.")
+
+
+def file_object(row: File) -> FileObject:
+    return FileObject(
+        id=row.id,
+        bytes=row.num_bytes,
+        created_at=int(row.created_at),
+        filename=row.filename,
+        purpose=row.purpose,
+        rows=row.num_rows,
+        digest=row.digest,
+    )

@@ -1,0 +1,182 @@
+"""What a job leaves behind: events, checkpoints, points of its curves, attempts, and why it waits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.tables import Attempt, Checkpoint, JobEvent, Metric
+
+EVENT_PREFIX = "ftevent-"
+
+
+class FineTuningJobEvent(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "ftevent-417",
+                "object": "fine_tuning.job.event",
+                "created_at": 1790000003,
+                "level": "info",
+                "message": "Files validated: 410 rows, 27114 tokens.",
+                "type": "message",
+                "data": None,
+            }
+        }
+    )
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class CheckpointMetrics(BaseModel):
+    """As they were at the step; what was not measured is null."""
+
+    step: float | None = None
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class FineTuningJobCheckpoint(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "ftckpt-0a1b2c3d4e5f60718293a4b5",
+                "object": "fine_tuning.job.checkpoint",
+                "created_at": 1790000090,
+                "fine_tuned_model_checkpoint": "ft:smollm2-135m:default:docs:1c0ffee0:ckpt-step-50",
+                "fine_tuning_job_id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+                "step_number": 50,
+                "metrics": {"step": 50, "train_loss": 1.71},
+                "available": True,
+            }
+        }
+    )
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: CheckpointMetrics
+    available: bool = Field(description="Its files are still kept; the newest two are.")
+
+
+class MetricPoint(BaseModel):
+    """One point of a curve. A step that is trained again after a resume replaces its point."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"kind": "train", "step": 12, "loss": 1.83}})
+    object: Literal["fine_tuning.job.metric"] = "fine_tuning.job.metric"
+    kind: Literal["train", "valid"]
+    step: int
+    created_at: int
+    loss: float | None = Field(description="Mean over supervised tokens; null where it was not finite.")
+    token_accuracy: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    num_tokens: int | None
+
+
+class AttemptObject(BaseModel):
+    """One claim of the job by one worker."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"number": 1, "worker_id": "host-1", "trainer_id": "trainer-9", "packmates": ["ftjob-2"]}
+        }
+    )
+    object: Literal["fine_tuning.job.attempt"] = "fine_tuning.job.attempt"
+    number: int
+    claim_id: str
+    worker_id: str
+    trainer_id: str | None
+    started_at: int
+    ended_at: int | None
+    reason: str | None
+    detail: str | None
+    resumed_from_step: int | None
+    packmates: list[str] = Field(description="Jobs that trained in the same trainer at some time.")
+    why: dict[str, Any] | None = Field(description="What the decision to run it was made from.")
+
+
+class WhyObject(BaseModel):
+    """Why the job is where it is, and what it waits for."""
+
+    model_config = ConfigDict(extra="allow")
+    object: Literal["fine_tuning.job.why"] = "fine_tuning.job.why"
+    job_id: str
+
+
+class JobDataReport(BaseModel):
+    """What preparation found in the job's files; null for a file that is not there or not prepared yet."""
+
+    object: Literal["fine_tuning.job.data_report"] = "fine_tuning.job.data_report"
+    job_id: str
+    training: dict[str, Any] | None
+    validation: dict[str, Any] | None
+
+
+def event_object(row: JobEvent) -> FineTuningJobEvent:
+    return FineTuningJobEvent.model_validate(
+        {
+            "id": f"{EVENT_PREFIX}{row.seq}",
+            "created_at": int(row.created_at),
+            "level": row.level,
+            "message": row.message,
+            "type": "metrics" if row.type == "metrics" else "message",
+            "data": row.data,
+        }
+    )
+
+
+def checkpoint_object(row: Checkpoint, *, name: str) -> FineTuningJobCheckpoint:
+    return FineTuningJobCheckpoint(
+        id=row.id,
+        created_at=int(row.created_at),
+        fine_tuned_model_checkpoint=name,
+        fine_tuning_job_id=row.job_id,
+        step_number=row.step,
+        metrics=CheckpointMetrics.model_validate({"step": row.step, **(row.metrics or {})}),
+        available=row.artifact is not None,
+    )
+
+
+def metric_point(row: Metric) -> MetricPoint:
+    return MetricPoint.model_validate(
+        {
+            "kind": row.kind,
+            "step": row.step,
+            "created_at": int(row.created_at),
+            "loss": row.loss if math.isfinite(row.loss) else None,
+            "token_accuracy": row.token_accuracy,
+            "learning_rate": row.learning_rate,
+            "grad_norm": row.grad_norm,
+            "num_tokens": row.num_tokens,
+        }
+    )
+
+
+def attempt_object(row: Attempt, *, packmates: list[str]) -> AttemptObject:
+    return AttemptObject(
+        number=row.number,
+        claim_id=row.claim_id,
+        worker_id=row.worker_id,
+        trainer_id=row.trainer_id,
+        started_at=int(row.started_at),
+        ended_at=None if row.ended_at is None else int(row.ended_at),
+        reason=row.reason,
+        detail=row.detail,
+        resumed_from_step=row.resumed_from_step,
+        packmates=packmates,
+        why=row.why,
+    )

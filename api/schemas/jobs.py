@@ -1,0 +1,221 @@
+"""Fine-tuning jobs: every field of OpenAI's job, then Lorry's."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.spec import JobSpec, PriorityClass
+from catalog.tables import Job
+
+JOB_EXAMPLE: dict[str, Any] = {
+    "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+    "object": "fine_tuning.job",
+    "created_at": 1790000000,
+    "finished_at": None,
+    "estimated_finish": 1790000160,
+    "status": "running",
+    "model": "smollm2-135m",
+    "fine_tuned_model": None,
+    "organization_id": "proj-5e1f0a",
+    "result_files": [],
+    "seed": 42,
+    "trained_tokens": None,
+    "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "validation_file": None,
+    "hyperparameters": {"batch_size": 4, "learning_rate_multiplier": 1.0, "n_epochs": 3},
+    "error": None,
+    "integrations": [],
+    "metadata": {"team": "search"},
+    "priority": "normal",
+    "attempt": 1,
+    "progress": {"step": 12, "num_steps": 60, "loss": 1.83, "tokens_per_second": 480.0, "seconds_left": 160.0},
+}
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    model_config = ConfigDict(extra="allow")
+    code: str
+    message: str
+    param: str | None = None
+
+
+class ResolvedHyperparameters(BaseModel):
+    """OpenAI's three numbers, with every `auto` resolved."""
+
+    batch_size: int
+    learning_rate_multiplier: float
+    n_epochs: int
+
+
+class SupervisedObject(BaseModel):
+    hyperparameters: ResolvedHyperparameters
+
+
+class MethodObject(BaseModel):
+    type: Literal["supervised"] = "supervised"
+    supervised: SupervisedObject
+
+
+class LoraObject(BaseModel):
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: str | list[str]
+    use_rslora: bool
+
+
+class OptimizerObject(BaseModel):
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+
+
+class ScheduleObject(BaseModel):
+    type: str
+    warmup_ratio: float
+
+
+class EvaluationObject(BaseModel):
+    every_steps: int | None = Field(description="Null: ten times over the job.")
+
+
+class Progress(BaseModel):
+    """How far the job is. Times are estimates."""
+
+    model_config = ConfigDict(extra="allow")
+    step: int = 0
+    num_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+
+
+class FineTuningJob(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": JOB_EXAMPLE})
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    estimated_finish: int | None
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    reason: str | None = Field(description="Why the last attempt ended.")
+    model: str
+    base_digest: str
+    fine_tuned_model: str | None
+    adapter_id: str | None
+    organization_id: str = Field(description="The project.")
+    result_files: list[str] = []
+    seed: int
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    hyperparameters: ResolvedHyperparameters
+    method: MethodObject
+    suffix: str | None
+    error: JobError | None
+    integrations: list[Any] = []
+    metadata: dict[str, str] | None
+    lora: LoraObject
+    optimizer: OptimizerObject
+    schedule: ScheduleObject
+    evaluation: EvaluationObject
+    precision: str
+    max_length: int
+    max_steps: int | None
+    checkpoint_every_steps: int
+    requested: dict[str, Any] = Field(description="The request as it came: what it left out is not there.")
+    priority: Literal["urgent", "normal", "batch"]
+    num_steps: int | None = Field(description="Known once the files are prepared.")
+    progress: Progress | None
+    attempt: int
+    trainer_id: str | None
+    worker_id: str | None
+    run_after: int | None = Field(description="A retry waits until then.")
+    cancel_requested: bool
+    pause_requested: bool
+
+
+def job_object(row: Job, *, adapter_id: str | None = None) -> FineTuningJob:
+    spec = JobSpec.model_validate(row.spec)
+    numbers = ResolvedHyperparameters(
+        batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
+    )
+    return FineTuningJob.model_validate(
+        {
+            **_identity(row),
+            **_run(row),
+            "adapter_id": adapter_id,
+            "seed": spec.seed,
+            "hyperparameters": numbers,
+            "method": MethodObject(supervised=SupervisedObject(hyperparameters=numbers)),
+            "lora": spec.lora.model_dump(),
+            "optimizer": spec.optimizer.model_dump(),
+            "schedule": spec.schedule.model_dump(),
+            "evaluation": {"every_steps": spec.evaluate_every_steps},
+            "precision": spec.precision,
+            "max_length": spec.max_length,
+            "max_steps": spec.max_steps,
+            "checkpoint_every_steps": spec.checkpoint_every_steps,
+        }
+    )
+
+
+def _identity(row: Job) -> dict[str, Any]:
+    """What was asked for, and by whom."""
+    return {
+        "id": row.id,
+        "created_at": int(row.created_at),
+        "model": row.base_model,
+        "base_digest": row.base_digest,
+        "organization_id": row.project_id,
+        "training_file": row.training_file,
+        "validation_file": row.validation_file,
+        "suffix": row.suffix,
+        "metadata": row.labels,
+        "requested": row.requested,
+        "priority": PriorityClass(row.priority).name,
+    }
+
+
+def _run(row: Job) -> dict[str, Any]:
+    """What has become of it."""
+    return {
+        "status": row.state,
+        "reason": row.reason,
+        "started_at": _seconds(row.started_at),
+        "finished_at": _seconds(row.finished_at),
+        "estimated_finish": _estimated_finish(row),
+        "fine_tuned_model": row.adapter_name,
+        "trained_tokens": row.trained_tokens,
+        "error": row.error,
+        "num_steps": row.num_steps,
+        "progress": row.progress,
+        "attempt": row.attempt,
+        "trainer_id": row.trainer_id,
+        "worker_id": row.worker_id,
+        "run_after": _seconds(row.run_after),
+        "cancel_requested": row.cancel_requested,
+        "pause_requested": row.pause_requested,
+    }
+
+
+def _estimated_finish(row: Job) -> int | None:
+    seconds_left = (row.progress or {}).get("seconds_left")
+    if row.state != "running" or not isinstance(seconds_left, int | float):
+        return None
+    return int(time.time() + seconds_left)
+
+
+def _seconds(value: float | None) -> int | None:
+    return None if value is None else int(value)

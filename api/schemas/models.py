@@ -1,0 +1,99 @@
+"""What can be named as a model: bases, adapters and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.tables import Adapter, BaseModelRow
+
+
+class AddModelRequest(BaseModel):
+    """A base model to import. The source is on the service's side."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"example": {"name": "smollm2-135m", "kind": "folder", "source": "/models/smollm2-135m"}},
+    )
+    name: str = Field(min_length=1, max_length=64, description="A label of letters, digits, '.', '_' and '-'.")
+    kind: Literal["hub", "folder", "gguf"]
+    source: str = Field(min_length=1, max_length=4096, description="Hub id, folder of safetensors, or GGUF file.")
+    revision: str | None = Field(default=None, max_length=255, description="Commit of a hub id.")
+
+
+class ModelError(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    code: str
+    message: str
+
+
+class ModelObject(BaseModel):
+    """OpenAI's four fields, then Lorry's."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "smollm2-135m",
+                "object": "model",
+                "created": 1790000000,
+                "owned_by": "lorry",
+                "kind": "base",
+                "state": "ready",
+                "base": None,
+                "digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+            }
+        }
+    )
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    kind: Literal["base", "adapter", "checkpoint"]
+    state: Literal["importing", "ready", "failed"] = "ready"
+    base: str | None = Field(default=None, description="The base model that an adapter belongs on.")
+    digest: str | None = Field(default=None, description="Digest of its manifest: equal digests are equal bytes.")
+    description: dict[str, Any] | None = Field(
+        default=None, description="A base's architecture, parameters and shapes."
+    )
+    source: str | None = Field(default=None, description="Where a base came from. A path is shown to operators only.")
+    revision: str | None = None
+    local_path: str | None = Field(
+        default=None, description="Folder of a base on the service's machine; for operators."
+    )
+    error: ModelError | None = Field(default=None, description="Why an import failed.")
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True
+
+
+def base_object(row: BaseModelRow, *, local_path: str | None, shows_paths: bool) -> ModelObject:
+    return ModelObject.model_validate(
+        {
+            "id": row.name,
+            "created": int(row.created_at),
+            "owned_by": "lorry",
+            "kind": "base",
+            "state": row.state,
+            "digest": row.digest,
+            "description": row.description,
+            "source": row.source if shows_paths or row.kind == "hub" else None,
+            "revision": row.revision,
+            "local_path": local_path if shows_paths else None,
+            "error": row.error,
+        }
+    )
+
+
+def adapter_model(row: Adapter) -> ModelObject:
+    return ModelObject(
+        id=row.name,
+        created=int(row.created_at),
+        owned_by=row.project_id,
+        kind="adapter",
+        base=row.base_model,
+        digest=row.artifact,
+    )

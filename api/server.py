@@ -1,0 +1,65 @@
+"""Listening: tells its address when it is ready, and ends in bounded time with streams open."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from api.app import create_app
+from api.deps import Services
+from api.settings import ApiSettings
+from catalog.settings import Settings
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which waits for connections to close before anybody tells the streams to end."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(json.dumps({"event": "ready", "url": address_of(host, port)}), flush=True)  # noqa: T201  (its output)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._services.feed.close()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings, *, host: str, port: int) -> int:
+    """Until SIGTERM or SIGINT. `port` 0: any that is free. Returns the exit status."""
+    own = ApiSettings()
+    app = create_app(settings, own, bound_host=host)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=own.shutdown_seconds,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has ended well
+        signal.signal(name, _ended)
+    Server(config, app.state.services).run()
+    return 0
+
+
+def address_of(host: str, port: int) -> str:
+    """The URL of a bound address; an address of every interface is told as this machine's own."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _ended(_number: int, _frame: FrameType | None) -> None:
+    sys.stderr.flush()

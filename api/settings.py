@@ -1,0 +1,28 @@
+"""What an operator may set of the HTTP face alone. Everything else is in catalog.settings."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class ApiSettings(BaseSettings):
+    """By environment, LORRY_…, read once at start."""
+
+    model_config = SettingsConfigDict(env_prefix="LORRY_", extra="ignore", frozen=True)
+
+    allowed_hosts: str = Field(
+        default="", description="Names, separated by commas, by which clients may address the api."
+    )
+    public_url: str | None = Field(
+        default=None, description="Address before a proxy, such as https://lorry.example.com."
+    )
+    max_body_bytes: int = Field(default=2**20, ge=1024, description="Largest body of a request that uploads no file.")
+    look_seconds: float = Field(default=0.75, gt=0, description="Between two looks at the database for live streams.")
+    stream_heartbeat_seconds: float = Field(default=15, gt=0, description="Between two comments on a silent stream.")
+    shutdown_seconds: int = Field(
+        default=10, ge=1, description="How long running requests may take to end at shutdown."
+    )
+
+    def named_hosts(self) -> list[str]:
+        return [name for name in (part.strip().lower() for part in self.allowed_hosts.split(",")) if name]

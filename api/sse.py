@@ -1,0 +1,27 @@
+"""Server-sent events: their form on the wire (WHATWG HTML, section 9.2), and the response that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from starlette.responses import StreamingResponse
+
+COMMENT = b": still here\n\n"
+
+
+def message(event: str, data: str, *, ident: int | None = None) -> bytes:
+    """`data` is JSON, which has no line breaks of its own."""
+    assert "\n" not in data
+    assert "\r" not in data
+    head = f"event: {event}\n" + ("" if ident is None else f"id: {ident}\n")
+    return f"{head}data: {data}\n\n".encode()
+
+
+def event_stream(body: AsyncIterator[bytes]) -> StreamingResponse:
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+
+
+def last_event_id(header: str | None) -> int | None:
+    """The sequence number that a client has seen last; anything else counts as none."""
+    return int(header) if header and header.isascii() and header.isdecimal() and len(header) < 19 else None

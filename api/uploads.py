@@ -1,0 +1,183 @@
+"""One uploaded file on its way in: parsed as it arrives, written to DATA/spool, counted and hashed on the way.
+
+Memory holds one chunk, whatever the size of the file. The spool file is gone when `receive_upload` ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+
+from api.upload_form import UploadForm
+from catalog.disk import full_disk_named
+from catalog.errors import InvalidRequest, TooLarge
+
+WRITE_BYTES = 2**18
+FORM_OVERHEAD_BYTES = 2**16
+"""What a form may hold beside the file: fields, part headers, boundaries."""
+DRAIN_BYTES = 2**26
+"""How much of a refused body is still read, so that the client gets to see the answer."""
+STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upload:
+    """A whole file in the spool folder, and what the form said about it."""
+
+    purpose: str
+    filename: str
+    path: Path
+    num_bytes: int
+    digest: str
+
+
+class Spool:
+    """A file of the spool folder that grows to `max_bytes` at most; removed at the end of the block."""
+
+    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+        self.path = folder / f"upload-{secrets.token_hex(12)}"
+        self.num_bytes = 0
+        self._max_bytes = max_bytes
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Spool:
+        with full_disk_named():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open_new(self.path)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Raises TooLarge, or OutOfSpace where the disk is full."""
+        assert self._file is not None
+        if self.num_bytes + len(data) > self._max_bytes:
+            raise file_too_large(self._max_bytes)
+        with full_disk_named():
+            self._file.write(data)
+        self._hash.update(data)
+        self.num_bytes += len(data)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Unbuffered: a full disk shows at the write, not at the close."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
+
+
+@asynccontextmanager
+async def receive_upload(request: Request, *, folder: Path, max_bytes: int) -> AsyncGenerator[Upload]:
+    """The upload in `request`; its spool file lives as long as the block.
+
+    Raises InvalidRequest, TooLarge or OutOfSpace, and has then read enough of the body for the client to listen.
+    """
+    boundary = _boundary(request)
+    _check_declared_size(request, max_bytes)
+    body = request.stream()
+    with Spool(folder, max_bytes=max_bytes) as spool:
+        try:
+            form = await _parse(body, boundary, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
+        except (InvalidRequest, TooLarge):
+            await _drain(body)
+            raise
+        yield Upload(
+            purpose=form.purpose(),
+            filename=form.filename(),
+            path=spool.path,
+            num_bytes=spool.num_bytes,
+            digest=spool.digest,
+        )
+
+
+def remove_stale(folder: Path) -> None:
+    """Spool files that a killed process left behind."""
+    for path in folder.glob("upload-*") if folder.is_dir() else ():
+        if path.stat().st_mtime < time.time() - STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def file_too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(
+        f"The file is larger than {max_bytes} bytes.",
+        code="file_too_large",
+        remedy="Split it into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+        param="file",
+    )
+
+
+async def _parse(body: AsyncIterator[bytes], boundary: bytes, spool: Spool, *, max_body_bytes: int) -> UploadForm:
+    form = UploadForm()
+    try:
+        parser = MultipartParser(boundary, form.callbacks())
+        total = 0
+        async for chunk in body:
+            total += len(chunk)
+            if total > max_body_bytes:
+                raise file_too_large(max_body_bytes - FORM_OVERHEAD_BYTES)
+            parser.write(chunk)
+            if len(form.pending) >= WRITE_BYTES:
+                await run_in_threadpool(spool.write, form.take())
+        parser.finalize()
+    except FormParserError as error:
+        raise _not_a_form("The multipart form is cut off or malformed.") from error
+    except ClientDisconnect as error:
+        raise _not_a_form("The connection ended before the whole file was there.") from error
+    if form.pending:
+        await run_in_threadpool(spool.write, form.take())
+    form.check_complete()
+    return form
+
+
+async def _drain(body: AsyncIterator[bytes]) -> None:
+    """A client that is still sending when the connection closes would see a reset and not the reason."""
+    left = DRAIN_BYTES
+    try:
+        async for chunk in body:
+            left -= len(chunk)
+            if left <= 0:
+                return
+    except (ClientDisconnect, RuntimeError):  # it is gone, or was read to its end before
+        return
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
+        raise _not_a_form("A file is uploaded as multipart/form-data.")
+    return boundary
+
+
+def _check_declared_size(request: Request, max_bytes: int) -> None:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes + FORM_OVERHEAD_BYTES:
+        raise file_too_large(max_bytes)
+
+
+def _not_a_form(message: str) -> InvalidRequest:
+    return InvalidRequest(
+        message,
+        code="invalid_multipart",
+        remedy="Send a form with the fields 'purpose' and 'file', as the openai client's files.create does.",
+        param="file",
+    )

@@ -1,0 +1,200 @@
+"""What pydantic found wrong with a request, as one sentence a person can act on.
+
+`loc` becomes a dotted path ("lora.rank"); branches of a union become "a whole number or 'auto'"; a name
+that is not known gets the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel
+
+from catalog.errors import InvalidRequest
+
+MAX_LISTED = 5
+SECRET_FIELDS = frozenset({"api_key", "token", "secret"})
+Problem = dict[str, Any]
+Location = tuple[int | str, ...]
+
+_LABEL = (
+    "a label: letters, digits, '.', '_' and '-', at most 64 of them, the first a letter or a digit; "
+    "no slash, no space, no control character"
+)
+_PATTERNS = {r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": _LABEL, r"^[A-Za-z0-9][\w.-]{0,63}$": _LABEL}
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "string_unicode": "a text of valid Unicode",
+    "dict_type": "an object",
+    "mapping_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "list_type": "a list",
+}
+_BOUNDS = {
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+    "too_long": "at most {max_length} items long",
+    "too_short": "at least {min_length} items long",
+    "literal_error": "{expected}",
+}
+
+
+def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> InvalidRequest:
+    """One refusal for everything that was wrong; `param` and `code` are those of the first."""
+    model = _body_model(route)
+    grouped: dict[str, list[Problem]] = {}
+    for problem in problems:
+        grouped.setdefault(_path(problem, body), []).append(problem)
+    told = [_tell(path, group, model) for path, group in grouped.items()]
+    message = " ".join(sentence for sentence, _, _ in told[:MAX_LISTED])
+    if len(told) > MAX_LISTED:
+        message += f" And {len(told) - MAX_LISTED} more."
+    first_path = next(iter(grouped))
+    return InvalidRequest(message, code=told[0][2], param=first_path or None, remedy=told[0][1])
+
+
+def _path(problem: Problem, body: Any) -> str:
+    """The dotted path of the field, without the names that pydantic gives to branches of a union."""
+    where, *rest = cast(Location, problem["loc"]) or ("",)
+    if problem["type"] == "json_invalid":
+        return ""
+    if where != "body":
+        return ".".join(str(part) for part in rest)
+    absent = problem["type"] == "missing"
+    steps = rest[:-1] if absent and rest else rest
+    found: list[str] = []
+    for step in steps:
+        if _leads_on(body, step):
+            body = body[step]
+            found.append(str(step))
+    if absent and rest:
+        found.append(str(rest[-1]))
+    return ".".join(found)
+
+
+def _leads_on(body: Any, step: int | str) -> bool:
+    """Whether `step` is a field or an item; else it is pydantic's name for a branch of a union."""
+    if isinstance(body, list):
+        return isinstance(step, int) and step < len(cast(list[Any], body))
+    return isinstance(body, dict) and step in body
+
+
+def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tuple[str, str, str]:
+    """(sentence, remedy, code) for all that is wrong at one path."""
+    first = group[0]
+    kind = first["type"]
+    name = f"'{_ascii(path)}'" if path else "The body"
+    if kind == "missing":
+        what = name if path else "A JSON body"
+        return f"{what} is missing.", f"Add {name.lower() if not path else name} and send it again.", _code(kind)
+    if kind == "extra_forbidden":
+        return f"There is no field {name}.", _nearest(path, model), _code(kind)
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "it ends too early")
+        return (
+            f"The body is not JSON: {reason} at character {first['loc'][-1]}.",
+            "Send one JSON object, in UTF-8, with Content-Type: application/json.",
+            _code(kind),
+        )
+    sentence = f"{name} {_expectation(group)}{_it_was(path, first)}."
+    return sentence, "Correct it and send the request again.", _code(kind)
+
+
+def _code(kind: str) -> str:
+    names = {
+        "missing": "missing_required_parameter",
+        "extra_forbidden": "unknown_parameter",
+        "json_invalid": "invalid_json",
+    }
+    return names.get(kind, "invalid_value")
+
+
+def _expectation(group: list[Problem]) -> str:
+    for problem in group:
+        if problem["type"] == "value_error":
+            text = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
+            return text if text.startswith("must") else f"is refused: {text}"
+    phrases = dict.fromkeys(_phrase(problem) for problem in group)
+    return "must be " + " or ".join(phrases)
+
+
+def _phrase(problem: Problem) -> str:
+    kind = problem["type"]
+    context: dict[str, Any] = problem.get("ctx") or {}
+    if kind in _EXPECTED:
+        return _EXPECTED[kind]
+    if kind in _BOUNDS:
+        return _BOUNDS[kind].format(**context)
+    if kind == "string_pattern_mismatch":
+        return _PATTERNS.get(context["pattern"], f"a text of the form {context['pattern']}")
+    return f"valid ({problem['msg']})"
+
+
+def _it_was(path: str, problem: Problem) -> str:
+    """The refused value, if it is short and no secret."""
+    value = problem.get("input")
+    if path.rpartition(".")[2] in SECRET_FIELDS or not isinstance(value, str | int | float | bool | None):
+        return ""
+    shown = json.dumps(value)
+    return f"; it was {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def _nearest(path: str, model: type[BaseModel] | None) -> str:
+    """The field that was probably meant, wherever in the request it belongs."""
+    known = _all_paths(model) if model else []
+    if not known:
+        return "Leave it out."
+    parent, _, name = path.rpartition(".")
+    siblings = [item for item in known if item.rpartition(".")[0] == parent]
+    elsewhere = [item for item in known if item.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.7) or elsewhere[:1]
+    near = near or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    return f"Leave it out. Known here: {', '.join(item.rpartition('.')[2] for item in siblings)}."
+
+
+def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of a model's fields, outer ones first."""
+    paths: list[str] = []
+    inner: list[str] = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        for part in _models_in(field.annotation):
+            inner += _all_paths(part, f"{prefix}{name}.")
+    return paths + inner
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [model for part in get_args(annotation) for model in _models_in(part)]
+    return []
+
+
+def _body_model(route: Any) -> type[BaseModel] | None:
+    field = getattr(route, "body_field", None)
+    models = _models_in(getattr(getattr(field, "field_info", None), "annotation", None))
+    return models[0] if models else None
+
+
+def _ascii(text: str) -> str:
+    return json.dumps(text[:200])[1:-1]

@@ -1,0 +1,106 @@
+"""Trained adapters as people read them. `complete` in claims makes them; here they are found, listed and hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from catalog.db import Database, read_clock
+from catalog.errors import NotFound
+from catalog.pages import Page, paginate
+from catalog.tables import Adapter, Artifact, Checkpoint, Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterView:
+    """An adapter with what it takes to show it."""
+
+    adapter: Adapter
+    artifact: Artifact
+    rank: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointView:
+    """A checkpoint whose files are kept, and the job that it is of."""
+
+    checkpoint: Checkpoint
+    job: Job
+
+
+def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[AdapterView]:
+    """Newest first."""
+    scope = select(Adapter).where(Adapter.project_id == project_id)
+    with db.read() as session:
+        page = paginate(
+            session,
+            scope,
+            created=Adapter.created_at,
+            ident=Adapter.id,
+            after=after,
+            limit=limit,
+            visible=(Adapter.deleted_at.is_(None),),
+        )
+        return Page(items=[_view(session, row) for row in page.items], has_more=page.has_more)
+
+
+def list_all(db: Database, *, project_id: str) -> list[Adapter]:
+    """Every adapter of the project, newest first."""
+    mine = select(Adapter).where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+    with db.read() as session:
+        return list(session.scalars(mine.order_by(Adapter.created_at.desc(), Adapter.id)))
+
+
+def get(db: Database, *, project_id: str, name: str) -> AdapterView:
+    """By id or by name. Raises NotFound."""
+    with db.read() as session:
+        return _view(session, _find(session, project_id, name))
+
+
+def delete(db: Database, *, project_id: str, name: str) -> Adapter:
+    """Hide the adapter. Its row stays, for the records of what was made from it."""
+    with db.write() as session:
+        adapter = _find(session, project_id, name)
+        adapter.deleted_at = read_clock(session)
+        return adapter
+
+
+def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
+    """The id of each job's adapter, where it has one that is kept."""
+    if not job_ids:
+        return {}
+    of_jobs = select(Adapter.job_id, Adapter.id).where(Adapter.job_id.in_(job_ids), Adapter.deleted_at.is_(None))
+    with db.read() as session:
+        return {row[0]: row[1] for row in session.execute(of_jobs)}
+
+
+def kept_checkpoints(db: Database, *, project_id: str) -> list[CheckpointView]:
+    """Checkpoints of the project's jobs that still have their files, newest first."""
+    kept = select(Checkpoint, Job).join(Job, Job.id == Checkpoint.job_id)
+    mine = kept.where(Job.project_id == project_id, Checkpoint.artifact.is_not(None))
+    with db.read() as session:
+        rows = session.execute(mine.order_by(Checkpoint.created_at.desc(), Checkpoint.id)).all()
+        return [CheckpointView(checkpoint=checkpoint, job=job) for checkpoint, job in rows]
+
+
+def checkpoint_name(job: Job, checkpoint: Checkpoint, *, project_name: str) -> str:
+    """The wire's fine_tuned_model_checkpoint: the adapter's name, or the one that it will have, and the step."""
+    stem = job.adapter_name or f"ft:{job.base_model}:{project_name}:{job.suffix or ''}:{job.id[-8:]}"
+    return f"{stem}:ckpt-step-{checkpoint.step}"
+
+
+def _find(session: Session, project_id: str, name: str) -> Adapter:
+    named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name))
+    adapter = session.scalar(named.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None)))
+    if adapter is None:
+        raise NotFound("adapter", name)
+    return adapter
+
+
+def _view(session: Session, adapter: Adapter) -> AdapterView:
+    job = session.get_one(Job, adapter.job_id)
+    rank = (job.spec.get("lora") or {}).get("rank")
+    return AdapterView(adapter=adapter, artifact=session.get_one(Artifact, adapter.artifact), rank=rank)

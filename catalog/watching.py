@@ -1,0 +1,111 @@
+"""What is new about one job since the last look: for streams, which look again and again.
+
+Two transactions may commit in another order than their rows were numbered in. So every look goes back a
+little further than the last, and leaves out what it has told already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.db import Database, read_clock
+from catalog.job_records import find
+from catalog.tables import Job, JobEvent, Metric
+
+EVENT_OVERLAP = 64
+"""How far back in `seq` a look goes again."""
+STEP_OVERLAP = 64
+CLOCK_OVERLAP_SECONDS = 10.0
+KINDS = ("train", "valid")
+MAX_ROWS = 1000
+"""Events, and points of each kind, in one look; the next goes on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Mark:
+    """How far one watcher has got."""
+
+    project_id: str
+    job_id: str
+    after_seq: int
+    """Nothing up to here is told, not even late."""
+    since: float = 0.0
+    """Points of curves written before this time are not told."""
+    attempt: int = -1
+    seq: int = 0
+    steps: dict[str, int] = field(default_factory=dict[str, int])
+    """Furthest point told, by kind of curve."""
+    told_events: set[int] = field(default_factory=set[int])
+    told_points: set[tuple[str, int, float]] = field(default_factory=set[tuple[str, int, float]])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class News:
+    job: Job
+    events: list[JobEvent]
+    """Oldest first."""
+    points: list[Metric]
+    has_more: bool
+    """There was more than fits one look."""
+
+
+def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> Mark:
+    """Begin to watch after the event `last_seen`, or at the job's first event.
+
+    Points of curves are told from the time of that event on; without one, from a few seconds ago: a watcher
+    reads the whole curve for itself once. Raises NotFound.
+    """
+    with db.read() as session:
+        find(session, project_id, job_id)
+        mark = Mark(project_id=project_id, job_id=job_id, after_seq=last_seen or 0, seq=last_seen or 0)
+        seen = session.get(JobEvent, last_seen) if last_seen else None
+        mark.since = (seen.created_at if seen else read_clock(session)) - CLOCK_OVERLAP_SECONDS
+        return mark
+
+
+def look(db: Database, mark: Mark) -> News:
+    """What is new, and `mark` moved on past it."""
+    with db.read() as session:
+        now = read_clock(session)
+        job = find(session, mark.project_id, mark.job_id)
+        if job.attempt != mark.attempt:  # it may train earlier steps again: look at the whole of its curves
+            mark.attempt = job.attempt
+            mark.steps.clear()
+        events = _new_events(session, mark)
+        by_kind = [_new_points(session, mark, kind) for kind in KINDS]
+        has_more = max(len(events), *map(len, by_kind)) >= MAX_ROWS
+        if not has_more:
+            mark.since = max(mark.since, now - 6 * CLOCK_OVERLAP_SECONDS)
+            mark.told_points = {key for key in mark.told_points if key[2] >= mark.since}
+        points = sorted((point for points in by_kind for point in points), key=lambda point: point.step)
+        return News(job=job, events=events, points=points, has_more=has_more)
+
+
+def _new_events(session: Session, mark: Mark) -> list[JobEvent]:
+    since = max(mark.after_seq, mark.seq - EVENT_OVERLAP)
+    newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > since)
+    rows = list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS + EVENT_OVERLAP)))
+    fresh = [row for row in rows if row.seq not in mark.told_events][:MAX_ROWS]
+    mark.seq = max([mark.seq, *(row.seq for row in fresh)])
+    told = mark.told_events | {row.seq for row in fresh}
+    mark.told_events = {seq for seq in told if seq > mark.seq - EVENT_OVERLAP}
+    return fresh
+
+
+def _new_points(session: Session, mark: Mark, kind: str) -> list[Metric]:
+    from_step = mark.steps.get(kind, 0) - STEP_OVERLAP
+    of_kind = (Metric.job_id == mark.job_id, Metric.kind == kind, Metric.step > from_step)
+    newer = select(Metric).where(*of_kind, Metric.created_at >= mark.since).order_by(Metric.step)
+    rows = session.scalars(newer.limit(MAX_ROWS + STEP_OVERLAP))
+    fresh = [row for row in rows if _key(row) not in mark.told_points][:MAX_ROWS]
+    mark.told_points |= {_key(row) for row in fresh}
+    if fresh:
+        mark.steps[kind] = fresh[-1].step
+    return fresh
+
+
+def _key(row: Metric) -> tuple[str, int, float]:
+    return (row.kind, row.step, row.created_at)
