@@ -63,14 +63,14 @@ def read(data_dir: Path) -> Connection | None:
     """What `lorry up` wrote into `data_dir`; None if it wrote nothing."""
     path = data_dir / FILE_NAME
     try:
-        text = path.read_text("utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _unreadable(path, str(error)) from error
     try:
-        parsed: object = json.loads(text)
-    except ValueError as error:
+        parsed: object = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, "it is not JSON") from error
     fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
     url, key = fields.get("url"), fields.get("api_key")

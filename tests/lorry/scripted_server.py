@@ -1,0 +1,103 @@
+"""A real HTTP server on a real port that answers from a script: the process edge of the client's tests."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class Reply:
+    """`body` is sent as it is if it is bytes, else as JSON. `cut`: promise more bytes than are sent."""
+
+    body: Any = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: bool = False
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """A request as it came."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class Script:
+    """Replies per method and path (without the query), in order; the last one is repeated."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.seen: list[Seen] = []
+        self._replies: dict[tuple[str, str], list[Reply]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def on(self, method: str, path: str, *replies: Reply | dict[str, Any]) -> None:
+        self._replies[method, path] += [r if isinstance(r, Reply) else Reply(body=r) for r in replies]
+
+    def answer(self, request: Seen) -> Reply:
+        with self._lock:
+            self.seen.append(request)
+            replies = self._replies.get((request.method, request.path.partition("?")[0]))
+            if not replies:
+                error = {
+                    "message": f"There is no route {request.path}.",
+                    "type": "x",
+                    "param": None,
+                    "code": "no_route",
+                }
+                return Reply(status=404, body={"error": error})
+            return replies.pop(0) if len(replies) > 1 else replies[0]
+
+    def requests(self, method: str, path: str) -> list[Seen]:
+        return [r for r in self.seen if r.method == method and r.path.partition("?")[0] == path]
+
+
+@contextmanager
+def serving() -> Iterator[Script]:
+    script = Script()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    script.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield script
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            reply = script.answer(Seen(method=self.command, path=self.path, headers=headers, body=body))
+            content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            self.send_response(reply.status)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(content) + (1000 if reply.cut else 0)))
+            self.end_headers()
+            self.wfile.write(content)
+            self.close_connection = self.close_connection or reply.cut
+
+        do_GET = do_POST = do_DELETE = handle_any
+
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            pass
+
+    return Handler

@@ -1,0 +1,83 @@
+"""Finding a service."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from lorry import connection
+from lorry.connection import Connection
+from lorry.errors import NotConfigured
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:1", api_key="of the file"))
+    environ = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "https://lorry.example/v1/", "LORRY_API_KEY": "mine"}
+
+    assert connection.find(environ=environ) == Connection(url="https://lorry.example", api_key="mine")
+
+
+def test_an_argument_wins_over_the_environment() -> None:
+    found = connection.find(url="http://a:1", api_key="x", environ={"LORRY_URL": "http://b:2", "LORRY_API_KEY": "y"})
+
+    assert found == Connection(url="http://a:1", api_key="x")
+
+
+def test_without_an_environment_the_file_of_the_data_folder_is_read(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+
+    assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)}).api_key == "k"
+
+
+def test_a_data_folder_that_was_named_wins_over_the_environment(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+
+    assert connection.find(data_dir=tmp_path, environ={"LORRY_URL": "http://b:2"}).url == "http://127.0.0.1:8472"
+
+
+def test_where_nothing_is_known_the_remedy_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(NotConfigured) as refused:
+        connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})
+
+    assert refused.value.code == "not_configured"
+    assert "lorry up" in refused.value.remedy
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"url": 3}', '{"url": "http://a", "api_key": 3}', "\udcff"])
+def test_a_file_that_is_no_connection_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "connection.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+
+    with pytest.raises(NotConfigured, match=r"connection\.json"):
+        connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})
+
+
+def test_the_file_is_for_its_owner_alone_even_where_an_open_one_was_there(tmp_path: Path) -> None:
+    (tmp_path / "connection.json").write_text("{}")
+    (tmp_path / "connection.json").chmod(0o644)
+
+    path = connection.write(tmp_path, Connection(url="http://127.0.0.1:1", api_key="k"))
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["connection.json"]
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8472", "ftp://a", "http://", "http://a:99999", "http://[::1"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(NotConfigured, match="not the address"):
+        connection.normalise_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://127.0.0.1:1", True),
+        ("http://localhost:1", True),
+        ("http://[::1]:1", True),
+        ("http://10.0.0.1", False),
+        ("https://localhost.example", False),
+    ],
+)
+def test_only_a_loopback_address_is_local(url: str, local: bool) -> None:
+    assert connection.is_loopback(url) is local

@@ -1,0 +1,159 @@
+"""Creating, waiting for and following jobs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lorry import Job, Lorry, WaitTimeout
+from lorry.errors import ConnectionFailed, NotFound
+from lorry.models import JobUpdate
+from lorry.resources import live
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+SSE = {"content-type": "text/event-stream"}
+
+
+def wire(status: str, step: int = 0) -> dict[str, Any]:
+    return {"id": "j", "status": status, "progress": {"step": step, "num_steps": 10, "newer": 1}, "newer": {"x": 1}}
+
+
+def sse(event: str, data: dict[str, Any], ident: int) -> bytes:
+    return f"event: {event}\nid: {ident}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def test_only_what_was_given_is_sent(service: Script, client: Lorry) -> None:
+    service.on("POST", JOBS, wire("validating_files"))
+
+    client.jobs.create(
+        model="m", training_file="file-1", seed=0, lora={"rank": 4}, hyperparameters={"n_epochs": 2}, priority="batch"
+    )
+
+    assert json.loads(service.seen[0].body) == {
+        "model": "m",
+        "training_file": "file-1",
+        "seed": 0,
+        "lora": {"rank": 4},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        "priority": "batch",
+    }
+
+
+def test_a_repeated_creation_carries_one_idempotency_key_and_two_creations_two(service: Script, client: Lorry) -> None:
+    service.on("POST", JOBS, Reply(status=502, body=b""), wire("queued"))
+
+    client.jobs.create(model="m", training_file="f")
+    client.jobs.create(model="m", training_file="f")
+
+    first, repeated, other = [request.headers["idempotency-key"] for request in service.seen]
+    assert first == repeated != other
+
+
+def test_waiting_ends_with_the_job_and_tells_of_each_look(service: Script, client: Lorry, slept: list[float]) -> None:
+    service.on("GET", f"{JOBS}/j", wire("queued"), wire("running", 3), wire("failed", 3))
+    steps: list[int] = []
+
+    job = client.jobs.wait("j", on_progress=lambda seen: steps.append(seen.progress.step), poll_seconds=2)
+
+    assert job.status == "failed"
+    assert steps == [0, 3, 3]
+    assert slept == [2, 2]
+
+
+def test_waiting_gives_up_when_it_should(service: Script, client: Lorry) -> None:
+    service.on("GET", f"{JOBS}/j", wire("running"))
+
+    with pytest.raises(WaitTimeout, match="goes on"):
+        client.jobs.wait("j", timeout_seconds=0)
+
+
+def test_following_goes_over_to_polling_where_the_stream_breaks_and_takes_it_up_again(
+    service: Script, client: Lorry, slept: list[float]
+) -> None:
+    broken = Reply(body=sse("job", wire("running", 1), 11) + sse("event", {"message": "a"}, 12), headers=SSE, cut=True)
+    rest = Reply(body=sse("event", {"message": "b"}, 13) + sse("job", wire("succeeded", 10), 14), headers=SSE)
+    service.on("GET", f"{JOBS}/j/stream", broken, rest)
+    service.on("GET", f"{JOBS}/j", wire("running", 5))
+
+    updates = list(client.jobs.follow("j"))
+
+    assert [u.job.progress.step for u in updates if u.job] == [1, 5, 10]
+    assert [u.event.message for u in updates if u.event] == ["a", "b"]
+    assert [r.headers.get("last-event-id") for r in service.requests("GET", f"{JOBS}/j/stream")] == [None, "12"]
+    assert slept == [1.0]
+
+
+def test_following_works_by_polling_alone_where_there_is_no_stream(service: Script, client: Lorry) -> None:
+    service.on("GET", f"{JOBS}/j", wire("queued"), wire("running"), wire("cancelled"))
+
+    assert [u.job.status for u in client.jobs.follow("j") if u.job] == ["queued", "running", "cancelled"]
+
+
+def test_following_a_job_that_is_not_there_is_an_error(client: Lorry) -> None:
+    with pytest.raises(NotFound):
+        list(client.jobs.follow("gone"))
+
+
+def test_following_bears_a_restart_of_the_service_but_not_its_absence() -> None:
+    now = [0.0]
+    answers = iter([None, None, Job(status="running"), None, Job(status="succeeded")])
+
+    def gone(_last: str | None) -> Any:
+        raise ConnectionFailed("x", code="x")
+
+    def look() -> Job:
+        job = next(answers, None)
+        if job is None:
+            raise ConnectionFailed("away", code="x")
+        return job
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def follow(patience: float) -> list[JobUpdate]:
+        return list(
+            live.follow(gone, look, sleep=sleep, clock=lambda: now[0], poll_seconds=10, patience_seconds=patience)
+        )
+
+    assert [u.job.status for u in follow(60) if u.job] == ["running", "succeeded"]
+    with pytest.raises(ConnectionFailed, match="away"):
+        follow(60)
+
+
+def test_an_update_that_this_client_does_not_know_is_passed_over(service: Script, client: Lorry) -> None:
+    body = (
+        b"event: job\ndata: nonsense\n\nevent: job\ndata: []\n\n" + sse("newer", {}, 1) + sse("metric", {"step": 2}, 2)
+    )
+    service.on("GET", f"{JOBS}/j/stream", Reply(body=body, headers=SSE))
+
+    assert [(u.kind, u.metric) for u in client.jobs.stream("j")] == [("metric", {"step": 2})]
+
+
+def test_a_list_is_followed_from_page_to_page(service: Script, client: Lorry) -> None:
+    service.on(
+        "GET",
+        f"{JOBS}/j/events",
+        {"data": [{"id": "e3"}, {"id": "e2"}], "has_more": True},
+        {"data": [{"id": "e1"}], "has_more": False},
+    )
+
+    assert [event.id for event in client.jobs.events("j")] == ["e3", "e2", "e1"]
+    assert "after=e2" in service.seen[1].path
+
+
+def test_an_id_can_not_leave_its_place_in_the_path(service: Script, client: Lorry) -> None:
+    with pytest.raises(NotFound):
+        client.jobs.get("../../files?x=1")
+
+    assert service.seen[0].path == f"{JOBS}/..%2F..%2Ffiles%3Fx%3D1"
+
+
+def test_unknown_fields_are_kept_and_missing_ones_have_a_default() -> None:
+    job = Job.of({"id": "j", "error": None, "progress": "odd", "later": [1]})
+
+    assert job.raw["later"] == [1]
+    assert job.progress.step == 0
+    assert job.error is None
