@@ -79,7 +79,7 @@ class AdapterRow:
         return self.arena.nbytes + compute_bytes
 
     def initialise(self, seed: int) -> None:
-        """A ~ Kaiming-uniform with a = √5, that is U(-1/√D, 1/√D), keyed by (seed, name); B = 0, as PEFT does."""
+        """A ~ Kaiming-uniform (a = √5), that is U(-1/√D, 1/√D), keyed by (seed, name); B = 0, as in PEFT."""
         self.arena.zero_()
         offset = 0
         for target in self.targets:

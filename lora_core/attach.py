@@ -18,12 +18,12 @@ from lora_core import attention
 from lora_core.adapters import Target
 from lora_core.config import ALL_LINEAR
 from lora_core.errors import NoTargets
-from lora_core.lora_linear import PackedDelta, PackedLinear, pieces_of
+from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.pack import current_pack
 
 
 def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linears that an adapter may change, by module path: all but the output head, as PEFT counts them."""
+    """The linears that an adapter may change, by module path: all but the output head, as in PEFT."""
     head = model.get_output_embeddings()
     return {
         name: module
@@ -73,7 +73,7 @@ class Attachment:
         self.model = model
         self.linears = find_linears(model)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
-        self._attention = model.config._attn_implementation
+        self._attention = model.config._attn_implementation or "eager"
         self._attach()
 
     def _attach(self) -> None:
@@ -104,16 +104,19 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, x: Tensor) -> T
         return type(linear).forward(linear, x)
     x_TD = x.reshape(-1, x.shape[-1])
     pieces = pieces_of(pack, name)
-    seen_anchor = anchor if pieces else None
-    if is_plain(linear):
-        weight_OD = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-        y_TO = PackedLinear.apply(x_TD, seen_anchor, weight_OD, linear.bias, pieces)
+    plain = plain_weight(linear)
+    if plain is not None:
+        y_TO = PackedLinear.apply(x_TD, anchor if pieces else None, plain, pieces)
     else:
         y_TO = type(linear).forward(linear, x_TD)
         y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces) if pieces else y_TO
     return y_TO.view(*x.shape[:-1], -1)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """An ordinary weight that a GEMM can read, not a quantised or sharded one that computes in its own way."""
-    return type(linear) in (nn.Linear, Conv1D) and linear.weight.is_floating_point()
+def plain_weight(linear: nn.Module) -> PlainWeight | None:
+    """The weight that a GEMM can read; None for a quantised or sharded linear with a forward of its own."""
+    if type(linear) is nn.Linear:
+        return PlainWeight(weight_OD=linear.weight, bias_O=linear.bias)
+    if type(linear) is Conv1D:
+        return PlainWeight(weight_OD=linear.weight.T, bias_O=linear.bias)
+    return None

@@ -49,15 +49,16 @@ def packed_attention(
             "This model's attention has sinks or a position bias, which packing doesn't support.",
             remedy="Choose a base model with plain causal attention.",
         )
-    pack = current_pack()
-    lengths = list(pack.sequence_lengths) if pack is not None else [query.shape[2]]
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    options = {"scale": scale, "causal": causal, "window": sliding_window, "softcap": softcap}
+    pack = current_pack()
+    if pack is None:  # an ordinary batch of whole sequences
+        outputs = [attend(q, k, v, **options) for q, k, v in zip(query, key, value, strict=True)]
+        return torch.stack(outputs).transpose(1, 2), None
+    lengths = list(pack.sequence_lengths)
     parts = zip(query[0].split(lengths, 1), key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True)
-    outputs = [
-        attend(q, k, v, scale=scale, causal=causal, window=sliding_window, softcap=softcap)
-        for q, k, v in parts
-    ]
+    outputs = [attend(q, k, v, **options) for q, k, v in parts]
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
 

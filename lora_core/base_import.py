@@ -1,7 +1,7 @@
 # pyright: basic
-"""Turns a hub repository, a folder or a GGUF file into a base directory of safetensors, without running its code.
+"""Turns a hub repository, a folder or a GGUF file into a base directory of safetensors and a tokenizer.
 
-No pickle, no trust_remote_code, no auto_map: what can't be had without them is refused by name.
+No pickle, no trust_remote_code, no auto_map: what can't be had without running its code is refused by name.
 """
 
 import json
@@ -23,8 +23,8 @@ def import_base(
 ) -> None:
     """Make `target_dir` (which must not exist): config.json, generation_config.json, safetensors, tokenizer.
 
-    fp32 stays fp32; everything else becomes bf16. The same source gives the same bytes. `revision` is a commit
-    of the hub. Raises UnsupportedModel or UnsafeFile.
+    fp32 stays fp32; everything else becomes bf16. The same source gives the same bytes. `revision` is a
+    commit of the hub. Raises UnsupportedModel or UnsafeFile.
     """
     if kind == "gguf":
         path = Path(source)
@@ -35,7 +35,7 @@ def import_base(
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a folder. Raises UnsupportedModel if it asks for code or isn't a causal LM."""
+    """The config of a folder. Raises UnsupportedModel if it asks for code or isn't a causal LM."""
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -89,26 +89,43 @@ def _write_folder(folder: Path, directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
     )
-    _save(model, directory)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    tokenizer.save_pretrained(directory)
+    _save_model(model, directory)
+    _save_tokenizer(folder, directory)
 
 
 def _write_gguf(path: Path, directory: Path) -> None:
-    """transformers marks what it read from GGUF as quantised; the weights are plain by then."""
+    """Read from a folder that holds nothing else, so that no neighbour of the file can take part."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise _refused(f"{path.name} is not a GGUF file")
-    source = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **source)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.gguf").symlink_to(path.resolve())
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", dtype=torch.bfloat16, local_files_only=True
+        )
+        _forget_quantisation(model)
+        _save_model(model, directory)
+        _save_tokenizer(Path(folder), directory, gguf_file="model.gguf")
+
+
+def _forget_quantisation(model: Any) -> None:
+    """transformers marks what it read from GGUF as quantised; the weights are plain by then."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
-    _save(model, directory)
-    AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(directory)
 
 
-def _save(model: Any, directory: Path) -> None:
+def _save_model(model: Any, directory: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(directory, safe_serialization=True)
+
+
+def _save_tokenizer(folder: Path, directory: Path, **source: str) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **source
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused("its tokenizer can't be read") from error
+    tokenizer.save_pretrained(directory)

@@ -7,10 +7,11 @@ A base directory is what base_import.py makes: config.json, safetensors, a token
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
@@ -50,10 +51,11 @@ class BaseModel:
     def head(self) -> Head:
         """The output head with the scaling and capping that the model's family applies to logits."""
         config, output = self.model.config, self.model.get_output_embeddings()
+        assert output is not None
         multiplier = float(getattr(config, "logit_scale", None) or 1.0)
         multiplier /= float(getattr(config, "logits_scaling", None) or 1.0)
         return Head(
-            weight_VD=output.weight,
+            weight_VD=cast(torch.Tensor, output.weight),
             bias_V=getattr(output, "bias", None),
             multiplier=multiplier,
             softcap=getattr(config, "final_logit_softcapping", None),
@@ -96,20 +98,21 @@ def max_positions(config: Any) -> int | None:
 
 
 def load_base(base_dir: Path, *, dtype: Literal["bfloat16", "float32"], device: str) -> BaseModel:
-    """Load frozen weights; on a CPU in the file's own dtype they stay memory-mapped, shared between processes.
+    """Load frozen weights; on a CPU, in the file's own dtype, they stay memory-mapped and shared.
 
     Raises UnsupportedModel for a family that can't be packed, UnsafeFile for a tensor file over the limits.
     """
     config = read_config(base_dir)
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-    model = _build_empty(config, torch_dtype)
     weights: dict[str, torch.Tensor] = {}
     for path in sorted(base_dir.glob("*.safetensors")):
         read_header(path)
         weights |= load_file(path)  # views of a private memory map
     weights = {name: weight.to(device, torch_dtype) for name, weight in weights.items()}
-    _assign(model, weights)
-    model.to(device)
+    model = _build_empty(config, torch_dtype)
+    if not _assign(model, weights):
+        model = _load_renamed(base_dir, torch_dtype)
+    nn.Module.to(model, device)
     model.requires_grad_(False).eval()
     return BaseModel(model=model, dtype=torch_dtype, device=device)
 
@@ -117,7 +120,7 @@ def load_base(base_dir: Path, *, dtype: Literal["bfloat16", "float32"], device: 
 def build_model(config: Any) -> PreTrainedModel:
     """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
     refuse_unpackable(config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     refuse_experts(model)
     return model
 
@@ -155,13 +158,35 @@ def _build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         return build_model(config)
 
 
-def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    model.load_state_dict(weights, strict=False, assign=True)
+def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:
+    """Use the mapped weights in place; False where the file's names aren't the model's."""
+    if weights.keys() - model.state_dict().keys():
+        return False
+    try:
+        model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:
+        raise _mismatch(str(error)) from error
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    unknown = weights.keys() - model.state_dict().keys()
-    if missing or unknown:
-        raise UnsupportedModel(
-            f"The weights don't match config.json: missing {missing[:3]}, unknown {sorted(unknown)[:3]}.",
-            remedy="Import the base model again from a complete source.",
-        )
+    if missing:
+        raise _mismatch(f"{missing[0]} is missing")
+    return True
+
+
+def _load_renamed(base_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """For families whose files keep older names: transformers renames while it copies."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        base_dir, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True
+    )
+    model, report = loaded
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise _mismatch(f"{wrong[0]} is missing, unknown or of another shape")
+    return model
+
+
+def _mismatch(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The weights don't match config.json: {reason}.",
+        remedy="Import the base model again from a complete source.",
+    )

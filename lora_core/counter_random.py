@@ -19,7 +19,7 @@ def random_words(*key: int | str, count: int) -> NDArray[np.uint64]:
 
 def uniform(*key: int | str, count: int) -> NDArray[np.float64]:
     """`count` numbers in [0, 1) with 53 random bits."""
-    return (random_words(*key, count=count) >> np.uint64(11)) * 2.0**-53
+    return np.ldexp((random_words(*key, count=count) >> np.uint64(11)).astype(np.float64), -53)
 
 
 def permutation(*key: int | str, count: int) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from lora_core.counter_random import permutation
 from lora_core.errors import BadDataset
@@ -36,8 +36,7 @@ class TokenDataset:
         found = {name: dtype for name, (dtype, _) in read_header(path).items()}
         if found != TENSORS:
             raise _bad(f"{path.name} holds {found}, not {TENSORS}")
-        with safe_open(str(path), framework="numpy") as file:
-            return cls(**{name: file.get_tensor(name) for name in TENSORS})
+        return cls(**load_file(path))
 
     @property
     def num_rows(self) -> int:

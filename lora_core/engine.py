@@ -46,7 +46,7 @@ class Engine:
         valid: TokenDataset | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        """Make `job` resident. Raises NoTargets, BadDataset or BadCheckpoint, and then nothing has changed."""
+        """Make `job` resident. Raises NoTargets, BadDataset or BadCheckpoint; then nothing has changed."""
         assert job not in self._jobs, f"{job} is resident already"
         assert self.base.attachment is not None
         for dataset in filter(None, (train, valid)):

@@ -38,7 +38,7 @@ class ExportReport:
 
 
 def export_adapter(base: BaseModel, row: AdapterRow, directory: Path, *, base_name: str) -> ExportReport:
-    """Write adapter_config.json, adapter_model.safetensors and probe.safetensors; `directory` must not exist."""
+    """Write adapter_config.json, adapter_model and probe.safetensors; `directory` must not exist."""
     write_directory(directory, lambda temporary: _write(base, row, temporary, base_name))
     content = (directory / "adapter_model.safetensors").read_bytes()
     return ExportReport(
@@ -83,14 +83,14 @@ def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, o
 
 
 def target_names(base: BaseModel, row: AdapterRow) -> list[str]:
-    """The short names if they match exactly the adapted modules, as servers expect; the full paths otherwise."""
+    """Short names if they match exactly the adapted modules, as servers expect; full paths otherwise."""
     short = sorted({name.rpartition(".")[2] for name in row.sites})
     matched = {name for name in base.linear_names() if any(matches(name, suffix) for suffix in short)}
     return short if matched == row.sites.keys() else sorted(row.sites)
 
 
 def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
-    """Pseudo-random ids, never a user's, and the engine's logits at the last positions, with and without adapter."""
+    """Pseudo-random ids, never a user's, and the engine's logits with and without the adapter."""
     num_tokens = min(PROBE_TOKENS, base.max_positions or PROBE_TOKENS)
     words = random_words("probe", PROBE_SEED, count=PROBE_ROWS * num_tokens)
     ids = (words % np.uint64(base.vocab_size)).astype(np.int64).reshape(PROBE_ROWS, num_tokens)

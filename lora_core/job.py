@@ -1,8 +1,8 @@
 # pyright: basic
 """One resident job: which slice comes next, and what the scores of a slice change.
 
-Work comes in units: one optimizer step, or one pass over the held-out set. A unit is a list of slices that depends
-on the job alone. Only a completed step changes the weights, so a dropped unit can always be replayed.
+Work comes in units: one optimizer step, or one pass over the held-out set. A unit is a list of slices that
+depends on the job alone. Only a completed step changes the weights, so a dropped unit can be replayed.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class SliceScores:
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """What a checkpoint keeps beside the row: completed steps, and the step of the last evaluation (-1: none)."""
+    """What a checkpoint keeps beside the row: completed steps, the last evaluated one (-1: none), tokens."""
 
     step: int = 0
     last_evaluated_step: int = -1
@@ -57,7 +57,7 @@ class Progress:
 
 
 class Job:
-    """`served` is the engine's account of tokens, for turns; `pending` are events to report at the next tick."""
+    """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 # pyright: basic
 """The linear layer of a packed step: one GEMM of the frozen weight over all tokens, LoRA by segment.
 
-Letters: T tokens, t tokens of a segment, D features in, O features out, R rank. Gradients of A and B go straight
-into each job's row and never through autograd; the gradient of the frozen weight is never computed.
+Letters: T tokens, t tokens of a segment, D features in, O features out, R rank. Gradients of A and B go
+straight into each job's row, not through autograd; the gradient of the frozen weight is never computed.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
 
 
 def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...]) -> list[Tensor]:
-    """y += h Bᵀ with h = scale · dropout(x) Aᵀ, in place by segment. Returns the h [t, R] for the backward."""
+    """y += h Bᵀ with h = scale · dropout(x) Aᵀ, in place by segment. Returns each h [t, R]."""
     hidden: list[Tensor] = []
     for piece in pieces:
         views = piece.views
@@ -81,6 +81,14 @@ def _accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
         gradient.add_(left @ right)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainWeight:
+    """The frozen weight of a linear, as a GEMM reads it."""
+
+    weight_OD: Tensor
+    bias_O: Tensor | None
+
+
 class PackedLinear(torch.autograd.Function):
     """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once and the small h.
 
@@ -89,28 +97,29 @@ class PackedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, anchor: Tensor | None, weight_OD: Tensor, bias_O: Tensor | None, pieces):
-        y_TO = F.linear(x_TD, weight_OD, bias_O)
+    def forward(ctx, x_TD: Tensor, anchor: Tensor | None, linear: PlainWeight, pieces: tuple[Piece, ...]):
+        y_TO = F.linear(x_TD, linear.weight_OD, linear.bias_O)
         ctx.pieces = pieces
         ctx.hidden = add_lora(y_TO, x_TD, pieces)
-        ctx.save_for_backward(weight_OD, *([x_TD] if pieces else []))
+        ctx.weight_OD = linear.weight_OD  # frozen, so autograd needn't watch it
+        ctx.save_for_backward(*([x_TD] if pieces else []))
         return y_TO
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        weight_OD, *saved = ctx.saved_tensors
         dy_TO = grad_outputs[0].contiguous()
-        dx_TD = dy_TO @ weight_OD if ctx.needs_input_grad[0] else None
+        dx_TD = dy_TO @ ctx.weight_OD if ctx.needs_input_grad[0] else None
         if ctx.pieces:
-            add_lora_gradients(dx_TD, dy_TO, saved[0], ctx.hidden, ctx.pieces)
-        return dx_TD, None, None, None, None
+            (x_TD,) = ctx.saved_tensors
+            add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.hidden, ctx.pieces)
+        return dx_TD, None, None, None
 
 
 class PackedDelta(torch.autograd.Function):
-    """The LoRA part alone, for a linear whose base product is its own affair (quantised, sharded): y + delta."""
+    """The LoRA part alone, for a linear with a forward of its own (quantised, sharded): y + delta."""
 
     @staticmethod
-    def forward(ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces):
+    def forward(ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces: tuple[Piece, ...]):
         out_TO = y_TO.clone()
         ctx.pieces = pieces
         ctx.hidden = add_lora(out_TO, x_TD, pieces)

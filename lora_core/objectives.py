@@ -1,8 +1,8 @@
 # pyright: basic
 """Cross-entropy through the output head at supervised positions only, its gradient made in the forward.
 
-Letters: L labels of the tick, C labels of a chunk, D features, V vocabulary. Logits exist one chunk at a time,
-and log_softmax isn't used: on a CPU it took ten times as long as exp and a sum.
+Letters: L labels of the tick, C labels of a chunk, D features, V vocabulary. Logits exist one chunk at a
+time, and log_softmax isn't used: on a CPU it took ten times as long as exp and a sum.
 """
 
 from dataclasses import dataclass

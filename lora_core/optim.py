@@ -1,5 +1,5 @@
 # pyright: basic
-"""AdamW over one flat row: one norm, one clip, one update. The learning rate is a pure function of the step."""
+"""AdamW over one flat row: one norm, one clip, one update. The rate is a pure function of the step."""
 
 import math
 
@@ -38,7 +38,7 @@ def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: flo
 def adamw_step(
     row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
 ) -> None:
-    """Clip and apply one step (arXiv 1711.05101, algorithm 2), then clear the gradient. `step` counts from 1."""
+    """Clip, apply one step (arXiv 1711.05101, algorithm 2), clear the gradient. `step` counts from 1."""
     p, g, m, v = row.p, row.g, row.m, row.v
     if config.max_grad_norm is not None:
         g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))

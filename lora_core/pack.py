@@ -43,7 +43,7 @@ class DropoutKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceInput:
-    """One slice of one job: its sequences, which tokens are labels, and the weight of each label in the loss."""
+    """One slice of one job: its sequences, which tokens are labels, and each label's weight in the loss."""
 
     row: AdapterRow
     sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # (input_ids, loss_mask) each
@@ -65,7 +65,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """input_ids and position_ids int64 [1, T]; label_positions: rows whose next token is a label, int64 [L]."""
+    """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels."""
 
     input_ids: Tensor
     position_ids: Tensor

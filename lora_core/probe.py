@@ -1,8 +1,8 @@
 # pyright: basic
 """Asks the kernels of this machine, at start-up: does a job's gradient depend on its packmates?
 
-Whether it is bit for bit the same is a property of kernels, sizes and thread counts, so it is measured on the real
-base model. A model that isn't even close doesn't keep packed sequences apart, and is refused.
+Whether it is the same bit for bit is a property of kernels, sizes and thread counts, so it is measured on the
+real base model. A model that isn't even close doesn't keep packed sequences apart, and is refused.
 """
 
 from typing import Literal
@@ -89,7 +89,8 @@ def _ids(base: BaseModel, *key: int | str, count: int) -> np.ndarray:
 def _gradients(base: BaseModel, slices: list[SliceInput]) -> list[torch.Tensor]:
     scores: list[SliceScores] = run_training(base, build_pack(slices, device=base.device))
     gradients = [
-        torch.cat([part.row.g.cpu(), torch.tensor([score.loss_sum])]) for part, score in zip(slices, scores)
+        torch.cat([part.row.g.cpu(), torch.tensor([score.loss_sum])])
+        for part, score in zip(slices, scores, strict=True)
     ]
     for part in slices:
         part.row.g.zero_()

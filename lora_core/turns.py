@@ -1,5 +1,5 @@
 # pyright: strict
-"""Whose slices make the next tick: pure. The job with the fewest tokens served is first, and never passed over."""
+"""Whose slices make the next tick: pure. The job with the fewest tokens served is never passed over."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

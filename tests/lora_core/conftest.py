@@ -1,7 +1,9 @@
 """Tiny random base models on disk, made once a session; one thread, as a worker on a CPU uses."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def base_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of an untied Llama with grouped heads and a tied GPT-2, in fp32, feature sizes multiples of 64."""
+    """Folders of an untied Llama with grouped heads and a tied GPT-2: fp32, sizes multiples of 64."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -42,5 +44,12 @@ def base_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def load(base_dirs: dict[str, Path]) -> Callable[[str, str], BaseModel]:
-    return lambda family, dtype="float32": load_base(base_dirs[family], dtype=dtype, device="cpu")
+def load(base_dirs: dict[str, Path]) -> Callable[..., BaseModel]:
+    """load(family, dtype="float32")."""
+    return partial(_load, base_dirs)
+
+
+def _load(
+    base_dirs: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> BaseModel:
+    return load_base(base_dirs[family], dtype=dtype, device="cpu")

@@ -68,7 +68,9 @@ def submissions(family: str) -> dict[str, Submission]:
             config=config(rank=8, targets=attention, dropout=0.25, batch_size=3, seed=2, slice_tokens=40),
             train=dataset(2, [33, 21, 9, 2, 50]),
         ),
-        "tiny": Submission(config=config(rank=1, targets=feed_forward, batch_size=1, seed=3), train=dataset(3, [2, 3, 4])),
+        "tiny": Submission(
+            config=config(rank=1, targets=feed_forward, batch_size=1, seed=3), train=dataset(3, [2, 3, 4])
+        ),
         "top_only": Submission(
             config=config(rank=3, targets=top, batch_size=4, num_steps=3, seed=4, evaluate_every_steps=2),
             train=dataset(4, [16, 17, 64, 1 + 14, 40]),
@@ -122,7 +124,7 @@ def rename(events: list[Event], job: str) -> tuple[Event, ...]:
 def run_elastically(
     base: BaseModel, jobs: dict[str, Submission], *, token_budget: int, seed: int, victim: str
 ) -> dict[str, Outcome]:
-    """Shuffled joins at odd ticks, finished jobs leave at once, and `victim` is evicted after its first step."""
+    """Shuffled joins at every other tick; the finished leave at once; `victim` is evicted after one step."""
     engine = Engine(base, EngineConfig(token_budget=token_budget))
     order = sorted(jobs)
     random.Random(seed).shuffle(order)
@@ -144,3 +146,21 @@ def run_elastically(
         if victim in engine.jobs() and engine.progress(victim)[0] >= 1:
             engine.evict(victim)
     return outcomes
+
+
+def text_dataset(base_dir) -> TokenDataset:
+    """A few English sentences through the base model's own tokenizer, all but the first token supervised."""
+    from transformers import AutoTokenizer
+
+    sentences = [
+        "The lorry left the harbour before dawn with forty crates of oranges.",
+        "Water boils at one hundred degrees Celsius at sea level, and earlier in the mountains.",
+        "She counted the change twice, because the first time she had been talking.",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    rows = [np.array(tokenizer(sentence)["input_ids"], np.int32) for sentence in sentences]
+    return TokenDataset(
+        input_ids=np.concatenate(rows),
+        loss_mask=np.concatenate([np.arange(len(row)) > 0 for row in rows]).astype(np.uint8),
+        row_offsets=np.cumsum([0, *map(len, rows)]),
+    )

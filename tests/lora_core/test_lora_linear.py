@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters import SiteViews
-from lora_core.lora_linear import PackedDelta, PackedLinear, Piece
+from lora_core.lora_linear import PackedDelta, PackedLinear, Piece, PlainWeight
 from lora_core.pack import DropoutKey
 
-T, D, O, R = 7, 5, 6, 3
+T, D, OUT, R = 7, 5, 6, 3
 
 
 def numbers(*shape: int) -> Tensor:
@@ -34,8 +34,8 @@ class ThroughAutograd(torch.autograd.Function):
         return ctx.y.detach()
 
     @staticmethod
-    def backward(ctx, dy):
-        (dx,) = torch.autograd.grad(ctx.y, ctx.x, dy, retain_graph=True)
+    def backward(ctx, *grad_outputs):
+        (dx,) = torch.autograd.grad(ctx.y, ctx.x, grad_outputs[0], retain_graph=True)
         gradients = [
             gradient.clone()
             for part in ctx.pieces
@@ -51,7 +51,11 @@ class ThroughAutograd(torch.autograd.Function):
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropout):
     torch.manual_seed(1)
-    weight_OD, bias_O, anchor = numbers(O, D), numbers(O), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    weight_OD, bias_O, anchor = (
+        numbers(OUT, D),
+        numbers(OUT),
+        torch.zeros((), dtype=torch.float64, requires_grad=True),
+    )
 
     def make(x, adapters):
         pieces = (
@@ -59,19 +63,23 @@ def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropou
             piece(3, 6, adapters[2], adapters[3], dropout, seed=2),  # row 6 has no adapter
         )
         if fused:
-            return pieces, PackedLinear.apply(x, anchor, weight_OD, bias_O, pieces)
+            return pieces, PackedLinear.apply(
+                x, anchor, PlainWeight(weight_OD=weight_OD, bias_O=bias_O), pieces
+            )
         return pieces, PackedDelta.apply(x @ weight_OD.T + bias_O, x, anchor, pieces)
 
-    inputs = [numbers(T, D), numbers(R, D), numbers(O, R), numbers(R, D), numbers(O, R)]
+    inputs = [numbers(T, D), numbers(R, D), numbers(OUT, R), numbers(R, D), numbers(OUT, R)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(lambda *args: ThroughAutograd.apply(make, *args), inputs)
 
 
 def test_the_output_is_the_formula():
     torch.manual_seed(2)
-    x, weight_OD, a_RD, b_OR = numbers(T, D), numbers(O, D), numbers(R, D), numbers(O, R)
+    x, weight_OD, a_RD, b_OR = numbers(T, D), numbers(OUT, D), numbers(R, D), numbers(OUT, R)
 
-    y = PackedLinear.apply(x, None, weight_OD, None, (piece(2, 5, a_RD, b_OR, 0.0, seed=0),))
+    y = PackedLinear.apply(
+        x, None, PlainWeight(weight_OD=weight_OD, bias_O=None), (piece(2, 5, a_RD, b_OR, 0.0, seed=0),)
+    )
 
     expected = x @ weight_OD.T
     expected[2:5] += 0.7 * x[2:5] @ a_RD.T @ b_OR.T
@@ -79,14 +87,14 @@ def test_the_output_is_the_formula():
 
 
 def test_gradients_accumulate_over_slices_and_no_gradient_of_the_weight_is_made():
-    weight_OD = numbers(O, D).requires_grad_()
-    part = piece(0, T, numbers(R, D), numbers(O, R), 0.0, seed=0)
+    weight_OD = numbers(OUT, D).requires_grad_()
+    part = piece(0, T, numbers(R, D), numbers(OUT, R), 0.0, seed=0)
     anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    x = numbers(T, D)
+    x, plain = numbers(T, D), PlainWeight(weight_OD=weight_OD, bias_O=None)
 
-    PackedLinear.apply(x, anchor, weight_OD, None, (part,)).sum().backward()
+    PackedLinear.apply(x, anchor, plain, (part,)).sum().backward()
     once = part.views.grad_a_RD.clone()
-    PackedLinear.apply(x, anchor, weight_OD, None, (part,)).sum().backward()
+    PackedLinear.apply(x, anchor, plain, (part,)).sum().backward()
 
     torch.testing.assert_close(part.views.grad_a_RD, 2 * once)
     assert weight_OD.grad is None

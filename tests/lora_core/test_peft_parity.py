@@ -27,11 +27,15 @@ def reference_run(model, adapter_dir) -> tuple[list[float], dict[str, torch.Tens
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=JOB.config.optimizer.weight_decay)
     losses = [reference_step(model, parameters, optimizer, step) for step in range(JOB.config.num_steps)]
-    return losses, {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
+    return losses, {
+        name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name
+    }
 
 
 def reference_step(model, parameters, optimizer, step: int) -> float:
-    rows = rows_of_step(num_rows=JOB.train.num_rows, batch_size=JOB.config.batch_size, seed=JOB.config.seed, step=step)
+    rows = rows_of_step(
+        num_rows=JOB.train.num_rows, batch_size=JOB.config.batch_size, seed=JOB.config.seed, step=step
+    )
     num_labels = sum(int(JOB.train.row(row)[1].sum()) for row in rows)
     total = 0.0
     for row in rows:
@@ -41,7 +45,7 @@ def reference_step(model, parameters, optimizer, step: int) -> float:
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_labels
         loss.backward()
         total += loss.item()
-    torch.nn.utils.clip_grad_norm_(parameters, JOB.config.optimizer.max_grad_norm)
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
     peak, schedule = JOB.config.optimizer.learning_rate, JOB.config.schedule
     optimizer.param_groups[0]["lr"] = learning_rate_at(step + 1, peak=peak, schedule=schedule)
     optimizer.step()

@@ -16,7 +16,9 @@ JOB = Submission(
     train=dataset(11, [22, 35, 9, 14, 28, 6]),
     valid=dataset(12, [30, 17]),
 )
-PACKMATE = Submission(config=config(rank=8, batch_size=3, num_steps=50, seed=13), train=dataset(13, [25, 41, 8]))
+PACKMATE = Submission(
+    config=config(rank=8, batch_size=3, num_steps=50, seed=13), train=dataset(13, [25, 41, 8])
+)
 
 
 def run_until(engine: Engine, *, ticks: int) -> list[Event]:

@@ -2,10 +2,10 @@
 
 from collections import Counter
 
-from lora_core.turns import Turn, choose
+from lora_core.turns import Kind, Turn, choose
 
 
-def turn(job: str, num_tokens: int, served: int = 0, kind="train") -> Turn:
+def turn(job: str, num_tokens: int, served: int = 0, kind: Kind = "train") -> Turn:
     return Turn(job=job, kind=kind, num_tokens=num_tokens, served=served)
 
 
@@ -26,12 +26,21 @@ def test_a_slice_above_the_budget_goes_alone():
 
 
 def test_the_least_served_is_first_and_smaller_ones_fill_the_rest():
-    waiting = [turn("a", 40, served=90), turn("b", 70, served=0), turn("c", 60, served=10), turn("d", 25, served=80)]
+    waiting = [
+        turn("a", 40, served=90),
+        turn("b", 70, served=0),
+        turn("c", 60, served=10),
+        turn("d", 25, served=80),
+    ]
     assert names(choose(waiting, token_budget=100)) == ["b", "d"]
 
 
 def test_an_evaluation_is_never_mixed_with_training():
-    waiting = [turn("a", 10, served=1), turn("b", 10, served=0, kind="evaluate"), turn("c", 10, 2, "evaluate")]
+    waiting = [
+        turn("a", 10, served=1),
+        turn("b", 10, served=0, kind="evaluate"),
+        turn("c", 10, 2, "evaluate"),
+    ]
     assert names(choose(waiting, token_budget=100)) == ["b", "c"]
 
 

@@ -1,0 +1,235 @@
+"""A base model comes from safetensors or GGUF alone, is described without weights, loaded without copies."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from lora_core.base_model import describe_base, import_base, load_base
+from lora_core.errors import UnsafeFile, UnsupportedModel
+
+
+def copy_source(base_dir: Path, folder: Path) -> Path:
+    """A folder as a user might give it: the tiny Llama with a tokenizer and a chat template."""
+    folder.mkdir()
+    for path in base_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(base_dirs, tmp_path) -> Path:
+    return copy_source(base_dirs["llama"], tmp_path / "source")
+
+
+def import_folder(source: Path, target: Path) -> Path:
+    import_base(source=str(source), kind="folder", revision=None, target_dir=target)
+    return target
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_a_folder_is_imported_with_the_same_bytes_each_time(source, tmp_path):
+    first, second = (import_folder(source, tmp_path / name) for name in ("first", "second"))
+    assert digests(first) == digests(second)
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= digests(first).keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= digests(first).keys()
+
+
+@pytest.mark.parametrize(("given", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "BF16")])
+def test_fp32_stays_fp32_and_all_else_becomes_bf16(source, tmp_path, given, stored):
+    weights = load_file(source / "model.safetensors")
+    weights = {name: weight.to(getattr(torch, given)) for name, weight in weights.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+    base_dir = import_folder(source, tmp_path / "base")
+
+    imported = load_file(base_dir / "model.safetensors")
+    expected = torch.float32 if stored == "F32" else torch.bfloat16
+    assert {weight.dtype for weight in imported.values()} == {expected}
+    assert all(torch.equal(weight, weights[name].to(expected)) for name, weight in imported.items())
+    assert describe_base(base_dir)["dtype"] == str(expected).removeprefix("torch.")
+
+
+def test_a_base_is_described_from_its_config_alone(base_dirs, tmp_path):
+    (tmp_path / "config.json").write_bytes((base_dirs["llama"] / "config.json").read_bytes())
+    description = describe_base(tmp_path)
+    assert json.loads(json.dumps(description)) == description
+    assert description["architecture"] == "LlamaForCausalLM"
+    assert (description["num_layers"], description["hidden_size"], description["vocab_size"]) == (2, 64, 320)
+    assert description["max_positions"] == 256
+    assert description["linear_shapes"]["k_proj"] == [[32, 64], 2]
+    assert description["linear_shapes"]["down_proj"] == [[64, 128], 2]
+    assert "lm_head" not in description["linear_shapes"]
+    loaded = load_base(base_dirs["llama"], dtype="float32", device="cpu")
+    assert description["num_parameters"] == loaded.model.num_parameters()
+
+
+def test_conv1d_shapes_are_given_as_out_and_in(base_dirs):
+    assert describe_base(base_dirs["gpt2"])["linear_shapes"]["c_attn"] == [[192, 64], 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_loaded_base_is_frozen_tied_and_equal_to_that_of_transformers(base_dirs, family, dtype):
+    from transformers import AutoModelForCausalLM
+
+    base = load_base(base_dirs[family], dtype=dtype, device="cpu")
+    reference = AutoModelForCausalLM.from_pretrained(base_dirs[family], dtype=dtype)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, reference.forward(input_ids=ids).logits)
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+    assert base.num_bytes == sum(parameter.nbytes for parameter in reference.parameters())
+
+
+def test_weights_are_memory_mapped_and_never_written_to(base_dirs):
+    content = (base_dirs["llama"] / "model.safetensors").read_bytes()
+    base = load_base(base_dirs["llama"], dtype="float32", device="cpu")
+    mapped = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line
+    ]
+    assert mapped
+    base.model.get_input_embeddings().weight.data.add_(1)
+    assert (base_dirs["llama"] / "model.safetensors").read_bytes() == content
+
+
+def test_pickles_are_refused(source, tmp_path):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"pickles \(pytorch_model.bin\)"):
+        import_folder(source, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_code_in_the_repository_is_refused(source, tmp_path, name):
+    edit_json(source / name, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(UnsupportedModel, match="auto_map"):
+        import_folder(source, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
+        ({"model_type": "never_heard_of"}, "can't be read"),
+        ({"model_type": "t5"}, "no causal language model"),
+    ],
+)
+def test_models_that_cannot_be_trained_here_are_refused(source, tmp_path, changes, reason):
+    edit_json(source / "config.json", **changes)
+    with pytest.raises(UnsupportedModel, match=reason):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_folder_without_config_or_weights_is_refused(source, tmp_path):
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match="no safetensors"):
+        import_folder(source, tmp_path / "base")
+    (source / "config.json").unlink()
+    with pytest.raises(UnsupportedModel, match=r"no config\.json"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(source, tmp_path):
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UnsupportedModel, match="tokenizer"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_safetensors_bomb_is_refused_on_import_and_on_load(source, base_dirs, tmp_path):
+    (source / "model-2.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{")
+    with pytest.raises(UnsafeFile, match="header of 1073741824 bytes"):
+        import_folder(source, tmp_path / "base")
+    with pytest.raises(UnsafeFile):
+        load_base(source, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_weights_that_do_not_match_the_config_are_refused(source, change):
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del weights[name]
+    elif change == "unknown":
+        weights["model.layers.9.mlp.up_proj.weight"] = weights[name].clone()
+    else:
+        weights[name] = weights[name][:3].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match="don't match"):
+        load_base(source, dtype="float32", device="cpu")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"\x80\x04 pickle")
+    with pytest.raises(UnsupportedModel, match="not a GGUF"):
+        import_base(
+            source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base"
+        )
+
+
+def test_the_hub_is_asked_for_one_commit_and_only_for_safe_files(source, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repository, **options):
+        asked.update(options, repository=repository)
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    import_base(source="org/model", kind="hub", revision="a" * 40, target_dir=tmp_path / "base")
+
+    assert (asked["repository"], asked["revision"]) == ("org/model", "a" * 40)
+    assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LORRY_TEST_GGUF" not in os.environ, reason="LORRY_TEST_GGUF names no GGUF file")
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_gguf_is_imported_trained_and_served(tmp_path):
+    from lora_core.config import EngineConfig
+    from lora_core.engine import Engine
+    from lora_core.events import JobEvaluated
+    from lora_core.verify import verify_export
+    from tests.lora_core.scenarios import Submission, admit, config, text_dataset
+
+    import_base(
+        source=os.environ["LORRY_TEST_GGUF"], kind="gguf", revision=None, target_dir=tmp_path / "base"
+    )
+    description = describe_base(tmp_path / "base")
+    base = load_base(tmp_path / "base", dtype="bfloat16", device="cpu")
+    engine = Engine(base, EngineConfig())
+    data = text_dataset(tmp_path / "base")
+    job = config(rank=8, num_steps=6, learning_rate=1e-3, batch_size=3)
+    admit(engine, "job", Submission(config=job, train=data, valid=data))
+    admit(engine, "mate", Submission(config=job, train=data))
+    losses = []
+    while not engine.idle:
+        losses += [event.loss for event in engine.tick() if isinstance(event, JobEvaluated)]
+    engine.export("job", tmp_path / "adapter", base_name="real")
+
+    assert description["dtype"] == "bfloat16"
+    assert (tmp_path / "base" / "chat_template.jinja").is_file()
+    assert engine.invariance == "bitwise"
+    assert losses[0] < 7  # a language model, not noise: noise would give log(vocabulary), above 10
+    assert losses[1] < losses[0] - 0.5
+    assert verify_export(base, tmp_path / "adapter").passed

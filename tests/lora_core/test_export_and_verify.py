@@ -1,0 +1,162 @@
+"""Law: served equals trained. What is exported gives, in PEFT on the base, the logits that training saw."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_core.base_model import BaseModel
+from lora_core.config import EngineConfig
+from lora_core.engine import Engine
+from lora_core.errors import BadAdapter
+from lora_core.verify import verify_export
+from tests.lora_core.scenarios import Submission, admit, config, dataset, weights
+
+JOB = Submission(config=config(num_steps=6, learning_rate=2e-2), train=dataset(1, [20, 33, 15]))
+
+
+def trained(base: BaseModel, job: Submission = JOB) -> Engine:
+    engine = Engine(base, EngineConfig())
+    admit(engine, "job", job)
+    while not engine.idle:
+        engine.tick()
+    return engine
+
+
+@pytest.fixture
+def exported(load, tmp_path: Path) -> tuple[BaseModel, Path]:
+    base = load("llama")
+    trained(base).export("job", tmp_path / "adapter", base_name="tiny/llama")
+    return base, tmp_path / "adapter"
+
+
+def targets_of(family: str) -> list:
+    partial = {"llama": ("q_proj", "layers.1.mlp.up_proj"), "gpt2": ("attn.c_proj", "c_fc")}[family]
+    return ["all-linear", partial]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_served_equals_trained_under_peft_on_the_resident_base(load, tmp_path, family, dtype, rslora):
+    base = load(family, dtype)
+    for index, targets in enumerate(targets_of(family)):
+        job = config(num_steps=6, learning_rate=2e-2, targets=targets)
+        job = replace(job, lora=replace(job.lora, use_rslora=rslora))
+        engine = trained(base, replace(JOB, config=job))
+        report = engine.export("job", tmp_path / f"{index}", base_name="tiny")
+
+        verdict = verify_export(base, tmp_path / f"{index}")
+
+        assert verdict.passed, verdict
+        assert verdict.num_positions == 4
+        assert verdict.max_abs_effect > 3 * verdict.tolerance
+        assert report.num_parameters == engine.num_parameters("job")
+        assert report.dtype == dtype
+
+
+@pytest.mark.parametrize("change", ["scale", "one matrix", "zero"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_path, dtype, change):
+    base = load("llama", dtype)
+    trained(base).export("job", tmp_path / "adapter", base_name="tiny")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name):
+            tensor.mul_({"scale": 0.5, "one matrix": -1, "zero": 0}[change])
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+
+    assert not verify_export(base, tmp_path / "adapter").passed
+
+
+def snapshot(base: BaseModel) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "types": [(name, type(module)) for name, module in base.model.named_modules()],
+        "attributes": [(name, sorted(vars(module))) for name, module in base.model.named_modules()],
+        "attention": base.model.config._attn_implementation,
+        "training": [module.training for module in base.model.modules()],
+        "gradients": [(name, p.requires_grad, p.grad) for name, p in base.model.named_parameters()],
+        "hooks": [
+            len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.model.modules()
+        ],
+        "config": base.model.config.to_dict(),
+    }
+    return facts | {"weights": [p.sum().item() for p in base.model.parameters()]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_verification_leaves_the_resident_base_without_a_trace_and_in_service(load, tmp_path, family):
+    base = load(family)
+    engine = trained(base)
+    engine.export("job", tmp_path / "adapter", base_name="tiny")
+    before = snapshot(base)
+
+    verify_export(base, tmp_path / "adapter")
+
+    assert snapshot(base) == before
+    engine.export("job", tmp_path / "again", base_name="tiny")
+    for name in ("adapter_model.safetensors", "probe.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_a_process_without_an_engine_can_verify(exported, load):
+    assert verify_export(load("llama"), exported[1]).passed
+
+
+def test_the_exported_weights_are_those_that_training_computed_with(load, tmp_path):
+    base = load("llama", "bfloat16")
+    engine = trained(base)
+    engine.export("job", tmp_path / "adapter", base_name="tiny")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    flat = torch.cat([tensor.flatten() for tensor in ordered(tensors, engine)])
+    assert torch.equal(flat, weights(engine, "job").bfloat16())
+
+
+def ordered(tensors, engine):
+    names = [target.name for target in engine._jobs["job"].row.targets]
+    return [tensors[f"base_model.model.{name}.lora_{part}.weight"] for name in names for part in "AB"]
+
+
+def test_the_configuration_is_minimal_and_says_what_servers_expect(exported):
+    content = json.loads((exported[1] / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "tiny/llama"
+    assert (content["r"], content["lora_alpha"], content["peft_type"]) == (4, 8, "LORA")
+    assert content["target_modules"] == sorted(content["target_modules"])
+    assert set(content["target_modules"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+def test_targets_that_no_short_name_describes_are_written_in_full(load, tmp_path):
+    job = replace(JOB, config=config(targets="layers.1.self_attn.q_proj"))
+    trained(load("llama"), job).export("job", tmp_path / "adapter", base_name="tiny")
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert content["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "probe.safetensors"])
+def test_missing_or_damaged_files_are_refused(exported, name):
+    base, directory = exported
+    (directory / name).write_bytes(b"\x80\x04 not what it says")
+    with pytest.raises(BadAdapter):
+        verify_export(base, directory)
+    (directory / name).unlink()
+    with pytest.raises(BadAdapter, match="missing"):
+        verify_export(base, directory)
+
+
+def test_an_adapter_that_asks_for_foreign_code_is_refused(exported):
+    base, directory = exported
+    content = json.loads((directory / "adapter_config.json").read_text())
+    content["auto_mapping"] = {"parent_library": "evil", "base_model_class": "Model"}
+    (directory / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(BadAdapter, match="plain LoRA"):
+        verify_export(base, directory)
+
+
+def test_an_adapter_of_another_base_model_is_refused(exported, load):
+    with pytest.raises(BadAdapter):
+        verify_export(load("gpt2"), exported[1])

@@ -1,0 +1,88 @@
+"""Families that transformers builds on its attention interface are packed; others are refused by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_core.base_model import load_base
+from lora_core.config import EngineConfig
+from lora_core.engine import Engine
+from lora_core.errors import UnsupportedModel
+from lora_core.verify import verify_export
+from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEADS = {"head_dim": 16}
+FAMILIES = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": HEADS,
+    "gemma": HEADS,
+    "gemma2": HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gemma3_text": HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16},
+    "phi": {},
+    "phi3": {},
+    "olmo2": {},
+    "smollm3": {},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+}
+
+
+def save(family: str, folder: Path, **options) -> Path:
+    torch.manual_seed(0)
+    settings = {
+        key: value
+        for key, value in (COMMON | options).items()
+        if family != "opt" or key != "intermediate_size"
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_trains_and_its_adapter_serves_as_trained(tmp_path, family):
+    base = load_base(save(family, tmp_path / "base", **FAMILIES[family]), dtype="float32", device="cpu")
+    engine = Engine(base, EngineConfig())
+    admit(engine, "job", Submission(config=config(num_steps=3), train=dataset(1, [20, 33, 15])))
+    admit(engine, "mate", Submission(config=config(num_steps=3, rank=2), train=dataset(2, [9, 41])))
+    while not engine.idle:
+        engine.tick()
+    engine.export("job", tmp_path / "adapter", base_name="tiny")
+
+    verdict = verify_export(base, tmp_path / "adapter")
+
+    assert verdict.passed, verdict
+    assert verdict.max_abs_effect > 10 * verdict.tolerance
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", HEADS | {"num_experts": 4, "moe_intermediate_size": 64}),
+        ("mamba", {"state_size": 8}),
+        ("gpt_oss", HEADS | {"num_local_experts": 4}),
+    ],
+)
+def test_experts_and_recurrent_models_are_refused_by_name(tmp_path, family, options):
+    AutoConfig.for_model(family, **(COMMON | options)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=family) as caught:
+        load_base(tmp_path, dtype="float32", device="cpu")
+    assert "dense decoder" in caught.value.remedy
