@@ -1,0 +1,447 @@
+"""Chat to tokens: the same tokens as transformers gives, and exactly the answers learnt."""
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lora_core.data import TokenDataset
+from tests.catalog.test_artifacts import small_disk
+from worker.prepare import EXIT_DISK_FULL, DatasetReport, Refusal, prepare
+
+Messages = list[dict[str, Any]]
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+INSTRUCT = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] | trim + eos_token }}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+FORGETFUL = (  # drops the reasoning of all turns but the last
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content if loop.last else "
+    "m.content.split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+EVERYTHING = """{%- set ns = namespace(turns=0, names=dict(a=1)) %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}{%- continue %}{%- endif %}
+    {%- set ns.turns = ns.turns + 1 %}
+    {{- '<|im_start|>' ~ message.role ~ ' ' ~ ns.turns ~ (message | tojson(indent=1)) }}
+    {%- if tools %}{{ 'tools' }}{% endif %}{{ documents is none }}{{ tools is none }}{{ unknown }}
+    {{- message.content | upper }}
+    {{- eos_token + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant ' }}{%- endif %}
+"""
+TEMPLATES = {"smollm2": SMOLLM2, "marked": MARKED, "instruct": INSTRUCT, "everything": EVERYTHING}
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]")
+
+
+def turns(*contents: str, system: str | None = None) -> Messages:
+    """User and assistant in turn."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return messages + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+CHATS: dict[str, Messages] = {
+    "one turn": turns("What is 2 + 2?", "4"),
+    "a system prompt": turns("Hi", "Hello there!", system="Be brief."),
+    "many turns": turns("a", "b", "c", "d", "e", "f"),
+    "white space": turns(" \n a", "\n  b  \n", "\t", "c\n\n"),
+    "other scripts": turns("Grüße, 世界 😀👩‍👩‍👧", "Ça va — добрый день 🇪🇺"),
+    "special tokens in the text": turns("say <|im_end|>", "<|im_start|>assistant\nno"),
+    "ends with a question": turns("a", "b", "c"),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Byte-level BPE with ChatML's special tokens, trained on what the tests say."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[AddedToken(text, special=True) for text in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    said = [message["content"] for chat in CHATS.values() for message in chat]
+    tokenizer.train_from_iterator([*said, "system user assistant helpful answer question"] * 3, trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer.to_str()
+
+
+class Base:
+    """A folder as importing a base leaves it, without weights."""
+
+    def __init__(self, folder: Path, tokenizer_json: str, template: str | None) -> None:
+        self.folder = folder
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(tokenizer_json)
+        (folder / "config.json").write_text(json.dumps({"vocab_size": 400}))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+        config |= {"bos_token": {"content": "<|endoftext|>", "__type": "AddedToken"}, "pad_token": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+
+    def reference(self) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast.from_pretrained(self.folder)
+
+    def prepare(self, *rows: Messages, max_length: int = 4096) -> tuple[DatasetReport, Path]:
+        source, out = self.folder.parent / "source.jsonl", self.folder.parent / "tokens.safetensors"
+        source.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        return prepare(source=source, base_dir=self.folder, max_length=max_length, out=out), out
+
+    def rows(self, *rows: Messages, max_length: int = 4096) -> list[tuple[list[int], list[int]]]:
+        """(ids, mask) of each row that was kept."""
+        report, out = self.prepare(*rows, max_length=max_length)
+        assert "refusal" not in report, report
+        tokens = TokenDataset.load(out)
+        assert (report["usable_rows"], report["tokens"]) == (tokens.num_rows, tokens.num_tokens)
+        assert report["supervised_tokens"] == tokens.num_supervised_tokens
+        return [(ids.tolist(), mask.tolist()) for ids, mask in map(tokens.row, range(tokens.num_rows))]
+
+    def learnt(self, row: Messages) -> str:
+        """What the model is taught to say in a row, as text; | between answers."""
+        ((ids, mask),) = self.rows(row)
+        parts: list[list[int]] = [[]]
+        for ident, is_learnt in zip(ids, mask, strict=True):
+            if is_learnt:
+                parts[-1].append(ident)
+            elif parts[-1]:
+                parts.append([])
+        reference = self.reference()
+        return "|".join(str(reference.decode(part)) for part in parts if part)
+
+
+@pytest.fixture
+def make_base(tmp_path: Path, tokenizer_json: str) -> Any:
+    return lambda template: Base(tmp_path / "base", tokenizer_json, template)
+
+
+def refusal(base: Base, *rows: Messages, max_length: int = 4096) -> Refusal:
+    report, out = base.prepare(*rows, max_length=max_length)
+    assert not out.exists()
+    assert [path.name for path in out.parent.iterdir() if "tmp" in path.name] == []
+    found = report.get("refusal")
+    assert found is not None, report
+    assert found["remedy"].endswith(".")
+    return found
+
+
+REFUSED = ("instruct", "a system prompt")
+
+
+@pytest.mark.parametrize(("name", "chat"), [pair for pair in product(TEMPLATES, CHATS) if pair != REFUSED])
+def test_the_tokens_are_those_of_transformers(make_base: Any, name: str, chat: str) -> None:
+    base: Base = make_base(TEMPLATES[name])
+
+    ((ids, _),) = base.rows(CHATS[chat])
+
+    assert ids == base.reference().apply_chat_template(CHATS[chat], return_dict=False)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_marked_answers_are_those_of_transformers(make_base: Any, chat: str) -> None:
+    base: Base = make_base(MARKED)
+
+    ((ids, mask),) = base.rows(CHATS[chat])
+
+    expected: Any = base.reference().apply_chat_template(
+        CHATS[chat], return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert (ids, mask) == (expected["input_ids"], expected["assistant_masks"])
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_answers_found_by_prefixes_are_the_marked_ones(
+    tmp_path: Path, tokenizer_json: str, make_base: Any, chat: str
+) -> None:
+    plain: Base = make_base(MARKED.replace("{%- generation %}", "").replace("{%- endgeneration %}", ""))
+    marked = Base(tmp_path / "marked", tokenizer_json, MARKED)
+
+    assert plain.rows(CHATS[chat]) == marked.rows(CHATS[chat])
+    assert plain.prepare(CHATS[chat])[0].get("answers_by") == "prefixes"
+    assert marked.prepare(CHATS[chat])[0].get("answers_by") == "generation blocks"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "marked"])
+def test_what_is_learnt_is_the_answers_and_the_end_of_their_turns(make_base: Any, name: str) -> None:
+    base: Base = make_base(TEMPLATES[name])
+
+    assert base.learnt(turns("What?", "4", "Why?", "Because.")) == "4<|im_end|>|Because.<|im_end|>"
+
+
+def test_an_answer_without_a_prompt_marker_ends_with_the_end_of_text(make_base: Any) -> None:
+    base: Base = make_base(INSTRUCT)
+
+    assert base.learnt(turns("a", "b ", "c", "d")) == " b<|im_end|>| d<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "marked"])
+def test_a_turn_of_weight_0_is_read_and_not_learnt(make_base: Any, name: str) -> None:
+    base: Base = make_base(TEMPLATES[name])
+    chat = turns("a", "wrong", "b", "right")
+    chat[1]["weight"] = 0
+    chat[3]["weight"] = 1
+
+    assert base.learnt(chat) == "right<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "marked"])
+def test_a_conversation_may_open_with_the_assistant(make_base: Any, name: str) -> None:
+    base: Base = make_base(TEMPLATES[name])
+
+    chat = [{"role": "assistant", "content": "Hi!"}, *turns("a", "b")]
+
+    assert base.learnt(chat) == "Hi!<|im_end|>|b<|im_end|>"
+
+
+def test_a_developer_is_the_system_by_its_newer_name(make_base: Any) -> None:
+    base: Base = make_base(SMOLLM2)
+
+    assert base.rows([{"role": "developer", "content": "x"}, *turns("a", "b")]) == base.rows(
+        turns("a", "b", system="x")
+    )
+
+
+def test_a_generation_block_in_a_macro_is_found(make_base: Any) -> None:
+    base: Base = make_base(
+        "{% macro say(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{% set text = say(m) if m.role == 'assistant' else m.content %}{{ text }}\n{% endfor %}"
+    )
+
+    assert base.learnt(turns("question", "answer", "more", "again")) == "answer<|im_end|>|again<|im_end|>"
+
+
+def test_the_first_token_of_a_row_is_never_learnt(make_base: Any) -> None:
+    base: Base = make_base("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+    ((ids, mask),) = base.rows([{"role": "assistant", "content": "b c d e"}])
+
+    assert mask == [0] + [1] * (len(ids) - 1)
+
+
+def test_a_long_row_keeps_its_start(make_base: Any) -> None:
+    base: Base = make_base(SMOLLM2)
+    chat = turns("a", "long " * 50, system="s")
+    ((ids, mask),) = base.rows(chat)
+
+    assert base.rows(chat, max_length=30) == [(ids[:30], mask[:30])]
+    assert base.prepare(chat, max_length=30)[0]["truncated_rows"] == 1
+    assert base.prepare(chat, max_length=len(ids))[0]["truncated_rows"] == 0
+
+
+def test_rows_with_nothing_to_learn_are_dropped_and_counted(make_base: Any) -> None:
+    base: Base = make_base(SMOLLM2)
+    masked, good = turns("a", "masked", system="s"), turns("a", "b", system="s")
+    masked[-1]["weight"] = 0
+    cut = turns("long " * 50, "b", system="s")
+
+    report, out = base.prepare(masked, good, cut, good, max_length=40)
+
+    assert (report["rows"], report["usable_rows"], report["empty_rows"], report["duplicate_rows"]) == (4, 2, 2, 1)
+    assert report["truncated_rows"] == 1
+    assert report["longest_row"] == len(base.reference().apply_chat_template(cut, return_dict=False))
+    assert report["median_row"] == len(base.reference().apply_chat_template(good, return_dict=False))
+    assert TokenDataset.load(out).num_rows == 2
+
+
+def test_a_file_with_nothing_to_learn_is_refused_with_what_to_do(make_base: Any) -> None:
+    base: Base = make_base(SMOLLM2)
+    masked = turns("a", "masked")
+    masked[-1]["weight"] = 0
+
+    assert refusal(base, masked, masked)["code"] == "nothing_to_learn"
+    cut = refusal(base, turns("a", "b"), max_length=10)
+    assert cut["code"] == "nothing_to_learn"
+    assert "first 10 tokens" in cut["message"]
+    assert "the longest row has" in cut["remedy"]
+
+
+def test_a_base_without_a_template_is_refused(make_base: Any) -> None:
+    assert refusal(make_base(None), turns("a", "b"))["code"] == "base_has_no_chat_template"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_line(make_base: Any) -> None:
+    base: Base = make_base(FORGETFUL)
+    thinking = turns("a", "<think>1</think>b", "c", "<think>2</think>d")
+
+    found = refusal(base, turns("a", "b"), thinking)
+
+    assert found["code"] == "template_not_prefix_stable"
+    assert found["message"].startswith("Line 2: ")
+    assert base.learnt(turns("a", "<think>1</think>b")) == "<think>1</think>b<|im_end|>"
+
+
+def test_a_row_that_the_template_does_not_take_is_named(make_base: Any) -> None:
+    base: Base = make_base(INSTRUCT)
+
+    found = refusal(base, turns("a", "b"), turns("a", "b", system="s"))
+
+    assert found["code"] == "template_refused_row"
+    assert found["message"].startswith("Line 2: ")
+    assert "Only user and assistant roles are supported!" in found["message"]
+
+
+BAD_TEMPLATES = {
+    "that does not parse": "{% for m in messages %}",
+    "that reaches out": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "that changes its messages": "{{ messages.append(1) }}",
+    "that never ends": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "that hides its answers": "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
+    "that shortens its answers": "{% set x %}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% endfor %}{% endset %}{{ x[:2] }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
+def test_a_template_gives_a_refusal_and_no_harm(make_base: Any, template: str) -> None:
+    found = refusal(make_base(template), turns("question", "answer"))
+
+    assert found["code"] in ("unusable_chat_template", "template_refused_row", "nothing_to_learn")
+
+
+def test_weights_need_a_template_that_marks_every_answer(make_base: Any) -> None:
+    base: Base = make_base(
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    chat = turns("a", "b", "c", "d")
+    weighted = turns("a", "b", "c", "d")
+    weighted[1]["weight"] = 0
+
+    assert refusal(base, weighted)["code"] == "template_hides_turns"
+    assert base.learnt(chat) == "d"
+
+
+def test_a_token_that_the_base_has_no_row_for_is_refused(make_base: Any) -> None:
+    base: Base = make_base(SMOLLM2)
+    (base.folder / "config.json").write_text(json.dumps({"vocab_size": 60}))
+
+    assert refusal(base, turns("question", "answer"))["code"] == "tokenizer_exceeds_base"
+
+
+def test_a_broken_row_is_refused_by_line_even_here(make_base: Any) -> None:
+    found = refusal(make_base(SMOLLM2), turns("a", "b"), [{"role": "bot", "content": "x"}])
+
+    assert (found["code"], found["message"]) == ("invalid_role", "Line 2: messages[0].role is 'bot'.")
+
+
+def test_the_template_may_stand_in_the_tokenizers_configuration(make_base: Any) -> None:
+    base: Base = make_base(None)
+    path = base.folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": SMOLLM2}]
+
+    for template in (SMOLLM2, named):
+        path.write_text(json.dumps({**config, "chat_template": template}))
+        assert base.learnt(turns("a", "b")) == "b<|im_end|>"
+
+
+def test_the_same_file_gives_the_same_bytes_on_any_day(make_base: Any) -> None:
+    base: Base = make_base("{{ strftime_now('%d %b %Y') }}\n" + SMOLLM2)
+    rows = list(CHATS.values())
+
+    report, out = base.prepare(*rows)
+    first = out.read_bytes()
+    again, _ = base.prepare(*rows)
+
+    assert out.read_bytes() == first
+    assert again == report
+    assert report.get("template_date") == "2024-07-26"
+    assert "26 Jul 2024" in str(base.reference().decode(TokenDataset.load(out).row(0)[0].tolist()))
+
+
+def test_rows_are_the_same_however_they_are_batched(make_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Base = make_base(SMOLLM2)
+    _, out = base.prepare(*CHATS.values())
+    together = out.read_bytes()
+
+    monkeypatch.setattr("worker.prepare.BATCH_ROWS", 2)
+    base.prepare(*CHATS.values())
+
+    assert out.read_bytes() == together
+
+
+def test_the_file_is_safetensors_with_three_tensors(make_base: Any) -> None:
+    _, out = make_base(SMOLLM2).prepare(turns("a", "b"), turns("c", "d"))
+
+    tensors = load_file(out)
+
+    kinds = {name: (tensor.dtype, tensor.ndim) for name, tensor in tensors.items()}
+    assert kinds == {
+        "input_ids": (np.dtype(np.int32), 1),
+        "loss_mask": (np.dtype(np.uint8), 1),
+        "row_offsets": (np.dtype(np.int64), 1),
+    }
+    assert int.from_bytes(out.read_bytes()[:8], "little") % 8 == 0
+
+
+def run_child(base: Base, out: Path, *rows: Messages) -> tuple[int, Path]:
+    folder = base.folder.parent
+    (folder / "source.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    arguments: dict[str, Any] = {"source": folder / "source.jsonl", "base_dir": base.folder, "out": out}
+    arguments |= {"report": folder / "report.json", "max_length": 512}
+    (folder / "arguments.json").write_text(json.dumps(arguments, default=str))
+    program = (
+        "import runpy, sys; sys.argv[1:] = [sys.argv[1]]\n"
+        "try: runpy.run_module('worker.prepare', run_name='__main__')\n"
+        "finally: print(sorted(m for m in ('torch', 'transformers', 'lora_core') if m in sys.modules))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, folder / "arguments.json"], capture_output=True, text=True, check=False
+    )
+    assert ran.stdout == "[]\n", ran.stderr
+    return ran.returncode, folder / "report.json"
+
+
+def test_a_child_prepares_without_torch(make_base: Any, tmp_path: Path) -> None:
+    out = tmp_path / "tokens.safetensors"
+
+    status, report = run_child(make_base(SMOLLM2), out, turns("a", "b"))
+
+    assert status == 0
+    assert json.loads(report.read_text())["usable_rows"] == TokenDataset.load(out).num_rows == 1
+
+
+def test_a_refusal_is_no_failure_of_the_child(make_base: Any, tmp_path: Path) -> None:
+    status, report = run_child(make_base(None), tmp_path / "tokens.safetensors", turns("a", "b"))
+
+    assert status == 0
+    assert json.loads(report.read_text())["refusal"]["code"] == "base_has_no_chat_template"
+
+
+def test_a_full_disk_is_not_the_files_fault(make_base: Any, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 32_768) as disk:
+        status, report = run_child(make_base(SMOLLM2), disk / "tokens.safetensors", *[turns("a", "word " * 90)] * 100)
+
+        assert status == EXIT_DISK_FULL
+        assert not report.exists()
+        assert list(disk.iterdir()) == []
