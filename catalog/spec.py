@@ -275,5 +275,5 @@ def _resolve_lora(lora: LoraRequest) -> LoraSpec:
     return LoraSpec(**lora.model_dump(exclude={"alpha"}), alpha=alpha)
 
 
-LABEL = re.compile(r"^[A-Za-z0-9][\w.-]{0,63}$")
+LABEL = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 """What names chosen by people must look like (base models, projects, keys)."""

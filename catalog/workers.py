@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -17,9 +17,6 @@ from catalog.tables import Job, Json, Trainer, Worker
 
 SILENT_SECONDS = 60.0
 """A worker that was not heard from for so long is shown as lost."""
-
-
-WorkerState = Literal["live", "draining", "lost", "ended"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,15 +100,6 @@ def request_drain(db: Database, worker_id: str) -> Worker:
             raise Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy="There is nothing to drain.")
         worker.drain_requested = True
         return worker
-
-
-def worker_state(worker: Worker, *, now: float) -> WorkerState:
-    """live, draining, lost (silent for too long) or ended."""
-    if worker.ended_at is not None:
-        return "ended"
-    if now - worker.heartbeat_at > SILENT_SECONDS:
-        return "lost"
-    return "draining" if worker.drain_requested else "live"
 
 
 def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Worker]:

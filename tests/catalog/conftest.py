@@ -1,0 +1,71 @@
+"""One conformance suite, two databases: `db` is each in turn, freshly migrated, with a clock that tests turn."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from catalog.db import Database
+from catalog.tables import Table
+from tests.catalog.world import Clock, World
+from tests.services.postgres import empty_database
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file to copy."""
+    path = tmp_path_factory.mktemp("sqlite") / "lorry.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    with database.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres_url(postgres_url: str) -> Iterator[str]:
+    """A database that each test leaves empty."""
+    with empty_database(postgres_url, "catalog") as url:
+        database = Database(url)
+        database.migrate()
+        database.close()
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        path = tmp_path / "lorry.db"
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), path)
+        yield f"sqlite:///{path}"
+        return
+    url = request.getfixturevalue("migrated_postgres_url")
+    yield url
+    database = Database(url)
+    names = ", ".join(f'"{table.name}"' for table in Table.metadata.sorted_tables)
+    with database.engine.begin() as connection:
+        connection.execute(text(f"truncate {names} restart identity cascade"))
+    database.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def db(database_url: str, clock: Clock) -> Iterator[Database]:
+    database = Database(database_url, clock=clock)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def world(db: Database, clock: Clock) -> World:
+    """Two projects with a key each, a base model, and a data file of the first project."""
+    return World(db, clock)

@@ -1,0 +1,419 @@
+"""A worker's verbs: a job is one claim's at a time, and only that claim writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from catalog import claims, jobs, recovery, workers
+from catalog.claims import Orders
+from catalog.errors import StaleClaim
+from catalog.packing import Room
+from catalog.states import EndReason, JobState
+from catalog.tables import Adapter, Artifact, Attempt, Job
+from tests.catalog.world import LEASE, WIDE, World, manifest, sha
+
+
+def test_a_job_goes_from_submission_to_its_adapter(world: World) -> None:
+    job = world.submit(suffix="mine")
+    world.worker()
+
+    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert unprepared is not None
+    claims.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=10)
+    (claim,) = world.claim()
+    claims.started(world.db, claim.claim_id, trainer_id="t1", resumed_from_step=None)
+    adapter = world.complete(claim.claim_id)
+
+    done = world.job(job.id)
+    assert adapter.name == f"ft:smol:ours:mine:{job.id[-8:]}"
+    assert (done.state, done.adapter_name, done.trained_tokens) == (JobState.SUCCEEDED, adapter.name, 5)
+    assert (done.claim_id, done.lease_expires_at, done.trainer_id) == (None, None, "t1")
+    assert world.transitions(job.id) == [
+        (None, "validating_files"),
+        ("validating_files", "queued"),
+        ("queued", "running"),
+        ("running", "succeeded"),
+    ]
+
+
+def test_eight_workers_at_once_never_get_the_same_job(world: World) -> None:
+    made = {world.submit().id for _ in range(24)}
+    world.prepare_all()
+    got: list[str] = []
+
+    def work(worker_id: str) -> list[str]:
+        mine: list[str] = []
+        while claimed := world.claim(worker_id, Room(max_jobs=2, memory_bytes_free=10**12)):
+            mine += [claim.job.id for claim in claimed]
+            for claim in claimed:
+                claims.started(world.db, claim.claim_id, trainer_id=worker_id, resumed_from_step=None)
+                world.complete(claim.claim_id, claim.claim_id)
+        return mine
+
+    with ThreadPoolExecutor(8) as pool:
+        for mine in pool.map(work, [f"w{i}" for i in range(8)]):
+            got += mine
+    while rest := world.claim():
+        got += [claim.job.id for claim in rest]
+
+    assert len(got) == len(set(got))
+    assert set(got) == made
+
+
+def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
+    stale = world.running()
+    world.pass_time(LEASE + 1)
+    recovery.expire(world.db, grace_seconds=LEASE)
+    world.clock.turn(3)
+    (fresh,) = world.claim("w2")
+    before = world.job(stale.job.id)
+
+    writes: list[Callable[[], Any]] = [
+        lambda: claims.started(world.db, stale.claim_id, trainer_id="t", resumed_from_step=None),
+        lambda: claims.record_event(world.db, stale.claim_id, "info", "x"),
+        lambda: claims.record_progress(world.db, stale.claim_id, {"step": 9}),
+        lambda: claims.record_metrics(world.db, stale.claim_id, [{"kind": "train", "step": 1, "loss": 1.0}]),
+        lambda: claims.record_checkpoint(world.db, stale.claim_id, step=1, artifact=manifest("c"), metrics={}),
+        lambda: claims.distrust_checkpoint(world.db, stale.claim_id, checkpoint_id="c", problem="x"),
+        lambda: claims.end(world.db, stale.claim_id, reason=EndReason.USER_ERROR, detail=""),
+        lambda: claims.prepared(world.db, claim_id=stale.claim_id, train_key="", valid_key=None, num_steps=1),
+        lambda: claims.refused(world.db, claim_id=stale.claim_id, error={}),
+        lambda: claims.release_preparation(world.db, claim_id=stale.claim_id, detail=""),
+        lambda: world.complete(stale.claim_id),
+    ]
+    for write in writes:
+        with pytest.raises(StaleClaim):
+            write()
+
+    after = world.job(stale.job.id)
+    assert fresh.job.id == stale.job.id
+    assert (after.state, after.claim_id, after.progress) == (before.state, fresh.claim_id, None)
+    assert world.beat(stale.claim_id)[stale.claim_id] == Orders(stale=True)
+    with world.db.read() as session:
+        assert session.scalars(select(Artifact).where(Artifact.kind == "adapter")).all() == []
+
+
+def test_a_job_completes_once(world: World) -> None:
+    claim = world.running()
+    world.complete(claim.claim_id)
+
+    with pytest.raises(StaleClaim):
+        world.complete(claim.claim_id)
+
+    with world.db.read() as session:
+        assert len(session.scalars(select(Adapter)).all()) == 1
+
+
+def test_completing_outruns_a_cancel_that_was_only_requested(world: World) -> None:
+    claim = world.running()
+    jobs.cancel(world.db, **world.of(claim.job.id))
+
+    world.complete(claim.claim_id)
+
+    assert world.job(claim.job.id).state == JobState.SUCCEEDED
+    assert not world.job(claim.job.id).cancel_requested
+
+
+def test_of_completing_cancelling_and_ending_at_once_one_wins(world: World) -> None:
+    for round_number in range(6):
+        claim = world.running()
+        verb = world.of(claim.job.id)
+        moves: list[Callable[[], Any]] = [
+            lambda claim=claim: world.complete(claim.claim_id, claim.claim_id),
+            lambda verb=verb: jobs.cancel(world.db, **verb),
+            lambda claim=claim: claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail=""),
+        ]
+        with ThreadPoolExecutor(3) as pool:
+            futures = [pool.submit(move) for move in moves[round_number % 3 :] + moves[: round_number % 3]]
+        refused = [future.exception() for future in futures if future.exception()]
+
+        job = world.job(claim.job.id)
+        finals = [after for _, after in world.transitions(job.id) if after in ("succeeded", "cancelled")]
+        assert finals == [job.state]
+        assert refused
+        with world.db.read() as session:
+            adapters = session.scalars(select(Adapter).where(Adapter.job_id == job.id)).all()
+        assert len(adapters) == (job.state == JobState.SUCCEEDED)
+
+
+def test_a_failure_of_the_job_itself_is_final_and_tells_why(world: World) -> None:
+    claim = world.running()
+    error = {"code": "loss_not_finite", "message": "The loss became NaN at step 3.", "param": None}
+
+    state = claims.end(world.db, claim.claim_id, reason=EndReason.DIVERGED, detail="NaN", error=error)
+
+    job = world.job(claim.job.id)
+    assert (state, job.reason, job.error) == (JobState.FAILED, EndReason.DIVERGED, error)
+
+
+def test_an_attempt_that_crashed_is_tried_again_later_and_later(world: World) -> None:
+    claim = world.running()
+    waits = []
+
+    for _ in range(2):
+        claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="signal 11")
+        run_after = world.job(claim.job.id).run_after
+        assert run_after is not None
+        waits.append(round(run_after - world.clock.now))
+        assert world.claim() == []
+        world.clock.turn(waits[-1] + 1)
+        (claim,) = world.claim()
+
+    assert waits == [2, 8]
+
+
+def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_evidence(world: World) -> None:
+    claim = world.running()
+    state, claimed = None, [claim]
+    for attempt in range(3):
+        state = claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail=f"signal {attempt}")
+        world.clock.turn(31)
+        claimed = world.claim()
+        claim = claimed[0] if claimed else claim
+
+    job = world.job(claim.job.id)
+    assert (state, claimed) == (JobState.FAILED, [])
+    assert job.error is not None
+    assert job.error["code"] == "quarantined"
+    assert [each["detail"] for each in job.error["evidence"]] == ["signal 2", "signal 1", "signal 0"]
+
+
+def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: World) -> None:
+    claim = world.running()
+
+    def crash_after_checkpoint(step: int) -> JobState:
+        nonlocal claim
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"), metrics={})
+        state = claims.end(world.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
+        world.clock.turn(31)
+        claim = next(iter(world.claim()), claim)
+        return state
+
+    assert [crash_after_checkpoint(step) for step in (1, 2, 3, 4)] == [JobState.QUEUED] * 4
+    assert [crash_after_checkpoint(step) for step in (4, 4)] == [JobState.QUEUED, JobState.FAILED]
+
+
+def test_a_drained_attempt_is_free_and_its_job_can_be_claimed_at_once(world: World) -> None:
+    claim = world.running()
+
+    for _ in range(5):
+        claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+        (claim,) = world.claim()
+
+    assert world.job(claim.job.id).counted_attempts == 0
+    assert claim.attempt == 6
+
+
+def test_a_job_resumes_from_its_newest_checkpoint_and_can_fall_back_by_one(world: World) -> None:
+    claim = world.running()
+    dropped = [
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"), metrics={})
+        for step in (1, 2, 3)
+    ]
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+
+    (again,) = world.claim()
+    assert again.resume_from is not None
+    assert [checkpoint.step for checkpoint in again.resume_candidates] == [3, 2]
+    assert dropped == [[], [], [manifest("c1").digest]]
+
+    bad = again.resume_from
+    claims.distrust_checkpoint(world.db, again.claim_id, checkpoint_id=bad.id, problem="a bit was flipped")
+    claims.end(world.db, again.claim_id, reason=EndReason.DRAINED, detail="")
+    assert [checkpoint.step for checkpoint in world.claim()[0].resume_candidates] == [2]
+
+
+def test_files_that_two_checkpoints_share_outlive_the_first(world: World) -> None:
+    claim = world.running()
+
+    dropped = [
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name), metrics={})
+        for step, name in ((1, "a"), (2, "b"), (3, "a"))
+    ]
+
+    assert dropped == [[], [], []]
+    page = jobs.checkpoints_page(world.db, **world.of(claim.job.id))
+    assert [(row.step, row.artifact is not None) for row in page.items] == [(3, True), (2, True), (1, False)]
+
+
+def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: World) -> None:
+    claim = world.running()
+    of_job = world.of(claim.job.id)
+    point = {"kind": "train", "token_accuracy": 0.5, "learning_rate": 1e-4, "grad_norm": float("inf")}
+
+    claims.record_metrics(
+        world.db, claim.claim_id, [{**point, "step": 1, "loss": 3.0}, {**point, "step": 2, "loss": 2}]
+    )
+    claims.record_metrics(world.db, claim.claim_id, [{**point, "step": 2, "loss": 1.5}])
+    claims.record_metrics(world.db, claim.claim_id, [{**point, "step": 3, "loss": float("nan")}])
+
+    curve = jobs.metrics(world.db, **of_job, kind="train")
+    assert [(p.step, p.loss, p.grad_norm) for p in curve] == [(1, 3.0, None), (2, 1.5, None)]
+    told = jobs.events_page(world.db, **of_job).items[0]
+    assert (told.type, told.message) == ("metrics", "Step 2/10: training loss=1.5000")
+    assert told.data is not None
+    assert told.data["train_loss"] == 1.5
+    assert told.data["train_mean_token_accuracy"] == 0.5
+
+
+def test_the_reason_of_a_claim_is_kept_on_its_attempt(world: World) -> None:
+    first, second = world.queued(), world.queued()
+    anchor, mate = world.claim()
+
+    why = [jobs.attempts(world.db, **world.of(job.id))[0].why for job in (first, second)]
+    assert [each["role"] for each in why if each] == ["anchor", "packmate"]
+    assert why[0] is not None
+    assert why[0]["room"]["max_jobs"] == 16
+    assert jobs.packmates(world.db, **world.of(first.id)) == {anchor.claim_id: [mate.job.id]}
+
+
+def test_only_jobs_of_its_pack_key_join_a_live_trainer(world: World) -> None:
+    world.base("other")
+    claim = world.running()
+    world.queued(model="other")
+    world.queued(precision="float32")
+    mate = world.queued()
+
+    joined = world.claim(trainer_id="trainer-w1", pack_key=claim.job.pack_key)
+
+    assert [each.job.id for each in joined] == [mate.id]
+    assert jobs.attempts(world.db, **world.of(mate.id))[0].trainer_id == "trainer-w1"
+
+
+def test_a_suspect_trains_alone(world: World) -> None:
+    suspect = world.running()
+    claims.end(world.db, suspect.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+    world.clock.turn(31)
+    (suspect,) = world.claim()
+    claims.end(world.db, suspect.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+    world.clock.turn(31)
+    world.queued()
+
+    (alone,) = world.claim()
+    joiners = world.claim(trainer_id="trainer-w1", pack_key=alone.job.pack_key)
+
+    assert alone.job.id == suspect.job.id
+    assert joiners == []
+    claims.record_checkpoint(world.db, alone.claim_id, step=1, artifact=manifest("c"), metrics={})
+    assert len(world.claim(trainer_id="trainer-w1", pack_key=alone.job.pack_key)) == 1
+
+
+def test_a_worker_that_drains_or_has_ended_gets_nothing_new(world: World) -> None:
+    world.queued()
+    world.submit()
+    world.worker("draining")
+    world.worker("ended")
+    workers.request_drain(world.db, "draining")
+    claims.end_worker(world.db, "ended")
+
+    for worker_id in ("draining", "ended"):
+        assert world.claim(worker_id) == []
+        assert claims.next_unprepared(world.db, worker_id=worker_id, lease_seconds=LEASE) is None
+        orders = claims.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
+        assert orders.drain
+
+
+def test_a_worker_that_leaves_gives_back_what_it_holds_for_free(world: World) -> None:
+    world.worker()
+    running = world.running()
+    world.submit()
+    preparing = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert preparing is not None
+
+    claims.end_worker(world.db, "w1")
+
+    assert world.job(running.job.id).state == JobState.QUEUED
+    assert world.job(running.job.id).counted_attempts == 0
+    assert world.job(preparing.job.id).claim_id is None
+    with pytest.raises(StaleClaim):
+        claims.prepared(world.db, claim_id=preparing.claim_id, train_key="t", valid_key=None, num_steps=1)
+
+
+def test_files_that_cannot_be_trained_on_fail_the_job_with_the_workers_words(world: World) -> None:
+    job = world.submit()
+    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert unprepared is not None
+
+    claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn", "message": "All masked."})
+
+    refused = world.job(job.id)
+    assert (refused.state, refused.reason) == (JobState.FAILED, EndReason.USER_ERROR)
+    assert refused.error == {"code": "nothing_to_learn", "message": "All masked.", "param": "training_file"}
+
+
+def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> None:
+    job = world.submit()
+    first = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert first is not None
+    assert claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
+
+    claims.release_preparation(world.db, claim_id=first.claim_id, detail="the store does not answer", wait_seconds=5)
+
+    assert claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
+    world.clock.turn(6)
+    second = claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
+    assert second is not None
+    assert second.job.id == job.id
+
+
+def test_cancelling_takes_a_job_from_the_worker_that_prepares_it(world: World) -> None:
+    job = world.submit()
+    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert unprepared is not None
+
+    jobs.cancel(world.db, **world.of(job.id))
+
+    assert world.beat(unprepared.claim_id)[unprepared.claim_id].stale
+    with pytest.raises(StaleClaim):
+        claims.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=1)
+
+
+def test_two_jobs_may_give_adapters_of_the_same_bytes_but_not_of_the_same_name(world: World) -> None:
+    first, second = world.queued(), world.queued()
+    with world.db.write() as session:
+        twin_id = f"ftjob-{'0' * 16}{first.id[-8:]}"
+        session.add(_copy(session.get_one(Job, second.id), twin_id))
+
+    names = {world.complete(claim.claim_id).name for claim in world.claim()}
+
+    assert len(names) == 3
+    with world.db.read() as session:
+        assert len(session.scalars(select(Artifact).where(Artifact.kind == "adapter")).all()) == 1
+
+
+def test_attempts_are_numbered_and_kept(world: World) -> None:
+    claim = world.running()
+    claims.started(world.db, claim.claim_id, trainer_id="t9", resumed_from_step=None)
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="asked to")
+    (claim,) = world.claim("w2")
+    claims.started(world.db, claim.claim_id, trainer_id="t10", resumed_from_step=4)
+
+    attempts = jobs.attempts(world.db, **world.of(claim.job.id))
+
+    assert [(a.number, a.worker_id, a.trainer_id, a.reason, a.detail, a.resumed_from_step) for a in attempts] == [
+        (1, "w1", "t9", "drained", "asked to", None),
+        (2, "w2", "t10", None, None, 4),
+    ]
+    with world.db.read() as session:
+        assert session.get_one(Attempt, claim.claim_id).ended_at is None
+
+
+def test_a_job_that_is_too_large_for_the_room_is_passed_over(world: World) -> None:
+    world.base("large", num_parameters=10**12)
+    world.queued(model="large")
+    small = world.queued()
+
+    claimed = world.claim(room=Room(max_jobs=WIDE.max_jobs, memory_bytes_free=10**10))
+
+    assert [claim.job.id for claim in claimed] == [small.id]
+    assert claimed[0].job.base_digest == sha("smol")
+
+
+def _copy(job: Job, job_id: str) -> Job:
+    columns = {column.key: getattr(job, column.key) for column in Job.__table__.columns}
+    return Job(**{**columns, "id": job_id})

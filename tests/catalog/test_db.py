@@ -1,0 +1,138 @@
+"""Transactions on both databases: the clock, what an outage says, and writers that never fail half way."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, text
+
+from catalog import projects
+from catalog.db import Database, read_clock, serialise, upsert
+from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
+from catalog.tables import Metric, Project, Pulse
+from tests.catalog.world import World, request
+
+
+def test_the_clock_is_the_databases_own(database_url: str) -> None:
+    database = Database(database_url)
+
+    with database.read() as session:
+        told = read_clock(session)
+
+    database.close()
+    assert abs(told - time.time()) < 5
+
+
+def test_a_transaction_that_fails_leaves_nothing(db: Database) -> None:
+    def write_half() -> None:
+        with db.write() as session:
+            session.add(Project(id="p", name="p", created_at=0))
+            session.flush()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+
+    with db.read() as session:
+        assert session.scalars(select(Project)).all() == []
+
+
+def test_many_writers_at_once_lose_no_write(db: Database) -> None:
+    with db.write() as session:
+        session.add(Pulse(id=2, seen_at=0))
+
+    def add_one(_: int) -> None:
+        with db.write() as session:
+            row = session.get_one(Pulse, 2, with_for_update=True)
+            row.seen_at += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(80)))
+
+    with db.read() as session:
+        assert session.get_one(Pulse, 2).seen_at == 80
+
+
+def test_what_is_serialised_by_name_runs_one_after_another(db: Database) -> None:
+    inside: list[str] = []
+
+    def enter(_: int) -> None:
+        with db.write() as session:
+            serialise(session, "one at a time")
+            inside.append("in")
+            session.execute(select(Project))
+            inside.append("out")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, range(24)))
+
+    assert inside == ["in", "out"] * 24
+
+
+def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World) -> None:
+    job = world.submit()
+    point = {"job_id": job.id, "kind": "train", "created_at": 1.0}
+
+    with world.db.write() as session:
+        upsert(session, Metric, [{**point, "step": step, "loss": 3.0, "num_tokens": 9} for step in (1, 2)])
+        upsert(session, Metric, [{**point, "step": 2, "loss": 1.0}])
+        upsert(session, Metric, [])
+
+    with world.db.read() as session:
+        rows = session.scalars(select(Metric).order_by(Metric.step)).all()
+        assert [(row.step, row.loss, row.num_tokens) for row in rows] == [(1, 3.0, 9), (2, 1.0, 9)]
+
+
+def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+
+    with pytest.raises(Unavailable) as refusal, database.read() as session:
+        read_clock(session)
+
+    database.close()
+    assert refusal.value.status == 503
+    assert refusal.value.retry_after_seconds > 0
+
+
+def test_a_database_that_stays_locked_is_unavailable_and_changes_nothing(
+    tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_sqlite.read_bytes())
+    holder = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+    monkeypatch.setattr("catalog.db.BUSY_SECONDS", 0.01)
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+
+    with holder.write(), pytest.raises(Unavailable):
+        projects.ensure(database, "new")
+
+    assert projects.ensure(database, "new").name == "new"
+    holder.close()
+    database.close()
+
+
+def test_a_full_disk_is_named(tmp_path: Path, migrated_sqlite: Path) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_sqlite.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+
+    def fill() -> None:
+        with database.write() as session:
+            pages = session.scalar(text("pragma page_count"))
+            session.execute(text(f"pragma max_page_count={pages}"))
+            session.add_all([Project(id=f"{i:0200d}", name=f"{i:0200d}", created_at=0) for i in range(200)])
+
+    with pytest.raises(OutOfSpace, match="full"):
+        fill()
+
+    with database.read() as session:
+        assert session.scalars(select(Project)).all() == []
+    database.close()
+
+
+def test_a_value_that_cannot_be_stored_is_the_requests_fault(world: World) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.send(request(training_file=world.file_id), idempotency_key="half a \ud800 character")
+
+    assert refusal.value.code == "unstorable_value"

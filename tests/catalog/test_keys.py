@@ -1,0 +1,144 @@
+"""API keys, sign-in links and browser sessions."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import inspect, select
+
+from catalog import keys, projects
+from catalog.errors import InvalidRequest, Unauthorized
+from catalog.settings import Settings
+from catalog.tables import ApiKey
+from tests.catalog.world import PEPPER, World
+
+
+def new_key(world: World, **given: object) -> tuple[ApiKey, str]:
+    return keys.create(world.db, project_id=world.caller.project_id, name="ci", pepper=PEPPER, **given)  # type: ignore[arg-type]
+
+
+def test_a_key_opens_its_own_project(world: World) -> None:
+    key, secret = new_key(world, is_operator=True)
+
+    caller = keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    assert secret.startswith(f"lorry_{key.id}_")
+    assert len(secret.rpartition(f"{key.id}_")[2]) == 43
+    assert (caller.api_key_id, caller.project_name, caller.is_operator, caller.name) == (key.id, "ours", True, "ci")
+
+
+def test_no_column_holds_a_secret(world: World) -> None:
+    key, secret = new_key(world)
+
+    kept = [str(getattr(key, column.key)) for column in inspect(ApiKey).columns]
+    assert not any(secret.rpartition("_")[2] in value for value in kept)
+
+
+@pytest.mark.parametrize("spoil", [lambda s: s[:-1] + "!", lambda s: "", lambda s: "lorry_", lambda s: s + "é\ud800"])
+def test_a_wrong_key_is_refused(world: World, spoil: Callable[[str], str]) -> None:
+    _, secret = new_key(world)
+
+    with pytest.raises(Unauthorized):
+        keys.authenticate(world.db, secret=spoil(secret), pepper=PEPPER)
+    with pytest.raises(Unauthorized):
+        keys.authenticate(world.db, secret=secret, pepper=b"q" * 32)
+
+
+def test_a_key_that_is_expired_or_revoked_is_refused(world: World) -> None:
+    _, expiring = new_key(world, expires_at=world.clock.now + 10)
+    revoked, secret = new_key(world)
+    keys.authenticate(world.db, secret=expiring, pepper=PEPPER)
+    link = keys.create_sign_in_link(world.db, api_key_id=revoked.id, pepper=PEPPER)
+    browser = keys.exchange_sign_in(world.db, token=link, pepper=PEPPER)
+
+    world.clock.turn(11)
+    keys.revoke(world.db, project_id=world.stranger.project_id, api_key_id=revoked.id)
+    keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+    keys.revoke(world.db, project_id=world.caller.project_id, api_key_id=revoked.id)
+
+    for refused in (expiring, secret):
+        with pytest.raises(Unauthorized):
+            keys.authenticate(world.db, secret=refused, pepper=PEPPER)
+    with pytest.raises(Unauthorized):
+        keys.authenticate_browser(world.db, secret=browser, pepper=PEPPER)
+
+
+def test_last_use_is_noted_once_a_minute(world: World) -> None:
+    key, secret = new_key(world)
+
+    def used_after(seconds: float) -> float | None:
+        world.clock.turn(seconds)
+        keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+        with world.db.read() as session:
+            return session.scalar(select(ApiKey.last_used_at).where(ApiKey.id == key.id))
+
+    first, soon, later = used_after(0), used_after(30), used_after(40)
+
+    assert first == soon
+    assert later != soon
+
+
+def test_a_sign_in_link_opens_one_browser_session_once(world: World) -> None:
+    link = keys.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
+
+    def exchange(_: int) -> str | None:
+        try:
+            return keys.exchange_sign_in(world.db, token=link, pepper=PEPPER)
+        except Unauthorized:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        opened = [secret for secret in pool.map(exchange, range(8)) if secret]
+
+    assert len(opened) == 1
+    assert keys.authenticate_browser(world.db, secret=opened[0], pepper=PEPPER) == world.caller
+    keys.end_browser(world.db, secret=opened[0], pepper=PEPPER)
+    with pytest.raises(Unauthorized):
+        keys.authenticate_browser(world.db, secret=opened[0], pepper=PEPPER)
+
+
+def test_links_and_browser_sessions_expire(world: World) -> None:
+    late = keys.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER, seconds=900)
+    world.clock.turn(901)
+    with pytest.raises(Unauthorized):
+        keys.exchange_sign_in(world.db, token=late, pepper=PEPPER)
+
+    link = keys.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
+    browser = keys.exchange_sign_in(world.db, token=link, pepper=PEPPER)
+    world.clock.turn(12 * 3600 + 1)
+    with pytest.raises(Unauthorized):
+        keys.authenticate_browser(world.db, secret=browser, pepper=PEPPER)
+
+
+def test_the_pepper_is_made_once_and_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data")
+
+    with ThreadPoolExecutor(4) as pool:
+        peppers = set(pool.map(lambda _: keys.load_pepper(settings), range(8)))
+
+    (pepper,) = peppers
+    assert len(pepper) == 32
+    assert stat.S_IMODE((tmp_path / "data" / "pepper").stat().st_mode) == 0o600
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["pepper"]
+
+
+def test_a_pepper_from_the_settings_wins_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pepper").write_bytes(b"short")
+
+    assert keys.load_pepper(Settings.model_validate({"data_dir": tmp_path, "pepper": "given"})) == b"given"
+    with pytest.raises(ValueError, match="damaged"):
+        keys.load_pepper(Settings(data_dir=tmp_path))
+
+
+def test_a_project_is_made_once_and_has_a_name_that_can_be_shown(world: World) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        made = {project.id for project in pool.map(lambda _: projects.ensure(world.db, "new"), range(8))}
+
+    assert len(made) == 1
+    for name in ("", "a/b", "a b", "é", "x" * 65, "a\n"):
+        with pytest.raises(InvalidRequest):
+            projects.ensure(world.db, name)

@@ -1,0 +1,36 @@
+"""Byte arithmetic, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog import memory
+
+SHAPES = {"q_proj": [[64, 32], 2], "v_proj": [[16, 32], 2]}
+
+
+def test_an_adapter_has_rank_times_in_plus_out_numbers_per_target() -> None:
+    assert memory.adapter_parameters(SHAPES, rank=4, targets="all-linear") == 4 * (96 + 48) * 2
+    assert memory.adapter_parameters(SHAPES, rank=4, targets=["v_proj"]) == 4 * 48 * 2
+
+
+def test_a_row_is_four_vectors_of_fp32() -> None:
+    assert memory.row_bytes(1000) == 16_000
+
+
+@pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
+def test_a_trainer_needs_its_base_and_one_tick(precision: str, width: int) -> None:
+    description = {"num_parameters": 500, "linear_shapes": SHAPES, "vocab_size": 10}
+
+    assert memory.base_bytes(500, precision) == 500 * width
+    assert memory.activation_bytes_per_token(SHAPES, precision) == 32 * 4 * 2 * width
+    logits = 2 * 4 * 256 * 10
+    need = memory.trainer_bytes(description, precision, num_tokens=100)
+    assert need == 500 * width + 100 * 32 * 4 * 2 * width + logits
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")]
+)
+def test_bytes_are_readable(num_bytes: int, text: str) -> None:
+    assert memory.readable(num_bytes) == text

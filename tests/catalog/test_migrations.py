@@ -1,0 +1,90 @@
+"""The migrations make the tables of catalog/tables.py, and unmake them, on both databases."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import inspect
+
+from catalog.db import Database, alembic_config
+from catalog.tables import Table
+
+ROOT = Path(__file__).parents[2]
+TABLES = {table.name for table in Table.metadata.sorted_tables}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'new folder' / 'lorry.db'}"
+    return request.getfixturevalue("new_postgres_url")
+
+
+def tables(url: str) -> set[str]:
+    database = Database(url)
+    names = set(inspect(database.engine).get_table_names())
+    database.close()
+    return names
+
+
+def test_up_makes_every_table_and_down_leaves_nothing(empty_url: str) -> None:
+    database = Database(empty_url)
+
+    database.migrate()
+    command.check(alembic_config(empty_url))
+    assert tables(empty_url) == TABLES | {"alembic_version"}
+
+    command.downgrade(alembic_config(empty_url), "base")
+    assert tables(empty_url) == {"alembic_version"}
+
+    database.migrate()
+    assert tables(empty_url) == TABLES | {"alembic_version"}
+    database.close()
+
+
+def test_several_processes_may_migrate_at_once(empty_url: str) -> None:
+    def migrate(_: int) -> None:
+        database = Database(empty_url)
+        database.migrate()
+        database.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(migrate, range(4)))
+
+    assert tables(empty_url) == TABLES | {"alembic_version"}
+
+
+def test_a_migration_keeps_the_rows_and_leaves_foreign_keys_enforced(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    with database.schema_connection() as connection:
+        connection.exec_driver_sql("insert into projects (id, name, created_at) values ('p', 'p', 0)")
+
+    database.migrate()
+
+    with database.read() as session:
+        connection = session.connection()
+        assert connection.exec_driver_sql("select count(*) from projects").scalar() == 1
+        if database.is_sqlite:
+            assert connection.exec_driver_sql("pragma foreign_keys").scalar() == 1
+    database.close()
+
+
+@pytest.mark.parametrize("words", [["upgrade", "head"], ["check"], ["upgrade", "head", "--sql"]])
+def test_alembic_works_by_hand_on_the_database_of_the_settings(tmp_path: Path, words: list[str]) -> None:
+    environment = {**os.environ, "LORRY_DATA_DIR": str(tmp_path)}
+    environment.pop("LORRY_DATABASE_URL", None)
+    alembic = [sys.executable, "-m", "alembic"]
+
+    if words == ["check"]:
+        subprocess.run([*alembic, "upgrade", "head"], cwd=ROOT, env=environment, check=True)
+    done = subprocess.run([*alembic, *words], cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "CREATE TABLE jobs" in done.stdout or (tmp_path / "lorry.db").exists()

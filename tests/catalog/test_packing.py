@@ -1,0 +1,109 @@
+"""Which jobs train together."""
+
+from __future__ import annotations
+
+from catalog.fair_share import Candidate, Turn, order
+from catalog.packing import (
+    PATIENCE_SECONDS,
+    Room,
+    choose_anchor,
+    choose_joiners,
+    choose_pack,
+    pack_key,
+    precision_of,
+)
+from tests.catalog.test_fair_share import candidate
+
+ROOM = Room(max_jobs=4, memory_bytes_free=100)
+
+
+def other(job_id: str, created_at: float = 0, priority: int = 1, trainer_bytes: int = 10) -> Candidate:
+    return candidate(
+        job_id,
+        created_at,
+        priority=priority,
+        base_digest="c",
+        pack_key="c:bfloat16:causal-lm",
+        trainer_bytes=trainer_bytes,
+    )
+
+
+def turns(*candidates: Candidate, now: float = 10) -> list[Turn]:
+    return order(candidates, now)
+
+
+def packed(*candidates: Candidate, room: Room = ROOM, now: float = 10) -> list[str]:
+    return [choice.turn.candidate.job_id for choice in choose_pack(turns(*candidates, now=now), room)]
+
+
+def joined(*candidates: Candidate, room: Room = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:
+    chosen = choose_joiners(turns(*candidates, now=now), room, "b:bfloat16:causal-lm", worker_bytes=worker_bytes)
+    return [choice.turn.candidate.job_id for choice in chosen]
+
+
+def test_the_first_in_the_queue_is_the_anchor_and_its_like_fill_the_rest() -> None:
+    assert packed(candidate("a"), other("x", 1), candidate("b", 2), candidate("c", 3)) == ["a", "b", "c"]
+
+
+def test_no_more_jobs_than_there_is_room_for() -> None:
+    waiting = [candidate(f"j{i}", i) for i in range(9)]
+
+    assert packed(*waiting) == ["j0", "j1", "j2", "j3"]
+    assert packed(*waiting, room=Room(max_jobs=0, memory_bytes_free=100)) == []
+    assert packed(*waiting, room=Room(max_jobs=4, memory_bytes_free=12)) == ["j0", "j1"]
+    assert packed(*waiting, room=Room(max_jobs=4, memory_bytes_free=10)) == []
+
+
+def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> None:
+    large = candidate("large", 1, row_bytes=95)
+
+    assert packed(candidate("a"), large, candidate("b", 2)) == ["a", "b"]
+
+
+def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long() -> None:
+    room = Room(max_jobs=1, memory_bytes_free=100, resident_base="b")
+    resident = candidate("resident", 5)
+
+    assert packed(other("x"), resident, room=room, now=10) == ["resident"]
+    assert packed(other("x"), resident, room=room, now=PATIENCE_SECONDS) == ["x"]
+    assert packed(other("x", priority=0), resident, room=room, now=10) == ["x"]
+
+
+def test_a_resident_base_needs_no_second_place_in_memory() -> None:
+    room = Room(max_jobs=1, memory_bytes_free=5, resident_base="b")
+
+    assert packed(candidate("a"), room=room) == ["a"]
+
+
+def test_a_suspect_neither_has_nor_becomes_a_packmate() -> None:
+    suspect = candidate("suspect", 0, is_suspect=True)
+
+    assert packed(suspect, candidate("a", 1)) == ["suspect"]
+    assert packed(candidate("a"), candidate("suspect", 1, is_suspect=True), candidate("b", 2)) == ["a", "b"]
+    assert joined(candidate("suspect", 0, is_suspect=True), candidate("a", 1)) == ["a"]
+
+
+def test_jobs_join_a_live_trainer_past_a_job_for_another_base_only_while_that_has_not_waited_long() -> None:
+    assert joined(other("x"), candidate("a", 1)) == ["a"]
+    assert joined(candidate("a"), other("x", 1), candidate("b", 2), now=PATIENCE_SECONDS + 1) == ["a"]
+
+
+def test_a_job_that_could_never_fit_this_worker_does_not_hold_its_trainer_up() -> None:
+    huge = other("huge", trainer_bytes=1000)
+
+    assert joined(huge, candidate("a", 1), now=PATIENCE_SECONDS + 1) == ["a"]
+
+
+def test_a_choice_says_why() -> None:
+    waiting = turns(candidate("a"), candidate("b", 1))
+
+    reasons = [(choice.role, choice.reason) for choice in choose_pack(waiting, ROOM)]
+
+    assert reasons[0] == ("anchor", "first in the queue of those that fit this worker")
+    assert reasons[1] == ("packmate", "same base and dtype as a, and fits beside it")
+    assert choose_anchor([], ROOM) is None
+
+
+def test_a_pack_key_tells_its_precision() -> None:
+    assert precision_of(pack_key("d", "float32")) == "float32"
+    assert precision_of(pack_key("sha256:d", "bfloat16")) == "bfloat16"

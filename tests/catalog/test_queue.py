@@ -1,0 +1,153 @@
+"""What people see of the queue, and the sentence that tells why a job is where it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from catalog import bases, claims, jobs, queue
+from catalog.packing import Room
+from catalog.states import EndReason
+from tests.catalog.world import LEASE, World, sha
+
+
+def explained(world: World, job_id: str) -> dict[str, Any]:
+    return jobs.explain(world.db, **world.of(job_id))
+
+
+def test_the_queue_is_shown_in_the_order_in_which_it_is_claimed(world: World) -> None:
+    normal, batch, urgent = (world.queued(priority=name) for name in ("normal", "batch", "urgent"))
+    validating = world.submit()
+
+    seen = queue.snapshot(world.db, project_id=None)
+
+    assert [entry["job_id"] for entry in seen["jobs"]] == [urgent.id, normal.id, batch.id, validating.id]
+    assert [entry["position"] for entry in seen["jobs"]] == [1, 2, 3, None]
+    assert seen["counts"] == {"queued": 3, "validating_files": 1}
+    order = [world.claim(room=Room(max_jobs=1, memory_bytes_free=10**12))[0].job.id for _ in range(3)]
+    assert order == [urgent.id, normal.id, batch.id]
+
+
+def test_a_project_sees_how_many_stand_before_it_and_not_who(world: World) -> None:
+    theirs = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), priority="urgent")
+    mine = world.queued()
+
+    seen = queue.snapshot(world.db, project_id=world.caller.project_id)
+
+    assert [(entry["job_id"], entry["position"]) for entry in seen["jobs"]] == [(mine.id, 2)]
+    assert seen["waiting_in_all"] == 2
+    why = explained(world, mine.id)
+    assert (why["position"], why["ahead"], why["ahead_of_this_project"]) == (2, 1, [])
+    assert theirs.id not in str(why)
+
+
+def test_whether_there_is_work_is_whether_anything_can_be_claimed_now(world: World) -> None:
+    assert not queue.has_work(world.db)
+    job = world.submit()
+    assert queue.has_work(world.db)
+    world.prepare_all()
+    assert queue.has_work(world.db)
+
+    (claim,) = world.claim()
+    assert not queue.has_work(world.db)
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+    assert not queue.has_work(world.db)
+    world.clock.turn(3)
+    assert queue.has_work(world.db)
+
+    jobs.cancel(world.db, **world.of(job.id))
+    assert not queue.has_work(world.db)
+    bases.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    assert queue.has_work(world.db)
+
+
+def test_a_job_that_validates_tells_what_it_waits_for(world: World) -> None:
+    first, job = world.submit(), world.submit()
+    assert explained(world, job.id)["explanation"] == (
+        "Its files wait to be prepared, but no worker is running. Start one."
+    )
+
+    world.worker()
+    assert explained(world, job.id)["explanation"] == "Its files wait to be prepared; 1 job is ahead of it."
+
+    claimed = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert claimed is not None
+    assert explained(world, first.id)["explanation"] == "Worker w1 is preparing its files."
+    claims.release_preparation(world.db, claim_id=claimed.claim_id, detail="", wait_seconds=9)
+    assert explained(world, first.id)["explanation"] == "Its files are prepared again in 9 s."
+
+
+def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
+    world.base("other")
+    first, second = world.queued(), world.queued(model="other")
+    assert explained(world, first.id)["explanation"] == "No worker is running. Start one."
+
+    world.worker()
+    assert explained(world, first.id)["explanation"] == (
+        "It is first in the queue and waits for a worker to have room."
+    )
+    assert explained(world, second.id)["explanation"] == "1 job is ahead of it."
+
+    claims.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="t", report=None)
+    held = explained(world, second.id)
+    assert held["resident_bases"] == [sha("smol")]
+    assert "Workers hold another base now" in held["explanation"]
+    claims.worker_beat(world.db, "w1", resident_base=sha("other"), trainer_id="t", report=None)
+    assert "Its base is loaded: it joins as soon as there is room." in explained(world, second.id)["explanation"]
+
+
+def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
+    world.base("huge", num_parameters=10**12)
+    world.worker(memory_bytes=10**9)
+
+    why = explained(world, world.queued(model="huge").id)
+
+    assert "the largest worker has 953.7 MiB" in why["explanation"]
+
+
+def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:
+    claim = world.running()
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+
+    assert explained(world, claim.job.id)["explanation"] == (
+        "It waits 2 s after a bad end (trainer_crashed) before it is tried again."
+    )
+    world.clock.turn(3)
+    (claim,) = world.claim()
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+    world.clock.turn(9)
+    world.worker()
+    assert "it waits for a worker to itself" in explained(world, claim.job.id)["explanation"]
+
+
+def test_every_other_state_has_its_sentence(world: World) -> None:
+    cancelled, paused = world.submit(), world.submit()
+    verb = {"project_id": world.caller.project_id}
+    jobs.cancel(world.db, job_id=cancelled.id, **verb)
+    jobs.pause(world.db, job_id=paused.id, **verb)
+    failed, succeeded, running = (world.running() for _ in range(3))
+    claims.end(world.db, failed.claim_id, reason=EndReason.USER_ERROR, detail="Too long.")
+    world.complete(succeeded.claim_id)
+
+    sentences = {
+        name: explained(world, job_id)["explanation"]
+        for name, job_id in {
+            "cancelled": cancelled.id,
+            "paused": paused.id,
+            "failed": failed.job.id,
+            "succeeded": succeeded.job.id,
+            "running": running.job.id,
+        }.items()
+    }
+
+    assert sentences == {
+        "cancelled": "It was cancelled.",
+        "paused": "It is paused. Resume it to let it go on from its last checkpoint.",
+        "failed": "It failed. Too long.",
+        "succeeded": f"It has succeeded: its adapter is {world.job(succeeded.job.id).adapter_name}.",
+        "running": "It trains on worker w1, attempt 1.",
+    }
+    jobs.pause(world.db, job_id=running.job.id, **verb)
+    assert "asked to store a checkpoint" in explained(world, running.job.id)["explanation"]
+    jobs.cancel(world.db, job_id=running.job.id, **verb)
+    assert "asked to stop it" in explained(world, running.job.id)["explanation"]
+    assert explained(world, running.job.id)["why"]["role"] == "anchor"

@@ -1,0 +1,170 @@
+"""What becomes of jobs whose worker fell silent, and that an outage or a turned clock costs no job its attempt."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog import claims, jobs, recovery, workers
+from catalog.errors import StaleClaim
+from catalog.preparation import MAX_LOST_PREPARATIONS
+from catalog.states import EndReason, JobState
+from tests.catalog.world import LEASE, World
+
+
+def test_a_job_whose_lease_has_run_out_goes_back_to_the_queue(world: World) -> None:
+    claim = world.running()
+    world.pass_time(LEASE + 1)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+    job = world.job(claim.job.id)
+    assert (job.state, job.reason, job.counted_attempts) == (JobState.QUEUED, EndReason.INFRA_LOST, 1)
+    with pytest.raises(StaleClaim):
+        world.complete(claim.claim_id)
+
+
+def test_a_lease_that_is_renewed_does_not_run_out(world: World) -> None:
+    claim = world.running()
+
+    world.pass_time(10 * LEASE, claim.claim_id)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    world.complete(claim.claim_id)
+
+
+def test_a_late_heartbeat_before_recovery_saves_the_claim(world: World) -> None:
+    claim = world.running()
+    world.pass_time(LEASE + 1)
+
+    assert not world.beat(claim.claim_id)[claim.claim_id].stale
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+
+
+def test_after_an_outage_every_lease_gets_one_lease_of_grace(world: World) -> None:
+    alive, dead = world.queued(), world.queued()
+    by_job = {claim.job.id: claim.claim_id for claim in world.claim()}
+    world.clock.turn(600)  # nobody can look, nobody can beat
+
+    first_look = recovery.expire(world.db, grace_seconds=LEASE)
+    world.pass_time(LEASE - 1, by_job[alive.id])
+    within_grace = recovery.expire(world.db, grace_seconds=LEASE)
+    world.pass_time(2, by_job[alive.id])
+    after_grace = recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert (first_look, within_grace, after_grace) == (0, 0, 1)
+    assert world.job(alive.id).state == JobState.RUNNING
+    assert world.job(dead.id).state == JobState.QUEUED
+
+
+def test_looks_that_are_far_apart_still_recover_a_job_by_the_second(world: World) -> None:
+    world.running()
+    found = 0
+
+    for _ in range(2):
+        world.clock.turn(5 * LEASE)
+        found += recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert found == 1
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(world: World, hours: int) -> None:
+    claim = world.running()
+    world.clock.turn(hours * 3600)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    world.pass_time(LEASE / 2, claim.claim_id)
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    world.pass_time(LEASE + 2)
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+
+def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> None:
+    cancelled, paused = world.queued(), world.queued()
+    world.claim()
+    jobs.cancel(world.db, **world.of(cancelled.id))
+    jobs.pause(world.db, **world.of(paused.id))
+    world.pass_time(LEASE + 1)
+
+    recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert world.job(cancelled.id).state == JobState.CANCELLED
+    assert world.job(paused.id).state == JobState.PAUSED
+
+
+def test_a_job_that_loses_three_workers_is_put_aside(world: World) -> None:
+    job = world.queued()
+
+    for _ in range(3):
+        world.claim()
+        world.pass_time(LEASE + 31)
+        recovery.expire(world.db, grace_seconds=LEASE)
+        world.pass_time(31)
+
+    ended = world.job(job.id)
+    assert ended.state == JobState.FAILED
+    assert ended.error is not None
+    assert ended.error["code"] == "quarantined"
+    assert world.claim() == []
+
+
+def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) -> None:
+    job = world.submit()
+    lost = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert lost is not None
+    world.pass_time(LEASE + 1)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+    again = claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
+    assert again is not None
+    assert again.claim_id != lost.claim_id
+    assert (world.job(job.id).attempt, world.job(job.id).counted_attempts) == (0, 0)
+    with pytest.raises(StaleClaim):
+        claims.prepared(world.db, claim_id=lost.claim_id, train_key="t", valid_key=None, num_steps=1)
+
+
+def test_a_file_that_takes_every_worker_down_is_refused_in_the_end(world: World) -> None:
+    job = world.submit()
+
+    for _ in range(MAX_LOST_PREPARATIONS):
+        assert claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is not None
+        world.pass_time(LEASE + 1)
+        recovery.expire(world.db, grace_seconds=LEASE)
+
+    failed = world.job(job.id)
+    assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_lost")
+
+
+def test_a_worker_that_comes_back_under_its_name_frees_what_its_predecessor_held(world: World) -> None:
+    world.worker()
+    claim = world.running()
+
+    world.worker()
+
+    assert world.beat(claim.claim_id)[claim.claim_id].stale
+    assert world.job(claim.job.id).state == JobState.QUEUED
+
+
+def test_a_worker_known_to_be_dead_is_not_waited_for(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    world.submit()
+    claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+
+    assert workers.declare_lost(world.db, "w1") == 2
+    assert workers.declare_lost(world.db, "w1") == 0
+
+    assert world.job(claim.job.id).reason == EndReason.INFRA_LOST
+
+
+def test_claiming_recovers_first(world: World) -> None:
+    lost = world.running()
+    world.pass_time(LEASE + 1)
+
+    assert world.claim("w2") == []  # back-off
+    world.pass_time(3)
+    (again,) = world.claim("w2")
+
+    assert again.job.id == lost.job.id
+    assert again.attempt == 2

@@ -1,0 +1,155 @@
+"""What a catalog test starts from, and short ways to the states that it is about."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from catalog import bases, claims, jobs, keys, prepared, projects
+from catalog.artifacts.manifest import Manifest, ManifestFile
+from catalog.claims import Claim
+from catalog.db import Database, read_clock
+from catalog.keys import Caller
+from catalog.packing import Room
+from catalog.spec import JobRequest
+from catalog.tables import File, Job, new_id
+
+PEPPER = b"p" * 32
+LEASE = 60.0
+SHAPES = {"q_proj": [[64, 64], 2], "v_proj": [[16, 64], 2]}
+DESCRIPTION = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 100, "max_positions": 512}
+WIDE = Room(max_jobs=16, memory_bytes_free=10**12)
+
+
+class Clock:
+    """Seconds since 1970, a millisecond on at every look; `turn` is the hand on it."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def turn(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class World:
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+        self.caller = self.new_caller("ours")
+        self.stranger = self.new_caller("theirs")
+        self.base()
+        self.file_id = self.file()
+
+    def new_caller(self, project: str) -> Caller:
+        row = projects.ensure(self.db, project)
+        _, secret = keys.create(self.db, project_id=row.id, name="key", pepper=PEPPER)
+        return keys.authenticate(self.db, secret=secret, pepper=PEPPER)
+
+    def base(self, name: str = "smol", **description: Any) -> str:
+        """A base model that is ready."""
+        bases.add(self.db, name=name, kind="folder", source=f"/models/{name}", revision=None)
+        told = {**DESCRIPTION, **description}
+        bases.finish_import(self.db, name, digest=sha(name), manifest={"files": []}, description=told)
+        return name
+
+    def file(self, *, caller: Caller | None = None, purpose: str = "fine-tune", num_rows: int | None = 100) -> str:
+        file_id = new_id("file")
+        with self.db.write() as session:
+            session.add(
+                File(
+                    id=file_id,
+                    project_id=(caller or self.caller).project_id,
+                    purpose=purpose,
+                    filename="train.jsonl",
+                    num_bytes=10,
+                    num_rows=num_rows,
+                    digest=sha(file_id),
+                    created_at=read_clock(session),
+                )
+            )
+        return file_id
+
+    def submit(self, *, caller: Caller | None = None, **fields: Any) -> Job:
+        return self.send(request(**{"training_file": self.file_id, **fields}), caller=caller)
+
+    def send(self, body: JobRequest, *, caller: Caller | None = None, **given: Any) -> Job:
+        given = {"body_digest": sha(body.model_dump_json()), **given}
+        return jobs.create(self.db, caller=caller or self.caller, request=body, **given)
+
+    def worker(self, worker_id: str = "w1", memory_bytes: int = 10**12) -> str:
+        claims.register_worker(
+            self.db, worker_id=worker_id, host="here", pid=1, devices=[], version="1", memory_bytes=memory_bytes
+        )
+        return worker_id
+
+    def prepare_all(self, num_steps: int = 10) -> None:
+        while unprepared := claims.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
+            tokens = manifest(f"tokens {unprepared.training_file.digest}", kind="tokens")
+            key = prepared.key(unprepared.training_file.digest, "tokenizer", 512)
+            digest = unprepared.training_file.digest
+            prepared.put(self.db, key, file_digest=digest, artifact=tokens, report={"rows": 1})
+            claims.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, num_steps=num_steps)
+
+    def queued(self, **fields: Any) -> Job:
+        job = self.submit(**fields)
+        self.prepare_all()
+        return self.job(job.id)
+
+    def claim(self, worker_id: str = "w1", room: Room = WIDE, *, lease: float = LEASE, **given: Any) -> list[Claim]:
+        given = {"trainer_id": f"trainer-{worker_id}", **given}
+        return claims.claim_pack(self.db, worker_id=worker_id, room=room, lease_seconds=lease, **given)
+
+    def running(self, **fields: Any) -> Claim:
+        self.queued(**fields)
+        (claim,) = self.claim()
+        return claim
+
+    def complete(self, claim_id: str, content: str = "adapter") -> Any:
+        return claims.complete(
+            self.db,
+            claim_id,
+            artifact=manifest(content),
+            num_parameters=1,
+            verification={"passed": True},
+            evaluation=None,
+            trained_tokens=5,
+            lineage={},
+            lineage_id=sha(content),
+        )
+
+    def beat(self, *claim_ids: str, worker_id: str = "w1") -> dict[str, claims.Orders]:
+        return claims.heartbeat(self.db, worker_id=worker_id, claim_ids=claim_ids, lease_seconds=LEASE)
+
+    def pass_time(self, seconds: float, *beating: str) -> None:
+        """Time in which the database answers all along, and these claims are renewed."""
+        while seconds > 0:
+            step = min(10.0, seconds)
+            self.clock.turn(step)
+            self.beat(*beating, worker_id="observer")
+            seconds -= step
+
+    def of(self, job_id: str) -> dict[str, Any]:
+        """The arguments that say whose job and which."""
+        return {"project_id": self.caller.project_id, "job_id": job_id}
+
+    def job(self, job_id: str) -> Job:
+        return jobs.get(self.db, **self.of(job_id))
+
+    def transitions(self, job_id: str) -> list[tuple[str | None, str]]:
+        events = jobs.events_since(self.db, **self.of(job_id), seq=0)
+        return [(event.data["from"], event.data["to"]) for event in events if event.type == "transition" and event.data]
+
+
+def request(**fields: Any) -> JobRequest:
+    return JobRequest.model_validate({"model": "smol", **fields})
+
+
+def manifest(content: str, kind: str = "adapter") -> Manifest:
+    return Manifest(kind=kind, files=(ManifestFile(path="a.bin", digest=sha(content), num_bytes=len(content)),))
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
