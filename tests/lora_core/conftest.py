@@ -1,5 +1,6 @@
 """Tiny random base models on disk, made once a session; one thread, as a worker on a CPU uses."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model import BaseModel, import_base, load_base
 from tests.lora_core.scenarios import VOCAB
 
 
@@ -41,6 +42,16 @@ def base_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, model in {"llama": llama, "gpt2": gpt2}.items():
         model.save_pretrained(root / name)
     return {"llama": root / "llama", "gpt2": root / "gpt2"}
+
+
+@pytest.fixture(scope="session")
+def real_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real language model, imported from the GGUF file that LORRY_TEST_GGUF names."""
+    if "LORRY_TEST_GGUF" not in os.environ:
+        pytest.skip("LORRY_TEST_GGUF names no GGUF file")
+    folder = tmp_path_factory.mktemp("real") / "base"
+    import_base(source=os.environ["LORRY_TEST_GGUF"], kind="gguf", revision=None, target_dir=folder)
+    return folder
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def piece(start: int, stop: int, a_RD: Tensor, b_OR: Tensor, dropout: float, see
 
 
 class ThroughAutograd(torch.autograd.Function):
-    """The packed linear as a function of x and both adapters, so that gradcheck sees the rows' gradients too."""
+    """The packed linear as a function of x and both adapters, so that gradcheck sees all gradients."""
 
     @staticmethod
     def forward(ctx, make, x, *adapters):
@@ -51,11 +51,8 @@ class ThroughAutograd(torch.autograd.Function):
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropout):
     torch.manual_seed(1)
-    weight_OD, bias_O, anchor = (
-        numbers(OUT, D),
-        numbers(OUT),
-        torch.zeros((), dtype=torch.float64, requires_grad=True),
-    )
+    weight_OD, bias_O = numbers(OUT, D), numbers(OUT)
+    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def make(x, adapters):
         pieces = (

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from tests.lora_core.scenarios import run_alone, run_elastically, submissions
+from lora_core.base_model import load_base
+from lora_core.config import EngineConfig
+from lora_core.engine import Engine
+from tests.lora_core.scenarios import (
+    Submission,
+    config,
+    dataset,
+    run_alone,
+    run_elastically,
+    submissions,
+)
 
 
 @pytest.mark.parametrize("token_budget", [1, 96, 4096])
@@ -49,3 +59,26 @@ def test_packed_equals_solo_beside_twenty_others(load, family):
         alone = run_alone(base, job)
         for index in range(4):
             assert packed[f"{name}-{index}"] == alone, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+def test_packed_equals_solo_on_a_real_model_and_its_probe_says_so(real_base_dir):
+    base = load_base(real_base_dir, dtype="bfloat16", device="cpu")
+    jobs = {
+        "long": Submission(config=config(rank=16, num_steps=2, seed=1), train=dataset(1, [301, 222, 97])),
+        "odd": Submission(
+            config=config(rank=5, targets=("q_proj", "down_proj"), dropout=0.1, num_steps=2, seed=2),
+            train=dataset(2, [61, 13, 149]),
+        ),
+        "small": Submission(
+            config=config(rank=32, batch_size=1, num_steps=3, seed=3), train=dataset(3, [7, 45])
+        ),
+    }
+    alone = {name: run_alone(base, job) for name, job in jobs.items()}
+
+    for seed in (1, 2):
+        packed = run_elastically(base, jobs, token_budget=4096, seed=seed, victim="none")
+        assert {name: packed[name] == alone[name] for name in jobs} == dict.fromkeys(jobs, True)
+    assert Engine(base, EngineConfig()).invariance == "bitwise"
