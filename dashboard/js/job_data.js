@@ -1,75 +1,79 @@
-// One job as its page holds it: read at each connection, then moved along by its stream of events.
+// One job as its page holds it: read at each connection, then moved along by its stream until it is final.
 import { useEffect, useRef, useState } from "./html.js";
 import { query, read } from "./api.js";
 import { listen } from "./live.js";
 import { announce } from "./parts/announce.js";
-import { stateWord } from "./parts/basics.js";
+import { FINAL, stateWord } from "./parts/basics.js";
 import { jobName } from "./parts/progress.js";
 
 const EVENTS = 100;
 const DRAW_MS = 250;
-const NOTHING = { job: null, events: [], hasMoreEvents: false, train: [], valid: [], attempts: [], report: null, error: null };
+const NOTHING = { job: null, events: [], train: [], valid: [], attempts: [], names: {}, report: null, error: null };
 
 /** Everything of NOTHING, and `reload`. Points arrive in bursts: the page is drawn four times a second at most. */
 export function useJob(id) {
-  const [shown, show] = useState({ ...NOTHING, id });
-  const held = useRef(null);
-  const reload = useRef(() => {});
-
+  const [shown, show] = useState(NOTHING);
+  const watch = useRef(null);
   useEffect(() => {
-    let closed = false;
-    let timer = null;
-    held.current = { ...NOTHING, id };
-    show(held.current);
-    const change = (part) => {
-      if (closed) return;
-      held.current = { ...held.current, ...part };
-      timer ??= setTimeout(() => { timer = null; show(held.current); }, DRAW_MS);
-    };
-    const again = () => readAll(id).then(change, (error) => change({ error }));
-    reload.current = again;
-    const close = listen(`${at(id)}/stream`, {
-      job: (job) => { if (!job) return; tell(held.current.job, job); moved(held.current.job, job) ? (change({ job }), again()) : change({ job }); },
-      event: (event) => event && change({ events: withEvent(held.current.events, event) }),
-      metric: (point) => point && change({ [point.kind]: withPoint(held.current[point.kind] || [], point) }),
-    }, again);
-    again();
-    return () => { closed = true; clearTimeout(timer); close(); };
+    show(NOTHING);
+    watch.current = watchJob(id, show);
+    return watch.current.close;
   }, [id]);
+  return { ...shown, reload: () => watch.current.reload() };
+}
 
-  return { ...(shown.id === id ? shown : { ...NOTHING, id }), reload: () => reload.current() };
+function watchJob(id, show) {
+  const held = { job: null, events: new Map(), train: new Map(), valid: new Map(), attempts: [], names: {}, report: null, error: null };
+  let timer = null;
+  let closed = false;
+  const draw = () => { if (!closed) timer ??= setTimeout(() => { timer = null; show(drawn(held)); }, DRAW_MS); };
+  const reload = async () => {
+    try {
+      take(held, await readAll(id, held.names));
+    } catch (error) {
+      held.error = error;
+    }
+    draw();
+    if (FINAL.has(held.job?.status)) stop();
+  };
+  const stop = listen(`${at(id)}/stream`, {
+    job: (job) => { const was = held.job; held.job = job; draw(); if (moved(was, job)) { tell(job); reload(); } },
+    event: (event) => { held.events.set(event.id, event); draw(); },
+    metric: (point) => { held[point.kind].set(point.step, point); draw(); },
+  }, reload);
+  reload();
+  return { reload, close: () => { closed = true; clearTimeout(timer); stop(); } };
 }
 
 const at = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
 
-async function readAll(id) {
-  const optional = (path) => read(path).catch(() => null);
+async function readAll(id, names) {
   const [job, events, train, valid, attempts, report] = await Promise.all([
     read(at(id)), read(`${at(id)}/events${query({ limit: EVENTS })}`),
     read(`${at(id)}/metrics?kind=train`), read(`${at(id)}/metrics?kind=valid`),
-    optional(`${at(id)}/attempts`), optional(`${at(id)}/data_report`),
+    read(`${at(id)}/attempts`), read(`${at(id)}/data_report`),
   ]);
-  return {
-    job, events: events.data, hasMoreEvents: events.has_more, train: train.data, valid: valid.data,
-    attempts: attempts?.data || [], report, error: null,
-  };
+  const mates = new Set(attempts.data.flatMap((attempt) => attempt.packmates).filter((mate) => !names[mate]));
+  const named = await Promise.all([...mates].map((mate) => read(at(mate)).then((one) => [mate, jobName(one)], () => [mate, null])));
+  return { job, events: events.data, train: train.data, valid: valid.data, attempts: attempts.data, report, names: { ...names, ...Object.fromEntries(named) } };
 }
 
-export async function olderEvents(id, after) {
-  return read(`${at(id)}/events${query({ limit: EVENTS, after })}`);
+/** What was read, over what the stream brought meanwhile. */
+function take(held, { job, events, train, valid, attempts, report, names }) {
+  Object.assign(held, { job, attempts, report, names, error: null });
+  events.forEach((event) => held.events.set(event.id, event));
+  train.forEach((point) => held.train.set(point.step, point));
+  valid.forEach((point) => held.valid.set(point.step, point));
 }
+
+function drawn(held) {
+  const curve = (points) => [...points.values()].sort((a, b) => a.step - b.step);
+  return { ...held, train: curve(held.train), valid: curve(held.valid), events: [...held.events.values()].sort((a, b) => sequence(b) - sequence(a)) };
+}
+
+/** The number in an event's id, by which events are ordered. */
+const sequence = (event) => Number(event.id.split("-").at(-1));
 
 const moved = (was, job) => Boolean(was) && (was.status !== job.status || was.attempt !== job.attempt);
 
-function tell(was, job) {
-  if (was && was.status !== job.status) announce(`${jobName(job)} is ${stateWord(job.status)}`);
-}
-
-const withEvent = (events, event) => (events.some((one) => one.id === event.id) ? events : [event, ...events]);
-
-/** In order of steps. A step trained again after a resume replaces its point. */
-function withPoint(points, point) {
-  const last = points.at(-1);
-  if (!last || point.step > last.step) return [...points, point];
-  return [...points.filter((one) => one.step !== point.step), point].sort((a, b) => a.step - b.step);
-}
+const tell = (job) => announce(`${jobName(job)} is ${stateWord(job.status)}`);

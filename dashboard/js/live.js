@@ -19,8 +19,7 @@ export function listen(path, handlers, onOpen) {
   const listener = { handlers, onOpen };
   stream.add(listener);
   return () => {
-    stream.listeners.delete(listener);
-    if (!stream.listeners.size) {
+    if (stream.listeners.delete(listener) && !stream.listeners.size) {
       streams.delete(path);
       stream.close();
       show();

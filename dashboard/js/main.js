@@ -26,7 +26,7 @@ function App() {
   const { page, id } = useStore(route);
   const error = useStore(problem);
   const place = PAGES[page];
-  useArrival(`${isIn}/${page}/${id}`, isIn === false ? "Sign in" : place ? [id, place.title].filter(Boolean).join(" · ") : "Not found");
+  useArrival(isIn === null ? null : `${isIn}/${page}/${id}`, isIn === false ? "Sign in" : place ? [id, place.title].filter(Boolean).join(" · ") : "Not found");
   return html`<${Frame} page=${page}>${content(isIn, place, id, error)}<//>`;
 }
 
@@ -38,11 +38,13 @@ function content(isIn, place, id, error) {
   return html`<div class="title"><h1 tabindex="-1">There is no such page</h1></div><p><a href="#/jobs">Go to the jobs</a></p>`;
 }
 
-/** A new page: its title in the tab, its top on the screen, its heading under the reader's cursor. */
+/** A new page: its title in the tab, its top on the screen, its heading under the reader's cursor. The first one
+ * that `key` names leaves the focus where the browser put it. */
 function useArrival(key, title) {
   const first = useRef(true);
   useEffect(() => {
     document.title = `${title} · Lorry`;
+    if (key === null) return;
     if (!first.current) {
       scrollTo(0, 0);
       document.querySelector("main h1")?.focus({ preventScroll: true });

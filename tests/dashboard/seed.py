@@ -76,7 +76,9 @@ def start(data_dir: Path) -> Seeded:
 
 def upload(db: Database, store: ArtifactStore, settings: Settings, project: Project, name: str, rows: int) -> File:
     spooled = settings.data_dir / "upload.jsonl"
-    lines = [_chat(f"def f{number}(x)", f"Return the value {number} in {name.partition('-')[0]}.") for number in range(rows)]
+    lines = [
+        _chat(f"def f{number}(x)", f"Return the value {number} in {name.partition('-')[0]}.") for number in range(rows)
+    ]
     spooled.write_text("\n".join(lines) + "\n")
     content = spooled.read_bytes()
     return files.create(
@@ -111,17 +113,20 @@ def prepare(seeded: Seeded) -> None:
     while (work := claims.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
         found = [_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None]
         valid_key = found[1] if len(found) > 1 else None
-        claims.prepared(
-            seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=NUM_STEPS
-        )
+        claims.prepared(seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=NUM_STEPS)
+
+
+def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:
+    """The worker lives, and holds the base."""
+    base = bases.get(seeded.db, BASE)
+    report = {"tokens_per_second": 487.0}
+    claims.worker_beat(seeded.db, WORKER, resident_base=base.digest, trainer_id=trainer_id, report=report)
 
 
 def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> dict[str, str]:
     """Let the waiting jobs into one trainer; claim ids by job id."""
+    beat(seeded, trainer_id=trainer_id)
     base = bases.get(seeded.db, BASE)
-    claims.worker_beat(
-        seeded.db, WORKER, resident_base=base.digest, trainer_id=trainer_id, report={"tokens_per_second": 487.0}
-    )
     room = Room(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_base=base.digest)
     taken = claims.claim_pack(
         seeded.db, worker_id=WORKER, trainer_id=trainer_id, room=room, lease_seconds=LEASE_SECONDS
@@ -180,7 +185,11 @@ def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1) -> str:
 def fill(data_dir: Path) -> Seeded:
     """Jobs in every state: two that succeeded, one failed, one cancelled, one paused, three in training, two queued."""
     seeded = start(data_dir)
-    done = [submit(seeded, "docstrings-r16"), submit(seeded, "docstrings-r64", lora={"rank": 64}), submit(seeded, "hot-lr")]
+    done = [
+        submit(seeded, "docstrings-r16"),
+        submit(seeded, "docstrings-r64", lora={"rank": 64}),
+        submit(seeded, "hot-lr"),
+    ]
     prepare(seeded)
     held = claim(seeded, trainer_id="trainer-19be44d0c1")
     for seed, job in enumerate(done[:2], start=1):
@@ -283,7 +292,10 @@ def _record(artifact: str, seed: int) -> dict[str, Any]:
         "data": {"training": {"digest": "1f" * 32, "rows": 410}, "validation": {"digest": "2e" * 32, "rows": 96}},
         "config": {
             "requested": {"lora": {"rank": 16}, "seed": seed},
-            "resolved": {"lora": {"rank": 16, "alpha": 32.0}, "optimizer": {"learning_rate": 2e-4, "betas": [0.9, 0.999]}},
+            "resolved": {
+                "lora": {"rank": 16, "alpha": 32.0},
+                "optimizer": {"learning_rate": 2e-4, "betas": [0.9, 0.999]},
+            },
         },
         "attempts": [{"number": 1, "worker": WORKER, "device": "cpu", "reason": "completed", "packmates": 2}],
         "results": {"steps": NUM_STEPS, "trained_tokens": 81_240, "determinism": "bitwise"},

@@ -36,13 +36,12 @@ export function AdapterPage({ id }) {
 function Evaluation({ evaluation }) {
   if (!evaluation) return html`<${Panel} title="Against its base" id="evaluation"><p class="soft pad">The job had no held-out file, so nothing was measured. Give one with <code>--valid</code>.</p><//>`;
   const { base_loss, loss, base_perplexity, perplexity } = evaluation;
-  const most = Math.max(base_loss, loss);
   const row = (name, value, kind) => html`<tr key=${name}><th scope="row">${name}</th>
-    <td class="meter-cell"><meter class=${`meter meter-${kind}`} min="0" max=${most} value=${value} aria-label=${`Held-out loss, ${name}`}>${format.loss(value)}</meter></td>
+    <td class="meter-cell"><progress class=${`bar meter-${kind}`} max=${Math.max(base_loss, loss)} value=${value} aria-hidden="true"></progress></td>
     <td class="num"><b>${format.loss(value)}</b></td><td class="num">${format.power(kind === "base" ? base_perplexity : perplexity)}</td></tr>`;
   return html`<${Panel} title="Against its base" id="evaluation" aside=${html`<span class=${loss < base_loss ? "good-text" : "bad-text"}>${format.change(base_loss, loss)} loss</span>`}>
     <table class="table table-tight compare"><caption class="unseen">Held-out loss and perplexity of the base and of the adapter</caption>
-      <thead><tr><th scope="col">On held-out data</th><th scope="col"><span class="unseen">Loss as a bar</span></th><th scope="col" class="num">Loss</th><th scope="col" class="num">Perplexity</th></tr></thead>
+      <thead><tr><th scope="col">On held-out data</th><td></td><th scope="col" class="num">Loss</th><th scope="col" class="num">Perplexity</th></tr></thead>
       <tbody>${row("base alone", base_loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
   <//>`;
 }

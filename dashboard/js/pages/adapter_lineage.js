@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { Copy, Failure, Id, Panel } from "../parts/basics.js";
 import * as format from "../format.js";
 
-const FLAT_LENGTH = 24;
+const FLAT_LENGTH = 16;
 
 export function Lineage({ record, error, adapter }) {
   const content = record?.lineage;
@@ -16,7 +16,7 @@ export function Lineage({ record, error, adapter }) {
   <//>`;
 }
 
-const words = (key) => key.replaceAll("_", " ");
+const words = (key) => key.replace(/^num_/, "").replaceAll("_", " ").replace(/^lora$/, "LoRA");
 
 function Chapter({ name, value }) {
   if (value === null || typeof value !== "object") return html`<dl class="facts chapter"><div><dt>${words(name)}</dt><dd>${leaf(value, name)}</dd></div></dl>`;

@@ -43,14 +43,14 @@ function merged(fresh, before) {
 function AdaptersTable({ adapters }) {
   return html`<table class="table cards adapters" role="table">
     <caption class="unseen">Adapters, newest first</caption>
-    <thead role="rowgroup"><tr role="row">${["Adapter", "Held-out loss", "Verified", "Size", "Download"].map((name) => html`<th role="columnheader" scope="col" key=${name}>${name}</th>`)}</tr></thead>
+    <thead role="rowgroup"><tr role="row">${["Adapter", "Held-out loss", "Verified", "Size", "Archive"].map((name) => html`<th role="columnheader" scope="col" key=${name}>${name}</th>`)}</tr></thead>
     <tbody role="rowgroup">${adapters.map((adapter) => html`<tr role="row" key=${adapter.id}>
       <th role="rowheader" scope="row"><a href=${link.adapter(adapter.id)}>${adapterLabel(adapter)}</a>
         <span class="sub"><span>${adapter.base_model}</span><span>rank ${adapter.rank ?? format.UNKNOWN}</span><span><${Ago} at=${adapter.created_at} /></span></span></th>
       <td role="cell"><${Gain} evaluation=${adapter.evaluation} /></td>
       <td role="cell"><${Verified} verification=${adapter.verification} /></td>
       <td role="cell">${format.bytes(adapter.bytes)}<span class="sub">${format.compact(adapter.num_parameters)} parameters</span></td>
-      <td role="cell"><a class="button" href=${archivePath(adapter)} download aria-label=${`Download ${adapterLabel(adapter)}`}>.tar</a></td>
+      <td role="cell"><a class="button" href=${archivePath(adapter)} download>Download<span class="unseen"> ${adapterLabel(adapter)}</span></a></td>
     </tr>`)}</tbody>
   </table>`;
 }

@@ -28,10 +28,11 @@ export function JobPage({ id }) {
     <${Outcome} job=${job} />
     <${Headline} job=${job} valid=${held.valid} train=${held.train} />
     <div class="columns">
-      <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} job=${job} /></div>
-      <div class="column column-side"><${Events} job=${job} events=${held.events} hasMore=${held.hasMoreEvents} />
-        <${DataReport} report=${held.report} job=${job} /><${Configuration} job=${job} /></div>
-    </div>`;
+      <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} job=${job} names=${held.names} /></div>
+      <div class="column column-side"><${Events} job=${job} events=${held.events} />
+        <${DataReport} report=${held.report} job=${job} /></div>
+    </div>
+    <${Configuration} job=${job} />`;
 }
 
 /** What a person must know first when it is not simply running. */
@@ -60,7 +61,7 @@ function Headline({ job, train, valid }) {
     <dl class="figures">
       ${FINAL.has(job.status)
         ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.finished_at ? `took ${format.duration(job.finished_at - job.created_at)}` : null} />`
-        : html`<${Figure} name="Left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} />`} />`}
+        : html`<${Figure} name="Left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} before="done at" />`} />`}
       <${Figure} name="Train loss" value=${format.loss(progress.loss ?? train.at(-1)?.loss)} note=${train.length > 1 ? `from ${format.loss(train[0].loss)}` : null} />
       <${Figure} name="Held-out loss" value=${format.loss(best)} note=${valid.length > 1 ? `${format.change(first, best)} since the start` : valid.length ? "the base's" : "no held-out file"} />
       ${FINAL.has(job.status)

@@ -12,7 +12,7 @@ export function Curves({ train, valid, job }) {
   return html`<${Panel} title="Loss" id="curves">
     ${train.length + valid.length === 0
       ? html`<p class="soft pad">${FINAL.has(job.status) ? "It ended before its first step." : "The first point comes with the first step."}</p>`
-      : html`<${Chart} title="Cross-entropy" unit="nats per supervised token" height=${280} series=${losses} summary=${summary(train, valid)} />
+      : html`<${Chart} title="Cross-entropy" unit="nats per supervised token, by step" height=${280} series=${losses} summary=${summary(train, valid)} />
         <div class="small-charts">${extras.map((one) => html`<${Chart} key=${one.title} ...${one} height=${120} />`)}</div>`}
   <//>`;
 }

@@ -2,48 +2,28 @@
 import { html } from "../html.js";
 import { link } from "../router.js";
 import { Ago, Facts, Panel } from "../parts/basics.js";
+import { useResource } from "../resource.js";
+import { groups } from "./job_settings.js";
 import * as format from "../format.js";
-
-const text = (value) => (Array.isArray(value) ? value.join(", ") : typeof value === "number" ? format.power(value) : value === null ? "none" : value === true ? "yes" : value === false ? "no" : String(value));
-
-/** [name, asked for, resolved] of every setting. What was not asked for is `auto`. */
-function settings(job) {
-  const asked = job.requested || {};
-  const numbers = asked.method?.supervised?.hyperparameters || asked.hyperparameters || {};
-  const given = (value) => (value === undefined || value === null ? null : value);
-  const group = (name, requested) => Object.entries(job[name] || {}).map(([key, value]) => [`${LABELS[key] || key.replaceAll("_", " ")}`, given(requested?.[key]), value]);
-  const resolved = job.hyperparameters || {};
-  return [
-    ["LoRA", group("lora", asked.lora)],
-    ["Optimizer", group("optimizer", asked.optimizer)],
-    ["Schedule", group("schedule", asked.schedule)],
-    ["Run", [
-      ["batch size", given(numbers.batch_size), resolved.batch_size], ["epochs", given(numbers.n_epochs), resolved.n_epochs],
-      ["rate multiplier", given(numbers.learning_rate_multiplier), resolved.learning_rate_multiplier],
-      ["max length", given(asked.max_length), job.max_length], ["max steps", given(asked.max_steps), job.max_steps],
-      ["evaluate every", given(asked.evaluation?.every_steps), job.evaluation?.every_steps],
-      ["checkpoint every", given(asked.checkpoint_every_steps), job.checkpoint_every_steps],
-      ["precision", given(asked.precision), job.precision], ["seed", given(asked.seed), job.seed], ["priority", given(asked.priority), job.priority],
-    ].filter(([, , value]) => value !== undefined)],
-  ].filter(([, rows]) => rows.length);
-}
-
-const LABELS = { target_modules: "targets", use_rslora: "rank-stabilised", max_grad_norm: "clip at norm", type: "shape", warmup_ratio: "warm-up part", eps: "epsilon" };
 
 export function Configuration({ job }) {
   return html`<${Panel} title="Configuration" id="configuration">
-    <table class="table table-tight config"><caption class="unseen">Settings, as asked for and as resolved</caption>
-      <thead><tr><th scope="col">Setting</th><th scope="col">Asked for</th><th scope="col">Resolved</th></tr></thead>
-      ${settings(job).map(([name, rows]) => html`<tbody key=${name}><tr class="group"><th colspan="3" scope="colgroup">${name}</th></tr>
-        ${rows.map(([label, asked, resolved]) => html`<tr key=${label}><th scope="row">${label}</th>
-          <td class=${asked === null || asked === "auto" ? "soft" : ""}>${asked === null ? "default" : text(asked)}</td><td>${text(resolved)}</td></tr>`)}</tbody>`)}
-    </table>
+    <div class="settings">${groups(job).map(([name, rows]) => html`<table class="table table-tight config" key=${name}><caption>${name}</caption>
+      <thead><tr><th scope="col"><span class="unseen">Setting</span></th><th scope="col">Asked for</th><th scope="col">Resolved</th></tr></thead>
+      <tbody>${rows.map(({ label, asked, resolved }) => html`<tr key=${label}><th scope="row">${label}</th>
+        <td class=${asked ? "" : "soft"}>${asked ?? "default"}</td><td>${resolved}</td></tr>`)}</tbody></table>`)}</div>
     <${Facts} rows=${[
-      ["Training file", html`<code>${job.training_file}</code>`],
-      ["Held-out file", job.validation_file ? html`<code>${job.validation_file}</code>` : "none"],
-      ...Object.entries(job.metadata || {}).map(([key, value]) => [key, value]),
+      ["Training file", html`<${FileName} id=${job.training_file} />`],
+      ["Held-out file", job.validation_file ? html`<${FileName} id=${job.validation_file} />` : "none"],
+      ...Object.entries(job.metadata || {}),
     ]} />
   <//>`;
+}
+
+/** The name it was uploaded under; a deleted file has only its id left. */
+function FileName({ id }) {
+  const { data } = useResource(`/v1/files/${encodeURIComponent(id)}`);
+  return data ? html`${data.filename} <span class="soft">${format.plural(data.rows, "row")}, ${format.bytes(data.bytes)}</span> <code class="soft">${id}</code>` : html`<code>${id}</code>`;
 }
 
 const REPORT = [
@@ -56,7 +36,7 @@ export function DataReport({ report, job }) {
   return html`<${Panel} title="Data" id="data">
     ${parts.length === 0 ? html`<p class="soft pad">${job.status === "validating_files" ? "The files are being read." : "No report was kept for these files."}</p>` : html`
     <table class="table table-tight"><caption class="unseen">What the files hold, as counted by the base model's tokenizer</caption>
-      <thead><tr><th scope="col"><span class="unseen">Count</span></th>${parts.map(([name]) => html`<th scope="col" class="num" key=${name}>${name}</th>`)}</tr></thead>
+      <thead><tr><td></td>${parts.map(([name]) => html`<th scope="col" class="num" key=${name}>${name}</th>`)}</tr></thead>
       <tbody>${reportRows(parts).map(([key, label]) => html`<tr key=${key}><th scope="row">${label}</th>
         ${parts.map(([name, part]) => html`<td class="num" key=${name}>${format.count(part[key])}</td>`)}</tr>`)}</tbody></table>`}
   <//>`;
@@ -70,25 +50,24 @@ function reportRows(parts) {
 
 const sentenceCase = (key) => { const words = key.replace(/^num_/, "").replaceAll("_", " "); return words[0].toUpperCase() + words.slice(1); };
 
-export function Attempts({ attempts, job }) {
+export function Attempts({ attempts, names }) {
   if (!attempts.length) return null;
   return html`<${Panel} title="Attempts" id="attempts">
     <div class="scroll" tabindex="0" role="region" aria-label="Attempts"><table class="table table-tight"><caption class="unseen">Every attempt, the last one first</caption>
-      <thead><tr><th scope="col" class="num">No.</th><th scope="col">Ended</th><th scope="col">Started</th><th scope="col">Took</th><th scope="col">From step</th><th scope="col">Trainer</th><th scope="col">Trained together with</th></tr></thead>
-      <tbody>${[...attempts].sort((a, b) => b.number - a.number).map((one) => html`<tr key=${one.claim_id || one.number}>
+      <thead><tr><th scope="col" class="num">No.</th><th scope="col">Ended</th><th scope="col">Started</th><th scope="col">Took</th><th scope="col" class="num">From step</th><th scope="col">Trainer</th><th scope="col">Trained together with</th></tr></thead>
+      <tbody>${[...attempts].sort((a, b) => b.number - a.number).map((one) => html`<tr key=${one.claim_id}>
         <th scope="row" class="num">${one.number}</th>
         <td title=${one.detail}>${one.ended_at ? (one.reason || "ended").replaceAll("_", " ") : html`<b>running</b>`}</td>
         <td><${Ago} at=${one.started_at} /></td>
         <td>${one.ended_at ? format.duration(one.ended_at - one.started_at) : format.UNKNOWN}</td>
         <td class="num">${format.count(one.resumed_from_step ?? 0)}</td>
         <td><code title=${one.trainer_id}>${format.short(one.trainer_id, 14)}</code></td>
-        <td>${packmates(one, job)}</td></tr>`)}</tbody>
+        <td><${Packmates} ids=${one.packmates} names=${names} /></td></tr>`)}</tbody>
     </table></div>
   <//>`;
 }
 
-function packmates(attempt, job) {
-  const others = (attempt.packmates || []).map((mate) => (typeof mate === "string" ? { id: mate } : mate)).filter((mate) => mate.id !== job.id);
-  if (!others.length) return html`<span class="soft">alone</span>`;
-  return html`<span class="mates">${others.map((mate) => html`<a key=${mate.id} href=${link.job(mate.id)} title=${mate.id}>${mate.suffix || format.short(mate.id, 14)}</a>`)}</span>`;
+function Packmates({ ids, names }) {
+  if (!ids.length) return html`<span class="soft">alone</span>`;
+  return html`<span class="mates">${ids.map((id) => html`<a key=${id} href=${link.job(id)} title=${id}>${names[id] || format.short(id, 14)}</a>`)}</span>`;
 }

@@ -17,7 +17,8 @@ const FILTERS = [
   ["succeeded", "Succeeded", (job) => job.status === "succeeded"],
   ["ended", "Failed or cancelled", (job) => job.status === "failed" || job.status === "cancelled"],
 ];
-const ORDER = { running: 0, validating_files: 1, queued: 1, paused: 2 };
+const ORDER = { running: 0, queued: 1, validating_files: 2, paused: 3 };
+const MANY = 1e9;
 
 export function JobsPage() {
   const { jobs, queue, curves, loading, error, hasMore, more, reload } = useJobs();
@@ -30,7 +31,7 @@ export function JobsPage() {
     setFilter(next);
     replaceQuery({ state: next.state === "all" ? null : next.state, find: next.text });
   };
-  const shown = sorted(jobs.filter((job) => matches(job, filter)));
+  const shown = sorted(jobs.filter((job) => matches(job, filter)), queue);
   return html`
     <div class="title"><h1 tabindex="-1">Jobs</h1><${Tally} jobs=${jobs} /></div>
     ${error && html`<${Failure} error=${error} retry=${reload} />`}
@@ -52,11 +53,7 @@ function Tally({ jobs }) {
 }
 
 function Aboard({ jobs }) {
-  const trainers = new Map();
-  for (const job of jobs.filter((job) => job.status === "running")) {
-    const key = job.trainer_id || job.id;
-    trainers.set(key, [...(trainers.get(key) || []), job]);
-  }
+  const trainers = Map.groupBy(jobs.filter((job) => job.status === "running"), (job) => job.trainer_id || job.id);
   if (!trainers.size) return null;
   return html`<section class="beds" aria-labelledby="aboard">
     <h2 id="aboard" class="unseen">Training now</h2>
@@ -83,15 +80,18 @@ function matches(job, { state, text }) {
   return text.toLowerCase().split(/\s+/).every((word) => words.includes(word));
 }
 
-/** What is under way first; the rest by age, newest first. */
-const sorted = (jobs) => [...jobs].sort((a, b) => (ORDER[a.status] ?? 3) - (ORDER[b.status] ?? 3) || b.created_at - a.created_at);
+/** What is under way first, then who waits in the order of their turns; the rest by age, newest first. */
+function sorted(jobs, queue) {
+  const turn = (job) => (job.status === "queued" ? queue[job.id]?.position ?? MANY : MANY);
+  return [...jobs].sort((a, b) => (ORDER[a.status] ?? 4) - (ORDER[b.status] ?? 4) || turn(a) - turn(b) || b.created_at - a.created_at);
+}
 
 function JobsTable({ jobs, curves, queue }) {
   return html`<table class="table jobs" role="table">
     <caption class="unseen">Jobs, those under way first</caption>
     <thead role="rowgroup"><tr role="row">
       <th role="columnheader" scope="col">Job</th><th role="columnheader" scope="col">State</th><th role="columnheader" scope="col">Progress</th>
-      <th role="columnheader" scope="col">Loss</th><th role="columnheader" scope="col">Done</th>
+      <th role="columnheader" scope="col">Loss</th><th role="columnheader" scope="col">Left, or ended</th>
     </tr></thead>
     <tbody role="rowgroup">${jobs.map((job) => html`<${Row} key=${job.id} job=${job} points=${curves[job.id]} entry=${queue[job.id]} />`)}</tbody>
   </table>`;
@@ -114,7 +114,7 @@ function Progress({ job, entry }) {
   if (job.status === "failed") return html`<span class="sub bad-text clamp">${job.error?.message || "No reason was recorded."}</span>`;
   if (job.status === "queued" || job.status === "validating_files") return html`<${Place} job=${job} entry=${entry} />`;
   const { step, epoch } = job.progress || {};
-  if (done(job) === null) return html`<span class="soft">${job.status === "running" ? "starting" : format.UNKNOWN}</span>`;
+  if (done(job) === null) return html`<span class="sub">${job.status === "running" ? "Loading its base model and data." : "It had not begun to train."}</span>`;
   return html`<${Bar} job=${job} /><span class="sub"><span>${format.count(step)} / ${format.count(numSteps(job))} steps</span>
     ${typeof epoch === "number" && html`<span>epoch ${epoch.toFixed(1)}</span>`}</span>`;
 }

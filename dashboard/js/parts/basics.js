@@ -25,13 +25,13 @@ export function Ago({ at }) {
   return html`<time datetime=${new Date(at * 1000).toISOString()} title=${format.absolute(at)}>${format.ago(at, now)}</time>`;
 }
 
-/** When something still running should be done: "4 min · 15:42". */
-export function Until({ seconds }) {
+/** When something still running should be done: "4 min" and the clock then. */
+export function Until({ seconds, before = "·" }) {
   const now = useNow();
   if (typeof seconds !== "number") return html`<span class="soft">${format.UNKNOWN}</span>`;
   const at = now + seconds;
   return html`<span class="until" title=${`about ${format.absolute(at)}`}>
-    <b>${format.duration(seconds)}</b> <span class="soft">· ${format.clock(at, now)}</span></span>`;
+    <b>${format.duration(seconds)}</b> <span class="soft">${before} ${format.clock(at, now)}</span></span>`;
 }
 
 export const Failure = ({ error, retry }) => html`

@@ -1,32 +1,25 @@
 // Why a job does not train yet, in the scheduler's own words.
 import { html, useEffect } from "../html.js";
 import { useResource } from "../resource.js";
-import { useNow } from "../clock.js";
-import * as format from "../format.js";
 
-/** In a list: its turn and the reason for it, from the queue's entry of the job. */
+/** Turns of which a list asks the reason. Those further back wait for the ones before them. */
+const ASKED = 10;
+
+/** In a list: its turn, and why it has not come. `entry` is the queue's. */
 export function Place({ job, entry }) {
-  const now = useNow();
-  if (job.status === "validating_files") return html`<span class="why">${READING}</span>`;
-  const again = job.run_after > now ? `Tried again in ${format.duration(job.run_after - now)}. ` : "";
-  const turn = entry?.position ? html`<b>${ordinal(entry.position)} in the queue</b>` : null;
-  return html`<span class="why">${again}${turn}${turn && entry.reason ? ": " : ""}${entry?.reason || (turn ? "" : "Waits for its turn.")}</span>`;
+  const turn = entry?.position;
+  if (job.status === "queued" && turn > ASKED) return html`<span class="why"><b>${ordinal(turn)} in the queue</b></span>`;
+  return html`<span class="why">${turn > 1 && html`<b>${ordinal(turn)} in the queue.</b> `}<${Why} job=${job} turn=${turn} /></span>`;
 }
-
-const READING = "Its files are tokenised before it can take its turn.";
 
 export function ordinal(number) {
   const last = number % 100 > 10 && number % 100 < 14 ? 0 : number % 10;
   return `${number}${["th", "st", "nd", "rd"][last] || "th"}`;
 }
 
-/** On the job's page: the whole answer, read again whenever the job is. */
-export function Why({ job }) {
+/** The whole answer, asked again whenever the job or its turn has changed. */
+export function Why({ job, turn }) {
   const { data, reload } = useResource(`/v1/fine_tuning/jobs/${job.id}/why`);
-  useEffect(() => { reload(); }, [job]);
-  return html`<span class="why">${data ? sentence(data) : "…"}</span>`;
-}
-
-export function sentence(why) {
-  return why.explanation || "Waits for a worker.";
+  useEffect(() => { reload(); }, [job.status, job.attempt, job.run_after, turn]);
+  return data?.explanation || "…";
 }

@@ -1,0 +1,37 @@
+// Settings of a job as rows to read: what was asked for beside what it came to.
+import { power } from "../format.js";
+
+const LABELS = {
+  target_modules: "targets", use_rslora: "rank-stabilised", max_grad_norm: "clip at norm", type: "shape", warmup_ratio: "warm-up part",
+  eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "rate multiplier", checkpoint_every_steps: "checkpoint every",
+};
+const RUN = ["max_length", "max_steps", "checkpoint_every_steps", "precision", "seed", "priority"];
+
+/** [[group, [{label, asked (null: not asked for), resolved}]]] */
+export function groups(job) {
+  const asked = job.requested || {};
+  const numbers = asked.method?.supervised?.hyperparameters || asked.hyperparameters || {};
+  const each = (resolved, requested) => Object.keys(resolved || {}).map((key) => row(key, requested?.[key], resolved[key]));
+  return [
+    ["Adapter", each(job.lora, asked.lora)],
+    ["Optimizer", each(job.optimizer, asked.optimizer)],
+    ["Length of the run", [
+      ...each(job.hyperparameters, numbers),
+      { label: "evaluate every", asked: given(asked.evaluation?.every_steps), resolved: job.evaluation?.every_steps ? `${job.evaluation.every_steps} steps` : "a tenth of the run" },
+      ...RUN.map((key) => row(key, asked[key], job[key])),
+    ]],
+    ["Learning rate over the run", each(job.schedule, asked.schedule)],
+  ].filter(([, rows]) => rows.length);
+}
+
+const row = (key, asked, resolved) => ({ label: LABELS[key] || key.replaceAll("_", " "), asked: given(asked), resolved: text(resolved, key) });
+
+const given = (value) => (value === undefined || value === null ? null : text(value));
+
+function text(value, key = "") {
+  if (Array.isArray(value)) return value.join(", ");
+  if (value === null || value === undefined) return "none";
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  if (typeof value !== "number" || key === "seed") return String(value);
+  return power(value);
+}

@@ -1,0 +1,70 @@
+"""A filled and an empty service, and a browser whose every tab is checked when the test is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
+
+from tests.dashboard import seed
+from tests.dashboard.service import Service, serving
+from tests.dashboard.visitor import Visitor
+
+ARGUMENTS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+Visit = Callable[..., Visitor]
+
+
+@pytest.fixture(scope="session")
+def browser(chromium_path: Path) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=str(chromium_path), args=list(ARGUMENTS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Jobs in every state. Tests that share it only look."""
+    with serving(seed.fill(tmp_path_factory.mktemp("filled"))) as service:
+        yield service
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Service]:
+    """A service of this test's own: a base model, two files and a worker, but no job."""
+    with serving(seed.start(tmp_path)) as service:
+        yield service
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visit]:
+    """Open a tab on a service: visit(service, width=1280, scheme="light", signed_in=True)."""
+    contexts: list[BrowserContext] = []
+    visitors: list[Visitor] = []
+
+    def begin(service: Service, *, width: int = 1280, scheme: str = "light", signed_in: bool = True) -> Visitor:
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)  # pyright: ignore[reportArgumentType]
+        contexts.append(context)
+        if signed_in:
+            context.add_cookies([{"name": "lorry_session", "value": service.browser_secret(), "url": service.url}])
+        visitor = Visitor(page=context.new_page(), origin=service.url)
+        visitor.watch()
+        visitors.append(visitor)
+        return visitor
+
+    yield begin
+    for visitor in visitors:
+        visitor.assert_clean()
+    for context in contexts:
+        context.close()

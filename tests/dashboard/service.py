@@ -1,0 +1,85 @@
+"""The real api over a seeded data folder, in a child process on loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from catalog import keys
+from tests.dashboard.seed import Seeded
+
+START_SECONDS = 60
+
+
+@dataclass(kw_only=True, slots=True)
+class Service:
+    """Where the api answers, and the catalog behind it."""
+
+    url: str
+    port: int
+    seeded: Seeded
+    child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        argv = [sys.executable, "-m", "api", "serve", "--host", "127.0.0.1", "--port", str(self.port)]
+        environment = {**os.environ, "LORRY_DATA_DIR": str(self.seeded.settings.data_dir), "OMP_NUM_THREADS": "1"}
+        with (self.seeded.settings.data_dir / "api.log").open("ab") as log:
+            self.child = subprocess.Popen(argv, env=environment, stdout=log, stderr=log)
+        self._wait()
+
+    def stop(self) -> None:
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+            self.child = None
+
+    def sign_in_link(self) -> str:
+        caller = self.seeded.caller
+        token = keys.create_sign_in_link(self.seeded.db, api_key_id=caller.api_key_id, pepper=self.seeded.pepper)
+        return f"{self.url}/sign-in?token={token}"
+
+    def browser_secret(self) -> str:
+        """What a signed-in browser holds in its cookie."""
+        token = self.sign_in_link().partition("token=")[2]
+        return keys.exchange_sign_in(self.seeded.db, token=token, pepper=self.seeded.pepper)
+
+    def log(self) -> str:
+        return (self.seeded.settings.data_dir / "api.log").read_text()
+
+    def _wait(self) -> None:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            assert self.child is not None
+            assert self.child.poll() is None, self.log()
+            try:
+                if httpx.get(f"{self.url}/healthz", timeout=2).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError(f"The api did not start.\n{self.log()}")
+
+
+@contextmanager
+def serving(seeded: Seeded) -> Iterator[Service]:
+    port = _free_port()
+    service = Service(url=f"http://127.0.0.1:{port}", port=port, seeded=seeded)
+    try:
+        service.start()
+        yield service
+    finally:
+        service.stop()
+        seeded.db.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])

@@ -1,0 +1,83 @@
+"""What changes in the catalog appears by itself, is told to a screen reader, and survives an outage."""
+
+from __future__ import annotations
+
+from playwright.sync_api import expect
+
+from catalog import claims
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+
+
+def test_a_new_job_appears_in_the_list_without_a_reload(fresh: Service, visit: Visit) -> None:
+    visitor = visit(fresh)
+    visitor.open("#/jobs")
+    visitor.page.evaluate("window.sameDocument = true")
+
+    seed.submit(fresh.seeded, "arrives-later")
+
+    visitor.page.get_by_role("link", name="arrives-later").wait_for()
+    assert visitor.page.evaluate("window.sameDocument") is True
+
+
+def test_progress_and_the_end_of_a_job_appear_in_the_list(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "moving")
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    visitor = visit(fresh)
+    visitor.open("#/jobs")
+
+    seed.train(fresh.seeded, claim_id, until=60)
+    visitor.page.get_by_text("60 / 240 steps").wait_for()
+    seed.train(fresh.seeded, claim_id, since=60, until=seed.NUM_STEPS)
+    seed.succeed(fresh.seeded, claim_id)
+
+    expect(visitor.page.get_by_role("row").filter(has_text="moving")).to_contain_text("succeeded")
+    expect(visitor.page.locator("[aria-live]").filter(has_text="moving is succeeded")).to_have_count(1)
+
+
+def test_curves_events_and_state_of_a_job_move_on_its_page(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "moving")
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    seed.train(fresh.seeded, claim_id, until=40)
+    visitor = visit(fresh)
+    visitor.open(f"#/jobs/{job.id}")
+    visitor.page.get_by_role("img", name="at step 40.").first.wait_for()
+
+    seed.train(fresh.seeded, claim_id, since=40, until=120)
+    claims.record_event(fresh.seeded.db, claim_id, "warn", "The learning rate is high for this data.")
+
+    visitor.page.get_by_role("img", name="at step 120.").first.wait_for()
+    visitor.page.get_by_text("step 120 of 240").wait_for()
+    visitor.page.get_by_text("The learning rate is high for this data.").wait_for()
+
+
+def test_a_finished_job_offers_its_adapter_without_a_reload(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "moving")
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    visitor = visit(fresh)
+    visitor.open(f"#/jobs/{job.id}")
+
+    seed.train(fresh.seeded, claim_id, until=seed.NUM_STEPS)
+    seed.succeed(fresh.seeded, claim_id)
+
+    visitor.page.get_by_role("link", name="Its adapter").click()
+    visitor.page.get_by_role("heading", name="Verification").wait_for()
+
+
+def test_a_lost_connection_is_shown_and_what_was_missed_is_read_afterwards(fresh: Service, visit: Visit) -> None:
+    visitor = visit(fresh)
+    visitor.open("#/jobs")
+    visitor.page.get_by_text("Live", exact=True).wait_for()
+
+    fresh.stop()
+    visitor.page.get_by_text("Reconnecting").wait_for()
+    seed.submit(fresh.seeded, "came-meanwhile")
+    fresh.start()
+
+    visitor.page.get_by_text("Live", exact=True).wait_for()
+    visitor.page.get_by_role("link", name="came-meanwhile").wait_for()
+    visitor.problems.clear()  # the browser names each attempt to connect to the stopped service

@@ -1,0 +1,192 @@
+"""Every page, in both widths and both colour schemes: it fits, it is accessible, and it keeps to the policy."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog import jobs
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+from tests.dashboard.visitor import Visitor
+
+PLACES = {
+    "jobs": "#/jobs",
+    "running job": "#/jobs/titles-r16",
+    "failed job": "#/jobs/hot-lr",
+    "queued job": "#/jobs/nightly-b",
+    "queue": "#/queue",
+    "adapters": "#/adapters",
+    "adapter": "#/adapters/docstrings-r16",
+    "workers": "#/workers",
+    "no such page": "#/nowhere",
+}
+LOOKS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
+def test_a_page_fits_its_window_and_is_accessible(
+    filled: Service, visit: Visit, place: str, width: int, scheme: str
+) -> None:
+    visitor = visit(filled, width=width, scheme=scheme)
+
+    visitor.open(address(filled, PLACES[place]))
+    visitor.page.wait_for_load_state("load")
+
+    visitor.assert_fits()
+    visitor.assert_accessible()
+
+
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
+def test_the_sign_in_page_fits_its_window_and_is_accessible(
+    filled: Service, visit: Visit, width: int, scheme: str
+) -> None:
+    visitor = visit(filled, width=width, scheme=scheme, signed_in=False)
+
+    visitor.open("#/jobs")
+
+    visitor.page.get_by_role("heading", name="Sign in to Lorry").wait_for()
+    visitor.assert_fits()
+    visitor.assert_accessible()
+
+
+def test_the_jobs_page_tells_state_progress_loss_and_when_each_is_done(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open("#/jobs")
+
+    row = visitor.page.get_by_role("row").filter(has_text="titles-r16")
+    row.get_by_role("img", name="Training loss of titles-r16").wait_for()
+    assert "running" in row.inner_text()
+    assert "121 / 240 steps" in row.inner_text()
+    assert "2 min 47 s" in row.inner_text()
+
+
+def test_a_waiting_job_tells_why_it_waits(filled: Service, visit: Visit) -> None:
+    seed.beat(filled.seeded)
+    visitor = visit(filled)
+
+    visitor.open("#/jobs")
+
+    row = visitor.page.get_by_role("row").filter(has_text="nightly-b")
+    row.get_by_text("1 job is ahead of it.").wait_for()
+    assert "2nd in the queue" in row.inner_text()
+
+
+def test_a_failed_job_tells_what_went_wrong_and_what_to_do(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open(address(filled, "#/jobs/hot-lr"))
+
+    assert "The loss became NaN at step 38. Lower the learning rate" in visitor.text()
+
+
+def test_filters_narrow_the_list_and_stay_in_the_address(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+    visitor.open("#/jobs")
+
+    visitor.page.get_by_role("button", name="Succeeded").click()
+    visitor.page.get_by_role("searchbox").fill("r64")
+
+    names = visitor.page.locator("tbody th a")
+    assert names.all_inner_texts() == ["docstrings-r64"]
+    visitor.page.reload()
+    visitor.page.locator("tbody th a").first.wait_for()
+    assert names.all_inner_texts() == ["docstrings-r64"]
+
+
+def test_a_chart_has_a_sentence_and_a_table_that_say_the_same(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+    visitor.open(address(filled, "#/jobs/docstrings-r16"))
+
+    summary = visitor.page.get_by_role("img", name="Training loss went from").get_attribute("aria-label") or ""
+    visitor.page.get_by_text("Numbers as a table: Cross-entropy").click()
+
+    rows = visitor.page.get_by_role("table", name="Cross-entropy by step").get_by_role("row")
+    last = rows.last.inner_text().split()
+    assert last[0] == "240"
+    assert f"to {last[1]} at step 240" in summary
+
+
+def test_a_job_page_shows_what_was_asked_for_beside_what_it_came_to(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open(address(filled, "#/jobs/titles-r16"))
+
+    adapter = visitor.page.get_by_role("table", name="Adapter")
+    assert adapter.get_by_role("row", name="alpha").inner_text().split() == ["alpha", "16", "16"]
+    assert adapter.get_by_role("row", name="dropout").inner_text().split() == ["dropout", "default", "0"]
+    visitor.page.get_by_text("signatures-train.jsonl").wait_for()
+
+
+def test_a_job_page_links_to_the_jobs_it_trained_together_with(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+    visitor.open(address(filled, "#/jobs/titles-r16"))
+
+    visitor.page.get_by_role("region", name="Attempts").get_by_role("link", name="titles-r8").click()
+
+    visitor.page.get_by_role("heading", name="titles-r8", level=1).wait_for()
+
+
+def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    worker.get_by_role("link", name="titles-r32").wait_for()
+    assert "smollm2-135m" in worker.inner_text()
+    assert "3 adapters aboard" in worker.inner_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [("#/jobs", "lorry jobs submit"), ("#/queue", "lorry jobs submit"), ("#/adapters", "lorry jobs submit")],
+)
+def test_an_empty_page_names_the_next_command(fresh: Service, visit: Visit, place: str, command: str) -> None:
+    visitor = visit(fresh)
+
+    visitor.open(place)
+
+    assert command in visitor.text()
+    visitor.assert_accessible()
+
+
+def test_an_unknown_job_is_an_error_with_a_remedy(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open("#/jobs/ftjob-nothing")
+
+    alert = visitor.page.get_by_role("alert")
+    alert.wait_for()
+    assert "No job with the id 'ftjob-nothing'." in alert.inner_text()
+    assert "Check the id" in alert.inner_text()
+
+
+def test_the_chosen_colours_are_remembered(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled, scheme="light")
+    visitor.open("#/jobs")
+    button = visitor.page.get_by_role("button", name="Colours")
+
+    button.click()
+    button.click()
+    visitor.page.reload()
+    visitor.page.locator("main h1").wait_for()
+
+    assert _background(visitor) == "rgb(19, 23, 24)"
+
+
+def address(service: Service, place: str) -> str:
+    """The same place with the id of the job, or of its adapter, in place of its suffix."""
+    kind, _, suffix = place.removeprefix("#/").partition("/")
+    if not suffix:
+        return place
+    project_id = service.seeded.caller.project_id
+    known = jobs.list_page(service.seeded.db, project_id=project_id, limit=50).items
+    job = next(job for job in known if job.suffix == suffix)
+    return f"#/{kind}/{job.adapter_name if kind == 'adapters' else job.id}"
+
+
+def _background(visitor: Visitor) -> str:
+    return str(visitor.page.evaluate("getComputedStyle(document.body).backgroundColor"))
