@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, cast
@@ -42,7 +42,7 @@ class Contents:
     @classmethod
     def of(cls, *, manifest: Mapping[str, Any], artifact: str, lineage: Mapping[str, Any]) -> Self:
         """From the wire. Raises BadDownload where a path could leave the folder or the digests don't agree."""
-        entries = [_entry(wire) for wire in cast("Iterable[Mapping[str, Any]]", manifest.get("data") or ())]
+        entries = _entries(manifest.get("data"))
         files = {entry.path: entry for entry in entries}
         contents = cls(files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
         if canonical_json.sha256(contents.manifest()) != artifact:
@@ -92,10 +92,12 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     try:
         manifest = _object(folder / MANIFEST)
         lineage = _object(folder / LINEAGE)
-        entries = [_entry(wire) for wire in cast("list[Mapping[str, Any]]", manifest.get("files") or [])]
+        entries = _entries(manifest.get("files"))
+        artifact = canonical_json.sha256(manifest)
     except LorryError as error:
         return _result([error.message])
-    artifact = canonical_json.sha256(manifest)
+    except ValueError as error:
+        return _result([f"{MANIFEST} has no canonical form: {error}."])
     problems = [problem for entry in entries if (problem := _file_problem(folder, entry))]
     known = {entry.path for entry in entries} | {MANIFEST, LINEAGE}
     problems += [f"{path} is not in the manifest." for path in _paths(folder) if path not in known]
@@ -135,6 +137,12 @@ def is_safe(path: str) -> bool:
         and not any(part in {"", ".", ".."} or part.endswith((" ", ".")) for part in parts)
         and not any(character in path for character in '\\:*?"<>|')
     )
+
+
+def _entries(wire: object) -> list[FileEntry]:
+    if not isinstance(wire, list) or not all(isinstance(row, dict) for row in cast("list[object]", wire)):
+        raise BadDownload("The manifest has no list of files.", code="bad_manifest")
+    return [_entry(row) for row in cast("list[dict[str, Any]]", wire)]
 
 
 def _entry(wire: Mapping[str, Any]) -> FileEntry:

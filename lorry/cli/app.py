@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+_closed_at_the_end: ContextVar[ExitStack] = ContextVar("closed_at_the_end")
 
 
 class Group(TyperGroup):
@@ -25,7 +28,9 @@ class Group(TyperGroup):
         from lorry.errors import LorryError
 
         try:
-            return super().invoke(ctx)
+            with ExitStack() as stack:
+                _closed_at_the_end.set(stack)
+                return super().invoke(ctx)
         except LorryError as error:
             _say_error(error)
             raise typer.Exit(EXIT_REFUSED) from None
@@ -44,10 +49,10 @@ def group(help_text: str) -> typer.Typer:
 
 
 def client() -> Lorry:
-    """Of the service that the environment or the connection file names."""
+    """Of the service that the environment or the connection file names; closed when the command ends."""
     from lorry.client import Lorry
 
-    return Lorry()
+    return _closed_at_the_end.get().enter_context(Lorry())
 
 
 def run(app: typer.Typer) -> None:

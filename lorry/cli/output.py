@@ -13,14 +13,17 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+_WIDTH_OF_A_PIPE = 10_000
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
 
 def console() -> Console:
-    """For results. Text of the service is printed with `clean`, never as markup."""
+    """For results: as wide as they are where no person's terminal cuts them. Text is never markup."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
 
 
 def messages() -> Console:
@@ -50,8 +53,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
     from rich.text import Text
 
     drawn = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         drawn.add_row(*(Text(clean(_cell(value))) for value in row))
     if drawn.row_count:

@@ -65,7 +65,7 @@ class Script:
 @contextmanager
 def serving() -> Iterator[Script]:
     script = Script()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
+    server = _QuietServer(("127.0.0.1", 0), _handler(script))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -76,6 +76,13 @@ def serving() -> Iterator[Script]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _QuietServer(ThreadingHTTPServer):
+    """A client that hangs up is no news."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
 
 
 def _handler(script: Script) -> type[BaseHTTPRequestHandler]:

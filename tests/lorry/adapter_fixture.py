@@ -1,0 +1,58 @@
+"""An adapter as the service tells it: files, manifest, lineage and tar."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Mapping
+from typing import Any
+
+from lorry import canonical_json
+from tests.lorry.scripted_server import Reply, Script
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 20_000, "sub/extra.txt": b""}
+
+
+def manifest(files: Mapping[str, bytes] = FILES) -> dict[str, Any]:
+    rows = [
+        {"path": path, "digest": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
+        for path, content in sorted(files.items())
+    ]
+    return {"object": "list", "kind": "adapter", "data": rows, "artifact": digest_of(rows)}
+
+
+def digest_of(rows: list[dict[str, Any]]) -> str:
+    return canonical_json.sha256({"files": rows, "kind": "adapter"})
+
+
+def lineage(artifact: str) -> dict[str, Any]:
+    record = {"outputs": {"artifact": artifact}, "results": {"loss": 1.25e-7}}
+    return {"object": "adapter.lineage", "lineage_id": canonical_json.sha256(record), "lineage": record}
+
+
+def tar(members: Mapping[str, bytes] = FILES, *extra: tarfile.TarInfo) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path, content in members.items():
+            info = tarfile.TarInfo(path)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for info in extra:
+            archive.addfile(info)
+    return out.getvalue()
+
+
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def serve(service: Script, archive: bytes | Reply, *, told: dict[str, Any] | None = None) -> None:
+    """The adapter `a`, whose archive may be anything."""
+    told = told or manifest()
+    service.on("GET", "/v1/adapters/a", {"id": "a", "name": "ft:m:p:s/../x:1", "artifact": told["artifact"]})
+    service.on("GET", "/v1/adapters/a/files", told)
+    service.on("GET", "/v1/adapters/a/lineage", lineage(told["artifact"]))
+    service.on("GET", "/v1/adapters/a/archive", archive if isinstance(archive, Reply) else Reply(body=archive))

@@ -1,0 +1,90 @@
+"""Uploading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorry import Lorry, LorryError
+from lorry.errors import InvalidRequest
+from tests.lorry.scripted_server import Reply, Script
+
+CONTENT = b'{"messages": []}\n' * 20_000
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "Trainingsdaten für März.jsonl"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def test_a_file_goes_up_whole_and_tells_how_far_it_is(service: Script, client: Lorry, path: Path) -> None:
+    service.on("POST", "/v1/files", {"id": "file-1", "bytes": len(CONTENT)})
+    told: list[tuple[int, int]] = []
+
+    file = client.files.upload(path, on_progress=lambda done, total: told.append((done, total)))
+
+    assert file.id == "file-1"
+    assert CONTENT in service.seen[0].body
+    assert b'name="purpose"\r\n\r\nfine-tune\r\n' in service.seen[0].body
+    assert "März".encode() in service.seen[0].body
+    assert told == sorted(told)
+    assert told[-1] == (len(CONTENT), len(CONTENT))
+    assert len(told) > 4
+
+
+def test_an_upload_that_is_repeated_begins_at_the_first_byte(service: Script, client: Lorry, path: Path) -> None:
+    service.on("POST", "/v1/files", Reply(status=503, body=b""), {"id": "file-1"})
+
+    client.files.upload(path)
+
+    assert [request.body.count(CONTENT) for request in service.seen] == [1, 1]
+
+
+def test_a_refused_line_is_told_with_its_number(service: Script, client: Lorry, path: Path) -> None:
+    error = {"message": "Line 7 is not JSON. Mend it.", "type": "x", "param": "file", "code": "invalid_json_line"}
+    service.on("POST", "/v1/files", Reply(status=400, body={"error": error}))
+
+    with pytest.raises(InvalidRequest, match="Line 7") as refused:
+        client.files.upload(path)
+
+    assert refused.value.param == "file"
+
+
+def test_a_file_that_is_not_there_is_an_oserror_and_nothing_is_sent(service: Script, client: Lorry) -> None:
+    with pytest.raises(FileNotFoundError):
+        client.files.upload("/nowhere.jsonl")
+
+    assert service.seen == []
+
+
+def test_adding_a_model_sends_an_absolute_path(
+    service: Script, client: Lorry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    service.on("POST", "/v1/models", {"id": "m", "state": "importing"})
+
+    client.models.add("m", "./base")
+    client.models.add("m", "some/thing.gguf")
+    client.models.add("m", "org/name", revision="abc")
+
+    assert [json.loads(r.body) for r in service.seen] == [
+        {"name": "m", "kind": "folder", "source": str(tmp_path / "base"), "revision": None},
+        {"name": "m", "kind": "gguf", "source": str(tmp_path / "some/thing.gguf"), "revision": None},
+        {"name": "m", "kind": "hub", "source": "org/name", "revision": "abc"},
+    ]
+
+
+def test_a_failed_import_is_raised_with_its_own_words(service: Script, client: Lorry, slept: list[float]) -> None:
+    error = {"code": "no_weights", "message": "No safetensors there.", "remedy": "Name another folder."}
+    service.on("GET", "/v1/models/m", {"state": "importing"}, {"state": "failed", "error": error})
+
+    with pytest.raises(LorryError, match="No safetensors") as failed:
+        client.models.wait("m")
+
+    assert (failed.value.code, failed.value.remedy) == ("no_weights", "Name another folder.")
+    assert slept == [0.5]
