@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from catalog import artifact_rows, events, packing, queue, recovery
@@ -61,7 +61,7 @@ __all__ = [
     "worker_beat",
 ]
 
-MAX_TRIES = 3
+MAX_TRIES = 5
 """Looks at the queue in one call, where other workers take what this one chose."""
 
 
@@ -105,20 +105,16 @@ def claim_pack(
     `trainer_id` of that key.
     """
     recovery.expire(db, grace_seconds=lease_seconds)
-    with db.write() as session:
-        now = read_clock(session)
-        worker = session.get(Worker, worker_id)
-        if worker is not None and (worker.drain_requested or worker.ended_at is not None):
+    for _ in range(MAX_TRIES):
+        with db.read() as session:  # the whole queue is looked at without keeping anybody from writing
+            choices = _choose(session, worker_id, trainer_id, room, pack_key)
+        if not choices:
             return []
-        worker_bytes = worker.memory_bytes if worker else room.memory_bytes_free
-        if pack_key is not None and _holds_suspect(session, trainer_id):
-            return []
-        for _ in range(MAX_TRIES):
-            choices = _choose(session, room, pack_key, now=now, worker_bytes=worker_bytes)
-            claims = _take(session, choices, worker_id, trainer_id, room, now=now, lease_seconds=lease_seconds)
-            if claims or not choices:
-                return claims
-        return []
+        with db.write() as session:
+            claims = _take(session, choices, worker_id, trainer_id, room, lease_seconds=lease_seconds)
+        if claims:
+            return claims
+    return []
 
 
 def heartbeat(db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float) -> dict[str, Orders]:
@@ -199,10 +195,16 @@ def end(db: Database, claim_id: str, *, reason: EndReason, detail: str, error: J
         return end_attempt(session, job, reason=reason, detail=detail, error=error, now=read_clock(session))
 
 
-def _choose(session: Session, room: Room, pack_key: str | None, *, now: float, worker_bytes: int) -> list[Choice]:
-    turns = queue.turns(session, now=now)
+def _choose(session: Session, worker_id: str, trainer_id: str, room: Room, pack_key: str | None) -> list[Choice]:
+    worker = session.get(Worker, worker_id)
+    if worker is not None and (worker.drain_requested or worker.ended_at is not None):
+        return []
+    turns = queue.turns(session, now=read_clock(session))
     if pack_key is None:
         return packing.choose_pack(turns, room)
+    if _holds_suspect(session, trainer_id):
+        return []
+    worker_bytes = worker.memory_bytes if worker else room.memory_bytes_free
     return packing.choose_joiners(turns, room, pack_key, worker_bytes=worker_bytes)
 
 
@@ -213,7 +215,6 @@ def _take(
     trainer_id: str,
     room: Room,
     *,
-    now: float,
     lease_seconds: float,
 ) -> list[Claim]:
     """Lock what was chosen, pass over what another worker was quicker to take, and claim the rest.
@@ -221,9 +222,11 @@ def _take(
     Without its anchor a pack is not taken: the choice is made anew.
     """
     chosen = {choice.turn.candidate.job_id: choice for choice in choices}
-    free = select(Job).where(Job.id.in_(chosen), Job.state == JobState.QUEUED)
+    now = read_clock(session)
+    is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
+    free = select(Job).where(Job.id.in_(chosen), Job.state == JobState.QUEUED, is_due)
     jobs = {job.id: job for job in session.scalars(skip_locked(free))}
-    if choices and choices[0].role == "anchor" and choices[0].turn.candidate.job_id not in jobs:
+    if choices[0].role == "anchor" and choices[0].turn.candidate.job_id not in jobs:
         return []
     for job_id, job in jobs.items():
         job.claim_id = new_id("claim")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import Row, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import fair_share, memory, packing
@@ -17,6 +19,18 @@ from catalog.workers import SILENT_SECONDS
 
 MAX_CANDIDATES = 5000
 """Jobs looked at in one decision; the rest wait until these have gone."""
+SHOWN = (
+    "state",
+    "base_model",
+    "priority",
+    "run_after",
+    "attempt",
+    "worker_id",
+    "trainer_id",
+    "progress",
+    "suffix",
+)
+"""Columns of a job that an entry of the queue shows as they are."""
 
 
 def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[Turn]:
@@ -66,16 +80,11 @@ def snapshot(db: Database, *, project_id: str | None) -> Json:
     with db.read() as session:
         now = read_clock(session)
         places = {turn.candidate.job_id: turn for turn in turns(session, now=now)}
-        unfinished = select(Job).where(Job.state.not_in(FINAL_STATES))
-        if project_id is not None:
-            unfinished = unfinished.where(Job.project_id == project_id)
-        jobs = list(session.scalars(unfinished.order_by(Job.created_at, Job.id).limit(MAX_CANDIDATES)))
-        names = {row.id: row.name for row in session.scalars(select(Project))}
-        entries = [_entry(job, places.get(job.id), now=now, project=names[job.project_id]) for job in jobs]
+        entries = [_entry(row, places.get(row.id), now=now) for row in _unfinished(session, project_id)]
         entries.sort(key=lambda entry: (entry["position"] is None, entry["position"] or 0))
         return {
             "as_of": now,
-            "counts": dict(Counter(job.state for job in jobs)),
+            "counts": dict(Counter(entry["state"] for entry in entries)),
             "waiting_in_all": len(places),
             "jobs": entries,
             "workers": _live_workers(session, now=now),
@@ -100,23 +109,26 @@ def resident_bases(session: Session, *, now: float) -> list[str]:
     return [digest for digest in session.scalars(select(Worker.resident_base).where(*live).distinct()) if digest]
 
 
-def _entry(job: Job, turn: Turn | None, *, now: float, project: str) -> Json:
+def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
+    columns = [getattr(Job, name) for name in ("id", "created_at", *SHOWN)]
+    rows = select(*columns, Project.name.label("project")).join(Project, Project.id == Job.project_id)
+    rows = rows.where(Job.state.not_in(FINAL_STATES))
+    if project_id is not None:
+        rows = rows.where(Job.project_id == project_id)
+    return session.execute(rows.order_by(Job.created_at, Job.id).limit(MAX_CANDIDATES)).all()
+
+
+def _entry(row: Row[*tuple[Any, ...]], turn: Turn | None, *, now: float) -> Json:
+    shown = {name: getattr(row, name) for name in SHOWN}
     return {
-        "job_id": job.id,
-        "project": project,
-        "state": job.state,
-        "base_model": job.base_model,
-        "priority": PriorityClass(job.priority).name,
-        "created_at": job.created_at,
-        "waited_seconds": max(0.0, now - job.created_at),
+        **shown,
+        "job_id": row.id,
+        "project": row.project,
+        "priority": PriorityClass(row.priority).name,
+        "created_at": row.created_at,
+        "waited_seconds": max(0.0, now - row.created_at),
         "position": turn.position if turn else None,
         "reason": turn.reason if turn else None,
-        "run_after": job.run_after,
-        "attempt": job.attempt,
-        "worker_id": job.worker_id,
-        "trainer_id": job.trainer_id,
-        "progress": job.progress,
-        "suffix": job.suffix,
     }
 
 

@@ -27,6 +27,9 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
 
     grace_seconds: the length of a lease. Safe to call from anywhere, at any time, as often as one likes.
     """
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        if not _is_needed(session, now=read_clock(session), grace_seconds=grace_seconds):
+            return 0
     with db.write() as session:
         now = read_clock(session)
         observe(session, now=now, grace_seconds=grace_seconds)
@@ -42,7 +45,7 @@ def observe(session: Session, *, now: float, grace_seconds: float) -> None:
         _extend_leases(session, now=now, grace_seconds=grace_seconds)
     if pulse is None:
         upsert(session, Pulse, [{"id": 1, "seen_at": now}])
-    elif abs(now - seen_at) > min(5.0, grace_seconds / 20):  # rarely, so that beats do not queue for this row
+    elif _is_old(pulse, now=now, grace_seconds=grace_seconds):
         pulse.seen_at = now
 
 
@@ -50,6 +53,16 @@ def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
     """Its process is known to be gone: end or free at once what it held."""
     held = select(Job).where(Job.worker_id == worker_id, Job.claim_id.is_not(None))
     return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
+
+
+def _is_needed(session: Session, *, now: float, grace_seconds: float) -> bool:
+    past = select(Job.id).where(Job.claim_id.is_not(None), Job.lease_expires_at <= now).limit(1)
+    return _is_old(session.get(Pulse, 1), now=now, grace_seconds=grace_seconds) or session.scalar(past) is not None
+
+
+def _is_old(pulse: Pulse | None, *, now: float, grace_seconds: float) -> bool:
+    """The pulse is written rarely, so that beats do not queue for its row."""
+    return pulse is None or abs(now - pulse.seen_at) > min(5.0, grace_seconds / 20)
 
 
 def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> None:
