@@ -99,17 +99,20 @@ async def _on_os_error(request: Request, error: Exception) -> Response:
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
     if error.status_code == 404:
         return _unknown_route(request)
+    if error.status_code == 405:
+        error.headers = {"allow": _allowed(request)}
     message, remedy, code = _sentence(request, error)
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    return error_response(error.status_code, message=message, remedy=remedy, type=kind, code=code, headers=headers)
+    return error_response(
+        error.status_code, message=message, remedy=remedy, type=kind, code=code, headers=error.headers
+    )
 
 
 def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
     """(message, remedy, code)"""
-    allowed = (error.headers or {}).get("Allow", "another method")
+    allowed = (error.headers or {}).get("allow", "another method")
     wrong_method = f"{request.method} can't be done on {_quoted(request.url.path)}."
     known: dict[int, tuple[str, str, str]] = {
         400: ("The body can't be read as JSON.", "Send one JSON object, in UTF-8.", "invalid_json"),
@@ -125,6 +128,13 @@ def _unknown_route(request: Request) -> Response:
     remedy = f"Did you mean {near[0]}?" if near else "The routes are listed in /openapi.json."
     message = f"There is no route {request.method} {_quoted(path)}."
     return error_response(404, message=message, remedy=remedy, code="unknown_route")
+
+
+def _allowed(request: Request) -> str:
+    """Every method of the route: the framework names those of one handler only."""
+    template = getattr(request.scope.get("route"), "path", "")
+    methods = request.app.openapi()["paths"].get(template, {"get": None})
+    return ", ".join(sorted(method.upper() for method in methods))
 
 
 def known_paths(app: Any) -> list[str]:

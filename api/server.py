@@ -27,7 +27,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            print(json.dumps({"event": "ready", "url": address_of(host, port)}), flush=True)  # noqa: T201  (its output)
+            self.announce(address_of(host, port))
+
+    def announce(self, url: str) -> None:
+        """For who started this process."""
+        print(json.dumps({"event": "ready", "url": url}), flush=True)  # noqa: T201
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._services.feed.close()

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from catalog.errors import InvalidRequest
 
 MAX_LISTED = 5
+AGAIN = "Correct this and send the request again."
 SECRET_FIELDS = frozenset({"api_key", "token", "secret"})
 Problem = dict[str, Any]
 Location = tuple[int | str, ...]
@@ -62,12 +63,15 @@ def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> Inv
     grouped: dict[str, list[Problem]] = {}
     for problem in problems:
         grouped.setdefault(_path(problem, body), []).append(problem)
+    for path in [path for path in grouped if any(other.startswith(f"{path}.") for other in grouped)]:
+        del grouped[path]  # another branch of the same union got further
     told = [_tell(path, group, model) for path, group in grouped.items()]
-    message = " ".join(sentence for sentence, _, _ in told[:MAX_LISTED])
-    if len(told) > MAX_LISTED:
-        message += f" And {len(told) - MAX_LISTED} more."
-    first_path = next(iter(grouped))
-    return InvalidRequest(message, code=told[0][2], param=first_path or None, remedy=told[0][1])
+    first_path, (message, remedy, code) = next(iter(grouped)), told[0]
+    if len(told) > 1:
+        message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in told[:MAX_LISTED])
+        message += f" And {len(told) - MAX_LISTED} more." if len(told) > MAX_LISTED else ""
+        remedy = ""
+    return InvalidRequest(message, code=code, param=first_path or None, remedy=remedy or AGAIN)
 
 
 def _path(problem: Problem, body: Any) -> str:
@@ -97,13 +101,12 @@ def _leads_on(body: Any, step: int | str) -> bool:
 
 
 def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tuple[str, str, str]:
-    """(sentence, remedy, code) for all that is wrong at one path."""
+    """(sentence, remedy if it is a special one, code) for all that is wrong at one path."""
     first = group[0]
     kind = first["type"]
     name = f"'{_ascii(path)}'" if path else "The body"
     if kind == "missing":
-        what = name if path else "A JSON body"
-        return f"{what} is missing.", f"Add {name.lower() if not path else name} and send it again.", _code(kind)
+        return f"{name if path else 'A JSON body'} is missing.", "", _code(kind)
     if kind == "extra_forbidden":
         return f"There is no field {name}.", _nearest(path, model), _code(kind)
     if kind == "json_invalid":
@@ -113,8 +116,7 @@ def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tup
             "Send one JSON object, in UTF-8, with Content-Type: application/json.",
             _code(kind),
         )
-    sentence = f"{name} {_expectation(group)}{_it_was(path, first)}."
-    return sentence, "Correct it and send the request again.", _code(kind)
+    return f"{name} {_expectation(group)}{_it_was(path, first)}.", "", _code(kind)
 
 
 def _code(kind: str) -> str:
@@ -141,7 +143,8 @@ def _phrase(problem: Problem) -> str:
     if kind in _EXPECTED:
         return _EXPECTED[kind]
     if kind in _BOUNDS:
-        return _BOUNDS[kind].format(**context)
+        shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
+        return _BOUNDS[kind].format(**shown)
     if kind == "string_pattern_mismatch":
         return _PATTERNS.get(context["pattern"], f"a text of the form {context['pattern']}")
     return f"valid ({problem['msg']})"

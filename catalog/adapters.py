@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
@@ -102,5 +103,5 @@ def _find(session: Session, project_id: str, name: str) -> Adapter:
 
 def _view(session: Session, adapter: Adapter) -> AdapterView:
     job = session.get_one(Job, adapter.job_id)
-    rank = (job.spec.get("lora") or {}).get("rank")
-    return AdapterView(adapter=adapter, artifact=session.get_one(Artifact, adapter.artifact), rank=rank)
+    lora: dict[str, Any] = job.spec.get("lora") or {}
+    return AdapterView(adapter=adapter, artifact=session.get_one(Artifact, adapter.artifact), rank=lora.get("rank"))

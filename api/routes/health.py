@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from api.auth import bearer, require_operator
@@ -18,7 +19,6 @@ from catalog.errors import LorryError, Unauthorized
 
 router = APIRouter(tags=["health"])
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
-TEXT_FORMAT = "text/plain; version=1.0.0; charset=utf-8"
 
 
 class Alive(BaseModel):
@@ -67,7 +67,7 @@ def get_prometheus_metrics(
             code="missing_api_key",
             remedy="Send an operator's key as Authorization: Bearer ….",
         )
-    return Response(use.telemetry.expose(fleet.count(use.db)), media_type=TEXT_FORMAT)
+    return Response(use.telemetry.expose(fleet.count(use.db)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _is_from_this_machine(request: Request) -> bool:

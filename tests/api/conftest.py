@@ -1,0 +1,115 @@
+"""An api over a real SQLite file and a real local store, called in process or over loopback."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from api.deps import Services
+from api.settings import ApiSettings
+from catalog import keys
+from catalog.db import Database
+from catalog.settings import Settings
+from tests.api.site import PEPPER, Site, running
+from tests.catalog.world import Clock, World
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file to copy."""
+    path = tmp_path_factory.mktemp("api") / "lorry.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    with database.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path, migrated_database: Path) -> Settings:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    shutil.copy(migrated_database, data_dir / "lorry.db")
+    return Settings(data_dir=data_dir, pepper=SecretStr(PEPPER.decode()), max_file_bytes=2**20, max_line_bytes=2**16)
+
+
+@pytest.fixture
+def app(settings: Settings) -> FastAPI:
+    return create_app(settings, ApiSettings(look_seconds=0.02, stream_heartbeat_seconds=0.2, shutdown_seconds=5))
+
+
+@pytest.fixture
+def services(app: FastAPI) -> Services:
+    return app.state.services
+
+
+@pytest.fixture
+def world(services: Services) -> World:
+    """A base, a file, and two projects, by the catalog's own verbs."""
+    return World(services.db, Clock())
+
+
+@pytest.fixture
+def key(services: Services, world: World) -> str:
+    """An ordinary key of the project that owns the world's file."""
+    return new_key(services, world.caller.project_id)
+
+
+@pytest.fixture
+def operator_key(services: Services, world: World) -> str:
+    return new_key(services, world.caller.project_id, is_operator=True)
+
+
+@pytest.fixture
+def stranger_key(services: Services, world: World) -> str:
+    return new_key(services, world.stranger.project_id)
+
+
+@pytest.fixture
+def anonymous(app: FastAPI) -> Iterator[TestClient]:
+    """In process, from this machine, with no key."""
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000), follow_redirects=False) as client:
+        yield client
+
+
+@pytest.fixture
+def client(app: FastAPI, anonymous: TestClient, key: str) -> TestClient:
+    """In process, with the ordinary key."""
+    return with_key(app, key)
+
+
+@pytest.fixture
+def operator(app: FastAPI, anonymous: TestClient, operator_key: str) -> TestClient:
+    return with_key(app, operator_key)
+
+
+@pytest.fixture
+def stranger(app: FastAPI, anonymous: TestClient, stranger_key: str) -> TestClient:
+    return with_key(app, stranger_key)
+
+
+@pytest.fixture
+def site(app: FastAPI, key: str) -> Iterator[Site]:
+    """The same app behind a real server on loopback."""
+    with running(app, key) as site:
+        yield site
+
+
+def with_key(app: FastAPI, key: str) -> TestClient:
+    """Shares the lifespan of `anonymous`."""
+    headers = {"authorization": f"Bearer {key}"}
+    return TestClient(app, base_url="http://127.0.0.1", headers=headers, client=("127.0.0.1", 50001))
+
+
+def new_key(services: Services, project_id: str, *, is_operator: bool = False) -> str:
+    return keys.create(
+        services.db, project_id=project_id, name="test", pepper=services.pepper, is_operator=is_operator
+    )[1]

@@ -1,0 +1,100 @@
+"""A real server on loopback, in a thread of the test's process; and what its answers look like."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from api.server import Server
+
+PEPPER = b"p" * 32
+CHAT = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    url: str
+    key: str
+    server: Server
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, trust_env=False)
+
+
+class QuietServer(Server):
+    """Tells a waiting thread that it is ready, instead of the standard output."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config, app.state.services)
+        self.ready = threading.Event()
+
+    def announce(self, url: str) -> None:
+        self.url = url
+        self.ready.set()
+
+
+@contextmanager
+def running(app: FastAPI, key: str) -> Iterator[Site]:
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5
+    )
+    server = QuietServer(config, app)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert server.ready.wait(20), "the server did not start"
+    try:
+        yield Site(url=server.url, key=key, server=server)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not end"
+
+
+def chat_lines(num_rows: int) -> bytes:
+    return b"".join(json.dumps({**CHAT}).encode() + b"\n" for _ in range(num_rows))
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    """The error in OpenAI's shape; fails where it has another."""
+    body = response.json()
+    assert set(body) == {"error"}, body
+    error = body["error"]
+    assert {"message", "type", "param", "code"} <= set(error), error
+    assert error["message"], "an error has a sentence"
+    assert error["type"] in {
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "server_error",
+    }
+    assert response.headers["x-request-id"].startswith("req_")
+    return error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One server-sent event."""
+
+    event: str
+    data: dict[str, Any]
+    id: str | None
+
+
+def messages(lines: Iterator[str]) -> Iterator[Message]:
+    """The events of a stream, as they come; comments are passed over."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif "data" in fields:
+            yield Message(event=fields["event"], data=json.loads(fields["data"]), id=fields.get("id"))
+            fields = {}

@@ -1,0 +1,164 @@
+"""Nothing is answered without a key or a signed-in browser; what is another project's does not exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog import keys
+from catalog.db import read_clock
+from tests.api.site import error_of
+from tests.catalog.world import World
+
+OPEN_PATHS = {"/healthz", "/readyz", "/metrics", "/sign-in", "/v1/browser_session"}
+SAME_ORIGIN = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
+
+
+def test_every_route_but_the_open_ones_needs_a_key(app: FastAPI, anonymous: TestClient) -> None:
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            if path in OPEN_PATHS:
+                continue
+            filled = path.replace("{", "").replace("}", "")
+
+            response = anonymous.request(method, filled, json={"name": "x", "kind": "hub", "source": "y"})
+
+            assert response.status_code in (401, 400), (method, path, response.text)
+            if response.status_code == 400:  # the shape of a body is looked at first; nothing is done with it
+                assert error_of(response)["type"] == "invalid_request_error"
+            else:
+                assert response.headers["www-authenticate"] == 'Bearer realm="lorry"'
+                assert error_of(response)["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize("secret", ["x", "lorry_key-123_abc", "lorry_" + "x" * 2000, "sk-proj-1"])
+def test_a_wrong_key_is_refused(anonymous: TestClient, secret: str) -> None:
+    response = anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
+
+    assert response.status_code == 401
+    assert error_of(response)["code"] == "invalid_api_key"
+
+
+def test_an_expired_and_a_revoked_key_are_refused(services: Services, world: World, anonymous: TestClient) -> None:
+    with services.db.read() as session:
+        now = read_clock(session)
+    project_id = world.caller.project_id
+    _, expired = keys.create(services.db, project_id=project_id, name="old", pepper=services.pepper, expires_at=now - 1)
+    row, revoked = keys.create(services.db, project_id=project_id, name="gone", pepper=services.pepper)
+    keys.revoke(services.db, project_id=project_id, api_key_id=row.id)
+
+    for secret in (expired, revoked):
+        response = anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
+
+        assert response.status_code == 401
+
+
+def test_openai_headers_are_accepted_and_another_project_is_refused(client: TestClient, world: World) -> None:
+    fine = {"openai-organization": "org-1", "openai-project": world.caller.project_name}
+
+    assert client.get("/v1/files", headers=fine).status_code == 200
+    response = client.get("/v1/files", headers={"openai-project": "proj_other"})
+    assert response.status_code == 401
+    assert error_of(response)["code"] == "mismatched_project"
+
+
+def test_what_is_another_projects_is_not_found(stranger: TestClient, client: TestClient, world: World) -> None:
+    job = world.submit()
+    theirs = [
+        ("GET", f"/v1/files/{world.file_id}"),
+        ("GET", f"/v1/files/{world.file_id}/content"),
+        ("GET", f"/v1/files/{world.file_id}/report?model=smol"),
+        ("DELETE", f"/v1/files/{world.file_id}"),
+        *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("", "/events", "/checkpoints", "/metrics")),
+        *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("/why", "/data_report", "/attempts", "/stream")),
+        *(("POST", f"/v1/fine_tuning/jobs/{job.id}/{verb}") for verb in ("cancel", "pause", "resume")),
+    ]
+
+    for method, path in theirs:
+        response = stranger.request(method, path)
+
+        assert response.status_code == 404, (method, path, response.text)
+        error_of(response)
+    assert stranger.get("/v1/fine_tuning/jobs").json()["data"] == []
+    assert stranger.get("/v1/files").json()["data"] == []
+    assert stranger.get("/v1/queue").json()["jobs"] == []
+    assert client.get(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
+
+
+def test_a_sign_in_link_opens_one_browser_once(client: TestClient, anonymous: TestClient) -> None:
+    link = client.post("/v1/sign_in_links").json()
+    path = link["url"].removeprefix("http://127.0.0.1")
+
+    first = anonymous.get(path)
+    second = anonymous.get(path)
+
+    assert (first.status_code, first.headers["location"]) == (303, "/dashboard/")
+    cookie = first.headers["set-cookie"].lower()
+    assert all(part in cookie for part in ("httponly", "samesite=strict", "path=/"))
+    assert second.status_code == 401
+    assert anonymous.get("/v1/browser_session").json()["project"] == "ours"
+
+
+def test_a_used_link_leads_a_browser_to_the_dashboards_own_sign_in(anonymous: TestClient) -> None:
+    response = anonymous.get("/sign-in", params={"token": "used"}, headers={"accept": "text/html"})
+
+    assert (response.status_code, response.headers["location"]) == (303, "/dashboard/?sign_in=expired")
+
+
+def test_a_browser_signs_in_with_a_key_and_out_again(anonymous: TestClient, key: str) -> None:
+    signed_in = anonymous.post("/v1/browser_session", json={"api_key": key}, headers=SAME_ORIGIN)
+    assert signed_in.json()["is_operator"] is False
+    assert anonymous.get("/v1/files").status_code == 200
+
+    signed_out = anonymous.delete("/v1/browser_session", headers=SAME_ORIGIN)
+
+    assert signed_out.json()["deleted"] is True
+    assert anonymous.get("/v1/files").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"x-lorry-csrf": "1"},
+        {"origin": "http://127.0.0.1"},
+        {"x-lorry-csrf": "1", "origin": "http://evil.example"},
+        {"x-lorry-csrf": "1", "origin": "http://127.0.0.1:9999"},
+        {"x-lorry-csrf": "1", "sec-fetch-site": "cross-site"},
+        {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-site"},
+        {"x-lorry-csrf": "1", "origin": "null"},
+    ],
+)
+def test_a_change_by_cookie_needs_proof_of_the_dashboard(
+    anonymous: TestClient, key: str, world: World, headers: dict[str, Any]
+) -> None:
+    job = world.submit()
+    anonymous.post("/v1/browser_session", json={"api_key": key}, headers=SAME_ORIGIN)
+
+    forged = anonymous.post(f"/v1/fine_tuning/jobs/{job.id}/cancel", headers=headers)
+    also = anonymous.post("/v1/browser_session", json={"api_key": key}, headers=headers)
+
+    for response in (forged, also):
+        assert response.status_code == 403
+        assert error_of(response)["code"] == "cross_site_request"
+    own = anonymous.post(f"/v1/fine_tuning/jobs/{job.id}/cancel", headers=SAME_ORIGIN)
+    assert own.json()["status"] == "cancelled"
+
+
+def test_only_an_operator_adds_models_and_sees_every_project(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    body = {"name": "other", "kind": "hub", "source": "org/other"}
+
+    refused = [client.post("/v1/models", json=body), client.get("/v1/queue", params={"all": "true"})]
+
+    assert [response.status_code for response in refused] == [403, 403]
+    assert error_of(refused[0])["type"] == "permission_error"
+    assert operator.post("/v1/models", json=body).json()["state"] == "importing"
+    assert len(operator.get("/v1/queue", params={"all": "true"}).json()["jobs"]) == 1
+    assert operator.get("/v1/queue").json()["jobs"] == []

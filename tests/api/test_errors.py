@@ -1,0 +1,155 @@
+"""Whatever goes wrong, the answer has OpenAI's shape, a remedy and a request id, and tells nothing of our insides."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog.errors import Unavailable
+from tests.api.site import error_of
+
+
+def test_an_unknown_route_names_the_nearest_one(client: TestClient) -> None:
+    response = client.get("/v1/fine_tuning/job")
+
+    assert response.status_code == 404
+    error = error_of(response)
+    assert error["code"] == "unknown_route"
+    assert "/v1/fine_tuning/jobs" in error["message"]
+
+
+def test_a_wrong_method_names_every_right_one(client: TestClient) -> None:
+    response = client.patch("/v1/files")
+
+    assert response.status_code == 405
+    assert response.headers["allow"] == "GET, POST"
+    assert "GET, POST" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/files/../../etc/passwd", "/%2e%2e/secret", "/v1/files/a%00b", "/\ud7ff"])
+def test_an_odd_path_is_refused_in_the_same_shape(client: TestClient, path: str) -> None:
+    response = client.get(path)
+
+    assert response.status_code in (400, 404)
+    error_of(response)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        b'{"model": "\\ud800", "training_file": "x"}',
+        b'{"\\ud800": 1}',
+        b"null",
+        b"",
+    ],
+    ids=["cut off", "not UTF-8", "100,000 deep", "huge number", "lone surrogate", "odd name", "null", "empty"],
+)
+def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -> None:
+    response = client.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+
+    assert response.status_code == 400
+    error_of(response)
+
+
+def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(client: TestClient) -> None:
+    def chunks() -> Any:
+        for _ in range(20):
+            yield b" " * 2**17
+
+    declared = client.post("/v1/fine_tuning/jobs", content=b" " * (2**20 + 1))
+    undeclared = client.post("/v1/fine_tuning/jobs", content=chunks(), headers={"content-type": "application/json"})
+
+    for response in (declared, undeclared):
+        assert response.status_code == 413
+        assert error_of(response)["code"] == "request_too_large"
+
+
+def test_a_crash_tells_an_id_and_nothing_else(
+    app: FastAPI, client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise RuntimeError("the-inside-of-lorry")
+
+    monkeypatch.setattr("api.routes.files.files.list_page", crash)
+
+    response = client.get("/v1/files")
+
+    assert response.status_code == 500
+    error = error_of(response)
+    assert "the-inside-of-lorry" not in response.text
+    assert response.headers["x-request-id"] in error["message"]
+    assert response.headers["x-request-id"] in caplog.text
+    assert "the-inside-of-lorry" in caplog.text
+
+
+def test_an_absent_database_is_told_as_unavailable_with_a_time_to_come_back(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Try again.")
+
+    monkeypatch.setattr("api.routes.files.files.list_page", away)
+
+    response = client.get("/v1/files")
+
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "5"
+    assert error_of(response)["code"] == "database_unavailable"
+
+
+def test_a_host_that_rebinds_its_name_to_us_is_refused(client: TestClient) -> None:
+    response = client.get("/v1/files", headers={"host": "evil.example"})
+
+    assert response.status_code == 421
+    assert "LORRY_ALLOWED_HOSTS" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/nope", "/dashboard/", "/healthz", "/"])
+def test_every_answer_carries_the_security_headers(client: TestClient, path: str) -> None:
+    response = client.get(path)
+
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_the_root_leads_to_the_dashboard(anonymous: TestClient) -> None:
+    for path in ("/", "/dashboard"):
+        response = anonymous.get(path)
+
+        assert (response.status_code, response.headers["location"]) == (307, "/dashboard/")
+
+
+def test_the_dashboard_is_served_and_nothing_else_of_its_folder(anonymous: TestClient) -> None:
+    assert anonymous.get("/dashboard/").text.startswith("<!doctype html>")
+    assert anonymous.get("/dashboard/index.html").headers["cache-control"] == "no-cache"
+    for path in ("/dashboard/__init__.py", "/dashboard/../api/app.py", "/dashboard/%2e%2e/pyproject.toml"):
+        assert anonymous.get(path).status_code == 404
+
+
+def test_no_secret_gets_into_the_log(
+    services: Services, anonymous: TestClient, client: TestClient, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    token = client.post("/v1/sign_in_links").json()["url"].partition("token=")[2]
+
+    anonymous.get("/sign-in", params={"token": token})
+    anonymous.get("/v1/files", headers={"authorization": "Bearer lorry_key-abc_wrong-canary"})
+    client.get("/v1/files", params={"after": "x"})
+
+    logged = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("lorry"))
+    assert "path=/sign-in" in logged
+    for secret in (key, token, "wrong-canary", anonymous.cookies["lorry_session"]):
+        assert secret not in logged

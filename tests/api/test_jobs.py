@@ -1,0 +1,178 @@
+"""Jobs over HTTP: made once however often they are sent, shown with every field, and steered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog import adapters, claims
+from catalog.states import EndReason
+from tests.api.site import error_of
+from tests.catalog.world import World
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+def create(client: TestClient, world: World, *, headers: dict[str, str] | None = None, **fields: Any) -> Any:
+    body = {"model": "smol", "training_file": world.file_id, **fields}
+    return client.post(JOBS, json=body, headers=headers or {})
+
+
+def test_a_job_is_shown_with_all_its_numbers_resolved(client: TestClient, world: World) -> None:
+    job = create(client, world, suffix="mine", seed=7, metadata={"team": "a"}, lora={"rank": 8}).json()
+
+    assert job["status"] == "validating_files"
+    assert job["hyperparameters"] == {"batch_size": 4, "learning_rate_multiplier": 1.0, "n_epochs": 3}
+    assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": job["hyperparameters"]}}
+    assert (job["lora"]["rank"], job["lora"]["alpha"]) == (8, 16.0)
+    assert job["optimizer"]["learning_rate"] == 2e-4
+    assert (job["seed"], job["suffix"], job["metadata"], job["priority"]) == (7, "mine", {"team": "a"}, "normal")
+    assert job["result_files"] == []
+    assert job["integrations"] == []
+    unset = ("error", "fine_tuned_model", "finished_at", "estimated_finish", "trained_tokens", "adapter_id", "progress")
+    assert all(job[name] is None for name in unset)
+    assert client.get(f"{JOBS}/{job['id']}").json() == job
+
+
+def test_an_explicit_null_is_the_same_as_nothing(client: TestClient, world: World) -> None:
+    nulls = dict.fromkeys(
+        ("validation_file", "method", "hyperparameters", "suffix", "seed", "metadata", "integrations")
+    )
+
+    assert create(client, world, **nulls).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_a_file_of_another_project_does_not_exist(client: TestClient, world: World, field: str) -> None:
+    theirs = world.file(caller=world.stranger)
+
+    response = create(client, world, **{field: theirs})
+
+    assert response.status_code == 404
+    error = error_of(response)
+    assert (error["param"], error["code"]) == (field, "file_not_found")
+
+
+def test_a_validation_file_of_another_purpose_is_refused(client: TestClient, world: World) -> None:
+    response = create(client, world, validation_file=world.file(purpose="user_data"))
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("validation_file", "wrong_file_purpose")
+    assert "fine-tune" in error["message"]
+
+
+def test_an_unknown_base_model_is_refused_with_those_there_are(client: TestClient, world: World) -> None:
+    response = create(client, world, model="gpt-4o-mini")
+
+    assert response.status_code == 404
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "smol" in error["message"]
+
+
+def test_targets_that_match_nothing_are_refused_with_those_there_are(client: TestClient, world: World) -> None:
+    response = create(client, world, lora={"target_modules": ["c_attn"]})
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == "lora.target_modules"
+    assert "q_proj" in error["message"]
+
+
+def test_two_creations_with_one_idempotency_key_are_one_job(client: TestClient, world: World) -> None:
+    key = {"idempotency-key": "once"}
+
+    first = create(client, world, headers=key, seed=1)
+    again = create(client, world, headers=key, seed=1)
+    other = create(client, world, headers=key, seed=2)
+
+    assert first.json()["id"] == again.json()["id"]
+    assert other.status_code == 409
+    assert other.headers["x-should-retry"] == "false"
+    assert error_of(other)["code"] == "idempotency_key_reused"
+    assert len(client.get(JOBS).json()["data"]) == 1
+
+
+def test_a_clients_retry_is_the_same_job_and_a_second_submission_is_not(client: TestClient, world: World) -> None:
+    first = create(client, world, headers={"x-stainless-retry-count": "0"})
+    retry = create(client, world, headers={"x-stainless-retry-count": "1"})
+    second = create(client, world, headers={"x-stainless-retry-count": "0"})
+
+    assert first.json()["id"] == retry.json()["id"]
+    assert second.json()["id"] != first.json()["id"]
+
+
+@pytest.mark.parametrize("given", ["", "x" * 256, "with space"])
+def test_an_odd_idempotency_key_is_refused(client: TestClient, world: World, given: str) -> None:
+    response = create(client, world, headers={"idempotency-key": given})
+
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "idempotency-key"
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_then_no_more(client: TestClient, world: World) -> None:
+    job_id = create(client, world).json()["id"]
+
+    cancelled = client.post(f"{JOBS}/{job_id}/cancel").json()
+    again = client.post(f"{JOBS}/{job_id}/cancel")
+
+    assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_user")
+    assert again.status_code == 409
+    assert again.headers["x-should-retry"] == "false"
+    assert error_of(again)["code"] == "job_already_final"
+
+
+def test_a_running_job_is_marked_until_its_worker_obeys(client: TestClient, world: World) -> None:
+    world.worker()
+    claim = world.running()
+
+    marked = client.post(f"{JOBS}/{claim.job.id}/cancel").json()
+    claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="")
+
+    assert (marked["status"], marked["cancel_requested"]) == ("running", True)
+    assert client.get(f"{JOBS}/{claim.job.id}").json()["status"] == "cancelled"
+
+
+def test_a_job_is_paused_and_resumed(client: TestClient, world: World) -> None:
+    job_id = world.queued().id
+
+    paused = client.post(f"{JOBS}/{job_id}/pause").json()
+    resumed = client.post(f"{JOBS}/{job_id}/resume").json()
+    refused = client.post(f"{JOBS}/{job_id}/resume")
+
+    assert (paused["status"], resumed["status"]) == ("paused", "queued")
+    assert refused.status_code == 409
+    assert error_of(refused)["code"] == "job_not_paused"
+
+
+def test_jobs_are_listed_by_pages_and_by_label(client: TestClient, world: World) -> None:
+    ids = [create(client, world, seed=i, metadata={"n": str(i)} if i else None).json()["id"] for i in range(5)]
+
+    first = client.get(JOBS, params={"limit": 2}).json()
+    second = client.get(JOBS, params={"limit": 10, "after": first["last_id"]}).json()
+    labelled = client.get(JOBS, params={"metadata[n]": "3"}).json()
+    plain = client.get(JOBS, params={"metadata": "null"}).json()
+
+    assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
+    assert (first["has_more"], second["has_more"]) == (True, False)
+    assert [job["id"] for job in labelled["data"]] == [ids[3]]
+    assert [job["id"] for job in plain["data"]] == [ids[0]]
+    assert client.get(JOBS, params={"after": "ftjob-none"}).status_code == 400
+    assert client.get(JOBS, params={"metadata": "x"}).status_code == 400
+
+
+def test_a_succeeded_job_names_its_adapter(client: TestClient, world: World, services: Services) -> None:
+    world.worker()
+    claim = world.running(suffix="docs")
+    world.complete(claim.claim_id)
+
+    job = client.get(f"{JOBS}/{claim.job.id}").json()
+
+    assert job["status"] == "succeeded"
+    assert job["fine_tuned_model"] == f"ft:smol:ours:docs:{claim.job.id[-8:]}"
+    assert job["adapter_id"] == adapters.ids_by_job(services.db, [claim.job.id])[claim.job.id]
+    assert client.get(JOBS).json()["data"] == [job]

@@ -1,0 +1,196 @@
+"""Live streams over a real connection: in order, resumable, quiet when nothing happens, and ended in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import httpx
+import pytest
+
+from api import feed as feeds
+from api.deps import Services
+from catalog import claims, jobs, watching
+from catalog.states import EndReason
+from tests.api.site import Message, Site, messages
+from tests.catalog.world import World
+
+
+@contextmanager
+def opened(site: Site, path: str, **headers: str) -> Iterator[Iterator[Message]]:
+    with site.http() as http, http.stream("GET", path, headers=headers, timeout=20) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        yield messages(response.iter_lines())
+
+
+def stream_path(job_id: str) -> str:
+    return f"/v1/fine_tuning/jobs/{job_id}/stream"
+
+
+def test_a_stream_tells_what_was_then_what_happens_and_ends_with_the_final_job(site: Site, world: World) -> None:
+    world.worker()
+    claim = world.running()
+    history = jobs.events_since(world.db, project_id=world.caller.project_id, job_id=claim.job.id, seq=0)
+
+    with opened(site, stream_path(claim.job.id)) as stream:
+        told = list(islice(stream, len(history) + 1))
+        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5}])
+        claims.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
+        while (update := next(stream)).event != "metric":
+            pass
+        world.complete(claim.claim_id)
+        rest = list(stream)
+
+    assert [message.event for message in told] == ["event"] * len(history) + ["job"]
+    assert [message.id for message in told[:-1]] == [str(event.seq) for event in history]
+    assert told[-1].data["status"] == "running"
+    assert (update.data["step"], update.data["loss"]) == (1, 2.5)
+    assert rest[-1].event == "job"
+    assert rest[-1].data["status"] == "succeeded"
+    assert rest[-1].data["fine_tuned_model"]
+    assert rest[-2].data["message"] == "The job has successfully completed"
+
+
+def test_a_stream_goes_on_after_the_last_event_that_was_seen(site: Site, world: World) -> None:
+    job = world.queued()
+    seen = jobs.events_since(world.db, project_id=world.caller.project_id, job_id=job.id, seq=0)
+
+    with opened(site, stream_path(job.id), **{"last-event-id": str(seen[0].seq)}) as stream:
+        told = list(islice(stream, len(seen)))
+        jobs.cancel(world.db, project_id=world.caller.project_id, job_id=job.id)
+        rest = list(stream)
+
+    assert [message.id for message in told] == [*(str(event.seq) for event in seen[1:]), None]
+    assert [(message.event, message.data.get("status")) for message in rest] == [("event", None), ("job", "cancelled")]
+
+
+def test_a_client_that_has_seen_the_end_is_told_not_to_come_back(site: Site, world: World) -> None:
+    job = world.submit()
+    jobs.cancel(world.db, project_id=world.caller.project_id, job_id=job.id)
+
+    with opened(site, stream_path(job.id)) as stream:
+        told = list(stream)
+    with site.http() as http:
+        last = [message.id for message in told if message.id][-1]
+        again = http.get(stream_path(job.id), headers={"last-event-id": str(last)})
+
+    assert told[-1].data["status"] == "cancelled"
+    assert again.status_code == 204
+
+
+def test_a_silent_stream_sends_comments(site: Site, world: World) -> None:
+    job = world.queued()
+
+    with site.http() as http, http.stream("GET", stream_path(job.id)) as response:
+        comment = next(line for line in response.iter_lines() if line.startswith(":"))
+
+    assert comment == ": still here"
+
+
+def test_the_queue_is_told_when_it_changes(site: Site, world: World) -> None:
+    with opened(site, "/v1/queue/stream") as stream:
+        empty = next(stream)
+        job = world.submit()
+        changed = next(stream)
+
+    assert (empty.event, empty.data["jobs"]) == ("queue", [])
+    assert [entry["job_id"] for entry in changed.data["jobs"]] == [job.id]
+
+
+def test_a_stream_of_an_unknown_job_is_refused_in_openais_shape(site: Site) -> None:
+    with site.http() as http:
+        response = http.get(stream_path("ftjob-none"))
+
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "job_not_found"
+
+
+def test_open_streams_do_not_hold_up_the_end_of_the_server(site: Site, world: World) -> None:
+    job = world.queued()
+
+    with opened(site, stream_path(job.id)) as stream:
+        next(stream)
+        site.server.should_exit = True
+        rest = list(stream)
+
+    assert all(message.data.get("status") != "succeeded" for message in rest)
+
+
+def test_a_listener_that_has_gone_is_forgotten(site: Site, world: World, services: Services) -> None:
+    job = world.queued()
+    with opened(site, stream_path(job.id)) as stream:
+        next(stream)
+        assert services.feed.num_listeners() == 1
+
+    with opened(site, "/v1/queue/stream") as stream:  # a round of the server later
+        next(stream)
+        world.submit()
+        next(stream)
+        assert services.feed.num_listeners() == 1
+
+
+def test_a_crash_in_one_stream_ends_that_stream_alone(
+    site: Site, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = world.queued()
+    with opened(site, "/v1/queue/stream") as queue, opened(site, stream_path(job.id)) as stream:
+        next(queue)
+        look, calls = watching.look, []
+
+        def crash(*given: object) -> object:
+            calls.append(given)
+            raise RuntimeError("inside")
+
+        monkeypatch.setattr(watching, "look", crash)
+        list(stream)
+        monkeypatch.setattr(watching, "look", look)
+        world.submit()
+
+        assert calls
+        assert next(queue).event == "queue"
+
+
+def test_no_stream_outlives_its_hour(site: Site, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "MAX_STREAM_SECONDS", 0.3)
+    job = world.queued()
+
+    with opened(site, stream_path(job.id)) as stream:
+        told = list(stream)
+
+    assert told[-1].event == "job"
+
+
+def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    mark = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
+    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 1.0} for s in range(1, 301)])
+
+    first = watching.look(world.db, mark)
+    nothing = watching.look(world.db, mark)
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+    (again,) = world.claim()
+    claims.record_metrics(world.db, again.claim_id, [{"kind": "train", "step": s, "loss": 2.0} for s in range(50, 53)])
+    replayed = watching.look(world.db, mark)
+
+    assert [point.step for point in first.points] == list(range(1, 301))
+    assert (nothing.points, nothing.events) == ([], [])
+    assert [(point.step, point.loss) for point in replayed.points] == [(50, 2.0), (51, 2.0), (52, 2.0)]
+
+
+def test_more_than_one_look_can_hold_is_told_in_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "MAX_ROWS", 100)
+    world.worker()
+    claim = world.running()
+    mark = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
+    for kind, num in (("train", 250), ("valid", 30)):
+        points = [{"kind": kind, "step": step, "loss": 1.0} for step in range(1, num + 1)]
+        claims.record_metrics(world.db, claim.claim_id, points)
+
+    looks = [watching.look(world.db, mark) for _ in range(4)]
+
+    told = [(point.kind, point.step) for news in looks for point in news.points]
+    assert sorted(told) == sorted([("train", s) for s in range(1, 251)] + [("valid", s) for s in range(1, 31)])
+    assert [news.has_more for news in looks] == [True, True, False, False]

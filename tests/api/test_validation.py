@@ -1,0 +1,110 @@
+"""A refused request names the field, what it must be, what it was, and what was probably meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.api.site import error_of
+
+LEAST = {"model": "smol", "training_file": "file-x"}
+
+
+def refused(client: TestClient, body: Any) -> dict[str, Any]:
+    response = client.post("/v1/fine_tuning/jobs", json=body)
+    assert response.status_code == 400, response.text
+    return error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"lora": {"rank": 0}}, "lora.rank", "at least 1; it was 0"),
+        ({"lora": {"rank": "big"}}, "lora.rank", 'a whole number; it was "big"'),
+        ({"optimizer": {"learning_rate": -1e-4}}, "optimizer.learning_rate", "greater than 0 or 'auto'"),
+        ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "a whole number or 'auto'"),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "many"}}}},
+            "method.supervised.hyperparameters.n_epochs",
+            "a whole number or 'auto'",
+        ),
+        ({"suffix": "a/b"}, "suffix", "no slash"),
+        ({"suffix": "a\nb"}, "suffix", "no control character"),
+        ({"suffix": "a\u0007"}, "suffix", "no control character"),
+        ({"suffix": "x" * 65}, "suffix", "at most 64"),
+        ({"metadata": {"k": 1}}, "metadata.k", "a text"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 pairs"),
+        ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "a text of the form"),
+        ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
+        ({"method": {"type": "dpo"}}, "method.type", "'supervised'"),
+        ({"seed": -1}, "seed", "at least 0"),
+        ({"priority": "now"}, "priority", "'urgent', 'normal' or 'batch'"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations", "at most 0 items"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place_and_what_it_must_be(
+    client: TestClient, fields: dict[str, Any], param: str, says: str
+) -> None:
+    error = refused(client, {**LEAST, **fields})
+
+    assert error["param"] == param
+    assert error["code"] == "invalid_value"
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize("field", ["model", "training_file"])
+def test_a_missing_field_is_named(client: TestClient, field: str) -> None:
+    error = refused(client, {name: value for name, value in LEAST.items() if name != field})
+
+    assert (error["param"], error["code"]) == (field, "missing_required_parameter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "meant"),
+    [
+        ({"lora": {"rnk": 8}}, "lora.rank"),
+        ({"trainingfile": "x"}, "training_file"),
+        ({"rank": 8}, "lora.rank"),
+        ({"learning_rate": 1e-4}, "optimizer.learning_rate"),
+        ({"n_epochs": 3}, "n_epochs"),
+    ],
+)
+def test_an_unknown_field_is_told_with_the_one_that_was_meant(
+    client: TestClient, fields: dict[str, Any], meant: str
+) -> None:
+    error = refused(client, {**LEAST, **fields})
+
+    assert error["code"] == "unknown_parameter"
+    assert f"Did you mean '{meant}" in error["message"] or meant in error["message"].partition("Did you mean")[2]
+
+
+def test_several_faults_are_told_at_once(client: TestClient) -> None:
+    error = refused(client, {**LEAST, "lora": {"rank": 0, "rnk": 1}, "seed": "x"})
+
+    assert "'lora.rank' must be at least 1" in error["message"]
+    assert "Did you mean 'lora.rank'?" in error["message"]
+    assert "'seed' must be a whole number" in error["message"]
+
+
+def test_hyperparameters_in_two_places_are_refused(client: TestClient) -> None:
+    error = refused(client, {**LEAST, "hyperparameters": {}, "method": {"type": "supervised"}})
+
+    assert "give hyperparameters once" in error["message"]
+
+
+def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:
+    response = client.get("/v1/fine_tuning/jobs", params={"limit": 0})
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == "limit"
+    assert "at least 1" in error["message"]
+
+
+def test_a_secret_is_not_said_back(anonymous: TestClient) -> None:
+    response = anonymous.post("/v1/browser_session", json={"api_key": ""})
+
+    assert response.status_code == 400
+    assert "it was" not in error_of(response)["message"]
