@@ -1,10 +1,8 @@
 """One suite for every kind of store: a local folder, and a bucket behind an S3 server."""
 
 import os
-import subprocess
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from catalog.artifacts.store import GRACE_SECONDS, blob_key, manifest_key
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.settings import Settings
 from tests.services.running import free_port
+from tests.services.s3 import new_bucket, s3_server
+from tests.services.small_disk import small_disk
 
 LARGE = os.urandom(1 << 20) * 17
 """More than two parts of a multipart upload."""
@@ -35,38 +35,20 @@ class Clock:
         return time.time() + self.ahead_seconds
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3_endpoint() -> Iterator[str]:
-    server_module = pytest.importorskip("moto.server", reason="needs S3 server: pip install moto[s3,server]")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def clock_and_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, str]:
     if request.param == "folder":
         return Clock(), (tmp_path / "store room").as_uri()
-    endpoint = request.getfixturevalue("s3_endpoint")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT": endpoint,
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
+    bucket = new_bucket(request.getfixturevalue("s3_endpoint"))
+    for name, value in bucket.environment().items():
         monkeypatch.setenv(name, value)
-    bucket = f"lorry-{os.urandom(6).hex()}"
-    _make_bucket(endpoint, bucket)
-    return Clock(), f"s3://{bucket}/a/prefix"
-
-
-def _make_bucket(endpoint: str, bucket: str) -> None:
-    import boto3
-
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
+    return Clock(), f"s3://{bucket.name}/a/prefix"
 
 
 @pytest.fixture
@@ -287,24 +269,6 @@ def test_a_bucket_that_does_not_answer_is_unavailable(monkeypatch: pytest.Monkey
         ArtifactStore(Objects("s3://nowhere")).check_reachable()
 
     assert caught.value.code == "store_unavailable"
-
-
-@contextmanager
-def small_disk(folder: Path, num_bytes: int) -> Generator[Path]:
-    """A real file system of that size. Skipped where we may not mount one."""
-    folder.mkdir()
-    mounted = (
-        os.geteuid() == 0
-        and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", folder], check=False, capture_output=True
-        ).returncode
-    )
-    if not mounted:
-        pytest.skip("needs a small file system, which only root may mount")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("num_bytes", [100_000, len(LARGE)])

@@ -16,7 +16,7 @@ from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLa
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
 from catalog.tables import BaseModelRow, File, Job, Project, Table
-from tests.catalog.test_artifacts import small_disk
+from tests.services.small_disk import small_disk
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lora_core.data import TokenDataset
-from tests.catalog.test_artifacts import small_disk
+from tests.services.small_disk import small_disk
 from worker.prepare import EXIT_DISK_FULL, DatasetReport, Refusal, prepare
 
 Messages = list[dict[str, Any]]

@@ -1,0 +1,299 @@
+"""docker-compose.yml as a text, and its services as plain processes in the documented order.
+
+No Docker engine takes part: what an image holds and how Docker starts it is not shown here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from api.__main__ import _parser as api_parser
+from api.settings import ApiSettings
+from catalog.settings import Settings
+from tests.services.running import free_port, running
+from tests.services.s3 import new_bucket, s3_server
+
+ROOT = Path(__file__).parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+ONE_SHOT = {name for name, service in SERVICES.items() if service.get("restart") == "no"}
+OURS = {name for name, service in SERVICES.items() if str(service.get("image", "")).startswith("lorry-")}
+VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
+SECRET = re.compile(r"PASSWORD|SECRET|KEY|PEPPER|AUTH")
+
+
+def depends_on(name: str) -> dict[str, str]:
+    return {other: how["condition"] for other, how in SERVICES[name].get("depends_on", {}).items()}
+
+
+def example() -> dict[str, str]:
+    """Every variable that .env.example sets or mentions."""
+    lines = (ROOT / ".env.example").read_text("utf-8").splitlines()
+    return dict(line.lstrip("#").split("=", 1) for line in lines if re.match(r"#?\w+=", line))
+
+
+def texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+    else:
+        yield str(value)
+
+
+def test_services_start_in_the_documented_order() -> None:
+    order = list(TopologicalSorter({name: depends_on(name) for name in SERVICES}).static_order())
+    place = {name: index for index, name in enumerate(order)}
+    header = (ROOT / "docker-compose.yml").read_text("utf-8").split("\nname:")[0]
+
+    assert "postgres, redis, store → bucket → bootstrap (migrates) → api, sweep, worker" in header
+    for earlier, later in [("store", "bucket"), ("bucket", "bootstrap"), ("postgres", "bootstrap")]:
+        assert place[earlier] < place[later]
+    for last in ("api", "sweep", "worker-cpu", "worker-gpu"):
+        assert depends_on(last)["bootstrap"] == "service_completed_successfully"
+        assert {"postgres", "redis", "store"} <= depends_on(last).keys()
+
+
+def test_nobody_waits_for_less_than_readiness() -> None:
+    for name in SERVICES:
+        for other, condition in depends_on(name).items():
+            wanted = "service_completed_successfully" if other in ONE_SHOT else "service_healthy"
+            assert condition == wanted, f"{name} waits for {other}"
+
+
+@pytest.mark.parametrize("name", sorted(set(SERVICES) - ONE_SHOT))
+def test_every_service_that_stays_has_a_health_check(name: str) -> None:
+    check = SERVICES[name]["healthcheck"]
+
+    assert check["test"][0] in ("CMD", "CMD-SHELL")
+    assert {"interval", "timeout", "retries"} <= check.keys()
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_no_service_reaches_into_the_host(name: str) -> None:
+    service = SERVICES[name]
+
+    assert not {"network_mode", "privileged", "pid", "ipc", "cap_add", "devices"} & service.keys()
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert not any("docker.sock" in text for text in texts(service))
+    assert set(service["networks"]) <= COMPOSE["networks"].keys()
+
+
+@pytest.mark.parametrize("name", sorted(OURS | {"bucket"}))
+def test_what_we_run_may_write_only_where_it_must(name: str) -> None:
+    assert SERVICES[name]["read_only"] is True
+    assert SERVICES[name]["cap_drop"] == ["ALL"]
+
+
+def test_no_service_runs_as_root() -> None:
+    for name in set(SERVICES) - OURS:  # ours: by the Dockerfile, below
+        assert SERVICES[name]["user"] in ("postgres", "redis", "nobody")
+
+
+def test_only_the_api_is_reachable_and_by_default_from_this_machine() -> None:
+    assert {name for name, service in SERVICES.items() if "ports" in service} == {"api"}
+    assert SERVICES["api"]["ports"] == ["${LORRY_LISTEN:-127.0.0.1:8000}:8000"]
+    assert COMPOSE["networks"]["inner"] == {"internal": True}
+    for name in ("postgres", "redis", "store"):
+        assert SERVICES[name]["networks"] == ["inner"]
+
+
+def test_every_image_names_its_version() -> None:
+    bases = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    images = [service["image"] for name, service in SERVICES.items() if name not in OURS] + bases
+
+    for image in images:
+        if image != "code":
+            assert re.search(r":v?\d", image), image
+
+
+def test_no_secret_stands_in_the_file() -> None:
+    for name, service in SERVICES.items():
+        for variable, value in service.get("environment", {}).items():
+            if SECRET.search(variable):
+                assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), f"{name}: {variable}"
+        for text in texts(service):
+            for password in re.findall(r"://[^/@\s]*:([^/@\s]+)@", text):
+                assert password.startswith("${"), f"{name}: {text}"
+
+
+def test_the_example_names_every_variable_and_holds_no_secret() -> None:
+    used = {found["name"]: found["kind"] for text in texts(COMPOSE) for found in VARIABLE.finditer(text)}
+    named = example()
+
+    assert used.keys() == named.keys()
+    for name, kind in used.items():
+        assert (named[name] == "") == (kind == "?"), name
+
+
+def test_a_checkout_ignores_the_filled_in_file() -> None:
+    assert ".env" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
+
+
+def test_every_setting_exists() -> None:
+    known = {f"LORRY_{field}".upper() for settings in (Settings, ApiSettings) for field in settings.model_fields}
+
+    for name, service in SERVICES.items():
+        given = {key for key in service.get("environment", {}) if key.startswith("LORRY_")}
+        assert given <= known | {"LORRY_DEVICE"}, name
+
+
+def modules(name: str) -> set[str]:
+    """Modules that the service's command and its health check run."""
+    lines = [SERVICES[name].get("command", []), SERVICES[name].get("healthcheck", {}).get("test", [])]
+    found: set[str] = set()
+    for argv in lines:
+        found |= {after for flag, after in pairwise(argv) if flag == "-m"}
+        found |= {str(word).removeprefix("--app=") for word in argv if str(word).startswith("--app=")}
+    return found
+
+
+def test_commands_name_modules_that_exist() -> None:
+    named = {name: modules(name) for name in SERVICES}
+
+    assert named["api"] == named["bootstrap"] == {"api"}
+    assert named["worker-cpu"] == named["worker-gpu"] == {"worker.celery_app", "worker.alive"}
+    for module in set().union(*named.values()):
+        assert find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize("name", ["api", "bootstrap"])
+def test_the_apis_commands_are_ones_that_it_takes(name: str) -> None:
+    assert api_parser().parse_args(SERVICES[name]["command"][3:]).run
+
+
+def test_inline_programs_parse() -> None:
+    for service in SERVICES.values():
+        argv = service.get("healthcheck", {}).get("test", [])
+        if "-c" in argv:
+            ast.parse(argv[argv.index("-c") + 1])
+
+
+def test_profiles_differ_in_the_device_alone() -> None:
+    cpu, gpu = dict(SERVICES["worker-cpu"]), dict(SERVICES["worker-gpu"])
+
+    assert (cpu.pop("profiles"), gpu.pop("profiles")) == (["cpu"], ["gpu"])
+    assert gpu.pop("deploy")["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    assert cpu["environment"].pop("LORRY_DEVICE") == "cpu"
+    gpu["environment"].pop("LORRY_DEVICE")
+    for built in (cpu, gpu):
+        built.pop("build")
+        built.pop("image")
+    assert cpu == gpu
+
+
+def dockerfile_targets() -> dict[str, str]:
+    """Target → its text, with that of the target it builds on."""
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    found: dict[str, str] = {}
+    for source, name, body in re.findall(r"^FROM (\S+) AS (\w+)\n(.*?)(?=^FROM |\Z)", text, re.MULTILINE | re.DOTALL):
+        found[name] = found.get(source, "") + body
+    return found
+
+
+def test_the_images_are_built_from_files_that_exist_and_do_not_run_as_root() -> None:
+    targets = dockerfile_targets()
+    wanted = {service["build"]["target"] for service in SERVICES.values() if "build" in service}
+    allowed = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+
+    assert wanted <= targets.keys()
+    for name in wanted:
+        last_user = re.findall(r"^USER (\S+)", targets[name], re.MULTILINE)[-1]
+        assert last_user in ("lorry", "10001:10001")
+    for sources in re.findall(r"^COPY (.+) \S+$", targets["code"], re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists(), source
+            assert f"!{source}" in allowed, source
+    packages = re.findall(r'"(\w+)\*"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert {f"!{package}" for package in packages} <= set(allowed)
+
+
+class Stack:
+    """The services as processes: their own commands and environment, with this machine's addresses."""
+
+    def __init__(self, folder: Path, addresses: dict[str, str]) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._addresses = addresses
+
+    def environment(self, name: str) -> dict[str, str]:
+        given = {key: self._fill(str(value)) for key, value in SERVICES[name]["environment"].items()}
+        return {**given, "LORRY_DATA_DIR": str(self.folder / name), **self._addresses, "TMPDIR": str(self.folder)}
+
+    def argv(self, argv: list[str]) -> list[str]:
+        here = {"8000": str(self.port), "0.0.0.0": "127.0.0.1", "/tmp": str(self.folder)}
+        program, *rest = [self._fill(word) for word in argv]
+        for there, instead in here.items():
+            rest = [word.replace(there, instead) for word in rest]
+        return [
+            *{"python": [sys.executable], "celery": [sys.executable, "-m", "celery"]}.get(program, [program]),
+            *rest,
+        ]
+
+    def _fill(self, text: str) -> str:
+        filled = VARIABLE.sub(lambda m: m["rest"] if m["kind"] == "-" else "filled", text)
+        return filled.replace("$$", "$")
+
+    def run(self, name: str, argv: list[str]) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **self.environment(name)}
+        return subprocess.run(
+            self.argv(argv), env=environment, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
+        )
+
+    def is_healthy(self, name: str) -> bool:
+        kind, *argv = SERVICES[name]["healthcheck"]["test"]
+        return self.run(name, ["sh", "-c", *argv] if kind == "CMD-SHELL" else argv).returncode == 0
+
+    def start(self, name: str) -> Any:
+        """Runs for as long as the block, which begins when the service's own health check passes."""
+        environment = [f"{key}={value}" for key, value in self.environment(name).items()]
+        return running(
+            ["env", *environment, *self.argv(SERVICES[name]["command"])],
+            log=self.folder / f"{name}.log",
+            is_ready=lambda: self.is_healthy(name),
+        )
+
+
+@pytest.fixture
+def stack(tmp_path: Path, new_postgres_url: str, redis_url: str) -> Iterator[Stack]:
+    with s3_server() as endpoint:
+        bucket = new_bucket(endpoint)
+        addresses = {
+            "LORRY_DATABASE_URL": new_postgres_url,
+            "LORRY_REDIS_URL": redis_url,
+            "LORRY_STORE_URL": f"s3://{bucket.name}",
+            **bucket.environment(),
+        }
+        yield Stack(tmp_path, addresses)
+
+
+@pytest.mark.timeout(300)
+def test_the_services_come_up_in_order_as_processes(stack: Stack) -> None:
+    assert not stack.is_healthy("worker-cpu")
+
+    first = stack.run("bootstrap", SERVICES["bootstrap"]["command"])
+    again = stack.run("bootstrap", SERVICES["bootstrap"]["command"])
+
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["api_key"].startswith("lorry_")
+    assert json.loads(again.stdout) == {"created": False, "api_key": None}
+    with stack.start("api"), stack.start("worker-cpu"), stack.start("sweep"):
+        assert stack.is_healthy("api")
+        assert stack.is_healthy("worker-cpu")
+    assert not stack.is_healthy("api")
