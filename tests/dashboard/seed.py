@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from catalog import bases, claims, files, jobs, keys, lineage, prepared, projects
+from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
+from catalog.lineage import AttemptRecord, DataSource
 from catalog.packing import Room
 from catalog.settings import Settings
 from catalog.spec import JobRequest
@@ -24,6 +26,8 @@ LEASE_SECONDS = 3600.0
 WORKER = "worker-bay-1"
 TRAINER = "trainer-7f31c02e9a"
 BASE = "smollm2-135m"
+NUM_PARAMETERS = 2_949_120
+MACHINE = {"device": "cpu", "dtype": "bfloat16", "invariance": "bitwise", "threads": 1}
 NUM_STEPS = 240
 LINEARS = {"q_proj": [[576, 576], 30], "v_proj": [[192, 576], 30], "down_proj": [[576, 1536], 30]}
 DESCRIPTION = {"num_parameters": 134_515_008, "linear_shapes": LINEARS, "vocab_size": 49152, "max_positions": 8192}
@@ -111,7 +115,9 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
 def prepare(seeded: Seeded) -> None:
     """Tokenise, as far as the pages can tell, the files of every job that waits for it."""
     while (work := claims.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
-        found = [_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None]
+        found = [
+            _put_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None
+        ]
         valid_key = found[1] if len(found) > 1 else None
         claims.prepared(seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=NUM_STEPS)
 
@@ -161,20 +167,21 @@ def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1) -> str:
     (folder / "adapter_model.safetensors").write_bytes(random.Random(seed).randbytes(300_000))
     (folder / "README.md").write_text("# An adapter\n")
     artifact = seeded.store.put_folder(folder, kind="adapter")
-    record = _record(artifact.digest, seed)
-    loss = _loss(NUM_STEPS, seed) + 0.1
+    loss = _mean_loss(NUM_STEPS, seed) + 0.12
+    evaluation = {
+        "base_loss": 2.913,
+        "loss": loss,
+        "base_perplexity": math.exp(2.913),
+        "perplexity": math.exp(loss),
+    }
+    record = _record(seeded, claim_id, artifact, evaluation)
     adapter = claims.complete(
         seeded.db,
         claim_id,
         artifact=artifact,
-        num_parameters=2_949_120,
+        num_parameters=NUM_PARAMETERS,
         verification={"passed": True, "max_abs_diff": 3.1e-5 * seed, "tolerance": 0.01},
-        evaluation={
-            "base_loss": 2.913,
-            "loss": loss,
-            "base_perplexity": math.exp(2.913),
-            "perplexity": math.exp(loss),
-        },
+        evaluation=evaluation,
         trained_tokens=81_240,
         lineage=record,
         lineage_id=lineage.lineage_id(record),
@@ -238,18 +245,31 @@ def _import_base(db: Database) -> None:
     bases.finish_import(db, BASE, digest=bases.files_digest(manifest), manifest=manifest, description=DESCRIPTION)
 
 
-def _report(db: Database, file: File) -> str:
+def _put_report(db: Database, file: File) -> str:
     key = prepared.key(file.digest, "ab" * 32, 4096)
-    report = {
-        "rows": file.num_rows or 0,
-        "tokens": (file.num_rows or 0) * 66,
-        "supervised_tokens": (file.num_rows or 0) * 19,
+    prepared.put(db, key, file_digest=file.digest, artifact=None, report=_report(file))
+    return key
+
+
+def _report(file: File) -> dict[str, Any]:
+    """As worker.prepare writes it."""
+    rows = file.num_rows or 0
+    return {
+        "format": 1,
+        "max_length": 4096,
+        "rows": rows,
+        "usable_rows": rows,
+        "tokens": rows * 66,
+        "supervised_tokens": rows * 19,
         "truncated_rows": 2,
         "empty_rows": 0,
         "duplicate_rows": 5,
+        "longest_row": 412,
+        "median_row": 61,
+        "tokenizer": "ab" * 32,
+        "chat_template": "cd" * 32,
+        "answers_by": "generation blocks",
     }
-    prepared.put(db, key, file_digest=file.digest, artifact=None, report=report)
-    return key
 
 
 def _points(steps: range, seed: int) -> Iterator[dict[str, Any]]:
@@ -283,20 +303,32 @@ def _chat(question: str, answer: str) -> str:
     return json.dumps({"messages": turns})
 
 
-def _record(artifact: str, seed: int) -> dict[str, Any]:
-    """A lineage record of the usual chapters; only its reading is tested here."""
-    return {
-        "version": 1,
-        "outputs": {"artifact": artifact, "num_parameters": 2_949_120},
-        "base": {"name": BASE, "kind": "gguf", "digest": "5e" * 32},
-        "data": {"training": {"digest": "1f" * 32, "rows": 410}, "validation": {"digest": "2e" * 32, "rows": 96}},
-        "config": {
-            "requested": {"lora": {"rank": 16}, "seed": seed},
-            "resolved": {
-                "lora": {"rank": 16, "alpha": 32.0},
-                "optimizer": {"learning_rate": 2e-4, "betas": [0.9, 0.999]},
-            },
+def _record(seeded: Seeded, claim_id: str, artifact: Manifest, evaluation: dict[str, float]) -> dict[str, Any]:
+    """The lineage of the adapter that this claim has made."""
+    project_id = seeded.caller.project_id
+    job = next(
+        job for job in jobs.list_page(seeded.db, project_id=project_id, limit=50).items if job.claim_id == claim_id
+    )
+    attempts = jobs.attempts(seeded.db, project_id=project_id, job_id=job.id)
+    beside = jobs.packmates(seeded.db, project_id=project_id, job_id=job.id)
+    return lineage.build(
+        job=job,
+        base=bases.get(seeded.db, BASE),
+        adapter=artifact,
+        num_parameters=NUM_PARAMETERS,
+        data=[
+            DataSource(role="training", file=seeded.training, tokens="1f" * 32, report=_report(seeded.training)),
+            DataSource(role="validation", file=seeded.validation, tokens="2e" * 32, report=_report(seeded.validation)),
+        ],
+        attempts=[
+            AttemptRecord(attempt=one, trainer=MACHINE, packmates=beside.get(one.claim_id, [])) for one in attempts
+        ],
+        results={
+            "steps": NUM_STEPS,
+            "trained_tokens": 81_240,
+            "evaluation": evaluation,
+            "loss_log": "3d" * 32,
+            "determinism": "bitwise",
         },
-        "attempts": [{"number": 1, "worker": WORKER, "device": "cpu", "reason": "completed", "packmates": 2}],
-        "results": {"steps": NUM_STEPS, "trained_tokens": 81_240, "determinism": "bitwise"},
-    }
+        code={"lorry": "0.1.0", "torch": "2.9.1", "transformers": "5.1.0", "peft": "0.18.0"},
+    )

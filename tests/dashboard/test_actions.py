@@ -75,7 +75,7 @@ def test_verify_now_reads_every_byte_again(fresh: Service, visit: Visit) -> None
     visitor.page.get_by_role("button", name="Verify now").click()
 
     visitor.page.get_by_text("This adapter is not what its record says.").wait_for()
-    assert "adapter_model.safetensors" not in first
+    assert "Every file has the digest on its record" in first
 
 
 def test_a_lineage_record_can_be_read_and_taken_as_it_is(filled: Service, visit: Visit) -> None:
@@ -85,7 +85,7 @@ def test_a_lineage_record_can_be_read_and_taken_as_it_is(filled: Service, visit:
     visitor.page.get_by_role("heading", name="results").wait_for()
     visitor.page.get_by_text("The record as JSON").click()
 
-    assert '"determinism": "bitwise"' in visitor.page.locator(".raw pre").inner_text()
+    assert '"format": "lorry.lineage/1"' in visitor.page.locator(".raw pre").inner_text()
 
 
 def _state(service: Service, job_id: str) -> str:

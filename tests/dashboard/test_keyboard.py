@@ -6,6 +6,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 from tests.dashboard.visitor import Visitor
 
+OUTLINE = "(({outlineStyle: a, outlineWidth: b}) => `${a} ${b}`)(getComputedStyle(document.activeElement))"
 FOCUSED = "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || '').trim()"
 
 
@@ -43,9 +44,7 @@ def test_whatever_has_the_focus_can_be_seen_to_have_it(filled: Service, visit: V
     seen = set[str]()
     while (name := _tab(visitor)) not in seen and name:
         seen.add(name)
-        style = visitor.page.evaluate(
-            "(({outlineStyle, outlineWidth}) => `${outlineStyle} ${outlineWidth}`)(getComputedStyle(document.activeElement))"
-        )
+        style = visitor.page.evaluate(OUTLINE)
         assert style == "solid 2px", name
 
     assert {"Jobs", "Queue", "Adapters", "Workers", "Sign out", "titles-r16"} <= seen

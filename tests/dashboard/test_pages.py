@@ -142,7 +142,11 @@ def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, v
 
 @pytest.mark.parametrize(
     ("place", "command"),
-    [("#/jobs", "lorry jobs submit"), ("#/queue", "lorry jobs submit"), ("#/adapters", "lorry jobs submit")],
+    [
+        ("#/jobs", "lorry jobs submit smollm2-135m train.jsonl"),
+        ("#/queue", "lorry jobs submit"),
+        ("#/adapters", "lorry jobs submit"),
+    ],
 )
 def test_an_empty_page_names_the_next_command(fresh: Service, visit: Visit, place: str, command: str) -> None:
     visitor = visit(fresh)

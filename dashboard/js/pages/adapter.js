@@ -22,15 +22,14 @@ export function AdapterPage({ id }) {
     <p class="under"><${Id} id=${adapter.name} what="adapter name" /><span>made <${Ago} at=${adapter.created_at} /></span>
       <span>by job <a href=${link.job(adapter.job_id)}>${format.short(adapter.job_id, 18)}</a></span></p>
     <div class="columns">
-      <div class="column"><${Evaluation} evaluation=${adapter.evaluation} /><${Lineage} record=${lineage.data} error=${lineage.error} adapter=${adapter} /></div>
-      <div class="column column-side"><${Verification} adapter=${adapter} path=${path} />
-        <${Panel} title="What it is" id="what"><${Facts} rows=${[
+      <div class="column"><${Evaluation} evaluation=${adapter.evaluation} /><${Verification} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
+      <div class="column"><${Panel} title="What it is" id="what"><${Facts} rows=${[
           ["Base model", adapter.base_model], ["Rank", adapter.rank], ["Trained parameters", format.count(adapter.num_parameters)],
           ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],
           ["Artifact", html`<${Id} id=${adapter.artifact} what="artifact digest" length=${16} />`],
-        ]} /><p class="pad soft">In a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//>
-        <${Files} files=${files} path=${path} /></div>
-    </div>`;
+        ]} /><p class="pad soft">In a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//></div>
+    </div>
+    <${Lineage} record=${lineage.data} error=${lineage.error} adapter=${adapter} />`;
 }
 
 function Evaluation({ evaluation }) {
@@ -78,6 +77,6 @@ function Files({ files, path }) {
     <table class="table table-tight files"><caption class="unseen">Files of the adapter</caption>
       <thead><tr><th scope="col">File</th><th scope="col" class="num">Size</th><th scope="col">sha256</th></tr></thead>
       <tbody>${rows.map((file) => html`<tr key=${file.path}><th scope="row"><a href=${`${path}/files/${file.path.split("/").map(encodeURIComponent).join("/")}`} download>${file.path}</a></th>
-        <td class="num">${format.bytes(file.num_bytes)}</td><td><span class="id"><code title=${file.digest}>${format.short((file.digest || "").replace("sha256:", ""), 8)}</code><${Copy} text=${file.digest || ""} what=${`digest of ${file.path}`} /></span></td></tr>`)}</tbody></table>
+        <td class="num">${format.bytes(file.num_bytes)}</td><td><span class="id id-short"><code title=${file.digest}>${format.short((file.digest || "").replace("sha256:", ""), 8)}</code><${Copy} text=${file.digest || ""} what=${`digest of ${file.path}`} /></span></td></tr>`)}</tbody></table>
   <//>`;
 }

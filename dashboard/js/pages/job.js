@@ -26,14 +26,20 @@ export function JobPage({ id }) {
       <span>created <${Ago} at=${job.created_at} /></span></p>
     ${error && html`<${Failure} error=${error} retry=${held.reload} />`}
     <${Outcome} job=${job} />
-    <${Headline} job=${job} valid=${held.valid} train=${held.train} />
-    <div class="columns">
-      <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} job=${job} names=${held.names} /></div>
-      <div class="column column-side"><${Events} job=${job} events=${held.events} />
-        <${DataReport} report=${held.report} job=${job} /></div>
-    </div>
+    ${hasBegun(held) ? html`<${Headline} job=${job} valid=${held.valid} train=${held.train} />
+      <div class="columns">
+        <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
+        <div class="column"><${Events} job=${job} events=${held.events} /><${DataReport} report=${held.report} job=${job} /></div>
+      </div>` : html`
+      <div class="columns">
+        <div class="column"><${Events} job=${job} events=${held.events} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
+        <div class="column"><${DataReport} report=${held.report} job=${job} /></div>
+      </div>`}
     <${Configuration} job=${job} />`;
 }
+
+/** Before its first step a job has no curve and no figures: the page then begins with its events. */
+const hasBegun = ({ job, train, valid }) => job.status === "running" || train.length + valid.length > 0;
 
 /** What a person must know first when it is not simply running. */
 function Outcome({ job }) {
@@ -52,8 +58,6 @@ function Outcome({ job }) {
 function Headline({ job, train, valid }) {
   const progress = job.progress || {};
   const part = done(job);
-  const first = valid[0]?.loss;
-  const best = valid.length ? valid.at(-1).loss : undefined;
   return html`<section class="headline" aria-label="Progress">
     <div class="headline-bar"><${Bar} job=${job} /><p><b>${part === null ? stateWord(job.status) : format.percent(part)}</b>
       ${numSteps(job) > 0 && html`<span>step ${format.count(progress.step ?? 0)} of ${format.count(numSteps(job))}</span>`}
@@ -63,13 +67,19 @@ function Headline({ job, train, valid }) {
         ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.finished_at ? `took ${format.duration(job.finished_at - job.created_at)}` : null} />`
         : html`<${Figure} name="Left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} before="done at" />`} />`}
       <${Figure} name="Train loss" value=${format.loss(progress.loss ?? train.at(-1)?.loss)} note=${train.length > 1 ? `from ${format.loss(train[0].loss)}` : null} />
-      <${Figure} name="Held-out loss" value=${format.loss(best)} note=${valid.length > 1 ? `${format.change(first, best)} since the start` : valid.length ? "the base's" : "no held-out file"} />
+      <${Figure} name="Held-out loss" value=${format.loss(valid.at(-1)?.loss)} note=${heldOutNote(job, valid)} />
       ${FINAL.has(job.status)
-        ? html`<${Figure} name="Trained on" value=${`${format.compact(job.trained_tokens)}`} note="tokens" />`
+        ? job.trained_tokens > 0 && html`<${Figure} name="Trained on" value=${format.compact(job.trained_tokens)} note="tokens" />`
         : html`<${Figure} name="Speed" value=${format.count(progress.tokens_per_second)} note="tokens a second" />`}
     </dl>
     ${job.adapter_id && html`<p class="headline-adapter"><a class="button primary" href=${link.adapter(job.adapter_id)}>Its adapter</a></p>`}
   </section>`;
+}
+
+function heldOutNote(job, valid) {
+  if (!job.validation_file) return "no held-out file";
+  if (valid.length > 1) return `${format.change(valid[0].loss, valid.at(-1).loss)} since the start`;
+  return valid.length ? "the base model's" : "not measured yet";
 }
 
 const Figure = ({ name, value, note }) => html`<div><dt>${name}</dt><dd><b>${value}</b>${note && html`<span class="soft">${note}</span>`}</dd></div>`;

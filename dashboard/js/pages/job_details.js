@@ -27,8 +27,9 @@ function FileName({ id }) {
 }
 
 const REPORT = [
-  ["rows", "Rows"], ["tokens", "Tokens"], ["supervised_tokens", "Supervised tokens"], ["truncated_rows", "Rows cut to length"],
-  ["empty_rows", "Rows with nothing to learn"], ["duplicate_rows", "Duplicate rows"], ["longest_row", "Longest row"],
+  ["rows", "Rows"], ["usable_rows", "Rows to learn from"], ["tokens", "Tokens"], ["supervised_tokens", "Tokens to learn"],
+  ["longest_row", "Tokens in the longest row"], ["median_row", "Tokens in the median row"], ["max_length", "Rows are cut at"],
+  ["truncated_rows", "Rows cut"], ["empty_rows", "Rows with nothing to learn"], ["duplicate_rows", "Duplicate rows, kept"],
 ];
 
 export function DataReport({ report, job }) {
@@ -37,18 +38,10 @@ export function DataReport({ report, job }) {
     ${parts.length === 0 ? html`<p class="soft pad">${job.status === "validating_files" ? "The files are being read." : "No report was kept for these files."}</p>` : html`
     <table class="table table-tight"><caption class="unseen">What the files hold, as counted by the base model's tokenizer</caption>
       <thead><tr><td></td>${parts.map(([name]) => html`<th scope="col" class="num" key=${name}>${name}</th>`)}</tr></thead>
-      <tbody>${reportRows(parts).map(([key, label]) => html`<tr key=${key}><th scope="row">${label}</th>
+      <tbody>${REPORT.filter(([key]) => parts.some(([, part]) => typeof part[key] === "number")).map(([key, label]) => html`<tr key=${key}><th scope="row">${label}</th>
         ${parts.map(([name, part]) => html`<td class="num" key=${name}>${format.count(part[key])}</td>`)}</tr>`)}</tbody></table>`}
   <//>`;
 }
-
-function reportRows(parts) {
-  const numbers = new Set(parts.flatMap(([, part]) => Object.keys(part).filter((key) => typeof part[key] === "number")));
-  const named = REPORT.filter(([key]) => numbers.delete(key));
-  return [...named, ...[...numbers].map((key) => [key, sentenceCase(key)])];
-}
-
-const sentenceCase = (key) => { const words = key.replace(/^num_/, "").replaceAll("_", " "); return words[0].toUpperCase() + words.slice(1); };
 
 export function Attempts({ attempts, names }) {
   if (!attempts.length) return null;

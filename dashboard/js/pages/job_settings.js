@@ -2,10 +2,10 @@
 import { power } from "../format.js";
 
 const LABELS = {
-  target_modules: "targets", use_rslora: "rank-stabilised", max_grad_norm: "clip at norm", type: "shape", warmup_ratio: "warm-up part",
-  eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "rate multiplier", checkpoint_every_steps: "checkpoint every",
+  target_modules: "targets", use_rslora: "rank-stabilised", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
+  eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "rate multiplier",
 };
-const RUN = ["max_length", "max_steps", "checkpoint_every_steps", "precision", "seed", "priority"];
+const RUN = ["max_length", "max_steps", "precision", "seed", "priority"];
 
 /** [[group, [{label, asked (null: not asked for), resolved}]]] */
 export function groups(job) {
@@ -14,17 +14,19 @@ export function groups(job) {
   const each = (resolved, requested) => Object.keys(resolved || {}).map((key) => row(key, requested?.[key], resolved[key]));
   return [
     ["Adapter", each(job.lora, asked.lora)],
-    ["Optimizer", each(job.optimizer, asked.optimizer)],
-    ["Length of the run", [
+    ["Optimizer", [...each(job.optimizer, asked.optimizer), ...each(job.schedule, asked.schedule)]],
+    ["Run", [
       ...each(job.hyperparameters, numbers),
-      { label: "evaluate every", asked: given(asked.evaluation?.every_steps), resolved: job.evaluation?.every_steps ? `${job.evaluation.every_steps} steps` : "a tenth of the run" },
+      { label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" },
+      { label: "checkpoint", asked: every(asked.checkpoint_every_steps), resolved: every(job.checkpoint_every_steps) },
       ...RUN.map((key) => row(key, asked[key], job[key])),
     ]],
-    ["Learning rate over the run", each(job.schedule, asked.schedule)],
   ].filter(([, rows]) => rows.length);
 }
 
 const row = (key, asked, resolved) => ({ label: LABELS[key] || key.replaceAll("_", " "), asked: given(asked), resolved: text(resolved, key) });
+
+const every = (steps) => (typeof steps === "number" ? `every ${steps} steps` : given(steps));
 
 const given = (value) => (value === undefined || value === null ? null : text(value));
 

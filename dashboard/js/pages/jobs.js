@@ -5,10 +5,10 @@ import { Ago, Empty, FINAL, Failure, Loading, State, Until } from "../parts/basi
 import { Bar, Sparkline, done, jobName, numSteps } from "../parts/progress.js";
 import { Bed } from "../parts/bed.js";
 import { Place } from "../parts/waiting.js";
+import { useResource } from "../resource.js";
 import { useJobs } from "../jobs_data.js";
 import * as format from "../format.js";
 
-const SUBMIT = "lorry jobs submit MODEL train.jsonl --valid held-out.jsonl --watch";
 const FILTERS = [
   ["all", "All", () => true],
   ["active", "Active", (job) => !FINAL.has(job.status)],
@@ -38,11 +38,23 @@ export function JobsPage() {
     <${Aboard} jobs=${jobs} />
     ${jobs.length > 0 && html`<${Filters} jobs=${jobs} filter=${filter} choose=${choose} />`}
     ${loading ? html`<${Loading} />` : jobs.length === 0 && !error
-      ? html`<${Empty} title="No jobs yet." command=${SUBMIT}>
-          A job trains one adapter. Submit one here in a terminal, or point the openai client at this address.<//>`
+      ? html`<${NoJobs} />`
       : shown.length === 0 && !error ? html`<${Empty} title="No job matches." ><button type="button" onClick=${() => choose({ state: "all", text: "" })}>Show all jobs</button><//>`
       : html`<${JobsTable} jobs=${shown} curves=${curves} queue=${queue} />`}
     ${hasMore && html`<p class="more"><button type="button" onClick=${more}>Show older jobs</button></p>`}`;
+}
+
+/** The next thing to type, with a base model that is there; without one, how to add one. */
+function NoJobs() {
+  const { data, loading } = useResource("/v1/models");
+  if (loading) return html`<${Loading} />`;
+  const base = data?.data.find((model) => model.kind === "base" && model.state === "ready");
+  if (data && !base) {
+    return html`<${Empty} title="No jobs yet, and no base model to train." command="lorry models add NAME SOURCE">
+      SOURCE is a hub id, a folder of safetensors, or a GGUF file.<//>`;
+  }
+  return html`<${Empty} title="No jobs yet." command=${`lorry jobs submit ${base?.id ?? "MODEL"} train.jsonl --valid held-out.jsonl --watch`}>
+    A job trains one adapter. Type this in a terminal, or point the openai client at this address.<//>`;
 }
 
 function Tally({ jobs }) {

@@ -38,8 +38,8 @@ function WaitingTable({ jobs }) {
     <tbody role="rowgroup">${jobs.map((job) => html`<tr role="row" key=${job.id}>
       <td role="cell" class="place">${job.position ?? format.UNKNOWN}</td>
       <th role="rowheader" scope="row"><a href=${link.job(job.id)}>${job.suffix || job.id}</a><span class="sub"><span>${job.model}</span><span>${job.priority}</span></span></th>
-      <td role="cell"><${State} job=${job} /></td><td role="cell" class="why-cell"><${Place} job=${job} entry=${{}} /></td>
-      <td role="cell"><${Ago} at=${job.created_at} /></td></tr>`)}</tbody></table>`;
+      <td role="cell" class="state-cell"><${State} job=${job} /></td><td role="cell" class="why-cell"><${Place} job=${job} entry=${{}} /></td>
+      <td role="cell" class="since"><span class="narrow-only">waiting since </span><${Ago} at=${job.created_at} /></td></tr>`)}</tbody></table>`;
 }
 
 function Training({ jobs }) {

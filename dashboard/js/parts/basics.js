@@ -68,7 +68,7 @@ export function Copy({ text, what }) {
 }
 
 export const Id = ({ id, what = "id", length }) => html`
-  <span class="id"><code title=${id}>${length ? format.short(id, length) : id}</code><${Copy} text=${id} what=${what} /></span>`;
+  <span class=${length ? "id id-short" : "id"}><code title=${id}>${length ? format.short(id, length) : id}</code><${Copy} text=${id} what=${what} /></span>`;
 
 export const Loading = () => html`<p class="loading" role="status">Loading…</p>`;
 

@@ -90,7 +90,7 @@ function options(series, width, height, onPoint, smallest) {
   const line = { stroke: colour("--grid"), width: 1 };
   const axis = { stroke: soft, font: FONT, grid: line, ticks: { show: false } };
   return {
-    width, height, legend: { show: false }, padding: [12, 8, 0, 0],
+    width, height, legend: { show: false }, padding: [12, 18, 0, 0],
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     scales: { x: { time: false }, y: { range: (_, low, high) => spread(low, high, smallest) } },
     axes: [
