@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog import files
+from catalog import files, sweep
 from catalog.artifacts import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLarge, Unavailable
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables import BaseModelRow, File, Job, Project, Table
+from catalog.tables import Artifact, BaseModelRow, File, Job, Project, Table
 from tests.services.small_disk import small_disk
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
@@ -219,6 +219,23 @@ def test_a_file_is_kept_while_a_job_that_has_not_ended_reads_it(
     with pytest.raises(Conflict, match=job) as caught:
         files.delete(db, project_id="ours", file_id=file.id)
     assert caught.value.code == "file_in_use"
+
+
+def test_the_sweep_keeps_what_the_record_names(upload: Uploader, db: Database, store: ArtifactStore) -> None:
+    kept, deleted, needed = upload(), upload(ROW + b"\n"), upload(ROW + b"\n\n")
+    shown, hidden = (store.put_bytes(content) for content in (b"shown", b"hidden"))
+    add_job(db, training_file=needed.id, validation_file=None, state=JobState.PAUSED)
+    with db.write() as session:
+        session.add(Artifact(digest=shown.digest, kind="adapter", files=[], num_bytes=0, created_at=0))
+        session.get_one(File, needed.id).deleted_at = 1.0
+    files.delete(db, project_id="ours", file_id=deleted.id)
+
+    assert sweep.live_digests(db) == {kept.digest, needed.digest, shown.digest}
+    assert sweep.sweep(db, store) == 0
+    assert sweep.sweep(db, store, grace_seconds=-60) == 2
+    left = {entry.key.rsplit("/", 1)[-1] for entry in store.objects.list_all("blobs")}
+    assert left == {kept.digest, needed.digest, shown.digest}
+    assert hidden.digest not in left
 
 
 @pytest.mark.parametrize(
