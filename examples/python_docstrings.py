@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 TRAIN_ROWS = 600
-HELD_OUT_ROWS = 64
+HELD_OUT_ROWS = 56
 HELD_OUT_PART = 8
 """One module in so many is held out."""
 MOST_PER_MODULE = 24

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from demo_parts.training import Outcome
     from lorry.models import Model
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 class DemoFailed(Exception):
@@ -59,31 +60,54 @@ def draw(progress: Progress, task: TaskID, job: Mapping[str, Any]) -> None:
 
 
 def table(outcomes: Sequence[Outcome], base: Model) -> None:
-    """Base and adapters, side by side."""
+    """Base and adapters, side by side: a column each, so that 80 characters suffice."""
     base_bytes = sum(path.stat().st_size for path in Path(base.local_path or ".").glob("*.safetensors"))
     base_parameters = int((base.description or {}).get("num_parameters") or 0)
-    drawn = Table()
-    for column in ("", "rank", "rate", "held-out loss", "perplexity", "trainable", "size", "steps", "tokens", "time"):
-        drawn.add_column(column, justify="left" if column == "" else "right")
-    loss = outcomes[0].base_loss
-    drawn.add_row(base.id, "", "", f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{base_parameters:,}", _size(base_bytes))
-    for o in outcomes:
-        part = o.adapter.num_parameters / base_parameters if base_parameters else math.nan
-        drawn.add_row(
-            str(o.job.suffix),
-            str(o.adapter.rank),
-            f"{o.job.optimizer['learning_rate']:g}",
-            f"{o.loss:.4f}",
-            f"{math.exp(o.loss):.2f}",
-            f"{o.adapter.num_parameters:,} ({part:.2%})",
-            f"{_size(o.adapter.bytes)} ({o.adapter.bytes / base_bytes:.1%})",
-            str(o.job.progress.step),
-            f"{o.job.trained_tokens or 0:,}",
-            f"{o.seconds:.0f} s",
-        )
+    columns = [
+        (
+            base.id,
+            "",
+            "",
+            *_losses(outcomes[0].base_loss),
+            f"{base_parameters:,}",
+            "",
+            _size(base_bytes),
+            "",
+            "",
+            "",
+            "",
+        ),
+        *(_column(outcome, base_parameters, base_bytes) for outcome in outcomes),
+    ]
+    labels = ("", "rank", "learning rate", "held-out loss", "perplexity", "parameters", "of the base's", "size")
+    drawn = Table(show_header=False)
+    for index in range(len(columns) + 1):
+        drawn.add_column(justify="right" if index else "left", style=None if index else "bold")
+    for row in zip((*labels, "of the base's", "steps", "tokens", "time"), *columns, strict=True):
+        drawn.add_row(*row)
     console.print(drawn)
     trainers = sorted({o.trainer_id for o in outcomes})
     console.print(f"Trained in {'one trainer' if len(trainers) == 1 else 'several trainers'}: {', '.join(trainers)}")
+
+
+def _column(o: Outcome, base_parameters: int, base_bytes: int) -> tuple[str, ...]:
+    return (
+        str(o.job.suffix),
+        str(o.adapter.rank),
+        f"{o.job.optimizer['learning_rate']:g}",
+        *_losses(o.loss),
+        f"{o.adapter.num_parameters:,}",
+        f"{o.adapter.num_parameters / max(1, base_parameters):.2%}",
+        _size(o.adapter.bytes),
+        f"{o.adapter.bytes / max(1, base_bytes):.1%}",
+        str(o.job.progress.step),
+        f"{o.job.trained_tokens or 0:,}",
+        f"{o.seconds:.0f} s",
+    )
+
+
+def _losses(loss: float) -> tuple[str, str]:
+    return f"{loss:.4f}", f"{math.exp(loss):.2f}"
 
 
 def examples(held_out: Sequence[Function]) -> list[Function]:
@@ -113,19 +137,29 @@ def agreement(checked: Mapping[str, Any], best: Outcome) -> None:
 
 
 def lineage(answer: Mapping[str, Any]) -> None:
-    """The record, to two levels; long values are cut."""
-    console.print(f"Lineage record {answer['lineage_id']}")
+    """What a person asks of the record first. `lorry adapters lineage` shows all of it."""
+    record = answer["lineage"]
+    lora, optimizer = (record["config"]["resolved"][part] for part in ("lora", "optimizer"))
+    evaluation, verification = (record["results"][part] for part in ("evaluation", "verification"))
+    facts = [
+        ("record", answer["lineage_id"]),
+        ("adapter", f"manifest {_cut(record['outputs']['artifact'])}, {record['outputs']['num_bytes']:,} bytes"),
+        ("base", f"{record['base']['name']}, files {_cut(record['base']['digest'])}"),
+        *((f"{data['role']} data", f"{data['file']}, sha256 {_cut(data['digest'])}") for data in record["data"]),
+        ("config", f"rank {lora['rank']}, alpha {lora['alpha']:g}, rate {optimizer['learning_rate']:g}"),
+        *((f"attempt {a['number']}", f"{a['worker']}, {a['trainer']}") for a in record["attempts"]),
+        ("code", ", ".join(f"{name} {version}" for name, version in record["code"].items() if name != "python")),
+        ("losses", f"base {evaluation['base_loss']:.4f}, adapter {evaluation['loss']:.4f}"),
+        ("verified", f"by PEFT, largest difference {verification['max_abs_diff']:.4f}"),
+    ]
     drawn = Table.grid(padding=(0, 2))
-    for name, value in answer["lineage"].items():
-        shown = ", ".join(f"{k} {_value(v)}" for k, v in value.items()) if isinstance(value, dict) else _value(value)
-        drawn.add_row(Text(f"  {name}", style="bold"), Text(_short(shown, 300)))
+    for label, value in facts:
+        drawn.add_row(Text(f"  {label}", style="bold"), Text(value))
     console.print(drawn)
 
 
-def _value(value: object) -> str:
-    text = str(value)
-    is_digest = len(text) == 64 and text.isalnum()
-    return f"{text[:12]}…" if is_digest else _short(text, 80)
+def _cut(digest: str) -> str:
+    return f"{digest[:16]}…"
 
 
 def _short(text: str, most: int = 220) -> str:

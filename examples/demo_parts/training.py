@@ -18,9 +18,9 @@ from demo_parts.report import DemoFailed, bars, console, draw
 from lorry import Lorry
 from lorry.models import Adapter, Job, Model
 
-MAX_STEPS = 40
+MAX_STEPS = 32
 BATCH_SIZE = 8
-EVALUATE_EVERY = 20
+EVALUATE_EVERY = 16
 VARIANTS = (
     {"suffix": "small", "rank": 4, "learning_rate": 2e-3, "seed": 1},
     {"suffix": "medium", "rank": 8, "learning_rate": 1e-3, "seed": 2},

@@ -1,0 +1,197 @@
+"""What `lorry up` stands on: the lock, the port, the devices, and children that die with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorry.errors import LorryError
+from lorry.local import child, devices, ports, service
+from lorry.local.child import Child
+from lorry.local.lock import DataLock
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Waits for something outside of this process."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_one_holder_at_a_time_and_the_refusal_names_it(tmp_path: Path) -> None:
+    with (
+        DataLock(tmp_path),
+        pytest.raises(LorryError, match=rf"already runs .*process {os.getpid()}"),
+        DataLock(tmp_path),
+    ):
+        pass
+
+    with DataLock(tmp_path):
+        pass
+
+
+def test_a_lock_dies_with_its_holder_and_is_not_inherited(tmp_path: Path) -> None:
+    code = (
+        "import sys, subprocess; from pathlib import Path; from lorry.local.lock import DataLock\n"
+        "with DataLock(Path(sys.argv[1])):\n"
+        "    inner = subprocess.Popen(['sleep', '60']); print(inner.pid, flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        inner = int(holder.stdout.readline())
+        with pytest.raises(LorryError, match=f"process {holder.pid}"), DataLock(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+
+    with DataLock(tmp_path):
+        os.kill(inner, signal.SIGKILL)
+
+
+def test_a_port_that_was_asked_for_and_is_taken_is_refused_and_the_default_goes_on_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        monkeypatch.setattr(ports, "DEFAULT_PORT", number)
+
+        with pytest.raises(LorryError, match=f"Port {number} on 127.0.0.1 is in use") as refused:
+            ports.choose("127.0.0.1", number)
+        assert "--port" in refused.value.remedy
+        assert number < ports.choose("127.0.0.1", None) < number + 50
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_a_host_that_is_not_this_machine_is_a_sentence(host: str) -> None:
+    with pytest.raises(LorryError, match="Nothing can listen") as refused:
+        ports.choose(host, None)
+    assert "--host" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:1"),
+        ("0.0.0.0", "http://127.0.0.1:1"),
+        ("::", "http://[::1]:1"),
+        ("lorry.example", "http://lorry.example:1"),
+    ],
+)
+def test_the_address_is_one_that_a_client_here_can_reach(host: str, url: str) -> None:
+    assert ports.url(host, 1) == url
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "CPU", " cpu "])
+def test_the_cpu_is_one_device(wanted: str) -> None:
+    assert devices.choose(wanted) == ["cpu"]
+
+
+def test_gpus_are_named_by_their_numbers() -> None:
+    assert devices.choose("0, 1,10") == ["0", "1", "10"]
+
+
+@pytest.mark.parametrize("wanted", ["", "gpu", "0,cpu", "0,0", "-1", "0;1", "0,"])
+def test_what_names_no_devices_is_refused(wanted: str) -> None:
+    with pytest.raises(LorryError, match="names no devices"):
+        devices.choose(wanted)
+
+
+@pytest.mark.parametrize(("visible", "chosen"), [(None, ["0", "1"]), ("1", ["1"]), ("", ["cpu"])])
+def test_by_itself_every_visible_gpu_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, chosen: list[str]
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    assert devices.choose(None) == chosen
+
+
+def make(tmp_path: Path, code: str) -> Child:
+    argv = [sys.executable, "-c", code]
+    return Child("thing", argv, env=dict(os.environ), cwd=tmp_path, log=tmp_path / "thing.log")
+
+
+def test_a_child_writes_its_log_and_tells_how_it_ended(tmp_path: Path) -> None:
+    thing = make(tmp_path, "import sys; print('out', flush=True); print('err', file=sys.stderr); sys.exit(3)")
+
+    thing.start()
+    until(lambda: not thing.is_alive())
+
+    assert thing.exit_status() == 3
+    assert thing.log_tail() == "out\nerr"
+
+
+def test_killing_a_child_ends_what_it_started(tmp_path: Path) -> None:
+    code = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    thing = make(tmp_path, code)
+    thing.start()
+    until(thing.log_tail)
+
+    thing.kill()
+
+    until(lambda: not is_alive(int(thing.log_tail())))
+    assert not thing.is_alive()
+
+
+def test_a_child_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from lorry.local.child import Child\n"
+        "argv = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "c = Child('c', argv, env=dict(os.environ), cwd=Path(sys.argv[1]), log=Path(sys.argv[1]) / 'log')\n"
+        "c.start(); print(c.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    with parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        parent.kill()
+
+    until(lambda: not is_alive(pid))
+
+
+def test_a_long_log_makes_room_and_one_older_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_LONGEST_LOG_BYTES", 10)
+    log = tmp_path / "x.log"
+    log.write_text("more than ten bytes")
+
+    child.keep_short(log)
+    child.keep_short(log)
+
+    assert [p.name for p in tmp_path.iterdir()] == ["x.log.1"]
+
+
+def test_where_only_the_client_is_installed_the_command_to_install_the_rest_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "find_spec", lambda name: None if name in {"fastapi", "torch"} else object())
+
+    with pytest.raises(LorryError, match="fastapi, torch") as refused:
+        service.check_installed()
+
+    assert "pip install" in refused.value.remedy
+    assert "lorry[" in refused.value.remedy

@@ -1,0 +1,184 @@
+"""Keeping an api and its workers running, with processes and a clock that are ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from lorry.errors import LorryError
+from lorry.local.supervisor import Patience, Supervisor
+
+
+class FakeProcess:
+    """Ends when told to, unless it is deaf."""
+
+    def __init__(self, name: str, journal: list[str], *, deaf: bool = False) -> None:
+        self.name = name
+        self.alive = False
+        self._journal = journal
+        self._deaf = deaf
+
+    def start(self) -> None:
+        self.alive = True
+        self._journal.append(f"start {self.name}")
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def exit_status(self) -> int | None:
+        return None if self.alive else 1
+
+    def terminate(self) -> None:
+        if self.alive:
+            self._journal.append(f"terminate {self.name}")
+            self.alive = self._deaf
+
+    def kill(self) -> None:
+        if self.alive:
+            self._journal.append(f"kill {self.name}")
+            self.alive = False
+
+    def log_tail(self) -> str:
+        return f"last words of {self.name}"
+
+
+class World:
+    """Time goes on only by sleeping; `at` does something when it has come so far."""
+
+    def __init__(self, *, deaf: bool = False) -> None:
+        self.now = 0.0
+        self.journal: list[str] = []
+        self.said: list[str] = []
+        self.ready_at = 1.0
+        self.api = FakeProcess("api", self.journal)
+        self.worker = FakeProcess("worker", self.journal, deaf=deaf)
+        self.supervisor = Supervisor(
+            self.api,
+            [self.worker],
+            is_ready=lambda: self.now >= self.ready_at,
+            on_ready=lambda: self.journal.append("ready"),
+            say=self.said.append,
+            patience=Patience(ready_seconds=20, drain_seconds=30, api_stop_seconds=5),
+            clock=lambda: self.now,
+            sleep=self._sleep,
+        )
+        self._plan: list[tuple[float, Callable[[], object]]] = []
+
+    def at(self, seconds: float, act: Callable[[], object]) -> None:
+        self._plan.append((seconds, act))
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 10_000, "it never ends"
+        due = [act for at, act in self._plan if at <= self.now]
+        self._plan = [(at, act) for at, act in self._plan if at > self.now]
+        for act in due:
+            act()
+
+    def crash_worker(self) -> None:
+        self.worker.alive = False
+
+
+def test_the_worker_starts_when_the_api_is_ready_and_ends_before_it() -> None:
+    world = World()
+    world.at(5, world.supervisor.stop)
+
+    assert world.supervisor.run() == 1
+    assert world.journal == ["start api", "ready", "start worker", "terminate worker", "terminate api"]
+
+
+def test_signals_drain() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        world = World()
+        world.at(5, lambda number=number: os.kill(os.getpid(), number))
+
+        assert world.supervisor.run() == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_worker_that_does_not_hear_is_killed_after_its_grace() -> None:
+    world = World(deaf=True)
+    world.at(5, world.supervisor.stop)
+
+    world.supervisor.run()
+
+    assert world.journal[-3:] == ["terminate worker", "kill worker", "terminate api"]
+    assert 34 < world.now < 36
+
+
+def test_a_second_signal_kills_at_once() -> None:
+    world = World(deaf=True)
+    world.at(5, world.supervisor.stop)
+    world.at(6, world.supervisor.stop)
+
+    assert world.supervisor.run() == 2
+    assert "kill worker" in world.journal
+    assert not world.api.alive
+    assert world.now < 7
+
+
+def test_a_worker_that_ends_is_started_again_later_and_later() -> None:
+    world = World()
+    for seconds in (10, 20, 30, 40):
+        world.at(seconds, world.crash_worker)
+    world.at(60, world.supervisor.stop)
+
+    world.supervisor.run()
+
+    assert world.journal.count("start worker") == 5
+    waits = [line.partition(" again in ")[2] for line in world.said if "starting it again" in line]
+    assert waits == ["1 s.", "2 s.", "4 s.", "8 s."]
+    assert any("last words of worker" in line for line in world.said)
+
+
+def test_a_worker_that_ran_well_for_a_while_is_started_again_soon() -> None:
+    world = World()
+    world.at(10, world.crash_worker)
+    world.at(100, world.crash_worker)
+    world.at(120, world.supervisor.stop)
+
+    world.supervisor.run()
+
+    assert sum("again in 1 s" in line for line in world.said) == 2
+
+
+def test_the_api_ending_ends_everything_with_its_last_lines() -> None:
+    world = World()
+    world.at(5, lambda: setattr(world.api, "alive", False))
+
+    with pytest.raises(LorryError, match="last words of api"):
+        world.supervisor.run()
+
+    assert world.journal[-1] == "kill worker"
+
+
+def test_an_api_that_does_not_start_is_told_and_no_worker_is_started() -> None:
+    world = World()
+    world.at(0.5, lambda: setattr(world.api, "alive", False))
+
+    with pytest.raises(LorryError, match="did not start"):
+        world.supervisor.run()
+
+    assert world.journal == ["start api"]
+
+
+def test_an_api_that_never_answers_is_given_up() -> None:
+    world = World()
+    world.ready_at = 1e9
+
+    with pytest.raises(LorryError, match="does not answer"):
+        world.supervisor.run()
+
+    assert world.journal == ["start api", "kill api"]
+
+
+def test_a_signal_while_the_api_starts_ends_it() -> None:
+    world = World()
+    world.ready_at = 1e9
+    world.at(2, world.supervisor.stop)
+
+    assert world.supervisor.run() == 1
+    assert world.journal == ["start api", "terminate api"]
