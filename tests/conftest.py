@@ -18,6 +18,7 @@ from tests.services.chromium import chromium_program
 from tests.services.postgres import empty_database, postgres_server
 from tests.services.programs import Missing
 from tests.services.redis import redis_server
+from tests.services.s3 import s3_server
 
 NEEDS = "needs "
 """How the reason of such a skip begins."""
@@ -43,6 +44,13 @@ def redis_url() -> Iterator[str]:
     """A Redis server for this session: redis://127.0.0.1:PORT/0."""
     with _or_skip("Redis"), redis_server() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 server for this session: http://127.0.0.1:PORT. Make a bucket with tests.services.s3.new_bucket."""
+    with _or_skip("S3 server"), s3_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from catalog.artifacts.store import GRACE_SECONDS, blob_key, manifest_key
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.settings import Settings
 from tests.services.running import free_port
-from tests.services.s3 import new_bucket, s3_server
+from tests.services.s3 import new_bucket
 from tests.services.small_disk import small_disk
 
 LARGE = os.urandom(1 << 20) * 17
@@ -33,12 +33,6 @@ class Clock:
 
     def __call__(self) -> float:
         return time.time() + self.ahead_seconds
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(params=["folder", "bucket"])

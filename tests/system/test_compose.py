@@ -25,7 +25,7 @@ from api.__main__ import _parser as api_parser
 from api.settings import ApiSettings
 from catalog.settings import Settings
 from tests.services.running import free_port, running
-from tests.services.s3 import new_bucket, s3_server
+from tests.services.s3 import new_bucket
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
@@ -271,16 +271,15 @@ class Stack:
 
 
 @pytest.fixture
-def stack(tmp_path: Path, new_postgres_url: str, redis_url: str) -> Iterator[Stack]:
-    with s3_server() as endpoint:
-        bucket = new_bucket(endpoint)
-        addresses = {
-            "LORRY_DATABASE_URL": new_postgres_url,
-            "LORRY_REDIS_URL": redis_url,
-            "LORRY_STORE_URL": f"s3://{bucket.name}",
-            **bucket.environment(),
-        }
-        yield Stack(tmp_path, addresses)
+def stack(tmp_path: Path, new_postgres_url: str, redis_url: str, s3_endpoint: str) -> Stack:
+    bucket = new_bucket(s3_endpoint)
+    addresses = {
+        "LORRY_DATABASE_URL": new_postgres_url,
+        "LORRY_REDIS_URL": redis_url,
+        "LORRY_STORE_URL": f"s3://{bucket.name}",
+        **bucket.environment(),
+    }
+    return Stack(tmp_path, addresses)
 
 
 @pytest.mark.timeout(300)
