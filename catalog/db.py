@@ -210,5 +210,5 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
     return Unavailable(
         "The database does not answer.",
         code="database_unavailable",
-        remedy="Nothing was changed. Try again in a few seconds.",
+        remedy="Try again in a few seconds; with an Idempotency-Key nothing is done twice.",
     )

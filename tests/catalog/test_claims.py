@@ -414,6 +414,26 @@ def test_a_job_that_is_too_large_for_the_room_is_passed_over(world: World) -> No
     assert claimed[0].job.base_digest == sha("smol")
 
 
+def test_a_lease_for_preparing_is_no_claim_to_train_and_the_other_way_round(world: World) -> None:
+    running = world.running()
+    world.submit()
+    preparing = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert preparing is not None
+
+    for write in (
+        lambda: world.complete(preparing.claim_id),
+        lambda: claims.end(world.db, preparing.claim_id, reason=EndReason.DRAINED, detail=""),
+        lambda: claims.record_progress(world.db, preparing.claim_id, {}),
+        lambda: claims.prepared(world.db, claim_id=running.claim_id, train_key="t", valid_key=None, num_steps=1),
+        lambda: claims.release_preparation(world.db, claim_id=running.claim_id, detail=""),
+    ):
+        with pytest.raises(StaleClaim):
+            write()
+
+    assert world.job(running.job.id).state == JobState.RUNNING
+    assert world.job(preparing.job.id).state == JobState.VALIDATING_FILES
+
+
 def _copy(job: Job, job_id: str) -> Job:
     columns = {column.key: getattr(job, column.key) for column in Job.__table__.columns}
     return Job(**{**columns, "id": job_id})
