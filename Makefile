@@ -2,7 +2,8 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… PYTEST_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow check lock clean
+.PHONY: help demo up test test-slow check lock clean \
+	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
 BIN := .venv/bin
@@ -35,12 +36,25 @@ test: .venv/.installed
 test-slow: .venv/.installed
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-check: .venv/.installed
+# `make -k check` goes on after a part that failed.
+check: check-lint check-format check-types check-imports check-migrations check-documents
+
+check-lint: .venv/.installed
 	$(BIN)/ruff check .
+
+check-format: .venv/.installed
 	$(BIN)/ruff format --check .
+
+check-types: .venv/.installed
 	$(BIN)/pyright
+
+check-imports: .venv/.installed
 	$(BIN)/lint-imports
+
+check-migrations: .venv/.installed
 	$(BIN)/python .ci/check_migrations.py
+
+check-documents: .venv/.installed
 	$(PYTEST) -q tests/architecture
 
 lock:
