@@ -64,7 +64,7 @@ def build(
 ) -> Json:
     """The record of an adapter.
 
-    attempts: all of the job's, in order; the last is the one that made the adapter. results: final step,
+    attempts: all of the job's, in order; the last made the adapter, and ends at finished_at. results: final step,
     tokens, evaluation, verification, digest of the loss log. code: versions by name. parents: ids of the
     records of adapters that this one continues. Raises ValueError where a value has no canonical form.
     """
@@ -75,7 +75,7 @@ def build(
         "base": _base(base),
         "data": [_data(source) for source in data],
         "config": {"requested": _without(job.requested, PRIVATE), "resolved": job.spec},
-        "attempts": [_attempt(entry, is_last=entry is attempts[-1]) for entry in attempts],
+        "attempts": [_attempt(entry, finished_at, is_last=entry is attempts[-1]) for entry in attempts],
         "code": dict(code),
         "results": results,
         "people": _people(job, finished_at),
@@ -151,16 +151,17 @@ def _data(source: DataSource) -> Json:
     }
 
 
-def _attempt(entry: AttemptRecord, *, is_last: bool) -> Json:
+def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) -> Json:
     """Not `detail`, which may quote a log."""
     attempt = entry.attempt
+    completes = is_last and attempt.ended_at is None
     return {
         "number": attempt.number,
         "worker": attempt.worker_id,
         "trainer": attempt.trainer_id,
         "started_at": _time(attempt.started_at),
-        "ended_at": _time(attempt.ended_at),
-        "end": "completed" if is_last and attempt.reason is None else attempt.reason,
+        "ended_at": _time(finished_at if completes else attempt.ended_at),
+        "end": "completed" if completes else attempt.reason,
         "resumed_from_step": attempt.resumed_from_step,
         "packmates": sorted(entry.packmates),
         "machine": entry.trainer,
@@ -173,7 +174,7 @@ def _people(job: Job, finished_at: float | None) -> Json:
         "requested_by": job.created_by,
         "requested_at": _time(job.created_at),
         "started_at": _time(job.started_at),
-        "finished_at": _time(finished_at if finished_at is not None else job.finished_at),
+        "finished_at": _time(finished_at),
     }
 
 

@@ -10,6 +10,7 @@ import rfc8785
 from catalog import bases, files, jobs, lineage, prepared
 from catalog.artifacts.manifest import Manifest
 from catalog.claims import Claim
+from catalog.db import read_clock
 from catalog.lineage import AttemptRecord, DataSource
 from catalog.tables import Job, Json, Trainer
 from worker.context import WorkerContext
@@ -20,6 +21,8 @@ def record(
 ) -> tuple[Json, str]:
     """(record, its id). trainer: what the one that made the adapter said when it was ready."""
     job = jobs.get(context.db, project_id=claim.job.project_id, job_id=claim.job.id)
+    with context.db.read() as session:
+        finished_at = read_clock(session)
     built = lineage.build(
         job=job,
         base=bases.get(context.db, job.base_model),
@@ -33,6 +36,7 @@ def record(
             "determinism": trainer["invariance"],
         },
         code=trainer["versions"],
+        finished_at=finished_at,
     )
     return built, lineage.lineage_id(built)
 

@@ -126,9 +126,9 @@ def test_the_record_tells_what_the_adapter_came_from() -> None:
     assert made["data"][0]["preparation"]["usable_rows"] == 2
     assert made["config"]["requested"] == {"model": "smol", "seed": 7, "lora": {"rank": "auto"}}
     assert made["config"]["resolved"]["lora"] == {"rank": 16, "alpha": 32.0}
-    assert [(a["number"], a["end"], a["resumed_from_step"]) for a in made["attempts"]] == [
-        (1, "infra_lost", None),
-        (2, "completed", 50),
+    assert [(a["number"], a["end"], a["ended_at"], a["resumed_from_step"]) for a in made["attempts"]] == [
+        (1, "infra_lost", "2023-11-14T22:13:40.000Z", None),
+        (2, "completed", "2023-11-14T22:15:00.000Z", 50),
     ]
     assert made["attempts"][0]["packmates"] == ["ftjob-3", "ftjob-9"]
     assert made["attempts"][1]["machine"]["invariance"] == "bitwise"
