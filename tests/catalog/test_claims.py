@@ -241,6 +241,23 @@ def test_files_that_two_checkpoints_share_outlive_the_first(world: World) -> Non
     assert [(row.step, row.artifact is not None) for row in page.items] == [(3, True), (2, True), (1, False)]
 
 
+def test_jobs_that_store_the_same_bytes_at_once_do_not_take_them_from_each_other(world: World) -> None:
+    world.queued()
+    world.queued()
+
+    def train(claim: claims.Claim) -> None:
+        for step in range(1, 16):
+            same = manifest(f"c{step}", "checkpoint")
+            claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=same, metrics={})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, world.claim()))
+
+    with world.db.read() as session:
+        left = session.scalars(select(Artifact.digest).where(Artifact.kind == "checkpoint")).all()
+    assert set(left) == {manifest(f"c{step}", "checkpoint").digest for step in (14, 15)}
+
+
 def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: World) -> None:
     claim = world.running()
     of_job = world.of(claim.job.id)
