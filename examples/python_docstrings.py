@@ -28,6 +28,8 @@ LONGEST_QUESTION_CHARS = 130
 ANSWER_CHARS = range(16, 121)
 _IMPORT_SECONDS = 60
 
+_OF_THIS_MACHINE = (" at 0x", "environ(", sys.prefix, sys.base_prefix, sys.executable)
+
 SKIPPED = frozenset(
     # On import these open a browser or a window, print, need a display, or are gone on some machines.
     {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "ensurepip", "distutils"}
@@ -54,10 +56,10 @@ class Function:
 def build(train: Path, held_out: Path) -> tuple[list[Function], list[Function]]:
     """Writes both files; returns what is in them."""
     functions = harvest()
-    parts = (
-        _sample([f for f in functions if not is_held_out(f.module)], TRAIN_ROWS),
-        _sample([f for f in functions if is_held_out(f.module)], HELD_OUT_ROWS),
-    )
+    to_train = [f for f in functions if not is_held_out(f.module)]
+    known = {f.sentence for f in to_train}
+    to_hold_out = [f for f in functions if is_held_out(f.module) and f.sentence not in known]
+    parts = _sample(to_train, TRAIN_ROWS), _sample(to_hold_out, HELD_OUT_ROWS)
     for path, part in zip((train, held_out), parts, strict=True):
         path.write_text("".join(json.dumps(f.row(), ensure_ascii=False) + "\n" for f in part), "utf-8")
     return parts
@@ -105,7 +107,7 @@ def _described(module: str, attribute: str, thing: object) -> Function | None:
     call = f"{module}.{attribute}{signature}"
     sentence = first_sentence(inspect.getdoc(thing) or "")
     is_sentence = sentence.endswith(".") and sentence[:1].isupper() and len(sentence) in ANSWER_CHARS
-    if not is_sentence or len(call) > LONGEST_QUESTION_CHARS or " at 0x" in call:
+    if not is_sentence or len(call) > LONGEST_QUESTION_CHARS or any(text in call for text in _OF_THIS_MACHINE):
         return None
     return Function(module=module, call=call, sentence=sentence)
 

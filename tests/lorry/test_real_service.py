@@ -1,0 +1,70 @@
+"""The SDK and the command line against the real service: train, watch, pull, verify without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorry import Conflict, InvalidRequest, Lorry, NotFound
+from tests import tiny_base
+from tests.lorry.test_up import up
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
+    base = tiny_base.make(tmp_path / "base")
+    train = tiny_base.write_chat(tmp_path / "train.jsonl", 40)
+    valid = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=1)
+    data_dir = tmp_path / "service" / "data"
+    data_dir.parent.mkdir()
+
+    def run(*arguments: object, code: int = 0) -> str:
+        argv = [sys.executable, "-P", "-m", "lorry", *map(str, arguments)]
+        env = {**os.environ, "LORRY_DATA_DIR": str(data_dir)}
+        done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    with up(data_dir) as (process, _), Lorry(data_dir=data_dir) as client:
+        assert json.loads(run("models", "add", "tiny", base, "--json"))["state"] == "ready"
+        flags = "--rank 4 --learning-rate 0.01 --epochs 1 --batch-size 8 --seed 3 --suffix try --watch --json"
+        lines = run("jobs", "submit", "tiny", train, "--valid", valid, *flags.split()).splitlines()
+        job = client.jobs.get(json.loads(lines[-1])["id"])
+
+        assert (job.status, job.progress.step, job.lora["rank"], job.seed) == ("succeeded", 5, 4, 3)
+        assert len(client.jobs.metrics(job.id)) == 5
+        assert [attempt.reason for attempt in client.jobs.attempts(job.id)] == ["completed"]
+        assert "rows" in run("files", "report", job.training_file, "--model", "tiny")
+        assert "succeeded" in run("jobs", "show", job.id)
+        assert "Traceback" not in run("jobs", "cancel", job.id, code=1)
+        assert str(job.fine_tuned_model) in run("adapters", "list")
+        assert json.loads(run("adapters", "verify", job.fine_tuned_model, "--json"))["passed"] is True
+        folder = tmp_path / run("adapters", "pull", job.fine_tuned_model).strip()
+        _check_refusals(client, job.training_file)
+        process.terminate()
+        assert process.wait(60) == 0
+
+    assert json.loads(run("adapters", "verify", folder, "--json")) == {
+        "object": "adapter.verification",
+        "passed": True,
+        "problems": [],
+    }
+
+
+def _check_refusals(client: Lorry, training_file: str) -> None:
+    """What a person gets wrong first, each by the service's own words."""
+    with pytest.raises(NotFound, match="tiny"):
+        client.jobs.create(model="gone", training_file=training_file)
+    with pytest.raises(InvalidRequest, match="at least 1"):
+        client.jobs.create(model="tiny", training_file=training_file, lora={"rank": 0})
+    with pytest.raises(NotFound):
+        client.jobs.create(model="tiny", training_file="file-gone")
+    client.jobs.create(model="tiny", training_file=training_file, idempotency_key="one")
+    with pytest.raises(Conflict):
+        client.jobs.create(model="tiny", training_file=training_file, seed=9, idempotency_key="one")
