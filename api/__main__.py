@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from api import logs
-from api.bootstrap import Bootstrapped, bootstrap, sign_in_token
+from api.bootstrap import Bootstrapped, bootstrap, require_tables, sign_in_token
 from catalog.db import Database
 from catalog.errors import LorryError
 from catalog.keys import load_pepper
@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     from api.server import serve  # late: the other commands need no web server
 
+    db = Database(settings.resolved_database_url())
+    require_tables(db)
+    db.close()
     return serve(settings, host=arguments.host, port=arguments.port)
 
 
@@ -48,6 +51,7 @@ def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
     db = Database(settings.resolved_database_url())
+    require_tables(db)
     token = sign_in_token(db, pepper=load_pepper(settings), seconds=LINK_SECONDS)
     url = f"{(arguments.url or _known_address(settings)).rstrip('/')}/sign-in?token={token}"
     if arguments.json:

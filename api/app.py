@@ -15,6 +15,7 @@ from api.deps import Services
 from api.feed import Feed
 from api.gate import Gate
 from api.hosts import HostPolicy, host_policy
+from api.openapi import Api
 from api.routes import adapters, files, fleet, health, job_history, jobs, models, sign_in
 from api.settings import ApiSettings
 from api.telemetry import Telemetry
@@ -52,7 +53,7 @@ def create_app(
     """The whole api over a migrated database. `bound_host`: the address that it will listen on."""
     own = api_settings or ApiSettings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
     services = open_services(settings, own)
-    app = FastAPI(
+    app = Api(
         title="Lorry",
         version="0.1.0",
         description=DESCRIPTION,

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sqlalchemy import inspect
+
 from catalog import keys, projects
 from catalog.db import Database
+from catalog.errors import NotFound
 from catalog.settings import Settings
+from catalog.tables import ApiKey
 
+COMMAND = "python -m api bootstrap"
 FIRST_KEY_NAME = "first operator key"
 
 
@@ -28,6 +33,13 @@ def bootstrap(settings: Settings) -> Bootstrapped:
     finally:
         db.close()
     return Bootstrapped(created=made is not None, api_key=made)
+
+
+def require_tables(db: Database) -> None:
+    """Raises NotFound with the remedy where this database was never bootstrapped."""
+    with db.read() as session:
+        if not inspect(session.connection()).has_table(ApiKey.__tablename__):
+            raise NotFound("Lorry database", db.engine.url.render_as_string(), remedy=f"Make it first: {COMMAND}.")
 
 
 def sign_in_token(db: Database, *, pepper: bytes, seconds: float) -> str:

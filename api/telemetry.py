@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.types import Scope
@@ -57,7 +57,7 @@ class _Fleet(Collector):
     def collect(self) -> Iterable[Metric]:
         yield _family("lorry_jobs", "Jobs by state.", "state", self._counts.jobs)
         yield _family("lorry_workers", "Workers by state.", "state", self._counts.workers)
-        yield _family("lorry_job_events", "Recorded events by level.", "level", self._counts.events)
+        yield CounterMetricFamily("lorry_job_events", "Events of jobs recorded.", value=self._counts.num_events)
         yield GaugeMetricFamily("lorry_adapters", "Adapters that are kept.", value=self._counts.adapters)
 
 

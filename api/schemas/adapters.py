@@ -71,6 +71,18 @@ class ArtifactFile(BaseModel):
 class ArtifactFiles(BaseModel):
     """The manifest. Its canonical JSON (RFC 8785) of `files` and `kind` has the digest `artifact`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "list",
+                "artifact": "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
+                "kind": "adapter",
+                "data": [{"path": "adapter_config.json", "digest": "9f86d081884c7d65…", "num_bytes": 812}],
+                "has_more": False,
+            }
+        }
+    )
+
     object: Literal["list"] = "list"
     artifact: str
     kind: str
@@ -81,6 +93,17 @@ class ArtifactFiles(BaseModel):
 class LineageObject(BaseModel):
     """`lineage_id` is the sha256 of the RFC 8785 form of `lineage`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "adapter.lineage",
+                "adapter_id": "adapter-0a1b2c3d4e5f60718293a4b5",
+                "lineage_id": "ef2d127de37b942baad06145e54b0c619a1f22327b2ebbcfbec78f5564afe39d",
+                "lineage": {"format": "lorry.lineage/1", "job": "ftjob-1c0ffee0a1b2c3d4e5f60718"},
+            }
+        }
+    )
+
     object: Literal["adapter.lineage"] = "adapter.lineage"
     adapter_id: str
     lineage_id: str
@@ -89,6 +112,18 @@ class LineageObject(BaseModel):
 
 class AdapterVerification(BaseModel):
     """What reading every stored byte again, and checking it against the record, has found."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "adapter.verification",
+                "adapter_id": "adapter-0a1b2c3d4e5f60718293a4b5",
+                "passed": True,
+                "problems": [],
+                "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
+            }
+        }
+    )
 
     object: Literal["adapter.verification"] = "adapter.verification"
     adapter_id: str

@@ -53,7 +53,16 @@ class FileDeleted(BaseModel):
 class DataReport(BaseModel):
     """What preparation found in a file: rows, tokens, what was cut and what was left out."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "data_report",
+                "file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+                "model": "smollm2-135m",
+                "report": {"rows": 410, "tokens": 27114, "supervised_tokens": 5320},
+            }
+        }
+    )
     object: Literal["data_report"] = "data_report"
     file: str = Field(description="Id of the file.")
     model: str = Field(description="Base model whose tokenizer and template were used.")

@@ -112,13 +112,36 @@ class AttemptObject(BaseModel):
 class WhyObject(BaseModel):
     """Why the job is where it is, and what it waits for."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "example": {
+                "object": "fine_tuning.job.why",
+                "job_id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+                "state": "queued",
+                "explanation": "It is next: a worker takes it as soon as it has room.",
+            }
+        },
+    )
+    state: str
+    explanation: str = Field(description="One sentence for a person.")
     object: Literal["fine_tuning.job.why"] = "fine_tuning.job.why"
     job_id: str
 
 
 class JobDataReport(BaseModel):
     """What preparation found in the job's files; null for a file that is not there or not prepared yet."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "fine_tuning.job.data_report",
+                "job_id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+                "training": {"rows": 410, "tokens": 27114, "supervised_tokens": 5320, "truncated_rows": 2},
+                "validation": None,
+            }
+        }
+    )
 
     object: Literal["fine_tuning.job.data_report"] = "fine_tuning.job.data_report"
     job_id: str

@@ -38,9 +38,8 @@ def test_a_job_is_shown_with_all_its_numbers_resolved(client: TestClient, world:
 
 
 def test_an_explicit_null_is_the_same_as_nothing(client: TestClient, world: World) -> None:
-    nulls = dict.fromkeys(
-        ("validation_file", "method", "hyperparameters", "suffix", "seed", "metadata", "integrations")
-    )
+    names = ("validation_file", "method", "hyperparameters", "suffix", "seed", "metadata", "integrations")
+    nulls: dict[str, Any] = dict.fromkeys(names)
 
     assert create(client, world, **nulls).status_code == 200
 
@@ -84,11 +83,11 @@ def test_targets_that_match_nothing_are_refused_with_those_there_are(client: Tes
 
 
 def test_two_creations_with_one_idempotency_key_are_one_job(client: TestClient, world: World) -> None:
-    key = {"idempotency-key": "once"}
+    once = {"idempotency-key": "once"}
 
-    first = create(client, world, headers=key, seed=1)
-    again = create(client, world, headers=key, seed=1)
-    other = create(client, world, headers=key, seed=2)
+    first = create(client, world, headers=once, seed=1)
+    again = create(client, world, headers=once, seed=1)
+    other = create(client, world, headers=once, seed=2)
 
     assert first.json()["id"] == again.json()["id"]
     assert other.status_code == 409

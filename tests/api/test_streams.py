@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-import httpx
 import pytest
 
 from api import feed as feeds

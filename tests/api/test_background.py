@@ -1,0 +1,99 @@
+"""What the api does besides answering: expired leases end, and the bell rings while something waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.background import look_once
+from api.deps import Services
+from catalog import recovery
+from catalog.errors import Unavailable
+from catalog.tables import Job, Pulse
+from tests.catalog.world import World
+
+
+class Bell:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.rings = 0
+
+    def ring(self) -> None:
+        self.rings += 1
+
+    def close(self) -> None:
+        return
+
+
+@pytest.fixture
+def bell() -> Bell:
+    return Bell()
+
+
+@pytest.fixture
+def belled(services: Services, bell: Bell) -> Services:
+    return dataclasses.replace(services, doorbell=bell)
+
+
+def test_a_job_whose_worker_was_lost_goes_back_to_the_queue_and_the_bell_rings(
+    belled: Services, bell: Bell, world: World
+) -> None:
+    world.worker()
+    claim = world.running()
+    recovery.expire(world.db)
+    with world.db.write() as session:
+        job = session.get_one(Job, claim.job.id)
+        job.lease_expires_at, job.lease_extended = 1.0, True
+        session.get_one(Pulse, 1)
+
+    look_once(belled)
+
+    assert world.job(claim.job.id).state == "queued"
+    assert world.job(claim.job.id).claim_id is None
+    waiting = world.submit()
+    look_once(belled)
+    assert waiting.state == "validating_files"
+    assert bell.rings >= 1
+
+
+def test_the_bell_is_silent_while_nothing_waits(belled: Services, bell: Bell, world: World) -> None:
+    look_once(belled)
+
+    assert bell.rings == 0
+
+
+def test_an_absent_database_does_not_end_the_watch(
+    belled: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: object, **__: object) -> int:
+        raise Unavailable("Away.", code="database_unavailable", remedy="")
+
+    def crash(*_: object, **__: object) -> int:
+        raise RuntimeError("odd")
+
+    for failing in (away, crash):
+        monkeypatch.setattr(recovery, "expire", failing)
+        with caplog.at_level(logging.WARNING):
+            look_once(belled)
+
+    assert "database_unavailable" in caplog.text
+    assert "odd" in caplog.text
+
+
+def test_a_new_job_and_a_resumed_one_ring_at_once(
+    services: Services, belled: Services, bell: Bell, client: TestClient, world: World
+) -> None:
+    app = client.app
+    app.state.services = belled  # pyright: ignore[reportAttributeAccessIssue,reportFunctionMemberAccess]
+    body = {"model": "smol", "training_file": world.file_id}
+
+    job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+    after_creation = bell.rings
+    client.post(f"/v1/fine_tuning/jobs/{job_id}/pause")
+    client.post(f"/v1/fine_tuning/jobs/{job_id}/resume")
+
+    assert (after_creation, bell.rings) == (1, 2)

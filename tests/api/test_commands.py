@@ -1,0 +1,104 @@
+"""The service's commands as processes: the first start, listening, and ending in good time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "api", *arguments],
+        env={**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+def bootstrapped(data_dir: Path) -> dict[str, Any]:
+    return json.loads(run(data_dir, "bootstrap", "--json").stdout)
+
+
+def test_the_first_start_makes_a_key_and_a_later_one_does_not(tmp_path: Path) -> None:
+    first = bootstrapped(tmp_path)
+    again = bootstrapped(tmp_path)
+
+    assert first["created"] is True
+    assert re.fullmatch(r"lorry_key-[0-9a-f]{24}_[\w-]{43}", first["api_key"])
+    assert again == {"created": False, "api_key": None}
+    assert (tmp_path / "pepper").stat().st_mode & 0o077 == 0
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} <= {"lorry.db", "pepper"}
+
+
+def test_of_several_first_starts_at_once_one_makes_the_key(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda _: bootstrapped(tmp_path), range(3)))
+
+    assert sorted(result["created"] for result in results) == [False, False, True]
+
+
+def test_a_sign_in_link_uses_the_address_that_lorry_up_noted(tmp_path: Path) -> None:
+    bootstrapped(tmp_path)
+    (tmp_path / "connection.json").write_text(json.dumps({"url": "http://127.0.0.1:4321", "api_key": "x"}))
+
+    noted = json.loads(run(tmp_path, "sign-in-link", "--json").stdout)["url"]
+    named = run(tmp_path, "sign-in-link", "--url", "https://lorry.example.com/").stdout
+
+    assert noted.startswith("http://127.0.0.1:4321/sign-in?token=")
+    assert named.startswith("https://lorry.example.com/sign-in?token=")
+
+
+def test_a_link_before_the_first_start_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(tmp_path, "sign-in-link")
+
+    assert failed.value.returncode == 1
+    assert "Traceback" not in failed.value.stderr
+    assert "python -m api bootstrap" in failed.value.stderr
+
+
+def test_it_tells_its_address_when_ready_and_ends_well_with_a_stream_open(tmp_path: Path) -> None:
+    key = bootstrapped(tmp_path)["api_key"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "api", "serve", "--port", "0"],
+        env={**os.environ, "LORRY_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        ready = json.loads(child.stdout.readline())
+        headers = {"authorization": f"Bearer {key}"}
+        with (
+            httpx.Client(base_url=ready["url"], headers=headers, trust_env=False, timeout=20) as http,
+            http.stream("GET", "/v1/queue/stream") as stream,
+        ):
+            lines = stream.iter_lines()
+            first = next(lines)
+            child.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        _, log = child.communicate(timeout=30)
+
+    assert ready["event"] == "ready"
+    assert first == "event: queue"
+    assert rest
+    assert child.returncode == 0
+    assert key not in log
+    assert "path=/v1/queue/stream status=200" in log
+    assert "Traceback" not in log

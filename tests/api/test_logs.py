@@ -1,0 +1,38 @@
+"""What looks like a secret does not leave the process by its log."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from api.logs import Redacted, redact
+
+
+@pytest.mark.parametrize(
+    ("text", "canary"),
+    [
+        ("key lorry_key-4d51116015910b6d_6d76xDh2kk5g1rO_pFqN9NcmOvIM50jRwkXmFHPNMTI used", "6d76xDh2kk5g1rO"),
+        ("GET /sign-in?token=9v6mectzLkcQD4kp6aE74 HTTP/1.1", "9v6mectzL"),
+        ("{'authorization': 'Bearer lorry-canary-123'}", "lorry-canary-123"),
+        ('{"api_key": "canary-456-789"}', "canary-456"),
+    ],
+)
+def test_secrets_are_taken_out(text: str, canary: str) -> None:
+    assert canary not in redact(text)
+
+
+def test_a_traceback_is_redacted_too() -> None:
+    try:
+        raise ValueError("token=canary-123456")
+    except ValueError:
+        record = logging.LogRecord("lorry", logging.ERROR, "", 1, "crash", (), __import__("sys").exc_info())
+
+    shown = Redacted("%(message)s").format(record)
+
+    assert "ValueError" in shown
+    assert "canary-123456" not in shown
+
+
+def test_plain_words_stay() -> None:
+    assert redact("request id=req_abc path=/v1/files status=200") == "request id=req_abc path=/v1/files status=200"

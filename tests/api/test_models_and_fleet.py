@@ -1,0 +1,147 @@
+"""Base models, the queue, the workers, and the numbers for an operator's graphs."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog import bases, claims
+from catalog.errors import Unavailable
+from tests.api.site import error_of
+from tests.catalog.world import World, manifest
+
+
+def test_a_base_is_added_and_its_import_can_be_followed(operator: TestClient, client: TestClient, world: World) -> None:
+    body = {"name": "mine", "kind": "folder", "source": "/models/mine"}
+
+    added = operator.post("/v1/models", json=body).json()
+    again = operator.post("/v1/models", json=body).json()
+    bases.fail_import(world.db, "mine", error={"code": "no_such_folder", "message": "Gone.", "remedy": "Mend it."})
+    failed = client.get("/v1/models/mine").json()
+
+    assert added == again
+    assert (added["state"], added["kind"], added["source"]) == ("importing", "base", "/models/mine")
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "no_such_folder")
+    assert failed["source"] is None
+    assert {model["id"]: model["state"] for model in client.get("/v1/models").json()["data"]} == {
+        "mine": "failed",
+        "smol": "ready",
+    }
+
+
+def test_another_source_under_the_same_name_is_a_conflict(operator: TestClient, world: World) -> None:
+    response = operator.post("/v1/models", json={"name": "smol", "kind": "hub", "source": "org/other"})
+
+    assert response.status_code == 409
+    assert error_of(response)["code"] == "model_exists"
+
+
+def test_an_unknown_model_is_refused_with_those_there_are(client: TestClient, world: World) -> None:
+    for name in ("none", "ft:none", "ft:none:ckpt-step-1"):
+        response = client.get(f"/v1/models/{name}")
+
+        assert response.status_code == 404
+        error_of(response)
+
+
+def test_a_base_is_not_deleted_by_a_person(client: TestClient, world: World) -> None:
+    response = client.delete("/v1/models/smol")
+
+    assert response.status_code == 403
+    assert error_of(response)["code"] == "not_deletable"
+
+
+def test_a_kept_checkpoint_is_a_model(client: TestClient, world: World) -> None:
+    world.worker()
+    claim = world.running(suffix="docs")
+    claims.record_checkpoint(
+        world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"), metrics={"train_loss": 1.0}
+    )
+    name = f"ft:smol:ours:docs:{claim.job.id[-8:]}:ckpt-step-5"
+
+    model = client.get(f"/v1/models/{name}").json()
+
+    assert (model["kind"], model["base"]) == ("checkpoint", "smol")
+    assert model in client.get("/v1/models").json()["data"]
+
+
+def test_the_queue_shows_places_and_a_worker_what_it_holds(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    world.worker()
+    running = world.running()
+    first, second = world.queued(priority="urgent"), world.queued()
+    claims.worker_beat(
+        world.db, "w1", resident_base=running.job.base_digest, trainer_id="trainer-w1", report={"tokens_per_second": 9}
+    )
+
+    queue = client.get("/v1/queue").json()
+    (seen,) = client.get("/v1/workers").json()["data"]
+    (by_operator,) = operator.get("/v1/workers").json()["data"]
+
+    places = {entry["job_id"]: entry["position"] for entry in queue["jobs"]}
+    assert places[running.job.id] is None
+    assert places[first.id] < places[second.id]
+    assert queue["counts"] == {"running": 1, "queued": 2}
+    assert (seen["state"], seen["resident_base_names"], seen["host"]) == ("busy", ["smol"], None)
+    assert (by_operator["host"], by_operator["report"]) == ("here", {"tokens_per_second": 9})
+
+
+def test_readiness_tells_what_does_not_answer(
+    anonymous: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = anonymous.get("/readyz")
+
+    def away() -> None:
+        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
+
+    monkeypatch.setattr(services.store, "check_reachable", away)
+    unready = anonymous.get("/readyz")
+
+    assert (ready.status_code, ready.json()["status"]) == (200, "ok")
+    assert unready.status_code == 503
+    assert unready.json() == {"status": "unavailable", "database": "ok", "store": "unavailable"}
+    assert anonymous.get("/healthz").json() == {"status": "ok"}
+
+
+def test_numbers_are_exposed_with_bounded_labels(anonymous: TestClient, client: TestClient, world: World) -> None:
+    job = world.submit()
+    client.get(f"/v1/fine_tuning/jobs/{job.id}")
+    client.get(f"/v1/fine_tuning/jobs/{job.id}/events")
+    client.get("/v1/nowhere/secret-path")
+    anonymous.get("/dashboard/index.html")
+    client.request("BREW", "/v1/files")
+
+    response = anonymous.get("/metrics")
+
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    requests = {
+        (sample.labels["method"], sample.labels["route"], sample.labels["status"])
+        for sample in families["lorry_http_requests"].samples
+    }
+    assert ("GET", "/v1/fine_tuning/jobs/{job_id}", "200") in requests
+    assert ("GET", "/v1/fine_tuning/jobs/{job_id}/events", "200") in requests
+    assert ("GET", "unmatched", "404") in requests
+    assert ("GET", "/dashboard", "200") in requests
+    assert "other" in {method for method, _, _ in requests}
+    assert "secret-path" not in response.text
+    assert job.id not in response.text
+    by_state = {sample.labels["state"]: sample.value for sample in families["lorry_jobs"].samples}
+    assert by_state["validating_files"] == 1
+    assert by_state["running"] == 0
+    assert families["lorry_job_events"].samples[0].value >= 1
+    assert "lorry_workers" in families
+
+
+def test_numbers_are_for_this_machine_or_an_operator(
+    app: FastAPI, anonymous: TestClient, client: TestClient, operator: TestClient
+) -> None:
+    far = TestClient(app, base_url="http://127.0.0.1", client=("203.0.113.7", 5))
+    strangers = [far.get("/metrics"), anonymous.get("/metrics", headers={"x-forwarded-for": "203.0.113.7"})]
+
+    assert [response.status_code for response in strangers] == [401, 401]
+    assert client.get("/metrics").status_code == 403
+    assert operator.get("/metrics").status_code == 200

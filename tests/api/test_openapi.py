@@ -1,0 +1,63 @@
+"""The OpenAPI document tells everything: ids, tags, examples, refusals and how to sign in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from tests.api.test_auth import OPEN_PATHS
+
+
+def operations(app: FastAPI) -> list[tuple[str, str, dict[str, Any]]]:
+    return [
+        (path, method, operation)
+        for path, methods in app.openapi()["paths"].items()
+        for method, operation in methods.items()
+    ]
+
+
+def test_the_document_is_served_without_a_key_and_loads_nothing_from_elsewhere(anonymous: TestClient) -> None:
+    assert anonymous.get("/openapi.json").json()["openapi"].startswith("3.1")
+    assert anonymous.get("/docs").status_code == 404
+
+
+def test_every_operation_has_its_own_id_a_tag_and_a_summary(app: FastAPI) -> None:
+    found = operations(app)
+
+    ids = [operation["operationId"] for _, _, operation in found]
+    assert len(ids) == len(set(ids)) >= 35
+    tags = {tag["name"] for tag in app.openapi()["tags"]}
+    assert all(set(operation["tags"]) <= tags and operation["summary"] for _, _, operation in found)
+
+
+def test_every_refusal_is_in_openais_shape(app: FastAPI) -> None:
+    for path, method, operation in operations(app):
+        for status, response in operation["responses"].items():
+            if status < "400" or path == "/readyz":
+                continue
+            schema = response["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, (path, method, status)
+
+
+def test_every_operation_behind_a_key_says_so(app: FastAPI) -> None:
+    for path, method, operation in operations(app):
+        if path in OPEN_PATHS:
+            continue
+        assert {"apiKey": []} in operation["security"], (path, method)
+        assert {"400", "401"} <= set(operation["responses"]), (path, method)
+
+
+def test_every_object_of_the_wire_has_an_example(app: FastAPI) -> None:
+    schemas = app.openapi()["components"]["schemas"]
+    objects = {name: schema for name, schema in schemas.items() if "object" in schema.get("properties", {})}
+    small = {"FileDeleted", "ModelDeleted", "AdapterDeleted", "SignedOut"}
+
+    without = [
+        name
+        for name, schema in objects.items()
+        if "example" not in schema and not name.startswith("ListPage") and name not in small
+    ]
+
+    assert without == []

@@ -1,0 +1,53 @@
+"""A job that has succeeded, with its adapter's files in the store and its record beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from api.deps import Services
+from catalog import bases, claims, jobs, lineage
+from catalog.tables import Adapter
+from tests.catalog.world import DESCRIPTION, World, sha
+
+BASE = "solid"
+CONTENT = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 40, "README.md": b"x"}
+
+
+def solid_base(world: World) -> None:
+    """A base whose digest is that of its files, as lineage wants it."""
+    files = {"files": [{"path": "config.json", "digest": sha("config"), "num_bytes": 6}]}
+    bases.add(world.db, name=BASE, kind="folder", source="/models/solid")
+    bases.finish_import(world.db, BASE, digest=bases.files_digest(files), manifest=files, description=DESCRIPTION)
+
+
+def trained(services: Services, world: World, folder: Path, *, suffix: str = "docs") -> Adapter:
+    world.worker()
+    solid_base(world)
+    claim = world.running(suffix=suffix, model=BASE)
+    folder.mkdir()
+    for name, content in CONTENT.items():
+        (folder / name).write_bytes(content)
+    manifest = services.store.put_folder(folder, kind="adapter")
+    (attempt,) = jobs.attempts(world.db, project_id=claim.job.project_id, job_id=claim.job.id)
+    record = lineage.build(
+        job=claim.job,
+        base=bases.get(world.db, BASE),
+        adapter=manifest,
+        num_parameters=10,
+        data=[],
+        attempts=[lineage.AttemptRecord(attempt=attempt, trainer={})],
+        results={"loss": 0.5},
+        code={"lorry": "0.1.0"},
+    )
+    return claims.complete(
+        world.db,
+        claim.claim_id,
+        artifact=manifest,
+        num_parameters=10,
+        verification={"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
+        evaluation={"base_loss": 2.0, "loss": 1.0, "base_perplexity": 7.4, "perplexity": 2.7},
+        trained_tokens=500,
+        lineage=json.loads(json.dumps(record)),
+        lineage_id=lineage.lineage_id(record),
+    )

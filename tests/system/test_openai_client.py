@@ -1,0 +1,226 @@
+"""The real openai package, strict about every answer, against the service as a process of its own.
+
+What a worker does to a job is done here by the catalog's verbs on the same database.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from catalog import bases, claims, prepared
+from catalog.db import Database
+from catalog.packing import Room
+from catalog.settings import Settings
+from tests.catalog.world import DESCRIPTION, manifest, sha
+
+httpx: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
+"""The HTTP library that this version of openai stands on."""
+ROOT = Path(__file__).parents[2]
+CHAT = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
+DATA = b"".join(json.dumps(CHAT).encode() + b"\n" for _ in range(20))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """The api as a process, its first key, and the database behind it."""
+
+    url: str
+    key: str
+    db: Database
+
+    def client(self, **given: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=self.key, _strict_response_validation=True, max_retries=2, **given
+        )
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    data_dir = tmp_path_factory.mktemp("service")
+    environment = {**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "api"]
+    made = subprocess.run(
+        [*command, "bootstrap", "--json"], env=environment, cwd=ROOT, capture_output=True, check=True, timeout=60
+    )
+    with subprocess.Popen(
+        [*command, "--log-level", "warning", "serve", "--port", "0"], env=environment, cwd=ROOT, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        url = json.loads(child.stdout.readline())["url"]
+        db = Database(Settings(data_dir=data_dir).resolved_database_url())
+        bases.add(db, name="smol", kind="folder", source="/models/smol")
+        bases.finish_import(db, "smol", digest=sha("smol"), manifest={"files": []}, description=DESCRIPTION)
+        yield Service(url=url, key=json.loads(made.stdout)["api_key"], db=db)
+        db.close()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with service.client() as client:
+        yield client
+
+
+def prepare(db: Database) -> None:
+    while unprepared := claims.next_unprepared(db, worker_id="w", lease_seconds=60):
+        file_digest = unprepared.training_file.digest
+        key = prepared.key(file_digest, "tokenizer", 512)
+        prepared.put(db, key, file_digest=file_digest, artifact=manifest("tokens", kind="tokens"), report={"rows": 20})
+        claims.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
+
+
+def train(db: Database) -> None:
+    """Every queued job, to its end."""
+    prepare(db)
+    claims.register_worker(db, worker_id="w", host="h", pid=1, devices=["cpu"], version="1", memory_bytes=10**12)
+    room = Room(max_jobs=8, memory_bytes_free=10**12)
+    for claim in claims.claim_pack(db, worker_id="w", trainer_id="t", room=room, lease_seconds=60):
+        claims.started(db, claim.claim_id, trainer_id="t", resumed_from_step=0)
+        points = [{"kind": "train", "step": step, "loss": 2.0 / step, "token_accuracy": 0.5} for step in (1, 2)]
+        claims.record_metrics(db, claim.claim_id, points)
+        claims.record_progress(db, claim.claim_id, {"step": 2, "num_steps": 2, "loss": 1.0, "seconds_left": 1.0})
+        checkpoint = manifest(claim.job.id, kind="checkpoint")
+        claims.record_checkpoint(db, claim.claim_id, step=1, artifact=checkpoint, metrics={"train_loss": 2.0})
+        claims.complete(
+            db,
+            claim.claim_id,
+            artifact=manifest(f"adapter {claim.job.id}"),
+            num_parameters=1,
+            verification={"passed": True},
+            evaluation=None,
+            trained_tokens=100,
+            lineage={},
+            lineage_id=sha("lineage"),
+        )
+
+
+def test_openai_client_goes_from_files_to_a_deleted_model(client: openai.OpenAI, service: Service) -> None:
+    training = client.files.create(file=("train.jsonl", DATA), purpose="fine-tune")
+    validation = client.files.create(file=("valid.jsonl", DATA), purpose="fine-tune")
+    client.files.wait_for_processing(training.id)
+    job = client.fine_tuning.jobs.create(
+        model="smol",
+        training_file=training.id,
+        validation_file=validation.id,
+        suffix="docs",
+        seed=7,
+        metadata={"team": "search"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+        extra_body={"lora": {"rank": 8}, "priority": "urgent"},
+    )
+    assert (job.status, job.seed, job.hyperparameters.n_epochs) == ("validating_files", 7, 2)
+    assert job.fine_tuned_model is None
+
+    train(service.db)
+    done = client.fine_tuning.jobs.retrieve(job.id)
+
+    assert (done.status, done.trained_tokens) == ("succeeded", 100)
+    assert done.fine_tuned_model is not None
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
+    assert events[0].message == "The job has successfully completed"
+    assert events[-1].message == f"Created fine-tuning job: {job.id}"
+    assert {event.type for event in events} == {"message", "metrics"}
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert checkpoint.fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-1"
+    assert checkpoint.metrics.train_loss == 2.0
+    model = client.models.retrieve(done.fine_tuned_model)
+    assert model.id in {listed.id for listed in client.models.list()}
+    assert client.models.delete(model.id).deleted is True
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve(model.id)
+    assert client.files.content(training.id).content == DATA
+    assert client.files.delete(training.id).deleted is True
+
+
+def test_openai_client_pages_through_jobs_and_files(client: openai.OpenAI) -> None:
+    files = [client.files.create(file=("x.jsonl", DATA), purpose="fine-tune").id for _ in range(5)]
+    made = [
+        client.fine_tuning.jobs.create(model="smol", training_file=files[0], metadata={"batch": "paging"}).id
+        for _ in range(5)
+    ]
+
+    listed = [job.id for job in client.fine_tuning.jobs.list(limit=2, metadata={"batch": "paging"})]
+    found = [file.id for file in client.files.list(limit=2, order="desc", purpose="fine-tune")]
+
+    assert listed == made[::-1]
+    assert [file_id for file_id in found if file_id in files] == files[::-1]
+
+
+def test_openai_client_cancels_pauses_and_resumes(client: openai.OpenAI, service: Service) -> None:
+    file = client.files.create(file=("x.jsonl", DATA), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="smol", training_file=file.id)
+
+    with service.client() as strict, pytest.raises(openai.APIResponseValidationError):
+        strict.fine_tuning.jobs.pause(job.id)  # the client's own list of statuses has no `paused`
+    paused = openai.OpenAI(base_url=f"{service.url}/v1", api_key=service.key).fine_tuning.jobs.retrieve(job.id)
+    resumed = client.fine_tuning.jobs.resume(job.id)
+    cancelled = client.fine_tuning.jobs.cancel(job.id)
+
+    assert (paused.status, resumed.status, cancelled.status) == ("paused", "validating_files", "cancelled")
+    with pytest.raises(openai.ConflictError) as conflict:
+        client.fine_tuning.jobs.cancel(job.id)
+    assert conflict.value.code == "job_already_final"
+
+
+def test_openai_client_raises_its_own_errors_with_all_their_parts(client: openai.OpenAI, service: Service) -> None:
+    with pytest.raises(openai.BadRequestError) as bad_file:
+        client.files.create(file=("x.jsonl", b"nonsense\n"), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError) as bad_rank:
+        client.fine_tuning.jobs.create(model="smol", training_file="x", extra_body={"lora": {"rank": 0}})
+    with pytest.raises(openai.NotFoundError) as no_model:
+        client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file="file-x")
+    with service.client(project="elsewhere") as other, pytest.raises(openai.AuthenticationError) as wrong_project:
+        other.files.list()
+    with (
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="sk-x") as alien,
+        pytest.raises(openai.AuthenticationError) as wrong_key,
+    ):
+        alien.models.list()
+    with pytest.raises(openai.NotFoundError) as no_route:
+        client.batches.list()
+
+    assert (bad_file.value.param, "Line 1" in bad_file.value.message) == ("file", True)
+    assert (bad_rank.value.param, bad_rank.value.code) == ("lora.rank", "invalid_value")
+    assert (no_model.value.param, no_model.value.code) == ("model", "model_not_found")
+    assert wrong_project.value.code == "mismatched_project"
+    assert wrong_key.value.type == "authentication_error"
+    assert no_route.value.code == "unknown_route"
+    assert all(error.value.request_id for error in (bad_file, bad_rank, no_model, wrong_key, no_route))
+
+
+def test_openai_client_whose_reply_is_lost_makes_one_job(client: openai.OpenAI, service: Service) -> None:
+    file = client.files.create(file=("x.jsonl", DATA), purpose="fine-tune")
+    counts: list[str] = []
+
+    class Lossy(httpx.HTTPTransport):
+        """The first answer to a new job gets lost on its way."""
+
+        def handle_request(self, request: Any) -> Any:
+            response = super().handle_request(request)
+            if request.method == "POST":
+                counts.append(request.headers["x-stainless-retry-count"])
+                if len(counts) == 1:
+                    response.read()
+                    response.close()
+                    raise httpx.ReadError("the connection broke")
+            return response
+
+    with service.client(http_client=httpx.Client(transport=Lossy())) as lossy:
+        made = lossy.fine_tuning.jobs.create(model="smol", training_file=file.id, metadata={"lost": "reply"})
+
+    jobs = list(client.fine_tuning.jobs.list(metadata={"lost": "reply"}))
+    assert counts == ["0", "1"]
+    assert [job.id for job in jobs] == [made.id]
