@@ -5,12 +5,13 @@ No pickle, no trust_remote_code, no auto_map: what can't be had without running 
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_core.errors import UnsupportedModel
 from lora_core.tensor_files import read_header, write_directory
@@ -35,7 +36,7 @@ def import_base(
 
 
 def read_config(folder: Path) -> Any:
-    """The config of a folder. Raises UnsupportedModel if it asks for code or isn't a causal LM."""
+    """The config of a folder. Raises UnsupportedModel if it asks for code or isn't a dense causal LM."""
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -43,6 +44,7 @@ def read_config(folder: Path) -> Any:
         raise _refused(f"config.json of {folder.name!r} can't be read: {error}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise _refused(f"{config.model_type!r} has no causal language model")
+    refuse_unpackable(config)
     return config
 
 
@@ -59,6 +61,45 @@ def refuse_code(folder: Path) -> None:
             raise _refused(f"{path.name} has an auto_map, which means that it needs code of its own")
 
 
+def refuse_unpackable(config: Any) -> None:
+    """Experts mix the tokens of jobs; recurrent and convolutional layers carry state across sequences."""
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if any(getattr(config, name, None) for name in experts):
+        raise unpackable(config, "routes tokens to experts")
+    allowed = {"full_attention", "sliding_attention", "attention"}
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - allowed)
+    if foreign:
+        raise unpackable(config, f"has layers of kind {foreign}")
+
+
+def unpackable(config: Any, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"Models of type {config.model_type!r} aren't supported: this one {reason}.",
+        remedy="Choose a dense decoder such as a Llama, Qwen, Mistral, Gemma or GPT-2 model.",
+    )
+
+
+def load_with_transformers(folder: Path, *, dtype: torch.dtype, **source: str) -> PreTrainedModel:
+    """The model with every weight from the files: a missing one would be random. Raises UnsupportedModel."""
+    options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **source)
+    except RuntimeError as error:
+        raise mismatch("a weight has another shape") from error
+    model, report = loaded
+    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    if wrong:
+        raise mismatch(f"{wrong[0]} is missing or unknown")
+    return model
+
+
+def mismatch(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The weights don't match config.json: {reason}.",
+        remedy="Import the base model again from a complete source.",
+    )
+
+
 def _refused(reason: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"This base model is refused: {reason}.",
@@ -67,11 +108,15 @@ def _refused(reason: str) -> UnsupportedModel:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """A snapshot at one commit; without a revision, the newest commit now."""
+    """A snapshot at one commit: `revision` itself, or what it (or the default branch) points at now."""
     from huggingface_hub import HfApi, snapshot_download
 
-    commit = revision or HfApi().model_info(repository).sha
-    return Path(snapshot_download(repository, revision=commit, allow_patterns=ALLOWED_FILES))
+    try:
+        is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+        commit = revision if is_commit else HfApi().model_info(repository, revision=revision).sha
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=ALLOWED_FILES))
+    except (OSError, ValueError) as error:
+        raise _refused(f"the hub doesn't give {repository!r} at {revision or 'its newest commit'}") from error
 
 
 def _write_folder(folder: Path, directory: Path) -> None:
@@ -86,10 +131,7 @@ def _write_folder(folder: Path, directory: Path) -> None:
         raise _refused("its weights are quantised")
     dtypes = {dtype for path in tensor_files for dtype, _ in read_header(path).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
-    _save_model(model, directory)
+    _save_model(load_with_transformers(folder, dtype=dtype), directory)
     _save_tokenizer(folder, directory)
 
 
@@ -100,9 +142,7 @@ def _write_gguf(path: Path, directory: Path) -> None:
             raise _refused(f"{path.name} is not a GGUF file")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file="model.gguf", dtype=torch.bfloat16, local_files_only=True
-        )
+        model = load_with_transformers(Path(folder), dtype=torch.bfloat16, gguf_file="model.gguf")
         _forget_quantisation(model)
         _save_model(model, directory)
         _save_tokenizer(Path(folder), directory, gguf_file="model.gguf")
@@ -119,6 +159,7 @@ def _forget_quantisation(model: Any) -> None:
 def _save_model(model: Any, directory: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(directory, safe_serialization=True)
+    read_config(directory)
 
 
 def _save_tokenizer(folder: Path, directory: Path, **source: str) -> None:

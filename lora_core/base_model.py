@@ -15,8 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
-from lora_core.base_import import import_base, read_config
-from lora_core.errors import UnsupportedModel
+from lora_core.base_import import (
+    import_base,
+    load_with_transformers,
+    mismatch,
+    read_config,
+    unpackable,
+)
 from lora_core.objectives import Head
 from lora_core.tensor_files import read_header
 
@@ -111,7 +116,7 @@ def load_base(base_dir: Path, *, dtype: Literal["bfloat16", "float32"], device: 
     weights = {name: weight.to(device, torch_dtype) for name, weight in weights.items()}
     model = _build_empty(config, torch_dtype)
     if not _assign(model, weights):
-        model = _load_renamed(base_dir, torch_dtype)
+        model = load_with_transformers(base_dir, dtype=torch_dtype)  # older names in the file: a copy
     nn.Module.to(model, device)
     model.requires_grad_(False).eval()
     return BaseModel(model=model, dtype=torch_dtype, device=device)
@@ -119,34 +124,16 @@ def load_base(base_dir: Path, *, dtype: Literal["bfloat16", "float32"], device: 
 
 def build_model(config: Any) -> PreTrainedModel:
     """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
-    refuse_unpackable(config)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     refuse_experts(model)
     return model
 
 
-def refuse_unpackable(config: Any) -> None:
-    """Experts mix the tokens of jobs, and recurrent or convolutional layers carry state across sequences."""
-    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    if any(getattr(config, name, None) for name in experts):
-        raise _unsupported(config, "routes tokens to experts")
-    allowed = {"full_attention", "sliding_attention", "attention"}
-    if set(getattr(config, "layer_types", None) or ()) - allowed:
-        raise _unsupported(config, f"has layers of kind {sorted(set(config.layer_types) - allowed)}")
-
-
 def refuse_experts(model: PreTrainedModel) -> None:
     if any(parameter.ndim > 2 for parameter in model.parameters()):
-        raise _unsupported(model.config, "has weights that aren't plain matrices (experts or convolutions)")
+        raise unpackable(model.config, "has weights that aren't plain matrices (experts or convolutions)")
     if not model._can_set_attn_implementation():
-        raise _unsupported(model.config, "has its own attention, which can't be packed")
-
-
-def _unsupported(config: Any, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"Models of type {config.model_type!r} aren't supported: this one {reason}.",
-        remedy="Choose a dense decoder such as a Llama, Qwen, Mistral, Gemma or GPT-2 model.",
-    )
+        raise unpackable(model.config, "has its own attention, which can't be packed")
 
 
 def _build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -165,28 +152,9 @@ def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:
     try:
         model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
-        raise _mismatch(str(error)) from error
+        raise mismatch(str(error)) from error
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
-        raise _mismatch(f"{missing[0]} is missing")
+        raise mismatch(f"{missing[0]} is missing")
     return True
-
-
-def _load_renamed(base_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """For families whose files keep older names: transformers renames while it copies."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        base_dir, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True
-    )
-    model, report = loaded
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise _mismatch(f"{wrong[0]} is missing, unknown or of another shape")
-    return model
-
-
-def _mismatch(reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"The weights don't match config.json: {reason}.",
-        remedy="Import the base model again from a complete source.",
-    )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.adapters import AdapterRow
 from lora_core.errors import BadCheckpoint, UnsafeFile
-from lora_core.job import Job, Progress, data_digest
+from lora_core.job import Job, Progress
 from lora_core.tensor_files import read_header, write_directory, write_json
 
 FORMAT = 1
@@ -34,7 +34,7 @@ def _write(job: Job, directory: Path) -> None:
         "epoch": epoch,
         "position_in_epoch": position,
         "config_digest": job.config.digest(),
-        "data_digest": data_digest(job.train, job.valid),
+        "data_digest": job.data_digest,
         "targets": [target.name for target in job.row.targets],
         "row_sha256": hashlib.sha256(row_file.read_bytes()).hexdigest(),
     }

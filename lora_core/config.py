@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from lora_core.errors import ConfigError
 
@@ -104,8 +104,8 @@ class JobConfig:
         _require(self.slice_tokens >= 1, "slice_tokens", self.slice_tokens, "at least 1")
 
     def digest(self) -> str:
-        """sha256 of the canonical JSON: a checkpoint names the configuration that it continues."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """sha256 of the canonical JSON (16 and 16.0 are one number): a checkpoint names what it continues."""
+        canonical = json.dumps(_canonical(asdict(self)), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -123,6 +123,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
         _require(_is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
+
+
+def _canonical(value: object) -> object:
+    if isinstance(value, dict):
+        fields = cast(dict[str, object], value)
+        return {name: _canonical(field) for name, field in fields.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_positive(value: float) -> bool:

@@ -2,6 +2,7 @@
 """Tokenised rows, their order, and how a batch is cut into slices: pure functions of the job alone."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +83,14 @@ def rows_of_step(*, num_rows: int, batch_size: int, seed: int, step: int) -> lis
 
     Epoch e is the permutation keyed by (seed, e), so the data cursor is the step number alone.
     """
-    orders: dict[int, NDArray[np.int64]] = {}
-    rows: list[int] = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index = divmod(position, num_rows)
-        if epoch not in orders:
-            orders[epoch] = permutation("order", seed, epoch, count=num_rows)
-        rows.append(int(orders[epoch][index]))
-    return rows
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    cursors = [divmod(position, num_rows) for position in positions]
+    return [int(_epoch_order(seed, epoch, num_rows)[index]) for epoch, index in cursors]
+
+
+@lru_cache(maxsize=32)
+def _epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
+    return permutation("order", seed, epoch, count=num_rows)
 
 
 def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int) -> list[tuple[int, ...]]:

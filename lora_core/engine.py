@@ -148,8 +148,8 @@ class Engine:
 
     def _tick_tokens(self) -> int:
         """The budget, less what memory or the wished length of a tick forbids."""
-        by_time = int(self._rate * self.config.max_tick_seconds) or self.config.token_budget
-        return min(self.config.token_budget, self._largest_tick, by_time)
+        limit = min(self.config.token_budget, self._largest_tick)
+        return min(limit, int(self._rate * self.config.max_tick_seconds)) if self._rate else limit
 
     def _learn_rate(self, num_tokens: int, seconds: float) -> None:
         rate = num_tokens / seconds

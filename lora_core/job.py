@@ -8,6 +8,7 @@ depends on the job alone. Only a completed step changes the weights, so a droppe
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -22,11 +23,12 @@ from lora_core.turns import Kind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A step or an evaluation: its slices (rows of `dataset` each), and the labels and tokens of them all."""
+    """A step or an evaluation: its slices (rows of `dataset`), and the labels and tokens of them all."""
 
     kind: Kind
     dataset: TokenDataset
     slices: tuple[tuple[int, ...], ...]
+    tokens_of_slices: tuple[int, ...]
     num_labels: int
     num_tokens: int
 
@@ -81,14 +83,17 @@ class Job:
         self.tally = Tally()
         self.pending: list[Event] = self._begin_unit()
 
+    @cached_property
+    def data_digest(self) -> str:
+        return data_digest(self.train, self.valid)
+
     @property
     def step(self) -> int:
         return self.progress.step
 
     def next_num_tokens(self) -> int:
-        unit = self.unit
-        assert unit is not None
-        return int(unit.dataset.row_lengths()[list(unit.slices[self.tally.next_slice])].sum())
+        assert self.unit is not None
+        return self.unit.tokens_of_slices[self.tally.next_slice]
 
     def next_slice(self) -> SliceInput:
         """The slice to compute now; asking twice gives the same one."""
@@ -194,10 +199,12 @@ class Job:
 def make_unit(kind: Kind, dataset: TokenDataset, rows, slice_tokens: int) -> Unit:
     rows = list(rows)
     lengths = dataset.row_lengths()
+    slices = tuple(cut_slices(rows, lengths, slice_tokens=slice_tokens))
     return Unit(
         kind=kind,
         dataset=dataset,
-        slices=tuple(cut_slices(rows, lengths, slice_tokens=slice_tokens)),
+        slices=slices,
+        tokens_of_slices=tuple(int(lengths[list(part)].sum()) for part in slices),
         num_labels=sum(int(dataset.row(row)[1].sum()) for row in rows),
         num_tokens=int(lengths[rows].sum()),
     )

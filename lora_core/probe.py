@@ -16,7 +16,7 @@ from lora_core.base_model import BaseModel
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.counter_random import random_words, uniform
 from lora_core.errors import UnsupportedModel
-from lora_core.export import packed_logits
+from lora_core.export import PROBE_POSITIONS, packed_logits
 from lora_core.job import SliceScores
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_training
@@ -44,23 +44,25 @@ def measure_invariance(base: BaseModel) -> Invariance:
 
 
 def refuse_mixing(base: BaseModel) -> None:
-    """Packed logits without adapters must be those of transformers' own forward, one sequence at a time."""
-    ids = np.stack([_ids(base, "mixing", index, count=24) for index in range(2)])
+    """Packed logits without adapters must be those of transformers, and not change with later tokens."""
+    ids = np.stack([_ids(base, "mixing", count=24)] * 2)
+    ids[1, -1] = (ids[0, -1] + 1) % base.vocab_size
     bare = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
     packed = packed_logits(base, bare, ids)
     with base.untouched() as model, torch.no_grad():
         rows = [torch.from_numpy(row.astype(np.int64))[None].to(base.device) for row in ids]
-        reference = torch.cat(
-            [model(input_ids=row, use_cache=False).logits[:, -2:].float().cpu() for row in rows]
-        )
+        logits = [model.forward(input_ids=row, use_cache=False).logits for row in rows]
+    reference = torch.cat([row[:, -PROBE_POSITIONS:].float().cpu() for row in logits])
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[base.dtype] * float(reference.abs().max())
     if float((packed - reference).abs().max()) > limit:
         raise _mixes("logits differ from transformers' own")
+    if float((packed[0, 0] - packed[1, 0]).abs().max()) > limit:
+        raise _mixes("logits change with later tokens")
 
 
 def _mixes(reason: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"This base model doesn't keep packed sequences apart: its {reason}.",
+        f"This base model can't be packed: its {reason}.",
         remedy="Choose a decoder whose attention follows transformers' attention interface.",
     )
 

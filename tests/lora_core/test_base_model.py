@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_a_safetensors_bomb_is_refused_on_import_and_on_load(source, base_dirs, 
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_weights_that_do_not_match_the_config_are_refused(source, change):
+def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, change):
     weights = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     if change == "missing":
@@ -182,6 +183,8 @@ def test_weights_that_do_not_match_the_config_are_refused(source, change):
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedModel, match="don't match"):
         load_base(source, dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModel, match="don't match"):
+        import_folder(source, tmp_path / "base")
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
@@ -205,6 +208,23 @@ def test_the_hub_is_asked_for_one_commit_and_only_for_safe_files(source, tmp_pat
     assert (asked["repository"], asked["revision"]) == ("org/model", "a" * 40)
     assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])
     assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(source, tmp_path, monkeypatch):
+    asked = []
+    commit = SimpleNamespace(sha="b" * 40)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, revision: asked.append(revision) or commit
+    )
+
+    def snapshot_download(_, *, revision, **__):
+        asked.append(revision)
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UnsupportedModel, match="hub doesn't give 'org/model' at main"):
+        import_base(source="org/model", kind="hub", revision="main", target_dir=tmp_path / "base")
+    assert asked == ["main", "b" * 40]
 
 
 @pytest.mark.slow

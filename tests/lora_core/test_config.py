@@ -46,6 +46,8 @@ def test_numbers_out_of_range_are_refused_by_name(make, field, bad):
 def test_the_digest_follows_every_field():
     assert config().digest() == config().digest()
     assert config(seed=1).digest() != config(seed=2).digest()
+    whole = replace(config(), optimizer=OptimizerConfig(learning_rate=1))
+    assert whole.digest() == replace(config(), optimizer=OptimizerConfig(learning_rate=1.0)).digest()
     assert config(dropout=0.1).digest() != config(dropout=0.2).digest()
 
 

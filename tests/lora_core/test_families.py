@@ -86,3 +86,9 @@ def test_experts_and_recurrent_models_are_refused_by_name(tmp_path, family, opti
     with pytest.raises(UnsupportedModel, match=family) as caught:
         load_base(tmp_path, dtype="float32", device="cpu")
     assert "dense decoder" in caught.value.remedy
+
+
+def test_an_encoder_is_refused(tmp_path):
+    base = load_base(save("bert", tmp_path / "base"), dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModel, match="can't be packed"):
+        Engine(base, EngineConfig())

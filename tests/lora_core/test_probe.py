@@ -22,7 +22,7 @@ def test_small_differences_are_called_allclose(load, monkeypatch):
 
 def test_large_differences_are_refused(load, monkeypatch):
     disturbed(monkeypatch, size=0.5)
-    with pytest.raises(UnsupportedModel, match="apart"):
+    with pytest.raises(UnsupportedModel, match="change with the packmates"):
         Engine(load("llama"), EngineConfig())
 
 
@@ -38,6 +38,15 @@ def test_attention_across_sequences_is_refused(load, monkeypatch):
     monkeypatch.setattr("lora_core.export.build_pack", merged)
     with pytest.raises(UnsupportedModel, match="transformers' own"):
         Engine(load("llama"), EngineConfig())
+
+
+def test_attention_to_later_tokens_is_refused(load):
+    base = load("llama")
+    for module in base.model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    with pytest.raises(UnsupportedModel, match="later tokens"):
+        Engine(base, EngineConfig())
 
 
 def disturbed(monkeypatch, *, size: float) -> None:
