@@ -79,6 +79,16 @@ def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(wor
     assert recovery.expire(world.db, grace_seconds=LEASE) == 1
 
 
+def test_a_clock_that_was_set_back_does_not_strand_the_job_of_a_dead_worker(world: World) -> None:
+    world.running()
+    world.beat()
+    world.clock.turn(-3600)
+
+    world.pass_time(LEASE + 15)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+
 def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> None:
     cancelled, paused = world.queued(), world.queued()
     world.claim()
