@@ -16,7 +16,7 @@ from tests.catalog.world import World
 JOBS = "/v1/fine_tuning/jobs"
 
 
-def create(client: TestClient, world: World, *, headers: dict[str, str] | None = None, **fields: Any) -> Any:
+def create(client: TestClient, world: World, *, headers: Any = None, **fields: Any) -> Any:
     body = {"model": "smol", "training_file": world.file_id, **fields}
     return client.post(JOBS, json=body, headers=headers or {})
 
