@@ -51,7 +51,7 @@ export function power(value, digits = 2) {
   if (value === 0 || (Math.abs(value) >= 0.001 && Math.abs(value) < 1e5)) return String(Number(value.toPrecision(4)));
   const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
   const raised = [...exponent.replace("+", "")].map((sign) => SUPERSCRIPT[sign]).join("");
-  return `${Number(mantissa)} × 10${raised}`;
+  return `${Number(mantissa)}\u00a0×\u00a010${raised}`;
 }
 
 export function duration(seconds) {

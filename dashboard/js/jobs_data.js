@@ -1,44 +1,59 @@
-// The list of jobs as a page holds it: read by pages of the API, read again when the queue says that something moved.
+// The list of jobs as a page holds it: read by pages of the API, moved along by the queue's stream, and read again
+// when a job has come, gone or changed its state.
 import { useCallback, useEffect, useRef, useState } from "./html.js";
 import { query, read } from "./api.js";
 import { listen, throttle } from "./live.js";
 import { announce } from "./parts/announce.js";
 import { FINAL, stateWord } from "./parts/basics.js";
 import { jobName } from "./parts/progress.js";
+import { useCurves } from "./curves_data.js";
 
 const PAGE = 50;
 const RELOAD_MS = 1000;
-const SPARK_POINTS = 60;
+const OLDEST_MS = 15000;
+const QUEUE = "/v1/queue/stream";
+const NOTHING = { jobs: [], queue: {}, hasMore: false, error: null, loading: true, readAt: 0 };
 
 /** {jobs, queue, hasMore, more, error, loading, curves, reload}; `queue` and `curves` map a job's id to its entry and points. */
 export function useJobs() {
-  const [state, setState] = useState({ jobs: [], queue: {}, hasMore: false, error: null, loading: true });
+  const [state, setState] = useState(NOTHING);
+  const held = useRef(NOTHING);
   const pages = useRef(1);
-  const curves = useCurves(state.jobs);
+  const put = (next) => { held.current = next; setState(next); };
 
   const reload = useCallback(async () => {
     try {
-      const [{ jobs, hasMore }, queue] = await Promise.all([readPages(pages.current), read("/v1/queue")]);
-      const entries = Object.fromEntries(queue.jobs.map((entry) => [entry.job_id, entry]));
-      setState((was) => { tellChanges(was.jobs, jobs); return { jobs, queue: entries, hasMore, error: null, loading: false }; });
+      const [{ jobs, hasMore }, snapshot] = await Promise.all([readPages(pages.current), read("/v1/queue")]);
+      tellChanges(held.current.jobs, jobs);
+      put({ jobs, queue: byId(snapshot), hasMore, error: null, loading: false, readAt: Date.now() });
     } catch (error) {
-      setState((was) => ({ ...was, error, loading: false }));
+      put({ ...held.current, error, loading: false });
     }
   }, []);
 
-  useLive("/v1/queue/stream", reload);
-  const more = () => { pages.current += 1; return reload(); };
-  return { ...state, curves, reload, more };
-}
-
-/** Run `reload` now, at every event of the stream (once a second at most) and at each reconnection. */
-export function useLive(path, reload) {
   useEffect(() => {
     const soon = throttle(reload, RELOAD_MS);
     soon();
-    const close = listen(path, { queue: soon, job: soon, message: soon }, soon);
+    const moved = (snapshot) => {
+      if (Date.now() - held.current.readAt > OLDEST_MS || isOutdated(held.current, snapshot)) soon();
+      else put(withProgress(held.current, snapshot));
+    };
+    const close = listen(QUEUE, { queue: moved }, soon);
     return () => { soon.cancel(); close(); };
-  }, [path]);
+  }, []);
+
+  const more = () => { pages.current += 1; return reload(); };
+  return { ...state, curves: useCurves(state.jobs), reload, more };
+}
+
+/** Run `reload` now, whenever the queue moves (once a second at most) and at each reconnection. */
+export function useLive(reload) {
+  useEffect(() => {
+    const soon = throttle(reload, RELOAD_MS);
+    soon();
+    const close = listen(QUEUE, { queue: soon }, soon);
+    return () => { soon.cancel(); close(); };
+  }, []);
 }
 
 async function readPages(number) {
@@ -53,34 +68,25 @@ async function readPages(number) {
   return { jobs, hasMore: true };
 }
 
+const byId = (snapshot) => Object.fromEntries(snapshot.jobs.map((entry) => [entry.job_id, entry]));
+
+/** Whether the queue knows of a job, an end or a change of state that the list does not. */
+function isOutdated({ jobs, hasMore }, snapshot) {
+  const entries = byId(snapshot);
+  const states = new Map(jobs.map((job) => [job.id, job.status]));
+  const oldest = hasMore ? jobs.at(-1).created_at : -Infinity;
+  const isNews = (entry) => (states.has(entry.job_id) ? states.get(entry.job_id) !== entry.state : entry.created_at >= oldest);
+  return snapshot.jobs.some(isNews) || jobs.some((job) => !FINAL.has(job.status) && !entries[job.id]);
+}
+
+function withProgress(held, snapshot) {
+  const queue = byId(snapshot);
+  const jobs = held.jobs.map((job) => (queue[job.id]?.progress ? { ...job, progress: queue[job.id].progress } : job));
+  return { ...held, jobs, queue };
+}
+
 function tellChanges(before, after) {
   const states = new Map(before.map((job) => [job.id, job.status]));
   const moved = after.filter((job) => states.has(job.id) && states.get(job.id) !== job.status);
   if (moved.length) announce(moved.map((job) => `${jobName(job)} is ${stateWord(job.status)}`).join(". "));
-}
-
-/** Points of every job that has trained. A finished job's are read once; a running one's when its step has moved. */
-function useCurves(jobs) {
-  const [curves, setCurves] = useState({});
-  const read_at = useRef(new Map());
-  useEffect(() => {
-    const due = jobs.filter((job) => isDue(job, read_at.current));
-    due.forEach((job) => read_at.current.set(job.id, mark(job)));
-    due.forEach(async (job) => {
-      try {
-        const { data } = await read(`/v1/fine_tuning/jobs/${job.id}/metrics${query({ kind: "train", max_points: SPARK_POINTS })}`);
-        setCurves((was) => ({ ...was, [job.id]: data }));
-      } catch {
-        read_at.current.delete(job.id);
-      }
-    });
-  }, [jobs]);
-  return curves;
-}
-
-const mark = (job) => (FINAL.has(job.status) ? "final" : job.progress?.step);
-
-function isDue(job, read_at) {
-  const trained = job.progress?.step > 0 || job.status === "succeeded";
-  return trained && read_at.get(job.id) !== mark(job);
 }

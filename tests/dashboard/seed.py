@@ -73,7 +73,7 @@ def start(data_dir: Path) -> Seeded:
         pepper=pepper,
         caller=keys.authenticate(db, secret=api_key, pepper=pepper),
         api_key=api_key,
-        training=upload(db, store, settings, project, "signatures-train.jsonl", 410),
+        training=upload(db, store, settings, project, "signatures-train.jsonl", NUM_STEPS * 4 // 3),
         validation=upload(db, store, settings, project, "signatures-held-out.jsonl", 96),
     )
 
@@ -105,7 +105,6 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
         "validation_file": seeded.validation.id,
         "suffix": suffix,
         "hyperparameters": {"batch_size": 4, "n_epochs": 3},
-        "max_steps": NUM_STEPS,
     }
     request = JobRequest.model_validate({**given, **fields})
     digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
@@ -151,7 +150,6 @@ def train(seeded: Seeded, claim_id: str, *, until: int, since: int = 0, seed: in
     progress = {
         "step": until,
         "num_steps": NUM_STEPS,
-        "epoch": round(3 * until / NUM_STEPS, 3),
         "loss": last,
         "tokens_per_second": 150.0 + 7 * seed,
         "seconds_left": (NUM_STEPS - until) * 1.4,

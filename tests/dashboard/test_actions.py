@@ -82,9 +82,12 @@ def test_a_lineage_record_can_be_read_and_taken_as_it_is(filled: Service, visit:
     visitor = visit(filled)
     visitor.open(address(filled, "#/adapters/docstrings-r16"))
 
-    visitor.page.get_by_role("heading", name="results").wait_for()
+    told = visitor.page.get_by_role("region", name="Lineage").locator("dl").first.inner_text()
+    visitor.page.get_by_text("results", exact=True).click()
+    visitor.page.get_by_text("Loss log", exact=False).wait_for()
     visitor.page.get_by_text("The record as JSON").click()
 
+    assert "240 steps, 81\u202f240 tokens" in told
     assert '"format": "lorry.lineage/1"' in visitor.page.locator(".raw pre").inner_text()
 
 

@@ -21,7 +21,8 @@ PLACES = {
     "workers": "#/workers",
     "no such page": "#/nowhere",
 }
-LOOKS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
+LOOKS = [(1280, "light"), (390, "dark")]
+OTHER_LOOKS = [(1280, "dark"), (390, "light")]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -38,7 +39,19 @@ def test_a_page_fits_its_window_and_is_accessible(
     visitor.assert_accessible()
 
 
-@pytest.mark.parametrize(("width", "scheme"), LOOKS)
+@pytest.mark.parametrize(("width", "scheme"), OTHER_LOOKS)
+def test_no_page_is_wider_than_its_window_in_the_other_looks(
+    filled: Service, visit: Visit, width: int, scheme: str
+) -> None:
+    visitor = visit(filled, width=width, scheme=scheme)
+
+    for place in PLACES.values():
+        visitor.open(address(filled, place))
+
+        visitor.assert_fits()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [*LOOKS, *OTHER_LOOKS])
 def test_the_sign_in_page_fits_its_window_and_is_accessible(
     filled: Service, visit: Visit, width: int, scheme: str
 ) -> None:

@@ -1,45 +1,65 @@
-// An adapter's lineage record, readable and as it is: the raw record is what the lineage id is the digest of.
+// An adapter's lineage record: what matters in a few lines, every chapter to open, and the raw record,
+// which is what the lineage id is the digest of.
 import { html } from "../html.js";
-import { Copy, Failure, Id, Panel } from "../parts/basics.js";
+import { link } from "../router.js";
+import { Copy, Facts, Failure, Id, Panel } from "../parts/basics.js";
 import * as format from "../format.js";
 
-const FLAT_LENGTH = 16;
+const KNOWN_FORMAT = "lorry.lineage/1";
+const DIGEST_LENGTH = 16;
+const INLINE_LENGTH = 60;
 
 export function Lineage({ record, error, adapter }) {
   const content = record?.lineage;
-  return html`<${Panel} title="Lineage" id="lineage" aside=${html`<${Id} id=${adapter.lineage_id} what="lineage id" length=${16} />`}>
+  return html`<${Panel} title="Lineage" id="lineage" aside=${html`<${Id} id=${adapter.lineage_id} what="lineage id" length=${DIGEST_LENGTH} />`}>
     ${error && html`<${Failure} error=${error} />`}
-    ${content && html`<div class="lineage">${Object.entries(content).map(([name, value]) => html`<${Chapter} key=${name} name=${name} value=${value} />`)}</div>
-      <details class="raw"><summary>The record as JSON</summary>
-        <div class="raw-tools"><${Copy} text=${JSON.stringify(content, null, 2)} what="record" /></div>
-        <pre tabindex="0">${JSON.stringify(content, null, 2)}</pre></details>`}
+    ${content && html`
+      ${content.format === KNOWN_FORMAT && html`<${Facts} rows=${summary(content)} />`}
+      <div class="chapters" role="group" aria-label="Chapters of the record">${Object.entries(content).filter(([, value]) => isBranch(value)).map(([name, value]) => html`<details key=${name} class="chapter">
+        <summary>${words(name)}</summary><${Branch} value=${value} /></details>`)}
+        <details class="chapter raw"><summary>The record as JSON</summary>
+          <div class="raw-tools"><${Copy} text=${JSON.stringify(content, null, 2)} what="record" /></div>
+          <pre tabindex="0">${JSON.stringify(content, null, 2)}</pre></details></div>`}
   <//>`;
+}
+
+/** What a reviewer asks first: from what, on what, by whom, how often, with what result. */
+function summary({ job, base, data, attempts, results, code, people }) {
+  const digest = (value) => html`<code class="soft" title=${value}>${format.short(value, DIGEST_LENGTH)}</code>`;
+  const mates = new Set(attempts.flatMap((attempt) => attempt.packmates)).size;
+  return [
+    ["Made by", html`<a href=${link.job(job)}>${job}</a>`],
+    ["On the base", html`${base.name}${base.source && `, ${base.source}`}${base.revision && ` at ${base.revision}`} ${digest(base.digest)}`],
+    ...data.map((source) => [source.role === "training" ? "Trained on" : "Measured on", html`${source.file}, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
+    ["Asked for", html`by ${people.requested_by}, <time datetime=${people.requested_at}>${format.absolute(Date.parse(people.requested_at) / 1000)}</time>`],
+    ["Attempts", `${format.count(attempts.length)}, the last on ${attempts.at(-1)?.worker}${mates ? `, together with ${format.plural(mates, "other job")}` : ", alone"}`],
+    ["Came to", `${format.plural(results.steps, "step")}, ${format.count(results.trained_tokens)} tokens`],
+    ["Repeatable", leaf(results.determinism)],
+    ["By the code", Object.entries(code).map(([name, version]) => `${name} ${version}`).join(", ")],
+  ];
 }
 
 const words = (key) => key.replace(/^num_/, "").replaceAll("_", " ").replace(/^lora$/, "LoRA");
 
-function Chapter({ name, value }) {
-  if (value === null || typeof value !== "object") return html`<dl class="facts chapter"><div><dt>${words(name)}</dt><dd>${leaf(value, name)}</dd></div></dl>`;
-  return html`<section class="chapter"><h3>${words(name)}</h3><${Branch} value=${value} /></section>`;
-}
+const isBranch = (value) => value !== null && typeof value === "object";
 
-/** Nested records, indented; a list of plain values stays on one line. */
+/** Nested records, indented; what is short stays on one line. */
 function Branch({ value }) {
-  if (Array.isArray(value)) {
-    if (value.every((one) => one === null || typeof one !== "object")) return html`<span>${value.length ? value.map(String).join(", ") : "none"}</span>`;
-    return html`<ol class="branches">${value.map((one, index) => html`<li key=${index}><${Branch} value=${one} /></li>`)}</ol>`;
-  }
-  if (value === null || typeof value !== "object") return leaf(value);
-  return html`<dl class="facts">${Object.entries(value).map(([name, inner]) => html`<div key=${name} class=${inner !== null && typeof inner === "object" && !isPlainList(inner) ? "nested" : ""}>
-    <dt>${words(name)}</dt><dd>${inner !== null && typeof inner === "object" ? html`<${Branch} value=${inner} />` : leaf(inner, name)}</dd></div>`)}</dl>`;
+  if (!isBranch(value)) return leaf(value);
+  if (isShort(value)) return html`<span class="pad-inline">${inline(value)}</span>`;
+  if (Array.isArray(value)) return html`<ol class="branches">${value.map((one, index) => html`<li key=${index}><${Branch} value=${one} /></li>`)}</ol>`;
+  return html`<dl class="facts">${Object.entries(value).map(([name, inner]) => html`<div key=${name} class=${isBranch(inner) && !isShort(inner) ? "nested" : ""}>
+    <dt>${words(name)}</dt><dd>${isBranch(inner) && !isShort(inner) ? html`<${Branch} value=${inner} />` : isBranch(inner) ? inline(inner) : leaf(inner, name)}</dd></div>`)}</dl>`;
 }
 
-const isPlainList = (value) => Array.isArray(value) && value.every((one) => one === null || typeof one !== "object");
+const isShort = (value) => Array.isArray(value) && JSON.stringify(value).length <= INLINE_LENGTH;
+
+const inline = (list) => (list.length ? list.map((one) => (isBranch(one) ? JSON.stringify(one) : String(one))).join(", ") : "none");
 
 function leaf(value, name = "") {
-  if (value === null) return html`<span class="soft">none</span>`;
-  if (typeof value === "number" && name.endsWith("_at")) return format.absolute(value);
-  if (typeof value === "number") return Number.isInteger(value) ? format.count(value) : format.power(value);
+  if (value === null || value === undefined) return html`<span class="soft">none</span>`;
+  if (typeof value === "number" && name !== "seed") return Number.isInteger(value) ? format.count(value) : format.power(value);
   if (typeof value === "boolean") return value ? "yes" : "no";
-  return /^(sha256:)?[0-9a-f]{32,}$/.test(value) ? html`<code title=${value}>${format.short(value, FLAT_LENGTH)}</code>` : value;
+  if (isBranch(value)) return JSON.stringify(value);
+  return /^(sha256:)?[0-9a-f]{32,}$/.test(value) ? html`<code title=${value}>${format.short(value, DIGEST_LENGTH)}</code>` : String(value);
 }

@@ -19,7 +19,7 @@ export function AdaptersPage() {
       setState((was) => ({ ...was, loading: false, error }));
     }
   }, []);
-  useLive("/v1/queue/stream", load);
+  useLive(load);
   const more = async () => {
     const page = await read(`/v1/adapters${query({ limit: PAGE, after: state.adapters.at(-1).id })}`);
     setState((was) => ({ ...was, adapters: [...was.adapters, ...page.data], hasMore: page.has_more }));

@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { link } from "../router.js";
 import { useJob } from "../job_data.js";
 import { Ago, FINAL, Failure, Id, Loading, Panel, State, Until, stateWord } from "../parts/basics.js";
-import { Bar, done, jobName, numSteps } from "../parts/progress.js";
+import { Bar, done, epoch, jobName, numSteps } from "../parts/progress.js";
 import { Why } from "../parts/waiting.js";
 import { Actions } from "./job_actions.js";
 import { Curves } from "./job_curves.js";
@@ -61,7 +61,7 @@ function Headline({ job, train, valid }) {
   return html`<section class="headline" aria-label="Progress">
     <div class="headline-bar"><${Bar} job=${job} /><p><b>${part === null ? stateWord(job.status) : format.percent(part)}</b>
       ${numSteps(job) > 0 && html`<span>step ${format.count(progress.step ?? 0)} of ${format.count(numSteps(job))}</span>`}
-      ${typeof progress.epoch === "number" && html`<span>epoch ${progress.epoch.toFixed(2)}</span>`}</p></div>
+      ${epoch(job) !== null && html`<span>epoch ${epoch(job).toFixed(2)} of ${job.hyperparameters.n_epochs}</span>`}</p></div>
     <dl class="figures">
       ${FINAL.has(job.status)
         ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.finished_at ? `took ${format.duration(job.finished_at - job.created_at)}` : null} />`

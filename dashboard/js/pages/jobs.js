@@ -2,7 +2,7 @@
 import { html, useState } from "../html.js";
 import { link, replaceQuery, route } from "../router.js";
 import { Ago, Empty, FINAL, Failure, Loading, State, Until } from "../parts/basics.js";
-import { Bar, Sparkline, done, jobName, numSteps } from "../parts/progress.js";
+import { Bar, Sparkline, done, epoch, jobName, numSteps } from "../parts/progress.js";
 import { Bed } from "../parts/bed.js";
 import { Place } from "../parts/waiting.js";
 import { useResource } from "../resource.js";
@@ -125,10 +125,9 @@ function Row({ job, points, entry }) {
 function Progress({ job, entry }) {
   if (job.status === "failed") return html`<span class="sub bad-text clamp">${job.error?.message || "No reason was recorded."}</span>`;
   if (job.status === "queued" || job.status === "validating_files") return html`<${Place} job=${job} entry=${entry} />`;
-  const { step, epoch } = job.progress || {};
   if (done(job) === null) return html`<span class="sub">${job.status === "running" ? "Loading its base model and data." : "It had not begun to train."}</span>`;
-  return html`<${Bar} job=${job} /><span class="sub"><span>${format.count(step)} / ${format.count(numSteps(job))} steps</span>
-    ${typeof epoch === "number" && html`<span>epoch ${epoch.toFixed(1)}</span>`}</span>`;
+  return html`<${Bar} job=${job} /><span class="sub"><span>${format.count(job.progress?.step)} / ${format.count(numSteps(job))} steps</span>
+    ${epoch(job) !== null && html`<span>epoch ${epoch(job).toFixed(1)}</span>`}</span>`;
 }
 
 function Loss({ job, points }) {

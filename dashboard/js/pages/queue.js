@@ -10,7 +10,7 @@ import * as format from "../format.js";
 
 export function QueuePage() {
   const { data, error, loading, reload } = useResource("/v1/queue");
-  useLive("/v1/queue/stream", reload);
+  useLive(reload);
   const jobs = (data?.jobs || []).map(asJob);
   const waiting = jobs.filter((job) => job.status === "queued" || job.status === "validating_files");
   const running = jobs.filter((job) => job.status === "running");

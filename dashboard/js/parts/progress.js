@@ -11,6 +11,13 @@ export function done(job) {
 
 export const numSteps = (job) => job.progress?.num_steps ?? job.num_steps;
 
+/** Passes over the data so far; null where max_steps ends the job before them, which hides how long a pass is. */
+export function epoch(job) {
+  const total = numSteps(job);
+  if (!job.progress?.step || !total || total === job.max_steps) return null;
+  return (job.hyperparameters.n_epochs * job.progress.step) / total;
+}
+
 export function Bar({ job, label }) {
   const part = done(job);
   if (part === null) return null;
