@@ -66,7 +66,7 @@ def _bootstrap(running: Service, url: str) -> Connection:
     if known.api_key is None:
         output.say(
             f"No API key is known: {running.data_dir / connection.FILE_NAME} was lost, and a key is shown only once. "
-            f"Make a new one with: LORRY_DATA_DIR={running.data_dir} python -m api new-key"
+            f"Make a new one and set LORRY_API_KEY to it: LORRY_DATA_DIR={running.data_dir} python -m api new-key"
         )
     return known
 
