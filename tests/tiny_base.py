@@ -70,6 +70,7 @@ def _build(folder: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
+        initializer_range=0.1,
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=0,

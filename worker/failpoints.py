@@ -1,6 +1,6 @@
-"""Faults on demand: FAILPOINT=NAME:kill|hang|raise makes this process fail where it passes that name.
+"""Faults on demand: FAILPOINT=NAME:kill|hang|raise|wait=PATH makes this process fail where it passes that name.
 
-Several are separated by commas. Without the variable, passing a failpoint is one dictionary look-up.
+Several are separated by commas; `wait` goes on once PATH exists. Without the variable nothing happens.
 Names: after_claim, loading, step_K, in_checkpoint, uploading, before_complete, after_complete.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 VARIABLE = "FAILPOINT"
 
@@ -33,6 +34,7 @@ def _fail(name: str, action: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "raise":
         raise Failure(f"failpoint {name}")
-    assert action == "hang", f"{VARIABLE}: {action!r} is none of kill, hang, raise"
-    while True:
-        time.sleep(3600)
+    verb, _, path = action.partition("=")
+    assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is none of kill, hang, raise, wait=PATH"
+    while verb == "hang" or not Path(path).exists():
+        time.sleep(0.02)

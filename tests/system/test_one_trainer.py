@@ -1,0 +1,106 @@
+"""Continuous batching: jobs on one base share a trainer, whenever they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from catalog import jobs, records
+from catalog.db import Database
+from catalog.states import JobState
+from catalog.tables import Artifact, Json
+from tests.worker_site import worker_site
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_and_equal_solo(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        rows, held_out = site.upload(80), site.upload(12, seed=5)
+        batch = {"hyperparameters": {"batch_size": 16}, "checkpoint_every_steps": 1000, "validation_file": held_out}
+        kinds = [{**batch, "max_steps": 40, "lora": {"rank": rank}, "seed": rank} for rank in (4, 8)]
+        later = {**batch, "max_steps": 5, "lora": {"rank": 16}, "seed": 16}
+        together = [site.submit(rows, **kind) for kind in kinds]
+        site.start_worker(FAILPOINT=f"step_4:wait={site.gate('join')}")
+        site.wait_for_step(4, *together)
+        joiner = site.submit(rows, **later)
+        site.wait_for_message("admit")
+        site.gate("join").touch()
+
+        site.wait_for_end(*together, joiner)
+
+        packed = [*together, joiner]
+        assert [site.job(job_id).state for job_id in packed] == [JobState.SUCCEEDED] * 3, site.log()
+        assert len({site.job(job_id).trainer_id for job_id in packed}) == 1
+        for job_id in packed:
+            project_id = site.caller.project_id
+            (mates,) = jobs.packmates(site.db, project_id=project_id, job_id=job_id).values()
+            assert set(mates) == {other for other in packed if other != job_id}
+            evaluation = site.adapter(job_id).evaluation
+            assert evaluation is not None
+            assert evaluation["loss"] < evaluation["base_loss"]
+        alone = site.submit(rows, **later)
+        site.wait_for_end(alone)
+        assert site.weights_digest(alone) == site.weights_digest(joiner)
+
+
+def test_a_paused_job_leaves_the_trainer_and_resumes_from_where_it_was(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        project_id = site.caller.project_id
+        job_id = site.submit(site.upload(40), checkpoint_every_steps=1000, max_steps=20)
+        site.start_worker(FAILPOINT=f"step_10:wait={site.gate('pause')}")
+        site.wait_for_step(10, job_id)
+        jobs.pause(site.db, project_id=project_id, job_id=job_id)
+        site.wait_for_message("pause")
+
+        site.gate("pause").touch()
+
+        site.wait_until(lambda: site.job(job_id).state == JobState.PAUSED)
+        jobs.resume(site.db, project_id=project_id, job_id=job_id)
+        site.wait_for_end(job_id)
+        assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
+        assert site.attempts(job_id)[1].resumed_from_step == 10
+        assert len(jobs.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
+
+
+def test_a_file_with_nothing_to_learn_is_refused_by_name_and_harms_nobody(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        good = site.submit(site.upload(12), max_steps=2)
+        bad = site.submit(site.upload(12), max_steps=2, max_length=8)
+
+        site.work_until_done()
+
+        assert site.job(good).state == JobState.SUCCEEDED, site.log()
+        assert site.job(bad).state == JobState.FAILED
+        error = site.job(bad).error
+        assert error is not None
+        assert error["code"] == "nothing_to_learn"
+        assert error["param"] == "training_file"
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        job_id = site.submit(site.upload(40), max_steps=30, checkpoint_every_steps=10)
+        worker = site.start_worker(FAILPOINT="step_25:hang")
+        site.wait_until(lambda: len(_resumable(site.db, job_id)) == 2)
+        worker.kill()
+        newest = _resumable(site.db, job_id)[0]
+        row = next(file for file in newest if file["path"] == "row.safetensors")
+        blob = site.settings.data_dir / "store" / "blobs" / row["digest"][:2] / row["digest"]
+        content = bytearray(blob.read_bytes())
+        content[-1] ^= 1
+        blob.write_bytes(content)
+
+        site.start_worker()
+        site.wait_for_end(job_id)
+
+        assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
+        assert site.attempts(job_id)[1].resumed_from_step == 10
+        assert any("can't be used" in event.message for event in site.events(job_id))
+
+
+def _resumable(db: Database, job_id: str) -> list[list[Json]]:
+    """The files of each checkpoint that has its files, newest first."""
+    with db.read() as session:
+        return [session.get_one(Artifact, row.artifact).files for row in records.resumable(session, job_id)]

@@ -1,0 +1,65 @@
+"""The doorbell on a real Redis: a ring is all that a message is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import redis
+
+from catalog.states import JobState
+from tests.worker_site import WorkerSite, worker_site
+
+pytestmark = pytest.mark.timeout(600)
+WORKER = [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle"]
+
+
+def ring(site: WorkerSite, name: str, *arguments: object, times: int = 1) -> None:
+    """Send in a child, as the api does from its own process."""
+    program = f"""
+from worker.celery_app import app
+for _ in range({times}):
+    app.send_task({name!r}, args={list(arguments)!r})
+"""
+    assert site.start([sys.executable, "-c", program]).wait(60) == 0, site.log()
+
+
+def waiting_messages(url: str) -> int:
+    with redis.Redis.from_url(url) as client:
+        return int(client.llen("lorry:lorry"))  # pyright: ignore[reportArgumentType]
+
+
+def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Path, redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
+        job_id = site.submit(site.upload(12), max_steps=3)
+        ring(site, "lorry.work", times=100)
+        ring(site, "lorry.work", "ftjob-forged", {"claim_id": "mine"})
+        ring(site, f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
+        worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
+
+        site.wait_for_end(job_id)
+        site.wait_until(lambda: waiting_messages(redis_url) == 0)
+
+        assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
+        assert len(site.attempts(job_id)) == 1
+        assert len(site.adapters()) == 1
+        worker.terminate()
+        assert worker.wait(60) == 0, site.log()
+
+
+def test_the_sweep_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
+        job_id = site.submit(site.upload(12), max_steps=3)
+        site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
+
+        ring(site, "lorry.sweep")
+
+        site.wait_for_end(job_id)
+        assert site.job(job_id).state == JobState.SUCCEEDED, site.log()

@@ -1,0 +1,78 @@
+"""How a trainer is started: by flags alone, with no secret, and tied to its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker import node
+from worker.launch import child_environment, trainer_argv, trainer_environment
+from worker.tether import LOST_PARENT, OPTION, tethered
+
+ROOT = Path(__file__).parents[2]
+HOLDER = "import sys, threading; from worker import tether; tether.hold_on(sys.argv); threading.Event().wait()"
+
+
+def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("LORRY_PEPPER", "LORRY_DATABASE_URL", "LORRY_REDIS_URL", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN")
+    for name in secrets:
+        monkeypatch.setenv(name, "canary")
+
+    environment = trainer_environment(tmp_path, node.cpu(), num_threads=2)
+
+    assert "canary" not in environment.values()
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_only_a_child_that_downloads_may_know_the_hubs_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary")
+
+    assert "HF_TOKEN" not in child_environment()
+    assert child_environment(with_hub=True)["HF_TOKEN"] == "canary"
+
+
+def test_a_gpu_is_named_by_its_number_and_the_cpu_by_a_flag(tmp_path: Path) -> None:
+    gpu = node.Device(kind="cuda", index=3, name="GPU", memory_bytes=1)
+
+    on_gpu = trainer_argv(tmp_path, gpu, num_threads=1, silence_seconds=60)
+    on_cpu = trainer_argv(tmp_path, node.cpu(), num_threads=1, silence_seconds=60)
+
+    assert on_gpu[on_gpu.index("--gpu_ids") + 1] == "3"
+    assert "--cpu" in on_cpu
+    assert on_cpu[-1] == f"{OPTION}60"
+
+
+def hold(silence_seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, f"{OPTION}{silence_seconds}"], stdin=subprocess.PIPE, cwd=ROOT
+    )
+
+
+def test_a_trainer_ends_when_the_pipe_of_its_parent_closes() -> None:
+    with hold(silence_seconds=60) as child:
+        assert child.stdin is not None
+        child.stdin.close()
+
+        assert child.wait(30) == LOST_PARENT
+
+
+def test_a_trainer_ends_when_its_parent_shows_no_sign_of_life() -> None:
+    with hold(silence_seconds=0.2) as child:
+        assert child.wait(30) == LOST_PARENT
+
+
+def test_a_child_whose_parent_has_gone_already_does_not_begin() -> None:
+    argv = tethered([sys.executable, "-c", "print('began')"])
+    argv[argv.index(str(os.getpid()))] = "1"
+
+    ended = subprocess.run(argv, capture_output=True, cwd=ROOT, check=False)
+
+    assert ended.returncode == LOST_PARENT
+    assert ended.stdout == b""

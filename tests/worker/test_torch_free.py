@@ -1,0 +1,19 @@
+"""The worker's parents never load torch: a child interpreter says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "lora_core", "peft", "accelerate")
+
+
+@pytest.mark.parametrize("module", ["worker.supervise", "worker.loop", "worker.tasks", "worker.celery_app"])
+def test_a_parent_of_trainers_imports_nothing_heavy(module: str) -> None:
+    program = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert found.stdout.strip() == "[]"

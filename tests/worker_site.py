@@ -1,0 +1,190 @@
+"""A whole Lorry without its api, for tests: a data folder, the catalog's own verbs, and real worker processes."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from catalog import bases, files, jobs, keys, projects
+from catalog.artifacts.store import open_store
+from catalog.db import Database
+from catalog.keys import Caller
+from catalog.settings import Settings
+from catalog.spec import JobRequest
+from catalog.states import FINAL_STATES
+from catalog.tables import Adapter, Artifact, Job, JobEvent
+from tests import tiny_base
+
+ROOT = Path(__file__).parents[1]
+BASE = "tiny"
+WAIT_SECONDS = 120.0
+
+
+class WorkerSite:
+    """Everything that a worker needs, in one folder."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.environment = {
+            "LORRY_DATA_DIR": str(folder / "data"),
+            "LORRY_LEASE_SECONDS": "6",
+            "LORRY_HEARTBEAT_SECONDS": "0.5",
+            "LORRY_POLL_SECONDS": "0.1",
+            "LORRY_IDLE_SECONDS": "0",
+            **environment,
+        }
+        values = {name.removeprefix("LORRY_").lower(): value for name, value in self.environment.items()}
+        self.settings = Settings(**values)  # pyright: ignore[reportArgumentType]
+        self.folder = folder
+        self.db = Database(self.settings.resolved_database_url())
+        self.db.migrate()
+        self.store = open_store(self.settings)
+        project = projects.ensure(self.db)
+        key, _ = keys.create(self.db, project_id=project.id, name="test", pepper=b"pepper", is_operator=True)
+        self.caller = Caller(
+            api_key_id=key.id, project_id=project.id, project_name=project.name, is_operator=True, name="test"
+        )
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    # What a person does
+
+    def upload(self, rows: int, *, seed: int = 0) -> str:
+        path = tiny_base.write_chat(self.folder / f"rows-{rows}-{seed}.jsonl", rows, seed=seed)
+        content = path.read_bytes()
+        file = files.create(
+            self.db,
+            self.store,
+            project_id=self.caller.project_id,
+            purpose="fine-tune",
+            filename=path.name,
+            spooled=path,
+            num_bytes=len(content),
+            digest=hashlib.sha256(content).hexdigest(),
+            settings=self.settings,
+        )
+        return file.id
+
+    def submit(self, training_file: str, *, validation_file: str | None = None, **fields: Any) -> str:
+        body = {"model": BASE, "training_file": training_file, "validation_file": validation_file}
+        body |= {"seed": 1, "precision": "float32", **fields}
+        request = JobRequest.model_validate(body)
+        return jobs.create(self.db, caller=self.caller, request=request, body_digest=os.urandom(8).hex()).id
+
+    def job(self, job_id: str) -> Job:
+        return jobs.get(self.db, project_id=self.caller.project_id, job_id=job_id)
+
+    def events(self, job_id: str) -> list[JobEvent]:
+        return jobs.events_since(self.db, project_id=self.caller.project_id, job_id=job_id, seq=0)
+
+    def attempts(self, job_id: str) -> list[Any]:
+        return jobs.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)
+
+    def adapters(self) -> list[Adapter]:
+        with self.db.read() as session:
+            return list(session.query(Adapter))
+
+    def adapter(self, job_id: str) -> Adapter:
+        return next(adapter for adapter in self.adapters() if adapter.job_id == job_id)
+
+    def weights_digest(self, job_id: str) -> str:
+        """sha256 of the job's adapter_model.safetensors."""
+        with self.db.read() as session:
+            artifact = session.get_one(Artifact, self.adapter(job_id).artifact)
+        return next(file["digest"] for file in artifact.files if file["path"] == "adapter_model.safetensors")
+
+    # Processes
+
+    def start_worker(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        return self.start([sys.executable, "-m", "worker.loop", "--device", "cpu", *arguments], **environment)
+
+    def start(self, argv: list[str], **environment: str) -> subprocess.Popen[bytes]:
+        one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        with (self.folder / f"process-{len(self._processes)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                argv,
+                env=os.environ | self.environment | one_thread | environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._processes.append(process)
+        return process
+
+    def import_base(self, source: Path) -> None:
+        """Let a worker import the base and end."""
+        bases.add(self.db, name=BASE, kind="folder", source=str(source))
+        self.work_until_done()
+        assert bases.get(self.db, BASE).state == "ready", self.log()
+
+    def work_until_done(self, **environment: str) -> None:
+        """One worker that ends when there is nothing left to do."""
+        worker = self.start_worker("--once", **environment)
+        assert worker.wait(WAIT_SECONDS) == 0, self.log()
+
+    def log(self) -> str:
+        """What all processes printed."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("process-*.log")))
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Look again and again; fail with the processes' output when it takes too long."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
+
+    def wait_for_end(self, *job_ids: str) -> None:
+        self.wait_until(lambda: all(self.job(job_id).state in FINAL_STATES for job_id in job_ids))
+
+    def wait_for_step(self, step: int, *job_ids: str) -> None:
+        """Until any of the jobs is there: a trainer that waits at a failpoint holds the others back."""
+        self.wait_until(lambda: any((self.job(job_id).progress or {}).get("step", 0) >= step for job_id in job_ids))
+
+    def gate(self, name: str) -> Path:
+        """A file that a failpoint waits for; `touch` it to let the trainer go on."""
+        return self.folder / f"gate-{name}"
+
+    def wait_for_message(self, verb: str) -> None:
+        """Until a worker has told a trainer to do this, and the trainer has not looked yet."""
+        self.wait_until(lambda: list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
+
+    def close(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+        self.db.close()
+
+
+@contextlib.contextmanager
+def worker_site(folder: Path, **environment: str) -> Iterator[WorkerSite]:
+    """A site whose tiny base is imported already; its data folder is `folder`/data."""
+    shutil.copytree(_imported() / "data", folder / "data")
+    site = WorkerSite(folder, **environment)
+    try:
+        yield site
+    finally:
+        site.close()
+
+
+@functools.cache
+def _imported() -> Path:
+    """A folder whose data folder has the base, imported by a real worker, once for all tests."""
+    folder = Path(tempfile.mkdtemp(prefix="lorry-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    site = WorkerSite(folder)
+    try:
+        site.import_base(tiny_base.make(folder / "base"))
+    finally:
+        site.close()
+    return folder
