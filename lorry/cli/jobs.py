@@ -171,7 +171,11 @@ def logs(
 
 
 def _watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
-    jobs = watching.watch(lorry, job_ids, as_json=as_json)
+    try:
+        jobs = watching.watch(lorry, job_ids, as_json=as_json)
+    except KeyboardInterrupt:
+        output.say(f"No longer watching; training goes on. Watch again: lorry jobs watch {' '.join(job_ids)}")
+        raise
     if any(job.status != "succeeded" for job in jobs):
         raise typer.Exit(EXIT_REFUSED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -301,6 +302,22 @@ def test_the_version_and_the_shells_completion_are_there() -> None:
     assert "_LORRY_COMPLETE" in lorry("--show-completion", "bash").stdout
     completed = lorry(_LORRY_COMPLETE="complete_bash", COMP_WORDS="lorry jobs pa", COMP_CWORD="2").stdout
     assert completed.split() == ["pause"]
+
+
+def test_ctrl_c_while_watching_exits_with_130_and_says_that_training_goes_on(service: Script) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1", JOB)
+    argv = [sys.executable, "-m", "lorry", "jobs", "watch", "ftjob-1"]
+    env = {**os.environ, "LORRY_URL": service.url}
+
+    with subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+
+    assert "running" in first
+    assert process.returncode == 130
+    assert rest == "No longer watching; training goes on. Watch again: lorry jobs watch ftjob-1\n"
 
 
 def test_our_own_mistake_is_a_sentence_too(service: Script) -> None:

@@ -19,7 +19,7 @@ from lorry.local.child import Child
 from lorry.local.lock import DataLock
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Waits for something outside of this process."""
     deadline = time.monotonic() + seconds
     while not condition():
