@@ -10,11 +10,10 @@ import time
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.body import RequestBody
 from api.error_handlers import error_response, internal_error
 from api.headers import security_headers
 from api.hosts import HostPolicy
@@ -54,13 +53,14 @@ class Gate:
             return
         exchange = _Exchange(scope=scope, request_id=f"req_{secrets.token_hex(12)}")
         scope.setdefault("state", {})["request_id"] = exchange.request_id
-        sender = _decorated(send, exchange)
+        body = RequestBody(scope, receive, max_bytes=self._max_body_bytes if _is_bounded(scope) else None)
+        sender = _decorated(send, exchange, body)
         try:
             refused = self._refusal(scope)
             if refused is not None:
                 await refused(scope, receive, sender)
             else:
-                await self._app(scope, self._bounded(scope, receive), sender)
+                await self._app(scope, body.receive, sender)
         except Exception:  # the one place where a crash becomes a 500
             log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
             if exchange.status:  # the answer has begun: all that is left is to cut it off
@@ -82,12 +82,9 @@ class Gate:
             message = "The address contains a NUL character."
             return error_response(400, message=message, remedy="Remove it.", code="invalid_path")
         declared = headers.get("content-length", "0")
-        if self._is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
+        if _is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
             return self._too_large()
         return None
-
-    def _is_bounded(self, scope: Scope) -> bool:
-        return not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
 
     def _too_large(self) -> Response:
         return error_response(
@@ -95,24 +92,7 @@ class Gate:
             message=f"The body is larger than {self._max_body_bytes} bytes.",
             remedy="Make it shorter, or upload data as a file.",
             code="request_too_large",
-            headers={"connection": "close"},
         )
-
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """Counts what really comes in: Content-Length may lie or be absent."""
-        if not self._is_bounded(scope):
-            return receive
-        total = 0
-
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self._max_body_bytes:
-                raise HTTPException(413)
-            return message
-
-        return counted
 
     def _note(self, exchange: _Exchange) -> None:
         seconds = time.monotonic() - exchange.began
@@ -127,14 +107,16 @@ class Gate:
         )
 
 
-def request_id_of(request: Request) -> str:
-    return request.state.request_id
+def _is_bounded(scope: Scope) -> bool:
+    return not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
 
 
-def _decorated(send: Send, exchange: _Exchange) -> Send:
+def _decorated(send: Send, exchange: _Exchange, body: RequestBody) -> Send:
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.status = message["status"]
+            if exchange.status >= 400:
+                await body.drain()
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = exchange.request_id
             for name, value in security_headers(exchange.path).items():

@@ -28,8 +28,6 @@ from catalog.errors import InvalidRequest, TooLarge
 WRITE_BYTES = 2**18
 FORM_OVERHEAD_BYTES = 2**16
 """What a form may hold beside the file: fields, part headers, boundaries."""
-DRAIN_BYTES = 2**26
-"""How much of a refused body is still read, so that the client gets to see the answer."""
 STALE_SECONDS = 24 * 3600
 
 
@@ -89,17 +87,12 @@ def open_new(path: Path) -> BinaryIO:
 async def receive_upload(request: Request, *, folder: Path, max_bytes: int) -> AsyncGenerator[Upload]:
     """The upload in `request`; its spool file lives as long as the block.
 
-    Raises InvalidRequest, TooLarge or OutOfSpace, and has then read enough of the body for the client to listen.
+    Raises InvalidRequest, TooLarge or OutOfSpace; the rest of the body is then unread.
     """
     boundary = _boundary(request)
     _check_declared_size(request, max_bytes)
-    body = request.stream()
     with Spool(folder, max_bytes=max_bytes) as spool:
-        try:
-            form = await _parse(body, boundary, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
-        except (InvalidRequest, TooLarge):
-            await _drain(body)
-            raise
+        form = await _parse(request.stream(), boundary, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
         yield Upload(
             purpose=form.purpose(),
             filename=form.filename(),
@@ -146,18 +139,6 @@ async def _parse(body: AsyncIterator[bytes], boundary: bytes, spool: Spool, *, m
         await run_in_threadpool(spool.write, form.take())
     form.check_complete()
     return form
-
-
-async def _drain(body: AsyncIterator[bytes]) -> None:
-    """A client that is still sending when the connection closes would see a reset and not the reason."""
-    left = DRAIN_BYTES
-    try:
-        async for chunk in body:
-            left -= len(chunk)
-            if left <= 0:
-                return
-    except (ClientDisconnect, RuntimeError):  # it is gone, or was read to its end before
-        return
 
 
 def _boundary(request: Request) -> bytes:

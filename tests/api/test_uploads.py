@@ -15,11 +15,12 @@ import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
+from api import body as bodies
 from api import uploads
 from api.deps import Services
 from catalog import files
 from catalog.settings import Settings
-from tests.api.site import CHAT, chat_lines, error_of
+from tests.api.site import CHAT, Site, chat_lines, error_of
 
 BOUNDARY = "b0undary"
 MULTIPART = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -111,7 +112,7 @@ def test_a_file_over_the_limit_is_refused_while_it_comes(client: TestClient, ser
     def endless() -> Iterator[bytes]:
         nonlocal sent
         yield head
-        while sent < uploads.DRAIN_BYTES * 2:
+        while sent < bodies.DRAIN_BYTES * 2:
             sent += 2**16
             yield b"x" * 2**16
 
@@ -257,3 +258,18 @@ def test_what_a_killed_process_left_in_the_spool_is_removed_later(services: Serv
 
     assert not old.exists()
     assert new.exists()
+
+
+def test_a_client_that_is_still_sending_hears_why_it_was_refused(site: Site, services: Services) -> None:
+    content = b"x" * (30 * 2**20)
+    with site.http() as http:
+        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("x.jsonl", content)}}
+        too_large = http.post("/v1/files", **form)
+        no_key = http.post("/v1/files", headers={"authorization": "Bearer wrong"}, **form)
+        no_route = http.post("/v1/uploads", **form)
+        after = http.get("/v1/files")
+
+    assert [too_large.status_code, no_key.status_code, no_route.status_code] == [413, 401, 413]
+    assert error_of(too_large)["code"] == "file_too_large"
+    assert after.status_code == 200
+    assert not list((services.settings.data_dir / "spool").glob("*"))
