@@ -193,7 +193,7 @@ def fill(data_dir: Path) -> Seeded:
     done = [
         submit(seeded, "docstrings-r16"),
         submit(seeded, "docstrings-r64", lora={"rank": 64}),
-        submit(seeded, "hot-lr"),
+        submit(seeded, "hot-lr", optimizer={"learning_rate": 0.01}),
     ]
     prepare(seeded)
     held = claim(seeded, trainer_id="trainer-19be44d0c1")
