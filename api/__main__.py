@@ -1,4 +1,4 @@
-"""The service's own commands: `python -m api bootstrap`, `serve`, `sign-in-link`."""
+"""The service's own commands: `python -m api bootstrap`, `serve`, `sign-in-link`, `new-key`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from api import logs
 from api.bootstrap import Bootstrapped, bootstrap, require_tables, sign_in_token
+from catalog import keys, projects
 from catalog.db import Database
 from catalog.errors import LorryError
 from catalog.keys import load_pepper
@@ -61,6 +62,18 @@ def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _new_key(arguments: argparse.Namespace, settings: Settings) -> int:
+    """For who lost the first one: whoever can read the pepper may make another."""
+    db = Database(settings.resolved_database_url())
+    require_tables(db)
+    project = projects.ensure(db)
+    pepper = load_pepper(settings)
+    _, secret = keys.create(db, project_id=project.id, name=arguments.name, pepper=pepper, is_operator=True)
+    db.close()
+    _print({"api_key": secret} if arguments.json else f"A new operator's API key, shown this once:\n{secret}")
+    return 0
+
+
 def _known_address(settings: Settings) -> str:
     """Where people reach the api: as the operator says, else as `lorry up` noted."""
     from api.settings import ApiSettings
@@ -102,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("--json", action="store_true")
     link.add_argument("--url", help="Address of the api, as a browser reaches it.")
     link.set_defaults(run=_sign_in_link)
+    key = commands.add_parser("new-key", help="Make another operator's API key, and show it this once.")
+    key.add_argument("--name", default="made by hand", help="What the key is for.")
+    key.add_argument("--json", action="store_true")
+    key.set_defaults(run=_new_key)
     return parser
 
 
