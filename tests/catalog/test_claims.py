@@ -289,6 +289,29 @@ def test_the_reason_of_a_claim_is_kept_on_its_attempt(world: World) -> None:
     assert jobs.packmates(world.db, **world.of(first.id)) == {anchor.claim_id: [mate.job.id]}
 
 
+def test_projects_that_train_together_do_not_learn_of_each_other(world: World) -> None:
+    mine = world.queued()
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+
+    together = world.claim()
+
+    assert len(together) == 2
+    (names,) = jobs.packmates(world.db, **world.of(mine.id)).values()
+    assert names == []
+
+
+def test_a_project_that_trains_already_lets_another_go_first(world: World) -> None:
+    world.running()
+    world.queued()
+    theirs = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+
+    (next_one,) = world.claim(room=Room(max_jobs=1, memory_bytes_free=10**12))
+
+    assert next_one.job.id == theirs.id
+
+
 def test_only_jobs_of_its_pack_key_join_a_live_trainer(world: World) -> None:
     world.base("other")
     claim = world.running()
