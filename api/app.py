@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 
 from api import error_handlers, uploads
-from api.background import keep_order
+from api.background import keep_clean, keep_order
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.feed import Feed
@@ -101,7 +101,7 @@ def _hosts(api_settings: ApiSettings, bound_host: str, further: Iterable[str]) -
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
     uploads.remove_stale(services.settings.data_dir / "spool")
-    tasks = [asyncio.create_task(services.feed.run()), asyncio.create_task(keep_order(services))]
+    tasks = [asyncio.create_task(work) for work in (services.feed.run(), keep_order(services), keep_clean(services))]
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""What the api does besides answering: it ends expired leases, and rings where something waits."""
+"""What the api does besides answering: it ends expired leases, rings where something waits, and deletes what
+nothing names any more."""
 
 from __future__ import annotations
 
@@ -9,9 +10,14 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services
 from catalog import queue, recovery
+from catalog.artifacts.manifest import DamagedArtifact
 from catalog.errors import LorryError
+from catalog.sweep import sweep
 
 log = logging.getLogger("lorry.api")
+
+FIRST_SWEEP_SECONDS = 600.0
+SWEEP_SECONDS = 24 * 3600.0
 
 
 async def keep_order(services: Services) -> None:
@@ -19,6 +25,14 @@ async def keep_order(services: Services) -> None:
     while True:
         await asyncio.sleep(services.settings.lease_seconds / 4)
         await run_in_threadpool(look_once, services)
+
+
+async def keep_clean(services: Services) -> None:
+    """Sweep the store soon after the start, then once a day. Several apis sweeping at once do no harm."""
+    await asyncio.sleep(FIRST_SWEEP_SECONDS)
+    while True:
+        await run_in_threadpool(sweep_once, services)
+        await asyncio.sleep(SWEEP_SECONDS)
 
 
 def look_once(services: Services) -> None:
@@ -32,3 +46,13 @@ def look_once(services: Services) -> None:
         log.warning("recovery code=%s", error.code)
     except Exception:  # this loop outlives whatever one look meets
         log.exception("crash in recovery")
+
+
+def sweep_once(services: Services) -> None:
+    try:
+        num_deleted = sweep(services.db, services.store)
+        log.info("swept objects=%d", num_deleted)
+    except (LorryError, DamagedArtifact) as error:
+        log.warning("sweep failed: %s", error)
+    except Exception:  # nothing was lost; the next one tries again
+        log.exception("crash in the sweep")

@@ -53,7 +53,7 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     facts["ahead"] = session.scalar(earlier.where(Job.created_at < job.created_at, Job.claim_id.is_(None))) or 0
     if not facts["live_workers"]:
         return "Its files wait to be prepared, but no worker is running. Start one.", facts
-    return f"Its files wait to be prepared; {_jobs(facts['ahead'])} ahead of it.", facts
+    return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it.", facts
 
 
 def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:

@@ -227,13 +227,12 @@ class JobSpec(Strict):
     seed: int
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the whole job over `num_rows` usable rows; a last partial batch is a step."""
-        steps = self.n_epochs * math.ceil(num_rows / self.batch_size)
-        return steps if self.max_steps is None else min(steps, self.max_steps)
+        """Optimizer steps of the whole job over `num_rows` usable rows.
 
-    def evaluation_interval(self, num_rows: int) -> int:
-        """Steps between two evaluations."""
-        return self.evaluate_every_steps or max(1, math.ceil(self.num_steps(num_rows) / 10))
+        Every batch is full: it runs on into the next epoch's order, and the last one may go past the end.
+        """
+        steps = math.ceil(self.n_epochs * num_rows / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 def resolve(request: JobRequest, *, num_rows: int, max_positions: int | None, seed: int) -> JobSpec:

@@ -42,9 +42,7 @@ class AdapterRow:
     `compute` holds p in the base model's dtype, which forward and backward read; it is p itself in fp32.
     """
 
-    def __init__(
-        self, targets: tuple[Target, ...], lora: LoraConfig, *, dtype: torch.dtype, device: str
-    ) -> None:
+    def __init__(self, targets: tuple[Target, ...], lora: LoraConfig, *, dtype: torch.dtype, device: str) -> None:
         self.targets = targets
         self.lora = lora
         sizes = [lora.rank * (target.in_features + target.out_features) for target in targets]
@@ -59,9 +57,7 @@ class AdapterRow:
     def _site(self, target: Target, offset: int) -> SiteViews:
         a_RD, b_OR = self._matrices(self.compute, target, offset)
         grad_a_RD, grad_b_OR = self._matrices(self.g, target, offset)
-        return SiteViews(
-            a_RD=a_RD, b_OR=b_OR, grad_a_RD=grad_a_RD, grad_b_OR=grad_b_OR, scale=self.lora.scale
-        )
+        return SiteViews(a_RD=a_RD, b_OR=b_OR, grad_a_RD=grad_a_RD, grad_b_OR=grad_b_OR, scale=self.lora.scale)
 
     def _matrices(self, flat: Tensor, target: Target, offset: int) -> tuple[Tensor, Tensor]:
         rank = self.lora.rank

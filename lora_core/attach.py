@@ -48,9 +48,7 @@ def choose_targets(linears: dict[str, nn.Module], wanted: str | tuple[str, ...])
         if not any(matches(name, suffix) for name in linears):
             raise _no_targets(suffix, linears)
     return tuple(
-        target_of(name, linear)
-        for name, linear in linears.items()
-        if any(matches(name, suffix) for suffix in suffixes)
+        target_of(name, linear) for name, linear in linears.items() if any(matches(name, suffix) for suffix in suffixes)
     )
 
 

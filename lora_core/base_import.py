@@ -19,9 +19,7 @@ from lora_core.tensor_files import read_header, write_directory
 ALLOWED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 
-def import_base(
-    *, source: str, kind: Literal["hub", "folder", "gguf"], revision: str | None, target_dir: Path
-) -> None:
+def import_base(*, source: str, kind: Literal["hub", "folder", "gguf"], revision: str | None, target_dir: Path) -> None:
     """Make `target_dir` (which must not exist): config.json, generation_config.json, safetensors, tokenizer.
 
     fp32 stays fp32; everything else becomes bf16. The same source gives the same bytes. `revision` is a
@@ -164,9 +162,7 @@ def _save_model(model: Any, directory: Path) -> None:
 
 def _save_tokenizer(folder: Path, directory: Path, **source: str) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, **source
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
     except (OSError, ValueError, KeyError) as error:
         raise _refused("its tokenizer can't be read") from error
     tokenizer.save_pretrained(directory)

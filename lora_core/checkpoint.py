@@ -83,6 +83,4 @@ def _load_row(path: Path, row: AdapterRow, sha256: str) -> None:
 
 
 def _bad(reason: str) -> BadCheckpoint:
-    return BadCheckpoint(
-        f"The checkpoint {reason}.", remedy="Resume from an older checkpoint, or start again."
-    )
+    return BadCheckpoint(f"The checkpoint {reason}.", remedy="Resume from an older checkpoint, or start again.")

@@ -65,9 +65,7 @@ def _check_rows(dataset: TokenDataset) -> None:
     if ids.ndim != 1 or mask.shape != ids.shape or offsets.ndim != 1 or len(offsets) < 2:
         raise _bad("the three tensors have shapes that don't belong together")
     if offsets[0] != 0 or offsets[-1] != len(ids) or np.any(np.diff(offsets) < 2):
-        raise _bad(
-            "row_offsets must start at 0, end at the number of tokens, and give rows of 2 tokens or more"
-        )
+        raise _bad("row_offsets must start at 0, end at the number of tokens, and give rows of 2 tokens or more")
     if ids.min() < 0 or mask.max() > 1 or np.any(mask[offsets[:-1]]):
         raise _bad("ids must not be negative, the mask must be 0 or 1, and 0 at the first token of each row")
     if np.any(np.add.reduceat(mask.astype(np.int64), offsets[:-1]) == 0):

@@ -60,9 +60,7 @@ class Engine:
             expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
             progress = checkpoint.load_checkpoint(resume_from, row=row, expected=expected)
         served = min((other.served for other in self._jobs.values()), default=0)
-        self._jobs[job] = Job(
-            job, config, row=row, train=train, valid=valid, progress=progress, served=served
-        )
+        self._jobs[job] = Job(job, config, row=row, train=train, valid=valid, progress=progress, served=served)
 
     def tick(self) -> list[Event]:
         """Compute one tick and say what it completed. Without work: [] at once.

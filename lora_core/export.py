@@ -107,9 +107,7 @@ def packed_logits(base: BaseModel, row: AdapterRow, ids: np.ndarray) -> Tensor:
     """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row."""
     no_labels = np.zeros(ids.shape[1], np.uint8)
     sequences = tuple((row_ids.astype(np.int32), no_labels) for row_ids in ids)
-    pack = build_pack(
-        [SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device
-    )
+    pack = build_pack([SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device)
     hidden = hidden_states(base, pack)[: ids.size].view(*ids.shape, -1)
     last = hidden[:, -PROBE_POSITIONS:]
     return base.head().logits(last.flatten(0, 1)).view(len(ids), PROBE_POSITIONS, -1).cpu()

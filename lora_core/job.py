@@ -173,9 +173,7 @@ class Job:
         self.tally = Tally()
         if self._evaluation_is_due():
             assert self.valid is not None
-            self.unit = make_unit(
-                "evaluate", self.valid, range(self.valid.num_rows), self.config.slice_tokens
-            )
+            self.unit = make_unit("evaluate", self.valid, range(self.valid.num_rows), self.config.slice_tokens)
         elif self.step < self.config.num_steps:
             rows = rows_of_step(
                 num_rows=self.train.num_rows,

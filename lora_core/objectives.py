@@ -56,9 +56,7 @@ def score_labels(h_LD: Tensor, head: Head, labels_L: Tensor) -> TokenScores:
     return scores
 
 
-def weighted_loss(
-    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor
-) -> tuple[Tensor, TokenScores]:
+def weighted_loss(h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor) -> tuple[Tensor, TokenScores]:
     """Σ weight · cross-entropy, whose backward reaches h, and the scores of each label."""
     loss, losses_L, correct_L = ChunkedCrossEntropy.apply(h_LD, head, labels_L, weights_L)
     return loss, TokenScores(losses_L=losses_L, correct_L=correct_L)
@@ -76,9 +74,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return ctx.dh_LD * grad_outputs[0], None, None, None
 
 
-def _score(
-    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None
-) -> tuple[TokenScores, Tensor | None]:
+def _score(h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None) -> tuple[TokenScores, Tensor | None]:
     """Scores, and with weights the gradient [L, D]. Pads the last chunk with rows that nobody reads."""
     num_labels = len(labels_L)
     filler = -num_labels % LABEL_MULTIPLE

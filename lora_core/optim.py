@@ -35,9 +35,7 @@ def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: flo
     return largest + learning_rate / math.sqrt(1 - config.beta2) < torch.finfo(torch.float32).max
 
 
-def adamw_step(
-    row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
-) -> None:
+def adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
     """Clip, apply one step (arXiv 1711.05101, algorithm 2), clear the gradient. `step` counts from 1."""
     p, g, m, v = row.p, row.g, row.m, row.v
     if config.max_grad_norm is not None:

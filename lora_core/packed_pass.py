@@ -16,9 +16,7 @@ from lora_core.pack import Pack, running
 def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
     """The last hidden states [T, D], with each segment's adapter at work."""
     with running(pack):
-        output = base.model.base_model(
-            input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False
-        )
+        output = base.model.base_model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False)
     return output.last_hidden_state[0]
 
 

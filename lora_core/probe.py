@@ -36,9 +36,7 @@ def measure_invariance(base: BaseModel) -> Invariance:
     pairs = [(one, other) for results in packed for one, other in zip(alone, results, strict=True)]
     if all(torch.equal(one, other) for one, other in pairs):
         return "bitwise"
-    if all(
-        torch.linalg.vector_norm(one - other) <= 0.05 * torch.linalg.vector_norm(one) for one, other in pairs
-    ):
+    if all(torch.linalg.vector_norm(one - other) <= 0.05 * torch.linalg.vector_norm(one) for one, other in pairs):
         return "allclose"
     raise _mixes("gradients change with the packmates")
 

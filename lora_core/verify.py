@@ -55,9 +55,7 @@ def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
     return _compare(probe, logits, rounding=base_logits - probe["base_logits"], dtype=base.dtype)
 
 
-def _compare(
-    probe: dict[str, Tensor], logits: Tensor, *, rounding: Tensor, dtype: torch.dtype
-) -> VerifyReport:
+def _compare(probe: dict[str, Tensor], logits: Tensor, *, rounding: Tensor, dtype: torch.dtype) -> VerifyReport:
     """No rounding is taken as smaller than half a unit in the last place of the largest logit."""
     largest, difference = _largest(probe["logits"]), logits - probe["logits"]
     least = torch.finfo(dtype).eps * largest / 2
@@ -111,9 +109,7 @@ def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
         raise _bad(str(error)) from error
     if header.keys() != {"input_ids", "logits", "base_logits"} or header["logits"][1][-1] != base.vocab_size:
         raise _bad("probe.safetensors is of another base model or format")
-    return {
-        name: tensor.to(base.device) for name, tensor in load_file(directory / "probe.safetensors").items()
-    }
+    return {name: tensor.to(base.device) for name, tensor in load_file(directory / "probe.safetensors").items()}
 
 
 def refuse_foreign_code(directory: Path) -> None:

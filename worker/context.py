@@ -50,6 +50,10 @@ class WorkerContext:
     def scratch_dir(self) -> Path:
         return self.settings.work_dir() / "scratch"
 
+    def workers_dir(self) -> Path:
+        """Holds one locked name for each worker that lives on this data folder."""
+        return self.settings.work_dir() / "workers"
+
 
 @contextmanager
 def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
@@ -62,6 +66,17 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     for folder in (context.trainers_dir(), context.scratch_dir(), settings.bases_dir()):
         folder.mkdir(parents=True, exist_ok=True)
         scratch.sweep(folder)
+    context.workers_dir().mkdir(exist_ok=True)
+    with scratch.owned(context.workers_dir() / worker_id):
+        for dead_id in scratch.sweep(context.workers_dir()):
+            workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
+        with _registered(context):
+            yield context
+
+
+@contextmanager
+def _registered(context: WorkerContext) -> Generator[None]:
+    db, worker_id, device = context.db, context.worker_id, context.device
     workers.register_worker(
         db,
         worker_id=worker_id,
@@ -71,11 +86,11 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         version=node.versions()["lorry"],
         memory_bytes=device.memory_bytes,
     )
-    pulse.start()
+    context.pulse.start()
     try:
-        yield context
+        yield
     finally:
-        pulse.close()
+        context.pulse.close()
         with suppress(LorryError):
             workers.end_worker(db, worker_id)
         db.close()

@@ -29,9 +29,9 @@ def owned(path: Path) -> Generator[Path]:
         os.close(descriptor)
 
 
-def sweep(parent: Path) -> int:
-    """Delete the folders in `parent` whose owner has gone; how many."""
-    return sum(_sweep_one(lock_path) for lock_path in parent.glob(f"*{SUFFIX}"))
+def sweep(parent: Path) -> list[str]:
+    """Delete the folders in `parent` whose owner has gone. Returns their names."""
+    return [lock_path.stem for lock_path in parent.glob(f"*{SUFFIX}") if _sweep_one(lock_path)]
 
 
 def _sweep_one(lock_path: Path) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 
 import pytest
 from starlette.testclient import TestClient
 
-from api.background import look_once
+from api.background import look_once, sweep_once
 from api.deps import Services
 from catalog import recovery
+from catalog.artifacts.manifest import DamagedArtifact
 from catalog.errors import Unavailable
-from catalog.tables import Job, Pulse
+from catalog.tables import File, Job, Pulse
 from tests.catalog.world import World
 
 
@@ -97,3 +99,17 @@ def test_a_new_job_and_a_resumed_one_ring_at_once(
     client.post(f"/v1/fine_tuning/jobs/{job_id}/resume")
 
     assert (after_creation, bell.rings) == (1, 2)
+
+
+def test_what_nothing_names_is_deleted_once_it_is_old_and_what_is_named_stays(services: Services, world: World) -> None:
+    named, orphan = services.store.put_bytes(b"named"), services.store.put_bytes(b"orphan")
+    with world.db.write() as session:
+        session.get_one(File, world.file_id).digest = named.digest
+    for path in (services.settings.data_dir / "store").rglob("*"):
+        os.utime(path, (1.0, 1.0))
+
+    sweep_once(services)
+
+    assert b"".join(services.store.open_blob(named.digest)) == b"named"
+    with pytest.raises(DamagedArtifact):
+        list(services.store.open_blob(orphan.digest))

@@ -60,7 +60,5 @@ def load(base_dirs: dict[str, Path]) -> Callable[..., BaseModel]:
     return partial(_load, base_dirs)
 
 
-def _load(
-    base_dirs: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> BaseModel:
+def _load(base_dirs: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"] = "float32") -> BaseModel:
     return load_base(base_dirs[family], dtype=dtype, device="cpu")

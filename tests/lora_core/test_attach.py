@@ -21,16 +21,12 @@ from tests.lora_core.test_export_and_verify import snapshot
 def test_the_same_modules_are_adapted_as_by_peft(load, family, wanted):
     base = load(family)
     if wanted != "all-linear":
-        wanted = tuple(
-            name for name in wanted if name.rpartition(".")[2].startswith("c_") == (family == "gpt2")
-        )
+        wanted = tuple(name for name in wanted if name.rpartition(".")[2].startswith("c_") == (family == "gpt2"))
     ours = [target.name for target in choose_targets(find_linears(base.model), wanted)]
 
     peft_targets = wanted if isinstance(wanted, str) else list(wanted)
     adapted = get_peft_model(base.model, LoraConfig(task_type="CAUSAL_LM", target_modules=peft_targets))
-    theirs = [
-        name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)
-    ]
+    theirs = [name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)]
 
     assert ours == theirs
 

@@ -109,9 +109,7 @@ def test_a_loaded_base_is_frozen_tied_and_equal_to_that_of_transformers(base_dir
 def test_weights_are_memory_mapped_and_never_written_to(base_dirs):
     content = (base_dirs["llama"] / "model.safetensors").read_bytes()
     base = load_base(base_dirs["llama"], dtype="float32", device="cpu")
-    mapped = [
-        line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line
-    ]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
     assert mapped
     for weight in base.model.parameters():
         weight.data.add_(1)
@@ -190,9 +188,7 @@ def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, chan
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"\x80\x04 pickle")
     with pytest.raises(UnsupportedModel, match="not a GGUF"):
-        import_base(
-            source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base"
-        )
+        import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 
 def test_the_hub_is_asked_for_one_commit_and_only_for_safe_files(source, tmp_path, monkeypatch):
@@ -213,9 +209,7 @@ def test_the_hub_is_asked_for_one_commit_and_only_for_safe_files(source, tmp_pat
 def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(source, tmp_path, monkeypatch):
     asked = []
     commit = SimpleNamespace(sha="b" * 40)
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.model_info", lambda *_, revision: asked.append(revision) or commit
-    )
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, revision: asked.append(revision) or commit)
 
     def snapshot_download(_, *, revision, **__):
         asked.append(revision)

@@ -46,9 +46,7 @@ def test_a_checkpoint_never_replaces_a_directory(engine, saved):
 
 def test_a_failed_write_leaves_nothing_behind(engine, tmp_path, monkeypatch):
     admit(engine, "job", JOB)
-    monkeypatch.setattr(
-        "lora_core.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr("lora_core.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         engine.save_checkpoint("job", tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

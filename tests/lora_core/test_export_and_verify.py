@@ -79,9 +79,7 @@ def snapshot(base: BaseModel) -> dict[str, object]:
         "attention": base.model.config._attn_implementation,
         "training": [module.training for module in base.model.modules()],
         "gradients": [(name, p.requires_grad, p.grad) for name, p in base.model.named_parameters()],
-        "hooks": [
-            len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.model.modules()
-        ],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.model.modules()],
         "config": base.model.config.to_dict(),
     }
     return facts | {"weights": [p.sum().item() for p in base.model.parameters()]}

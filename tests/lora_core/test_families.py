@@ -48,9 +48,7 @@ FAMILIES = {
 def save(family: str, folder: Path, **options) -> Path:
     torch.manual_seed(0)
     settings = {
-        key: value
-        for key, value in (COMMON | options).items()
-        if family != "opt" or key != "intermediate_size"
+        key: value for key, value in (COMMON | options).items() if family != "opt" or key != "intermediate_size"
     }
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).save_pretrained(folder)
     return folder

@@ -30,9 +30,7 @@ def test_an_absurd_learning_rate_quarantines_its_job_alone(load, dtype, learning
     base = load("llama", dtype)
     alone = run_alone(base, GOOD)
     absurd = config(num_steps=60, seed=2, learning_rate=learning_rate)
-    bad = Submission(
-        config=replace(absurd, optimizer=replace(absurd.optimizer, weight_decay=0.1)), train=GOOD.train
-    )
+    bad = Submission(config=replace(absurd, optimizer=replace(absurd.optimizer, weight_decay=0.1)), train=GOOD.train)
 
     engine = Engine(base, EngineConfig())
     admit(engine, "bad", bad)

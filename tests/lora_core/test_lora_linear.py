@@ -37,9 +37,7 @@ class ThroughAutograd(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (dx,) = torch.autograd.grad(ctx.y, ctx.x, grad_outputs[0], retain_graph=True)
         gradients = [
-            gradient.clone()
-            for part in ctx.pieces
-            for gradient in (part.views.grad_a_RD, part.views.grad_b_OR)
+            gradient.clone() for part in ctx.pieces for gradient in (part.views.grad_a_RD, part.views.grad_b_OR)
         ]
         for part in ctx.pieces:
             part.views.grad_a_RD.zero_()
@@ -60,9 +58,7 @@ def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropou
             piece(3, 6, adapters[2], adapters[3], dropout, seed=2),  # row 6 has no adapter
         )
         if fused:
-            return pieces, PackedLinear.apply(
-                x, anchor, PlainWeight(weight_OD=weight_OD, bias_O=bias_O), pieces
-            )
+            return pieces, PackedLinear.apply(x, anchor, PlainWeight(weight_OD=weight_OD, bias_O=bias_O), pieces)
         return pieces, PackedDelta.apply(x @ weight_OD.T + bias_O, x, anchor, pieces)
 
     inputs = [numbers(T, D), numbers(R, D), numbers(OUT, R), numbers(R, D), numbers(OUT, R)]

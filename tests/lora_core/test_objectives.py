@@ -10,9 +10,7 @@ from lora_core.objectives import Head, score_labels, weighted_loss
 L, D, V = 45, 8, 50
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"softcap": 2.0}, {"multiplier": 0.25}, {"multiplier": 2.0, "softcap": 5.0}]
-)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"multiplier": 0.25}, {"multiplier": 2.0, "softcap": 5.0}])
 @pytest.mark.parametrize("bias", [True, False])
 def test_loss_scores_and_gradient_equal_torch_cross_entropy(monkeypatch, options, bias):
     monkeypatch.setattr(objectives, "CHUNK_LABELS", 16)

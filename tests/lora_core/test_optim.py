@@ -55,9 +55,7 @@ def test_the_compute_copy_follows_the_master():
 def test_a_gradient_that_is_not_finite_or_overflows_is_seen_in_its_norm(value):
     row = new_row()
     row.g[7] = value
-    assert not stays_finite(
-        row, OptimizerConfig(learning_rate=0.1), learning_rate=0.1, norm=gradient_norm(row)
-    )
+    assert not stays_finite(row, OptimizerConfig(learning_rate=0.1), learning_rate=0.1, norm=gradient_norm(row))
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])

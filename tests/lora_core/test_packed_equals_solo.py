@@ -72,9 +72,7 @@ def test_packed_equals_solo_on_a_real_model_and_its_probe_says_so(real_base_dir)
             config=config(rank=5, targets=("q_proj", "down_proj"), dropout=0.1, num_steps=2, seed=2),
             train=dataset(2, [61, 13, 149]),
         ),
-        "small": Submission(
-            config=config(rank=32, batch_size=1, num_steps=3, seed=3), train=dataset(3, [7, 45])
-        ),
+        "small": Submission(config=config(rank=32, batch_size=1, num_steps=3, seed=3), train=dataset(3, [7, 45])),
     }
     alone = {name: run_alone(base, job) for name, job in jobs.items()}
 

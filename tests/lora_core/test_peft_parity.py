@@ -27,15 +27,11 @@ def reference_run(model, adapter_dir) -> tuple[list[float], dict[str, torch.Tens
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=JOB.config.optimizer.weight_decay)
     losses = [reference_step(model, parameters, optimizer, step) for step in range(JOB.config.num_steps)]
-    return losses, {
-        name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name
-    }
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
 
 
 def reference_step(model, parameters, optimizer, step: int) -> float:
-    rows = rows_of_step(
-        num_rows=JOB.train.num_rows, batch_size=JOB.config.batch_size, seed=JOB.config.seed, step=step
-    )
+    rows = rows_of_step(num_rows=JOB.train.num_rows, batch_size=JOB.config.batch_size, seed=JOB.config.seed, step=step)
     num_labels = sum(int(JOB.train.row(row)[1].sum()) for row in rows)
     total = 0.0
     for row in rows:

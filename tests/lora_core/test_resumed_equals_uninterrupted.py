@@ -10,15 +10,11 @@ from lora_core.events import Event
 from tests.lora_core.scenarios import Submission, admit, config, dataset, rename, run_alone, state_bytes
 
 JOB = Submission(
-    config=config(
-        rank=4, dropout=0.2, batch_size=4, num_steps=4, seed=11, evaluate_every_steps=2, slice_tokens=40
-    ),
+    config=config(rank=4, dropout=0.2, batch_size=4, num_steps=4, seed=11, evaluate_every_steps=2, slice_tokens=40),
     train=dataset(11, [22, 35, 9, 14, 28, 6]),
     valid=dataset(12, [30, 17]),
 )
-PACKMATE = Submission(
-    config=config(rank=8, batch_size=3, num_steps=50, seed=13), train=dataset(13, [25, 41, 8])
-)
+PACKMATE = Submission(config=config(rank=8, batch_size=3, num_steps=50, seed=13), train=dataset(13, [25, 41, 8]))
 
 
 def run_until(engine: Engine, *, ticks: int) -> list[Event]:
