@@ -7,12 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +19,30 @@ from catalog.db import Database
 from catalog.packing import Room
 from catalog.settings import Settings
 from tests.catalog.world import DESCRIPTION, manifest, sha
+from tests.system.api_process import Service, api_process
 
 httpx: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
 """The HTTP library that this version of openai stands on."""
-ROOT = Path(__file__).parents[2]
 CHAT = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
 DATA = b"".join(json.dumps(CHAT).encode() + b"\n" for _ in range(20))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """The api as a process, its first key, and the database behind it."""
-
-    url: str
-    key: str
-    db: Database
-
-    def client(self, **given: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=self.key, _strict_response_validation=True, max_retries=2, **given
-        )
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    data_dir = tmp_path_factory.mktemp("service")
+    db = Database(Settings(data_dir=data_dir).resolved_database_url())
+    db.migrate()
+    yield db
+    db.close()
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    data_dir = tmp_path_factory.mktemp("service")
-    environment = {**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "api"]
-    made = subprocess.run(
-        [*command, "bootstrap", "--json"], env=environment, cwd=ROOT, capture_output=True, check=True, timeout=60
-    )
-    with subprocess.Popen(
-        [*command, "--log-level", "warning", "serve", "--port", "0"], env=environment, cwd=ROOT, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdout is not None
-        url = json.loads(child.stdout.readline())["url"]
-        db = Database(Settings(data_dir=data_dir).resolved_database_url())
-        bases.add(db, name="smol", kind="folder", source="/models/smol")
-        bases.finish_import(db, "smol", digest=sha("smol"), manifest={"files": []}, description=DESCRIPTION)
-        yield Service(url=url, key=json.loads(made.stdout)["api_key"], db=db)
-        db.close()
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0
+def service(database: Database) -> Iterator[Service]:
+    assert database.engine.url.database is not None
+    with api_process(Path(database.engine.url.database).parent) as service:
+        bases.add(database, name="smol", kind="folder", source="/models/smol")
+        bases.finish_import(database, "smol", digest=sha("smol"), manifest={"files": []}, description=DESCRIPTION)
+        yield service
 
 
 @pytest.fixture
@@ -107,7 +84,7 @@ def train(db: Database) -> None:
         )
 
 
-def test_openai_client_goes_from_files_to_a_deleted_model(client: openai.OpenAI, service: Service) -> None:
+def test_openai_client_goes_from_files_to_a_deleted_model(client: openai.OpenAI, database: Database) -> None:
     training = client.files.create(file=("train.jsonl", DATA), purpose="fine-tune")
     validation = client.files.create(file=("valid.jsonl", DATA), purpose="fine-tune")
     client.files.wait_for_processing(training.id)
@@ -124,7 +101,7 @@ def test_openai_client_goes_from_files_to_a_deleted_model(client: openai.OpenAI,
     assert (job.status, job.seed, job.hyperparameters.n_epochs) == ("validating_files", 7, 2)
     assert job.fine_tuned_model is None
 
-    train(service.db)
+    train(database)
     done = client.fine_tuning.jobs.retrieve(job.id)
 
     assert (done.status, done.trained_tokens) == ("succeeded", 100)

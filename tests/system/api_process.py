@@ -1,0 +1,56 @@
+"""The api as a process of its own on a data folder, and the real openai client that talks to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """An api that answers, and an operator's key to it."""
+
+    url: str
+    key: str
+
+    def client(self, **given: Any) -> openai.OpenAI:
+        """Strict: an answer that is not to the letter raises."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=self.key, _strict_response_validation=True, max_retries=2, **given
+        )
+
+
+@contextmanager
+def api_process(data_dir: Path) -> Iterator[Service]:
+    """Bootstrap the folder, serve it on a free port, and stop in good order."""
+    environment = {**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "api", "--log-level", "warning"]
+
+    def told(*arguments: str) -> Any:
+        made = subprocess.run(
+            [*command, *arguments, "--json"], env=environment, cwd=ROOT, capture_output=True, check=True, timeout=60
+        )
+        return json.loads(made.stdout)
+
+    key = told("bootstrap")["api_key"] or told("new-key")["api_key"]
+    with subprocess.Popen(
+        [*command, "serve", "--port", "0"], env=environment, cwd=ROOT, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        try:
+            yield Service(url=json.loads(child.stdout.readline())["url"], key=key)
+        finally:
+            child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0

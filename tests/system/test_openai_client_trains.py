@@ -1,0 +1,93 @@
+"""The whole way, nothing played: the real openai client, the api, a worker, a trainer, a verified adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests import tiny_base
+from tests.system.api_process import Service, api_process
+from tests.worker_site import BASE, WorkerSite, worker_site
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site, api_process(site.settings.data_dir) as service, service.client() as client:
+        site.start_worker()
+        rows = tiny_base.write_chat(tmp_path / "train.jsonl", 40)
+        training = client.files.create(file=rows, purpose="fine-tune")
+        held_out = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=5)
+        validation = client.files.create(file=held_out, purpose="fine-tune")
+        assert client.files.wait_for_processing(training.id).status == "processed"
+
+        job = client.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=training.id,
+            validation_file=validation.id,
+            suffix="colours",
+            seed=3,
+            method={
+                "type": "supervised",
+                "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 10}},
+            },
+            extra_body={"lora": {"rank": 4}, "checkpoint_every_steps": 5},
+        )
+        site.wait_for_end(job.id)
+
+        done = client.fine_tuning.jobs.retrieve(job.id)
+        assert done.status == "succeeded", site.log()
+        assert done.trained_tokens
+        assert done.fine_tuned_model is not None
+        assert done.fine_tuned_model.startswith(f"ft:{BASE}:default:colours:")
+        losses = train_losses(client, job.id)
+        assert losses[0] < losses[-1]  # the newest is listed first
+        checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+        assert [checkpoint.step_number for checkpoint in checkpoints] == [10, 5]
+        assert all(checkpoint.metrics.train_loss for checkpoint in checkpoints)
+        assert client.models.retrieve(done.fine_tuned_model).object == "model"
+        assert_adapter_is_verified(service, site, done.fine_tuned_model)
+        assert client.models.delete(done.fine_tuned_model).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(done.fine_tuned_model)
+        assert client.files.delete(training.id).deleted
+
+
+def test_openai_client_is_told_which_rows_have_nothing_to_learn(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site, api_process(site.settings.data_dir) as service, service.client() as client:
+        messages = [
+            {"role": "user", "content": "why " * tiny_base.MAX_POSITIONS},
+            {"role": "assistant", "content": "because"},
+        ]
+        row = json.dumps({"messages": messages}) + "\n"
+        file = client.files.create(file=("long.jsonl", row.encode() * 3), purpose="fine-tune")
+
+        job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+        site.work_until_done()
+
+        failed = client.fine_tuning.jobs.retrieve(job.id)
+        assert failed.status == "failed"
+        assert failed.error is not None
+        assert failed.error.param == "training_file"
+        assert failed.error.code == "nothing_to_learn"
+
+
+def train_losses(client: openai.OpenAI, job_id: str) -> list[float]:
+    """As the job's events tell them, the newest first."""
+    told = [event.data for event in client.fine_tuning.jobs.list_events(job_id) if event.type == "metrics"]
+    return [data["train_loss"] for data in told if isinstance(data, dict) and "train_loss" in data]
+
+
+def assert_adapter_is_verified(service: Service, site: WorkerSite, name: str) -> None:
+    """By the trainer before the job succeeded, and by the store now."""
+    (adapter,) = (adapter for adapter in site.adapters() if adapter.name == name)
+    assert adapter.verification["passed"] is True
+    assert adapter.verification["max_abs_diff"] <= adapter.verification["tolerance"]
+    with service.client() as client:
+        answer = client.post(f"/adapters/{adapter.id}/verify", cast_to=object)
+    assert isinstance(answer, dict)
+    assert answer["passed"] is True
+    assert answer["problems"] == []

@@ -1,0 +1,56 @@
+"""What a worker does when it comes and goes, beside its work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from catalog.db import Database
+from catalog.settings import Settings
+from catalog.tables import Worker
+from tests.catalog.world import Clock, World
+from worker import node, scratch
+from worker.context import open_worker
+
+
+def test_what_a_dead_worker_on_this_data_folder_held_is_free_at_once(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    world = a_world(settings)
+    world.worker("dead")
+    world.queued()
+    (claim,) = world.claim(worker_id="dead")
+    workers_dir = settings.work_dir() / "workers"
+    workers_dir.mkdir(parents=True)
+    (workers_dir / "dead.lock").touch()  # a killed process leaves its file, but no lock on it
+
+    with open_worker(settings, device=node.choose_device("cpu")):
+        job = world.job(claim.job.id)
+
+    assert (job.state, job.claim_id, job.counted_attempts) == ("queued", None, 1)
+    assert not (workers_dir / "dead.lock").exists()
+
+
+def test_a_worker_that_lives_keeps_what_it_holds_when_another_comes(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    world = a_world(settings)
+    world.worker("alive.example")
+    world.queued()
+    (claim,) = world.claim(worker_id="alive.example")
+    workers_dir = settings.work_dir() / "workers"
+    workers_dir.mkdir(parents=True)
+
+    with (
+        scratch.owned(workers_dir / "alive.example"),
+        open_worker(settings, device=node.choose_device("cpu")) as newcomer,
+    ):
+        job = world.job(claim.job.id)
+
+    assert (job.state, job.claim_id) == ("running", claim.claim_id)
+    with world.db.read() as session:
+        left = session.get_one(Worker, newcomer.worker_id)
+    assert left.ended_at is not None
+
+
+def a_world(settings: Settings) -> World:
+    db = Database(settings.resolved_database_url())
+    db.migrate()
+    return World(db, Clock())
