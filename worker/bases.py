@@ -5,24 +5,36 @@ A folder `bases_dir/DIGEST` is complete and never changes: it appears by one ren
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from secrets import token_hex
 
+import psutil
+
 from catalog import bases
 from catalog.artifacts.manifest import ManifestFile
-from catalog.errors import Conflict, LorryError
+from catalog.errors import Conflict, LorryError, Unavailable
 from catalog.tables import BaseModelRow, Json
 from worker import scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
 from worker.trainer_directory import read_json, write_json
 
+log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
+LOOK_SECONDS = 0.2
+STALL_SECONDS = 900.0
+"""A child that has used no processor time for so long waits for something that does not come."""
+LIMIT_SECONDS = 12 * 3600.0
+"""The longest that a child may take."""
 TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",
@@ -40,7 +52,7 @@ class ImportRefused(LorryError):
 
 
 class Abandoned(Exception):
-    """The worker is leaving: what it did in the background is left for another."""
+    """The worker is leaving, or nobody wants the result any more: the work is left for another."""
 
 
 def import_next(context: WorkerContext) -> bool:
@@ -61,12 +73,16 @@ def import_next(context: WorkerContext) -> bool:
     return True
 
 
-def ensure(context: WorkerContext, name: str, digest: str) -> Path:
-    """The folder of a base model, imported again where this node lacks it. Raises ImportRefused, NotFound."""
+def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Callable[[], bool] = lambda: False) -> Path:
+    """The folder of a base model, imported again where this node lacks it.
+
+    `is_unwanted` is asked several times a second while it is imported. Raises ImportRefused, NotFound,
+    Unavailable; Abandoned once it is unwanted or the worker is leaving.
+    """
     folder = context.settings.bases_dir() / digest
     if folder.is_dir():
         return folder
-    manifest, _ = _import(context, bases.get(context.db, name))
+    manifest, _ = _import(context, bases.get(context.db, name), is_unwanted)
     found = bases.files_digest(manifest)
     if found != digest:
         raise ImportRefused(
@@ -84,12 +100,14 @@ def tokenizer_digest(row: BaseModelRow) -> str:
     return bases.files_digest({"files": files})
 
 
-def _import(context: WorkerContext, row: BaseModelRow) -> tuple[Json, Json]:
+def _import(
+    context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool] = lambda: False
+) -> tuple[Json, Json]:
     """(manifest, description); the files are in place under their digest afterwards."""
     with scratch.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
         work.mkdir()
         target = work / "base"
-        description = _run_import(context, row, work, target)
+        description = _run_import(context, row, work, target, is_unwanted)
         files = [_digest_file(target, path) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
             "files": [file.as_row() for file in files],
@@ -102,7 +120,9 @@ def _import(context: WorkerContext, row: BaseModelRow) -> tuple[Json, Json]:
     return manifest, description
 
 
-def _run_import(context: WorkerContext, row: BaseModelRow, work: Path, target: Path) -> Json:
+def _run_import(
+    context: WorkerContext, row: BaseModelRow, work: Path, target: Path, is_unwanted: Callable[[], bool]
+) -> Json:
     arguments, result = work / "arguments.json", work / "result.json"
     write_json(
         arguments,
@@ -121,6 +141,7 @@ def _run_import(context: WorkerContext, row: BaseModelRow, work: Path, target: P
         child,
         context,
         lambda: bases.renew_import(context.db, row.name, lease_seconds=context.settings.lease_seconds),
+        is_unwanted,
     )
     if not result.exists():
         raise _crashed(row, child.returncode, work / "log.txt")
@@ -131,21 +152,73 @@ def _run_import(context: WorkerContext, row: BaseModelRow, work: Path, target: P
     return answer["description"]
 
 
-def wait_renewing(child: subprocess.Popen[bytes], context: WorkerContext, renew: Callable[[], None]) -> None:
-    """Wait for a child, renewing a lease at every heartbeat. Raises Abandoned, its child killed, on leaving."""
+def wait_renewing(
+    child: subprocess.Popen[bytes],
+    context: WorkerContext,
+    renew: Callable[[], None],
+    is_unwanted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait for a child, renewing a lease at every heartbeat; however this ends, the child has ended too.
+
+    Raises Abandoned on leaving or once it is unwanted, ImportRefused where the child gets nowhere.
+    """
+    progress = _Progress(child.pid)
     renewed_at = time.monotonic()
-    while True:
+    try:
+        while True:
+            try:
+                child.wait(LOOK_SECONDS)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+            if context.draining or is_unwanted():
+                raise Abandoned
+            progress.check()
+            if time.monotonic() - renewed_at >= context.settings.heartbeat_seconds:
+                renewed_at = time.monotonic()
+                _renew(renew)
+    finally:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _renew(renew: Callable[[], None]) -> None:
+    """A short outage of the database does not throw the work away: it is as good whoever did it."""
+    try:
+        renew()
+    except Unavailable as error:
+        log.warning("%s The work in the background goes on.", error)
+
+
+class _Progress:
+    """Whether a child gets anywhere: one that loads, converts or downloads uses its processor."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._started_at = self._moved_at = time.monotonic()
+        self._seconds = 0.0
+
+    def check(self) -> None:
+        """Raises ImportRefused once it has stood still for too long, or gone on for too long."""
+        now, seconds = time.monotonic(), self._seconds_used()
+        if seconds > self._seconds:
+            self._seconds, self._moved_at = seconds, now
+        if now - self._moved_at > STALL_SECONDS or now - self._started_at > LIMIT_SECONDS:
+            raise ImportRefused(
+                f"It was ended after {now - self._started_at:.0f} s, of which it did nothing for the last "
+                f"{now - self._moved_at:.0f} s.",
+                code="no_progress",
+                remedy="Look whether the worker reaches the source, and try again.",
+            )
+
+    def _seconds_used(self) -> float:
         try:
-            child.wait(0.2)
-            return
-        except subprocess.TimeoutExpired:
-            if context.draining:
-                child.kill()
-                child.wait()
-                raise Abandoned from None
-        if time.monotonic() - renewed_at >= context.settings.heartbeat_seconds:
-            renewed_at = time.monotonic()
-            renew()
+            times = psutil.Process(self._pid).cpu_times()
+        except psutil.Error:
+            return self._seconds
+        return times.user + times.system
 
 
 def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefused:

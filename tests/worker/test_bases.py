@@ -1,0 +1,93 @@
+"""How a base model comes onto a node: by a child that is watched, and ended when nobody wants it any more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from catalog import bases as record
+from catalog.db import Database
+from catalog.errors import Unavailable
+from catalog.settings import Settings
+from worker import bases
+
+SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Iterator[Any]:
+    """What bases.py uses of a worker's context."""
+    settings = Settings(data_dir=tmp_path, heartbeat_seconds=0.01)
+    settings.bases_dir().mkdir(parents=True)
+    db = Database(settings.resolved_database_url())
+    db.migrate()
+    yield SimpleNamespace(settings=settings, db=db, draining=False)
+    db.close()
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen(SLEEPER, start_new_session=True)
+    yield child
+    child.kill()
+    child.wait()
+
+
+def test_an_import_that_nobody_wants_any_more_is_abandoned(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    record.add(context.db, name="slow", kind="folder", source=str(tmp_path))
+    monkeypatch.setattr(bases, "run_child", lambda *_arguments, **_options: sleeper)
+    answers = iter([False, True])
+
+    with pytest.raises(bases.Abandoned):
+        bases.ensure(context, "slow", "0" * 64, is_unwanted=lambda: next(answers))
+
+    assert sleeper.returncode is not None
+    assert list(context.settings.bases_dir().iterdir()) == []
+
+
+def test_a_child_that_gets_nowhere_is_ended(
+    context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    monkeypatch.setattr(bases, "STALL_SECONDS", 0.0)
+    monkeypatch.setattr(bases._Progress, "_seconds_used", lambda _self: 0.0)  # pyright: ignore[reportPrivateUsage]
+
+    with pytest.raises(bases.ImportRefused) as caught:
+        bases.wait_renewing(sleeper, context, lambda: None)
+
+    assert caught.value.code == "no_progress"
+    assert sleeper.returncode is not None
+
+
+def test_no_child_is_left_running_when_something_unforeseen_happens(
+    context: Any, sleeper: subprocess.Popen[bytes]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        bases.wait_renewing(sleeper, context, fail)
+
+    assert sleeper.returncode is not None
+
+
+def test_an_outage_of_the_database_does_not_end_an_import(context: Any, sleeper: subprocess.Popen[bytes]) -> None:
+    asked = threading.Event()
+
+    def renew() -> None:
+        if asked.is_set():
+            sleeper.kill()  # the second time: the work is done
+        asked.set()
+        raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
+
+    bases.wait_renewing(sleeper, context, renew)
+
+    assert asked.is_set()
