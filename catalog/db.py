@@ -24,6 +24,7 @@ from sqlalchemy.sql.functions import GenericFunction
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unavailable
 
 BUSY_SECONDS = 30
+BRIEF_MILLISECONDS = 100
 SelectT = TypeVar("SelectT", bound=Select[Any])
 
 
@@ -56,6 +57,8 @@ class Database:
         writing = self.engine.execution_options(lorry_immediate=True)
         self._readers = sessionmaker(self.engine, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
+        brief = writing.execution_options(lorry_busy_milliseconds=BRIEF_MILLISECONDS)
+        self._brief_writers = sessionmaker(brief, expire_on_commit=False, info=info)
 
     @contextmanager
     def read(self) -> Generator[Session]:
@@ -71,6 +74,15 @@ class Database:
         """
         with _translated(), self._writers.begin() as session:
             session.connection()  # begins now, not at the first statement
+            yield session
+
+    @contextmanager
+    def write_briefly(self) -> Generator[Session]:
+        """As `write`, for what may as well be left out: waits for no lock longer than a tenth of a second."""
+        with _translated(), self._brief_writers.begin() as session:
+            session.connection()
+            if not self.is_sqlite:
+                session.execute(text(f"set local lock_timeout = {BRIEF_MILLISECONDS}"))
             yield session
 
     @property
@@ -169,8 +181,10 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Any) -> None:
-    immediate = connection.get_execution_options().get("lorry_immediate", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    options = connection.get_execution_options()
+    busy = options.get("lorry_busy_milliseconds", BUSY_SECONDS * 1000)
+    connection.exec_driver_sql(f"PRAGMA busy_timeout={busy}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("lorry_immediate", False) else "BEGIN")
 
 
 def _foreign_keys(connection: Connection, *, enforced: bool) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, serialise
-from catalog.errors import NotFound, Unauthorized
+from catalog.errors import NotFound, OutOfSpace, Unauthorized, Unavailable
 from catalog.settings import Settings
 from catalog.tables import ApiKey, Project, SignIn, new_id
 
@@ -84,8 +85,7 @@ def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
             raise _refused("The API key is not valid.", "Check it for missing characters, or have a new one made.")
         caller = _caller(session, key)
     if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS:
-        with db.write() as session:
-            session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used_at=now))
+        _note_use(db, key.id, now=now)
     return caller
 
 
@@ -122,7 +122,8 @@ def exchange_sign_in(db: Database, *, token: str, pepper: bytes, seconds: float 
         unused = (SignIn.link_digest == _digest(token, pepper), SignIn.expires_at > now)
         row_id = session.scalar(select(SignIn.id).where(*unused).with_for_update())
         if row_id is None:
-            raise _refused("This sign-in link was used already or has expired.", "Make a new one: lorry sign-in.")
+            remedy = "Make a new one: python -m api sign-in-link, or POST /v1/sign_in_links with an API key."
+            raise _refused("This sign-in link was used already or has expired.", remedy)
         values = {"link_digest": None, "browser_digest": _digest(browser, pepper), "expires_at": now + seconds}
         session.execute(update(SignIn).where(SignIn.id == row_id).values(values))
     return browser
@@ -174,6 +175,12 @@ def _create_once(path: Path, content: bytes) -> None:
         pass
     finally:
         draft.unlink()
+
+
+def _note_use(db: Database, key_id: str, *, now: float) -> None:
+    """Reading goes on while the database can't be written: then this use is not noted."""
+    with suppress(OutOfSpace, Unavailable), db.write_briefly() as session:
+        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=now))
 
 
 def _new(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import inspect, select
+from sqlalchemy import inspect, select, update
+from sqlalchemy.orm import Session
 
 from catalog import keys, projects
-from catalog.errors import InvalidRequest, Unauthorized
+from catalog.db import Database
+from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unauthorized, Unavailable
 from catalog.settings import Settings
 from catalog.tables import ApiKey
 from tests.catalog.world import PEPPER, World
@@ -82,6 +85,36 @@ def test_last_use_is_noted_once_a_minute(world: World) -> None:
     assert later != soon
 
 
+def test_a_key_opens_while_the_database_is_locked_by_another_writer(world: World) -> None:
+    key, secret = new_key(world)
+    with world.db.write() as session:
+        session.execute(update(ApiKey).where(ApiKey.id == key.id).values(name="renamed"))
+
+        caller = keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    assert caller.api_key_id == key.id
+    keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+    with world.db.read() as session:
+        assert session.get_one(ApiKey, key.id).last_used_at == world.clock.now
+
+
+@pytest.mark.parametrize("trouble", [OutOfSpace, Unavailable])
+def test_a_key_opens_while_nothing_can_be_written(
+    world: World, monkeypatch: pytest.MonkeyPatch, trouble: type[LorryError]
+) -> None:
+    key, secret = new_key(world)
+
+    @contextmanager
+    def refusing(_: Database) -> Iterator[Session]:
+        raise trouble("Not now.", code="not_now", remedy="Wait.")
+        yield
+
+    monkeypatch.setattr(Database, "write", refusing)
+    monkeypatch.setattr(Database, "write_briefly", refusing)
+
+    assert keys.authenticate(world.db, secret=secret, pepper=PEPPER).api_key_id == key.id
+
+
 def test_a_sign_in_link_opens_one_browser_session_once(world: World) -> None:
     link = keys.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
 
@@ -104,8 +137,9 @@ def test_a_sign_in_link_opens_one_browser_session_once(world: World) -> None:
 def test_links_and_browser_sessions_expire(world: World) -> None:
     late = keys.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER, seconds=900)
     world.clock.turn(901)
-    with pytest.raises(Unauthorized):
+    with pytest.raises(Unauthorized) as refusal:
         keys.exchange_sign_in(world.db, token=late, pepper=PEPPER)
+    assert "python -m api sign-in-link" in refusal.value.remedy
 
     link = keys.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
     browser = keys.exchange_sign_in(world.db, token=link, pepper=PEPPER)
