@@ -36,12 +36,17 @@ def find(
     data_dir: Path | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Connection:
-    """Arguments win over the environment, and that over the file of a local service."""
+    """Arguments win over the environment, and that over the file of a local service.
+
+    LORRY_API_KEY is shown to no other service than LORRY_URL names, where that is set; and a folder that is named
+    comes with its own key.
+    """
     environ = os.environ if environ is None else environ
     if data_dir is None:
         url = url or environ.get("LORRY_URL") or None
     if url is not None:
-        return Connection(url=normalise_url(url), api_key=api_key or environ.get("LORRY_API_KEY") or None)
+        url = normalise_url(url)
+        return Connection(url=url, api_key=api_key or _key_of_environment(environ, url))
     folder = data_dir or default_data_dir(environ)
     local = read(folder)
     if local is None:
@@ -50,7 +55,9 @@ def find(
             code="not_configured",
             remedy="Start one with `lorry up`, or set LORRY_URL and LORRY_API_KEY.",
         )
-    return Connection(url=local.url, api_key=api_key or environ.get("LORRY_API_KEY") or local.api_key)
+    given = _key_of_environment(environ, local.url)
+    own = given or local.api_key if data_dir is None else local.api_key or given
+    return Connection(url=local.url, api_key=api_key or own)
 
 
 def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -121,6 +128,11 @@ def is_loopback(url: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
+    named = environ.get("LORRY_URL")
+    return (environ.get("LORRY_API_KEY") or None) if not named or normalise_url(named) == url else None
 
 
 def _unreadable(path: Path, why: str) -> NotConfigured:

@@ -13,7 +13,7 @@ from typing import Any, cast
 class LorryError(Exception):
     """Everything that this package raises on purpose."""
 
-    def __init__(self, message: str, *, code: str, remedy: str = "") -> None:
+    def __init__(self, message: str, *, code: str, remedy: str) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
@@ -48,7 +48,7 @@ class APIError(LorryError):
         message: str,
         *,
         code: str,
-        remedy: str = "",
+        remedy: str,
         status: int,
         type: str = "",  # noqa: A002 - the wire's word
         param: str | None = None,
@@ -131,4 +131,6 @@ def _plain(status: int, body: bytes) -> str:
 def _remedy(status: int) -> str:
     if status == 401:
         return "Check LORRY_API_KEY, or the api_key in connection.json."
-    return "Try again in a moment; if it stays, look at the service's log." if status >= 500 else ""
+    if status >= 500:
+        return "Try again in a moment; if it stays, look at the service's log."
+    return "Check that LORRY_URL names Lorry itself, and no other service before it."

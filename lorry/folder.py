@@ -19,6 +19,7 @@ from lorry.errors import BadDownload, LorryError
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
 _PIECE_BYTES = 2**20
+_AGAIN = "Pull the adapter again, into a new folder; if it stays, check it with `lorry adapters verify`."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +142,7 @@ def is_safe(path: str) -> bool:
 
 def _entries(wire: object) -> list[FileEntry]:
     if not isinstance(wire, list) or not all(isinstance(row, dict) for row in cast("list[object]", wire)):
-        raise BadDownload("The manifest has no list of files.", code="bad_manifest")
+        raise BadDownload("The manifest has no list of files.", code="bad_manifest", remedy=_AGAIN)
     return [_entry(row) for row in cast("list[dict[str, Any]]", wire)]
 
 
@@ -149,9 +150,11 @@ def _entry(wire: Mapping[str, Any]) -> FileEntry:
     path, digest = wire.get("path"), wire.get("digest")
     num_bytes = wire.get("num_bytes", wire.get("bytes"))
     if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
-        raise BadDownload("A file of the manifest has no path, digest and size.", code="bad_manifest")
+        raise BadDownload("A file of the manifest has no path, digest and size.", code="bad_manifest", remedy=_AGAIN)
     if not is_safe(path) or path in {MANIFEST, LINEAGE}:
-        raise BadDownload(f"The manifest names {path!r}, which is not a path of an adapter.", code="unsafe_path")
+        raise BadDownload(
+            f"The manifest names {path!r}, which is not a path of an adapter.", code="unsafe_path", remedy=_AGAIN
+        )
     return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
 
 
@@ -159,11 +162,11 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         parsed: object = json.loads(path.read_bytes())
     except OSError as error:
-        raise LorryError(f"{path.name} can't be read: {error.strerror}.", code="unreadable") from error
+        raise LorryError(f"{path.name} can't be read: {error.strerror}.", code="unreadable", remedy=_AGAIN) from error
     except (ValueError, RecursionError) as error:
-        raise LorryError(f"{path.name} is not JSON.", code="unreadable") from error
+        raise LorryError(f"{path.name} is not JSON.", code="unreadable", remedy=_AGAIN) from error
     if not isinstance(parsed, dict):
-        raise LorryError(f"{path.name} is not a JSON object.", code="unreadable")
+        raise LorryError(f"{path.name} is not a JSON object.", code="unreadable", remedy=_AGAIN)
     return cast("dict[str, Any]", parsed)
 
 

@@ -56,4 +56,8 @@ def lines(chunks: Iterable[bytes]) -> Iterator[str]:
         *ended, buffered = (buffered + text.replace("\r\n", "\n").replace("\r", "\n")).split("\n")
         yield from ended
         if len(buffered) > MAX_EVENT_CHARS:
-            raise ConnectionFailed("A line of the event stream is too long.", code="bad_stream")
+            raise ConnectionFailed(
+                "A line of the event stream is too long.",
+                code="bad_stream",
+                remedy="Check that LORRY_URL names Lorry itself, and no other service before it.",
+            )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from lorry import stream as sse
-from lorry.errors import APIError, ConnectionFailed
+from lorry.errors import APIError, ConnectionFailed, ServerFailed
 from lorry.models import Job, JobEvent, JobUpdate
 from lorry.transport import Transport
 
@@ -33,7 +33,10 @@ def follow(
     poll_seconds: float,
     patience_seconds: float,
 ) -> Iterator[JobUpdate]:
-    """Ends with the update in which the job is final. Raises ConnectionFailed after `patience_seconds` of silence."""
+    """Ends with the update in which the job is final.
+
+    Raises ConnectionFailed or ServerFailed where the service has not answered well for `patience_seconds`.
+    """
     last_event_id: str | None = None
     heard_at = clock()
     while True:
@@ -48,7 +51,7 @@ def follow(
                 raise
         try:
             job = get_job()
-        except ConnectionFailed:
+        except (ConnectionFailed, ServerFailed):
             if clock() - heard_at > patience_seconds:
                 raise
         else:

@@ -37,6 +37,24 @@ def test_a_data_folder_that_was_named_wins_over_the_environment(tmp_path: Path) 
     assert connection.find(data_dir=tmp_path, environ={"LORRY_URL": "http://b:2"}).url == "http://127.0.0.1:8472"
 
 
+def test_a_data_folder_that_was_named_comes_with_its_own_key(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    remote = {"LORRY_URL": "http://b:2", "LORRY_API_KEY": "remote"}
+
+    for environ in (remote, {"LORRY_API_KEY": "remote"}):
+        assert connection.find(data_dir=tmp_path, environ=environ).api_key == "k"
+
+
+def test_the_key_of_the_environment_is_shown_to_the_service_of_the_environment_alone(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key=None))
+    environ = {"LORRY_URL": "http://b:2/v1", "LORRY_API_KEY": "remote"}
+
+    assert connection.find(data_dir=tmp_path, environ=environ).api_key is None
+    assert connection.find(url="http://a:1", environ=environ).api_key is None
+    assert connection.find(url="http://b:2/", environ=environ).api_key == "remote"
+    assert connection.find(url="http://a:1", environ={"LORRY_API_KEY": "mine"}).api_key == "mine"
+
+
 def test_where_nothing_is_known_the_remedy_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(NotConfigured) as refused:
         connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})

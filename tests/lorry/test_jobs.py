@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorry import Job, Lorry, WaitTimeout
-from lorry.errors import ConnectionFailed, NotFound
+from lorry.errors import ConnectionFailed, LorryError, NotFound, ServerFailed
 from lorry.models import JobUpdate
 from lorry.resources import live
 from tests.lorry.scripted_server import Reply, Script
@@ -97,17 +97,20 @@ def test_following_a_job_that_is_not_there_is_an_error(client: Lorry) -> None:
         list(client.jobs.follow("gone"))
 
 
-def test_following_bears_a_restart_of_the_service_but_not_its_absence() -> None:
+@pytest.mark.parametrize(
+    "trouble", [ConnectionFailed("away", code="x", remedy=""), ServerFailed("away", code="x", remedy="", status=503)]
+)
+def test_following_bears_a_restart_of_the_service_but_not_its_absence(trouble: LorryError) -> None:
     now = [0.0]
     answers = iter([None, None, Job(status="running"), None, Job(status="succeeded")])
 
     def gone(_last: str | None) -> Any:
-        raise ConnectionFailed("x", code="x")
+        raise ConnectionFailed("x", code="x", remedy="")
 
     def look() -> Job:
         job = next(answers, None)
         if job is None:
-            raise ConnectionFailed("away", code="x")
+            raise trouble
         return job
 
     def sleep(seconds: float) -> None:
@@ -119,7 +122,7 @@ def test_following_bears_a_restart_of_the_service_but_not_its_absence() -> None:
         )
 
     assert [u.job.status for u in follow(60) if u.job] == ["running", "succeeded"]
-    with pytest.raises(ConnectionFailed, match="away"):
+    with pytest.raises(type(trouble), match="away"):
         follow(60)
 
 

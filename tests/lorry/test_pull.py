@@ -117,8 +117,10 @@ def test_a_manifest_whose_paths_could_leave_the_folder_is_refused(
 ) -> None:
     serve(service, tar(), told=manifest({path: b"x"}))
 
-    with pytest.raises(BadDownload, match="not a path of an adapter"):
+    with pytest.raises(BadDownload, match="not a path of an adapter") as refused:
         client.adapters.pull("a", tmp_path / "adapter")
+
+    assert refused.value.remedy
 
 
 def test_a_manifest_that_is_not_the_adapters_is_refused(service: Script, client: Lorry, tmp_path: Path) -> None:

@@ -61,8 +61,9 @@ def _check_refusals(client: Lorry, training_file: str) -> None:
     """What a person gets wrong first, each by the service's own words."""
     with pytest.raises(NotFound, match="tiny"):
         client.jobs.create(model="gone", training_file=training_file)
-    with pytest.raises(InvalidRequest, match="at least 1"):
+    with pytest.raises(InvalidRequest, match="at least 1") as refused:
         client.jobs.create(model="tiny", training_file=training_file, lora={"rank": 0})
+    assert refused.value.remedy
     with pytest.raises(NotFound):
         client.jobs.create(model="tiny", training_file="file-gone")
     client.jobs.create(model="tiny", training_file=training_file, idempotency_key="one")

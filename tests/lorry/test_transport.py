@@ -73,7 +73,13 @@ def test_a_broken_connection_is_tried_again(slept: list[float]) -> None:
 
 
 def test_every_field_of_an_error_is_kept(service: Script, client: Lorry) -> None:
-    wire = {"message": "'rank' is 0. Make it 1.", "type": "invalid_request_error", "param": "lora.rank", "code": "bad"}
+    wire = {
+        "message": "'rank' is 0. Make it 1.",
+        "remedy": "Make it 1.",
+        "type": "invalid_request_error",
+        "param": "lora.rank",
+        "code": "bad",
+    }
     service.on("GET", "/v1/queue", Reply(status=400, headers={"x-request-id": "r1"}, body={"error": wire}))
 
     with pytest.raises(InvalidRequest) as failed:
@@ -81,7 +87,7 @@ def test_every_field_of_an_error_is_kept(service: Script, client: Lorry) -> None
 
     error = failed.value
     assert (error.status, error.code, error.param, error.type) == (400, "bad", "lora.rank", "invalid_request_error")
-    assert error.request_id == "r1"
+    assert (error.request_id, error.remedy) == ("r1", "Make it 1.")
     assert error.sentence() == wire["message"]
 
 
@@ -91,8 +97,10 @@ def test_every_field_of_an_error_is_kept(service: Script, client: Lorry) -> None
 def test_an_error_of_another_shape_is_still_a_sentence(service: Script, client: Lorry, body: bytes) -> None:
     service.on("GET", "/v1/queue", Reply(status=404, body=body))
 
-    with pytest.raises(NotFound, match="404"):
+    with pytest.raises(NotFound, match="404") as failed:
         client.queue.get()
+
+    assert failed.value.remedy
 
 
 def test_an_answer_that_is_not_json_is_not_lorry(service: Script, client: Lorry) -> None:
