@@ -30,7 +30,7 @@ DESCRIPTION = """Trains many LoRA adapters at once on the GPUs you own, and spea
 The `openai` client works as it is for files, fine-tuning jobs and models: set `base_url` to this service's
 `/v1` and `api_key` to a key of it. What that API lacks are further fields and resources.
 
-Every refusal is `{"error": {"message", "type", "param", "code"}}`; the message ends with what to do about it.
+Every refusal is `{"error": {"message", "type", "param", "code", "remedy"}}`; the message ends with the remedy.
 """
 TAGS = [
     {"name": "files", "description": "Data sets: chat JSONL, checked line by line."},

@@ -1,4 +1,4 @@
-"""Every way in which a request can end badly, turned into {"error": {message, type, param, code}}.
+"""Every way in which a request can end badly, turned into {"error": {message, remedy, type, param, code}}.
 
 What a person can act on comes from catalog.errors; nothing of our own insides ever leaves.
 """
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.validation import explain
+from api.validation import AGAIN, explain
 from catalog.disk import is_full, out_of_space
 from catalog.errors import LorryError, Unauthorized, Unavailable
 
@@ -31,13 +31,12 @@ def error_response(
     code: str,
     type: str = "invalid_request_error",  # noqa: A002  (the wire's word)
     param: str | None = None,
-    remedy: str = "",
+    remedy: str,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The shape on the wire. Only ASCII leaves, because a message may quote a lone surrogate."""
-    body = {"error": {"message": f"{message} {remedy}".strip(), "type": type, "param": param, "code": code}}
-    if remedy:
-        body["error"]["remedy"] = remedy
+    told = f"{message} {remedy}".strip()
+    body = {"error": {"message": told, "remedy": remedy, "type": type, "param": param, "code": code}}
     content = json.dumps(body).encode("ascii")
     return Response(content, status_code=status, media_type="application/json", headers=dict(headers or {}))
 
@@ -119,7 +118,7 @@ def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
         405: (wrong_method, f"Use {allowed}.", "method_not_allowed"),
         413: ("The body is larger than this call may send.", "Make it shorter.", "request_too_large"),
     }
-    return known.get(error.status_code, (str(error.detail), "", f"http_{error.status_code}"))
+    return known.get(error.status_code, (str(error.detail), AGAIN, f"http_{error.status_code}"))
 
 
 def _unknown_route(request: Request) -> Response:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 class ErrorBody(BaseModel):
     message: str = Field(description="What is wrong, and what to do about it.")
+    remedy: str = Field(description="What to do about it, by itself; the message ends with it.")
     type: str = Field(description="Class of the error, such as invalid_request_error.")
     param: str | None = Field(description="The field that is at fault, as a dotted path.")
     code: str | None = Field(description="The error's name, to program against.")
@@ -19,7 +20,8 @@ class ErrorResponse(BaseModel):
         json_schema_extra={
             "example": {
                 "error": {
-                    "message": "'lora.rank' must be at least 1; it was 0. Correct it and send the request again.",
+                    "message": "'lora.rank' must be at least 1; it was 0. Correct this and send the request again.",
+                    "remedy": "Correct this and send the request again.",
                     "type": "invalid_request_error",
                     "param": "lora.rank",
                     "code": "invalid_value",

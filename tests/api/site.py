@@ -67,8 +67,9 @@ def error_of(response: Any) -> dict[str, Any]:
     body = response.json()
     assert set(body) == {"error"}, body
     error = body["error"]
-    assert {"message", "type", "param", "code"} <= set(error), error
+    assert {"message", "type", "param", "code", "remedy"} <= set(error), error
     assert error["message"], "an error has a sentence"
+    assert error["remedy"] in error["message"], "an error says what to do"
     assert error["type"] in {
         "invalid_request_error",
         "authentication_error",
