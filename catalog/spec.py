@@ -34,7 +34,7 @@ class LoraRequest(Strict):
 
     rank: int = Field(default=16, ge=1, le=256, description="Rank r of B·A.")
     alpha: PositiveFloat | Auto = Field(default="auto", description="The update is scaled by alpha/rank. auto: 2·rank.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Probability of dropping an input of A.")
+    dropout: float = Field(default=0.0, ge=0, le=0.9, description="Probability of dropping an input of A.")
     target_modules: Literal["all-linear"] | list[Annotated[str, StringConstraints(pattern=r"^[\w.]{1,128}$")]] = Field(
         default="all-linear", description="Names of the linear layers to adapt, or all but the output head."
     )
@@ -68,7 +68,13 @@ class ScheduleRequest(Strict):
 
     type: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_ratio: float = Field(
-        default=0.03, ge=0, lt=1, description="Part of all steps in which the rate rises from 0."
+        default=0.03,
+        ge=0,
+        lt=1,
+        description=(
+            "Part of all n steps in which the rate rises. w = min(⌈ratio·n⌉, n - 1) steps warm up, and step s of them "
+            "has s/(w + 1) of the peak rate."
+        ),
     )
 
 

@@ -10,6 +10,8 @@ from typing import Literal, cast
 from lora_core.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
+MAX_DROPOUT = 0.9
+"""What is kept is scaled by 1 / (1 - dropout): past this, a step is noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +31,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _require(1 <= self.rank <= 1024, "lora.rank", self.rank, "between 1 and 1024")
         _require(_is_positive(self.alpha), "lora.alpha", self.alpha, "a positive number")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        _require(0 <= self.dropout <= MAX_DROPOUT, "lora.dropout", self.dropout, f"between 0 and {MAX_DROPOUT}")
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         named = bool(names) and all(name and name.strip() == name for name in names)
         _require(named, "lora.target_modules", self.target_modules, "'all-linear' or module names")
@@ -63,7 +65,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate by step: linear warm-up, then constant, linear to zero, or a half cosine to zero."""
+    """Learning rate by step: linear warm-up, then constant, linear to zero, or a half cosine to zero.
+
+    Step s of w = `warmup_steps` has the rate peak · s / (w + 1), so no step is lost to a rate of 0; step
+    w + 1 has the peak.
+    """
 
     kind: Literal["constant", "linear", "cosine"]
     warmup_steps: int = 0

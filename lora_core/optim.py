@@ -10,10 +10,14 @@ from lora_core.config import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of optimizer step `step` (from 1), as the schedules of transformers give it."""
+    """The rate of optimizer step `step` (from 1); see ScheduleConfig.
+
+    It is what the schedules of transformers give with one step more of warm-up and in all, but for their
+    first step, whose rate would be 0.
+    """
     done = step - 1
     if done < schedule.warmup_steps:
-        return peak * done / schedule.warmup_steps
+        return peak * step / (schedule.warmup_steps + 1)
     if schedule.kind == "constant":
         return peak
     progress = min(1.0, (done - schedule.warmup_steps) / max(1, schedule.num_steps - schedule.warmup_steps))

@@ -4,12 +4,17 @@
 A header names every tensor; a hostile one can cost a gigabyte to parse, so it is measured first.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+
+from safetensors import SafetensorError
 
 from lora_core.errors import UnsafeFile
 
@@ -45,7 +50,10 @@ def _unsafe(path: Path, reason: str) -> UnsafeFile:
 
 
 def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Make `directory` (which must not exist) by `fill` on a temporary sibling, fsync and rename."""
+    """Make `directory` (which must not exist) by `fill` on a temporary sibling, fsync and rename.
+
+    Raises OSError for whatever the disk refuses, and then leaves nothing behind.
+    """
     if directory.exists():
         raise FileExistsError(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +61,8 @@ def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        fill(temporary)
+        with _disk_errors_named():
+            fill(temporary)
         for path in [*sorted(temporary.rglob("*")), temporary]:
             _fsync(path)
         temporary.rename(directory)
@@ -61,6 +70,17 @@ def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _disk_errors_named() -> Generator[None]:
+    """safetensors has an error of its own for a failed write, with the number of the OSError in its text."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
 
 
 def write_json(path: Path, content: object) -> None:

@@ -22,6 +22,10 @@ ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", failpoints.VARIAB
 ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_")
 HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
+CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""GPUs are numbered as NVML numbers them. A fixed workspace makes cuBLAS repeat its sums; that is all we ask of
+determinism by setting: torch's own switch refuses or slows operations that no result of a job depends on, and
+the engine's probe at start-up measures what holds on this machine."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -106,7 +110,7 @@ def trainer_environment(path: Path, device: node.Device, *, num_threads: int) ->
         "OMP_NUM_THREADS": str(num_threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(path / "hub"),  # also where accelerate would look for a configuration file
-        **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+        **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 import psutil
 
-CGROUP_EVENTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_EVENTS = (CGROUP / "memory.events", CGROUP / "memory" / "memory.oom_control")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,11 +23,13 @@ class Device:
     kind: str
     """cpu or cuda."""
     index: int
+    """NVML's number, which is that of the bus."""
     name: str
     memory_bytes: int
 
     def torch_name(self) -> str:
-        return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
+        """Its name within the trainer, to which the launcher shows no other GPU."""
+        return "cpu" if self.kind == "cpu" else "cuda:0"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,7 +41,7 @@ def find_devices() -> list[Device]:
 
 
 def choose_device(wanted: str | None) -> Device:
-    """The device that `wanted` names: "cpu", a GPU's number, or the first that there is."""
+    """The device that `wanted` names: "cpu", a GPU's number, or the first that there is. Ends the program else."""
     if wanted == "cpu":
         return cpu()
     found = find_devices()
@@ -70,8 +74,20 @@ def free_bytes(device: Device) -> int:
     if device.kind == "cuda":
         return _gpu_free_bytes(device.index)
     available = psutil.virtual_memory().available
-    limit, used = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
-    return available if limit is None else max(0, min(available, limit - (used or 0)))
+    limit = _read_number(CGROUP / "memory.max")
+    if limit is None:
+        return available
+    used = (_read_number(CGROUP / "memory.current") or 0) - _reclaimable_bytes()
+    return max(0, min(available, limit - used))
+
+
+def _reclaimable_bytes() -> int:
+    """Page cache that the kernel gives back when memory is wanted: it counts as used in a cgroup."""
+    try:
+        found = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def oom_kills() -> int:
@@ -112,11 +128,19 @@ def _find_gpus() -> list[Device]:
 
 
 def _visible(count: int) -> list[int]:
-    """GPUs that CUDA_VISIBLE_DEVICES leaves, by NVML's numbers."""
+    """GPUs that CUDA_VISIBLE_DEVICES leaves, by NVML's numbers. As in CUDA, the first number of none ends the list."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(range(count))
-    return [int(part) for part in visible.split(",") if part.strip().isdecimal() and int(part) < count]
+    names = [part.strip() for part in visible.split(",")]
+    for name in names:
+        if name.startswith(("GPU-", "MIG-")):
+            raise SystemExit(
+                f"CUDA_VISIBLE_DEVICES names {name!r}; a worker takes GPUs by their numbers alone. "
+                "Give the numbers that nvidia-smi shows, or leave the variable unset and set LORRY_DEVICE."
+            )
+    shown = itertools.takewhile(lambda name: name.isdecimal() and int(name) < count, names)
+    return [int(name) for name in shown]
 
 
 def _gpu_free_bytes(index: int) -> int:
@@ -139,9 +163,9 @@ def _open_nvml() -> Any:
     return nvml
 
 
-def _read_number(path: str) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
-        text = Path(path).read_text().strip()
+        text = path.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdecimal() else None

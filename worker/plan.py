@@ -46,5 +46,5 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
 
 
 def warmup_steps(ratio: float, num_steps: int) -> int:
-    """Rounded up, so that a ratio above zero warms up at least one step."""
-    return min(num_steps, math.ceil(ratio * num_steps))
+    """⌈ratio · num_steps⌉, but never all: the last step of a warm-up is followed by one at the peak rate."""
+    return min(num_steps - 1, math.ceil(ratio * num_steps))

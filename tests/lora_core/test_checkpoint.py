@@ -1,6 +1,8 @@
 """A checkpoint is whole, names what it belongs to, and is refused when it lies."""
 
+import errno
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from lora_core.config import EngineConfig
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint
 from tests.lora_core.scenarios import Submission, admit, config, dataset
+from tests.services.small_disk import small_disk
 
 JOB = Submission(config=config(num_steps=2), train=dataset(1, [10, 12, 8]))
 
@@ -49,6 +52,30 @@ def test_a_failed_write_leaves_nothing_behind(engine, tmp_path, monkeypatch):
     monkeypatch.setattr("lora_core.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         engine.save_checkpoint("job", tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_os_error_leaves_nothing_behind_and_spares_the_job(engine, tmp_path):
+    admit(engine, "job", JOB)
+    with small_disk(tmp_path / "disk", 64 * 1024) as disk:
+        with pytest.raises(OSError, match="No space left") as caught:
+            engine.save_checkpoint("job", disk / "saved")
+        assert caught.value.errno == errno.ENOSPC
+        assert list(disk.iterdir()) == []
+    engine.tick()
+    engine.save_checkpoint("job", tmp_path / "saved")
+
+
+def test_a_file_too_large_for_the_system_is_an_os_error_that_leaves_nothing_behind(engine, tmp_path):
+    admit(engine, "job", JOB)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            engine.export("job", tmp_path / "adapter", base_name="tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
     [
         (LoraConfig(rank=8, alpha=16), "rank", [0, -1, 1025]),
         (LoraConfig(rank=8, alpha=16), "alpha", [0, -1, NAN, INF]),
-        (LoraConfig(rank=8, alpha=16), "dropout", [-0.1, 1.0, NAN]),
+        (LoraConfig(rank=8, alpha=16), "dropout", [-0.1, 0.91, 0.999999, 1.0, NAN]),
         (LoraConfig(rank=8, alpha=16), "target_modules", ["", (), ("q_proj", " ")]),
         (OptimizerConfig(learning_rate=1e-3), "learning_rate", [0, -1, NAN, INF]),
         (OptimizerConfig(learning_rate=1e-3), "beta1", [-0.1, 1.0]),

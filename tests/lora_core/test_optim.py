@@ -60,20 +60,30 @@ def test_a_gradient_that_is_not_finite_or_overflows_is_seen_in_its_norm(value):
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-def test_schedules_equal_those_of_transformers(kind, warmup_steps):
+def test_schedules_equal_those_of_transformers_without_their_first_step(kind, warmup_steps):
     schedule = ScheduleConfig(kind=kind, warmup_steps=warmup_steps, num_steps=10)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     make = {
-        "constant": lambda: get_constant_schedule_with_warmup(optimizer, warmup_steps),
-        "linear": lambda: get_linear_schedule_with_warmup(optimizer, warmup_steps, 10),
-        "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, warmup_steps, 10),
+        "constant": lambda: get_constant_schedule_with_warmup(optimizer, warmup_steps + 1),
+        "linear": lambda: get_linear_schedule_with_warmup(optimizer, warmup_steps + 1, 11),
+        "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, warmup_steps + 1, 11),
     }
     reference = make[kind]()
+    optimizer.step()
+    reference.step()  # past their step of rate 0
     for step in range(1, 11):
         rate = learning_rate_at(step, peak=0.5, schedule=schedule)
         assert rate == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         reference.step()
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_every_step_of_every_job_has_a_rate_above_zero(kind):
+    for num_steps in (1, 2, 3, 10):
+        for warmup_steps in range(num_steps + 1):
+            schedule = ScheduleConfig(kind=kind, warmup_steps=warmup_steps, num_steps=num_steps)
+            assert all(learning_rate_at(step, peak=1, schedule=schedule) > 0 for step in range(1, num_steps + 1))
 
 
 def test_a_row_is_one_vector_of_exact_size_and_starts_as_peft_starts():

@@ -49,6 +49,12 @@ def test_a_gpu_is_named_by_its_number_and_the_cpu_by_a_flag(tmp_path: Path) -> N
     assert on_cpu[-1] == f"{OPTION}60"
 
 
+def test_a_trainer_numbers_gpus_as_the_worker_does(tmp_path: Path) -> None:
+    gpu = node.Device(kind="cuda", index=3, name="GPU", memory_bytes=1)
+
+    assert trainer_environment(tmp_path, gpu, num_threads=1)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
 def hold(silence_seconds: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", HOLDER, f"{OPTION}{silence_seconds}"], stdin=subprocess.PIPE, cwd=ROOT

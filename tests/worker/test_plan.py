@@ -1,0 +1,35 @@
+"""From what was asked for to what the engine is told."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from catalog.spec import JobRequest, resolve
+from lora_core.config import MAX_DROPOUT
+from lora_core.optim import learning_rate_at
+from worker.plan import job_config
+
+
+def request(**fields: object) -> JobRequest:
+    return JobRequest.model_validate({"model": "tiny", "training_file": "file-1", **fields})
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 40, 1000])
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.99])
+def test_the_first_step_of_any_job_learns_and_some_step_has_the_peak_rate(num_steps: int, ratio: float) -> None:
+    spec = resolve(request(schedule={"warmup_ratio": ratio}), num_rows=100, max_positions=None, seed=1)
+
+    schedule = job_config(spec, num_steps=num_steps, evaluate_every_steps=None).schedule
+
+    rates = [learning_rate_at(step, peak=1.0, schedule=schedule) for step in range(1, num_steps + 1)]
+    assert rates[0] > 0
+    assert max(rates) == 1
+
+
+def test_the_largest_dropout_that_may_be_asked_for_is_the_engines() -> None:
+    spec = resolve(request(lora={"dropout": MAX_DROPOUT}), num_rows=100, max_positions=None, seed=1)
+
+    assert job_config(spec, num_steps=1, evaluate_every_steps=None).lora.dropout == MAX_DROPOUT
+    with pytest.raises(ValidationError, match="dropout"):
+        request(lora={"dropout": MAX_DROPOUT + 0.01})
