@@ -162,11 +162,11 @@ def _usable_base(session: Session, name: str) -> BaseModelRow:
             param="model",
         )
     if base.state != "ready":
-        detail = (base.error or {}).get("message", "no reason is recorded")
+        # Its message stays with operators: it may quote folders and logs of a machine.
         raise InvalidRequest(
-            f"The import of the base model {name!r} failed: {detail}",
+            f"The import of the base model {name!r} failed: {(base.error or {}).get('code', 'import_failed')}.",
             code="model_import_failed",
-            remedy="Have an operator add it again, or choose another model.",
+            remedy="Have an operator look at its error in GET /v1/models and add it again, or choose another model.",
             param="model",
         )
     return base

@@ -26,6 +26,7 @@ class ModelError(BaseModel):
     model_config = ConfigDict(extra="allow")
     code: str
     message: str
+    remedy: str = ""
 
 
 class ModelObject(BaseModel):
@@ -61,7 +62,7 @@ class ModelObject(BaseModel):
     local_path: str | None = Field(
         default=None, description="Folder of a base on the service's machine; for operators."
     )
-    error: ModelError | None = Field(default=None, description="Why an import failed.")
+    error: ModelError | None = Field(default=None, description="Why an import failed; all of it for operators.")
 
 
 class ModelDeleted(BaseModel):
@@ -83,9 +84,18 @@ def base_object(row: BaseModelRow, *, local_path: str | None, shows_paths: bool)
             "source": row.source if shows_paths or row.kind == "hub" else None,
             "revision": row.revision,
             "local_path": local_path if shows_paths else None,
-            "error": row.error,
+            "error": row.error if shows_paths or row.error is None else _without_paths(row.error),
         }
     )
+
+
+def _without_paths(error: dict[str, Any]) -> dict[str, Any]:
+    """An import's own words may quote folders and a log of the service's machine."""
+    return {
+        "code": error.get("code", "import_failed"),
+        "message": "The import failed.",
+        "remedy": "An operator is shown the reason, and can add the model again.",
+    }
 
 
 def adapter_model(row: Adapter) -> ModelObject:

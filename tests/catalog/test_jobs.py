@@ -46,8 +46,8 @@ def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> No
     with pytest.raises(InvalidRequest, match="still being imported") as early:
         world.submit(model="new")
 
-    bases.fail_import(world.db, "new", error={"code": "unsupported_model", "message": "It is a picture."})
-    with pytest.raises(InvalidRequest, match="It is a picture") as failed:
+    bases.fail_import(world.db, "new", error={"code": "unsupported_model", "message": "/srv/new is a picture."})
+    with pytest.raises(InvalidRequest, match=r"failed: unsupported_model\.$") as failed:
         world.submit(model="new")
 
     assert (early.value.code, failed.value.code) == ("model_not_ready", "model_import_failed")
