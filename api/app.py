@@ -33,7 +33,7 @@ The `openai` client works as it is for files, fine-tuning jobs and models: set `
 Every refusal is `{"error": {"message", "type", "param", "code", "remedy"}}`; the message ends with the remedy.
 """
 TAGS = [
-    {"name": "files", "description": "Data sets: chat JSONL, checked line by line."},
+    {"name": "files", "description": "Data sets (chat JSONL, checked line by line), and files for other purposes."},
     {"name": "fine-tuning jobs", "description": "From files and a base model to an adapter."},
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},

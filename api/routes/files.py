@@ -1,4 +1,4 @@
-"""/v1/files: data sets come in, are checked line by line, and can be read back."""
+"""/v1/files: files come in, those to train on checked line by line, and can be read back."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ UPLOAD_FORM: dict[str, Any] = {
                     "required": ["purpose", "file"],
                     "additionalProperties": False,
                     "properties": {
-                        "purpose": {"type": "string", "enum": ["fine-tune"]},
-                        "file": {"type": "string", "format": "binary", "description": "Chat JSONL, in UTF-8."},
+                        "purpose": {"type": "string", "enum": list(files.PURPOSES)},
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": f"For the purpose {files.DATASET}: chat JSONL, in UTF-8.",
+                        },
                     },
                 }
             }
@@ -41,7 +45,8 @@ UPLOAD_FORM: dict[str, Any] = {
 
 @router.post("", operation_id="upload_file", responses=errors(413, 507), openapi_extra=UPLOAD_FORM)
 async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
-    """Upload a data set. A wrong line is refused with its number; then nothing is kept."""
+    """Upload a file. One to train on is checked line by line: a wrong line is refused with its number, and then
+    nothing is kept."""
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=use.settings.max_file_bytes) as upload:
         row = await run_in_threadpool(

@@ -8,11 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.tables import File
 
-Purpose = Literal["fine-tune", "fine-tune-results"]
-
 
 class FileObject(BaseModel):
-    """A file whose structure was checked line by line when it came in."""
+    """A file; one with the purpose `fine-tune` was checked line by line when it came in."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -40,7 +38,7 @@ class FileObject(BaseModel):
     status: Literal["uploaded", "processed", "error"] = "processed"
     expires_at: int | None = None
     status_details: str | None = None
-    rows: int | None = Field(description="Lines of a data set.")
+    rows: int | None = Field(description="Lines of a data set; null for other purposes.")
     digest: str = Field(description="sha256 of the content.")
 
 

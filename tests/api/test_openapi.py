@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from catalog import files
+from tests.api.site import chat_lines
 from tests.api.test_auth import OPEN_PATHS
 
 
@@ -47,6 +49,15 @@ def test_every_operation_behind_a_key_says_so(app: FastAPI) -> None:
             continue
         assert {"apiKey": []} in operation["security"], (path, method)
         assert {"400", "401"} <= set(operation["responses"]), (path, method)
+
+
+def test_the_document_names_every_purpose_that_is_taken(app: FastAPI, client: TestClient) -> None:
+    form = app.openapi()["paths"]["/v1/files"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+
+    for purpose in form["properties"]["purpose"]["enum"]:
+        sent = client.post("/v1/files", data={"purpose": purpose}, files={"file": ("a.jsonl", chat_lines(1))})
+        assert sent.json()["purpose"] == purpose
+    assert form["properties"]["purpose"]["enum"] == list(files.PURPOSES)
 
 
 def test_every_object_of_the_wire_has_an_example(app: FastAPI) -> None:
