@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -44,6 +45,16 @@ def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
     return caller
 
 
+def recheck_of(
+    request: Request,
+    use: Use,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    session: Annotated[str | None, Security(cookie)],
+) -> Callable[[], Caller]:
+    """Asks again, later, whose request this is: for answers that last. It raises Unauthorized."""
+    return lambda: _identify(request, use, credentials, session)
+
+
 def require_operator(caller: Caller) -> None:
     if not caller.is_operator:
         raise Forbidden(
@@ -55,6 +66,7 @@ def require_operator(caller: Caller) -> None:
 
 Signed = Annotated[Caller, Depends(caller_of)]
 Operator = Annotated[Caller, Depends(operator_of)]
+Recheck = Annotated[Callable[[], Caller], Depends(recheck_of)]
 
 
 def require_same_origin(request: Request) -> None:

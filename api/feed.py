@@ -18,6 +18,8 @@ from catalog.errors import LorryError
 
 MAX_STREAM_SECONDS = 3600.0
 """A stream ends after this long; the client comes back with its key and its Last-Event-ID."""
+RECHECK_SECONDS = 60.0
+"""A key that is revoked, or a browser that signed out, is looked for this often while a stream is open."""
 log = logging.getLogger("lorry.api")
 
 
@@ -31,6 +33,20 @@ class Found:
 
 Look = Callable[[], Found]
 """Reads the database; called in a worker thread, never twice at once for one listener."""
+
+
+def while_signed(look: Look, identify: Callable[[], object], *, clock: Callable[[], float] = time.monotonic) -> Look:
+    """`look`, for as long as `identify` raises no Unauthorized; it is asked once every RECHECK_SECONDS."""
+    checked_at = clock()
+
+    def checked_look() -> Found:
+        nonlocal checked_at
+        if clock() - checked_at >= RECHECK_SECONDS:
+            identify()
+            checked_at = clock()
+        return look()
+
+    return checked_look
 
 
 @dataclass(kw_only=True, eq=False, slots=True)

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from api.auth import Signed, require_operator
+from api.auth import Recheck, Signed, require_operator
 from api.deps import Use
-from api.feed import Found
+from api.feed import Found, while_signed
 from api.routes import SIGNED, errors
 from api.schemas.fleet import QueueObject, WorkerObject, worker_object
 from api.schemas.pages import ListPage, page_of
@@ -36,11 +36,11 @@ def get_queue(use: Use, caller: Signed, everything: All = False) -> QueueObject:
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}, "description": "Messages named queue."}},
 )
-async def stream_queue(use: Use, caller: Signed, everything: All = False) -> StreamingResponse:
+async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: All = False) -> StreamingResponse:
     """The queue whenever it changes."""
     watch = _QueueWatch(use.db, _scope(caller, everything))
     first = await run_in_threadpool(watch.look)
-    return event_stream(use.feed.stream(first, watch.look))
+    return event_stream(use.feed.stream(first, while_signed(watch.look, recheck)))
 
 
 @router.get("/workers", operation_id="list_workers")

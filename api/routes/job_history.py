@@ -8,8 +8,9 @@ from fastapi import APIRouter, Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
-from api.auth import Signed
+from api.auth import Recheck, Signed
 from api.deps import After, Limit, Use
+from api.feed import while_signed
 from api.job_stream import JobWatch
 from api.routes import SIGNED, errors
 from api.schemas.job_history import (
@@ -101,7 +102,11 @@ def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[Attempt
     },
 )
 async def stream_job(
-    job_id: str, use: Use, caller: Signed, last_seen: Annotated[str | None, Header(alias="last-event-id")] = None
+    job_id: str,
+    use: Use,
+    caller: Signed,
+    recheck: Recheck,
+    last_seen: Annotated[str | None, Header(alias="last-event-id")] = None,
 ) -> Response:
     """Live. Events since Last-Event-ID (or from the first), points of the curves from now on, and the job whenever
     it changes. Ends after the job's final state; a client that comes back then gets 204."""
@@ -110,7 +115,7 @@ async def stream_job(
     first = await run_in_threadpool(watch.look)
     if seen is not None and first.is_last and not watch.told_events:
         return Response(status_code=204)
-    return event_stream(use.feed.stream(first, watch.look))
+    return event_stream(use.feed.stream(first, while_signed(watch.look, recheck)))
 
 
 def event_seq(after: str | None) -> int | None:

@@ -10,7 +10,7 @@ import pytest
 
 from api import feed as feeds
 from api.deps import Services
-from catalog import claims, jobs, watching
+from catalog import claims, jobs, keys, watching
 from catalog.states import EndReason
 from tests.api.site import Message, Site, messages
 from tests.catalog.world import World
@@ -159,6 +159,34 @@ def test_no_stream_outlives_its_hour(site: Site, world: World, monkeypatch: pyte
         told = list(stream)
 
     assert told[-1].event == "job"
+
+
+def test_a_stream_ends_when_its_key_is_revoked(
+    site: Site, world: World, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "RECHECK_SECONDS", 0.0)
+    job = world.queued()
+    key_id = keys.authenticate(services.db, secret=site.key, pepper=services.pepper).api_key_id
+
+    with opened(site, "/v1/queue/stream") as queue, opened(site, stream_path(job.id)) as stream:
+        next(queue)
+        next(stream)
+        keys.revoke(services.db, project_id=world.caller.project_id, api_key_id=key_id)
+        rest = [*queue, *stream]
+
+    assert all(message.data.get("status") == "queued" for message in rest if message.event == "job")
+    assert services.feed.num_listeners() == 0
+
+
+def test_who_listens_is_asked_once_a_minute() -> None:
+    now, asked = [0.0], list[float]()
+    look = feeds.while_signed(feeds.Found, lambda: asked.append(now[0]), clock=lambda: now[0])
+
+    for second in range(0, 200, 10):
+        now[0] = float(second)
+        look()
+
+    assert asked == [60.0, 120.0, 180.0]
 
 
 def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
