@@ -58,10 +58,10 @@ def get_readiness(use: Use, response: Response) -> Ready:
 def get_prometheus_metrics(
     request: Request, use: Use, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 ) -> Response:
-    """For this machine itself, or with an operator's key."""
+    """With an operator's key; without one for this machine itself, where the service has no public address."""
     if credentials is not None:
         require_operator(keys.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper))
-    elif not _is_from_this_machine(request):
+    elif use.api_settings.public_url or not _is_from_this_machine(request):
         raise Unauthorized(
             "Numbers are shown to this machine itself only.",
             code="missing_api_key",

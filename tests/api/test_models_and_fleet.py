@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
@@ -30,6 +32,25 @@ def test_a_base_is_added_and_its_import_can_be_followed(operator: TestClient, cl
         "mine": "failed",
         "smol": "ready",
     }
+
+
+def test_why_an_import_failed_is_told_in_full_to_operators_only(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    operator.post("/v1/models", json={"name": "mine", "kind": "folder", "source": "/secret/mine"})
+    told = {"code": "crashed", "message": "OSError in /secret/mine/model.safetensors", "remedy": "Mend /secret."}
+    bases.fail_import(world.db, "mine", error=told)
+
+    answers = [
+        client.get("/v1/models/mine"),
+        client.get("/v1/models"),
+        client.post("/v1/fine_tuning/jobs", json={"model": "mine", "training_file": world.file_id}),
+    ]
+
+    assert all("secret" not in answer.text and "crashed" in answer.text for answer in answers)
+    assert error_of(answers[2])["code"] == "model_import_failed"
+    assert answers[0].json()["error"]["remedy"]
+    assert operator.get("/v1/models/mine").json()["error"] == told
 
 
 def test_another_source_under_the_same_name_is_a_conflict(operator: TestClient, world: World) -> None:
@@ -144,4 +165,15 @@ def test_numbers_are_for_this_machine_or_an_operator(
 
     assert [response.status_code for response in strangers] == [401, 401]
     assert client.get("/metrics").status_code == 403
+    assert operator.get("/metrics").status_code == 200
+
+
+def test_behind_a_public_address_numbers_need_a_key_on_this_machine_too(
+    app: FastAPI, anonymous: TestClient, operator: TestClient, services: Services
+) -> None:
+    """A proxy that names nobody makes every stranger look local."""
+    public = services.api_settings.model_copy(update={"public_url": "https://lorry.example"})
+    app.state.services = dataclasses.replace(services, api_settings=public)
+
+    assert anonymous.get("/metrics").status_code == 401
     assert operator.get("/metrics").status_code == 200
