@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import obstore
 import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
@@ -18,7 +19,6 @@ from starlette.testclient import TestClient
 from api import body as bodies
 from api import uploads
 from api.deps import Services
-from catalog import files
 from catalog.settings import Settings
 from tests.api.site import CHAT, Site, chat_lines, error_of
 
@@ -212,11 +212,12 @@ def test_a_disk_that_fills_up_under_the_store_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_count_rows", full)
+    monkeypatch.setattr(obstore, "put", full)
 
     response = upload(client, chat_lines(10))
 
     assert response.status_code == 507
+    assert error_of(response)["code"] == "out_of_space"
     assert nothing_is_left(services, client)
 
 
