@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 SPEC_VERSION = 1
 BASE_LEARNING_RATE = 2e-4
 """What a learning_rate_multiplier multiplies: the usual rate for LoRA with AdamW."""
+HIGHEST_RATE = 1.0
 
 Auto = Literal["auto"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
@@ -24,9 +25,9 @@ Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused; values are not coerced from strings."""
+    """Unknown fields are refused, and no value is coerced, save that a whole number may stand for any number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LoraRequest(Strict):
@@ -51,7 +52,7 @@ class LoraRequest(Strict):
 class OptimizerRequest(Strict):
     """AdamW (arXiv 1711.05101)."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Auto = Field(
+    learning_rate: Annotated[float, Field(gt=0, le=HIGHEST_RATE, allow_inf_nan=False)] | Auto = Field(
         default="auto", description=f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier."
     )
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -97,7 +98,9 @@ class Hyperparameters(Strict):
     batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
         default="auto", description="Sequences per optimizer step."
     )
-    learning_rate_multiplier: PositiveFloat | Auto = "auto"
+    learning_rate_multiplier: (
+        Annotated[float, Field(gt=0, le=HIGHEST_RATE / BASE_LEARNING_RATE, allow_inf_nan=False)] | Auto
+    ) = "auto"
     n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description="auto: 3.")
 
 

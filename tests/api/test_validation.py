@@ -8,7 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.api.site import error_of
+from tests.catalog.world import World
 
+MULTIPLIER = "hyperparameters.learning_rate_multiplier"
 LEAST = {"model": "smol", "training_file": "file-x"}
 
 
@@ -40,6 +42,15 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
         ({"method": {"type": "dpo"}}, "method.type", "'supervised'"),
         ({"seed": -1}, "seed", "at least 0"),
+        ({"lora": {"rank": "8"}}, "lora.rank", 'a whole number; it was "8"'),
+        ({"lora": {"rank": True}}, "lora.rank", "a whole number; it was true"),
+        ({"lora": {"rank": 8.5}}, "lora.rank", "a whole number"),
+        ({"lora": {"use_rslora": "yes"}}, "lora.use_rslora", "true or false"),
+        ({"lora": {"alpha": "16"}}, "lora.alpha", "a number or 'auto'"),
+        ({"optimizer": {"beta1": True}}, "optimizer.beta1", "a number"),
+        ({"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "a whole number or 'auto'"),
+        ({"max_length": True}, "max_length", "a whole number or 'auto'"),
+        ({"hyperparameters": {"learning_rate_multiplier": 5001}}, MULTIPLIER, "at most 5000 or 'auto'"),
         ({"priority": "now"}, "priority", "'urgent', 'normal' or 'batch'"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "at most 0 items"),
     ],
@@ -52,6 +63,14 @@ def test_a_wrong_value_is_named_with_its_place_and_what_it_must_be(
     assert error["param"] == param
     assert error["code"] == "invalid_value"
     assert says in error["message"]
+
+
+def test_a_whole_number_may_stand_for_any_number(client: TestClient, world: World) -> None:
+    fields = {"lora": {"alpha": 16, "dropout": 0}, "hyperparameters": {"learning_rate_multiplier": 5000}}
+
+    job = client.post("/v1/fine_tuning/jobs", json={**LEAST, **fields, "training_file": world.file_id}).json()
+
+    assert (job["lora"]["alpha"], job["lora"]["dropout"], job["optimizer"]["learning_rate"]) == (16.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("field", ["model", "training_file"])
