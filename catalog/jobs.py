@@ -75,11 +75,16 @@ def list_page(
             after = page.items[-1].id
 
 
-def cancel(db: Database, *, project_id: str, job_id: str) -> Job:
-    """End the job: at once where no worker trains it, else as soon as its worker obeys."""
+def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool = False) -> Job:
+    """End the job: at once where no worker trains it, else as soon as its worker obeys.
+
+    is_client_retry: the client says that it sends this again, having had no reply. Then a cancelled job is its answer.
+    """
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         now = read_clock(session)
+        if is_client_retry and job.state == JobState.CANCELLED:
+            return job
         if job.state in FINAL_STATES:
             raise _already_final(job)
         if job.state != JobState.RUNNING:

@@ -22,6 +22,8 @@ from catalog.tables import Job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
 
+RetryCount = Annotated[int, Header(ge=0, include_in_schema=False)]
+"""How often the client has sent this before, having had no reply."""
 REQUEST_EXAMPLES: dict[str, Example] = {
     "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
     "more": {
@@ -45,7 +47,7 @@ def create_job(
     idempotency_key: Annotated[
         str | None, Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One per job: again is the same job.")
     ] = None,
-    x_stainless_retry_count: Annotated[int, Header(ge=0, include_in_schema=False)] = 0,
+    x_stainless_retry_count: RetryCount = 0,
 ) -> FineTuningJob:
     """Queue a job. It is validated and trained by a worker; follow its events, or its stream."""
     job = jobs.create(
@@ -83,9 +85,14 @@ def get_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", responses=errors(404, 409))
-def cancel_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
-    """At once where it waits; a running job is marked, and its worker obeys within seconds."""
-    return _shown(use, jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id))
+def cancel_job(job_id: str, use: Use, caller: Signed, x_stainless_retry_count: RetryCount = 0) -> FineTuningJob:
+    """At once where it waits; a running job is marked, and its worker obeys within seconds.
+
+    A job that is final already is a conflict, save a cancelled one where the client repeats a lost request.
+    """
+    is_client_retry = x_stainless_retry_count > 0
+    job = jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_client_retry)
+    return _shown(use, job)
 
 
 @router.post("/{job_id}/pause", operation_id="pause_job", responses=errors(404, 409))

@@ -125,6 +125,21 @@ def test_a_waiting_job_is_cancelled_at_once_and_then_no_more(client: TestClient,
     assert error_of(again)["code"] == "job_already_final"
 
 
+def test_a_cancellation_whose_reply_was_lost_can_be_repeated_by_the_client(client: TestClient, world: World) -> None:
+    world.worker()
+    done = world.running()
+    world.complete(done.claim_id)
+    job_id = create(client, world).json()["id"]
+    repeated = {"x-stainless-retry-count": "1"}
+
+    client.post(f"{JOBS}/{job_id}/cancel")
+    again = client.post(f"{JOBS}/{job_id}/cancel", headers=repeated)
+    of_a_success = client.post(f"{JOBS}/{done.job.id}/cancel", headers=repeated)
+
+    assert (again.status_code, again.json()["status"]) == (200, "cancelled")
+    assert of_a_success.status_code == 409
+
+
 def test_a_running_job_is_marked_until_its_worker_obeys(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
