@@ -10,7 +10,6 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services
 from catalog import queue, recovery
-from catalog.artifacts.manifest import DamagedArtifact
 from catalog.errors import LorryError
 from catalog.sweep import sweep
 
@@ -52,7 +51,7 @@ def sweep_once(services: Services) -> None:
     try:
         num_deleted = sweep(services.db, services.store)
         log.info("swept objects=%d", num_deleted)
-    except (LorryError, DamagedArtifact) as error:
-        log.warning("sweep failed: %s", error)
+    except LorryError as error:
+        log.warning("sweep code=%s: %s", error.code, error)
     except Exception:  # nothing was lost; the next one tries again
         log.exception("crash in the sweep")
