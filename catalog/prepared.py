@@ -34,3 +34,14 @@ def put(db: Database, key: str, *, file_digest: str, artifact: Manifest | None, 
         row = {"key": key, "file_digest": file_digest, "artifact": digest, "report": report, "created_at": now}
         upsert(session, Prepared, [row])
         return session.get_one(Prepared, key, populate_existing=True)
+
+
+def forget(db: Database, key: str) -> None:
+    """A cache whose files are damaged: whoever needs it next makes it again."""
+    with db.write() as session:
+        row = session.get(Prepared, key)
+        if row is None:
+            return
+        session.delete(row)
+        if row.artifact is not None:
+            artifact_rows.hide_unused(session, row.artifact)

@@ -10,6 +10,7 @@ from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim
 from catalog.spec import JobSpec
 from catalog.tables import Checkpoint, Json
+from worker import preparation
 from worker.context import WorkerContext
 from worker.trainer_directory import TrainerDirectory
 
@@ -22,17 +23,18 @@ def tokens_before(checkpoints: list[Checkpoint]) -> int:
 def bring_files(
     context: WorkerContext, directory: TrainerDirectory, claim: Claim, checkpoints: list[Checkpoint]
 ) -> Json:
-    """The body of an `admit` message, its files in place. Damaged checkpoints are taken off the list.
+    """The body of an `admit` message, its files in place. Damaged checkpoints are taken off the list, damaged
+    tokens are made again.
 
-    Raises DamagedArtifact where the tokens are damaged, OutOfSpace, Unavailable.
+    Raises DamagedArtifact where the data file itself is damaged, FileRefused, Abandoned, OutOfSpace, Unavailable.
     """
     job, spec = claim.job, JobSpec.model_validate(claim.job.spec)
     assert job.num_steps is not None
     assert job.train_prepared is not None
     folder = directory.job_path(claim.claim_id)
     paths = {
-        "train": _fetch_tokens(context, job.train_prepared, folder / "train"),
-        "valid": _fetch_tokens(context, job.valid_prepared, folder / "valid") if job.valid_prepared else None,
+        "train": _bring_tokens(context, claim, job.training_file, job.train_prepared, folder / "train"),
+        "valid": _bring_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid"),
         "resume": _fetch_newest(context, claim, checkpoints, folder / "resume"),
     }
     return {
@@ -47,12 +49,31 @@ def bring_files(
     }
 
 
-def fall_back(context: WorkerContext, claim: Claim, bad: Checkpoint, left: list[Checkpoint], why: str) -> None:
-    """Events, so that nobody wonders where the steps went; the bad one is never tried again."""
+def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], why: str) -> None:
+    """Take the newest off the list: it is never tried again. Events, so that nobody wonders where the steps went.
+
+    The list changes last, so that a repetition after an outage takes off no second one.
+    """
+    bad, *left = checkpoints
     claims.distrust_checkpoint(context.db, claim.claim_id, checkpoint_id=bad.id, problem=why)
     onwards = f"continues from the checkpoint of step {left[0].step}" if left else "starts again from step 0"
     data = {"step": bad.step, "resumes_from": left[0].step if left else 0}
     claims.record_event(context.db, claim.claim_id, "warn", f"The job {onwards}.", data)
+    del checkpoints[0]
+
+
+def _bring_tokens(
+    context: WorkerContext, claim: Claim, file_id: str | None, key: str | None, into: Path
+) -> Path | None:
+    if file_id is None or key is None:
+        return None
+    try:
+        return _fetch_tokens(context, key, into)
+    except DamagedArtifact as error:
+        message = f"The tokens of {file_id} can't be used, and are made again: {error.message}"
+        claims.record_event(context.db, claim.claim_id, "warn", message)
+    preparation.make_again(context, claim.job, file_id, key)
+    return _fetch_tokens(context, key, into)
 
 
 def _fetch_tokens(context: WorkerContext, key: str, into: Path) -> Path:
@@ -71,10 +92,10 @@ def _fetch_newest(context: WorkerContext, claim: Claim, checkpoints: list[Checkp
         assert newest.artifact is not None
         folder = into / f"step-{newest.step}"
         try:
-            context.store.fetch(context.store.get_manifest(newest.artifact), folder)
+            if not folder.is_dir():
+                context.store.fetch(context.store.get_manifest(newest.artifact), folder)
         except DamagedArtifact as error:
-            del checkpoints[0]
-            fall_back(context, claim, newest, checkpoints, error.message)
+            fall_back(context, claim, checkpoints, error.message)
         else:
             return folder
     return None

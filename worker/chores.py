@@ -7,11 +7,13 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
-from catalog.errors import StaleClaim
+from catalog.errors import OutOfSpace, StaleClaim, Unavailable
 from worker import bases, preparation
 from worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
+BACK_OFF_SECONDS = 10.0
+"""After a chore that went wrong."""
 
 
 class Chores:
@@ -22,6 +24,7 @@ class Chores:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
         self._current: Future[bool] | None = None
         self._looks_again_at = 0.0
+        self._wait_seconds = 0.0
 
     def __enter__(self) -> Chores:
         return self
@@ -32,10 +35,7 @@ class Chores:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def go_on(self) -> bool:
-        """Begin the next chore if none is being done. False once a look has found none.
-
-        Raises what went wrong in the last one: Unavailable, or a mistake of ours.
-        """
+        """Begin the next chore if none is being done. False once a look has found none, or went wrong."""
         if self._current is None:
             if time.monotonic() < self._looks_again_at:
                 return False
@@ -44,10 +44,8 @@ class Chores:
         if not self._current.done():
             return True
         done, self._current = self._current, None
-        self._looks_again_at = time.monotonic() + self._context.settings.poll_seconds
         found = done.result()
-        if found:
-            self._looks_again_at = 0.0
+        self._looks_again_at = 0.0 if found else time.monotonic() + self._wait_seconds
         return found
 
     def wait(self, seconds: float) -> None:
@@ -56,6 +54,10 @@ class Chores:
             wait([self._current], timeout=seconds)
 
     def _do_one(self) -> bool:
+        """Whatever goes wrong here ends nobody's training: the lease on what was done runs out."""
+        self._wait_seconds = self._context.settings.poll_seconds
+        """Whatever goes wrong here is no reason to end anybody's training: the lease of what was done runs out."""
+        self._wait_seconds = self._context.settings.poll_seconds
         if self._context.draining:
             return False
         try:
@@ -63,3 +65,9 @@ class Chores:
         except StaleClaim:
             log.info("Another worker has taken over what was being prepared here.")
             return True
+        except (Unavailable, OutOfSpace) as error:
+            log.warning("%s Imports and preparations wait.", error)
+        except Exception:
+            log.exception("An import or a preparation went wrong.")
+        self._wait_seconds = BACK_OFF_SECONDS
+        return False

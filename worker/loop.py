@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from types import FrameType
 
-from catalog.errors import Unavailable
+from catalog.errors import OutOfSpace, Unavailable
 from catalog.settings import Settings
 from worker import node
 from worker.context import WorkerContext, open_worker
@@ -39,7 +39,7 @@ def run(context: WorkerContext, *, once: bool = False) -> None:
     while not context.draining:
         try:
             supervise(context)
-        except Unavailable as error:
+        except (Unavailable, OutOfSpace) as error:
             log.warning("%s", error)
         else:
             if once:

@@ -1,7 +1,7 @@
 """The jobs that one trainer holds: what is said to it about them, what it says, and how each ends.
 
-Everything here is a function of an event and a claim; the loop around it is in supervise.py. An event is
-taken off the queue only once its consequences are recorded, so that a database outage loses none.
+News are taken off a job's queue only once their consequences are recorded, so that an outage loses none; and
+each job has a queue of its own, so that one whose files can't be stored now holds nobody else up.
 """
 
 from __future__ import annotations
@@ -9,41 +9,41 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
-from catalog import claims, workers
+from catalog import claims, memory, workers
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim, Orders
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.states import EndReason
-from catalog.tables import Checkpoint, Json
+from catalog.tables import Json
 from worker import admission, failpoints, publish
+from worker.bases import Abandoned
 from worker.context import WorkerContext
 from worker.curves import Curve
+from worker.held import STOPPED, End, Held
+from worker.news import Listener, Next
 from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
 
 log = logging.getLogger(__name__)
-RETRYABLE_CODES = {"out_of_memory": EndReason.CUDA_OOM, "out_of_space": EndReason.INFRA_LOST}
-RETRYABLE_CODES["disk_error"] = EndReason.INFRA_LOST
-
-
-@dataclass(kw_only=True, slots=True)
-class Held:
-    """One claim that the trainer works on."""
-
-    claim: Claim
-    curve: Curve
-    checkpoints: list[Checkpoint]
-    """Newest first; the first is what the trainer resumes from."""
-    told: set[Verb] = field(default_factory=set[Verb])
+OUTAGES = (Unavailable, OutOfSpace)
+"""What passes by itself, or by somebody's hand: wait, and try the same again."""
 
 
 class Pack:
     """All that a trainer holds, from the first admission to the last ending."""
 
-    def __init__(self, context: WorkerContext, trainer_id: str, directory: TrainerDirectory, pack_key: str) -> None:
+    def __init__(
+        self,
+        context: WorkerContext,
+        trainer_id: str,
+        directory: TrainerDirectory,
+        pack_key: str,
+        *,
+        trainer_bytes: int = 0,
+    ) -> None:
+        """trainer_bytes: what the trainer will take before its first job."""
         self.trainer_id = trainer_id
         self.directory = directory
         self.pack_key = pack_key
@@ -51,46 +51,62 @@ class Pack:
         self.ready: Json | None = None
         """What the trainer said when it had loaded its base."""
         self.heard_at = self.idle_since = time.monotonic()
-        self.verdict: tuple[EndReason, str] | None = None
-        """Why its trainer was killed by us, if it was."""
+        self.verdict: End | None = None
+        """Why its trainer was killed by us, or what it said before it ended itself."""
         self._context = context
+        self._trainer_bytes = trainer_bytes
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
-        self._events: deque[Json] = deque()
+        self._listener = Listener(context, directory, trainer_id)
         self._held: dict[str, Held] = {}
-        self._arriving: deque[Held] = deque()
+        self._is_ready_recorded = False
 
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def has_suspect(self) -> bool:
+        """Then nobody may join."""
+        return any(held.is_suspect for held in self._held.values())
+
+    def bytes_to_come(self) -> int:
+        """What the trainer is still going to take for what it has been given."""
+        rows = [held.claim.job.adapter_parameters for held in self._held.values() if not held.is_admitted]
+        return sum(map(memory.row_bytes, rows)) + (self._trainer_bytes if self.ready is None else 0)
+
     # To the trainer
 
     def admit(self, claim: Claim) -> None:
-        """Take a claimed job in; `hear` brings its files and hands it over. It ends where these can't be had."""
+        """Take a claimed job in; `hand_over` brings its files. It ends where these can't be had."""
         failpoints.pass_by("after_claim")
-        held = Held(
-            claim=claim,
-            curve=Curve(num_steps=claim.job.num_steps or 0),
-            checkpoints=list(claim.resume_candidates),
-        )
-        self._held[claim.claim_id] = held
+        curve = Curve(num_steps=claim.job.num_steps or 0)
+        self._held[claim.claim_id] = Held(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
         self.idle_since = time.monotonic()
-        self._arriving.append(held)
+
+    def hand_over(self) -> None:
+        """Bring the files of those who have arrived, and tell the trainer. Raises OutOfSpace, Unavailable."""
+        for held in list(self._held.values()):
+            if not held.is_handed_over:
+                self._guarded(held, self._hand_over)
 
     def _hand_over(self, held: Held) -> None:
-        claim = held.claim
         try:
-            body = admission.bring_files(self._context, self.directory, claim, held.checkpoints)
+            body = admission.bring_files(self._context, self.directory, held.claim, held.checkpoints)
+        except Abandoned:
+            self._end(held, End(reason=EndReason.DRAINED, detail="The worker left."))
         except DamagedArtifact as error:
-            self._end(held, EndReason.INFRA_LOST, error.sentence())
+            self._end(held, End(reason=EndReason.INFRA_LOST, detail=error.sentence()))
         except OutOfSpace as error:
-            self._end(held, EndReason.INFRA_LOST, error.sentence(), error=publish.wire_error(error))
+            wire = publish.wire_error(error)
+            self._end(held, End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=wire))
         else:
             held.curve.trained_tokens = admission.tokens_before(held.checkpoints)
             self._inbox.send("admit", **body)
+            held.told.clear()
+            held.is_handed_over = True
 
     def obey(self, orders: dict[str, Orders]) -> None:
-        """Pass on what people have asked for since the last heartbeat."""
+        """Pass on what people have asked for since the last heartbeat. Raises OutOfSpace, Unavailable."""
         for claim_id, order in orders.items():
             held = self._held.get(claim_id)
             if held is None:
@@ -98,14 +114,19 @@ class Pack:
             if order.stale:
                 self._drop(held)
             elif order.cancel:
-                self._tell(held, "cancel")
+                self._guarded(held, partial(self._stop, verb="cancel"))
             elif order.pause:
-                self._tell(held, "pause")
+                self._guarded(held, partial(self._stop, verb="pause"))
 
-    def _tell(self, held: Held, verb: Verb) -> None:
-        if verb not in held.told:
-            held.told.add(verb)
+    def _stop(self, held: Held, verb: Verb) -> None:
+        """By the trainer, unless it has nothing of the job, or what it says can't be put on record now."""
+        is_stuck = verb == "cancel" and bool(held.news)
+        if self.ready is None or not held.is_handed_over or is_stuck:
+            self._end(held, STOPPED[verb])
+            self._inbox.send("cancel", claim_id=held.claim.claim_id)
+        elif verb not in held.told:
             self._inbox.send(verb, claim_id=held.claim.claim_id)
+            held.told.add(verb)
 
     def drain(self) -> None:
         self._inbox.send("drain")
@@ -116,68 +137,59 @@ class Pack:
     # From the trainer
 
     def hear(self) -> None:
-        """Hand over who has arrived, and record all that the trainer has said.
+        """Record all that the trainer has said.
 
-        Raises Unavailable; then nothing is lost: the next call goes on where this one stopped.
+        Raises OutOfSpace or Unavailable; then nothing is lost: the next call begins with the other jobs.
         """
-        while self._arriving:
-            self._guarded(self._arriving[0], self._hand_over)
-            self._arriving.popleft()
-        new = self._reader.read()
-        if new:
-            self.heard_at = time.monotonic()
-            self._events.extend(new)
-        while self._events:
-            self._hear_one(self._events[0])
-            self._events.popleft()
+        self._take_in()
+        if self.ready is not None and not self._is_ready_recorded:
+            workers.report_trainer(self._context.db, self.trainer_id, report=_without(self.ready, "type", "seconds"))
+            self._is_ready_recorded = True
         for held in list(self._held.values()):
-            if held.curve.is_due(time.monotonic()):
-                self._guarded(held, self._flush)
+            self._guarded(held, self._catch_up)
 
-    def _hear_one(self, event: Json) -> None:
-        if event["type"] == "ready":
-            self.ready = event
-            workers.report_trainer(self._context.db, self.trainer_id, report=_without(event, "type", "seconds"))
-        elif event["type"] == "memory":
-            self._context.pulse.status["report"] = _without(event, "type", "seconds")
-        held = self._held.get(event.get("claim_id", ""))
-        if held is not None:
-            self._guarded(held, lambda held: self._hear_of(held, event))
+    def silent_seconds(self) -> float:
+        """Since the trainer last said something, be it heard or not."""
+        self._take_in()
+        return time.monotonic() - self.heard_at
+
+    def _take_in(self) -> None:
+        for event in self._reader.read():
+            self.heard_at = time.monotonic()
+            held = self._held.get(event.get("claim_id", ""))
+            if held is not None:
+                held.news.append(event)
+                for dropped in held.outdated():
+                    shutil.rmtree(self.directory.path / dropped["folder"], ignore_errors=True)
+            elif event["type"] == "ready":
+                self.ready = event
+            elif event["type"] == "memory":
+                self._context.pulse.status["report"] = _without(event, "type", "seconds")
+            elif event["type"] == "load_refused":
+                self.verdict = self._listener.refusal(event["error"])
+
+    def _catch_up(self, held: Held) -> None:
+        while held.news:
+            self._hear_of(held, held.news[0])
+            if held.news:  # its end has cleared them
+                held.news.popleft()
+        if self._holds(held) and held.curve.is_due(time.monotonic()):
+            self._flush(held)
 
     def _hear_of(self, held: Held, event: Json) -> None:
-        kind = event["type"]
-        if kind == "stepped":
+        if event["type"] == "stepped":
             held.curve.stepped(event)
-        elif kind == "evaluated":
+        elif event["type"] == "evaluated":
             held.curve.evaluated(event)
-        elif handle := self._handlers().get(kind):
+        else:
             self._flush(held)
-            handle(held, event)
-
-    def _handlers(self) -> dict[str, Callable[[Held, Json], None]]:
-        return {
-            "admitted": self._admitted,
-            "checkpointed": self._checkpointed,
-            "checkpoint_failed": self._checkpoint_failed,
-            "paused": self._paused,
-            "cancelled": self._cancelled,
-            "diverged": self._diverged,
-            "refused": self._refused,
-            "exported": self._exported,
-        }
-
-    def _guarded(self, held: Held, action: Callable[[Held], None]) -> None:
-        """Whatever goes wrong with one job stays with that job; an unavailable database stops all."""
-        try:
-            action(held)
-        except StaleClaim:
-            self._drop(held)
-        except Unavailable:
-            raise
-        except LorryError as error:
-            log.exception("%s", held.claim.job.id)
-            self._end(held, EndReason.INFRA_LOST, error.sentence(), error=publish.wire_error(error))
-            self._inbox.send("cancel", claim_id=held.claim.claim_id)
+            follows = self._listener.follow(held, event, ready=self.ready)
+            if isinstance(follows, End):
+                self._end(held, follows)
+            elif follows is Next.HAND_OVER:
+                held.is_handed_over = False
+            elif follows is Next.COMPLETED:
+                self._forget(held)
 
     def _flush(self, held: Held) -> None:
         points = held.curve.points()
@@ -188,104 +200,64 @@ class Pack:
         claims.record_progress(self._context.db, claim_id, held.curve.progress())
         held.curve.written(len(points), time.monotonic())
 
-    def _admitted(self, held: Held, event: Json) -> None:
-        step = event["step"]
-        held.curve.step = step
-        claims.started(
-            self._context.db, held.claim.claim_id, trainer_id=self.trainer_id, resumed_from_step=step or None
-        )
-
-    def _checkpointed(self, held: Held, event: Json) -> None:
-        folder = self.directory.path / event["folder"]
-        publish.checkpoint(self._context, held.claim, folder, step=event["step"], metrics=held.curve.metrics())
-
-    def _checkpoint_failed(self, held: Held, event: Json) -> None:
-        claims.record_event(
-            self._context.db, held.claim.claim_id, "warn", f"{event['error']['message']} No checkpoint was written."
-        )
-
-    def _paused(self, held: Held, event: Json) -> None:
-        if event["folder"] is not None:
-            self._checkpointed(held, event)
-        if "pause" in held.told:
-            self._end(held, EndReason.PAUSED_BY_USER, f"Paused at step {event['step']}.")
-        else:
-            self._end(held, EndReason.DRAINED, f"The worker left; saved at step {event['step']}.")
-
-    def _cancelled(self, held: Held, event: Json) -> None:
-        self._end(held, EndReason.CANCELLED_BY_USER, "Cancelled.")
-
-    def _diverged(self, held: Held, event: Json) -> None:
-        remedy = "Lower the learning rate, or look at the data around that step; the last checkpoint is kept."
-        error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "learning_rate"}
-        self._end(held, EndReason.DIVERGED, event["message"], error=error)
-
-    def _refused(self, held: Held, event: Json) -> None:
-        error = event["error"]
-        if event["is_checkpoint"] and held.checkpoints:
-            self._fall_back(held, error["message"])
-            return
-        reason = RETRYABLE_CODES.get(error["code"], EndReason.USER_ERROR)
-        if reason is EndReason.CUDA_OOM and self._context.device.kind == "cpu":
-            reason = EndReason.HOST_OOM
-        wire = {"code": error["code"], "message": f"{error['message']} {error['remedy']}", "param": None}
-        self._end(held, reason, error["message"], error=wire)
-
-    def _fall_back(self, held: Held, why: str) -> None:
-        bad = held.checkpoints.pop(0)
-        admission.fall_back(self._context, held.claim, bad, held.checkpoints, why)
-        self._hand_over(held)
-
-    def _exported(self, held: Held, event: Json) -> None:
-        report = event["report"]
-        if not report["passed"]:
-            message = (
-                f"PEFT's logits differ from training's by {report['max_abs_diff']:.3g}; {report['tolerance']:.3g} "
-                "is allowed."
-            )
-            error = {"code": "verification_failed", "message": message, "param": None}
-            self._end(held, EndReason.VERIFICATION_FAILED, message, error=error)
-            return
-        assert self.ready is not None
-        publish.adapter(
-            self._context,
-            held.claim,
-            self.directory.path / event["folder"],
-            event,
-            trained_tokens=held.curve.trained_tokens,
-            trainer=self.ready,
-        )
-        self._forget(held)
+    def _guarded(self, held: Held, action: Callable[[Held], None]) -> None:
+        """Whatever goes wrong with one job stays with that job; an outage goes up, the others' turn being next."""
+        try:
+            action(held)
+        except StaleClaim:
+            self._drop(held)
+        except OUTAGES:
+            if self._holds(held):
+                self._held[held.claim.claim_id] = self._held.pop(held.claim.claim_id)
+            raise
+        except (LorryError, OSError) as error:
+            log.exception("%s", held.claim.job.id)
+            self._end(held, _mishap(error))
+            self._inbox.send("cancel", claim_id=held.claim.claim_id)
 
     # Endings
 
-    def end_all(self, reason: EndReason, detail: str) -> None:
+    def end_all(self, end: End) -> None:
         """End every claim that is left: the trainer has gone."""
         for held in list(self._held.values()):
-            self._guarded(held, lambda held: self._end(held, reason, detail))
+            self._guarded(held, partial(self._end, end=end))
 
     def forget_all(self) -> None:
         """Nothing can be recorded any more: recovery ends what is left, if anything is."""
-        self._arriving.clear()
         for held in list(self._held.values()):
             self._forget(held)
 
-    def _end(self, held: Held, reason: EndReason, detail: str, *, error: Json | None = None) -> None:
-        claims.end(self._context.db, held.claim.claim_id, reason=reason, detail=detail, error=error)
-        self._forget(held)
+    def _end(self, held: Held, end: End) -> None:
+        try:
+            claims.end(self._context.db, held.claim.claim_id, reason=end.reason, detail=end.detail, error=end.error)
+        except StaleClaim:
+            self._drop(held)
+        else:
+            self._forget(held)
 
     def _drop(self, held: Held) -> None:
         """Another worker has the job, or recovery has taken it: stop, and write nothing."""
-        self._forget(held)
         self._inbox.send("cancel", claim_id=held.claim.claim_id)
+        self._forget(held)
+
+    def _holds(self, held: Held) -> bool:
+        return self._held.get(held.claim.claim_id) is held
 
     def _forget(self, held: Held) -> None:
-        self.num_ended += 1
         claim_id = held.claim.claim_id
-        self._held.pop(claim_id, None)
+        if self._held.pop(claim_id, None) is None:
+            return
+        self.num_ended += 1
+        held.news.clear()
         self._context.pulse.release(claim_id)
         self.idle_since = time.monotonic()
         shutil.rmtree(self.directory.job_path(claim_id), ignore_errors=True)
+
+
+def _mishap(error: LorryError | OSError) -> End:
+    if isinstance(error, LorryError):
+        return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=publish.wire_error(error))
+    return End(reason=EndReason.INFRA_LOST, detail=f"The worker could not use a file: {error}.")
 
 
 def _without(event: Json, *names: str) -> Json:

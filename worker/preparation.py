@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from secrets import token_hex
 
+from catalog import files, prepared
 from catalog import preparation as record
-from catalog import prepared
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.preparation import Unprepared
 from catalog.spec import JobSpec
-from catalog.tables import File, Json, Prepared
+from catalog.tables import File, Job, Json, Prepared
 from worker import bases, scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
@@ -50,7 +50,14 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
         train, valid = _both_files(context, unprepared)
     except (FileRefused, bases.ImportRefused) as error:
         refusal = {"code": error.code, "message": error.sentence(), "param": error.param}
-        record.refused(context.db, claim_id=claim_id, error=refusal)
+        valid_file = unprepared.validation_file
+        record.refused(
+            context.db,
+            claim_id=claim_id,
+            error=refusal,
+            train_key=_key(unprepared, unprepared.training_file),
+            valid_key=_key(unprepared, valid_file) if valid_file else None,
+        )
     except bases.Abandoned:
         record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
     except (DamagedArtifact, OutOfSpace, Unavailable) as error:
@@ -67,6 +74,20 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
         )
 
 
+def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
+    """A token cache of a job in training whose files are damaged: the same tokens under the same key.
+
+    Raises FileRefused, Abandoned, DamagedArtifact where the data file itself is damaged, OutOfSpace, Unavailable.
+    """
+    damaged = prepared.get(context.db, key)
+    prepared.forget(context.db, key)
+    if damaged is not None and damaged.artifact is not None:
+        context.store.delete_damaged(damaged.artifact)
+    file = files.get(context.db, project_id=job.project_id, file_id=file_id)
+    base_dir = bases.ensure(context, job.base_model, job.base_digest)
+    return _make(context, base_dir, file, key, JobSpec.model_validate(job.spec).max_length)
+
+
 def num_rows(report: Json) -> int:
     """Rows that are trained on."""
     return int(report["usable_rows"])
@@ -79,21 +100,26 @@ def _both_files(context: WorkerContext, unprepared: Unprepared) -> tuple[Prepare
     return train, _tokens(context, unprepared, unprepared.validation_file, "validation_file")
 
 
+def _key(unprepared: Unprepared, file: File) -> str:
+    max_length = JobSpec.model_validate(unprepared.job.spec).max_length
+    return prepared.key(file.digest, bases.tokenizer_digest(unprepared.base), max_length)
+
+
 def _tokens(context: WorkerContext, unprepared: Unprepared, file: File, param: str) -> Prepared:
     """The token cache of one file: made before, by whomever, or made now. Raises FileRefused."""
     max_length = JobSpec.model_validate(unprepared.job.spec).max_length
-    key = prepared.key(file.digest, bases.tokenizer_digest(unprepared.base), max_length)
+    key = _key(unprepared, file)
     row = prepared.get(context.db, key)
     if row is None or (row.artifact is None and "refusal" not in row.report):
-        row = _make(context, unprepared, file, key, max_length)
+        base_dir = bases.ensure(context, unprepared.base.name, unprepared.job.base_digest)
+        row = _make(context, base_dir, file, key, max_length)
     if row.artifact is None:
         refusal = row.report["refusal"]
         raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
     return row
 
 
-def _make(context: WorkerContext, unprepared: Unprepared, file: File, key: str, max_length: int) -> Prepared:
-    base_dir = bases.ensure(context, unprepared.base.name, unprepared.job.base_digest)
+def _make(context: WorkerContext, base_dir: Path, file: File, key: str, max_length: int) -> Prepared:
     with scratch.owned(context.scratch_dir() / f"prepare-{token_hex(8)}") as work:
         work.mkdir()
         source = work / "source.jsonl"

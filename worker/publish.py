@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
 from pathlib import Path
 
 from catalog import claims, jobs
@@ -14,7 +12,8 @@ from catalog.tables import Json
 from worker import failpoints, provenance
 from worker.context import WorkerContext
 
-log = logging.getLogger(__name__)
+MAX_EXPONENT = 700.0
+"""exp of more is no float."""
 
 
 def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int, metrics: Json) -> None:
@@ -26,7 +25,6 @@ def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int,
     except OutOfSpace as error:
         message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
         claims.record_event(context.db, claim.claim_id, "warn", message)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def adapter(
@@ -76,12 +74,17 @@ def evaluate(context: WorkerContext, claim: Claim) -> Json | None:
     return {
         "base_loss": first.loss,
         "loss": last.loss,
-        "base_perplexity": math.exp(first.loss),
-        "perplexity": math.exp(last.loss),
+        "base_perplexity": perplexity(first.loss),
+        "perplexity": perplexity(last.loss),
         "base_token_accuracy": first.token_accuracy,
         "token_accuracy": last.token_accuracy,
         "step": last.step,
     }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); where that is beyond a float, the largest that is not."""
+    return math.exp(min(loss, MAX_EXPONENT))
 
 
 def wire_error(error: LorryError) -> Json:

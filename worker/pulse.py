@@ -71,6 +71,12 @@ class Pulse:
             self._renewed_at.pop(claim_id, None)
             self._orders.pop(claim_id, None)
 
+    def release_all(self) -> None:
+        """Renew nothing any more: what is still held ends with its lease."""
+        with self._lock:
+            self._renewed_at.clear()
+            self._orders.clear()
+
     def take_orders(self) -> dict[str, Orders]:
         """What the last heartbeats said, per claim; each is given once."""
         with self._lock:
@@ -110,6 +116,9 @@ class Pulse:
                 pause = self._heartbeat_seconds
             except LorryError as error:
                 log.warning("No heartbeat: %s", error)
+                pause = min(1.0, self._heartbeat_seconds)
+            except Exception:  # whatever it is, the next beat may succeed, and without beats every claim is lost
+                log.exception("No heartbeat")
                 pause = min(1.0, self._heartbeat_seconds)
             self._beat_now.wait(pause)
             self._beat_now.clear()

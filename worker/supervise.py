@@ -10,48 +10,59 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, packing, queue, workers
+from catalog import claims, memory, packing, queue, workers
 from catalog.claims import Claim
-from catalog.errors import LorryError, StaleClaim, Unavailable
+from catalog.errors import LorryError, StaleClaim
 from catalog.packing import Room
 from catalog.states import EndReason, JobState
-from catalog.tables import new_id
+from catalog.tables import Job, new_id
 from worker import bases, node, scratch
 from worker.chores import Chores
 from worker.context import WorkerContext
 from worker.exits import classify_exit
+from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
-from worker.pack import Pack
+from worker.pack import OUTAGES, Pack
 from worker.trainer_directory import TrainerDirectory
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
+T = TypeVar("T")
 
 
 def supervise(context: WorkerContext) -> int:
     """Work until there is nothing to import, prepare or train, or the worker is asked to leave.
 
-    Returns how many attempts ended. Raises Unavailable where the database does not answer while nothing
-    is held.
+    Returns how many attempts ended. Raises Unavailable or OutOfSpace where the database does not answer while
+    nothing is held. However it ends, no lease is renewed any more.
     """
+    try:
+        with Chores(context) as chores:
+            return _work(context, chores)
+    finally:
+        context.pulse.release_all()
+
+
+def _work(context: WorkerContext, chores: Chores) -> int:
     num_ended = 0
-    with Chores(context) as chores:
-        left_over: list[Claim] = []
-        while not context.draining:
-            had_chores = chores.go_on()
-            claimed = left_over or _claim(context, new_id("trainer"), room=_room(context))
-            left_over = []
-            if claimed:
-                num_ended_here, left_over = _train(context, chores, claimed)
-                num_ended += num_ended_here
-            elif had_chores:
-                chores.wait(TURN_SECONDS)
-            else:
-                return num_ended
-        _release(context, left_over, EndReason.DRAINED, "The worker left before it began.")
+    left_over: list[Claim] = []
+    while not context.draining:
+        had_chores = chores.go_on()
+        claimed = left_over or _claim(context, new_id("trainer"), room=_room(context))
+        left_over = []
+        if claimed:
+            num_ended_here, left_over = _train(context, chores, claimed)
+            num_ended += num_ended_here
+        elif had_chores:
+            chores.wait(TURN_SECONDS)
+        else:
+            return num_ended
+    _release(context, left_over, End(reason=EndReason.DRAINED, detail="The worker left before it began."))
     return num_ended
 
 
@@ -67,42 +78,74 @@ def anything_waits(context: WorkerContext) -> bool:
 def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tuple[int, list[Claim]]:
     """One trainer from launch to end: (attempts ended, claims of another pack that were made for the next)."""
     first = claimed[0].job
+    waiting = list(claimed)
+    with ExitStack() as stack:
+        try:
+            base_dir = bases.ensure(
+                context,
+                first.base_model,
+                first.base_digest,
+                is_unwanted=lambda: _are_stopped(context, waiting),
+            )
+            pack = _open_pack(context, stack, first, base_dir)
+            for claim in waiting:
+                pack.admit(claim)
+            trainer = launch(pack.directory, context.device, silence_seconds=context.settings.lease_seconds)
+        except (LorryError, OSError, bases.Abandoned) as error:
+            _release(context, waiting, _mishap(context, error))
+            return len(claimed), []
+        stack.callback(trainer.close)
+        stack.enter_context(_announced(context, trainer, pack, first.base_digest))
+        left_over = _attend(context, chores, trainer, pack)
+        _conclude(context, trainer, pack)
+    return len(claimed) - len(waiting) + pack.num_ended, left_over
+
+
+def _are_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
+    """Obey what people have asked for while nothing runs yet; True once nobody waits any more."""
+    for claim_id, order in context.pulse.take_orders().items():
+        for claim in [claim for claim in waiting if claim.claim_id == claim_id]:
+            if order.cancel or order.pause:
+                _release(context, [claim], STOPPED["cancel" if order.cancel else "pause"])
+            if order.cancel or order.pause or order.stale:
+                waiting.remove(claim)
+    return not waiting
+
+
+def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandoned) -> End:
+    """Why there is no trainer."""
+    if context.draining:
+        return End(reason=EndReason.DRAINED, detail="The worker left.")
+    if isinstance(error, LorryError):
+        return End(reason=EndReason.INFRA_LOST, detail=error.sentence())
+    return End(reason=EndReason.INFRA_LOST, detail=f"The worker could not start a trainer: {error}.")
+
+
+def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Path) -> Pack:
+    """An empty pack for jobs like `first`, in a trainer directory of its own; both end with the stack."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
-    trainer_id = first.trainer_id
-    try:
-        base_dir = bases.ensure(context, first.base_model, first.base_digest)
-    except (bases.ImportRefused, bases.Abandoned) as error:
-        reason = EndReason.DRAINED if context.draining else EndReason.INFRA_LOST
-        return _release(context, claimed, reason, str(error) or "The worker left."), []
-    path = context.trainers_dir() / trainer_id
+    precision = packing.precision_of(first.pack_key)
     settings = {
         "format": 1,
-        "trainer_id": trainer_id,
+        "trainer_id": first.trainer_id,
         "base_dir": str(base_dir.absolute()),
-        "dtype": packing.precision_of(first.pack_key),
+        "dtype": precision,
         "device": context.device.torch_name(),
         "idle_seconds": None,  # we tell it when to unload, so that it never leaves while a job is on its way
     }
-    with ExitStack() as stack:
-        stack.enter_context(scratch.owned(path))
-        directory = TrainerDirectory.create(path, settings)
-        pack = Pack(context, trainer_id, directory, first.pack_key)
-        stack.callback(pack.forget_all)
-        for claim in claimed:
-            pack.admit(claim)
-        trainer = launch(directory, context.device, silence_seconds=context.settings.lease_seconds)
-        stack.callback(trainer.close)
-        stack.enter_context(_announced(context, trainer, trainer_id, first.base_digest, first.pack_key))
-        left_over = _attend(context, chores, trainer, pack)
-        _conclude(context, trainer, pack)
-    return pack.num_ended, left_over
+    description = catalog_bases.get(context.db, first.base_model).description or {}
+    path = stack.enter_context(scratch.owned(context.trainers_dir() / first.trainer_id))
+    directory = TrainerDirectory.create(path, settings)
+    trainer_bytes = memory.trainer_bytes(description, precision)
+    pack = Pack(context, first.trainer_id, directory, first.pack_key, trainer_bytes=trainer_bytes)
+    stack.callback(pack.forget_all)
+    return pack
 
 
 @contextmanager
-def _announced(
-    context: WorkerContext, trainer: TrainerProcess, trainer_id: str, base_digest: str, pack_key: str
-) -> Generator[None]:
+def _announced(context: WorkerContext, trainer: TrainerProcess, pack: Pack, base_digest: str) -> Generator[None]:
     """The trainer is on record, and lives by the worker's heartbeat."""
+    trainer_id, pack_key = pack.trainer_id, pack.pack_key
     workers.register_trainer(
         context.db, trainer_id=trainer_id, worker_id=context.worker_id, base_digest=base_digest, pack_key=pack_key
     )
@@ -118,30 +161,44 @@ def _announced(
 
 
 def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: Pack) -> list[Claim]:
-    """Until the trainer has ended. Returns claims of another pack, for which this one was unloaded."""
+    """Until the trainer has ended. Returns claims of another pack, for which this one was unloaded.
+
+    Each part goes on by itself in an outage: what people ask for is obeyed though nothing can be recorded.
+    """
     left_over: list[Claim] = []
     looked_at = time.monotonic()
     leaving_at: float | None = None
     while trainer.returncode is None:
-        try:
-            pack.hear()
-            pack.obey(context.pulse.take_orders())
-            if context.draining and leaving_at is None:
+        _patiently(trainer, pack.hear)
+        _patiently(trainer, lambda: pack.obey(context.pulse.take_orders()))
+        if pack.ready is None and not len(pack):
+            trainer.kill()  # everybody has gone before it was ready
+            break
+        if context.draining and leaving_at is None:
+            leaving_at = time.monotonic()
+            _patiently(trainer, lambda: _begin_to_leave(trainer, pack))
+        chores.go_on()
+        if leaving_at is None:
+            _patiently(trainer, pack.hand_over)
+        if leaving_at is None and time.monotonic() - looked_at >= context.settings.poll_seconds:
+            looked_at = time.monotonic()
+            left_over = _patiently(trainer, lambda: _look_for_more(context, pack)) or []
+            if left_over or _is_spent(context, pack):
                 leaving_at = time.monotonic()
-                _begin_to_leave(trainer, pack)
-            chores.go_on()
-            if leaving_at is None and time.monotonic() - looked_at >= context.settings.poll_seconds:
-                looked_at = time.monotonic()
-                left_over = _look_for_more(context, pack)
-                if left_over or _is_spent(context, pack):
-                    leaving_at = time.monotonic()
-                    pack.unload()
-        except Unavailable as error:
-            log.warning("%s The trainer goes on; its news are kept.", error)
-            trainer.wait(OUTAGE_SECONDS)
+                _patiently(trainer, pack.unload)
         _watch_clock(context, trainer, pack, leaving_at)
         trainer.wait(TURN_SECONDS)
     return left_over
+
+
+def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
+    """What `act` returns; None in an outage, after a pause."""
+    try:
+        return act()
+    except OUTAGES as error:
+        log.warning("%s The trainer goes on; its news are kept.", error)
+        trainer.wait(OUTAGE_SECONDS)
+        return None
 
 
 def _begin_to_leave(trainer: TrainerProcess, pack: Pack) -> None:
@@ -154,6 +211,8 @@ def _begin_to_leave(trainer: TrainerProcess, pack: Pack) -> None:
 
 def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
     """Admit jobs that may join. An empty trainer also lets go of its base for others, whom this returns."""
+    if pack.has_suspect:
+        return []
     room = _room(context, pack)
     if len(pack):
         for claim in _claim(context, pack.trainer_id, room=room, pack_key=pack.pack_key):
@@ -175,11 +234,14 @@ def _watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, le
     """Kill a trainer that takes too long to load, to say anything while it is busy, or to leave."""
     now = time.monotonic()
     if leaving_at is not None and now - leaving_at > context.drain_seconds:
-        pack.verdict = (EndReason.DRAINED, "The trainer did not save its jobs in time; the last checkpoints stand.")
+        detail = "The trainer did not save its jobs in time; the last checkpoints stand."
+        pack.verdict = End(reason=EndReason.DRAINED, detail=detail)
     elif pack.ready is None and now - trainer.started_at > context.load_seconds:
-        pack.verdict = (EndReason.TIMEOUT, f"The base model was not loaded within {context.load_seconds:.0f} s.")
-    elif pack.ready is not None and len(pack) and now - pack.heard_at > context.progress_seconds:
-        pack.verdict = (EndReason.TIMEOUT, f"The trainer said nothing for {context.progress_seconds:.0f} s.")
+        detail = f"The base model was not loaded within {context.load_seconds:.0f} s."
+        pack.verdict = End(reason=EndReason.TIMEOUT, detail=detail)
+    elif pack.ready is not None and len(pack) and pack.silent_seconds() > context.progress_seconds:
+        detail = f"The trainer said nothing for {context.progress_seconds:.0f} s."
+        pack.verdict = End(reason=EndReason.TIMEOUT, detail=detail)
     else:
         return
     trainer.kill()
@@ -192,25 +254,26 @@ def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> No
     while not context.pulse.lost.is_set() and time.monotonic() < deadline:
         try:
             pack.hear()
-            pack.end_all(*_verdict(context, trainer, pack))
+            pack.end_all(_verdict(context, trainer, pack))
             return
-        except Unavailable as error:
+        except OUTAGES as error:
             log.warning("%s Waiting to record how the trainer ended.", error)
             time.sleep(OUTAGE_SECONDS)
-    _try(lambda: pack.end_all(EndReason.INFRA_LOST, "The worker could not reach the database."))
+    lost = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
+    _try(lambda: pack.end_all(lost))
 
 
-def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> tuple[EndReason, str]:
+def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End:
     if pack.verdict is not None:
         return pack.verdict
     if context.draining:
-        return EndReason.DRAINED, "The worker left."
+        return End(reason=EndReason.DRAINED, detail="The worker left.")
     log_tail = pack.directory.log_tail()
     num_oom_kills = node.oom_kills() - trainer.oom_kills_before
     reason, detail = classify_exit(trainer.returncode or 0, log_tail, num_oom_kills=num_oom_kills)
     if len(pack):
         log.error("%s\n%s", detail, log_tail)
-    return reason, detail
+    return End(reason=reason, detail=detail)
 
 
 def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str | None = None) -> list[Claim]:
@@ -239,17 +302,16 @@ def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
         free += int(pack.ready["memory"]["base_bytes"])
     return Room(
         max_jobs=context.settings.max_jobs_per_trainer - len(pack),
-        memory_bytes_free=free,
+        memory_bytes_free=max(0, free - pack.bytes_to_come()),
         resident_base=pack.pack_key.partition(":")[0],
     )
 
 
-def _release(context: WorkerContext, claimed: Sequence[Claim], reason: EndReason, detail: str) -> int:
+def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None:
     """Give back what no trainer has seen."""
     for claim in claimed:
         context.pulse.release(claim.claim_id)
-        _try(lambda claim_id=claim.claim_id: claims.end(context.db, claim_id, reason=reason, detail=detail))
-    return len(claimed)
+        _try(lambda claim_id=claim.claim_id: claims.end(context.db, claim_id, reason=end.reason, detail=end.detail))
 
 
 def _try(record: Callable[[], object]) -> None:

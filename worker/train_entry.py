@@ -69,7 +69,16 @@ class Trainer:
 
     def run(self) -> None:
         """Until told to leave, or idle for `idle_seconds` of trainer.json (null: for ever)."""
-        self._load()
+        try:
+            self._load()
+        except LoraCoreError as error:
+            self._events.write({"type": "load_refused", "error": _described(error)})
+        else:
+            self._train()
+            self._events.write({"type": "unloaded"})
+        self._events.close()
+
+    def _train(self) -> None:
         while not self._leaving:
             for message in self._inbox.take():
                 self._obey(message)
@@ -79,8 +88,6 @@ class Trainer:
                 self._busy_at, self._told_idle = time.monotonic(), False
                 self._tick()
             self._report()
-        self._events.write({"type": "unloaded"})
-        self._events.close()
 
     def _load(self) -> None:
         started = time.monotonic()
@@ -140,6 +147,9 @@ class Trainer:
         except LoraCoreError as error:
             self._refuse(claim_id, error, is_checkpoint=isinstance(error, BadCheckpoint))
             return
+        except OSError as error:
+            self._write(claim_id, "refused", error=_disk_error(error), is_checkpoint=False)
+            return
         step, num_steps = self._engine.progress(claim_id)
         self._residents[claim_id] = Resident(
             checkpoint_every_steps=body["checkpoint_every_steps"],
@@ -170,15 +180,11 @@ class Trainer:
         try:
             events = self._engine.tick()
         except OutOfMemory as error:
-            self._refuse(self._culprit(error), error)
+            self._refuse(error.job, error)
             return
         self._events.write(*(_as_json(event) for event in events if not isinstance(event, JobDiverged)))
         for event in events:
             self._follow(event)
-
-    def _culprit(self, error: OutOfMemory) -> str:
-        """The job whose slice alone is too large: the error names it."""
-        return next(claim_id for claim_id in self._engine.jobs() if repr(claim_id) in str(error))
 
     def _follow(self, event: Event) -> None:
         if isinstance(event, JobStepped):
@@ -233,8 +239,7 @@ class Trainer:
 
     def _refuse(self, claim_id: str, error: LoraCoreError, *, is_checkpoint: bool = False) -> None:
         self._evict(claim_id)
-        described = {"code": error.code, "message": error.message, "remedy": error.remedy}
-        self._write(claim_id, "refused", error=described, is_checkpoint=is_checkpoint)
+        self._write(claim_id, "refused", error=_described(error), is_checkpoint=is_checkpoint)
 
     def _rest(self) -> None:
         """Nothing to compute: say so once, and leave when it has lasted."""
@@ -263,6 +268,10 @@ def _as_json(event: Event) -> Json:
     return {"type": EVENT_TYPES[type(event)], "claim_id": body.pop("job"), **body}
 
 
+def _described(error: LoraCoreError) -> dict[str, str]:
+    return {"code": error.code, "message": error.message, "remedy": error.remedy}
+
+
 def _disk_error(error: OSError) -> dict[str, str]:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "Free space under the worker's data folder; the job continues from its last checkpoint."
@@ -284,7 +293,7 @@ def import_base_model(arguments_path: Path) -> None:
         )
         result: Json = {"description": describe_base(target_dir)}
     except LoraCoreError as error:
-        result = {"error": {"code": error.code, "message": error.message, "remedy": error.remedy}}
+        result = {"error": _described(error)}
     except OSError as error:
         result = {"error": _disk_error(error) if error.errno else _source_error(error)}
     write_json(Path(arguments["result"]), result)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from catalog.disk import full_disk_named
+
 Json = dict[str, Any]
 Verb = Literal["admit", "cancel", "pause", "drain", "unload"]
 """admit: train a job. cancel: forget it. pause: save its checkpoint, then forget it. drain: pause all, then
@@ -67,8 +69,10 @@ class InboxWriter:
         self._number = 0
 
     def send(self, verb: Verb, **body: Any) -> None:
+        """Raises OutOfSpace."""
         self._number += 1
-        write_json(self._directory.inbox / f"{self._number:04d}-{verb}.json", body)
+        with full_disk_named():
+            write_json(self._directory.inbox / f"{self._number:04d}-{verb}.json", body)
 
 
 class InboxReader:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -66,6 +67,8 @@ class ArtifactStore:
 
     def put_folder(self, folder: Path, *, kind: str) -> Manifest:
         """Store every file under `folder`, then the manifest that names them. Links are refused."""
+        if not folder.is_dir():
+            raise DamagedArtifact(f"The folder {folder.name!r} is missing.")
         files: list[ManifestFile] = []
         for path in sorted(folder.rglob("*")):
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -141,11 +144,24 @@ class ArtifactStore:
                 )
         return problems
 
+    def delete_damaged(self, digest: str) -> None:
+        """Delete those files of a manifest whose content has changed, so that putting them again writes them."""
+        try:
+            manifest = self.get_manifest(digest)
+        except DamagedArtifact:
+            self._delete(manifest_key(digest))
+            return
+        for file in manifest.files:
+            alone = Manifest.of(manifest.kind, [file])
+            if self.verify(alone):
+                self._delete(blob_key(file.digest))
+
     def delete_unreferenced(self, live: set[str], *, grace_seconds: float = GRACE_SECONDS) -> int:
         """Delete what no digest in `live` (manifests and blobs) leads to and is older than the grace.
 
         Returns the number of objects deleted. A live manifest keeps its blobs; one that can't be read stops
-        the sweep before anything is deleted. Safe beside writers: what they put or put again is young.
+        the sweep before anything is deleted. What writers put or put again meanwhile is young, and stays; only
+        an old object that is put again between the last look at its age and its deletion, one call, is lost.
         """
         oldest = self.clock() - grace_seconds
         kept = {manifest_key(digest) for digest in live} | {blob_key(digest) for digest in live}
@@ -173,6 +189,10 @@ class ArtifactStore:
         except NoSuchObject:
             return False
         return entry.num_bytes == num_bytes and self.clock() - entry.written_at < REFRESH_SECONDS
+
+    def _delete(self, key: str) -> None:
+        with suppress(NoSuchObject):
+            self.objects.delete(key)
 
     def _delete_if_old(self, key: str, oldest: float) -> bool:
         """Look once more: it may have been put again since it was listed."""

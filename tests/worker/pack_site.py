@@ -1,0 +1,149 @@
+"""A worker without processes: real catalog, real store, and a trainer's directory whose trainer is the test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from catalog import claims, prepared
+from catalog.artifacts.store import open_store
+from catalog.claims import Claim, Orders
+from catalog.db import Database
+from catalog.errors import Unavailable
+from catalog.jobs import attempts
+from catalog.packing import Room
+from catalog.settings import Settings
+from catalog.states import EndReason
+from catalog.tables import Checkpoint, Job
+from tests.catalog.world import WIDE, Clock, World
+from worker import node
+from worker.context import WorkerContext
+from worker.pack import Pack
+from worker.pulse import Pulse
+from worker.trainer_directory import EventReader, EventWriter, InboxReader, TrainerDirectory
+
+READY = {
+    "type": "ready",
+    "memory": {"base_bytes": 1, "rows_bytes": 0, "peak_bytes": 1},
+    "invariance": "bitwise",
+    "versions": {"lorry": "1"},
+}
+PASSED = {"max_abs_diff": 0.0, "tolerance": 0.1, "passed": True}
+OUTAGE = Unavailable("The store does not answer.", code="store_unavailable", remedy="Wait.")
+
+
+class PackSite:
+    """`say` is the trainer's voice, `told` its ear."""
+
+    def __init__(self, folder: Path, database_path: Path) -> None:
+        self.folder = folder
+        self.settings = Settings(data_dir=folder, poll_seconds=0.001)
+        clock = Clock()
+        self.db = Database(f"sqlite:///{database_path}", clock=clock)
+        self.world = World(self.db, clock)
+        self.world.worker("w1")
+        self.store = open_store(self.settings)
+        pulse = Pulse(self.db, "w1", lease_seconds=60, heartbeat_seconds=60)
+        self.context = WorkerContext(
+            settings=self.settings, db=self.db, store=self.store, worker_id="w1", device=node.cpu(), pulse=pulse
+        )
+        self.context.trainers_dir().mkdir(parents=True)
+        self.tokens = self.files("tokens", "tokens.safetensors", "the tokens")
+
+    def files(self, folder: str, name: str, content: str) -> Path:
+        path = self.folder / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(content)
+        return path
+
+    def queued(self, **fields: Any) -> Job:
+        """A job whose tokens are in the store."""
+        job = self.world.queued(**fields)
+        assert job.train_prepared is not None
+        manifest = self.store.put_folder(self.tokens, kind="tokens")
+        digest = "0" * 64
+        prepared.put(self.db, job.train_prepared, file_digest=digest, artifact=manifest, report={"usable_rows": 1})
+        return job
+
+    def claim_all(self, trainer_id: str = "trainer-1", room: Room = WIDE) -> list[Claim]:
+        found = self.world.claim("w1", room, trainer_id=trainer_id)
+        self.context.pulse.hold((claim.claim_id for claim in found), since=float("inf"))
+        return found
+
+    def claim(self, **fields: Any) -> Claim:
+        self.queued(**fields)
+        (claim,) = self.claim_all()
+        return claim
+
+    def claim_with_checkpoints(self, *steps: int) -> Claim:
+        """A second attempt, with these to go on from."""
+        first = self.claim()
+        for step in steps:
+            manifest = self.store.put_folder(self.files(f"saved-{step}", "row", f"step {step}"), kind="checkpoint")
+            claims.record_checkpoint(self.db, first.claim_id, step=step, artifact=manifest, metrics={})
+        claims.end(self.db, first.claim_id, reason=EndReason.DRAINED, detail="")
+        (second,) = self.claim_all()
+        return second
+
+    def pack(self, *claimed: Claim, trainer_id: str = "trainer-1") -> Pack:
+        """A pack whose trainer is ready and has admitted these."""
+        pack = self.loading_pack(*claimed, trainer_id=trainer_id)
+        say(pack, READY)
+        for claim in claimed:
+            tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1)
+        pack.hear()
+        told(pack)
+        return pack
+
+    def loading_pack(self, *claimed: Claim, trainer_id: str = "trainer-1") -> Pack:
+        directory = TrainerDirectory.create(self.context.trainers_dir() / trainer_id, {})
+        pack_key = claimed[0].job.pack_key if claimed else "base:float32:causal-lm"
+        pack = Pack(self.context, trainer_id, directory, pack_key, trainer_bytes=1000)
+        for claim in claimed:
+            pack.admit(claim)
+        pack.hand_over()
+        return pack
+
+    def checkpoint(self, pack: Pack, claim: Claim, step: int) -> str:
+        """A checkpoint as the trainer leaves it; its folder relative to the trainer's directory."""
+        folder = pack.directory.job_path(claim.claim_id) / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "row").write_text(f"{claim.claim_id} at step {step}")
+        return str(folder.relative_to(pack.directory.path))
+
+    def checkpoints(self, claim: Claim) -> list[Checkpoint]:
+        with self.db.read() as session:
+            rows = session.query(Checkpoint).where(Checkpoint.job_id == claim.job.id)
+            return sorted(rows, key=lambda row: row.step)
+
+    def reason(self, claim: Claim) -> str | None:
+        """How the claim ended."""
+        found = attempts(self.db, **self.world.of(claim.job.id))
+        return next(attempt.reason for attempt in found if attempt.claim_id == claim.claim_id)
+
+    def held(self) -> set[str]:
+        """Claims whose leases are renewed."""
+        return set(self.context.pulse._renewed_at)
+
+
+def say(pack: Pack, *events: dict[str, Any]) -> None:
+    writer = EventWriter(pack.directory)
+    writer.write(*events)
+    writer.close()
+
+
+def tell(pack: Pack, claim: Claim, kind: str, **body: Any) -> None:
+    say(pack, {"type": kind, "claim_id": claim.claim_id, **body})
+
+
+def told(pack: Pack) -> list[str]:
+    """The verbs that the trainer was sent since it last looked."""
+    return [message.verb for message in InboxReader(pack.directory).take()]
+
+
+def asked(claim: Claim, **orders: bool) -> dict[str, Orders]:
+    return {claim.claim_id: Orders(**orders)}
+
+
+def said(directory: TrainerDirectory) -> list[dict[str, Any]]:
+    return EventReader(directory).read()

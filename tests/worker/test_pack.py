@@ -1,0 +1,282 @@
+"""What a pack makes of its trainer's words, and of people's wishes, while the database or the store comes and goes."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog import claims, jobs, prepared
+from catalog.artifacts.store import blob_key
+from catalog.errors import OutOfSpace, StaleClaim, Unavailable
+from catalog.states import EndReason
+from catalog.tables import File
+from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, tell, told
+from worker import preparation, trainer_directory
+
+FULL = OutOfSpace("The disk that holds the database is full.", code="disk_full", remedy="Free some space.")
+
+
+def fails(first: int, error: Exception, act: Callable[..., Any]) -> Callable[..., Any]:
+    """`act`, whose first calls raise."""
+    left = [error] * first
+
+    def flaky(*arguments: Any, **named: Any) -> Any:
+        if left:
+            raise left.pop()
+        return act(*arguments, **named)
+
+    return flaky
+
+
+def step(number: int) -> dict[str, Any]:
+    numbers = {"loss": 1.0, "token_accuracy": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0}
+    return {"step": number, "num_tokens": 10, **numbers}
+
+
+@pytest.mark.parametrize("error", [OUTAGE, FULL])
+def test_a_pause_in_an_outage_keeps_the_checkpoint_that_it_stored(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    jobs.pause(site.db, **site.world.of(claim.job.id))
+    pack.obey(asked(claim, pause=True))
+    tell(pack, claim, "paused", step=5, folder=site.checkpoint(pack, claim, 5))
+    monkeypatch.setattr(claims, "end", fails(1, error, claims.end))
+    with pytest.raises(type(error)):
+        pack.hear()
+
+    pack.hear()
+
+    assert site.world.job(claim.job.id).state == "paused"
+    (kept,) = site.checkpoints(claim)
+    assert kept.artifact is not None
+    assert [file.path for file in site.store.get_manifest(kept.artifact).files] == ["row"]
+    events = jobs.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    assert [event.message for event in events].count("Checkpoint created at step 5") == 1
+
+
+def test_a_refused_checkpoint_costs_itself_alone_however_often_the_database_goes_away(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim_with_checkpoints(10, 20)
+    pack = site.pack(claim)
+    refused = {"error": {"code": "bad_checkpoint", "message": "It is torn.", "remedy": "None."}, "is_checkpoint": True}
+    tell(pack, claim, "refused", **refused)
+    monkeypatch.setattr(claims, "record_event", fails(2, OUTAGE, claims.record_event))
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            pack.hear()
+
+    pack.hear()
+    pack.hand_over()
+
+    assert [row.artifact is not None for row in site.checkpoints(claim)] == [True, False]
+    (message,) = trainer_directory.InboxReader(pack.directory).take()
+    assert message.verb == "admit"
+    assert Path(message.body["resume"]).name == "step-10"
+
+
+def test_a_pause_is_said_again_to_a_trainer_that_had_refused_the_job_before(site: PackSite) -> None:
+    claim = site.claim_with_checkpoints(10, 20)
+    pack = site.pack(claim)
+    pack.obey(asked(claim, pause=True))
+    refused = {"error": {"code": "bad_checkpoint", "message": "It is torn.", "remedy": "None."}, "is_checkpoint": True}
+    tell(pack, claim, "refused", **refused)
+    pack.hear()
+    pack.hand_over()
+
+    pack.obey(asked(claim, pause=True))
+
+    assert told(pack) == ["pause", "admit", "pause"]
+
+
+def test_a_job_whose_files_cannot_be_stored_now_holds_nobody_else_up(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.queued(suffix="stuck")
+    site.queued(suffix="free")
+    stuck, free = site.claim_all()
+    pack = site.pack(stuck, free)
+    tell(pack, stuck, "checkpointed", step=5, folder=site.checkpoint(pack, stuck, 5))
+    say(pack, {"type": "stepped", "claim_id": free.claim_id, **step(1)})
+    monkeypatch.setattr(site.store, "put_folder", fails(99, OUTAGE, site.store.put_folder))
+
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            pack.hear()
+
+    points = jobs.metrics(site.db, **site.world.of(free.job.id), kind="train")
+    assert [point.step for point in points] == [1]
+    assert site.checkpoints(stuck) == []
+
+
+def test_the_newest_two_checkpoints_wait_for_the_store_and_no_more(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    folders = [site.checkpoint(pack, claim, number) for number in (1, 2, 3, 4)]
+    monkeypatch.setattr(site.store, "put_folder", fails(1, OUTAGE, site.store.put_folder))
+    for number, folder in enumerate(folders, start=1):
+        tell(pack, claim, "checkpointed", step=number, folder=folder)
+    with pytest.raises(Unavailable):
+        pack.hear()
+    assert [(pack.directory.path / folder).is_dir() for folder in folders] == [False, False, True, True]
+
+    pack.hear()
+
+    assert [row.step for row in site.checkpoints(claim)] == [3, 4]
+
+
+def test_words_that_wait_to_be_read_are_a_sign_of_life(site: PackSite) -> None:
+    pack = site.pack(site.claim())
+    pack.heard_at -= 1000
+    say(pack, {"type": "memory", "base_bytes": 1})
+
+    assert pack.silent_seconds() < 1000
+
+
+def test_a_full_disk_keeps_a_wish_until_it_can_be_said(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(trainer_directory, "write_json", fails(1, full, trainer_directory.write_json))
+    with pytest.raises(OutOfSpace):
+        pack.obey(asked(claim, cancel=True))
+
+    pack.obey(asked(claim, cancel=True))
+
+    assert told(pack) == ["cancel"]
+    assert len(pack) == 1
+
+
+def test_what_a_trainer_said_waits_for_the_database_to_have_room(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    tell(pack, claim, "cancelled")
+    monkeypatch.setattr(claims, "end", fails(2, FULL, claims.end))
+    for _ in range(2):
+        with pytest.raises(OutOfSpace):
+            pack.hear()
+    assert len(pack) == 1
+
+    jobs.cancel(site.db, **site.world.of(claim.job.id))
+    pack.hear()
+
+    assert site.world.job(claim.job.id).state == "cancelled"
+
+
+def test_a_claim_that_is_stale_while_its_mishap_is_recorded_is_dropped(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    tell(pack, claim, "checkpointed", step=5, folder="jobs/none")  # a folder that is missing is the job's mishap
+    monkeypatch.setattr(claims, "end", fails(1, StaleClaim(), claims.end))
+
+    pack.hear()
+
+    assert len(pack) == 0
+    assert "cancel" in told(pack)
+
+
+@pytest.mark.parametrize(("wish", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_wish_is_obeyed_at_once_while_the_base_loads(site: PackSite, wish: str, state: str) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    {"cancel": jobs.cancel, "pause": jobs.pause}[wish](site.db, **site.world.of(claim.job.id))
+
+    pack.obey(asked(claim, **{wish: True}))
+
+    assert site.world.job(claim.job.id).state == state
+    assert told(pack) == ["admit", "cancel"]
+    assert len(pack) == 0
+    assert site.held() == set()
+
+
+def test_a_cancel_is_obeyed_though_the_jobs_news_cannot_be_stored(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    exported = {"step": 10, "folder": site.checkpoint(pack, claim, 10), "num_parameters": 1, "report": PASSED}
+    tell(pack, claim, "exported", **exported)
+    monkeypatch.setattr(site.store, "put_folder", fails(99, OUTAGE, site.store.put_folder))
+    with pytest.raises(Unavailable):
+        pack.hear()
+    jobs.cancel(site.db, **site.world.of(claim.job.id))
+
+    pack.obey(asked(claim, cancel=True))
+
+    assert site.world.job(claim.job.id).state == "cancelled"
+
+
+def test_what_the_trainer_will_take_is_not_free_while_it_loads(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    row_bytes = 16 * claim.job.adapter_parameters
+    assert pack.bytes_to_come() == 1000 + row_bytes
+
+    say(pack, READY)
+    pack.hear()
+    assert pack.bytes_to_come() == row_bytes
+
+    tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1)
+    pack.hear()
+    assert pack.bytes_to_come() == 0
+
+
+def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    error = {"code": "unsupported_model", "message": "BERT does not generate.", "remedy": "Choose another."}
+    say(pack, {"type": "load_refused", "error": error})
+
+    pack.hear()
+
+    assert pack.verdict is not None
+    pack.end_all(pack.verdict)
+    job = site.world.job(claim.job.id)
+    assert (job.state, site.reason(claim)) == ("failed", EndReason.USER_ERROR)
+    assert job.error is not None
+    assert job.error["message"] == "BERT does not generate. Choose another."
+
+
+def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    key = claim.job.train_prepared
+    assert key is not None
+    (damaged,) = site.store.get_manifest((prepared.get(site.db, key) or pytest.fail("prepared")).artifact or "").files
+    site.store.objects.put(blob_key(damaged.digest), b"x" * damaged.num_bytes)
+    source = site.store.put_bytes(b"the data file")
+    with site.db.write() as session:
+        session.get_one(File, claim.job.training_file).digest = source.digest
+    (site.settings.bases_dir() / claim.job.base_digest).mkdir(parents=True)
+    site.context.scratch_dir().mkdir(parents=True)
+    monkeypatch.setattr(preparation, "_run", tokenise)
+
+    pack = site.loading_pack(claim)
+
+    (message,) = trainer_directory.InboxReader(pack.directory).take()
+    assert message.verb == "admit"
+    assert (pack.directory.path / message.body["train"]).read_text() == "the tokens"
+    again = prepared.get(site.db, key)
+    assert again is not None
+    assert site.store.verify(site.store.get_manifest(again.artifact or "")) == []
+
+
+def tokenise(_context: object, work: Path, source: Path, _base_dir: Path, _max_length: int) -> dict[str, Any]:
+    """In place of the child process."""
+    assert source.read_bytes() == b"the data file"
+    (work / "tokens").mkdir()
+    (work / "tokens" / "tokens.safetensors").write_text("the tokens")
+    return {"usable_rows": 1}

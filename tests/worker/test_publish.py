@@ -1,0 +1,28 @@
+"""What is published of what a trainer wrote, and what is not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from catalog import claims
+from catalog.artifacts.manifest import DamagedArtifact
+from tests.worker.pack_site import PackSite
+from worker import publish
+
+
+def test_a_folder_that_is_missing_is_never_stored_as_an_empty_artifact(site: PackSite) -> None:
+    with pytest.raises(DamagedArtifact, match="missing"):
+        site.store.put_folder(site.folder / "none", kind="checkpoint")
+
+
+def test_a_loss_beyond_all_measure_still_has_a_perplexity(site: PackSite) -> None:
+    claim = site.claim()
+    claims.record_metrics(site.db, claim.claim_id, [{"kind": "valid", "step": 0, "loss": 1000.0}])
+
+    evaluation = publish.evaluate(site.context, claim)
+
+    assert evaluation is not None
+    assert evaluation["base_loss"] == 1000.0
+    assert math.isfinite(evaluation["perplexity"])

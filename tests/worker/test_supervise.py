@@ -1,0 +1,283 @@
+"""What the supervisor does around a trainer, which is a script here: a step of it for each look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog import jobs
+from catalog.artifacts.store import ArtifactStore
+from catalog.claims import Orders
+from catalog.errors import OutOfSpace
+from catalog.packing import Room
+from catalog.states import EndReason
+from catalog.tables import Job
+from tests.worker.pack_site import OUTAGE, READY, PackSite
+from worker import bases, loop, node, supervise
+from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
+
+Script = Callable[["FakeTrainer"], Generator[None]]
+
+
+class FakeTrainer:
+    """Ends when its script does."""
+
+    started_at = float("inf")
+    oom_kills_before = 0
+
+    def __init__(self, directory: TrainerDirectory, script: Script) -> None:
+        self.returncode: int | None = None
+        self.was_killed = False
+        self.heard: list[Message] = []
+        self._events = EventWriter(directory)
+        self._inbox = InboxReader(directory)
+        self._script = script(self)
+
+    def say(self, kind: str, **body: Any) -> None:
+        self._events.write({"type": kind, **body})
+
+    def listen(self, verb: str) -> Generator[None, None, Message]:
+        """Wait until the worker has said it."""
+        while True:
+            self.heard += self._inbox.take()
+            for message in self.heard:
+                if message.verb == verb:
+                    self.heard.remove(message)
+                    return message
+            yield
+
+    def pulse(self) -> None:
+        pass
+
+    def wait(self, seconds: float) -> bool:
+        if self.returncode is None and next(self._script, "over") == "over":
+            self.returncode = 0
+        return self.returncode is not None
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            self.returncode, self.was_killed = -9, True
+
+    def close(self) -> None:
+        self.kill()
+        self._events.close()
+
+
+@pytest.fixture
+def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], list[FakeTrainer]]:
+    """Supervise until nothing is left, every trainer following the script; returns them."""
+    trainers: list[FakeTrainer] = []
+    site.context.scratch_dir().mkdir()
+
+    def launch(directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float) -> FakeTrainer:
+        trainers.append(FakeTrainer(directory, scripts[0]))
+        return trainers[-1]
+
+    def run(script: Script) -> list[FakeTrainer]:
+        scripts.append(script)
+        supervise.supervise(site.context)
+        return trainers
+
+    scripts: list[Script] = []
+    monkeypatch.setattr(supervise, "launch", launch)
+    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(node, "free_bytes", lambda _: 10**12)
+    return run
+
+
+def cancels_what_it_gets(trainer: FakeTrainer) -> Generator[None]:
+    """Loads, admits a job, says that it was cancelled, leaves."""
+    trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+    admit = yield from trainer.listen("admit")
+    trainer.say("cancelled", claim_id=admit.body["claim_id"])
+    yield
+
+
+def loads_for_ever(trainer: FakeTrainer) -> Generator[None]:
+    while True:
+        yield
+
+
+def reasons(site: PackSite, job_id: str) -> list[str | None]:
+    return [attempt.reason for attempt in jobs.attempts(site.db, **site.world.of(job_id))]
+
+
+@pytest.mark.parametrize("error", [OUTAGE, OSError("No such disk")])
+def test_a_base_that_cannot_be_brought_gives_the_claims_back(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    job = site.queued()
+    monkeypatch.setattr(bases, "ensure", raising(error))
+
+    assert run(loads_for_ever) == []
+
+    assert site.world.job(job.id).state == "queued"
+    assert reasons(site, job.id) == [EndReason.INFRA_LOST]
+    assert site.held() == set()
+
+
+def test_a_mistake_of_ours_leaves_no_lease_that_is_renewed(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.queued()
+    monkeypatch.setattr(bases, "ensure", raising(RuntimeError("ours")))
+
+    with pytest.raises(RuntimeError, match="ours"):
+        run(loads_for_ever)
+
+    assert site.held() == set()
+
+
+def test_a_cancel_is_heard_while_the_base_is_imported_again(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = site.queued()
+
+    def ensure(*_: object, is_unwanted: Callable[[], bool]) -> Path:
+        assert not is_unwanted()
+        (claim_id,) = site.held()
+        jobs.cancel(site.db, **site.world.of(job.id))
+        site.context.pulse._note({claim_id: Orders(cancel=True)}, float("inf"))
+        assert is_unwanted()
+        raise bases.Abandoned
+
+    monkeypatch.setattr(bases, "ensure", ensure)
+
+    assert run(loads_for_ever) == []
+
+    assert site.world.job(job.id).state == "cancelled"
+    assert site.held() == set()
+
+
+def test_a_trainer_that_loads_for_nobody_is_killed(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
+    job = site.queued()
+
+    def is_cancelled_meanwhile(_trainer: FakeTrainer) -> Generator[None]:
+        (claim_id,) = site.held()
+        jobs.cancel(site.db, **site.world.of(job.id))
+        site.context.pulse._note({claim_id: Orders(cancel=True)}, float("inf"))
+        while True:
+            yield
+
+    (trainer,) = run(is_cancelled_meanwhile)
+
+    assert trainer.was_killed
+    assert site.world.job(job.id).state == "cancelled"
+
+
+def test_a_base_that_the_trainer_refuses_fails_its_jobs_at_once_and_says_why(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
+) -> None:
+    job = site.queued()
+    error = {"code": "unsupported_model", "message": "BERT does not generate.", "remedy": "Choose another."}
+
+    def refuses(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("load_refused", error=error)
+        yield
+
+    run(refuses)
+
+    failed = site.world.job(job.id)
+    assert (failed.state, reasons(site, job.id)) == ("failed", [EndReason.USER_ERROR])
+    assert failed.error is not None
+    assert failed.error["code"] == "unsupported_model"
+    assert "Choose another." in failed.error["message"]
+
+
+@pytest.mark.parametrize("error", [OUTAGE, RuntimeError("ours"), OSError("No such disk")])
+def test_a_chore_that_goes_wrong_ends_nobodys_training(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    job = site.queued()
+    monkeypatch.setattr(bases, "import_next", raising(error))
+
+    run(cancels_what_it_gets)
+
+    assert reasons(site, job.id) == [EndReason.CANCELLED_BY_USER]
+
+
+def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = site.queued()
+    put_folder = site.store.put_folder
+
+    def outage(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        admit = yield from trainer.listen("admit")
+        claim_id = admit.body["claim_id"]
+        monkeypatch.setattr(ArtifactStore, "put_folder", raising(OUTAGE))
+        trainer.say("checkpointed", claim_id=claim_id, step=5, folder=f"jobs/{claim_id}")
+        site.context.leave.set()
+        yield from trainer.listen("drain")
+        monkeypatch.setattr(ArtifactStore, "put_folder", lambda _, *given, **named: put_folder(*given, **named))
+        trainer.say("paused", claim_id=claim_id, step=5, folder=None)
+        yield
+
+    run(outage)
+
+    assert reasons(site, job.id) == [EndReason.DRAINED]
+    assert site.world.job(job.id).state == "queued"
+
+
+def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
+) -> None:
+    """Its claim names another trainer until it is admitted, so that the record alone does not tell."""
+    site.queued()
+    others_attempts: list[list[str | None]] = []
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        yield from cancels_what_it_gets(trainer)
+        suspect = site.queued(suffix="suspect")
+        with site.db.write() as session:
+            session.get_one(Job, suspect.id).counted_attempts = 2
+        yield from trainer.listen("admit")
+        other = site.queued(suffix="beside")
+        for _ in range(3):
+            yield
+        others_attempts.append(reasons(site, other.id))
+        site.context.leave.set()
+        yield
+
+    run(script)
+
+    assert others_attempts == [[]]
+
+
+def test_a_base_that_still_loads_is_not_free_for_those_who_join(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    monkeypatch.setattr(node, "free_bytes", lambda _: 10**6)
+
+    room: Room = supervise._room(site.context, pack)
+
+    assert room.memory_bytes_free == 10**6 - pack.bytes_to_come() < 10**6 - 1000
+
+
+def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def supervised(_: object) -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
+        return 0
+
+    monkeypatch.setattr(loop, "supervise", supervised)
+
+    loop.run(site.context, once=True)
+
+    assert len(calls) == 2
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail

@@ -1,0 +1,121 @@
+"""What the trainer's end of the directory says when its base, its files or its memory fail it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.spec import JobRequest, resolve
+from lora_core.data import TokenDataset
+from lora_core.errors import OutOfMemory
+from tests.worker.pack_site import said
+from worker.train_entry import Resident, Trainer
+from worker.trainer_directory import TrainerDirectory
+
+
+class FullEngine:
+    """Stands where torch would be: nothing fits it."""
+
+    idle = False
+
+    def admit(self, job: str, *_: object, **__: object) -> None:
+        raise OutOfMemory(job, num_tokens=0)
+
+    def tick(self) -> list[Any]:
+        raise OutOfMemory("claim-1", num_tokens=1024)
+
+    def export(self, job: str, *_: object, **__: object) -> None:
+        raise OutOfMemory(job, num_tokens=0)
+
+    def evict(self, job: str) -> None:
+        """Room for others."""
+
+
+def body() -> dict[str, Any]:
+    """Of an `admit` message whose files are not there."""
+    request = JobRequest(model="tiny", training_file="file-1")
+    spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
+    files = {"train": "jobs/claim-1/train/tokens.safetensors", "valid": None, "resume": None}
+    steps = {"num_steps": 1, "evaluate_every_steps": 1, "checkpoint_every_steps": 1}
+    return {"claim_id": "claim-1", "base_name": "tiny", "spec": spec, **files, **steps}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> TrainerDirectory:
+    settings = {"base_dir": str(tmp_path / "base"), "dtype": "float32", "device": "cpu"}
+    return TrainerDirectory.create(tmp_path / "trainer", settings)
+
+
+@pytest.fixture
+def trainer(directory: TrainerDirectory) -> Iterator[Trainer]:
+    """With a full engine, and two jobs in it."""
+    trainer = Trainer(directory)
+    trainer._engine = FullEngine()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer._residents = {
+        name: Resident(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
+        for name in ("claim-0", "claim-1")
+    }
+    yield trainer
+    trainer._events.close()
+
+
+def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
+    directory: TrainerDirectory, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+
+    Trainer(directory).run()
+
+    (refused,) = said(directory)
+    assert refused["type"] == "load_refused"
+    assert refused["error"]["code"]
+    assert refused["error"]["remedy"]
+
+
+def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> TokenDataset:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(TokenDataset, "load", fail)
+
+    trainer._admit(body())
+
+    (refused,) = said(directory)
+    assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
+    assert refused["error"]["code"] == "disk_error"
+
+
+def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TokenDataset, "load", lambda _: None)
+
+    trainer._admit({**body(), "claim_id": "claim-2"})
+
+    (refused,) = said(directory)
+    assert (refused["claim_id"], refused["error"]["code"]) == ("claim-2", "out_of_memory")
+    assert set(trainer._residents) == {"claim-0", "claim-1"}
+
+
+def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: Trainer, directory: TrainerDirectory) -> None:
+    trainer._tick()
+
+    (refused,) = said(directory)
+    assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
+    assert refused["error"]["code"] == "out_of_memory"
+    assert set(trainer._residents) == {"claim-0"}
+
+
+def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: Trainer, directory: TrainerDirectory) -> None:
+    trainer._export("claim-1", 1)
+
+    (refused,) = said(directory)
+    assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "out_of_memory")
+    assert set(trainer._residents) == {"claim-0"}

@@ -1,0 +1,63 @@
+"""What the worker remembers of one job that its trainer holds, and how such a hold can end."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from catalog.claims import Claim
+from catalog.records import KEPT_CHECKPOINTS
+from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
+from catalog.tables import Checkpoint, Json
+from worker.curves import Curve
+from worker.trainer_directory import Verb
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """Why an attempt ends, for people and for what follows."""
+
+    reason: EndReason
+    detail: str
+    error: Json | None = None
+    """What the job's `error` becomes where this ending is final."""
+
+
+STOPPED: dict[Verb, End] = {
+    "cancel": End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled."),
+    "pause": End(reason=EndReason.PAUSED_BY_USER, detail="Paused before it trained here."),
+}
+"""What a person's wish means for a job of which the trainer has nothing to save."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Held:
+    """One claim that the trainer works on."""
+
+    claim: Claim
+    curve: Curve
+    checkpoints: list[Checkpoint]
+    """Newest first; the first is what the trainer resumes from."""
+    is_handed_over: bool = False
+    """Its files are with the trainer, and the message that says so."""
+    is_admitted: bool = False
+    """The trainer has made room for it."""
+    told: set[Verb] = field(default_factory=set[Verb])
+    """Since it was handed over."""
+    news: deque[Json] = field(default_factory=deque[Json])
+    """What the trainer has said about it and is not on record yet. Empty but in an outage."""
+    recorded_step: int = 0
+    """Of the newest checkpoint that this attempt has put on record."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """One more bad end, and it is quarantined: it trains alone."""
+        return self.claim.job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
+
+    def outdated(self) -> list[Json]:
+        """Take those checkpoints out of the news that newer ones have made needless."""
+        saved = [event for event in self.news if event["type"] == "checkpointed"]
+        dropped = saved[:-KEPT_CHECKPOINTS]
+        for event in dropped:
+            self.news.remove(event)
+        return dropped

@@ -1,0 +1,129 @@
+"""What a trainer says about one job, put on record, and what follows from it for the job.
+
+Each event may be followed twice: where the database goes away half way, the same event comes again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from enum import Enum
+
+from catalog import claims
+from catalog.states import EndReason
+from catalog.tables import Json
+from worker import admission, publish
+from worker.context import WorkerContext
+from worker.held import End, Held
+from worker.trainer_directory import TrainerDirectory
+
+RETRYABLE_CODES = {
+    "out_of_memory": EndReason.CUDA_OOM,
+    "out_of_space": EndReason.INFRA_LOST,
+    "disk_error": EndReason.INFRA_LOST,
+}
+
+
+class Next(Enum):
+    """What follows where the attempt does not end badly."""
+
+    GO_ON = "go on"
+    HAND_OVER = "hand over again"
+    COMPLETED = "completed"
+
+
+class Listener:
+    """Follows the events of one trainer's jobs, the curve's points excepted: see pack.py."""
+
+    def __init__(self, context: WorkerContext, directory: TrainerDirectory, trainer_id: str) -> None:
+        self._context = context
+        self._directory = directory
+        self._trainer_id = trainer_id
+        self._followers: dict[str, Callable[[Held, Json], End | Next]] = {
+            "admitted": self._admitted,
+            "checkpointed": self._checkpointed,
+            "checkpoint_failed": self._checkpoint_failed,
+            "paused": self._paused,
+            "cancelled": self._cancelled,
+            "diverged": self._diverged,
+            "refused": self._refused,
+        }
+
+    def follow(self, held: Held, event: Json, *, ready: Json | None) -> End | Next:
+        """Raises StaleClaim, OutOfSpace, Unavailable. ready: what the trainer said when it was."""
+        if event["type"] == "exported":
+            assert ready is not None, "a trainer is ready before it trains"
+            return self._exported(held, event, ready)
+        follower = self._followers.get(event["type"])
+        return follower(held, event) if follower else Next.GO_ON
+
+    def refusal(self, error: Json) -> End:
+        """What a refusal of the trainer means. error: code, message, remedy."""
+        reason = RETRYABLE_CODES.get(error["code"], EndReason.USER_ERROR)
+        if reason is EndReason.CUDA_OOM and self._context.device.kind == "cpu":
+            reason = EndReason.HOST_OOM
+        wire = {"code": error["code"], "message": f"{error['message']} {error['remedy']}", "param": None}
+        return End(reason=reason, detail=error["message"], error=wire)
+
+    def _admitted(self, held: Held, event: Json) -> Next:
+        step = event["step"]
+        held.curve.step = step
+        claims.started(
+            self._context.db, held.claim.claim_id, trainer_id=self._trainer_id, resumed_from_step=step or None
+        )
+        held.is_admitted = True
+        return Next.GO_ON
+
+    def _checkpointed(self, held: Held, event: Json) -> Next:
+        """The trainer's copy goes once the checkpoint is on record, never before."""
+        folder = self._directory.path / event["folder"]
+        if held.recorded_step < event["step"]:
+            publish.checkpoint(self._context, held.claim, folder, step=event["step"], metrics=held.curve.metrics())
+            held.recorded_step = event["step"]
+        shutil.rmtree(folder, ignore_errors=True)
+        return Next.GO_ON
+
+    def _checkpoint_failed(self, held: Held, event: Json) -> Next:
+        message = f"{event['error']['message']} No checkpoint was written."
+        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        return Next.GO_ON
+
+    def _paused(self, held: Held, event: Json) -> End:
+        if event["folder"] is not None:
+            self._checkpointed(held, event)
+        if "pause" in held.told:
+            return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
+        return End(reason=EndReason.DRAINED, detail=f"The worker left; saved at step {event['step']}.")
+
+    def _cancelled(self, held: Held, event: Json) -> End:
+        return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+
+    def _diverged(self, held: Held, event: Json) -> End:
+        remedy = "Lower the learning rate, or look at the data around that step; the last checkpoint is kept."
+        error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "learning_rate"}
+        return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
+
+    def _refused(self, held: Held, event: Json) -> End | Next:
+        if event["is_checkpoint"] and held.checkpoints:
+            admission.fall_back(self._context, held.claim, held.checkpoints, event["error"]["message"])
+            return Next.HAND_OVER
+        return self.refusal(event["error"])
+
+    def _exported(self, held: Held, event: Json, ready: Json) -> End | Next:
+        report = event["report"]
+        if not report["passed"]:
+            message = (
+                f"PEFT's logits differ from training's by {report['max_abs_diff']:.3g}; {report['tolerance']:.3g} "
+                "is allowed."
+            )
+            error = {"code": "verification_failed", "message": message, "param": None}
+            return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)
+        publish.adapter(
+            self._context,
+            held.claim,
+            self._directory.path / event["folder"],
+            event,
+            trained_tokens=held.curve.trained_tokens,
+            trainer=ready,
+        )
+        return Next.COMPLETED
