@@ -1,18 +1,28 @@
 # pyright: basic
 """Served equals trained: an exported adapter, loaded by PEFT on the resident base, gives the engine's logits.
 
-The tolerance is measured, not guessed. Without any adapter, the engine and transformers compute one function
-in two orders, so their difference there is rounding alone. With the adapter it may be three times that, both
-at the worst logit and in the root mean square, which notices a wrong adapter long before the worst logit.
+The tolerance is measured, not guessed: it is three times the largest of these, each of which is rounding alone.
+- Without any adapter, the engine and transformers compute one function in two orders: their difference.
+- The engine multiplies by A and B in the base's dtype, PEFT in fp32 unless it is told not to
+  (`autocast_adapter_dtype`): the difference of PEFT's two ways. It is zero where the base is fp32.
+- A high learning rate can make an adapter that magnifies the rounding of every layer: the change where the
+  output of every adapted linear is nudged at random by at most half a unit in its last place (Parker 1997,
+  Monte Carlo arithmetic), in each of three draws of fixed seed.
+All are taken at the worst logit and in the root mean square, and the engine's difference to PEFT must be within
+both: the root mean square notices a wrong adapter long before the worst logit does.
 """
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +32,7 @@ from lora_core.export import PROBE_POSITIONS
 from lora_core.tensor_files import read_header
 
 ROUNDING_FACTOR = 3
+NUM_NUDGES = 3
 FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors")
 
 
@@ -46,21 +57,22 @@ def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
     """Compare PEFT's logits with probe.safetensors; the base is left without a trace. Raises BadAdapter."""
     probe = _load_probe(base, directory)
     with base.untouched() as model, torch.no_grad():
-        base_logits = _last_logits(model, probe["input_ids"])
-        adapted = _load_adapter(model, directory)
-        try:
-            logits = _last_logits(adapted, probe["input_ids"])
-        finally:
-            adapted.unload()
-    return _compare(probe, logits, rounding=base_logits - probe["base_logits"], dtype=base.dtype)
+        ids = probe["input_ids"]
+        roundings = [_last_logits(model, ids) - probe["base_logits"]]
+        with _adapted(model, directory) as adapted:
+            logits = _last_logits(adapted, ids)
+            roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
+        with _adapted(model, directory, in_fp32=False) as adapted:
+            roundings.append(_last_logits(adapted, ids) - logits)
+    return _compare(probe, logits, roundings=roundings, dtype=base.dtype)
 
 
-def _compare(probe: dict[str, Tensor], logits: Tensor, *, rounding: Tensor, dtype: torch.dtype) -> VerifyReport:
+def _compare(probe: dict[str, Tensor], logits: Tensor, *, roundings: list[Tensor], dtype: torch.dtype) -> VerifyReport:
     """No rounding is taken as smaller than half a unit in the last place of the largest logit."""
     largest, difference = _largest(probe["logits"]), logits - probe["logits"]
     least = torch.finfo(dtype).eps * largest / 2
-    tolerance = ROUNDING_FACTOR * max(_largest(rounding), least)
-    rms_tolerance = ROUNDING_FACTOR * max(_rms(rounding), least)
+    tolerance = ROUNDING_FACTOR * max(least, *map(_largest, roundings))
+    rms_tolerance = ROUNDING_FACTOR * max(least, *map(_rms, roundings))
     passed = _largest(difference) <= tolerance and _rms(difference) <= rms_tolerance
     return VerifyReport(
         max_abs_diff=_largest(difference),
@@ -87,12 +99,42 @@ def _last_logits(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
     return logits[:, -PROBE_POSITIONS:].float().cpu()
 
 
-def _load_adapter(model: torch.nn.Module, directory: Path) -> PeftModel:
-    """PEFT's own loading, with its defaults: adapter weights are raised to fp32 as any user's would be."""
+def _nudged_logits(model: torch.nn.Module, input_ids: Tensor, *, seed: int) -> Tensor:
+    """The logits where every adapted linear rounds at random."""
+    random = torch.Generator().manual_seed(seed)
+    linears = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    hooks = [linear.register_forward_hook(partial(_nudge, random=random)) for linear in linears]
+    try:
+        return _last_logits(model, input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _nudge(_linear: torch.nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, random: torch.Generator) -> Tensor:
+    """Each number times 1 + u·eps, u uniform in [-1/2, 1/2): computed in fp64, then rounded."""
+    half_units = torch.rand(output.shape, generator=random, dtype=torch.float64) - 0.5
+    factor = 1 + half_units * torch.finfo(output.dtype).eps
+    return (output.double() * factor.to(output.device)).to(output.dtype)
+
+
+@contextmanager
+def _adapted(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> Iterator[PeftModel]:
+    adapted = _load_adapter(model, directory, in_fp32=in_fp32)
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+
+
+def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> PeftModel:
+    """PEFT's own loading; by its default, adapter weights are raised to fp32 as any user's would be."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT calls what transformers deprecates
-            return PeftModel.from_pretrained(model, str(directory), is_trainable=False).eval()
+            return PeftModel.from_pretrained(
+                model, str(directory), is_trainable=False, autocast_adapter_dtype=in_fp32
+            ).eval()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _bad(f"PEFT can't load it: {error}") from error
 

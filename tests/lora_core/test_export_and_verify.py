@@ -58,16 +58,47 @@ def test_served_equals_trained_under_peft_on_the_resident_base(load, tmp_path, f
         assert report.dtype == dtype
 
 
+def high_rate(learning_rate: float, seed: int) -> Submission:
+    """A job that learns eight rows by heart at a rate far above the usual."""
+    job = config(rank=16, num_steps=100, batch_size=4, learning_rate=learning_rate, seed=seed)
+    return Submission(config=job, train=dataset(seed, [20, 33, 15, 40, 25, 31, 18, 22]))
+
+
+@pytest.mark.parametrize(("learning_rate", "seed"), [(0.03, 0), (0.03, 2), (0.05, 0), (0.05, 5)])
+def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(load, tmp_path, learning_rate, seed):
+    base = load("llama", "bfloat16")
+    directory = tmp_path / "adapter"
+    trained(base, high_rate(learning_rate, seed)).export("job", directory, base_name="tiny")
+    tensors = load_file(directory / "adapter_model.safetensors")
+
+    verdict = verify_export(base, directory)
+
+    assert verdict.passed, verdict
+    assert verdict.max_abs_effect > verdict.tolerance
+    for change in CHANGES:
+        save_file(damaged(tensors, change), directory / "adapter_model.safetensors")
+        assert not verify_export(base, directory).passed, change
+
+
+CHANGES = {"scale": 0.5, "one matrix": -1, "zero": 0}
+
+
+def damaged(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
+    """Every B, or one, times a number."""
+    wrong = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in wrong.items():
+        if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name):
+            tensor.mul_(CHANGES[change])
+    return wrong
+
+
 @pytest.mark.parametrize("change", ["scale", "one matrix", "zero"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_path, dtype, change):
     base = load("llama", dtype)
     trained(base).export("job", tmp_path / "adapter", base_name="tiny")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    for name, tensor in tensors.items():
-        if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name):
-            tensor.mul_({"scale": 0.5, "one matrix": -1, "zero": 0}[change])
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(damaged(tensors, change), tmp_path / "adapter" / "adapter_model.safetensors")
 
     assert not verify_export(base, tmp_path / "adapter").passed
 
