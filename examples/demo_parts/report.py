@@ -29,6 +29,10 @@ def heading(number: int, text: str) -> None:
     console.print(f"\n[bold]{number}. {text}")
 
 
+def failed(why: str) -> None:
+    console.print(Text(why, style="bold red"))
+
+
 def data_set(train: Sequence[Function], held_out: Sequence[Function]) -> None:
     modules = {f.module for f in train}, {f.module for f in held_out}
     console.print(f"{len(train)} rows of {len(modules[0])} modules to train on")

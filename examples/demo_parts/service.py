@@ -75,8 +75,12 @@ def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
     argv = [sys.executable, "-P", "-m", "lorry", "up", "--json", "--data-dir", str(data_dir)]
     with log.open("ab") as errors:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
-    with console.status("Starting"):
-        line = process.stdout.readline() if process.stdout else ""
+    try:
+        with console.status("Starting"):
+            line = process.stdout.readline() if process.stdout else ""
+    except BaseException:
+        process.terminate()
+        raise
     if not line:
         process.wait(_STOP_SECONDS)
         raise DemoFailed(

@@ -105,8 +105,11 @@ def check(lorry: Lorry, base: Model, best: Outcome, questions: list[str], root: 
     asked.write_text(json.dumps(questions), "utf-8")
     script = Path(__file__).parent.parent / "check_adapter.py"
     argv = [sys.executable, "-I", str(script), base.local_path, str(folder), str(asked)]
-    with console.status("Asking the base and the best adapter, with PEFT alone"):
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
+    try:
+        with console.status("Asking the base and the best adapter, with PEFT alone"):
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
+    except subprocess.TimeoutExpired as late:
+        raise DemoFailed(f"check_adapter.py had not answered after {_CHECK_SECONDS} s.") from late
     if done.returncode:
         raise DemoFailed(f"check_adapter.py failed:\n{done.stderr[-2000:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "folder": str(folder)}

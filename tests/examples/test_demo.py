@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import demo  # noqa: E402  # pyright: ignore[reportMissingImports]
 from demo_parts import base_source  # noqa: E402  # pyright: ignore[reportMissingImports]
 from demo_parts.training import Outcome, problems  # noqa: E402  # pyright: ignore[reportMissingImports]
 
+from lorry import ConnectionFailed  # noqa: E402
 from lorry.models import Adapter, Job  # noqa: E402
 
 CLEAN = {"agrees": True, "imported_of_lorry": []}
@@ -82,3 +85,50 @@ def test_the_base_comes_from_the_hub_at_its_commit_where_that_answers(
     source = base_source.find(tmp_path)
 
     assert (source.kind, source.source, source.revision) == ("hub", base_source.HUB_ID, "c0ffee")
+
+
+def test_a_run_that_is_cut_off_keeps_no_half_note_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(path: Path, text: str, *_options: object) -> int:
+        path.write_bytes(text[:9].encode())
+        raise KeyboardInterrupt
+
+    kept = base_source.Source(kind="hub", source="a/b", revision="c", where="d")
+    monkeypatch.setattr(base_source, "_from_hub", lambda: kept)
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        base_source.find(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(base_source, "_from_hub", lambda: kept)
+
+    assert base_source.find(tmp_path) == base_source.find(tmp_path) == kept
+
+
+REQUEST: Any = httpx.Request("GET", "http://lorry")
+ANSWER: Any = httpx.Response(400, request=REQUEST)
+REFUSAL = openai.BadRequestError(
+    "Error code: 400",
+    response=ANSWER,
+    body={"message": "No such [base]. Add it.", "code": "x"},
+)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (ConnectionFailed("It does not answer.", code="x", remedy="Start it."), 1, "It does not answer. Start it."),
+        (REFUSAL, 1, "No such [base]. Add it."),
+        (openai.APIConnectionError(request=REQUEST), 1, "Connection error."),
+        (demo.report.DemoFailed("The jobs did not train."), 1, "The jobs did not train."),
+    ],
+)
+def test_what_goes_wrong_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: BaseException, code: int, told: str
+) -> None:
+    def fail() -> int:
+        raise trouble
+
+    monkeypatch.setattr(demo, "main", fail)
+
+    assert demo.run() == code
+    assert capsys.readouterr().out == f"{told}\n"
