@@ -21,7 +21,7 @@ class Files:
         self._transport = transport
 
     def upload(self, path: Path | str, *, purpose: str = "fine-tune", on_progress: OnBytes | None = None) -> File:
-        """Streams a file; memory stays bounded. The service checks every line and refuses with line numbers."""
+        """Streams a file; memory stays bounded. The service checks every line to train on, and names the wrong ones."""
         path = Path(path)
         with path.open("rb") as source:
             body = _Reported(source, path.stat().st_size, on_progress)
