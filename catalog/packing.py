@@ -80,7 +80,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
             continue
         if mate.row_bytes <= left:
             left -= mate.row_bytes
-            reason = f"same base and dtype as {anchor.turn.candidate.job_id}, and fits beside it"
+            reason = "same base and dtype as the anchor, and fits beside it"  # it may be another project's: no name
             chosen.append(Choice(turn=turn, role="packmate", reason=reason))
     return chosen
 
@@ -88,8 +88,8 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
 def choose_joiners(turns: Sequence[Turn], room: Room, key: str, *, worker_bytes: int) -> list[Choice]:
     """Jobs that may join a live trainer of pack key `key`.
 
-    None that stands behind a job which has waited past the patience for something else and would fit the
-    worker (`worker_bytes` in all): the trainer is let run empty then, and that job is the next anchor.
+    None that stands behind a job which can't join, has waited past the patience and would fit the worker
+    (`worker_bytes` in all): the trainer is let run empty then, and that job is the next anchor.
     """
     left = room.memory_bytes_free
     chosen: list[Choice] = []
@@ -97,16 +97,15 @@ def choose_joiners(turns: Sequence[Turn], room: Room, key: str, *, worker_bytes:
         mate = turn.candidate
         if len(chosen) >= room.max_jobs:
             break
-        if mate.pack_key != key or mate.is_suspect:
-            fits_alone = mate.trainer_bytes + mate.row_bytes <= worker_bytes
-            if fits_alone and turn.waited_seconds >= PATIENCE_SECONDS:
-                break
-            continue
-        if mate.row_bytes <= left:
+        if mate.pack_key == key and not mate.is_suspect and mate.row_bytes <= left:
             left -= mate.row_bytes
             chosen.append(
                 Choice(turn=turn, role="joiner", reason="its base is loaded and there is room beside the rest")
             )
+            continue
+        fits_alone = mate.trainer_bytes + mate.row_bytes <= worker_bytes
+        if fits_alone and turn.waited_seconds >= PATIENCE_SECONDS:
+            break
     return chosen
 
 

@@ -94,13 +94,23 @@ def test_a_job_that_could_never_fit_this_worker_does_not_hold_its_trainer_up() -
     assert joined(huge, candidate("a", 1), now=PATIENCE_SECONDS + 1) == ["a"]
 
 
+def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_ever_by_smaller_ones() -> None:
+    large = candidate("large", row_bytes=80)
+    room = Room(max_jobs=4, memory_bytes_free=50)
+
+    assert joined(large, candidate("a", 1), room=room) == ["a"]
+    assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1) == []
+    assert joined(candidate("a"), large, room=room, now=PATIENCE_SECONDS + 1) == ["a"]
+    assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1, worker_bytes=60) == ["a"]
+
+
 def test_a_choice_says_why() -> None:
     waiting = turns(candidate("a"), candidate("b", 1))
 
     reasons = [(choice.role, choice.reason) for choice in choose_pack(waiting, ROOM)]
 
     assert reasons[0] == ("anchor", "first in the queue of those that fit this worker")
-    assert reasons[1] == ("packmate", "same base and dtype as a, and fits beside it")
+    assert reasons[1] == ("packmate", "same base and dtype as the anchor, and fits beside it")
     assert choose_anchor([], ROOM) is None
 
 
