@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import exists, select
+from sqlalchemy import ColumnElement, exists, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.artifacts.manifest import Manifest
@@ -26,8 +26,18 @@ def hide_unused(session: Session, digest: str) -> bool:
     """Drop the row where nothing refers to it any more: the store's sweep may then delete its files."""
     session.flush()
     row = session.get(Artifact, digest, with_for_update=True)
-    used = [exists().where(owner.artifact == digest) for owner in (Checkpoint, Adapter, Prepared)]
-    if row is None or any(session.scalar(select(one)) for one in used):
+    if row is None or session.scalar(select(Artifact.digest).where(Artifact.digest == digest, _is_used())):
         return False
     session.delete(row)
     return True
+
+
+def unused(session: Session) -> list[str]:
+    """Digests of visible manifests that nothing refers to."""
+    return list(session.scalars(select(Artifact.digest).where(~_is_used()).order_by(Artifact.digest)))
+
+
+def _is_used() -> ColumnElement[bool]:
+    """A deleted adapter keeps the digest, and not the files."""
+    of_adapter = exists().where(Adapter.artifact == Artifact.digest, Adapter.deleted_at.is_(None))
+    return or_(of_adapter, *(exists().where(owner.artifact == Artifact.digest) for owner in (Checkpoint, Prepared)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import rfc8785
-from sqlalchemy import or_, select
+from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, serialise, skip_locked
@@ -62,14 +62,21 @@ def find(session: Session, name: str) -> BaseModelRow:
 
 def claim_import(db: Database, *, lease_seconds: float) -> BaseModelRow | None:
     """A base that waits for its import, leased; None where none does."""
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        if session.scalar(_first_waiting(now=read_clock(session))) is None:
+            return None
     with db.write() as session:
         now = read_clock(session)
-        is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
-        waiting = select(BaseModelRow).where(BaseModelRow.state == "importing", is_free)
-        row = session.scalar(skip_locked(waiting.order_by(BaseModelRow.created_at).limit(1)))
+        row = session.scalar(skip_locked(_first_waiting(now=now)))
         if row is not None:
             row.importing_until = now + lease_seconds
         return row
+
+
+def _first_waiting(*, now: float) -> Select[BaseModelRow]:
+    is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
+    waiting = select(BaseModelRow).where(BaseModelRow.state == "importing", is_free)
+    return waiting.order_by(BaseModelRow.created_at).limit(1)
 
 
 def renew_import(db: Database, name: str, *, lease_seconds: float) -> None:

@@ -121,8 +121,9 @@ def heartbeat(db: Database, *, worker_id: str, claim_ids: Collection[str], lease
     """Renew the leases of those claims that are still held, of training or preparing, and tell what is asked."""
     with db.write() as session:
         now = read_clock(session)
-        recovery.observe(session, now=now, grace_seconds=lease_seconds)
+        # The worker's row before its jobs', as whoever ends a worker: in one order nobody waits in a circle.
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
+        recovery.observe(session, now=now, grace_seconds=lease_seconds)
         mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
         orders = dict.fromkeys(claim_ids, Orders(stale=True))
         for job in session.scalars(mine):
@@ -197,7 +198,7 @@ def end(db: Database, claim_id: str, *, reason: EndReason, detail: str, error: J
 
 def _choose(session: Session, worker_id: str, trainer_id: str, room: Room, pack_key: str | None) -> list[Choice]:
     worker = session.get(Worker, worker_id)
-    if worker is not None and (worker.drain_requested or worker.ended_at is not None):
+    if worker is not None and worker.is_leaving:
         return []
     turns = queue.turns(session, now=read_clock(session))
     if pack_key is None:
@@ -219,8 +220,12 @@ def _take(
 ) -> list[Claim]:
     """Lock what was chosen, pass over what another worker was quicker to take, and claim the rest.
 
-    Without its anchor a pack is not taken: the choice is made anew.
+    Without its anchor a pack is not taken: the choice is made anew. Nor by a worker that was asked to drain
+    since the choice; its row is locked, so that nobody asks before this is done.
     """
+    worker = session.get(Worker, worker_id, with_for_update={"read": True})
+    if worker is not None and worker.is_leaving:
+        return []
     chosen = {choice.turn.candidate.job_id: choice for choice in choices}
     now = read_clock(session)
     is_due = or_(Job.run_after.is_(None), Job.run_after <= now)

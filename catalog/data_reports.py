@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from catalog import bases, files, job_records
 from catalog.db import Database
-from catalog.tables import File, Job, Json, Prepared
+from catalog.tables import Job, Json, Prepared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ def of_job(db: Database, *, project_id: str, job_id: str) -> JobReports:
     with db.read() as session:
         job = job_records.find(session, project_id, job_id)
         return JobReports(
-            training=_report(session, job, job.training_file), validation=_report(session, job, job.validation_file)
+            training=_report(session, job.train_prepared), validation=_report(session, job.valid_prepared)
         )
 
 
@@ -36,22 +36,13 @@ def of_file(db: Database, *, project_id: str, file_id: str, model: str) -> Json 
         reads_it = or_(Job.training_file == file_id, Job.validation_file == file_id)
         jobs = select(Job).where(Job.project_id == project_id, Job.base_model == model, reads_it)
         for job in session.scalars(jobs.order_by(Job.created_at.desc()).limit(20)):
-            report = _report(session, job, file_id)
+            key = job.train_prepared if file_id == job.training_file else job.valid_prepared
+            report = _report(session, key)
             if report is not None:
                 return report
     return None
 
 
-def _report(session: Session, job: Job, file_id: str | None) -> Json | None:
-    if file_id is None:
-        return None
-    key = job.train_prepared if file_id == job.training_file else job.valid_prepared
-    prepared = session.get(Prepared, key) if key else _refusal(session, file_id)
+def _report(session: Session, key: str | None) -> Json | None:
+    prepared = session.get(Prepared, key) if key else None
     return prepared.report if prepared else None
-
-
-def _refusal(session: Session, file_id: str) -> Prepared | None:
-    """A job whose files were refused has no key: the file's own latest refusal is what it was told."""
-    file = session.get_one(File, file_id)
-    same_bytes = select(Prepared).where(Prepared.file_digest == file.digest, Prepared.artifact.is_(None))
-    return session.scalar(same_bytes.order_by(Prepared.created_at.desc()).limit(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select
+from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import events
@@ -35,14 +35,15 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float) -> Un
 
     Renew the lease with `claims.heartbeat`, as any other.
     """
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        if session.scalar(_first_waiting(now=read_clock(session))) is None:
+            return None
     with db.write() as session:
         now = read_clock(session)
-        if _is_leaving(session, worker_id):
+        worker = session.get(Worker, worker_id)
+        if worker is not None and worker.is_leaving:
             return None
-        is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-        waiting = select(Job).where(Job.state == VALIDATING, Job.claim_id.is_(None), is_due)
-        first = waiting.order_by(Job.priority, Job.created_at, Job.id).limit(1)
-        job = session.scalar(skip_locked(first))
+        job = session.scalar(skip_locked(_first_waiting(now=now)))
         if job is None:
             return None
         job.claim_id = claim_id = new_id("prep")
@@ -58,6 +59,12 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float) -> Un
         )
 
 
+def _first_waiting(*, now: float) -> Select[Job]:
+    is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
+    waiting = select(Job).where(Job.state == VALIDATING, Job.claim_id.is_(None), is_due)
+    return waiting.order_by(Job.priority, Job.created_at, Job.id).limit(1)
+
+
 def prepared(db: Database, *, claim_id: str, train_key: str, valid_key: str | None, num_steps: int) -> None:
     """The files' token caches are stored: the job is queued."""
     with db.write() as session:
@@ -68,10 +75,16 @@ def prepared(db: Database, *, claim_id: str, train_key: str, valid_key: str | No
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
 
 
-def refused(db: Database, *, claim_id: str, error: Json) -> None:
-    """The files can't be trained on: `error` holds code, message (with its remedy) and param."""
+def refused(
+    db: Database, *, claim_id: str, error: Json, train_key: str | None = None, valid_key: str | None = None
+) -> None:
+    """The files can't be trained on: `error` holds code, message (with its remedy) and param.
+
+    The keys lead to what preparation found in the files, as far as it got.
+    """
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
+        job.train_prepared, job.valid_prepared = train_key, valid_key
         job.error = found = {"code": "invalid_training_file", "param": "training_file", **error}
         message = f"The job failed. {found.get('message', '')}".strip()
         now = read_clock(session)
@@ -83,7 +96,7 @@ def release_preparation(db: Database, *, claim_id: str, detail: str, wait_second
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
-        _free(job)
+        free(job)
         job.run_after = now + wait_seconds if wait_seconds else None
         events.add(session, job.id, now=now, level="warn", message=f"The files will be prepared again: {detail}")
 
@@ -92,7 +105,7 @@ def lose_preparation(session: Session, job: Job, *, now: float) -> None:
     """Whoever prepared the job, whose row is locked, was not heard from any more: it is free for another."""
     job.lost_preparations += 1
     if job.lost_preparations < MAX_LOST_PREPARATIONS:
-        _free(job)
+        free(job)
         return
     message = f"The worker was lost {job.lost_preparations} times while it prepared the files."
     job.error = {"code": "preparation_lost", "message": message, "param": "training_file"}
@@ -100,11 +113,7 @@ def lose_preparation(session: Session, job: Job, *, now: float) -> None:
     move(session, job, Verb.REFUSED, now=now, message=failed, reason=EndReason.INFRA_LOST, level="error")
 
 
-def _free(job: Job) -> None:
+def free(job: Job) -> None:
+    """Whoever prepared the job, whose row is locked, does so no more."""
     job.claim_id = job.worker_id = job.lease_expires_at = None
     job.lease_extended = False
-
-
-def _is_leaving(session: Session, worker_id: str) -> bool:
-    worker = session.get(Worker, worker_id)
-    return worker is not None and (worker.drain_requested or worker.ended_at is not None)

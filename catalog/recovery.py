@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, skip_locked, upsert
@@ -39,14 +39,20 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
 
 def observe(session: Session, *, now: float, grace_seconds: float) -> None:
     """Note that the database answers; after a gap, extend the leases that nobody could renew."""
-    pulse = session.get(Pulse, 1, with_for_update=True)
-    seen_at = pulse.seen_at if pulse else now
-    if now - seen_at > grace_seconds / 2 or seen_at - now > grace_seconds / 10:
-        _extend_leases(session, now=now, grace_seconds=grace_seconds)
+    pulse = session.get(Pulse, 1)
     if pulse is None:
         upsert(session, Pulse, [{"id": 1, "seen_at": now}])
-    elif _is_old(pulse, now=now, grace_seconds=grace_seconds):
-        pulse.seen_at = now
+        return
+    if not _is_old(pulse, now=now, grace_seconds=grace_seconds):
+        return
+    # Whoever holds the row notes the same. He is waited for only after a gap, since no lease may be missed then.
+    may_skip = not _is_gap(pulse, now=now, grace_seconds=grace_seconds)
+    pulse = session.get(Pulse, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
+    if pulse is None:
+        return
+    if _is_gap(pulse, now=now, grace_seconds=grace_seconds):
+        _extend_leases(session, now=now, grace_seconds=grace_seconds)
+    pulse.seen_at = now
 
 
 def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
@@ -61,8 +67,12 @@ def _is_needed(session: Session, *, now: float, grace_seconds: float) -> bool:
 
 
 def _is_old(pulse: Pulse | None, *, now: float, grace_seconds: float) -> bool:
-    """The pulse is written rarely, so that beats do not queue for its row."""
+    """The pulse is written rarely."""
     return pulse is None or abs(now - pulse.seen_at) > min(5.0, grace_seconds / 20)
+
+
+def _is_gap(pulse: Pulse, *, now: float, grace_seconds: float) -> bool:
+    return now - pulse.seen_at > grace_seconds / 2 or pulse.seen_at - now > grace_seconds / 10
 
 
 def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> None:
@@ -72,12 +82,8 @@ def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> Non
         Job.lease_expires_at > now + 2 * grace_seconds,
     )
     held = (Job.claim_id.is_not(None), Job.worker_id.not_in(gone), lease_is_off)
-    session.execute(
-        update(Job)
-        .where(*held)
-        .values(lease_expires_at=now + grace_seconds, lease_extended=True)
-        .execution_options(synchronize_session=False)
-    )
+    for job in session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update()):
+        job.lease_expires_at, job.lease_extended = now + grace_seconds, True
 
 
 def _lose(session: Session, held: Iterable[Job], *, now: float) -> int:

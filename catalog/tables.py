@@ -121,7 +121,7 @@ class Job(Table):
     priority: Mapped[int] = mapped_column(Integer)
     requested: Mapped[Json]
     body_digest: Mapped[str | None]
-    """Digest of the request's bytes: tells a client's retry from a second job."""
+    """Digest of the request as it was understood: tells a client's retry from a second job."""
     spec: Mapped[Json]
     adapter_parameters: Mapped[int] = mapped_column(default=0)
     """Numbers that the adapter trains: what memory arithmetic starts from."""
@@ -131,7 +131,7 @@ class Job(Table):
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     train_prepared: Mapped[str | None]
-    """Key in `prepared`, once a worker has tokenised the file."""
+    """Key in `prepared`, once a worker has tokenised or refused the file."""
     valid_prepared: Mapped[str | None]
     num_steps: Mapped[int | None]
 
@@ -279,7 +279,8 @@ class Adapter(Table):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     base_model: Mapped[str]
     base_digest: Mapped[str]
-    artifact: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"))
+    artifact: Mapped[str]
+    """Digest of its manifest. The row in `artifacts` goes some time after the adapter was deleted."""
     num_parameters: Mapped[int]
     verification: Mapped[Json]
     evaluation: Mapped[Json | None]
@@ -307,6 +308,11 @@ class Worker(Table):
     trainer_id: Mapped[str | None]
     report: Mapped[Json | None]
     """Tokens a second, memory in use, versions."""
+
+    @property
+    def is_leaving(self) -> bool:
+        """It gets nothing new."""
+        return self.drain_requested or self.ended_at is not None
 
 
 class Pulse(Table):

@@ -12,6 +12,7 @@ from catalog import recovery
 from catalog.db import Database, read_clock
 from catalog.endings import end_attempt
 from catalog.errors import Conflict, NotFound
+from catalog.preparation import free
 from catalog.states import EndReason, JobState
 from catalog.tables import Job, Json, Trainer, Worker
 
@@ -69,11 +70,12 @@ def end_worker(db: Database, worker_id: str) -> None:
             return
         worker.ended_at = now
         worker.resident_base = worker.trainer_id = None
-        running = select(Job).where(Job.worker_id == worker_id, Job.state == JobState.RUNNING)
-        for job in session.scalars(running.with_for_update()):
-            end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
-        preparing = (Job.worker_id == worker_id, Job.state == JobState.VALIDATING_FILES)
-        session.execute(update(Job).where(*preparing).values(claim_id=None, worker_id=None, lease_expires_at=None))
+        held = select(Job).where(Job.worker_id == worker_id, Job.claim_id.is_not(None))
+        for job in session.scalars(held.order_by(Job.id).with_for_update()):
+            if job.state == JobState.RUNNING:
+                end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
+            else:
+                free(job)
         _close_trainers(session, worker_id, now=now)
 
 

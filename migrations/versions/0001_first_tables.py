@@ -206,7 +206,6 @@ def upgrade() -> None:
         sa.Column("lineage_id", sa.String(length=255), nullable=False),
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
         sa.Column("deleted_at", sa.Float(precision=53), nullable=True),
-        sa.ForeignKeyConstraint(["artifact"], ["artifacts.digest"], name=op.f("fk_adapters_artifact_artifacts")),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_adapters_job_id_jobs")),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_adapters_project_id_projects")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_adapters")),

@@ -86,7 +86,8 @@ def test_a_refused_file_shows_the_report_of_its_refusal(client: TestClient, worl
     assert unprepared is not None
     digest = unprepared.training_file.digest
     prepared.put(world.db, sha("k"), file_digest=digest, artifact=None, report={"refusal": {"code": "masked"}})
-    claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "masked", "message": "Only masked rows."})
+    error = {"code": "masked", "message": "Only masked rows."}
+    claims.refused(world.db, claim_id=unprepared.claim_id, error=error, train_key=sha("k"))
 
     shown = client.get(f"{JOBS}/{job.id}").json()
     report = client.get(f"{JOBS}/{job.id}/data_report").json()

@@ -15,7 +15,7 @@ from catalog.db import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLarge, Unavailable
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables import Artifact, BaseModelRow, File, Job, Project, Table
+from catalog.tables import Artifact, BaseModelRow, File, Job, Prepared, Project, Table
 from tests.services.small_disk import small_disk
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
@@ -226,7 +226,10 @@ def test_the_sweep_keeps_what_the_record_names(upload: Uploader, db: Database, s
     shown, hidden = (store.put_bytes(content) for content in (b"shown", b"hidden"))
     add_job(db, training_file=needed.id, validation_file=None, state=JobState.PAUSED)
     with db.write() as session:
-        session.add(Artifact(digest=shown.digest, kind="adapter", files=[], num_bytes=0, created_at=0))
+        session.add(Artifact(digest=shown.digest, kind="tokens", files=[], num_bytes=0, created_at=0))
+        session.flush()
+        of_kept = {"file_digest": kept.digest, "artifact": shown.digest, "report": {}, "created_at": 0}
+        session.add(Prepared(key="k", **of_kept))
         session.get_one(File, needed.id).deleted_at = 1.0
     files.delete(db, project_id="ours", file_id=deleted.id)
 
