@@ -24,6 +24,8 @@ from sqlalchemy.sql.functions import GenericFunction
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unavailable
 
 BUSY_SECONDS = 30
+NO_SUCH_TABLE, READ_ONLY, INTERVENED = "42P01", "25006", "57"
+"""SQLSTATEs of PostgreSQL; 57 is the class of what its operator does, such as shutting it down."""
 BRIEF_MILLISECONDS = 100
 SelectT = TypeVar("SelectT", bound=Select[Any])
 
@@ -176,7 +178,8 @@ def _engine(url: str) -> Engine:
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # pysqlite must not begin transactions by itself
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+    # FULL: what was accepted outlives a power cut.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
@@ -211,6 +214,13 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
             code="disk_full",
             remedy="Nothing was changed. Free some space on the server, then try again.",
         )
+    sqlstate = str(getattr(error.orig, "sqlstate", None)) if isinstance(error, DBAPIError) else ""
+    if sqlstate == NO_SUCH_TABLE or "no such table" in str(error):
+        return Unavailable(
+            "The database has not been set up.",
+            code="database_not_set_up",
+            remedy="Make its tables: python -m api bootstrap.",
+        )
     if isinstance(error, DataError | UnicodeEncodeError | OverflowError):
         return InvalidRequest(
             "The request holds a value that can't be stored: a NUL or half a character, or a number that is too large.",
@@ -219,6 +229,7 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
         )
     if isinstance(error, DBAPIError):
         is_outage = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+        is_outage = is_outage or sqlstate == READ_ONLY or sqlstate.startswith(INTERVENED)
         if not is_outage:
             return None
     return Unavailable(
