@@ -1,7 +1,8 @@
 """What is new about one job since the last look: for streams, which look again and again.
 
-Two transactions may commit in another order than their rows were numbered in. So every look goes back a
-little further than the last, and leaves out what it has told already.
+Whoever writes an event holds the job's row: a job's events are committed in the order of their numbers. A
+point of a curve may be written again, so every look at the curves goes back a little further than the last,
+and leaves out what it has told already.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from catalog.db import Database, read_clock
 from catalog.job_records import find
 from catalog.tables import Job, JobEvent, Metric
 
-EVENT_OVERLAP = 64
-"""How far back in `seq` a look goes again."""
 STEP_OVERLAP = 64
+"""How far back in a curve a look goes again."""
 CLOCK_OVERLAP_SECONDS = 10.0
 KINDS = ("train", "valid")
 MAX_ROWS = 1000
@@ -30,15 +30,13 @@ class Mark:
 
     project_id: str
     job_id: str
-    after_seq: int
-    """Nothing up to here is told, not even late."""
+    seq: int
+    """The last event told."""
     since: float = 0.0
     """Points of curves written before this time are not told."""
     attempt: int = -1
-    seq: int = 0
     steps: dict[str, int] = field(default_factory=dict[str, int])
     """Furthest point told, by kind of curve."""
-    told_events: set[int] = field(default_factory=set[int])
     told_points: set[tuple[str, int, float]] = field(default_factory=set[tuple[str, int, float]])
 
 
@@ -60,7 +58,7 @@ def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) 
     """
     with db.read() as session:
         find(session, project_id, job_id)
-        mark = Mark(project_id=project_id, job_id=job_id, after_seq=last_seen or 0, seq=last_seen or 0)
+        mark = Mark(project_id=project_id, job_id=job_id, seq=last_seen or 0)
         seen = session.get(JobEvent, last_seen) if last_seen else None
         mark.since = (seen.created_at if seen else read_clock(session)) - CLOCK_OVERLAP_SECONDS
         return mark
@@ -85,14 +83,11 @@ def look(db: Database, mark: Mark) -> News:
 
 
 def _new_events(session: Session, mark: Mark) -> list[JobEvent]:
-    since = max(mark.after_seq, mark.seq - EVENT_OVERLAP)
-    newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > since)
-    rows = list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS + EVENT_OVERLAP)))
-    fresh = [row for row in rows if row.seq not in mark.told_events][:MAX_ROWS]
-    mark.seq = max([mark.seq, *(row.seq for row in fresh)])
-    told = mark.told_events | {row.seq for row in fresh}
-    mark.told_events = {seq for seq in told if seq > mark.seq - EVENT_OVERLAP}
-    return fresh
+    newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > mark.seq)
+    rows = list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS)))
+    if rows:
+        mark.seq = rows[-1].seq
+    return rows
 
 
 def _new_points(session: Session, mark: Mark, kind: str) -> list[Metric]:
