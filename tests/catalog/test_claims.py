@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog import claims, jobs, recovery, workers
+from catalog import claims, jobs, packing, recovery, workers
 from catalog.claims import Orders
 from catalog.errors import StaleClaim
 from catalog.packing import Room
@@ -183,21 +183,6 @@ def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_eviden
     assert [each["detail"] for each in job.error["evidence"]] == ["signal 2", "signal 1", "signal 0"]
 
 
-def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: World) -> None:
-    claim = world.running()
-
-    def crash_after_checkpoint(step: int) -> JobState:
-        nonlocal claim
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"), metrics={})
-        state = claims.end(world.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
-        world.clock.turn(31)
-        claim = next(iter(world.claim()), claim)
-        return state
-
-    assert [crash_after_checkpoint(step) for step in (1, 2, 3, 4)] == [JobState.QUEUED] * 4
-    assert [crash_after_checkpoint(step) for step in (4, 4)] == [JobState.QUEUED, JobState.FAILED]
-
-
 def test_a_drained_attempt_is_free_and_its_job_can_be_claimed_at_once(world: World) -> None:
     claim = world.running()
 
@@ -207,75 +192,6 @@ def test_a_drained_attempt_is_free_and_its_job_can_be_claimed_at_once(world: Wor
 
     assert world.job(claim.job.id).counted_attempts == 0
     assert claim.attempt == 6
-
-
-def test_a_job_resumes_from_its_newest_checkpoint_and_can_fall_back_by_one(world: World) -> None:
-    claim = world.running()
-    dropped = [
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"), metrics={})
-        for step in (1, 2, 3)
-    ]
-    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
-
-    (again,) = world.claim()
-    assert again.resume_from is not None
-    assert [checkpoint.step for checkpoint in again.resume_candidates] == [3, 2]
-    assert dropped == [[], [], [manifest("c1").digest]]
-
-    bad = again.resume_from
-    claims.distrust_checkpoint(world.db, again.claim_id, checkpoint_id=bad.id, problem="a bit was flipped")
-    claims.end(world.db, again.claim_id, reason=EndReason.DRAINED, detail="")
-    assert [checkpoint.step for checkpoint in world.claim()[0].resume_candidates] == [2]
-
-
-def test_files_that_two_checkpoints_share_outlive_the_first(world: World) -> None:
-    claim = world.running()
-
-    dropped = [
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name), metrics={})
-        for step, name in ((1, "a"), (2, "b"), (3, "a"))
-    ]
-
-    assert dropped == [[], [], []]
-    page = jobs.checkpoints_page(world.db, **world.of(claim.job.id))
-    assert [(row.step, row.artifact is not None) for row in page.items] == [(3, True), (2, True), (1, False)]
-
-
-def test_jobs_that_store_the_same_bytes_at_once_do_not_take_them_from_each_other(world: World) -> None:
-    world.queued()
-    world.queued()
-
-    def train(claim: claims.Claim) -> None:
-        for step in range(1, 16):
-            same = manifest(f"c{step}", "checkpoint")
-            claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=same, metrics={})
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(train, world.claim()))
-
-    with world.db.read() as session:
-        left = session.scalars(select(Artifact.digest).where(Artifact.kind == "checkpoint")).all()
-    assert set(left) == {manifest(f"c{step}", "checkpoint").digest for step in (14, 15)}
-
-
-def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: World) -> None:
-    claim = world.running()
-    of_job = world.of(claim.job.id)
-    point = {"kind": "train", "token_accuracy": 0.5, "learning_rate": 1e-4, "grad_norm": float("inf")}
-
-    claims.record_metrics(
-        world.db, claim.claim_id, [{**point, "step": 1, "loss": 3.0}, {**point, "step": 2, "loss": 2}]
-    )
-    claims.record_metrics(world.db, claim.claim_id, [{**point, "step": 2, "loss": 1.5}])
-    claims.record_metrics(world.db, claim.claim_id, [{**point, "step": 3, "loss": float("nan")}])
-
-    curve = jobs.metrics(world.db, **of_job, kind="train")
-    assert [(p.step, p.loss, p.grad_norm) for p in curve] == [(1, 3.0, None), (2, 1.5, None)]
-    told = jobs.events_page(world.db, **of_job).items[0]
-    assert (told.type, told.message) == ("metrics", "Step 2/10: training loss=1.5000")
-    assert told.data is not None
-    assert told.data["train_loss"] == 1.5
-    assert told.data["train_mean_token_accuracy"] == 0.5
 
 
 def test_the_reason_of_a_claim_is_kept_on_its_attempt(world: World) -> None:
@@ -299,6 +215,11 @@ def test_projects_that_train_together_do_not_learn_of_each_other(world: World) -
     assert len(together) == 2
     (names,) = jobs.packmates(world.db, **world.of(mine.id)).values()
     assert names == []
+    for claim in together:
+        (other,) = (each.job.id for each in together if each is not claim)
+        told_of = {"project_id": claim.job.project_id, "job_id": claim.job.id}
+        told = [attempt.why for attempt in jobs.attempts(world.db, **told_of)]
+        assert other not in str([told, jobs.explain(world.db, **told_of)])
 
 
 def test_a_project_that_trains_already_lets_another_go_first(world: World) -> None:
@@ -358,6 +279,23 @@ def test_a_worker_that_drains_or_has_ended_gets_nothing_new(world: World) -> Non
         assert orders.drain
 
 
+def test_a_worker_that_is_asked_to_drain_while_it_chooses_takes_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = world.queued()
+    world.worker()
+    choose_pack = packing.choose_pack
+
+    def choose_then_drain(*given: Any) -> list[packing.Choice]:
+        workers.request_drain(world.db, "w1")
+        return choose_pack(*given)
+
+    monkeypatch.setattr(packing, "choose_pack", choose_then_drain)
+
+    assert world.claim() == []
+    assert world.job(job.id).state == JobState.QUEUED
+
+
 def test_a_worker_that_leaves_gives_back_what_it_holds_for_free(world: World) -> None:
     world.worker()
     running = world.running()
@@ -372,45 +310,6 @@ def test_a_worker_that_leaves_gives_back_what_it_holds_for_free(world: World) ->
     assert world.job(preparing.job.id).claim_id is None
     with pytest.raises(StaleClaim):
         claims.prepared(world.db, claim_id=preparing.claim_id, train_key="t", valid_key=None, num_steps=1)
-
-
-def test_files_that_cannot_be_trained_on_fail_the_job_with_the_workers_words(world: World) -> None:
-    job = world.submit()
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
-    assert unprepared is not None
-
-    claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn", "message": "All masked."})
-
-    refused = world.job(job.id)
-    assert (refused.state, refused.reason) == (JobState.FAILED, EndReason.USER_ERROR)
-    assert refused.error == {"code": "nothing_to_learn", "message": "All masked.", "param": "training_file"}
-
-
-def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> None:
-    job = world.submit()
-    first = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
-    assert first is not None
-    assert claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
-
-    claims.release_preparation(world.db, claim_id=first.claim_id, detail="the store does not answer", wait_seconds=5)
-
-    assert claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
-    world.clock.turn(6)
-    second = claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
-    assert second is not None
-    assert second.job.id == job.id
-
-
-def test_cancelling_takes_a_job_from_the_worker_that_prepares_it(world: World) -> None:
-    job = world.submit()
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
-    assert unprepared is not None
-
-    jobs.cancel(world.db, **world.of(job.id))
-
-    assert world.beat(unprepared.claim_id)[unprepared.claim_id].stale
-    with pytest.raises(StaleClaim):
-        claims.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=1)
 
 
 def test_two_jobs_may_give_adapters_of_the_same_bytes_but_not_of_the_same_name(world: World) -> None:
@@ -452,26 +351,6 @@ def test_a_job_that_is_too_large_for_the_room_is_passed_over(world: World) -> No
 
     assert [claim.job.id for claim in claimed] == [small.id]
     assert claimed[0].job.base_digest == sha("smol")
-
-
-def test_a_lease_for_preparing_is_no_claim_to_train_and_the_other_way_round(world: World) -> None:
-    running = world.running()
-    world.submit()
-    preparing = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
-    assert preparing is not None
-
-    for write in (
-        lambda: world.complete(preparing.claim_id),
-        lambda: claims.end(world.db, preparing.claim_id, reason=EndReason.DRAINED, detail=""),
-        lambda: claims.record_progress(world.db, preparing.claim_id, {}),
-        lambda: claims.prepared(world.db, claim_id=running.claim_id, train_key="t", valid_key=None, num_steps=1),
-        lambda: claims.release_preparation(world.db, claim_id=running.claim_id, detail=""),
-    ):
-        with pytest.raises(StaleClaim):
-            write()
-
-    assert world.job(running.job.id).state == JobState.RUNNING
-    assert world.job(preparing.job.id).state == JobState.VALIDATING_FILES
 
 
 def _copy(job: Job, job_id: str) -> Job:

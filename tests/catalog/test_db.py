@@ -136,3 +136,36 @@ def test_a_value_that_cannot_be_stored_is_the_requests_fault(world: World) -> No
         world.send(request(training_file=world.file_id), idempotency_key="half a \ud800 character")
 
     assert refusal.value.code == "unstorable_value"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_database_that_only_reads_is_unavailable(db: Database) -> None:
+    def write() -> None:
+        with db.write() as session:
+            session.execute(text("set transaction read only"))
+            session.add(Project(id="p", name="p", created_at=0))
+
+    with pytest.raises(Unavailable):
+        write()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_without_tables_says_how_they_are_made(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    is_sqlite = kind == "sqlite"
+    database = Database(
+        f"sqlite:///{tmp_path / 'new.db'}" if is_sqlite else request.getfixturevalue("new_postgres_url")
+    )
+
+    with pytest.raises(Unavailable, match="not been set up") as refusal:
+        projects.ensure(database, "new")
+
+    database.close()
+    assert refusal.value.code == "database_not_set_up"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_commit_is_on_the_disk_before_it_is_answered(db: Database) -> None:
+    with db.read() as session:
+        assert session.scalar(text("pragma synchronous")) == 2

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
+from sqlalchemy import event
 
 from catalog import claims, jobs, recovery, workers
 from catalog.errors import StaleClaim
 from catalog.preparation import MAX_LOST_PREPARATIONS
 from catalog.states import EndReason, JobState
+from catalog.tables import Pulse
 from tests.catalog.world import LEASE, World
 
 
@@ -178,3 +183,41 @@ def test_claiming_recovers_first(world: World) -> None:
 
     assert again.job.id == lost.job.id
     assert again.attempt == 2
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("seconds", [0, LEASE / 4])
+def test_a_heartbeat_does_not_wait_for_another_that_notes_the_pulse(world: World, seconds: float) -> None:
+    claim = world.running()
+    world.beat()
+    world.clock.turn(seconds)
+
+    with ThreadPoolExecutor(1) as pool, world.db.write() as session:
+        session.get_one(Pulse, 1, with_for_update=True)
+        orders = pool.submit(world.beat, claim.claim_id).result(timeout=20)
+
+    assert not orders[claim.claim_id].stale
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_rows_are_locked_in_one_order_the_workers_then_its_jobs_by_id(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    world.queued()
+    world.claim()
+    world.clock.turn(600)  # after a gap a heartbeat extends every lease
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(" ".join(statement.split()))
+
+    event.listen(world.db.engine, "before_cursor_execute", note)
+    world.beat(claim.claim_id)
+    claims.end_worker(world.db, "w1")
+
+    locks = [text for text in statements if "FOR UPDATE" in text or text.startswith("UPDATE")]
+    tables = ["jobs" if " jobs" in text else "workers" if " workers" in text else "other" for text in locks]
+    assert tables[0] == "workers"
+    of_jobs = [text for text in locks if " FROM jobs" in text]
+    assert len(of_jobs) == 3
+    assert all("ORDER BY jobs.id FOR UPDATE" in text for text in of_jobs)

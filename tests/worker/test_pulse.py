@@ -1,0 +1,32 @@
+"""The heartbeat goes on, whatever one beat met."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from catalog import workers
+from catalog.db import Database
+from catalog.workers import WorkerOrders
+from worker.pulse import Pulse
+
+
+def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, went_on = [], threading.Event()
+
+    def beat(*_: Any, **__: Any) -> WorkerOrders:
+        beats.append(1)
+        if len(beats) == 1:
+            raise RuntimeError("the driver said something new")
+        went_on.set()
+        return WorkerOrders(drain=False)
+
+    monkeypatch.setattr(workers, "worker_beat", beat)
+    pulse = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=0.01)
+
+    pulse.start()
+
+    assert went_on.wait(20)
+    pulse.close()
