@@ -52,7 +52,7 @@ def test_a_pause_in_an_outage_keeps_the_checkpoint_that_it_stored(
 
     pack.hear()
 
-    assert site.world.job(claim.job.id).state == "paused"
+    assert (site.world.job(claim.job.id).state, site.reason(claim)) == ("paused", EndReason.PAUSED_BY_USER)
     (kept,) = site.checkpoints(claim)
     assert kept.artifact is not None
     assert [file.path for file in site.store.get_manifest(kept.artifact).files] == ["row"]
