@@ -206,7 +206,7 @@ def test_a_waiting_job_is_cancelled_at_once(world: World) -> None:
     validating = world.submit()
     queued = world.queued()
     paused = world.submit()
-    verbs = {"project_id": world.caller.project_id}
+    verbs: dict[str, Any] = {"project_id": world.caller.project_id}
     jobs.pause(world.db, job_id=paused.id, **verbs)
 
     states = {jobs.cancel(world.db, job_id=job.id, **verbs).state for job in (validating, queued, paused)}

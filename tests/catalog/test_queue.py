@@ -121,7 +121,7 @@ def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:
 
 def test_every_other_state_has_its_sentence(world: World) -> None:
     cancelled, paused = world.submit(), world.submit()
-    verb = {"project_id": world.caller.project_id}
+    verb: dict[str, Any] = {"project_id": world.caller.project_id}
     jobs.cancel(world.db, job_id=cancelled.id, **verb)
     jobs.pause(world.db, job_id=paused.id, **verb)
     failed, succeeded, running = (world.running() for _ in range(3))
