@@ -5,6 +5,8 @@ A tick is one forward and backward (or an evaluation's forward) over at most one
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,11 +20,14 @@ from lora_core.data import TokenDataset
 from lora_core.errors import BadDataset, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
-from lora_core.job import Job, Progress, data_digest
+from lora_core.job import Job, Progress, SliceScores, data_digest
 from lora_core.pack import build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.turns import Turn, choose
+
+TICKS_TO_RECOVER = 1024
+"""Ticks that fit in a row until the largest one has grown by the whole budget again."""
 
 
 class Engine:
@@ -34,6 +39,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._rate = 0.0
         self._largest_tick = config.token_budget
+        self._too_large: list[OutOfMemory] = []
         if base.attachment is None:
             base.attachment = Attachment(base.model)
         self.invariance: Invariance = measure_invariance(base)
@@ -46,19 +52,20 @@ class Engine:
         valid: TokenDataset | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        """Make `job` resident. Raises NoTargets, BadDataset or BadCheckpoint; then nothing has changed."""
+        """Make `job` resident. Raises NoTargets, BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed."""
         assert job not in self._jobs, f"{job} is resident already"
         assert self.base.attachment is not None
         for dataset in filter(None, (train, valid)):
             _check_fits(dataset, self.base)
         targets = choose_targets(self.base.attachment.linears, config.lora.target_modules)
-        row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device)
-        if resume_from is None:
-            row.initialise(config.seed)
-            progress = Progress()
-        else:
-            expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
-            progress = checkpoint.load_checkpoint(resume_from, row=row, expected=expected)
+        with _fitting(job):
+            row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device)
+            if resume_from is None:
+                row.initialise(config.seed)
+                progress = Progress()
+            else:
+                expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
+                progress = checkpoint.load_checkpoint(resume_from, row=row, expected=expected)
         served = min((other.served for other in self._jobs.values()), default=0)
         self._jobs[job] = Job(job, config, row=row, train=train, valid=valid, progress=progress, served=served)
 
@@ -67,13 +74,17 @@ class Engine:
 
         Raises OutOfMemory for one job, which is quarantined; the next tick goes on with the others.
         """
+        if self._too_large:
+            raise self._too_large.pop(0)
         turns = choose(self._waiting(), token_budget=self._tick_tokens())
-        events = self._compute(turns) if turns else []
-        return [*self._take_pending(), *events]
+        if turns:
+            self._compute(turns)
+        return self._take_pending()
 
     def evict(self, job: str) -> None:
         """Forget a job at any tick boundary; its row's memory is free at once."""
         del self._jobs[job]
+        self._too_large = [error for error in self._too_large if error.job != job]
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
         """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""
@@ -81,7 +92,8 @@ class Engine:
 
     def export(self, job: str, directory: Path, *, base_name: str) -> ExportReport:
         """The adapter of the last completed step in PEFT's layout, into a directory that must not exist."""
-        return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
+        with _fitting(job):
+            return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
 
     def num_parameters(self, job: str) -> int:
         return self._jobs[job].row.num_parameters
@@ -95,8 +107,8 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """No job has a slice to compute or an event to report."""
-        return all(job.unit is None and not job.pending for job in self._jobs.values())
+        """No job has a slice to compute, or an event or error to report."""
+        return not self._too_large and all(job.unit is None and not job.pending for job in self._jobs.values())
 
     def tokens_per_second(self) -> float:
         """Tokens trained a second of tick time, averaged over recent ticks; 0 before the first."""
@@ -111,7 +123,8 @@ class Engine:
             "peak_bytes": _peak_bytes(self.base.device),
         }
 
-    def _compute(self, turns: list[Turn]) -> list[Event]:
+    def _compute(self, turns: list[Turn]) -> None:
+        """Events that it completes are left with their jobs, so that none is lost where a packmate fails."""
         jobs = [self._jobs[turn.job] for turn in turns]
         num_tokens = sum(turn.num_tokens for turn in turns)
         run = run_training if turns[0].kind == "train" else run_evaluation
@@ -121,14 +134,24 @@ class Engine:
             scores = run(self.base, pack)
         except torch.OutOfMemoryError as error:
             self._split_after_out_of_memory(jobs, num_tokens, error)
-            return []
+            return
+        growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
+        self._largest_tick = min(self.config.token_budget, self._largest_tick + growth)
         if turns[0].kind == "train":
             self._learn_rate(num_tokens, time.perf_counter() - started)
-        events: list[Event] = []
         for job, turn, score in zip(jobs, turns, scores, strict=True):
             job.served += turn.num_tokens
-            events += job.receive(score)
-        return events
+            self._book(job, score)
+        if self._too_large:
+            raise self._too_large.pop(0)
+
+    def _book(self, job: Job, score: SliceScores) -> None:
+        try:
+            with _fitting(job.name):
+                job.pending += job.receive(score)
+        except OutOfMemory as error:
+            job.quarantine()
+            self._too_large.append(error)
 
     def _take_pending(self) -> list[Event]:
         events: list[Event] = []
@@ -146,7 +169,7 @@ class Engine:
 
     def _tick_tokens(self) -> int:
         """The budget, less what memory or the wished length of a tick forbids."""
-        limit = min(self.config.token_budget, self._largest_tick)
+        limit = self._largest_tick
         return min(limit, int(self._rate * self.config.max_tick_seconds)) if self._rate else limit
 
     def _learn_rate(self, num_tokens: int, seconds: float) -> None:
@@ -161,6 +184,15 @@ class Engine:
         for job in jobs:
             job.replay_unit()
         self._largest_tick = num_tokens // 2
+
+
+@contextmanager
+def _fitting(job: str) -> Iterator[None]:
+    """Memory that runs out here is wanted by `job` alone."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(job) from error
 
 
 def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:

@@ -63,13 +63,15 @@ class UnsafeFile(LoraCoreError):
 
 
 class OutOfMemory(LoraCoreError):
-    """One slice of `job` alone doesn't fit the device."""
+    """`job` doesn't fit the device: one slice of it alone, or (num_tokens 0) its weights and moments."""
 
     code = "out_of_memory"
 
-    def __init__(self, job: str, *, num_tokens: int) -> None:
+    def __init__(self, job: str, *, num_tokens: int = 0) -> None:
+        part = f"One slice of {num_tokens} tokens" if num_tokens else "The adapter"
+        smaller = "slice_tokens or the length of the rows" if num_tokens else "the rank, or target fewer modules"
         super().__init__(
-            f"One slice of {num_tokens} tokens of job {job!r} doesn't fit the device.",
-            remedy="Lower slice_tokens or the length of the rows, or use a larger device.",
+            f"{part} of job {job!r} doesn't fit the device beside what is there.",
+            remedy=f"Lower {smaller}, or use a larger device.",
         )
         self.job = job

@@ -1,15 +1,7 @@
 # pyright: basic
 """Served equals trained: an exported adapter, loaded by PEFT on the resident base, gives the engine's logits.
 
-The tolerance is measured, not guessed: it is three times the largest of these, each of which is rounding alone.
-- Without any adapter, the engine and transformers compute one function in two orders: their difference.
-- The engine multiplies by A and B in the base's dtype, PEFT in fp32 unless it is told not to
-  (`autocast_adapter_dtype`): the difference of PEFT's two ways. It is zero where the base is fp32.
-- A high learning rate can make an adapter that magnifies the rounding of every layer: the change where the
-  output of every adapted linear is nudged at random by at most half a unit in its last place (Parker 1997,
-  Monte Carlo arithmetic), in each of three draws of fixed seed.
-All are taken at the worst logit and in the root mean square, and the engine's difference to PEFT must be within
-both: the root mean square notices a wrong adapter long before the worst logit does.
+The tolerance is measured, not guessed: `_compare` derives it.
 """
 
 import json
@@ -27,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_core.base_model import BaseModel
-from lora_core.errors import BadAdapter, UnsafeFile
+from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
 from lora_core.export import PROBE_POSITIONS
 from lora_core.tensor_files import read_header
 
@@ -54,7 +46,17 @@ class VerifyReport:
 
 
 def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
-    """Compare PEFT's logits with probe.safetensors; the base is left without a trace. Raises BadAdapter."""
+    """Compare PEFT's logits with probe.safetensors; the base is left without a trace.
+
+    Raises BadAdapter; OutOfMemory, in the name of the directory, where PEFT's own pass doesn't fit the device.
+    """
+    try:
+        return _verify(base, directory)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(directory.name) from error
+
+
+def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     probe = _load_probe(base, directory)
     with base.untouched() as model, torch.no_grad():
         ids = probe["input_ids"]
@@ -68,7 +70,19 @@ def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
 
 
 def _compare(probe: dict[str, Tensor], logits: Tensor, *, roundings: list[Tensor], dtype: torch.dtype) -> VerifyReport:
-    """No rounding is taken as smaller than half a unit in the last place of the largest logit."""
+    """The tolerance is three times the largest of `roundings`, each of which is rounding alone.
+
+    - Without any adapter, the engine and transformers compute one function in two orders: their difference.
+    - A high learning rate can make an adapter that magnifies the rounding of every layer: the change where
+      the output of every adapted linear is nudged at random by at most half a unit in its last place
+      (Parker 1997, Monte Carlo arithmetic), in each of three draws of fixed seed.
+    - The engine multiplies by A and B in the base's dtype, PEFT in fp32 unless it is told not to
+      (`autocast_adapter_dtype`): the difference of PEFT's two ways. It is zero where the base is fp32.
+
+    None is taken as smaller than half a unit in the last place of the largest logit. All are taken at the
+    worst logit and in the root mean square, and the difference must be within both: the root mean square
+    notices a wrong adapter long before the worst logit does.
+    """
     largest, difference = _largest(probe["logits"]), logits - probe["logits"]
     least = torch.finfo(dtype).eps * largest / 2
     tolerance = ROUNDING_FACTOR * max(least, *map(_largest, roundings))

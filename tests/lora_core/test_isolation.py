@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_core import job as job_module
+from lora_core.adapters import AdapterRow
 from lora_core.config import EngineConfig
 from lora_core.engine import Engine
 from lora_core.errors import OutOfMemory
-from lora_core.events import JobDiverged, JobFinished
+from lora_core.events import JobDiverged, JobFinished, JobStepped
 from tests.lora_core.scenarios import (
     Submission,
     admit,
@@ -116,6 +118,78 @@ def limit_token_memory(monkeypatch, *, num_tokens: int) -> None:
 
     monkeypatch.setattr(engine, "run_training", limited(engine.run_training))
     monkeypatch.setattr(engine, "run_evaluation", limited(engine.run_evaluation))
+
+
+def out_of_memory(*_arguments, **_options):
+    raise torch.OutOfMemoryError("simulated")
+
+
+def test_a_job_whose_row_does_not_fit_is_refused_and_changes_nothing(load, monkeypatch):
+    alone = run_alone(load("llama"), GOOD)
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "good", GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterRow, "initialise", out_of_memory)
+        with pytest.raises(OutOfMemory, match="The adapter of job 'large'") as caught:
+            admit(engine, "large", GOOD)
+    assert (caught.value.job, engine.jobs()) == ("large", ("good",))
+    while not engine.idle:
+        engine.tick()
+    assert state_bytes(engine, "good") == alone.vectors
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_a_job_whose_update_does_not_fit_ends_alone_and_no_event_of_a_packmate_is_lost(load, monkeypatch, position):
+    alone = run_alone(load("llama"), GOOD)
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096))
+    for name in ("large", "good") if position == "first" else ("good", "large"):
+        admit(engine, name, GOOD)
+    large = engine._jobs["large"].row
+    update = job_module.adamw_step
+
+    def limited(row, *arguments, **options):
+        return out_of_memory() if row is large else update(row, *arguments, **options)
+
+    monkeypatch.setattr(job_module, "adamw_step", limited)
+    events, errors = [], []
+    while not engine.idle:
+        try:
+            events += engine.tick()
+        except OutOfMemory as error:
+            errors.append(error.job)
+            engine.evict(error.job)
+
+    assert errors == ["large"]
+    assert state_bytes(engine, "good") == alone.vectors
+    assert rename(events, "good") == alone.events
+
+
+def test_an_export_that_does_not_fit_is_said_of_its_job(load, monkeypatch, tmp_path):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", GOOD)
+    monkeypatch.setattr("lora_core.export.packed_logits", out_of_memory)
+    with pytest.raises(OutOfMemory) as caught:
+        engine.export("job", tmp_path / "adapter", base_name="tiny")
+    assert caught.value.job == "job"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tick_grows_again_after_memory_was_short_for_a_while(load, monkeypatch):
+    engine = Engine(load("llama"), EngineConfig(token_budget=200))
+    jobs = {f"job-{index}": Submission(config=config(num_steps=60), train=dataset(index, [20])) for index in range(3)}
+    for name, job in jobs.items():
+        admit(engine, name, job)
+    with monkeypatch.context() as patch:
+        limit_token_memory(patch, num_tokens=64)
+        while not any(isinstance(event, JobStepped) for event in engine.tick()):
+            pass
+    events = engine.tick()
+    assert len({event.job for event in events}) == 1
+
+    while len({event.job for event in events}) < 3 and not engine.idle:
+        events = engine.tick()
+
+    assert {event.job for event in events} == jobs.keys()
 
 
 def test_finished_jobs_stay_until_evicted_and_leave_the_engine_idle(load):
