@@ -8,7 +8,7 @@ from sqlalchemy import inspect
 
 from catalog import keys, projects
 from catalog.db import Database
-from catalog.errors import NotFound
+from catalog.errors import InvalidRequest
 from catalog.settings import Settings
 from catalog.tables import ApiKey
 
@@ -36,10 +36,14 @@ def bootstrap(settings: Settings) -> Bootstrapped:
 
 
 def require_tables(db: Database) -> None:
-    """Raises NotFound with the remedy where this database was never bootstrapped."""
+    """Raises InvalidRequest with the remedy where this database was never bootstrapped."""
     with db.read() as session:
         if not inspect(session.connection()).has_table(ApiKey.__tablename__):
-            raise NotFound("Lorry database", db.engine.url.render_as_string(), remedy=f"Make it first: {COMMAND}.")
+            raise InvalidRequest(
+                f"There is no Lorry at {db.engine.url.render_as_string()}.",
+                code="database_not_set_up",
+                remedy=f"Name the data folder of the one you mean by LORRY_DATA_DIR, or make it here: {COMMAND}.",
+            )
 
 
 def sign_in_token(db: Database, *, pepper: bytes, seconds: float) -> str:

@@ -53,11 +53,15 @@ def add_base(lorry: Lorry, name: str, source: Source) -> Model:
 def farewell(lorry: Lorry, data_dir: Path) -> None:
     """How to go on from here."""
     if os.environ.get("KEEP"):
-        console.print(f"The service stays at {lorry.url}: {lorry.sign_in_links.create()['url']}")
-        console.print(f"Use it:  LORRY_DATA_DIR={data_dir} {Path(sys.executable).parent}/lorry jobs list")
-        console.print(f"Stop it: kill $(cat {data_dir}/up.lock)")
+        console.print(f"The service stays at {lorry.url}. Sign in, once, at")
+        console.print(lorry.sign_in_links.create()["url"], soft_wrap=True)
+        console.print("Use it:")
+        console.print(f"  export LORRY_DATA_DIR={data_dir}", soft_wrap=True)
+        console.print(f"  {Path(sys.executable).parent}/lorry jobs list", soft_wrap=True)
+        console.print(f"Stop it:\n  kill $(cat {data_dir}/up.lock)", soft_wrap=True)
     else:
-        console.print("Stopping the service. `make demo KEEP=1` leaves it running.")
+        console.print(f"Stopping the service. Its jobs and adapters stay in {data_dir};", soft_wrap=True)
+        console.print("`make demo KEEP=1` leaves it running.")
 
 
 def _left_running(data_dir: Path) -> Lorry | None:
