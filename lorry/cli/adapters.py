@@ -12,6 +12,7 @@ from lorry.cli import output
 from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.files import byte_bar, flatten
 from lorry.cli.output import AsJson
+from lorry.cli.tables import Column, table
 
 app = group("Trained adapters.")
 
@@ -39,8 +40,16 @@ def list_(
         )
         for a in adapters
     ]
-    columns = ("NAME", "BASE", "RANK", "SIZE", "BASE LOSS", "LOSS", "VERIFIED")
-    return output.table(columns, rows, empty="There is no adapter yet. A job that succeeds makes one.")
+    columns = (
+        Column(title="NAME"),
+        Column(title="BASE", goes=6, narrowest=12),
+        Column(title="RANK", goes=5),
+        Column(title="SIZE", goes=4),
+        Column(title="BASE LOSS", goes=3),
+        Column(title="LOSS", goes=1),
+        Column(title="VERIFIED", goes=2),
+    )
+    return table(columns, rows, empty="There is no adapter yet. A job that succeeds makes one.")
 
 
 @app.command()

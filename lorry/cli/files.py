@@ -12,6 +12,7 @@ import typer
 from lorry.cli import output
 from lorry.cli.app import client, group
 from lorry.cli.output import AsJson
+from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -46,9 +47,15 @@ def list_(
     files = list(client().files.list(limit=limit))
     if as_json:
         return output.print_json([file.raw for file in files])
-    rows = [(f.id, f.filename, output.size(f.bytes), f.purpose, output.when(f.created_at)) for f in files]
-    return output.table(
-        ("ID", "NAME", "SIZE", "PURPOSE", "CREATED"),
+    rows = [(f.id, f.filename, output.size(f.bytes), f.purpose, output.briefly(f.created_at)) for f in files]
+    return table(
+        (
+            Column(title="ID"),
+            Column(title="NAME", narrowest=16),
+            Column(title="SIZE", goes=1),
+            Column(title="PURPOSE", goes=3),
+            Column(title="CREATED", goes=2),
+        ),
         rows,
         empty="There is no file yet. Upload one with `lorry files upload PATH`.",
     )

@@ -9,6 +9,7 @@ import typer
 from lorry.cli import output
 from lorry.cli.app import client
 from lorry.cli.output import AsJson
+from lorry.cli.tables import Column, table
 
 
 def queue(
@@ -22,8 +23,16 @@ def queue(
     entries: list[dict[str, Any]] = snapshot.get("jobs") or []
     shown = ("job_id", "state", "base_model", "priority", "position", "trainer_id", "reason")
     rows = [tuple(entry.get(name) for name in shown) for entry in entries]
-    columns = ("JOB", "STATE", "BASE", "PRIORITY", "PLACE", "TRAINER", "WHY ITS TURN")
-    return output.table(columns, rows, empty="Nothing runs and nothing waits.")
+    columns = (
+        Column(title="JOB"),
+        Column(title="STATE"),
+        Column(title="BASE", goes=2, narrowest=12),
+        Column(title="PRIORITY", goes=3),
+        Column(title="PLACE", goes=1),
+        Column(title="TRAINER", goes=4),
+        Column(title="WHY ITS TURN", narrowest=20),
+    )
+    return table(columns, rows, empty="Nothing runs and nothing waits.")
 
 
 def workers(as_json: AsJson = False) -> None:
@@ -39,12 +48,20 @@ def workers(as_json: AsJson = False) -> None:
             ", ".join(map(_device, worker.devices)),
             ", ".join(worker.resident_base_names) or worker.resident_base,
             worker.trainer_id,
-            output.when(worker.last_seen_at),
+            output.briefly(worker.last_seen_at),
         )
         for worker in found
     ]
-    columns = ("ID", "STATE", "HOST", "DEVICES", "HOLDS", "TRAINER", "SEEN")
-    return output.table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
+    columns = (
+        Column(title="ID"),
+        Column(title="STATE"),
+        Column(title="HOST", goes=4),
+        Column(title="DEVICES", goes=2, narrowest=12),
+        Column(title="HOLDS", goes=1, narrowest=12),
+        Column(title="TRAINER", goes=5),
+        Column(title="SEEN", goes=3),
+    )
+    return table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
 
 
 def _device(device: Any) -> str:

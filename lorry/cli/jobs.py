@@ -12,6 +12,7 @@ from lorry.cli import output, watching
 from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.files import flatten, upload_with_bar
 from lorry.cli.output import AsJson
+from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,9 +89,16 @@ def list_(
     jobs = list(client().jobs.list(limit=limit))
     if as_json:
         return output.print_json([job.raw for job in jobs])
-    rows = [(j.id, j.status, j.model, _steps(j), j.progress.loss, output.when(j.created_at)) for j in jobs]
-    columns = ("ID", "STATUS", "MODEL", "STEP", "LOSS", "CREATED")
-    return output.table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
+    rows = [(j.id, j.status, j.model, _steps(j), j.progress.loss, output.briefly(j.created_at)) for j in jobs]
+    columns = (
+        Column(title="ID"),
+        Column(title="STATUS"),
+        Column(title="MODEL", goes=2, narrowest=10),
+        Column(title="STEP"),
+        Column(title="LOSS", goes=1),
+        Column(title="CREATED", goes=3),
+    )
+    return table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
 
 
 @app.command()

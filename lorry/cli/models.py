@@ -10,6 +10,7 @@ import typer
 from lorry.cli import output
 from lorry.cli.app import client, group
 from lorry.cli.output import AsJson
+from lorry.cli.tables import Column, table
 
 app = group("Base models and adapters.")
 
@@ -52,9 +53,16 @@ def list_(as_json: AsJson = False) -> None:
     models = list(client().models.list())
     if as_json:
         return output.print_json([model.raw for model in models])
-    rows = [(m.id, m.kind, m.state, m.base, (m.digest or "")[:16] or None, output.when(m.created)) for m in models]
-    return output.table(
-        ("NAME", "KIND", "STATE", "BASE", "DIGEST", "CREATED"),
+    rows = [(m.id, m.kind, m.state, m.base, output.short(m.digest), output.briefly(m.created)) for m in models]
+    return table(
+        (
+            Column(title="NAME"),
+            Column(title="KIND", goes=1),
+            Column(title="STATE"),
+            Column(title="BASE", goes=3, narrowest=12),
+            Column(title="DIGEST", goes=2),
+            Column(title="CREATED", goes=4),
+        ),
         rows,
         empty="There is no model yet. Add one with `lorry models add NAME SOURCE`.",
     )

@@ -1,10 +1,10 @@
-"""How commands speak: results on stdout (tables, or JSON with --json), messages and errors on stderr."""
+"""How commands speak: results on stdout (text, or JSON with --json), messages and errors on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,22 +47,6 @@ def print_json_line(value: Any) -> None:
     sys.stdout.flush()
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """A plain table; where there is no row, the sentence `empty` on stderr."""
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        drawn.add_column(column, overflow="fold", no_wrap=index == 0)
-    for row in rows:
-        drawn.add_row(*(Text(clean(_cell(value))) for value in row))
-    if drawn.row_count:
-        console().print(drawn)
-    else:
-        say(empty)
-
-
 def pairs(values: Iterable[tuple[str, object]]) -> None:
     """Label and value, one a line; a None is left out."""
     from rich.table import Table
@@ -73,7 +57,7 @@ def pairs(values: Iterable[tuple[str, object]]) -> None:
     drawn.add_column(overflow="fold")
     for label, value in values:
         if value is not None:
-            drawn.add_row(label, Text(clean(_cell(value))))
+            drawn.add_row(label, Text(clean(cell(value))))
     console().print(drawn)
 
 
@@ -85,6 +69,19 @@ def clean(text: str) -> str:
 def when(timestamp: int | None) -> str | None:
     """Local time of a Unix time."""
     return None if timestamp is None else f"{datetime.fromtimestamp(timestamp, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def briefly(timestamp: int | None) -> str | None:
+    """Local time of a Unix time, for a table: `11-24 16:39`; of another year, the date alone."""
+    if timestamp is None:
+        return None
+    told = datetime.fromtimestamp(timestamp, UTC).astimezone()
+    return f"{told:%m-%d %H:%M}" if told.year == datetime.now().astimezone().year else f"{told:%Y-%m-%d}"
+
+
+def short(digest: str | None) -> str | None:
+    """Enough of a digest to tell it from the others."""
+    return digest[:12] if digest else None
 
 
 def size(num_bytes: float) -> str:
@@ -105,7 +102,8 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as a person reads it."""
     if value is None:
         return "-"
     if isinstance(value, bool):
