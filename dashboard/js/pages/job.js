@@ -29,10 +29,10 @@ export function JobPage({ id }) {
     ${hasBegun(held) ? html`<${Headline} job=${job} valid=${held.valid} train=${held.train} />
       <div class="columns">
         <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
-        <div class="column"><${Events} job=${job} events=${held.events} /><${DataReport} report=${held.report} job=${job} /></div>
+        <div class="column"><${Events} job=${job} events=${held.events} hasOlder=${held.hasOlder} older=${held.older} /><${DataReport} report=${held.report} job=${job} /></div>
       </div>` : html`
       <div class="columns">
-        <div class="column"><${Events} job=${job} events=${held.events} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
+        <div class="column"><${Events} job=${job} events=${held.events} hasOlder=${held.hasOlder} older=${held.older} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
         <div class="column"><${DataReport} report=${held.report} job=${job} /></div>
       </div>`}
     <${Configuration} job=${job} />`;
