@@ -153,6 +153,17 @@ def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, v
     assert "3 adapters aboard" in worker.inner_text()
 
 
+def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Service, visit: Visit) -> None:
+    seed.beat(fresh.seeded)
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    worker.get_by_text("idle, base loaded").wait_for()
+    assert "Tokens per second" not in worker.inner_text()
+
+
 @pytest.mark.parametrize(
     ("place", "command"),
     [

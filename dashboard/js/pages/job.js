@@ -70,7 +70,7 @@ function Headline({ job, train, valid }) {
       <${Figure} name="Held-out loss" value=${format.loss(valid.at(-1)?.loss)} note=${heldOutNote(job, valid)} />
       ${FINAL.has(job.status)
         ? job.trained_tokens > 0 && html`<${Figure} name="Trained on" value=${format.compact(job.trained_tokens)} note="tokens" />`
-        : html`<${Figure} name="Speed" value=${format.count(progress.tokens_per_second)} note="tokens a second" />`}
+        : job.status === "running" && html`<${Figure} name="Speed" value=${format.count(progress.tokens_per_second)} note="tokens a second" />`}
     </dl>
     ${job.adapter_id && html`<p class="headline-adapter"><a class="button primary" href=${link.adapter(job.adapter_id)}>Its adapter</a></p>`}
   </section>`;
