@@ -91,6 +91,11 @@ class Job(View):
     worker_id: str | None = None
     pause_requested: bool = False
     cancel_requested: bool = False
+    max_length: int | None = None
+    max_steps: int | None = None
+    precision: str | None = None
+    checkpoint_every_steps: int | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict[str, Any])
     lora: dict[str, Any] = field(default_factory=dict[str, Any])
     optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
     schedule: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -71,8 +71,24 @@ def report(
     found = client().files.report(file_id, model=model)
     if as_json:
         output.print_json(found)
+    elif "report" in found and found["report"] is None:
+        output.say(f"No worker has prepared {file_id} for {model} yet, so there is nothing to report.")
+        output.say(f"A job prepares it: lorry jobs submit {model} {file_id}")
     else:
         output.pairs(flatten(found))
+
+
+@app.command()
+def delete(
+    file_id: Annotated[str, typer.Argument(help="The file's id.")],
+    as_json: AsJson = False,
+) -> None:
+    """Delete an uploaded file."""
+    client().files.delete(file_id)
+    if as_json:
+        output.print_json({"id": file_id, "deleted": True})
+    else:
+        output.say(f"{file_id} is deleted.")
 
 
 def upload_with_bar(lorry: Lorry, path: Path, *, purpose: str = "fine-tune") -> File:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,11 @@ from lorry.cli import output
 from lorry.cli.app import client
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
+from lorry.errors import PermissionDenied
+
+if TYPE_CHECKING:
+    from lorry.client import Lorry
+    from lorry.models import Worker
 
 
 def queue(
@@ -37,13 +42,15 @@ def queue(
 
 def workers(as_json: AsJson = False) -> None:
     """Who trains, and what each holds resident."""
-    found = list(client().workers.list())
+    lorry = client()
+    found = list(lorry.workers.list())
     if as_json:
         return output.print_json([worker.raw for worker in found])
+    engaged = _engaged(lorry) if any(worker.state == "busy" for worker in found) else None
     rows = [
         (
             worker.id,
-            worker.state,
+            _state(worker, engaged),
             worker.host,
             ", ".join(map(_device, worker.devices)),
             ", ".join(worker.resident_base_names) or worker.resident_base,
@@ -62,6 +69,22 @@ def workers(as_json: AsJson = False) -> None:
         Column(title="SEEN", goes=3),
     )
     return table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
+
+
+def _engaged(lorry: Lorry) -> set[str] | None:
+    """Ids of the workers that have a job; None where the key may not see every project's jobs."""
+    try:
+        entries: list[dict[str, Any]] = lorry.queue.get(all_projects=True).get("jobs") or []
+    except PermissionDenied:
+        return None
+    return {entry["worker_id"] for entry in entries if entry.get("worker_id")}
+
+
+def _state(worker: Worker, engaged: set[str] | None) -> str:
+    """The service calls a worker busy as long as its trainer lives, and that outlives its jobs."""
+    if worker.state == "busy" and engaged is not None and worker.id not in engaged:
+        return "idle (base loaded)"
+    return worker.state
 
 
 def _device(device: Any) -> str:

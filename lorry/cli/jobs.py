@@ -15,7 +15,7 @@ from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from lorry import requests
     from lorry.client import Lorry
@@ -98,7 +98,10 @@ def list_(
         Column(title="LOSS", goes=1),
         Column(title="CREATED", goes=3),
     )
-    return table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
+    table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
+    if any(job.status == "paused" for job in jobs):
+        output.say("A paused job goes on with: lorry jobs resume ID")
+    return None
 
 
 @app.command()
@@ -108,29 +111,9 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
     job = lorry.jobs.get(job_id)
     if as_json:
         return output.print_json(job.raw)
-    output.pairs(
-        (
-            ("id", job.id),
-            ("status", _status(job)),
-            ("error", job.error and f"{job.error.message} {job.error.remedy}".strip()),
-            ("model", job.model),
-            ("adapter", job.fine_tuned_model),
-            ("step", _steps(job)),
-            ("loss", job.progress.loss),
-            ("time left", None if job.is_final else output.duration(job.progress.seconds_left)),
-            ("trained tokens", job.trained_tokens),
-            ("training file", job.training_file),
-            ("validation file", job.validation_file),
-            ("seed", job.seed),
-            ("priority", job.priority),
-            ("trainer", job.trainer_id),
-            ("created", output.when(job.created_at)),
-            ("finished", output.when(job.finished_at)),
-            *flatten({"hyperparameters": job.hyperparameters, "lora": job.lora, "optimizer": job.optimizer}),
-        )
-    )
-    if job.status in {"queued", "validating_files"}:
-        output.pairs((f"why: {label}", value) for label, value in flatten(lorry.jobs.why(job_id)))
+    waits = job.status in {"queued", "validating_files"}
+    why = lorry.jobs.why(job_id).get("explanation") if waits else None
+    output.pairs((("id", job.id), ("status", _status(job)), ("why", why), *_run(job), *_configuration(job)))
     return None
 
 
@@ -202,18 +185,54 @@ def _given(values: Mapping[str, object]) -> dict[str, object] | None:
     return {name: value for name, value in values.items() if value is not None} or None
 
 
+def _run(job: Job) -> Iterator[tuple[str, object]]:
+    """What has become of it."""
+    progress = job.progress
+    moves = not job.is_final and job.status != "paused"
+    yield "error", job.error and f"{job.error.message} {job.error.remedy}".strip()
+    yield "model", job.model
+    yield "adapter", job.fine_tuned_model
+    yield "step", _steps(job)
+    yield "loss", progress.loss
+    yield "time left", output.duration(progress.seconds_left) if moves else None
+    yield "trained tokens", job.trained_tokens
+    yield "attempt", job.attempt or None
+    yield "trainer", job.trainer_id
+    yield "created", output.when(job.created_at)
+    yield "finished", output.when(job.finished_at)
+
+
+def _configuration(job: Job) -> Iterator[tuple[str, object]]:
+    """What it was asked to do, in full."""
+    yield "training file", job.training_file
+    yield "validation file", job.validation_file
+    yield "suffix", job.suffix
+    yield "seed", job.seed
+    yield "priority", job.priority
+    yield "precision", job.precision
+    yield "max length", job.max_length
+    yield "max steps", job.max_steps
+    yield "checkpoint every", job.checkpoint_every_steps and f"{job.checkpoint_every_steps} steps"
+    if job.evaluation:
+        every = job.evaluation.get("every_steps")
+        yield "evaluation every", f"{every} steps" if every else "tenth of the job"
+    groups = {"hyperparameters": job.hyperparameters, "lora": job.lora, "optimizer": job.optimizer}
+    yield from flatten({**groups, "schedule": job.schedule})
+
+
 def _told(job: Job, *, as_json: bool) -> None:
     if as_json:
         output.print_json(job.raw)
     else:
-        output.say(f"{job.id} is {_status(job)}.")
+        end = "" if job.status == "paused" else "."  # a dot would be taken for part of the command
+        output.say(f"{job.id} is {_status(job)}{end}")
 
 
 def _status(job: Job) -> str:
     for wanted, verb in ((job.cancel_requested, "cancelled"), (job.pause_requested, "paused")):
         if wanted and job.status == "running":
             return f"running, and will be {verb} at its next tick"
-    return job.status
+    return watching.how_to_resume(job) if job.status == "paused" else job.status
 
 
 def _steps(job: Job) -> str | None:

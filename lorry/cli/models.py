@@ -54,7 +54,7 @@ def list_(as_json: AsJson = False) -> None:
     if as_json:
         return output.print_json([model.raw for model in models])
     rows = [(m.id, m.kind, m.state, m.base, output.short(m.digest), output.briefly(m.created)) for m in models]
-    return table(
+    table(
         (
             Column(title="NAME"),
             Column(title="KIND", goes=1),
@@ -66,3 +66,20 @@ def list_(as_json: AsJson = False) -> None:
         rows,
         empty="There is no model yet. Add one with `lorry models add NAME SOURCE`.",
     )
+    for model in models:
+        if model.error:
+            output.say(f"{model.id} {model.state}: {model.error.message} {model.error.remedy}".rstrip())
+    return None
+
+
+@app.command()
+def delete(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Delete an adapter by its name."""
+    client().models.delete(name)
+    if as_json:
+        output.print_json({"id": name, "deleted": True})
+    else:
+        output.say(f"{name} is deleted.")

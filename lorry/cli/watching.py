@@ -27,10 +27,15 @@ def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:
     if as_json:
         return _drain(lorry, unique, lambda job: output.print_json_line(job.raw))
     if not sys.stderr.isatty():
-        return _drain(lorry, unique, _Lines().show)
+        return _drain(lorry, unique, _telling_of_a_pause(_Lines().show, output.say))
     with _bars() as progress:
         bars = {job_id: progress.add_task(job_id, total=None, facts="") for job_id in unique}
-        jobs = _drain(lorry, unique, lambda job: _draw(progress, bars[job.id], job))
+        above = progress.console
+        show = _telling_of_a_pause(
+            lambda job: _draw(progress, bars[job.id], job),
+            lambda sentence: above.print(output.clean(sentence), soft_wrap=True),
+        )
+        jobs = _drain(lorry, unique, show)
     for job in jobs:
         output.say(ending(job))
     return jobs
@@ -44,19 +49,39 @@ def ending(job: Job) -> str:
     return f"{job.id} {job.status}{why}"
 
 
+def how_to_resume(job: Job) -> str:
+    return f"paused; go on with: lorry jobs resume {job.id}"
+
+
 def facts(job: Job) -> str:
     """What stands beside a bar."""
     progress = job.progress
+    moves = not job.is_final and job.status != "paused"  # else what was measured last is no news of now
     parts = [job.status]
     if progress.num_steps:
         parts.append(f"step {progress.step}/{progress.num_steps}")
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.3f}")
-    if progress.tokens_per_second is not None and not job.is_final:
+    if progress.tokens_per_second is not None and moves:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-    if progress.seconds_left is not None and not job.is_final:
+    if progress.seconds_left is not None and moves:
         parts.append(f"{output.duration(progress.seconds_left)} left")
     return "  ".join(parts)
+
+
+def _telling_of_a_pause(show: Callable[[Job], None], say: Callable[[str], None]) -> Callable[[Job], None]:
+    """Shows as `show` does, and says once in each pause how to end it."""
+    paused: set[str] = set()
+
+    def shown(job: Job) -> None:
+        show(job)
+        if job.status != "paused":
+            paused.discard(job.id)
+        elif job.id not in paused:
+            paused.add(job.id)
+            say(f"{job.id} is {how_to_resume(job)}")
+
+    return shown
 
 
 class _Lines:

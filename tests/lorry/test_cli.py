@@ -272,7 +272,7 @@ def test_queue_report_show_and_lineage_print_what_they_are_told(service: Script,
     service.on("GET", "/v1/queue", {"jobs": [{"job_id": "ftjob-1", "state": "queued", "position": 1}], "workers": 0})
     service.on("GET", "/v1/files/f/report", {"rows": 3, "tokens": {"supervised": 9}})
     service.on("GET", f"{JOBS}/j", {**JOB, "status": "queued"})
-    service.on("GET", f"{JOBS}/j/why", {"sentence": "No worker."})
+    service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker.", "state": "queued"})
     service.on("GET", "/v1/adapters/a/lineage", {"lineage_id": "l1", "lineage": {"base": {"digest": "d"}}})
 
     assert "ftjob-1" in run("queue").stdout

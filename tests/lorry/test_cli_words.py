@@ -1,0 +1,141 @@
+"""What commands tell of a state: of a pause, an idle worker, a failed import, a file nobody prepared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lorry.cli.main import app
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+JOB: dict[str, Any] = {
+    "id": "j",
+    "status": "running",
+    "model": "m",
+    "progress": {"step": 3, "num_steps": 9, "loss": 1.5, "tokens_per_second": 480.2, "seconds_left": 61},
+    "created_at": 1790000000,
+}
+PAUSED = {**JOB, "status": "paused"}
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.setenv("LORRY_URL", service.url)
+    monkeypatch.setenv("LORRY_API_KEY", "k")
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def workers(*ids: str) -> dict[str, Any]:
+    return {"data": [{"id": name, "state": "busy", "trainer_id": f"t-{name}"} for name in ids], "has_more": False}
+
+
+def test_a_worker_whose_trainer_has_no_job_is_idle(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/workers", workers("one", "two"))
+    service.on("GET", "/v1/queue", {"jobs": [{"job_id": "j", "worker_id": "one"}, {"job_id": "k"}]})
+
+    _, one, two = run("workers").stdout.splitlines()
+
+    assert one.split()[:2] == ["one", "busy"]
+    assert two.startswith("two  idle (base loaded)")
+
+
+def test_who_may_not_see_every_job_is_told_the_services_word(service: Script, run: Run) -> None:
+    refused = {"error": {"message": "Operators only.", "type": "x", "param": None, "code": "c"}}
+    service.on("GET", "/v1/workers", workers("one"))
+    service.on("GET", "/v1/queue", Reply(status=403, body=refused))
+
+    assert run("workers").stdout.splitlines()[1].split()[:2] == ["one", "busy"]
+
+
+def test_a_paused_job_shows_how_to_go_on_and_nothing_stale(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/j", PAUSED)
+    service.on("GET", JOBS, {"data": [PAUSED], "has_more": False})
+
+    shown, listed = run("jobs", "show", "j").stdout, run("jobs", "list")
+
+    assert "paused; go on with: lorry jobs resume j\n" in shown
+    assert "time left" not in shown
+    assert listed.stderr == "A paused job goes on with: lorry jobs resume ID\n"
+
+
+def test_watching_a_paused_job_says_so_once(service: Script, run: Run) -> None:
+    jobs = (PAUSED, {**PAUSED, "progress": {**JOB["progress"], "step": 4}}, {**JOB, "status": "cancelled"})
+    events = [f"event: job\nid: {i}\ndata: {json.dumps(job)}\n\n" for i, job in enumerate(jobs)]
+    service.on("GET", f"{JOBS}/j/stream", Reply(body="".join(events).encode()))
+
+    assert run("jobs", "watch", "j").stderr.splitlines() == [
+        "j  paused  step 3/9  loss 1.500",
+        "j is paused; go on with: lorry jobs resume j",
+        "j  paused  step 4/9  loss 1.500",
+        "j cancelled.",
+    ]
+
+
+def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_waits(service: Script, run: Run) -> None:
+    configured = {
+        "suffix": "mine",
+        "schedule": {"type": "cosine", "warmup_steps": 5},
+        "precision": "bf16",
+        "max_length": 2048,
+        "max_steps": 40,
+        "evaluation": {"every_steps": None},
+        "checkpoint_every_steps": 50,
+        "attempt": 2,
+    }
+    service.on("GET", f"{JOBS}/j", {**JOB, **configured, "status": "queued"})
+    service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker lives.", "state": "queued", "live_workers": 0})
+
+    lines = [line.split(maxsplit=1) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    told = [" ".join(" ".join(line).split()) for line in lines]
+    assert {
+        "why No worker lives.",
+        "suffix mine",
+        "schedule.type cosine",
+        "schedule.warmup_steps 5",
+        "precision bf16",
+        "max length 2048",
+        "max steps 40",
+        "evaluation every tenth of the job",
+        "checkpoint every 50 steps",
+        "attempt 2",
+    } <= set(told)
+    assert not any("live_workers" in line for line in told)
+
+
+def test_the_list_of_models_says_why_one_failed(service: Script, run: Run) -> None:
+    error = {"code": "c", "message": "There is no such repository.", "remedy": "Check the name."}
+    service.on("GET", "/v1/models", {"data": [{"id": "m", "state": "failed", "error": error}], "has_more": False})
+
+    assert run("models", "list").stderr == "m failed: There is no such repository. Check the name.\n"
+
+
+def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/files/file-1/report", {"file": "file-1", "model": "m", "report": None})
+
+    people, machine = (run("files", "report", "file-1", "--model", "m", *more) for more in ((), ("--json",)))
+
+    assert people.stdout == ""
+    assert "lorry jobs submit m file-1" in people.stderr
+    assert json.loads(machine.stdout)["report"] is None
+
+
+@pytest.mark.parametrize("group", ["files", "models"])
+def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script, run: Run, group: str) -> None:
+    refused = {"error": {"message": "Only an adapter can be deleted.", "type": "x", "param": None, "code": "c"}}
+    service.on("DELETE", f"/v1/{group}/x", {"id": "x", "deleted": True})
+    service.on("DELETE", f"/v1/{group}/base", Reply(status=403, body=refused))
+
+    done, machine, kept = run(group, "delete", "x"), run(group, "delete", "x", "--json"), run(group, "delete", "base")
+
+    assert (done.exit_code, done.stderr) == (0, "x is deleted.\n")
+    assert json.loads(machine.stdout) == {"id": "x", "deleted": True}
+    assert (kept.exit_code, kept.stderr) == (1, "Error: Only an adapter can be deleted.\n")
