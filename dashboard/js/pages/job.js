@@ -1,5 +1,5 @@
 // One job: how far it is and what can be done about it, its curves, its log, and all that it was asked and given.
-import { html } from "../html.js";
+import { html, useEffect } from "../html.js";
 import { link } from "../router.js";
 import { useJob } from "../job_data.js";
 import { Ago, FINAL, Failure, Id, Loading, Panel, State, Until, stateWord } from "../parts/basics.js";
@@ -14,6 +14,8 @@ import * as format from "../format.js";
 export function JobPage({ id }) {
   const held = useJob(id);
   const { job, error } = held;
+  const name = job && jobName(job);
+  useEffect(() => { if (name) document.title = `${name} · Lorry`; }, [name]);
   if (!job) return html`<div class="title"><h1 tabindex="-1">Job</h1></div>${error ? html`<${Failure} error=${error} retry=${held.reload} />` : html`<${Loading} />`}`;
   return html`
     <nav class="trail" aria-label="Breadcrumb"><a href=${link.jobs()}>Jobs</a></nav>

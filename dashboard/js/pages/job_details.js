@@ -43,19 +43,24 @@ export function DataReport({ report, job }) {
   <//>`;
 }
 
+const ATTEMPT = [["No.", "num"], ["Ended"], ["Started"], ["Took"], ["From step", "num"], ["Trainer"], ["Trained together with"]];
+
+/** A column's name again, where a narrow window lays the row out as a card. */
+const Label = ({ text }) => html`<span class="narrow-only soft">${text} </span>`;
+
 export function Attempts({ attempts, names }) {
   if (!attempts.length) return null;
   return html`<${Panel} title="Attempts" id="attempts">
-    <div class="scroll" tabindex="0" role="region" aria-label="Attempts"><table class="table table-tight"><caption class="unseen">Every attempt, the last one first</caption>
-      <thead><tr><th scope="col" class="num">No.</th><th scope="col">Ended</th><th scope="col">Started</th><th scope="col">Took</th><th scope="col" class="num">From step</th><th scope="col">Trainer</th><th scope="col">Trained together with</th></tr></thead>
-      <tbody>${[...attempts].sort((a, b) => b.number - a.number).map((one) => html`<tr key=${one.claim_id}>
-        <th scope="row" class="num">${one.number}</th>
-        <td title=${one.detail}>${one.ended_at ? (one.reason || "ended").replaceAll("_", " ") : html`<b>running</b>`}</td>
-        <td><${Ago} at=${one.started_at} /></td>
-        <td>${one.ended_at ? format.duration(one.ended_at - one.started_at) : format.UNKNOWN}</td>
-        <td class="num">${format.count(one.resumed_from_step ?? 0)}</td>
-        <td><code title=${one.trainer_id}>${format.short(one.trainer_id, 14)}</code></td>
-        <td><${Packmates} ids=${one.packmates} names=${names} /></td></tr>`)}</tbody>
+    <div class="scroll" tabindex="0" role="region" aria-label="Attempts"><table class="table table-tight cards attempts" role="table"><caption class="unseen">Every attempt, the last one first</caption>
+      <thead role="rowgroup"><tr role="row">${ATTEMPT.map(([name, kind]) => html`<th role="columnheader" scope="col" class=${kind} key=${name}>${name}</th>`)}</tr></thead>
+      <tbody role="rowgroup">${[...attempts].sort((a, b) => b.number - a.number).map((one) => html`<tr role="row" key=${one.claim_id}>
+        <th role="rowheader" scope="row" class="num"><${Label} text="Attempt" />${one.number}</th>
+        <td role="cell" title=${one.detail}><${Label} text="Ended" />${one.ended_at ? (one.reason || "ended").replaceAll("_", " ") : html`<b>running</b>`}</td>
+        <td role="cell"><${Label} text="Started" /><${Ago} at=${one.started_at} /></td>
+        <td role="cell"><${Label} text="Took" />${one.ended_at ? format.duration(one.ended_at - one.started_at) : format.UNKNOWN}</td>
+        <td role="cell" class="num"><${Label} text="From step" />${format.count(one.resumed_from_step ?? 0)}</td>
+        <td role="cell"><${Label} text="Trainer" /><code title=${one.trainer_id}>${format.short(one.trainer_id, 14)}</code></td>
+        <td role="cell" class="mates-cell"><${Label} text="Trained together with" /><${Packmates} ids=${one.packmates} names=${names} /></td></tr>`)}</tbody>
     </table></div>
   <//>`;
 }
