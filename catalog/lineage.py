@@ -130,7 +130,7 @@ def _base(base: BaseModelRow) -> Json:
         "name": base.name,
         "kind": base.kind,
         "source": base.source if base.kind == "hub" else None,  # any other source is a path
-        "revision": base.revision,
+        "revision": (base.manifest or {}).get("revision") or base.revision,
         "digest": base.digest,
         "files": files,
         "description": base.description,

@@ -4,6 +4,7 @@
 No pickle, no trust_remote_code, no auto_map: what can't be had without running its code is refused by name.
 """
 
+import errno
 import json
 import re
 import tempfile
@@ -13,24 +14,31 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lora_core.errors import UnsupportedModel
+from lora_core.errors import UnreachableSource, UnsupportedModel
 from lora_core.tensor_files import read_header, write_directory
 
 ALLOWED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 
-def import_base(*, source: str, kind: Literal["hub", "folder", "gguf"], revision: str | None, target_dir: Path) -> None:
+def import_base(
+    *, source: str, kind: Literal["hub", "folder", "gguf"], revision: str | None, target_dir: Path
+) -> str | None:
     """Make `target_dir` (which must not exist): config.json, generation_config.json, safetensors, tokenizer.
 
     fp32 stays fp32; everything else becomes bf16. The same source gives the same bytes. `revision` is a
-    commit of the hub. Raises UnsupportedModel or UnsafeFile.
+    commit, branch or tag of the hub. Returns the commit that was read, of a hub. Raises UnsupportedModel,
+    UnreachableSource or UnsafeFile.
     """
+    commit = None
     if kind == "gguf":
         path = Path(source)
         write_directory(target_dir, lambda directory: _write_gguf(path, directory))
-        return
-    folder = Path(source) if kind == "folder" else _download(source, revision)
+        return None
+    folder = Path(source)
+    if kind == "hub":
+        folder, commit = _download(source, revision)
     write_directory(target_dir, lambda directory: _write_folder(folder, directory))
+    return commit
 
 
 def read_config(folder: Path) -> Any:
@@ -105,19 +113,49 @@ def _refused(reason: str) -> UnsupportedModel:
     )
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    """A snapshot at one commit: `revision` itself, or what it (or the default branch) points at now."""
+def _download(repository: str, revision: str | None) -> tuple[Path, str]:
+    """(snapshot, its commit): `revision` itself, or what it (or the default branch) points at now."""
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  (of its own HTTP library)
 
     try:
-        is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
-        commit = revision if is_commit else HfApi().model_info(repository, revision=revision).sha
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=ALLOWED_FILES))
-    except (OSError, ValueError) as error:
-        raise _refused(f"the hub doesn't give {repository!r} at {revision or 'its newest commit'}") from error
+        commit = revision
+        if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
+            commit = HfApi().model_info(repository, revision=revision).sha
+        assert commit is not None, "the hub names a commit"
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=ALLOWED_FILES)), commit
+    except (HTTPError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _not_given(repository, revision, error) from error
+
+
+def _not_given(repository: str, revision: str | None, error: Exception) -> UnreachableSource:
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    reasons: tuple[tuple[type[Exception], str, str], ...] = (
+        (GatedRepoError, "it is gated", "Accept its terms on the hub, and set HF_TOKEN where the worker runs."),
+        (
+            RepositoryNotFoundError,
+            "there is none, or it is private",
+            "Check the name; for a private one set HF_TOKEN where the worker runs.",
+        ),
+        (RevisionNotFoundError, "it has no such revision", "Name a commit, branch or tag that it has."),
+        (HFValidationError, "that is no name of a repository", "Write it as OWNER/NAME."),
+    )
+    unreachable = "the hub can't be reached from the worker", "Check its network or HF_ENDPOINT, or give a folder."
+    found = next(((why, remedy) for kind, why, remedy in reasons if isinstance(error, kind)), unreachable)
+    return UnreachableSource(
+        f"The hub doesn't give {repository!r} at {revision or 'its newest commit'}: {found[0]}.", remedy=found[1]
+    )
 
 
 def _write_folder(folder: Path, directory: Path) -> None:
+    if not folder.is_dir():
+        raise UnreachableSource(
+            f"There is no folder {str(folder)!r} where the worker runs.",
+            remedy="Give the whole path of a folder of safetensors; a GGUF file's name ends in .gguf.",
+        )
     if not (folder / "config.json").is_file():
         raise _refused(f"{folder.name!r} has no config.json")
     config = read_config(folder)

@@ -32,6 +32,12 @@ class UnsupportedModel(LoraCoreError):
     code = "unsupported_model"
 
 
+class UnreachableSource(LoraCoreError):
+    """A base model's source doesn't exist, or can't be read from here."""
+
+    code = "source_unreachable"
+
+
 class NoTargets(LoraCoreError):
     """`target_modules` matches no linear layer of the base model."""
 

@@ -107,12 +107,12 @@ def _import(
     with scratch.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
         work.mkdir()
         target = work / "base"
-        description = _run_import(context, row, work, target, is_unwanted)
+        description, commit = _run_import(context, row, work, target, is_unwanted)
         files = [_digest_file(target, path) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
             "files": [file.as_row() for file in files],
             "source": row.source,
-            "revision": row.revision,
+            "revision": commit or row.revision,
         }
         final = context.settings.bases_dir() / bases.files_digest(manifest)
         if not final.is_dir():
@@ -122,14 +122,15 @@ def _import(
 
 def _run_import(
     context: WorkerContext, row: BaseModelRow, work: Path, target: Path, is_unwanted: Callable[[], bool]
-) -> Json:
+) -> tuple[Json, str | None]:
+    """(description, commit of a hub)."""
     arguments, result = work / "arguments.json", work / "result.json"
     write_json(
         arguments,
         {
             "source": row.source,
             "kind": row.kind,
-            "revision": row.revision,
+            "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit that was read at first
             "target_dir": str(target),
             "result": str(result),
         },
@@ -149,7 +150,7 @@ def _run_import(
     if "error" in answer:
         error = answer["error"]
         raise ImportRefused(error["message"], code=error["code"], remedy=error["remedy"])
-    return answer["description"]
+    return answer["description"], answer["commit"]
 
 
 def wait_renewing(

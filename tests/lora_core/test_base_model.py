@@ -2,6 +2,13 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_core.base_model import describe_base, import_base, load_base
 from lora_core.config import EngineConfig
 from lora_core.engine import Engine
-from lora_core.errors import UnsafeFile, UnsupportedModel
+from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
 from lora_core.events import JobEvaluated
 from lora_core.verify import verify_export
 from tests.lora_core.scenarios import Submission, admit, config, text_dataset
@@ -199,8 +206,9 @@ def test_the_hub_is_asked_for_one_commit_and_only_for_safe_files(source, tmp_pat
         return str(source)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    import_base(source="org/model", kind="hub", revision="a" * 40, target_dir=tmp_path / "base")
+    commit = import_base(source="org/model", kind="hub", revision="a" * 40, target_dir=tmp_path / "base")
 
+    assert commit == "a" * 40
     assert (asked["repository"], asked["revision"]) == ("org/model", "a" * 40)
     assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])
     assert (tmp_path / "base" / "model.safetensors").is_file()
@@ -216,9 +224,65 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(UnsupportedModel, match="hub doesn't give 'org/model' at main"):
+    with pytest.raises(UnreachableSource, match="doesn't give 'org/model' at main: the hub can't be reached"):
         import_base(source="org/model", kind="hub", revision="main", target_dir=tmp_path / "base")
     assert asked == ["main", "b" * 40]
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "reason"),
+    [
+        (403, "GatedRepo", "gated"),
+        (404, "RepoNotFound", "none, or it is private"),
+        (404, "RevisionNotFound", "no such revision"),
+        (503, None, "can't be reached"),
+    ],
+)
+def test_why_the_hub_gives_nothing_is_said(status, header, reason, tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from lora_core.base_import import import_base
+        from lora_core.errors import UnreachableSource
+        try:
+            import_base(source="org/model", kind="hub", revision="main", target_dir=Path(sys.argv[1]) / "base")
+        except UnreachableSource as error:
+            print(error, error.remedy)
+    """)
+    with hub_that_answers(status, header) as endpoint:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        told = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            check=False,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    assert reason in told.stdout, told.stderr
+    assert not (tmp_path / "base").exists()
+
+
+@contextmanager
+def hub_that_answers(status, header):
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            if header:
+                self.send_header("X-Error-Code", header)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, format, *args):  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.mark.slow
