@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import rfc8785
-from sqlalchemy import Select, or_, select
+from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec import LABEL
-from catalog.tables import BaseModelRow, Json
+from catalog.states import FINAL_STATES, JobState
+from catalog.tables import BaseModelRow, Job, Json
 
 KINDS = ("hub", "folder", "gguf")
+UNFINISHED = tuple(state for state in JobState if state not in FINAL_STATES)
+_IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
 def add(db: Database, *, name: str, kind: str, source: str, revision: str | None = None) -> BaseModelRow:
@@ -21,16 +25,18 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
     _check(name, kind, source)
     with db.write() as session:
         serialise(session, f"base {name}")
-        row = session.get(BaseModelRow, name)
+        row = session.get(BaseModelRow, name, with_for_update=True)
         if row is None:
-            row = BaseModelRow(name=name, kind=kind, source=source, revision=revision, state="importing")
-            row.created_at = read_clock(session)
+            row = BaseModelRow(name=name)
+            _begin(session, row, kind=kind, source=source, revision=revision)
             session.add(row)
+        elif row.state == "deleted":
+            _begin(session, row, kind=kind, source=source, revision=revision)
         elif (row.kind, row.source, row.revision) != (kind, source, revision):
             raise Conflict(
                 f"There is another base model named {name!r}, from {row.source}.",
                 code="model_exists",
-                remedy="Add this one under another name: adapters are tied to the base that they were trained on.",
+                remedy="Add this one under another name, or delete the other first: DELETE /v1/models/NAME.",
                 param="name",
             )
         elif row.state == "failed":
@@ -38,10 +44,32 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
         return row
 
 
+def delete(db: Database, name: str) -> None:
+    """Free the name, whatever state the base is in. Raises NotFound; Conflict while an unfinished job names it.
+
+    What was trained on it stays as it is: an adapter has its own files, and its lineage those of the base by
+    digest. The row stays too, since finished jobs refer to it, until another base is added under the name. An
+    import that runs meanwhile is ended by its worker, and what it finds is not recorded. The base's files on
+    each node (`bases_dir/DIGEST`) are left: no sweep takes them, an operator may remove the folder by hand.
+    """
+    with db.write() as session:
+        row = find(session, name, lock="update")
+        user = session.scalar(select(Job.id).where(Job.base_model == name, Job.state.in_(UNFINISHED)).limit(1))
+        if user is not None:
+            raise Conflict(
+                f"The base model {name!r} is used by the job {user}, which has not ended.",
+                code="model_in_use",
+                remedy="Wait until every job on it ends, or cancel them; then delete the model.",
+                param="model",
+            )
+        row.state = "deleted"
+        row.digest = row.manifest = row.description = row.error = row.importing_until = None
+
+
 def list_all(db: Database) -> list[BaseModelRow]:
     """By name."""
     with db.read() as session:
-        return list(session.scalars(select(BaseModelRow).order_by(BaseModelRow.name)))
+        return list(session.scalars(select(BaseModelRow).where(_IS_THERE).order_by(BaseModelRow.name)))
 
 
 def get(db: Database, name: str) -> BaseModelRow:
@@ -50,14 +78,19 @@ def get(db: Database, name: str) -> BaseModelRow:
         return find(session, name)
 
 
-def find(session: Session, name: str) -> BaseModelRow:
-    """`get`, within a transaction."""
-    row = session.get(BaseModelRow, name)
-    if row is None:
-        known = list(session.scalars(select(BaseModelRow.name).order_by(BaseModelRow.name)))
-        remedy = f"Base models here: {', '.join(known)}." if known else "Add one first: lorry models add NAME SOURCE."
-        raise NotFound("model", name, param="model", remedy=remedy)
+def find(session: Session, name: str, *, lock: Literal["share", "update"] | None = None) -> BaseModelRow:
+    """`get`, within a transaction. `lock`: "share" keeps it from being deleted until the transaction ends."""
+    row = session.get(BaseModelRow, name, with_for_update={"read": lock == "share"} if lock else None)
+    if row is None or row.state == "deleted":
+        raise NotFound("model", name, param="model", remedy=_known(session))
     return row
+
+
+def _known(session: Session) -> str:
+    """What could have been meant: bases that can be trained on, or will be able to."""
+    usable = select(BaseModelRow).where(BaseModelRow.state.in_(("ready", "importing"))).order_by(BaseModelRow.name)
+    known = [row.name if row.state == "ready" else f"{row.name} (importing)" for row in session.scalars(usable)]
+    return f"Base models here: {', '.join(known)}." if known else "Add one first: lorry models add NAME SOURCE."
 
 
 def claim_import(db: Database, *, lease_seconds: float) -> BaseModelRow | None:
@@ -79,18 +112,30 @@ def _first_waiting(*, now: float) -> Select[BaseModelRow]:
     return waiting.order_by(BaseModelRow.created_at).limit(1)
 
 
-def renew_import(db: Database, name: str, *, lease_seconds: float) -> None:
-    """The import goes on."""
+def renew_import(db: Database, name: str, *, lease_seconds: float, added_at: float | None = None) -> bool:
+    """The import goes on. False where nobody wants its result any more.
+
+    added_at, here and below: `created_at` of the row that was claimed. A base that was deleted and added again
+    under the same name since then is another one, which this import says nothing about.
+    """
     with db.write() as session:
-        row = session.get(BaseModelRow, name, with_for_update=True)
+        row = _wanted(session, name, added_at)
         if row is not None and row.state == "importing":
             row.importing_until = read_clock(session) + lease_seconds
+        return row is not None
 
 
-def finish_import(db: Database, name: str, *, digest: str, manifest: Json, description: Json) -> BaseModelRow:
-    """The base is ready. Raises Conflict where it was imported before, with other files."""
+def finish_import(
+    db: Database, name: str, *, digest: str, manifest: Json, description: Json, added_at: float | None = None
+) -> BaseModelRow | None:
+    """The base is ready; None, and nothing is written, where it was deleted meanwhile.
+
+    Raises Conflict where it was imported before, with other files.
+    """
     with db.write() as session:
-        row = session.get_one(BaseModelRow, name, with_for_update=True)
+        row = _wanted(session, name, added_at)
+        if row is None:
+            return None
         if row.digest is not None and row.digest != digest:
             raise Conflict(
                 f"The source of {name!r} no longer gives the files that it gave at first.",
@@ -102,17 +147,29 @@ def finish_import(db: Database, name: str, *, digest: str, manifest: Json, descr
         return row
 
 
-def fail_import(db: Database, name: str, *, error: Json) -> None:
+def fail_import(db: Database, name: str, *, error: Json, added_at: float | None = None) -> None:
     """The import can't be done: `error` holds code, message and remedy. Adding the same again retries."""
     with db.write() as session:
-        row = session.get_one(BaseModelRow, name, with_for_update=True)
-        if row.state == "importing":
+        row = _wanted(session, name, added_at)
+        if row is not None and row.state == "importing":
             row.state, row.error, row.importing_until = "failed", error, None
 
 
 def files_digest(manifest: Json) -> str:
     """A base's digest: sha256 over the RFC 8785 form of its files, whatever they came from."""
     return hashlib.sha256(rfc8785.dumps(manifest["files"])).hexdigest()
+
+
+def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revision: str | None) -> None:
+    row.kind, row.source, row.revision = kind, source, revision
+    row.state, row.created_at = "importing", read_clock(session)
+
+
+def _wanted(session: Session, name: str, added_at: float | None) -> BaseModelRow | None:
+    """The row of a base that is imported, locked; None where it was deleted since it was added at `added_at`."""
+    row = session.get(BaseModelRow, name, with_for_update=True)
+    is_gone = row is None or row.state == "deleted" or added_at not in (None, row.created_at)
+    return None if is_gone else row
 
 
 def _check(name: str, kind: str, source: str) -> None:

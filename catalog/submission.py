@@ -153,7 +153,8 @@ def _row(
 
 
 def _usable_base(session: Session, name: str) -> BaseModelRow:
-    base = bases.find(session, name)
+    """Locked against deletion until the job that names it exists."""
+    base = bases.find(session, name, lock="share")
     if base.state == "importing":
         raise InvalidRequest(
             f"The base model {name!r} is still being imported.",

@@ -63,11 +63,16 @@ def import_next(context: WorkerContext) -> bool:
     try:
         manifest, description = _import(context, row)
         bases.finish_import(
-            context.db, row.name, digest=bases.files_digest(manifest), manifest=manifest, description=description
+            context.db,
+            row.name,
+            digest=bases.files_digest(manifest),
+            manifest=manifest,
+            description=description,
+            added_at=row.created_at,
         )
     except (ImportRefused, Conflict) as error:
         refusal = {"code": error.code, "message": error.message, "remedy": error.remedy}
-        bases.fail_import(context.db, row.name, error=refusal)
+        bases.fail_import(context.db, row.name, error=refusal, added_at=row.created_at)
     except Abandoned:
         return False
     return True
@@ -138,12 +143,7 @@ def _run_import(
     child = run_child(
         "worker.train_entry", "--import-base", str(arguments), log_path=work / "log.txt", with_hub=row.kind == "hub"
     )
-    wait_renewing(
-        child,
-        context,
-        lambda: bases.renew_import(context.db, row.name, lease_seconds=context.settings.lease_seconds),
-        is_unwanted,
-    )
+    wait_renewing(child, context, lambda: _renew_import(context, row), is_unwanted)
     if not result.exists():
         raise _crashed(row, child.returncode, work / "log.txt")
     answer = read_json(result)
@@ -151,6 +151,13 @@ def _run_import(
         error = answer["error"]
         raise ImportRefused(error["message"], code=error["code"], remedy=error["remedy"])
     return answer["description"], answer["commit"]
+
+
+def _renew_import(context: WorkerContext, row: BaseModelRow) -> None:
+    """Raises Abandoned once the base was deleted."""
+    lease_seconds = context.settings.lease_seconds
+    if not bases.renew_import(context.db, row.name, lease_seconds=lease_seconds, added_at=row.created_at):
+        raise Abandoned
 
 
 def wait_renewing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Operator, Signed
+from api.auth import Operator, Signed, require_operator
 from api.deps import Services, Use
 from api.routes import SIGNED, errors
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
@@ -49,16 +49,23 @@ def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
     return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model).adapter)
 
 
-@router.delete("/{model}", operation_id="delete_model", responses=errors(403, 404))
+@router.delete("/{model}", operation_id="delete_model", responses=errors(403, 404, 409))
 def delete_model(model: str, use: Use, caller: Signed) -> ModelDeleted:
-    """An adapter, by its name."""
-    if not model.startswith("ft:") or ":ckpt-step-" in model:
+    """An adapter, or for operators a base model, by its name. A base frees its name: what was trained on it stays.
+
+    A base is kept while an unfinished job names it. Its files stay on the nodes until someone removes the folder.
+    """
+    if ":ckpt-step-" in model:
         raise Forbidden(
-            "Only an adapter can be deleted here.",
+            "A checkpoint can't be deleted here.",
             code="not_deletable",
-            remedy="Give the name of an adapter, which begins with ft: and names no checkpoint.",
+            remedy="Give the name of an adapter or of a base model. Checkpoints go by themselves.",
         )
-    adapters.delete(use.db, project_id=caller.project_id, name=model)
+    if model.startswith("ft:"):
+        adapters.delete(use.db, project_id=caller.project_id, name=model)
+    else:
+        require_operator(caller)
+        bases.delete(use.db, model)
     return ModelDeleted(id=model)
 
 

@@ -125,6 +125,21 @@ def test_an_adapter_is_a_model_that_can_be_deleted(client: TestClient, stranger:
     assert client.get(f"/v1/fine_tuning/jobs/{adapter.job_id}").json()["adapter_id"] is None
 
 
+def test_an_adapter_outlives_the_name_of_its_base(
+    client: TestClient, operator: TestClient, adapter: Adapter, world: World
+) -> None:
+    paths = ["", "/files", "/lineage"]
+    before = [client.get(f"/v1/adapters/{adapter.id}{path}").json() for path in paths]
+
+    assert operator.delete(f"/v1/models/{BASE}").status_code == 200
+    operator.post("/v1/models", json={"name": BASE, "kind": "hub", "source": "org/other"})
+
+    assert [client.get(f"/v1/adapters/{adapter.id}{path}").json() for path in paths] == before
+    assert client.post(f"/v1/adapters/{adapter.id}/verify").json()["passed"] is True
+    assert client.get(f"/v1/adapters/{adapter.id}/archive").status_code == 200
+    assert client.get(f"/v1/models/{adapter.name}").json()["base"] == BASE
+
+
 def test_another_project_sees_no_adapter(stranger: TestClient, adapter: Adapter) -> None:
     for rest in ("", "/files", "/files/README.md", "/archive", "/lineage"):
         assert stranger.get(f"/v1/adapters/{adapter.id}{rest}").status_code == 404

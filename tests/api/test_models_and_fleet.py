@@ -68,8 +68,26 @@ def test_an_unknown_model_is_refused_with_those_there_are(client: TestClient, wo
         error_of(response)
 
 
-def test_a_base_is_not_deleted_by_a_person(client: TestClient, world: World) -> None:
-    response = client.delete("/v1/models/smol")
+def test_a_base_is_deleted_by_an_operator_once_no_job_waits_for_it(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    job = world.submit()
+
+    refused = [client.delete("/v1/models/smol"), operator.delete("/v1/models/smol")]
+    client.post(f"/v1/fine_tuning/jobs/{job.id}/cancel")
+    deleted = operator.delete("/v1/models/smol")
+    afterwards = [operator.delete("/v1/models/smol"), client.get("/v1/models/smol")]
+
+    assert [response.status_code for response in refused] == [403, 409]
+    assert [error_of(response)["code"] for response in refused] == ["operator_required", "model_in_use"]
+    assert deleted.json() == {"id": "smol", "object": "model", "deleted": True}
+    assert [response.status_code for response in afterwards] == [404, 404]
+    assert client.get("/v1/models").json()["data"] == []
+    assert client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["model"] == "smol"
+
+
+def test_a_checkpoint_is_not_deleted_by_a_person(operator: TestClient, world: World) -> None:
+    response = operator.delete("/v1/models/ft:smol:ours:docs:1c0ffee0:ckpt-step-5")
 
     assert response.status_code == 403
     assert error_of(response)["code"] == "not_deletable"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
-from catalog import bases, prepared
+from catalog import adapters, bases, jobs, prepared
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from tests.catalog.world import World, manifest, sha
+from tests.catalog.world import DESCRIPTION, World, manifest, sha
 
 
 def test_adding_the_same_base_again_changes_nothing_and_another_is_refused(world: World) -> None:
@@ -106,3 +107,86 @@ def test_a_token_cache_is_found_by_all_that_decides_its_tokens(world: World) -> 
     assert (again.report, again.artifact) == ({"rows": 2}, manifest("t", "tokens").digest)
     refused = prepared.put(world.db, "k", file_digest="file", artifact=None, report={"refusal": {"code": "x"}})
     assert refused.artifact is None
+
+
+def test_a_deleted_base_frees_its_name_and_leaves_what_was_trained_on_it(world: World) -> None:
+    adapter = world.complete(world.running().claim_id)
+
+    bases.delete(world.db, "smol")
+
+    with pytest.raises(NotFound):
+        bases.get(world.db, "smol")
+    with pytest.raises(NotFound):
+        bases.delete(world.db, "smol")
+    with pytest.raises(NotFound):
+        world.submit()
+    assert bases.list_all(world.db) == []
+    again = bases.add(world.db, name="smol", kind="hub", source="org/other", revision="r")
+    assert (again.state, again.source, again.digest, again.manifest) == ("importing", "org/other", None, None)
+    told = {"manifest": {"files": []}, "description": DESCRIPTION}
+    bases.finish_import(world.db, "smol", digest=sha("other"), added_at=again.created_at, **told)
+    assert world.submit().base_digest == sha("other")
+    kept = adapters.get(world.db, project_id=world.caller.project_id, name=adapter.name).adapter
+    assert (kept.base_model, kept.base_digest, kept.artifact) == ("smol", sha("smol"), adapter.artifact)
+    assert world.job(adapter.job_id).base_digest == sha("smol")
+
+
+@pytest.mark.parametrize("state", ["validating_files", "queued", "running", "paused"])
+def test_a_base_that_an_unfinished_job_names_is_kept(world: World, state: str) -> None:
+    job = world.submit()
+    if state in ("queued", "running"):
+        world.prepare_all()
+    if state == "running":
+        world.claim()
+    if state == "paused":
+        jobs.pause(world.db, **world.of(job.id))
+    assert world.job(job.id).state == state
+
+    with pytest.raises(Conflict) as refusal:
+        bases.delete(world.db, "smol")
+
+    assert refusal.value.code == "model_in_use"
+    assert job.id in refusal.value.message
+    assert bases.get(world.db, "smol").state == "ready"
+
+
+def test_an_import_does_not_bring_back_a_base_that_was_deleted_meanwhile(world: World) -> None:
+    told = {"manifest": {"files": []}, "description": {}}
+    bases.add(world.db, name="b", kind="hub", source="org/b")
+    old = bases.claim_import(world.db, lease_seconds=60)
+    assert old is not None
+
+    bases.delete(world.db, "b")
+    assert not bases.renew_import(world.db, "b", lease_seconds=60, added_at=old.created_at)
+    assert bases.finish_import(world.db, "b", digest=sha("b"), added_at=old.created_at, **told) is None
+    bases.fail_import(world.db, "b", error={}, added_at=old.created_at)
+    with pytest.raises(NotFound):
+        bases.get(world.db, "b")
+    assert bases.claim_import(world.db, lease_seconds=60) is None
+
+    new = bases.add(world.db, name="b", kind="folder", source="/models/b")
+    assert bases.finish_import(world.db, "b", digest=sha("b"), added_at=old.created_at, **told) is None
+    bases.fail_import(world.db, "b", error={}, added_at=old.created_at)
+    assert bases.get(world.db, "b").state == "importing"
+    assert bases.finish_import(world.db, "b", digest=sha("new"), added_at=new.created_at, **told) is not None
+    assert bases.get(world.db, "b").digest == sha("new")
+
+
+def test_of_a_deletion_and_a_job_at_the_same_time_one_is_refused(world: World) -> None:
+    def submit(name: str) -> bool:
+        with suppress(NotFound):
+            world.submit(model=name)
+            return True
+        return False
+
+    def delete(name: str) -> bool:
+        with suppress(Conflict):
+            bases.delete(world.db, name)
+            return True
+        return False
+
+    names = [world.base(f"b{number}") for number in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        both = [(pool.submit(submit, name), pool.submit(delete, name)) for name in names]
+
+    assert all(submitted.result() != deleted.result() for submitted, deleted in both)

@@ -54,6 +54,24 @@ def test_an_import_that_nobody_wants_any_more_is_abandoned(
     assert list(context.settings.bases_dir().iterdir()) == []
 
 
+def test_the_import_of_a_base_that_was_deleted_is_abandoned(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    record.add(context.db, name="unwanted", kind="folder", source=str(tmp_path))
+
+    def run_child(*_arguments: Any, **_options: Any) -> subprocess.Popen[bytes]:
+        record.delete(context.db, "unwanted")
+        return sleeper
+
+    monkeypatch.setattr(bases, "run_child", run_child)
+
+    assert bases.import_next(context) is False
+
+    assert sleeper.returncode is not None
+    assert record.list_all(context.db) == []
+    assert list(context.settings.bases_dir().iterdir()) == []
+
+
 def test_a_child_that_gets_nowhere_is_ended(
     context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
