@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from api.feed import Found
+from api.job_objects import job_objects
 from api.schemas.job_history import event_object, metric_point
-from api.schemas.jobs import FineTuningJob, job_object
+from api.schemas.jobs import FineTuningJob
 from api.sse import message
-from catalog import adapters, watching
+from catalog import watching
 from catalog.db import Database
 from catalog.states import FINAL_STATES
 from catalog.tables import Job
@@ -35,8 +36,7 @@ class JobWatch:
         return Found(messages=messages + self._job_if_changed(news.job), is_last=news.job.state in FINAL_STATES)
 
     def _job_if_changed(self, row: Job) -> list[bytes]:
-        adapter_id = adapters.ids_by_job(self._db, [row.id]).get(row.id) if row.adapter_name else None
-        shown = job_object(row, adapter_id=adapter_id)
+        (shown,) = job_objects(self._db, [row])
         if self._shown is not None and _without_clock(shown) == _without_clock(self._shown):
             return []
         self._shown = shown
@@ -44,5 +44,5 @@ class JobWatch:
 
 
 def _without_clock(job: FineTuningJob) -> FineTuningJob:
-    """The estimate moves with every second; that is no news."""
-    return job.model_copy(update={"estimated_finish": None})
+    """The estimate and the time that it has run move with every second; that is no news."""
+    return job.model_copy(update={"estimated_finish": None, "seconds_running": 0.0})

@@ -10,6 +10,8 @@ from catalog.tables import JobEvent, Json
 
 Level = Literal["info", "warn", "error"]
 EventType = Literal["message", "metrics", "transition"]
+ShownType = Literal["message", "metrics"]
+"""As people are told: a transition is a message."""
 
 
 def add(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import or_, select
+from collections.abc import Collection
+
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import curves
-from catalog.db import Database
+from catalog.db import Database, read_clock
 from catalog.errors import NotFound
+from catalog.events import ShownType
 from catalog.pages import Page, paginate, unknown_cursor
-from catalog.tables import Attempt, Checkpoint, Job, JobEvent, Metric
+from catalog.tables import NOT_METRICS, Attempt, Checkpoint, Job, JobEvent, Metric
 
 
 def find(session: Session, project_id: str, job_id: str, *, locked: bool = False) -> Job:
@@ -22,9 +25,15 @@ def find(session: Session, project_id: str, job_id: str, *, locked: bool = False
 
 
 def events_page(
-    db: Database, *, project_id: str, job_id: str, after: int | None = None, limit: int = 20
+    db: Database,
+    *,
+    project_id: str,
+    job_id: str,
+    after: int | None = None,
+    limit: int = 20,
+    type: ShownType | None = None,  # noqa: A002  (the wire's word)
 ) -> Page[JobEvent]:
-    """Newest first; `after` is the `seq` of the last event of the page before."""
+    """Newest first; `after` is the `seq` of the last event of the page before. `type`: only messages, or metrics."""
     with db.read() as session:
         find(session, project_id, job_id)
         events = select(JobEvent).where(JobEvent.job_id == job_id)
@@ -33,6 +42,8 @@ def events_page(
             if not is_known:
                 raise unknown_cursor(f"ftevent-{after}")
             events = events.where(JobEvent.seq < after)
+        if type is not None:
+            events = events.where(JobEvent.type == "metrics" if type == "metrics" else NOT_METRICS)
         rows = list(session.scalars(events.order_by(JobEvent.seq.desc()).limit(limit + 1)))
         return Page(items=rows[:limit], has_more=len(rows) > limit)
 
@@ -69,6 +80,16 @@ def attempts(db: Database, *, project_id: str, job_id: str) -> list[Attempt]:
     with db.read() as session:
         find(session, project_id, job_id)
         return list(session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)))
+
+
+def seconds_running(db: Database, job_ids: Collection[str]) -> dict[str, float]:
+    """Seconds under a worker's claim, over all attempts of each job; one that runs counts until now."""
+    if not job_ids:
+        return {}
+    with db.read() as session:
+        until = func.coalesce(Attempt.ended_at, read_clock(session))
+        total = select(Attempt.job_id, func.sum(until - Attempt.started_at)).where(Attempt.job_id.in_(job_ids))
+        return {row[0]: max(0.0, row[1]) for row in session.execute(total.group_by(Attempt.job_id))}
 
 
 def packmates(db: Database, *, project_id: str, job_id: str) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ from catalog.job_records import (
     find,
     metrics,
     packmates,
+    seconds_running,
 )
 from catalog.moves import move
 from catalog.pages import Page, paginate
@@ -41,6 +42,7 @@ __all__ = [
     "packmates",
     "pause",
     "resume",
+    "seconds_running",
 ]
 
 SCAN_ROWS = 500

@@ -17,6 +17,8 @@ from catalog.tables import Checkpoint, Job, Json, Metric, new_id
 
 KEPT_CHECKPOINTS = 2
 """Those whose files are kept: the newest, and one to fall back on."""
+EVALUATED = ("valid_loss", "best_valid_loss")
+"""What of a job's progress comes from its evaluations on held-out data."""
 _OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm")
 
 
@@ -38,9 +40,11 @@ def record_event(
 
 
 def record_progress(db: Database, claim_id: str, progress: Json) -> None:
-    """Replace the latest step, loss, tokens_per_second, seconds_left."""
+    """Replace the latest step, loss, tokens_per_second, seconds_left; what was evaluated stays."""
     with db.write() as session:
-        hold(session, claim_id).progress = progress
+        job = hold(session, claim_id)
+        evaluated = {name: value for name, value in (job.progress or {}).items() if name in EVALUATED}
+        job.progress = {**evaluated, **progress}
 
 
 def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> None:
@@ -54,6 +58,9 @@ def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> None:
         now = read_clock(session)
         rows = [_metric(job.id, point, now) for point in points if math.isfinite(point["loss"])]
         upsert(session, Metric, rows)
+        evaluations = [row for row in rows if row["kind"] == "valid"]
+        if evaluations:
+            _show_evaluation(session, job, evaluations[-1]["loss"])
         for row in {row["kind"]: row for row in rows}.values():
             _tell(session, job, row, now=now)
 
@@ -103,6 +110,12 @@ def _metric(job_id: str, point: Json, now: float) -> dict[str, Any]:
         value = point.get(name)
         row[name] = value if value is not None and math.isfinite(value) else None
     return {**row, "num_tokens": point.get("num_tokens")}
+
+
+def _show_evaluation(session: Session, job: Job, loss: float) -> None:
+    """The best is read from the curve: a point that was trained again after a resume counts as it is now."""
+    best = select(func.min(Metric.loss)).where(Metric.job_id == job.id, Metric.kind == "valid")
+    job.progress = {**(job.progress or {}), "valid_loss": loss, "best_valid_loss": session.scalar(best)}
 
 
 def _tell(session: Session, job: Job, row: dict[str, Any], *, now: float) -> None:

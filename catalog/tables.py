@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, MetaData, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 NAMING = {
@@ -20,6 +20,7 @@ NAMING = {
 Json = dict[str, Any]
 AutoKey = BigInteger().with_variant(Integer, "sqlite")
 """SQLite numbers rows by itself only for a column of type INTEGER."""
+NOT_METRICS = text("type <> 'metrics'")
 
 
 def new_id(prefix: str) -> str:
@@ -94,7 +95,7 @@ class BaseModelRow(Table):
     source: Mapped[str] = mapped_column(Text)
     revision: Mapped[str | None]
     state: Mapped[str]
-    """importing, ready or failed."""
+    """importing, ready, failed, or deleted: then the row only keeps the name for the jobs that were trained on it."""
     digest: Mapped[str | None]
     """Digest of the manifest of its files: two names with one digest are one base."""
     manifest: Mapped[Json | None]
@@ -156,7 +157,8 @@ class Job(Table):
     finished_at: Mapped[float | None]
     trained_tokens: Mapped[int | None]
     progress: Mapped[Json | None]
-    """Latest of: step, num_steps, loss, tokens_per_second, seconds_left."""
+    """Latest of: step, num_steps, loss, tokens_per_second, seconds_left; and of the evaluations on held-out data
+    valid_loss (the latest) and best_valid_loss, once there was one."""
     adapter_name: Mapped[str | None]
     error: Mapped[Json | None]
     """code, message, param: as on the wire."""
@@ -214,7 +216,11 @@ class JobEvent(Table):
     """message, metrics or transition. On the wire a transition is a message."""
     message: Mapped[str] = mapped_column(Text)
     data: Mapped[Json | None]
-    __table_args__ = (Index(None, "job_id", "seq"),)
+    __table_args__ = (
+        Index(None, "job_id", "seq"),
+        # A long job has thousands of metrics between two messages.
+        Index("ix_events_messages", "job_id", "seq", sqlite_where=NOT_METRICS, postgresql_where=NOT_METRICS),
+    )
 
 
 class Metric(Table):

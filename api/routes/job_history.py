@@ -30,6 +30,7 @@ from api.schemas.pages import ListPage, page_of
 from api.sse import event_stream, last_event_id
 from catalog import adapters, data_reports, jobs
 from catalog.errors import InvalidRequest
+from catalog.events import ShownType
 
 router = APIRouter(
     prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"], responses={**SIGNED, **errors(404)}
@@ -38,10 +39,18 @@ router = APIRouter(
 
 @router.get("/events", operation_id="list_job_events")
 def list_job_events(
-    job_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 20
+    job_id: str,
+    use: Use,
+    caller: Signed,
+    *,
+    after: After = None,
+    limit: Limit = 20,
+    type: Annotated[ShownType | None, Query(description="Only these.")] = None,  # noqa: A002  (the wire's word)
 ) -> ListPage[FineTuningJobEvent]:
     """Newest first."""
-    page = jobs.events_page(use.db, project_id=caller.project_id, job_id=job_id, after=event_seq(after), limit=limit)
+    page = jobs.events_page(
+        use.db, project_id=caller.project_id, job_id=job_id, after=event_seq(after), limit=limit, type=type
+    )
     return page_of([event_object(row) for row in page.items], has_more=page.has_more)
 
 

@@ -12,10 +12,11 @@ from starlette.datastructures import QueryParams
 
 from api.auth import Signed
 from api.deps import After, Limit, Services, Use
+from api.job_objects import job_objects
 from api.routes import SIGNED, errors
-from api.schemas.jobs import FineTuningJob, job_object
+from api.schemas.jobs import FineTuningJob
 from api.schemas.pages import ListPage, page_of
-from catalog import adapters, jobs
+from catalog import jobs
 from catalog.errors import InvalidRequest
 from catalog.spec import JobRequest
 from catalog.tables import Job
@@ -74,9 +75,7 @@ def list_jobs(
         limit=limit,
         metadata=metadata_filter(request.query_params),
     )
-    adapter_ids = adapters.ids_by_job(use.db, [row.id for row in page.items if row.adapter_name])
-    shown = [job_object(row, adapter_id=adapter_ids.get(row.id)) for row in page.items]
-    return page_of(shown, has_more=page.has_more)
+    return page_of(job_objects(use.db, page.items), has_more=page.has_more)
 
 
 @router.get("/{job_id}", operation_id="get_job", responses=errors(404))
@@ -132,5 +131,4 @@ def metadata_filter(query: QueryParams) -> dict[str, str] | None:
 
 
 def _shown(use: Services, job: Job) -> FineTuningJob:
-    adapter_ids = adapters.ids_by_job(use.db, [job.id] if job.adapter_name else [])
-    return job_object(job, adapter_id=adapter_ids.get(job.id))
+    return job_objects(use.db, [job])[0]

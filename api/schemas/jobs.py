@@ -31,7 +31,16 @@ JOB_EXAMPLE: dict[str, Any] = {
     "metadata": {"team": "search"},
     "priority": "normal",
     "attempt": 1,
-    "progress": {"step": 12, "num_steps": 60, "loss": 1.83, "tokens_per_second": 480.0, "seconds_left": 160.0},
+    "seconds_running": 41.5,
+    "progress": {
+        "step": 12,
+        "num_steps": 60,
+        "loss": 1.83,
+        "tokens_per_second": 480.0,
+        "seconds_left": 160.0,
+        "valid_loss": 1.91,
+        "best_valid_loss": 1.91,
+    },
 }
 
 
@@ -97,6 +106,10 @@ class Progress(BaseModel):
     loss: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    valid_loss: float | None = Field(
+        default=None, description="Loss of the latest evaluation on held-out data; null before the first."
+    )
+    best_valid_loss: float | None = Field(default=None, description="The lowest of those.")
 
 
 class FineTuningJob(BaseModel):
@@ -136,6 +149,9 @@ class FineTuningJob(BaseModel):
     checkpoint_every_steps: int
     requested: dict[str, Any] = Field(description="The request as it came: what it left out is not there.")
     priority: Literal["urgent", "normal", "batch"]
+    seconds_running: float = Field(
+        description="Seconds under a worker's claim, over all attempts: without waiting and pauses."
+    )
     num_steps: int | None = Field(description="Known once the files are prepared.")
     progress: Progress | None
     attempt: int
@@ -146,7 +162,7 @@ class FineTuningJob(BaseModel):
     pause_requested: bool
 
 
-def job_object(row: Job, *, adapter_id: str | None = None) -> FineTuningJob:
+def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> FineTuningJob:
     spec = JobSpec.model_validate(row.spec)
     numbers = ResolvedHyperparameters(
         batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
@@ -156,6 +172,7 @@ def job_object(row: Job, *, adapter_id: str | None = None) -> FineTuningJob:
             **_identity(row),
             **_run(row),
             "adapter_id": adapter_id,
+            "seconds_running": seconds_running,
             "seed": spec.seed,
             "hyperparameters": numbers,
             "method": MethodObject(supervised=SupervisedObject(hyperparameters=numbers)),

@@ -35,6 +35,38 @@ def test_an_unknown_cursor_of_events_is_refused(client: TestClient, world: World
     assert error_of(response)["param"] == "after"
 
 
+def test_events_are_read_by_type_and_by_pages(client: TestClient, world: World) -> None:
+    world.worker()
+    claim = world.running()
+    for step in range(1, 4):
+        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0 / step}])
+        claims.record_event(world.db, claim.claim_id, "info", f"word {step}")
+    path = f"{JOBS}/{claim.job.id}/events"
+
+    def pages(**query: str) -> list[str]:
+        ids: list[str] = []
+        while True:
+            page = client.get(path, params={**query, "limit": "2", **({"after": ids[-1]} if ids else {})}).json()
+            ids += [event["id"] for event in page["data"]]
+            if not page["has_more"]:
+                return ids
+
+    everything = client.get(path, params={"limit": 100}).json()["data"]
+    for kind in ("message", "metrics"):
+        assert pages(type=kind) == [event["id"] for event in everything if event["type"] == kind]
+    assert len(pages(type="metrics")) == 3
+    after_a_metric = client.get(path, params={"type": "message", "after": everything[1]["id"]}).json()["data"]
+    assert after_a_metric[0]["message"] == "word 2"
+
+
+def test_an_unknown_type_of_events_is_refused(client: TestClient, world: World) -> None:
+    response = client.get(f"{JOBS}/{world.submit().id}/events", params={"type": "transition"})
+
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "type"
+    assert "'message' or 'metrics'" in error_of(response)["message"]
+
+
 def test_curves_checkpoints_and_attempts_are_shown(client: TestClient, world: World) -> None:
     world.worker()
     first, second = world.queued(suffix="a"), world.queued(suffix="b")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import adapters, claims
+from catalog import adapters, claims, jobs
 from catalog.states import EndReason
 from tests.api.site import error_of
 from tests.catalog.world import World
@@ -190,3 +191,44 @@ def test_a_succeeded_job_names_its_adapter(client: TestClient, world: World, ser
     assert job["fine_tuned_model"] == f"ft:smol:ours:docs:{claim.job.id[-8:]}"
     assert job["adapter_id"] == adapters.ids_by_job(services.db, [claim.job.id])[claim.job.id]
     assert client.get(JOBS).json()["data"] == [job]
+
+
+def test_a_job_tells_what_was_evaluated_and_how_long_it_was_trained(client: TestClient, world: World) -> None:
+    world.worker()
+    claim = world.running()
+    claims.record_progress(world.db, claim.claim_id, {"step": 2, "num_steps": 10, "loss": 1.0})
+    before = client.get(f"{JOBS}/{claim.job.id}").json()
+    for step, loss in ((3, 0.5), (6, 0.75)):
+        claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": step, "loss": loss}])
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+
+    shown = client.get(f"{JOBS}/{claim.job.id}").json()
+
+    assert (before["progress"]["valid_loss"], before["progress"]["best_valid_loss"]) == (None, None)
+    assert (shown["progress"]["valid_loss"], shown["progress"]["best_valid_loss"]) == (0.75, 0.5)
+    assert shown["progress"]["step"] == 2
+    assert shown["seconds_running"] == jobs.seconds_running(world.db, [claim.job.id])[claim.job.id] > 0
+    assert client.get(JOBS).json()["data"] == [shown]
+
+
+def test_a_longer_list_takes_no_more_queries(client: TestClient, world: World, services: Services) -> None:
+    def count() -> int:
+        statements: list[str] = []
+
+        def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            statements.append(statement)
+
+        event.listen(services.db.engine, "before_cursor_execute", note)
+        try:
+            client.get(JOBS, params={"limit": 100})
+        finally:
+            event.remove(services.db.engine, "before_cursor_execute", note)
+        return len([text for text in statements if text.startswith("SELECT")])
+
+    world.worker()
+    world.complete(world.running().claim_id)
+    few = count()
+    for number in range(5):
+        world.complete(world.running(seed=number).claim_id, content=f"adapter {number}")
+
+    assert count() == few

@@ -94,3 +94,46 @@ def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: 
     assert told.data is not None
     assert told.data["train_loss"] == 1.5
     assert told.data["train_mean_token_accuracy"] == 0.5
+
+
+def test_progress_keeps_what_was_evaluated_and_a_replayed_evaluation_counts_as_it_is_now(world: World) -> None:
+    claim = world.running()
+    claims.record_progress(world.db, claim.claim_id, {"step": 1, "loss": 3.0})
+
+    def evaluated(step: int, loss: float) -> tuple[float, float]:
+        claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": step, "loss": loss}])
+        claims.record_progress(world.db, claim.claim_id, {"step": step, "loss": 2.0})
+        progress = world.job(claim.job.id).progress or {}
+        assert (progress["step"], progress["loss"]) == (step, 2.0)
+        return progress["valid_loss"], progress["best_valid_loss"]
+
+    assert evaluated(2, 1.5) == (1.5, 1.5)
+    assert evaluated(4, 1.0) == (1.0, 1.0)
+    assert evaluated(6, 1.2) == (1.2, 1.0)
+    assert evaluated(4, 1.1) == (1.1, 1.1)
+    assert evaluated(8, float("nan")) == (1.1, 1.1)
+
+
+def test_the_seconds_of_a_job_are_those_under_a_claim(world: World) -> None:
+    def seconds(job_id: str) -> float:
+        return round(jobs.seconds_running(world.db, [job_id]).get(job_id, 0.0))
+
+    claim = world.running()
+    world.clock.turn(10)
+    assert seconds(claim.job.id) == 10
+
+    jobs.pause(world.db, **world.of(claim.job.id))
+    claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
+    world.clock.turn(1000)
+    assert seconds(claim.job.id) == 10
+
+    jobs.resume(world.db, **world.of(claim.job.id))
+    world.clock.turn(1000)
+    (again,) = world.claim()
+    world.clock.turn(5)
+    assert seconds(claim.job.id) == 15
+
+    world.complete(again.claim_id)
+    world.clock.turn(100)
+    assert seconds(claim.job.id) == 15
+    assert jobs.seconds_running(world.db, []) == {}

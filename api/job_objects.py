@@ -1,0 +1,19 @@
+"""Jobs in wire form, with what the record keeps beside their rows: one query of each kind for any number of jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from api.schemas.jobs import FineTuningJob, job_object
+from catalog import adapters, jobs
+from catalog.db import Database
+from catalog.tables import Job
+
+
+def job_objects(db: Database, rows: Sequence[Job]) -> list[FineTuningJob]:
+    """In the order of `rows`."""
+    adapter_ids = adapters.ids_by_job(db, [row.id for row in rows if row.adapter_name])
+    seconds = jobs.seconds_running(db, [row.id for row in rows if row.attempt])
+    return [
+        job_object(row, adapter_id=adapter_ids.get(row.id), seconds_running=seconds.get(row.id, 0.0)) for row in rows
+    ]
