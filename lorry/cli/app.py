@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lorry.cli import output
 
@@ -39,6 +39,22 @@ class Group(TyperGroup):
         except OSError as error:
             output.say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
             raise typer.Exit(EXIT_REFUSED) from None
+
+
+class Sectioned(TyperCommand):
+    """A command whose help lays out its options by their `rich_help_panel`; those without one come last."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        rest: list[tuple[str, str]] = []
+        for param in self.get_params(ctx):
+            record: tuple[str, str] | None = param.get_help_record(ctx)
+            if record is not None:
+                title = "Arguments" if param.param_type_name == "argument" else getattr(param, "rich_help_panel", None)
+                (sections.setdefault(title, []) if title else rest).append(record)
+        for title, records in {**sections, "Options": rest}.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def group(help_text: str) -> typer.Typer:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorry.cli import output, watching
-from lorry.cli.app import EXIT_REFUSED, client, group
-from lorry.cli.files import flatten, upload_with_bar
+from lorry.cli.app import Sectioned, client, group
+from lorry.cli.files import flatten
 from lorry.cli.output import AsJson
+from lorry.cli.submit import submit
 from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
-    from lorry import requests
-    from lorry.client import Lorry
     from lorry.models import Job, JobEvent
 
 app = group("Fine-tuning jobs.")
@@ -26,58 +23,7 @@ app = group("Fine-tuning jobs.")
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
 
 
-class Priority(StrEnum):
-    """Whose turn comes first."""
-
-    urgent = "urgent"
-    normal = "normal"
-    batch = "batch"
-
-
-@app.command()
-def submit(
-    model: Annotated[str, typer.Argument(help="A base model's name.")],
-    training: Annotated[
-        str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")
-    ],
-    *,
-    valid: Annotated[str | None, typer.Option(help="Held-out file: a path or an id.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha/rank.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Probability of dropping an input of A.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Linear layer to adapt; may be repeated.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training file.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="End after so many optimizer steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="Becomes part of the adapter's name.")] = None,
-    priority: Annotated[Priority | None, typer.Option(help="Class in the queue.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay and draw its progress.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Start a job; files that are paths are uploaded first."""
-    lorry = client()
-    lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": target or None}
-    numbers = {"batch_size": batch_size, "n_epochs": epochs}
-    job = lorry.jobs.create(
-        model=model,
-        training_file=_file_id(lorry, training),
-        validation_file=None if valid is None else _file_id(lorry, valid),
-        suffix=suffix,
-        seed=seed,
-        lora=cast("requests.Lora | None", _given(lora)),
-        optimizer=None if learning_rate is None else {"learning_rate": learning_rate},
-        hyperparameters=cast("requests.Hyperparameters | None", _given(numbers)),
-        max_steps=max_steps,
-        priority=None if priority is None else priority.value,
-    )
-    if watch:
-        _watch(lorry, [job.id], as_json=as_json)
-    elif as_json:
-        output.print_json(job.raw)
-    else:
-        output.console().print(job.id)
+app.command(cls=Sectioned)(submit)
 
 
 @app.command("list")
@@ -123,7 +69,7 @@ def watch(
     as_json: AsJson = False,
 ) -> None:
     """Draw live bars until all are done. Exit code 1 if one did not succeed."""
-    _watch(client(), job_ids, as_json=as_json)
+    watching.stay(client(), job_ids, as_json=as_json)
 
 
 @app.command()
@@ -159,30 +105,6 @@ def logs(
     )
     for event in events:
         _print_event(event, as_json=as_json)
-
-
-def _watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
-    try:
-        jobs = watching.watch(lorry, job_ids, as_json=as_json)
-    except KeyboardInterrupt:
-        output.say(f"No longer watching; training goes on. Watch again: lorry jobs watch {' '.join(job_ids)}")
-        raise
-    if any(job.status != "succeeded" for job in jobs):
-        raise typer.Exit(EXIT_REFUSED)
-
-
-def _file_id(lorry: Lorry, path_or_id: str) -> str:
-    """The id of an uploaded file; a path is uploaded. A path that is there wins over an id that looks like it."""
-    path = Path(path_or_id).expanduser()
-    if path.is_file():
-        return upload_with_bar(lorry, path).id
-    if path_or_id.startswith("file-") and "/" not in path_or_id:
-        return path_or_id
-    raise typer.BadParameter(f"{path_or_id!r} is neither a file here nor the id of an uploaded one (file-…).")
-
-
-def _given(values: Mapping[str, object]) -> dict[str, object] | None:
-    return {name: value for name, value in values.items() if value is not None} or None
 
 
 def _run(job: Job) -> Iterator[tuple[str, object]]:

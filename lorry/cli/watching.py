@@ -7,7 +7,10 @@ import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+import typer
+
 from lorry.cli import output
+from lorry.cli.app import EXIT_REFUSED
 from lorry.errors import LorryError
 
 if TYPE_CHECKING:
@@ -19,6 +22,17 @@ if TYPE_CHECKING:
     from lorry.models import Job
 
 Message = tuple[str, "Job | LorryError"]
+
+
+def stay(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
+    """Watches, and exits with 1 if a job did not succeed. Ctrl-C ends the watching alone."""
+    try:
+        jobs = watch(lorry, job_ids, as_json=as_json)
+    except KeyboardInterrupt:
+        output.say(f"No longer watching; training goes on. Watch again: lorry jobs watch {' '.join(job_ids)}")
+        raise
+    if any(job.status != "succeeded" for job in jobs):
+        raise typer.Exit(EXIT_REFUSED)
 
 
 def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:

@@ -38,13 +38,18 @@ class Jobs:
         schedule: requests.Schedule | None = None,
         evaluation: requests.EvaluationRule | None = None,
         precision: requests.Precision | None = None,
-        max_length: int | None = None,
+        max_length: int | requests.Auto | None = None,
         max_steps: int | None = None,
-        checkpoint_every_steps: int | None = None,
+        checkpoint_every_steps: int | requests.Auto | None = None,
         priority: requests.Priority | None = None,
+        extra_body: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job."""
+        """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job.
+
+        extra_body: fields of the body as they go over the wire, for a service that is newer than this client; they
+        stand in the place of the arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
+        """
         method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else None
         fields: dict[str, Any] = {
             "model": model,
@@ -64,7 +69,7 @@ class Jobs:
             "checkpoint_every_steps": checkpoint_every_steps,
             "priority": priority,
         }
-        body = {name: value for name, value in fields.items() if value is not None}
+        body = {name: value for name, value in fields.items() if value is not None} | dict(extra_body or {})
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
         return Job.of(self._transport.request("POST", _PATH, body=body, headers=headers))
 

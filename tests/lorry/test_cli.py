@@ -134,7 +134,7 @@ def test_submit_uploads_paths_takes_ids_and_sends_what_was_given(service: Script
         "seed": 7,
         "lora": {"rank": 4, "target_modules": ["q_proj", "v"]},
         "optimizer": {"learning_rate": 0.001},
-        "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 8, "n_epochs": 2}}},
+        "method": {"supervised": {"hyperparameters": {"batch_size": 8, "n_epochs": 2}}},
     }
 
 

@@ -42,6 +42,15 @@ def test_only_what_was_given_is_sent(service: Script, client: Lorry) -> None:
     }
 
 
+def test_a_field_that_this_client_does_not_know_can_be_sent(service: Script, client: Lorry) -> None:
+    service.on("POST", JOBS, wire("queued"))
+
+    client.jobs.create(model="m", training_file="f", max_length="auto", extra_body={"newer": {"x": 1}, "max_length": 9})
+
+    sent = json.loads(service.seen[0].body)
+    assert sent == {"model": "m", "training_file": "f", "max_length": 9, "newer": {"x": 1}}
+
+
 def test_a_repeated_creation_carries_one_idempotency_key_and_two_creations_two(service: Script, client: Lorry) -> None:
     service.on("POST", JOBS, Reply(status=502, body=b""), wire("queued"))
 

@@ -1,0 +1,250 @@
+"""`lorry jobs submit`: what a person asks for becomes the body of one request.
+
+Each option stands for one field of the service, by its dotted path; limits are the service's to check.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from lorry.cli import output, watching
+from lorry.cli.app import client
+from lorry.cli.files import upload_with_bar
+from lorry.cli.output import AsJson
+from lorry.errors import APIError, LorryError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Mapping
+
+    from lorry.client import Lorry
+    from lorry.models import Job
+
+ADAPTER, TRAINING, WATCHING, RUN = "Adapter", "Training", "Evaluation and checkpoints", "The job"
+FIELDS = {
+    "rank": "lora.rank",
+    "alpha": "lora.alpha",
+    "rslora": "lora.use_rslora",
+    "dropout": "lora.dropout",
+    "target": "lora.target_modules",
+    "learning_rate": "optimizer.learning_rate",
+    "weight_decay": "optimizer.weight_decay",
+    "schedule": "schedule.type",
+    "warmup": "schedule.warmup_ratio",
+    "epochs": "method.supervised.hyperparameters.n_epochs",
+    "batch_size": "method.supervised.hyperparameters.batch_size",
+    "max_steps": "max_steps",
+    "max_length": "max_length",
+    "precision": "precision",
+    "seed": "seed",
+    "evaluate_every": "evaluation.every_steps",
+    "checkpoint_every": "checkpoint_every_steps",
+    "suffix": "suffix",
+    "priority": "priority",
+}
+"""The field that each option stands for, by the option's name in `submit`."""
+NAMES = {
+    "model": "MODEL",
+    "training_file": "TRAIN",
+    "validation_file": "--valid",
+    "metadata": "--metadata",
+    **{path: f"--{name.replace('_', '-')}" for name, path in FIELDS.items()},
+}
+"""What a person typed for a field."""
+
+
+class Priority(StrEnum):
+    """Whose turn comes first."""
+
+    urgent = "urgent"
+    normal = "normal"
+    batch = "batch"
+
+
+class Precision(StrEnum):
+    """Of the base model's weights."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes down from its peak."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+def _option(group: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=group, metavar=metavar)
+
+
+def submit(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's name.")],
+    training: Annotated[
+        str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")
+    ],
+    *,
+    rank: Annotated[int | None, _option(ADAPTER, "Rank of the adapter.")] = None,
+    alpha: Annotated[float | None, _option(ADAPTER, "The update is scaled by alpha/rank. Default: 2 * rank.")] = None,
+    rslora: Annotated[bool, _option(ADAPTER, "Scale by alpha/sqrt(rank).", "--rslora")] = False,
+    dropout: Annotated[float | None, _option(ADAPTER, "Probability of dropping an input of A.")] = None,
+    target: Annotated[
+        list[str] | None,
+        _option(ADAPTER, "Linear layer to adapt; may be repeated. Default: all but the output head.", metavar="NAME"),
+    ] = None,
+    learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.")] = None,
+    schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
+    warmup: Annotated[
+        float | None, _option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")
+    ] = None,
+    weight_decay: Annotated[float | None, _option(TRAINING, "Of AdamW.")] = None,
+    epochs: Annotated[int | None, _option(TRAINING, "Passes over the training file.")] = None,
+    max_steps: Annotated[int | None, _option(TRAINING, "End after so many optimizer steps.")] = None,
+    batch_size: Annotated[int | None, _option(TRAINING, "Sequences per optimizer step.")] = None,
+    max_length: Annotated[int | None, _option(TRAINING, "Tokens of a row that are kept.")] = None,
+    precision: Annotated[Precision | None, _option(TRAINING, "Of the base model.")] = None,
+    seed: Annotated[int | None, _option(TRAINING, "Same seed, same adapter.")] = None,
+    valid: Annotated[str | None, _option(WATCHING, "Held-out file: a path or an id.")] = None,
+    evaluate_every: Annotated[
+        int | None, _option(WATCHING, "Steps between two readings of the held-out file. Default: a tenth of the job.")
+    ] = None,
+    checkpoint_every: Annotated[int | None, _option(WATCHING, "Steps between two checkpoints.")] = None,
+    suffix: Annotated[str | None, _option(RUN, "Becomes part of the adapter's name.")] = None,
+    priority: Annotated[Priority | None, _option(RUN, "Class in the queue.")] = None,
+    metadata: Annotated[
+        list[str] | None, _option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        _option(
+            RUN,
+            "Any other field, such as optimizer.beta1=0.95; the value is JSON or text. May be repeated.",
+            "--set",
+            metavar="PATH=VALUE",
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and draw its progress.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a job; files that are paths are uploaded first. What is not said is the service's default."""
+    fields = {path: ctx.params[name] for name, path in FIELDS.items() if _is_given(ctx.params[name])}
+    pairs = dict(_pair(given, "--metadata") for given in metadata or [])
+    others = [_pair(given, "--set") for given in other or []]
+    if pairs:
+        fields["metadata"] = pairs
+    body = _nested([*fields.items(), *((path, _json_or_text(text)) for path, text in others)])
+    lorry = client()
+    sources = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
+    with _uploaded(lorry, {name: _path_or_id(given, name) for name, given in sources.items()}) as ids:
+        job = _create(lorry, model, ids, body)
+    if watch:
+        watching.stay(lorry, [job.id], as_json=as_json)
+    elif as_json:
+        output.print_json(job.raw)
+    else:
+        output.console().print(job.id)
+
+
+def _is_given(value: object) -> bool:
+    """A zero is."""
+    return value is not None and value is not False and value not in ([], ())
+
+
+def _pair(given: str, option: str) -> tuple[str, str]:
+    name, equals, value = given.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"{given!r} is not of the form NAME=VALUE.", param_hint=option)
+    return name, value
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _nested(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Dotted paths as objects in objects; of two values for one path the later one is taken."""
+    body: dict[str, Any] = {}
+    for path, value in fields:
+        *groups, name = path.split(".")
+        place = body
+        for group in groups:
+            inner: object = place.get(group)
+            place[group] = dict(cast("Mapping[str, Any]", inner)) if isinstance(inner, dict) else {}
+            place = place[group]
+        place[name] = value
+    return body
+
+
+def _path_or_id(given: str, name: str) -> Path | str:
+    """A path that is there wins over an id that looks like it."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    if given.startswith("file-") and "/" not in given:
+        return given
+    raise typer.BadParameter(
+        f"{given!r} is neither a file here nor the id of an uploaded one (file-…).", param_hint=name
+    )
+
+
+@contextmanager
+def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapping[str, str]]:
+    """The ids of the files. What was uploaded for a job that the service refuses is deleted again.
+
+    Where the connection is lost, or the service fails, the job may be there all the same: then they stay.
+    """
+    uploaded: list[str] = []
+    ids: dict[str, str] = {}
+    try:
+        for name, source in sources.items():
+            if isinstance(source, Path):
+                ids[name] = upload_with_bar(lorry, source).id
+                uploaded.append(ids[name])
+            else:
+                ids[name] = source
+        yield ids
+    except APIError as error:
+        if 400 <= error.status < 500 and error.status != 408:
+            for file_id in uploaded:
+                _delete_again(lorry, file_id)
+        raise
+
+
+def _delete_again(lorry: Lorry, file_id: str) -> None:
+    try:
+        lorry.files.delete(file_id)
+    except LorryError as error:
+        output.say(f"{file_id} was uploaded for this job and stays: {error.message}")
+    else:
+        output.say(f"{file_id}, uploaded for this job, is deleted again.")
+
+
+def _create(lorry: Lorry, model: str, ids: Mapping[str, str], body: Mapping[str, Any]) -> Job:
+    """A refusal names the option where the service names the field."""
+    try:
+        return lorry.jobs.create(
+            model=model, training_file=ids["TRAIN"], validation_file=ids.get("--valid"), extra_body=body
+        )
+    except APIError as error:
+        error.param = error.param and _said(error.param, body)
+        raise
+
+
+def _said(param: str, body: Mapping[str, Any]) -> str:
+    """The option or argument that set the field, or the field around it."""
+    for path, name in NAMES.items():
+        if param == path or param.startswith(f"{path}."):
+            return name
+    return f"--set {param}" if param.partition(".")[0] in body else param

@@ -1,0 +1,198 @@
+"""`lorry jobs submit`: every field can be said, refusals name what was typed, and leave no files behind."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from typer.testing import CliRunner, Result
+
+from catalog.spec import EvaluationRequest, Hyperparameters, JobRequest, LoraRequest, OptimizerRequest, ScheduleRequest
+from lorry.cli.main import app
+from lorry.cli.submit import FIELDS, NAMES, submit
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+JOB = {"id": "ftjob-1", "status": "queued"}
+NUMBERS = "method.supervised.hyperparameters"
+NO_OPTION = {"optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.max_grad_norm"} | {
+    f"{NUMBERS}.learning_rate_multiplier"
+}
+"""Fields that few people set: by `--set`."""
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.setenv("LORRY_URL", service.url)
+    monkeypatch.setenv("LORRY_API_KEY", "k")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "valid.jsonl").write_text("{}\n")
+    service.on("POST", "/v1/files", {"id": "file-1"}, {"id": "file-2"})
+    return lambda *arguments: CliRunner().invoke(app, ["jobs", "submit", *map(str, arguments)])
+
+
+def refusal(status: int, param: str | None, message: str = "No.") -> Reply:
+    headers = {"x-should-retry": "false"}
+    error = {"message": message, "type": "x", "param": param, "code": "c"}
+    return Reply(status=status, body={"error": error}, headers=headers)
+
+
+def sent(service: Script) -> dict[str, Any]:
+    return json.loads(service.requests("POST", JOBS)[-1].body)
+
+
+def leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    return (f"{prefix}.{name}" for name in model.model_fields)
+
+
+def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
+    groups = {
+        "lora": LoraRequest,
+        "optimizer": OptimizerRequest,
+        "schedule": ScheduleRequest,
+        "evaluation": EvaluationRequest,
+        NUMBERS: Hyperparameters,
+    }
+    there_is_one_choice = {"method", "hyperparameters", "integrations"}
+    fields = set(JobRequest.model_fields) - set(groups) - there_is_one_choice
+    for prefix, model in groups.items():
+        fields |= set(leaves(model, prefix))
+
+    assert set(NAMES) == fields - NO_OPTION
+    assert set(FIELDS) < set(inspect.signature(submit).parameters)
+
+
+def test_what_all_options_say_is_a_request_that_the_service_understands(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, JOB)
+    flags = (
+        "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
+        "--schedule linear --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
+        "--precision float32 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s --priority batch "
+        "--metadata team=a=b --metadata note= --set optimizer.beta1=0.8 --set optimizer.max_grad_norm=null "
+        f"--set {NUMBERS}.learning_rate_multiplier=auto --set max_length=64"
+    )
+
+    assert run("m", "train.jsonl", *flags.split()).stdout == "ftjob-1\n"
+
+    assert JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True) == {
+        "model": "m",
+        "training_file": "file-1",
+        "validation_file": "file-2",
+        "lora": {"rank": 4, "alpha": 8.0, "use_rslora": True, "dropout": 0.0, "target_modules": ["q_proj"]},
+        "optimizer": {"learning_rate": 0.001, "weight_decay": 0.1, "beta1": 0.8, "max_grad_norm": None},
+        "schedule": {"type": "linear", "warmup_ratio": 0.0},
+        "method": {
+            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": "auto"}}
+        },
+        "max_steps": 9,
+        "max_length": 64,
+        "precision": "float32",
+        "seed": 0,
+        "evaluation": {"every_steps": 5},
+        "checkpoint_every_steps": 7,
+        "suffix": "s",
+        "priority": "batch",
+        "metadata": {"team": "a=b", "note": ""},
+    }
+
+
+def test_the_help_lays_options_out_in_groups(run: Run) -> None:
+    lines = run("--help").stdout.splitlines()
+
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Arguments:", "Adapter:", "Training:", "Evaluation and checkpoints:", "The job:", "Options:"]
+    assert any(line.startswith("  --rank") for line in lines[lines.index("Adapter:") : lines.index("Training:")])
+
+
+@pytest.mark.parametrize(
+    ("param", "said"),
+    [
+        ("lora.rank", "--rank"),
+        ("lora.target_modules.0", "--target"),
+        (f"{NUMBERS}.n_epochs", "--epochs"),
+        ("metadata.team", "--metadata"),
+        ("training_file", "TRAIN"),
+        ("optimizer.beta1", "--set optimizer.beta1"),
+        ("Idempotency-Key", "Idempotency-Key"),
+    ],
+)
+def test_a_refusal_names_what_was_typed(service: Script, run: Run, param: str, said: str) -> None:
+    service.on("POST", JOBS, refusal(400, param))
+
+    result = run("m", "file-9", "--set", "optimizer.beta1=3")
+
+    assert (result.exit_code, result.stderr) == (1, f"Error: No. (at {said})\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("m", "gone.jsonl"), "TRAIN"),
+        (("m", "train.jsonl", "--valid", "gone.jsonl"), "--valid"),
+        (("m", "train.jsonl", "--metadata", "team"), "--metadata"),
+        (("m", "train.jsonl", "--set", "=3"), "--set"),
+        (("m", "train.jsonl", "--schedule", "steep"), "--schedule"),
+    ],
+)
+def test_what_can_not_be_sent_is_named_before_anything_is_uploaded(
+    service: Script, run: Run, arguments: tuple[str, ...], said: str
+) -> None:
+    result = run(*arguments)
+
+    assert result.exit_code == 2
+    assert said in result.stderr.splitlines()[-1]
+    assert service.seen == []
+
+
+def deleted(service: Script) -> list[str]:
+    return [request.path.removeprefix("/v1/files/") for request in service.seen if request.method == "DELETE"]
+
+
+def test_the_files_that_were_uploaded_for_a_refused_job_are_deleted_again(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, refusal(404, "model"))
+    service.on("DELETE", "/v1/files/file-1", {})
+    service.on("DELETE", "/v1/files/file-2", refusal(409, None, "In use."))
+
+    result = run("m", "train.jsonl", "--valid", "valid.jsonl")
+
+    assert result.stderr.splitlines() == [
+        "file-1, uploaded for this job, is deleted again.",
+        "file-2 was uploaded for this job and stays: In use.",
+        "Error: No. (at MODEL)",
+    ]
+
+
+def test_the_first_file_is_deleted_again_where_the_second_is_refused(
+    service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
+) -> None:
+    service.on("DELETE", "/v1/files/file-1", {})
+    (tmp_path / "valid.jsonl").write_text("refused")
+
+    def answer(request: Any, answer: Any = service.answer) -> Reply:
+        return refusal(400, "file") if b"refused" in request.body else answer(request)
+
+    monkeypatch.setattr(service, "answer", answer)
+
+    assert run("m", "train.jsonl", "--valid", "valid.jsonl").exit_code == 1
+    assert deleted(service) == ["file-1"]
+
+
+def test_a_file_that_was_there_before_stays(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, refusal(400, "lora.rank"))
+
+    assert run("m", "file-9").exit_code == 1
+    assert deleted(service) == []
+
+
+def test_files_stay_where_the_job_may_have_been_made(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, refusal(500, None))
+
+    assert run("m", "train.jsonl").exit_code == 1
+    assert deleted(service) == []
