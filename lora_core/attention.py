@@ -46,7 +46,7 @@ def packed_attention(
     assert dropout == 0.0, "the base model is in evaluation mode"
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedModel(
-            "This model's attention has sinks or a position bias, which packing doesn't support.",
+            f"{type(module).__name__} has sinks or a position bias, which packing doesn't support.",
             remedy="Choose a base model with plain causal attention.",
         )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))

@@ -1,20 +1,23 @@
 # pyright: basic
 """Turns a hub repository, a folder or a GGUF file into a base directory of safetensors and a tokenizer.
 
-No pickle, no trust_remote_code, no auto_map: what can't be had without running its code is refused by name.
+What the engine can't train is refused here, so that a base which is there is one that trains.
 """
 
 import errno
-import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
-from lora_core.errors import UnreachableSource, UnsupportedModel
+from lora_core.attach import Attachment
+from lora_core.base_model import load_base
+from lora_core.errors import UnreachableSource
+from lora_core.model_folder import load_with_transformers, read_config, refused
+from lora_core.probe import refuse_mixing
 from lora_core.tensor_files import read_header, write_directory
 
 ALLOWED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
@@ -39,78 +42,6 @@ def import_base(
         folder, commit = _download(source, revision)
     write_directory(target_dir, lambda directory: _write_folder(folder, directory))
     return commit
-
-
-def read_config(folder: Path) -> Any:
-    """The config of a folder. Raises UnsupportedModel if it asks for code or isn't a dense causal LM."""
-    refuse_code(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise _refused(f"config.json of {folder.name!r} can't be read: {error}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise _refused(f"{config.model_type!r} has no causal language model")
-    refuse_unpackable(config)
-    return config
-
-
-def refuse_code(folder: Path) -> None:
-    """No file of the folder may name Python code to load."""
-    for path in sorted(folder.glob("*.json")):
-        if path.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
-            continue
-        try:
-            content = json.loads(path.read_text())
-        except (ValueError, RecursionError) as error:
-            raise _refused(f"{path.name} is not valid JSON") from error
-        if isinstance(content, dict) and "auto_map" in content:
-            raise _refused(f"{path.name} has an auto_map, which means that it needs code of its own")
-
-
-def refuse_unpackable(config: Any) -> None:
-    """Experts mix the tokens of jobs; recurrent and convolutional layers carry state across sequences."""
-    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    if any(getattr(config, name, None) for name in experts):
-        raise unpackable(config, "routes tokens to experts")
-    allowed = {"full_attention", "sliding_attention", "attention"}
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - allowed)
-    if foreign:
-        raise unpackable(config, f"has layers of kind {foreign}")
-
-
-def unpackable(config: Any, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"Models of type {config.model_type!r} aren't supported: this one {reason}.",
-        remedy="Choose a dense decoder such as a Llama, Qwen, Mistral, Gemma or GPT-2 model.",
-    )
-
-
-def load_with_transformers(folder: Path, *, dtype: torch.dtype, **source: str) -> PreTrainedModel:
-    """The model with every weight from the files: a missing one would be random. Raises UnsupportedModel."""
-    options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **source)
-    except RuntimeError as error:
-        raise mismatch("a weight has another shape") from error
-    model, report = loaded
-    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
-    if wrong:
-        raise mismatch(f"{wrong[0]} is missing or unknown")
-    return model
-
-
-def mismatch(reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"The weights don't match config.json: {reason}.",
-        remedy="Import the base model again from a complete source.",
-    )
-
-
-def _refused(reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"This base model is refused: {reason}.",
-        remedy="Give a causal language model that transformers knows, as safetensors or GGUF.",
-    )
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -157,31 +88,37 @@ def _write_folder(folder: Path, directory: Path) -> None:
             remedy="Give the whole path of a folder of safetensors; a GGUF file's name ends in .gguf.",
         )
     if not (folder / "config.json").is_file():
-        raise _refused(f"{folder.name!r} has no config.json")
+        raise refused(f"{folder.name!r} has no config.json")
     config = read_config(folder)
     tensor_files = sorted(folder.glob("*.safetensors"))
     if not tensor_files:
         pickles = [path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]]
-        raise _refused(f"its weights are pickles ({pickles[0]})" if pickles else "it has no safetensors file")
+        raise refused(f"its weights are pickles ({pickles[0]})" if pickles else "it has no safetensors file")
     if getattr(config, "quantization_config", None) is not None:
-        raise _refused("its weights are quantised")
+        raise refused("its weights are quantised")
     dtypes = {dtype for path in tensor_files for dtype, _ in read_header(path).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
     _save_model(load_with_transformers(folder, dtype=dtype), directory)
     _save_tokenizer(folder, directory)
+    _refuse_untrainable(directory, dtype)
 
 
 def _write_gguf(path: Path, directory: Path) -> None:
     """Read from a folder that holds nothing else, so that no neighbour of the file can take part."""
+    if not path.is_file():
+        raise UnreachableSource(
+            f"There is no file {str(path)!r} where the worker runs.", remedy="Give the whole path of a GGUF file."
+        )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise _refused(f"{path.name} is not a GGUF file")
+            raise refused(f"{path.name} is not a GGUF file")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
         model = load_with_transformers(Path(folder), dtype=torch.bfloat16, gguf_file="model.gguf")
         _forget_quantisation(model)
         _save_model(model, directory)
         _save_tokenizer(Path(folder), directory, gguf_file="model.gguf")
+    _refuse_untrainable(directory, torch.bfloat16)
 
 
 def _forget_quantisation(model: Any) -> None:
@@ -202,5 +139,12 @@ def _save_tokenizer(folder: Path, directory: Path, **source: str) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
     except (OSError, ValueError, KeyError) as error:
-        raise _refused("its tokenizer can't be read") from error
+        raise refused("its tokenizer can't be read") from error
     tokenizer.save_pretrained(directory)
+
+
+def _refuse_untrainable(directory: Path, dtype: torch.dtype) -> None:
+    """Load what was written as a trainer does, and try it: else every job on this base would fail at its start."""
+    base = load_base(directory, dtype="float32" if dtype == torch.float32 else "bfloat16", device="cpu")
+    base.attachment = Attachment(base.model)
+    refuse_mixing(base)

@@ -15,17 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
-from lora_core.base_import import (
-    import_base,
-    load_with_transformers,
-    mismatch,
-    read_config,
-    unpackable,
-)
+from lora_core.model_folder import load_with_transformers, mismatch, read_config, unpackable
 from lora_core.objectives import Head
 from lora_core.tensor_files import read_header
-
-__all__ = ["BaseModel", "describe_base", "import_base", "load_base"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,11 +117,14 @@ def load_base(base_dir: Path, *, dtype: Literal["bfloat16", "float32"], device: 
 def build_model(config: Any) -> PreTrainedModel:
     """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    refuse_experts(model)
+    refuse_unpackable_model(model)
     return model
 
 
-def refuse_experts(model: PreTrainedModel) -> None:
+def refuse_unpackable_model(model: PreTrainedModel) -> None:
+    """What the config doesn't tell, but the modules do."""
+    if not find_linears(model):
+        raise unpackable(model.config, "has no linear layer that an adapter could go on")
     if any(parameter.ndim > 2 for parameter in model.parameters()):
         raise unpackable(model.config, "has weights that aren't plain matrices (experts or convolutions)")
     if not model._can_set_attn_implementation():

@@ -38,29 +38,44 @@ def measure_invariance(base: BaseModel) -> Invariance:
         return "bitwise"
     if all(torch.linalg.vector_norm(one - other) <= 0.05 * torch.linalg.vector_norm(one) for one, other in pairs):
         return "allclose"
-    raise _mixes("gradients change with the packmates")
+    raise _unpackable(base, "its gradients change with the packmates")
 
 
 def refuse_mixing(base: BaseModel) -> None:
-    """Packed logits without adapters must be those of transformers, and not change with later tokens."""
+    """Packed logits without adapters must be those of transformers, and not change with later tokens.
+
+    Raises UnsupportedModel, which names the architecture. `base` must be attached.
+    """
     ids = np.stack([_ids(base, "mixing", count=24)] * 2)
     ids[1, -1] = (ids[0, -1] + 1) % base.vocab_size
-    bare = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
-    packed = packed_logits(base, bare, ids)
+    packed = _packed_logits(base, ids)
     with base.untouched() as model, torch.no_grad():
         rows = [torch.from_numpy(row.astype(np.int64))[None].to(base.device) for row in ids]
         logits = [model.forward(input_ids=row, use_cache=False).logits for row in rows]
     reference = torch.cat([row[:, -PROBE_POSITIONS:].float().cpu() for row in logits])
+    if not torch.isfinite(reference).all():
+        raise _unpackable(base, "its logits are not finite")
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[base.dtype] * float(reference.abs().max())
-    if float((packed - reference).abs().max()) > limit:
-        raise _mixes("logits differ from transformers' own")
+    if not float((packed - reference).abs().max()) <= limit:
+        raise _unpackable(base, "its logits differ from transformers' own")
     if float((packed[0, 0] - packed[1, 0]).abs().max()) > limit:
-        raise _mixes("logits change with later tokens")
+        raise _unpackable(base, "its logits change with later tokens")
 
 
-def _mixes(reason: str) -> UnsupportedModel:
+def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
+    """Without an adapter. A family may fail in any way where the engine passes it by, so all are caught."""
+    bare = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
+    try:
+        return packed_logits(base, bare, ids)
+    except (UnsupportedModel, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _unpackable(base, f"a packed pass fails ({type(error).__name__}: {error})") from error
+
+
+def _unpackable(base: BaseModel, reason: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"This base model can't be packed: its {reason}.",
+        f"{type(base.model).__name__} can't be packed: {reason}.",
         remedy="Choose a decoder whose attention follows transformers' attention interface.",
     )
 

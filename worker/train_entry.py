@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog.spec import JobSpec
-from lora_core.base_model import BaseModel, describe_base, import_base, load_base
+from lora_core.base_import import import_base
+from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory

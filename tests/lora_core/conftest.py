@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lora_core.base_model import BaseModel, import_base, load_base
+from lora_core.base_import import import_base
+from lora_core.base_model import BaseModel, load_base
 from tests.lora_core.scenarios import VOCAB
 
 

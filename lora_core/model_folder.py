@@ -1,0 +1,86 @@
+# pyright: basic
+"""Reads a folder of config.json and weights with transformers, and refuses by name what can't be trained here.
+
+No pickle, no trust_remote_code, no auto_map: what can't be had without running its code is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lora_core.errors import UnsupportedModel
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a folder. Raises UnsupportedModel if it asks for code or isn't a dense causal LM."""
+    refuse_code(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise refused(f"config.json of {folder.name!r} can't be read: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise refused(f"{config.model_type!r} has no causal language model")
+    refuse_unpackable(config)
+    return config
+
+
+def refuse_code(folder: Path) -> None:
+    """No file of the folder may name Python code to load."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
+            continue
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise refused(f"{path.name} is not valid JSON") from error
+        if isinstance(content, dict) and "auto_map" in content:
+            raise refused(f"{path.name} has an auto_map, which means that it needs code of its own")
+
+
+def refuse_unpackable(config: Any) -> None:
+    """Experts mix the tokens of jobs; recurrent and convolutional layers carry state across sequences."""
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if any(getattr(config, name, None) for name in experts):
+        raise unpackable(config, "routes tokens to experts")
+    allowed = {"full_attention", "sliding_attention", "attention"}
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - allowed)
+    if foreign:
+        raise unpackable(config, f"has layers of kind {foreign}")
+
+
+def unpackable(config: Any, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"Models of type {config.model_type!r} aren't supported: this one {reason}.",
+        remedy="Choose a dense decoder such as a Llama, Qwen, Mistral, Gemma or GPT-2 model.",
+    )
+
+
+def load_with_transformers(folder: Path, *, dtype: torch.dtype, **source: str) -> PreTrainedModel:
+    """The model with every weight from the files: a missing one would be random. Raises UnsupportedModel."""
+    options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **source)
+    except RuntimeError as error:
+        raise mismatch("a weight has another shape") from error
+    model, report = loaded
+    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    if wrong:
+        raise mismatch(f"{wrong[0]} is missing or unknown")
+    return model
+
+
+def mismatch(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The weights don't match config.json: {reason}.",
+        remedy="Import the base model again from a complete source.",
+    )
+
+
+def refused(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"This base model is refused: {reason}.",
+        remedy="Give a causal language model that transformers knows, as safetensors or GGUF.",
+    )

@@ -1,0 +1,278 @@
+"""A base model comes from safetensors or GGUF alone, and what the engine can't train is refused by name."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lora_core.base_import import import_base
+from lora_core.base_model import describe_base, load_base
+from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
+
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+def copy_source(base_dir: Path, folder: Path) -> Path:
+    """A folder as a user might give it: the tiny Llama with a tokenizer and a chat template."""
+    folder.mkdir()
+    for path in base_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    give_tokenizer(folder)
+    return folder
+
+
+def give_tokenizer(folder: Path) -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture
+def source(base_dirs, tmp_path) -> Path:
+    return copy_source(base_dirs["llama"], tmp_path / "source")
+
+
+def import_folder(source: Path, target: Path) -> Path:
+    import_base(source=str(source), kind="folder", revision=None, target_dir=target)
+    return target
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_a_folder_is_imported_with_the_same_bytes_each_time(source, tmp_path):
+    first, second = (import_folder(source, tmp_path / name) for name in ("first", "second"))
+    assert digests(first) == digests(second)
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= digests(first).keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= digests(first).keys()
+
+
+@pytest.mark.parametrize(("given", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "BF16")])
+def test_fp32_stays_fp32_and_all_else_becomes_bf16(source, tmp_path, given, stored):
+    weights = load_file(source / "model.safetensors")
+    weights = {name: weight.to(getattr(torch, given)) for name, weight in weights.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+    base_dir = import_folder(source, tmp_path / "base")
+
+    imported = load_file(base_dir / "model.safetensors")
+    expected = torch.float32 if stored == "F32" else torch.bfloat16
+    assert {weight.dtype for weight in imported.values()} == {expected}
+    assert all(torch.equal(weight, weights[name].to(expected)) for name, weight in imported.items())
+    assert describe_base(base_dir)["dtype"] == str(expected).removeprefix("torch.")
+
+
+def test_pickles_are_refused(source, tmp_path):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"pickles \(pytorch_model.bin\)"):
+        import_folder(source, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_code_in_the_repository_is_refused(source, tmp_path, name):
+    edit_json(source / name, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(UnsupportedModel, match="auto_map"):
+        import_folder(source, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
+        ({"model_type": "never_heard_of"}, "can't be read"),
+        ({"model_type": "t5"}, "no causal language model"),
+    ],
+)
+def test_models_that_cannot_be_trained_here_are_refused(source, tmp_path, changes, reason):
+    edit_json(source / "config.json", **changes)
+    with pytest.raises(UnsupportedModel, match=reason):
+        import_folder(source, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("family", "num_layers", "name"),
+    [
+        ("bert", 2, "BertLMHeadModel"),  # reads both ways
+        ("electra", 2, "ElectraForCausalLM"),  # has layers between the last hidden states and the head
+        ("bloom", 2, "bloom"),  # has an attention of its own
+        ("llama", 0, "llama"),  # has nothing to adapt
+    ],
+)
+def test_an_architecture_that_cannot_be_trained_is_refused_by_name(tmp_path, family, num_layers, name):
+    config = AutoConfig.for_model(family, num_hidden_layers=num_layers, **SIZES)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    give_tokenizer(tmp_path / "source")
+
+    with pytest.raises(UnsupportedModel, match=name) as caught:
+        import_folder(tmp_path / "source", tmp_path / "base")
+
+    assert "Choose a d" in caught.value.remedy
+    assert not (tmp_path / "base").exists()
+
+
+def test_weights_that_give_no_finite_logits_are_refused(source, tmp_path):
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM can't be packed: its logits are not finite"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_folder_without_config_or_weights_is_refused(source, tmp_path):
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match="no safetensors"):
+        import_folder(source, tmp_path / "base")
+    (source / "config.json").unlink()
+    with pytest.raises(UnsupportedModel, match=r"no config\.json"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(source, tmp_path):
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UnsupportedModel, match="tokenizer"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_safetensors_bomb_is_refused_on_import_and_on_load(source, base_dirs, tmp_path):
+    (source / "model-2.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{")
+    with pytest.raises(UnsafeFile, match="header of 1073741824 bytes"):
+        import_folder(source, tmp_path / "base")
+    with pytest.raises(UnsafeFile):
+        load_base(source, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, change):
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del weights[name]
+    elif change == "unknown":
+        weights["model.layers.9.mlp.up_proj.weight"] = weights[name].clone()
+    else:
+        weights[name] = weights[name][:3].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match="don't match"):
+        load_base(source, dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModel, match="don't match"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_gguf_file_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(UnreachableSource, match="There is no file"):
+        import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"\x80\x04 pickle")
+    with pytest.raises(UnsupportedModel, match="not a GGUF"):
+        import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+
+
+def test_the_hub_is_asked_for_one_commit_and_only_for_safe_files(source, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repository, **options):
+        asked.update(options, repository=repository)
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    commit = import_base(source="org/model", kind="hub", revision="a" * 40, target_dir=tmp_path / "base")
+
+    assert commit == "a" * 40
+    assert (asked["repository"], asked["revision"]) == ("org/model", "a" * 40)
+    assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(source, tmp_path, monkeypatch):
+    asked = []
+    commit = SimpleNamespace(sha="b" * 40)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, revision: asked.append(revision) or commit)
+
+    def snapshot_download(_, *, revision, **__):
+        asked.append(revision)
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UnreachableSource, match="doesn't give 'org/model' at main: the hub can't be reached"):
+        import_base(source="org/model", kind="hub", revision="main", target_dir=tmp_path / "base")
+    assert asked == ["main", "b" * 40]
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "reason"),
+    [
+        (403, "GatedRepo", "gated"),
+        (404, "RepoNotFound", "none, or it is private"),
+        (404, "RevisionNotFound", "no such revision"),
+        (503, None, "can't be reached"),
+    ],
+)
+def test_why_the_hub_gives_nothing_is_said(status, header, reason, tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from lora_core.base_import import import_base
+        from lora_core.errors import UnreachableSource
+        try:
+            import_base(source="org/model", kind="hub", revision="main", target_dir=Path(sys.argv[1]) / "base")
+        except UnreachableSource as error:
+            print(error, error.remedy)
+    """)
+    with hub_that_answers(status, header) as endpoint:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        told = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            check=False,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    assert reason in told.stdout, told.stderr
+    assert not (tmp_path / "base").exists()
+
+
+@contextmanager
+def hub_that_answers(status, header):
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            if header:
+                self.send_header("X-Error-Code", header)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, format, *args):  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
