@@ -251,14 +251,13 @@ def resolve(request: JobRequest, *, num_rows: int, max_positions: int | None, se
     the base was made for, in tokens. seed: used where the request names none.
     """
     numbers = request.numbers()
-    multiplier = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
-    given_rate = request.optimizer.learning_rate
+    rate, multiplier = _resolve_rate(request.optimizer.learning_rate, numbers.learning_rate_multiplier)
     longest = max_positions or 4096
     return JobSpec(
         lora=_resolve_lora(request.lora),
         optimizer=OptimizerSpec(
             **request.optimizer.model_dump(exclude={"learning_rate"}),
-            learning_rate=BASE_LEARNING_RATE * multiplier if given_rate == "auto" else given_rate,
+            learning_rate=rate,
         ),
         schedule=ScheduleSpec(**request.schedule.model_dump()),
         batch_size=auto_batch_size(num_rows) if numbers.batch_size == "auto" else numbers.batch_size,
@@ -271,6 +270,14 @@ def resolve(request: JobRequest, *, num_rows: int, max_positions: int | None, se
         precision="bfloat16" if request.precision == "auto" else request.precision,
         seed=seed if request.seed is None else request.seed,
     )
+
+
+def _resolve_rate(rate: float | Auto, multiplier: float | Auto) -> tuple[float, float]:
+    """(peak rate, the multiplier that says the same). Where both were given they agree: submission refuses others."""
+    if rate == "auto":
+        factor = 1.0 if multiplier == "auto" else multiplier
+        return BASE_LEARNING_RATE * factor, factor
+    return rate, rate / BASE_LEARNING_RATE if multiplier == "auto" else multiplier
 
 
 def auto_batch_size(num_rows: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Any
 
@@ -14,7 +15,7 @@ from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
 from catalog.moves import move
 from catalog.packing import pack_key
-from catalog.spec import JobRequest, JobSpec, PriorityClass, resolve
+from catalog.spec import BASE_LEARNING_RATE, JobRequest, JobSpec, PriorityClass, resolve
 from catalog.states import Verb
 from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
 
@@ -92,13 +93,14 @@ def _same_submission(
 
 
 def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: str, *, now: float) -> Job:
-    base = _usable_base(session, request.model)
+    base = _usable_base(session, caller, request.model)
     training = _usable_file(session, caller, request.training_file, "training_file")
     validation = None
     if request.validation_file is not None:
         validation = _usable_file(session, caller, request.validation_file, "validation_file")
     shapes: dict[str, Any] = (base.description or {}).get("linear_shapes", {})
     _check_targets(request, base.name, shapes)
+    _check_rates(request)
     spec = resolve(
         request,
         num_rows=training.num_rows or 0,
@@ -152,7 +154,7 @@ def _row(
     )
 
 
-def _usable_base(session: Session, name: str) -> BaseModelRow:
+def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
     """Locked against deletion until the job that names it exists."""
     base = bases.find(session, name, lock="share")
     if base.state == "importing":
@@ -163,14 +165,24 @@ def _usable_base(session: Session, name: str) -> BaseModelRow:
             param="model",
         )
     if base.state != "ready":
-        # Its message stays with operators: it may quote folders and logs of a machine.
-        raise InvalidRequest(
-            f"The import of the base model {name!r} failed: {(base.error or {}).get('code', 'import_failed')}.",
-            code="model_import_failed",
-            remedy="Have an operator look at its error in GET /v1/models and add it again, or choose another model.",
-            param="model",
-        )
+        raise _import_failed(base, is_operator=caller.is_operator)
     return base
+
+
+def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
+    """Its message and remedy are for operators: they may quote folders and logs of a machine."""
+    error = base.error or {}
+    reason = error.get("code", "import_failed")
+    remedy = "Have an operator look at its error in GET /v1/models and add it again, or choose another model."
+    if is_operator:
+        reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
+        remedy = f"{error.get('remedy', '')} Then add the model again, or choose another one.".strip()
+    return InvalidRequest(
+        f"The import of the base model {base.name!r} failed: {reason}.",
+        code="model_import_failed",
+        remedy=remedy,
+        param="model",
+    )
 
 
 def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> File:
@@ -213,3 +225,16 @@ def _check_targets(request: JobRequest, base_name: str, shapes: dict[str, Any]) 
             remedy="Choose another base model.",
             param="model",
         )
+
+
+def _check_rates(request: JobRequest) -> None:
+    """The rate may be given twice where both say the same, as in a copy of a job's own numbers."""
+    multiplier, rate = request.numbers().learning_rate_multiplier, request.optimizer.learning_rate
+    if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
+        return
+    raise InvalidRequest(
+        f"The learning rate is given twice: {rate:g}, and {multiplier:g} times {BASE_LEARNING_RATE:g}.",
+        code="conflicting_learning_rates",
+        remedy="Give either optimizer.learning_rate or learning_rate_multiplier; leave the other out, or say 'auto'.",
+        param="optimizer.learning_rate",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,66 @@ def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> No
         world.submit(model="new")
 
     assert (early.value.code, failed.value.code) == ("model_not_ready", "model_import_failed")
+
+
+def test_an_operator_is_told_why_the_import_of_a_jobs_model_failed(world: World) -> None:
+    bases.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    told = {"code": "unsupported_model", "message": "/srv/new is a picture.", "remedy": "Give a language model."}
+    bases.fail_import(world.db, "new", error=told)
+
+    with pytest.raises(InvalidRequest) as failed:
+        world.submit(model="new", caller=replace(world.caller, is_operator=True))
+
+    assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a picture.")
+    assert failed.value.remedy.startswith("Give a language model.")
+
+
+def test_a_failed_model_is_not_offered_and_one_that_comes_is_marked(world: World) -> None:
+    for name in ("broken", "coming"):
+        bases.add(world.db, name=name, kind="hub", source=f"org/{name}", revision=None)
+    bases.fail_import(world.db, "broken", error={"code": "unsupported_model", "message": "", "remedy": ""})
+
+    with pytest.raises(NotFound) as refusal:
+        world.submit(model="gpt-9")
+
+    assert refusal.value.remedy == "Base models here: coming (importing), smol."
+
+
+def with_rates(multiplier: float | str | None, rate: float | str | None) -> dict[str, Any]:
+    return {
+        **({"hyperparameters": {"learning_rate_multiplier": multiplier}} if multiplier is not None else {}),
+        **({"optimizer": {"learning_rate": rate}} if rate is not None else {}),
+    }
+
+
+@pytest.mark.parametrize("at_the_top", [True, False])
+def test_a_learning_rate_that_is_given_twice_must_be_the_same(world: World, at_the_top: bool) -> None:
+    fields = with_rates(2.0, 1e-3)
+    if not at_the_top:
+        fields["method"] = {"type": "supervised", "supervised": {"hyperparameters": fields.pop("hyperparameters")}}
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(**fields)
+
+    assert (refusal.value.code, refusal.value.param) == ("conflicting_learning_rates", "optimizer.learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "rate", "found"),
+    [
+        (None, None, (1.0, 2e-4)),
+        (2.0, "auto", (2.0, 4e-4)),
+        ("auto", 1e-3, (5.0, 1e-3)),
+        (None, 1e-3, (5.0, 1e-3)),
+        (5.0, 1e-3, (5.0, 1e-3)),
+    ],
+)
+def test_a_learning_rate_and_its_multiplier_say_the_same(
+    world: World, multiplier: Any, rate: Any, found: tuple[float, float]
+) -> None:
+    spec = world.submit(**with_rates(multiplier, rate)).spec
+
+    assert (spec["learning_rate_multiplier"], spec["optimizer"]["learning_rate"]) == pytest.approx(found)
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
