@@ -1,27 +1,32 @@
 """Lorry's client: `from lorry import Lorry`, and the command `lorry`.
 
-Speaks to a service over HTTP only and imports nothing of the service's own packages.
+Speaks to a service over HTTP only and imports nothing of the service's own packages. Names are looked up when they
+are first used: so a command starts at once, and a Ctrl-C meets no half-done import.
 """
 
 from __future__ import annotations
 
-from lorry.client import Lorry
-from lorry.errors import (
-    APIError,
-    AuthenticationFailed,
-    BadDownload,
-    Conflict,
-    ConnectionFailed,
-    InvalidRequest,
-    LorryError,
-    NotConfigured,
-    NotFound,
-    PermissionDenied,
-    RateLimited,
-    ServerFailed,
-    WaitTimeout,
-)
-from lorry.models import Adapter, File, Job, JobEvent, JobUpdate, Model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorry.client import Lorry
+    from lorry.errors import (
+        APIError,
+        AuthenticationFailed,
+        BadDownload,
+        Conflict,
+        ConnectionFailed,
+        InvalidRequest,
+        LorryError,
+        NotConfigured,
+        NotFound,
+        PermissionDenied,
+        RateLimited,
+        ServerFailed,
+        WaitTimeout,
+    )
+    from lorry.models import Adapter, File, Job, JobEvent, JobUpdate, Model
 
 __version__ = "0.1.0"
 
@@ -47,3 +52,12 @@ __all__ = [
     "ServerFailed",
     "WaitTimeout",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in ("lorry.errors", "lorry.models", "lorry.client"):
+            found = vars(import_module(home))
+            if name in found:
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,18 @@
-"""`python -m lorry` is the command `lorry`."""
+"""The command `lorry`, which is `python -m lorry` too. Nothing is imported before Ctrl-C is taken care of."""
 
-from lorry.cli.main import main
+from __future__ import annotations
+
+_EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    try:
+        from lorry.cli.main import main as command
+
+        command()
+    except KeyboardInterrupt:
+        raise SystemExit(_EXIT_INTERRUPTED) from None
+
 
 if __name__ == "__main__":
     main()

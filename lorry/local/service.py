@@ -80,6 +80,7 @@ class Service:
             text=True,
             timeout=_COMMAND_SECONDS,
             check=False,
+            start_new_session=True,  # Ctrl-C is ours alone to answer
         )
         try:
             parsed: object = json.loads(done.stdout)

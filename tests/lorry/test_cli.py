@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import lorry as lorry_package
 from lorry import __version__
 from lorry.cli.adapters import folder_name
 from lorry.cli.main import app
@@ -320,6 +321,32 @@ def test_ctrl_c_while_watching_exits_with_130_and_says_that_training_goes_on(ser
     assert "running" in first
     assert process.returncode == 130
     assert rest == "No longer watching; training goes on. Watch again: lorry jobs watch ftjob-1\n"
+
+
+@pytest.mark.parametrize("interrupted", ["typer", "httpx", "rich/console"])
+def test_ctrl_c_while_a_command_is_still_loading_exits_with_130_and_no_traceback(
+    service: Script, tmp_path: Path, interrupted: str
+) -> None:
+    service.on("GET", "/v1/queue", {"jobs": []})
+    package, _, module = interrupted.rpartition("/")
+    (tmp_path / package).mkdir(exist_ok=True)
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / package / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+
+    done = lorry("queue", LORRY_URL=service.url, PYTHONPATH=str(tmp_path))
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_package_itself_loads_nothing_until_a_name_of_it_is_used() -> None:
+    names = "[getattr(lorry, name).__name__ for name in lorry.__all__]"
+    code = f"import sys, lorry; assert 'httpx' not in sys.modules; print({names})"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == str(lorry_package.__all__)
+    with pytest.raises(AttributeError, match="Nonsense"):
+        _ = lorry_package.Nonsense
 
 
 def test_our_own_mistake_is_a_sentence_too(service: Script) -> None:
