@@ -86,6 +86,22 @@ def _option(group: str, help_text: str, *names: str, metavar: str | None = None)
     return typer.Option(*names, help=help_text, rich_help_panel=group, metavar=metavar)
 
 
+Targets = Annotated[
+    list[str] | None,
+    _option(ADAPTER, "Linear layer to adapt; may be repeated. Default: all but the output head.", metavar="NAME"),
+]
+Metadata = Annotated[list[str] | None, _option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
+Others = Annotated[
+    list[str] | None,
+    _option(
+        RUN,
+        "Any other field, such as optimizer.beta1=0.95; the value is JSON or text. May be repeated.",
+        "--set",
+        metavar="PATH=VALUE",
+    ),
+]
+
+
 def submit(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's name.")],
@@ -97,10 +113,7 @@ def submit(
     alpha: Annotated[float | None, _option(ADAPTER, "The update is scaled by alpha/rank. Default: 2 * rank.")] = None,
     rslora: Annotated[bool, _option(ADAPTER, "Scale by alpha/sqrt(rank).", "--rslora")] = False,
     dropout: Annotated[float | None, _option(ADAPTER, "Probability of dropping an input of A.")] = None,
-    target: Annotated[
-        list[str] | None,
-        _option(ADAPTER, "Linear layer to adapt; may be repeated. Default: all but the output head.", metavar="NAME"),
-    ] = None,
+    target: Targets = None,
     learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.")] = None,
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
     warmup: Annotated[
@@ -120,18 +133,8 @@ def submit(
     checkpoint_every: Annotated[int | None, _option(WATCHING, "Steps between two checkpoints.")] = None,
     suffix: Annotated[str | None, _option(RUN, "Becomes part of the adapter's name.")] = None,
     priority: Annotated[Priority | None, _option(RUN, "Class in the queue.")] = None,
-    metadata: Annotated[
-        list[str] | None, _option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")
-    ] = None,
-    other: Annotated[
-        list[str] | None,
-        _option(
-            RUN,
-            "Any other field, such as optimizer.beta1=0.95; the value is JSON or text. May be repeated.",
-            "--set",
-            metavar="PATH=VALUE",
-        ),
-    ] = None,
+    metadata: Metadata = None,
+    other: Others = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and draw its progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
