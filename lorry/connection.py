@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,8 @@ class Connection:
 
     url: str
     api_key: str | None
+    origin: str = field(default="", compare=False)
+    """Where the address comes from, as a sentence for whom it fails; empty where the caller gave it."""
 
 
 def find(
@@ -42,11 +44,13 @@ def find(
     comes with its own key.
     """
     environ = os.environ if environ is None else environ
+    named = url
     if data_dir is None:
         url = url or environ.get("LORRY_URL") or None
     if url is not None:
         url = normalise_url(url)
-        return Connection(url=url, api_key=api_key or _key_of_environment(environ, url))
+        origin = "" if named else _origin_of_environment(environ, url)
+        return Connection(url=url, api_key=api_key or _key_of_environment(environ, url), origin=origin)
     folder = data_dir or default_data_dir(environ)
     local = read(folder)
     if local is None:
@@ -57,7 +61,7 @@ def find(
         )
     given = _key_of_environment(environ, local.url)
     own = given or local.api_key if data_dir is None else local.api_key or given
-    return Connection(url=local.url, api_key=api_key or own)
+    return replace(local, api_key=api_key or own)
 
 
 def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -83,7 +87,7 @@ def read(data_dir: Path) -> Connection | None:
     url, key = fields.get("url"), fields.get("api_key")
     if not isinstance(url, str) or not (key is None or isinstance(key, str)):
         raise _unreadable(path, "it does not hold a url and an api_key")
-    return Connection(url=normalise_url(url), api_key=key)
+    return Connection(url=normalise_url(url), api_key=key, origin=f"The address is from {path}.")
 
 
 def write(data_dir: Path, connection: Connection) -> Path:
@@ -133,6 +137,19 @@ def is_loopback(url: str) -> bool:
 def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
     named = environ.get("LORRY_URL")
     return (environ.get("LORRY_API_KEY") or None) if not named or normalise_url(named) == url else None
+
+
+def _origin_of_environment(environ: Mapping[str, str], url: str) -> str:
+    """A variable that was exported long ago is easily forgotten: the local service that it hides is named too."""
+    folder = default_data_dir(environ)
+    with contextlib.suppress(NotConfigured):
+        local = read(folder)
+        if local is not None and local.url != url:
+            return (
+                f"The address is from the variable LORRY_URL; without it, it would be {local.url}, "
+                f"from {folder / FILE_NAME}."
+            )
+    return "The address is from the variable LORRY_URL."
 
 
 def _unreadable(path: Path, why: str) -> NotConfigured:

@@ -132,9 +132,9 @@ class Transport:
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
         why = str(error) or type(error).__name__
         return ConnectionFailed(
-            f"The service at {self.connection.url} does not answer: {why}.",
+            f"The service at {self.connection.url} does not answer: {why}. {self.connection.origin}".rstrip(),
             code="connection_failed",
-            remedy="Check that it runs (`lorry up` starts one here) and that LORRY_URL names it.",
+            remedy="Check the address, and that the service runs; `lorry up` starts one here.",
         )
 
 

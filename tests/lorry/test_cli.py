@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import lorry as lorry_package
-from lorry import __version__
+from lorry import __version__, connection
 from lorry.cli.adapters import folder_name
 from lorry.cli.main import app
 from tests.lorry.adapter_fixture import serve, tar
@@ -116,6 +116,20 @@ def test_without_a_service_the_remedy_is_told(run: Run, monkeypatch: pytest.Monk
     assert result.exit_code == 1
     assert "`lorry up`" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_service_that_does_not_answer_is_told_with_the_variable_that_names_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lorry.retries.RetryPolicy.delay", lambda *_: 0)
+    monkeypatch.setenv("LORRY_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    path = connection.write(tmp_path, connection.Connection(url="http://127.0.0.1:8472", api_key="k"))
+
+    message = run("jobs", "list").stderr
+
+    assert "The service at http://127.0.0.1:1 does not answer" in message
+    assert f"from the variable LORRY_URL; without it, it would be http://127.0.0.1:8472, from {path}" in message
 
 
 def test_submit_uploads_paths_takes_ids_and_sends_what_was_given(service: Script, run: Run, tmp_path: Path) -> None:

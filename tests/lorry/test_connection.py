@@ -55,6 +55,27 @@ def test_the_key_of_the_environment_is_shown_to_the_service_of_the_environment_a
     assert connection.find(url="http://a:1", environ={"LORRY_API_KEY": "mine"}).api_key == "mine"
 
 
+def test_what_does_not_answer_is_told_with_where_its_address_comes_from(tmp_path: Path) -> None:
+    local = {"LORRY_DATA_DIR": str(tmp_path)}
+    remote = {**local, "LORRY_URL": "http://b:2/v1"}
+    by_variable = connection.find(environ=remote).origin
+    path = connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+
+    assert by_variable == "The address is from the variable LORRY_URL."
+    assert connection.find(environ=local).origin == f"The address is from {path}."
+    assert connection.find(url="http://a:1", environ=remote).origin == ""
+    assert connection.find(environ={**local, "LORRY_URL": "http://127.0.0.1:8472/"}).origin == by_variable
+    assert connection.find(environ=remote).origin == (
+        f"The address is from the variable LORRY_URL; without it, it would be http://127.0.0.1:8472, from {path}."
+    )
+
+
+def test_a_broken_file_beside_the_variable_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "connection.json").write_text("[]")
+
+    assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://b:2"}).url == "http://b:2"
+
+
 def test_where_nothing_is_known_the_remedy_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(NotConfigured) as refused:
         connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})
