@@ -85,12 +85,13 @@ def short(digest: str | None) -> str | None:
 
 
 def size(num_bytes: float) -> str:
-    """1,234 B, 12.3 KiB …"""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:,.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"
+    """Three digits and a decimal unit, as the dashboard has it: 812 B, 31.5 kB, 1.23 GB."""
+    unit, rest = "B", float(num_bytes)
+    for larger in ("kB", "MB", "GB", "TB"):
+        if rest < 999.5:
+            break
+        unit, rest = larger, rest / 1000
+    return f"{rest:.{0 if unit == 'B' or rest >= 99.95 else 1 if rest >= 9.995 else 2}f} {unit}"
 
 
 def duration(seconds: float | None) -> str:

@@ -106,3 +106,20 @@ def test_where_there_is_room_every_column_is_shown_uncut(service: Script, run: R
 def test_a_time_in_a_table_is_short() -> None:
     assert output.briefly(86400 * 200) == "1970-07-20"
     assert output.briefly(None) is None
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (31_511, "31.5 kB"),
+        (999_949, "1.00 MB"),
+        (123_456_789, "123 MB"),
+        (9_996_000_000, "10.0 GB"),
+        (5_000_000_000_000_000, "5000 TB"),
+    ],
+)
+def test_a_size_is_in_decimal_units_like_the_dashboards(num_bytes: int, told: str) -> None:
+    assert output.size(num_bytes) == told
