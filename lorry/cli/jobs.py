@@ -93,18 +93,20 @@ def resume(job_id: JobId, as_json: AsJson = False) -> None:
 @app.command()
 def logs(
     job_id: JobId,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="The last so many. Default: all.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job is done.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="The losses of single steps too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The job's events, oldest first."""
     lorry = client()
-    events = (
-        (update.event for update in lorry.jobs.follow(job_id) if update.event is not None)
-        if follow
-        else reversed(list(lorry.jobs.events(job_id)))
-    )
-    for event in events:
+    past = list(lorry.jobs.events(job_id, type=None if metrics else "message", limit=limit))
+    for event in reversed(past):
         _print_event(event, as_json=as_json)
+    if follow:
+        for update in lorry.jobs.follow(job_id, after_event=past[0].id if past else None):
+            if update.event is not None and (metrics or update.event.type != "metrics"):
+                _print_event(update.event, as_json=as_json)
 
 
 def _run(job: Job) -> Iterator[tuple[str, object]]:

@@ -6,7 +6,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from lorry import requests
@@ -90,9 +90,17 @@ class Jobs:
     def resume(self, job_id: str) -> Job:
         return self._verb(job_id, "resume")
 
-    def events(self, job_id: str) -> Iterator[JobEvent]:
-        """Newest first."""
-        return (JobEvent.of(wire) for wire in pages.follow(self._transport, _of(job_id, "events")))
+    def events(
+        self,
+        job_id: str,
+        *,
+        type: Literal["message", "metrics"] | None = None,  # noqa: A002 - the wire's word
+        limit: int | None = None,
+    ) -> Iterator[JobEvent]:
+        """Newest first; only those of one type, if it is named."""
+        page_size = min(limit or pages.PAGE_SIZE, pages.PAGE_SIZE)
+        found = pages.follow(self._transport, _of(job_id, "events"), params={"type": type}, page_size=page_size)
+        return (JobEvent.of(wire) for wire in itertools.islice(found, limit))
 
     def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
         return (Checkpoint.of(wire) for wire in pages.follow(self._transport, _of(job_id, "checkpoints")))
@@ -141,11 +149,22 @@ class Jobs:
         """One connection's live updates. It ends when the service ends it; `follow` goes on over breaks."""
         return live.stream(self._transport, _of(job_id, "stream"), last_event_id)
 
-    def follow(self, job_id: str, *, poll_seconds: float = 1.0, patience_seconds: float = 60.0) -> Iterator[JobUpdate]:
-        """Live updates until the job is final. Over a broken stream it polls, and takes up where it was."""
+    def follow(
+        self,
+        job_id: str,
+        *,
+        after_event: str | None = None,
+        poll_seconds: float = 1.0,
+        patience_seconds: float = 60.0,
+    ) -> Iterator[JobUpdate]:
+        """Live updates until the job is final. Over a broken stream it polls, and takes up where it was.
+
+        after_event: id of the last event that was seen already; else every event of the job is told first.
+        """
         return live.follow(
             lambda last_event_id: self.stream(job_id, last_event_id=last_event_id),
             lambda: self.get(job_id),
+            last_event_id=after_event and after_event.removeprefix("ftevent-"),
             sleep=self._transport.sleep,
             clock=self._clock,
             poll_seconds=poll_seconds,

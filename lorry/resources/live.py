@@ -28,6 +28,7 @@ def follow(
     open_stream: Callable[[str | None], Iterator[JobUpdate]],
     get_job: Callable[[], Job],
     *,
+    last_event_id: str | None = None,
     sleep: Callable[[float], None],
     clock: Callable[[], float],
     poll_seconds: float,
@@ -37,7 +38,6 @@ def follow(
 
     Raises ConnectionFailed or ServerFailed where the service has not answered well for `patience_seconds`.
     """
-    last_event_id: str | None = None
     heard_at = clock()
     while True:
         try:

@@ -7,9 +7,11 @@ from typing import Any
 
 from lorry.transport import Params, Transport
 
+PAGE_SIZE = 100
+
 
 def follow(
-    transport: Transport, path: str, *, params: Params | None = None, page_size: int = 100
+    transport: Transport, path: str, *, params: Params | None = None, page_size: int = PAGE_SIZE
 ) -> Iterator[dict[str, Any]]:
     """Every object of a list, asked for page by page as the caller goes on."""
     after: str | None = None
