@@ -43,21 +43,26 @@ def workers(db: Database) -> list[WorkerView]:
     with db.read() as session:
         now = read_clock(session)
         held = {row.resident_base for row in rows if row.resident_base}
-        names = _names(session, held)
+        names, training = _names(session, held), _training(session)
         return [
-            WorkerView(worker=row, state=state_of(row, now=now), base_names=names.get(row.resident_base or "", []))
+            WorkerView(
+                worker=row,
+                state=state_of(row, is_training=row.id in training, now=now),
+                base_names=names.get(row.resident_base or "", []),
+            )
             for row in rows
         ]
 
 
-def state_of(worker: Worker, *, now: float) -> WorkerState:
+def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
+    """is_training: it holds a job that is running. A base that stays loaded for the next job is no work."""
     if worker.ended_at is not None:
         return "ended"
     if worker.heartbeat_at <= now - SILENT_SECONDS:
         return "lost"
     if worker.drain_requested:
         return "draining"
-    return "busy" if worker.trainer_id else "idle"
+    return "busy" if is_training else "idle"
 
 
 def count(db: Database) -> Counts:
@@ -70,6 +75,11 @@ def count(db: Database) -> Counts:
             num_events=session.scalar(select(func.max(JobEvent.seq))) or 0,
             adapters=session.scalar(select(func.count()).select_from(Adapter).where(Adapter.deleted_at.is_(None))) or 0,
         )
+
+
+def _training(session: Session) -> set[str | None]:
+    """Ids of the workers that hold a running job."""
+    return set(session.scalars(select(Job.worker_id).where(Job.state == JobState.RUNNING).distinct()))
 
 
 def _names(session: Session, digests: set[str]) -> dict[str, list[str]]:

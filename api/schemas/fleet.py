@@ -61,7 +61,9 @@ class WorkerObject(BaseModel):
     )
     id: str
     object: Literal["worker"] = "worker"
-    state: Literal["idle", "busy", "draining", "lost", "ended"]
+    state: Literal["idle", "busy", "draining", "lost", "ended"] = Field(
+        description="busy: it trains a job. A base may stay loaded in an idle one."
+    )
     host: str | None
     pid: int | None
     devices: list[Any]

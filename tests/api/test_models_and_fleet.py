@@ -129,6 +129,29 @@ def test_the_queue_shows_places_and_a_worker_what_it_holds(
     assert (by_operator["host"], by_operator["report"]) == ("here", {"tokens_per_second": 9})
 
 
+def test_a_worker_whose_trainer_holds_no_job_is_idle_for_everybody(
+    client: TestClient, operator: TestClient, stranger: TestClient, anonymous: TestClient, world: World
+) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    claim = world.running()
+    for worker_id in ("w1", "w2"):
+        claims.worker_beat(
+            world.db, worker_id, resident_base=claim.job.base_digest, trainer_id=f"t-{worker_id}", report=None
+        )
+
+    def states() -> list[dict[str, str]]:
+        answers = [viewer.get("/v1/workers").json()["data"] for viewer in (client, operator, stranger)]
+        return [{worker["id"]: worker["state"] for worker in data} for data in answers]
+
+    assert states() == [{"w1": "busy", "w2": "idle"}] * 3
+
+    world.complete(claim.claim_id)
+
+    assert states() == [{"w1": "idle", "w2": "idle"}] * 3
+    assert 'lorry_workers{state="idle"} 2.0' in anonymous.get("/metrics").text
+
+
 def test_readiness_tells_what_does_not_answer(
     anonymous: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
