@@ -22,6 +22,8 @@ class Candidate:
     row_bytes: int
     trainer_bytes: int
     """What a trainer of its base needs before its first job."""
+    slice_bytes: int = 0
+    """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
     is_suspect: bool = False
     """One more bad end and it is quarantined: it trains alone, so that no packmate is blamed or hurt."""
 

@@ -10,6 +10,11 @@ VECTORS_PER_ROW = 4
 ACTIVATIONS_PER_FEATURE = 2
 """Numbers kept for the backward per input feature of a linear: its input, and what norms and activations keep."""
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
+SLICE_TOKENS = 1024
+"""What one job puts into a tick; more only where a single row is longer."""
+TICK_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""What a tick grows to with the pack, by kind of device. Past these a larger tick gained nothing where it was
+measured (CPU) or is expected to (GPU)."""
 LOGIT_CHUNK_ROWS = 256
 """Positions whose logits exist at one time."""
 
@@ -49,8 +54,13 @@ def tick_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: in
     return activations + logits
 
 
-def trainer_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int = 1024) -> int:
-    """A trainer before its first job: base and one tick."""
+def slice_bytes(description: Mapping[str, Any], precision: str) -> int:
+    """Activations that a further job brings into a tick that has not reached its size yet."""
+    return SLICE_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+
+
+def trainer_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int = SLICE_TOKENS) -> int:
+    """A trainer before its first job: base and one tick, in which a job alone has one slice on any device."""
     base = base_bytes(int(description.get("num_parameters", 0)), precision)
     return base + tick_bytes(description, precision, num_tokens=num_tokens)
 

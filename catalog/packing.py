@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from catalog.fair_share import Candidate, Turn
+from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 
 PATIENCE_SECONDS = 60.0
 """How long a job for another base may be passed over for the sake of a base that is loaded already."""
@@ -21,6 +22,18 @@ class Room:
     """On the device, beside what is resident."""
     resident_base: str | None = None
     """Digest of the base that it holds, if any."""
+    num_jobs: int = 0
+    """Jobs that are in its trainer already."""
+    tick_tokens: int = TICK_TOKENS["cpu"]
+    """What a tick grows to on its device."""
+
+    def cost(self, job: Candidate, *, num_before: int) -> int:
+        """Bytes of a job that joins `num_before` others: its row, and its slice while the tick still grows.
+
+        The first job's slice is in what its trainer needs.
+        """
+        widens_tick = 0 < num_before < self.tick_tokens // SLICE_TOKENS
+        return job.row_bytes + (job.slice_bytes if widens_tick else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +91,9 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
             break
         if turn is anchor.turn or mate.is_suspect or mate.pack_key != anchor.turn.candidate.pack_key:
             continue
-        if mate.row_bytes <= left:
-            left -= mate.row_bytes
+        cost = room.cost(mate, num_before=len(chosen) + 1)
+        if cost <= left:
+            left -= cost
             reason = "same base and dtype as the anchor, and fits beside it"  # it may be another project's: no name
             chosen.append(Choice(turn=turn, role="packmate", reason=reason))
     return chosen
@@ -97,8 +111,9 @@ def choose_joiners(turns: Sequence[Turn], room: Room, key: str, *, worker_bytes:
         mate = turn.candidate
         if len(chosen) >= room.max_jobs:
             break
-        if mate.pack_key == key and not mate.is_suspect and mate.row_bytes <= left:
-            left -= mate.row_bytes
+        cost = room.cost(mate, num_before=room.num_jobs + len(chosen))
+        if mate.pack_key == key and not mate.is_suspect and cost <= left:
+            left -= cost
             chosen.append(
                 Choice(turn=turn, role="joiner", reason="its base is loaded and there is room beside the rest")
             )

@@ -54,7 +54,9 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
     ).all()
     if not rows:
         return []
-    needs = _trainer_bytes(session, {(row.base_model, row.pack_key) for row in rows})
+    described = _descriptions(session, {row.base_model for row in rows})
+    kinds = {(row.base_model, row.pack_key) for row in rows}
+    needs = {kind: _needs(described[kind[0]], packing.precision_of(kind[1])) for kind in kinds}
     candidates = [
         Candidate(
             job_id=row.id,
@@ -64,7 +66,8 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             priority=row.priority,
             created_at=row.created_at,
             row_bytes=memory.row_bytes(row.adapter_parameters),
-            trainer_bytes=needs[row.base_model, row.pack_key],
+            trainer_bytes=needs[row.base_model, row.pack_key][0],
+            slice_bytes=needs[row.base_model, row.pack_key][1],
             is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
         )
         for row in rows
@@ -142,8 +145,11 @@ def _running(session: Session) -> dict[str, int]:
     return {row[0]: row[1] for row in session.execute(counted)}
 
 
-def _trainer_bytes(session: Session, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    names = {name for name, _ in wanted}
+def _descriptions(session: Session, names: set[str]) -> dict[str, Json]:
     rows = session.scalars(select(BaseModelRow).where(BaseModelRow.name.in_(names)))
-    described = {row.name: row.description or {} for row in rows}
-    return {(name, key): memory.trainer_bytes(described[name], packing.precision_of(key)) for name, key in wanted}
+    return {row.name: row.description or {} for row in rows}
+
+
+def _needs(description: Json, precision: str) -> tuple[int, int]:
+    """Bytes of (a trainer with its first slice, a further slice)."""
+    return memory.trainer_bytes(description, precision), memory.slice_bytes(description, precision)

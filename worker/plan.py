@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import math
 
+from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobSpec
 from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
-
-CPU_TICK_TOKENS = 1024
-GPU_TICK_TOKENS = 8192
-"""Past these a larger tick gained nothing where it was measured (CPU) or is expected to (GPU)."""
 
 
 def engine_config(device: str) -> EngineConfig:
     if device == "cpu":
-        return EngineConfig(token_budget=CPU_TICK_TOKENS, max_tick_seconds=1.0)
-    return EngineConfig(token_budget=GPU_TICK_TOKENS, max_tick_seconds=0.3)
+        return EngineConfig(token_budget=TICK_TOKENS["cpu"], max_tick_seconds=1.0)
+    return EngineConfig(token_budget=TICK_TOKENS["cuda"], max_tick_seconds=0.3)
 
 
 def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:
@@ -42,6 +39,7 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
         num_steps=num_steps,
         seed=spec.seed,
         evaluate_every_steps=evaluate_every_steps,
+        slice_tokens=SLICE_TOKENS,
     )
 
 

@@ -296,14 +296,18 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
 def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
     """What fits beside the pack. An empty trainer's own memory counts as free: it would be unloaded."""
     free = node.free_bytes(context.device)
+    tick_tokens = memory.TICK_TOKENS[context.device.kind]
     if pack is None:
-        return Room(max_jobs=context.settings.max_jobs_per_trainer, memory_bytes_free=free)
+        max_jobs = context.settings.max_jobs_per_trainer
+        return Room(max_jobs=max_jobs, memory_bytes_free=free, tick_tokens=tick_tokens)
     if not len(pack) and pack.ready is not None:
         free += int(pack.ready["memory"]["base_bytes"])
     return Room(
         max_jobs=context.settings.max_jobs_per_trainer - len(pack),
         memory_bytes_free=max(0, free - pack.bytes_to_come()),
         resident_base=pack.pack_key.partition(":")[0],
+        num_jobs=len(pack),
+        tick_tokens=tick_tokens,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from catalog.fair_share import Candidate, Turn, order
+from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.packing import (
     PATIENCE_SECONDS,
     Room,
@@ -117,3 +118,29 @@ def test_a_choice_says_why() -> None:
 def test_a_pack_key_tells_its_precision() -> None:
     assert precision_of(pack_key("d", "float32")) == "float32"
     assert precision_of(pack_key("sha256:d", "bfloat16")) == "bfloat16"
+
+
+def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size() -> None:
+    waiting = [candidate(f"j{i:02}", i, row_bytes=1, slice_bytes=5, trainer_bytes=10) for i in range(12)]
+
+    def sizes(memory_bytes_free: int) -> tuple[int, int]:
+        cpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free)
+        gpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free, tick_tokens=TICK_TOKENS["cuda"])
+        return len(packed(*waiting, room=cpu)), len(packed(*waiting, room=gpu))
+
+    assert TICK_TOKENS == {"cpu": SLICE_TOKENS, "cuda": 8 * SLICE_TOKENS}
+    assert sizes(10) == (0, 0)
+    assert sizes(11) == (1, 1)
+    assert sizes(17) == (7, 2)
+    assert sizes(53) == (12, 8)
+    assert sizes(57) == (12, 12)
+
+
+def test_what_is_in_the_trainer_already_counts_for_the_size_of_its_tick() -> None:
+    waiting = [candidate(f"j{i}", i, row_bytes=1, slice_bytes=5) for i in range(4)]
+
+    def joiners(num_jobs: int) -> int:
+        room = Room(max_jobs=4, memory_bytes_free=8, num_jobs=num_jobs, tick_tokens=TICK_TOKENS["cuda"])
+        return len(joined(*waiting, room=room))
+
+    assert [joiners(num_jobs) for num_jobs in (0, 1, 7, 8)] == [2, 1, 3, 4]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobRequest, resolve
 from lora_core.config import MAX_DROPOUT
 from lora_core.optim import learning_rate_at
-from worker.plan import job_config
+from worker.plan import engine_config, job_config
 
 
 def request(**fields: object) -> JobRequest:
@@ -33,3 +34,11 @@ def test_the_largest_dropout_that_may_be_asked_for_is_the_engines() -> None:
     assert job_config(spec, num_steps=1, evaluate_every_steps=None).lora.dropout == MAX_DROPOUT
     with pytest.raises(ValidationError, match="dropout"):
         request(lora={"dropout": MAX_DROPOUT + 0.01})
+
+
+def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_with() -> None:
+    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
+
+    assert job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens == SLICE_TOKENS
+    budgets = {kind: engine_config(device).token_budget for kind, device in (("cpu", "cpu"), ("cuda", "cuda:0"))}
+    assert budgets == TICK_TOKENS
