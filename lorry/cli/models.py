@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,11 @@ from lorry.cli import output
 from lorry.cli.app import client, group
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorry.models import Model
 
 app = group("Base models and adapters.")
 
@@ -68,18 +73,54 @@ def list_(as_json: AsJson = False) -> None:
     )
     for model in models:
         if model.error:
-            output.say(f"{model.id} {model.state}: {model.error.message} {model.error.remedy}".rstrip())
+            output.say(f"{model.id} {model.state}: {output.brief(model.error.message)}")
+    if any(model.error for model in models):
+        output.say("All of it, and what to do: lorry models show NAME")
     return None
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    as_json: AsJson = False,
+) -> None:
+    """One model: a base, with its shapes or why its import failed, or an adapter."""
+    model = client().models.get(name)
+    if as_json:
+        output.print_json(model.raw)
+    else:
+        output.pairs(_facts(model))
 
 
 @app.command()
 def delete(
     name: Annotated[str, typer.Argument(help="The model's name.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete an adapter by its name."""
+    """Delete an adapter, or (for operators) a base model: adapters that were trained on it stay."""
+    is_adapter = name.startswith("ft:")
+    what = "the adapter" if is_adapter else "the base model"
+    output.confirm(f"Delete {what} {name}?", yes=yes)
     client().models.delete(name)
     if as_json:
         output.print_json({"id": name, "deleted": True})
     else:
-        output.say(f"{name} is deleted.")
+        output.say(f"{name} is deleted.{'' if is_adapter else ' What was trained on it stays.'}")
+
+
+def _facts(model: Model) -> Iterator[tuple[str, object]]:
+    yield "name", model.id
+    yield "kind", model.kind
+    yield "state", model.state
+    yield "error", model.error and model.error.message
+    yield "what to do", model.error and model.error.remedy
+    yield "base", model.base
+    yield "source", model.source
+    yield "revision", model.revision
+    yield "digest", model.digest
+    yield "folder", model.local_path
+    yield "created", output.when(model.created or None)
+    shapes = ("architecture", "num_parameters", "num_layers", "hidden_size", "vocab_size", "max_positions", "dtype")
+    for name in shapes:
+        yield name.removeprefix("num_").replace("_", " "), (model.description or {}).get(name)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,18 +48,46 @@ def print_json_line(value: Any) -> None:
     sys.stdout.flush()
 
 
+def confirm(question: str, *, yes: bool) -> None:
+    """Goes on where a person says so, or --yes did. Else it exits: a script that forgot --yes with wrong usage."""
+    if yes:
+        return
+    if not is_attended():
+        raise typer.BadParameter("nobody is there to confirm it; say --yes.", param_hint="--yes")
+    messages().print(f"{clean(question)} [y/N] ", end="", soft_wrap=True)
+    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+        say("Nothing was done.")
+        raise typer.Exit(1)
+
+
+def is_attended() -> bool:
+    """A person can answer."""
+    return sys.stdin.isatty()
+
+
 def pairs(values: Iterable[tuple[str, object]]) -> None:
-    """Label and value, one a line; a None is left out."""
+    """Label and value, one a line; a None and an empty text are left out. Where a terminal is too narrow, values fold under themselves."""
     from rich.table import Table
     from rich.text import Text
 
+    shown = [(label, clean(cell(value))) for label, value in values if value not in (None, "")]
+    out = console()
+    if not sys.stdout.isatty():  # a table would pad every line to the longest
+        width = max((len(label) for label, _ in shown), default=0)
+        for label, value in shown:
+            out.print(Text(f"{label:{width}}  {value}".replace("\n", f"\n{'':{width}}  ")), soft_wrap=True)
+        return
     drawn = Table(box=None, show_header=False, pad_edge=False)
     drawn.add_column(style="bold")
     drawn.add_column(overflow="fold")
-    for label, value in values:
-        if value is not None:
-            drawn.add_row(label, Text(clean(cell(value))))
-    console().print(drawn)
+    for label, value in shown:
+        drawn.add_row(label, Text(value))
+    out.print(drawn)
+
+
+def brief(text: str) -> str:
+    """The first line, cut between words where it is long."""
+    return shorten(text.strip().partition("\n")[0], 160, placeholder=" …")
 
 
 def clean(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from lorry.cli import output
 from lorry.cli.main import app
 from tests.lorry.scripted_server import Reply, Script
 
@@ -111,11 +112,19 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
     assert not any("live_workers" in line for line in told)
 
 
-def test_the_list_of_models_says_why_one_failed(service: Script, run: Run) -> None:
-    error = {"code": "c", "message": "There is no such repository.", "remedy": "Check the name."}
-    service.on("GET", "/v1/models", {"data": [{"id": "m", "state": "failed", "error": error}], "has_more": False})
+def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:
+    message = f"There is no {'such ' * 40}repository.\nTraceback"
+    model = {"id": "m", "state": "failed", "error": {"code": "c", "message": message, "remedy": "Check the name."}}
+    service.on("GET", "/v1/models", {"data": [model], "has_more": False})
+    service.on("GET", "/v1/models/m", model)
 
-    assert run("models", "list").stderr == "m failed: There is no such repository. Check the name.\n"
+    briefly, all_of_it = run("models", "list").stderr.splitlines(), run("models", "show", "m").stdout
+
+    assert briefly[0].startswith("m failed: There is no such such")
+    assert briefly[0].endswith("such …")
+    assert briefly[1:] == ["All of it, and what to do: lorry models show NAME"]
+    assert "repository.\n            Traceback\nwhat to do  Check the name.\n" in all_of_it
+    assert json.loads(run("models", "show", "m", "--json").stdout) == model
 
 
 def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Script, run: Run) -> None:
@@ -128,14 +137,48 @@ def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Scri
     assert json.loads(machine.stdout)["report"] is None
 
 
-@pytest.mark.parametrize("group", ["files", "models"])
-def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script, run: Run, group: str) -> None:
-    refused = {"error": {"message": "Only an adapter can be deleted.", "type": "x", "param": None, "code": "c"}}
-    service.on("DELETE", f"/v1/{group}/x", {"id": "x", "deleted": True})
-    service.on("DELETE", f"/v1/{group}/base", Reply(status=403, body=refused))
+@pytest.mark.parametrize("command", ["files delete", "models delete --yes"])
+def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script, run: Run, command: str) -> None:
+    refused = {"error": {"message": "A job uses it.", "type": "x", "param": None, "code": "c"}}
+    group = command.split(maxsplit=1)[0]
+    service.on("DELETE", f"/v1/{group}/ft%3Ax", {"id": "ft:x", "deleted": True})
+    service.on("DELETE", f"/v1/{group}/used", Reply(status=409, body=refused))
 
-    done, machine, kept = run(group, "delete", "x"), run(group, "delete", "x", "--json"), run(group, "delete", "base")
+    done, machine, kept = (run(*command.split(), *more) for more in (("ft:x",), ("ft:x", "--json"), ("used",)))
 
-    assert (done.exit_code, done.stderr) == (0, "x is deleted.\n")
-    assert json.loads(machine.stdout) == {"id": "x", "deleted": True}
-    assert (kept.exit_code, kept.stderr) == (1, "Error: Only an adapter can be deleted.\n")
+    assert (done.exit_code, done.stderr) == (0, "ft:x is deleted.\n")
+    assert json.loads(machine.stdout) == {"id": "ft:x", "deleted": True}
+    assert (kept.exit_code, kept.stderr) == (1, "Error: A job uses it.\n")
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("Yes\n", 0), ("\n", 1), ("no\n", 1), ("", 1)])
+def test_deleting_a_model_asks_first(service: Script, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
+    service.on("DELETE", "/v1/models/tiny", {})
+
+    monkeypatch.setattr(output, "is_attended", lambda: True)
+
+    result = CliRunner().invoke(app, ["models", "delete", "tiny"], input=answer)
+
+    assert result.exit_code == code
+    assert len(service.requests("DELETE", "/v1/models/tiny")) == (1 if code == 0 else 0)
+
+
+def test_deleting_a_model_in_a_script_needs_the_option(service: Script, run: Run) -> None:
+    result = run("models", "delete", "tiny")
+
+    assert result.exit_code == 2
+    assert "--yes" in result.stderr
+    assert service.seen == []
+
+
+def test_deleting_a_base_says_that_its_adapters_stay(service: Script, run: Run) -> None:
+    service.on("DELETE", "/v1/models/tiny", {})
+
+    assert run("models", "delete", "tiny", "-y").stderr == "tiny is deleted. What was trained on it stays.\n"
+
+
+def test_pairs_in_a_pipe_end_where_their_text_ends(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/models/m", {"id": "m", "source": "s" * 300, "error": {"message": "a\nb"}})
+
+    assert run("models", "show", "m").stdout == f"name    m\nerror   a\n        b\nsource  {'s' * 300}\n"
