@@ -5,6 +5,7 @@ What the engine can't train is refused here, so that a base which is there is on
 """
 
 import errno
+import glob
 import re
 import tempfile
 from pathlib import Path
@@ -15,12 +16,17 @@ from transformers import AutoTokenizer
 
 from lora_core.attach import Attachment
 from lora_core.base_model import load_base
-from lora_core.errors import UnreachableSource
-from lora_core.model_folder import load_with_transformers, read_config, refused
+from lora_core.errors import UnreachableSource, UnsupportedModel
+from lora_core.model_folder import INDEX, SINGLE, load_with_transformers, read_config, refused, weight_names
 from lora_core.probe import refuse_mixing
 from lora_core.tensor_files import read_header, write_directory
 
-ALLOWED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+HUB_FILES = (
+    *("config.json", "generation_config.json", SINGLE, INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+"""What is fetched of a repository, beside the shards that its index names: no subfolder, no other format, no code."""
 
 
 def import_base(
@@ -54,7 +60,13 @@ def _download(repository: str, revision: str | None) -> tuple[Path, str]:
         if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
             commit = HfApi().model_info(repository, revision=revision).sha
         assert commit is not None, "the hub names a commit"
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=ALLOWED_FILES)), commit
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(HUB_FILES)))
+        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+            shards = [glob.escape(name) for name in weight_names(folder)]
+            snapshot_download(repository, revision=commit, allow_patterns=shards)
+        return folder, commit
+    except UnsupportedModel:
+        raise
     except (HTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -90,13 +102,17 @@ def _write_folder(folder: Path, directory: Path) -> None:
     if not (folder / "config.json").is_file():
         raise refused(f"{folder.name!r} has no config.json")
     config = read_config(folder)
-    tensor_files = sorted(folder.glob("*.safetensors"))
-    if not tensor_files:
+    names = weight_names(folder)
+    if not names:
         pickles = [path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]]
-        raise refused(f"its weights are pickles ({pickles[0]})" if pickles else "it has no safetensors file")
+        raise refused(
+            f"its weights are pickles ({pickles[0]})"
+            if pickles
+            else f"it has no safetensors weights ({SINGLE} or {INDEX})"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise refused("its weights are quantised")
-    dtypes = {dtype for path in tensor_files for dtype, _ in read_header(path).values()}
+    dtypes = {dtype for name in names for dtype, _ in read_header(folder / name).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
     _save_model(load_with_transformers(folder, dtype=dtype), directory)
     _save_tokenizer(folder, directory)

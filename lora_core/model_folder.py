@@ -5,6 +5,7 @@ No pickle, no trust_remote_code, no auto_map: what can't be had without running 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lora_core.errors import UnsupportedModel
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_config(folder: Path) -> Any:
@@ -25,6 +28,25 @@ def read_config(folder: Path) -> Any:
         raise refused(f"{config.model_type!r} has no causal language model")
     refuse_unpackable(config)
     return config
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files that transformers would read the weights from; [] if there are none. Raises UnsupportedModel.
+
+    Whatever else lies beside them (other formats, an original in another layout) takes no part.
+    """
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise refused(f"{INDEX} can't be read") from error
+    foreign = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]
+    if foreign or not names:
+        raise refused(f"{INDEX} names {foreign[0]!r}" if foreign else f"{INDEX} names no file")
+    return names
 
 
 def refuse_code(folder: Path) -> None:

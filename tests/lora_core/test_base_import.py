@@ -156,7 +156,7 @@ def test_a_folder_without_a_tokenizer_is_refused(source, tmp_path):
 
 
 def test_a_safetensors_bomb_is_refused_on_import_and_on_load(source, base_dirs, tmp_path):
-    (source / "model-2.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{")
+    (source / "model.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{")
     with pytest.raises(UnsafeFile, match="header of 1073741824 bytes"):
         import_folder(source, tmp_path / "base")
     with pytest.raises(UnsafeFile):
@@ -191,20 +191,59 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 
-def test_the_hub_is_asked_for_one_commit_and_only_for_safe_files(source, tmp_path, monkeypatch):
-    asked = {}
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path, num_shards):
+    commit, expected = "a" * 40, import_folder(source, tmp_path / "expected")
+    if num_shards > 1:
+        split_weights(source, num_shards)
+    needed = {path.name for path in source.iterdir()}
+    (source / "original").mkdir()
+    others = (
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "pytorch_model.bin",
+        "modeling.py",
+        "other.json",
+    )
+    for name in others:
+        (source / name).write_bytes(b"not what it says")
+    asked: list[str] = []
 
-    def snapshot_download(repository, **options):
-        asked.update(options, repository=repository)
-        return str(source)
+    with hub_that_serves(source, commit, asked) as endpoint:
+        result = import_in_child(tmp_path, endpoint)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    commit = import_base(source="org/model", kind="hub", revision="a" * 40, target_dir=tmp_path / "base")
+    assert result.stdout.split() == [commit], result.stderr
+    assert {name for name in asked if name in {*needed, *others}} == needed
+    assert digests(tmp_path / "base") == digests(expected)
 
-    assert commit == "a" * 40
-    assert (asked["repository"], asked["revision"]) == ("org/model", "a" * 40)
-    assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])
-    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+def split_weights(folder: Path, num_shards: int) -> None:
+    """As a repository of a large model has them: shards, and an index that says which tensor is where."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
+        part = dict(list(weights.items())[shard::num_shards])
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("named", ["../elsewhere.safetensors", "original/model.safetensors", "pytorch_model.bin"])
+def test_an_index_that_names_other_files_is_refused(source, tmp_path, named):
+    split_weights(source, 2)
+    edit_json(source / "model.safetensors.index.json", weight_map={"lm_head.weight": named})
+    with pytest.raises(UnsupportedModel, match="index"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_what_lies_beside_the_weights_does_not_decide_their_dtype(source, tmp_path):
+    expected = import_folder(source, tmp_path / "expected")
+    weights = load_file(source / "model.safetensors")
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, source / "consolidated.safetensors")
+    assert digests(import_folder(source, tmp_path / "base")) == digests(expected)
 
 
 def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(source, tmp_path, monkeypatch):
@@ -232,47 +271,96 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
     ],
 )
 def test_why_the_hub_gives_nothing_is_said(status, header, reason, tmp_path):
+    with hub_that_answers(status, header) as endpoint:
+        told = import_in_child(tmp_path, endpoint)
+
+    assert reason in told.stdout, told.stderr
+    assert not (tmp_path / "base").exists()
+
+
+def import_in_child(folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    """Import org/model at main into `folder`/base; it prints the commit, or why not. The hub's client reads the
+    address of the hub when it is imported, so it is imported by a process of its own."""
     code = textwrap.dedent("""
         import sys
         from pathlib import Path
         from lora_core.base_import import import_base
         from lora_core.errors import UnreachableSource
         try:
-            import_base(source="org/model", kind="hub", revision="main", target_dir=Path(sys.argv[1]) / "base")
+            target = Path(sys.argv[1]) / "base"
+            print(import_base(source="org/model", kind="hub", revision="main", target_dir=target))
         except UnreachableSource as error:
             print(error, error.remedy)
     """)
-    with hub_that_answers(status, header) as endpoint:
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        told = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)],
-            check=False,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    assert reason in told.stdout, told.stderr
-    assert not (tmp_path / "base").exists()
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        check=False,
+        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
-@contextmanager
-def hub_that_answers(status, header):
-    class Hub(BaseHTTPRequestHandler):
+class Hub(BaseHTTPRequestHandler):
+    """The parts of its HTTP interface that its client asks for."""
+
+    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def answer_json(self, content: object) -> None:
+        self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
+
+    def log_message(self, format, *args):  # noqa: A002
+        pass
+
+
+def hub_that_serves(folder: Path, commit: str, asked: list[str]):
+    """One repository, org/model, with the files of `folder`; the paths that were asked for are added to `asked`."""
+
+    class Serving(Hub):
         def do_GET(self):
-            self.send_response(status)
-            if header:
-                self.send_header("X-Error-Code", header)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            kind, _, path = self.path.removeprefix("/api/models").removeprefix("/org/model/").partition("/")
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            if kind == "revision":
+                self.answer_json({"id": "org/model", "sha": commit, "siblings": [], "tags": [], "downloads": 0})
+                return
+            if kind == "tree":
+                entry = {"type": "file", "oid": commit}
+                self.answer_json(
+                    [{**entry, "path": str(file.relative_to(folder)), "size": file.stat().st_size} for file in files]
+                )
+                return
+            assert (kind, path.partition("/")[0]) == ("resolve", commit), self.path
+            name = path.partition("/")[2]
+            asked.append(name)
+            content = (folder / name).read_bytes()
+            self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
 
         do_HEAD = do_GET
 
-        def log_message(self, format, *args):  # noqa: A002
-            pass
+    return serving(Serving)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+
+def hub_that_answers(status, header):
+    class Refusing(Hub):
+        def do_GET(self):
+            self.answer(status, **({"X_Error_Code": header} if header else {}))
+
+        do_HEAD = do_GET
+
+    return serving(Refusing)
+
+
+@contextmanager
+def serving(handler):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
