@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,11 +10,6 @@ from lorry.cli import output
 from lorry.cli.app import client
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
-from lorry.errors import PermissionDenied
-
-if TYPE_CHECKING:
-    from lorry.client import Lorry
-    from lorry.models import Worker
 
 
 def queue(
@@ -42,15 +37,13 @@ def queue(
 
 def workers(as_json: AsJson = False) -> None:
     """Who trains, and what each holds resident."""
-    lorry = client()
-    found = list(lorry.workers.list())
+    found = list(client().workers.list())
     if as_json:
         return output.print_json([worker.raw for worker in found])
-    engaged = _engaged(lorry) if any(worker.state == "busy" for worker in found) else None
     rows = [
         (
             worker.id,
-            _state(worker, engaged),
+            worker.state,
             worker.host,
             ", ".join(map(_device, worker.devices)),
             ", ".join(worker.resident_base_names) or worker.resident_base,
@@ -69,22 +62,6 @@ def workers(as_json: AsJson = False) -> None:
         Column(title="SEEN", goes=3),
     )
     return table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
-
-
-def _engaged(lorry: Lorry) -> set[str] | None:
-    """Ids of the workers that have a job; None where the key may not see every project's jobs."""
-    try:
-        entries: list[dict[str, Any]] = lorry.queue.get(all_projects=True).get("jobs") or []
-    except PermissionDenied:
-        return None
-    return {entry["worker_id"] for entry in entries if entry.get("worker_id")}
-
-
-def _state(worker: Worker, engaged: set[str] | None) -> str:
-    """The service calls a worker busy as long as its trainer lives, and that outlives its jobs."""
-    if worker.state == "busy" and engaged is not None and worker.id not in engaged:
-        return "idle (base loaded)"
-    return worker.state
 
 
 def _device(device: Any) -> str:

@@ -66,7 +66,10 @@ def is_attended() -> bool:
 
 
 def pairs(values: Iterable[tuple[str, object]]) -> None:
-    """Label and value, one a line; a None and an empty text are left out. Where a terminal is too narrow, values fold under themselves."""
+    """Label and value, one a line; a None and an empty text are left out.
+
+    Where a terminal is too narrow, values fold under themselves.
+    """
     from rich.table import Table
     from rich.text import Text
 
