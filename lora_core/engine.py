@@ -98,6 +98,10 @@ class Engine:
     def num_parameters(self, job: str) -> int:
         return self._jobs[job].row.num_parameters
 
+    def trained_tokens(self, job: str) -> int:
+        """Tokens of all completed steps, those before a resume included, evaluations left out."""
+        return self._jobs[job].progress.num_tokens
+
     def jobs(self) -> tuple[str, ...]:
         return tuple(self._jobs)
 

@@ -15,11 +15,6 @@ from worker.context import WorkerContext
 from worker.trainer_directory import TrainerDirectory
 
 
-def tokens_before(checkpoints: list[Checkpoint]) -> int:
-    """Tokens that the job had trained on at the point where it resumes."""
-    return int(checkpoints[0].metrics.get("trained_tokens", 0)) if checkpoints else 0
-
-
 def bring_files(
     context: WorkerContext, directory: TrainerDirectory, claim: Claim, checkpoints: list[Checkpoint]
 ) -> Json:

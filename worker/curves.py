@@ -19,8 +19,6 @@ class Curve:
     """Collects one job's `stepped` and `evaluated` events."""
 
     num_steps: int
-    trained_tokens: int = 0
-    """Tokens of all its steps so far, those before a resume included."""
     step: int = 0
     loss: float | None = None
     _latest: Json = field(default_factory=dict[str, Any])
@@ -31,7 +29,6 @@ class Curve:
     def stepped(self, event: Json) -> None:
         self.step, self.loss = event["step"], event["loss"]
         self._latest |= {"train_loss": event["loss"], "train_mean_token_accuracy": event["token_accuracy"]}
-        self.trained_tokens += event["num_tokens"]
         self._window.append((event["seconds"], event["num_tokens"]))
         self._points.append({"kind": "train", "step": event["step"], **{name: event[name] for name in TRAIN_FIELDS}})
 
@@ -61,8 +58,8 @@ class Curve:
         self._flushed_at = now
 
     def metrics(self) -> Json:
-        """For a checkpoint: the latest numbers, by the wire's names, and what a resume goes on counting from."""
-        return {"step": self.step, **self._latest, "trained_tokens": self.trained_tokens}
+        """For a checkpoint: the latest numbers, by the wire's names."""
+        return {"step": self.step, **self._latest}
 
     def progress(self) -> Json:
         """For the job's row: its own speed over the last steps, and the time that this leaves."""

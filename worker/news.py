@@ -118,12 +118,6 @@ class Listener:
             )
             error = {"code": "verification_failed", "message": message, "param": None}
             return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)
-        publish.adapter(
-            self._context,
-            held.claim,
-            self._directory.path / event["folder"],
-            event,
-            trained_tokens=held.curve.trained_tokens,
-            trainer=ready,
-        )
+        folder = self._directory.path / event["folder"]
+        publish.adapter(self._context, held.claim, folder, event, trainer=ready)
         return Next.COMPLETED

@@ -100,7 +100,6 @@ class Pack:
             wire = publish.wire_error(error)
             self._end(held, End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=wire))
         else:
-            held.curve.trained_tokens = admission.tokens_before(held.checkpoints)
             self._inbox.send("admit", **body)
             held.told.clear()
             held.is_handed_over = True

@@ -27,9 +27,7 @@ def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int,
         claims.record_event(context.db, claim.claim_id, "warn", message)
 
 
-def adapter(
-    context: WorkerContext, claim: Claim, folder: Path, exported: Json, *, trained_tokens: int, trainer: Json
-) -> None:
+def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, *, trainer: Json) -> None:
     """Store an adapter's files, then complete the job with it in one transaction.
 
     exported: the trainer's event, whose report has passed. trainer: what it said when it was ready.
@@ -45,7 +43,7 @@ def adapter(
         trainer=trainer,
         results={
             "steps": exported["step"],
-            "trained_tokens": trained_tokens,
+            "trained_tokens": exported["trained_tokens"],
             "evaluation": evaluation,
             "verification": exported["report"],
         },
@@ -58,7 +56,7 @@ def adapter(
         num_parameters=exported["num_parameters"],
         verification=exported["report"],
         evaluation=evaluation,
-        trained_tokens=trained_tokens,
+        trained_tokens=exported["trained_tokens"],
         lineage=lineage,
         lineage_id=lineage_id,
     )

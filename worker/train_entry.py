@@ -232,10 +232,14 @@ class Trainer:
             self._evict(claim_id)
             self._write(claim_id, "refused", error=_disk_error(error), is_checkpoint=False)
             return
-        num_parameters = self._engine.num_parameters(claim_id)
+        body = {
+            "step": step,
+            "folder": str(folder.relative_to(self._directory.path)),
+            "num_parameters": self._engine.num_parameters(claim_id),
+            "trained_tokens": self._engine.trained_tokens(claim_id),
+            "report": asdict(report),
+        }
         self._evict(claim_id)
-        relative = str(folder.relative_to(self._directory.path))
-        body = {"step": step, "folder": relative, "num_parameters": num_parameters, "report": asdict(report)}
         self._write(claim_id, "exported", **body)
 
     def _refuse(self, claim_id: str, error: LoraCoreError, *, is_checkpoint: bool = False) -> None:

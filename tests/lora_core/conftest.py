@@ -1,6 +1,5 @@
 """Tiny random base models on disk, made once a session; one thread, as a worker on a CPU uses."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,12 +45,10 @@ def base_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def real_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real language model, imported from the GGUF file that LORRY_TEST_GGUF names."""
-    if "LORRY_TEST_GGUF" not in os.environ:
-        pytest.skip("LORRY_TEST_GGUF names no GGUF file")
+def real_base_dir(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real language model, imported."""
     folder = tmp_path_factory.mktemp("real") / "base"
-    import_base(source=os.environ["LORRY_TEST_GGUF"], kind="gguf", revision=None, target_dir=folder)
+    import_base(source=str(real_gguf), kind="gguf", revision=None, target_dir=folder)
     return folder
 
 

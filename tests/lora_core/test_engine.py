@@ -72,6 +72,23 @@ def test_a_step_counts_its_tokens_and_names_its_learning_rate(load):
     ]
 
 
+def test_trained_tokens_count_each_step_once_though_the_job_resumes(load, tmp_path):
+    job = Submission(config=config(num_steps=6, batch_size=3, slice_tokens=20), train=JOB.train, valid=JOB.train)
+    first, second = Engine(load("llama"), EngineConfig()), Engine(load("llama"), EngineConfig())
+    admit(first, "job", job)
+    while first.progress("job")[0] < 3:
+        first.tick()
+    first.tick()  # into the fourth step, which the checkpoint leaves out
+    first.save_checkpoint("job", tmp_path / "checkpoint")
+
+    admit(second, "job", job, resume_from=tmp_path / "checkpoint")
+    steps = [event for event in run(second) if isinstance(event, JobStepped)]
+
+    num_tokens = sum(step.num_tokens for step in steps)
+    assert [step.step for step in steps] == [4, 5, 6]
+    assert second.trained_tokens("job") == first.trained_tokens("job") + num_tokens > num_tokens
+
+
 def test_jobs_of_one_engine_share_ticks(load):
     engine = Engine(load("llama"), EngineConfig(token_budget=4096))
     job = Submission(config=config(num_steps=2), train=JOB.train)

@@ -11,11 +11,13 @@ import pytest
 
 from catalog import claims, jobs, prepared
 from catalog.artifacts.store import blob_key
+from catalog.claims import Claim
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
 from catalog.states import EndReason
 from catalog.tables import File
 from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, tell, told
-from worker import preparation, trainer_directory
+from worker import preparation, provenance, trainer_directory
+from worker.pack import Pack
 
 FULL = OutOfSpace("The disk that holds the database is full.", code="disk_full", remedy="Free some space.")
 
@@ -206,8 +208,7 @@ def test_a_cancel_is_obeyed_though_the_jobs_news_cannot_be_stored(
 ) -> None:
     claim = site.claim()
     pack = site.pack(claim)
-    exported = {"step": 10, "folder": site.checkpoint(pack, claim, 10), "num_parameters": 1, "report": PASSED}
-    tell(pack, claim, "exported", **exported)
+    tell(pack, claim, "exported", **exported(site, pack, claim))
     monkeypatch.setattr(site.store, "put_folder", fails(99, OUTAGE, site.store.put_folder))
     with pytest.raises(Unavailable):
         pack.hear()
@@ -216,6 +217,27 @@ def test_a_cancel_is_obeyed_though_the_jobs_news_cannot_be_stored(
     pack.obey(asked(claim, cancel=True))
 
     assert site.world.job(claim.job.id).state == "cancelled"
+
+
+def test_the_tokens_on_record_are_those_that_the_engine_counted(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of an earlier attempt, or of one that is told twice, are no business of the worker's."""
+    claim = site.claim_with_checkpoints(5)
+    pack = site.pack(claim)
+    monkeypatch.setattr(provenance, "record", lambda *_, **__: ({}, "0" * 64))
+    say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": 0.0, **step(6)})
+    tell(pack, claim, "exported", **exported(site, pack, claim), trained_tokens=4321)
+
+    pack.hear()
+
+    job = site.world.job(claim.job.id)
+    assert (job.state, job.trained_tokens) == ("succeeded", 4321)
+
+
+def exported(site: PackSite, pack: Pack, claim: Claim) -> dict[str, Any]:
+    """What the trainer says of an adapter that has passed."""
+    return {"step": 10, "folder": site.checkpoint(pack, claim, 10), "num_parameters": 1, "report": PASSED}
 
 
 def test_what_the_trainer_will_take_is_not_free_while_it_loads(site: PackSite) -> None:
