@@ -22,10 +22,15 @@ def show(session: Session, manifest: Manifest, *, now: float) -> str:
     return manifest.digest
 
 
+def lock(session: Session, digest: str) -> Artifact | None:
+    """The row, locked until the transaction ends; None where it is hidden."""
+    return session.get(Artifact, digest, with_for_update=True)
+
+
 def hide_unused(session: Session, digest: str) -> bool:
     """Drop the row where nothing refers to it any more: the store's sweep may then delete its files."""
     session.flush()
-    row = session.get(Artifact, digest, with_for_update=True)
+    row = lock(session, digest)
     if row is None or session.scalar(select(Artifact.digest).where(Artifact.digest == digest, _is_used())):
         return False
     session.delete(row)

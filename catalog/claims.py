@@ -119,11 +119,10 @@ def claim_pack(
 
 def heartbeat(db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float) -> dict[str, Orders]:
     """Renew the leases of those claims that are still held, of training or preparing, and tell what is asked."""
+    recovery.observe(db, grace_seconds=lease_seconds)
     with db.write() as session:
         now = read_clock(session)
-        # The worker's row before its jobs', as whoever ends a worker: in one order nobody waits in a circle.
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
-        recovery.observe(session, now=now, grace_seconds=lease_seconds)
         mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
         orders = dict.fromkeys(claim_ids, Orders(stale=True))
         for job in session.scalars(mine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import rfc8785
+from sqlalchemy import delete, select
 
 from catalog import artifact_rows
 from catalog.artifacts.manifest import Manifest
@@ -39,9 +40,10 @@ def put(db: Database, key: str, *, file_digest: str, artifact: Manifest | None, 
 def forget(db: Database, key: str) -> None:
     """A cache whose files are damaged: whoever needs it next makes it again."""
     with db.write() as session:
-        row = session.get(Prepared, key)
-        if row is None:
-            return
-        session.delete(row)
-        if row.artifact is not None:
-            artifact_rows.hide_unused(session, row.artifact)
+        digest = session.scalar(select(Prepared.artifact).where(Prepared.key == key))
+        if digest is not None:
+            artifact_rows.lock(session, digest)  # before the row that refers to it, as `put` does
+        # By its digest: another worker may have put a sound cache there meanwhile.
+        session.execute(delete(Prepared).where(Prepared.key == key, Prepared.artifact.is_not_distinct_from(digest)))
+        if digest is not None:
+            artifact_rows.hide_unused(session, digest)

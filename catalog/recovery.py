@@ -32,13 +32,24 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
             return 0
     with db.write() as session:
         now = read_clock(session)
-        observe(session, now=now, grace_seconds=grace_seconds)
+        _observe(session, now=now, grace_seconds=grace_seconds)
         past = (Job.claim_id.is_not(None), Job.lease_expires_at <= now)
         return _lose(session, session.scalars(skip_locked(select(Job).where(*past).order_by(Job.id))), now=now)
 
 
-def observe(session: Session, *, now: float, grace_seconds: float) -> None:
-    """Note that the database answers; after a gap, extend the leases that nobody could renew."""
+def observe(db: Database, *, grace_seconds: float) -> None:
+    """Note that the database answers; after a gap, extend the leases that nobody could renew.
+
+    In a transaction of its own: it may wait for the rows of any job, and holds nothing that those wait for.
+    """
+    with db.read() as session:
+        if not _is_old(session.get(Pulse, 1), now=read_clock(session), grace_seconds=grace_seconds):
+            return
+    with db.write() as session:
+        _observe(session, now=read_clock(session), grace_seconds=grace_seconds)
+
+
+def _observe(session: Session, *, now: float, grace_seconds: float) -> None:
     pulse = session.get(Pulse, 1)
     if pulse is None:
         upsert(session, Pulse, [{"id": 1, "seen_at": now}])

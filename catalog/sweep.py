@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, delete, or_, select, update
 
 from catalog import artifact_rows
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
-from catalog.db import Database, read_clock
+from catalog.db import Database, read_clock, serialise
 from catalog.states import FINAL_STATES
 from catalog.tables import Artifact, Checkpoint, File, Job, Prepared
 
@@ -26,6 +26,7 @@ def sweep(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SE
 def let_go(db: Database) -> None:
     """Hide what nobody needs: checkpoints of jobs that ended a week ago, tokens of deleted files, deleted adapters."""
     with db.write() as session:
+        serialise(session, "sweep")  # two at once would lock the same rows, each in its own order
         ended = select(Job.id).where(Job.finished_at < read_clock(session) - CHECKPOINT_SECONDS)
         kept = update(Checkpoint).where(Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
         session.execute(kept.values(artifact=None))

@@ -212,12 +212,25 @@ def test_rows_are_locked_in_one_order_the_workers_then_its_jobs_by_id(world: Wor
         statements.append(" ".join(statement.split()))
 
     event.listen(world.db.engine, "before_cursor_execute", note)
+    event.listen(world.db.engine, "commit", lambda _connection: statements.append("COMMIT"))
     world.beat(claim.claim_id)
     claims.end_worker(world.db, "w1")
 
-    locks = [text for text in statements if "FOR UPDATE" in text or text.startswith("UPDATE")]
-    tables = ["jobs" if " jobs" in text else "workers" if " workers" in text else "other" for text in locks]
-    assert tables[0] == "workers"
-    of_jobs = [text for text in locks if " FROM jobs" in text]
+    of_jobs = [text for text in statements if " FROM jobs" in text and "FOR UPDATE" in text]
     assert len(of_jobs) == 3
     assert all("ORDER BY jobs.id FOR UPDATE" in text for text in of_jobs)
+    extending, beating, ending = (tables for tables in first_locks(statements) if "jobs" in tables)
+    assert extending[:2] == ["pulse", "jobs"]
+    assert beating[:2] == ending[:2] == ["workers", "jobs"]
+
+
+def first_locks(statements: list[str]) -> list[list[str]]:
+    """Tables of which rows were locked, by transaction, in the order of their first lock."""
+    found: list[list[str]] = [[]]
+    for text in statements:
+        if text == "COMMIT":
+            found.append([])
+        elif "FOR UPDATE" in text or text.startswith("UPDATE"):
+            table = text.split()[1] if text.startswith("UPDATE") else text.partition(" FROM ")[2].split()[0]
+            found[-1] += [table] if table not in found[-1] else []
+    return found

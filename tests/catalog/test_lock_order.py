@@ -1,0 +1,114 @@
+"""Transactions that meet on PostgreSQL: whoever locks several rows takes them in one order.
+
+So nobody waits in a circle. Each test holds one transaction where it has half of its rows until another stands in
+line behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from catalog import artifact_rows, claims, prepared
+from catalog.artifacts.manifest import Manifest
+from catalog.db import Database
+from catalog.tables import Artifact, Job, Prepared, Worker
+from tests.catalog.world import LEASE, World, manifest, sha
+
+pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+MOST_LOOKS = 10_000
+
+
+def wait_for_one_in_line(db: Database) -> None:
+    """Until another transaction of this database waits for a lock."""
+    in_line = text(
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    )
+    for look in count():
+        with db.engine.connect() as connection:
+            if connection.execute(in_line).scalar():
+                return
+        assert look < MOST_LOOKS, "nobody came"
+
+
+def after_the_first_call(function: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
+    calls = count()
+
+    def wrapped(*arguments: Any, **given: Any) -> Any:
+        result = function(*arguments, **given)
+        if next(calls) == 0:
+            then()
+        return result
+
+    return wrapped
+
+
+def test_a_cache_can_be_put_and_forgotten_at_the_same_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = manifest("tokens", kind="tokens")
+
+    def put(artifact: Manifest = tokens) -> None:
+        prepared.put(world.db, "key", file_digest=sha("file"), artifact=artifact, report={})
+
+    put()
+    with ThreadPoolExecutor(1) as pool:
+        forgetting: list[Any] = []
+
+        def forget_meanwhile() -> None:
+            forgetting.append(pool.submit(prepared.forget, world.db, "key"))
+            wait_for_one_in_line(world.db)
+
+        monkeypatch.setattr(artifact_rows, "show", after_the_first_call(artifact_rows.show, forget_meanwhile))
+        put()
+        forgetting[0].result()
+
+    # The cache that was put last is the one that was found damaged: it is gone, or whole.
+    with world.db.read() as session:
+        row = session.get(Prepared, "key")
+        assert (row is None) == (session.get(Artifact, tokens.digest) is None)
+
+
+def test_a_sound_cache_that_was_put_meanwhile_is_not_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, sound = manifest("damaged", kind="tokens"), manifest("sound", kind="tokens")
+    prepared.put(world.db, "key", file_digest=sha("file"), artifact=damaged, report={})
+
+    def put_sound() -> None:
+        prepared.put(world.db, "key", file_digest=sha("file"), artifact=sound, report={})
+
+    monkeypatch.setattr(artifact_rows, "lock", after_the_first_call(artifact_rows.lock, put_sound))
+    prepared.forget(world.db, "key")
+
+    found = prepared.get(world.db, "key")
+    assert found is not None
+    assert found.artifact == sound.digest
+
+
+def test_leases_are_extended_after_an_outage_without_holding_the_workers_row(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    mine = world.running()
+    world.queued()
+    (other,) = world.claim("w2")
+    world.clock.turn(LEASE)
+
+    with ThreadPoolExecutor(1) as pool:
+        with world.db.write() as session:
+            lock(session, other.job.id)
+            beat = pool.submit(world.beat, mine.claim_id, worker_id="w1")
+            wait_for_one_in_line(world.db)
+
+            session.execute(text("set local lock_timeout = '5s'"))
+            session.scalar(select(Worker).where(Worker.id == "w1").with_for_update())
+        orders = beat.result()
+
+    assert orders == {mine.claim_id: claims.Orders()}
+    assert world.job(other.job.id).lease_extended
+
+
+def lock(session: Session, job_id: str) -> None:
+    assert session.scalar(select(Job.id).where(Job.id == job_id).with_for_update())
