@@ -47,13 +47,14 @@ class File(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(View):
-    """How far a job is. `seconds_left` is an estimate."""
+    """How far a job is. `seconds_left` is an estimate; `valid_loss` is the latest on held-out data."""
 
     step: int = 0
     num_steps: int = 0
     epoch: float | None = None
     loss: float | None = None
     valid_loss: float | None = None
+    best_valid_loss: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
 
@@ -83,6 +84,8 @@ class Job(View):
     created_at: int = 0
     started_at: int | None = None
     finished_at: int | None = None
+    seconds_running: float | None = None
+    """In the hands of workers, over all attempts: without waiting and pauses."""
     trained_tokens: int | None = None
     seed: int | None = None
     priority: str | None = None

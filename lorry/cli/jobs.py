@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli import output, watching
+from lorry.cli import job_sheet, output, watching
 from lorry.cli.app import Sectioned, client, group
-from lorry.cli.files import flatten
 from lorry.cli.output import AsJson
 from lorry.cli.submit import submit
 from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from lorry.client import Lorry
     from lorry.models import Job, JobEvent
 
 app = group("Fine-tuning jobs.")
+
+_COLUMNS = (
+    Column(title="ID"),
+    Column(title="STATUS"),
+    Column(title="MODEL", goes=3, narrowest=10),
+    Column(title="STEP"),
+    Column(title="LOSS", goes=2),
+    Column(title="HELD-OUT", goes=1),
+    Column(title="TOOK", goes=4),
+    Column(title="CREATED", goes=5),
+)
 
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
 
@@ -35,16 +44,20 @@ def list_(
     jobs = list(client().jobs.list(limit=limit))
     if as_json:
         return output.print_json([job.raw for job in jobs])
-    rows = [(j.id, j.status, j.model, _steps(j), j.progress.loss, output.briefly(j.created_at)) for j in jobs]
-    columns = (
-        Column(title="ID"),
-        Column(title="STATUS"),
-        Column(title="MODEL", goes=2, narrowest=10),
-        Column(title="STEP"),
-        Column(title="LOSS", goes=1),
-        Column(title="CREATED", goes=3),
-    )
-    table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
+    rows = [
+        (
+            j.id,
+            j.status,
+            j.model,
+            job_sheet.steps(j),
+            j.progress.loss,
+            j.progress.valid_loss,
+            output.duration(j.seconds_running or None),
+            output.briefly(j.created_at),
+        )
+        for j in jobs
+    ]
+    table(_COLUMNS, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
     if any(job.status == "paused" for job in jobs):
         output.say("A paused job goes on with: lorry jobs resume ID")
     return None
@@ -59,7 +72,7 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
         return output.print_json(job.raw)
     waits = job.status in {"queued", "validating_files"}
     why = lorry.jobs.why(job_id).get("explanation") if waits else None
-    output.pairs((("id", job.id), ("status", _status(job)), ("why", why), *_run(job), *_configuration(job)))
+    output.pairs(job_sheet.sheet(job, why=why, usable_rows=_usable_rows(lorry, job)))
     return None
 
 
@@ -109,39 +122,12 @@ def logs(
                 _print_event(update.event, as_json=as_json)
 
 
-def _run(job: Job) -> Iterator[tuple[str, object]]:
-    """What has become of it."""
-    progress = job.progress
-    moves = not job.is_final and job.status != "paused"
-    yield "error", job.error and f"{job.error.message} {job.error.remedy}".strip()
-    yield "model", job.model
-    yield "adapter", job.fine_tuned_model
-    yield "step", _steps(job)
-    yield "loss", progress.loss
-    yield "time left", output.duration(progress.seconds_left) if moves else None
-    yield "trained tokens", job.trained_tokens
-    yield "attempt", job.attempt or None
-    yield "trainer", job.trainer_id
-    yield "created", output.when(job.created_at)
-    yield "finished", output.when(job.finished_at)
-
-
-def _configuration(job: Job) -> Iterator[tuple[str, object]]:
-    """What it was asked to do, in full."""
-    yield "training file", job.training_file
-    yield "validation file", job.validation_file
-    yield "suffix", job.suffix
-    yield "seed", job.seed
-    yield "priority", job.priority
-    yield "precision", job.precision
-    yield "max length", job.max_length
-    yield "max steps", job.max_steps
-    yield "checkpoint every", job.checkpoint_every_steps and f"{job.checkpoint_every_steps} steps"
-    if job.evaluation:
-        every = job.evaluation.get("every_steps")
-        yield "evaluation every", f"{every} steps" if every else "tenth of the job"
-    groups = {"hyperparameters": job.hyperparameters, "lora": job.lora, "optimizer": job.optimizer}
-    yield from flatten({**groups, "schedule": job.schedule})
+def _usable_rows(lorry: Lorry, job: Job) -> int | None:
+    """Of the training file; asked for where it is needed to say how many epochs come to max_steps."""
+    if job.max_steps is None or job.progress.num_steps != job.max_steps:
+        return None
+    training: dict[str, Any] = lorry.jobs.data_report(job.id).get("training") or {}
+    return training.get("usable_rows")
 
 
 def _told(job: Job, *, as_json: bool) -> None:
@@ -149,18 +135,7 @@ def _told(job: Job, *, as_json: bool) -> None:
         output.print_json(job.raw)
     else:
         end = "" if job.status == "paused" else "."  # a dot would be taken for part of the command
-        output.say(f"{job.id} is {_status(job)}{end}")
-
-
-def _status(job: Job) -> str:
-    for wanted, verb in ((job.cancel_requested, "cancelled"), (job.pause_requested, "paused")):
-        if wanted and job.status == "running":
-            return f"running, and will be {verb} at its next tick"
-    return watching.how_to_resume(job) if job.status == "paused" else job.status
-
-
-def _steps(job: Job) -> str | None:
-    return f"{job.progress.step}/{job.progress.num_steps}" if job.progress.num_steps else None
+        output.say(f"{job.id} is {job_sheet.status(job)}{end}")
 
 
 def _print_event(event: JobEvent, *, as_json: bool) -> None:

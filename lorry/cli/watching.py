@@ -76,6 +76,8 @@ def facts(job: Job) -> str:
         parts.append(f"step {progress.step}/{progress.num_steps}")
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.3f}")
+    if progress.valid_loss is not None:
+        parts.append(f"held-out {progress.valid_loss:.3f}")
     if progress.tokens_per_second is not None and moves:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.seconds_left is not None and moves:

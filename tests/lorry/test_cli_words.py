@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from lorry.cli import output
+from lorry import Job
+from lorry.cli import output, watching
 from lorry.cli.main import app
 from tests.lorry.scripted_server import Reply, Script
 
@@ -75,6 +76,7 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
         "precision": "bf16",
         "max_length": 2048,
         "max_steps": 40,
+        "validation_file": "file-v",
         "evaluation": {"every_steps": None},
         "checkpoint_every_steps": 50,
         "attempt": 2,
@@ -91,13 +93,60 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
         "schedule.type cosine",
         "schedule.warmup_steps 5",
         "precision bf16",
-        "max length 2048",
+        "max length 2048 tokens",
         "max steps 40",
         "evaluation every tenth of the job",
         "checkpoint every 50 steps",
         "attempt 2",
     } <= set(told)
     assert not any("live_workers" in line for line in told)
+
+
+def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_workers_spent(
+    service: Script, run: Run
+) -> None:
+    progress = {**JOB["progress"], "valid_loss": 1.75, "best_valid_loss": 1.25}
+    job = {**JOB, "status": "succeeded", "finished_at": 1790009000, "seconds_running": 3723.4, "progress": progress}
+    service.on("GET", JOBS, {"data": [job, {**JOB, "seconds_running": 0.0}], "has_more": False})
+    service.on("GET", f"{JOBS}/j", job)
+
+    head, first, second = run("jobs", "list").stdout.splitlines()
+    shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    assert head.split() == ["ID", "STATUS", "MODEL", "STEP", "LOSS", "HELD-OUT", "TOOK", "CREATED"]
+    assert first.split()[4:7] == ["1.5", "1.75", "1:02:03"]
+    assert second.split()[4:7] == ["1.5", "-", "-"]
+    assert {"held-out loss 1.75", "best held-out loss 1.25", "took 1:02:03"} <= set(shown)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "num_steps", "usable_rows", "told"),
+    [
+        (None, 300, None, "3"),
+        (40, 30, None, "3"),
+        (40, 40, 400, "0.8 of 3: max steps end it first"),
+        (150, 150, 400, "3"),
+        (40, 40, None, "3, or fewer: max steps end it"),
+        (40, 0, None, "3, or fewer: max steps end it"),
+    ],
+)
+def test_epochs_are_those_that_max_steps_leave(
+    service: Script, run: Run, max_steps: int | None, num_steps: int, usable_rows: int | None, told: str
+) -> None:
+    numbers = {"n_epochs": 3, "batch_size": 8}
+    progress = {"step": 0, "num_steps": num_steps}
+    service.on("GET", f"{JOBS}/j", {**JOB, "max_steps": max_steps, "hyperparameters": numbers, "progress": progress})
+    service.on("GET", f"{JOBS}/j/data_report", {"training": usable_rows and {"usable_rows": usable_rows}})
+
+    lines = run("jobs", "show", "j").stdout.splitlines()
+
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("epochs")] == [told]
+
+
+def test_watching_tells_the_loss_on_held_out_data() -> None:
+    job = {**JOB, "status": "succeeded", "progress": {**JOB["progress"], "valid_loss": 1.75}}
+
+    assert watching.facts(Job.of(job)) == "succeeded  step 3/9  loss 1.500  held-out 1.750"
 
 
 def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:

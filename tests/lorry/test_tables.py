@@ -16,7 +16,8 @@ JOB = {
     "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
     "status": "validating_files",
     "model": "smollm2-135m-instruct",
-    "progress": {"step": 1000, "num_steps": 1200, "loss": 1.5678},
+    "progress": {"step": 1000, "num_steps": 1200, "loss": 1.5678, "valid_loss": 1.6789},
+    "seconds_running": 40000,
     "created_at": 1790000000,
 }
 FILE = {

@@ -1,0 +1,89 @@
+"""One job on a page: what has become of it, and what it was asked to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorry.cli import output, watching
+from lorry.cli.files import flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorry.models import Job
+
+
+def sheet(job: Job, *, why: str | None, usable_rows: int | None) -> Iterator[tuple[str, object]]:
+    """Label and value. why: the sentence why it waits. usable_rows: of the training file, where they are known."""
+    yield "id", job.id
+    yield "status", status(job)
+    yield "why", why
+    yield from _run(job)
+    yield from _configuration(job, usable_rows)
+
+
+def status(job: Job) -> str:
+    for wanted, verb in ((job.cancel_requested, "cancelled"), (job.pause_requested, "paused")):
+        if wanted and job.status == "running":
+            return f"running, and will be {verb} at its next tick"
+    return watching.how_to_resume(job) if job.status == "paused" else job.status
+
+
+def steps(job: Job) -> str | None:
+    return f"{job.progress.step}/{job.progress.num_steps}" if job.progress.num_steps else None
+
+
+def epochs(job: Job, usable_rows: int | None) -> str | None:
+    """Passes over the training file. `max_steps` may end a job long before those that were asked for."""
+    asked, batch_size = job.hyperparameters.get("n_epochs"), job.hyperparameters.get("batch_size")
+    num_steps = job.progress.num_steps
+    if asked is None or job.max_steps is None or 0 < num_steps < job.max_steps:
+        return None if asked is None else str(asked)
+    if usable_rows and batch_size and num_steps:
+        trained = job.max_steps * batch_size / usable_rows
+        return str(asked) if trained >= asked else f"{trained:.2g} of {asked}: max steps end it first"
+    return f"{asked}, or fewer: max steps end it"
+
+
+def _run(job: Job) -> Iterator[tuple[str, object]]:
+    """What has become of it."""
+    progress = job.progress
+    moves = not job.is_final and job.status != "paused"
+    yield "error", job.error and f"{job.error.message} {job.error.remedy}".strip()
+    yield "model", job.model
+    yield "adapter", job.fine_tuned_model
+    yield "step", steps(job)
+    yield "loss", progress.loss
+    yield "held-out loss", progress.valid_loss
+    yield "best held-out loss", progress.best_valid_loss
+    yield "time left", output.duration(progress.seconds_left) if moves else None
+    yield "trained tokens", job.trained_tokens
+    yield "attempt", job.attempt or None
+    yield "trainer", job.trainer_id
+    yield "created", output.when(job.created_at)
+    yield "finished", output.when(job.finished_at)
+    yield (
+        "took" if job.is_final else "took so far",
+        output.duration(job.seconds_running) if job.seconds_running else None,
+    )
+
+
+def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, object]]:
+    """What it was asked to do, in full."""
+    yield "training file", job.training_file
+    yield "validation file", job.validation_file
+    yield "suffix", job.suffix
+    yield "seed", job.seed
+    yield "priority", job.priority
+    yield "precision", job.precision
+    yield "max length", job.max_length and f"{job.max_length} tokens"
+    yield "max steps", job.max_steps
+    yield "epochs", epochs(job, usable_rows)
+    yield "batch size", job.hyperparameters.get("batch_size")
+    yield "learning rate multiplier", job.hyperparameters.get("learning_rate_multiplier")
+    yield "checkpoint every", job.checkpoint_every_steps and f"{job.checkpoint_every_steps} steps"
+    if job.evaluation and job.validation_file:
+        every = job.evaluation.get("every_steps")
+        yield "evaluation every", f"{every} steps" if every else "tenth of the job"
+    yield from flatten({"lora": job.lora, "optimizer": job.optimizer, "schedule": job.schedule})
+    yield from flatten({"metadata": job.metadata or {}})
