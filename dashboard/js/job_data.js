@@ -1,18 +1,17 @@
 // One job as its page holds it: read at each connection, then moved along by its stream until it is final.
 import { useEffect, useRef, useState } from "./html.js";
-import { query, read } from "./api.js";
+import { read } from "./api.js";
+import { EventLog } from "./event_log.js";
 import { listen } from "./live.js";
 import { announce } from "./parts/announce.js";
 import { FINAL, stateWord } from "./parts/basics.js";
 import { jobName } from "./parts/progress.js";
 
-/** As many as the API gives at once; and the messages that one look at the history goes back, metrics not counted. */
-const EVENTS = 100;
-export const MESSAGES = 300;
 const DRAW_MS = 250;
-const NOTHING = { job: null, events: [], hasOlder: false, train: [], valid: [], attempts: [], names: {}, report: null, error: null };
+const NOTHING = { job: null, events: { list: [], hasOlder: false, withMetrics: false }, train: [], valid: [], attempts: [], names: {}, report: null, error: null };
 
-/** Everything of NOTHING, `reload`, and `older`, which reads further back. Points arrive in bursts: the page is drawn four times a second at most. */
+/** Everything of NOTHING, `reload`, and two about the events: `older` reads further back, `showMetrics` reads points too or no more.
+ * Points arrive in bursts: the page is drawn four times a second at most. */
 export function useJob(id) {
   const [shown, show] = useState(NOTHING);
   const watch = useRef(null);
@@ -21,33 +20,36 @@ export function useJob(id) {
     watch.current = watchJob(id, show);
     return watch.current.close;
   }, [id]);
-  return { ...shown, reload: () => watch.current.reload(), older: () => watch.current.older() };
+  return { ...shown, reload: () => watch.current.reload(), older: () => watch.current.older(), showMetrics: (on) => watch.current.showMetrics(on) };
 }
 
 function watchJob(id, show) {
-  const held = { job: null, events: new Map(), hasOlder: false, messages: MESSAGES, train: new Map(), valid: new Map(), attempts: [], names: {}, report: null, error: null };
+  const held = { job: null, log: new EventLog(at(id)), train: new Map(), valid: new Map(), attempts: [], names: {}, report: null, error: null };
   let timer = null;
   let closed = false;
   const draw = () => { if (!closed) timer ??= setTimeout(() => { timer = null; show(drawn(held)); }, DRAW_MS); };
-  const reload = async () => {
+  const reading = async (look) => {
     try {
-      take(held, await readAll(id, held.names));
-      draw();
-      await readEvents(id, held, () => closed);
+      await look();
     } catch (error) {
       held.error = error;
     }
     draw();
+  };
+  const reload = async () => {
+    const all = async () => { take(held, await readAll(id, held.names)); draw(); };
+    await reading(() => Promise.all([all(), held.log.refresh()]));
     if (FINAL.has(held.job?.status) || held.error?.status === 404) stop();
   };
-  const older = () => { held.messages += MESSAGES; return reload(); };
   const stop = listen(`${at(id)}/stream`, {
     job: (job) => { const was = held.job; held.job = job; draw(); if (moved(was, job)) { tell(job); reload(); } },
-    event: (event) => { held.events.set(event.id, event); draw(); },
+    event: (event) => { held.log.take(event); draw(); },
     metric: (point) => { held[point.kind].set(point.step, point); draw(); },
   }, reload);
   reload();
-  return { reload, older, close: () => { closed = true; clearTimeout(timer); stop(); } };
+  const older = () => reading(() => held.log.older());
+  const showMetrics = (on) => reading(() => held.log.showMetrics(on));
+  return { reload, older, showMetrics, close: () => { closed = true; clearTimeout(timer); stop(); } };
 }
 
 const at = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
@@ -62,18 +64,6 @@ async function readAll(id, names) {
   return { job, train: train.data, valid: valid.data, attempts: attempts.data, report, names: { ...names, ...Object.fromEntries(named) } };
 }
 
-/** The newest events, page by page, until the first one or until `held.messages` of them are not metrics. */
-async function readEvents(id, held, isClosed) {
-  let page = { data: [], has_more: true };
-  let messages = 0;
-  while (page.has_more && messages < held.messages && !isClosed()) {
-    page = await read(`${at(id)}/events${query({ limit: EVENTS, after: page.data.at(-1)?.id })}`);
-    page.data.forEach((event) => held.events.set(event.id, event));
-    messages += page.data.filter((event) => event.type !== "metrics").length;
-  }
-  held.hasOlder = page.has_more;
-}
-
 /** What was read, over what the stream brought meanwhile. */
 function take(held, { job, train, valid, attempts, report, names }) {
   Object.assign(held, { job, attempts, report, names, error: null });
@@ -83,11 +73,10 @@ function take(held, { job, train, valid, attempts, report, names }) {
 
 function drawn(held) {
   const curve = (points) => [...points.values()].sort((a, b) => a.step - b.step);
-  return { ...held, train: curve(held.train), valid: curve(held.valid), events: [...held.events.values()].sort((a, b) => sequence(b) - sequence(a)) };
+  const { log } = held;
+  const events = { list: log.shown(), hasOlder: log.hasOlder, withMetrics: log.withMetrics };
+  return { ...held, train: curve(held.train), valid: curve(held.valid), events };
 }
-
-/** The number in an event's id, by which events are ordered. */
-const sequence = (event) => Number(event.id.split("-").at(-1));
 
 const moved = (was, job) => Boolean(was) && (was.status !== job.status || was.attempt !== job.attempt);
 

@@ -81,21 +81,3 @@ def test_a_lost_connection_is_shown_and_what_was_missed_is_read_afterwards(fresh
     visitor.page.get_by_text("Live", exact=True).wait_for()
     visitor.page.get_by_role("link", name="came-meanwhile").wait_for()
     visitor.problems.clear()  # the browser names each attempt to connect to the stopped service
-
-
-def test_the_first_message_is_shown_however_many_metrics_came_after_it(fresh: Service, visit: Visit) -> None:
-    job = seed.submit(fresh.seeded, "long")
-    seed.prepare(fresh.seeded)
-    claim_id = seed.claim(fresh.seeded)[job.id]
-    claims.record_event(fresh.seeded.db, claim_id, "info", "The very first word.")
-    for number in range(220):
-        claims.record_event(fresh.seeded.db, claim_id, "info", f"point {number}", type="metrics")
-    seed.succeed(fresh.seeded, claim_id)
-    visitor = visit(fresh)
-    visitor.page.route("**/stream", lambda route: route.abort())
-
-    visitor.open(f"#/jobs/{job.id}")
-
-    visitor.page.get_by_text("The very first word.").wait_for()
-    expect(visitor.page.get_by_role("button", name="Older events")).to_have_count(0)
-    visitor.problems.clear()  # the browser names the stream that was kept from it

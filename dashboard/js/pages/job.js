@@ -3,7 +3,7 @@ import { html, useEffect } from "../html.js";
 import { link } from "../router.js";
 import { useJob } from "../job_data.js";
 import { Ago, FINAL, Failure, Id, Loading, Panel, State, Until, stateWord } from "../parts/basics.js";
-import { Bar, done, epoch, jobName, numSteps } from "../parts/progress.js";
+import { Bar, TOOK, done, epochs, jobName, numSteps, passes } from "../parts/progress.js";
 import { Why } from "../parts/waiting.js";
 import { Actions } from "./job_actions.js";
 import { Curves } from "./job_curves.js";
@@ -15,6 +15,7 @@ export function JobPage({ id }) {
   const held = useJob(id);
   const { job, error } = held;
   const name = job && jobName(job);
+  const rows = held.report?.training?.usable_rows;
   useEffect(() => { if (name) document.title = `${name} · Lorry`; }, [name]);
   if (!job) return html`<div class="title"><h1 tabindex="-1">Job</h1></div>${error ? html`<${Failure} error=${error} retry=${held.reload} />` : html`<${Loading} />`}`;
   return html`
@@ -28,16 +29,16 @@ export function JobPage({ id }) {
       <span>created <${Ago} at=${job.created_at} /></span></p>
     ${error && html`<${Failure} error=${error} retry=${held.reload} />`}
     <${Outcome} job=${job} />
-    ${hasBegun(held) ? html`<${Headline} job=${job} valid=${held.valid} train=${held.train} />
+    ${hasBegun(held) ? html`<${Headline} job=${job} valid=${held.valid} train=${held.train} rows=${rows} />
       <div class="columns">
         <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
-        <div class="column"><${Events} job=${job} events=${held.events} hasOlder=${held.hasOlder} older=${held.older} /><${DataReport} report=${held.report} job=${job} /></div>
+        <div class="column"><${Events} job=${job} events=${held.events} older=${held.older} showMetrics=${held.showMetrics} /><${DataReport} report=${held.report} job=${job} /></div>
       </div>` : html`
       <div class="columns">
-        <div class="column"><${Events} job=${job} events=${held.events} hasOlder=${held.hasOlder} older=${held.older} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
+        <div class="column"><${Events} job=${job} events=${held.events} older=${held.older} showMetrics=${held.showMetrics} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
         <div class="column"><${DataReport} report=${held.report} job=${job} /></div>
       </div>`}
-    <${Configuration} job=${job} />`;
+    <${Configuration} job=${job} rows=${rows} />`;
 }
 
 /** Before its first step a job has no curve and no figures: the page then begins with its events. */
@@ -57,16 +58,17 @@ function Outcome({ job }) {
   return null;
 }
 
-function Headline({ job, train, valid }) {
+function Headline({ job, train, valid, rows }) {
   const progress = job.progress || {};
+  const turns = progress.step ? epochs(job, rows) : null;
   const part = done(job);
   return html`<section class="headline" aria-label="Progress">
     <div class="headline-bar"><${Bar} job=${job} /><p><b>${part === null ? stateWord(job.status) : format.percent(part)}</b>
       ${numSteps(job) > 0 && html`<span>step ${format.count(progress.step ?? 0)} of ${format.count(numSteps(job))}</span>`}
-      ${epoch(job) !== null && html`<span>epoch ${epoch(job).toFixed(2)} of ${job.hyperparameters.n_epochs}</span>`}</p></div>
+      ${turns && html`<span>epoch ${turns.done.toFixed(2)} of ${passes(turns.total)}</span>`}</p></div>
     <dl class="figures">
       ${FINAL.has(job.status)
-        ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.finished_at ? `took ${format.duration(job.finished_at - job.created_at)}` : null} />`
+        ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.seconds_running > 0 ? html`<span title=${TOOK}>took ${format.duration(job.seconds_running)}</span>` : null} />`
         : html`<${Figure} name="Left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} before="done at" />`} />`}
       <${Figure} name="Train loss" value=${format.loss(progress.loss ?? train.at(-1)?.loss)} note=${train.length > 1 ? `from ${format.loss(train[0].loss)}` : null} />
       <${Figure} name="Held-out loss" value=${format.loss(valid.at(-1)?.loss)} note=${heldOutNote(job, valid)} />

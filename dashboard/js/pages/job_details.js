@@ -6,11 +6,11 @@ import { useResource } from "../resource.js";
 import { groups } from "./job_settings.js";
 import * as format from "../format.js";
 
-export function Configuration({ job }) {
+export function Configuration({ job, rows }) {
   return html`<${Panel} title="Configuration" id="configuration">
-    <div class="settings">${groups(job).map(([name, rows]) => html`<table class="table table-tight config" key=${name}><caption>${name}</caption>
+    <div class="settings">${groups(job, rows).map(([name, settings]) => html`<table class="table table-tight config" key=${name}><caption>${name}</caption>
       <thead><tr><th scope="col"><span class="unseen">Setting</span></th><th scope="col">Asked for</th><th scope="col">Resolved</th></tr></thead>
-      <tbody>${rows.map(({ label, asked, resolved }) => html`<tr key=${label}><th scope="row">${label}</th>
+      <tbody>${settings.map(({ label, asked, resolved }) => html`<tr key=${label}><th scope="row">${label}</th>
         <td class=${asked ? "" : "soft"}>${asked ?? "default"}</td><td>${resolved}</td></tr>`)}</tbody></table>`)}</div>
     <${Facts} rows=${[
       ["Training file", html`<${FileName} id=${job.training_file} />`],
@@ -43,7 +43,7 @@ export function DataReport({ report, job }) {
   <//>`;
 }
 
-const ATTEMPT = [["No.", "num"], ["Ended"], ["Started"], ["Took"], ["From step", "num"], ["Trainer"], ["Trained together with"]];
+const ATTEMPT = [["No.", "num"], ["State"], ["Started"], ["Took"], ["From step", "num"], ["Trainer"], ["Trained together with"]];
 
 /** A column's name again, where a narrow window lays the row out as a card. */
 const Label = ({ text }) => html`<span class="narrow-only soft">${text} </span>`;
@@ -55,7 +55,7 @@ export function Attempts({ attempts, names }) {
       <thead role="rowgroup"><tr role="row">${ATTEMPT.map(([name, kind]) => html`<th role="columnheader" scope="col" class=${kind} key=${name}>${name}</th>`)}</tr></thead>
       <tbody role="rowgroup">${[...attempts].sort((a, b) => b.number - a.number).map((one) => html`<tr role="row" key=${one.claim_id}>
         <th role="rowheader" scope="row" class="num"><${Label} text="Attempt" />${one.number}</th>
-        <td role="cell" title=${one.detail}><${Label} text="Ended" />${one.ended_at ? (one.reason || "ended").replaceAll("_", " ") : html`<b>running</b>`}</td>
+        <td role="cell" title=${one.detail}><${Label} text="State" />${one.ended_at ? (one.reason || "ended").replaceAll("_", " ") : html`<b>running</b>`}</td>
         <td role="cell"><${Label} text="Started" /><${Ago} at=${one.started_at} /></td>
         <td role="cell"><${Label} text="Took" />${one.ended_at ? format.duration(one.ended_at - one.started_at) : format.UNKNOWN}</td>
         <td role="cell" class="num"><${Label} text="From step" />${format.count(one.resumed_from_step ?? 0)}</td>

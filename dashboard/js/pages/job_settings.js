@@ -1,5 +1,6 @@
 // Settings of a job as rows to read: what was asked for beside what it came to.
 import { power } from "../format.js";
+import { epochs, passes } from "../parts/progress.js";
 
 const LABELS = {
   target_modules: "targets", use_rslora: "rank-stabilised", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
@@ -7,8 +8,8 @@ const LABELS = {
 };
 const RUN = ["max_length", "max_steps", "precision", "seed", "priority"];
 
-/** [[group, [{label, asked (null: not asked for), resolved}]]] */
-export function groups(job) {
+/** [[group, [{label, asked (null: not asked for), resolved}]]]. `rows` are those that the job learns from, if known. */
+export function groups(job, rows) {
   const asked = job.requested || {};
   const numbers = asked.method?.supervised?.hyperparameters || asked.hyperparameters || {};
   const each = (resolved, requested) => Object.keys(resolved || {}).map((key) => row(key, requested?.[key], resolved[key]));
@@ -16,7 +17,7 @@ export function groups(job) {
     ["Adapter", each(job.lora, asked.lora)],
     ["Optimizer", [...each(job.optimizer, asked.optimizer), ...each(job.schedule, asked.schedule)]],
     ["Run", [
-      ...each(job.hyperparameters, numbers),
+      ...each({ ...job.hyperparameters, n_epochs: passesOf(job, rows) }, numbers),
       { label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" },
       { label: "checkpoint", asked: every(asked.checkpoint_every_steps), resolved: every(job.checkpoint_every_steps) },
       ...RUN.map((key) => row(key, asked[key], job[key])),
@@ -25,6 +26,14 @@ export function groups(job) {
 }
 
 const row = (key, asked, resolved) => ({ label: LABELS[key] || key.replaceAll("_", " "), asked: given(asked), resolved: text(resolved, key) });
+
+/** max_steps may end the job before the passes that were asked for. */
+function passesOf(job, rows) {
+  const { n_epochs } = job.hyperparameters;
+  const total = epochs(job, rows)?.total;
+  if (total === undefined) return job.max_steps ? `${n_epochs}, if max_steps allows` : n_epochs;
+  return total < n_epochs ? `${passes(total)} of ${n_epochs}, for max_steps` : n_epochs;
+}
 
 const every = (steps) => (typeof steps === "number" ? `every ${steps} steps` : given(steps));
 

@@ -11,18 +11,29 @@ export function done(job) {
 
 export const numSteps = (job) => job.progress?.num_steps ?? job.num_steps;
 
-/** Passes over the data so far; null where max_steps ends the job before them, which hides how long a pass is. */
-export function epoch(job) {
+/**
+ * Passes over the data: {done, total}. `rows` are those that it learns from. Where they are not known and max_steps
+ * may have ended the job before its last pass, nobody can tell how long one is: null.
+ */
+export function epochs(job, rows) {
   const total = numSteps(job);
-  if (!job.progress?.step || !total || total === job.max_steps) return null;
-  return (job.hyperparameters.n_epochs * job.progress.step) / total;
+  const { n_epochs, batch_size } = job.hyperparameters;
+  if (!total || (!rows && total === job.max_steps)) return null;
+  const all = rows ? Math.min(n_epochs, (total * batch_size) / rows) : n_epochs;
+  return { done: (all * (job.progress?.step ?? 0)) / total, total: all };
 }
+
+/** Passes in words: 3, or 0.5 where max_steps ends the job in the middle of one. */
+export const passes = (number) => (Number.isInteger(number) ? String(number) : number.toFixed(2));
 
 export function Bar({ job, label }) {
   const part = done(job);
   if (part === null) return null;
   return html`<progress class=${`bar bar-${job.status}`} max="1" value=${part} aria-label=${label || `Progress of ${jobName(job)}`}>${format.percent(part)}</progress>`;
 }
+
+/** Of the time that a job took. */
+export const TOOK = "On a worker, in all attempts; without waiting and pauses.";
 
 /** What a person calls the job: its suffix, else the start of its id. */
 export const jobName = (job) => job.suffix || job.id;
