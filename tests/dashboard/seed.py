@@ -111,14 +111,14 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
     return jobs.create(seeded.db, caller=seeded.caller, request=request, body_digest=digest)
 
 
-def prepare(seeded: Seeded) -> None:
+def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
     """Tokenise, as far as the pages can tell, the files of every job that waits for it."""
     while (work := claims.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
         found = [
             _put_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None
         ]
         valid_key = found[1] if len(found) > 1 else None
-        claims.prepared(seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=NUM_STEPS)
+        claims.prepared(seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=num_steps)
 
 
 def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:
@@ -141,7 +141,9 @@ def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> d
     return {one.job.id: one.claim_id for one in taken}
 
 
-def train(seeded: Seeded, claim_id: str, *, until: int, since: int = 0, seed: int = 1) -> None:
+def train(
+    seeded: Seeded, claim_id: str, *, until: int, since: int = 0, seed: int = 1, num_steps: int = NUM_STEPS
+) -> None:
     """Record the curves of steps since+1 … until, and how far the job is."""
     for start_step in range(since, until, 20):
         points = list(_points(range(start_step + 1, min(start_step + 20, until) + 1), seed))
@@ -149,10 +151,10 @@ def train(seeded: Seeded, claim_id: str, *, until: int, since: int = 0, seed: in
     last = _loss(until, seed)
     progress = {
         "step": until,
-        "num_steps": NUM_STEPS,
+        "num_steps": num_steps,
         "loss": last,
         "tokens_per_second": 150.0 + 7 * seed,
-        "seconds_left": (NUM_STEPS - until) * 1.4,
+        "seconds_left": (num_steps - until) * 1.4,
     }
     claims.record_progress(seeded.db, claim_id, progress)
 

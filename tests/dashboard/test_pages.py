@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from catalog import jobs
+import pytest
+from playwright.sync_api import Locator
+from sqlalchemy import select
+
+from catalog import jobs, keys, projects
+from catalog.tables import Attempt, Job
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -18,9 +23,19 @@ PLACES = {
     "queue": "#/queue",
     "adapters": "#/adapters",
     "adapter": "#/adapters/docstrings-r16",
+    "models": "#/models",
+    "files": "#/files",
     "workers": "#/workers",
     "no such page": "#/nowhere",
 }
+RECORD_DASHES = """
+window.dashes = [];
+const setDash = CanvasRenderingContext2D.prototype.setLineDash;
+CanvasRenderingContext2D.prototype.setLineDash = function (dash) {
+  window.dashes.push([...dash]);
+  setDash.call(this, dash);
+};
+"""
 LOOKS = [(1280, "light"), (390, "dark")]
 OTHER_LOOKS = [(1280, "dark"), (390, "light")]
 
@@ -76,6 +91,32 @@ def test_the_jobs_page_tells_state_progress_loss_and_when_each_is_done(filled: S
     assert "2 min 47 s" in row.inner_text()
 
 
+def test_the_jobs_page_tells_the_held_out_loss_beside_that_of_the_last_batch(filled: Service, visit: Visit) -> None:
+    progress = _job(filled, "titles-r16").progress or {}
+    visitor = visit(filled)
+
+    visitor.open("#/jobs")
+
+    row = visitor.page.get_by_role("row").filter(has_text="titles-r16")
+    told = row.get_by_role("cell").nth(2).inner_text().split()
+    assert told == ["held-out", f"{progress['valid_loss']:.3f}", "train", f"{progress['loss']:.3f}"]
+    assert (
+        f"held-out {progress['valid_loss']:.3f}" in visitor.page.get_by_role("region", name="Training now").inner_text()
+    )
+
+
+def test_the_time_that_a_job_took_is_that_on_a_worker(fresh: Service, visit: Visit) -> None:
+    job_id = _done_after_waiting(fresh, waited=7200, ran=95)
+    visitor = visit(fresh)
+
+    visitor.open("#/jobs")
+
+    row = visitor.page.get_by_role("row").filter(has_text="waited-long")
+    row.get_by_text("took 1 min 35 s").wait_for()
+    visitor.open(f"#/jobs/{job_id}")
+    visitor.page.get_by_role("region", name="Progress").get_by_text("took 1 min 35 s").wait_for()
+
+
 def test_a_waiting_job_tells_why_it_waits(filled: Service, visit: Visit) -> None:
     seed.beat(filled.seeded)
     visitor = visit(filled)
@@ -122,6 +163,49 @@ def test_a_chart_has_a_sentence_and_a_table_that_say_the_same(filled: Service, v
     assert f"to {last[1]} at step 240" in summary
 
 
+def test_the_held_out_curve_is_told_from_the_others_without_its_colour(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled, scheme="dark")
+    visitor.page.add_init_script(RECORD_DASHES)
+
+    visitor.open(address(filled, "#/jobs/titles-r16"))
+
+    chart = visitor.page.get_by_role("figure").filter(has_text="Cross-entropy")
+    train, smoothed, held_out = (chart.locator(".key").nth(index) for index in range(3))
+    assert [key.inner_text().split()[0] for key in (train, smoothed, held_out)] == ["train", "smoothed", "held-out"]
+    assert [_line_style(key) for key in (train, smoothed, held_out)] == ["1px none", "2.5px none", "2.5px 5px, 3.5px"]
+    assert [key.locator("circle").count() for key in (train, smoothed, held_out)] == [0, 0, 1]
+    assert visitor.page.evaluate("window.dashes.some((dash) => dash.length > 0)")
+
+
+def test_an_attempt_that_goes_on_has_the_state_running(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open(address(filled, "#/jobs/titles-r16"))
+
+    attempts = visitor.page.get_by_role("table", name="Every attempt")
+    assert attempts.get_by_role("columnheader").all_inner_texts()[1] == "State"
+    assert attempts.get_by_role("row").nth(1).get_by_role("cell").first.inner_text().strip() == "running"
+    visitor.open(address(filled, "#/jobs/hot-lr"))
+    assert attempts.get_by_role("row").nth(1).get_by_role("cell").first.inner_text().strip() == "diverged"
+
+
+def test_epochs_are_counted_in_rows_where_max_steps_ends_the_job_first(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "short", max_steps=60)
+    seed.prepare(fresh.seeded, num_steps=60)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    seed.train(fresh.seeded, claim_id, until=30, num_steps=60)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/jobs/{job.id}")
+
+    visitor.page.get_by_text("step 30 of 60").wait_for()
+    visitor.page.get_by_text("epoch 0.38 of 0.75").wait_for()  # 30 and 60 batches of 4 out of 320 rows
+    run = visitor.page.get_by_role("table", name="Run")
+    assert run.get_by_role("row", name="epochs").inner_text().split("\t")[1:] == ["3", "0.75 of 3, for max_steps"]
+    visitor.open("#/jobs")
+    assert "epoch" not in visitor.page.get_by_role("row").filter(has_text="short").inner_text()
+
+
 def test_a_job_page_shows_what_was_asked_for_beside_what_it_came_to(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
@@ -162,6 +246,25 @@ def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Ser
     worker = visitor.page.get_by_role("region", name="bay-1")
     worker.get_by_text("idle, base loaded").wait_for()
     assert "Tokens per second" not in worker.inner_text()
+
+
+def test_a_worker_that_trains_for_another_project_is_training(fresh: Service, visit: Visit) -> None:
+    seeded = fresh.seeded
+    project = projects.ensure(seeded.db, "others")
+    _, secret = keys.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
+    caller = keys.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)
+    training = seed.upload(seeded.db, seeded.store, seeded.settings, project, "theirs.jsonl", 40)
+    others = replace(seeded, caller=caller, training=training, validation=training)
+    seed.submit(others, "theirs")
+    seed.prepare(others)
+    seed.claim(others)
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    worker.get_by_text("training", exact=True).wait_for()
+    worker.get_by_text("Tokens per second").wait_for()
 
 
 @pytest.mark.parametrize(
@@ -210,10 +313,34 @@ def address(service: Service, place: str) -> str:
     kind, _, suffix = place.removeprefix("#/").partition("/")
     if not suffix:
         return place
-    project_id = service.seeded.caller.project_id
-    known = jobs.list_page(service.seeded.db, project_id=project_id, limit=50).items
-    job = next(job for job in known if job.suffix == suffix)
+    job = _job(service, suffix)
     return f"#/{kind}/{job.adapter_name if kind == 'adapters' else job.id}"
+
+
+def _job(service: Service, suffix: str) -> Job:
+    known = jobs.list_page(service.seeded.db, project_id=service.seeded.caller.project_id, limit=50).items
+    return next(job for job in known if job.suffix == suffix)
+
+
+def _done_after_waiting(service: Service, *, waited: float, ran: float) -> str:
+    """The id of a job that was made `waited` seconds before its only attempt, which lasted `ran`."""
+    job = seed.submit(service.seeded, "waited-long")
+    seed.prepare(service.seeded)
+    claim_id = seed.claim(service.seeded)[job.id]
+    seed.train(service.seeded, claim_id, until=seed.NUM_STEPS)
+    seed.succeed(service.seeded, claim_id)
+    with service.seeded.db.write() as session:
+        row = session.get_one(Job, job.id)
+        attempt = session.scalars(select(Attempt).where(Attempt.job_id == job.id)).one()
+        assert attempt.ended_at is not None
+        attempt.started_at = attempt.ended_at - ran
+        row.created_at = attempt.started_at - waited
+    return job.id
+
+
+def _line_style(key: Locator) -> str:
+    style = "(line) => (({strokeWidth: a, strokeDasharray: b}) => `${a} ${b}`)(getComputedStyle(line))"
+    return str(key.locator("line").evaluate(style))
 
 
 def _background(visitor: Visitor) -> str:

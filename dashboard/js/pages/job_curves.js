@@ -22,10 +22,10 @@ const points = (curve, field) => curve.filter((point) => Number.isFinite(point[f
 function lossSeries(train, valid) {
   const raw = points(train, "loss");
   const series = raw.length < SMOOTH_FROM
-    ? [{ name: "train", colour: "--train", points: raw, dots: raw.length < 2, format: format.loss }]
+    ? [{ name: "train", colour: "--train", points: raw, format: format.loss }]
     : [{ name: "train", colour: "--train", points: raw, thin: true, format: format.loss },
        { name: "smoothed", colour: "--train", points: smooth(raw), format: format.loss }];
-  if (valid.length) series.push({ name: "held-out", colour: "--valid", points: points(valid, "loss"), dots: true, format: format.loss });
+  if (valid.length) series.push({ name: "held-out", colour: "--valid", points: points(valid, "loss"), marked: true, format: format.loss });
   return series;
 }
 
@@ -44,7 +44,7 @@ function smooth(raw) {
 function extraSeries(train, valid) {
   const accuracy = [
     { name: "train", colour: "--train", points: points(train, "token_accuracy"), format: (value) => format.percent(value, 1) },
-    { name: "held-out", colour: "--valid", points: points(valid, "token_accuracy"), dots: true, format: (value) => format.percent(value, 1) },
+    { name: "held-out", colour: "--valid", points: points(valid, "token_accuracy"), marked: true, format: (value) => format.percent(value, 1) },
   ];
   const one = (title, field, unit) => ({ title, unit, series: [{ name: "train", colour: "--train", points: points(train, field), format: format.power }] });
   const all = [{ title: "Token accuracy", series: accuracy.filter((series) => series.points.length) }, one("Learning rate", "learning_rate"), one("Gradient norm", "grad_norm", "before clipping")];

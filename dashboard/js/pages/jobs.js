@@ -2,7 +2,7 @@
 import { html, useState } from "../html.js";
 import { link, replaceQuery, route } from "../router.js";
 import { Ago, Empty, FINAL, Failure, Loading, State, Until } from "../parts/basics.js";
-import { Bar, Sparkline, done, epoch, jobName, numSteps } from "../parts/progress.js";
+import { Bar, Sparkline, TOOK, done, epochs, jobName, numSteps } from "../parts/progress.js";
 import { Bed } from "../parts/bed.js";
 import { Place } from "../parts/waiting.js";
 import { useResource } from "../resource.js";
@@ -126,18 +126,22 @@ function Progress({ job, entry }) {
   if (job.status === "failed") return html`<span class="sub bad-text clamp">${job.error?.message || "No reason was recorded."}</span>`;
   if (job.status === "queued" || job.status === "validating_files") return html`<${Place} job=${job} entry=${entry} />`;
   if (done(job) === null) return html`<span class="sub">${job.status === "running" ? "Loading its base model and data." : "It had not begun to train."}</span>`;
+  const turns = job.progress?.step ? epochs(job) : null;
   return html`<${Bar} job=${job} /><span class="sub"><span>${format.count(job.progress?.step)} / ${format.count(numSteps(job))} steps</span>
-    ${epoch(job) !== null && html`<span>epoch ${epoch(job).toFixed(1)}</span>`}</span>`;
+    ${turns && html`<span>epoch ${turns.done.toFixed(1)}</span>`}</span>`;
 }
 
 function Loss({ job, points }) {
-  const value = job.progress?.loss ?? points?.at(-1)?.loss;
-  if (value === undefined || value === null) return null;
-  return html`<span class="loss"><${Sparkline} points=${points} label=${`Training loss of ${jobName(job)}`} /><b class="num">${format.loss(value)}</b></span>`;
+  const train = job.progress?.loss ?? points?.at(-1)?.loss;
+  const heldOut = job.progress?.valid_loss;
+  const values = [["held-out", heldOut], ["train", train]].filter(([, value]) => typeof value === "number");
+  if (!values.length) return null;
+  return html`<span class="loss"><${Sparkline} points=${points} label=${`Training loss of ${jobName(job)}`} />
+    <span class="losses">${values.map(([name, value], index) => html`<span class="soft" key=${name}>${name}</span>${index ? html`<span>${format.loss(value)}</span>` : html`<b>${format.loss(value)}</b>`}`)}</span></span>`;
 }
 
 function Done({ job }) {
   if (job.status === "running") return html`<${Until} seconds=${job.progress?.seconds_left} /><span class="sub">${format.rate(job.progress?.tokens_per_second)}</span>`;
-  if (job.finished_at) return html`<${Ago} at=${job.finished_at} /><span class="sub">took ${format.duration(job.finished_at - job.created_at)}</span>`;
+  if (job.finished_at) return html`<${Ago} at=${job.finished_at} />${job.seconds_running > 0 && html`<span class="sub" title=${TOOK}>took ${format.duration(job.seconds_running)}</span>`}`;
   return null;
 }

@@ -10,7 +10,7 @@ const READ_MS = 5000;
 
 export function WorkersPage() {
   const { data, error, loading, reload } = useResource("/v1/workers");
-  const { jobs, loading: jobsLoading } = useJobs();
+  const { jobs } = useJobs();
   useEffect(() => {
     const timer = setInterval(() => { if (!document.hidden) reload(); }, READ_MS);
     return () => clearInterval(timer);
@@ -20,7 +20,7 @@ export function WorkersPage() {
   return html`
     <div class="title"><h1 tabindex="-1">Workers</h1></div>
     ${error && html`<${Failure} error=${error} retry=${reload} />`}
-    ${loading ? html`<${Loading} />` : workers.length ? html`<div class="workers">${workers.map((worker) => html`<${Worker} key=${worker.id} worker=${worker} jobs=${jobs} known=${!jobsLoading} />`)}</div>`
+    ${loading ? html`<${Loading} />` : workers.length ? html`<div class="workers">${workers.map((worker) => html`<${Worker} key=${worker.id} worker=${worker} jobs=${jobs} />`)}</div>`
       : !error && html`<${Empty} title="No worker is running." command="lorry up">Jobs wait until one is. This starts a service with one worker on this machine:<//>`}`;
 }
 
@@ -28,17 +28,14 @@ const WORDS = { idle: "idle", busy: "training", draining: "draining", lost: "not
 
 const REPORT = { base_bytes: "Base in memory", rows_bytes: "Adapters in memory", peak_bytes: "Peak memory" };
 
-/** Whether its trainer holds no job: none of this project is aboard, and its report tells of no adapter of another's. */
-const isResting = (worker, aboard) => worker.state === "busy" && Boolean(worker.resident_base) && aboard.length === 0 && worker.report !== null && !worker.report.rows_bytes;
-
-function Worker({ worker, jobs, known }) {
+function Worker({ worker, jobs }) {
   const aboard = jobs.filter((job) => job.status === "running" && job.worker_id === worker.id);
   const title = worker.host || worker.id;
-  const resting = known && isResting(worker, aboard);
-  const facts = Object.entries(worker.report || {}).filter(([name, value]) => value !== null && typeof value !== "object" && !(resting && name === "tokens_per_second"));
+  const isIdle = worker.state === "idle";
+  const facts = Object.entries(worker.report || {}).filter(([name, value]) => value !== null && typeof value !== "object" && !(isIdle && name === "tokens_per_second"));
   return html`<section class="panel worker" aria-labelledby=${`worker-${worker.id}`}>
     <div class="panel-head"><h2 id=${`worker-${worker.id}`}>${title}</h2>
-      <span class=${`state worker-${resting ? "idle" : worker.state}`}><span class="dot" aria-hidden="true"></span>${resting ? "idle, base loaded" : WORDS[worker.state] || worker.state}</span></div>
+      <span class=${`state worker-${worker.state}`}><span class="dot" aria-hidden="true"></span>${isIdle && worker.resident_base ? "idle, base loaded" : WORDS[worker.state] || worker.state}</span></div>
     <${Bed} base=${worker.resident_base_names.join(", ") || (worker.resident_base ? format.short(worker.resident_base, 16) : "no base model resident")} jobs=${aboard} />
     <${Facts} rows=${[
       ["Devices", worker.devices.map(device).join(", ")], ["Memory", worker.devices.some(memoryOf) ? null : format.bytes(worker.memory_bytes)],

@@ -19,12 +19,13 @@ export function Bed({ base, jobs, heading = "h3", room }) {
 function Block({ job }) {
   const part = done(job);
   const left = job.progress?.seconds_left;
+  const heldOut = job.progress?.valid_loss;
   return html`
     <li class="block">
       <progress class="block-fill" max="1" value=${part ?? 0} aria-hidden="true"></progress>
       <a href=${link.job(job.id)}>${jobName(job)}</a>
       <span class="block-facts"><span>${part === null ? "starting" : format.percent(part)}</span>
-        <span>${format.loss(job.progress?.loss)}</span>
+        <span>${heldOut ? "held-out" : "train"} ${format.loss(heldOut ?? job.progress?.loss)}</span>
         <span>${typeof left === "number" ? `${format.duration(left)} left` : ""}</span></span>
     </li>`;
 }

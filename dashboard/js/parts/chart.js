@@ -8,7 +8,8 @@ import * as format from "../format.js";
 const FONT = "12px 'Plex Sans', system-ui, sans-serif";
 
 /**
- * series: [{name, colour (custom property), points: [{x, y}], dots?, dash?, format}]. All share the x axis, which is steps.
+ * series: [{name, colour (custom property), points: [{x, y}], marked?, thin?, format}]. All share the x axis, which is steps.
+ * A marked series is dashed, with a dot at each point: it can be told from the others without its colour.
  * summary: one sentence that says what the picture shows.
  */
 export function Chart({ title, summary, series, height = 260, unit, smallest }) {
@@ -17,7 +18,7 @@ export function Chart({ title, summary, series, height = 260, unit, smallest }) 
   const [at, setAt] = useState(null);
   const colours = useStore(palette);
   const columns = joined(series);
-  const shape = series.map((one) => one.name).join("|");
+  const shape = series.map((one) => `${one.name}${isDot(one) ? " dot" : ""}`).join("|");
 
   useLayoutEffect(() => {
     const chart = new uPlot(options(series, box.current.clientWidth, height, setAt, smallest), columns, box.current);
@@ -46,10 +47,15 @@ function Readout({ series, columns, at }) {
   return html`<span class="readout">
     ${step !== null && html`<span class="soft">step ${format.count(step)}</span>`}
     ${series.map((one, index) => html`<span key=${one.name} class="key">
-      <span class=${`swatch swatch-${one.colour.slice(2)}`} aria-hidden="true"></span>${one.name}
+      <${Swatch} series=${one} />${one.name}
       <b>${one.format(step === null ? one.points.at(-1)?.y : nearest(columns[index + 1], at))}</b></span>`)}
   </span>`;
 }
+
+/** A piece of the line as it is drawn. */
+const Swatch = ({ series: { colour: name, thin, marked } }) => html`
+  <svg class=${`swatch swatch-${name.slice(2)}${thin ? " swatch-thin" : ""}${marked ? " swatch-marked" : ""}`} viewBox="0 0 26 10" aria-hidden="true">
+    <line x1="1" x2="25" y1="5" y2="5" />${marked && html`<circle cx="13" cy="5" r="4" />`}</svg>`;
 
 const MOST_ROWS = 60;
 
@@ -57,7 +63,7 @@ function Numbers({ title, series, columns }) {
   const [open, setOpen] = useState(false);
   const every = Math.max(1, Math.ceil(columns[0].length / MOST_ROWS));
   const rows = columns[0].map((_, index) => index)
-    .filter((index) => index % every === 0 || index === columns[0].length - 1 || series.some((one, at) => one.dots && columns[at + 1][index] !== null));
+    .filter((index) => index % every === 0 || index === columns[0].length - 1 || series.some((one, at) => one.marked && columns[at + 1][index] !== null));
   return html`
     <details class="numbers" onToggle=${(event) => setOpen(event.currentTarget.open)}>
       <summary>Numbers as a table<span class="unseen">: ${title}</span></summary>
@@ -102,11 +108,16 @@ function options(series, width, height, onPoint, smallest) {
   };
 }
 
+const DASH = [6, 4];
+
+/** One point makes no line. */
+const isDot = (one) => one.points.length === 1;
+
 function drawn(one) {
   const stroke = colour(one.colour);
   return {
-    stroke, width: one.thin ? 1 : 2, alpha: one.thin ? 0.45 : 1, spanGaps: true,
-    points: one.dots ? { show: true, size: 6, fill: stroke, stroke } : { show: false },
+    stroke, width: one.thin ? 1 : 2, alpha: one.thin ? 0.45 : 1, spanGaps: true, dash: one.marked ? DASH : [],
+    points: one.marked || isDot(one) ? { show: true, size: 7, fill: stroke, stroke } : { show: false },
   };
 }
 
