@@ -9,11 +9,14 @@ export const person = createStore(null);
 
 export class ApiError extends Error {
   constructor(status, error) {
-    super(error.message || "The request failed.");
+    const told = error.message || "The request failed.";
+    const remedy = error.remedy || null;
+    // On the wire the message ends with the remedy, for clients that know of no such field.
+    super(remedy && told.endsWith(remedy) ? told.slice(0, -remedy.length).trimEnd() : told);
     this.status = status;
     this.code = error.code || null;
     this.param = error.param || null;
-    this.remedy = error.remedy && !this.message.includes(error.remedy) ? error.remedy : null;
+    this.remedy = remedy;
   }
 }
 
@@ -26,11 +29,13 @@ export function query(entries) {
   return pairs.length ? `?${new URLSearchParams(pairs)}` : "";
 }
 
+/** `body` is an object to send as JSON, or a form with a file, which the browser writes and labels itself. */
 async function request(method, path, body) {
   const headers = { Accept: "application/json" };
   if (method !== "GET") headers["X-Lorry-Csrf"] = "1";
-  if (body !== undefined) headers["Content-Type"] = "application/json";
-  const response = await reach(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+  const isJson = body !== undefined && !(body instanceof FormData);
+  if (isJson) headers["Content-Type"] = "application/json";
+  const response = await reach(path, { method, headers, body: isJson ? JSON.stringify(body) : body });
   const parsed = await response.json().catch(() => null);
   if (response.ok) {
     if (method === "GET") signedIn.set(true);

@@ -9,6 +9,8 @@ import { JobsPage } from "./pages/jobs.js";
 import { JobPage } from "./pages/job.js";
 import { AdaptersPage } from "./pages/adapters.js";
 import { AdapterPage } from "./pages/adapter.js";
+import { FilesPage } from "./pages/files.js";
+import { ModelsPage } from "./pages/models.js";
 import { QueuePage } from "./pages/queue.js";
 import { WorkersPage } from "./pages/workers.js";
 import { SignInPage } from "./pages/sign_in.js";
@@ -17,6 +19,8 @@ const PAGES = {
   jobs: { title: "Jobs", list: JobsPage, one: JobPage },
   adapters: { title: "Adapters", list: AdaptersPage, one: AdapterPage },
   queue: { title: "Queue", list: QueuePage },
+  models: { title: "Models", list: ModelsPage },
+  files: { title: "Files", list: FilesPage },
   workers: { title: "Workers", list: WorkersPage },
 };
 const problem = createStore(null);

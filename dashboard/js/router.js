@@ -24,6 +24,8 @@ export const link = {
   queue: () => "#/queue",
   adapters: () => "#/adapters",
   adapter: (id) => `#/adapters/${encodeURIComponent(id)}`,
+  models: () => "#/models",
+  files: () => "#/files",
   workers: () => "#/workers",
 };
 

@@ -8,7 +8,7 @@ import { useStore } from "../store.js";
 import { Announcer } from "./announce.js";
 import { Confirmer } from "./confirm.js";
 
-const PLACES = [["jobs", "Jobs"], ["queue", "Queue"], ["adapters", "Adapters"], ["workers", "Workers"]];
+const PLACES = [["jobs", "Jobs"], ["queue", "Queue"], ["adapters", "Adapters"], ["models", "Models"], ["files", "Files"], ["workers", "Workers"]];
 
 export function Frame({ page, children }) {
   const isIn = useStore(signedIn);

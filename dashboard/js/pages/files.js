@@ -1,0 +1,91 @@
+// Uploaded files: what each holds, what was wrong in it, who trains on it; a new one can be sent from here.
+import { html, useCallback, useState } from "../html.js";
+import { query, read } from "../api.js";
+import { useLive } from "../jobs_data.js";
+import { useResource } from "../resource.js";
+import { Ago, Empty, Failure, Id, Loading } from "../parts/basics.js";
+import { Delete, useDeletion } from "../parts/deletion.js";
+import { Upload } from "./file_upload.js";
+import * as format from "../format.js";
+
+const PAGE = 30;
+const JOBS = 100;
+const PURPOSES = { "fine-tune": "chat data", evals: "evaluation", user_data: "other data" };
+
+export function FilesPage() {
+  const { files, hasMore, loading, error, load, more } = useFiles();
+  const { data: jobs, reload: reloadJobs } = useResource(`/v1/fine_tuning/jobs${query({ limit: JOBS })}`);
+  const deletion = useDeletion("/v1/files", load);
+  useLive(reloadJobs);
+  return html`
+    <div class="title"><h1 tabindex="-1">Files</h1></div>
+    <${Upload} done=${load} />
+    ${error && html`<${Failure} error=${error} retry=${load} />`}
+    ${deletion.error && html`<${Failure} error=${deletion.error} />`}
+    ${loading ? html`<${Loading} />` : files.length ? html`<${FilesTable} files=${files} jobs=${jobs?.data || []} deletion=${deletion} />`
+      : !error && html`<${Empty} title="No files yet." command="lorry files upload train.jsonl">Send one from here, or from a terminal:<//>`}
+    ${hasMore && html`<p class="more"><button type="button" onClick=${more}>Show older files</button></p>`}`;
+}
+
+/** The project's files, newest first; `load` reads again as many as are on the screen. */
+function useFiles() {
+  const [state, setState] = useState({ files: [], hasMore: false, loading: true, error: null });
+  const [limit, setLimit] = useState(PAGE);
+  const readUpTo = async (number) => {
+    try {
+      const { data, has_more } = await read(`/v1/files${query({ limit: number })}`);
+      setState({ files: data, hasMore: has_more, loading: false, error: null });
+    } catch (error) {
+      setState((was) => ({ ...was, loading: false, error }));
+    }
+  };
+  const load = useCallback(() => readUpTo(limit), [limit]);
+  useLive(load);
+  const more = () => { setLimit(limit + PAGE); return readUpTo(limit + PAGE); };
+  return { ...state, load, more };
+}
+
+const COLUMNS = [["File"], ["Purpose"], ["Size"], ["Data"], ["Id"], ["Actions", "unseen"]];
+
+function FilesTable({ files, jobs, deletion }) {
+  return html`<table class="table cards uploads" role="table"><caption class="unseen">Files, newest first</caption>
+    <thead role="rowgroup"><tr role="row">${COLUMNS.map(([name, kind]) => html`<th role="columnheader" scope="col" key=${name}><span class=${kind}>${name}</span></th>`)}</tr></thead>
+    <tbody role="rowgroup">${files.map((file) => html`<${Row} key=${file.id} file=${file} deletion=${deletion}
+      jobs=${jobs.filter((job) => job.training_file === file.id || job.validation_file === file.id)} />`)}</tbody></table>`;
+}
+
+function Row({ file, jobs, deletion }) {
+  return html`<tr role="row">
+    <th role="rowheader" scope="row" class="file-name"><b>${file.filename}</b><span class="sub"><span><${Ago} at=${file.created_at} /></span><span>${usedBy(jobs)}</span></span></th>
+    <td role="cell">${PURPOSES[file.purpose] || file.purpose}<span class="sub">${file.purpose}</span></td>
+    <td role="cell">${format.bytes(file.bytes)}${typeof file.rows === "number" && html`<span class="sub">${format.plural(file.rows, "row")}</span>`}</td>
+    <td role="cell" class="data-cell"><${Found} file=${file} jobs=${jobs} /></td>
+    <td role="cell"><${Id} id=${file.id} what=${`id of ${file.filename}`} length=${14} /></td>
+    <td role="cell" class="act-cell"><span class="buttons"><a class="button" href=${`/v1/files/${file.id}/content`} download>Download<span class="unseen"> ${file.filename}</span></a>
+      <${Delete} deletion=${deletion} id=${file.id} name=${file.filename} what="file" text="New jobs can't use it any more. Jobs that have ended keep what they learned, and its digest on their record." /></span></td>
+  </tr>`;
+}
+
+const usedBy = (jobs) => (jobs.length ? `used by ${format.plural(jobs.length, "job")}` : "used by no recent job");
+
+/** What preparation found, by the base model of the latest job on it. Only a file that some job read has been prepared. */
+function Found({ file, jobs }) {
+  const model = jobs[0]?.model;
+  const { data } = useResource(model ? `/v1/files/${file.id}/report${query({ model })}` : null);
+  if (file.status === "error") return html`<span class="bad-text">${file.status_details || "It can't be used."}</span>`;
+  if (file.purpose !== "fine-tune") return html`<span class="soft">not read</span>`;
+  if (!model) return html`<span class="soft">every line is valid</span><span class="sub">counted when a job first uses it</span>`;
+  const report = data?.report;
+  if (!report) return html`<span class="soft">${data ? "not counted yet" : "…"}</span>`;
+  const problems = told(report);
+  return html`${problems.length ? html`<ul class="problems">${problems.map((problem) => html`<li key=${problem}>${problem}</li>`)}</ul>` : html`<span class="good-text">no problem</span>`}
+    <span class="sub"><span>${format.compact(report.tokens)} tokens</span><span>by ${model}</span></span>`;
+}
+
+function told({ truncated_rows, empty_rows, duplicate_rows, max_length }) {
+  return [
+    empty_rows > 0 && `${format.plural(empty_rows, "row")} with nothing to learn`,
+    truncated_rows > 0 && `${format.plural(truncated_rows, "row")} cut at ${format.count(max_length)} tokens`,
+    duplicate_rows > 0 && `${format.plural(duplicate_rows, "duplicate row")}, kept`,
+  ].filter(Boolean);
+}

@@ -1,0 +1,69 @@
+// Base models: which can be trained on, why one can't, and what was made from each. Operators may delete one.
+import { html, useEffect } from "../html.js";
+import { person } from "../api.js";
+import { link } from "../router.js";
+import { useStore } from "../store.js";
+import { useLive } from "../jobs_data.js";
+import { useResource } from "../resource.js";
+import { Ago, Empty, Failure, Id, Loading } from "../parts/basics.js";
+import { Delete, useDeletion } from "../parts/deletion.js";
+import * as format from "../format.js";
+
+const READ_MS = 3000;
+const STATES = { importing: "importing", ready: "ready", failed: "import failed" };
+
+export function ModelsPage() {
+  const { data, error, loading, reload } = useResource("/v1/models");
+  const { data: queue, reload: reloadQueue } = useResource("/v1/queue");
+  const isOperator = Boolean(useStore(person)?.is_operator);
+  const deletion = useDeletion("/v1/models", reload);
+  useLive(() => { reload(); reloadQueue(); });
+  const models = data?.data || [];
+  const bases = models.filter((model) => model.kind === "base");
+  useWhile(bases.some((base) => base.state === "importing"), reload);
+  return html`
+    <div class="title"><h1 tabindex="-1">Models</h1></div>
+    <p class="lead">The base models that jobs can be trained on. What was trained is under <a href=${link.adapters()}>Adapters</a>.</p>
+    ${error && html`<${Failure} error=${error} retry=${reload} />`}
+    ${deletion.error && html`<${Failure} error=${deletion.error} />`}
+    ${loading ? html`<${Loading} />` : bases.length
+      ? html`<${ModelsTable} bases=${bases} models=${models} jobs=${queue?.jobs || []} deletion=${isOperator ? deletion : null} />`
+      : !error && html`<${Empty} title="No base model yet." command="lorry models add NAME SOURCE">SOURCE is a hub id, a folder of safetensors, or a GGUF file. An operator's key is needed.<//>`}`;
+}
+
+/** An import ends without an event on any stream. */
+function useWhile(isOn, reload) {
+  useEffect(() => {
+    if (!isOn) return undefined;
+    const timer = setInterval(() => { if (!document.hidden) reload(); }, READ_MS);
+    return () => clearInterval(timer);
+  }, [isOn]);
+}
+
+const COLUMNS = ["Model", "State", "Parameters", "Digest", "Used by"];
+
+function ModelsTable({ bases, models, jobs, deletion }) {
+  return html`<table class="table cards models" role="table"><caption class="unseen">Base models by name</caption>
+    <thead role="rowgroup"><tr role="row">${COLUMNS.map((name) => html`<th role="columnheader" scope="col" key=${name}>${name}</th>`)}
+      ${deletion && html`<th role="columnheader" scope="col"><span class="unseen">Delete</span></th>`}</tr></thead>
+    <tbody role="rowgroup">${bases.map((base) => html`<${Row} key=${base.id} base=${base} deletion=${deletion}
+      adapters=${models.filter((model) => model.kind === "adapter" && model.base === base.id).length}
+      unfinished=${jobs.filter((job) => job.base_model === base.id).length} />`)}</tbody></table>`;
+}
+
+function Row({ base, adapters, unfinished, deletion }) {
+  const { num_parameters, dtype, max_positions } = base.description || {};
+  const source = [base.source, base.revision && `at ${format.short(base.revision, 12)}`].filter(Boolean).join(" ");
+  return html`<tr role="row">
+    <th role="rowheader" scope="row" class="model-name"><b>${base.id}</b>
+      <span class="sub">${source && html`<span class="source">${source}</span>`}<span>added <${Ago} at=${base.created} /></span></span></th>
+    <td role="cell" class="model-state"><span class=${`state model-${base.state}`}><span class="dot" aria-hidden="true"></span>${STATES[base.state] || base.state}</span>
+      ${base.error && html`<span class="why-failed"><b>${base.error.message}</b> ${base.error.remedy}</span>`}</td>
+    <td role="cell">${typeof num_parameters === "number" && html`<span class="narrow-only soft">Parameters </span>${format.compact(num_parameters)}
+      <span class="sub">${dtype && html`<span>${dtype}</span>`}${max_positions && html`<span>up to ${format.count(max_positions)} tokens</span>`}</span>`}</td>
+    <td role="cell">${base.digest && html`<${Id} id=${base.digest} what=${`digest of ${base.id}`} length=${12} />`}</td>
+    <td role="cell">${format.plural(adapters, "adapter")}<span class="sub">${unfinished ? `${format.plural(unfinished, "job")} not ended` : "no job waits or runs"}</span></td>
+    ${deletion && html`<td role="cell" class="act-cell"><${Delete} deletion=${deletion} id=${base.id} name=${base.id} what="model"
+      text="Its name is free again, and no job can be trained on it. Adapters made from it stay, and its files stay on the workers' disks." /></td>`}
+  </tr>`;
+}

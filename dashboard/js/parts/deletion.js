@@ -1,0 +1,31 @@
+// Deleting one thing of a list: asked once more, told how it went, and an error that stays until the next try.
+import { html, useState } from "../html.js";
+import { send } from "../api.js";
+import { announce } from "./announce.js";
+import { confirm } from "./confirm.js";
+
+/** {error, busy (the id that is being deleted), run}; `done` reads the list again. */
+export function useDeletion(path, done) {
+  const [state, setState] = useState({ error: null, busy: null });
+  const run = async (id, name, question) => {
+    if (!(await confirm(question))) return;
+    setState({ error: null, busy: id });
+    try {
+      await send("DELETE", `${path}/${encodeURIComponent(id)}`);
+      announce(`Deleted ${name}`);
+      await done();
+      setState({ error: null, busy: null });
+      // The button that had the focus is gone.
+      document.querySelector("main h1")?.focus();
+    } catch (error) {
+      setState({ error, busy: null });
+    }
+  };
+  return { ...state, run };
+}
+
+export function Delete({ deletion, id, name, what, text }) {
+  const question = { title: `Delete ${name}?`, text, yes: `Delete the ${what}`, no: `Keep the ${what}`, danger: true };
+  return html`<button type="button" class="danger-quiet" disabled=${deletion.busy === id} onClick=${() => deletion.run(id, name, question)}>
+    Delete<span class="unseen"> ${name}</span></button>`;
+}

@@ -1,0 +1,176 @@
+"""The page of files: what each holds, sending one, being told what is wrong with it, deleting one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from catalog import files
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]})
+BAD = ['{"messages": "none"}', '{"prompt": "2 + 2?"}']
+
+
+def test_a_file_tells_its_purpose_size_rows_and_what_was_found_in_it(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open("#/files")
+
+    row = visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")
+    expect(row).to_contain_text("2 rows cut at 4\u202f096 tokens")
+    told = row.inner_text()
+    for word in (
+        "fine-tune",
+        "kB",
+        "320 rows",
+        "5 duplicate rows, kept",
+        "used by 11 jobs",
+        filled.seeded.training.id[:14],
+    ):
+        assert word in told
+
+
+def test_a_file_is_uploaded_with_the_keyboard_and_appears(fresh: Service, visit: Visit, tmp_path: Path) -> None:
+    visitor = visit(fresh)
+    visitor.open("#/files")
+    visitor.page.get_by_label("File", exact=True).set_input_files(_written(tmp_path, [GOOD, GOOD]))
+
+    visitor.page.get_by_role("button", name="Upload").focus()
+    visitor.page.keyboard.press("Enter")
+
+    visitor.page.get_by_role("row").filter(has_text="sums.jsonl").wait_for()
+    told = visitor.page.locator("[aria-live]").filter(has_text="sums.jsonl was uploaded: 2 rows")
+    expect(told).to_have_count(1)
+    assert _names(fresh)[0] == "sums.jsonl"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_refused_file_is_told_line_by_line_and_the_field_has_the_focus(
+    fresh: Service, visit: Visit, tmp_path: Path, width: int, scheme: str
+) -> None:
+    visitor = visit(fresh, width=width, scheme=scheme)
+    visitor.open("#/files")
+    visitor.page.get_by_label("File", exact=True).set_input_files(_written(tmp_path, [GOOD, *BAD]))
+
+    visitor.page.get_by_role("button", name="Upload").click()
+
+    alert = visitor.page.get_by_role("alert")
+    expect(alert.get_by_role("listitem")).to_have_text(
+        ["Line 2: messages is a string, not a list.", "Line 3: the key 'prompt' is unknown."]
+    )
+    expect(alert).to_contain_text("Write a list of {role, content} objects.")
+    expect(visitor.page.get_by_label("File", exact=True)).to_be_focused()
+    assert _description(visitor.page) == "upload-error"
+    assert _names(fresh) == _names_at_first(fresh)
+    visitor.assert_fits()
+    visitor.assert_accessible()
+
+
+def test_upload_without_a_file_asks_for_one(fresh: Service, visit: Visit) -> None:
+    visitor = visit(fresh)
+    visitor.open("#/files")
+
+    visitor.page.get_by_role("button", name="Upload").click()
+
+    expect(visitor.page.get_by_role("alert")).to_contain_text("Choose one first.")
+
+
+def test_a_file_for_another_purpose_is_not_read_line_by_line(fresh: Service, visit: Visit, tmp_path: Path) -> None:
+    visitor = visit(fresh)
+    visitor.open("#/files")
+    visitor.page.get_by_label("File", exact=True).set_input_files(_written(tmp_path, ["not json"]))
+    visitor.page.get_by_label("Purpose").select_option("user_data")
+
+    visitor.page.get_by_role("button", name="Upload").click()
+
+    row = visitor.page.get_by_role("row").filter(has_text="sums.jsonl")
+    expect(row).to_contain_text("user_data")
+
+
+def test_a_file_is_deleted_only_after_the_question_was_answered(fresh: Service, visit: Visit) -> None:
+    visitor = visit(fresh)
+    visitor.open("#/files")
+
+    visitor.page.get_by_role("button", name="Delete signatures-train.jsonl").click()
+    visitor.page.get_by_role("button", name="Keep the file").click()
+    assert _names(fresh) == _names_at_first(fresh)
+    visitor.page.get_by_role("button", name="Delete signatures-train.jsonl").click()
+    visitor.page.get_by_role("button", name="Delete the file").click()
+
+    expect(visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")).to_have_count(0)
+    assert _names(fresh) == ["signatures-held-out.jsonl"]
+
+
+def test_a_file_that_a_job_reads_is_kept_and_the_page_says_why(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "reads-it")
+    visitor = visit(fresh)
+    visitor.open("#/files")
+
+    visitor.page.get_by_role("button", name="Delete signatures-train.jsonl").click()
+    visitor.page.get_by_role("button", name="Delete the file").click()
+
+    alert = visitor.page.get_by_role("alert").filter(has_text=f"used by the job {job.id}")
+    expect(alert).to_contain_text("cancel it")
+    assert _names(fresh) == _names_at_first(fresh)
+
+
+def test_a_file_is_downloaded_as_it_was_sent(filled: Service, visit: Visit, tmp_path: Path) -> None:
+    visitor = visit(filled)
+    visitor.open("#/files")
+
+    with visitor.page.expect_download() as download:
+        visitor.page.get_by_role("link", name="Download signatures-train.jsonl").click()
+
+    download.value.save_as(tmp_path / "taken")
+    assert len((tmp_path / "taken").read_text().splitlines()) == 320
+
+
+def test_older_files_are_read_on_request(fresh: Service, visit: Visit) -> None:
+    seeded = fresh.seeded
+    project = seed.projects.ensure(seeded.db)
+    for number in range(31):
+        seed.upload(seeded.db, seeded.store, seeded.settings, project, f"part-{number}.jsonl", 1)
+    visitor = visit(fresh)
+    visitor.open("#/files")
+    expect(visitor.page.locator("tbody tr")).to_have_count(30)
+
+    visitor.page.get_by_role("button", name="Show older files").click()
+
+    expect(visitor.page.locator("tbody tr")).to_have_count(33)
+    expect(visitor.page.get_by_role("button", name="Show older files")).to_have_count(0)
+
+
+def test_without_files_the_page_names_the_command_that_sends_one(fresh: Service, visit: Visit) -> None:
+    for file in (fresh.seeded.training, fresh.seeded.validation):
+        files.delete(fresh.seeded.db, project_id=fresh.seeded.caller.project_id, file_id=file.id)
+    visitor = visit(fresh)
+
+    visitor.open("#/files")
+
+    assert "lorry files upload train.jsonl" in visitor.text()
+    visitor.assert_accessible()
+
+
+def _written(folder: Path, lines: list[str]) -> Path:
+    path = folder / "sums.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _names(service: Service) -> list[str]:
+    page = files.list_page(service.seeded.db, project_id=service.seeded.caller.project_id)
+    return [file.filename for file in page.items]
+
+
+def _names_at_first(service: Service) -> list[str]:
+    return [service.seeded.validation.filename, service.seeded.training.filename]
+
+
+def _description(page: Page) -> str | None:
+    return page.get_by_label("File", exact=True).get_attribute("aria-describedby")

@@ -1,0 +1,125 @@
+"""The page of base models: what each is, why one failed, and deleting one that nothing needs."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from catalog import bases, keys
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+
+FAILED = {
+    "code": "hub_unreachable",
+    "message": "The hub did not answer: connection refused.",
+    "remedy": "Check the worker's network, or add the model from a folder.",
+}
+
+
+def test_a_base_tells_its_state_size_digest_and_what_was_made_of_it(filled: Service, visit: Visit) -> None:
+    digest = bases.get(filled.seeded.db, seed.BASE).digest or ""
+    visitor = visit(filled)
+
+    visitor.open("#/models")
+
+    row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
+    expect(row).to_contain_text("7 jobs not ended")
+    told = row.inner_text()
+    for word in ("ready", "135 M", "up to 8\u202f192 tokens", digest[:12], "2 adapters"):
+        assert word in told
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_failed_import_tells_why_and_what_to_do(fresh: Service, visit: Visit, width: int, scheme: str) -> None:
+    _add(fresh, "llama-1b", error=FAILED)
+    visitor = visit(fresh, width=width, scheme=scheme)
+
+    visitor.open("#/models")
+
+    told = visitor.page.get_by_role("row").filter(has_text="llama-1b").inner_text()
+    assert "import failed" in told
+    assert FAILED["message"] in told
+    assert FAILED["remedy"] in told
+    visitor.assert_fits()
+    visitor.assert_accessible()
+
+
+def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) -> None:
+    _add(fresh, "llama-1b")
+    visitor = visit(fresh)
+    visitor.open("#/models")
+    row = visitor.page.get_by_role("row").filter(has_text="llama-1b")
+    row.get_by_text("importing").wait_for()
+
+    bases.fail_import(fresh.seeded.db, "llama-1b", error=FAILED)
+
+    row.get_by_text("import failed").wait_for()
+
+
+def test_a_base_is_deleted_with_the_keyboard_only_after_the_question_was_answered(fresh: Service, visit: Visit) -> None:
+    _add(fresh, "llama-1b", error=FAILED)
+    visitor = visit(fresh)
+    visitor.open("#/models")
+    button = visitor.page.get_by_role("button", name="Delete llama-1b")
+
+    button.focus()
+    visitor.page.keyboard.press("Enter")
+    visitor.page.get_by_role("dialog", name="Delete llama-1b?").wait_for()
+    visitor.assert_accessible()
+    visitor.page.keyboard.press("Escape")
+    assert [base.name for base in bases.list_all(fresh.seeded.db)] == ["llama-1b", seed.BASE]
+    expect(button).to_be_focused()
+    visitor.page.keyboard.press("Enter")
+    visitor.page.get_by_role("button", name="Delete the model").click()
+
+    expect(visitor.page.get_by_role("row").filter(has_text="llama-1b")).to_have_count(0)
+    expect(visitor.page.locator("[aria-live]").filter(has_text="Deleted llama-1b")).to_have_count(1)
+    assert [base.name for base in bases.list_all(fresh.seeded.db)] == [seed.BASE]
+
+
+def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "needs-it")
+    visitor = visit(fresh)
+    visitor.open("#/models")
+
+    visitor.page.get_by_role("button", name=f"Delete {seed.BASE}").click()
+    visitor.page.get_by_role("button", name="Delete the model").click()
+
+    alert = visitor.page.get_by_role("alert")
+    expect(alert).to_contain_text(f"used by the job {job.id}")
+    expect(alert).to_contain_text("Wait until every job on it ends")
+    assert [base.name for base in bases.list_all(fresh.seeded.db)] == [seed.BASE]
+
+
+def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visit) -> None:
+    seeded = fresh.seeded
+    project_id = seeded.caller.project_id
+    _, secret = keys.create(seeded.db, project_id=project_id, name="plain", pepper=seeded.pepper, is_operator=False)
+    visitor = visit(fresh, signed_in=False)
+    visitor.open("#/models")
+    visitor.page.get_by_label("API key").fill(secret)
+    visitor.page.keyboard.press("Enter")
+
+    visitor.page.get_by_role("row").filter(has_text=seed.BASE).wait_for()
+
+    expect(visitor.page.get_by_role("button", name="Delete")).to_have_count(0)
+
+
+def test_without_a_base_the_page_names_the_command_that_adds_one(fresh: Service, visit: Visit) -> None:
+    bases.delete(fresh.seeded.db, seed.BASE)
+    visitor = visit(fresh)
+
+    visitor.open("#/models")
+
+    assert "lorry models add NAME SOURCE" in visitor.text()
+    visitor.assert_accessible()
+
+
+def _add(service: Service, name: str, *, error: dict[str, str] | None = None) -> None:
+    """A base that is being imported, or whose import has failed."""
+    db = service.seeded.db
+    bases.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct")
+    bases.claim_import(db, lease_seconds=seed.LEASE_SECONDS)
+    if error is not None:
+        bases.fail_import(db, name, error=error)
