@@ -19,7 +19,7 @@ help:
 	@echo "make demo        train three adapters at once and show the result (KEEP=1 leaves the service running)"
 	@echo "make up          start Lorry on this machine: api, dashboard and one worker, until Ctrl-C"
 	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
-	@echo "make test-slow   run the tests that take minutes"
+	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
 	@echo "make check       lint, format, types, import rules, migrations, documents"
 	@echo "make lock        write requirements.lock anew from the newest releases"
 	@echo "make clean       remove .venv and all caches"

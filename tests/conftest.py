@@ -1,4 +1,5 @@
-"""Session fixtures of the real servers that tests use. Each starts on first use and ends with the session.
+"""Session fixtures of the real servers, and of the real model, that tests use. A server starts on first use and ends
+with the session.
 
 Where one can't be had, the tests that ask for it are skipped and counted at the end; under CI=true they fail.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.services.chromium import chromium_program
+from tests.services.gguf import real_model
 from tests.services.postgres import empty_database, postgres_server
 from tests.services.programs import Missing
 from tests.services.redis import redis_server
@@ -58,6 +60,14 @@ def chromium_path() -> Path:
     """The program of a Chromium on this machine."""
     with _or_skip("Chromium"):
         return chromium_program()
+    raise AssertionError("unreachable")
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """The GGUF file of a real language model, SmolLM2-135M-Instruct."""
+    with _or_skip("real base model"):
+        return real_model()
     raise AssertionError("unreachable")
 
 

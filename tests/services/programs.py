@@ -60,6 +60,12 @@ def install_wheel(package: str) -> None:
     _run([sys.executable, "-m", "pip", "install", "-q", package], dict(os.environ))
 
 
+def download_wheel(package: str, folder: Path) -> Path:
+    """The wheel of the newest release, without what it requires."""
+    _run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package], dict(os.environ))
+    return next(iter(folder.glob("*.whl")))
+
+
 def install_playwright_browser() -> None:
     _run([sys.executable, "-m", "playwright", "install", "chromium"], dict(os.environ))
 
