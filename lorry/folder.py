@@ -105,6 +105,11 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     return _result(problems + lineage_problems(lineage, artifact))
 
 
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """What a pulled folder keeps of its adapter's origin, unchecked. Raises LorryError where it keeps nothing."""
+    return _object(folder / LINEAGE)
+
+
 def lineage_problems(lineage: Mapping[str, Any], artifact: str) -> list[str]:
     """Whether the record gives its id, and names the artifact."""
     held: object = lineage.get("lineage")

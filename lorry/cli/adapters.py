@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from lorry.cli.tables import Column, table
 app = group("Trained adapters.")
 
 Name = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's name or id.")]
+NameOrFolder = Annotated[
+    str, typer.Argument(metavar="ADAPTER|FOLDER", help="A name or id, or a pulled folder (offline).")
+]
 
 
 @app.command("list")
@@ -80,40 +83,65 @@ def pull(
 
 
 @app.command()
-def verify(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER|FOLDER", help="A name or id, or a pulled folder (offline).")
-    ],
-    as_json: AsJson = False,
-) -> None:
+def verify(adapter: NameOrFolder, as_json: AsJson = False) -> None:
     """Check bytes against digests, and the lineage record against its id. Exit code 1 if something is off."""
-    if Path(adapter).is_dir():
+    folder = _folder(adapter)
+    if folder is not None:
         from lorry.folder import verify_folder
 
-        result = verify_folder(Path(adapter))
+        result = verify_folder(folder)
     else:
         result = client().adapters.verify(adapter)
-    problems: list[str] = result.get("problems") or []
     if as_json:
         output.print_json(result)
-    else:
-        for problem in problems:
-            output.say(problem)
-        output.say(
-            f"{adapter}: {'it is what its record says' if result.get('passed') else 'NOT what its record says'}."
-        )
-    if not result.get("passed"):
-        raise typer.Exit(EXIT_REFUSED)
+    _say_verdict(adapter, result, as_json=as_json)
 
 
 @app.command()
-def lineage(adapter: Name, as_json: AsJson = False) -> None:
-    """Where it comes from: base, data, configuration, attempts, code, results."""
-    record = client().adapters.lineage(adapter)
+def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
+    """Where it comes from: base, data, configuration, attempts, code, results.
+
+    Of a folder, its files are checked too. Exit code 1 if something is off.
+    """
+    from lorry.cli.lineage import render
+
+    folder = _folder(adapter)
+    if folder is not None:
+        from lorry.folder import read_lineage, verify_folder
+
+        record = read_lineage(folder)
+        output.say(f"Read from {folder / 'lineage.json'}, without the service.")
+        result = verify_folder(folder)
+    else:
+        record, result = client().adapters.lineage(adapter), None
     if as_json:
         output.print_json(record)
     else:
-        output.pairs(flatten(record))
+        render(record)
+    if result is not None:
+        _say_verdict(adapter, result)
+
+
+def _folder(adapter: str) -> Path | None:
+    """The folder that was named, if it was one: a name of an adapter has no slash and begins with no dot."""
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        return path
+    if "/" in adapter or adapter.startswith((".", "~")):
+        raise typer.BadParameter(f"there is no folder {adapter!r}.", param_hint="ADAPTER|FOLDER")
+    return None
+
+
+def _say_verdict(adapter: str, result: dict[str, Any], *, as_json: bool = False) -> None:
+    """What a check found; exits with 1 if it is bad."""
+    problems: list[str] = result.get("problems") or []
+    if not as_json:
+        for problem in problems:
+            output.say(problem)
+        verdict = "it is what its record says" if result.get("passed") else "NOT what its record says"
+        output.say(f"{adapter}: {verdict}.")
+    if not result.get("passed"):
+        raise typer.Exit(EXIT_REFUSED)
 
 
 def folder_name(name: str) -> str:

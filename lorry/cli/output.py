@@ -65,27 +65,34 @@ def is_attended() -> bool:
     return sys.stdin.isatty()
 
 
-def pairs(values: Iterable[tuple[str, object]]) -> None:
+def pairs(values: Iterable[tuple[str, object]], *, label_width: int = 0) -> None:
     """Label and value, one a line; a None and an empty text are left out.
 
-    Where a terminal is too narrow, values fold under themselves.
+    Where a terminal is too narrow, values fold under themselves. label_width: cells that labels take at least.
     """
     from rich.table import Table
     from rich.text import Text
 
-    shown = [(label, clean(cell(value))) for label, value in values if value not in (None, "")]
+    shown = [(clean(label), clean(cell(value))) for label, value in values if value not in (None, "")]
     out = console()
     if not sys.stdout.isatty():  # a table would pad every line to the longest
-        width = max((len(label) for label, _ in shown), default=0)
+        width = max((label_width, *(len(label) for label, _ in shown)))
         for label, value in shown:
             out.print(Text(f"{label:{width}}  {value}".replace("\n", f"\n{'':{width}}  ")), soft_wrap=True)
         return
     drawn = Table(box=None, show_header=False, pad_edge=False)
-    drawn.add_column(style="bold")
+    drawn.add_column(style="bold", min_width=label_width)
     drawn.add_column(overflow="fold")
     for label, value in shown:
         drawn.add_row(label, Text(value))
     out.print(drawn)
+
+
+def heading(title: str) -> None:
+    """Of a section of pairs."""
+    from rich.text import Text
+
+    console().print(Text(f"\n{clean(title).upper()}", style="bold"))
 
 
 def brief(text: str) -> str:

@@ -303,17 +303,15 @@ def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: st
     assert folder_name(name) == folder
 
 
-def test_queue_report_show_and_lineage_print_what_they_are_told(service: Script, run: Run) -> None:
+def test_queue_report_and_show_print_what_they_are_told(service: Script, run: Run) -> None:
     service.on("GET", "/v1/queue", {"jobs": [{"job_id": "ftjob-1", "state": "queued", "position": 1}], "workers": 0})
     service.on("GET", "/v1/files/f/report", {"rows": 3, "tokens": {"supervised": 9}})
     service.on("GET", f"{JOBS}/j", {**JOB, "status": "queued"})
     service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker.", "state": "queued"})
-    service.on("GET", "/v1/adapters/a/lineage", {"lineage_id": "l1", "lineage": {"base": {"digest": "d"}}})
 
     assert "ftjob-1" in run("queue").stdout
     assert "tokens.supervised" in run("files", "report", "f", "--model", "m").stdout
     assert "No worker." in run("jobs", "show", "j").stdout
-    assert "lineage.base.digest" in run("adapters", "lineage", "a").stdout
 
 
 def test_a_file_that_can_not_be_written_is_a_sentence(service: Script, run: Run, tmp_path: Path) -> None:
