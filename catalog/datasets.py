@@ -86,7 +86,7 @@ def _read_lines(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int,
             blank = blank or number
         else:
             if blank:
-                yield blank, BadRow("blank_line", "the line is blank", "Delete blank lines between rows.")
+                yield blank, _blank(blank, number - 1)
                 blank = 0
             yield number, content
 
@@ -123,11 +123,23 @@ def _check_first(number: int, line: bytes) -> None:
 
 
 def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
-    sentences = [f"Line {number}: {problem.reason}." for number, problem in problems]
+    """Each line with its own remedy; one that all share is said once, at the end."""
+    code, remedies = problems[0][1].code, {problem.remedy for _, problem in problems}
+    if len(remedies) == 1:
+        sentences = [f"Line {number}: {problem.reason}." for number, problem in problems]
+        remedy = remedies.pop()
+    else:
+        sentences = [f"Line {number}: {problem.reason}. {problem.remedy}" for number, problem in problems]
+        remedy = "Correct these lines and upload the file again."
     if len(problems) == MAX_LISTED:
-        sentences.append(f"Reading stopped at the {MAX_LISTED}th bad line.")
-    remedies = dict.fromkeys(problem.remedy for _, problem in problems)
-    return InvalidRequest(" ".join(sentences), code=problems[0][1].code, remedy=" ".join(remedies), param="file")
+        sentences.append(f"Reading stopped at the {MAX_LISTED}th bad line: there may be more.")
+    return InvalidRequest(" ".join(sentences), code=code, remedy=remedy, param="file")
+
+
+def _blank(first: int, last: int) -> BadRow:
+    """Lines `first` to `last`, between two rows."""
+    reason = "the line is blank" if first == last else f"the line is blank, and so are those up to line {last}"
+    return BadRow("blank_line", reason, "Delete blank lines between rows.")
 
 
 def _too_long(max_line_bytes: int) -> BadRow:

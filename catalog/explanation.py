@@ -5,11 +5,12 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from catalog import memory, queue
+from catalog import memory, packing, queue
 from catalog.db import Database, read_clock
 from catalog.fair_share import Turn
 from catalog.job_records import find
 from catalog.packing import PATIENCE_SECONDS
+from catalog.queue import Resident
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
 from catalog.tables import Attempt, Job, Json, Worker
@@ -57,12 +58,15 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
 
 
 def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+    residents = queue.residents(session, now=now)
     facts: Json = {
         "run_after": job.run_after,
         "counted_attempts": job.counted_attempts,
-        "live_workers": _live(session, now=now),
-        "resident_bases": queue.resident_bases(session, now=now),
+        "live_workers": len(residents),
+        "resident_bases": sorted({resident.base_digest for resident in residents if resident.base_digest}),
+        "resident_precisions": _precisions(residents, job.base_digest),
         "base_digest": job.base_digest,
+        "precision": packing.precision_of(job.pack_key),
         "priority": PriorityClass(job.priority).name,
     }
     if job.run_after is not None and job.run_after > now:
@@ -79,7 +83,7 @@ def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     too_large = _too_large(session, mine, now=now)
     if too_large:
         return too_large, facts
-    return _queue_sentence(job, mine, ahead, facts), facts
+    return _queue_sentence(job, mine, ahead, residents), facts
 
 
 def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
@@ -94,22 +98,40 @@ def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
     }
 
 
-def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], facts: Json) -> str:
+def _precisions(residents: list[Resident], base_digest: str) -> list[str]:
+    """In which the job's own base is loaded."""
+    keys = {resident.pack_key for resident in residents if resident.base_digest == base_digest}
+    return sorted(packing.precision_of(key) for key in keys if key)
+
+
+def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], residents: list[Resident]) -> str:
     if mine.candidate.is_suspect:
         return (
             f"It has ended badly {job.counted_attempts} times of {MAX_COUNTED_ATTEMPTS}: it waits for a worker to "
             "itself, so that no other job is hurt."
         )
-    if not ahead:
-        return "It is first in the queue and waits for a worker to have room."
-    if job.base_digest in facts["resident_bases"]:
-        return f"{_jobs(len(ahead))} ahead of it. Its base is loaded: it joins as soon as there is room."
-    sentence = f"{_jobs(len(ahead))} ahead of it."
-    if facts["resident_bases"]:
-        sentence += (
-            f" Workers hold another base now; jobs for that one may go first for {PATIENCE_SECONDS:.0f} s at most."
-        )
-    return sentence
+    place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
+    of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
+    if any(resident.pack_key in (job.pack_key, None) for resident in of_its_base):
+        return f"{place} Its base is loaded: it joins as soon as there is room."
+    if any(resident.base_digest is None for resident in residents):
+        return place if ahead else "It is first in the queue and waits for a worker to have room."
+    return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"
+
+
+def _other_trainer(job: Job, of_its_base: list[Resident]) -> str:
+    """Why no trainer that is loaded takes the job."""
+    if not of_its_base:
+        return "Workers hold another base now."
+    loaded = " and ".join(_precisions(of_its_base, job.base_digest))
+    wanted = packing.precision_of(job.pack_key)
+    return f"Its base is loaded in {loaded}; it asks for {wanted}, so it can't join and waits for a trainer of its own."
+
+
+def _patience(mine: Turn) -> str:
+    if mine.waited_seconds < PATIENCE_SECONDS:
+        return f"Jobs that can join what is loaded may go first for {PATIENCE_SECONDS:.0f} s at most."
+    return "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
 
 
 def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:

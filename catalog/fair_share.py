@@ -36,7 +36,7 @@ class Turn:
     position: int
     waited_seconds: float
     project_rank: int
-    """Jobs of its project that run or stand before it in its class."""
+    """Jobs of its project that run, and those that wait before it in its class."""
     reason: str
 
 
@@ -58,12 +58,27 @@ def order(
         seen[group] += 1
         ranked.append((candidate.priority, rank, candidate.created_at, candidate.job_id, candidate))
     ranked.sort(key=lambda row: row[:4])
-    return [_turn(row[-1], position=i, rank=row[1], now=now) for i, row in enumerate(ranked, start=1)]
+    return [
+        _turn(row[-1], position=i, rank=row[1], num_running=started.get(row[-1].project_id, 0), now=now)
+        for i, row in enumerate(ranked, start=1)
+    ]
 
 
-def _turn(candidate: Candidate, *, position: int, rank: int, now: float) -> Turn:
+def _turn(candidate: Candidate, *, position: int, rank: int, num_running: int, now: float) -> Turn:
     waited = max(0.0, now - candidate.created_at)
     name = PriorityClass(candidate.priority).name
-    others = "none of its project's jobs" if rank == 0 else f"{rank} of its project's jobs"
-    reason = f"priority {name}; {others} before it; waited {waited:.0f} s"
+    reason = f"priority {name}; {_of_its_project(num_running, rank - num_running)}; waited {waited:.0f} s"
     return Turn(candidate=candidate, position=position, waited_seconds=waited, project_rank=rank, reason=reason)
+
+
+def _of_its_project(num_running: int, num_before: int) -> str:
+    """Those that run are no longer in the queue: a job may be first in it and have many of them."""
+    run = "run" if num_running != 1 else "runs"
+    wait = "wait" if num_before != 1 else "waits"
+    if num_running and num_before:
+        return f"{num_running} of its project's jobs {run} and {num_before} of its class {wait} before it"
+    if num_running:
+        return f"{num_running} of its project's jobs {run}, none of its class waits before it"
+    if num_before:
+        return f"{num_before} of its project's jobs of its class {wait} before it"
+    return "none of its project's jobs runs or, in its class, waits before it"

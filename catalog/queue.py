@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Row, and_, func, or_, select
@@ -14,7 +15,7 @@ from catalog.db import Database, read_clock
 from catalog.fair_share import Candidate, Turn
 from catalog.spec import PriorityClass
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
-from catalog.tables import BaseModelRow, Job, Json, Project, Worker
+from catalog.tables import BaseModelRow, Job, Json, Project, Trainer, Worker
 from catalog.workers import SILENT_SECONDS
 
 MAX_CANDIDATES = 5000
@@ -106,10 +107,21 @@ def has_work(db: Database) -> bool:
         return session.scalar(jobs) is not None or session.scalar(imports) is not None
 
 
-def resident_bases(session: Session, *, now: float) -> list[str]:
-    """Digests of the bases that live workers hold."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resident:
+    """What one live worker holds."""
+
+    base_digest: str | None
+    """None: it has no trainer."""
+    pack_key: str | None
+    """None where the trainer has not said yet."""
+
+
+def residents(session: Session, *, now: float) -> list[Resident]:
+    """Of every live worker, in no order."""
     live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
-    return [digest for digest in session.scalars(select(Worker.resident_base).where(*live).distinct()) if digest]
+    held = select(Worker.resident_base, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
+    return [Resident(base_digest=row[0], pack_key=row[1]) for row in session.execute(held.where(*live))]
 
 
 def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:

@@ -146,14 +146,38 @@ def test_five_bad_lines_are_listed_and_reading_stops() -> None:
     problem = refusal((row() + b"{}\n") * 50)
 
     assert [line for line in range(1, 101) if f"Line {line}:" in problem.message] == [2, 4, 6, 8, 10]
-    assert problem.message.endswith("Reading stopped at the 5th bad line.")
+    assert problem.message.endswith("Reading stopped at the 5th bad line: there may be more.")
 
 
 def test_each_kind_of_problem_brings_its_remedy() -> None:
     problem = refusal(b"{}\n" + b'{"messages": 1}\n' + row())
 
     assert problem.code == "messages_missing"
-    assert problem.remedy == 'Write {"messages": [...]}. Write a list of {role, content} objects.'
+    assert problem.message == (
+        'Line 1: the key "messages" is missing. Write {"messages": [...]}. '
+        "Line 2: messages is a number, not a list. Write a list of {role, content} objects."
+    )
+    assert problem.remedy == "Correct these lines and upload the file again."
+
+
+def test_a_remedy_that_all_bad_lines_share_is_said_once() -> None:
+    problem = refusal(b"{}\n" + row() + b"{}\n")
+
+    assert problem.message == 'Line 1: the key "messages" is missing. Line 3: the key "messages" is missing.'
+    assert problem.remedy == 'Write {"messages": [...]}.'
+
+
+def test_every_run_of_blank_lines_between_rows_is_told_once_with_its_extent() -> None:
+    assert refusal(row() + b"\n" + row()).message == "Line 2: the line is blank."
+    problem = refusal(row() + b"\n \n\n" + row() + b"\n" + row())
+
+    assert problem.code == "blank_line"
+    assert problem.message == "Line 2: the line is blank, and so are those up to line 4. Line 6: the line is blank."
+    assert problem.remedy == "Delete blank lines between rows."
+    many = refusal((row() + b"\n\n") * 3 + b"{}\n")
+    assert many.message.startswith(
+        "Line 2: the line is blank, and so are those up to line 3. Delete blank lines between rows. Line 5: "
+    )
 
 
 def test_only_masked_rows_are_refused() -> None:
@@ -209,7 +233,8 @@ def test_a_line_of_300_mb_is_refused_in_bounded_memory() -> None:
 
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert caught.value.code == "line_too_long"
-    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes. Line 3: ")
+    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes. Split ")
+    assert " Line 3: " in caught.value.message
     assert grown_bytes < 64 * MIB
 
 

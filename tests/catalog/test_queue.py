@@ -95,6 +95,42 @@ def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
     assert "Its base is loaded: it joins as soon as there is room." in explained(world, second.id)["explanation"]
 
 
+def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: World) -> None:
+    world.worker()
+    held = world.running()
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
+    )
+    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    same, other = world.queued(), world.queued(precision="float32")
+
+    assert explained(world, same.id)["explanation"] == (
+        "It is first in the queue. Its base is loaded: it joins as soon as there is room."
+    )
+    why = explained(world, other.id)
+    assert (why["precision"], why["resident_precisions"]) == ("float32", ["bfloat16"])
+    assert why["explanation"] == (
+        "1 job is ahead of it. Its base is loaded in bfloat16; it asks for float32, so it can't join and waits for a "
+        "trainer of its own. Jobs that can join what is loaded may go first for 60 s at most."
+    )
+    world.pass_time(61)
+    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    assert explained(world, other.id)["explanation"].endswith(
+        "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
+    )
+
+
+def test_the_first_in_the_queue_is_told_of_none_before_it(world: World) -> None:
+    world.running()
+    first, second = world.queued(), world.queued()
+
+    turns = [explained(world, job.id) for job in (first, second)]
+
+    assert [why["position"] for why in turns] == [1, 2]
+    assert "1 of its project's jobs runs, none of its class waits before it;" in turns[0]["turn"]
+    assert "1 of its project's jobs runs and 1 of its class waits before it;" in turns[1]["turn"]
+
+
 def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
     world.base("huge", num_parameters=10**12)
     world.worker(memory_bytes=10**9)
