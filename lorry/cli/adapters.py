@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorry.cli import output
 from lorry.cli.app import EXIT_REFUSED, client, group
-from lorry.cli.files import byte_bar, flatten
+from lorry.cli.files import byte_bar
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorry.models import Adapter
 
 app = group("Trained adapters.")
 
@@ -62,7 +67,7 @@ def show(adapter: Name, as_json: AsJson = False) -> None:
     if as_json:
         output.print_json(found.raw)
     else:
-        output.pairs(flatten(found.raw))
+        output.pairs(_facts(found))
 
 
 @app.command()
@@ -120,6 +125,30 @@ def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
         render(record)
     if result is not None:
         _say_verdict(adapter, result)
+
+
+def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
+    measured, check = adapter.evaluation, adapter.verification
+    yield "name", adapter.name
+    yield "id", adapter.id
+    yield "job", adapter.job_id
+    yield "base model", adapter.base_model
+    yield "rank", adapter.rank
+    yield "parameters", f"{adapter.num_parameters:,}"
+    yield "size", output.size(adapter.bytes)
+    yield "created", output.when(adapter.created_at or None)
+    for label, before, after in (
+        ("held-out loss", measured.base_loss, measured.loss),
+        ("perplexity", measured.base_perplexity, measured.perplexity),
+    ):
+        if after is not None:
+            yield label, f"{output.cell(before)} for the base, {output.cell(after)} with the adapter"
+    yield "PEFT agrees", check.passed
+    yield "largest difference", check.max_abs_diff
+    yield "allowed", check.tolerance
+    yield "base digest", adapter.base_digest
+    yield "artifact", adapter.artifact
+    yield "lineage", adapter.lineage_id
 
 
 def _folder(adapter: str) -> Path | None:

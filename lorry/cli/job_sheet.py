@@ -57,7 +57,7 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
     yield "held-out loss", progress.valid_loss
     yield "best held-out loss", progress.best_valid_loss
     yield "time left", output.duration(progress.seconds_left) if moves else None
-    yield "trained tokens", job.trained_tokens
+    yield "trained tokens", None if job.trained_tokens is None else f"{job.trained_tokens:,}"
     yield "attempt", job.attempt or None
     yield "trainer", job.trainer_id
     yield "created", output.when(job.created_at)

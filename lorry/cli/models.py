@@ -84,7 +84,7 @@ def show(
     name: Annotated[str, typer.Argument(help="The model's name.")],
     as_json: AsJson = False,
 ) -> None:
-    """One model: a base, with its shapes or why its import failed, or an adapter."""
+    """One model, and why its import failed."""
     model = client().models.get(name)
     if as_json:
         output.print_json(model.raw)
@@ -98,7 +98,10 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete an adapter, or (for operators) a base model: adapters that were trained on it stay."""
+    """Delete an adapter or a base model.
+
+    A base takes an operator's key and stays while a job uses it. Adapters that were trained on it stay.
+    """
     is_adapter = name.startswith("ft:")
     what = "the adapter" if is_adapter else "the base model"
     output.confirm(f"Delete {what} {name}?", yes=yes)

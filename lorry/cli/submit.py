@@ -213,7 +213,7 @@ def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapp
     try:
         for name, source in sources.items():
             if isinstance(source, Path):
-                ids[name] = upload_with_bar(lorry, source).id
+                ids[name] = _upload(lorry, source, name)
                 uploaded.append(ids[name])
             else:
                 ids[name] = source
@@ -222,6 +222,14 @@ def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapp
         if 400 <= error.status < 500 and error.status != 408:
             for file_id in uploaded:
                 _delete_again(lorry, file_id)
+        raise
+
+
+def _upload(lorry: Lorry, path: Path, name: str) -> str:
+    try:
+        return upload_with_bar(lorry, path).id
+    except APIError as error:
+        error.param = name
         raise
 
 

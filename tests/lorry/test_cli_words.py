@@ -219,3 +219,26 @@ def test_pairs_in_a_pipe_end_where_their_text_ends(service: Script, run: Run) ->
     service.on("GET", "/v1/models/m", {"id": "m", "source": "s" * 300, "error": {"message": "a\nb"}})
 
     assert run("models", "show", "m").stdout == f"name    m\nerror   a\n        b\nsource  {'s' * 300}\n"
+
+
+def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run: Run) -> None:
+    wire = {
+        "name": "ft:x",
+        "bytes": 9_776_128,
+        "num_parameters": 4_884_480,
+        "evaluation": {"base_loss": 2.91, "loss": 1.87},
+        "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
+    }
+    service.on("GET", "/v1/adapters/ft%3Ax", wire)
+
+    lines = [" ".join(line.split()) for line in run("adapters", "show", "ft:x").stdout.splitlines()]
+
+    assert lines == [
+        "name ft:x",
+        "parameters 4,884,480",
+        "size 9.78 MB",
+        "held-out loss 2.91 for the base, 1.87 with the adapter",
+        "PEFT agrees yes",
+        "largest difference 0",
+        "allowed 0.01",
+    ]

@@ -180,7 +180,9 @@ def test_the_first_file_is_deleted_again_where_the_second_is_refused(
 
     monkeypatch.setattr(service, "answer", answer)
 
-    assert run("m", "train.jsonl", "--valid", "valid.jsonl").exit_code == 1
+    result = run("m", "train.jsonl", "--valid", "valid.jsonl")
+
+    assert result.stderr.splitlines()[-1] == "Error: No. (at --valid)"
     assert deleted(service) == ["file-1"]
 
 
