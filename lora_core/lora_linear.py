@@ -25,8 +25,23 @@ class Piece:
     module: str
     dropout: DropoutKey | None
 
-    def dropped(self, x_tD: Tensor) -> Tensor:
-        return x_tD if self.dropout is None else x_tD * self.dropout.keep_TD(self.module, x_tD)
+    def keep_tD(self, x_tD: Tensor) -> Tensor | None:
+        """Which elements dropout keeps; None without dropout."""
+        return None if self.dropout is None else self.dropout.keep_TD(self.module, x_tD)
+
+    def dropped(self, x_tD: Tensor, keep_tD: Tensor | None) -> Tensor:
+        return x_tD if self.dropout is None or keep_tD is None else self.dropout.dropped(x_tD, keep_tD)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """What the forward of a piece leaves for its backward: h = scale · dropout(x) Aᵀ, and what dropout kept.
+
+    Making the mask again costs five times as much as applying it; kept, it takes a byte an element.
+    """
+
+    h_tR: Tensor
+    keep_tD: Tensor | None
 
 
 def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
@@ -44,33 +59,34 @@ def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
     )
 
 
-def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...]) -> list[Tensor]:
-    """y += h Bᵀ with h = scale · dropout(x) Aᵀ, in place by segment. Returns each h [t, R]."""
-    hidden: list[Tensor] = []
+def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...]) -> list[Branch]:
+    """y += h Bᵀ in place by segment. Returns the branch of each."""
+    branches: list[Branch] = []
     for piece in pieces:
-        views = piece.views
-        h_tR = (piece.dropped(x_TD[piece.start : piece.stop]) @ views.a_RD.T).mul_(views.scale)
+        views, x_tD = piece.views, x_TD[piece.start : piece.stop]
+        keep_tD = piece.keep_tD(x_tD)
+        h_tR = (piece.dropped(x_tD, keep_tD) @ views.a_RD.T).mul_(views.scale)
         y_TO[piece.start : piece.stop].addmm_(h_tR, views.b_OR.T)
-        hidden.append(h_tR)
-    return hidden
+        branches.append(Branch(h_tR=h_tR, keep_tD=keep_tD))
+    return branches
 
 
 def add_lora_gradients(
-    dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, hidden: list[Tensor], pieces: tuple[Piece, ...]
+    dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]
 ) -> None:
     """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted."""
-    for piece, h_tR in zip(pieces, hidden, strict=True):
+    for piece, branch in zip(pieces, branches, strict=True):
         views = piece.views
         x_tD, dy_tO = x_TD[piece.start : piece.stop], dy_TO[piece.start : piece.stop]
         dh_tR = (dy_tO @ views.b_OR).mul_(views.scale)
-        _accumulate(views.grad_b_OR, dy_tO.T, h_tR)
-        _accumulate(views.grad_a_RD, dh_tR.T, piece.dropped(x_tD))
+        _accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR)
+        _accumulate(views.grad_a_RD, dh_tR.T, piece.dropped(x_tD, branch.keep_tD))
         if dx_TD is None:
             continue
         if piece.dropout is None:
             dx_TD[piece.start : piece.stop].addmm_(dh_tR, views.a_RD)
         else:
-            dx_TD[piece.start : piece.stop] += piece.dropped(dh_tR @ views.a_RD)
+            dx_TD[piece.start : piece.stop] += piece.dropped(dh_tR @ views.a_RD, branch.keep_tD)
 
 
 def _accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
@@ -90,7 +106,7 @@ class PlainWeight:
 
 
 class PackedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once and the small h.
+    """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once, the small h, and the masks.
 
     `anchor` is a scalar that requires a gradient wherever an adapter is present: it makes autograd visit this
     node although no weight is known to it. It receives none.
@@ -100,7 +116,7 @@ class PackedLinear(torch.autograd.Function):
     def forward(ctx, x_TD: Tensor, anchor: Tensor | None, linear: PlainWeight, pieces: tuple[Piece, ...]):
         y_TO = F.linear(x_TD, linear.weight_OD, linear.bias_O)
         ctx.pieces = pieces
-        ctx.hidden = add_lora(y_TO, x_TD, pieces)
+        ctx.branches = add_lora(y_TO, x_TD, pieces)
         ctx.weight_OD = linear.weight_OD  # frozen, so autograd needn't watch it
         ctx.save_for_backward(*([x_TD] if pieces else []))
         return y_TO
@@ -111,7 +127,7 @@ class PackedLinear(torch.autograd.Function):
         dx_TD = dy_TO @ ctx.weight_OD if ctx.needs_input_grad[0] else None
         if ctx.pieces:
             (x_TD,) = ctx.saved_tensors
-            add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.hidden, ctx.pieces)
+            add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.branches, ctx.pieces)
         return dx_TD, None, None, None
 
 
@@ -122,7 +138,7 @@ class PackedDelta(torch.autograd.Function):
     def forward(ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces: tuple[Piece, ...]):
         out_TO = y_TO.clone()
         ctx.pieces = pieces
-        ctx.hidden = add_lora(out_TO, x_TD, pieces)
+        ctx.branches = add_lora(out_TO, x_TD, pieces)
         ctx.save_for_backward(x_TD)
         return out_TO
 
@@ -131,5 +147,5 @@ class PackedDelta(torch.autograd.Function):
         (x_TD,) = ctx.saved_tensors
         dy_TO = grad_outputs[0].contiguous()
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
-        add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.hidden, ctx.pieces)
+        add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.branches, ctx.pieces)
         return dy_TO, dx_TD, None, None

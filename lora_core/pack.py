@@ -34,11 +34,14 @@ class DropoutKey:
         return round((1 - self.probability) * 65536)
 
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
-        """0 or 1/keep for each element, so that the mean is kept. Same shape and dtype as `like_TD`."""
+        """1 where an element is kept, else 0; uint8, which a CPU casts much faster than bool. Shaped as `like_TD`."""
         key = ("dropout", self.seed, self.step, self.slice_index, module)
         flips = coin_flips(*key, count=like_TD.numel(), threshold=self.threshold)
-        mask_TD = torch.from_numpy(flips).view(like_TD.shape).to(like_TD.device, like_TD.dtype)
-        return mask_TD.mul_(65536 / self.threshold)
+        return torch.from_numpy(flips.view(np.uint8)).view(like_TD.shape).to(like_TD.device)
+
+    def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
+        """x where it is kept, over the share that is kept, so that the mean stays; 0 elsewhere."""
+        return x_TD * keep_TD.to(x_TD.dtype).mul_(65536 / self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -96,11 +96,28 @@ def test_gradients_accumulate_over_slices_and_no_gradient_of_the_weight_is_made(
 
 def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
     key = DropoutKey(probability=0.25, seed=3, step=4, slice_index=5)
-    like = torch.zeros(400, 100)
+    ones = torch.ones(400, 100)
 
-    mask = key.keep_TD("layer", like)
+    keep = key.keep_TD("layer", ones)
 
-    assert torch.equal(mask, key.keep_TD("layer", like))
-    assert not torch.equal(mask, key.keep_TD("other", like))
-    assert mask.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert float(mask.mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(keep, key.keep_TD("layer", ones))
+    assert not torch.equal(keep, key.keep_TD("other", ones))
+    dropped = key.dropped(ones, keep)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_the_mask_of_a_piece_is_made_once_for_forward_and_backward(monkeypatch):
+    made = []
+    original = DropoutKey.keep_TD
+    monkeypatch.setattr(
+        DropoutKey, "keep_TD", lambda self, module, like: made.append(module) or original(self, module, like)
+    )
+    part = piece(0, T, numbers(R, D), numbers(OUT, R), 0.5, seed=0)
+    x, anchor = numbers(T, D).requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    PackedLinear.apply(x, anchor, PlainWeight(weight_OD=numbers(OUT, D), bias_O=None), (part,)).sum().backward()
+
+    assert made == ["layer"]
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
