@@ -5,6 +5,9 @@ Accepting is in submission, reading in job_records, "why does it wait" in explan
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
@@ -49,6 +52,33 @@ SCAN_ROWS = 500
 """Rows looked at in one go where a list is filtered by labels."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop:
+    """A wish that a job stops: how it is done at once, and how its worker is asked."""
+
+    verb: Verb
+    reason: EndReason
+    flag: Literal["cancel_requested", "pause_requested"]
+    done: str
+    asked: str
+
+
+CANCEL = Stop(
+    verb=Verb.CANCEL,
+    reason=EndReason.CANCELLED_BY_USER,
+    flag="cancel_requested",
+    done="The job was cancelled.",
+    asked="Cancellation was requested; the worker stops the job.",
+)
+PAUSE = Stop(
+    verb=Verb.PAUSE,
+    reason=EndReason.PAUSED_BY_USER,
+    flag="pause_requested",
+    done="The job was paused.",
+    asked="A pause was requested; the worker stores a checkpoint first.",
+)
+
+
 def get(db: Database, *, project_id: str, job_id: str) -> Job:
     """Raises NotFound."""
     with db.read() as session:
@@ -84,17 +114,8 @@ def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
     """
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
-        now = read_clock(session)
-        if is_client_retry and job.state == JobState.CANCELLED:
-            return job
-        if job.state in FINAL_STATES:
-            raise _already_final(job)
-        if job.state != JobState.RUNNING:
-            cancelled = EndReason.CANCELLED_BY_USER
-            move(session, job, Verb.CANCEL, now=now, message="The job was cancelled.", reason=cancelled)
-        elif not job.cancel_requested:
-            job.cancel_requested = True
-            events.add(session, job.id, now=now, message="Cancellation was requested; the worker stops the job.")
+        if not (is_client_retry and job.state == JobState.CANCELLED):
+            _stop(session, job, CANCEL)
         return job
 
 
@@ -102,23 +123,14 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
     """Stop the job, to go on later from where it is. Pausing twice is pausing once."""
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
-        now = read_clock(session)
-        if job.state in FINAL_STATES:
-            raise _already_final(job)
-        if job.state == JobState.PAUSED:
-            return job
-        if job.state != JobState.RUNNING:
-            paused = EndReason.PAUSED_BY_USER
-            move(session, job, Verb.PAUSE, now=now, message="The job was paused.", reason=paused)
-        elif job.cancel_requested:
+        if job.cancel_requested:
             raise Conflict(
                 f"Job {job.id} is being cancelled.",
                 code="job_cancelling",
                 remedy="It can't be paused any more. Create a new job to train again.",
             )
-        elif not job.pause_requested:
-            job.pause_requested = True
-            events.add(session, job.id, now=now, message="A pause was requested; the worker stores a checkpoint first.")
+        if job.state != JobState.PAUSED:
+            _stop(session, job, PAUSE)
         return job
 
 
@@ -145,6 +157,18 @@ def resume(db: Database, *, project_id: str, job_id: str) -> Job:
             session.flush()
             move(session, job, Verb.PREPARED, now=now, message="Its files are prepared: the job is queued.")
         return job
+
+
+def _stop(session: Session, job: Job, stop: Stop) -> None:
+    """At once where no worker trains the job; else its worker is asked, once. Raises Conflict where it has ended."""
+    now = read_clock(session)
+    if job.state in FINAL_STATES:
+        raise _already_final(job)
+    if job.state != JobState.RUNNING:
+        move(session, job, stop.verb, now=now, message=stop.done, reason=stop.reason)
+    elif not getattr(job, stop.flag):
+        setattr(job, stop.flag, True)
+        events.add(session, job.id, now=now, message=stop.asked)
 
 
 def _page(session: Session, scope: Select[Job], after: str | None, limit: int) -> Page[Job]:

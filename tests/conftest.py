@@ -1,5 +1,5 @@
-"""Session fixtures of the real servers, and of the real model, that tests use. A server starts on first use and ends
-with the session.
+"""Session fixtures of the real servers and the real model that tests use, and of an empty database to copy. A server
+starts on first use and ends with the session.
 
 Where one can't be had, the tests that ask for it are skipped and counted at the end; under CI=true they fail.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from catalog.db import Database
 from tests.services.chromium import chromium_program
 from tests.services.gguf import real_model
 from tests.services.postgres import empty_database, postgres_server
@@ -25,6 +26,18 @@ from tests.services.s3 import s3_server
 NEEDS = "needs "
 """How the reason of such a skip begins."""
 NewDatabase = Callable[[], AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with every table and no row, to copy."""
+    path = tmp_path_factory.mktemp("migrated") / "lorry.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    with database.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -15,22 +15,9 @@ from api.app import create_app
 from api.deps import Services
 from api.settings import ApiSettings
 from catalog import keys
-from catalog.db import Database
 from catalog.settings import Settings
 from tests.api.site import PEPPER, Site, running
 from tests.catalog.world import Clock, World
-
-
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file to copy."""
-    path = tmp_path_factory.mktemp("api") / "lorry.db"
-    database = Database(f"sqlite:///{path}")
-    database.migrate()
-    with database.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-    database.close()
-    return path
 
 
 @pytest.fixture

@@ -16,18 +16,6 @@ from tests.services.postgres import empty_database
 
 
 @pytest.fixture(scope="session")
-def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file to copy."""
-    path = tmp_path_factory.mktemp("sqlite") / "lorry.db"
-    database = Database(f"sqlite:///{path}")
-    database.migrate()
-    with database.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-    database.close()
-    return path
-
-
-@pytest.fixture(scope="session")
 def migrated_postgres_url(postgres_url: str) -> Iterator[str]:
     """A database that each test leaves empty."""
     with empty_database(postgres_url, "catalog") as url:
@@ -41,7 +29,7 @@ def migrated_postgres_url(postgres_url: str) -> Iterator[str]:
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         path = tmp_path / "lorry.db"
-        shutil.copy(request.getfixturevalue("migrated_sqlite"), path)
+        shutil.copy(request.getfixturevalue("migrated_database"), path)
         yield f"sqlite:///{path}"
         return
     url = request.getfixturevalue("migrated_postgres_url")

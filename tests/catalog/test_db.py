@@ -98,9 +98,9 @@ def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> Non
 
 
 def test_a_database_that_stays_locked_is_unavailable_and_changes_nothing(
-    tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "lorry.db").write_bytes(migrated_sqlite.read_bytes())
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     holder = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
     monkeypatch.setattr("catalog.db.BUSY_SECONDS", 0.01)
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
@@ -113,8 +113,8 @@ def test_a_database_that_stays_locked_is_unavailable_and_changes_nothing(
     database.close()
 
 
-def test_a_full_disk_is_named(tmp_path: Path, migrated_sqlite: Path) -> None:
-    (tmp_path / "lorry.db").write_bytes(migrated_sqlite.read_bytes())
+def test_a_full_disk_is_named(tmp_path: Path, migrated_database: Path) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
 
     def fill() -> None:
