@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from catalog import fair_share, memory, packing
 from catalog.db import Database, read_clock
 from catalog.fair_share import Candidate, Turn
-from catalog.spec import PriorityClass
+from catalog.spec import Precision, PriorityClass
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
 from catalog.tables import BaseModelRow, Job, Json, Project, Trainer, Worker
 from catalog.workers import SILENT_SECONDS
@@ -122,6 +122,14 @@ def residents(session: Session, *, now: float) -> list[Resident]:
     live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
     held = select(Worker.resident_base, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     return [Resident(base_digest=row[0], pack_key=row[1]) for row in session.execute(held.where(*live))]
+
+
+def auto_precision(session: Session, *, now: float) -> Precision:
+    """float32 where workers live and none of their devices multiplies bfloat16 in hardware; else bfloat16."""
+    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
+    devices = [device for found in session.scalars(select(Worker.devices).where(*live)) for device in found]
+    is_slow_everywhere = bool(devices) and not any(device.get("has_bfloat16", True) for device in devices)
+    return "float32" if is_slow_everywhere else "bfloat16"
 
 
 def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:

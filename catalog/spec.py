@@ -19,6 +19,7 @@ BASE_LEARNING_RATE = 2e-4
 HIGHEST_RATE = 1.0
 
 Auto = Literal["auto"]
+Precision = Literal["bfloat16", "float32"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
@@ -146,7 +147,7 @@ class JobRequest(Strict):
     schedule: ScheduleRequest = ScheduleRequest()
     evaluation: EvaluationRequest = EvaluationRequest()
     precision: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="The base's dtype; auto: bfloat16."
+        default="auto", description="The base's dtype; auto: bfloat16, or float32 where no worker's device has it."
     )
     max_length: int | Auto = Field(
         default="auto", description="Tokens of a row that are kept. auto: the base's, at most 4096."
@@ -232,7 +233,7 @@ class JobSpec(Strict):
     evaluate_every_steps: int | None
     """None: ten times over the job."""
     checkpoint_every_steps: int
-    precision: Literal["bfloat16", "float32"]
+    precision: Precision
     seed: int
 
     def num_steps(self, num_rows: int) -> int:
@@ -244,11 +245,19 @@ class JobSpec(Strict):
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
-def resolve(request: JobRequest, *, num_rows: int, max_positions: int | None, seed: int) -> JobSpec:
+def resolve(
+    request: JobRequest,
+    *,
+    num_rows: int,
+    max_positions: int | None,
+    seed: int,
+    auto_precision: Precision = "bfloat16",
+) -> JobSpec:
     """Every `auto` becomes a number.
 
     num_rows: rows of the training file, as counted at upload. max_positions: the longest sequence that
-    the base was made for, in tokens. seed: used where the request names none.
+    the base was made for, in tokens. seed: used where the request names none. auto_precision: what suits the
+    workers there are.
     """
     numbers = request.numbers()
     rate, multiplier = _resolve_rate(request.optimizer.learning_rate, numbers.learning_rate_multiplier)
@@ -267,7 +276,7 @@ def resolve(request: JobRequest, *, num_rows: int, max_positions: int | None, se
         max_length=min(longest, 4096) if request.max_length == "auto" else min(longest, request.max_length),
         evaluate_every_steps=None if request.evaluation.every_steps == "auto" else request.evaluation.every_steps,
         checkpoint_every_steps=50 if request.checkpoint_every_steps == "auto" else request.checkpoint_every_steps,
-        precision="bfloat16" if request.precision == "auto" else request.precision,
+        precision=auto_precision if request.precision == "auto" else request.precision,
         seed=seed if request.seed is None else request.seed,
     )
 

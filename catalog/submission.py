@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, memory
+from catalog import bases, memory, queue
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
@@ -106,6 +106,7 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
         num_rows=training.num_rows or 0,
         max_positions=(base.description or {}).get("max_positions"),
         seed=secrets.randbelow(2**31),
+        auto_precision=queue.auto_precision(session, now=now),
     )
     job = _row(caller, request, spec, base=base, training=training, validation=validation, now=now)
     job.body_digest = body_digest

@@ -13,6 +13,11 @@ from typing import Any
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""What the kernel calls it on x86 and on ARM."""
+BFLOAT16_CAPABILITY = 8
+"""The first generation of NVIDIA's GPUs (Ampere) that multiplies it in hardware."""
 CGROUP_EVENTS = (CGROUP / "memory.events", CGROUP / "memory" / "memory.oom_control")
 
 
@@ -26,6 +31,8 @@ class Device:
     """NVML's number, which is that of the bus."""
     name: str
     memory_bytes: int
+    has_bfloat16: bool = True
+    """Its hardware multiplies bfloat16; without, it is right but slower than float32."""
 
     def torch_name(self) -> str:
         """Its name within the trainer, to which the launcher shows no other GPU."""
@@ -55,7 +62,22 @@ def choose_device(wanted: str | None) -> Device:
 
 
 def cpu() -> Device:
-    return Device(kind="cpu", index=0, name=f"CPU, {num_cores()} cores", memory_bytes=psutil.virtual_memory().total)
+    return Device(
+        kind="cpu",
+        index=0,
+        name=f"CPU, {num_cores()} cores",
+        memory_bytes=psutil.virtual_memory().total,
+        has_bfloat16=_cpu_has_bfloat16(),
+    )
+
+
+def _cpu_has_bfloat16() -> bool:
+    """By the flags of the first core; taken as True where the system does not tell (macOS)."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return True
+    return found is None or not BFLOAT16_FLAGS.isdisjoint(found[1].split())
 
 
 def num_cores() -> int:
@@ -123,7 +145,15 @@ def _find_gpus() -> list[Device]:
     for index in _visible(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
-        found.append(Device(kind="cuda", index=index, name=str(nvml.nvmlDeviceGetName(handle)), memory_bytes=memory))
+        generation, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        device = Device(
+            kind="cuda",
+            index=index,
+            name=str(nvml.nvmlDeviceGetName(handle)),
+            memory_bytes=memory,
+            has_bfloat16=generation >= BFLOAT16_CAPABILITY,
+        )
+        found.append(device)
     return found
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from catalog import bases, claims, jobs, queue
+import pytest
+
+from catalog import bases, claims, jobs, packing, queue, workers
 from catalog.packing import Room
 from catalog.states import EndReason
 from tests.catalog.world import LEASE, World, sha
@@ -187,3 +189,26 @@ def test_every_other_state_has_its_sentence(world: World) -> None:
     jobs.cancel(world.db, job_id=running.job.id, **verb)
     assert "asked to stop it" in explained(world, running.job.id)["explanation"]
     assert explained(world, running.job.id)["why"]["role"] == "anchor"
+
+
+@pytest.mark.parametrize(
+    ("fleet", "expected"),
+    [
+        ([], "bfloat16"),
+        ([False], "float32"),
+        ([False, True], "bfloat16"),
+        ([None], "bfloat16"),  # a worker of an older version does not say
+    ],
+)
+def test_an_automatic_precision_suits_the_fleet_and_is_settled_with_the_job(
+    world: World, fleet: list[bool | None], expected: str
+) -> None:
+    for index, has in enumerate(fleet):
+        devices = [{"kind": "cpu", **({} if has is None else {"has_bfloat16": has})}]
+        given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
+        workers.register_worker(world.db, worker_id=f"w{index}", devices=devices, **given)
+
+    automatic, asked = world.submit(), world.submit(precision="float32")
+
+    assert automatic.spec["precision"] == packing.precision_of(automatic.pack_key) == expected
+    assert packing.precision_of(asked.pack_key) == "float32"

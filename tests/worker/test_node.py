@@ -26,6 +26,7 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetHandleByIndex=lambda index: index,  # pyright: ignore[reportUnknownLambdaType]
         nvmlDeviceGetName=lambda index: f"GPU {index}",  # pyright: ignore[reportUnknownLambdaType]
         nvmlDeviceGetMemoryInfo=memory_info,
+        nvmlDeviceGetCudaComputeCapability=lambda index: (7 + index, 5),  # pyright: ignore[reportUnknownLambdaType]
     )
     monkeypatch.setattr(node, "_open_nvml", lambda: nvml)
 
@@ -68,3 +69,23 @@ def test_page_cache_of_a_container_counts_as_free(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB, total=64 * GIB))
 
     assert node.free_bytes(node.cpu()) == 5 * GIB
+
+
+def test_a_gpu_of_an_old_generation_has_no_bfloat16(three_gpus: None) -> None:
+    assert [device.has_bfloat16 for device in node.find_devices()] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 vaes\n", True),
+        ("processor : 0\nflags\t\t: fpu avx2 amx_bf16\n", True),
+        ("processor : 0\nFeatures\t: fp asimd bf16\n", True),
+        ("processor : 0\nflags\t\t: fpu avx2 avx512f\n", False),
+    ],
+)
+def test_a_cpu_has_bfloat16_by_its_flags(text: str, has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "CPUINFO", tmp_path / "cpuinfo")
+    node.CPUINFO.write_text(text)
+
+    assert node.cpu().as_json()["has_bfloat16"] is has
