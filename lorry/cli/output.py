@@ -55,7 +55,12 @@ def confirm(question: str, *, yes: bool) -> None:
     if not is_attended():
         raise typer.BadParameter("nobody is there to confirm it; say --yes.", param_hint="--yes")
     messages().print(f"{clean(question)} [y/N] ", end="", soft_wrap=True)
-    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+    try:
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt:
+        say("")  # the cursor stands behind the question
+        raise
+    if answer.strip().lower() not in {"y", "yes"}:
         say("Nothing was done.")
         raise typer.Exit(1)
 

@@ -51,7 +51,11 @@ def up(
 
 
 def _bootstrap(running: Service, url: str) -> Connection:
-    """The connection file keeps the key of the first start; a later start only renews the address."""
+    """The connection file keeps the key of the first start; a later start only renews the address.
+
+    A key is shown only once. Where the file was lost, or the first start was cut off before it wrote it, another
+    key is made: whoever has the data folder may.
+    """
     from lorry import connection
     from lorry.errors import NotConfigured
 
@@ -61,13 +65,12 @@ def _bootstrap(running: Service, url: str) -> Connection:
     except NotConfigured as error:
         output.say(error.message)
         before = None
-    known = connection.Connection(url=url, api_key=made or (before.api_key if before else None))
+    api_key = made or (before.api_key if before else None)
+    if api_key is None:
+        api_key = running.new_key()
+        output.say(f"{running.data_dir / connection.FILE_NAME} held no API key: a new one was made and is in there.")
+    known = connection.Connection(url=url, api_key=api_key)
     connection.write(running.data_dir, known)
-    if known.api_key is None:
-        output.say(
-            f"No API key is known: {running.data_dir / connection.FILE_NAME} was lost, and a key is shown only once. "
-            f"Make a new one and set LORRY_API_KEY to it: LORRY_DATA_DIR={running.data_dir} python -m api new-key"
-        )
     return known
 
 

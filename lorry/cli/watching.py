@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
     from lorry.models import Job
 
+_BAR_CELLS = 24
+_CELLS_OF_ALL_FACTS = 106
+"""An id of 30 and everything that is told beside it, for a job of some thousand steps."""
 Message = tuple[str, "Job | LorryError"]
 
 
@@ -67,22 +70,28 @@ def how_to_resume(job: Job) -> str:
     return f"paused; go on with: lorry jobs resume {job.id}"
 
 
-def facts(job: Job) -> str:
-    """What stands beside a bar."""
+def facts(job: Job, *, room: int | None = None) -> str:
+    """What stands beside a bar. Where there is no room for all, the least go first; room: in cells."""
     progress = job.progress
     moves = not job.is_final and job.status != "paused"  # else what was measured last is no news of now
-    parts = [job.status]
+    parts = [(0, job.status)]
     if progress.num_steps:
-        parts.append(f"step {progress.step}/{progress.num_steps}")
+        parts.append((0, f"step {progress.step}/{progress.num_steps}"))
     if progress.loss is not None:
-        parts.append(f"loss {progress.loss:.3f}")
+        parts.append((1, f"loss {progress.loss:.3f}"))
     if progress.valid_loss is not None:
-        parts.append(f"held-out {progress.valid_loss:.3f}")
+        parts.append((2, f"held-out {progress.valid_loss:.3f}"))
     if progress.tokens_per_second is not None and moves:
-        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+        parts.append((4, f"{progress.tokens_per_second:,.0f} tokens/s"))
     if progress.seconds_left is not None and moves:
-        parts.append(f"{output.duration(progress.seconds_left)} left")
-    return "  ".join(parts)
+        parts.append((3, f"{output.duration(progress.seconds_left)} left"))
+    while room is not None and len(_joined(parts)) > room and max(parts)[0] > 0:
+        parts.remove(max(parts))
+    return _joined(parts)
+
+
+def _joined(parts: list[tuple[int, str]]) -> str:
+    return "  ".join(text for _, text in parts)
 
 
 def _telling_of_a_pause(show: Callable[[Job], None], say: Callable[[str], None]) -> Callable[[Job], None]:
@@ -152,15 +161,18 @@ def _follow(lorry: Lorry, job_id: str, inbox: SimpleQueue[Message]) -> None:
 def _bars() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn
 
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[facts]}", markup=False),
-        console=output.messages(),
-    )
+    console = output.messages()
+    bar = [BarColumn(bar_width=_BAR_CELLS)] if _has_room_for_bars(console.width) else []
+    label, words = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[facts]}", markup=False)
+    return Progress(label, *bar, words, console=console)
 
 
 def _draw(progress: Progress, bar: TaskID, job: Job) -> None:
-    steps = job.progress
+    steps, width = job.progress, progress.console.width
     total = steps.num_steps or (1 if job.is_final else None)
-    progress.update(bar, completed=steps.step, total=total, facts=output.clean(facts(job)))
+    room = width - len(job.id) - 1 - (_BAR_CELLS + 1 if _has_room_for_bars(width) else 0)
+    progress.update(bar, completed=steps.step, total=total, facts=output.clean(facts(job, room=room)))
+
+
+def _has_room_for_bars(width: int) -> bool:
+    return width >= _CELLS_OF_ALL_FACTS + _BAR_CELLS

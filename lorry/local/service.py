@@ -51,6 +51,10 @@ class Service:
         key = self._run("bootstrap", "--json").get("api_key")
         return key if isinstance(key, str) else None
 
+    def new_key(self) -> str:
+        """Another operator key, for who has the data folder but no key."""
+        return str(self._run("new-key", "--json", "--name", "lorry up").get("api_key"))
+
     def sign_in_link(self) -> str:
         """A link that works once."""
         return str(self._run("sign-in-link", "--json").get("url"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +151,22 @@ def test_watching_tells_the_loss_on_held_out_data() -> None:
     assert watching.facts(Job.of(job)) == "succeeded  step 3/9  loss 1.500  held-out 1.750"
 
 
+@pytest.mark.parametrize(
+    ("room", "told"),
+    [
+        (70, "running  step 3/9  loss 1.500  held-out 1.750  480 tokens/s  1:01 left"),
+        (69, "running  step 3/9  loss 1.500  held-out 1.750  1:01 left"),
+        (50, "running  step 3/9  loss 1.500  held-out 1.750"),
+        (30, "running  step 3/9  loss 1.500"),
+        (5, "running  step 3/9"),
+    ],
+)
+def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(room: int, told: str) -> None:
+    job = Job.of({**JOB, "progress": {**JOB["progress"], "valid_loss": 1.75}})
+
+    assert watching.facts(job, room=room) == told
+
+
 def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:
     message = f"There is no {'such ' * 40}repository.\nTraceback"
     model = {"id": "m", "state": "failed", "error": {"code": "c", "message": message, "remedy": "Check the name."}}
@@ -199,6 +217,21 @@ def test_deleting_a_model_asks_first(service: Script, monkeypatch: pytest.Monkey
 
     assert result.exit_code == code
     assert len(service.requests("DELETE", "/v1/models/tiny")) == (1 if code == 0 else 0)
+
+
+@pytest.mark.usefixtures("run")
+def test_ctrl_c_at_the_question_is_an_interruption(service: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def readline(self) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "sys", SimpleNamespace(stdin=Interrupted(), stderr=sys.stderr))
+
+    result = CliRunner().invoke(app, ["models", "delete", "tiny"])
+
+    assert result.exit_code == 130
+    assert service.seen == []
 
 
 def test_deleting_a_model_in_a_script_needs_the_option(service: Script, run: Run) -> None:

@@ -118,18 +118,26 @@ def test_an_api_that_is_killed_ends_all_with_its_log(data_dir: Path) -> None:
     assert "The api ended (status -9). Its last lines:" in (data_dir.parent / "stderr.txt").read_text()
 
 
-def test_a_lost_connection_file_says_how_to_make_a_new_key_and_that_works(data_dir: Path) -> None:
+def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path) -> None:
     (data_dir / connection.FILE_NAME).unlink()
 
     with up(data_dir) as (process, told):
         _check_sign_in(told["sign_in_url"])
-        remedy = (data_dir.parent / "stderr.txt").read_text().partition("set LORRY_API_KEY to it: ")[2].split("\n")[0]
-        setting, *command = remedy.split()
-        argv = [sys.executable, *command[1:], "--json"]
-        env = {**os.environ, "LORRY_DATA_DIR": setting.partition("=")[2]}
-        made = subprocess.run(argv, env=env, capture_output=True, text=True, check=True, timeout=60)
-        with Lorry(api_key=json.loads(made.stdout)["api_key"], data_dir=data_dir) as lorry:
+        with Lorry(data_dir=data_dir) as lorry:
             assert list(lorry.jobs.list()) == []
+        assert "held no API key: a new one was made" in (data_dir.parent / "stderr.txt").read_text()
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    env = {**os.environ, "LORRY_DATA_DIR": str(data_dir)}
+    subprocess.run([sys.executable, "-P", "-m", "api", "bootstrap"], env=env, check=True, capture_output=True)
+
+    with up(data_dir) as (process, _), Lorry(data_dir=data_dir) as lorry:
+        assert list(lorry.jobs.list()) == []
         process.terminate()
         assert process.wait(60) == 0
 
