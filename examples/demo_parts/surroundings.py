@@ -72,8 +72,8 @@ def told(failure: OSError) -> str:
     why = f"{where}{failure.strerror or failure}."
     if failure.errno in {errno.ENOSPC, errno.EDQUOT}:
         return f"{why} Make room on that disk, {_ELSEWHERE}"
-    if failure.errno in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
-        return f"{why} Make it writable, {_ELSEWHERE}"
+    if failure.errno in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}:
+        return f"{why} Make it a folder that can be written, {_ELSEWHERE}"
     return why
 
 

@@ -19,9 +19,9 @@ from demo_parts.report import DemoFailed, bars, console, draw
 from lorry import Lorry, LorryError
 from lorry.models import Adapter, Job, Model
 
-MAX_STEPS = 64
+MAX_STEPS = 48
 BATCH_SIZE = 4
-EVALUATE_EVERY = 32
+EVALUATE_EVERY = 24
 VARIANTS = (
     {"suffix": "small", "rank": 4, "learning_rate": 4e-3, "seed": 1},
     {"suffix": "medium", "rank": 8, "learning_rate": 2e-3, "seed": 2},

@@ -79,7 +79,7 @@ def test_too_small_a_disk_is_told_before_anything_is_downloaded(
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.ENOSPC, "Make room on that disk, or keep"), (errno.EROFS, "Make it writable, or keep")],
+    [(errno.ENOSPC, "Make room on that disk, or keep"), (errno.EROFS, "Make it a folder that can be written, or keep")],
 )
 def test_a_folder_that_takes_nothing_comes_with_a_remedy(number: int, remedy: str) -> None:
     told = surroundings.told(OSError(number, os.strerror(number), "/x"))
