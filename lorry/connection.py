@@ -40,17 +40,16 @@ def find(
 ) -> Connection:
     """Arguments win over the environment, and that over the file of a local service.
 
-    LORRY_API_KEY is shown to no other service than LORRY_URL names, where that is set; and a folder that is named
-    comes with its own key.
+    LORRY_API_KEY is shown to no other service than LORRY_URL names, where that is set; a folder that is named comes
+    with its own key, and the key of the file is shown to no other service than the file names.
     """
     environ = os.environ if environ is None else environ
-    named = url
-    if data_dir is None:
-        url = url or environ.get("LORRY_URL") or None
     if url is not None:
         url = normalise_url(url)
-        origin = "" if named else _origin_of_environment(environ, url)
-        return Connection(url=url, api_key=api_key or _key_of_environment(environ, url), origin=origin)
+        return Connection(url=url, api_key=api_key or _key_of_environment(environ, url))
+    if environ.get("LORRY_URL") and data_dir is None:
+        named = _named_by_environment(environ)
+        return replace(named, api_key=api_key or named.api_key)
     folder = data_dir or default_data_dir(environ)
     local = read(folder)
     if local is None:
@@ -139,17 +138,19 @@ def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
     return (environ.get("LORRY_API_KEY") or None) if not named or normalise_url(named) == url else None
 
 
-def _origin_of_environment(environ: Mapping[str, str], url: str) -> str:
-    """A variable that was exported long ago is easily forgotten: the local service that it hides is named too."""
+def _named_by_environment(environ: Mapping[str, str]) -> Connection:
+    """A variable that was exported long ago is easily forgotten: `origin` names the local service that it hides."""
+    url = normalise_url(environ["LORRY_URL"])
+    key = environ.get("LORRY_API_KEY") or None
+    origin = "The address is from the variable LORRY_URL."
     folder = default_data_dir(environ)
     with contextlib.suppress(NotConfigured):
         local = read(folder)
-        if local is not None and local.url != url:
-            return (
-                f"The address is from the variable LORRY_URL; without it, it would be {local.url}, "
-                f"from {folder / FILE_NAME}."
-            )
-    return "The address is from the variable LORRY_URL."
+        if local is not None and local.url == url:
+            key = key or local.api_key
+        elif local is not None:
+            origin = f"{origin[:-1]}; without it, it would be {local.url}, from {folder / FILE_NAME}."
+    return Connection(url=url, api_key=key, origin=origin)
 
 
 def _unreadable(path: Path, why: str) -> NotConfigured:

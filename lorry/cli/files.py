@@ -71,11 +71,13 @@ def report(
     found = client().files.report(file_id, model=model)
     if as_json:
         output.print_json(found)
-    elif "report" in found and found["report"] is None:
+    elif not found.get("report"):
         output.say(f"No worker has prepared {file_id} for {model} yet, so there is nothing to report.")
         output.say(f"A job prepares it: lorry jobs submit {model} {file_id}")
     else:
-        output.pairs(flatten(found))
+        from lorry.cli.lineage import prepared
+
+        output.pairs((("file", file_id), ("model", model), *prepared(found["report"])))
 
 
 @app.command()

@@ -35,6 +35,17 @@ def render(told: Json) -> None:
     _section("files", _files(_part(record, "outputs")))
 
 
+def prepared(report: Json) -> Pairs:
+    """What preparation found in a data set."""
+    for name in _COUNTS:
+        yield name.replace("_", " "), _count(report.get(name))
+    yield "median row", _unit(report.get("median_row"), "tokens")
+    yield "longest row", _unit(report.get("longest_row"), "tokens")
+    yield "cut after", _unit(report.get("max_length"), "tokens")
+    yield "tokenizer", _short(report.get("tokenizer"))
+    yield "chat template", _short(report.get("chat_template"))
+
+
 def _section(title: str | None, pairs: Iterable[tuple[str, object]]) -> None:
     shown = [(label, value) for label, value in pairs if value not in (None, "")]
     if not shown:
@@ -76,10 +87,7 @@ def _data(source: Json) -> Pairs:
     yield "file", source.get("file")
     yield "digest", _short(source.get("digest"))
     yield "size", _size(source.get("num_bytes"))
-    for name in _COUNTS:
-        yield name.replace("_", " "), _count(found.get(name))
-    yield "longest row", _unit(found.get("longest_row"), "tokens")
-    yield "cut after", _unit(found.get("max_length"), "tokens")
+    yield from prepared(found)
     yield "tokens' digest", _short(source.get("tokens"))
 
 

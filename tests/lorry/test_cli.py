@@ -305,12 +305,13 @@ def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: st
 
 def test_queue_report_and_show_print_what_they_are_told(service: Script, run: Run) -> None:
     service.on("GET", "/v1/queue", {"jobs": [{"job_id": "ftjob-1", "state": "queued", "position": 1}], "workers": 0})
-    service.on("GET", "/v1/files/f/report", {"rows": 3, "tokens": {"supervised": 9}})
+    service.on("GET", "/v1/files/f/report", {"report": {"rows": 3000, "longest_row": 9}})
     service.on("GET", f"{JOBS}/j", {**JOB, "status": "queued"})
     service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker.", "state": "queued"})
 
     assert "ftjob-1" in run("queue").stdout
-    assert "tokens.supervised" in run("files", "report", "f", "--model", "m").stdout
+    report = [" ".join(line.split()) for line in run("files", "report", "f", "--model", "m").stdout.splitlines()]
+    assert report == ["file f", "model m", "rows 3,000", "longest row 9 tokens"]
     assert "No worker." in run("jobs", "show", "j").stdout
 
 

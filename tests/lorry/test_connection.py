@@ -70,6 +70,16 @@ def test_what_does_not_answer_is_told_with_where_its_address_comes_from(tmp_path
     )
 
 
+def test_the_key_of_the_file_is_shown_where_the_variable_names_the_same_service(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    environ = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://127.0.0.1:8472/v1"}
+
+    assert connection.find(environ=environ).api_key == "k"
+    assert connection.find(environ={**environ, "LORRY_API_KEY": "mine"}).api_key == "mine"
+    assert connection.find(environ={**environ, "LORRY_URL": "http://127.0.0.1:8473"}).api_key is None
+    assert connection.find(environ=environ, api_key="given").api_key == "given"
+
+
 def test_a_broken_file_beside_the_variable_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "connection.json").write_text("[]")
 
