@@ -21,6 +21,7 @@ from lora_core.errors import BadDataset, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.job import Job, Progress, SliceScores, data_digest
+from lora_core.memory_shortage import shortage_named
 from lora_core.pack import build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
@@ -134,8 +135,9 @@ class Engine:
         run = run_training if turns[0].kind == "train" else run_evaluation
         started = time.perf_counter()
         try:
-            pack = build_pack([job.next_slice() for job in jobs], device=self.base.device)
-            scores = run(self.base, pack)
+            with shortage_named():
+                pack = build_pack([job.next_slice() for job in jobs], device=self.base.device)
+                scores = run(self.base, pack)
         except torch.OutOfMemoryError as error:
             self._split_after_out_of_memory(jobs, num_tokens, error)
             return
@@ -194,7 +196,8 @@ class Engine:
 def _fitting(job: str) -> Iterator[None]:
     """Memory that runs out here is wanted by `job` alone."""
     try:
-        yield
+        with shortage_named():
+            yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(job) from error
 

@@ -18,6 +18,7 @@ from lora_core.counter_random import random_words, uniform
 from lora_core.errors import UnsupportedModel
 from lora_core.export import PROBE_POSITIONS, packed_logits
 from lora_core.job import SliceScores
+from lora_core.memory_shortage import shortage_named
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_training
 
@@ -66,7 +67,8 @@ def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
     """Without an adapter. A family may fail in any way where the engine passes it by, so all are caught."""
     bare = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
     try:
-        return packed_logits(base, bare, ids)
+        with shortage_named():
+            return packed_logits(base, bare, ids)
     except (UnsupportedModel, torch.OutOfMemoryError):
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

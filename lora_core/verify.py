@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_core.base_model import BaseModel
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
 from lora_core.export import PROBE_POSITIONS
+from lora_core.memory_shortage import shortage_named
 from lora_core.tensor_files import read_header
 
 ROUNDING_FACTOR = 3
@@ -51,7 +52,8 @@ def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
     Raises BadAdapter; OutOfMemory, in the name of the directory, where PEFT's own pass doesn't fit the device.
     """
     try:
-        return _verify(base, directory)
+        with shortage_named():
+            return _verify(base, directory)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(directory.name) from error
 

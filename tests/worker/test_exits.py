@@ -14,6 +14,8 @@ LAUNCHER = "subprocess.CalledProcessError: Command '[…]' {}"
     ("returncode", "log_tail", "num_oom_kills", "expected"),
     [
         (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", 0, EndReason.CUDA_OOM),
+        (1, "RuntimeError: […] DefaultCPUAllocator: can't allocate memory: […] bytes.", 0, EndReason.HOST_OOM),
+        (1, "MemoryError: Unable to allocate 64.0 GiB", 0, EndReason.HOST_OOM),
         (-9, "", 1, EndReason.HOST_OOM),
         (1, LAUNCHER.format("died with <Signals.SIGKILL: 9>."), 1, EndReason.HOST_OOM),
         (1, LAUNCHER.format("died with <Signals.SIGKILL: 9>."), 0, EndReason.TRAINER_CRASHED),
