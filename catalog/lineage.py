@@ -134,6 +134,7 @@ def _base(base: BaseModelRow) -> Json:
         "digest": base.digest,
         "files": files,
         "description": base.description,
+        "license": (base.description or {}).get("license"),
         "tokenizer": digests.get(TOKENIZER),
         "chat_template": digests.get(TEMPLATE),
     }

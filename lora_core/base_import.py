@@ -8,6 +8,7 @@ import errno
 import glob
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 from lora_core.attach import Attachment
 from lora_core.base_model import load_base
 from lora_core.errors import UnreachableSource, UnsupportedModel
+from lora_core.licence import CARD, licence_of_folder, licence_of_gguf
 from lora_core.model_folder import INDEX, SINGLE, load_with_transformers, read_config, refused, weight_names
 from lora_core.probe import refuse_mixing
 from lora_core.tensor_files import read_header, write_directory
@@ -25,29 +27,37 @@ HUB_FILES = (
     *("config.json", "generation_config.json", SINGLE, INDEX),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    CARD,
 )
 """What is fetched of a repository, beside the shards that its index names: no subfolder, no other format, no code."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Imported:
+    """What a source tells beside its files: the commit that was read, of a hub; its licence, where it names one."""
+
+    commit: str | None
+    licence: str | None
+
+
 def import_base(
     *, source: str, kind: Literal["hub", "folder", "gguf"], revision: str | None, target_dir: Path
-) -> str | None:
+) -> Imported:
     """Make `target_dir` (which must not exist): config.json, generation_config.json, safetensors, tokenizer.
 
     fp32 stays fp32; everything else becomes bf16. The same source gives the same bytes. `revision` is a
-    commit, branch or tag of the hub. Returns the commit that was read, of a hub. Raises UnsupportedModel,
-    UnreachableSource or UnsafeFile.
+    commit, branch or tag of the hub. Raises UnsupportedModel, UnreachableSource or UnsafeFile.
     """
     commit = None
     if kind == "gguf":
         path = Path(source)
         write_directory(target_dir, lambda directory: _write_gguf(path, directory))
-        return None
+        return Imported(commit=None, licence=licence_of_gguf(path))
     folder = Path(source)
     if kind == "hub":
         folder, commit = _download(source, revision)
     write_directory(target_dir, lambda directory: _write_folder(folder, directory))
-    return commit
+    return Imported(commit=commit, licence=licence_of_folder(folder))
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, str]:

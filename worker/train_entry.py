@@ -290,13 +290,14 @@ def import_base_model(arguments_path: Path) -> None:
     arguments = read_json(arguments_path)
     target_dir = Path(arguments["target_dir"])
     try:
-        commit = import_base(
+        imported = import_base(
             source=arguments["source"],
             kind=arguments["kind"],
             revision=arguments["revision"],
             target_dir=target_dir,
         )
-        result: Json = {"description": describe_base(target_dir), "commit": commit}
+        description = describe_base(target_dir) | {"license": imported.licence}
+        result: Json = {"description": description, "commit": imported.commit}
     except LoraCoreError as error:
         result = {"error": _described(error)}
     except OSError as error:

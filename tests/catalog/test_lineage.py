@@ -42,7 +42,7 @@ def base(**given: Any) -> BaseModelRow:
         "revision": "12fd25f",
         "digest": sha256(rfc8785.dumps(files)).hexdigest(),  # type: ignore[arg-type]
         "manifest": {"files": files, "source": f"/home/{CANARY}/x", "revision": None},
-        "description": {"num_parameters": 134_515_008, "dtype": "bfloat16"},
+        "description": {"num_parameters": 134_515_008, "dtype": "bfloat16", "license": "apache-2.0"},
     }
     return BaseModelRow(**{**told, **given})
 
@@ -120,6 +120,7 @@ def test_the_record_tells_what_the_adapter_came_from() -> None:
 
     assert made["outputs"]["artifact"] == manifest().digest
     assert made["base"]["revision"] == "12fd25f"
+    assert made["base"]["license"] == "apache-2.0"
     assert made["base"]["tokenizer"] == digest("tokenizer.json")
     assert made["base"]["chat_template"] == digest("chat_template.jinja")
     assert made["data"][0]["digest"] == digest("data")

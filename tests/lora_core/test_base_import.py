@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from lora_core.base_import import import_base
 from lora_core.base_model import describe_base, load_base
 from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
+from lora_core.licence import licence_of_folder, licence_of_gguf
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
@@ -180,6 +182,35 @@ def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, chan
         import_folder(source, tmp_path / "base")
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\ntags:\n- a\n---\nlicense: mit\n", "apache-2.0"),
+        ("---\nlicense: 'other'  # see below\nlicense_name: llama3.1\n---\n", "llama3.1"),
+        ('---\nlicense: "mit"\r\n---\n', "mit"),
+        ("---\nbase_model: a/b\n---\nlicense: mit\n", None),
+        ("license: mit\n", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_the_one_that_the_model_card_names(tmp_path, card, licence):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence_of_folder(tmp_path) == licence
+
+
+def test_the_licence_of_a_gguf_file_is_in_its_metadata(tmp_path):
+    for name, licence in {"with": "apache-2.0", "without": None}.items():
+        writer = GGUFWriter(tmp_path / name, "llama")
+        if licence is not None:
+            writer.add_license(licence)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert licence_of_gguf(tmp_path / name) == licence
+
+
 def test_a_gguf_file_that_is_not_there_is_said(tmp_path):
     with pytest.raises(UnreachableSource, match="There is no file"):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
@@ -196,6 +227,7 @@ def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path,
     commit, expected = "a" * 40, import_folder(source, tmp_path / "expected")
     if num_shards > 1:
         split_weights(source, num_shards)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     needed = {path.name for path in source.iterdir()}
     (source / "original").mkdir()
     others = (
@@ -212,7 +244,7 @@ def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path,
     with hub_that_serves(source, commit, asked) as endpoint:
         result = import_in_child(tmp_path, endpoint)
 
-    assert result.stdout.split() == [commit], result.stderr
+    assert result.stdout.split() == [commit, "apache-2.0"], result.stderr
     assert {name for name in asked if name in {*needed, *others}} == needed
     assert digests(tmp_path / "base") == digests(expected)
 
@@ -288,7 +320,8 @@ def import_in_child(folder: Path, endpoint: str) -> subprocess.CompletedProcess[
         from lora_core.errors import UnreachableSource
         try:
             target = Path(sys.argv[1]) / "base"
-            print(import_base(source="org/model", kind="hub", revision="main", target_dir=target))
+            imported = import_base(source="org/model", kind="hub", revision="main", target_dir=target)
+            print(imported.commit, imported.licence)
         except UnreachableSource as error:
             print(error, error.remedy)
     """)
