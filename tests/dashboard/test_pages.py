@@ -54,7 +54,7 @@ def test_a_page_fits_its_window_and_is_accessible(
     visitor.assert_accessible()
 
 
-@pytest.mark.parametrize(("width", "scheme"), OTHER_LOOKS)
+@pytest.mark.parametrize(("width", "scheme"), [*OTHER_LOOKS, (320, "light"), (740, "dark"), (870, "light")])
 def test_no_page_is_wider_than_its_window_in_the_other_looks(
     filled: Service, visit: Visit, width: int, scheme: str
 ) -> None:

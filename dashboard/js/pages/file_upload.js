@@ -14,6 +14,7 @@ export function Upload({ done }) {
   const purpose = useRef(null);
   const submit = async (event) => {
     event.preventDefault();
+    if (state.busy) return;
     const [file] = field.current.files;
     if (!file) return refuse({ message: "No file was chosen.", remedy: "Choose one first." });
     setState({ ...NOTHING, busy: true });
@@ -34,7 +35,7 @@ export function Upload({ done }) {
       <input id="upload-file" ref=${field} type="file" aria-invalid=${state.error ? "true" : null} aria-describedby=${state.error ? "upload-error" : "upload-hint"} />
       <label for="upload-purpose">Purpose</label>
       <select id="upload-purpose" ref=${purpose}>${PURPOSES.map(([key, name]) => html`<option key=${key} value=${key}>${name}</option>`)}</select>
-      <button type="submit" class="primary" disabled=${state.busy}>${state.busy ? "Uploading…" : "Upload"}</button>
+      <button type="submit" class="primary" aria-disabled=${state.busy ? "true" : null}>${state.busy ? "Uploading…" : "Upload"}</button>
     </form>
     <p id="upload-hint" class="upload-hint soft">One conversation on each line: <code>${'{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'}</code></p>
     <div id="upload-error" role="alert">${state.error && html`<${Refusal} error=${state.error} />`}</div>

@@ -1,5 +1,5 @@
 // Uploaded files: what each holds, what was wrong in it, who trains on it; a new one can be sent from here.
-import { html, useCallback, useState } from "../html.js";
+import { html, useEffect, useRef, useState } from "../html.js";
 import { query, read } from "../api.js";
 import { useLive } from "../jobs_data.js";
 import { useResource } from "../resource.js";
@@ -30,22 +30,21 @@ export function FilesPage() {
 /** The project's files, newest first; `load` reads again as many as are on the screen. */
 function useFiles() {
   const [state, setState] = useState({ files: [], hasMore: false, loading: true, error: null });
-  const [limit, setLimit] = useState(PAGE);
-  const readUpTo = async (number) => {
+  const limit = useRef(PAGE);
+  const load = async () => {
     try {
-      const { data, has_more } = await read(`/v1/files${query({ limit: number })}`);
+      const { data, has_more } = await read(`/v1/files${query({ limit: limit.current })}`);
       setState({ files: data, hasMore: has_more, loading: false, error: null });
     } catch (error) {
       setState((was) => ({ ...was, loading: false, error }));
     }
   };
-  const load = useCallback(() => readUpTo(limit), [limit]);
   useLive(load);
-  const more = () => { setLimit(limit + PAGE); return readUpTo(limit + PAGE); };
+  const more = () => { limit.current += PAGE; return load(); };
   return { ...state, load, more };
 }
 
-const COLUMNS = [["File"], ["Purpose"], ["Size"], ["Data"], ["Id"], ["Actions", "unseen"]];
+const COLUMNS = [["File"], ["Purpose"], ["Size"], ["Data"], ["Actions", "unseen"]];
 
 function FilesTable({ files, jobs, deletion }) {
   return html`<table class="table cards uploads" role="table"><caption class="unseen">Files, newest first</caption>
@@ -56,11 +55,11 @@ function FilesTable({ files, jobs, deletion }) {
 
 function Row({ file, jobs, deletion }) {
   return html`<tr role="row">
-    <th role="rowheader" scope="row" class="file-name"><b>${file.filename}</b><span class="sub"><span><${Ago} at=${file.created_at} /></span><span>${usedBy(jobs)}</span></span></th>
+    <th role="rowheader" scope="row" class="file-name"><b>${file.filename}</b><span class="sub"><span><${Ago} at=${file.created_at} /></span><span>${usedBy(jobs)}</span></span>
+      <${Id} id=${file.id} what=${`id of ${file.filename}`} length=${16} /></th>
     <td role="cell">${PURPOSES[file.purpose] || file.purpose}<span class="sub">${file.purpose}</span></td>
     <td role="cell">${format.bytes(file.bytes)}${typeof file.rows === "number" && html`<span class="sub">${format.plural(file.rows, "row")}</span>`}</td>
     <td role="cell" class="data-cell"><${Found} file=${file} jobs=${jobs} /></td>
-    <td role="cell"><${Id} id=${file.id} what=${`id of ${file.filename}`} length=${14} /></td>
     <td role="cell" class="act-cell"><span class="buttons"><a class="button" href=${`/v1/files/${file.id}/content`} download>Download<span class="unseen"> ${file.filename}</span></a>
       <${Delete} deletion=${deletion} id=${file.id} name=${file.filename} what="file" text="New jobs can't use it any more. Jobs that have ended keep what they learned, and its digest on their record." /></span></td>
   </tr>`;
@@ -71,7 +70,8 @@ const usedBy = (jobs) => (jobs.length ? `used by ${format.plural(jobs.length, "j
 /** What preparation found, by the base model of the latest job on it. Only a file that some job read has been prepared. */
 function Found({ file, jobs }) {
   const model = jobs[0]?.model;
-  const { data } = useResource(model ? `/v1/files/${file.id}/report${query({ model })}` : null);
+  const { data, reload } = useResource(model ? `/v1/files/${file.id}/report${query({ model })}` : null);
+  useEffect(() => { reload(); }, [jobs[0]?.status]);
   if (file.status === "error") return html`<span class="bad-text">${file.status_details || "It can't be used."}</span>`;
   if (file.purpose !== "fine-tune") return html`<span class="soft">not read</span>`;
   if (!model) return html`<span class="soft">every line is valid</span><span class="sub">counted when a job first uses it</span>`;

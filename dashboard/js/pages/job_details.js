@@ -66,6 +66,6 @@ export function Attempts({ attempts, names }) {
 }
 
 function Packmates({ ids, names }) {
-  if (!ids.length) return html`<span class="soft">alone</span>`;
+  if (!ids.length) return html`<span class="soft">no other job</span>`;
   return html`<span class="mates">${ids.map((id) => html`<a key=${id} href=${link.job(id)} title=${id}>${names[id] || format.short(id, 14)}</a>`)}</span>`;
 }

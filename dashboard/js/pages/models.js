@@ -40,7 +40,7 @@ function useWhile(isOn, reload) {
   }, [isOn]);
 }
 
-const COLUMNS = ["Model", "State", "Parameters", "Digest", "Used by"];
+const COLUMNS = ["Model", "State", "Parameters", "Used by"];
 
 function ModelsTable({ bases, models, jobs, deletion }) {
   return html`<table class="table cards models" role="table"><caption class="unseen">Base models by name</caption>
@@ -56,12 +56,12 @@ function Row({ base, adapters, unfinished, deletion }) {
   const source = [base.source, base.revision && `at ${format.short(base.revision, 12)}`].filter(Boolean).join(" ");
   return html`<tr role="row">
     <th role="rowheader" scope="row" class="model-name"><b>${base.id}</b>
-      <span class="sub">${source && html`<span class="source">${source}</span>`}<span>added <${Ago} at=${base.created} /></span></span></th>
+      <span class="sub">${source && html`<span class="source">${source}</span>`}<span>added <${Ago} at=${base.created} /></span></span>
+      ${base.digest && html`<${Id} id=${base.digest} what=${`digest of ${base.id}`} length=${16} />`}</th>
     <td role="cell" class="model-state"><span class=${`state model-${base.state}`}><span class="dot" aria-hidden="true"></span>${STATES[base.state] || base.state}</span>
       ${base.error && html`<span class="why-failed"><b>${base.error.message}</b> ${base.error.remedy}</span>`}</td>
     <td role="cell">${typeof num_parameters === "number" && html`<span class="narrow-only soft">Parameters </span>${format.compact(num_parameters)}
       <span class="sub">${dtype && html`<span>${dtype}</span>`}${max_positions && html`<span>up to ${format.count(max_positions)} tokens</span>`}</span>`}</td>
-    <td role="cell">${base.digest && html`<${Id} id=${base.digest} what=${`digest of ${base.id}`} length=${12} />`}</td>
     <td role="cell">${format.plural(adapters, "adapter")}<span class="sub">${unfinished ? `${format.plural(unfinished, "job")} not ended` : "no job waits or runs"}</span></td>
     ${deletion && html`<td role="cell" class="act-cell"><${Delete} deletion=${deletion} id=${base.id} name=${base.id} what="model"
       text="Its name is free again, and no job can be trained on it. Adapters made from it stay, and its files stay on the workers' disks." /></td>`}

@@ -8,7 +8,7 @@ import { confirm } from "./confirm.js";
 export function useDeletion(path, done) {
   const [state, setState] = useState({ error: null, busy: null });
   const run = async (id, name, question) => {
-    if (!(await confirm(question))) return;
+    if (state.busy || !(await confirm(question))) return;
     setState({ error: null, busy: id });
     try {
       await send("DELETE", `${path}/${encodeURIComponent(id)}`);
@@ -24,8 +24,9 @@ export function useDeletion(path, done) {
   return { ...state, run };
 }
 
+/** Never disabled while it works: a disabled button loses the focus. */
 export function Delete({ deletion, id, name, what, text }) {
   const question = { title: `Delete ${name}?`, text, yes: `Delete the ${what}`, no: `Keep the ${what}`, danger: true };
-  return html`<button type="button" class="danger-quiet" disabled=${deletion.busy === id} onClick=${() => deletion.run(id, name, question)}>
+  return html`<button type="button" class="danger-quiet" aria-disabled=${deletion.busy === id ? "true" : null} onClick=${() => deletion.run(id, name, question)}>
     Delete<span class="unseen"> ${name}</span></button>`;
 }
