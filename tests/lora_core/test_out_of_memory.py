@@ -37,5 +37,5 @@ def test_every_allocators_failure_is_one_error(allocate):
 
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shape") as caught, shortage_named():
-        torch.zeros(2, 3) @ torch.zeros(2, 3)
+        _ = torch.zeros(2, 3) @ torch.zeros(2, 3)
     assert type(caught.value) is RuntimeError

@@ -1,0 +1,62 @@
+"""What preparing a job's files leaves on its record; the child that makes tokens is the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog import prepared
+from catalog.artifacts.store import ArtifactStore
+from tests.catalog.world import sha
+from tests.worker.pack_site import PackSite
+from worker import bases, preparation
+
+REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
+Child = Callable[..., dict[str, Any]]
+
+
+def child(*, refuses: str) -> Child:
+    """Refuses the file of this content; of any other it makes tokens."""
+
+    def run(_context: object, work: Path, source: Path, *_: object) -> dict[str, Any]:
+        if source.read_text() == refuses:
+            return {"rows": 1, "usable_rows": 0, "refusal": REFUSAL}
+        (work / "tokens").mkdir(exist_ok=True)
+        (work / "tokens" / "tokens.safetensors").write_text("the tokens")
+        return {"rows": 8, "usable_rows": 8}
+
+    return run
+
+
+@pytest.mark.parametrize("refused", ["training_file", "validation_file"])
+def test_a_refused_file_leaves_the_keys_of_both_on_the_job(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    files = {"training_file": site.world.file(), "validation_file": site.world.file()}
+    content = {sha(file_id): name for name, file_id in files.items()}
+
+    def open_blob(_: ArtifactStore, digest: str) -> list[bytes]:
+        return [content[digest].encode()]
+
+    monkeypatch.setattr(ArtifactStore, "open_blob", open_blob)
+    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(preparation, "_run", child(refuses=refused))
+    site.context.scratch_dir().mkdir(parents=True)
+    job_id = site.world.submit(training_file=files["training_file"], validation_file=files["validation_file"]).id
+
+    assert preparation.prepare_next(site.context)
+
+    job = site.world.job(job_id)
+    assert (job.state, job.error and job.error["code"]) == ("failed", "nothing_to_learn")
+    assert job.error is not None
+    assert job.error["param"] == refused
+    assert job.train_prepared is not None
+    assert job.valid_prepared is not None
+    keys = {"training_file": job.train_prepared, "validation_file": job.valid_prepared}
+    row = prepared.get(site.db, keys[refused])
+    assert row is not None
+    assert row.report["refusal"] == REFUSAL
+    assert site.held() == set()
