@@ -195,3 +195,10 @@ def test_where_only_the_client_is_installed_the_command_to_install_the_rest_is_t
 
     assert "pip install" in refused.value.remedy
     assert "lorry[" in refused.value.remedy
+
+
+def test_ctrl_c_does_not_reach_the_services_own_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import json, os; print(json.dumps({'api_key': f'alone: {os.getsid(0) == os.getpid()}'}))"
+    monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", code])
+
+    assert service.Service(tmp_path, host="127.0.0.1", port=1).bootstrap() == "alone: True"
