@@ -48,9 +48,11 @@ def test_a_failed_import_tells_why_and_what_to_do(fresh: Service, visit: Visit, 
 def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) -> None:
     _add(fresh, "llama-1b")
     visitor = visit(fresh)
+    visitor.page.route("**/queue/stream", lambda route: route.fulfill(status=204))  # no job moves
     visitor.open("#/models")
     row = visitor.page.get_by_role("row").filter(has_text="llama-1b")
     row.get_by_text("importing").wait_for()
+    visitor.page.wait_for_load_state("networkidle")
 
     bases.fail_import(fresh.seeded.db, "llama-1b", error=FAILED)
 
