@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROBED_POSITIONS = 2
-ANSWER_TOKENS = 64
-ASKED_AT_ONCE = 32
+ANSWER_TOKENS = 48
+ASKED_AT_ONCE = 16
 LORRYS_PACKAGES = ("lorry", "api", "catalog", "worker", "lora_core")
 
 

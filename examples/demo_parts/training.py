@@ -27,12 +27,12 @@ VARIANTS = (
     {"suffix": "medium", "rank": 8, "learning_rate": 2e-3, "seed": 2},
     {"suffix": "large", "rank": 16, "learning_rate": 1e-3, "seed": 3},
 )
-NUM_ASKED = 32
+NUM_ASKED = 16
 """Held-out functions, the first of the file, that base and best adapter are asked about."""
 _OURS = {"made_by": "make demo"}
 """Metadata of the demo's jobs, so that it finds again what an interrupted run left."""
 _POLL_SECONDS = 0.5
-_CHECK_SECONDS = 300
+_CHECK_SECONDS = 900
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
