@@ -7,11 +7,13 @@ import sys
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 
-from catalog.states import JobState
-from tests.worker_site import WorkerSite, worker_site
+from catalog.states import EndReason, JobState
+from catalog.tables import Trainer
+from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 WORKER = [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle"]
@@ -63,3 +65,42 @@ def test_the_sweep_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis_url
 
         site.wait_for_end(job_id)
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
+
+
+def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another_finishes_with_the_same_bytes(
+    tmp_path: Path, redis_url: str
+) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
+        rows, command = site.upload(20), [*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"]
+        undisturbed = site.submit(rows, max_steps=12, checkpoint_every_steps=1000)
+        site.work_until_done()
+        disturbed = site.submit(rows, max_steps=12, checkpoint_every_steps=1000)
+        worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
+        ring(site, "lorry.work")
+        site.wait_for_step(6, disturbed)
+        pid = trainer_pid(site, disturbed)
+        worker.terminate()
+        site.wait_for_message("drain")
+
+        site.gate("leave").touch()
+
+        assert worker.wait(WAIT_SECONDS) == 0, site.log()
+        assert not psutil.pid_exists(pid)
+        released = site.job(disturbed)
+        assert (released.state, released.claim_id, released.counted_attempts) == (JobState.QUEUED, None, 0), site.log()
+        site.start(command)
+        ring(site, "lorry.work")
+        site.wait_for_end(disturbed)
+        assert site.job(disturbed).state == JobState.SUCCEEDED, site.log()
+        assert [attempt.reason for attempt in site.attempts(disturbed)] == [EndReason.DRAINED, EndReason.COMPLETED]
+        assert site.attempts(disturbed)[1].resumed_from_step == 6
+        assert site.weights_digest(disturbed) == site.weights_digest(undisturbed)
+
+
+def trainer_pid(site: WorkerSite, job_id: str) -> int:
+    with site.db.read() as session:
+        report = session.get_one(Trainer, site.job(job_id).trainer_id).report
+    assert report is not None
+    return int(report["pid"])
