@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from demo_parts import base_source, report, steps  # noqa: E402  # pyright: ignore[reportMissingImports]
+from demo_parts import base_source, report, steps, training  # noqa: E402  # pyright: ignore[reportMissingImports]
 from demo_parts.training import Outcome, problems  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from lorry import ConnectionFailed  # noqa: E402
@@ -132,6 +133,28 @@ def test_where_no_base_can_be_had_pips_own_reason_is_told(tmp_path: Path, monkey
 
     with pytest.raises(report.DemoFailed, match="No space left on device"):
         base_source.find(tmp_path)
+
+
+def test_what_goes_wrong_in_training_cancels_the_demos_jobs_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: dict[str, str] = {"made_by": "make demo"}
+    jobs = [
+        Job(id="mine", status="running", metadata=ours),
+        Job(id="over", status="succeeded", metadata=ours),
+        Job(id="theirs", status="running"),
+    ]
+    cancelled: list[str] = []
+
+    def interrupt(*_arguments: object) -> list[str]:
+        cancelled.append("then trains")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_train", interrupt)
+    lorry: Any = SimpleNamespace(jobs=SimpleNamespace(list=lambda: jobs, cancel=cancelled.append))
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(lorry, "base", Path("train"), Path("held_out"))
+
+    assert cancelled == ["mine", "then trains", "mine"]
 
 
 REQUEST: Any = httpx.Request("GET", "http://lorry")
