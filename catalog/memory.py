@@ -66,9 +66,9 @@ def trainer_bytes(description: Mapping[str, Any], precision: str, *, num_tokens:
 
 
 def readable(num_bytes: float) -> str:
-    """For a sentence: 1.5 GiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
+    """For a sentence, in decimal units as everywhere else: 1.5 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

@@ -5,8 +5,6 @@ A tick is one forward and backward (or an evaluation's forward) over at most one
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from lora_core.errors import BadDataset, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.job import Job, Progress, SliceScores, data_digest
-from lora_core.memory_shortage import shortage_named
+from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
@@ -59,7 +57,7 @@ class Engine:
         for dataset in filter(None, (train, valid)):
             _check_fits(dataset, self.base)
         targets = choose_targets(self.base.attachment.linears, config.lora.target_modules)
-        with _fitting(job):
+        with shortage_of(job):
             row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device)
             if resume_from is None:
                 row.initialise(config.seed)
@@ -93,7 +91,7 @@ class Engine:
 
     def export(self, job: str, directory: Path, *, base_name: str) -> ExportReport:
         """The adapter of the last completed step in PEFT's layout, into a directory that must not exist."""
-        with _fitting(job):
+        with shortage_of(job):
             return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
 
     def num_parameters(self, job: str) -> int:
@@ -153,7 +151,7 @@ class Engine:
 
     def _book(self, job: Job, score: SliceScores) -> None:
         try:
-            with _fitting(job.name):
+            with shortage_of(job.name):
                 job.pending += job.receive(score)
         except OutOfMemory as error:
             job.quarantine()
@@ -190,16 +188,6 @@ class Engine:
         for job in jobs:
             job.replay_unit()
         self._largest_tick = num_tokens // 2
-
-
-@contextmanager
-def _fitting(job: str) -> Iterator[None]:
-    """Memory that runs out here is wanted by `job` alone."""
-    try:
-        with shortage_named():
-            yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(job) from error
 
 
 def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:

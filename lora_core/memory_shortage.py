@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from lora_core.errors import OutOfMemory
+
 SIGNS = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 """torch's allocator on a CPU, C++'s own, and cuBLAS raise a plain RuntimeError with one of these in it."""
 
@@ -21,3 +23,13 @@ def shortage_named() -> Iterator[None]:
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS):
             raise torch.OutOfMemoryError(str(error)) from error
         raise
+
+
+@contextmanager
+def shortage_of(job: str) -> Iterator[None]:
+    """Memory that runs out within the block is wanted by `job` alone: OutOfMemory in its name."""
+    try:
+        with shortage_named():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(job) from error

@@ -56,8 +56,6 @@ class Chores:
     def _do_one(self) -> bool:
         """Whatever goes wrong here ends nobody's training: the lease on what was done runs out."""
         self._wait_seconds = self._context.settings.poll_seconds
-        """Whatever goes wrong here is no reason to end anybody's training: the lease of what was done runs out."""
-        self._wait_seconds = self._context.settings.poll_seconds
         if self._context.draining:
             return False
         try:

@@ -19,6 +19,8 @@ class Curve:
     """Collects one job's `stepped` and `evaluated` events."""
 
     num_steps: int
+    steps_per_epoch: float | None = None
+    """None until the trainer has the job's rows."""
     step: int = 0
     loss: float | None = None
     _latest: Json = field(default_factory=dict[str, Any])
@@ -72,4 +74,5 @@ class Curve:
                 "tokens_per_second": round(num_tokens / seconds, 1),
                 "seconds_left": round((self.num_steps - self.step) * step_seconds, 1),
             }
-        return {"step": self.step, "num_steps": self.num_steps, "loss": self.loss, **speed}
+        epoch = round(self.step / self.steps_per_epoch, 3) if self.steps_per_epoch else None
+        return {"step": self.step, "num_steps": self.num_steps, "epoch": epoch, "loss": self.loss, **speed}

@@ -67,7 +67,7 @@ class Listener:
 
     def _admitted(self, held: Held, event: Json) -> Next:
         step = event["step"]
-        held.curve.step = step
+        held.curve.step, held.curve.steps_per_epoch = step, event["steps_per_epoch"]
         claims.started(
             self._context.db, held.claim.claim_id, trainer_id=self._trainer_id, resumed_from_step=step or None
         )

@@ -27,6 +27,7 @@ from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
+from lora_core.memory_shortage import shortage_of
 from lora_core.verify import verify_export
 from worker.plan import engine_config, job_config
 from worker.trainer_directory import (
@@ -136,15 +137,12 @@ class Trainer:
                 num_steps=body["num_steps"],
                 evaluate_every_steps=body["evaluate_every_steps"],
             )
-            train, valid = self._inside(body["train"]), self._inside(body["valid"])
-            assert train is not None
-            self._engine.admit(
-                claim_id,
-                config,
-                TokenDataset.load(train),
-                TokenDataset.load(valid) if valid else None,
-                resume_from=resume,
-            )
+            train_path, valid_path = self._inside(body["train"]), self._inside(body["valid"])
+            assert train_path is not None
+            with shortage_of(claim_id):
+                train = TokenDataset.load(train_path)
+                valid = TokenDataset.load(valid_path) if valid_path else None
+            self._engine.admit(claim_id, config, train, valid, resume_from=resume)
         except LoraCoreError as error:
             self._refuse(claim_id, error, is_checkpoint=isinstance(error, BadCheckpoint))
             return
@@ -158,8 +156,14 @@ class Trainer:
             num_steps=num_steps,
             saved_step=step,
         )
-        num_parameters = self._engine.num_parameters(claim_id)
-        self._write(claim_id, "admitted", step=step, num_steps=num_steps, num_parameters=num_parameters)
+        self._write(
+            claim_id,
+            "admitted",
+            step=step,
+            num_steps=num_steps,
+            num_parameters=self._engine.num_parameters(claim_id),
+            steps_per_epoch=train.num_rows / config.batch_size,
+        )
 
     def _inside(self, relative: str | None) -> Path | None:
         """A path of a message, which is relative to the trainer's directory."""

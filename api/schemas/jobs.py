@@ -35,6 +35,7 @@ JOB_EXAMPLE: dict[str, Any] = {
     "progress": {
         "step": 12,
         "num_steps": 60,
+        "epoch": 0.4,
         "loss": 1.83,
         "tokens_per_second": 480.0,
         "seconds_left": 160.0,

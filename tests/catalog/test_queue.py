@@ -139,7 +139,7 @@ def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
 
     why = explained(world, world.queued(model="huge").id)
 
-    assert "the largest worker has 953.7 MiB" in why["explanation"]
+    assert "the largest worker has 1.0 GB" in why["explanation"]
 
 
 def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:

@@ -90,7 +90,7 @@ class PackSite:
         pack = self.loading_pack(*claimed, trainer_id=trainer_id)
         say(pack, READY)
         for claim in claimed:
-            tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1)
+            tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
         pack.hear()
         told(pack)
         return pack

@@ -20,13 +20,14 @@ def step(number: int, *, seconds: float, num_tokens: int = 100) -> dict[str, flo
 
 
 def test_progress_tells_the_jobs_own_speed_and_the_time_that_it_leaves() -> None:
-    curve = Curve(num_steps=10)
+    curve = Curve(num_steps=10, steps_per_epoch=5.0)
     for number in range(1, 5):
         curve.stepped(step(number, seconds=2.0 * number))
 
     assert curve.progress() == {
         "step": 4,
         "num_steps": 10,
+        "epoch": 0.8,
         "loss": 0.25,
         "tokens_per_second": 50.0,
         "seconds_left": 12.0,

@@ -250,7 +250,7 @@ def test_what_the_trainer_will_take_is_not_free_while_it_loads(site: PackSite) -
     pack.hear()
     assert pack.bytes_to_come() == row_bytes
 
-    tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1)
+    tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     pack.hear()
     assert pack.bytes_to_come() == 0
 
