@@ -5,7 +5,7 @@ from __future__ import annotations
 from api.feed import Found
 from api.job_objects import job_objects
 from api.schemas.job_history import event_object, metric_point
-from api.schemas.jobs import FineTuningJob
+from api.schemas.jobs import FineTuningJob, job_object
 from api.sse import message
 from catalog import watching
 from catalog.db import Database
@@ -36,13 +36,15 @@ class JobWatch:
         return Found(messages=messages + self._job_if_changed(news.job), is_last=news.job.state in FINAL_STATES)
 
     def _job_if_changed(self, row: Job) -> list[bytes]:
-        (shown,) = job_objects(self._db, [row])
-        if self._shown is not None and _without_clock(shown) == _without_clock(self._shown):
+        shown = _of_its_row(row)
+        if shown == self._shown:
             return []
         self._shown = shown
-        return [message("job", shown.model_dump_json())]
+        (whole,) = job_objects(self._db, [row])
+        return [message("job", whole.model_dump_json())]
 
 
-def _without_clock(job: FineTuningJob) -> FineTuningJob:
-    """The estimate and the time that it has run move with every second; that is no news."""
-    return job.model_copy(update={"estimated_finish": None, "seconds_running": 0.0})
+def _of_its_row(row: Job) -> FineTuningJob:
+    """To compare, by no query more. What moves with every second is no news: the estimate, the time it has run."""
+    job = job_object(row, adapter_id=None, seconds_running=0.0)
+    return job.model_copy(update={"estimated_finish": None})

@@ -112,7 +112,7 @@ def _first_waiting(*, now: float) -> Select[BaseModelRow]:
     return waiting.order_by(BaseModelRow.created_at).limit(1)
 
 
-def renew_import(db: Database, name: str, *, lease_seconds: float, added_at: float | None = None) -> bool:
+def renew_import(db: Database, name: str, *, lease_seconds: float, added_at: float) -> bool:
     """The import goes on. False where nobody wants its result any more.
 
     added_at, here and below: `created_at` of the row that was claimed. A base that was deleted and added again
@@ -126,7 +126,7 @@ def renew_import(db: Database, name: str, *, lease_seconds: float, added_at: flo
 
 
 def finish_import(
-    db: Database, name: str, *, digest: str, manifest: Json, description: Json, added_at: float | None = None
+    db: Database, name: str, *, digest: str, manifest: Json, description: Json, added_at: float
 ) -> BaseModelRow | None:
     """The base is ready; None, and nothing is written, where it was deleted meanwhile.
 
@@ -147,7 +147,7 @@ def finish_import(
         return row
 
 
-def fail_import(db: Database, name: str, *, error: Json, added_at: float | None = None) -> None:
+def fail_import(db: Database, name: str, *, error: Json, added_at: float) -> None:
     """The import can't be done: `error` holds code, message and remedy. Adding the same again retries."""
     with db.write() as session:
         row = _wanted(session, name, added_at)
@@ -165,10 +165,10 @@ def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revis
     row.state, row.created_at = "importing", read_clock(session)
 
 
-def _wanted(session: Session, name: str, added_at: float | None) -> BaseModelRow | None:
+def _wanted(session: Session, name: str, added_at: float) -> BaseModelRow | None:
     """The row of a base that is imported, locked; None where it was deleted since it was added at `added_at`."""
     row = session.get(BaseModelRow, name, with_for_update=True)
-    is_gone = row is None or row.state == "deleted" or added_at not in (None, row.created_at)
+    is_gone = row is None or row.state == "deleted" or row.created_at != added_at
     return None if is_gone else row
 
 

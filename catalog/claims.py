@@ -251,7 +251,7 @@ def _open_attempt(session: Session, job: Job, choice: Choice, room: Room, *, now
         "turn": turn.reason,
         "waited_seconds": turn.waited_seconds,
         "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free},
-        "resident_base": room.resident_base,
+        "resident_key": room.resident_key,
     }
     attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, why

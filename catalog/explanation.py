@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import memory, packing, queue
+from catalog import fleet, memory, packing, queue
 from catalog.db import Database, read_clock
 from catalog.fair_share import Turn
+from catalog.fleet import Resident
 from catalog.job_records import find
 from catalog.packing import PATIENCE_SECONDS
-from catalog.queue import Resident
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
-from catalog.tables import Attempt, Job, Json, Worker
-from catalog.workers import SILENT_SECONDS
+from catalog.tables import Attempt, Job, Json
 
 MAX_NAMED = 20
 """Jobs that are named of those ahead."""
@@ -45,7 +44,11 @@ def explain(db: Database, *, project_id: str, job_id: str) -> Json:
 
 
 def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
-    facts: Json = {"worker_id": job.worker_id, "run_after": job.run_after, "live_workers": _live(session, now=now)}
+    facts: Json = {
+        "worker_id": job.worker_id,
+        "run_after": job.run_after,
+        "live_workers": fleet.count_live(session, now=now),
+    }
     if job.claim_id is not None:
         return f"Worker {job.worker_id} is preparing its files.", facts
     if job.run_after is not None and job.run_after > now:
@@ -58,7 +61,7 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
 
 
 def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
-    residents = queue.residents(session, now=now)
+    residents = fleet.residents(session, now=now)
     facts: Json = {
         "run_after": job.run_after,
         "counted_attempts": job.counted_attempts,
@@ -135,8 +138,8 @@ def _patience(mine: Turn) -> str:
 
 
 def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:
-    largest = session.scalar(select(func.max(Worker.memory_bytes)).where(*_live_filter(now))) or 0
-    need = mine.candidate.trainer_bytes + mine.candidate.row_bytes
+    largest = fleet.largest_memory_bytes(session, now=now)
+    need = mine.candidate.alone_bytes
     if need <= largest:
         return None
     return (
@@ -159,14 +162,6 @@ def _running(session: Session, job: Job) -> tuple[str, Json]:
     if job.pause_requested:
         return f"Its worker {job.worker_id} was asked to store a checkpoint and pause it.", facts
     return f"It trains on worker {job.worker_id}, attempt {job.attempt}.", facts
-
-
-def _live(session: Session, *, now: float) -> int:
-    return session.scalar(select(func.count()).select_from(Worker).where(*_live_filter(now))) or 0
-
-
-def _live_filter(now: float) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    return Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS
 
 
 def _jobs(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Workers as people see them, and how many there are of everything."""
+"""Workers as people see them, what the live ones hold, and how many there are of everything."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock
+from catalog.spec import Precision
 from catalog.states import JobState
-from catalog.tables import Adapter, BaseModelRow, Job, JobEvent, Worker
-from catalog.workers import SILENT_SECONDS, list_workers
+from catalog.tables import Adapter, BaseModelRow, Job, JobEvent, Trainer, Worker
+from catalog.workers import SILENT_SECONDS, is_live, list_workers
 
 WorkerState = Literal["idle", "busy", "draining", "lost", "ended"]
 
@@ -24,6 +25,16 @@ class WorkerView:
     state: WorkerState
     base_names: list[str]
     """Names of the base that it holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resident:
+    """What one live worker holds."""
+
+    base_digest: str | None
+    """None: it has no trainer."""
+    pack_key: str | None
+    """None where the trainer has not said yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +74,30 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
     if worker.drain_requested:
         return "draining"
     return "busy" if is_training else "idle"
+
+
+def residents(session: Session, *, now: float) -> list[Resident]:
+    """Of every live worker, in no order."""
+    held = select(Worker.resident_base, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
+    return [Resident(base_digest=row[0], pack_key=row[1]) for row in session.execute(held.where(is_live(now=now)))]
+
+
+def auto_precision(session: Session, *, now: float) -> Precision:
+    """float32 where workers live and none of their devices multiplies bfloat16 in hardware; else bfloat16."""
+    live = select(Worker.devices).where(is_live(now=now))
+    devices = [device for found in session.scalars(live) for device in found]
+    is_slow_everywhere = bool(devices) and not any(device.get("has_bfloat16", True) for device in devices)
+    return "float32" if is_slow_everywhere else "bfloat16"
+
+
+def count_live(session: Session, *, now: float) -> int:
+    """Workers."""
+    return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0
+
+
+def largest_memory_bytes(session: Session, *, now: float) -> int:
+    """Of a live worker's device; 0 where none lives."""
+    return session.scalar(select(func.max(Worker.memory_bytes)).where(is_live(now=now))) or 0
 
 
 def count(db: Database) -> Counts:

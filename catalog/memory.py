@@ -8,7 +8,10 @@ from typing import Any, Literal
 VECTORS_PER_ROW = 4
 """Parameters, gradient and the two moments of AdamW, all fp32."""
 ACTIVATIONS_PER_FEATURE = 2
-"""Numbers kept for the backward per input feature of a linear: its input, and what norms and activations keep."""
+"""Numbers kept for the backward per input feature of a linear: its input, and what norms and activations keep.
+The mask of a job's dropout is beside these: see MASK_BYTES_PER_FEATURE."""
+MASK_BYTES_PER_FEATURE = 1
+"""What dropout kept of each input feature of a linear, per token of its job, until the backward."""
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 SLICE_TOKENS = 1024
 """What one job puts into a tick; more only where a single row is longer."""
@@ -36,6 +39,13 @@ def row_bytes(num_parameters: int) -> int:
     return VECTORS_PER_ROW * 4 * num_parameters
 
 
+def own_bytes(description: Mapping[str, Any], *, num_parameters: int, dropout: float) -> int:
+    """What a job takes wherever it trains: its row and, with dropout, a slice's mask as if every linear had one."""
+    shapes: Shapes = description.get("linear_shapes", {})
+    mask = SLICE_TOKENS * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
+    return row_bytes(num_parameters) + mask
+
+
 def base_bytes(num_parameters: int, precision: str) -> int:
     """The frozen weights."""
     return num_parameters * BYTES_PER_NUMBER[precision]
@@ -43,8 +53,7 @@ def base_bytes(num_parameters: int, precision: str) -> int:
 
 def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
     """What one token of a tick keeps until its backward."""
-    features = sum(in_features * count for (_, in_features), count in shapes.values())
-    return features * ACTIVATIONS_PER_FEATURE * BYTES_PER_NUMBER[precision]
+    return _input_features(shapes) * ACTIVATIONS_PER_FEATURE * BYTES_PER_NUMBER[precision]
 
 
 def tick_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int) -> int:
@@ -57,6 +66,11 @@ def tick_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: in
 def slice_bytes(description: Mapping[str, Any], precision: str) -> int:
     """Activations that a further job brings into a tick that has not reached its size yet."""
     return SLICE_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+
+
+def widens_tick(num_before: int, *, tick_tokens: int) -> bool:
+    """Whether a job beside `num_before` others brings a slice of its own; the first one's is in `trainer_bytes`."""
+    return 0 < num_before < tick_tokens // SLICE_TOKENS
 
 
 def trainer_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int = SLICE_TOKENS) -> int:
@@ -72,3 +86,8 @@ def readable(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+def _input_features(shapes: Shapes) -> int:
+    """Of all linears together."""
+    return sum(in_features * count for (_, in_features), count in shapes.values())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from catalog.fair_share import Candidate, Turn
-from catalog.memory import SLICE_TOKENS, TICK_TOKENS
+from catalog.memory import TICK_TOKENS, widens_tick
 
 PATIENCE_SECONDS = 60.0
 """How long a job for another base may be passed over for the sake of a base that is loaded already."""
@@ -19,9 +19,9 @@ class Room:
     max_jobs: int
     """Jobs that it can take now."""
     memory_bytes_free: int
-    """On the device, beside what is resident."""
-    resident_base: str | None = None
-    """Digest of the base that it holds, if any."""
+    """On the device. The base of an empty trainer is counted: a job needs it, or it is unloaded for another."""
+    resident_key: str | None = None
+    """Pack key of its trainer, if it has one. A trainer holds its base in one dtype and takes no job of another."""
     num_jobs: int = 0
     """Jobs that are in its trainer already."""
     tick_tokens: int = TICK_TOKENS["cpu"]
@@ -32,8 +32,7 @@ class Room:
 
         The first job's slice is in what its trainer needs.
         """
-        widens_tick = 0 < num_before < self.tick_tokens // SLICE_TOKENS
-        return job.row_bytes + (job.slice_bytes if widens_tick else 0)
+        return job.own_bytes + (job.slice_bytes if widens_tick(num_before, tick_tokens=self.tick_tokens) else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,18 +62,19 @@ def choose_pack(turns: Sequence[Turn], room: Room) -> list[Choice]:
 
 
 def choose_anchor(turns: Sequence[Turn], room: Room) -> Choice | None:
-    """Whose turn it is. A job for the resident base goes first while the head of the queue has not waited long."""
+    """Whose turn it is. A job for the resident trainer goes first while the head of the queue has not waited long."""
     if room.max_jobs < 1:
         return None
-    fitting = [turn for turn in turns if _need_bytes(turn.candidate, room) <= room.memory_bytes_free]
+    fitting = [turn for turn in turns if turn.candidate.alone_bytes <= room.memory_bytes_free]
     if not fitting:
         return None
     head = fitting[0]
     if head.waited_seconds < PATIENCE_SECONDS:
         for turn in fitting:
             same_class = turn.candidate.priority == head.candidate.priority
-            if same_class and turn.candidate.base_digest == room.resident_base:
-                why = "first of its class for the base that is loaded" if turn is not head else "first in the queue"
+            if same_class and turn.candidate.pack_key == room.resident_key:
+                of_loaded = "first of its class for the base and dtype that are loaded"
+                why = of_loaded if turn is not head else "first in the queue"
                 return Choice(turn=turn, role="anchor", reason=why)
     return Choice(turn=head, role="anchor", reason="first in the queue of those that fit this worker")
 
@@ -83,7 +83,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
     """Packmates for the anchor, in their own order. A suspect neither has nor becomes one."""
     if anchor.turn.candidate.is_suspect:
         return []
-    left = room.memory_bytes_free - _need_bytes(anchor.turn.candidate, room)
+    left = room.memory_bytes_free - anchor.turn.candidate.alone_bytes
     chosen: list[Choice] = []
     for turn in candidates:
         mate = turn.candidate
@@ -118,13 +118,7 @@ def choose_joiners(turns: Sequence[Turn], room: Room, key: str, *, worker_bytes:
                 Choice(turn=turn, role="joiner", reason="its base is loaded and there is room beside the rest")
             )
             continue
-        fits_alone = mate.trainer_bytes + mate.row_bytes <= worker_bytes
+        fits_alone = mate.alone_bytes <= worker_bytes
         if fits_alone and turn.waited_seconds >= PATIENCE_SECONDS:
             break
     return chosen
-
-
-def _need_bytes(candidate: Candidate, room: Room) -> int:
-    """A base that is resident is counted in what is free already."""
-    trainer = 0 if candidate.base_digest == room.resident_base else candidate.trainer_bytes
-    return trainer + candidate.row_bytes

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Row, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import fair_share, memory, packing
+from catalog import fair_share, fleet, memory, packing
 from catalog.db import Database, read_clock
 from catalog.fair_share import Candidate, Turn
-from catalog.spec import Precision, PriorityClass
+from catalog.spec import PriorityClass
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
-from catalog.tables import BaseModelRow, Job, Json, Project, Trainer, Worker
-from catalog.workers import SILENT_SECONDS
+from catalog.tables import BaseModelRow, Job, Json, Project
 
 MAX_CANDIDATES = 5000
 """Jobs looked at in one decision; the rest wait until these have gone."""
@@ -47,6 +45,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             Job.priority,
             Job.created_at,
             Job.adapter_parameters,
+            Job.spec["lora"]["dropout"].as_float().label("dropout"),
             Job.counted_attempts,
         )
         .where(Job.state == JobState.QUEUED, is_due)
@@ -66,7 +65,9 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             pack_key=row.pack_key,
             priority=row.priority,
             created_at=row.created_at,
-            row_bytes=memory.row_bytes(row.adapter_parameters),
+            own_bytes=memory.own_bytes(
+                described[row.base_model], num_parameters=row.adapter_parameters, dropout=row.dropout
+            ),
             trainer_bytes=needs[row.base_model, row.pack_key][0],
             slice_bytes=needs[row.base_model, row.pack_key][1],
             is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
@@ -91,7 +92,7 @@ def snapshot(db: Database, *, project_id: str | None) -> Json:
             "counts": dict(Counter(entry["state"] for entry in entries)),
             "waiting_in_all": len(places),
             "jobs": entries,
-            "workers": _live_workers(session, now=now),
+            "workers": fleet.count_live(session, now=now),
         }
 
 
@@ -105,31 +106,6 @@ def has_work(db: Database) -> bool:
         jobs = select(Job.id).where(untouched, is_due).limit(1)
         imports = select(BaseModelRow.name).where(BaseModelRow.state == "importing", is_free).limit(1)
         return session.scalar(jobs) is not None or session.scalar(imports) is not None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resident:
-    """What one live worker holds."""
-
-    base_digest: str | None
-    """None: it has no trainer."""
-    pack_key: str | None
-    """None where the trainer has not said yet."""
-
-
-def residents(session: Session, *, now: float) -> list[Resident]:
-    """Of every live worker, in no order."""
-    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
-    held = select(Worker.resident_base, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
-    return [Resident(base_digest=row[0], pack_key=row[1]) for row in session.execute(held.where(*live))]
-
-
-def auto_precision(session: Session, *, now: float) -> Precision:
-    """float32 where workers live and none of their devices multiplies bfloat16 in hardware; else bfloat16."""
-    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
-    devices = [device for found in session.scalars(select(Worker.devices).where(*live)) for device in found]
-    is_slow_everywhere = bool(devices) and not any(device.get("has_bfloat16", True) for device in devices)
-    return "float32" if is_slow_everywhere else "bfloat16"
 
 
 def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
@@ -153,11 +129,6 @@ def _entry(row: Row[*tuple[Any, ...]], turn: Turn | None, *, now: float) -> Json
         "position": turn.position if turn else None,
         "reason": turn.reason if turn else None,
     }
-
-
-def _live_workers(session: Session, *, now: float) -> int:
-    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
-    return session.scalar(select(func.count()).select_from(Worker).where(*live)) or 0
 
 
 def _running(session: Session) -> dict[str, int]:

@@ -147,7 +147,8 @@ class JobRequest(Strict):
     schedule: ScheduleRequest = ScheduleRequest()
     evaluation: EvaluationRequest = EvaluationRequest()
     precision: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="The base's dtype; auto: bfloat16, or float32 where no worker's device has it."
+        default="auto",
+        description="The base's dtype; auto: bfloat16, or float32 where workers live and none's device has it.",
     )
     max_length: int | Auto = Field(
         default="auto", description="Tokens of a row that are kept. auto: the base's, at most 4096."

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, memory, queue
+from catalog import bases, fleet, memory
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
@@ -106,7 +106,7 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
         num_rows=training.num_rows or 0,
         max_positions=(base.description or {}).get("max_positions"),
         seed=secrets.randbelow(2**31),
-        auto_precision=queue.auto_precision(session, now=now),
+        auto_precision=fleet.auto_precision(session, now=now),
     )
     job = _row(caller, request, spec, base=base, training=training, validation=validation, now=now)
     job.body_digest = body_digest
@@ -177,7 +177,7 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
     remedy = "Have an operator look at its error in GET /v1/models and add it again, or choose another model."
     if is_operator:
         reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
-        remedy = f"{error.get('remedy', '')} Then add the model again, or choose another one.".strip()
+        remedy = f"{told} Or choose another model." if (told := error.get("remedy")) else "Choose another model."
     return InvalidRequest(
         f"The import of the base model {base.name!r} failed: {reason}.",
         code="model_import_failed",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
 from catalog import recovery
@@ -25,6 +25,11 @@ class WorkerOrders:
     """What the worker is asked to do."""
 
     drain: bool
+
+
+def is_live(*, now: float) -> ColumnElement[bool]:
+    """In a query: the worker has not ended, and was heard from lately."""
+    return and_(Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
 
 
 def register_worker(

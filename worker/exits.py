@@ -8,19 +8,24 @@ from catalog.states import EndReason
 from worker.tether import LOST_PARENT
 
 CUDA_OOM = re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE)
-HOST_OOM = re.compile(r"DefaultCPUAllocator: can't allocate memory|^MemoryError\b|std::bad_alloc", re.MULTILINE)
+PYTHON_OOM = r"^(?!torch\.)[\w.]*MemoryError\b"
+"""Python's own, and NumPy's `numpy._core._exceptions._ArrayMemoryError`; torch's tells of the device."""
+HOST_OOM = re.compile(rf"DefaultCPUAllocator: can't allocate memory|{PYTHON_OOM}|std::bad_alloc", re.MULTILINE)
 KILLED = re.compile(r"died with <Signals\.SIGKILL: 9>")
 """What accelerate's launcher prints of its child."""
 
 
-def classify_exit(returncode: int, log_tail: str, *, num_oom_kills: int) -> tuple[EndReason, str]:
-    """Why every job of that trainer ended, and a sentence. num_oom_kills: by the kernel, while it ran."""
+def classify_exit(returncode: int, log_tail: str, *, num_oom_kills: int, device_kind: str) -> tuple[EndReason, str]:
+    """Why every job of that trainer ended, and a sentence.
+
+    num_oom_kills: by the kernel, while it ran. device_kind: cpu or cuda.
+    """
     killed = returncode in (-9, 137) or KILLED.search(log_tail) is not None
-    if HOST_OOM.search(log_tail) or (killed and num_oom_kills > 0):
-        by_kernel = "The kernel killed the trainer for want of memory."
-        return EndReason.HOST_OOM, by_kernel if killed else "The machine ran out of memory."
-    if CUDA_OOM.search(log_tail):
-        return EndReason.CUDA_OOM, "The GPU ran out of memory."
+    if killed and num_oom_kills > 0:
+        return EndReason.HOST_OOM, "The kernel killed the trainer for want of memory."
+    shortage = _shortage(log_tail, device_kind)
+    if shortage is not None:
+        return shortage
     if killed:
         return EndReason.TRAINER_CRASHED, "The trainer was killed (signal 9)."
     if returncode == LOST_PARENT or f"status {LOST_PARENT}" in log_tail:
@@ -28,6 +33,14 @@ def classify_exit(returncode: int, log_tail: str, *, num_oom_kills: int) -> tupl
     if returncode == 0:
         return EndReason.TRAINER_CRASHED, "The trainer ended without finishing its jobs."
     return EndReason.TRAINER_CRASHED, f"The trainer ended with exit status {returncode}.{_last_error(log_tail)}"
+
+
+def _shortage(log_tail: str, device_kind: str) -> tuple[EndReason, str] | None:
+    """Of the machine or of the GPU. On a CPU the trainer says torch.OutOfMemoryError as well."""
+    is_device_short = CUDA_OOM.search(log_tail) is not None
+    if HOST_OOM.search(log_tail) or (is_device_short and device_kind == "cpu"):
+        return EndReason.HOST_OOM, "The machine ran out of memory."
+    return (EndReason.CUDA_OOM, "The GPU ran out of memory.") if is_device_short else None
 
 
 def _last_error(log_tail: str) -> str:

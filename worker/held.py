@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from catalog import memory
 from catalog.claims import Claim
 from catalog.records import KEPT_CHECKPOINTS
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
@@ -53,6 +54,12 @@ class Held:
     def is_suspect(self) -> bool:
         """One more bad end, and it is quarantined: it trains alone."""
         return self.claim.job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
+
+    def own_bytes(self, description: Json) -> int:
+        """What it takes in its trainer, beside its part of a tick. description: the base's."""
+        job = self.claim.job
+        dropout = float(job.spec["lora"]["dropout"])
+        return memory.own_bytes(description, num_parameters=job.adapter_parameters, dropout=dropout)
 
     def outdated(self) -> list[Json]:
         """Take those checkpoints out of the news that newer ones have made needless."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from catalog import claims, memory, workers
+from catalog import claims, memory, packing, workers
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim, Orders
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
@@ -41,9 +41,9 @@ class Pack:
         directory: TrainerDirectory,
         pack_key: str,
         *,
-        trainer_bytes: int = 0,
+        description: Json,
     ) -> None:
-        """trainer_bytes: what the trainer will take before its first job."""
+        """description: the base's, from which its memory is reckoned."""
         self.trainer_id = trainer_id
         self.directory = directory
         self.pack_key = pack_key
@@ -54,7 +54,7 @@ class Pack:
         self.verdict: End | None = None
         """Why its trainer was killed by us, or what it said before it ended itself."""
         self._context = context
-        self._trainer_bytes = trainer_bytes
+        self._description = description
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
         self._listener = Listener(context, directory, trainer_id)
@@ -70,9 +70,27 @@ class Pack:
         return any(held.is_suspect for held in self._held.values())
 
     def bytes_to_come(self) -> int:
-        """What the trainer is still going to take for what it has been given."""
-        rows = [held.claim.job.adapter_parameters for held in self._held.values() if not held.is_admitted]
-        return sum(map(memory.row_bytes, rows)) + (self._trainer_bytes if self.ready is None else 0)
+        """What the trainer is still going to take for what it has been given.
+
+        Until its first job is admitted, its first tick; for each further one, the slice by which the tick grows.
+        """
+        precision = packing.precision_of(self.pack_key)
+        slice_bytes = memory.slice_bytes(self._description, precision)
+        tick_tokens = memory.TICK_TOKENS[self._context.device.kind]
+        to_come = [held for held in self._held.values() if not held.is_admitted]
+        num_admitted = len(self._held) - len(to_come)
+        total = 0 if num_admitted else self._trainer_bytes_to_come(precision)
+        for number, held in enumerate(to_come, start=num_admitted):
+            total += held.own_bytes(self._description)
+            total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
+        return total
+
+    def _trainer_bytes_to_come(self, precision: str) -> int:
+        """Of its base and its first tick, before any job is admitted. One that is ready and empty waits for none."""
+        whole = memory.trainer_bytes(self._description, precision)
+        if self.ready is None:
+            return whole
+        return max(0, whole - int(self.ready["memory"]["base_bytes"])) if self._held else 0
 
     # To the trainer
 

@@ -136,8 +136,7 @@ def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, base_dir: P
     description = catalog_bases.get(context.db, first.base_model).description or {}
     path = stack.enter_context(scratch.owned(context.trainers_dir() / first.trainer_id))
     directory = TrainerDirectory.create(path, settings)
-    trainer_bytes = memory.trainer_bytes(description, precision)
-    pack = Pack(context, first.trainer_id, directory, first.pack_key, trainer_bytes=trainer_bytes)
+    pack = Pack(context, first.trainer_id, directory, first.pack_key, description=description)
     stack.callback(pack.forget_all)
     return pack
 
@@ -270,7 +269,9 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End
         return End(reason=EndReason.DRAINED, detail="The worker left.")
     log_tail = pack.directory.log_tail()
     num_oom_kills = node.oom_kills() - trainer.oom_kills_before
-    reason, detail = classify_exit(trainer.returncode or 0, log_tail, num_oom_kills=num_oom_kills)
+    reason, detail = classify_exit(
+        trainer.returncode or 0, log_tail, num_oom_kills=num_oom_kills, device_kind=context.device.kind
+    )
     if len(pack):
         log.error("%s\n%s", detail, log_tail)
     return End(reason=reason, detail=detail)
@@ -294,7 +295,7 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
 
 
 def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
-    """What fits beside the pack. An empty trainer's own memory counts as free: it would be unloaded."""
+    """What fits beside the pack. An empty trainer's base counts as free: the next job needs it, or it is unloaded."""
     free = node.free_bytes(context.device)
     tick_tokens = memory.TICK_TOKENS[context.device.kind]
     if pack is None:
@@ -305,7 +306,7 @@ def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
     return Room(
         max_jobs=context.settings.max_jobs_per_trainer - len(pack),
         memory_bytes_free=max(0, free - pack.bytes_to_come()),
-        resident_base=pack.pack_key.partition(":")[0],
+        resident_key=pack.pack_key,
         num_jobs=len(pack),
         tick_tokens=tick_tokens,
     )

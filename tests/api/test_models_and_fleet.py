@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import bases, claims
+from catalog import claims
 from catalog.errors import Unavailable
 from tests.api.site import error_of
 from tests.catalog.world import World, manifest
@@ -21,7 +21,7 @@ def test_a_base_is_added_and_its_import_can_be_followed(operator: TestClient, cl
 
     added = operator.post("/v1/models", json=body).json()
     again = operator.post("/v1/models", json=body).json()
-    bases.fail_import(world.db, "mine", error={"code": "no_such_folder", "message": "Gone.", "remedy": "Mend it."})
+    world.fail_import("mine", {"code": "no_such_folder", "message": "Gone.", "remedy": "Mend it."})
     failed = client.get("/v1/models/mine").json()
 
     assert added == again
@@ -39,7 +39,7 @@ def test_why_an_import_failed_is_told_in_full_to_operators_only(
 ) -> None:
     operator.post("/v1/models", json={"name": "mine", "kind": "folder", "source": "/secret/mine"})
     told = {"code": "crashed", "message": "OSError in /secret/mine/model.safetensors", "remedy": "Mend /secret."}
-    bases.fail_import(world.db, "mine", error=told)
+    world.fail_import("mine", told)
 
     answers = [
         client.get("/v1/models/mine"),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
 import pytest
 
 from api import feed as feeds
+from api import job_stream
 from api.deps import Services
+from api.job_objects import job_objects
+from api.schemas.jobs import FineTuningJob
 from catalog import claims, jobs, keys, watching
+from catalog.db import Database
 from catalog.states import EndReason
+from catalog.tables import Job
 from tests.api.site import Message, Site, messages
 from tests.catalog.world import World
 
@@ -221,3 +227,29 @@ def test_more_than_one_look_can_hold_is_told_in_several(world: World, monkeypatc
     told = [(point.kind, point.step) for news in looks for point in news.points]
     assert sorted(told) == sorted([("train", s) for s in range(1, 251)] + [("valid", s) for s in range(1, 31)])
     assert [news.has_more for news in looks] == [True, True, False, False]
+
+
+def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(db: Database, rows: Sequence[Job]) -> list[FineTuningJob]:
+        asked.append(len(rows))
+        return job_objects(db, rows)
+
+    monkeypatch.setattr(job_stream, "job_objects", counted)
+    claim = world.running()
+    project_id = world.caller.project_id
+    watch = job_stream.JobWatch.start(world.db, project_id=project_id, job_id=claim.job.id, last_seen=None)
+    watch.look()
+
+    world.pass_time(5, claim.claim_id)
+    quiet = watch.look()
+    claims.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
+    news = watch.look()
+
+    assert (quiet.messages, len(news.messages)) == ([], 1)
+    assert asked == [1, 1]
+    shown = jobs.seconds_running(world.db, [claim.job.id])[claim.job.id]
+    assert 0 < json.loads(news.messages[0].decode().partition("data: ")[2])["seconds_running"] <= shown

@@ -17,8 +17,9 @@ CONTENT = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": byt
 def solid_base(world: World) -> None:
     """A base whose digest is that of its files, as lineage wants it."""
     files = {"files": [{"path": "config.json", "digest": sha("config"), "num_bytes": 6}]}
-    bases.add(world.db, name=BASE, kind="folder", source="/models/solid")
-    bases.finish_import(world.db, BASE, digest=bases.files_digest(files), manifest=files, description=DESCRIPTION)
+    added_at = bases.add(world.db, name=BASE, kind="folder", source="/models/solid").created_at
+    digest = bases.files_digest(files)
+    bases.finish_import(world.db, BASE, digest=digest, manifest=files, description=DESCRIPTION, added_at=added_at)
 
 
 def trained(services: Services, world: World, folder: Path, *, suffix: str = "docs") -> Adapter:

@@ -47,7 +47,7 @@ def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(w
     assert [row.name for row in claimed] == ["b"]
 
     world.clock.turn(50)
-    bases.renew_import(world.db, "b", lease_seconds=60)
+    bases.renew_import(world.db, "b", lease_seconds=60, added_at=world.added_at("b"))
     world.clock.turn(50)
     assert bases.claim_import(world.db, lease_seconds=60) is None
 
@@ -58,7 +58,7 @@ def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(w
 def test_a_failed_import_tells_why_and_is_tried_again_when_added_again(world: World) -> None:
     bases.add(world.db, name="b", kind="hub", source="org/b", revision=None)
     bases.claim_import(world.db, lease_seconds=60)
-    bases.fail_import(world.db, "b", error={"code": "no_such_repo", "message": "It is gone."})
+    world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
 
     assert bases.get(world.db, "b").error == {"code": "no_such_repo", "message": "It is gone."}
     assert bases.claim_import(world.db, lease_seconds=60) is None
@@ -67,12 +67,10 @@ def test_a_failed_import_tells_why_and_is_tried_again_when_added_again(world: Wo
 
 
 def test_a_base_keeps_the_digest_that_it_had_first(world: World) -> None:
-    told = {"manifest": {"files": []}, "description": {}}
-
-    bases.finish_import(world.db, "smol", digest=sha("smol"), **told)
+    world.finish_import("smol", digest=sha("smol"), description={})
     with pytest.raises(Conflict) as refusal:
-        bases.finish_import(world.db, "smol", digest=sha("changed"), **told)
-    bases.fail_import(world.db, "smol", error={})
+        world.finish_import("smol", digest=sha("changed"), description={})
+    world.fail_import("smol", {})
 
     assert refusal.value.code == "base_changed"
     assert bases.get(world.db, "smol").state == "ready"

@@ -12,7 +12,7 @@ from catalog.fair_share import Candidate, order
 
 
 def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priority: int = 1, **more: Any) -> Candidate:
-    told: dict[str, Any] = {"base_digest": "b", "pack_key": "b:bfloat16:causal-lm", "row_bytes": 1, "trainer_bytes": 10}
+    told: dict[str, Any] = {"base_digest": "b", "pack_key": "b:bfloat16:causal-lm", "own_bytes": 1, "trainer_bytes": 10}
     return Candidate(job_id=job_id, created_at=created_at, project_id=project_id, priority=priority, **{**told, **more})
 
 

@@ -47,7 +47,7 @@ def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> No
     with pytest.raises(InvalidRequest, match="still being imported") as early:
         world.submit(model="new")
 
-    bases.fail_import(world.db, "new", error={"code": "unsupported_model", "message": "/srv/new is a picture."})
+    world.fail_import("new", {"code": "unsupported_model", "message": "/srv/new is a picture."})
     with pytest.raises(InvalidRequest, match=r"failed: unsupported_model\.$") as failed:
         world.submit(model="new")
 
@@ -57,19 +57,30 @@ def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> No
 def test_an_operator_is_told_why_the_import_of_a_jobs_model_failed(world: World) -> None:
     bases.add(world.db, name="new", kind="hub", source="org/new", revision=None)
     told = {"code": "unsupported_model", "message": "/srv/new is a picture.", "remedy": "Give a language model."}
-    bases.fail_import(world.db, "new", error=told)
+    world.fail_import("new", told)
 
     with pytest.raises(InvalidRequest) as failed:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
 
     assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a picture.")
-    assert failed.value.remedy.startswith("Give a language model.")
+    assert failed.value.remedy == "Give a language model. Or choose another model."
+
+
+def test_advice_to_add_a_model_again_is_given_once(world: World) -> None:
+    bases.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    remedy = "Look at the source; then add the same model again, which retries."
+    world.fail_import("new", {"code": "import_failed", "message": "It ended.", "remedy": remedy})
+
+    with pytest.raises(InvalidRequest) as failed:
+        world.submit(model="new", caller=replace(world.caller, is_operator=True))
+
+    assert failed.value.remedy == f"{remedy} Or choose another model."
 
 
 def test_a_failed_model_is_not_offered_and_one_that_comes_is_marked(world: World) -> None:
     for name in ("broken", "coming"):
         bases.add(world.db, name=name, kind="hub", source=f"org/{name}", revision=None)
-    bases.fail_import(world.db, "broken", error={"code": "unsupported_model", "message": "", "remedy": ""})
+    world.fail_import("broken", {"code": "unsupported_model", "message": "", "remedy": ""})
 
     with pytest.raises(NotFound) as refusal:
         world.submit(model="gpt-9")

@@ -22,7 +22,9 @@ from catalog.tables import Artifact, Job, Prepared, Worker
 from tests.catalog.world import LEASE, World, manifest, sha
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-MOST_LOOKS = 10_000
+MOST_LOOKS = 2_000
+LOOK_PAUSE = text("select pg_sleep(0.01)")
+"""Between two looks the database waits, so that those who are looked for have the processor."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,7 @@ def wait_for_one_in_line(db: Database) -> None:
         with db.engine.connect() as connection:
             if connection.execute(in_line).scalar():
                 return
+            connection.execute(LOOK_PAUSE)
         assert look < MOST_LOOKS, "nobody came"
 
 

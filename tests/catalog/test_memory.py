@@ -29,6 +29,13 @@ def test_a_trainer_needs_its_base_and_one_tick(precision: str, width: int) -> No
     assert need == 500 * width + 100 * 32 * 4 * 2 * width + logits
 
 
+def test_a_job_with_dropout_keeps_a_byte_for_each_input_of_each_linear_and_token_of_its_slice() -> None:
+    description = {"linear_shapes": SHAPES}
+
+    assert memory.own_bytes(description, num_parameters=1000, dropout=0.0) == 16_000
+    assert memory.own_bytes(description, num_parameters=1000, dropout=0.1) == 16_000 + 1024 * 32 * 4
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (3 * 10**12, "3.0 TB")]
 )

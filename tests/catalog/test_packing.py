@@ -56,13 +56,13 @@ def test_no_more_jobs_than_there_is_room_for() -> None:
 
 
 def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> None:
-    large = candidate("large", 1, row_bytes=95)
+    large = candidate("large", 1, own_bytes=95)
 
     assert packed(candidate("a"), large, candidate("b", 2)) == ["a", "b"]
 
 
 def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long() -> None:
-    room = Room(max_jobs=1, memory_bytes_free=100, resident_base="b")
+    room = Room(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
     resident = candidate("resident", 5)
 
     assert packed(other("x"), resident, room=room, now=10) == ["resident"]
@@ -70,10 +70,28 @@ def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long()
     assert packed(other("x", priority=0), resident, room=room, now=10) == ["x"]
 
 
-def test_a_resident_base_needs_no_second_place_in_memory() -> None:
-    room = Room(max_jobs=1, memory_bytes_free=5, resident_base="b")
+def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
+    """Its base is counted in what is free, as it is for those for whom it would be unloaded."""
+    needs_eleven = candidate("a", trainer_bytes=10, own_bytes=1)
 
-    assert packed(candidate("a"), room=room) == ["a"]
+    def taken(memory_bytes_free: int) -> list[str]:
+        room = Room(max_jobs=1, memory_bytes_free=memory_bytes_free, resident_key=needs_eleven.pack_key)
+        return packed(needs_eleven, room=room)
+
+    assert taken(11) == ["a"]
+    assert taken(10) == []
+
+
+def test_a_trainer_of_the_same_base_in_another_dtype_is_not_resident() -> None:
+    """Five bytes are free and the bfloat16 base holds ten: that base in float32 with its tick needs 22."""
+    room = Room(max_jobs=1, memory_bytes_free=15, resident_key="b:bfloat16:causal-lm")
+    large = candidate("large", 5, pack_key="b:float32:causal-lm", trainer_bytes=22)
+    small = candidate("small", 5, pack_key="b:float32:causal-lm", trainer_bytes=10)
+
+    assert packed(large, room=room) == []
+    assert packed(small, room=room) == ["small"]
+    assert packed(other("x"), small, room=room, now=10) == ["x"]
+    assert packed(other("x"), candidate("same", 5), room=room, now=10) == ["same"]
 
 
 def test_a_suspect_neither_has_nor_becomes_a_packmate() -> None:
@@ -96,7 +114,7 @@ def test_a_job_that_could_never_fit_this_worker_does_not_hold_its_trainer_up() -
 
 
 def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_ever_by_smaller_ones() -> None:
-    large = candidate("large", row_bytes=80)
+    large = candidate("large", own_bytes=80)
     room = Room(max_jobs=4, memory_bytes_free=50)
 
     assert joined(large, candidate("a", 1), room=room) == ["a"]
@@ -121,7 +139,7 @@ def test_a_pack_key_tells_its_precision() -> None:
 
 
 def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size() -> None:
-    waiting = [candidate(f"j{i:02}", i, row_bytes=1, slice_bytes=5, trainer_bytes=10) for i in range(12)]
+    waiting = [candidate(f"j{i:02}", i, own_bytes=1, slice_bytes=5, trainer_bytes=10) for i in range(12)]
 
     def sizes(memory_bytes_free: int) -> tuple[int, int]:
         cpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free)
@@ -137,7 +155,7 @@ def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size()
 
 
 def test_what_is_in_the_trainer_already_counts_for_the_size_of_its_tick() -> None:
-    waiting = [candidate(f"j{i}", i, row_bytes=1, slice_bytes=5) for i in range(4)]
+    waiting = [candidate(f"j{i}", i, own_bytes=1, slice_bytes=5) for i in range(4)]
 
     def joiners(num_jobs: int) -> int:
         room = Room(max_jobs=4, memory_bytes_free=8, num_jobs=num_jobs, tick_tokens=TICK_TOKENS["cuda"])

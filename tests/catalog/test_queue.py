@@ -122,6 +122,36 @@ def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: Wo
     )
 
 
+def test_a_job_of_another_precision_does_not_go_first_for_the_sake_of_its_base(world: World) -> None:
+    """What the decision does is what `why` says."""
+    world.base("other")
+    world.worker()
+    held = world.running()
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
+    )
+    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    head, precise = world.queued(model="other"), world.queued(precision="float32")
+    why = explained(world, precise.id)["explanation"]
+    world.complete(held.claim_id)
+
+    room = Room(max_jobs=1, memory_bytes_free=10**12, resident_key=held.job.pack_key)
+    (first,) = world.claim(room=room)
+
+    assert first.job.id == head.id
+    assert "1 job is ahead of it. Its base is loaded in bfloat16; it asks for float32, so it can't join" in why
+
+
+def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
+    plain, dropping = world.queued(), world.queued(lora={"dropout": 0.1})
+
+    with world.db.read() as session:
+        own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in queue.turns(session, now=world.clock())}
+
+    assert own[plain.id] == 16 * plain.adapter_parameters
+    assert own[dropping.id] == own[plain.id] + 1024 * (2 * 64 + 2 * 64)
+
+
 def test_the_first_in_the_queue_is_told_of_none_before_it(world: World) -> None:
     world.running()
     first, second = world.queued(), world.queued()

@@ -51,9 +51,19 @@ class World:
     def base(self, name: str = "smol", **description: Any) -> str:
         """A base model that is ready."""
         bases.add(self.db, name=name, kind="folder", source=f"/models/{name}", revision=None)
-        told = {**DESCRIPTION, **description}
-        bases.finish_import(self.db, name, digest=sha(name), manifest={"files": []}, description=told)
+        self.finish_import(name, digest=sha(name), description={**DESCRIPTION, **description})
         return name
+
+    def finish_import(self, name: str, *, digest: str, description: dict[str, Any]) -> None:
+        """By whoever imports the base that has the name now."""
+        added_at, manifest = self.added_at(name), {"files": []}
+        bases.finish_import(self.db, name, digest=digest, manifest=manifest, description=description, added_at=added_at)
+
+    def fail_import(self, name: str, error: dict[str, Any]) -> None:
+        bases.fail_import(self.db, name, error=error, added_at=self.added_at(name))
+
+    def added_at(self, name: str) -> float:
+        return bases.get(self.db, name).created_at
 
     def file(self, *, caller: Caller | None = None, purpose: str = "fine-tune", num_rows: int | None = 100) -> str:
         file_id = new_id("file")

@@ -16,7 +16,7 @@ from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.lineage import AttemptRecord, DataSource
-from catalog.packing import Room
+from catalog.packing import Room, pack_key
 from catalog.settings import Settings
 from catalog.spec import JobRequest
 from catalog.states import EndReason
@@ -132,7 +132,9 @@ def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> d
     """Let the waiting jobs into one trainer; claim ids by job id."""
     beat(seeded, trainer_id=trainer_id)
     base = bases.get(seeded.db, BASE)
-    room = Room(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_base=base.digest)
+    assert base.digest is not None
+    key = pack_key(base.digest, "bfloat16")
+    room = Room(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_key=key)
     taken = claims.claim_pack(
         seeded.db, worker_id=WORKER, trainer_id=trainer_id, room=room, lease_seconds=LEASE_SECONDS
     )
@@ -239,10 +241,11 @@ def _stop_two(seeded: Seeded) -> None:
 
 
 def _import_base(db: Database) -> None:
-    bases.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf")
+    added_at = bases.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf").created_at
     bases.claim_import(db, lease_seconds=LEASE_SECONDS)
     manifest = {"files": [{"path": "model.safetensors", "digest": "5e" * 32, "num_bytes": 269_060_552}]}
-    bases.finish_import(db, BASE, digest=bases.files_digest(manifest), manifest=manifest, description=DESCRIPTION)
+    told = {"manifest": manifest, "description": DESCRIPTION, "added_at": added_at}
+    bases.finish_import(db, BASE, digest=bases.files_digest(manifest), **told)
 
 
 def _put_report(db: Database, file: File) -> str:

@@ -54,7 +54,8 @@ def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) ->
     row.get_by_text("importing").wait_for()
     visitor.page.wait_for_load_state("networkidle")
 
-    bases.fail_import(fresh.seeded.db, "llama-1b", error=FAILED)
+    added_at = bases.get(fresh.seeded.db, "llama-1b").created_at
+    bases.fail_import(fresh.seeded.db, "llama-1b", error=FAILED, added_at=added_at)
 
     row.get_by_text("import failed").wait_for()
 
@@ -121,7 +122,7 @@ def test_without_a_base_the_page_names_the_command_that_adds_one(fresh: Service,
 def _add(service: Service, name: str, *, error: dict[str, str] | None = None) -> None:
     """A base that is being imported, or whose import has failed."""
     db = service.seeded.db
-    bases.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct")
+    added_at = bases.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct").created_at
     bases.claim_import(db, lease_seconds=seed.LEASE_SECONDS)
     if error is not None:
-        bases.fail_import(db, name, error=error)
+        bases.fail_import(db, name, error=error, added_at=added_at)

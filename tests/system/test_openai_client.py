@@ -40,8 +40,9 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 def service(database: Database) -> Iterator[Service]:
     assert database.engine.url.database is not None
     with api_process(Path(database.engine.url.database).parent) as service:
-        bases.add(database, name="smol", kind="folder", source="/models/smol")
-        bases.finish_import(database, "smol", digest=sha("smol"), manifest={"files": []}, description=DESCRIPTION)
+        added_at = bases.add(database, name="smol", kind="folder", source="/models/smol").created_at
+        told = {"manifest": {"files": []}, "description": DESCRIPTION, "added_at": added_at}
+        bases.finish_import(database, "smol", digest=sha("smol"), **told)
         yield service
 
 
@@ -62,7 +63,9 @@ def prepare(db: Database) -> None:
 def train(db: Database) -> None:
     """Every queued job, to its end."""
     prepare(db)
-    claims.register_worker(db, worker_id="w", host="h", pid=1, devices=["cpu"], version="1", memory_bytes=10**12)
+    claims.register_worker(
+        db, worker_id="w", host="h", pid=1, devices=[{"kind": "cpu"}], version="1", memory_bytes=10**12
+    )
     room = Room(max_jobs=8, memory_bytes_free=10**12)
     for claim in claims.claim_pack(db, worker_id="w", trainer_id="t", room=room, lease_seconds=60):
         claims.started(db, claim.claim_id, trainer_id="t", resumed_from_step=0)

@@ -15,7 +15,7 @@ from catalog.packing import Room
 from catalog.settings import Settings
 from catalog.states import EndReason
 from catalog.tables import Checkpoint, Job
-from tests.catalog.world import WIDE, Clock, World
+from tests.catalog.world import DESCRIPTION, WIDE, Clock, World
 from worker import node
 from worker.context import WorkerContext
 from worker.pack import Pack
@@ -98,7 +98,7 @@ class PackSite:
     def loading_pack(self, *claimed: Claim, trainer_id: str = "trainer-1") -> Pack:
         directory = TrainerDirectory.create(self.context.trainers_dir() / trainer_id, {})
         pack_key = claimed[0].job.pack_key if claimed else "base:float32:causal-lm"
-        pack = Pack(self.context, trainer_id, directory, pack_key, trainer_bytes=1000)
+        pack = Pack(self.context, trainer_id, directory, pack_key, description=DESCRIPTION)
         for claim in claimed:
             pack.admit(claim)
         pack.hand_over()

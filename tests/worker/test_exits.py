@@ -27,7 +27,7 @@ LAUNCHER = "subprocess.CalledProcessError: Command '[…]' {}"
 def test_an_exit_is_classed_by_status_log_and_the_kernels_count(
     returncode: int, log_tail: str, num_oom_kills: int, expected: EndReason
 ) -> None:
-    reason, detail = classify_exit(returncode, log_tail, num_oom_kills=num_oom_kills)
+    reason, detail = classify_exit(returncode, log_tail, num_oom_kills=num_oom_kills, device_kind="cuda")
 
     assert reason is expected
     assert detail
@@ -36,7 +36,35 @@ def test_an_exit_is_classed_by_status_log_and_the_kernels_count(
 def test_a_crash_names_the_trainers_own_error_rather_than_the_launchers() -> None:
     log_tail = "ValueError: the number 7 is wrong\n" + LAUNCHER.format("returned non-zero exit status 1.")
 
-    _, detail = classify_exit(1, log_tail, num_oom_kills=0)
+    _, detail = classify_exit(1, log_tail, num_oom_kills=0, device_kind="cuda")
 
     assert "ValueError: the number 7 is wrong" in detail
     assert "CalledProcessError" not in detail
+
+
+NUMPY = "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 64.0 GiB for an array"
+TORCH = "torch.OutOfMemoryError: Unable to allocate 64.0 GiB for an array"
+
+
+@pytest.mark.parametrize("log_tail", [NUMPY, TORCH, f"{NUMPY}\n\nThe above exception […]:\n\n{TORCH}"])
+def test_a_cpu_is_not_told_of_a_gpu(log_tail: str) -> None:
+    ended = classify_exit(1, log_tail, num_oom_kills=0, device_kind="cpu")
+
+    assert ended == (EndReason.HOST_OOM, "The machine ran out of memory.")
+
+
+def test_an_array_of_numpy_is_the_machines_memory_beside_a_gpu_too() -> None:
+    assert classify_exit(1, NUMPY, num_oom_kills=0, device_kind="cuda")[0] is EndReason.HOST_OOM
+    assert classify_exit(1, TORCH, num_oom_kills=0, device_kind="cuda")[0] is EndReason.CUDA_OOM
+
+
+def test_the_kernel_is_named_only_where_it_counted_a_kill() -> None:
+    """A trainer that is short of memory may be killed by its worker meanwhile."""
+    log_tail = f"{NUMPY}\n" + LAUNCHER.format("died with <Signals.SIGKILL: 9>.")
+
+    told = [classify_exit(1, log_tail, num_oom_kills=kills, device_kind="cpu") for kills in (0, 1)]
+
+    assert told == [
+        (EndReason.HOST_OOM, "The machine ran out of memory."),
+        (EndReason.HOST_OOM, "The kernel killed the trainer for want of memory."),
+    ]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from catalog import claims, jobs, prepared
+from catalog import claims, jobs, memory, prepared
 from catalog.artifacts.store import blob_key
 from catalog.claims import Claim
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
 from catalog.states import EndReason
 from catalog.tables import File
+from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, tell, told
 from worker import preparation, provenance, trainer_directory
 from worker.pack import Pack
@@ -244,15 +246,54 @@ def test_what_the_trainer_will_take_is_not_free_while_it_loads(site: PackSite) -
     claim = site.claim()
     pack = site.loading_pack(claim)
     row_bytes = 16 * claim.job.adapter_parameters
-    assert pack.bytes_to_come() == 1000 + row_bytes
+    trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
+    assert pack.bytes_to_come() == trainer_bytes + row_bytes
 
     say(pack, READY)
     pack.hear()
-    assert pack.bytes_to_come() == row_bytes
+    assert pack.bytes_to_come() == trainer_bytes - 1 + row_bytes, "READY tells of a base of one byte"
 
     tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     pack.hear()
     assert pack.bytes_to_come() == 0
+
+
+def test_a_trainer_that_is_ready_and_empty_takes_nothing_more(site: PackSite) -> None:
+    pack = site.pack()
+
+    assert pack.bytes_to_come() == 0
+
+
+@pytest.mark.parametrize(("kind", "num_slices"), [("cpu", 1), ("cuda", 8)])
+def test_each_job_that_is_still_to_come_widens_the_tick_until_it_has_its_size(
+    site: PackSite, kind: str, num_slices: int
+) -> None:
+    """The first slice is in what the trainer needs."""
+    site.context.device = replace(site.context.device, kind=kind)
+    first = [site.queued() for _ in range(2)]
+    pack = site.loading_pack(*site.claim_all())
+    slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
+    row_bytes = 16 * first[0].adapter_parameters
+    trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
+    assert pack.bytes_to_come() == trainer_bytes + 2 * row_bytes + min(1, num_slices - 1) * slice_bytes
+
+    for _ in range(8):
+        site.queued()
+    for claim in site.claim_all():
+        pack.admit(claim)
+
+    assert pack.bytes_to_come() == trainer_bytes + 10 * row_bytes + (num_slices - 1) * slice_bytes
+
+
+def test_a_job_with_dropout_is_still_to_take_its_mask(site: PackSite) -> None:
+    plain, dropping = site.claim(), site.claim(lora={"dropout": 0.1})
+    pack = site.loading_pack(plain)
+    without = pack.bytes_to_come()
+
+    pack.admit(dropping)
+
+    mask_bytes = 1024 * (2 * 64 + 2 * 64)
+    assert pack.bytes_to_come() == without + 16 * dropping.job.adapter_parameters + mask_bytes
 
 
 def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(site: PackSite) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from catalog import jobs
+from catalog import jobs, memory
 from catalog.artifacts.store import ArtifactStore
 from catalog.claims import Orders
 from catalog.errors import OutOfSpace
 from catalog.packing import Room
 from catalog.states import EndReason
 from catalog.tables import Job
+from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite
 from worker import bases, loop, node, supervise
 from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
@@ -253,11 +255,45 @@ def test_a_base_that_still_loads_is_not_free_for_those_who_join(
 ) -> None:
     claim = site.claim()
     pack = site.loading_pack(claim)
-    monkeypatch.setattr(node, "free_bytes", lambda _: 10**6)
+    monkeypatch.setattr(node, "free_bytes", lambda _: 10**9)
 
     room: Room = supervise._room(site.context, pack)
 
-    assert room.memory_bytes_free == 10**6 - pack.bytes_to_come() < 10**6 - 1000
+    assert room.memory_bytes_free == 10**9 - pack.bytes_to_come() < 10**9 - 1000
+
+
+def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU with room for a trainer, three rows and two more slices of its tick."""
+    site.context.device = replace(site.context.device, kind="cuda")
+    pack = site.loading_pack(site.claim())
+    row_bytes = 16 * site.world.queued(suffix="next").adapter_parameters
+    slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
+    free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * row_bytes + 2 * slice_bytes
+    monkeypatch.setattr(node, "free_bytes", lambda _: free)
+
+    held: list[int] = []
+    for _ in range(2):
+        for _ in range(2):
+            site.queued()
+        supervise._look_for_more(site.context, pack)
+        held.append(len(pack))
+
+    assert held == [3, 3]
+
+
+def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = site.pack()
+    assert pack.ready is not None
+    pack.ready = {**pack.ready, "memory": {"base_bytes": 500}}
+    monkeypatch.setattr(node, "free_bytes", lambda _: 1000)
+
+    room: Room = supervise._room(site.context, pack)
+
+    assert (room.memory_bytes_free, room.resident_key) == (1500, pack.pack_key)
 
 
 def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
