@@ -85,8 +85,8 @@ def farewell(running: Running, data_dir: Path) -> None:
 def _left_running(data_dir: Path) -> Lorry | None:
     """A client of the service that answers for this folder now."""
     try:
-        lorry = Lorry(data_dir=data_dir, retries=RetryPolicy(max_retries=0))
-        lorry.queue.get()
+        with Lorry(data_dir=data_dir, retries=RetryPolicy(max_retries=0)) as probing:
+            probing.queue.get()
         return Lorry(data_dir=data_dir)
     except LorryError:
         return None

@@ -16,7 +16,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from demo_parts.report import DemoFailed, bars, console, draw
-from lorry import Lorry, LorryError
+from lorry import Conflict, Lorry, LorryError
 from lorry.models import Adapter, Job, Model
 
 MAX_STEPS = 48
@@ -59,7 +59,7 @@ class Outcome:
     @property
     def seconds(self) -> float:
         """In trainers, all attempts together: waiting and pauses left out."""
-        return float(self.job.raw.get("seconds_running") or 0)
+        return self.job.seconds_running or 0.0
 
     @property
     def trainers(self) -> set[str]:
@@ -162,7 +162,8 @@ def _cancel_left_over(lorry: Lorry) -> None:
     """No job of an interrupted run may train beside the next one's."""
     for job in lorry.jobs.list():
         if not job.is_final and job.metadata == _OURS:
-            lorry.jobs.cancel(job.id)
+            with contextlib.suppress(Conflict):  # it ended since the list was made
+                lorry.jobs.cancel(job.id)
 
 
 def _show_until_done(client: OpenAI, jobs: list[FineTuningJob]) -> None:

@@ -17,11 +17,12 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from demo_parts import base_source, report, steps, training  # noqa: E402  # pyright: ignore[reportMissingImports]
+from demo_parts import base_source, report, service, steps, training  # noqa: E402  # pyright: ignore[reportMissingImports]
 from demo_parts.training import Outcome, problems  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from lorry import ConnectionFailed  # noqa: E402
+from lorry import Conflict, ConnectionFailed  # noqa: E402
 from lorry.models import Adapter, Job  # noqa: E402
+from lorry.retries import RetryPolicy  # noqa: E402
 
 CLEAN = {"agrees": True, "imported_of_lorry": []}
 
@@ -40,7 +41,7 @@ def test_an_adapter_that_moved_once_trained_together_with_the_others_all_the_sam
 
 
 def test_the_time_told_is_that_in_trainers() -> None:
-    job = Job.of({"created_at": 0, "started_at": 10, "finished_at": 900, "seconds_running": 41.5})
+    job = Job(created_at=0, started_at=10, finished_at=900, seconds_running=41.5)
 
     assert Outcome(job=job, adapter=Adapter(), lineage={}).seconds == 41.5
 
@@ -155,6 +156,50 @@ def test_what_goes_wrong_in_training_cancels_the_demos_jobs_and_nobody_elses(mon
         training.train(lorry, "base", Path("train"), Path("held_out"))
 
     assert cancelled == ["mine", "then trains", "mine"]
+
+
+def test_a_job_that_ends_while_it_is_cancelled_keeps_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job(id=name, status="running", metadata={"made_by": "make demo"}) for name in ("ended", "mine")]
+    cancelled: list[str] = []
+
+    def cancel(job_id: str) -> None:
+        if job_id == "ended":
+            raise Conflict("It succeeded.", code="x", remedy="", status=409)
+        cancelled.append(job_id)
+
+    monkeypatch.setattr(training, "_train", lambda *_: [])
+    lorry: Any = SimpleNamespace(jobs=SimpleNamespace(list=lambda: jobs, cancel=cancel))
+
+    assert training.train(lorry, "base", Path("train"), Path("held_out")) == []
+    assert cancelled == ["mine"]
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_the_client_that_looks_for_a_service_that_was_kept_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_up: bool
+) -> None:
+    closed: list[RetryPolicy | None] = []
+
+    class Client:
+        def __init__(self, *, data_dir: Path, retries: RetryPolicy | None = None) -> None:
+            self.queue, self._retries = self, retries
+
+        def get(self) -> None:
+            if not is_up:
+                raise ConnectionFailed("It does not answer.", code="x", remedy="")
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            closed.append(self._retries)
+
+    monkeypatch.setattr(service, "Lorry", Client)
+
+    left = service._left_running(tmp_path)
+
+    assert (left is not None) == is_up
+    assert [retries and retries.max_retries for retries in closed] == [0]
 
 
 REQUEST: Any = httpx.Request("GET", "http://lorry")

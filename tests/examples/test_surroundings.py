@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +22,24 @@ from demo_parts.report import DemoFailed  # noqa: E402  # pyright: ignore[report
 INTERRUPTS = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
 
 
+@pytest.fixture
+def environment() -> Iterator[pytest.MonkeyPatch]:
+    """Without settings of Lorry, and restored after the test: `leave_settings_aside` changes the process's own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in [name for name in os.environ if name.startswith("LORRY_")]:
+            monkeypatch.delenv(name)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "")
+        yield monkeypatch
+
+
 def test_another_services_settings_are_left_aside_and_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LORRY_URL", "http://elsewhere.example")
-    monkeypatch.setenv("LORRY_DATABASE_URL", "postgresql://elsewhere.example/x")
-    monkeypatch.setenv("LORRY_DEMO_DIR", "/kept")
-    monkeypatch.setenv("NO_PROXY", "corp.example")
+    environment.setenv("LORRY_URL", "http://elsewhere.example")
+    environment.setenv("LORRY_DATABASE_URL", "postgresql://elsewhere.example/x")
+    environment.setenv("LORRY_DEMO_DIR", "/kept")
+    environment.setenv("NO_PROXY", "corp.example")
 
     surroundings.leave_settings_aside()
 
@@ -38,14 +50,8 @@ def test_another_services_settings_are_left_aside_and_named(
     assert os.environ["NO_PROXY"] == "corp.example,127.0.0.1,localhost"
 
 
-def test_nothing_is_said_where_nothing_is_set(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in [name for name in os.environ if name.startswith("LORRY_")]:
-        monkeypatch.delenv(name)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "")
-
+@pytest.mark.usefixtures("environment")
+def test_nothing_is_said_where_nothing_is_set(capsys: pytest.CaptureFixture[str]) -> None:
     surroundings.leave_settings_aside()
 
     assert capsys.readouterr().out == ""
