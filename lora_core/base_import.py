@@ -140,19 +140,19 @@ def _write_gguf(path: Path, directory: Path) -> None:
             raise refused(f"{path.name} is not a GGUF file")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
-        model = load_with_transformers(Path(folder), dtype=torch.bfloat16, gguf_file="model.gguf")
-        _forget_quantisation(model)
-        _save_model(model, directory)
+        _save_model(_dequantised(Path(folder), "model.gguf"), directory)  # held by no name: freed before the trial
         _save_tokenizer(Path(folder), directory, gguf_file="model.gguf")
     _refuse_untrainable(directory, torch.bfloat16)
 
 
-def _forget_quantisation(model: Any) -> None:
+def _dequantised(folder: Path, name: str) -> Any:
     """transformers marks what it read from GGUF as quantised; the weights are plain by then."""
+    model: Any = load_with_transformers(folder, dtype=torch.bfloat16, gguf_file=name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
+    return model
 
 
 def _save_model(model: Any, directory: Path) -> None:
