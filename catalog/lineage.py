@@ -126,6 +126,7 @@ def _outputs(adapter: Manifest, num_parameters: int) -> Json:
 def _base(base: BaseModelRow) -> Json:
     files = cast(list[Json], (base.manifest or {}).get("files", []))
     digests: dict[str, str] = {file["path"]: file["digest"] for file in files}
+    description = dict(base.description or {})
     return {
         "name": base.name,
         "kind": base.kind,
@@ -133,8 +134,8 @@ def _base(base: BaseModelRow) -> Json:
         "revision": (base.manifest or {}).get("revision") or base.revision,
         "digest": base.digest,
         "files": files,
-        "description": base.description,
-        "license": (base.description or {}).get("license"),
+        "license": description.pop("license", None),
+        "description": description,
         "tokenizer": digests.get(TOKENIZER),
         "chat_template": digests.get(TEMPLATE),
     }

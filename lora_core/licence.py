@@ -8,7 +8,10 @@ CARD = "README.md"
 MAX_CARD_CHARS = 2**16
 """A card's front matter is on its first lines; the rest isn't read."""
 FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
-KEY = r"^{}:[ \t]*[\"']?([\w.+-][\w .+-]{{0,99}}?)[\"']?[ \t]*(?:#.*)?$"
+MAX_LICENCE_CHARS = 100
+NAME = r"[\"']?([\w.+][\w .+-]{0,99}?)[\"']?"
+COMMENT = r"[ \t]*(?:#.*)?$"
+ITEM = re.compile(rf"^[ \t]*-[ \t]+{NAME}{COMMENT}", re.MULTILINE)
 
 
 def licence_of_folder(folder: Path) -> str | None:
@@ -21,7 +24,9 @@ def licence_of_folder(folder: Path) -> str | None:
     if found is None:
         return None
     licence = _value(found[1], "license")
-    return _value(found[1], "license_name") or licence if licence in (None, "other") else licence
+    if licence in (None, "other"):
+        return _value(found[1], "license_name") or licence
+    return licence
 
 
 def licence_of_gguf(path: Path) -> str | None:
@@ -30,9 +35,20 @@ def licence_of_gguf(path: Path) -> str | None:
 
     field = GGUFReader(path).get_field("general.license")
     licence = field.contents() if field is not None else None
-    return licence[:100] if isinstance(licence, str) and licence else None
+    return licence[:MAX_LICENCE_CHARS] if isinstance(licence, str) and licence else None
 
 
 def _value(front_matter: str, key: str) -> str | None:
-    found = re.search(KEY.format(key), front_matter, re.MULTILINE)
-    return found[1] if found else None
+    """A scalar, or the items of a list (`[a, b]`, or a line each) with commas between."""
+    found = re.search(rf"^{key}:[ \t]*{NAME}{COMMENT}", front_matter, re.MULTILINE)
+    if found:
+        return found[1]
+    lines = re.search(rf"^{key}:{COMMENT}\n((?:[ \t]*-[ \t].*(?:\n|\Z))+)", front_matter, re.MULTILINE)
+    within = re.search(rf"^{key}:[ \t]*\[([^\]\n]*)\]{COMMENT}", front_matter, re.MULTILINE)
+    if lines:
+        names = ITEM.findall(lines[1])
+    elif within:
+        names = re.findall(rf"(?:^|,)[ \t]*{NAME}[ \t]*(?=,|$)", within[1])
+    else:
+        return None
+    return ", ".join(names)[:MAX_LICENCE_CHARS] or None

@@ -73,6 +73,7 @@ def _base(base: Json) -> Pairs:
     yield "source", base.get("source") or base.get("kind")
     yield "revision", _short(base.get("revision"))
     yield "digest", _short(base.get("digest"))
+    yield "licence", base.get("license")
     yield "size", f"{_size(sum(files))} in {len(files)} files" if files else None
     yield "architecture", about.get("architecture")
     yield "parameters", _count(about.get("num_parameters"))

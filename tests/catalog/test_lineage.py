@@ -121,6 +121,7 @@ def test_the_record_tells_what_the_adapter_came_from() -> None:
     assert made["outputs"]["artifact"] == manifest().digest
     assert made["base"]["revision"] == "12fd25f"
     assert made["base"]["license"] == "apache-2.0"
+    assert made["base"]["description"] == {"num_parameters": 134_515_008, "dtype": "bfloat16"}
     assert made["base"]["tokenizer"] == digest("tokenizer.json")
     assert made["base"]["chat_template"] == digest("chat_template.jinja")
     assert made["data"][0]["digest"] == digest("data")

@@ -30,6 +30,7 @@ RECORD: dict[str, Any] = {
         "kind": "folder",
         "source": None,
         "digest": DIGEST,
+        "license": "apache-2.0",
         "files": [{"path": "a", "digest": DIGEST, "num_bytes": 380_176}, {"path": "b", "num_bytes": 9_648}],
         "description": {"architecture": "LlamaForCausalLM", "num_parameters": 94_528, "linear_shapes": {"q": [[1], 2]}},
     },
@@ -90,6 +91,7 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
     assert [line for line in lines if line.isupper() or line == "ATTEMPT 2"] == titles
     assert lines[:5] == ["adapter a", "job ftjob-1", f"lineage {SHORT}", f"artifact {SHORT}", "parameters 8,192"]
     assert {
+        "licence apache-2.0",
         "size 390 kB in 2 files",
         "size 61.3 kB",
         "supervised tokens 3,816",
