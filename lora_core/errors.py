@@ -4,6 +4,8 @@
 Our own mistakes are asserts, never one of these.
 """
 
+from typing import Literal
+
 
 class LoraCoreError(ValueError):
     """Root of the errors meant for a person; `code` is snake_case, `remedy` says what to do."""
@@ -69,15 +71,19 @@ class UnsafeFile(LoraCoreError):
 
 
 class OutOfMemory(LoraCoreError):
-    """`job` doesn't fit the device: one slice of it alone, or (num_tokens 0) its weights and moments."""
+    """A part of `job` doesn't fit: its data, one slice of `num_tokens`, or (0) its weights and moments."""
 
     code = "out_of_memory"
 
-    def __init__(self, job: str, *, num_tokens: int = 0) -> None:
-        part = f"One slice of {num_tokens} tokens" if num_tokens else "The adapter"
-        smaller = "slice_tokens or the length of the rows" if num_tokens else "the rank, or target fewer modules"
-        super().__init__(
-            f"{part} of job {job!r} doesn't fit the device beside what is there.",
-            remedy=f"Lower {smaller}, or use a larger device.",
-        )
+    def __init__(self, job: str, *, part: Literal["adapter", "data"] = "adapter", num_tokens: int = 0) -> None:
+        if part == "data":
+            sentence = f"The data of job {job!r} doesn't fit the worker's memory beside what is there."
+            remedy = "Give smaller files, lower max_length, or use a machine with more memory."
+        elif num_tokens:
+            sentence = f"One slice of {num_tokens} tokens of job {job!r} doesn't fit the device beside what is there."
+            remedy = "Lower max_length, or use a larger device."
+        else:
+            sentence = f"The adapter of job {job!r} doesn't fit the device beside what is there."
+            remedy = "Lower the rank, or target fewer modules, or use a larger device."
+        super().__init__(sentence, remedy=remedy)
         self.job = job

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -26,10 +27,10 @@ def shortage_named() -> Iterator[None]:
 
 
 @contextmanager
-def shortage_of(job: str) -> Iterator[None]:
-    """Memory that runs out within the block is wanted by `job` alone: OutOfMemory in its name."""
+def shortage_of(job: str, *, part: Literal["adapter", "data"] = "adapter") -> Iterator[None]:
+    """Memory that runs out within the block is wanted by that part of `job` alone: OutOfMemory in its name."""
     try:
         with shortage_named():
             yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(job) from error
+        raise OutOfMemory(job, part=part) from error

@@ -139,7 +139,7 @@ class Trainer:
             )
             train_path, valid_path = self._inside(body["train"]), self._inside(body["valid"])
             assert train_path is not None
-            with shortage_of(claim_id):
+            with shortage_of(claim_id, part="data"):
                 train = TokenDataset.load(train_path)
                 valid = TokenDataset.load(valid_path) if valid_path else None
             self._engine.admit(claim_id, config, train, valid, resume_from=resume)

@@ -99,7 +99,7 @@ def test_a_slice_that_does_not_fit_alone_fails_its_job_and_no_other(load, monkey
             errors.append(error)
 
     assert [error.job for error in errors] == ["long"]
-    assert "slice_tokens" in errors[0].remedy
+    assert "max_length" in errors[0].remedy
     assert state_bytes(engine, "good") == alone.vectors
 
 

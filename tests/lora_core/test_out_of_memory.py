@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_core.errors import OutOfMemory
 from lora_core.memory_shortage import shortage_named
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,13 @@ def test_a_machine_whose_memory_runs_out_halves_ticks_and_refuses_the_large_job_
 def test_every_allocators_failure_is_one_error(allocate):
     with pytest.raises(torch.OutOfMemoryError), shortage_named():
         allocate(2**57)
+
+
+def test_the_remedy_for_a_large_slice_is_a_field_of_a_job():
+    remedy = OutOfMemory("j", num_tokens=4096).remedy
+
+    assert "max_length" in remedy
+    assert "slice_tokens" not in remedy
 
 
 def test_other_errors_stay_what_they_are():

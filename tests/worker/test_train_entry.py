@@ -120,6 +120,23 @@ def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
     assert set(trainer._residents) == {"claim-0", "claim-1"}
 
 
+def test_a_data_set_that_does_not_fit_is_told_as_such(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> TokenDataset:
+        raise MemoryError
+
+    monkeypatch.setattr(TokenDataset, "load", fail)
+
+    trainer._admit(body())
+
+    (refused,) = said(directory)
+    assert refused["error"]["code"] == "out_of_memory"
+    assert refused["error"]["message"].startswith("The data of job 'claim-1' doesn't fit")
+    assert "max_length" in refused["error"]["remedy"]
+    assert "rank" not in refused["error"]["remedy"]
+
+
 def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: Trainer, directory: TrainerDirectory) -> None:
     trainer._tick()
 
