@@ -7,6 +7,7 @@ are first used: so a command starts at once, and a Ctrl-C meets no half-done imp
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,5 +60,8 @@ def __getattr__(name: str) -> Any:
         for home in ("lorry.errors", "lorry.models", "lorry.client"):
             found = vars(import_module(home))
             if name in found:
+                globals()[name] = found[name]
                 return found[name]
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")  # which sets it here, too
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
