@@ -53,11 +53,11 @@ class Service:
 
     def new_key(self) -> str:
         """Another operator key, for who has the data folder but no key."""
-        return str(self._run("new-key", "--json", "--name", "lorry up").get("api_key"))
+        return _told(self._run("new-key", "--json", "--name", "lorry up"), "api_key", command="new-key")
 
     def sign_in_link(self) -> str:
         """A link that works once."""
-        return str(self._run("sign-in-link", "--json").get("url"))
+        return _told(self._run("sign-in-link", "--json"), "url", command="sign-in-link")
 
     def api(self) -> Child:
         return self._child("api", _python("api", "serve", "--host", self._host, "--port", str(self._port)))
@@ -98,6 +98,18 @@ class Service:
                 remedy="Mend what they say, then start again.",
             )
         return cast("dict[str, Any]", parsed)
+
+
+def _told(answer: Mapping[str, Any], name: str, *, command: str) -> str:
+    """A field of what a command printed. Raises LorryError where it lacks it."""
+    value = answer.get(name)
+    if not isinstance(value, str):
+        raise LorryError(
+            f"`python -m api {command}` ended well and told no {name}.",
+            code="service_failed",
+            remedy="Check that lorry and the service's own packages are of one version.",
+        )
+    return value
 
 
 def _python(module: str, *arguments: str) -> list[str]:

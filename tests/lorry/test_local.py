@@ -202,3 +202,17 @@ def test_ctrl_c_does_not_reach_the_services_own_commands(tmp_path: Path, monkeyp
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", code])
 
     assert service.Service(tmp_path, host="127.0.0.1", port=1).bootstrap() == "alone: True"
+
+
+@pytest.mark.parametrize("printed", ["{}", '{"api_key": null, "url": null}'])
+def test_what_the_services_own_commands_leave_out_is_no_key_and_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str
+) -> None:
+    monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", f"print({printed!r})"])
+    made = service.Service(tmp_path, host="127.0.0.1", port=1)
+
+    with pytest.raises(LorryError, match="new-key` ended well and told no api_key"):
+        made.new_key()
+    with pytest.raises(LorryError, match="sign-in-link` ended well and told no url"):
+        made.sign_in_link()
+    assert made.bootstrap() is None
