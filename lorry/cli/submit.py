@@ -20,7 +20,7 @@ from lorry.cli.output import AsJson
 from lorry.errors import APIError, LorryError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
     from lorry.client import Lorry
     from lorry.models import Job
@@ -146,9 +146,12 @@ def submit(
         fields["metadata"] = pairs
     body = _nested([*fields.items(), *((path, _json_or_text(text)) for path, text in others)])
     lorry = client()
-    sources = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
-    with _uploaded(lorry, {name: _path_or_id(given, name) for name, given in sources.items()}) as ids:
-        job = _create(lorry, model, ids, body)
+    given_files = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
+    sources = {name: _path_or_id(given, name) for name, given in given_files.items()}
+    if any(isinstance(source, Path) for source in sources.values()):
+        _check_model(lorry, model)
+    with _uploaded(lorry, sources) as ids:
+        job = _create(lorry, model, ids, body, set_paths=[path for path, _ in others])
     if watch:
         watching.stay(lorry, [job.id], as_json=as_json)
     elif as_json:
@@ -202,6 +205,15 @@ def _path_or_id(given: str, name: str) -> Path | str:
     )
 
 
+def _check_model(lorry: Lorry, name: str) -> None:
+    """A misspelt name must not cost an upload; what else may be wrong with a model is the service's to say."""
+    try:
+        lorry.models.get(name)
+    except APIError as error:
+        error.param = "MODEL"
+        raise
+
+
 @contextmanager
 def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapping[str, str]]:
     """The ids of the files. What was uploaded for a job that the service refuses is deleted again.
@@ -242,20 +254,23 @@ def _delete_again(lorry: Lorry, file_id: str) -> None:
         output.say(f"{file_id}, uploaded for this job, is deleted again.")
 
 
-def _create(lorry: Lorry, model: str, ids: Mapping[str, str], body: Mapping[str, Any]) -> Job:
+def _create(
+    lorry: Lorry, model: str, ids: Mapping[str, str], body: Mapping[str, Any], *, set_paths: Sequence[str]
+) -> Job:
     """A refusal names the option where the service names the field."""
     try:
         return lorry.jobs.create(
             model=model, training_file=ids["TRAIN"], validation_file=ids.get("--valid"), extra_body=body
         )
     except APIError as error:
-        error.param = error.param and _said(error.param, body)
+        error.param = error.param and _said(error.param, set_paths)
         raise
 
 
-def _said(param: str, body: Mapping[str, Any]) -> str:
-    """The option or argument that set the field, or the field around it."""
-    for path, name in NAMES.items():
+def _said(param: str, set_paths: Sequence[str]) -> str:
+    """The option or argument that set the field, or a field around it or in it; --set comes last, so it won."""
+    typed = [*((path, f"--set {path}") for path in reversed(set_paths)), *NAMES.items()]
+    for path, name in typed:
         if param == path or param.startswith(f"{path}."):
             return name
-    return f"--set {param}" if param.partition(".")[0] in body else param
+    return next((f"--set {path}" for path in set_paths if path.startswith(f"{param}.")), param)

@@ -134,6 +134,7 @@ def test_a_service_that_does_not_answer_is_told_with_the_variable_that_names_it(
 
 def test_submit_uploads_paths_takes_ids_and_sends_what_was_given(service: Script, run: Run, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
+    service.on("GET", "/v1/models/m", {"id": "m"})
     service.on("POST", "/v1/files", {"id": "file-new"})
     service.on("POST", JOBS, JOB)
     flags = "--rank 4 --learning-rate 0.001 --epochs 2 --batch-size 8 --seed 7 --suffix s --target q_proj --target v"

@@ -34,6 +34,7 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "valid.jsonl").write_text("{}\n")
+    service.on("GET", "/v1/models/m", {"id": "m", "state": "ready"})
     service.on("POST", "/v1/files", {"id": "file-1"}, {"id": "file-2"})
     return lambda *arguments: CliRunner().invoke(app, ["jobs", "submit", *map(str, arguments)])
 
@@ -184,6 +185,34 @@ def test_the_first_file_is_deleted_again_where_the_second_is_refused(
 
     assert result.stderr.splitlines()[-1] == "Error: No. (at --valid)"
     assert deleted(service) == ["file-1"]
+
+
+def test_a_misspelt_model_costs_no_upload(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/models/n", refusal(404, "model", "There is no model 'n'. Base models here: m."))
+
+    result = run("n", "train.jsonl")
+
+    assert (result.exit_code, result.stderr) == (1, "Error: There is no model 'n'. Base models here: m. (at MODEL)\n")
+    assert [(request.method, request.path) for request in service.seen] == [("GET", "/v1/models/n")]
+
+
+@pytest.mark.parametrize(
+    ("typed", "param", "said"),
+    [
+        (("--set", "lora.rank=0"), "lora.rank", "--set lora.rank"),
+        (("--rank", "4", "--set", "lora.rank=0"), "lora.rank", "--set lora.rank"),
+        (("--set", 'lora={"rank": 0}'), "lora.rank", "--set lora"),
+        (("--rank", "0", "--set", "lora.alpha=2"), "lora.rank", "--rank"),
+        (("--set", "lora.alpha=2"), "lora", "--set lora.alpha"),
+        (("--rank", "0"), "lora", "lora"),
+    ],
+)
+def test_a_field_that_came_by_set_is_blamed_on_set(
+    service: Script, run: Run, typed: tuple[str, ...], param: str, said: str
+) -> None:
+    service.on("POST", JOBS, refusal(400, param))
+
+    assert run("m", "file-9", *typed).stderr == f"Error: No. (at {said})\n"
 
 
 def test_a_file_that_was_there_before_stays(service: Script, run: Run) -> None:
