@@ -34,6 +34,7 @@ class Transport:
         self.connection = connection
         self.retries = retries or RetryPolicy()
         self.sleep = sleep
+        self._has_answered = False
         headers = {"user-agent": "lorry-python/0.1.0", "accept": "application/json"}
         if connection.api_key is not None:
             headers["authorization"] = f"Bearer {connection.api_key}"
@@ -117,7 +118,8 @@ class Transport:
         try:
             response = self._http.send(request, stream=True)
         except httpx.TransportError as error:
-            return self._unreachable(error), {}
+            return self._unreachable(error), None if self._nothing_listens(error) else {}
+        self._has_answered = True
         if response.is_success:
             return response, None
         try:
@@ -129,6 +131,10 @@ class Transport:
         error = from_response(response.status_code, body, response.headers)
         return error, response.headers if is_retryable(response.status_code, response.headers) else None
 
+    def _nothing_listens(self, error: httpx.TransportError) -> bool:
+        """On this machine that is certain at once. A service that has answered before may be starting again."""
+        return not self._has_answered and is_loopback(self.connection.url) and _is_refusal(error)
+
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
         why = str(error) or type(error).__name__
         return ConnectionFailed(
@@ -136,6 +142,13 @@ class Transport:
             code="connection_failed",
             remedy="Check the address, and that the service runs; `lorry up` starts one here.",
         )
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """httpx wraps the system's own error twice."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _given(params: Params | None) -> dict[str, str | int | bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import httpx
 import pytest
 
@@ -54,7 +56,48 @@ def test_a_service_that_is_not_there_is_a_sentence(slept: list[float]) -> None:
         lorry.queue.get()
 
     assert "lorry up" in failed.value.remedy
-    assert len(slept) == 4
+    assert slept == []
+
+
+def refused(_request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused") from ConnectionRefusedError()
+
+
+def timed_out(_request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectTimeout("late")
+
+
+@pytest.mark.parametrize(
+    ("url", "answer", "num_retries"),
+    [
+        ("http://localhost:1", refused, 0),
+        ("http://lorry.example", refused, 4),  # what is before it may be starting again
+        ("http://localhost:1", timed_out, 4),
+    ],
+)
+def test_only_a_refusal_of_this_machine_is_told_at_once(
+    slept: list[float], url: str, answer: Callable[[httpx.Request], httpx.Response], num_retries: int
+) -> None:
+    with (
+        Lorry(url, "k", sleep=slept.append, transport=httpx.MockTransport(answer)) as lorry,
+        pytest.raises(ConnectionFailed),
+    ):
+        lorry.queue.get()
+
+    assert len(slept) == num_retries
+
+
+def test_a_local_service_that_starts_again_is_waited_for(slept: list[float]) -> None:
+    answers = iter([httpx.Response(200, json={}), None, httpx.Response(200, json={"ok": True})])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return next(answers) or refused(request)
+
+    with Lorry("http://127.0.0.1:1", "k", sleep=slept.append, transport=httpx.MockTransport(answer)) as lorry:
+        lorry.queue.get()
+        assert lorry.queue.get() == {"ok": True}
+
+    assert len(slept) == 1
 
 
 def test_a_broken_connection_is_tried_again(slept: list[float]) -> None:
