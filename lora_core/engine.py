@@ -81,9 +81,11 @@ class Engine:
         return self._take_pending()
 
     def evict(self, job: str) -> None:
-        """Forget a job at any tick boundary; its row's memory is free at once."""
+        """Forget a job at any tick boundary; its row's memory is free at once, and after the last a GPU's as well."""
         del self._jobs[job]
         self._too_large = [error for error in self._too_large if error.job != job]
+        if not self._jobs and self.base.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # the driver counts as taken what torch keeps for later
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
         """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""

@@ -107,3 +107,17 @@ def test_without_room_for_both_jobs_take_turns(load):
     order = [event.job for event in run(engine) if isinstance(event, JobStepped)]
 
     assert order == ["a", "b", "a", "b"]
+
+
+def test_after_the_last_job_a_gpus_kept_memory_is_given_back(load, monkeypatch):
+    given_back = []
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "first", JOB)
+    admit(engine, "last", JOB)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(engine.jobs()))
+    engine.base.device = "cuda:0"
+
+    engine.evict("first")
+    engine.evict("last")
+
+    assert given_back == [()]
