@@ -5,6 +5,7 @@ A tick is one forward and backward (or an evaluation's forward) over at most one
 """
 
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,11 +20,12 @@ from lora_core.errors import BadDataset, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.job import Job, Progress, SliceScores, data_digest
+from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
-from lora_core.turns import Turn, choose
+from lora_core.turns import Kind, Turn, choose
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
@@ -36,9 +38,10 @@ class Engine:
         self.base = base
         self.config = config
         self._jobs: dict[str, Job] = {}
-        self._rate = 0.0
+        self._rate = self._lane_rate = 0.0
         self._largest_tick = config.token_budget
         self._too_large: list[OutOfMemory] = []
+        self._lanes = Lanes(config.num_lanes)
         if base.attachment is None:
             base.attachment = Attachment(base.model)
         self.invariance: Invariance = measure_invariance(base)
@@ -75,7 +78,8 @@ class Engine:
         """
         if self._too_large:
             raise self._too_large.pop(0)
-        turns = choose(self._waiting(), token_budget=self._tick_tokens())
+        waiting = self._waiting()
+        turns = choose(waiting, token_budget=self._tick_tokens(waiting))
         if turns:
             self._compute(turns)
         return self._take_pending()
@@ -132,24 +136,35 @@ class Engine:
         """Events that it completes are left with their jobs, so that none is lost where a packmate fails."""
         jobs = [self._jobs[turn.job] for turn in turns]
         num_tokens = sum(turn.num_tokens for turn in turns)
-        run = run_training if turns[0].kind == "train" else run_evaluation
+        lanes = split([turn.num_tokens for turn in turns], num_lanes=self.config.num_lanes)
         started = time.perf_counter()
         try:
             with shortage_named():
-                pack = build_pack([job.next_slice() for job in jobs], device=self.base.device)
-                scores = run(self.base, pack)
+                scores = self._run_lanes(lanes, jobs, turns[0].kind)
         except torch.OutOfMemoryError as error:
             self._split_after_out_of_memory(jobs, num_tokens, error)
             return
         growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
         self._largest_tick = min(self.config.token_budget, self._largest_tick + growth)
         if turns[0].kind == "train":
-            self._learn_rate(num_tokens, time.perf_counter() - started)
+            fullest = max(sum(turns[index].num_tokens for index in lane) for lane in lanes)
+            self._learn_rates(num_tokens, fullest, time.perf_counter() - started)
         for job, turn, score in zip(jobs, turns, scores, strict=True):
             job.served += turn.num_tokens
             self._book(job, score)
         if self._too_large:
             raise self._too_large.pop(0)
+
+    def _run_lanes(self, lanes: list[list[int]], jobs: list[Job], kind: Kind) -> list[SliceScores]:
+        """The scores of each job's next slice; `lanes` are indices of `jobs`."""
+        run = run_training if kind == "train" else run_evaluation
+
+        def compute(lane: list[int]) -> list[SliceScores]:
+            pack = build_pack([jobs[index].next_slice() for index in lane], device=self.base.device)
+            return run(self.base, pack)
+
+        scores = dict(zip(chain(*lanes), chain(*self._lanes.run(compute, lanes)), strict=True))
+        return [scores[index] for index in range(len(jobs))]
 
     def _book(self, job: Job, score: SliceScores) -> None:
         try:
@@ -173,14 +188,19 @@ class Engine:
             if job.unit is not None
         ]
 
-    def _tick_tokens(self) -> int:
-        """The budget, less what memory or the wished length of a tick forbids."""
-        limit = self._largest_tick
-        return min(limit, int(self._rate * self.config.max_tick_seconds)) if self._rate else limit
+    def _tick_tokens(self, waiting: list[Turn]) -> int:
+        """The budget, less what memory or the wished length of a tick forbids.
 
-    def _learn_rate(self, num_tokens: int, seconds: float) -> None:
-        rate = num_tokens / seconds
-        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+        A tick lasts as long as its fullest lane, and no shorter than one slice: a lane may hold the largest
+        slice that waits, for it would last as long alone.
+        """
+        lane_tokens = int(self._lane_rate * self.config.max_tick_seconds) or self._largest_tick
+        largest_slice = max((turn.num_tokens for turn in waiting), default=0) if self.config.num_lanes > 1 else 0
+        return min(self._largest_tick, self.config.num_lanes * max(lane_tokens, largest_slice))
+
+    def _learn_rates(self, num_tokens: int, fullest_lane: int, seconds: float) -> None:
+        self._rate = _averaged(self._rate, num_tokens / seconds)
+        self._lane_rate = _averaged(self._lane_rate, fullest_lane / seconds)
 
     def _split_after_out_of_memory(self, jobs: list[Job], num_tokens: int, error: Exception) -> None:
         """Half of a tick that didn't fit is tried next. Its jobs replay their unit: gradients are partial."""
@@ -190,6 +210,10 @@ class Engine:
         for job in jobs:
             job.replay_unit()
         self._largest_tick = num_tokens // 2
+
+
+def _averaged(average: float, newest: float) -> float:
+    return 0.8 * average + 0.2 * newest if average else newest
 
 
 def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:

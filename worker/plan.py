@@ -12,9 +12,10 @@ from catalog.spec import JobSpec
 from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 
 
-def engine_config(device: str) -> EngineConfig:
+def engine_config(device: str, *, num_threads: int) -> EngineConfig:
+    """num_threads: cores that the trainer may use. On a CPU each is a lane of its own."""
     if device == "cpu":
-        return EngineConfig(token_budget=TICK_TOKENS["cpu"], max_tick_seconds=1.0)
+        return EngineConfig(token_budget=TICK_TOKENS["cpu"], max_tick_seconds=1.0, num_lanes=num_threads)
     return EngineConfig(token_budget=TICK_TOKENS["cuda"], max_tick_seconds=0.3)
 
 

@@ -97,7 +97,7 @@ class Trainer:
         dtype = cast(Literal["bfloat16", "float32"], self._settings["dtype"])
         device = str(self._settings["device"])
         self._base: BaseModel = load_base(Path(self._settings["base_dir"]), dtype=dtype, device=device)
-        self._engine = Engine(self._base, engine_config(device))
+        self._engine = Engine(self._base, engine_config(device, num_threads=node.num_threads()))
         ready = {
             "type": "ready",
             "pid": os.getpid(),

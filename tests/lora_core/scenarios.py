@@ -122,10 +122,10 @@ def rename(events: list[Event], job: str) -> tuple[Event, ...]:
 
 
 def run_elastically(
-    base: BaseModel, jobs: dict[str, Submission], *, token_budget: int, seed: int, victim: str
+    base: BaseModel, jobs: dict[str, Submission], *, token_budget: int, seed: int, victim: str, num_lanes: int = 1
 ) -> dict[str, Outcome]:
     """Shuffled joins at every other tick; the finished leave at once; `victim` is evicted after one step."""
-    engine = Engine(base, EngineConfig(token_budget=token_budget))
+    engine = Engine(base, EngineConfig(token_budget=token_budget, num_lanes=num_lanes))
     order = sorted(jobs)
     random.Random(seed).shuffle(order)
     events: list[Event] = []

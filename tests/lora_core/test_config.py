@@ -34,6 +34,7 @@ NAN, INF = float("nan"), float("inf")
         (config(), "slice_tokens", [0]),
         (EngineConfig(), "token_budget", [0]),
         (EngineConfig(), "max_tick_seconds", [0, NAN]),
+        (EngineConfig(), "num_lanes", [0]),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(make, field, bad):

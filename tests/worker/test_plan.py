@@ -40,5 +40,12 @@ def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_w
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
 
     assert job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens == SLICE_TOKENS
-    budgets = {kind: engine_config(device).token_budget for kind, device in (("cpu", "cpu"), ("cuda", "cuda:0"))}
+    budgets = {
+        kind: engine_config(device, num_threads=2).token_budget for kind, device in (("cpu", "cpu"), ("cuda", "cuda:0"))
+    }
     assert budgets == TICK_TOKENS
+
+
+def test_every_core_of_a_cpu_is_a_lane_and_a_gpu_has_one() -> None:
+    assert engine_config("cpu", num_threads=3).num_lanes == 3
+    assert engine_config("cuda:0", num_threads=3).num_lanes == 1

@@ -1,0 +1,61 @@
+# pyright: basic
+"""Parts of one tick computed side by side on the cores of a CPU, each by a thread of its own.
+
+A matrix product of a tick is too small for two OpenMP threads: they meet at a barrier every half millisecond,
+and gain next to nothing unless they spin there, which ruins whatever else the machine does. Slices of
+different jobs have nothing to meet for. Each lane runs its slices with one thread from embedding to gradient;
+rows are disjoint, so lanes write nothing that another reads, and a slice's bits are those of a lane alone.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+MIN_LANE_TOKENS = 96
+"""Tokens below which a further lane isn't worth another pass over the base's weights."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def split(sizes: Sequence[int], *, num_lanes: int) -> list[list[int]]:
+    """Indices of `sizes` (tokens) by lane, in their order, lanes about equally full: largest first (LPT).
+
+    As many lanes as have MIN_LANE_TOKENS each, at most `num_lanes`, and none is empty.
+    """
+    wanted = max(1, min(num_lanes, len(sizes), sum(sizes) // MIN_LANE_TOKENS))
+    lanes: list[list[int]] = [[] for _ in range(wanted)]
+    filled = [0] * wanted
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        lane = filled.index(min(filled))
+        lanes[lane].append(index)
+        filled[lane] += sizes[index]
+    return [sorted(lane) for lane in lanes]
+
+
+class Lanes:
+    """`run` waits for every part, also where one fails: nobody writes into a row afterwards.
+
+    More than one lane takes the process's cores for itself: torch computes with one thread from then on.
+    """
+
+    def __init__(self, num_lanes: int) -> None:
+        self._pool = None
+        if num_lanes > 1:
+            torch.set_num_threads(1)
+            self._pool = ThreadPoolExecutor(num_lanes - 1, thread_name_prefix="lane")
+
+    def run(self, compute: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result]:
+        """compute(part) of each, the first in the calling thread. Raises what the first failing part raised."""
+        if self._pool is None or len(parts) == 1:
+            return [compute(part) for part in parts]
+        others = [self._pool.submit(compute, part) for part in parts[1:]]
+        try:
+            first = compute(parts[0])
+        finally:
+            errors = [error for other in others if (error := other.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [first, *(other.result() for other in others)]

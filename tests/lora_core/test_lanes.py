@@ -1,0 +1,98 @@
+"""Parts of a tick on cores of their own: nobody can tell from a result."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_core import lanes as lanes_module
+from lora_core.config import EngineConfig
+from lora_core.engine import Engine
+from lora_core.lanes import MIN_LANE_TOKENS, Lanes, split
+from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, run_elastically, submissions
+
+
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=20), st.integers(1, 8))
+def test_every_slice_is_in_one_lane_and_no_lane_is_empty_or_too_full(sizes: list[int], num_lanes: int) -> None:
+    lanes = split(sizes, num_lanes=num_lanes)
+
+    assert sorted(index for lane in lanes for index in lane) == list(range(len(sizes)))
+    assert all(lanes)
+    assert len(lanes) <= max(1, sum(sizes) // MIN_LANE_TOKENS)
+    fullest = max(sum(sizes[index] for index in lane) for lane in lanes)
+    assert fullest <= sum(sizes) / len(lanes) + max(sizes)
+
+
+def test_few_tokens_stay_together() -> None:
+    assert split([MIN_LANE_TOKENS // 2, MIN_LANE_TOKENS // 2], num_lanes=4) == [[0, 1]]
+
+
+def test_lanes_run_side_by_side() -> None:
+    meeting = threading.Barrier(3, timeout=30)
+
+    def meet(part: int) -> int:
+        meeting.wait()
+        return part
+
+    assert Lanes(3).run(meet, [0, 1, 2]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_lane_that_fails_is_told_when_all_have_ended(bad: int) -> None:
+    ended: list[int] = []
+    others_may_end = threading.Event()
+
+    def compute(part: int) -> None:
+        if part == bad:
+            others_may_end.set()
+            raise torch.OutOfMemoryError("simulated")
+        others_may_end.wait(30)
+        ended.append(part)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Lanes(3).run(compute, [0, 1, 2])
+    assert sorted(ended) == [part for part in (0, 1, 2) if part != bad]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_equals_solo_with_three_lanes(load, monkeypatch, family, dtype):
+    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)
+    used = spy_on_lanes(monkeypatch)
+    base = load(family, dtype)
+    jobs = submissions(family)
+    alone = {name: run_alone(base, job) for name, job in jobs.items()}
+
+    packed = run_elastically(base, jobs, token_budget=4096, seed=1, victim="none", num_lanes=3)
+
+    assert max(used) == 3
+    assert {name: packed[name] == alone[name] for name in jobs} == dict.fromkeys(jobs, True)
+
+
+def spy_on_lanes(monkeypatch) -> list[int]:
+    """How many parts each tick was cut into, collected as it happens."""
+    used: list[int] = []
+    run = Lanes.run
+
+    def noted(self, compute, parts):
+        used.append(len(parts))
+        return run(self, compute, parts)
+
+    monkeypatch.setattr(Lanes, "run", noted)
+    return used
+
+
+def test_a_slow_machine_still_fills_every_lane(load, monkeypatch):
+    """A slice that lasts longer than a tick should lasts as long alone: it keeps no other lane empty."""
+    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)
+    used = spy_on_lanes(monkeypatch)
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=1e-9, num_lanes=2))
+    for seed in (1, 2):
+        job = config(seed=seed, num_steps=3)
+        admit(engine, str(seed), Submission(config=job, train=dataset(1, [20, 20])))
+    while not engine.idle:
+        engine.tick()
+
+    assert used == [2] * 3
