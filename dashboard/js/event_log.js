@@ -10,6 +10,7 @@ export class EventLog {
   constructor(jobPath) {
     this.path = `${jobPath}/events`;
     this.withMetrics = false;
+    this.lastLook = Promise.resolve();
     this.forget();
   }
 
@@ -20,12 +21,12 @@ export class EventLog {
 
   /** Read the newest, back to what is held already. */
   refresh() {
-    return this.readBack(null);
+    return this.inTurn(() => this.readBack(null));
   }
 
   /** Read one look further back. */
   older() {
-    return this.readBack(this.oldest);
+    return this.inTurn(() => this.readBack(this.oldest));
   }
 
   async showMetrics(withMetrics) {
@@ -46,22 +47,32 @@ export class EventLog {
     this.hasOlder = false;
   }
 
+  /** Looks beside each other would each say how far back the log reaches, and leave a gap between them. */
+  inTurn(look) {
+    const turn = this.lastLook.then(look);
+    this.lastLook = turn.catch(() => {});
+    return turn;
+  }
+
+  /** A page of a look that fails half-way is forgotten: kept, it would hide the gap behind it from the next look. */
   async readBack(after) {
     const { events } = this;
+    const found = [];
     const type = this.withMetrics ? null : "message";
     for (let number = 0; number < LOOK; number += PAGE) {
       const { data, has_more } = await read(`${this.path}${query({ limit: PAGE, type, after })}`);
       if (events !== this.events) return; // the other kind was asked for meanwhile
+      found.push(...data);
       const isJoined = this.oldest !== null && data.some(({ id }) => events.has(id) && sequence(id) >= sequence(this.oldest));
-      data.forEach((event) => this.take(event));
-      if (isJoined) return;
+      if (isJoined) { this.keep(found, this.oldest, this.hasOlder); return; }
       after = data.at(-1)?.id ?? after;
-      if (!has_more) { this.reach(after, false); return; }
+      if (!has_more) { this.keep(found, after, false); return; }
     }
-    this.reach(after, true);
+    this.keep(found, after, true);
   }
 
-  reach(oldest, hasOlder) {
+  keep(found, oldest, hasOlder) {
+    found.forEach((event) => this.take(event));
     this.oldest = oldest;
     this.hasOlder = hasOlder;
   }

@@ -38,7 +38,7 @@ function watchJob(id, show) {
   };
   const reload = async () => {
     const all = async () => { take(held, await readAll(id, held.names)); draw(); };
-    await reading(() => Promise.all([all(), held.log.refresh()]));
+    await reading(async () => { await Promise.all([all(), held.log.refresh()]); held.error = null; });
     if (FINAL.has(held.job?.status) || held.error?.status === 404) stop();
   };
   const stop = listen(`${at(id)}/stream`, {
@@ -66,7 +66,7 @@ async function readAll(id, names) {
 
 /** What was read, over what the stream brought meanwhile. */
 function take(held, { job, train, valid, attempts, report, names }) {
-  Object.assign(held, { job, attempts, report, names, error: null });
+  Object.assign(held, { job, attempts, report, names });
   train.forEach((point) => held.train.set(point.step, point));
   valid.forEach((point) => held.valid.set(point.step, point));
 }

@@ -46,12 +46,12 @@ export function useJobs() {
   return { ...state, curves: useCurves(state.jobs), reload, more };
 }
 
-/** Run `reload` now, whenever the queue moves (once a second at most) and at each reconnection. */
-export function useLive(reload) {
+/** Run `reload` now, whenever the queue of `path` moves (once a second at most) and at each reconnection. */
+export function useLive(reload, path = QUEUE) {
   useEffect(() => {
     const soon = throttle(reload, RELOAD_MS);
     soon();
-    const close = listen(QUEUE, { queue: soon }, soon);
+    const close = listen(path, { queue: soon }, soon);
     return () => { soon.cancel(); close(); };
   }, []);
 }

@@ -29,8 +29,15 @@ BASE = "smollm2-135m"
 NUM_PARAMETERS = 2_949_120
 MACHINE = {"device": "cpu", "dtype": "bfloat16", "invariance": "bitwise", "threads": 1}
 NUM_STEPS = 240
+STEPS_PER_EPOCH = NUM_STEPS / 3
 LINEARS = {"q_proj": [[576, 576], 30], "v_proj": [[192, 576], 30], "down_proj": [[576, 1536], 30]}
-DESCRIPTION = {"num_parameters": 134_515_008, "linear_shapes": LINEARS, "vocab_size": 49152, "max_positions": 8192}
+DESCRIPTION = {
+    "num_parameters": 134_515_008,
+    "linear_shapes": LINEARS,
+    "vocab_size": 49152,
+    "max_positions": 8192,
+    "license": "apache-2.0",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +161,7 @@ def train(
     progress = {
         "step": until,
         "num_steps": num_steps,
+        "epoch": round(until / STEPS_PER_EPOCH, 3),
         "loss": last,
         "tokens_per_second": 150.0 + 7 * seed,
         "seconds_left": (num_steps - until) * 1.4,

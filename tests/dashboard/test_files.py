@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from catalog import files
+from catalog import bases, files
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -35,6 +35,47 @@ def test_a_file_tells_its_purpose_size_rows_and_what_was_found_in_it(filled: Ser
         filled.seeded.training.id[:14],
     ):
         assert word in told
+
+
+def test_what_was_found_is_told_after_the_base_that_counted_it_was_deleted(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "done")
+    seed.prepare(fresh.seeded)
+    seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
+    bases.delete(fresh.seeded.db, seed.BASE)
+    visitor = visit(fresh)
+
+    visitor.open("#/files")
+
+    row = visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")
+    row.get_by_text("5 duplicate rows, kept").wait_for()
+    row.get_by_text(f"by {seed.BASE}, since deleted").wait_for()
+
+
+def test_a_report_that_can_not_be_read_is_an_error_in_its_cell(fresh: Service, visit: Visit) -> None:
+    seed.submit(fresh.seeded, "reads-it")
+    visitor = visit(fresh)
+    visitor.page.route("**/report?*", lambda route: route.fulfill(status=500, body="{}"))
+
+    visitor.open("#/files")
+
+    row = visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")
+    row.get_by_text("What it holds can't be told. The service answered 500").wait_for()
+
+
+def test_a_file_tells_among_how_many_jobs_its_own_were_counted(fresh: Service, visit: Visit) -> None:
+    seeded = fresh.seeded
+    old = seed.upload(seeded.db, seeded.store, seeded.settings, seed.projects.ensure(seeded.db), "old.jsonl", 1)
+    seed.submit(fresh.seeded, "oldest", training_file=old.id)
+    visitor = visit(fresh)
+    visitor.open("#/files")
+    visitor.page.get_by_role("row").filter(has_text="old.jsonl").get_by_text("used by 1 job", exact=True).wait_for()
+
+    for number in range(100):
+        seed.submit(fresh.seeded, f"newer-{number}")
+
+    for name, told in (("old.jsonl", "none"), ("signatures-train.jsonl", "100")):
+        row = visitor.page.get_by_role("row").filter(has_text=name)
+        row.get_by_text(f"used by {told} of the newest 100 jobs", exact=True).wait_for()
 
 
 def test_a_file_is_uploaded_with_the_keyboard_and_appears(fresh: Service, visit: Visit, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from playwright.sync_api import expect
 
-from catalog import bases, keys
+from catalog import bases, keys, projects
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -26,7 +28,7 @@ def test_a_base_tells_its_state_size_digest_and_what_was_made_of_it(filled: Serv
     row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
     expect(row).to_contain_text("7 jobs not ended")
     told = row.inner_text()
-    for word in ("ready", "135 M", "up to 8\u202f192 tokens", digest[:12], "2 adapters"):
+    for word in ("ready", "135 M", "up to 8\u202f192 tokens", digest[:12], "2 adapters of this project"):
         assert word in told
 
 
@@ -48,7 +50,7 @@ def test_a_failed_import_tells_why_and_what_to_do(fresh: Service, visit: Visit, 
 def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) -> None:
     _add(fresh, "llama-1b")
     visitor = visit(fresh)
-    visitor.page.route("**/queue/stream", lambda route: route.fulfill(status=204))  # no job moves
+    visitor.page.route("**/queue/stream*", lambda route: route.fulfill(status=204))  # no job moves
     visitor.open("#/models")
     row = visitor.page.get_by_role("row").filter(has_text="llama-1b")
     row.get_by_text("importing").wait_for()
@@ -95,6 +97,23 @@ def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, v
     assert [base.name for base in bases.list_all(fresh.seeded.db)] == [seed.BASE]
 
 
+def test_an_operator_sees_that_another_project_uses_a_base(fresh: Service, visit: Visit) -> None:
+    seeded = fresh.seeded
+    project = projects.ensure(seeded.db, "others")
+    _, secret = keys.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
+    caller = keys.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)
+    training = seed.upload(seeded.db, seeded.store, seeded.settings, project, "theirs.jsonl", 40)
+    others = replace(seeded, caller=caller, training=training, validation=training)
+    visitor = visit(fresh)
+    visitor.open("#/models")
+    row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
+    row.get_by_text("no job waits or runs", exact=True).wait_for()
+
+    seed.submit(others, "theirs")
+
+    row.get_by_text("1 job not ended", exact=True).wait_for()
+
+
 def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
     project_id = seeded.caller.project_id
@@ -104,8 +123,8 @@ def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visi
     visitor.page.get_by_label("API key").fill(secret)
     visitor.page.keyboard.press("Enter")
 
-    visitor.page.get_by_role("row").filter(has_text=seed.BASE).wait_for()
-
+    row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
+    row.get_by_text("no job of this project waits or runs", exact=True).wait_for()
     expect(visitor.page.get_by_role("button", name="Delete")).to_have_count(0)
 
 

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Locator
 from sqlalchemy import select
 
-from catalog import jobs, keys, projects
+from catalog import claims, files, jobs, keys, projects
 from catalog.tables import Attempt, Job
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
@@ -203,7 +203,42 @@ def test_epochs_are_counted_in_rows_where_max_steps_ends_the_job_first(fresh: Se
     run = visitor.page.get_by_role("table", name="Run")
     assert run.get_by_role("row", name="epochs").inner_text().split("\t")[1:] == ["3", "0.75 of 3, for max_steps"]
     visitor.open("#/jobs")
-    assert "epoch" not in visitor.page.get_by_role("row").filter(has_text="short").inner_text()
+    assert "epoch 0.38" in visitor.page.get_by_role("row").filter(has_text="short").inner_text()  # as the worker counts
+
+
+def test_the_epoch_is_that_which_the_worker_counts_and_never_beyond_the_last(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "odd-batches")
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    told = {"step": 120, "num_steps": seed.NUM_STEPS, "epoch": 1.234}  # by its steps it would be 1.5
+    claims.record_progress(fresh.seeded.db, claim_id, told)
+    visitor = visit(fresh)
+    visitor.open("#/jobs")
+    row = visitor.page.get_by_role("row").filter(has_text="odd-batches")
+    row.get_by_text("epoch 1.23", exact=True).wait_for()
+
+    claims.record_progress(fresh.seeded.db, claim_id, {**told, "step": seed.NUM_STEPS, "epoch": 3.2})
+
+    row.get_by_text("epoch 3.00", exact=True).wait_for()
+    visitor.open(f"#/jobs/{job.id}")
+    visitor.page.get_by_text("epoch 3.00 of 3").wait_for()
+
+
+def test_a_lineage_tells_the_licence_of_the_base_and_the_names_of_the_files(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "recorded")
+    seed.prepare(fresh.seeded)
+    adapter_id = seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
+    files.delete(fresh.seeded.db, project_id=job.project_id, file_id=fresh.seeded.validation.id)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/adapters/{adapter_id}")
+
+    lineage = visitor.page.get_by_role("region", name="Lineage")
+    lineage.get_by_text("signatures-train.jsonl", exact=False).wait_for()
+    told = lineage.inner_text().split("\n")
+    assert told[told.index("Its licence") + 1] == "apache-2.0"
+    assert f"signatures-train.jsonl {fresh.seeded.training.id}, 320 rows" in lineage.inner_text()
+    assert f"{fresh.seeded.validation.id}, 96 rows" in lineage.inner_text()
 
 
 def test_a_job_page_shows_what_was_asked_for_beside_what_it_came_to(filled: Service, visit: Visit) -> None:

@@ -2,6 +2,7 @@
 // which is what the lineage id is the digest of.
 import { html } from "../html.js";
 import { link } from "../router.js";
+import { useResource } from "../resource.js";
 import { Copy, Facts, Failure, Id, Panel } from "../parts/basics.js";
 import * as format from "../format.js";
 
@@ -30,13 +31,20 @@ function summary({ job, base, data, attempts, results, code, people }) {
   return [
     ["Made by", html`<a href=${link.job(job)}>${job}</a>`],
     ["On the base", html`${base.name}${base.source && `, ${base.source}`}${base.revision && ` at ${base.revision}`} ${digest(base.digest)}`],
-    ...data.map((source) => [source.role === "training" ? "Trained on" : "Measured on", html`${source.file}, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
+    ["Its licence", base.license],
+    ...data.map((source) => [source.role === "training" ? "Trained on" : "Measured on", html`<${FileName} id=${source.file} />, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
     ["Asked for", html`by ${people.requested_by}, <time datetime=${people.requested_at}>${format.absolute(Date.parse(people.requested_at) / 1000)}</time>`],
     ["Attempts", `${format.count(attempts.length)}, the last on ${attempts.at(-1)?.worker}${mates ? `, together with ${format.plural(mates, "other job")}` : ", alone"}`],
     ["Came to", `${format.plural(results.steps, "step")}, ${format.count(results.trained_tokens)} tokens`],
     ["Repeatable", leaf(results.determinism)],
     ["By the code", Object.entries(code).map(([name, version]) => `${name} ${version}`).join(", ")],
   ];
+}
+
+/** The record has the id alone, which stays; the name is there as long as the file is. */
+function FileName({ id }) {
+  const { data } = useResource(`/v1/files/${encodeURIComponent(id)}`);
+  return data ? html`${data.filename} <span class="soft">${id}</span>` : id;
 }
 
 const words = (key) => key.replace(/^num_/, "").replaceAll("_", " ").replace(/^lora$/, "LoRA");

@@ -22,7 +22,7 @@ export function FilesPage() {
     <${Upload} done=${load} />
     ${error && html`<${Failure} error=${error} retry=${load} />`}
     ${deletion.error && html`<${Failure} error=${deletion.error} />`}
-    ${loading ? html`<${Loading} />` : files.length ? html`<${FilesTable} files=${files} jobs=${jobs?.data || []} deletion=${deletion} />`
+    ${loading ? html`<${Loading} />` : files.length ? html`<${FilesTable} files=${files} jobs=${jobs} deletion=${deletion} />`
       : !error && html`<${Empty} title="No files yet." command="lorry files upload train.jsonl">Send one from here, or from a terminal:<//>`}
     ${hasMore && html`<p class="more"><button type="button" onClick=${more}>Show older files</button></p>`}`;
 }
@@ -50,36 +50,51 @@ function FilesTable({ files, jobs, deletion }) {
   return html`<table class="table cards uploads" role="table"><caption class="unseen">Files, newest first</caption>
     <thead role="rowgroup"><tr role="row">${COLUMNS.map(([name, kind]) => html`<th role="columnheader" scope="col" key=${name}><span class=${kind}>${name}</span></th>`)}</tr></thead>
     <tbody role="rowgroup">${files.map((file) => html`<${Row} key=${file.id} file=${file} deletion=${deletion}
-      jobs=${jobs.filter((job) => job.training_file === file.id || job.validation_file === file.id)} />`)}</tbody></table>`;
+      hasOlderJobs=${jobs?.has_more}
+      jobs=${jobs?.data.filter((job) => job.training_file === file.id || job.validation_file === file.id)} />`)}</tbody></table>`;
 }
 
-function Row({ file, jobs, deletion }) {
+function Row({ file, jobs, hasOlderJobs, deletion }) {
   return html`<tr role="row">
-    <th role="rowheader" scope="row" class="file-name"><b>${file.filename}</b><span class="sub"><span><${Ago} at=${file.created_at} /></span><span>${usedBy(jobs)}</span></span>
+    <th role="rowheader" scope="row" class="file-name"><b>${file.filename}</b><span class="sub"><span><${Ago} at=${file.created_at} /></span>${jobs && html`<span>${usedBy(jobs.length, hasOlderJobs)}</span>`}</span>
       <${Id} id=${file.id} what=${`id of ${file.filename}`} length=${16} /></th>
     <td role="cell">${PURPOSES[file.purpose] || file.purpose}<span class="sub">${file.purpose}</span></td>
     <td role="cell">${format.bytes(file.bytes)}${typeof file.rows === "number" && html`<span class="sub">${format.plural(file.rows, "row")}</span>`}</td>
-    <td role="cell" class="data-cell"><${Found} file=${file} jobs=${jobs} /></td>
+    <td role="cell" class="data-cell"><${Found} file=${file} job=${jobs?.[0]} /></td>
     <td role="cell" class="act-cell"><span class="buttons"><a class="button" href=${`/v1/files/${file.id}/content`} download>Download<span class="unseen"> ${file.filename}</span></a>
       <${Delete} deletion=${deletion} id=${file.id} name=${file.filename} what="file" text="New jobs can't use it any more. Jobs that have ended keep what they learned, and its digest on their record." /></span></td>
   </tr>`;
 }
 
-const usedBy = (jobs) => (jobs.length ? `used by ${format.plural(jobs.length, "job")}` : "used by no recent job");
+function usedBy(number, hasOlderJobs) {
+  if (hasOlderJobs) return `used by ${number || "none"} of the newest ${JOBS} jobs`;
+  return `used by ${number ? format.plural(number, "job") : "no job"}`;
+}
 
-/** What preparation found, by the base model of the latest job on it. Only a file that some job read has been prepared. */
-function Found({ file, jobs }) {
-  const model = jobs[0]?.model;
-  const { data, reload } = useResource(model ? `/v1/files/${file.id}/report${query({ model })}` : null);
-  useEffect(() => { reload(); }, [jobs[0]?.status]);
+/** What preparation found, by the base model of `job`, the latest on it. Only a file that some job read has been prepared. */
+function Found({ file, job }) {
+  const model = job?.model;
+  const { data, error, isGone, reload } = useReport(file, job);
+  useEffect(() => { reload(); }, [job?.status]);
   if (file.status === "error") return html`<span class="bad-text">${file.status_details || "It can't be used."}</span>`;
   if (file.purpose !== "fine-tune") return html`<span class="soft">not read</span>`;
   if (!model) return html`<span class="soft">every line is valid</span><span class="sub">counted when a job first uses it</span>`;
   const report = data?.report;
-  if (!report) return html`<span class="soft">${data ? "not counted yet" : "…"}</span>`;
+  if (error && !report) return html`<span class="bad-text">What it holds can't be told. ${error.message}</span>`;
+  if (!report) return html`<span class="soft">${!data ? "…" : isGone ? "never counted" : "not counted yet"}</span>`;
   const problems = told(report);
   return html`${problems.length ? html`<ul class="problems">${problems.map((problem) => html`<li key=${problem}>${problem}</li>`)}</ul>` : html`<span class="good-text">no problem</span>`}
-    <span class="sub"><span>${format.compact(report.tokens)} tokens</span><span>by ${model}</span></span>`;
+    <span class="sub"><span>${format.compact(report.tokens)} tokens</span><span>by ${model}${isGone && ", since deleted"}</span></span>`;
+}
+
+/** A base model that is gone has no reports any more, but its jobs have them still. */
+function useReport(file, job) {
+  const ofModel = useResource(job ? `/v1/files/${file.id}/report${query({ model: job.model })}` : null);
+  const isGone = ofModel.error?.status === 404;
+  const ofJob = useResource(isGone ? `/v1/fine_tuning/jobs/${job.id}/data_report` : null);
+  if (!isGone) return { ...ofModel, isGone };
+  const report = ofJob.data?.[job.training_file === file.id ? "training" : "validation"];
+  return { data: ofJob.data && { report }, error: ofJob.error, isGone, reload: ofModel.reload };
 }
 
 function told({ truncated_rows, empty_rows, duplicate_rows, max_length }) {

@@ -2,7 +2,7 @@
 import { html, useState } from "../html.js";
 import { link, replaceQuery, route } from "../router.js";
 import { Ago, Empty, FINAL, Failure, Loading, State, Until } from "../parts/basics.js";
-import { Bar, Sparkline, TOOK, done, epochs, jobName, numSteps } from "../parts/progress.js";
+import { Bar, Sparkline, TOOK, done, epochDone, jobName, numSteps } from "../parts/progress.js";
 import { Bed } from "../parts/bed.js";
 import { Place } from "../parts/waiting.js";
 import { useResource } from "../resource.js";
@@ -126,9 +126,9 @@ function Progress({ job, entry }) {
   if (job.status === "failed") return html`<span class="sub bad-text clamp">${job.error?.message || "No reason was recorded."}</span>`;
   if (job.status === "queued" || job.status === "validating_files") return html`<${Place} job=${job} entry=${entry} />`;
   if (done(job) === null) return html`<span class="sub">${job.status === "running" ? "Loading its base model and data." : "It had not begun to train."}</span>`;
-  const turns = job.progress?.step ? epochs(job) : null;
+  const epoch = job.progress?.step ? epochDone(job) : undefined;
   return html`<${Bar} job=${job} /><span class="sub"><span>${format.count(job.progress?.step)} / ${format.count(numSteps(job))} steps</span>
-    ${turns && html`<span>epoch ${turns.done.toFixed(1)}</span>`}</span>`;
+    ${epoch !== undefined && html`<span>epoch ${epoch.toFixed(2)}</span>`}</span>`;
 }
 
 function Loss({ job, points }) {

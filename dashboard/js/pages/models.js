@@ -1,6 +1,6 @@
 // Base models: which can be trained on, why one can't, and what was made from each. Operators may delete one.
 import { html, useEffect } from "../html.js";
-import { person } from "../api.js";
+import { person, query } from "../api.js";
 import { link } from "../router.js";
 import { useStore } from "../store.js";
 import { useLive } from "../jobs_data.js";
@@ -13,21 +13,28 @@ const READ_MS = 3000;
 const STATES = { importing: "importing", ready: "ready", failed: "import failed" };
 
 export function ModelsPage() {
+  const reader = useStore(person);
+  return html`
+    <div class="title"><h1 tabindex="-1">Models</h1></div>
+    <p class="lead">The base models that jobs can be trained on. What was trained is under <a href=${link.adapters()}>Adapters</a>.</p>
+    ${reader ? html`<${Models} key=${reader.is_operator} isOperator=${reader.is_operator} />` : html`<${Loading} />`}`;
+}
+
+/** An operator, who may delete a base, must see what every project does with it; nobody else may. */
+function Models({ isOperator }) {
+  const scope = query({ all: isOperator || null });
   const { data, error, loading, reload } = useResource("/v1/models");
-  const { data: queue, reload: reloadQueue } = useResource("/v1/queue");
-  const isOperator = Boolean(useStore(person)?.is_operator);
+  const { data: queue, reload: reloadQueue } = useResource(`/v1/queue${scope}`);
   const deletion = useDeletion("/v1/models", reload);
-  useLive(() => { reload(); reloadQueue(); });
+  useLive(() => { reload(); reloadQueue(); }, `/v1/queue/stream${scope}`);
   const models = data?.data || [];
   const bases = models.filter((model) => model.kind === "base");
   useWhile(bases.some((base) => base.state === "importing"), reload);
   return html`
-    <div class="title"><h1 tabindex="-1">Models</h1></div>
-    <p class="lead">The base models that jobs can be trained on. What was trained is under <a href=${link.adapters()}>Adapters</a>.</p>
     ${error && html`<${Failure} error=${error} retry=${reload} />`}
     ${deletion.error && html`<${Failure} error=${deletion.error} />`}
     ${loading ? html`<${Loading} />` : bases.length
-      ? html`<${ModelsTable} bases=${bases} models=${models} jobs=${queue?.jobs || []} deletion=${isOperator ? deletion : null} />`
+      ? html`<${ModelsTable} bases=${bases} models=${models} jobs=${queue?.jobs} isOperator=${isOperator} deletion=${deletion} />`
       : !error && html`<${Empty} title="No base model yet." command="lorry models add NAME SOURCE">SOURCE is a hub id, a folder of safetensors, or a GGUF file. An operator's key is needed.<//>`}`;
 }
 
@@ -42,16 +49,23 @@ function useWhile(isOn, reload) {
 
 const COLUMNS = ["Model", "State", "Parameters", "Used by"];
 
-function ModelsTable({ bases, models, jobs, deletion }) {
+function ModelsTable({ bases, models, jobs, isOperator, deletion }) {
   return html`<table class="table cards models" role="table"><caption class="unseen">Base models by name</caption>
     <thead role="rowgroup"><tr role="row">${COLUMNS.map((name) => html`<th role="columnheader" scope="col" key=${name}>${name}</th>`)}
-      ${deletion && html`<th role="columnheader" scope="col"><span class="unseen">Delete</span></th>`}</tr></thead>
-    <tbody role="rowgroup">${bases.map((base) => html`<${Row} key=${base.id} base=${base} deletion=${deletion}
+      ${isOperator && html`<th role="columnheader" scope="col"><span class="unseen">Delete</span></th>`}</tr></thead>
+    <tbody role="rowgroup">${bases.map((base) => html`<${Row} key=${base.id} base=${base} isOperator=${isOperator} deletion=${deletion}
       adapters=${models.filter((model) => model.kind === "adapter" && model.base === base.id).length}
-      unfinished=${jobs.filter((job) => job.base_model === base.id).length} />`)}</tbody></table>`;
+      unfinished=${jobs?.filter((job) => job.base_model === base.id).length} />`)}</tbody></table>`;
 }
 
-function Row({ base, adapters, unfinished, deletion }) {
+/** `unfinished` is undefined until the queue was read. */
+function use(unfinished, isOperator) {
+  const whose = isOperator ? "" : " of this project";
+  if (unfinished === undefined) return "";
+  return unfinished ? `${format.plural(unfinished, "job")}${whose} not ended` : `no job${whose} waits or runs`;
+}
+
+function Row({ base, adapters, unfinished, isOperator, deletion }) {
   const { num_parameters, dtype, max_positions } = base.description || {};
   const source = [base.source, base.revision && `at ${format.short(base.revision, 12)}`].filter(Boolean).join(" ");
   return html`<tr role="row">
@@ -62,8 +76,8 @@ function Row({ base, adapters, unfinished, deletion }) {
       ${base.error && html`<span class="why-failed"><b>${base.error.message}</b> ${base.error.remedy}</span>`}</td>
     <td role="cell">${typeof num_parameters === "number" && html`<span class="narrow-only soft">Parameters </span>${format.compact(num_parameters)}
       <span class="sub">${dtype && html`<span>${dtype}</span>`}${max_positions && html`<span>up to ${format.count(max_positions)} tokens</span>`}</span>`}</td>
-    <td role="cell">${format.plural(adapters, "adapter")}<span class="sub">${unfinished ? `${format.plural(unfinished, "job")} not ended` : "no job waits or runs"}</span></td>
-    ${deletion && html`<td role="cell" class="act-cell"><${Delete} deletion=${deletion} id=${base.id} name=${base.id} what="model"
+    <td role="cell">${format.plural(adapters, "adapter")} of this project<span class="sub">${use(unfinished, isOperator)}</span></td>
+    ${isOperator && html`<td role="cell" class="act-cell"><${Delete} deletion=${deletion} id=${base.id} name=${base.id} what="model"
       text="Its name is free again, and no job can be trained on it. Adapters made from it stay, and its files stay on the workers' disks." /></td>`}
   </tr>`;
 }

@@ -13,15 +13,21 @@ export const numSteps = (job) => job.progress?.num_steps ?? job.num_steps;
 
 /**
  * Passes over the data: {done, total}. `rows` are those that it learns from. Where they are not known and max_steps
- * may have ended the job before its last pass, nobody can tell how long one is: null.
+ * may have ended the job before its last pass, nobody can tell how many there are in all: null.
  */
 export function epochs(job, rows) {
   const total = numSteps(job);
   const { n_epochs, batch_size } = job.hyperparameters;
   if (!total || (!rows && total === job.max_steps)) return null;
   const all = rows ? Math.min(n_epochs, (total * batch_size) / rows) : n_epochs;
-  return { done: (all * (job.progress?.step ?? 0)) / total, total: all };
+  return { done: told(job) ?? (all * (job.progress?.step ?? 0)) / total, total: all };
 }
+
+/** Passes done; undefined where nobody can tell. */
+export const epochDone = (job) => told(job) ?? epochs(job)?.done;
+
+/** As its worker counts them. The batch that ends the last pass may reach beyond it. */
+const told = ({ progress, hyperparameters }) => (typeof progress?.epoch === "number" ? Math.min(progress.epoch, hyperparameters.n_epochs) : undefined);
 
 /** Passes in words: 3, or 0.5 where max_steps ends the job in the middle of one. */
 export const passes = (number) => (Number.isInteger(number) ? String(number) : number.toFixed(2));
