@@ -1,4 +1,7 @@
-"""Families that transformers builds on its attention interface are packed; others are refused by name."""
+"""Families that transformers builds on its attention interface are packed; others are refused by name.
+
+Each is a tiny random model: it trains beside a packmate, is exported and served by PEFT, and equals itself alone.
+"""
 
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from lora_core.config import EngineConfig
 from lora_core.engine import Engine
 from lora_core.errors import UnsupportedModel
 from lora_core.verify import verify_export
-from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset
+from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, run_alone, state_bytes
 
 COMMON = {
     "vocab_size": VOCAB,
@@ -28,6 +31,7 @@ COMMON = {
 }
 HEADS = {"head_dim": 16}
 FAMILIES = {
+    "llama": {},
     "mistral": {"sliding_window": 8},
     "qwen2": {},
     "qwen3": HEADS,
@@ -40,6 +44,7 @@ FAMILIES = {
     "smollm3": {},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
+    "gpt2": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
 }
@@ -55,17 +60,24 @@ def save(family: str, folder: Path, **options) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_trains_and_its_adapter_serves_as_trained(tmp_path, family):
+def test_a_family_trains_packed_as_alone_and_its_adapter_serves_as_trained(tmp_path, family):
     base = load_base(save(family, tmp_path / "base", **FAMILIES[family]), dtype="float32", device="cpu")
+    jobs = {
+        "job": Submission(config=config(num_steps=3, dropout=0.1), train=dataset(1, [20, 33, 15])),
+        "mate": Submission(config=config(num_steps=3, rank=2), train=dataset(2, [9, 41])),
+    }
     engine = Engine(base, EngineConfig())
-    admit(engine, "job", Submission(config=config(num_steps=3), train=dataset(1, [20, 33, 15])))
-    admit(engine, "mate", Submission(config=config(num_steps=3, rank=2), train=dataset(2, [9, 41])))
+    for name, job in jobs.items():
+        admit(engine, name, job)
     while not engine.idle:
         engine.tick()
     engine.export("job", tmp_path / "adapter", base_name="tiny")
 
     verdict = verify_export(base, tmp_path / "adapter")
 
+    assert engine.invariance == "bitwise"
+    for name, job in jobs.items():
+        assert state_bytes(engine, name) == run_alone(base, job).vectors, name
     assert verdict.passed, verdict
     assert verdict.max_abs_effect > 10 * verdict.tolerance
 
