@@ -27,7 +27,7 @@ def save_checkpoint(job: Job, directory: Path) -> None:
 def _write(job: Job, directory: Path) -> None:
     row_file = directory / "row.safetensors"
     save_file({name: getattr(job.row, name).cpu() for name in VECTORS}, row_file)
-    epoch, position = divmod(job.step * job.config.batch_size, job.train.num_rows)
+    epoch, position = divmod(job.step * job.config.batch_size, job.num_examples)
     state = {
         "format": FORMAT,
         "progress": asdict(job.progress),

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal, cast
 
 from lora_core.errors import ConfigError
@@ -83,13 +83,55 @@ class ScheduleConfig:
         _require(warmup_ok, "schedule.warmup_steps", self.warmup_steps, "between 0 and schedule.num_steps")
 
 
+ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers (preferences.py).
+
+    `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` and `label_smoothing`, the
+    part of pairs taken to be swapped, belong to DPO, `gamma`, the margin that is asked for, to SimPO.
+    """
+
+    kind: ObjectiveKind = "supervised"
+    beta: float = 0.1
+    gamma: float = 0.0
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        kinds = ("supervised", "dpo", "orpo", "simpo")
+        _require(self.kind in kinds, "objective.kind", self.kind, f"one of {', '.join(kinds)}")
+        _require(_is_positive(self.beta), "objective.beta", self.beta, "positive")
+        gamma_ok = math.isfinite(self.gamma) and self.gamma >= 0
+        _require(gamma_ok, "objective.gamma", self.gamma, "zero or positive")
+        _require(self.loss_type in ("sigmoid", "ipo"), "objective.loss_type", self.loss_type, "sigmoid or ipo")
+        smoothing_ok = 0 <= self.label_smoothing < 0.5
+        _require(smoothing_ok, "objective.label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
+
+    @property
+    def is_preference(self) -> bool:
+        return self.kind != "supervised"
+
+    @property
+    def rows_per_example(self) -> int:
+        """A pair is two rows of the data, chosen before rejected, and is never parted."""
+        return 2 if self.is_preference else 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the base model, which is computed in the same tick."""
+        return self.kind == "dpo"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
     """Everything that decides a job's result, besides its data and the base model.
 
-    `batch_size` counts sequences per optimizer step. `slice_tokens` bounds the tokens of one slice; a
-    longer single sequence is a slice of its own. With a held-out set the job is always evaluated at
-    step 0 and at the end, and every `evaluate_every_steps` between.
+    `batch_size` counts sequences per optimizer step, or pairs of them where the objective is one of preference.
+    `slice_tokens` bounds the tokens of one slice; a longer single sequence or pair is a slice of its own. With a
+    held-out set the job is always evaluated at step 0 and at the end, and every `evaluate_every_steps` between.
     """
 
     lora: LoraConfig
@@ -100,6 +142,7 @@ class JobConfig:
     seed: int
     evaluate_every_steps: int | None = None
     slice_tokens: int = 1024
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

@@ -1,6 +1,7 @@
 # pyright: strict
 """Tokenised rows, their order, and how a batch is cut into slices: pure functions of the job alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -89,6 +90,17 @@ def rows_of_step(*, num_rows: int, batch_size: int, seed: int, step: int) -> lis
 @lru_cache(maxsize=32)
 def _epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
     return permutation("order", seed, epoch, count=num_rows)
+
+
+def rows_of_examples(examples: Iterable[int], rows_per_example: int) -> tuple[int, ...]:
+    """Rows of the examples, in their order; row 2e is the chosen and row 2e + 1 the rejected answer of pair e."""
+    return tuple(example * rows_per_example + part for example in examples for part in range(rows_per_example))
+
+
+def check_examples(dataset: TokenDataset, rows_per_example: int) -> None:
+    """Raises BadDataset where rows are left over."""
+    if dataset.num_rows % rows_per_example:
+        raise _bad(f"its {dataset.num_rows} rows are no pairs")
 
 
 def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ from lora_core.adapters import AdapterRow
 from lora_core.attach import Attachment, choose_targets
 from lora_core.base_model import BaseModel
 from lora_core.config import EngineConfig, JobConfig
-from lora_core.data import TokenDataset
+from lora_core.data import TokenDataset, check_examples
 from lora_core.errors import BadDataset, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
@@ -59,6 +59,7 @@ class Engine:
         assert self.base.attachment is not None
         for dataset in filter(None, (train, valid)):
             _check_fits(dataset, self.base)
+            check_examples(dataset, config.objective.rows_per_example)
         targets = choose_targets(self.base.attachment.linears, config.lora.target_modules)
         with shortage_of(job):
             row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device)

@@ -1,7 +1,21 @@
 # pyright: strict
-"""What Engine.tick() reports. Steps count from 1; losses are nats per supervised token. No torch here."""
+"""What Engine.tick() reports. No torch here.
+
+Steps count from 1. Losses are nats per supervised token; where the objective is one of preference they are means
+over pairs, `rewards` is there, and token accuracy is that of the chosen answers.
+"""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rewards:
+    """Means over pairs: what the loss compares, the difference, and how often the chosen answer has the greater."""
+
+    chosen: float
+    rejected: float
+    margin: float
+    accuracy: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +30,7 @@ class JobStepped:
     num_tokens: int
     num_supervised_tokens: int
     token_accuracy: float
+    rewards: Rewards | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +42,7 @@ class JobEvaluated:
     loss: float
     token_accuracy: float
     num_supervised_tokens: int
+    rewards: Rewards | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ depends on the job alone. Only a completed step changes the weights, so a droppe
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,8 +15,8 @@ import numpy as np
 
 from lora_core.adapters import AdapterRow
 from lora_core.config import JobConfig
-from lora_core.data import TokenDataset, cut_slices, rows_of_step
-from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
+from lora_core.data import TokenDataset, cut_slices, rows_of_examples, rows_of_step
+from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
 from lora_core.optim import adamw_step, gradient_norm, learning_rate_at, stays_finite
 from lora_core.pack import DropoutKey, SliceInput
 from lora_core.turns import Kind
@@ -23,7 +24,11 @@ from lora_core.turns import Kind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A step or an evaluation: its slices (rows of `dataset`), and the labels and tokens of them all."""
+    """A step or an evaluation: its slices (rows of `dataset`), and the labels and tokens of them all.
+
+    The loss is a mean over `num_terms`: labels, or pairs. Token accuracy is one over `num_accuracy_labels`: all
+    labels, or those of the chosen answers.
+    """
 
     kind: Kind
     dataset: TokenDataset
@@ -31,21 +36,36 @@ class Unit:
     tokens_of_slices: tuple[int, ...]
     num_labels: int
     num_tokens: int
+    num_terms: int
+    num_accuracy_labels: int
 
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """What the slices of the current unit have given so far; loss in nats, summed over labels."""
+    """What the slices of the current unit have given so far; loss in nats, summed over labels or pairs."""
 
     next_slice: int = 0
     loss_sum: float = 0.0
     num_correct: int = 0
+    chosen_sum: float = 0.0
+    rejected_sum: float = 0.0
+    num_ordered: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardSums:
+    """Over the pairs of a slice; `num_ordered` of them give the chosen answer the greater reward."""
+
+    chosen: float
+    rejected: float
+    num_ordered: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceScores:
     loss_sum: float
     num_correct: int
+    rewards: RewardSums | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,6 +108,11 @@ class Job:
         return data_digest(self.train, self.valid)
 
     @property
+    def num_examples(self) -> int:
+        """Of the training data: rows, or pairs of them."""
+        return self.train.num_rows // self.config.objective.rows_per_example
+
+    @property
     def step(self) -> int:
         return self.progress.step
 
@@ -105,8 +130,9 @@ class Job:
         return SliceInput(
             row=self.row,
             sequences=tuple(unit.dataset.row(row) for row in unit.slices[index]),
-            label_weight=1 / unit.num_labels if training else 0.0,
+            label_weight=1 / unit.num_terms if training else 0.0,
             dropout=key if dropout else None,
+            objective=self.config.objective,
         )
 
     def receive(self, scores: SliceScores) -> list[Event]:
@@ -117,6 +143,10 @@ class Job:
             return self._diverge(f"The loss of {unit.kind} slice {tally.next_slice + 1} is not finite.")
         tally.loss_sum += scores.loss_sum
         tally.num_correct += scores.num_correct
+        if scores.rewards is not None:
+            tally.chosen_sum += scores.rewards.chosen
+            tally.rejected_sum += scores.rewards.rejected
+            tally.num_ordered += scores.rewards.num_ordered
         tally.next_slice += 1
         if tally.next_slice < len(unit.slices):
             return []
@@ -140,12 +170,13 @@ class Job:
         stepped = JobStepped(
             job=self.name,
             step=step,
-            loss=self.tally.loss_sum / unit.num_labels,
+            loss=self.tally.loss_sum / unit.num_terms,
             learning_rate=rate,
             grad_norm=norm,
             num_tokens=unit.num_tokens,
             num_supervised_tokens=unit.num_labels,
-            token_accuracy=self.tally.num_correct / unit.num_labels,
+            token_accuracy=self.tally.num_correct / unit.num_accuracy_labels,
+            rewards=self._rewards(unit),
         )
         return [stepped, *self._begin_unit()]
 
@@ -154,11 +185,23 @@ class Job:
         evaluated = JobEvaluated(
             job=self.name,
             step=self.step,
-            loss=self.tally.loss_sum / unit.num_labels,
-            token_accuracy=self.tally.num_correct / unit.num_labels,
+            loss=self.tally.loss_sum / unit.num_terms,
+            token_accuracy=self.tally.num_correct / unit.num_accuracy_labels,
             num_supervised_tokens=unit.num_labels,
+            rewards=self._rewards(unit),
         )
         return [evaluated, *self._begin_unit()]
+
+    def _rewards(self, unit: Unit) -> Rewards | None:
+        if not self.config.objective.is_preference:
+            return None
+        tally, num_pairs = self.tally, unit.num_terms
+        return Rewards(
+            chosen=tally.chosen_sum / num_pairs,
+            rejected=tally.rejected_sum / num_pairs,
+            margin=(tally.chosen_sum - tally.rejected_sum) / num_pairs,
+            accuracy=tally.num_ordered / num_pairs,
+        )
 
     def quarantine(self) -> None:
         """Compute nothing more; the row holds the last completed step."""
@@ -173,15 +216,16 @@ class Job:
         self.tally = Tally()
         if self._evaluation_is_due():
             assert self.valid is not None
-            self.unit = make_unit("evaluate", self.valid, range(self.valid.num_rows), self.config.slice_tokens)
+            num_examples = self.valid.num_rows // self.config.objective.rows_per_example
+            self.unit = make_unit("evaluate", self.valid, range(num_examples), self.config)
         elif self.step < self.config.num_steps:
-            rows = rows_of_step(
-                num_rows=self.train.num_rows,
+            examples = rows_of_step(
+                num_rows=self.num_examples,
                 batch_size=self.config.batch_size,
                 seed=self.config.seed,
                 step=self.step,
             )
-            self.unit = make_unit("train", self.train, rows, self.config.slice_tokens)
+            self.unit = make_unit("train", self.train, examples, self.config)
         else:
             self.unit = None
             return [JobFinished(job=self.name, step=self.step)]
@@ -194,17 +238,23 @@ class Job:
         return self.step in (0, self.config.num_steps) or (every is not None and self.step % every == 0)
 
 
-def make_unit(kind: Kind, dataset: TokenDataset, rows, slice_tokens: int) -> Unit:
-    rows = list(rows)
-    lengths = dataset.row_lengths()
-    slices = tuple(cut_slices(rows, lengths, slice_tokens=slice_tokens))
+def make_unit(kind: Kind, dataset: TokenDataset, examples: Iterable[int], config: JobConfig) -> Unit:
+    """The examples, in their order, as slices; an example is a row, or a pair of rows that stay together."""
+    width = config.objective.rows_per_example
+    lengths, examples = dataset.row_lengths(), list(examples)
+    cuts = cut_slices(examples, lengths.reshape(-1, width).sum(axis=1), slice_tokens=config.slice_tokens)
+    slices = tuple(rows_of_examples(cut, width) for cut in cuts)
+    labels = [int(dataset.row(row)[1].sum()) for part in slices for row in part]
+    tokens_of_slices = tuple(int(lengths[list(part)].sum()) for part in slices)
     return Unit(
         kind=kind,
         dataset=dataset,
         slices=slices,
-        tokens_of_slices=tuple(int(lengths[list(part)].sum()) for part in slices),
-        num_labels=sum(int(dataset.row(row)[1].sum()) for row in rows),
-        num_tokens=int(lengths[rows].sum()),
+        tokens_of_slices=tokens_of_slices,
+        num_labels=sum(labels),
+        num_tokens=sum(tokens_of_slices),
+        num_terms=len(examples) if config.objective.is_preference else sum(labels),
+        num_accuracy_labels=sum(labels[::width]),
     )
 
 

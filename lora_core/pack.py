@@ -8,13 +8,14 @@ job: below 16 rows a GEMM takes other kernels, and at odd sizes the last element
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lora_core.adapters import AdapterRow
+from lora_core.config import ObjectiveConfig
 from lora_core.counter_random import coin_flips
 
 ROW_MULTIPLE = 16
@@ -46,12 +47,28 @@ class DropoutKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceInput:
-    """One slice of one job: its sequences, which tokens are labels, and each label's weight in the loss."""
+    """One slice of one job: its sequences, which tokens are labels, and each label's weight in the loss.
+
+    With an objective of preference the sequences come in pairs, chosen before rejected, and the weight is that
+    of a pair: its labels' weights follow from the loss.
+    """
 
     row: AdapterRow
     sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # (input_ids, loss_mask) each
     label_weight: float
     dropout: DropoutKey | None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """The pairs of a segment: each one's weight in the loss, the number of labels of each sequence, and where the
+    same labels begin in the pack of the reference."""
+
+    objective: ObjectiveConfig
+    weight: float
+    num_labels: tuple[int, ...]
+    reference_start: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +81,16 @@ class Segment:
     dropout: DropoutKey | None
     label_start: int
     label_stop: int
+    pairs: Pairs | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels."""
+    """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels.
+
+    `reference`: the sequences that are compared with the base model, without adapters; a pass of their own, since
+    nothing of it is differentiated.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
@@ -77,10 +99,17 @@ class Pack:
     label_positions_L: Tensor
     labels_L: Tensor
     label_weights_L: Tensor
+    reference: "Pack | None" = None
 
 
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
     """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
+    compared = [part for part in slices if part.objective.needs_reference]
+    reference = _concatenated(compared, (), device=device) if compared else None
+    return replace(_concatenated(slices, _segments(slices), device=device), reference=reference)
+
+
+def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *, device: str) -> Pack:
     sequences = [sequence for part in slices for sequence in part.sequences]
     lengths = [len(ids) for ids, _ in sequences]
     filler = -sum(lengths) % ROW_MULTIPLE
@@ -88,12 +117,12 @@ def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
     ids = np.concatenate([*(ids for ids, _ in sequences), np.zeros(filler, np.int32)])
     mask = np.concatenate([*(mask for _, mask in sequences), np.zeros(filler, np.uint8)])
     label_rows = np.flatnonzero(mask)
-    weights = [np.full(_num_labels(part), part.label_weight, np.float32) for part in slices]
+    weights = [np.full(sum(_num_labels(part)), part.label_weight, np.float32) for part in slices]
     return Pack(
         input_ids=torch.from_numpy(ids.astype(np.int64)).to(device)[None],
         position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         sequence_lengths=tuple(lengths),
-        segments=_segments(slices),
+        segments=segments,
         label_positions_L=torch.from_numpy(label_rows - 1).to(device),
         labels_L=torch.from_numpy(ids[label_rows].astype(np.int64)).to(device),
         label_weights_L=torch.from_numpy(np.concatenate(weights)).to(device),
@@ -102,10 +131,11 @@ def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
 
 def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
     segments: list[Segment] = []
-    start = label_start = 0
+    start = label_start = reference_start = 0
     for part in slices:
+        num_labels = _num_labels(part)
         stop = start + sum(len(ids) for ids, _ in part.sequences)
-        label_stop = label_start + _num_labels(part)
+        label_stop = label_start + sum(num_labels)
         segments.append(
             Segment(
                 start=start,
@@ -114,14 +144,28 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
                 dropout=part.dropout,
                 label_start=label_start,
                 label_stop=label_stop,
+                pairs=_pairs(part, num_labels, reference_start),
             )
         )
         start, label_start = stop, label_stop
+        reference_start += sum(num_labels) if part.objective.needs_reference else 0
     return tuple(segments)
 
 
-def _num_labels(part: SliceInput) -> int:
-    return sum(int(mask.sum()) for _, mask in part.sequences)
+def _pairs(part: SliceInput, num_labels: tuple[int, ...], reference_start: int) -> Pairs | None:
+    if not part.objective.is_preference:
+        return None
+    return Pairs(
+        objective=part.objective,
+        weight=part.label_weight,
+        num_labels=num_labels,
+        reference_start=reference_start,
+    )
+
+
+def _num_labels(part: SliceInput) -> tuple[int, ...]:
+    """Of each sequence."""
+    return tuple(int(mask.sum()) for _, mask in part.sequences)
 
 
 _current: ContextVar[Pack | None] = ContextVar("lora_core_pack", default=None)

@@ -1,16 +1,18 @@
 # pyright: basic
 """One pass of a pack through the base model: forward, and backward when it trains.
 
-Letters: T tokens, L labels, D features.
+Letters: T tokens, L labels, D features, l labels of a segment, P pairs. Where a segment has pairs, a label's
+weight follows from both answers: the head is passed twice, chunk by chunk each time.
 """
 
 import torch
 from torch import Tensor
 
 from lora_core.base_model import BaseModel
-from lora_core.job import SliceScores
-from lora_core.objectives import score_labels, weighted_loss
-from lora_core.pack import Pack, running
+from lora_core.job import RewardSums, SliceScores
+from lora_core.objectives import TokenScores, score_labels, weighted_loss
+from lora_core.pack import Pack, Pairs, Segment, running
+from lora_core.preferences import Answers, PairScores, score_pairs
 
 
 def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
@@ -25,27 +27,110 @@ def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
 
     The loss is a sum over disjoint adapters on a frozen base, so each row receives its own gradient exactly.
     """
+    reference_L = _reference_losses(base, pack)
     with torch.enable_grad():
         h_LD = hidden_states(base, pack)[pack.label_positions_L]
-        loss, scores = weighted_loss(h_LD, base.head(), pack.labels_L, pack.label_weights_L)
+        pairs = _pairs_of_segments(base, pack, h_LD, reference_L)
+        weights_L = _label_weights(pack, pairs)
+        loss, scores = weighted_loss(h_LD, base.head(), pack.labels_L, weights_L)
         loss.backward()
-    return _by_segment(pack, scores.losses_L, scores.correct_L)
+    return _by_segment(pack, scores, pairs)
 
 
 @torch.no_grad()
 def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
     """Forward only."""
+    reference_L = _reference_losses(base, pack)
     h_LD = hidden_states(base, pack)[pack.label_positions_L]
     scores = score_labels(h_LD, base.head(), pack.labels_L)
-    return _by_segment(pack, scores.losses_L, scores.correct_L)
-
-
-def _by_segment(pack: Pack, losses_L: Tensor, correct_L: Tensor) -> list[SliceScores]:
-    losses, correct = losses_L.double().cpu(), correct_L.cpu()
-    return [
-        SliceScores(
-            loss_sum=float(losses[segment.label_start : segment.label_stop].sum()),
-            num_correct=int(correct[segment.label_start : segment.label_stop].sum()),
-        )
+    pairs = [
+        _score_segment(segment, scores.losses_L[segment.label_start : segment.label_stop], reference_L)
         for segment in pack.segments
     ]
+    return _by_segment(pack, scores, pairs)
+
+
+@torch.no_grad()
+def _reference_losses(base: BaseModel, pack: Pack) -> Tensor | None:
+    """Cross-entropy of the reference's labels under the base model alone; None where nothing is compared with it."""
+    if pack.reference is None:
+        return None
+    h_LD = hidden_states(base, pack.reference)[pack.reference.label_positions_L]
+    return score_labels(h_LD, base.head(), pack.reference.labels_L).losses_L
+
+
+@torch.no_grad()
+def _pairs_of_segments(
+    base: BaseModel, pack: Pack, h_LD: Tensor, reference_L: Tensor | None
+) -> list[PairScores | None]:
+    """The first pass of the head: only over segments that have pairs."""
+    found: list[PairScores | None] = []
+    for segment in pack.segments:
+        labels = slice(segment.label_start, segment.label_stop)
+        losses_l = h_LD.new_zeros(0)
+        if segment.pairs is not None:
+            losses_l = score_labels(h_LD[labels], base.head(), pack.labels_L[labels]).losses_L
+        found.append(_score_segment(segment, losses_l, reference_L))
+    return found
+
+
+def _score_segment(segment: Segment, losses_l: Tensor, reference_L: Tensor | None) -> PairScores | None:
+    pairs = segment.pairs
+    if pairs is None:
+        return None
+    reference_P2 = None
+    if pairs.objective.needs_reference:
+        assert reference_L is not None
+        reference_P2 = _logps(reference_L[pairs.reference_start :][: len(losses_l)], pairs)
+    answers = Answers(
+        logps_P2=_logps(losses_l, pairs),
+        reference_P2=reference_P2,
+        num_labels_P2=torch.tensor(pairs.num_labels, dtype=torch.float64).view(-1, 2),
+    )
+    return score_pairs(pairs.objective, answers)
+
+
+def _logps(losses_l: Tensor, pairs: Pairs) -> Tensor:
+    """Log probability of each answer, fp64 [P, 2] on the host."""
+    answers = losses_l.double().cpu().split(pairs.num_labels)
+    return -torch.stack([answer.sum() for answer in answers]).view(-1, 2)
+
+
+def _label_weights(pack: Pack, pairs: list[PairScores | None]) -> Tensor:
+    """fp32 [L]: as the pack has them; of a pair's labels, minus the slope of their answer, for cross-entropy is
+    minus the log probability."""
+    if not any(pairs):
+        return pack.label_weights_L
+    weights_L = pack.label_weights_L.clone()
+    for segment, scores in zip(pack.segments, pairs, strict=True):
+        if segment.pairs is not None and scores is not None:
+            weights = -segment.pairs.weight * scores.slopes_P2.flatten()
+            weights_l = weights.float().repeat_interleave(torch.tensor(segment.pairs.num_labels))
+            weights_L[segment.label_start : segment.label_stop] = weights_l.to(weights_L.device)
+    return weights_L
+
+
+def _by_segment(pack: Pack, scores: TokenScores, pairs: list[PairScores | None]) -> list[SliceScores]:
+    losses_L, correct_L = scores.losses_L.double().cpu(), scores.correct_L.cpu()
+    return [
+        _slice_scores(segment, losses_L, correct_L, of_pairs)
+        for segment, of_pairs in zip(pack.segments, pairs, strict=True)
+    ]
+
+
+def _slice_scores(segment: Segment, losses_L: Tensor, correct_L: Tensor, of_pairs: PairScores | None) -> SliceScores:
+    correct_l = correct_L[segment.label_start : segment.label_stop]
+    if segment.pairs is None or of_pairs is None:
+        loss_sum = float(losses_L[segment.label_start : segment.label_stop].sum())
+        return SliceScores(loss_sum=loss_sum, num_correct=int(correct_l.sum()))
+    chosen = correct_l.split(segment.pairs.num_labels)[::2]
+    rewards_P2 = of_pairs.rewards_P2
+    return SliceScores(
+        loss_sum=float(of_pairs.loss_P.sum()),
+        num_correct=sum(int(answer.sum()) for answer in chosen),
+        rewards=RewardSums(
+            chosen=float(rewards_P2[:, 0].sum()),
+            rejected=float(rewards_P2[:, 1].sum()),
+            num_ordered=int((rewards_P2[:, 0] > rewards_P2[:, 1]).sum()),
+        ),
+    )

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import EngineConfig, JobConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.events import Event, JobFinished
@@ -37,6 +37,7 @@ def config(
     seed: int = 0,
     evaluate_every_steps: int | None = None,
     slice_tokens: int = 1024,
+    objective: ObjectiveConfig | None = None,
 ) -> JobConfig:
     return JobConfig(
         lora=LoraConfig(rank=rank, alpha=2 * rank, dropout=dropout, target_modules=targets),
@@ -47,6 +48,7 @@ def config(
         seed=seed,
         evaluate_every_steps=evaluate_every_steps,
         slice_tokens=slice_tokens,
+        objective=objective or ObjectiveConfig(),
     )
 
 
@@ -80,6 +82,38 @@ def submissions(family: str) -> dict[str, Submission]:
             config=config(rank=16, dropout=0.1, batch_size=5, num_steps=2, seed=5, slice_tokens=70),
             train=dataset(5, [80, 13, 27, 44, 8, 19]),
             valid=dataset(50, [90, 31]),
+        ),
+        **preferences(),
+    }
+
+
+def preferences() -> dict[str, Submission]:
+    """Pairs of answers of unequal length, cut into slices of one and of several pairs."""
+    return {
+        "dpo": Submission(
+            config=config(
+                batch_size=3,
+                seed=6,
+                evaluate_every_steps=2,
+                slice_tokens=60,
+                objective=ObjectiveConfig(kind="dpo", beta=0.5, label_smoothing=0.1),
+            ),
+            train=dataset(6, [9, 14, 31, 22, 5, 40, 3, 2]),
+            valid=dataset(60, [12, 25, 8, 7]),
+        ),
+        "ipo": Submission(
+            config=config(
+                dropout=0.2, num_steps=3, seed=7, objective=ObjectiveConfig(kind="dpo", loss_type="ipo", beta=0.3)
+            ),
+            train=dataset(7, [18, 6, 27, 33]),
+        ),
+        "simpo": Submission(
+            config=config(rank=2, num_steps=2, seed=8, objective=ObjectiveConfig(kind="simpo", beta=2.0, gamma=1.0)),
+            train=dataset(8, [11, 21, 16, 4, 35, 36]),
+        ),
+        "orpo": Submission(
+            config=config(batch_size=1, num_steps=2, seed=9, objective=ObjectiveConfig(kind="orpo")),
+            train=dataset(9, [20, 13, 8, 30]),
         ),
     }
 

@@ -16,6 +16,7 @@ from tests.lora_core.scenarios import (
     admit,
     config,
     dataset,
+    preferences,
     rename,
     run_alone,
     state_bytes,
@@ -47,6 +48,22 @@ def test_an_absurd_learning_rate_quarantines_its_job_alone(load, dtype, learning
     if learning_rate > 1e3:
         assert [event.job for event in diverged] == ["bad"]
     assert torch.isfinite(weights(engine, "bad")).all()
+
+
+def test_pairs_of_nan_reach_no_packmate_that_learns_from_pairs_too(load):
+    base, pairs = load("llama"), preferences()["dpo"]
+    alone = run_alone(base, pairs)
+
+    engine = Engine(base, EngineConfig())
+    admit(engine, "bad", preferences()["orpo"])
+    admit(engine, "good", pairs)
+    weights(engine, "bad").fill_(float("nan"))
+    events = []
+    while not engine.idle:
+        events += engine.tick()
+
+    assert [event.job for event in events if isinstance(event, JobDiverged)] == ["bad"]
+    assert (state_bytes(engine, "good"), rename(events, "good")) == (alone.vectors, alone.events)
 
 
 def test_a_row_of_nan_reaches_no_packmate_and_the_job_can_be_evicted(load):

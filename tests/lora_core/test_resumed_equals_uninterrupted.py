@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.config import EngineConfig
+from lora_core.config import EngineConfig, ObjectiveConfig
 from lora_core.engine import Engine
 from lora_core.events import Event
 from tests.lora_core.scenarios import Submission, admit, config, dataset, rename, run_alone, state_bytes
@@ -13,6 +13,18 @@ JOB = Submission(
     config=config(rank=4, dropout=0.2, batch_size=4, num_steps=4, seed=11, evaluate_every_steps=2, slice_tokens=40),
     train=dataset(11, [22, 35, 9, 14, 28, 6]),
     valid=dataset(12, [30, 17]),
+)
+PAIRS = Submission(
+    config=config(
+        batch_size=3,
+        num_steps=3,
+        seed=14,
+        evaluate_every_steps=2,
+        slice_tokens=50,
+        objective=ObjectiveConfig(kind="dpo", beta=0.5),
+    ),
+    train=dataset(14, [9, 14, 31, 12, 5, 40, 3, 2]),
+    valid=dataset(15, [12, 25, 8, 7]),
 )
 PACKMATE = Submission(config=config(rank=8, batch_size=3, num_steps=50, seed=13), train=dataset(13, [25, 41, 8]))
 
@@ -24,31 +36,33 @@ def run_until(engine: Engine, *, ticks: int) -> list[Event]:
     return events
 
 
-def finish_elsewhere(base, checkpoint: Path) -> tuple[bytes, list[Event]]:
+def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[bytes, list[Event]]:
     """Resume beside another job, under a token budget that lets one slice a tick through."""
     engine = Engine(base, EngineConfig(token_budget=30))
     admit(engine, "packmate", PACKMATE)
-    admit(engine, "job", JOB, resume_from=checkpoint)
+    admit(engine, "job", job, resume_from=checkpoint)
     events: list[Event] = []
     while not any(type(event).__name__ == "JobFinished" and event.job == "job" for event in events):
         events += engine.tick()
     return state_bytes(engine, "job"), events
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
-def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tmp_path, family, dtype):
+@pytest.mark.parametrize(
+    ("family", "dtype", "job"), [("llama", "bfloat16", JOB), ("gpt2", "float32", JOB), ("llama", "float32", PAIRS)]
+)
+def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tmp_path, family, dtype, job):
     base = load(family, dtype)
-    whole = run_alone(base, JOB)
+    whole = run_alone(base, job)
     num_ticks = 0
     mid_step_saves = 0
 
     engine = Engine(base, EngineConfig(token_budget=4096))
-    admit(engine, "job", JOB)
+    admit(engine, "job", job)
     before: list[Event] = []
     while not engine.idle:
         engine.save_checkpoint("job", tmp_path / f"{num_ticks}")
         mid_step_saves += engine._jobs["job"].tally.next_slice > 0
-        vectors, after = finish_elsewhere(base, tmp_path / f"{num_ticks}")
+        vectors, after = finish_elsewhere(base, tmp_path / f"{num_ticks}", job)
 
         assert vectors == whole.vectors, f"saved after tick {num_ticks}"
         assert rename(before, "job") + rename(after, "job") == whole.events, f"saved after tick {num_ticks}"
