@@ -1,8 +1,8 @@
 # What a person does with this repository. `make` alone lists it.
-# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… PYTEST_ARGS=…
+# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… PYTEST_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow check lock clean \
+.PHONY: help demo up test test-slow bench check lock clean \
 	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
@@ -20,6 +20,7 @@ help:
 	@echo "make up          start Lorry on this machine: api, dashboard and one worker, until Ctrl-C"
 	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
+	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
 	@echo "make check       lint, format, types, import rules, migrations, documents"
 	@echo "make lock        write requirements.lock anew from the newest releases"
 	@echo "make clean       remove .venv and all caches"
@@ -35,6 +36,9 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+bench: .venv/.installed-bench
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # `make -k check` goes on after a part that failed.
 check: check-lint check-format check-types check-imports check-migrations check-documents
@@ -69,3 +73,6 @@ clean:
 
 .venv/.installed-demo: $(SET_UP)
 	.ci/set-up demo
+
+.venv/.installed-bench: $(SET_UP)
+	.ci/set-up bench

@@ -1,0 +1,69 @@
+"""How large the comparisons are: a person's `make bench`, and `--quick`, which only shows that they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Sizes of all comparisons. `folder` is for logs and trainers' directories, and is gone afterwards."""
+
+    workload: Workload
+    folder: Path
+    repeats: int
+    dtype: str = "bfloat16"
+    threads: tuple[int, ...] = (1, 2)
+    rivals: tuple[str, ...] = ("peft_loop", "peft_trainer", "trl_sft")
+    rank: int = 16
+    batch_size: int = 4
+    pack_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    pack_tokens: int = 64
+    pack_rank: int = 8
+    lanes: tuple[int, ...] = (1, 2)
+    head: dict[str, int] = field(
+        default_factory=lambda: {"num_labels": 1024, "num_features": 576, "vocab_size": 151_936}
+    )
+    eight_jobs: int = 8
+    eight_steps: int = 20
+    eight_batch_size: int = 1
+
+    def options(self) -> dict[str, object]:
+        """What every contender that trains is told."""
+        return {
+            "base": str(self.workload.base),
+            "tokens": str(self.workload.tokens),
+            "dtype": self.dtype,
+            "rank": self.rank,
+            "batch_size": self.batch_size,
+        }
+
+    def settings(self) -> dict[str, object]:
+        """What a results file tells of `options`: no path of this machine."""
+        trained = {"data": self.workload.data, "tokens_per_row": round(self.workload.num_tokens_per_row, 1)}
+        shape = {"dtype": self.dtype, "rank": self.rank, "batch_size": self.batch_size, "targets": "all-linear"}
+        return {"model": self.workload.model, **trained, **shape, "repeats": self.repeats}
+
+
+def quick(workload: Workload, folder: Path) -> Plan:
+    """Toy sizes for a toy base in float32."""
+    return Plan(
+        workload=workload,
+        folder=folder,
+        repeats=1,
+        dtype="float32",
+        threads=(1,),
+        rivals=("peft_loop",),
+        rank=4,
+        batch_size=2,
+        pack_sizes=(1, 2),
+        pack_tokens=16,
+        pack_rank=2,
+        lanes=(1,),
+        head={"num_labels": 64, "num_features": 64, "vocab_size": 4096},
+        eight_jobs=2,
+        eight_steps=2,
+    )

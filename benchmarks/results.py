@@ -1,0 +1,115 @@
+"""What a comparison found: written whole as JSON, raw repeats included, and printed as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One line of the table. `goal`, where there is one, is the least that `figure` should be."""
+
+    what: str
+    figure: float
+    unit: str
+    goal: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Result:
+    """`repeats` holds the raw reports by contender, in the order of the turns."""
+
+    theme: str
+    settings: dict[str, Any]
+    repeats: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def find(self, what: str, figure: float, unit: str, *, goal: float | None = None) -> None:
+        self.findings.append(Finding(what=what, figure=float(f"{figure:.4g}"), unit=unit, goal=goal))
+
+
+def write(result: Result, folder: Path, *, note: str | None, load_before: float) -> Path:
+    """NAME_MACHINE_YYYYMM.json; a later run of the same month takes its place."""
+    now = datetime.now(UTC)
+    content = {
+        "theme": result.theme,
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "date": now.date().isoformat(),
+        "note": note,
+        "machine": machine() | {"load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2)},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        **{name: value for name, value in asdict(result).items() if name != "theme"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.theme}_{psutil.cpu_count()}-core-cpu_{now:%Y%m}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    return path
+
+
+def machine() -> dict[str, Any]:
+    names = re.findall(r"^model name\s*: (.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def print_table(results: list[Result]) -> None:
+    rows = [("", "figure", "goal")]
+    for result in results:
+        for finding in result.findings:
+            goal = (
+                ""
+                if finding.goal is None
+                else f"{finding.goal:g} {'met' if finding.figure >= finding.goal else 'missed'}"
+            )
+            rows.append((f"{result.theme}: {finding.what}", f"{finding.figure:g} {finding.unit}".strip(), goal))
+        rows += [(f"{result.theme}: {name}", "left out", why) for name, why in result.left_out.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def median_of(reports: list[dict[str, Any]], key: str) -> float:
+    return median(report[key] for report in reports)
+
+
+def rates(reports: list[dict[str, Any]], *, amount: str = "tokens", clock: str = "seconds") -> list[float]:
+    """`amount` a second of each report."""
+    return [report[amount] / report[clock] for report in reports]
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Of the ratios within each turn, so that what slowed a whole turn down falls out."""
+    return median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except OSError:
+        return ""

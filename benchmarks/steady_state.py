@@ -1,0 +1,65 @@
+"""Tokens a second of one job once everything is warm, against the ways that people train one today."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+
+from benchmarks.gate import Contender
+from benchmarks.plan import Plan
+from benchmarks.results import Result, median_of, median_ratio, rates
+
+GOAL_OVER_TRAINER = 4.0
+GOAL_OF_MATRIX_RATE = 0.6
+
+
+def run(plan: Plan) -> Result:
+    result = Result(theme="steady_state", settings=plan.settings())
+    for threads in plan.threads:
+        _alternate(plan, threads, result)
+        _conclude(plan, threads, result)
+    return result
+
+
+def _alternate(plan: Plan, threads: int, result: Result) -> None:
+    """One step of each in turn; the first is a warm-up, and so is not counted."""
+    names = ["matrix", "lorry", *plan.rivals]
+    num_tokens = round(plan.batch_size * plan.workload.num_tokens_per_row)
+    options = plan.options() | {"num_tokens": num_tokens}
+    with ExitStack() as stack:
+        contenders: list[Contender] = []
+        for name in names:
+            log = plan.folder / f"{name}-{threads}.log"
+            contender = stack.enter_context(closing(Contender(name, threads=threads, log=log, **options)))
+            try:
+                contender.step()
+                contenders.append(contender)
+            except RuntimeError as error:
+                if name not in plan.rivals:
+                    raise
+                result.left_out[f"{name}, {threads} threads"] = str(error).strip().rpartition("\n")[2]
+        for _ in range(plan.repeats):
+            for contender in contenders:
+                result.repeats.setdefault(f"{contender.name}_{threads}", []).append(contender.step())
+
+
+def _conclude(plan: Plan, threads: int, result: Result) -> None:
+    where = f"{threads} thread{'s' * (threads > 1)}"
+    ours = result.repeats[f"lorry_{threads}"]
+    matrix = result.repeats[f"matrix_{threads}"]
+    result.find(f"lorry, {where}", _median_rate(ours), "tokens/s")
+    for name in plan.rivals:
+        if theirs := result.repeats.get(f"{name}_{threads}"):
+            result.find(f"{name}, {where}", _median_rate(theirs), "tokens/s")
+            goal = GOAL_OVER_TRAINER if name == "peft_trainer" and threads == 1 else None
+            result.find(f"lorry over {name}, {where}", median_ratio(rates(ours), rates(theirs)), "x", goal=goal)
+            by_cpu = [rates(reports, clock="cpu_seconds") for reports in (ours, theirs)]
+            result.find(f"  by processor time, {where}", median_ratio(*by_cpu), "x")
+    needed = [4 * matrix[0]["parameters"] * rate for rate in rates(ours)]
+    result.find(f"matrix rate, {where}", median_of(matrix, "flops") / median_of(matrix, "seconds") / 1e9, "GFLOP/s")
+    share = median_ratio(needed, rates(matrix, amount="flops"))
+    result.find(f"lorry's share of it (4P a token), {where}", share, "", goal=GOAL_OF_MATRIX_RATE)
+
+
+def _median_rate(reports: list[dict[str, float]]) -> float:
+    """All tokens over all seconds would let one disturbed step count most."""
+    return sorted(rates(reports))[len(reports) // 2]

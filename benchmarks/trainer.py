@@ -1,0 +1,72 @@
+"""A real trainer process, launched as a worker launches it, and heard through its directory."""
+
+from __future__ import annotations
+
+import time
+from shutil import copyfile
+from types import TracebackType
+from typing import Any
+
+from benchmarks.plan import Plan
+from benchmarks.workload import SEED
+from catalog.spec import JobRequest, resolve
+from worker import node
+from worker.launch import launch
+from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory
+
+LOOK_SECONDS = 0.002
+LONGEST_SILENCE_SECONDS = 3600.0
+
+
+class Trainer:
+    """`with Trainer(plan, "name") as trainer:` starts a process, and ends it. Times are of this end's clock."""
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        self._plan = plan
+        settings = {"base_dir": str(plan.workload.base), "dtype": plan.dtype, "device": "cpu"}
+        self._directory = TrainerDirectory.create(plan.folder / name, settings)
+        self._inbox, self._events = InboxWriter(self._directory), EventReader(self._directory)
+        self._heard: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Trainer:
+        self._process = launch(self._directory, node.cpu(), silence_seconds=LONGEST_SILENCE_SECONDS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.close()
+
+    def admit(self, job: str, *, num_steps: int, batch_size: int) -> None:
+        """A job of this name on the plan's rows."""
+        tokens = self._directory.job_path(job) / "train/tokens.safetensors"
+        tokens.parent.mkdir(parents=True)
+        copyfile(self._plan.workload.tokens, tokens)
+        asked = {"hyperparameters": {"batch_size": batch_size}, "lora": {"rank": self._plan.rank}}
+        request = JobRequest.model_validate({"model": "base", "training_file": "file", **asked})
+        spec = resolve(request, num_rows=100, max_positions=None, seed=SEED).model_dump(mode="json")
+        self._inbox.send(
+            "admit",
+            claim_id=job,
+            base_name="base",
+            spec=spec,
+            num_steps=num_steps,
+            evaluate_every_steps=None,
+            checkpoint_every_steps=num_steps,
+            train=str(tokens.relative_to(self._directory.path)),
+            valid=None,
+            resume=None,
+        )
+
+    def wait_for(self, event_type: str, job: str | None = None, *, count: int = 1) -> dict[str, Any]:
+        """The `count`-th such event since the start. Raises RuntimeError where the trainer refuses or ends."""
+        while True:
+            new = self._events.read()
+            self._heard += new
+            found = [e for e in self._heard if e["type"] == event_type and job in (None, e.get("claim_id"))]
+            if len(found) >= count:
+                return found[count - 1]
+            refused = [e for e in new if e["type"] in ("refused", "load_refused", "diverged")]
+            if refused or self._process.returncode is not None:
+                raise RuntimeError(f"the trainer failed: {refused}\n{self._directory.log_tail()}")
+            time.sleep(LOOK_SECONDS)

@@ -1,0 +1,48 @@
+"""`make bench` runs from end to end at toy sizes; what it measures there means nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_base
+from tests.architecture.source_files import ROOT
+
+THEMES = ("steady_state", "warm_start", "pack_scaling", "loss_head", "eight_jobs")
+
+
+def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(tmp_path: Path) -> None:
+    table = quick_bench(tmp_path, "steady_state")
+
+    (path,) = (tmp_path / "out").glob("steady_state_*.json")
+    repeats = json.loads(path.read_text())["repeats"]
+    (ours,), (theirs,) = repeats["lorry_1"], repeats["peft_loop_1"]
+    assert (ours["tokens"], ours["labels"]) == (theirs["tokens"], theirs["labels"])
+    assert abs(ours["loss"] - theirs["loss"]) < 0.01
+    assert "lorry over peft_loop, 1 thread" in table
+
+
+@pytest.mark.slow
+def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
+    table = quick_bench(tmp_path, *THEMES)
+
+    found = {json.loads(path.read_text())["theme"] for path in (tmp_path / "out").iterdir()}
+    assert found == set(THEMES)
+    for said in ("message to first step", "2 jobs over one", "chunked_head, peak", "scripts over lorry"):
+        assert said in table
+    heads = json.loads(next((tmp_path / "out").glob("loss_head_*.json")).read_text())["repeats"]
+    assert abs(heads["chunked_head"][0]["loss"] - heads["plain_head"][0]["loss"]) < 1e-3
+
+
+def quick_bench(folder: Path, *themes: str) -> str:
+    base = tiny_base.make(folder / "base")
+    arguments = ["--quick", "--base", str(base), "--out", str(folder / "out"), "--only", *themes]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
