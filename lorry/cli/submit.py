@@ -9,7 +9,7 @@ import json
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -144,6 +144,8 @@ def submit(
     others = [_pair(given, "--set") for given in other or []]
     if pairs:
         fields["metadata"] = pairs
+    files = {"training_file"} if valid is None else {"training_file", "validation_file"}
+    _check_said_once({"model", *files, *fields}, [path for path, _ in others])
     body = _nested([*fields.items(), *((path, _json_or_text(text)) for path, text in others)])
     lorry = client()
     given_files = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
@@ -179,16 +181,25 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
+def _check_said_once(by_option: Iterable[str], by_set: Iterable[str]) -> None:
+    """Of two values for one field none is the right one. An object and a field in it are one field too."""
+    said = [(path, NAMES[path]) for path in by_option]
+    for path in by_set:
+        for earlier, name in said:
+            if f"{path}.".startswith(f"{earlier}.") or f"{earlier}.".startswith(f"{path}."):
+                message = f"{name} and --set {path} say the same field. Say it once."
+                raise typer.BadParameter(message, param_hint="--set")
+        said.append((path, f"--set {path}"))
+
+
 def _nested(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Dotted paths as objects in objects; of two values for one path the later one is taken."""
+    """Dotted paths as objects in objects. No path is another one or lies in it."""
     body: dict[str, Any] = {}
     for path, value in fields:
         *groups, name = path.split(".")
         place = body
         for group in groups:
-            inner: object = place.get(group)
-            place[group] = dict(cast("Mapping[str, Any]", inner)) if isinstance(inner, dict) else {}
-            place = place[group]
+            place = place.setdefault(group, {})
         place[name] = value
     return body
 
@@ -268,8 +279,8 @@ def _create(
 
 
 def _said(param: str, set_paths: Sequence[str]) -> str:
-    """The option or argument that set the field, or a field around it or in it; --set comes last, so it won."""
-    typed = [*((path, f"--set {path}") for path in reversed(set_paths)), *NAMES.items()]
+    """The option or argument that set the field, or a field around it or in it."""
+    typed = [*((path, f"--set {path}") for path in set_paths), *NAMES.items()]
     for path, name in typed:
         if param == path or param.startswith(f"{path}."):
             return name

@@ -77,7 +77,7 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         "--schedule linear --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
         "--precision float32 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s --priority batch "
         "--metadata team=a=b --metadata note= --set optimizer.beta1=0.8 --set optimizer.max_grad_norm=null "
-        f"--set {NUMBERS}.learning_rate_multiplier=auto --set max_length=64"
+        f"--set {NUMBERS}.learning_rate_multiplier=auto"
     )
 
     assert run("m", "train.jsonl", *flags.split()).stdout == "ftjob-1\n"
@@ -93,7 +93,7 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
             "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": "auto"}}
         },
         "max_steps": 9,
-        "max_length": 64,
+        "max_length": 128,
         "precision": "float32",
         "seed": 0,
         "evaluation": {"every_steps": 5},
@@ -152,6 +152,35 @@ def test_what_can_not_be_sent_is_named_before_anything_is_uploaded(
     assert service.seen == []
 
 
+@pytest.mark.parametrize(
+    ("typed", "first", "second"),
+    [
+        (("--set", "lora.rank=8", "--rank", "16"), "--rank", "--set lora.rank"),
+        (("--rank", "16", "--set", 'lora={"rank": 8}'), "--rank", "--set lora"),
+        (("--set", "seed=1", "--set", "seed=2"), "--set seed", "--set seed"),
+        (("--set", "lora.rank=8", "--set", "lora={}"), "--set lora.rank", "--set lora"),
+        (("--metadata", "a=b", "--set", "metadata.a=c"), "--metadata", "--set metadata.a"),
+        (("--set", "model=n"), "MODEL", "--set model"),
+        (("--valid", "valid.jsonl", "--set", "validation_file=file-9"), "--valid", "--set validation_file"),
+    ],
+)
+def test_a_field_that_is_said_twice_is_refused_with_both_names(
+    service: Script, run: Run, typed: tuple[str, ...], first: str, second: str
+) -> None:
+    result = run("m", "train.jsonl", *typed)
+
+    assert result.exit_code == 2
+    assert f"{first} and {second} say the same field." in result.stderr
+    assert service.seen == []
+
+
+def test_fields_whose_names_begin_alike_are_two(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, JOB)
+
+    assert run("m", "file-9", "--max-steps", "4", "--set", "max_st=1", "--set", "lora.rank_more=1", "--rank", "8")
+    assert sent(service)["lora"] == {"rank": 8, "rank_more": 1}
+
+
 def deleted(service: Script) -> list[str]:
     return [request.path.removeprefix("/v1/files/") for request in service.seen if request.method == "DELETE"]
 
@@ -200,7 +229,6 @@ def test_a_misspelt_model_costs_no_upload(service: Script, run: Run) -> None:
     ("typed", "param", "said"),
     [
         (("--set", "lora.rank=0"), "lora.rank", "--set lora.rank"),
-        (("--rank", "4", "--set", "lora.rank=0"), "lora.rank", "--set lora.rank"),
         (("--set", 'lora={"rank": 0}'), "lora.rank", "--set lora"),
         (("--rank", "0", "--set", "lora.alpha=2"), "lora.rank", "--rank"),
         (("--set", "lora.alpha=2"), "lora", "--set lora.alpha"),
