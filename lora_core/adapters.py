@@ -1,12 +1,14 @@
 # pyright: basic
 """One adapter as one flat row: every A and B of a job are views of four contiguous fp32 vectors.
 
-Letters: N numbers of the row, R rank, D features in, O features out. Clip, AdamW, finite check, checkpoint
-and eviction are each one operation on one vector, and rows of different jobs share no memory.
+Letters: N numbers of the row, R rank, D features in, O features out. A row is all A, then all B, then the
+magnitudes of DoRA, so that what has a rate of its own is one contiguous part. Clip, AdamW, finite check,
+checkpoint and eviction are each one operation on one vector, and rows of different jobs share no memory.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -26,6 +28,17 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MagnitudeViews:
+    """DoRA of one linear, all fp32 [O]: the length m of each output's weights and its gradient, views of the row;
+    the norm ‖W + scale·B A‖ and the factor m / norm, which the row renews with every step."""
+
+    m_O: Tensor
+    grad_O: Tensor
+    norm_O: Tensor
+    factor_O: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SiteViews:
     """One adapted linear: weights in the compute dtype, gradients in fp32; all are views of the row."""
 
@@ -34,36 +47,60 @@ class SiteViews:
     grad_a_RD: Tensor
     grad_b_OR: Tensor
     scale: float
+    magnitude: MagnitudeViews | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteSpans:
+    """Where the numbers of one adapted linear lie in each flat vector."""
+
+    rank: int
+    a: slice
+    b: slice
+    magnitude: slice
 
 
 class AdapterRow:
     """The flat vectors of one job: p weights, g gradient, m and v the moments of AdamW (fp32 [N] each).
 
     `compute` holds p in the base model's dtype, which forward and backward read; it is p itself in fp32.
+    The first `num_a` numbers are those of all A.
     """
 
-    def __init__(self, targets: tuple[Target, ...], lora: LoraConfig, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        targets: tuple[Target, ...],
+        lora: LoraConfig,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        frozen: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`frozen`: the base model's weight [O, D] of each target, which only DoRA reads."""
         self.targets = targets
         self.lora = lora
-        sizes = [lora.rank * (target.in_features + target.out_features) for target in targets]
-        self.arena = torch.zeros(4, sum(sizes), dtype=torch.float32, device=device)
+        self.frozen = frozen or {}
+        self.spans = lay_out(targets, lora)
+        self.num_a = sum(_length(spans.a) for spans in self.spans.values())
+        num_numbers = self.num_a + sum(_length(spans.b) + _length(spans.magnitude) for spans in self.spans.values())
+        self.arena = torch.zeros(4, num_numbers, dtype=torch.float32, device=device)
         self.p, self.g, self.m, self.v = self.arena.unbind()
         self.compute = self.p if dtype == torch.float32 else torch.zeros_like(self.p, dtype=dtype)
-        self.sites = {
-            target.name: self._site(target, offset)
-            for target, offset in zip(targets, accumulate(sizes, initial=0), strict=False)
-        }
+        self.sites = {name: self._site(name, spans) for name, spans in self.spans.items()}
 
-    def _site(self, target: Target, offset: int) -> SiteViews:
-        a_RD, b_OR = self._matrices(self.compute, target, offset)
-        grad_a_RD, grad_b_OR = self._matrices(self.g, target, offset)
-        return SiteViews(a_RD=a_RD, b_OR=b_OR, grad_a_RD=grad_a_RD, grad_b_OR=grad_b_OR, scale=self.lora.scale)
+    def _site(self, name: str, spans: SiteSpans) -> SiteViews:
+        return SiteViews(
+            a_RD=self.compute[spans.a].view(spans.rank, -1),
+            b_OR=self.compute[spans.b].view(-1, spans.rank),
+            grad_a_RD=self.g[spans.a].view(spans.rank, -1),
+            grad_b_OR=self.g[spans.b].view(-1, spans.rank),
+            scale=self.lora.scale_of(name),
+            magnitude=self._magnitude(spans.magnitude) if self.lora.use_dora else None,
+        )
 
-    def _matrices(self, flat: Tensor, target: Target, offset: int) -> tuple[Tensor, Tensor]:
-        rank = self.lora.rank
-        middle = offset + rank * target.in_features
-        stop = middle + rank * target.out_features
-        return flat[offset:middle].view(rank, -1), flat[middle:stop].view(-1, rank)
+    def _magnitude(self, span: slice) -> MagnitudeViews:
+        m_O = self.p[span]
+        return MagnitudeViews(m_O=m_O, grad_O=self.g[span], norm_O=torch.ones_like(m_O), factor_O=torch.ones_like(m_O))
 
     @property
     def num_parameters(self) -> int:
@@ -74,19 +111,60 @@ class AdapterRow:
         compute_bytes = 0 if self.compute is self.p else self.compute.nbytes
         return self.arena.nbytes + compute_bytes
 
+    def parts(self, lora_plus_ratio: float) -> tuple[tuple[slice, float], ...]:
+        """What has one learning rate: (its numbers, its rate over the job's)."""
+        if lora_plus_ratio == 1:
+            return ((slice(0, self.num_parameters), 1.0),)
+        return (slice(0, self.num_a), 1.0), (slice(self.num_a, self.num_parameters), lora_plus_ratio)
+
     def initialise(self, seed: int) -> None:
-        """A ~ Kaiming-uniform (a = √5), that is U(-1/√D, 1/√D), keyed by (seed, name); B = 0, as in PEFT."""
+        """A ~ Kaiming-uniform (a = √5), that is U(-1/√D, 1/√D), keyed by (seed, name); B = 0, as in PEFT.
+
+        A magnitude is the length that the weights have.
+        """
         self.arena.zero_()
-        offset = 0
         for target in self.targets:
-            count = self.lora.rank * target.in_features
+            span = self.spans[target.name].a
             bound = target.in_features**-0.5
-            numbers = (2 * uniform("lora_A", seed, target.name, count=count) - 1) * bound
-            self.p[offset : offset + count] = torch.from_numpy(numbers.astype(np.float32))
-            offset += count + self.lora.rank * target.out_features
+            numbers = (2 * uniform("lora_A", seed, target.name, count=_length(span)) - 1) * bound
+            self.p[span] = torch.from_numpy(numbers.astype(np.float32))
         self.refresh_compute()
+        for views in self.sites.values():
+            if views.magnitude is not None:
+                views.magnitude.m_O.copy_(views.magnitude.norm_O)
+                views.magnitude.factor_O.fill_(1)
 
     def refresh_compute(self) -> None:
-        """Round the weights to the compute dtype; call after every change of p."""
+        """Round the weights to the compute dtype, and take DoRA's norms of them; call after every change of p."""
         if self.compute is not self.p:
             self.compute.copy_(self.p)
+        for name, views in self.sites.items():
+            if views.magnitude is not None:
+                views.magnitude.norm_O.copy_(weight_norms(self.frozen[name], views))
+                torch.div(views.magnitude.m_O, views.magnitude.norm_O, out=views.magnitude.factor_O)
+
+
+def weight_norms(weight_OD: Tensor, views: SiteViews) -> Tensor:
+    """‖W + scale·B A‖ of each output, fp32 [O]."""
+    a_RD, b_OR = views.a_RD.float(), views.b_OR.float()
+    return torch.linalg.vector_norm(torch.addmm(weight_OD.float(), b_OR, a_RD, alpha=views.scale), dim=1)
+
+
+def lay_out(targets: Sequence[Target], lora: LoraConfig) -> dict[str, SiteSpans]:
+    """The spans of each target by name: all A in the order of targets, then all B, then all magnitudes."""
+    ranks = [lora.rank_of(target.name) for target in targets]
+    sizes = [rank * target.in_features for rank, target in zip(ranks, targets, strict=True)]
+    sizes += [rank * target.out_features for rank, target in zip(ranks, targets, strict=True)]
+    sizes += [target.out_features if lora.use_dora else 0 for target in targets]
+    spans = [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+    count = len(targets)
+    return {
+        target.name: SiteSpans(rank=rank, a=a, b=b, magnitude=magnitude)
+        for target, rank, a, b, magnitude in zip(
+            targets, ranks, spans[:count], spans[count : 2 * count], spans[2 * count :], strict=True
+        )
+    }
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start

@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core import attention
 from lora_core.adapters import Target
-from lora_core.config import ALL_LINEAR
+from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
+from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_pack
 
 
@@ -39,29 +40,56 @@ def target_of(name: str, linear: nn.Module) -> Target:
     return Target(name=name, in_features=linear.in_features, out_features=linear.out_features)
 
 
-def choose_targets(linears: dict[str, nn.Module], wanted: str | tuple[str, ...]) -> tuple[Target, ...]:
-    """Linears that `wanted` names, in the model's order. Raises NoTargets for a name that matches nothing."""
+def choose_targets(linears: dict[str, nn.Module], lora: LoraConfig) -> tuple[Target, ...]:
+    """Linears that `lora` names, in the model's order. Raises NoTargets for a name that matches nothing."""
+    try:
+        wanted = _in_layers(_wanted(linears, lora), lora.layers_to_transform)
+        for field, pairs in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+            for key, _ in pairs:
+                if not any(matches_pattern(path, end_pattern(key)) for path in wanted):
+                    raise _unmatched(f"lora.{field} names {key!r}, which matches no adapted layer.", linears)
+    except PatternTooSlow as error:
+        raise NoTargets(
+            f"The regular expression {str(error)!r} takes too long to match a module's path.",
+            remedy="Write it without nested repetitions, such as (a+)+, or give names.",
+        ) from error
+    return tuple(target_of(path, linears[path]) for path in wanted)
+
+
+def _wanted(linears: dict[str, nn.Module], lora: LoraConfig) -> list[str]:
+    wanted, pattern = lora.target_modules, lora.target_pattern
     if wanted == ALL_LINEAR:
-        return tuple(target_of(name, linear) for name, linear in linears.items())
+        return list(linears)
+    if pattern is not None:
+        found = [path for path in linears if matches_pattern(path, pattern)]
+        if not found:
+            raise _unmatched(f"The regular expression {pattern!r} matches no linear layer of this base model.", linears)
+        return found
     suffixes = (wanted,) if isinstance(wanted, str) else wanted
     for suffix in suffixes:
-        if not any(matches(name, suffix) for name in linears):
-            raise _no_targets(suffix, linears)
-    return tuple(
-        target_of(name, linear) for name, linear in linears.items() if any(matches(name, suffix) for suffix in suffixes)
-    )
+        if not any(matches(path, suffix) for path in linears):
+            sentence = f"lora.target_modules names {suffix!r}, which matches no linear layer of this base model."
+            raise _unmatched(sentence, linears)
+    return [path for path in linears if any(matches(path, suffix) for suffix in suffixes)]
 
 
-def matches(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
+def _in_layers(paths: list[str], layers: tuple[int, ...] | None) -> list[str]:
+    if layers is None:
+        return paths
+    existing = {layer_of(path) for path in paths}
+    for layer in layers:
+        if layer not in existing:
+            numbers = sorted(layer for layer in existing if layer is not None)
+            raise NoTargets(
+                f"lora.layers_to_transform names {layer}, but no targeted linear layer is in a block of that number.",
+                remedy=f"Use numbers among: {', '.join(map(str, numbers)) or 'none'}; or leave it out.",
+            )
+    return [path for path in paths if layer_of(path) in layers]
 
 
-def _no_targets(suffix: str, linears: dict[str, nn.Module]) -> NoTargets:
-    existing = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-    return NoTargets(
-        f"lora.target_modules names {suffix!r}, which matches no linear layer of this base model.",
-        remedy=f"Use 'all-linear' or names among: {existing}.",
-    )
+def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
+    existing = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
+    return NoTargets(sentence, remedy=f"Use 'all-linear' or names among: {existing}.")
 
 
 class Attachment:
@@ -109,6 +137,20 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, x: Tensor) -> T
         y_TO = type(linear).forward(linear, x_TD)
         y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces) if pieces else y_TO
     return y_TO.view(*x.shape[:-1], -1)
+
+
+def frozen_weights(linears: dict[str, nn.Module], targets: tuple[Target, ...]) -> dict[str, Tensor]:
+    """The weight [O, D] of each target, by name; none is copied. Raises NoTargets where it can't be read."""
+    weights: dict[str, Tensor] = {}
+    for target in targets:
+        plain = plain_weight(linears[target.name])
+        if plain is None:
+            raise NoTargets(
+                f"lora.use_dora needs the weights of {target.name}, which the base doesn't hold as plain numbers.",
+                remedy="Leave out lora.use_dora, or train on the base model as it is, not quantised.",
+            )
+        weights[target.name] = plain.weight_OD
+    return weights
 
 
 def plain_weight(linear: nn.Module) -> PlainWeight | None:

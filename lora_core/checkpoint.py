@@ -15,7 +15,7 @@ from lora_core.errors import BadCheckpoint, UnsafeFile
 from lora_core.job import Job, Progress
 from lora_core.tensor_files import read_header, write_directory, write_json
 
-FORMAT = 1
+FORMAT = 2
 VECTORS = ("p", "m", "v")
 
 

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, cast
 
 from lora_core.errors import ConfigError
+from lora_core.module_names import REGEX_PREFIX, compiles, pattern_value
 
 ALL_LINEAR = "all-linear"
+MAX_RANK = 1024
 MAX_DROPOUT = 0.9
 """What is kept is scaled by 1 / (1 - dropout): past this, a step is noise."""
 
@@ -19,33 +21,72 @@ class LoraConfig:
     """W x + scale·B A x, with scale = alpha / rank, or alpha / √rank with `use_rslora` (arXiv 2312.03732).
 
     `target_modules`: "all-linear", one name, or several; a name matches a module path that it ends
-    at a dot, as in PEFT. Names are never regular expressions.
+    at a dot, as in PEFT. "re:PATTERN" is a regular expression over the whole path instead.
+    `layers_to_transform`: only in the blocks of these numbers. `rank_pattern` and `alpha_pattern`: (key,
+    value) pairs; the first key that matches a path, or its end after a dot, as a regular expression, gives
+    the module another rank or alpha. `use_dora`: a learned length for each output's weights (dora.py).
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
     use_rslora: bool = False
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
-        _require(1 <= self.rank <= 1024, "lora.rank", self.rank, "between 1 and 1024")
+        _require(1 <= self.rank <= MAX_RANK, "lora.rank", self.rank, f"between 1 and {MAX_RANK}")
         _require(_is_positive(self.alpha), "lora.alpha", self.alpha, "a positive number")
         _require(0 <= self.dropout <= MAX_DROPOUT, "lora.dropout", self.dropout, f"between 0 and {MAX_DROPOUT}")
+        self._require_targets()
+        ranks_ok = all(compiles(key) and 1 <= rank <= MAX_RANK for key, rank in self.rank_pattern)
+        _require(ranks_ok, "lora.rank_pattern", self.rank_pattern, f"module names with ranks of 1 to {MAX_RANK}")
+        alphas_ok = all(compiles(key) and _is_positive(alpha) for key, alpha in self.alpha_pattern)
+        _require(alphas_ok, "lora.alpha_pattern", self.alpha_pattern, "module names with positive numbers")
+
+    def _require_targets(self) -> None:
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         named = bool(names) and all(name and name.strip() == name for name in names)
         _require(named, "lora.target_modules", self.target_modules, "'all-linear' or module names")
+        pattern = self.target_pattern
+        pattern_ok = pattern is None or (pattern != "" and compiles(pattern))
+        _require(pattern_ok, "lora.target_modules", self.target_modules, "a regular expression after 're:'")
+        layers = self.layers_to_transform
+        layers_ok = layers is None or (len(layers) > 0 and min(layers) >= 0 and pattern is None)
+        expected = "numbers from 0, or none; with a regular expression as target_modules none"
+        _require(layers_ok, "lora.layers_to_transform", layers, expected)
 
     @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+    def target_pattern(self) -> str | None:
+        """The regular expression of `target_modules`; None where those are names."""
+        wanted = self.target_modules
+        if not isinstance(wanted, str) or not wanted.startswith(REGEX_PREFIX):
+            return None
+        return wanted.removeprefix(REGEX_PREFIX)
+
+    def rank_of(self, module: str) -> int:
+        return pattern_value(module, self.rank_pattern, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        return pattern_value(module, self.alpha_pattern, self.alpha)
+
+    def scale_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) over the whole adapter; `max_grad_norm` None means no clipping."""
+    """AdamW (arXiv 1711.05101) over the whole adapter; `max_grad_norm` None means no clipping.
+
+    `lora_plus_ratio`: the rate of B, and of whatever isn't A, over that of A (LoRA+, arXiv 2402.12354).
+    """
 
     learning_rate: float
+    lora_plus_ratio: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -54,6 +95,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(_is_positive(self.learning_rate), "optimizer.learning_rate", self.learning_rate, "positive")
+        _require(_is_positive(self.lora_plus_ratio), "optimizer.lora_plus_ratio", self.lora_plus_ratio, "positive")
         _require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "at least 0 and below 1")
         _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "at least 0 and below 1")
         _require(_is_positive(self.eps), "optimizer.eps", self.eps, "positive")

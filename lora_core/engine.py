@@ -12,7 +12,7 @@ import torch
 
 from lora_core import checkpoint
 from lora_core.adapters import AdapterRow
-from lora_core.attach import Attachment, choose_targets
+from lora_core.attach import Attachment, choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.config import EngineConfig, JobConfig
 from lora_core.data import TokenDataset, check_examples
@@ -60,9 +60,10 @@ class Engine:
         for dataset in filter(None, (train, valid)):
             _check_fits(dataset, self.base)
             check_examples(dataset, config.objective.rows_per_example)
-        targets = choose_targets(self.base.attachment.linears, config.lora.target_modules)
+        targets = choose_targets(self.base.attachment.linears, config.lora)
         with shortage_of(job):
-            row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device)
+            frozen = frozen_weights(self.base.attachment.linears, targets) if config.lora.use_dora else None
+            row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device, frozen=frozen)
             if resume_from is None:
                 row.initialise(config.seed)
                 progress = Progress()

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_core.adapters import AdapterRow
-from lora_core.attach import matches
 from lora_core.base_model import BaseModel
 from lora_core.counter_random import random_words
+from lora_core.module_names import layer_of, matches
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import hidden_states
 from lora_core.tensor_files import write_directory, write_json
@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """`sha256` is of adapter_model.safetensors; `num_parameters` counts A and B."""
+    """`sha256` is of adapter_model.safetensors; `num_parameters` counts A, B and DoRA's magnitudes."""
 
     num_parameters: int
     num_bytes: int
@@ -56,25 +56,33 @@ def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str) ->
 
 
 def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:
-    """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path."""
+    """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O]."""
     tensors: dict[str, Tensor] = {}
     for name, views in row.sites.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = views.a_RD.cpu().clone()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = views.b_OR.cpu().clone()
+        if views.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = views.magnitude.m_O.cpu().clone()
     return tensors
 
 
 def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, object]:
     conv1d = any(type(module).__name__ == "Conv1D" for module in base.model.modules())
+    names, layers = target_names(base, row)
+    lora = row.lora
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": row.lora.rank,
-        "lora_alpha": row.lora.alpha,
-        "lora_dropout": row.lora.dropout,
-        "use_rslora": row.lora.use_rslora,
-        "target_modules": target_names(base, row),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "rank_pattern": exceptions({name: lora.rank_of(name) for name in row.sites}, lora.rank),
+        "alpha_pattern": exceptions({name: lora.alpha_of(name) for name in row.sites}, lora.alpha),
+        "target_modules": names,
+        "layers_to_transform": layers,
         "fan_in_fan_out": conv1d,
         "bias": "none",
         "init_lora_weights": True,
@@ -82,11 +90,39 @@ def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, o
     }
 
 
-def target_names(base: BaseModel, row: AdapterRow) -> list[str]:
-    """Short names if they match exactly the adapted modules, as servers expect; full paths otherwise."""
-    short = sorted({name.rpartition(".")[2] for name in row.sites})
+def exceptions(values: dict[str, float], usual: float) -> dict[str, float]:
+    """PEFT's pattern for the modules whose value isn't the usual one.
+
+    By short name where all modules of that name have the value, by path otherwise. What a person wrote as a
+    regular expression is thus never run by whoever loads the adapter.
+    """
+    by_name: dict[str, set[float]] = {}
+    for path, value in values.items():
+        by_name.setdefault(_short(path), set()).add(value)
+    return {
+        _short(path) if len(by_name[_short(path)]) == 1 else path: value
+        for path, value in values.items()
+        if value != usual
+    }
+
+
+def target_names(base: BaseModel, row: AdapterRow) -> tuple[list[str], list[int] | None]:
+    """(names, layers) for PEFT: short names if they match exactly the adapted modules, as servers expect.
+
+    Short names in the job's layers_to_transform, if those do, are next; full paths otherwise.
+    """
+    short = sorted({_short(name) for name in row.sites})
     matched = {name for name in base.linear_names() if any(matches(name, suffix) for suffix in short)}
-    return short if matched == row.sites.keys() else sorted(row.sites)
+    if matched == row.sites.keys():
+        return short, None
+    layers = row.lora.layers_to_transform
+    if layers is not None and {name for name in matched if layer_of(name) in layers} == row.sites.keys():
+        return short, sorted(layers)
+    return sorted(row.sites), None
+
+
+def _short(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.adapters import SiteViews
+from lora_core.dora import MagnitudeBranch, add_magnitude, add_magnitude_gradient
 from lora_core.pack import DropoutKey, Pack
 
 
@@ -35,13 +36,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """What the forward of a piece leaves for its backward: h = scale · dropout(x) Aᵀ, and what dropout kept.
+    """What the forward of a piece leaves for its backward: h = scale · dropout(x) Aᵀ, what dropout kept, and DoRA's.
 
     Making the mask again costs five times as much as applying it; kept, it takes a byte an element.
     """
 
     h_tR: Tensor
     keep_tD: Tensor | None
+    magnitude: MagnitudeBranch | None = None
 
 
 def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
@@ -59,25 +61,49 @@ def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
     )
 
 
-def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...]) -> list[Branch]:
-    """y += h Bᵀ in place by segment. Returns the branch of each."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainWeight:
+    """The frozen weight of a linear, as a GEMM reads it."""
+
+    weight_OD: Tensor
+    bias_O: Tensor | None
+
+
+def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: PlainWeight | None) -> list[Branch]:
+    """y += h Bᵀ in place by segment, or DoRA's output instead, which needs `linear`. Returns the branch of each."""
     branches: list[Branch] = []
     for piece in pieces:
-        views, x_tD = piece.views, x_TD[piece.start : piece.stop]
+        views, x_tD, y_tO = piece.views, x_TD[piece.start : piece.stop], y_TO[piece.start : piece.stop]
         keep_tD = piece.keep_tD(x_tD)
-        h_tR = (piece.dropped(x_tD, keep_tD) @ views.a_RD.T).mul_(views.scale)
-        y_TO[piece.start : piece.stop].addmm_(h_tR, views.b_OR.T)
-        branches.append(Branch(h_tR=h_tR, keep_tD=keep_tD))
+        d_tD = piece.dropped(x_tD, keep_tD)
+        h_tR = (d_tD @ views.a_RD.T).mul_(views.scale)
+        magnitude = None
+        if views.magnitude is None:
+            y_tO.addmm_(h_tR, views.b_OR.T)
+        else:
+            assert linear is not None, "admission refuses DoRA where the weight can't be read"
+            magnitude = add_magnitude(
+                y_tO,
+                d_tD,
+                h_tR,
+                views,
+                weight_OD=linear.weight_OD,
+                bias_O=linear.bias_O,
+                with_dropout=keep_tD is not None,
+            )
+        branches.append(Branch(h_tR=h_tR, keep_tD=keep_tD, magnitude=magnitude))
     return branches
 
 
 def add_lora_gradients(
-    dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]
+    dx_TD: Tensor | None, received: list[Tensor], x_TD: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]
 ) -> None:
-    """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted."""
-    for piece, branch in zip(pieces, branches, strict=True):
-        views = piece.views
-        x_tD, dy_tO = x_TD[piece.start : piece.stop], dy_TO[piece.start : piece.stop]
+    """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted.
+
+    `received`: the gradient [t, O] of each piece's scale·B A dropout(x).
+    """
+    for piece, branch, dy_tO in zip(pieces, branches, received, strict=True):
+        views, x_tD = piece.views, x_TD[piece.start : piece.stop]
         dh_tR = (dy_tO @ views.b_OR).mul_(views.scale)
         _accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR)
         _accumulate(views.grad_a_RD, dh_tR.T, piece.dropped(x_tD, branch.keep_tD))
@@ -89,20 +115,42 @@ def add_lora_gradients(
             dx_TD[piece.start : piece.stop] += piece.dropped(dh_tR @ views.a_RD, branch.keep_tD)
 
 
+def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]) -> list[Tensor]:
+    """dy of each piece; with DoRA times its factor, and the magnitude's gradient is accumulated into the row."""
+    received: list[Tensor] = []
+    for piece, branch in zip(pieces, branches, strict=True):
+        dy_tO, magnitude = dy_TO[piece.start : piece.stop], piece.views.magnitude
+        if magnitude is not None and branch.magnitude is not None:
+            dy_tO = add_magnitude_gradient(dy_tO, branch.magnitude, magnitude)
+        received.append(dy_tO)
+    return received
+
+
+def input_gradient(
+    dy_TO: Tensor, weight_OD: Tensor, received: list[Tensor], branches: list[Branch], pieces: tuple[Piece, ...]
+) -> Tensor:
+    """dx through the frozen weight. With DoRA W x has its factor; with dropout as well, W dropout(x) has it less 1."""
+    magnified = [branch.magnitude is not None for branch in branches]
+    if not any(magnified):
+        return dy_TO @ weight_OD
+    through_weight_TO = dy_TO.clone()
+    for piece, dv_tO, is_magnified in zip(pieces, received, magnified, strict=True):
+        if is_magnified and piece.dropout is None:
+            through_weight_TO[piece.start : piece.stop] = dv_tO
+    dx_TD = through_weight_TO @ weight_OD
+    for piece, branch, dv_tO, is_magnified in zip(pieces, branches, received, magnified, strict=True):
+        if is_magnified and piece.dropout is not None:
+            rows = slice(piece.start, piece.stop)
+            dx_TD[rows] += piece.dropped((dv_tO - dy_TO[rows]) @ weight_OD, branch.keep_tD)
+    return dx_TD
+
+
 def _accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
     """gradient += left @ right; below fp32 the product is rounded to its dtype first, as autograd does."""
     if gradient.dtype == left.dtype:
         gradient.addmm_(left, right)
     else:
         gradient.add_(left @ right)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlainWeight:
-    """The frozen weight of a linear, as a GEMM reads it."""
-
-    weight_OD: Tensor
-    bias_O: Tensor | None
 
 
 class PackedLinear(torch.autograd.Function):
@@ -116,7 +164,7 @@ class PackedLinear(torch.autograd.Function):
     def forward(ctx, x_TD: Tensor, anchor: Tensor | None, linear: PlainWeight, pieces: tuple[Piece, ...]):
         y_TO = F.linear(x_TD, linear.weight_OD, linear.bias_O)
         ctx.pieces = pieces
-        ctx.branches = add_lora(y_TO, x_TD, pieces)
+        ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
         ctx.weight_OD = linear.weight_OD  # frozen, so autograd needn't watch it
         ctx.save_for_backward(*([x_TD] if pieces else []))
         return y_TO
@@ -124,10 +172,13 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
         dy_TO = grad_outputs[0].contiguous()
-        dx_TD = dy_TO @ ctx.weight_OD if ctx.needs_input_grad[0] else None
+        received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
+        dx_TD = None
+        if ctx.needs_input_grad[0]:
+            dx_TD = input_gradient(dy_TO, ctx.weight_OD, received, ctx.branches, ctx.pieces)
         if ctx.pieces:
             (x_TD,) = ctx.saved_tensors
-            add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.branches, ctx.pieces)
+            add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
         return dx_TD, None, None, None
 
 
@@ -138,7 +189,7 @@ class PackedDelta(torch.autograd.Function):
     def forward(ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces: tuple[Piece, ...]):
         out_TO = y_TO.clone()
         ctx.pieces = pieces
-        ctx.branches = add_lora(out_TO, x_TD, pieces)
+        ctx.branches = add_lora(out_TO, x_TD, pieces, None)
         ctx.save_for_backward(x_TD)
         return out_TO
 
@@ -147,5 +198,6 @@ class PackedDelta(torch.autograd.Function):
         (x_TD,) = ctx.saved_tensors
         dy_TO = grad_outputs[0].contiguous()
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
-        add_lora_gradients(dx_TD, dy_TO, x_TD, ctx.branches, ctx.pieces)
+        received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
+        add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
         return dy_TO, dx_TD, None, None

@@ -1,5 +1,7 @@
 # pyright: basic
-"""AdamW over one flat row: one norm, one clip, one update. The rate is a pure function of the step."""
+"""AdamW over one flat row: one norm, one clip, one update of each part that has a rate of its own.
+
+The rate is a pure function of the step."""
 
 import math
 
@@ -35,8 +37,9 @@ def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: flo
     """Whether the next step can't overflow a weight: |m̂| / √v̂ never exceeds 1 / √(1 - β2)."""
     if not math.isfinite(norm):
         return False
-    largest = float(row.p.abs().max()) * abs(1 - learning_rate * config.weight_decay)
-    return largest + learning_rate / math.sqrt(1 - config.beta2) < torch.finfo(torch.float32).max
+    highest = learning_rate * max(1.0, config.lora_plus_ratio)
+    largest = float(row.p.abs().max()) * max(1.0, abs(1 - highest * config.weight_decay))
+    return largest + highest / math.sqrt(1 - config.beta2) < torch.finfo(torch.float32).max
 
 
 def adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
@@ -47,7 +50,9 @@ def adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
     denominator = torch.sqrt(v, out=g).div_(math.sqrt(1 - config.beta2**step)).add_(config.eps)
-    p.mul_(1 - learning_rate * config.weight_decay)
-    p.addcdiv_(m, denominator, value=-learning_rate / (1 - config.beta1**step))
+    for part, factor in row.parts(config.lora_plus_ratio):
+        rate = learning_rate * factor
+        p[part].mul_(1 - rate * config.weight_decay)
+        p[part].addcdiv_(m[part], denominator[part], value=-rate / (1 - config.beta1**step))
     g.zero_()
     row.refresh_compute()

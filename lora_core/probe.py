@@ -13,7 +13,7 @@ import torch
 from lora_core.adapters import AdapterRow
 from lora_core.attach import choose_targets
 from lora_core.base_model import BaseModel
-from lora_core.config import ALL_LINEAR, LoraConfig
+from lora_core.config import LoraConfig
 from lora_core.counter_random import random_words, uniform
 from lora_core.errors import UnsupportedModel
 from lora_core.export import PROBE_POSITIONS, packed_logits
@@ -85,7 +85,7 @@ def _unpackable(base: BaseModel, reason: str) -> UnsupportedModel:
 def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
     assert base.attachment is not None
     lora = LoraConfig(rank=RANKS[index], alpha=8)
-    targets = choose_targets(base.attachment.linears, ALL_LINEAR)
+    targets = choose_targets(base.attachment.linears, lora)
     row = AdapterRow(targets, lora, dtype=base.dtype, device=base.device)
     numbers = uniform("invariance", index, count=row.num_parameters) - 0.5
     row.p.copy_(torch.from_numpy(numbers.astype(np.float32) * 0.05))

@@ -1,7 +1,7 @@
 """Jobs that differ in everything that may differ in one pack, and how tests run them."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -84,6 +84,7 @@ def submissions(family: str) -> dict[str, Submission]:
             valid=dataset(50, [90, 31]),
         ),
         **preferences(),
+        **methods(),
     }
 
 
@@ -114,6 +115,35 @@ def preferences() -> dict[str, Submission]:
         "orpo": Submission(
             config=config(batch_size=1, num_steps=2, seed=9, objective=ObjectiveConfig(kind="orpo")),
             train=dataset(9, [20, 13, 8, 30]),
+        ),
+    }
+
+
+def methods() -> dict[str, Submission]:
+    """DoRA with and without dropout, LoRA+, ranks by pattern, some layers: each by itself and mixed."""
+    dora = config(rank=3, num_steps=3, seed=10, slice_tokens=40)
+    dropped = config(rank=5, dropout=0.3, batch_size=3, num_steps=2, seed=11)
+    uneven = config(rank=4, targets=r"re:.*\d\.(mlp|self_attn|attn)\..*", num_steps=3, seed=12)
+    patterns = ((r"1\.\w+\.(down_proj|c_proj)", 2), ("q_proj|c_attn", 7))
+    return {
+        "dora": Submission(
+            config=replace(dora, lora=replace(dora.lora, use_dora=True)), train=dataset(10, [13, 4, 29, 18])
+        ),
+        "dora_dropout": Submission(
+            config=replace(
+                dropped,
+                lora=replace(dropped.lora, use_dora=True, layers_to_transform=(1,)),
+                optimizer=replace(dropped.optimizer, lora_plus_ratio=4.0),
+            ),
+            train=dataset(11, [7, 22, 15]),
+        ),
+        "uneven_ranks": Submission(
+            config=replace(
+                uneven,
+                lora=replace(uneven.lora, rank_pattern=patterns, alpha_pattern=((".*0.*", 3.0),)),
+                optimizer=replace(uneven.optimizer, lora_plus_ratio=16.0),
+            ),
+            train=dataset(12, [17, 9, 26]),
         ),
     }
 
@@ -150,8 +180,6 @@ def run_alone(base: BaseModel, submission: Submission, *, token_budget: int = 40
 
 def rename(events: list[Event], job: str) -> tuple[Event, ...]:
     """Events of `job`, under the one name that outcomes are compared by."""
-    from dataclasses import replace
-
     return tuple(replace(event, job="job") for event in events if event.job == job)
 
 

@@ -1,5 +1,8 @@
 """Targets are found as PEFT finds them, refused by name, and attaching leaves no trace."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 from lora_core.attach import Attachment, choose_targets, find_linears
 from lora_core.config import EngineConfig
+from lora_core.config import LoraConfig as OurConfig
 from lora_core.engine import Engine
 from lora_core.errors import BadDataset, NoTargets
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, weights
@@ -22,13 +26,65 @@ def test_the_same_modules_are_adapted_as_by_peft(load, family, wanted):
     base = load(family)
     if wanted != "all-linear":
         wanted = tuple(name for name in wanted if name.rpartition(".")[2].startswith("c_") == (family == "gpt2"))
-    ours = [target.name for target in choose_targets(find_linears(base.model), wanted)]
+    ours = [target.name for target in choose_targets(find_linears(base.model), lora(wanted))]
 
     peft_targets = wanted if isinstance(wanted, str) else list(wanted)
     adapted = get_peft_model(base.model, LoraConfig(task_type="CAUSAL_LM", target_modules=peft_targets))
     theirs = [name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)]
 
     assert ours == theirs
+
+
+def lora(targets, **fields) -> OurConfig:
+    return OurConfig(rank=4, alpha=8, target_modules=targets, **fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "pattern"),
+    [("llama", [1], r"model\.layers\.1\.(mlp|self_attn)\..*_proj"), ("gpt2", [0], r".*h\.0\.(attn|mlp)\.c_.*")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_layers_and_regular_expressions_choose_what_they_choose_in_peft(load, family, layers, pattern):
+    linears = find_linears(load(family).model)
+    short = sorted({name.rpartition(".")[2] for name in linears})
+    by_layer = [
+        target.name for target in choose_targets(linears, lora("all-linear", layers_to_transform=tuple(layers)))
+    ]
+    by_pattern = [target.name for target in choose_targets(linears, lora(f"re:{pattern}"))]
+
+    for peft in (LoraConfig(target_modules=short, layers_to_transform=layers), LoraConfig(target_modules=pattern)):
+        adapted = get_peft_model(load(family).model, peft).get_base_model()
+        theirs = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+        assert by_layer == by_pattern == theirs
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"targets": "re:.*w_proj"}, "w_proj"),
+        ({"targets": r"re:((\w|\w\w|\.)+)+[XY]"}, "too long"),
+        ({"targets": "all-linear", "layers_to_transform": (0, 2)}, "names 2"),
+        ({"targets": ("q_proj",), "rank_pattern": (("k_proj", 4),)}, "rank_pattern names 'k_proj'"),
+        ({"targets": ("q_proj",), "alpha_pattern": ((".*k_proj", 4.0),)}, "alpha_pattern names '.*k_proj'"),
+    ],
+)
+def test_patterns_and_layers_that_match_nothing_or_take_for_ever_are_refused(load, fields, said):
+    with pytest.raises(NoTargets, match=re.escape(said)):
+        choose_targets(find_linears(load("llama").model), lora(**fields))
+
+
+def test_dora_is_refused_by_name_where_the_weights_cannot_be_read(load):
+    class Quantised(torch.nn.Linear):
+        pass
+
+    base = load("llama")
+    base.model.get_submodule("model.layers.0.mlp.up_proj").__class__ = Quantised
+    engine = Engine(base, EngineConfig())
+    job = config(targets="up_proj")
+    job = replace(job, lora=replace(job.lora, use_dora=True))
+    with pytest.raises(NoTargets, match=r"use_dora.*layers\.0\.mlp\.up_proj"):
+        admit(engine, "job", Submission(config=job, train=dataset(1, [10])))
+    assert engine.jobs() == ()
 
 
 @pytest.mark.parametrize("wanted", ["lm_head", "w_proj", ("q_proj", "nope"), ".*", "proj", "self_attn"])

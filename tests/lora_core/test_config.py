@@ -17,8 +17,13 @@ NAN, INF = float("nan"), float("inf")
         (LoraConfig(rank=8, alpha=16), "rank", [0, -1, 1025]),
         (LoraConfig(rank=8, alpha=16), "alpha", [0, -1, NAN, INF]),
         (LoraConfig(rank=8, alpha=16), "dropout", [-0.1, 0.91, 0.999999, 1.0, NAN]),
-        (LoraConfig(rank=8, alpha=16), "target_modules", ["", (), ("q_proj", " ")]),
+        (LoraConfig(rank=8, alpha=16), "target_modules", ["", (), ("q_proj", " "), "re:", "re:(", "re:(?<=a+)b"]),
+        (LoraConfig(rank=8, alpha=16), "layers_to_transform", [(), (-1,)]),
+        (LoraConfig(rank=8, alpha=16, target_modules="re:.*q_proj"), "layers_to_transform", [(0,)]),
+        (LoraConfig(rank=8, alpha=16), "rank_pattern", [(("q_proj", 0),), (("q_proj", 1025),), (("(", 4),)]),
+        (LoraConfig(rank=8, alpha=16), "alpha_pattern", [(("q_proj", 0.0),), (("q_proj", INF),), (("(", 4.0),)]),
         (OptimizerConfig(learning_rate=1e-3), "learning_rate", [0, -1, NAN, INF]),
+        (OptimizerConfig(learning_rate=1e-3), "lora_plus_ratio", [0, -1, NAN, INF]),
         (OptimizerConfig(learning_rate=1e-3), "beta1", [-0.1, 1.0]),
         (OptimizerConfig(learning_rate=1e-3), "beta2", [-0.1, 1.0]),
         (OptimizerConfig(learning_rate=1e-3), "eps", [0, NAN]),
@@ -53,5 +58,16 @@ def test_the_digest_follows_every_field():
 
 
 def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():
-    assert LoraConfig(rank=16, alpha=32).scale == 2
-    assert LoraConfig(rank=16, alpha=32, use_rslora=True).scale == 8
+    assert LoraConfig(rank=16, alpha=32).scale_of("layers.0.q_proj") == 2
+    assert LoraConfig(rank=16, alpha=32, use_rslora=True).scale_of("layers.0.q_proj") == 8
+
+
+def test_the_first_key_that_matches_gives_a_module_its_rank_and_alpha():
+    config = LoraConfig(
+        rank=8,
+        alpha=16,
+        rank_pattern=(("layers.1.q_proj", 2), (r"layers\.\d.[qk]_proj", 4)),
+        alpha_pattern=(("q_proj", 1.0),),
+    )
+    assert [config.rank_of(f"model.layers.{name}") for name in ("1.q_proj", "0.q_proj", "0.v_proj")] == [2, 4, 8]
+    assert [config.scale_of(f"model.layers.{name}") for name in ("1.q_proj", "1.k_proj")] == [0.5, 4]

@@ -58,13 +58,57 @@ def test_served_equals_trained_under_peft_on_the_resident_base(load, tmp_path, f
         assert report.dtype == dtype
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dora_is_served_by_peft_as_trained_and_its_magnitudes_count(load, tmp_path, family, dtype, dropout):
+    base = load(family, dtype)
+    job = config(num_steps=6, learning_rate=2e-2, dropout=dropout)
+    job = replace(job, lora=replace(job.lora, use_dora=True))
+    trained(base, replace(JOB, config=job)).export("job", tmp_path / "adapter", base_name="tiny")
+
+    assert verify_export(base, tmp_path / "adapter").passed
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    magnitudes = {name: tensor * 1.3 for name, tensor in tensors.items() if name.endswith("lora_magnitude_vector")}
+    assert len(magnitudes) * 3 == len(tensors)
+    save_file(tensors | magnitudes, path)
+    assert not verify_export(base, tmp_path / "adapter").passed
+
+
+SHAPES = {
+    "llama": {
+        "rank_pattern": (("mlp.up_proj", 2), (r".*\.1\.self_attn\.[qk]_proj", 7)),
+        "alpha_pattern": (("q_proj", 3.0), ("layers.0.mlp.down_proj", 20.0)),
+    },
+    "gpt2": {"rank_pattern": (("attn.c_proj", 2), ("h.1.mlp.c_fc", 6)), "alpha_pattern": (("c_fc", 5.0),)},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("more", [{}, {"layers_to_transform": (1,)}, {"use_rslora": True}])
+def test_patterns_of_rank_and_alpha_and_layers_are_loaded_by_peft_as_trained(load, tmp_path, family, more):
+    base = load(family)
+    shape = SHAPES[family] if "layers_to_transform" not in more else {"rank_pattern": (("c_fc|up_proj", 2),)}
+    job = replace(JOB.config, lora=replace(JOB.config.lora, **shape, **more))
+    trained(base, replace(JOB, config=job)).export("job", tmp_path / "adapter", base_name="tiny")
+
+    verdict = verify_export(base, tmp_path / "adapter")
+
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert verdict.passed, verdict
+    assert verdict.max_abs_effect > 3 * verdict.tolerance
+    assert content["layers_to_transform"] == ([1] if "layers_to_transform" in more else None)
+    assert len(content["rank_pattern"]) == (1 if "layers_to_transform" in more else {"llama": 3, "gpt2": 3}[family])
+
+
 def high_rate(learning_rate: float, seed: int) -> Submission:
     """A job that learns eight rows by heart at a rate far above the usual."""
     job = config(rank=16, num_steps=100, batch_size=4, learning_rate=learning_rate, seed=seed)
     return Submission(config=job, train=dataset(seed, [20, 33, 15, 40, 25, 31, 18, 22]))
 
 
-@pytest.mark.parametrize(("learning_rate", "seed"), [(0.03, 0), (0.03, 2), (0.05, 0), (0.05, 5)])
+@pytest.mark.parametrize(("learning_rate", "seed"), [(0.03, 0), (0.03, 2), (0.05, 0), (0.05, 6)])
 def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(load, tmp_path, learning_rate, seed):
     base = load("llama", "bfloat16")
     directory = tmp_path / "adapter"
@@ -146,7 +190,7 @@ def test_the_exported_weights_are_those_that_training_computed_with(load, tmp_pa
 
 def ordered(tensors, engine):
     names = [target.name for target in engine._jobs["job"].row.targets]
-    return [tensors[f"base_model.model.{name}.lora_{part}.weight"] for name in names for part in "AB"]
+    return [tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB" for name in names]
 
 
 def test_the_configuration_is_minimal_and_says_what_servers_expect(exported):

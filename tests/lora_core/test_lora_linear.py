@@ -1,10 +1,12 @@
 """The hand-written gradients are those of the formula, checked by finite differences in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lora_core.adapters import SiteViews
+from lora_core.adapters import MagnitudeViews, SiteViews, weight_norms
 from lora_core.lora_linear import PackedDelta, PackedLinear, Piece, PlainWeight
 from lora_core.pack import DropoutKey
 
@@ -23,6 +25,13 @@ def piece(start: int, stop: int, a_RD: Tensor, b_OR: Tensor, dropout: float, see
     return Piece(start=start, stop=stop, views=views, module="layer", dropout=key)
 
 
+def dora_piece(start: int, stop: int, adapter: list[Tensor], dropout: float, norm_O: Tensor) -> Piece:
+    plain = piece(start, stop, adapter[0], adapter[1], dropout, seed=start)
+    m_O = adapter[2]
+    magnitude = MagnitudeViews(m_O=m_O, grad_O=torch.zeros_like(m_O), norm_O=norm_O, factor_O=m_O / norm_O)
+    return replace(plain, views=replace(plain.views, magnitude=magnitude))
+
+
 class ThroughAutograd(torch.autograd.Function):
     """The packed linear as a function of x and both adapters, so that gradcheck sees all gradients."""
 
@@ -36,13 +45,16 @@ class ThroughAutograd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (dx,) = torch.autograd.grad(ctx.y, ctx.x, grad_outputs[0], retain_graph=True)
-        gradients = [
-            gradient.clone() for part in ctx.pieces for gradient in (part.views.grad_a_RD, part.views.grad_b_OR)
-        ]
-        for part in ctx.pieces:
-            part.views.grad_a_RD.zero_()
-            part.views.grad_b_OR.zero_()
+        held = [gradient for part in ctx.pieces for gradient in gradients_of(part)]
+        gradients = [gradient.clone() for gradient in held]
+        for gradient in held:
+            gradient.zero_()
         return None, dx, *gradients
+
+
+def gradients_of(part: Piece) -> tuple[Tensor, ...]:
+    magnitude = part.views.magnitude
+    return part.views.grad_a_RD, part.views.grad_b_OR, *((magnitude.grad_O,) if magnitude else ())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -64,6 +76,43 @@ def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropou
     inputs = [numbers(T, D), numbers(R, D), numbers(OUT, R), numbers(R, D), numbers(OUT, R)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(lambda *args: ThroughAutograd.apply(make, *args), inputs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients_of_input_adapters_and_magnitudes_pass_gradcheck_with_the_norm_held(with_bias, dropout):
+    torch.manual_seed(3)
+    weight_OD, norms = numbers(OUT, D), [1 + numbers(OUT).abs() for _ in range(2)]
+    plain = PlainWeight(weight_OD=weight_OD, bias_O=numbers(OUT) if with_bias else None)
+    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def make(x, adapters):
+        pieces = (
+            dora_piece(0, 3, adapters[:3], dropout, norms[0]),
+            dora_piece(3, 5, adapters[3:6], dropout, norms[1]),
+            piece(5, 6, adapters[6], adapters[7], dropout, seed=3),
+        )
+        return pieces, PackedLinear.apply(x, anchor, plain, pieces)
+
+    adapter = [numbers(R, D), numbers(OUT, R), numbers(OUT)]
+    inputs = [numbers(T, D), *adapter, *(numbers(*part.shape) for part in adapter), numbers(R, D), numbers(OUT, R)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(lambda *args: ThroughAutograd.apply(make, *args), inputs)
+
+
+def test_the_output_with_dora_is_that_of_weights_with_the_learned_lengths():
+    torch.manual_seed(4)
+    x, weight_OD, bias_O = numbers(T, D).float(), numbers(OUT, D).float(), numbers(OUT).float()
+    a_RD, b_OR, m_O = numbers(R, D).float(), numbers(OUT, R).float(), numbers(OUT).float()
+    merged_OD = weight_OD + 0.7 * b_OR @ a_RD
+    norm_O = weight_norms(weight_OD, piece(0, T, a_RD, b_OR, 0.0, seed=0).views)
+    part = dora_piece(2, 5, [a_RD, b_OR, m_O], 0.0, norm_O)
+
+    y = PackedLinear.apply(x, None, PlainWeight(weight_OD=weight_OD, bias_O=bias_O), (part,))
+
+    expected = x @ weight_OD.T + bias_O
+    expected[2:5] = x[2:5] @ (m_O / merged_OD.norm(dim=1) * merged_OD.T) + bias_O
+    torch.testing.assert_close(y, expected)
 
 
 def test_the_output_is_the_formula():

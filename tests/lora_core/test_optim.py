@@ -43,6 +43,21 @@ def test_steps_equal_torch_adamw_with_clipping(max_grad_norm):
         assert not row.g.any()
 
 
+def test_steps_of_lora_plus_equal_torch_adamw_with_two_groups():
+    torch.manual_seed(0)
+    row = new_row()
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=None, lora_plus_ratio=16)
+    a, b = (torch.nn.Parameter(part.clone()) for part in (row.p[: row.num_a], row.p[row.num_a :]))
+    reference = torch.optim.AdamW([{"params": [a]}, {"params": [b], "lr": 1.6}], lr=0.1, weight_decay=0.1)
+    for step in range(1, 6):
+        row.g.copy_(torch.randn(row.num_parameters))
+        a.grad, b.grad = row.g[: row.num_a].clone(), row.g[row.num_a :].clone()
+        adamw_step(row, config, step=step, learning_rate=0.1, norm=gradient_norm(row))
+        reference.step()
+    assert row.num_a == 3 * (12 + 4)
+    torch.testing.assert_close(row.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_compute_copy_follows_the_master():
     row = new_row(torch.bfloat16)
     row.g.fill_(1)
@@ -92,7 +107,7 @@ def test_a_row_is_one_vector_of_exact_size_and_starts_as_peft_starts():
     assert float(row.sites["a"].a_RD.abs().max()) <= 12**-0.5
     assert float(row.sites["a"].a_RD.std()) == pytest.approx(12**-0.5 / 3**0.5, rel=0.3)
     assert not row.sites["a"].b_OR.any()
-    assert row.sites["a"].grad_b_OR.data_ptr() == row.g[36:].data_ptr()
+    assert row.sites["a"].grad_b_OR.data_ptr() == row.g[3 * (12 + 4) :].data_ptr()
 
 
 def test_initial_weights_depend_on_seed_and_module_name_alone():
