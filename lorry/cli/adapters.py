@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +14,12 @@ from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.files import byte_bar
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
+from lorry.errors import LorryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lorry.client import Lorry
     from lorry.models import Adapter
 
 app = group("Trained adapters.")
@@ -78,13 +81,15 @@ def pull(
 ) -> None:
     """Download, checking every digest; PEFT loads the folder as it is."""
     lorry = client()
-    target = directory or Path(folder_name(lorry.adapters.get(adapter).name))
+    found = lorry.adapters.get(adapter)
+    target = directory or Path(folder_name(found.name))
     with byte_bar(f"Pulling {adapter}") as on_progress:
         path = lorry.adapters.pull(adapter, target, on_progress=on_progress)
     if as_json:
         output.print_json({"object": "adapter.folder", "path": str(path.resolve())})
     else:
         output.console().print(str(path), soft_wrap=True)
+        _say_how_to_use(path, found.base_model, _source_of(lorry, found.base_model))
 
 
 @app.command()
@@ -171,6 +176,32 @@ def _say_verdict(adapter: str, result: dict[str, Any], *, as_json: bool = False)
         output.say(f"{adapter}: {verdict}.")
     if not result.get("passed"):
         raise typer.Exit(EXIT_REFUSED)
+
+
+def _source_of(lorry: Lorry, base_model: str) -> str | None:
+    """What Transformers loads a base from, as Python's arguments: a folder of this machine, or a hub id.
+
+    None where the base was deleted, or only an operator may know.
+    """
+    try:
+        base = lorry.models.get(base_model)
+    except LorryError:
+        return None
+    if base.local_path and Path(base.local_path).is_dir():
+        return json.dumps(base.local_path, ensure_ascii=False)
+    if not base.source or base.source.startswith("/"):
+        return None
+    revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    return json.dumps(base.source) + revision
+
+
+def _say_how_to_use(folder: Path, base_model: str, source: str | None) -> None:
+    """The base_model_name_or_path of adapter_config.json is Lorry's own name: Transformers can't load that."""
+    output.say(f"PEFT loads it: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
+    if source is None:
+        output.say(f"base is {base_model}, loaded by Transformers from its folder or its hub id.")
+    else:
+        output.say(f"base is {base_model}: AutoModelForCausalLM.from_pretrained({source})")
 
 
 def folder_name(name: str) -> str:
