@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from api import logs
-from api.bootstrap import Bootstrapped, bootstrap, require_tables, sign_in_token
+from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token
 from catalog import keys, projects
-from catalog.db import Database
 from catalog.errors import LorryError
 from catalog.keys import load_pepper
 from catalog.settings import Settings
@@ -35,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     from api.server import serve  # late: the other commands need no web server
 
-    db = Database(settings.resolved_database_url())
-    require_tables(db)
-    db.close()
+    open_existing(settings).close()
     return serve(settings, host=arguments.host, port=arguments.port)
 
 
@@ -51,8 +48,7 @@ def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
-    db = Database(settings.resolved_database_url())
-    require_tables(db)
+    db = open_existing(settings)
     token = sign_in_token(db, pepper=load_pepper(settings), seconds=LINK_SECONDS)
     url = f"{(arguments.url or _known_address(settings)).rstrip('/')}/sign-in?token={token}"
     if arguments.json:
@@ -64,8 +60,7 @@ def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _new_key(arguments: argparse.Namespace, settings: Settings) -> int:
     """For who lost the first one: whoever can read the pepper may make another."""
-    db = Database(settings.resolved_database_url())
-    require_tables(db)
+    db = open_existing(settings)
     project = projects.ensure(db)
     pepper = load_pepper(settings)
     _, secret = keys.create(db, project_id=project.id, name=arguments.name, pepper=pepper, is_operator=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from sqlalchemy import inspect
+from sqlalchemy import URL, inspect, make_url
 
 from catalog import keys, projects
 from catalog.db import Database
@@ -35,15 +36,24 @@ def bootstrap(settings: Settings) -> Bootstrapped:
     return Bootstrapped(created=made is not None, api_key=made)
 
 
-def require_tables(db: Database) -> None:
-    """Raises InvalidRequest with the remedy where this database was never bootstrapped."""
+def open_existing(settings: Settings) -> Database:
+    """The database, which nothing is made of where there is none. Raises InvalidRequest with the remedy."""
+    url = make_url(settings.resolved_database_url())
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise _nothing_there(url)
+    db = Database(settings.resolved_database_url())
     with db.read() as session:
         if not inspect(session.connection()).has_table(ApiKey.__tablename__):
-            raise InvalidRequest(
-                f"There is no Lorry at {db.engine.url.render_as_string()}.",
-                code="database_not_set_up",
-                remedy=f"Name the data folder of the one you mean by LORRY_DATA_DIR, or make it here: {COMMAND}.",
-            )
+            raise _nothing_there(url)
+    return db
+
+
+def _nothing_there(url: URL) -> InvalidRequest:
+    return InvalidRequest(
+        f"There is no Lorry at {url.render_as_string()}.",
+        code="database_not_set_up",
+        remedy=f"Name the data folder of the one you mean by LORRY_DATA_DIR, or make it here: {COMMAND}.",
+    )
 
 
 def sign_in_token(db: Database, *, pepper: bytes, seconds: float) -> str:

@@ -21,18 +21,24 @@ _IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
 def add(db: Database, *, name: str, kind: str, source: str, revision: str | None = None) -> BaseModelRow:
-    """Name a base model; a worker imports it. The same again changes nothing, save that a failed import is retried."""
+    """Name a base model; a worker imports it.
+
+    The same again changes nothing, save that a failed import is retried. A base that was never ready gives its
+    name up to another source: nothing was trained on it.
+    """
     _check(name, kind, source)
     with db.write() as session:
         serialise(session, f"base {name}")
         row = session.get(BaseModelRow, name, with_for_update=True)
+        is_another = row is not None and (row.kind, row.source, row.revision) != (kind, source, revision)
         if row is None:
             row = BaseModelRow(name=name)
             _begin(session, row, kind=kind, source=source, revision=revision)
             session.add(row)
-        elif row.state == "deleted":
+        elif row.state == "deleted" or (row.state == "failed" and row.digest is None and is_another):
+            row.error = None
             _begin(session, row, kind=kind, source=source, revision=revision)
-        elif (row.kind, row.source, row.revision) != (kind, source, revision):
+        elif is_another:
             raise Conflict(
                 f"There is another base model named {name!r}, from {row.source}.",
                 code="model_exists",

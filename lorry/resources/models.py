@@ -73,7 +73,7 @@ class Models:
 def guess_kind(source: str) -> Kind:
     """A path that is there, or that is written as one, is a folder or a GGUF file; all else is a hub id."""
     path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == ".gguf" or path.is_file():
         return "gguf"
     return "folder" if path.is_dir() or source.startswith(("/", "./", "../", "~")) else "hub"
 

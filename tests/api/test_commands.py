@@ -63,9 +63,11 @@ def test_a_sign_in_link_uses_the_address_that_lorry_up_noted(tmp_path: Path) -> 
     assert named.startswith("https://lorry.example.com/sign-in?token=")
 
 
-def test_a_link_before_the_first_start_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_link_before_the_first_start_is_refused_with_the_remedy_and_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        run(tmp_path, "sign-in-link")
+        run(tmp_path / "none", "sign-in-link")
+
+    assert not (tmp_path / "none").exists()
 
     assert failed.value.returncode == 1
     assert "Traceback" not in failed.value.stderr

@@ -66,6 +66,18 @@ def test_a_failed_import_tells_why_and_is_tried_again_when_added_again(world: Wo
     assert bases.claim_import(world.db, lease_seconds=60) is not None
 
 
+def test_a_base_that_was_never_ready_gives_its_name_up_to_another_source(world: World) -> None:
+    bases.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
+    world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
+
+    mended = bases.add(world.db, name="b", kind="folder", source="/models/b", revision=None)
+
+    assert (mended.state, mended.source, mended.error) == ("importing", "/models/b", None)
+    world.finish_import("b", digest=sha("b"), description={})
+    with pytest.raises(Conflict):
+        bases.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
+
+
 def test_a_base_keeps_the_digest_that_it_had_first(world: World) -> None:
     world.finish_import("smol", digest=sha("smol"), description={})
     with pytest.raises(Conflict) as refusal:

@@ -71,11 +71,14 @@ def test_adding_a_model_sends_an_absolute_path(
     client.models.add("m", "./base")
     client.models.add("m", "some/thing.gguf")
     client.models.add("m", "org/name", revision="abc")
+    (tmp_path / "base.whl").touch()
+    client.models.add("m", "base.whl")
 
     assert [json.loads(r.body) for r in service.seen] == [
         {"name": "m", "kind": "folder", "source": str(tmp_path / "base"), "revision": None},
         {"name": "m", "kind": "gguf", "source": str(tmp_path / "some/thing.gguf"), "revision": None},
         {"name": "m", "kind": "hub", "source": "org/name", "revision": "abc"},
+        {"name": "m", "kind": "gguf", "source": str(tmp_path / "base.whl"), "revision": None},
     ]
 
 
