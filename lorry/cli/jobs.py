@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 app = group("Fine-tuning jobs.")
 
+_SUFFIX = "SUFFIX"
 _COLUMNS = (
     Column(title="ID"),
     Column(title="STATUS"),
-    Column(title="MODEL", goes=3, narrowest=10),
+    Column(title=_SUFFIX, goes=3, narrowest=8),
+    Column(title="MODEL", goes=4, narrowest=10),
     Column(title="STEP"),
     Column(title="LOSS", goes=2),
     Column(title="HELD-OUT", goes=1),
-    Column(title="TOOK", goes=4),
-    Column(title="CREATED", goes=5),
+    Column(title="TOOK", goes=5),
+    Column(title="CREATED", goes=6),
 )
 
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
@@ -48,6 +50,7 @@ def list_(
         (
             j.id,
             j.status,
+            j.suffix,
             j.model,
             job_sheet.steps(j),
             j.progress.loss,
@@ -57,7 +60,12 @@ def list_(
         )
         for j in jobs
     ]
-    table(_COLUMNS, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
+    columns = _COLUMNS
+    if not any(job.suffix for job in jobs):
+        at = [column.title for column in columns].index(_SUFFIX)
+        columns = columns[:at] + columns[at + 1 :]
+        rows = [row[:at] + row[at + 1 :] for row in rows]
+    table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
     if any(job.status == "paused" for job in jobs):
         output.say("A paused job goes on with: lorry jobs resume ID")
     return None

@@ -121,6 +121,14 @@ def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_worke
     assert {"held-out loss 1.75", "best held-out loss 1.25", "took 1:02:03"} <= set(shown)
 
 
+def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) -> None:
+    service.on("GET", JOBS, {"data": [{**JOB, "suffix": "support"}, JOB], "has_more": False})
+
+    lines = [line.split()[:4] for line in run("jobs", "list").stdout.splitlines()]
+
+    assert lines == [["ID", "STATUS", "SUFFIX", "MODEL"], ["j", "running", "support", "m"], ["j", "running", "-", "m"]]
+
+
 @pytest.mark.parametrize(
     ("max_steps", "num_steps", "usable_rows", "told"),
     [

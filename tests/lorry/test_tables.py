@@ -74,6 +74,7 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch) -> Run:
     ("command", "path", "row", "whole"),
     [
         ("jobs list", "/v1/fine_tuning/jobs", JOB, "id"),
+        ("jobs list", "/v1/fine_tuning/jobs", {**JOB, "suffix": "a-suffix-that-is-rather-long"}, "id"),
         ("files list", "/v1/files", FILE, "id"),
         ("models list", "/v1/models", MODEL, "id"),
         ("adapters list", "/v1/adapters", ADAPTER, "name"),
