@@ -1,0 +1,325 @@
+# pyright: basic
+"""Merged equals adapted: writes W + scale · B A as a whole model folder, and measures what rounding took.
+
+`python -m lora_core.merge ADAPTER BASE OUT`. The sum is made in fp32 and rounded once to the base's dtype, one
+linear at a time; a folder appears only if its logits are those of the base with the adapter.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lora_core.base_import import import_base
+from lora_core.base_model import BaseModel, load_base
+from lora_core.counter_random import random_words
+from lora_core.errors import BadAdapter, LoraCoreError, UnsafeFile, UnsupportedModel
+from lora_core.export import PROBE_POSITIONS
+from lora_core.merge_cost import compare_cost
+from lora_core.model_folder import read_config
+from lora_core.tensor_files import read_header, write_directory, write_json
+from lora_core.verify import ROUNDING_FACTOR, refuse_foreign_code, verify_export
+
+PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 2, 48, 20_260_102
+NUM_NUDGES = 3
+WEIGHTS = "adapter_model.safetensors"
+RECORD = "merge.json"
+PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
+SHARD = "5GB"
+SAME_MODEL = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Share of the largest logit by which two orders of operations of one model may differ; another model is far off."""
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeReport:
+    """What merging changed, in logits: over every position of pseudo-random sequences.
+
+    `max_abs_diff` is the largest difference between merged and adapted, `tolerance` what rounding to `dtype`
+    explains, `max_abs_effect` the largest change that the adapter makes. `update_error` is the Frobenius norm of
+    the rounding over that of B A, all linears together: 0 in fp32, 1 where as much was lost as was added.
+    """
+
+    dtype: Dtype
+    num_merged: int
+    max_abs_diff: float
+    tolerance: float
+    max_abs_effect: float
+    update_error: float
+    adapter_sha256: str
+    dequantised: bool
+
+
+def merge_adapter(
+    adapter_dir: Path,
+    base_source: Path,
+    out_dir: Path,
+    *,
+    dtype: Dtype | None = None,
+    dequantise: bool = False,
+) -> MergeReport:
+    """Write `out_dir` (which must not exist): config, tokenizer, weights in shards, merge.json.
+
+    `base_source` is a base directory or a GGUF file. `dtype` None means the base's own. Raises BadAdapter for an
+    adapter of another base or one whose merged logits differ by more than rounding, UnsupportedModel for a
+    quantised base without `dequantise`.
+    """
+    refuse_foreign_adapter(adapter_dir)
+    with _base_folder(base_source, dequantise=dequantise) as (base_dir, was_quantised):
+        stored: Dtype = "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
+        base = load_base(base_dir, dtype=dtype or stored, device="cpu")
+        _refuse_other_base(base, adapter_dir)
+        model = cast(nn.Module, base.model)
+        ids = _probe_ids(base.vocab_size, base.max_positions)
+        with torch.no_grad():
+            plain_logits = _logits(model, ids)
+            adapted = _load(model, adapter_dir)
+            adapted_logits = _logits(adapted, ids)
+            layers = _lora_layers(adapted, model)
+            update_error = _merge(layers)
+            merged_logits = _logits(adapted, ids)
+            roundings = [_nudged(layers, lambda: _logits(adapted, ids), seed=seed) for seed in range(NUM_NUDGES)]
+            merged = _unloaded(adapted)
+        report = MergeReport(
+            dtype=dtype or stored,
+            num_merged=len(layers),
+            max_abs_diff=_largest(merged_logits - adapted_logits),
+            tolerance=_tolerance(merged_logits, roundings, base.dtype),
+            max_abs_effect=_largest(adapted_logits - plain_logits),
+            update_error=update_error,
+            adapter_sha256=hashlib.sha256((adapter_dir / WEIGHTS).read_bytes()).hexdigest(),
+            dequantised=was_quantised,
+        )
+        if not report.max_abs_diff <= report.tolerance:
+            raise _bad(
+                f"merged logits differ by {report.max_abs_diff:.3g}, and rounding explains {report.tolerance:.3g}"
+            )
+        write_directory(out_dir, lambda directory: _write(merged, base_dir, directory, report))
+    return report
+
+
+def refuse_foreign_adapter(adapter_dir: Path) -> None:
+    """Raises BadAdapter for what isn't a plain LoRA folder in PEFT's layout, or would run code."""
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (adapter_dir / name).is_file():
+            raise _bad(f"{name} is missing")
+    refuse_foreign_code(adapter_dir)
+    try:
+        read_header(adapter_dir / WEIGHTS)
+    except UnsafeFile as error:
+        raise _bad(str(error)) from error
+
+
+@contextmanager
+def _base_folder(source: Path, *, dequantise: bool) -> Iterator[tuple[Path, bool]]:
+    """(A folder of plain weights, whether they were quantised). A GGUF file is imported for the while."""
+    if source.is_dir():
+        if getattr(read_config(source), "quantization_config", None) is not None:
+            raise UnsupportedModel(
+                f"The weights of {source.name!r} are quantised, so W + B A can't be stored in their place.",
+                remedy="Give the base model that it was quantised from, and quantise the merged model.",
+            )
+        yield source, False
+        return
+    kinds = _quantised_kinds(source)
+    if kinds and not dequantise:
+        raise UnsupportedModel(
+            f"{source.name!r} is quantised ({', '.join(kinds)}). Merging stores its weights in 16 bits: the folder "
+            "grows accordingly, and quantising it again rounds away some or all of what the adapter added.",
+            remedy="Merge into the model that it was quantised from, or accept this with --dequantise.",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        import_base(source=str(source), kind="gguf", revision=None, target_dir=Path(folder) / "base")
+        yield Path(folder) / "base", bool(kinds)
+
+
+def _quantised_kinds(gguf: Path) -> list[str]:
+    from gguf import GGUFReader
+
+    if not gguf.is_file():
+        raise UnsupportedModel(
+            f"There is no base model at {str(gguf)!r}.", remedy="Give a base directory or a GGUF file."
+        )
+    try:
+        return sorted({tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors} - PLAIN_TENSORS)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"{gguf.name!r} is not a GGUF file: {error}.", remedy="Give a base directory or a GGUF file."
+        ) from error
+
+
+def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
+    """Raises BadAdapter where training saw other logits, with the adapter or without.
+
+    The evidence is in the adapter's folder, if Lorry wrote it; in another dtype it would differ by that one's rounding.
+    """
+    if not (adapter_dir / "probe.safetensors").is_file():
+        return
+    stored = {kind for kind, _ in read_header(adapter_dir / WEIGHTS).values()}
+    if stored != {{torch.float32: "F32", torch.bfloat16: "BF16"}[base.dtype]}:
+        return
+    verdict = verify_export(base, adapter_dir)
+    probe = load_file(adapter_dir / "probe.safetensors")
+    with torch.no_grad():
+        logits = _logits(cast(nn.Module, base.model), probe["input_ids"])[:, -PROBE_POSITIONS:]
+    difference = _largest(logits - probe["base_logits"])
+    if not verdict.passed or not difference <= SAME_MODEL[base.dtype] * verdict.max_abs_logit:
+        raise _bad("on this base model it doesn't give the logits that training saw")
+
+
+def _probe_ids(vocab_size: int, max_positions: int | None) -> Tensor:
+    """int64 [2, 48]: never a user's."""
+    num_tokens = min(PROBE_TOKENS, max_positions or PROBE_TOKENS)
+    words = random_words("merge", PROBE_SEED, count=PROBE_ROWS * num_tokens) % np.uint64(vocab_size)
+    return torch.from_numpy(words.astype(np.int64).reshape(PROBE_ROWS, num_tokens))
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _load(model: nn.Module, adapter_dir: Path) -> PeftModel:
+    """PEFT's own loading, and the refusal of weights that it would pass over with a warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _bad(f"PEFT can't load it: {error}") from error
+    wanted = {name.replace(".default.", ".") for name in adapted.state_dict() if ".lora_" in name}
+    with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
+        foreign = sorted(wanted ^ set(file.keys()))
+    if foreign:
+        raise _bad(f"{foreign[0]} is missing, or has no place in this base model")
+    return adapted
+
+
+def _lora_layers(adapted: PeftModel, model: nn.Module) -> list[LoraLayer]:
+    """The adapted layers. Raises BadAdapter where one shares its weight with another layer: both would change."""
+    layers: list[LoraLayer] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    owners = [parameter.data_ptr() for _, parameter in parameters]
+    for layer in layers:
+        if owners.count(_weight(layer).data_ptr()) > 1:
+            raise _bad("it adapts a layer whose weight another layer shares (tied embeddings), so it can't be merged")
+    return layers
+
+
+def _weight(layer: LoraLayer) -> nn.Parameter:
+    return cast(nn.Parameter, layer.get_base_layer().weight)
+
+
+def _merge(layers: list[LoraLayer]) -> float:
+    """W becomes W + B A, by PEFT's own rule for each method. Returns `update_error`; see MergeReport.
+
+    PEFT would round B A to the dtype of W and then the sum; a layer that is fp32 for the while is rounded once.
+    """
+    added = lost = 0.0
+    for layer in layers:
+        weight = _weight(layer)
+        before = weight.data
+        layer.get_base_layer().float()
+        try:
+            layer.merge(safe_merge=True)  # into a new tensor, so the file's memory map stays as it is
+        except ValueError as error:
+            raise _bad(f"{error}") from error
+        exact = weight.data
+        layer.get_base_layer().to(before.dtype)
+        added += float((exact - before.float()).double().square().sum())
+        lost += float((exact - weight.data.float()).double().square().sum())
+    return (lost / added) ** 0.5 if added else 0.0
+
+
+def _nudged(layers: list[LoraLayer], logits: Callable[[], Tensor], *, seed: int) -> Tensor:
+    """The logits where every merged weight is off at random by at most half a unit in its last place."""
+    random = torch.Generator().manual_seed(seed)
+    kept = [_weight(layer).data for layer in layers]
+    for layer in layers:
+        weight = _weight(layer)
+        half_units = torch.rand(weight.shape, generator=random) - 0.5
+        factor = 1 + half_units.double() * torch.finfo(weight.dtype).eps
+        weight.data = (weight.data.double() * factor).to(weight.dtype)
+    try:
+        return logits()
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            _weight(layer).data = weight
+
+
+def _tolerance(merged_logits: Tensor, nudged: list[Tensor], dtype: torch.dtype) -> float:
+    """Three times what rounding does to the logits: half a unit in the last place of each merged weight, in the
+    worst of three draws, and of the largest logit. As in verify.py, measured and not guessed."""
+    least = torch.finfo(dtype).eps * _largest(merged_logits) / 2
+    return ROUNDING_FACTOR * max(least, *(_largest(logits - merged_logits) for logits in nudged))
+
+
+def _unloaded(adapted: PeftModel) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that the layers are merged already
+        return cast(nn.Module, adapted.merge_and_unload())
+
+
+def _write(merged: nn.Module, base_dir: Path, directory: Path, report: MergeReport) -> None:
+    """The base's own files byte by byte (tokenizer, template, licence), then config and weights as they are now."""
+    for path in sorted(base_dir.iterdir()):
+        if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".gguf", ".bin", ".pt", ".py")):
+            shutil.copyfile(path, directory / path.name)
+    merged.save_pretrained(directory, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
+    write_json(directory / RECORD, asdict(report))
+
+
+def _largest(logits: Tensor) -> float:
+    return float(logits.abs().max())
+
+
+def _bad(reason: str) -> BadAdapter:
+    return BadAdapter(
+        f"The adapter is not merged: {reason}.", remedy="Give a LoRA adapter that was trained on this base model."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_core.merge", description="Merge an adapter into its base.")
+    parser.add_argument("adapter", type=Path, help="folder in PEFT's layout, such as `lorry adapters pull` gives")
+    parser.add_argument("base", type=Path, help="folder of safetensors, or a GGUF file")
+    parser.add_argument("out", type=Path, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of the merged weights; the base's own if left out"
+    )
+    parser.add_argument("--dequantise", action="store_true", help="merge into a quantised GGUF file, and store 16 bits")
+    parser.add_argument("--measure", action="store_true", help="time a pass of the base and of the merged model")
+    given = parser.parse_args(arguments)
+    try:
+        report = merge_adapter(given.adapter, given.base, given.out, dtype=given.dtype, dequantise=given.dequantise)
+        answer: dict[str, object] = {"merged": asdict(report)}
+        if given.measure and given.base.is_dir():
+            answer["cost"] = asdict(compare_cost(given.base, given.out, dtype=report.dtype))
+    except LoraCoreError as error:
+        sys.stderr.write(f"{error.message} {error.remedy}\n")
+        return 1
+    except FileExistsError as error:
+        sys.stderr.write(f"{error} exists already. Name a folder that doesn't.\n")
+        return 1
+    sys.stdout.write(json.dumps(answer, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
