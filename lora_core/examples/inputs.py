@@ -1,0 +1,62 @@
+# pyright: basic
+"""What the examples train on: a base model's folder, made or imported, and a few sentences as tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lora_core.base_import import import_base
+from lora_core.data import TokenDataset
+
+SENTENCES = (
+    "The lorry left the harbour before dawn with forty crates of oranges.",
+    "Water boils at one hundred degrees Celsius at sea level, and earlier in the mountains.",
+    "She counted the change twice, because the first time she had been talking.",
+    "A bridge that carries trains is tested with the heaviest train there is.",
+)
+NUM_BYTES = 256
+
+
+def base_folder(source: Path | None, scratch: Path) -> Path:
+    """A base directory: `source` imported into `scratch`, or a tiny random Llama whose tokens are bytes."""
+    folder = scratch / "base"
+    if source is None:
+        _tiny_llama().save_pretrained(folder)
+    else:
+        import_base(source=str(source), kind="gguf" if source.is_file() else "folder", revision=None, target_dir=folder)
+    return folder
+
+
+def text_rows(base_dir: Path) -> TokenDataset:
+    """The sentences, each a row whose every token but the first is a label."""
+    rows = [np.array(ids, np.int32) for ids in _token_ids(base_dir)]
+    return TokenDataset(
+        input_ids=np.concatenate(rows),
+        loss_mask=np.concatenate([np.arange(len(row)) > 0 for row in rows]).astype(np.uint8),
+        row_offsets=np.cumsum([0, *map(len, rows)]),
+    )
+
+
+def _token_ids(base_dir: Path) -> list[list[int]]:
+    if (base_dir / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(base_dir, trust_remote_code=False, local_files_only=True)
+        return [tokenizer(sentence)["input_ids"] for sentence in SENTENCES]
+    return [list(sentence.encode()) for sentence in SENTENCES]
+
+
+def _tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=NUM_BYTES,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        dtype=torch.float32,
+    )
+    return LlamaForCausalLM(config)

@@ -1,0 +1,51 @@
+# pyright: basic
+"""Two adapters of different rank, trained together on one base model and saved: the library without the service.
+
+`python -m lora_core.examples.two_adapters [--base FOLDER_OR_GGUF] [--out FOLDER]`; without a base, a tiny random one.
+"""
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from peft import LoraConfig
+
+from lora_core.base_model import load_base
+from lora_core.config import EngineConfig, JobConfig, OptimizerConfig, ScheduleConfig
+from lora_core.engine import Engine
+from lora_core.examples.inputs import base_folder, text_rows
+from lora_core.from_peft import lora_config_from
+
+
+def train_two(base_dir: Path, out_dir: Path, *, num_steps: int = 8) -> None:
+    adapters = {
+        "narrow": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+        "wide": LoraConfig(r=16, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
+    }
+    engine = Engine(load_base(base_dir, dtype="float32", device="cpu"), EngineConfig())
+    for name, adapter in adapters.items():
+        config = JobConfig(
+            lora=lora_config_from(adapter),
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            schedule=ScheduleConfig(kind="constant", num_steps=num_steps),
+            batch_size=2,
+            num_steps=num_steps,
+            seed=0,
+        )
+        engine.admit(name, config, text_rows(base_dir))
+    while not engine.idle:
+        for event in engine.tick():
+            print(event)  # noqa: T201
+    for name in engine.jobs():
+        engine.export(name, out_dir / name, base_name=str(base_dir))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m lora_core.examples.two_adapters", description=__doc__)
+    parser.add_argument(
+        "--base", type=Path, help="a folder of safetensors or a GGUF file; a tiny random model if left out"
+    )
+    parser.add_argument("--out", type=Path, default=Path("adapters"), help="where the two folders go")
+    given = parser.parse_args()
+    with TemporaryDirectory() as scratch:
+        train_two(base_folder(given.base, Path(scratch)), given.out)

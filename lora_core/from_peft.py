@@ -1,0 +1,59 @@
+# pyright: basic
+"""Reads a `peft.LoraConfig` as this engine's own: what is described there is trained here, or refused by name.
+
+Every field of PEFT's class is in one of the sets below; a test compares them with the class that is installed.
+"""
+
+import peft
+
+from lora_core.config import ALL_LINEAR, LoraConfig
+from lora_core.errors import ConfigError
+
+TAKEN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+"""Read into LoraConfig."""
+WITHOUT_EFFECT = {
+    *("task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    "fan_in_fan_out",  # told by the layer itself, as PEFT does with a warning
+    "runtime_config",  # of PEFT's own loading
+}
+"""They describe the adapter's file, or how PEFT runs; training doesn't read them."""
+REFUSED = {
+    *("auto_mapping", "exclude_modules", "bias", "modules_to_save", "init_lora_weights", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config"),
+    *("trainable_token_indices", "eva_config", "corda_config", "lora_ga_config", "use_dora", "velora_config"),
+    *("alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config", "layer_replication"),
+    *("lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+}
+"""The engine doesn't do what they ask for: only PEFT's default is taken."""
+
+
+def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
+    """Raises ConfigError, which names the field, for what the engine doesn't support."""
+    default = peft.LoraConfig()
+    for name in sorted(REFUSED & set(vars(config))):
+        if getattr(config, name) != getattr(default, name):
+            raise _unsupported(name, getattr(config, name), f"Leave it at {getattr(default, name)!r}.")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise _unsupported("task_type", config.task_type, "The engine trains causal language models.")
+    return LoraConfig(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=_target_modules(config.target_modules),
+        use_rslora=config.use_rslora,
+    )
+
+
+def _target_modules(wanted: list[str] | set[str] | str | None) -> str | tuple[str, ...]:
+    """PEFT reads one string as a regular expression, and None as names of its own for each model type."""
+    if wanted is None:
+        raise _unsupported("target_modules", wanted, f"Give {ALL_LINEAR!r} or a list of module names.")
+    if isinstance(wanted, str):
+        if wanted == ALL_LINEAR:
+            return ALL_LINEAR
+        raise _unsupported("target_modules", wanted, "A string is a regular expression in PEFT: give a list of names.")
+    return tuple(sorted(wanted))
+
+
+def _unsupported(name: str, value: object, remedy: str) -> ConfigError:
+    return ConfigError(f"The engine doesn't support {name}={value!r} of peft.LoraConfig.", remedy=remedy)

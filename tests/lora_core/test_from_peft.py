@@ -1,0 +1,83 @@
+"""A peft.LoraConfig is trained as it says, or refused by the name of the field that the engine doesn't support."""
+
+from dataclasses import fields
+
+import peft
+import pytest
+
+from lora_core import from_peft
+from lora_core.config import LoraConfig
+from lora_core.errors import ConfigError
+from lora_core.from_peft import lora_config_from
+
+
+def test_what_both_know_is_taken_over():
+    config = peft.LoraConfig(
+        r=12,
+        lora_alpha=24,
+        lora_dropout=0.1,
+        target_modules=["v_proj", "q_proj"],
+        use_rslora=True,
+        task_type="CAUSAL_LM",
+    )
+
+    assert lora_config_from(config) == LoraConfig(
+        rank=12, alpha=24, dropout=0.1, target_modules=("q_proj", "v_proj"), use_rslora=True
+    )
+    assert lora_config_from(peft.LoraConfig(target_modules="all-linear")).target_modules == "all-linear"
+
+
+def test_each_field_of_peft_is_taken_ignored_or_refused():
+    sets = (from_peft.TAKEN, from_peft.WITHOUT_EFFECT, from_peft.REFUSED)
+
+    assert sum(map(len, sets)) == len(set().union(*sets)), "no field is in two sets"
+    unknown = {field.name for field in fields(peft.LoraConfig)} - set().union(*sets)
+    assert unknown == set()
+
+
+UNSUPPORTED = {
+    "use_dora": True,
+    "init_lora_weights": "pissa",
+    "bias": "all",
+    "rank_pattern": {"q_proj": 8},
+    "alpha_pattern": {"q_proj": 8},
+    "layers_to_transform": [0],
+    "layers_pattern": "layers",
+    "modules_to_save": ["lm_head"],
+    "exclude_modules": ["q_proj"],
+    "trainable_token_indices": [1],
+    "lora_bias": True,
+    "target_parameters": ["experts.weight"],
+    "layer_replication": [(0, 1)],
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "ensure_weight_tying": True,
+    "megatron_config": {"a": 1},
+    "auto_mapping": {"parent_library": "x"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_what_the_engine_does_not_do_is_refused_by_name(name):
+    config = peft.LoraConfig(target_modules="all-linear")
+    setattr(config, name, UNSUPPORTED[name])
+
+    with pytest.raises(ConfigError, match=name) as refusal:
+        lora_config_from(config)
+    assert refusal.value.remedy
+
+
+@pytest.mark.parametrize("targets", [None, r".*\.q_proj"])
+def test_targets_that_peft_would_look_up_or_match_are_refused(targets):
+    with pytest.raises(ConfigError, match="target_modules"):
+        lora_config_from(peft.LoraConfig(target_modules=targets))
+
+
+def test_another_task_is_refused():
+    with pytest.raises(ConfigError, match="task_type"):
+        lora_config_from(peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+
+
+def test_numbers_out_of_range_are_refused_as_anywhere():
+    with pytest.raises(ConfigError, match=r"lora\.rank"):
+        lora_config_from(peft.LoraConfig(r=2048, target_modules="all-linear"))
