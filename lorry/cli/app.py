@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -83,10 +84,24 @@ def run(app: typer.Typer) -> None:
         raise SystemExit(EXIT_REFUSED) from None
 
 
+def _bad_lines(message: str) -> list[str]:
+    """A refused file's message begins a sentence with `Line 7: ` for each of its bad lines: those, each by itself.
+
+    Any other message is one.
+    """
+    if not message.startswith("Line "):
+        return [message]
+    return re.split(r" (?=Line \d+: |Reading stopped at )", message)
+
+
 def _say_error(error: Any) -> None:
     from lorry.errors import APIError
 
     place = f" (at {error.param})" if isinstance(error, APIError) and error.param else ""
+    lines = _bad_lines(error.message.removesuffix(error.remedy).rstrip())
+    if len(lines) > 1:
+        return output.say("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())
     output.say(f"Error: {error.message}{place}")
     if error.remedy and error.remedy not in error.message:
         output.say(error.remedy)
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from catalog.datasets import inspect
+from catalog.errors import InvalidRequest
 from lorry import Job
 from lorry.cli import output, watching
 from lorry.cli.main import app
@@ -204,6 +207,31 @@ def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Scri
     assert people.stdout == ""
     assert "lorry jobs submit m file-1" in people.stderr
     assert json.loads(machine.stdout)["report"] is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["{]"], ["Error: Line 1: "]),
+        (["{]", '{"messages": 3}'], ["Error (at file):", "  Line 1: ", "  Line 2: ", ""]),
+        (["{]"] * 9, ["Error (at file):", *(f"  Line {n}: " for n in range(1, 6)), "  Reading stopped at the 5th", ""]),
+    ],
+)
+def test_each_bad_line_of_an_upload_is_told_on_a_line(
+    service: Script, run: Run, tmp_path: Path, lines: list[str], told: list[str]
+) -> None:
+    content = "\n".join(lines).encode()
+    with pytest.raises(InvalidRequest) as refused:
+        inspect(io.BytesIO(content), max_line_bytes=100, max_rows=100)
+    error = {"message": refused.value.sentence(), "code": refused.value.code, "param": "file"}
+    service.on("POST", "/v1/files", Reply(status=400, body={"error": {**error, "remedy": refused.value.remedy}}))
+    (tmp_path / "chats.jsonl").write_bytes(content)
+
+    said = run("files", "upload", "chats.jsonl").stderr.splitlines()
+
+    assert len(said) == len(told)
+    assert len(said) == 1 or said[-1] == refused.value.remedy
+    assert all(line.startswith(start) for line, start in zip(said, told, strict=True))
 
 
 @pytest.mark.parametrize("command", ["files delete", "models delete --yes"])
