@@ -11,7 +11,7 @@ import typer
 
 from lorry.cli import output
 from lorry.cli.app import client, group
-from lorry.cli.output import AsJson
+from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def report(
 @app.command()
 def delete(
     file_id: Annotated[str, typer.Argument(help="The file's id.")],
+    _yes: YesTaken = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete an uploaded file."""

@@ -8,7 +8,7 @@ import typer
 
 from lorry.cli import job_sheet, output, watching
 from lorry.cli.app import Sectioned, client, group
-from lorry.cli.output import AsJson
+from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.submit import submit
 from lorry.cli.tables import Column, table
 
@@ -94,7 +94,7 @@ def watch(
 
 
 @app.command()
-def cancel(job_id: JobId, as_json: AsJson = False) -> None:
+def cancel(job_id: JobId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
     """End a job for good."""
     _told(client().jobs.cancel(job_id), as_json=as_json)
 

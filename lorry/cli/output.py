@@ -18,6 +18,16 @@ _WIDTH_OF_A_PIPE = 10_000
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
+YesTaken = Annotated[bool, typer.Option("--yes", "-y", hidden=True, help="Taken; there is no question.")]
+"""Of a command that acts at once: a script may say --yes to whatever deletes or ends something."""
+
+
+class Unattended(typer.BadParameter):
+    """Wrong usage: a question that nobody can answer. Its message is all that is printed, without a parameter."""
+
+    def format_message(self) -> str:
+        return self.message
+
 
 def console() -> Console:
     """For results: as wide as they are where no person's terminal cuts them. Text is never markup."""
@@ -53,7 +63,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not is_attended():
-        raise typer.BadParameter("nobody is there to confirm it; say --yes.", param_hint="--yes")
+        raise Unattended("Say --yes: nobody is there to be asked.")
     messages().print(f"{clean(question)} [y/N] ", end="", soft_wrap=True)
     try:
         answer = sys.stdin.readline()

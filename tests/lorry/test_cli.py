@@ -263,6 +263,13 @@ def test_a_verb_says_what_came_of_it(service: Script, run: Run, verb: str) -> No
     assert json.loads(run("jobs", verb, "j", "--json").stdout)["id"] == "j"
 
 
+def test_a_cancel_takes_the_yes_of_a_script(service: Script, run: Run) -> None:
+    service.on("POST", f"{JOBS}/j/cancel", {**JOB, "id": "j", "status": "cancelled"})
+
+    assert run("jobs", "cancel", "j", "--yes").stderr == "j is cancelled.\n"
+    assert "--yes" not in run("jobs", "cancel", "--help").stdout
+
+
 def test_adding_a_model_waits_until_it_is_there(service: Script, run: Run) -> None:
     service.on("POST", "/v1/models", {"id": "m", "state": "importing"})
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready", "digest": "d1"})

@@ -234,7 +234,7 @@ def test_each_bad_line_of_an_upload_is_told_on_a_line(
     assert all(line.startswith(start) for line, start in zip(said, told, strict=True))
 
 
-@pytest.mark.parametrize("command", ["files delete", "models delete --yes"])
+@pytest.mark.parametrize("command", ["files delete", "files delete --yes", "models delete --yes"])
 def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script, run: Run, command: str) -> None:
     refused = {"error": {"message": "A job uses it.", "type": "x", "param": None, "code": "c"}}
     group = command.split(maxsplit=1)[0]
@@ -280,7 +280,7 @@ def test_deleting_a_model_in_a_script_needs_the_option(service: Script, run: Run
     result = run("models", "delete", "tiny")
 
     assert result.exit_code == 2
-    assert "--yes" in result.stderr
+    assert result.stderr.splitlines()[-1] == "Error: Say --yes: nobody is there to be asked."
     assert service.seen == []
 
 
