@@ -114,7 +114,7 @@ def submit(
     rslora: Annotated[bool, _option(ADAPTER, "Scale by alpha/sqrt(rank).", "--rslora")] = False,
     dropout: Annotated[float | None, _option(ADAPTER, "Probability of dropping an input of A.")] = None,
     target: Targets = None,
-    learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.")] = None,
+    learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
     warmup: Annotated[
         float | None, _option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")

@@ -174,6 +174,13 @@ def test_a_field_that_is_said_twice_is_refused_with_both_names(
     assert service.seen == []
 
 
+def test_the_learning_rate_has_a_short_name(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, JOB)
+
+    assert run("m", "file-9", "--lr", "0.001").exit_code == 0
+    assert sent(service)["optimizer"] == {"learning_rate": 0.001}
+
+
 def test_fields_whose_names_begin_alike_are_two(service: Script, run: Run) -> None:
     service.on("POST", JOBS, JOB)
 
