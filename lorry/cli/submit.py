@@ -140,8 +140,8 @@ def submit(
 ) -> None:
     """Start a job; files that are paths are uploaded first. What is not said is the service's default."""
     fields = {path: ctx.params[name] for name, path in FIELDS.items() if _is_given(ctx.params[name])}
-    pairs = dict(_pair(given, "--metadata") for given in metadata or [])
-    others = [_pair(given, "--set") for given in other or []]
+    pairs = dict(_pair(given, "--metadata", "KEY=VALUE") for given in metadata or [])
+    others = [_pair(given, "--set", "PATH=VALUE") for given in other or []]
     if pairs:
         fields["metadata"] = pairs
     files = {"training_file"} if valid is None else {"training_file", "validation_file"}
@@ -167,10 +167,10 @@ def _is_given(value: object) -> bool:
     return value is not None and value is not False and value not in ([], ())
 
 
-def _pair(given: str, option: str) -> tuple[str, str]:
+def _pair(given: str, option: str, form: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not (name and equals):
-        raise typer.BadParameter(f"{given!r} is not of the form NAME=VALUE.", param_hint=option)
+        raise typer.BadParameter(f"{given!r} is not of the form {form}.", param_hint=option)
     return name, value
 
 

@@ -137,8 +137,8 @@ def test_a_refusal_names_what_was_typed(service: Script, run: Run, param: str, s
     [
         (("m", "gone.jsonl"), "TRAIN"),
         (("m", "train.jsonl", "--valid", "gone.jsonl"), "--valid"),
-        (("m", "train.jsonl", "--metadata", "team"), "--metadata"),
-        (("m", "train.jsonl", "--set", "=3"), "--set"),
+        (("m", "train.jsonl", "--metadata", "team"), "KEY=VALUE"),
+        (("m", "train.jsonl", "--set", "=3"), "PATH=VALUE"),
         (("m", "train.jsonl", "--schedule", "steep"), "--schedule"),
     ],
 )
