@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lora_core.attach import Attachment, find_linears, target_of
 from lora_core.model_folder import load_with_transformers, mismatch, read_config, unpackable
 from lora_core.objectives import Head
+from lora_core.quantisation import Quantisation, load_quantised, scale_bytes
 from lora_core.tensor_files import read_header
 
 
@@ -27,6 +28,7 @@ class BaseModel:
     model: PreTrainedModel
     dtype: torch.dtype
     device: str
+    quantisation: Quantisation = "none"
     attachment: Attachment | None = field(default=None)
 
     def linear_names(self) -> tuple[str, ...]:
@@ -35,7 +37,7 @@ class BaseModel:
 
     @property
     def num_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        return sum(parameter.nbytes for parameter in self.model.parameters()) + scale_bytes(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -94,24 +96,42 @@ def max_positions(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def load_base(base_dir: Path, *, dtype: Literal["bfloat16", "float32"], device: str) -> BaseModel:
+def load_base(
+    base_dir: Path,
+    *,
+    dtype: Literal["bfloat16", "float32"],
+    device: str,
+    quantisation: Quantisation = "none",
+) -> BaseModel:
     """Load frozen weights; on a CPU, in the file's own dtype, they stay memory-mapped and shared.
 
-    Raises UnsupportedModel for a family that can't be packed, UnsafeFile for a tensor file over the limits.
+    Quantised ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
+    that can't be packed, UnsafeFile for a tensor file over the limits.
     """
     config = read_config(base_dir)
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-    weights: dict[str, torch.Tensor] = {}
-    for path in sorted(base_dir.glob("*.safetensors")):
+    paths = sorted(base_dir.glob("*.safetensors"))
+    for path in paths:
         read_header(path)
-        weights |= load_file(path)  # views of a private memory map
-    weights = {name: weight.to(device, torch_dtype) for name, weight in weights.items()}
-    model = _build_empty(config, torch_dtype)
-    if not _assign(model, weights):
-        model = load_with_transformers(base_dir, dtype=torch_dtype)  # older names in the file: a copy
-    nn.Module.to(model, device)
+    empty = _build_empty(config, torch_dtype)
+    if quantisation == "none":
+        model = _load_plain(empty, base_dir, paths, device=device)
+    else:
+        model = load_quantised(base_dir, quantisation=quantisation, dtype=torch_dtype, device=device)
     model.requires_grad_(False).eval()
-    return BaseModel(model=model, dtype=torch_dtype, device=device)
+    return BaseModel(model=model, dtype=torch_dtype, device=device, quantisation=quantisation)
+
+
+def _load_plain(empty: PreTrainedModel, base_dir: Path, paths: list[Path], *, device: str) -> PreTrainedModel:
+    weights: dict[str, torch.Tensor] = {}
+    for path in paths:
+        weights |= load_file(path)  # views of a private memory map
+    weights = {name: weight.to(device, empty.dtype) for name, weight in weights.items()}
+    model = empty
+    if not _assign(model, weights):
+        model = load_with_transformers(base_dir, dtype=model.dtype)  # older names in the file: a copy
+    nn.Module.to(model, device)
+    return model
 
 
 def build_model(config: Any) -> PreTrainedModel:

@@ -6,6 +6,7 @@ them multiplies by the same numbers. The fp32 master stays in checkpoints.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lora_core.counter_random import random_words
 from lora_core.module_names import layer_of, matches
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import hidden_states
+from lora_core.quantisation import Quantisation
 from lora_core.tensor_files import write_directory, write_json
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_POSITIONS = 2, 48, 2
@@ -29,12 +31,16 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """`sha256` is of adapter_model.safetensors; `num_parameters` counts A, B and DoRA's magnitudes."""
+    """`sha256` is of adapter_model.safetensors; `num_parameters` counts A, B and DoRA's magnitudes.
+
+    `quantisation` is of the base model that the adapter was trained on.
+    """
 
     num_parameters: int
     num_bytes: int
     sha256: str
     dtype: str
+    quantisation: Quantisation = "none"
 
 
 def export_adapter(base: BaseModel, row: AdapterRow, directory: Path, *, base_name: str) -> ExportReport:
@@ -46,13 +52,22 @@ def export_adapter(base: BaseModel, row: AdapterRow, directory: Path, *, base_na
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
         dtype=str(row.compute.dtype).removeprefix("torch."),
+        quantisation=base.quantisation,
     )
 
 
 def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str) -> None:
-    save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata=_metadata(base))
     write_json(directory / "adapter_config.json", peft_config(base, row, base_name))
     save_file(_probe(base, row), directory / "probe.safetensors")
+
+
+def _metadata(base: BaseModel) -> dict[str, str]:
+    """Of a quantised base, how: PEFT's adapter_config.json has no place for it."""
+    if base.quantisation == "none":
+        return {"format": "pt"}
+    how = base.model.config.quantization_config.to_dict()
+    return {"format": "pt", "base_quantization_config": json.dumps(how, sort_keys=True)}
 
 
 def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:

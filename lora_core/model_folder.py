@@ -80,7 +80,7 @@ def unpackable(config: Any, reason: str) -> UnsupportedModel:
     )
 
 
-def load_with_transformers(folder: Path, *, dtype: torch.dtype, **source: str) -> PreTrainedModel:
+def load_with_transformers(folder: Path, *, dtype: torch.dtype, **source: Any) -> PreTrainedModel:
     """The model with every weight from the files: a missing one would be random. Raises UnsupportedModel."""
     options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     try:
