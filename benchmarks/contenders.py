@@ -93,7 +93,7 @@ def peft_trainer(gate: Gate, options: Json) -> None:
 
 def trl_sft(gate: Gate, options: Json) -> None:
     """TRL's SFTTrainer with packing to 1,024 tokens, and no gradient checkpointing, which costs time."""
-    from datasets import Dataset
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
 
     rows = [row for batch in rows_in_order(options) for row in batch]

@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 """Base models whose linears are held in 4 or 8 bits by bitsandbytes; adapters, norms and the head stay in the dtype.
 
 Only the loading is special: a quantised linear computes with its own forward, beside which the engine adds LoRA.
