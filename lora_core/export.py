@@ -141,16 +141,21 @@ def _short(path: str) -> str:
 
 
 def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
-    """Pseudo-random ids, never a user's, and the engine's logits with and without the adapter."""
-    num_tokens = min(PROBE_TOKENS, base.max_positions or PROBE_TOKENS)
-    words = random_words("probe", PROBE_SEED, count=PROBE_ROWS * num_tokens)
-    ids = (words % np.uint64(base.vocab_size)).astype(np.int64).reshape(PROBE_ROWS, num_tokens)
+    """Pseudo-random ids, and the engine's logits with and without the adapter."""
+    ids = pseudo_random_ids(base, "probe", PROBE_SEED)
     bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device)
     return {
         "input_ids": torch.from_numpy(ids),
         "logits": packed_logits(base, row, ids),
         "base_logits": packed_logits(base, bare, ids),
     }
+
+
+def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:
+    """int64 [2, 48], or as many as the base takes: the same each time, and never a user's."""
+    num_tokens = min(PROBE_TOKENS, base.max_positions or PROBE_TOKENS)
+    words = random_words(purpose, seed, count=PROBE_ROWS * num_tokens)
+    return (words % np.uint64(base.vocab_size)).astype(np.int64).reshape(PROBE_ROWS, num_tokens)
 
 
 @torch.no_grad()

@@ -8,8 +8,12 @@ import peft
 
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import ConfigError
+from lora_core.module_names import REGEX_PREFIX
 
-TAKEN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+TAKEN = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform"),
+}
 """Read into LoraConfig."""
 WITHOUT_EFFECT = {
     *("task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -18,9 +22,9 @@ WITHOUT_EFFECT = {
 }
 """They describe the adapter's file, or how PEFT runs; training doesn't read them."""
 REFUSED = {
-    *("auto_mapping", "exclude_modules", "bias", "modules_to_save", "init_lora_weights", "layers_to_transform"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config"),
-    *("trainable_token_indices", "eva_config", "corda_config", "lora_ga_config", "use_dora", "velora_config"),
+    *("auto_mapping", "exclude_modules", "bias", "modules_to_save", "init_lora_weights", "layers_pattern"),
+    *("megatron_config", "megatron_core", "loftq_config", "trainable_token_indices", "eva_config"),
+    *("corda_config", "lora_ga_config", "velora_config"),
     *("alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config", "layer_replication"),
     *("lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 }
@@ -41,6 +45,10 @@ def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
         dropout=config.lora_dropout,
         target_modules=_target_modules(config.target_modules),
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        rank_pattern=tuple((config.rank_pattern or {}).items()),
+        alpha_pattern=tuple((config.alpha_pattern or {}).items()),
+        layers_to_transform=_layers(config.layers_to_transform),
     )
 
 
@@ -49,10 +57,14 @@ def _target_modules(wanted: list[str] | set[str] | str | None) -> str | tuple[st
     if wanted is None:
         raise _unsupported("target_modules", wanted, f"Give {ALL_LINEAR!r} or a list of module names.")
     if isinstance(wanted, str):
-        if wanted == ALL_LINEAR:
-            return ALL_LINEAR
-        raise _unsupported("target_modules", wanted, "A string is a regular expression in PEFT: give a list of names.")
+        return wanted if wanted == ALL_LINEAR else f"{REGEX_PREFIX}{wanted}"
     return tuple(sorted(wanted))
+
+
+def _layers(wanted: list[int] | int | None) -> tuple[int, ...] | None:
+    if wanted is None:
+        return None
+    return (wanted,) if isinstance(wanted, int) else tuple(wanted)
 
 
 def _unsupported(name: str, value: object, remedy: str) -> ConfigError:

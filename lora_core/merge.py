@@ -18,32 +18,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_core.base_import import import_base
 from lora_core.base_model import BaseModel, load_base
-from lora_core.counter_random import random_words
 from lora_core.errors import BadAdapter, LoraCoreError, UnsafeFile, UnsupportedModel
-from lora_core.export import PROBE_POSITIONS
+from lora_core.export import pseudo_random_ids
 from lora_core.merge_cost import compare_cost
 from lora_core.model_folder import read_config
 from lora_core.tensor_files import read_header, write_directory, write_json
-from lora_core.verify import ROUNDING_FACTOR, refuse_foreign_code, verify_export
+from lora_core.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_foreign_code, verify_export
 
-PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 2, 48, 20_260_102
-NUM_NUDGES = 3
+PROBE_SEED = 20_260_102
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
 SHARD = "5GB"
-SAME_MODEL = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Share of the largest logit by which two orders of operations of one model may differ; another model is far off."""
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -87,7 +81,7 @@ def merge_adapter(
         base = load_base(base_dir, dtype=dtype or stored, device="cpu")
         _refuse_other_base(base, adapter_dir)
         model = cast(nn.Module, base.model)
-        ids = _probe_ids(base.vocab_size, base.max_positions)
+        ids = torch.from_numpy(pseudo_random_ids(base, "merge", PROBE_SEED))
         with torch.no_grad():
             plain_logits = _logits(model, ids)
             adapted = _load(model, adapter_dir)
@@ -175,20 +169,8 @@ def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
     stored = {kind for kind, _ in read_header(adapter_dir / WEIGHTS).values()}
     if stored != {{torch.float32: "F32", torch.bfloat16: "BF16"}[base.dtype]}:
         return
-    verdict = verify_export(base, adapter_dir)
-    probe = load_file(adapter_dir / "probe.safetensors")
-    with torch.no_grad():
-        logits = _logits(cast(nn.Module, base.model), probe["input_ids"])[:, -PROBE_POSITIONS:]
-    difference = _largest(logits - probe["base_logits"])
-    if not verdict.passed or not difference <= SAME_MODEL[base.dtype] * verdict.max_abs_logit:
+    if not verify_export(base, adapter_dir).passed:
         raise _bad("on this base model it doesn't give the logits that training saw")
-
-
-def _probe_ids(vocab_size: int, max_positions: int | None) -> Tensor:
-    """int64 [2, 48]: never a user's."""
-    num_tokens = min(PROBE_TOKENS, max_positions or PROBE_TOKENS)
-    words = random_words("merge", PROBE_SEED, count=PROBE_ROWS * num_tokens) % np.uint64(vocab_size)
-    return torch.from_numpy(words.astype(np.int64).reshape(PROBE_ROWS, num_tokens))
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -203,9 +185,8 @@ def _load(model: nn.Module, adapter_dir: Path) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False).eval()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _bad(f"PEFT can't load it: {error}") from error
-    wanted = {name.replace(".default.", ".") for name in adapted.state_dict() if ".lora_" in name}
     with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
-        foreign = sorted(wanted ^ set(file.keys()))
+        foreign = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() ^ set(file.keys()))
     if foreign:
         raise _bad(f"{foreign[0]} is missing, or has no place in this base model")
     return adapted

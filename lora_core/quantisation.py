@@ -29,11 +29,10 @@ def load_quantised(
         quantization_config=quantization_config(quantisation, dtype),
         device_map={"": device},
     )
-    for linear in _quantised_linears(model):
-        if quantisation == "nf4":
-            linear.support_avx512bf16_for_cpu = (
-                False  # else a pass without gradients repacks it, and no later one has any
-            )
+    if quantisation == "nf4":
+        for linear in _quantised_linears(model):
+            # Else a pass without gradients repacks the weight, and no later pass has a backward.
+            linear.support_avx512bf16_for_cpu = False
     return model
 
 

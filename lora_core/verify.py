@@ -26,6 +26,8 @@ from lora_core.tensor_files import read_header
 
 ROUNDING_FACTOR = 3
 NUM_NUDGES = 3
+SAME_MODEL = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Share of the largest logit by which two orders of operations of one model may differ; another model is far off."""
 FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors")
 
 
@@ -81,6 +83,7 @@ def _compare(probe: dict[str, Tensor], logits: Tensor, *, roundings: list[Tensor
     - The engine multiplies by A and B in the base's dtype, PEFT in fp32 unless it is told not to
       (`autocast_adapter_dtype`): the difference of PEFT's two ways. It is zero where the base is fp32.
 
+    The first is of the same base model only if it is within SAME_MODEL: another one would widen its own tolerance.
     None is taken as smaller than half a unit in the last place of the largest logit. All are taken at the
     worst logit and in the root mean square, and the difference must be within both: the root mean square
     notices a wrong adapter long before the worst logit does.
@@ -89,7 +92,8 @@ def _compare(probe: dict[str, Tensor], logits: Tensor, *, roundings: list[Tensor
     least = torch.finfo(dtype).eps * largest / 2
     tolerance = ROUNDING_FACTOR * max(least, *map(_largest, roundings))
     rms_tolerance = ROUNDING_FACTOR * max(least, *map(_rms, roundings))
-    passed = _largest(difference) <= tolerance and _rms(difference) <= rms_tolerance
+    is_same_base = _largest(roundings[0]) <= SAME_MODEL[dtype] * _largest(probe["base_logits"])
+    passed = is_same_base and _largest(difference) <= tolerance and _rms(difference) <= rms_tolerance
     return VerifyReport(
         max_abs_diff=_largest(difference),
         max_abs_logit=largest,

@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +343,12 @@ def _record(seeded: Seeded, claim_id: str, artifact: Manifest, evaluation: dict[
         },
         code={"lorry": "0.1.0", "torch": "2.9.1", "transformers": "5.1.0", "peft": "0.18.0"},
     )
+
+
+def another_project(seeded: Seeded) -> Seeded:
+    """The same service as seen by a project beside, which has one file of its own."""
+    project = projects.ensure(seeded.db, "others")
+    _, secret = keys.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
+    caller = keys.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)
+    training = upload(seeded.db, seeded.store, seeded.settings, project, "theirs.jsonl", 40)
+    return replace(seeded, caller=caller, training=training, validation=training)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from playwright.sync_api import expect
 
-from catalog import bases, keys, projects
+from catalog import bases, keys
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -99,11 +97,7 @@ def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, v
 
 def test_an_operator_sees_that_another_project_uses_a_base(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
-    project = projects.ensure(seeded.db, "others")
-    _, secret = keys.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
-    caller = keys.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)
-    training = seed.upload(seeded.db, seeded.store, seeded.settings, project, "theirs.jsonl", 40)
-    others = replace(seeded, caller=caller, training=training, validation=training)
+    others = seed.another_project(seeded)
     visitor = visit(fresh)
     visitor.open("#/models")
     row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from playwright.sync_api import Locator
 from sqlalchemy import select
 
-from catalog import claims, files, jobs, keys, projects
+from catalog import claims, files, jobs
 from catalog.tables import Attempt, Job
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
@@ -285,11 +283,7 @@ def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Ser
 
 def test_a_worker_that_trains_for_another_project_is_training(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
-    project = projects.ensure(seeded.db, "others")
-    _, secret = keys.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
-    caller = keys.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)
-    training = seed.upload(seeded.db, seeded.store, seeded.settings, project, "theirs.jsonl", 40)
-    others = replace(seeded, caller=caller, training=training, validation=training)
+    others = seed.another_project(seeded)
     seed.submit(others, "theirs")
     seed.prepare(others)
     seed.claim(others)

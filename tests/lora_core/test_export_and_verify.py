@@ -233,3 +233,15 @@ def test_an_adapter_that_asks_for_foreign_code_is_refused(exported):
 def test_an_adapter_of_another_base_model_is_refused(exported, load):
     with pytest.raises(BadAdapter):
         verify_export(load("gpt2"), exported[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_base_model_of_the_same_shape_fails_verification(load, tmp_path, dtype):
+    base = load("llama", dtype)
+    trained(base).export("job", tmp_path / "adapter", base_name="tiny")
+    other = load("llama", dtype)
+    for parameter in other.model.parameters():
+        parameter.data = parameter.data + 0.02 * torch.sin(torch.arange(parameter.numel())).view(parameter.shape)
+
+    assert verify_export(base, tmp_path / "adapter").passed
+    assert not verify_export(other, tmp_path / "adapter").passed

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,15 +37,24 @@ def tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter_of(tmp_path: Path):
     """adapter_of(base_dir, dtype): the folder of a trained adapter."""
 
-    def train(base_dir: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
+    def train(base_dir: Path, dtype: Literal["float32", "bfloat16"] = "float32", *, use_dora: bool = False) -> Path:
         engine = Engine(load_base(base_dir, dtype=dtype, device="cpu"), EngineConfig())
-        admit(engine, "job", JOB)
+        lora = replace(JOB.config.lora, use_dora=use_dora)
+        admit(engine, "job", replace(JOB, config=replace(JOB.config, lora=lora)))
         while not engine.idle:
             engine.tick()
         engine.export("job", tmp_path / "adapter", base_name="tiny")
         return tmp_path / "adapter"
 
     return train
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_with_dora_is_merged_as_peft_reads_it(base_dirs, adapter_of, tmp_path, family):
+    report = merge_adapter(adapter_of(base_dirs[family], use_dora=True), base_dirs[family], tmp_path / "merged")
+
+    assert report.max_abs_diff <= report.tolerance < report.max_abs_effect / 2, report
 
 
 @pytest.mark.filterwarnings("ignore")

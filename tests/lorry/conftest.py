@@ -1,12 +1,15 @@
-"""A scripted service, and clients that never sleep."""
+"""A scripted service, clients that never sleep, and the command line pointed at it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from lorry import Lorry
+from lorry.cli.main import app
 from tests.lorry.scripted_server import Script, serving
 
 
@@ -26,3 +29,12 @@ def slept() -> list[float]:
 def client(service: Script, slept: list[float]) -> Iterator[Lorry]:
     with Lorry(service.url, "lorry_key", sleep=slept.append) as lorry:
         yield lorry
+
+
+@pytest.fixture
+def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """run("jobs", "list", …): the command line against the scripted service, in an empty folder."""
+    monkeypatch.setenv("LORRY_URL", service.url)
+    monkeypatch.setenv("LORRY_API_KEY", "k")
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import lorry as lorry_package
 from lorry import __version__, connection
-from lorry.cli.adapters import folder_name
-from lorry.cli.main import app
 from tests.lorry.adapter_fixture import serve, tar
 from tests.lorry.scripted_server import Reply, Script
 
@@ -31,14 +29,6 @@ JOB = {
     "created_at": 1790000000,
     "lora": {"rank": 16},
 }
-
-
-@pytest.fixture
-def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setenv("LORRY_URL", service.url)
-    monkeypatch.setenv("LORRY_API_KEY", "k")
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refusal(message: str, status: int = 400) -> Reply:
@@ -277,67 +267,6 @@ def test_adding_a_model_waits_until_it_is_there(service: Script, run: Run) -> No
     assert "m is ready, digest d1." in run("models", "add", "m", "org/name").stderr
     assert json.loads(run("models", "add", "m", "org/name", "--json").stdout)["digest"] == "d1"
     assert "being imported" in run("models", "add", "m", "org/name", "--no-wait").stderr
-
-
-def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tmp_path: Path) -> None:
-    serve(service, tar())
-
-    pulled = run("adapters", "pull", "a")
-    folder = tmp_path / pulled.stdout.strip()
-    first = run("adapters", "verify", folder)
-    (folder / "adapter_config.json").write_text("x")
-    second = run("adapters", "verify", folder, "--json")
-
-    assert folder.name == "ft-m-p-s-..-x-1"
-    assert first.exit_code == 0
-    assert second.exit_code == 1
-    assert json.loads(second.stdout)["passed"] is False
-
-
-@pytest.mark.parametrize(
-    ("base", "told"),
-    [
-        (
-            {"source": "org/tiny", "revision": "abc", "local_path": "/nowhere/on/this/machine"},
-            'base is m: AutoModelForCausalLM.from_pretrained("org/tiny", revision="abc")',
-        ),
-        ({"source": "/made/elsewhere"}, "base is m, loaded by Transformers from its folder or its hub id."),
-        (Reply(status=404, body={}), "base is m, loaded by Transformers from its folder or its hub id."),
-    ],
-)
-def test_pulling_tells_how_peft_loads_the_folder(service: Script, run: Run, base: Any, told: str) -> None:
-    serve(service, tar())
-    service.on("GET", "/v1/models/m", base)
-
-    assert run("adapters", "pull", "a", "mine").stderr.splitlines() == [
-        'PEFT loads it: PeftModel.from_pretrained(base, "mine")',
-        told,
-    ]
-
-
-def test_pulling_tells_the_bases_folder_where_it_is_on_this_machine(service: Script, run: Run, tmp_path: Path) -> None:
-    serve(service, tar())
-    service.on("GET", "/v1/models/m", {"source": "org/tiny", "local_path": str(tmp_path)})
-
-    assert f'base is m: AutoModelForCausalLM.from_pretrained("{tmp_path}")\n' in run("adapters", "pull", "a").stderr
-    assert run("adapters", "pull", "a", "--json").stderr == ""
-
-
-def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) -> None:
-    service.on("POST", "/v1/adapters/a/verify", {"passed": False, "problems": ["x is missing."]})
-
-    result = run("adapters", "verify", "a")
-
-    assert result.exit_code == 1
-    assert "x is missing." in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [("ft:m:p:s:1", "ft-m-p-s-1"), ("../../etc", "etc"), ("/", "adapter"), ("..", "adapter"), ("a b", "a-b")],
-)
-def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: str) -> None:
-    assert folder_name(name) == folder
 
 
 def test_queue_report_and_show_print_what_they_are_told(service: Script, run: Run) -> None:

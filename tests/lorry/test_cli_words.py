@@ -32,14 +32,6 @@ PAUSED = {**JOB, "status": "paused"}
 Run = Callable[..., Result]
 
 
-@pytest.fixture
-def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setenv("LORRY_URL", service.url)
-    monkeypatch.setenv("LORRY_API_KEY", "k")
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_a_worker_is_what_the_service_says_and_nothing_else_is_asked(service: Script, run: Run) -> None:
     rows = [{"id": "one", "state": "busy"}, {"id": "two", "state": "idle", "trainer_id": "t-two"}]
     service.on("GET", "/v1/workers", {"data": rows, "has_more": False})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from lorry.cli.main import app
 from tests.lorry.adapter_fixture import serve, tar
 from tests.lorry.scripted_server import Script
 
@@ -70,11 +70,8 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setenv("LORRY_URL", service.url)
-    monkeypatch.setenv("LORRY_API_KEY", "k")
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, ["adapters", *map(str, arguments)])
+def run(run: Run) -> Run:
+    return partial(run, "adapters")
 
 
 def told(result: Result) -> list[str]:

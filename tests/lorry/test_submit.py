@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from catalog.spec import EvaluationRequest, Hyperparameters, JobRequest, LoraRequest, OptimizerRequest, ScheduleRequest
-from lorry.cli.main import app
 from lorry.cli.submit import FIELDS, NAMES, submit
 from tests.lorry.scripted_server import Reply, Script
 
@@ -28,15 +28,12 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setenv("LORRY_URL", service.url)
-    monkeypatch.setenv("LORRY_API_KEY", "k")
-    monkeypatch.chdir(tmp_path)
+def run(run: Run, service: Script, tmp_path: Path) -> Run:
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "valid.jsonl").write_text("{}\n")
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready"})
     service.on("POST", "/v1/files", {"id": "file-1"}, {"id": "file-2"})
-    return lambda *arguments: CliRunner().invoke(app, ["jobs", "submit", *map(str, arguments)])
+    return partial(run, "jobs", "submit")
 
 
 def refusal(status: int, param: str | None, message: str = "No.") -> Reply:

@@ -1,0 +1,78 @@
+"""Adapters by the command line: pulled, checked, and told how to use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from lorry.cli.adapters import folder_name
+from tests.lorry.adapter_fixture import serve, tar
+from tests.lorry.scripted_server import Reply, Script
+
+Run = Callable[..., Result]
+
+
+def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tmp_path: Path) -> None:
+    serve(service, tar())
+
+    pulled = run("adapters", "pull", "a")
+    folder = tmp_path / pulled.stdout.strip()
+    first = run("adapters", "verify", folder)
+    (folder / "adapter_config.json").write_text("x")
+    second = run("adapters", "verify", folder, "--json")
+
+    assert folder.name == "ft-m-p-s-..-x-1"
+    assert first.exit_code == 0
+    assert second.exit_code == 1
+    assert json.loads(second.stdout)["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        (
+            {"source": "org/tiny", "revision": "abc", "local_path": "/nowhere/on/this/machine"},
+            'base is m: AutoModelForCausalLM.from_pretrained("org/tiny", revision="abc")',
+        ),
+        ({"source": "/made/elsewhere"}, "base is m, loaded by Transformers from its folder or its hub id."),
+        (Reply(status=404, body={}), "base is m, loaded by Transformers from its folder or its hub id."),
+    ],
+)
+def test_pulling_tells_how_peft_loads_the_folder(service: Script, run: Run, base: Any, told: str) -> None:
+    serve(service, tar())
+    service.on("GET", "/v1/models/m", base)
+
+    assert run("adapters", "pull", "a", "mine").stderr.splitlines() == [
+        'PEFT loads it: PeftModel.from_pretrained(base, "mine")',
+        told,
+    ]
+
+
+def test_pulling_tells_the_bases_folder_where_it_is_on_this_machine(service: Script, run: Run, tmp_path: Path) -> None:
+    serve(service, tar())
+    service.on("GET", "/v1/models/m", {"source": "org/tiny", "local_path": str(tmp_path)})
+
+    assert f'base is m: AutoModelForCausalLM.from_pretrained("{tmp_path}")\n' in run("adapters", "pull", "a").stderr
+    assert run("adapters", "pull", "a", "--json").stderr == ""
+
+
+def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/adapters/a/verify", {"passed": False, "problems": ["x is missing."]})
+
+    result = run("adapters", "verify", "a")
+
+    assert result.exit_code == 1
+    assert "x is missing." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("ft:m:p:s:1", "ft-m-p-s-1"), ("../../etc", "etc"), ("/", "adapter"), ("..", "adapter"), ("a b", "a-b")],
+)
+def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: str) -> None:
+    assert folder_name(name) == folder
