@@ -2,7 +2,7 @@
 """One adapter as one flat row: every A and B of a job are views of four contiguous fp32 vectors.
 
 Letters: N numbers of the row, R rank, D features in, O features out. A row is all A, then all B, then the
-magnitudes of DoRA, so that what has a rate of its own is one contiguous part. Clip, AdamW, finite check,
+magnitudes of DoRA, so that what has a rate of its own is one contiguous part. Clip, optimizer, finite check,
 checkpoint and eviction are each one operation on one vector, and rows of different jobs share no memory.
 """
 
@@ -61,7 +61,7 @@ class SiteSpans:
 
 
 class AdapterRow:
-    """The flat vectors of one job: p weights, g gradient, m and v the moments of AdamW (fp32 [N] each).
+    """The flat vectors of one job: p weights, g gradient, m and v the moments of its optimizer (fp32 [N] each).
 
     `compute` holds p in the base model's dtype, which forward and backward read; it is p itself in fp32.
     The first `num_a` numbers are those of all A.

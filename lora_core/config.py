@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from lora_core.errors import ConfigError
 from lora_core.module_names import REGEX_PREFIX, compiles, pattern_value
@@ -78,13 +78,19 @@ class LoraConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+OptimizerKind = Literal["adamw", "sgd"]
+OPTIMIZERS: tuple[OptimizerKind, ...] = get_args(OptimizerKind)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) over the whole adapter; `max_grad_norm` None means no clipping.
+    """AdamW (arXiv 1711.05101) or SGD over the whole adapter; `max_grad_norm` None means no clipping.
 
     `lora_plus_ratio`: the rate of B, and of whatever isn't A, over that of A (LoRA+, arXiv 2402.12354).
+    `momentum` belongs to SGD, whose decay is a part of the gradient, as in torch; betas and eps belong to AdamW.
     """
 
+    kind: OptimizerKind = "adamw"
     learning_rate: float
     lora_plus_ratio: float = 1.0
     beta1: float = 0.9
@@ -92,8 +98,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        _require(self.kind in OPTIMIZERS, "optimizer.kind", self.kind, f"one of {', '.join(OPTIMIZERS)}")
         _require(_is_positive(self.learning_rate), "optimizer.learning_rate", self.learning_rate, "positive")
         _require(_is_positive(self.lora_plus_ratio), "optimizer.lora_plus_ratio", self.lora_plus_ratio, "positive")
         _require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "at least 0 and below 1")
@@ -103,26 +111,33 @@ class OptimizerConfig:
         _require(decay_ok, "optimizer.weight_decay", self.weight_decay, "zero or positive")
         clip_ok = self.max_grad_norm is None or _is_positive(self.max_grad_norm)
         _require(clip_ok, "optimizer.max_grad_norm", self.max_grad_norm, "positive, or none")
+        momentum_ok = 0 <= self.momentum < 1 and (self.kind == "sgd" or self.momentum == 0)
+        _require(momentum_ok, "optimizer.momentum", self.momentum, "at least 0 and below 1, and 0 without sgd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate by step: linear warm-up, then constant, linear to zero, or a half cosine to zero.
+    """Learning rate by step: linear warm-up, then constant, linear to zero, a half cosine to zero, or "wsd".
 
     Step s of w = `warmup_steps` has the rate peak · s / (w + 1), so no step is lost to a rate of 0; step
-    w + 1 has the peak.
+    w + 1 has the peak. "wsd" (warm-up, stable, decay: arXiv 2404.06395, 2405.18392) keeps the peak until the last
+    `decay_steps`, over which it goes down in a line that reaches zero one step after the last.
     """
 
-    kind: Literal["constant", "linear", "cosine"]
+    kind: Literal["constant", "linear", "cosine", "wsd"]
     warmup_steps: int = 0
+    decay_steps: int = 0
     num_steps: int
 
     def __post_init__(self) -> None:
-        kind_ok = self.kind in ("constant", "linear", "cosine")
-        _require(kind_ok, "schedule.kind", self.kind, "constant, linear or cosine")
+        kind_ok = self.kind in ("constant", "linear", "cosine", "wsd")
+        _require(kind_ok, "schedule.kind", self.kind, "constant, linear, cosine or wsd")
         _require(self.num_steps >= 1, "schedule.num_steps", self.num_steps, "at least 1")
         warmup_ok = 0 <= self.warmup_steps <= self.num_steps
         _require(warmup_ok, "schedule.warmup_steps", self.warmup_steps, "between 0 and schedule.num_steps")
+        longest = self.num_steps - self.warmup_steps if self.kind == "wsd" else 0
+        expected = f"between 0 and {longest}, the steps after the warm-up" if longest else "0 without wsd"
+        _require(0 <= self.decay_steps <= longest, "schedule.decay_steps", self.decay_steps, expected)
 
 
 ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo"]

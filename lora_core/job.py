@@ -17,7 +17,7 @@ from lora_core.adapters import AdapterRow
 from lora_core.config import JobConfig
 from lora_core.data import TokenDataset, cut_slices, rows_of_examples, rows_of_step
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
-from lora_core.optim import adamw_step, gradient_norm, learning_rate_at, stays_finite
+from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.pack import DropoutKey, SliceInput
 from lora_core.turns import Kind
 
@@ -163,7 +163,7 @@ class Job:
         norm = gradient_norm(self.row)
         if not stays_finite(self.row, config, learning_rate=rate, norm=norm):
             return self._diverge(f"The gradient or the update of step {step} is not finite.")
-        adamw_step(self.row, config, step=step, learning_rate=rate, norm=norm)
+        optimizer_step(self.row, config, step=step, learning_rate=rate, norm=norm)
         self.progress.step = step
         self.progress.num_tokens += unit.num_tokens
         self.progress.num_supervised_tokens += unit.num_labels

@@ -1,7 +1,8 @@
 # pyright: basic
-"""AdamW over one flat row: one norm, one clip, one update of each part that has a rate of its own.
+"""The optimizers, over one flat row: one norm, one clip, one update of each part that has a rate of its own.
 
-The rate is a pure function of the step."""
+The rate is a pure function of the step. What an optimizer remembers lies in the row's m and v, whichever it is.
+"""
 
 import math
 
@@ -22,10 +23,13 @@ def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> flo
         return peak * step / (schedule.warmup_steps + 1)
     if schedule.kind == "constant":
         return peak
-    progress = min(1.0, (done - schedule.warmup_steps) / max(1, schedule.num_steps - schedule.warmup_steps))
-    if schedule.kind == "linear":
-        return peak * (1 - progress)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    decay_from = schedule.num_steps - schedule.decay_steps if schedule.kind == "wsd" else schedule.warmup_steps
+    if done < decay_from:
+        return peak
+    progress = min(1.0, (done - decay_from) / max(1, schedule.num_steps - decay_from))
+    if schedule.kind == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress)
 
 
 def gradient_norm(row: AdapterRow) -> float:
@@ -34,19 +38,42 @@ def gradient_norm(row: AdapterRow) -> float:
 
 
 def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
-    """Whether the next step can't overflow a weight: |m̂| / √v̂ never exceeds 1 / √(1 - β2)."""
+    """Whether the next step can overflow no number of the row."""
     if not math.isfinite(norm):
         return False
     highest = learning_rate * max(1.0, config.lora_plus_ratio)
-    largest = float(row.p.abs().max()) * max(1.0, abs(1 - highest * config.weight_decay))
-    return largest + highest / math.sqrt(1 - config.beta2) < torch.finfo(torch.float32).max
+    largest = float(row.p.abs().max())
+    bound = _sgd_bound if config.kind == "sgd" else _adamw_bound
+    return bound(row, config, largest=largest, highest=highest, norm=norm) < torch.finfo(torch.float32).max
 
 
-def adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
-    """Clip, apply one step (arXiv 1711.05101, algorithm 2), clear the gradient. `step` counts from 1."""
-    p, g, m, v = row.p, row.g, row.m, row.v
+def _adamw_bound(row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float) -> float:
+    """Of a weight after the step: |m̂| / √v̂ never exceeds 1 / √(1 - β2)."""
+    kept = largest * max(1.0, abs(1 - highest * config.weight_decay))
+    return kept + highest / math.sqrt(1 - config.beta2)
+
+
+def _sgd_bound(row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float) -> float:
+    """Of a weight and of a momentum after the step: no element exceeds the norm of its vector."""
+    velocity = config.momentum * float(row.m.abs().max()) + norm + config.weight_decay * largest
+    return max(velocity, largest + highest * velocity)
+
+
+def optimizer_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
+    """Clip, apply one step, clear the gradient. `step` counts from 1; `norm` is that of the gradient."""
     if config.max_grad_norm is not None:
-        g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
+        row.g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
+    if config.kind == "sgd":
+        _sgd_step(row, config, learning_rate=learning_rate)
+    else:
+        _adamw_step(row, config, step=step, learning_rate=learning_rate)
+    row.g.zero_()
+    row.refresh_compute()
+
+
+def _adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float) -> None:
+    """arXiv 1711.05101, algorithm 2."""
+    p, g, m, v = row.p, row.g, row.m, row.v
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
     denominator = torch.sqrt(v, out=g).div_(math.sqrt(1 - config.beta2**step)).add_(config.eps)
@@ -54,5 +81,10 @@ def adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_
         rate = learning_rate * factor
         p[part].mul_(1 - rate * config.weight_decay)
         p[part].addcdiv_(m[part], denominator[part], value=-rate / (1 - config.beta1**step))
-    g.zero_()
-    row.refresh_compute()
+
+
+def _sgd_step(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float) -> None:
+    """As torch.optim.SGD: decay joins the gradient, m ← momentum · m + gradient is the update; v stays zero."""
+    row.m.mul_(config.momentum).add_(row.g).add_(row.p, alpha=config.weight_decay)
+    for part, factor in row.parts(config.lora_plus_ratio):
+        row.p[part].add_(row.m[part], alpha=-learning_rate * factor)

@@ -85,6 +85,7 @@ def submissions(family: str) -> dict[str, Submission]:
         ),
         **preferences(),
         **methods(),
+        **numbers(),
     }
 
 
@@ -144,6 +145,22 @@ def methods() -> dict[str, Submission]:
                 optimizer=replace(uneven.optimizer, lora_plus_ratio=16.0),
             ),
             train=dataset(12, [17, 9, 26]),
+        ),
+    }
+
+
+def numbers() -> dict[str, Submission]:
+    """Other optimizers and schedules."""
+    sgd = config(rank=6, dropout=0.1, batch_size=3, num_steps=5, seed=13, slice_tokens=50)
+    momentum = OptimizerConfig(kind="sgd", learning_rate=0.5, momentum=0.9, weight_decay=0.01, lora_plus_ratio=2.0)
+    return {
+        "sgd_wsd": Submission(
+            config=replace(
+                sgd,
+                optimizer=momentum,
+                schedule=ScheduleConfig(kind="wsd", warmup_steps=1, decay_steps=2, num_steps=5),
+            ),
+            train=dataset(13, [24, 10, 41, 6]),
         ),
     }
 

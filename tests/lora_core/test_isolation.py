@@ -162,12 +162,12 @@ def test_a_job_whose_update_does_not_fit_ends_alone_and_no_event_of_a_packmate_i
     for name in ("large", "good") if position == "first" else ("good", "large"):
         admit(engine, name, GOOD)
     large = engine._jobs["large"].row
-    update = job_module.adamw_step
+    update = job_module.optimizer_step
 
     def limited(row, *arguments, **options):
         return out_of_memory() if row is large else update(row, *arguments, **options)
 
-    monkeypatch.setattr(job_module, "adamw_step", limited)
+    monkeypatch.setattr(job_module, "optimizer_step", limited)
     events, errors = [], []
     while not engine.idle:
         try:

@@ -7,7 +7,7 @@ import pytest
 from lora_core.config import EngineConfig, ObjectiveConfig
 from lora_core.engine import Engine
 from lora_core.events import Event
-from tests.lora_core.scenarios import Submission, admit, config, dataset, rename, run_alone, state_bytes
+from tests.lora_core.scenarios import Submission, admit, config, dataset, numbers, rename, run_alone, state_bytes
 
 JOB = Submission(
     config=config(rank=4, dropout=0.2, batch_size=4, num_steps=4, seed=11, evaluate_every_steps=2, slice_tokens=40),
@@ -48,7 +48,13 @@ def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[byt
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "job"), [("llama", "bfloat16", JOB), ("gpt2", "float32", JOB), ("llama", "float32", PAIRS)]
+    ("family", "dtype", "job"),
+    [
+        ("llama", "bfloat16", JOB),
+        ("gpt2", "float32", JOB),
+        ("llama", "float32", PAIRS),
+        ("llama", "float32", numbers()["sgd_wsd"]),
+    ],
 )
 def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tmp_path, family, dtype, job):
     base = load(family, dtype)
@@ -69,7 +75,7 @@ def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tm
         before += engine.tick()
         num_ticks += 1
 
-    assert mid_step_saves >= 4
+    assert mid_step_saves >= 3
 
 
 def test_resumed_equals_uninterrupted_after_the_last_step(load, tmp_path):
