@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from catalog.linears import Adapted
 
 VECTORS_PER_ROW = 4
 """Parameters, gradient and the two moments of AdamW, all fp32."""
@@ -25,13 +27,13 @@ Shapes = Mapping[str, Any]
 """{"q_proj": [[out_features, in_features], count], …}, as lora_core describes a base."""
 
 
-def adapter_parameters(shapes: Shapes, *, rank: int, targets: Literal["all-linear"] | list[str]) -> int:
-    """Numbers in A (rank x in) and B (out x rank) over every target."""
-    total = 0
-    for name, ((out_features, in_features), count) in shapes.items():
-        if targets == "all-linear" or name in targets:
-            total += rank * (out_features + in_features) * count
-    return total
+def adapter_parameters(targets: Iterable[Adapted], *, use_dora: bool) -> int:
+    """Numbers in A (rank x in) and B (out x rank) over every target, and in DoRA's magnitudes (out)."""
+    return sum(
+        target.rank * (target.linear.out_features + target.linear.in_features)
+        + (target.linear.out_features if use_dora else 0)
+        for target in targets
+    )
 
 
 def row_bytes(num_parameters: int) -> int:

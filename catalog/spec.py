@@ -11,43 +11,19 @@ import re
 from enum import IntEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from catalog.lora_spec import LoraRequest, LoraSpec, resolve_lora
+from catalog.strict import Auto, PositiveFloat, Strict
 
 SPEC_VERSION = 1
 BASE_LEARNING_RATE = 2e-4
 """What a learning_rate_multiplier multiplies: the usual rate for LoRA with AdamW."""
 HIGHEST_RATE = 1.0
 
-Auto = Literal["auto"]
 Precision = Literal["bfloat16", "float32"]
-PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
-
-
-class Strict(BaseModel):
-    """Unknown fields are refused, and no value is coerced, save that a whole number may stand for any number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class LoraRequest(Strict):
-    """The adapter's shape."""
-
-    rank: int = Field(default=16, ge=1, le=256, description="Rank r of B·A.")
-    alpha: PositiveFloat | Auto = Field(default="auto", description="The update is scaled by alpha/rank. auto: 2·rank.")
-    dropout: float = Field(default=0.0, ge=0, le=0.9, description="Probability of dropping an input of A.")
-    target_modules: Literal["all-linear"] | list[Annotated[str, StringConstraints(pattern=r"^[\w.]{1,128}$")]] = Field(
-        default="all-linear", description="Names of the linear layers to adapt, or all but the output head."
-    )
-    use_rslora: bool = Field(default=False, description="Scale by alpha/sqrt(rank) (arXiv 2312.03732).")
-
-    @field_validator("target_modules")
-    @classmethod
-    def _some_targets(cls, value: str | list[str]) -> str | list[str]:
-        if isinstance(value, list) and not 1 <= len(value) <= 64:
-            raise ValueError("name between 1 and 64 modules, or say 'all-linear'")
-        return value
 
 
 class OptimizerRequest(Strict):
@@ -55,6 +31,9 @@ class OptimizerRequest(Strict):
 
     learning_rate: Annotated[float, Field(gt=0, le=HIGHEST_RATE, allow_inf_nan=False)] | Auto = Field(
         default="auto", description=f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier."
+    )
+    lora_plus_ratio: PositiveFloat = Field(
+        default=1.0, description="Rate of B, and of all but A, over that of A (LoRA+, arXiv 2402.12354)."
     )
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -192,14 +171,6 @@ class JobRequest(Strict):
         return self.hyperparameters or Hyperparameters()
 
 
-class LoraSpec(Strict):
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: Literal["all-linear"] | list[str]
-    use_rslora: bool
-
-
 class OptimizerSpec(Strict):
     learning_rate: float
     beta1: float
@@ -207,6 +178,7 @@ class OptimizerSpec(Strict):
     eps: float
     weight_decay: float
     max_grad_norm: float | None
+    lora_plus_ratio: float = 1.0
 
 
 class ScheduleSpec(Strict):
@@ -264,7 +236,7 @@ def resolve(
     rate, multiplier = _resolve_rate(request.optimizer.learning_rate, numbers.learning_rate_multiplier)
     longest = max_positions or 4096
     return JobSpec(
-        lora=_resolve_lora(request.lora),
+        lora=resolve_lora(request.lora),
         optimizer=OptimizerSpec(
             **request.optimizer.model_dump(exclude={"learning_rate"}),
             learning_rate=rate,
@@ -293,11 +265,6 @@ def _resolve_rate(rate: float | Auto, multiplier: float | Auto) -> tuple[float, 
 def auto_batch_size(num_rows: int) -> int:
     """About 0.5% of the rows, a power of two between 4 and 32."""
     return min(32, max(4, 2 ** round(math.log2(max(1.0, num_rows * 0.005)))))
-
-
-def _resolve_lora(lora: LoraRequest) -> LoraSpec:
-    alpha = 2.0 * lora.rank if lora.alpha == "auto" else lora.alpha
-    return LoraSpec(**lora.model_dump(exclude={"alpha"}), alpha=alpha)
 
 
 LABEL = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")

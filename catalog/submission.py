@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, fleet, memory
+from catalog import bases, fleet, linears, memory
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
@@ -98,8 +97,6 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     validation = None
     if request.validation_file is not None:
         validation = _usable_file(session, caller, request.validation_file, "validation_file")
-    shapes: dict[str, Any] = (base.description or {}).get("linear_shapes", {})
-    _check_targets(request, base.name, shapes)
     _check_rates(request)
     spec = resolve(
         request,
@@ -126,9 +123,8 @@ def _row(
     validation: File | None,
     now: float,
 ) -> Job:
-    shapes: dict[str, Any] = (base.description or {}).get("linear_shapes", {})
-    lora = spec.lora
     assert base.digest is not None
+    targets = linears.adapted(base.description or {}, spec.lora, base_name=base.name)
     return Job(
         id=new_id("ftjob"),
         project_id=caller.project_id,
@@ -141,7 +137,7 @@ def _row(
         priority=PriorityClass[request.priority],
         requested=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"),
-        adapter_parameters=memory.adapter_parameters(shapes, rank=lora.rank, targets=lora.target_modules),
+        adapter_parameters=memory.adapter_parameters(targets, use_dora=spec.lora.use_dora),
         suffix=request.suffix,
         labels=request.metadata,
         training_file=training.id,
@@ -207,25 +203,6 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> 
             param=param,
         )
     return file
-
-
-def _check_targets(request: JobRequest, base_name: str, shapes: dict[str, Any]) -> None:
-    targets = request.lora.target_modules
-    missing = [] if targets == "all-linear" else [name for name in targets if name not in shapes]
-    if missing:
-        raise InvalidRequest(
-            f"{base_name} has no linear layers named {', '.join(missing)}.",
-            code="unknown_target_modules",
-            remedy=f"It has: {', '.join(sorted(shapes))}. Or say 'all-linear'.",
-            param="lora.target_modules",
-        )
-    if not shapes:
-        raise InvalidRequest(
-            f"{base_name} has no linear layers that an adapter could go on.",
-            code="no_target_modules",
-            remedy="Choose another base model.",
-            param="model",
-        )
 
 
 def _check_rates(request: JobRequest) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
 from lora_core.model_folder import load_with_transformers, mismatch, read_config, unpackable
+from lora_core.module_names import grouped_by_layer
 from lora_core.objectives import Head
 from lora_core.quantisation import Quantisation, load_quantised, scale_bytes
 from lora_core.tensor_files import read_header
@@ -76,8 +77,10 @@ def describe_base(base_dir: Path) -> dict[str, Any]:
     with torch.device("meta"):
         model = build_model(config)
     shapes: dict[str, list[Any]] = {}
+    linears: dict[str, tuple[int, int]] = {}
     for name, linear in find_linears(model).items():
         target = target_of(name, linear)
+        linears[name] = target.out_features, target.in_features
         entry = shapes.setdefault(name.rpartition(".")[2], [[target.out_features, target.in_features], 0])
         entry[1] += 1
     return {
@@ -88,6 +91,7 @@ def describe_base(base_dir: Path) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_positions": max_positions(config),
         "linear_shapes": shapes,
+        "linear_paths": grouped_by_layer(linears),
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
 

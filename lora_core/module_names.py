@@ -5,8 +5,8 @@ A pattern of a stranger may take for ever (a+)+$; each match is bounded in time,
 """
 
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import regex
 
@@ -48,6 +48,24 @@ def layer_of(path: str) -> int | None:
     """The number of the block that a module is in: 3 of model.layers.3.mlp.up_proj."""
     found = LAYER.match(path)
     return int(found[1]) if found else None
+
+
+def grouped_by_layer(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Paths that differ in the block's number alone, and their [out, in], as one: "*" stands for each of `layers`.
+
+    A few lines for a model of any depth. `layers` is None for a path that is in no block.
+    """
+    groups: dict[tuple[str, tuple[int, int]], list[int] | None] = {}
+    for path, shape in shapes.items():
+        found = LAYER.match(path)
+        if found is None:
+            groups[path, shape] = None
+        else:
+            starred = f"{path[: found.start(1)]}*{path[found.end(1) :]}"
+            layers = groups.setdefault((starred, shape), [])
+            assert layers is not None
+            layers.append(int(found[1]))
+    return [{"path": path, "shape": list(shape), "layers": layers} for (path, shape), layers in groups.items()]
 
 
 def compiles(pattern: str) -> bool:

@@ -13,14 +13,20 @@ class Lora(TypedDict, total=False):
     rank: int
     alpha: float | Auto
     dropout: float
-    target_modules: list[str] | Literal["all-linear"]
+    target_modules: list[str] | str
+    """Names, "all-linear", or "re:" and a regular expression of whole paths."""
+    layers_to_transform: list[int] | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
     use_rslora: bool
+    use_dora: bool
 
 
 class Optimizer(TypedDict, total=False):
     """AdamW. `learning_rate` is the peak rate."""
 
     learning_rate: float | Auto
+    lora_plus_ratio: float
     beta1: float
     beta2: float
     eps: float

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from catalog.lora_spec import LoraSpec
 from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobSpec
 from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
@@ -21,15 +22,8 @@ def engine_config(device: str, *, num_threads: int) -> EngineConfig:
 
 def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:
     """Everything that decides the job's result. Raises lora_core's ConfigError."""
-    targets = spec.lora.target_modules
     return JobConfig(
-        lora=LoraConfig(
-            rank=spec.lora.rank,
-            alpha=spec.lora.alpha,
-            dropout=spec.lora.dropout,
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
-            use_rslora=spec.lora.use_rslora,
-        ),
+        lora=_lora_config(spec.lora),
         optimizer=OptimizerConfig(**spec.optimizer.model_dump()),
         schedule=ScheduleConfig(
             kind=spec.schedule.type,
@@ -41,6 +35,22 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
         seed=spec.seed,
         evaluate_every_steps=evaluate_every_steps,
         slice_tokens=SLICE_TOKENS,
+    )
+
+
+def _lora_config(lora: LoraSpec) -> LoraConfig:
+    """Patterns go by their keys: JSON keeps no order of its own, and no two keys disagree on a layer."""
+    targets, layers = lora.target_modules, lora.layers_to_transform
+    return LoraConfig(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        layers_to_transform=None if layers is None else tuple(layers),
+        rank_pattern=tuple(sorted(lora.rank_pattern.items())),
+        alpha_pattern=tuple(sorted(lora.alpha_pattern.items())),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
     )
 
 

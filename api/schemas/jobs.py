@@ -77,6 +77,10 @@ class LoraObject(BaseModel):
     dropout: float
     target_modules: str | list[str]
     use_rslora: bool
+    layers_to_transform: list[int] | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    use_dora: bool
 
 
 class OptimizerObject(BaseModel):
@@ -86,6 +90,7 @@ class OptimizerObject(BaseModel):
     eps: float
     weight_decay: float
     max_grad_norm: float | None
+    lora_plus_ratio: float
 
 
 class ScheduleObject(BaseModel):

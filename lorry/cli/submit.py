@@ -32,7 +32,12 @@ FIELDS = {
     "rslora": "lora.use_rslora",
     "dropout": "lora.dropout",
     "target": "lora.target_modules",
+    "layer": "lora.layers_to_transform",
+    "rank_pattern": "lora.rank_pattern",
+    "alpha_pattern": "lora.alpha_pattern",
+    "dora": "lora.use_dora",
     "learning_rate": "optimizer.learning_rate",
+    "lora_plus_ratio": "optimizer.lora_plus_ratio",
     "weight_decay": "optimizer.weight_decay",
     "schedule": "schedule.type",
     "warmup": "schedule.warmup_ratio",
@@ -88,7 +93,21 @@ def _option(group: str, help_text: str, *names: str, metavar: str | None = None)
 
 Targets = Annotated[
     list[str] | None,
-    _option(ADAPTER, "Linear layer to adapt; may be repeated. Default: all but the output head.", metavar="NAME"),
+    _option(
+        ADAPTER,
+        "Linear layer to adapt; may be repeated. Or one re:PATTERN, for paths. Default: all but the output head.",
+        metavar="NAME",
+    ),
+]
+Layers = Annotated[
+    list[int] | None, _option(ADAPTER, "Only in the block of this number, from 0; may be repeated.", metavar="NUMBER")
+]
+RankPattern = Annotated[
+    list[str] | None,
+    _option(ADAPTER, "Another rank for layers whose path ends in KEY; may be repeated.", metavar="KEY=RANK"),
+]
+AlphaPattern = Annotated[
+    list[str] | None, _option(ADAPTER, "Another alpha, in the same way; may be repeated.", metavar="KEY=ALPHA")
 ]
 Metadata = Annotated[list[str] | None, _option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
 Others = Annotated[
@@ -114,7 +133,12 @@ def submit(
     rslora: Annotated[bool, _option(ADAPTER, "Scale by alpha/sqrt(rank).", "--rslora")] = False,
     dropout: Annotated[float | None, _option(ADAPTER, "Probability of dropping an input of A.")] = None,
     target: Targets = None,
+    layer: Layers = None,
+    rank_pattern: RankPattern = None,
+    alpha_pattern: AlphaPattern = None,
+    dora: Annotated[bool, _option(ADAPTER, "Learn the length of each output's weights as well.", "--dora")] = False,
     learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
+    lora_plus_ratio: Annotated[float | None, _option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
     warmup: Annotated[
         float | None, _option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")
@@ -139,7 +163,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Start a job; files that are paths are uploaded first. What is not said is the service's default."""
-    fields = {path: ctx.params[name] for name, path in FIELDS.items() if _is_given(ctx.params[name])}
+    fields = {path: _value(name, ctx.params[name]) for name, path in FIELDS.items() if _is_given(ctx.params[name])}
     pairs = dict(_pair(given, "--metadata", "KEY=VALUE") for given in metadata or [])
     others = [_pair(given, "--set", "PATH=VALUE") for given in other or []]
     if pairs:
@@ -165,6 +189,23 @@ def submit(
 def _is_given(value: object) -> bool:
     """A zero is."""
     return value is not None and value is not False and value not in ([], ())
+
+
+def _value(name: str, given: Any) -> Any:
+    """What the service reads, from what was typed."""
+    if name in ("rank_pattern", "alpha_pattern"):
+        return dict(_entry(each, f"--{name.replace('_', '-')}") for each in given)
+    if name == "target" and len(given) == 1 and (given[0] == "all-linear" or given[0].startswith("re:")):
+        return given[0]
+    return given
+
+
+def _entry(given: str, option: str) -> tuple[str, Any]:
+    """A key may hold "=" itself, as (?=…) does."""
+    key, equals, value = given.rpartition("=")
+    if not (key and equals):
+        raise typer.BadParameter(f"{given!r} is not of the form KEY=NUMBER.", param_hint=option)
+    return key, _json_or_text(value)
 
 
 def _pair(given: str, option: str, form: str) -> tuple[str, str]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 
 from catalog import memory
+from catalog.linears import Adapted, Linear
 
 SHAPES = {"q_proj": [[64, 32], 2], "v_proj": [[16, 32], 2]}
 
 
 def test_an_adapter_has_rank_times_in_plus_out_numbers_per_target() -> None:
-    assert memory.adapter_parameters(SHAPES, rank=4, targets="all-linear") == 4 * (96 + 48) * 2
-    assert memory.adapter_parameters(SHAPES, rank=4, targets=["v_proj"]) == 4 * 48 * 2
+    adapted = [
+        Adapted(linear=Linear(path="q_proj", out_features=64, in_features=32), rank=4),
+        Adapted(linear=Linear(path="v_proj", out_features=16, in_features=32), rank=8),
+    ]
+
+    assert memory.adapter_parameters(adapted, use_dora=False) == 4 * 96 + 8 * 48
+    assert memory.adapter_parameters(adapted, use_dora=True) == 4 * 96 + 8 * 48 + 64 + 16
 
 
 def test_a_row_is_four_vectors_of_fp32() -> None:

@@ -28,6 +28,14 @@ def test_a_base_is_described_from_its_config_alone(base_dirs, tmp_path):
     assert description["num_parameters"] == loaded.model.num_parameters()
 
 
+def test_the_paths_of_linears_are_told_once_for_all_blocks(base_dirs):
+    assert describe_base(base_dirs["llama"])["linear_paths"][0] == {
+        "path": "model.layers.*.self_attn.q_proj",
+        "shape": [64, 64],
+        "layers": [0, 1],
+    }
+
+
 def test_conv1d_shapes_are_given_as_out_and_in(base_dirs):
     assert describe_base(base_dirs["gpt2"])["linear_shapes"]["c_attn"] == [[192, 64], 2]
 

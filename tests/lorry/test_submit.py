@@ -67,10 +67,22 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
     assert set(FIELDS) < set(inspect.signature(submit).parameters)
 
 
+def test_a_target_may_be_all_linear_or_one_expression_and_a_pattern_needs_its_number(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, JOB)
+    for given in ("all-linear", "re:.*q_proj"):
+        run("m", "train.jsonl", "--target", given)
+        assert sent(service)["lora"]["target_modules"] == given
+
+    refused = run("m", "train.jsonl", "--rank-pattern", "q_proj")
+    assert refused.exit_code == 2
+    assert "KEY=NUMBER" in refused.stderr
+
+
 def test_what_all_options_say_is_a_request_that_the_service_understands(service: Script, run: Run) -> None:
     service.on("POST", JOBS, JOB)
     flags = (
         "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
+        "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
         "--schedule linear --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
         "--precision float32 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s --priority batch "
         "--metadata team=a=b --metadata note= --set optimizer.beta1=0.8 --set optimizer.max_grad_norm=null "
@@ -83,8 +95,24 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         "model": "m",
         "training_file": "file-1",
         "validation_file": "file-2",
-        "lora": {"rank": 4, "alpha": 8.0, "use_rslora": True, "dropout": 0.0, "target_modules": ["q_proj"]},
-        "optimizer": {"learning_rate": 0.001, "weight_decay": 0.1, "beta1": 0.8, "max_grad_norm": None},
+        "lora": {
+            "rank": 4,
+            "alpha": 8.0,
+            "use_rslora": True,
+            "dropout": 0.0,
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0, 3],
+            "rank_pattern": {"q_proj": 8},
+            "alpha_pattern": {"(?=q).*": 2.5},
+            "use_dora": True,
+        },
+        "optimizer": {
+            "learning_rate": 0.001,
+            "lora_plus_ratio": 16.0,
+            "weight_decay": 0.1,
+            "beta1": 0.8,
+            "max_grad_norm": None,
+        },
         "schedule": {"type": "linear", "warmup_ratio": 0.0},
         "method": {
             "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": "auto"}}

@@ -8,6 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from catalog.tables import Artifact
 from tests import tiny_base
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, WorkerSite, worker_site
@@ -36,7 +37,8 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
             },
             extra_body={"lora": {"rank": 4}, "checkpoint_every_steps": 5},
         )
-        site.wait_for_end(job.id)
+        mate = submit_dora_with_patterns(client, training.id)
+        site.wait_for_end(job.id, mate)
 
         done = client.fine_tuning.jobs.retrieve(job.id)
         assert done.status == "succeeded", site.log()
@@ -50,6 +52,7 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
         assert all(checkpoint.metrics.train_loss for checkpoint in checkpoints)
         assert client.models.retrieve(done.fine_tuned_model).object == "model"
         assert_adapter_is_verified(service, site, done.fine_tuned_model)
+        assert_dora_with_patterns_was_trained(service, site, mate)
         assert client.models.delete(done.fine_tuned_model).deleted
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve(done.fine_tuned_model)
@@ -73,6 +76,28 @@ def test_openai_client_is_told_which_rows_have_nothing_to_learn(tmp_path: Path) 
         assert failed.error is not None
         assert failed.error.param == "training_file"
         assert failed.error.code == "nothing_to_learn"
+
+
+def submit_dora_with_patterns(client: openai.OpenAI, training_file: str) -> str:
+    shape = {"rank": 4, "use_dora": True, "rank_pattern": {"q_proj": 8, "down_proj": 2}, "layers_to_transform": [1]}
+    refused = {"lora": shape | {"rank_pattern": {"down_prj": 2}}}
+    with pytest.raises(openai.BadRequestError, match="Did you mean down_proj"):
+        client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=refused)
+    asked = {"lora": shape, "optimizer": {"lora_plus_ratio": 4}, "max_steps": 4}
+    return client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=asked).id
+
+
+def assert_dora_with_patterns_was_trained(service: Service, site: WorkerSite, job_id: str) -> None:
+    """PEFT took it for what training saw, and its folder says what was asked for."""
+    job, adapter = site.job(job_id), site.adapter(job_id)
+    assert_adapter_is_verified(service, site, adapter.name)
+    assert adapter.num_parameters == job.adapter_parameters
+    with site.db.read() as session:
+        files = session.get_one(Artifact, adapter.artifact).files
+    digest = next(file["digest"] for file in files if file["path"] == "adapter_config.json")
+    config = json.loads(b"".join(site.store.open_blob(digest)))
+    assert (config["use_dora"], config["layers_to_transform"]) == (True, [1])
+    assert config["rank_pattern"] == {"q_proj": 8, "down_proj": 2}
 
 
 def train_losses(client: openai.OpenAI, job_id: str) -> list[float]:

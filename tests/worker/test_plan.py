@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.memory import SLICE_TOKENS, TICK_TOKENS
-from catalog.spec import JobRequest, resolve
-from lora_core.config import MAX_DROPOUT
+from catalog.spec import JobRequest, JobSpec, resolve
+from lora_core.config import MAX_DROPOUT, LoraConfig
 from lora_core.optim import learning_rate_at
 from worker.plan import engine_config, job_config
 
@@ -34,6 +34,45 @@ def test_the_largest_dropout_that_may_be_asked_for_is_the_engines() -> None:
     assert job_config(spec, num_steps=1, evaluate_every_steps=None).lora.dropout == MAX_DROPOUT
     with pytest.raises(ValidationError, match="dropout"):
         request(lora={"dropout": MAX_DROPOUT + 0.01})
+
+
+def test_the_shape_of_an_adapter_reaches_the_engine_whatever_the_order_of_its_keys() -> None:
+    lora = {
+        "rank": 4,
+        "target_modules": ["q_proj", "up_proj"],
+        "layers_to_transform": [1, 0],
+        "rank_pattern": {"up_proj": 8, "q_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+        "use_dora": True,
+    }
+    turned = lora | {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "layers_to_transform": [0, 1]}
+    configs = []
+    for shape in (lora, turned):
+        asked = request(lora=shape, optimizer={"lora_plus_ratio": 16})
+        spec = resolve(asked, num_rows=100, max_positions=None, seed=1)
+        configs.append(job_config(spec, num_steps=1, evaluate_every_steps=None))
+
+    assert configs[0].digest() == configs[1].digest()
+    assert configs[0].optimizer.lora_plus_ratio == 16
+    assert configs[0].lora == LoraConfig(
+        rank=4,
+        alpha=8,
+        target_modules=("q_proj", "up_proj"),
+        layers_to_transform=(0, 1),
+        rank_pattern=(("q_proj", 2), ("up_proj", 8)),
+        alpha_pattern=(("q_proj", 3),),
+        use_dora=True,
+    )
+
+
+def test_a_spec_of_before_patterns_still_loads() -> None:
+    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
+    old = spec.model_dump(mode="json")
+    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern", "use_dora"):
+        del old["lora"][name]
+    del old["optimizer"]["lora_plus_ratio"]
+
+    assert JobSpec.model_validate(old) == spec
 
 
 def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_with() -> None:

@@ -3,7 +3,7 @@ import { power } from "../format.js";
 import { epochs, passes } from "../parts/progress.js";
 
 const LABELS = {
-  target_modules: "targets", use_rslora: "rank-stabilised", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
+  target_modules: "targets", use_rslora: "rank-stabilised", use_dora: "DoRA", layers_to_transform: "layers", lora_plus_ratio: "LoRA+ ratio", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
   eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "rate multiplier",
 };
 const RUN = ["max_length", "max_steps", "precision", "seed", "priority"];
@@ -41,6 +41,7 @@ const given = (value) => (value === undefined || value === null ? null : text(va
 
 function text(value, key = "") {
   if (Array.isArray(value)) return value.join(", ");
+  if (value && typeof value === "object") return Object.entries(value).map(([name, each]) => `${name}: ${each}`).join(", ") || "none";
   if (value === null || value === undefined) return "none";
   if (typeof value === "boolean") return value ? "yes" : "no";
   if (typeof value !== "number" || key === "seed") return String(value);

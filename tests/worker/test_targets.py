@@ -1,0 +1,55 @@
+"""The layers that submission counts are those that the engine adapts, and the numbers are as many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from catalog import linears, memory
+from catalog.spec import JobRequest, resolve
+from lora_core.adapters import AdapterRow
+from lora_core.attach import choose_targets, find_linears
+from lora_core.base_model import describe_base
+from worker.plan import job_config
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES | HEADS,
+    "gemma3_text": SIZES | HEADS | {"head_dim": 16},
+    "phi3": SIZES | HEADS | {"pad_token_id": 0},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 64},
+    "gpt_neox": SIZES | {"num_attention_heads": 4},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 32, "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3}
+    | {"num_attention_heads": 4},
+}
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"use_dora": True, "layers_to_transform": [2, 0]},
+    {"target_modules": r"re:.*\.[12]\..*", "rank_pattern": {r".*\.1\..*": 7, r"2\.[^.]*\.[^.]*": 3}, "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_it(
+    family: str, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        modules = find_linears(AutoModelForCausalLM.from_config(config))
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": {"rank": 5, **shape}})
+    spec = resolve(request, num_rows=100, max_positions=None, seed=1)
+
+    counted = linears.adapted(describe_base(tmp_path), spec.lora, base_name=family)
+
+    lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
+    targets = choose_targets(modules, lora)
+    assert {each.linear.path: each.rank for each in counted} == {each.name: lora.rank_of(each.name) for each in targets}
+    row = AdapterRow(targets, lora, dtype=torch.float32, device="meta")
+    assert memory.adapter_parameters(counted, use_dora=spec.lora.use_dora) == row.num_parameters
