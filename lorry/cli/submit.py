@@ -109,6 +109,10 @@ RankPattern = Annotated[
 AlphaPattern = Annotated[
     list[str] | None, _option(ADAPTER, "Another alpha, in the same way; may be repeated.", metavar="KEY=ALPHA")
 ]
+Warmup = Annotated[float | None, _option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")]
+EvaluateEvery = Annotated[
+    int | None, _option(WATCHING, "Steps between two readings of the held-out file. Default: a tenth of the job.")
+]
 Metadata = Annotated[list[str] | None, _option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
 Others = Annotated[
     list[str] | None,
@@ -140,9 +144,7 @@ def submit(
     learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
     lora_plus_ratio: Annotated[float | None, _option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
-    warmup: Annotated[
-        float | None, _option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")
-    ] = None,
+    warmup: Warmup = None,
     weight_decay: Annotated[float | None, _option(TRAINING, "Of AdamW.")] = None,
     epochs: Annotated[int | None, _option(TRAINING, "Passes over the training file.")] = None,
     max_steps: Annotated[int | None, _option(TRAINING, "End after so many optimizer steps.")] = None,
@@ -151,9 +153,7 @@ def submit(
     precision: Annotated[Precision | None, _option(TRAINING, "Of the base model.")] = None,
     seed: Annotated[int | None, _option(TRAINING, "Same seed, same adapter.")] = None,
     valid: Annotated[str | None, _option(WATCHING, "Held-out file: a path or an id.")] = None,
-    evaluate_every: Annotated[
-        int | None, _option(WATCHING, "Steps between two readings of the held-out file. Default: a tenth of the job.")
-    ] = None,
+    evaluate_every: EvaluateEvery = None,
     checkpoint_every: Annotated[int | None, _option(WATCHING, "Steps between two checkpoints.")] = None,
     suffix: Annotated[str | None, _option(RUN, "Becomes part of the adapter's name.")] = None,
     priority: Annotated[Priority | None, _option(RUN, "Class in the queue.")] = None,
