@@ -39,12 +39,13 @@ class BadRow(Exception):
         self.remedy = remedy
 
 
-def parse_row(line: bytes) -> list[Message]:
-    """The messages of one line. Raises BadRow, whatever the bytes are."""
+def parse_object(line: bytes) -> dict[str, Any]:
+    """One line of JSON, of whatever kind. Raises BadRow, whatever the bytes are."""
     row = _parse_json(line)
     if not isinstance(row, dict):
-        raise BadRow("row_not_object", f"the row is {_kind(row)}, not an object", 'Write {"messages": [...]}.')
-    return _check_row(cast(dict[str, Any], row))
+        reason = f"the row is {kind_of(row)}, not an object"
+        raise BadRow("row_not_object", reason, 'Write an object, such as {"messages": [...]}.')
+    return cast(dict[str, Any], row)
 
 
 def is_supervised(messages: list[Message]) -> bool:
@@ -77,7 +78,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise BadRow("duplicate_key", f"the key {_name(twice)} occurs twice in one object", "Keep one of them.")
+        raise BadRow("duplicate_key", f"the key {quoted(twice)} occurs twice in one object", "Keep one of them.")
     return row
 
 
@@ -102,15 +103,16 @@ def _int(text: str) -> int:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int)
 
 
-def _check_row(row: dict[str, Any]) -> list[Message]:
+def check_chat(row: dict[str, Any]) -> list[Message]:
+    """The messages of one row. Raises BadRow."""
     if row.keys() != {"messages"}:
         _check_row_keys(row)
     messages = row["messages"]
     if not isinstance(messages, list):
-        reason = f"messages is {_kind(messages)}, not a list"
+        reason = f"messages is {kind_of(messages)}, not a list"
         raise BadRow("messages_not_list", reason, "Write a list of {role, content} objects.")
     for index, message in enumerate(cast(list[Any], messages)):
-        _check_message(f"messages[{index}]", message)
+        check_message(f"messages[{index}]", message)
     checked = cast(list[Message], messages)
     if not any(m["role"] == "assistant" and m["content"].strip() for m in checked):
         reason = "the chat has no assistant message with text"
@@ -124,23 +126,24 @@ def _check_row_keys(row: dict[str, Any]) -> None:
             raise BadRow("tools_unsupported", f"{key!r} is not supported", "Train on text alone: remove it.")
         if key != "messages":
             remedy = 'A row has the one key "messages". Remove the other, or correct its spelling.'
-            raise BadRow("unknown_key", f"the key {_name(key)} is unknown", remedy)
+            raise BadRow("unknown_key", f"the key {quoted(key)} is unknown", remedy)
     raise BadRow("messages_missing", 'the key "messages" is missing', 'Write {"messages": [...]}.')
 
 
-def _check_message(place: str, message: Any) -> None:
+def check_message(place: str, message: Any) -> None:
+    """`place` is how a refusal names it. Raises BadRow."""
     if not isinstance(message, dict):
-        reason = f"{place} is {_kind(message)}, not an object"
+        reason = f"{place} is {kind_of(message)}, not an object"
         raise BadRow("message_not_object", reason, 'Write {"role": ..., "content": ...}.')
     fields = cast(dict[str, Any], message)
     if not fields.keys() <= MESSAGE_KEYS:
         _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
     role = fields.get("role")
     if role not in ROLES:
-        reason = f"{place}.role is {_name(role) if isinstance(role, str) else _kind(role)}"
+        reason = f"{place}.role is {quoted(role) if isinstance(role, str) else kind_of(role)}"
         raise BadRow("invalid_role", reason, f"Use one of {', '.join(ROLES)}.")
     if not isinstance(fields.get("content"), str):
-        given = _kind(fields["content"]) if "content" in fields else "missing"
+        given = kind_of(fields["content"]) if "content" in fields else "missing"
         remedy = "Give text as one string; parts, images and audio are not supported."
         raise BadRow("content_not_text", f"{place}.content is {given}", remedy)
     if len(fields) > 2:
@@ -151,7 +154,7 @@ def _refuse_key(place: str, key: str) -> None:
     if key in UNSUPPORTED:
         raise BadRow("tools_unsupported", f"{place}.{key} is not supported", "Train on text alone: remove it.")
     remedy = f"A message has the keys {', '.join(sorted(MESSAGE_KEYS))}."
-    raise BadRow("unknown_key", f"{place} has the unknown key {_name(key)}", remedy)
+    raise BadRow("unknown_key", f"{place} has the unknown key {quoted(key)}", remedy)
 
 
 def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
@@ -162,15 +165,16 @@ def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
             raise BadRow("invalid_weight", reason, "Use 0 for a turn that is read but not learnt; leave others out.")
     for key in ("name", "tool_call_id"):
         if key in fields and not isinstance(fields[key], str):
-            raise BadRow("invalid_name", f"{place}.{key} is {_kind(fields[key])}", "Give a string, or leave it out.")
+            raise BadRow("invalid_name", f"{place}.{key} is {kind_of(fields[key])}", "Give a string, or leave it out.")
 
 
-def _name(text: str) -> str:
+def quoted(text: str) -> str:
     """A key or a role as a person wrote it, short, and with nothing that a terminal would act on."""
     return ascii(text if len(text) <= MAX_NAMED_CHARS else text[:MAX_NAMED_CHARS] + "...")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for a refusal."""
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}

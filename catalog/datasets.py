@@ -1,6 +1,6 @@
-"""The structural check of a chat data set: JSON Lines, read once and line by line, no tokenizer.
+"""The structural check of a data set: JSON Lines, read once and line by line, no tokenizer.
 
-Every refusal has a code, the line and a remedy. What one line may hold is in `chat_rows`, beside this file.
+Every refusal has a code, the line and a remedy. What one line may hold is told by `row_kinds`, beside this file.
 Memory is bounded by `max_line_bytes`, however long a line is.
 """
 
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Any
 
-from catalog.chat_rows import BadRow, is_supervised, parse_row
+from catalog.chat_rows import BadRow, parse_object
 from catalog.errors import InvalidRequest
+from catalog.row_kinds import FORMS, DataKind, RowKind, kind_of_row
 
 MAX_LISTED = 5
 """Bad lines named in one refusal; reading stops at the last of them."""
 SKIP_BYTES = 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some editors put it before UTF-8. It says nothing there, and is skipped."""
 MASKED = "as on all lines before, every assistant message has weight 0, so there is nothing to learn"
 NOTHING_TO_LEARN = "Give at least one assistant message a weight other than 0, or none."
 
@@ -35,13 +38,14 @@ class DatasetCheck:
     """What a data set that passed is."""
 
     num_rows: int
-    shape: Literal["chat"] = "chat"
+    kind: DataKind = "chat"
 
 
 def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetCheck:
     """Read a whole file from its current position. Raises InvalidRequest naming up to 5 bad lines."""
     problems: list[tuple[int, BadRow]] = []
     num_rows = num_supervised = last = 0
+    kind: RowKind | None = None
     for number, line in _read_lines(lines, max_line_bytes=max_line_bytes):
         num_rows, last = num_rows + 1, number
         if num_rows > max_rows:
@@ -49,7 +53,9 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
         if num_rows == 1 and isinstance(line, bytes):
             _check_first(number, line)
         try:
-            num_supervised += _check_line(line)
+            row = _parse_line(line)
+            kind = kind_of_row(row, before=kind)
+            num_supervised += kind.is_supervised(kind.check(row))
         except BadRow as problem:
             problems.append((number, problem))
             if len(problems) == MAX_LISTED:
@@ -62,7 +68,8 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
         raise _refuse(
             [(last, BadRow("only_masked_rows", "on this line and all before it " + MASKED, NOTHING_TO_LEARN))]
         )
-    return DatasetCheck(num_rows=num_rows)
+    assert kind is not None
+    return DatasetCheck(num_rows=num_rows, kind=kind.name)
 
 
 def read_rows(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
@@ -76,8 +83,10 @@ def read_rows(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, b
 def _read_lines(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, bytes | BadRow]]:
     """Number from 1 and content of each line; blank lines at the end are passed over."""
     number, blank = 0, 0
-    while line := lines.readline(max_line_bytes + 2):
+    while line := lines.readline(max_line_bytes + 2 + (0 if number else len(BYTE_ORDER_MARK))):
         number += 1
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         content = line.rstrip(b"\r\n")
         if len(content) > max_line_bytes:
             _skip_rest(lines, line)
@@ -96,10 +105,10 @@ def _skip_rest(lines: IO[bytes], line: bytes) -> None:
         line = lines.readline(SKIP_BYTES)
 
 
-def _check_line(line: bytes | BadRow) -> bool:
+def _parse_line(line: bytes | BadRow) -> dict[str, Any]:
     if isinstance(line, BadRow):
         raise line
-    return is_supervised(parse_row(line))
+    return parse_object(line)
 
 
 def _check_first(number: int, line: bytes) -> None:
@@ -107,9 +116,6 @@ def _check_first(number: int, line: bytes) -> None:
     kind = next((name for magic, name in MAGICS.items() if line.startswith(magic)), None)
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _refuse([(number, BadRow("invalid_utf8", "the text is UTF-16", "Save the file as UTF-8."))])
-    if line.startswith(b"\xef\xbb\xbf"):
-        problem = BadRow("byte_order_mark", "the file opens with a byte order mark", "Save it as UTF-8 without BOM.")
-        raise _refuse([(number, problem)])
     start = line.lstrip()[:1]
     if kind is None and start == b"[":
         kind = "a JSON array"
@@ -118,7 +124,7 @@ def _check_first(number: int, line: bytes) -> None:
     elif kind is None and start != b"{":
         kind = "CSV or plain text"
     if kind is not None:
-        remedy = 'Write JSON Lines: one object {"messages": [...]} on each line.'
+        remedy = f"Write JSON Lines: on each line one object, {FORMS}."
         raise _refuse([(number, BadRow("not_jsonl", f"this looks like {kind}, not JSON Lines", remedy))])
 
 
@@ -143,7 +149,7 @@ def _blank(first: int, last: int) -> BadRow:
 
 
 def _too_long(max_line_bytes: int) -> BadRow:
-    remedy = "Split the conversation, or remove what does not belong in it."
+    remedy = "Split the row, or remove what does not belong in it."
     return BadRow("line_too_long", f"the line is longer than {max_line_bytes:,} bytes", remedy)
 
 

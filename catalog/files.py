@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from catalog import datasets
 from catalog.artifacts.store import ArtifactStore
+from catalog.datasets import DatasetCheck
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
 from catalog.pages import Order, Page, paginate
@@ -48,7 +49,7 @@ def create(
     """
     _check_purpose(purpose)
     _check_size(num_bytes, settings)
-    num_rows = _count_rows(spooled, settings) if purpose == DATASET else None
+    check = _inspect(spooled, settings) if purpose == DATASET else None
     blob = store.put_file(spooled)
     if (blob.digest, blob.num_bytes) != (digest, num_bytes):
         raise Unavailable("The upload arrived damaged.", code="upload_damaged", remedy="Send the file again.")
@@ -59,7 +60,8 @@ def create(
             purpose=purpose,
             filename=label(filename),
             num_bytes=num_bytes,
-            num_rows=num_rows,
+            num_rows=check.num_rows if check else None,
+            kind=check.kind if check else None,
             digest=digest,
             created_at=read_clock(session),
         )
@@ -167,7 +169,6 @@ def _check_size(num_bytes: int, settings: Settings) -> None:
         raise InvalidRequest("The file is empty.", code="file_empty", remedy="Send a file with rows.", param="file")
 
 
-def _count_rows(spooled: Path, settings: Settings) -> int:
+def _inspect(spooled: Path, settings: Settings) -> DatasetCheck:
     with spooled.open("rb") as lines:
-        check = datasets.inspect(lines, max_line_bytes=settings.max_line_bytes, max_rows=settings.max_rows)
-    return check.num_rows
+        return datasets.inspect(lines, max_line_bytes=settings.max_line_bytes, max_rows=settings.max_rows)

@@ -199,7 +199,7 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> 
         raise InvalidRequest(
             f"The file {file_id} has no rows.",
             code="empty_file",
-            remedy="Upload a file with at least one line of chat data.",
+            remedy="Upload a file with at least one row.",
             param=param,
         )
     return file

@@ -78,6 +78,8 @@ class File(Table):
     num_bytes: Mapped[int]
     num_rows: Mapped[int | None]
     """Rows of a data set; None for result files."""
+    kind: Mapped[str | None]
+    """What its rows are, a `row_kinds.DataKind`; None where there are none, and for chats of before it was kept."""
     digest: Mapped[str]
     """sha256 of the content, which is a blob of the artifact store."""
     created_at: Mapped[float]

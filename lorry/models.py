@@ -35,12 +35,14 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class File(View):
-    """An uploaded file. `bytes` is its size."""
+    """An uploaded file. `bytes` is its size; `kind` what the rows of a data set are: chat, completion or text."""
 
     id: str = ""
     filename: str = ""
     purpose: str = ""
     bytes: int = 0
+    rows: int | None = None
+    kind: str | None = None
     status: str = ""
     created_at: int = 0
 

@@ -45,10 +45,12 @@ class Refused(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
-    """A conversation as text, and the half-open ranges of its characters that are learnt."""
+    """A row as text, and the half-open ranges of its characters that are learnt."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    is_plain: bool = False
+    """No chat template wrote it, so it lacks the tokens that begin and end a text."""
 
 
 class ChatTemplate:
@@ -71,16 +73,16 @@ class ChatTemplate:
     def load(cls, base_dir: Path) -> ChatTemplate:
         """From chat_template.jinja, or else tokenizer_config.json. Raises Refused."""
         config = _read_json(base_dir / "tokenizer_config.json")
-        tokens = {**_special_tokens(_read_json(base_dir / "special_tokens_map.json")), **_special_tokens(config)}
         separate = base_dir / "chat_template.jinja"
         source = separate.read_text("utf-8") if separate.is_file() else _default(config.get("chat_template"))
         if not source:
             raise Refused(
                 "base_has_no_chat_template",
                 "The base model has no chat template, so there is no telling how its turns are written.",
-                "Train on the base's instruction-tuned sibling, or add the base again with a chat_template.jinja.",
+                "Train on the base's instruction-tuned sibling, add the base again with a chat_template.jinja, or give "
+                'rows without turns: {"prompt": "...", "completion": "..."} or {"text": "..."}.',
             )
-        return cls(source, tokens)
+        return cls(source, special_tokens(base_dir))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises Refused where the template refuses it."""
@@ -200,6 +202,12 @@ def _default(template: Any) -> str | None:
         named = {str(entry.get("name")): entry.get("template") for entry in cast(list[dict[str, Any]], template)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def special_tokens(base_dir: Path) -> dict[str, str]:
+    """bos_token and so on, as a base's folder names them."""
+    maps = (_read_json(base_dir / name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    return {name: text for found in maps for name, text in _special_tokens(found).items()}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

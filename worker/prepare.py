@@ -1,4 +1,4 @@
-"""A chat file to tokens: one safetensors file that a trainer reads, and a report that a person reads.
+"""A data file to tokens: one safetensors file that a trainer reads, and a report that a person reads.
 
 Runs as a child, `python -m worker.prepare ARGUMENTS.json`, without torch. A file that can't be trained on is no
 failure: the report then holds a `refusal`. The same file, base and length give the same bytes.
@@ -12,19 +12,19 @@ import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
 
-from catalog.chat_rows import BadRow, parse_row
+from catalog.chat_rows import BadRow, parse_object
 from catalog.datasets import read_rows
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, OutOfSpace
-from worker.chat_template import TEMPLATE_DATE, ChatTemplate, Refused, Rendered
+from catalog.row_kinds import DataKind, RowKind, kind_of_row
+from worker.base_text import BaseText
+from worker.chat_template import TEMPLATE_DATE, Refused, Rendered
 from worker.token_file import TokenFile
 
 FORMAT = 1
@@ -63,10 +63,16 @@ class DatasetReport(TypedDict):
     longest_row: int
     """Tokens, before any cut."""
     median_row: int
-    tokenizer: NotRequired[str]
+    tokenizer: str
     """sha256 of tokenizer.json."""
+    kind: NotRequired[DataKind]
+    """What the rows are."""
     chat_template: NotRequired[str]
-    """sha256 of the template's text."""
+    """sha256 of the template's text, where rows went through it."""
+    opens_with: NotRequired[str | None]
+    """What the tokenizer puts before each plain text."""
+    ends_with: NotRequired[str | None]
+    """The token that ends each plain text, and is learnt with it."""
     answers_by: NotRequired[str]
     """How the answers were found: by the template's `generation blocks`, or by `prefixes`."""
     template_date: NotRequired[str]
@@ -75,8 +81,9 @@ class DatasetReport(TypedDict):
 
 @dataclass(kw_only=True, slots=True)
 class _Counts:
-    """What is counted row by row."""
+    """What is found row by row."""
 
+    kind: RowKind | None = None
     lengths: array[int] = field(default_factory=lambda: array("q"))
     seen: set[bytes] = field(default_factory=set[bytes])
     truncated: int = 0
@@ -85,57 +92,24 @@ class _Counts:
 
 
 def prepare(*, source: Path, base_dir: Path, max_length: int, out: Path) -> DatasetReport:
-    """Tokenise the checked chat file `source` into `out`, which is not written where the report has a refusal.
+    """Tokenise the checked file `source` into `out`, which is not written where the report has a refusal.
 
     Each row is cut to its first `max_length` tokens. Raises OutOfSpace.
     """
     counts = _Counts()
+    base = BaseText(base_dir)
     with full_disk_named(), TokenFile(out) as tokens:
-        try:
-            base = _Base.load(base_dir)
-        except Refused as error:
-            return _report(tokens, counts, max_length, refused=error)
         try:
             _fill(tokens, counts, source, base, max_length)
         except Refused as error:
-            return _report(tokens, counts, max_length, base=base, refused=error)
+            return _report(tokens, counts, max_length, base, refused=error)
         tokens.finish()
-    return _report(tokens, counts, max_length, base=base)
+    return _report(tokens, counts, max_length, base)
 
 
-class _Base:
-    """What prepare needs to know of a base model."""
-
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, digest: str, num_ids: int | None) -> None:
-        self.template = template
-        self.tokenizer = tokenizer
-        self.digest = digest
-        self.num_ids = num_ids
-        added = cast(dict[int, Any], tokenizer.get_added_tokens_decoder())
-        self.special = np.array(sorted(ident for ident, token in added.items() if token.special), dtype=np.int64)
-
-    @classmethod
-    def load(cls, base_dir: Path) -> _Base:
-        """Raises Refused."""
-        template = ChatTemplate.load(base_dir)
-        content = (base_dir / "tokenizer.json").read_bytes()
-        tokenizer = Tokenizer.from_buffer(content)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        config = cast(dict[str, Any], json.loads((base_dir / "config.json").read_text("utf-8")))
-        num_ids = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-        return cls(template, tokenizer, sha256(content).hexdigest(), num_ids)
-
-    def encode(self, texts: list[str]) -> list[Encoding]:
-        return self.tokenizer.encode_batch(texts, add_special_tokens=False)
-
-
-def _fill(tokens: TokenFile, counts: _Counts, source: Path, base: _Base, max_length: int) -> None:
-    for batch in _batches(_rendered(source, base.template)):
-        for rendered, encoding in zip(batch, base.encode([row.text for row in batch]), strict=True):
-            ids = np.array(encoding.ids, dtype=np.int64)
-            _check_ids(ids, base)
-            mask = _mask(ids, encoding, rendered, base.special, trims=not base.template.marks_spans)
+def _fill(tokens: TokenFile, counts: _Counts, source: Path, base: BaseText, max_length: int) -> None:
+    for batch in _batches(_rendered(source, base, counts)):
+        for rendered, (ids, mask) in zip(batch, base.encode(batch), strict=True):
             counts.lengths.append(len(ids))
             counts.duplicates += _is_seen(counts.seen, rendered.text)
             counts.truncated += len(ids) > max_length
@@ -147,21 +121,25 @@ def _fill(tokens: TokenFile, counts: _Counts, source: Path, base: _Base, max_len
         raise _nothing_to_learn(counts, max_length)
 
 
-def _rendered(source: Path, template: ChatTemplate) -> Iterator[Rendered]:
+def _rendered(source: Path, base: BaseText, counts: _Counts) -> Iterator[Rendered]:
     with source.open("rb") as lines:
         try:
             for number, line in read_rows(lines, max_line_bytes=MAX_LINE_BYTES):
-                yield _render(template, number, line)
+                yield _render(base, counts, number, line)
         except InvalidRequest as error:
             raise Refused(error.code, error.message, error.remedy) from error
 
 
-def _render(template: ChatTemplate, number: int, line: bytes) -> Rendered:
+def _render(base: BaseText, counts: _Counts, number: int, line: bytes) -> Rendered:
     try:
-        return template.render_supervised(parse_row(line))
+        row = parse_object(line)
+        counts.kind = kind = kind_of_row(row, before=counts.kind)
+        return base.render(kind.name, kind.check(row))
     except BadRow as problem:
         raise Refused(problem.code, f"Line {number}: {problem.reason}.", problem.remedy) from problem
     except Refused as error:
+        if error.code == "base_has_no_chat_template":
+            raise  # no row is to blame
         raise Refused(error.code, f"Line {number}: {error.message}", error.remedy) from error
 
 
@@ -179,28 +157,6 @@ def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
         yield batch
 
 
-def _mask(
-    ids: NDArray[np.int64], encoding: Encoding, rendered: Rendered, special: NDArray[np.int64], *, trims: bool
-) -> NDArray[np.uint8]:
-    """1 for each token that overlaps an answer, but never for a row's first: nothing predicts it.
-
-    trims: end an answer at its end-of-turn token, leaving the white space that a template puts after it.
-    """
-    mask = np.zeros(len(ids), dtype=np.uint8)
-    if not len(ids):
-        return mask
-    starts, ends = np.array(encoding.offsets, dtype=np.int64).T
-    is_special = np.isin(ids, special)
-    for start, stop in rendered.spans:
-        inside = np.flatnonzero((starts < stop) & (ends > start))
-        marks = inside[is_special[inside]]
-        if trims and len(marks) and not rendered.text[ends[marks[-1]] : stop].strip():
-            inside = inside[inside <= marks[-1]]
-        mask[inside] = 1
-    mask[0] = 0
-    return mask
-
-
 def _is_seen(seen: set[bytes], text: str) -> bool:
     digest = blake2b(text.encode(), digest_size=16).digest()
     if digest in seen:
@@ -209,28 +165,25 @@ def _is_seen(seen: set[bytes], text: str) -> bool:
     return False
 
 
-def _check_ids(ids: NDArray[np.int64], base: _Base) -> None:
-    if base.num_ids is not None and len(ids) and int(ids.max()) >= base.num_ids:
-        raise Refused(
-            "tokenizer_exceeds_base",
-            f"The base's tokenizer gave the token {int(ids.max())}, and the base knows {base.num_ids} of them.",
-            "Add the base again with the tokenizer that it was trained with.",
-        )
-
-
 def _nothing_to_learn(counts: _Counts, max_length: int) -> Refused:
-    num_rows = len(counts.lengths)
+    num_rows, longest = len(counts.lengths), max(counts.lengths, default=0)
+    if counts.kind is not None and counts.kind.name == "text":
+        return Refused(
+            "nothing_to_learn",
+            f"None of the {num_rows} texts has a token that another one stands before.",
+            f"Give longer texts: the longest has {longest} tokens.",
+        )
     return Refused(
         "nothing_to_learn",
         f"None of the {num_rows} rows has anything to learn in its first {max_length} tokens: every answer has "
         "weight 0, or begins after that.",
         f"Give answers a weight other than 0, shorten what stands before them, or raise max_length (the longest row "
-        f"has {max(counts.lengths, default=0)} tokens).",
+        f"has {longest} tokens).",
     )
 
 
 def _report(
-    tokens: TokenFile, counts: _Counts, max_length: int, *, base: _Base | None = None, refused: Refused | None = None
+    tokens: TokenFile, counts: _Counts, max_length: int, base: BaseText, *, refused: Refused | None = None
 ) -> DatasetReport:
     lengths = sorted(counts.lengths)
     report = DatasetReport(
@@ -245,12 +198,17 @@ def _report(
         duplicate_rows=counts.duplicates,
         longest_row=lengths[-1] if lengths else 0,
         median_row=lengths[(len(lengths) - 1) // 2] if lengths else 0,
+        tokenizer=base.digest,
     )
-    if base is not None:
-        report["tokenizer"], report["chat_template"] = base.digest, base.template.digest
-        report["answers_by"] = "generation blocks" if base.template.marks_spans else "prefixes"
-        if base.template.asks_for_date:
+    if counts.kind is not None:
+        report["kind"] = counts.kind.name
+    if (template := base.used_template) is not None:
+        report["chat_template"] = template.digest
+        report["answers_by"] = "generation blocks" if template.marks_spans else "prefixes"
+        if template.asks_for_date:
             report["template_date"] = f"{TEMPLATE_DATE:%Y-%m-%d}"
+    elif report.get("kind", "chat") != "chat":
+        report["opens_with"], report["ends_with"] = base.opens_with, base.eos[1] if base.eos else None
     if refused is not None:
         report["refusal"] = Refusal(code=refused.code, message=refused.message, remedy=refused.remedy)
     return report

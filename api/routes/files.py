@@ -16,6 +16,7 @@ from api.schemas.files import DataReport, FileDeleted, FileObject, file_object
 from api.schemas.pages import ListPage, page_of
 from api.uploads import receive_upload
 from catalog import data_reports, files
+from catalog.row_kinds import FORMS
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=SIGNED)
 
@@ -33,7 +34,7 @@ UPLOAD_FORM: dict[str, Any] = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": f"For the purpose {files.DATASET}: chat JSONL, in UTF-8.",
+                            "description": f"For the purpose {files.DATASET}: JSONL in UTF-8, each line {FORMS}.",
                         },
                     },
                 }

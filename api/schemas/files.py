@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.row_kinds import KIND_NAMES
 from catalog.tables import File
 
 
@@ -25,6 +26,7 @@ class FileObject(BaseModel):
                 "expires_at": None,
                 "status_details": None,
                 "rows": 410,
+                "kind": "chat",
                 "digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
             }
         }
@@ -39,6 +41,7 @@ class FileObject(BaseModel):
     expires_at: int | None = None
     status_details: str | None = None
     rows: int | None = Field(description="Lines of a data set; null for other purposes.")
+    kind: str | None = Field(description=f"What its rows are: {', '.join(KIND_NAMES)}; null for other purposes.")
     digest: str = Field(description="sha256 of the content.")
 
 
@@ -75,5 +78,6 @@ def file_object(row: File) -> FileObject:
         filename=row.filename,
         purpose=row.purpose,
         rows=row.num_rows,
+        kind=row.kind or ("chat" if row.num_rows is not None else None),
         digest=row.digest,
     )

@@ -26,7 +26,15 @@ app = group("Data sets.")
 
 @app.command()
 def upload(
-    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Chat JSONL.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="JSON Lines.",
+        ),
+    ],
     purpose: Annotated[str, typer.Option(help="fine-tune, unless you know better.")] = "fine-tune",
     as_json: AsJson = False,
 ) -> None:
@@ -47,14 +55,15 @@ def list_(
     files = list(client().files.list(limit=limit))
     if as_json:
         return output.print_json([file.raw for file in files])
-    rows = [(f.id, f.filename, output.size(f.bytes), f.purpose, output.briefly(f.created_at)) for f in files]
+    rows = [(f.id, f.filename, output.size(f.bytes), f.kind, f.purpose, output.briefly(f.created_at)) for f in files]
     return table(
         (
             Column(title="ID"),
             Column(title="NAME", narrowest=16),
             Column(title="SIZE", goes=1),
-            Column(title="PURPOSE", goes=3),
-            Column(title="CREATED", goes=2),
+            Column(title="KIND", goes=2),
+            Column(title="PURPOSE", goes=4),
+            Column(title="CREATED", goes=3),
         ),
         rows,
         empty="There is no file yet. Upload one with `lorry files upload PATH`.",

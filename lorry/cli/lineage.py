@@ -37,6 +37,7 @@ def render(told: Json) -> None:
 
 def prepared(report: Json) -> Pairs:
     """What preparation found in a data set."""
+    yield "kind of rows", report.get("kind")
     for name in _COUNTS:
         yield name.replace("_", " "), _count(report.get(name))
     yield "median row", _unit(report.get("median_row"), "tokens")
@@ -44,6 +45,8 @@ def prepared(report: Json) -> Pairs:
     yield "cut after", _unit(report.get("max_length"), "tokens")
     yield "tokenizer", _short(report.get("tokenizer"))
     yield "chat template", _short(report.get("chat_template"))
+    yield "a text begins with", report.get("opens_with")
+    yield "a text ends with", report.get("ends_with")
 
 
 def _section(title: str | None, pairs: Iterable[tuple[str, object]]) -> None:

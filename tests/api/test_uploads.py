@@ -274,3 +274,19 @@ def test_a_client_that_is_still_sending_hears_why_it_was_refused(site: Site, ser
     assert error_of(too_large)["code"] == "file_too_large"
     assert after.status_code == 200
     assert not list((services.settings.data_dir / "spool").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b'{"prompt": "a", "completion": "b"}', "completion"),
+        (b'\xef\xbb\xbf{"text": "a"}', "text"),
+        (chat_lines(1), "chat"),
+    ],
+)
+def test_a_file_tells_the_kind_of_its_rows(client: TestClient, content: bytes, kind: str) -> None:
+    made = upload(client, content).json()
+
+    assert made["kind"] == kind
+    assert client.get(f"/v1/files/{made['id']}").json()["kind"] == kind
+    assert upload(client, content, purpose="user_data").json()["kind"] is None

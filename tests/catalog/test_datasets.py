@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.chat_rows import BadRow, parse_row
+from catalog.chat_rows import BadRow, check_chat, parse_object
 from catalog.datasets import DatasetCheck, inspect, read_rows
 from catalog.errors import InvalidRequest
+from catalog.row_kinds import kind_of_row
 
 MIB = 2**20
 
@@ -36,7 +37,17 @@ def refusal(content: bytes, **limits: int) -> InvalidRequest:
 
 
 def test_rows_of_chat_are_counted() -> None:
-    assert check(row() * 3) == DatasetCheck(num_rows=3, shape="chat")
+    assert check(row() * 3) == DatasetCheck(num_rows=3, kind="chat")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_at_the_start_is_skipped(mark: bytes) -> None:
+    line = row().rstrip()
+
+    assert check(mark + line, max_line_bytes=len(line)).num_rows == 1
+    assert list(read_rows(io.BytesIO(mark + line), max_line_bytes=MIB)) == [(1, line)]
+    assert refusal(line + b"\n" + b"\xef\xbb\xbf" + line).code == "invalid_json"
+    assert refusal(mark + line + b"x", max_line_bytes=len(line)).code == "line_too_long"
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n  \n"])
@@ -54,7 +65,7 @@ def test_every_role_a_weight_and_names_are_let_in() -> None:
         {"role": "assistant", "content": "42", "weight": 1},
     ]
 
-    assert parse_row(json.dumps({"messages": messages}).encode()) == messages
+    assert check_chat(parse_object(json.dumps({"messages": messages}).encode())) == messages
 
 
 WHOLE_FILES = {
@@ -66,7 +77,6 @@ WHOLE_FILES = {
     b"PK\x03\x04rest": "not_jsonl",
     b"\x1f\x8brest": "not_jsonl",
     b"PAR1rest": "not_jsonl",
-    b"\xef\xbb\xbf" + row(): "byte_order_mark",
     row().decode().encode("utf-16"): "invalid_utf8",
 }
 
@@ -100,7 +110,8 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "a list": (b"[1]", "row_not_object"),
     "null": (b"null", "row_not_object"),
     "nothing": (b"{}", "messages_missing"),
-    "a completion": (b'{"prompt": "a", "completion": "b"}', "unknown_key"),
+    "a completion": (b'{"prompt": "a", "completion": "b"}', "mixed_kinds"),
+    "a text": (b'{"text": "a"}', "mixed_kinds"),
     "one key too many": (b'{"messages": [], "id": 1}', "unknown_key"),
     "tools": (b'{"messages": [], "tools": []}', "tools_unsupported"),
     "parallel tool calls": (b'{"messages": [], "parallel_tool_calls": false}', "tools_unsupported"),
@@ -150,20 +161,20 @@ def test_five_bad_lines_are_listed_and_reading_stops() -> None:
 
 
 def test_each_kind_of_problem_brings_its_remedy() -> None:
-    problem = refusal(b"{}\n" + b'{"messages": 1}\n' + row())
+    problem = refusal(row() + b"{}\n" + b'{"messages": 1}\n' + row())
 
     assert problem.code == "messages_missing"
     assert problem.message == (
-        'Line 1: the key "messages" is missing. Write {"messages": [...]}. '
-        "Line 2: messages is a number, not a list. Write a list of {role, content} objects."
+        'Line 2: the key "messages" is missing. Write {"messages": [...]}. '
+        "Line 3: messages is a number, not a list. Write a list of {role, content} objects."
     )
     assert problem.remedy == "Correct these lines and upload the file again."
 
 
 def test_a_remedy_that_all_bad_lines_share_is_said_once() -> None:
-    problem = refusal(b"{}\n" + row() + b"{}\n")
+    problem = refusal(row() + b"{}\n" + row() + b"{}\n")
 
-    assert problem.message == 'Line 1: the key "messages" is missing. Line 3: the key "messages" is missing.'
+    assert problem.message == 'Line 2: the key "messages" is missing. Line 4: the key "messages" is missing.'
     assert problem.remedy == 'Write {"messages": [...]}.'
 
 
@@ -251,7 +262,7 @@ def test_what_a_person_wrote_is_quoted_short_and_harmless() -> None:
     assert len(problem.message) < 120
 
 
-KEYS = st.sampled_from(["messages", "role", "content", "weight"]) | st.text()
+KEYS = st.sampled_from(["messages", "role", "content", "weight", "prompt", "completion", "text"]) | st.text()
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner),
@@ -261,4 +272,5 @@ JSON = st.recursive(
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_whatever_the_bytes_a_row_is_parsed_or_refused(content: bytes) -> None:
     with suppress(BadRow):
-        assert parse_row(content)
+        found = parse_object(content)
+        assert kind_of_row(found, before=None).check(found)

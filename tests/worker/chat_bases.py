@@ -13,6 +13,7 @@ from lora_core.data import TokenDataset
 from worker.prepare import DatasetReport, prepare
 
 Messages = list[dict[str, Any]]
+Row = Messages | dict[str, Any]
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
@@ -107,12 +108,14 @@ class Base:
     def reference(self) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
-    def prepare(self, *rows: Messages, max_length: int = 4096) -> tuple[DatasetReport, Path]:
+    def prepare(self, *rows: Row, max_length: int = 4096) -> tuple[DatasetReport, Path]:
+        """A list of messages is a row of chat; any other row is written as it is."""
         source, out = self.folder.parent / "source.jsonl", self.folder.parent / "tokens.safetensors"
-        source.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        objects = [{"messages": row} if isinstance(row, list) else row for row in rows]
+        source.write_text("".join(json.dumps(row) + "\n" for row in objects))
         return prepare(source=source, base_dir=self.folder, max_length=max_length, out=out), out
 
-    def rows(self, *rows: Messages, max_length: int = 4096) -> list[tuple[list[int], list[int]]]:
+    def rows(self, *rows: Row, max_length: int = 4096) -> list[tuple[list[int], list[int]]]:
         """(ids, mask) of each row that was kept."""
         report, out = self.prepare(*rows, max_length=max_length)
         assert "refusal" not in report, report
@@ -121,7 +124,7 @@ class Base:
         assert report["supervised_tokens"] == tokens.num_supervised_tokens
         return [(ids.tolist(), mask.tolist()) for ids, mask in map(tokens.row, range(tokens.num_rows))]
 
-    def learnt(self, row: Messages) -> str:
+    def learnt(self, row: Row) -> str:
         """What the model is taught to say in a row, as text; | between answers."""
         ((ids, mask),) = self.rows(row)
         parts: list[list[int]] = [[]]

@@ -5,7 +5,7 @@ import { announce } from "../parts/announce.js";
 import { Panel } from "../parts/basics.js";
 import * as format from "../format.js";
 
-const PURPOSES = [["fine-tune", "Chat data, to train on or held out"], ["evals", "Evaluation"], ["user_data", "Other data"]];
+const PURPOSES = [["fine-tune", "Data to train on, or held out"], ["evals", "Evaluation"], ["user_data", "Other data"]];
 const NOTHING = { busy: false, error: null, made: null };
 
 export function Upload({ done }) {
@@ -37,7 +37,8 @@ export function Upload({ done }) {
       <select id="upload-purpose" ref=${purpose}>${PURPOSES.map(([key, name]) => html`<option key=${key} value=${key}>${name}</option>`)}</select>
       <button type="submit" class="primary" aria-disabled=${state.busy ? "true" : null}>${state.busy ? "Uploading…" : "Upload"}</button>
     </form>
-    <p id="upload-hint" class="upload-hint soft">One conversation on each line: <code>${'{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'}</code></p>
+    <p id="upload-hint" class="upload-hint soft">One conversation on each line: <code>${'{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'}</code>,
+      or <code>${'{"prompt": "…", "completion": "…"}'}</code>, or <code>${'{"text": "…"}'}</code></p>
     <div id="upload-error" role="alert">${state.error && html`<${Refusal} error=${state.error} />`}</div>
     ${state.made && html`<p class="result result-good">${told(state.made)}</p>`}
   <//>`;

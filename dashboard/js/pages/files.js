@@ -10,7 +10,8 @@ import * as format from "../format.js";
 
 const PAGE = 30;
 const JOBS = 100;
-const PURPOSES = { "fine-tune": "chat data", evals: "evaluation", user_data: "other data" };
+const KINDS = { chat: "chat data", completion: "prompts with completions", text: "plain text" };
+const PURPOSES = { "fine-tune": "data to train on", evals: "evaluation", user_data: "other data" };
 
 export function FilesPage() {
   const { files, hasMore, loading, error, load, more } = useFiles();
@@ -58,7 +59,7 @@ function Row({ file, jobs, hasOlderJobs, deletion }) {
   return html`<tr role="row">
     <th role="rowheader" scope="row" class="file-name"><b>${file.filename}</b><span class="sub"><span><${Ago} at=${file.created_at} /></span>${jobs && html`<span>${usedBy(jobs.length, hasOlderJobs)}</span>`}</span>
       <${Id} id=${file.id} what=${`id of ${file.filename}`} length=${16} /></th>
-    <td role="cell">${PURPOSES[file.purpose] || file.purpose}<span class="sub">${file.purpose}</span></td>
+    <td role="cell">${KINDS[file.kind] || PURPOSES[file.purpose] || file.purpose}<span class="sub">${file.purpose}</span></td>
     <td role="cell">${format.bytes(file.bytes)}${typeof file.rows === "number" && html`<span class="sub">${format.plural(file.rows, "row")}</span>`}</td>
     <td role="cell" class="data-cell"><${Found} file=${file} job=${jobs?.[0]} /></td>
     <td role="cell" class="act-cell"><span class="buttons"><a class="button" href=${`/v1/files/${file.id}/content`} download>Download<span class="unseen"> ${file.filename}</span></a>

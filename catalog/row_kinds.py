@@ -1,0 +1,78 @@
+"""The kinds of rows that a data set may have. This table is the one place that tells them apart.
+
+A kind is told by a row's keys; all rows of a file are of the kind of its first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from catalog.chat_rows import BadRow, check_chat, is_supervised, quoted
+from catalog.plain_rows import COMPLETION_FORM, TEXT_FORM, check_completion, check_text, is_completion_supervised
+
+DataKind = Literal["chat", "completion", "text"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowKind:
+    """One kind of rows."""
+
+    name: DataKind
+    keys: tuple[str, ...]
+    """A row with any of them is of this kind, or meant to be."""
+    noun: str
+    form: str
+    check: Callable[[dict[str, Any]], Any]
+    """The row, if it is right. Raises BadRow."""
+    is_supervised: Callable[[Any], bool]
+    """Something is learnt from what `check` returned."""
+
+
+KINDS = (
+    RowKind(
+        name="chat",
+        keys=("messages",),
+        noun="a chat",
+        form='{"messages": [...]}',
+        check=check_chat,
+        is_supervised=is_supervised,
+    ),
+    RowKind(
+        name="completion",
+        keys=("prompt", "completion"),
+        noun="a prompt with its completion",
+        form=COMPLETION_FORM,
+        check=check_completion,
+        is_supervised=is_completion_supervised,
+    ),
+    RowKind(
+        name="text",
+        keys=("text",),
+        noun="a plain text",
+        form=TEXT_FORM,
+        check=check_text,
+        is_supervised=lambda _: True,
+    ),
+)
+KIND_NAMES = tuple(kind.name for kind in KINDS)
+FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
+
+
+def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
+    """The row's kind. before: that of the rows before it, None at the first. Raises BadRow."""
+    found = next((kind for kind in KINDS if any(key in row for key in kind.keys)), before)
+    if found is None:
+        raise _unknown(row)
+    if before is not None and found is not before:
+        reason = f"the row is {found.noun}, and those before it are each {before.noun}"
+        raise BadRow("mixed_kinds", reason, "Put rows of each kind into a file of their own.")
+    return found
+
+
+def _unknown(row: dict[str, Any]) -> BadRow:
+    if row:
+        reason = f"the key {quoted(next(iter(row)))} is of no kind of row"
+        return BadRow("unknown_key", reason, f"Write {FORMS}, or correct the key's spelling.")
+    return BadRow("row_empty", "the object is empty", f"Write {FORMS}.")
