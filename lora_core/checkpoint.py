@@ -1,5 +1,8 @@
 # pyright: basic
-"""Exact resume: the flat row and a few integers, as of the last completed optimizer step. Never pickle."""
+"""Exact resume: the flat row and a few numbers, as of the last completed optimizer step. Never pickle.
+
+Where a job keeps its best weights, they are a vector beside those of the row.
+"""
 
 import hashlib
 import json
@@ -9,14 +12,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lora_core.adapters import AdapterRow
 from lora_core.errors import BadCheckpoint, UnsafeFile
 from lora_core.job import Job, Progress
+from lora_core.selection import Selection
 from lora_core.tensor_files import read_header, write_directory, write_json
 
-FORMAT = 2
+FORMAT = 3
 VECTORS = ("p", "m", "v")
+BEST = "best"
 
 
 def save_checkpoint(job: Job, directory: Path) -> None:
@@ -26,7 +32,10 @@ def save_checkpoint(job: Job, directory: Path) -> None:
 
 def _write(job: Job, directory: Path) -> None:
     row_file = directory / "row.safetensors"
-    save_file({name: getattr(job.row, name).cpu() for name in VECTORS}, row_file)
+    vectors = {name: getattr(job.row, name).cpu() for name in VECTORS}
+    if job.best is not None:
+        vectors[BEST] = job.best.cpu()
+    save_file(vectors, row_file)
     epoch, position = divmod(job.step * job.config.batch_size, job.num_examples)
     state = {
         "format": FORMAT,
@@ -41,16 +50,17 @@ def _write(job: Job, directory: Path) -> None:
     write_json(directory / "state.json", state)
 
 
-def load_checkpoint(directory: Path, *, row: AdapterRow, expected: dict[str, str]) -> Progress:
-    """Fill `row` and return the progress. `expected` names the digests of configuration and data.
+def load_checkpoint(directory: Path, *, row: AdapterRow, best: Tensor | None, expected: dict[str, str]) -> Progress:
+    """Fill `row`, and `best` where the job keeps its best weights, and return the progress. `expected` names the
+    digests of configuration and data.
 
     Raises BadCheckpoint if the files are damaged or belong to another configuration, data or base model.
     """
     try:
         state = json.loads((directory / "state.json").read_text())
-        progress = Progress(**state["progress"])
         _check_state(state, expected, [target.name for target in row.targets])
-        _load_row(directory / "row.safetensors", row, state["row_sha256"])
+        progress = Progress(**state["progress"] | {"selection": Selection(**state["progress"]["selection"])})
+        _load_row(directory / "row.safetensors", row, best, state["row_sha256"])
     except (OSError, ValueError, TypeError, KeyError, UnsafeFile) as error:
         if isinstance(error, BadCheckpoint):
             raise
@@ -68,16 +78,16 @@ def _check_state(state: dict[str, Any], expected: dict[str, str], targets: list[
         raise _bad("belongs to another base model: its adapted layers differ")
 
 
-def _load_row(path: Path, row: AdapterRow, sha256: str) -> None:
-    shape = ("F32", (row.num_parameters,))
-    if read_header(path) != dict.fromkeys(VECTORS, shape):
-        raise _bad("doesn't hold the vectors p, m and v of this adapter")
+def _load_row(path: Path, row: AdapterRow, best: Tensor | None, sha256: str) -> None:
+    vectors = {name: getattr(row, name) for name in VECTORS} | ({} if best is None else {BEST: best})
+    if read_header(path) != dict.fromkeys(vectors, ("F32", (row.num_parameters,))):
+        raise _bad(f"doesn't hold the vectors {', '.join(vectors)} of this adapter")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise _bad("is damaged: the row's digest differs")
     for name, vector in load_file(path).items():
         if not torch.isfinite(vector).all():
             raise _bad(f"holds numbers in {name} that are not finite")
-        getattr(row, name).copy_(vector)
+        vectors[name].copy_(vector)
     row.g.zero_()
     row.refresh_compute()
 

@@ -183,12 +183,28 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStoppingConfig:
+    """End after `patience` evaluations in a row in which the held-out loss fell by no more than `min_delta` (nats)
+    below the one that last did, or the first one. The base's own, at step 0, doesn't count."""
+
+    patience: int
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.patience >= 1, "early_stopping.patience", self.patience, "at least 1")
+        delta_ok = math.isfinite(self.min_delta) and self.min_delta >= 0
+        _require(delta_ok, "early_stopping.min_delta", self.min_delta, "zero or positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
     """Everything that decides a job's result, besides its data and the base model.
 
     `batch_size` counts sequences per optimizer step, or pairs of them where the objective is one of preference.
     `slice_tokens` bounds the tokens of one slice; a longer single sequence or pair is a slice of its own. With a
     held-out set the job is always evaluated at step 0 and at the end, and every `evaluate_every_steps` between.
+    `keep`: whose weights the job ends with, the last step's, or those of the evaluation after step 0 that had the
+    lowest loss (the first of equals).
     """
 
     lora: LoraConfig
@@ -200,6 +216,8 @@ class JobConfig:
     evaluate_every_steps: int | None = None
     slice_tokens: int = 1024
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    early_stopping: EarlyStoppingConfig | None = None
+    keep: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
@@ -208,6 +226,12 @@ class JobConfig:
         every = self.evaluate_every_steps
         _require(every is None or every >= 1, "evaluate_every_steps", every, "at least 1, or none")
         _require(self.slice_tokens >= 1, "slice_tokens", self.slice_tokens, "at least 1")
+        _require(self.keep in ("last", "best"), "keep", self.keep, "last or best")
+
+    @property
+    def needs_evaluation(self) -> bool:
+        """Whether the result depends on a held-out set, without which the job can't be trained."""
+        return self.early_stopping is not None or self.keep == "best"
 
     def digest(self) -> str:
         """sha256 of the canonical JSON (16 and 16.0 are one number): a checkpoint names what it continues."""

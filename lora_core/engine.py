@@ -16,7 +16,7 @@ from lora_core.attach import Attachment, choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.config import EngineConfig, JobConfig
 from lora_core.data import TokenDataset, check_examples
-from lora_core.errors import BadDataset, OutOfMemory
+from lora_core.errors import BadDataset, ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.job import Job, Progress, SliceScores, data_digest
@@ -54,9 +54,15 @@ class Engine:
         valid: TokenDataset | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        """Make `job` resident. Raises NoTargets, BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed."""
+        """Make `job` resident. Raises ConfigError where the job needs a held-out set and has none, NoTargets,
+        BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed."""
         assert job not in self._jobs, f"{job} is resident already"
         assert self.base.attachment is not None
+        if valid is None and config.needs_evaluation:
+            raise ConfigError(
+                "Early stopping and keeping the best weights need a held-out set, and the job has none.",
+                remedy="Give one, or leave early_stopping out and keep the last weights.",
+            )
         for dataset in filter(None, (train, valid)):
             _check_fits(dataset, self.base)
             check_examples(dataset, config.objective.rows_per_example)
@@ -64,14 +70,17 @@ class Engine:
         with shortage_of(job):
             frozen = frozen_weights(self.base.attachment.linears, targets) if config.lora.use_dora else None
             row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device, frozen=frozen)
+            best = torch.zeros_like(row.p) if config.keep == "best" else None
             if resume_from is None:
                 row.initialise(config.seed)
                 progress = Progress()
             else:
                 expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
-                progress = checkpoint.load_checkpoint(resume_from, row=row, expected=expected)
+                progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
         served = min((other.served for other in self._jobs.values()), default=0)
-        self._jobs[job] = Job(job, config, row=row, train=train, valid=valid, progress=progress, served=served)
+        self._jobs[job] = Job(
+            job, config, row=row, train=train, valid=valid, progress=progress, served=served, best=best
+        )
 
     def tick(self) -> list[Event]:
         """Compute one tick and say what it completed. Without work: [] at once.
@@ -98,7 +107,8 @@ class Engine:
         checkpoint.save_checkpoint(self._jobs[job], directory)
 
     def export(self, job: str, directory: Path, *, base_name: str) -> ExportReport:
-        """The adapter of the last completed step in PEFT's layout, into a directory that must not exist."""
+        """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into
+        a directory that must not exist."""
         with shortage_of(job):
             return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
 
@@ -127,7 +137,7 @@ class Engine:
 
     def memory(self) -> dict[str, int]:
         """Bytes of the base model, of all rows, and the peak of the device (of the process, on a CPU)."""
-        rows_bytes = sum(job.row.num_bytes for job in self._jobs.values())
+        rows_bytes = sum(job.num_bytes for job in self._jobs.values())
         return {
             "base_bytes": self.base.num_bytes,
             "rows_bytes": rows_bytes,

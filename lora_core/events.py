@@ -47,10 +47,16 @@ class JobEvaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobFinished:
-    """All steps and the last evaluation are done; the job stays resident until it is evicted."""
+    """All steps and the last evaluation are done; the job stays resident until it is evicted.
+
+    `kept_step`: the step whose weights the row holds now. `stopped_early`: the sentence why the job ended before
+    its last step; None where it didn't.
+    """
 
     job: str
     step: int
+    kept_step: int
+    stopped_early: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

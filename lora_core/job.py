@@ -8,10 +8,11 @@ depends on the job alone. Only a completed step changes the weights, so a droppe
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from lora_core.adapters import AdapterRow
 from lora_core.config import JobConfig
@@ -19,6 +20,7 @@ from lora_core.data import TokenDataset, cut_slices, rows_of_examples, rows_of_s
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.pack import DropoutKey, SliceInput
+from lora_core.selection import Selection
 from lora_core.turns import Kind
 
 
@@ -70,16 +72,21 @@ class SliceScores:
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """What a checkpoint keeps beside the row: completed steps, the last evaluated one (-1: none), tokens."""
+    """What a checkpoint keeps beside the vectors: completed steps, the last evaluated one (-1: none), tokens, and
+    what the evaluations have decided."""
 
     step: int = 0
     last_evaluated_step: int = -1
     num_tokens: int = 0
     num_supervised_tokens: int = 0
+    selection: Selection = field(default_factory=Selection)
 
 
 class Job:
-    """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick."""
+    """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick.
+
+    `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
+    """
 
     def __init__(
         self,
@@ -91,6 +98,7 @@ class Job:
         valid: TokenDataset | None,
         progress: Progress,
         served: int,
+        best: Tensor | None = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -99,6 +107,7 @@ class Job:
         self.valid = valid
         self.progress = progress
         self.served = served
+        self.best = best
         self.unit: Unit | None = None
         self.tally = Tally()
         self.pending: list[Event] = self._begin_unit()
@@ -115,6 +124,10 @@ class Job:
     @property
     def step(self) -> int:
         return self.progress.step
+
+    @property
+    def num_bytes(self) -> int:
+        return self.row.num_bytes + (0 if self.best is None else self.best.nbytes)
 
     def next_num_tokens(self) -> int:
         assert self.unit is not None
@@ -182,15 +195,24 @@ class Job:
 
     def _finish_evaluation(self, unit: Unit) -> list[Event]:
         self.progress.last_evaluated_step = self.step
+        loss = self.tally.loss_sum / unit.num_terms
+        if self.step > 0:
+            self._select(loss)
         evaluated = JobEvaluated(
             job=self.name,
             step=self.step,
-            loss=self.tally.loss_sum / unit.num_terms,
+            loss=loss,
             token_accuracy=self.tally.num_correct / unit.num_accuracy_labels,
             num_supervised_tokens=unit.num_labels,
             rewards=self._rewards(unit),
         )
         return [evaluated, *self._begin_unit()]
+
+    def _select(self, loss: float) -> None:
+        rule = self.config.early_stopping
+        is_best = self.progress.selection.book(step=self.step, loss=loss, min_delta=rule.min_delta if rule else 0.0)
+        if is_best and self.best is not None:
+            self.best.copy_(self.row.p)
 
     def _rewards(self, unit: Unit) -> Rewards | None:
         if not self.config.objective.is_preference:
@@ -218,7 +240,7 @@ class Job:
             assert self.valid is not None
             num_examples = self.valid.num_rows // self.config.objective.rows_per_example
             self.unit = make_unit("evaluate", self.valid, range(num_examples), self.config)
-        elif self.step < self.config.num_steps:
+        elif self.step < self.config.num_steps and self._reason_to_stop() is None:
             examples = rows_of_step(
                 num_rows=self.num_examples,
                 batch_size=self.config.batch_size,
@@ -228,8 +250,22 @@ class Job:
             self.unit = make_unit("train", self.train, examples, self.config)
         else:
             self.unit = None
-            return [JobFinished(job=self.name, step=self.step)]
+            return [self._finish()]
         return []
+
+    def _finish(self) -> JobFinished:
+        """The row ends with the weights that are kept. Done again after a resume, it changes nothing."""
+        kept_step = self.step
+        if self.best is not None:
+            kept_step = self.progress.selection.best_step
+            self.row.p.copy_(self.best)
+            self.row.refresh_compute()
+        is_early = self.step < self.config.num_steps
+        reason = self._reason_to_stop() if is_early else None
+        return JobFinished(job=self.name, step=self.step, kept_step=kept_step, stopped_early=reason)
+
+    def _reason_to_stop(self) -> str | None:
+        return self.progress.selection.reason_to_stop(self.config.early_stopping)
 
     def _evaluation_is_due(self) -> bool:
         if self.valid is None or self.progress.last_evaluated_step == self.step:

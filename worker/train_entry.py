@@ -198,7 +198,7 @@ class Trainer:
             if event.step % resident.checkpoint_every_steps == 0 and event.step < resident.num_steps:
                 self._checkpoint(event.job)
         elif isinstance(event, JobFinished):
-            self._export(event.job, event.step)
+            self._export(event)
         elif isinstance(event, JobDiverged):
             self._checkpoint(event.job)
             self._evict(event.job)
@@ -224,7 +224,8 @@ class Trainer:
         self._residents[claim_id].saved_step = step
         return str(folder.relative_to(self._directory.path))
 
-    def _export(self, claim_id: str, step: int) -> None:
+    def _export(self, finished: JobFinished) -> None:
+        claim_id = finished.job
         folder = self._directory.job_path(claim_id) / "adapter"
         try:
             self._engine.export(claim_id, folder, base_name=self._residents[claim_id].base_name)
@@ -237,7 +238,9 @@ class Trainer:
             self._write(claim_id, "refused", error=_disk_error(error), is_checkpoint=False)
             return
         body = {
-            "step": step,
+            "step": finished.step,
+            "kept_step": finished.kept_step,
+            "stopped_early": finished.stopped_early,
             "folder": str(folder.relative_to(self._directory.path)),
             "num_parameters": self._engine.num_parameters(claim_id),
             "trained_tokens": self._engine.trained_tokens(claim_id),

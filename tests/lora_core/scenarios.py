@@ -7,7 +7,15 @@ import numpy as np
 from torch import Tensor
 
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import (
+    EarlyStoppingConfig,
+    EngineConfig,
+    JobConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.events import Event, JobFinished
@@ -150,7 +158,7 @@ def methods() -> dict[str, Submission]:
 
 
 def numbers() -> dict[str, Submission]:
-    """Other optimizers and schedules."""
+    """Other optimizers and schedules, and a job that ends early with the weights of an earlier evaluation."""
     sgd = config(rank=6, dropout=0.1, batch_size=3, num_steps=5, seed=13, slice_tokens=50)
     momentum = OptimizerConfig(kind="sgd", learning_rate=0.5, momentum=0.9, weight_decay=0.01, lora_plus_ratio=2.0)
     return {
@@ -161,6 +169,15 @@ def numbers() -> dict[str, Submission]:
                 schedule=ScheduleConfig(kind="wsd", warmup_steps=1, decay_steps=2, num_steps=5),
             ),
             train=dataset(13, [24, 10, 41, 6]),
+        ),
+        "early_best": Submission(
+            config=replace(
+                config(rank=2, learning_rate=0.06, num_steps=30, seed=14, evaluate_every_steps=1, slice_tokens=30),
+                early_stopping=EarlyStoppingConfig(patience=2, min_delta=0.01),
+                keep="best",
+            ),
+            train=dataset(14, [9, 14, 22]),
+            valid=dataset(41, [15, 8]),
         ),
     }
 

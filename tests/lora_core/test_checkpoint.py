@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lora_core.config import EngineConfig
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint
-from tests.lora_core.scenarios import Submission, admit, config, dataset
+from tests.lora_core.scenarios import Submission, admit, config, dataset, numbers
 from tests.services.small_disk import small_disk
 
 JOB = Submission(config=config(num_steps=2), train=dataset(1, [10, 12, 8]))
@@ -101,7 +101,31 @@ def test_a_changed_row_is_refused(engine, saved):
 
 def test_a_row_of_another_size_is_refused(engine, saved):
     save_file({name: torch.zeros(7) for name in ("p", "m", "v")}, saved / "row.safetensors")
-    with pytest.raises(BadCheckpoint, match="p, m and v"):
+    with pytest.raises(BadCheckpoint, match="p, m, v of"):
+        admit(engine, "job", JOB, resume_from=saved)
+
+
+def test_best_weights_are_a_vector_of_the_checkpoint_and_their_lack_is_refused(engine, tmp_path):
+    job = numbers()["early_best"]
+    admit(engine, "job", job)
+    while engine.progress("job")[0] < 2:
+        engine.tick()
+    engine.save_checkpoint("job", tmp_path / "saved")
+    engine.evict("job")
+    vectors = load_file(tmp_path / "saved/row.safetensors")
+    assert vectors.keys() == {"p", "m", "v", "best"}
+    assert vectors["best"].any()
+
+    save_file({name: vectors[name] for name in ("p", "m", "v")}, tmp_path / "saved/row.safetensors")
+    with pytest.raises(BadCheckpoint, match="p, m, v, best"):
+        admit(engine, "job", job, resume_from=tmp_path / "saved")
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(engine, saved):
+    state = json.loads((saved / "state.json").read_text())
+    del state["progress"]["selection"]
+    (saved / "state.json").write_text(json.dumps(state | {"format": 2}))
+    with pytest.raises(BadCheckpoint, match="format 2, not 3"):
         admit(engine, "job", JOB, resume_from=saved)
 
 

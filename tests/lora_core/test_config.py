@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_core.config import EngineConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import EarlyStoppingConfig, EngineConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.errors import ConfigError
 from tests.lora_core.scenarios import config
 
@@ -42,6 +42,9 @@ NAN, INF = float("nan"), float("inf")
         (config(), "seed", [-1, 2**63]),
         (config(), "evaluate_every_steps", [0]),
         (config(), "slice_tokens", [0]),
+        (config(), "keep", ["first"]),
+        (EarlyStoppingConfig(patience=3), "patience", [0]),
+        (EarlyStoppingConfig(patience=3), "min_delta", [-0.1, NAN, INF]),
         (EngineConfig(), "token_budget", [0]),
         (EngineConfig(), "max_tick_seconds", [0, NAN]),
         (EngineConfig(), "num_lanes", [0]),

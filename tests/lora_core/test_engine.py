@@ -35,7 +35,7 @@ def test_the_held_out_set_is_scored_at_the_start_every_so_many_steps_and_at_the_
     assert evaluated == [0, 2, 4, 5]
     assert [event.step for event in events if isinstance(event, JobStepped)] == [1, 2, 3, 4, 5]
     assert isinstance(events[0], JobEvaluated)
-    assert events[-1] == JobFinished(job="job", step=5)
+    assert events[-1] == JobFinished(job="job", step=5, kept_step=5)
 
 
 def test_the_first_evaluation_is_the_loss_of_the_base_itself(load):

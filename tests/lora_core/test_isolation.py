@@ -219,7 +219,7 @@ def test_finished_jobs_stay_until_evicted_and_leave_the_engine_idle(load):
     while not engine.idle:
         events += engine.tick()
 
-    assert events[-1] == JobFinished(job="job", step=6)
+    assert events[-1] == JobFinished(job="job", step=6, kept_step=6)
     assert engine.jobs() == ("job",)
     assert engine.num_parameters("job") > 0
     assert engine.memory()["rows_bytes"] == 16 * engine.num_parameters("job")

@@ -54,6 +54,7 @@ def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[byt
         ("gpt2", "float32", JOB),
         ("llama", "float32", PAIRS),
         ("llama", "float32", numbers()["sgd_wsd"]),
+        ("llama", "bfloat16", numbers()["early_best"]),
     ],
 )
 def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tmp_path, family, dtype, job):
@@ -78,15 +79,16 @@ def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tm
     assert mid_step_saves >= 3
 
 
-def test_resumed_equals_uninterrupted_after_the_last_step(load, tmp_path):
+@pytest.mark.parametrize("job", [JOB, numbers()["early_best"]])
+def test_resumed_equals_uninterrupted_after_the_last_step(load, tmp_path, job):
     base = load("llama")
     engine = Engine(base, EngineConfig())
-    admit(engine, "job", JOB)
+    admit(engine, "job", job)
     while not engine.idle:
         engine.tick()
     engine.save_checkpoint("job", tmp_path / "done")
 
-    vectors, events = finish_elsewhere(base, tmp_path / "done")
+    vectors, events = finish_elsewhere(base, tmp_path / "done", job)
 
     assert vectors == state_bytes(engine, "job")
     assert [type(event).__name__ for event in events if event.job == "job"] == ["JobFinished"]
