@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, events, packing, queue, recovery
+from catalog import artifact_rows, events, fleet, packing, queue, recovery
 from catalog.artifacts.manifest import Manifest
 from catalog.db import Database, read_clock, skip_locked
 from catalog.endings import close_attempt, end_attempt
@@ -200,6 +200,8 @@ def _choose(session: Session, worker_id: str, trainer_id: str, room: Room, pack_
     if worker is not None and worker.is_leaving:
         return []
     turns = queue.turns(session, now=read_clock(session))
+    can_hold = fleet.quantisations_of(worker) if worker is not None else frozenset({"none"})
+    turns = [turn for turn in turns if packing.quantisation_of(turn.candidate.pack_key) in can_hold]
     if pack_key is None:
         return packing.choose_pack(turns, room)
     if _holds_suspect(session, trainer_id):

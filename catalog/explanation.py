@@ -13,6 +13,7 @@ from catalog.job_records import find
 from catalog.packing import PATIENCE_SECONDS
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
+from catalog.submission import INSTALL_QUANT
 from catalog.tables import Attempt, Job, Json
 
 MAX_NAMED = 20
@@ -70,6 +71,7 @@ def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         "resident_precisions": _precisions(residents, job.base_digest),
         "base_digest": job.base_digest,
         "precision": packing.precision_of(job.pack_key),
+        "quantisation": packing.quantisation_of(job.pack_key),
         "priority": PriorityClass(job.priority).name,
     }
     if job.run_after is not None and job.run_after > now:
@@ -83,9 +85,9 @@ def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     facts |= _place(mine, ahead, job)
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
-    too_large = _too_large(session, mine, now=now)
-    if too_large:
-        return too_large, facts
+    hindrance = _unquantised(session, job, now=now) or _too_large(session, mine, now=now)
+    if hindrance:
+        return hindrance, facts
     return _queue_sentence(job, mine, ahead, residents), facts
 
 
@@ -126,8 +128,8 @@ def _other_trainer(job: Job, of_its_base: list[Resident]) -> str:
     """Why no trainer that is loaded takes the job."""
     if not of_its_base:
         return "Workers hold another base now."
-    loaded = " and ".join(_precisions(of_its_base, job.base_digest))
-    wanted = packing.precision_of(job.pack_key)
+    loaded = " and ".join(sorted({packing.weights_of(held.pack_key) for held in of_its_base if held.pack_key}))
+    wanted = packing.weights_of(job.pack_key)
     return f"Its base is loaded in {loaded}; it asks for {wanted}, so it can't join and waits for a trainer of its own."
 
 
@@ -135,6 +137,13 @@ def _patience(mine: Turn) -> str:
     if mine.waited_seconds < PATIENCE_SECONDS:
         return f"Jobs that can join what is loaded may go first for {PATIENCE_SECONDS:.0f} s at most."
     return "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
+
+
+def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
+    wanted, found = packing.quantisation_of(job.pack_key), fleet.quantisations(session, now=now)
+    if found is None or wanted in found:
+        return None
+    return f"It asks for its base as {wanted}, and no worker that runs has bitsandbytes. {INSTALL_QUANT}"
 
 
 def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:

@@ -90,6 +90,17 @@ def auto_precision(session: Session, *, now: float) -> Precision:
     return "float32" if is_slow_everywhere else "bfloat16"
 
 
+def quantisations(session: Session, *, now: float) -> frozenset[str] | None:
+    """Those that some live worker can load a base in; None where no worker lives."""
+    live = list(session.scalars(select(Worker).where(is_live(now=now))))
+    return frozenset[str]().union(*(quantisations_of(worker) for worker in live)) if live else None
+
+
+def quantisations_of(worker: Worker) -> frozenset[str]:
+    """none, and what else the worker said at its start; older workers say nothing."""
+    return frozenset({"none"}).union(*(device.get("quantisations", ()) for device in worker.devices))
+
+
 def count_live(session: Session, *, now: float) -> int:
     """Workers."""
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0

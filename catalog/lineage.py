@@ -72,7 +72,7 @@ def build(
         "format": FORMAT,
         "job": job.id,
         "outputs": _outputs(adapter, num_parameters),
-        "base": _base(base),
+        "base": {**_base(base), "quantisation": job.spec.get("quantisation", "none")},
         "data": [_data(source) for source in data],
         "config": {"requested": _without(job.requested, PRIVATE), "resolved": job.spec},
         "attempts": [_attempt(entry, finished_at, is_last=entry is attempts[-1]) for entry in attempts],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from catalog.linears import Adapted
+from catalog.linears import Adapted, linears_of
 
 VECTORS_PER_ROW = 4
 """Parameters, gradient and the two moments of AdamW, all fp32."""
@@ -15,6 +17,10 @@ The mask of a job's dropout is beside these: see MASK_BYTES_PER_FEATURE."""
 MASK_BYTES_PER_FEATURE = 1
 """What dropout kept of each input feature of a linear, per token of its job, until the backward."""
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
+NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
+"""Weights that share a scale of one byte, and scales that share one of four (QLoRA, arXiv 2305.14314)."""
+NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
+"""A matrix's two code books and the offset of its scales, as bitsandbytes keeps them."""
 SLICE_TOKENS = 1024
 """What one job puts into a tick; more only where a single row is longer."""
 TICK_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -48,9 +54,33 @@ def own_bytes(description: Mapping[str, Any], *, num_parameters: int, dropout: f
     return row_bytes(num_parameters) + mask
 
 
-def base_bytes(num_parameters: int, precision: str) -> int:
-    """The frozen weights."""
-    return num_parameters * BYTES_PER_NUMBER[precision]
+def base_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none") -> int:
+    """The frozen weights. Quantised are the linears that an adapter may be on; embeddings, norms and head are not."""
+    num_parameters, width = int(description.get("num_parameters", 0)), BYTES_PER_NUMBER[precision]
+    if quantisation == "none":
+        return num_parameters * width
+    matrices = _matrices(description)
+    num_quantised = sum(rows * columns * count for (rows, columns), count in matrices.items())
+    of_matrix = {"nf4": _nf4_bytes, "int8": _int8_bytes}[quantisation]
+    quantised = sum(of_matrix(rows, columns) * count for (rows, columns), count in matrices.items())
+    return quantised + max(0, num_parameters - num_quantised) * width
+
+
+def _matrices(description: Mapping[str, Any]) -> Counter[tuple[int, int]]:
+    """(out_features, in_features) of what quantisation takes, and how many of each."""
+    return Counter((linear.out_features, linear.in_features) for linear in linears_of(description))
+
+
+def _nf4_bytes(out_features: int, in_features: int) -> int:
+    """Half a byte a weight, with double quantisation: about 0.516 in all where the matrix is large."""
+    blocks = math.ceil(out_features * in_features / NF4_BLOCK)
+    scales = blocks + 4 * math.ceil(blocks / NF4_SCALE_BLOCK)
+    return math.ceil(out_features * in_features / 2) + scales + NF4_TABLE_BYTES
+
+
+def _int8_bytes(out_features: int, in_features: int) -> int:
+    """A byte a weight, and a scale a row."""
+    return out_features * in_features + 4 * out_features
 
 
 def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
@@ -58,11 +88,19 @@ def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
     return _input_features(shapes) * ACTIVATIONS_PER_FEATURE * BYTES_PER_NUMBER[precision]
 
 
-def tick_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int) -> int:
-    """Activations and one chunk of logits (fp32, with their gradient) of a tick of `num_tokens`."""
-    activations = num_tokens * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+def tick_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int) -> int:
+    """Activations and one chunk of logits (fp32, with their gradient) of a tick of `num_tokens`.
+
+    Of a quantised base also one linear's weights in the dtype: they are restored for each product.
+    """
+    shapes: Shapes = description.get("linear_shapes", {})
+    activations = num_tokens * activation_bytes_per_token(shapes, precision)
     logits = 2 * 4 * LOGIT_CHUNK_ROWS * int(description.get("vocab_size", 0))
-    return activations + logits
+    restored = 0
+    if quantisation != "none":
+        largest = max((rows * columns for rows, columns in _matrices(description)), default=0)
+        restored = largest * BYTES_PER_NUMBER[precision]
+    return activations + logits + restored
 
 
 def slice_bytes(description: Mapping[str, Any], precision: str) -> int:
@@ -75,10 +113,12 @@ def widens_tick(num_before: int, *, tick_tokens: int) -> bool:
     return 0 < num_before < tick_tokens // SLICE_TOKENS
 
 
-def trainer_bytes(description: Mapping[str, Any], precision: str, *, num_tokens: int = SLICE_TOKENS) -> int:
+def trainer_bytes(
+    description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int = SLICE_TOKENS
+) -> int:
     """A trainer before its first job: base and one tick, in which a job alone has one slice on any device."""
-    base = base_bytes(int(description.get("num_parameters", 0)), precision)
-    return base + tick_bytes(description, precision, num_tokens=num_tokens)
+    base = base_bytes(description, precision, quantisation)
+    return base + tick_bytes(description, precision, quantisation, num_tokens=num_tokens)
 
 
 def readable(num_bytes: float) -> str:

@@ -56,7 +56,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
         return []
     described = _descriptions(session, {row.base_model for row in rows})
     kinds = {(row.base_model, row.pack_key) for row in rows}
-    needs = {kind: _needs(described[kind[0]], packing.precision_of(kind[1])) for kind in kinds}
+    needs = {kind: _needs(described[kind[0]], kind[1]) for kind in kinds}
     candidates = [
         Candidate(
             job_id=row.id,
@@ -141,6 +141,7 @@ def _descriptions(session: Session, names: set[str]) -> dict[str, Json]:
     return {row.name: row.description or {} for row in rows}
 
 
-def _needs(description: Json, precision: str) -> tuple[int, int]:
+def _needs(description: Json, pack_key: str) -> tuple[int, int]:
     """Bytes of (a trainer with its first slice, a further slice)."""
-    return memory.trainer_bytes(description, precision), memory.slice_bytes(description, precision)
+    precision, quantisation = packing.precision_of(pack_key), packing.quantisation_of(pack_key)
+    return memory.trainer_bytes(description, precision, quantisation), memory.slice_bytes(description, precision)

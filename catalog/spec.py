@@ -22,6 +22,7 @@ BASE_LEARNING_RATE = 2e-4
 HIGHEST_RATE = 1.0
 
 Precision = Literal["bfloat16", "float32"]
+Quantisation = Literal["none", "nf4", "int8"]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
 
@@ -129,6 +130,14 @@ class JobRequest(Strict):
         default="auto",
         description="The base's dtype; auto: bfloat16, or float32 where workers live and none's device has it.",
     )
+    quantisation: Quantisation = Field(
+        default="none",
+        description=(
+            "How the base's linear layers are held while training: nf4 (4 bits, as in QLoRA, arXiv 2305.14314) or int8 "
+            "(arXiv 2208.07339, without outlier columns), by bitsandbytes; none: as they are, in `precision`. The "
+            "adapter is verified on the base so held."
+        ),
+    )
     max_length: int | Auto = Field(
         default="auto", description="Tokens of a row that are kept. auto: the base's, at most 4096."
     )
@@ -207,6 +216,8 @@ class JobSpec(Strict):
     """None: ten times over the job."""
     checkpoint_every_steps: int
     precision: Precision
+    quantisation: Quantisation = "none"
+    """Of jobs from before there was a choice: none."""
     seed: int
 
     def num_steps(self, num_rows: int) -> int:
@@ -250,6 +261,7 @@ def resolve(
         evaluate_every_steps=None if request.evaluation.every_steps == "auto" else request.evaluation.every_steps,
         checkpoint_every_steps=50 if request.checkpoint_every_steps == "auto" else request.checkpoint_every_steps,
         precision=auto_precision if request.precision == "auto" else request.precision,
+        quantisation=request.quantisation,
         seed=seed if request.seed is None else request.seed,
     )
 

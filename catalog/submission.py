@@ -22,6 +22,8 @@ CLIENT_RETRY_SECONDS = 600
 """An identical body, marked by the client as a retry, is the same submission for so long."""
 MAX_KEY_CHARS = 255
 PURPOSE = "fine-tune"
+INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry[quant]'), and start that worker again."
+"""The remedy where no worker has bitsandbytes."""
 
 
 def create(
@@ -98,6 +100,7 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     if request.validation_file is not None:
         validation = _usable_file(session, caller, request.validation_file, "validation_file")
     _check_rates(request)
+    _check_quantisation(session, request, now=now)
     spec = resolve(
         request,
         num_rows=training.num_rows or 0,
@@ -133,7 +136,7 @@ def _row(
         state="",
         base_model=base.name,
         base_digest=base.digest,
-        pack_key=pack_key(base.digest, spec.precision),
+        pack_key=pack_key(base.digest, spec.precision, spec.quantisation),
         priority=PriorityClass[request.priority],
         requested=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"),
@@ -203,6 +206,28 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> 
             param=param,
         )
     return file
+
+
+def _check_quantisation(session: Session, request: JobRequest, *, now: float) -> None:
+    """Where no worker lives, the job waits for one that can."""
+    if request.quantisation == "none":
+        return
+    if request.lora.use_dora:
+        raise InvalidRequest(
+            "DoRA reads the base's weights as plain numbers, which a quantised base does not have.",
+            code="dora_on_quantised_base",
+            remedy="Leave out lora.use_dora or quantisation.",
+            param="lora.use_dora",
+        )
+    found = fleet.quantisations(session, now=now)
+    if found is None or request.quantisation in found:
+        return
+    raise InvalidRequest(
+        f"No worker can hold a base model as {request.quantisation}: none has bitsandbytes.",
+        code="quantisation_unavailable",
+        remedy=f"{INSTALL_QUANT} Or leave out quantisation.",
+        param="quantisation",
+    )
 
 
 def _check_rates(request: JobRequest) -> None:

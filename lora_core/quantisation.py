@@ -2,7 +2,6 @@
 """Base models whose linears are held in 4 or 8 bits by bitsandbytes; adapters, norms and the head stay in the dtype.
 
 Only the loading is special: a quantised linear computes with its own forward, beside which the engine adds LoRA.
-For users of this library; jobs of the service can't ask for it yet.
 """
 
 from pathlib import Path

@@ -7,6 +7,7 @@ from typing import Literal, TypedDict
 Auto = Literal["auto"]
 Priority = Literal["urgent", "normal", "batch"]
 Precision = Literal["auto", "bfloat16", "float32"]
+Quantisation = Literal["none", "nf4", "int8"]
 
 
 class Lora(TypedDict, total=False):

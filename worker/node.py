@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Device:
     memory_bytes: int
     has_bfloat16: bool = True
     """Its hardware multiplies bfloat16; without, it is right but slower than float32."""
+    quantisations: tuple[str, ...] = ()
+    """Beside none: how a trainer on it can hold a base's linears."""
 
     def torch_name(self) -> str:
         """Its name within the trainer, to which the launcher shows no other GPU."""
@@ -61,6 +64,11 @@ def choose_device(wanted: str | None) -> Device:
     return chosen[0]
 
 
+def quantisations() -> tuple[str, ...]:
+    """What bitsandbytes gives, on any device; () where it isn't installed. It is not imported."""
+    return ("nf4", "int8") if find_spec("bitsandbytes") else ()
+
+
 def cpu() -> Device:
     return Device(
         kind="cpu",
@@ -68,6 +76,7 @@ def cpu() -> Device:
         name=f"CPU, {num_cores()} cores",
         memory_bytes=psutil.virtual_memory().total,
         has_bfloat16=_cpu_has_bfloat16(),
+        quantisations=quantisations(),
     )
 
 
@@ -127,7 +136,8 @@ def oom_kills() -> int:
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result, without importing any."""
     names = ("lorry", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
-    return {name: _version(name) for name in names}
+    optional = ("bitsandbytes",) if find_spec("bitsandbytes") else ()
+    return {name: _version(name) for name in (*names, *optional)}
 
 
 def _version(name: str) -> str:
@@ -152,6 +162,7 @@ def _find_gpus() -> list[Device]:
             name=str(nvml.nvmlDeviceGetName(handle)),
             memory_bytes=memory,
             has_bfloat16=generation >= BFLOAT16_CAPABILITY,
+            quantisations=quantisations(),
         )
         found.append(device)
     return found

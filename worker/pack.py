@@ -79,15 +79,16 @@ class Pack:
         tick_tokens = memory.TICK_TOKENS[self._context.device.kind]
         to_come = [held for held in self._held.values() if not held.is_admitted]
         num_admitted = len(self._held) - len(to_come)
-        total = 0 if num_admitted else self._trainer_bytes_to_come(precision)
+        total = 0 if num_admitted else self._trainer_bytes_to_come()
         for number, held in enumerate(to_come, start=num_admitted):
             total += held.own_bytes(self._description)
             total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
         return total
 
-    def _trainer_bytes_to_come(self, precision: str) -> int:
+    def _trainer_bytes_to_come(self) -> int:
         """Of its base and its first tick, before any job is admitted. One that is ready and empty waits for none."""
-        whole = memory.trainer_bytes(self._description, precision)
+        precision, quantisation = packing.precision_of(self.pack_key), packing.quantisation_of(self.pack_key)
+        whole = memory.trainer_bytes(self._description, precision, quantisation)
         if self.ready is None:
             return whole
         return max(0, whole - int(self.ready["memory"]["base_bytes"])) if self._held else 0

@@ -124,12 +124,12 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
 def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Path) -> Pack:
     """An empty pack for jobs like `first`, in a trainer directory of its own; both end with the stack."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
-    precision = packing.precision_of(first.pack_key)
     settings = {
         "format": 1,
         "trainer_id": first.trainer_id,
         "base_dir": str(base_dir.absolute()),
-        "dtype": precision,
+        "dtype": packing.precision_of(first.pack_key),
+        "quantisation": packing.quantisation_of(first.pack_key),
         "device": context.device.torch_name(),
         "idle_seconds": None,  # we tell it when to unload, so that it never leaves while a job is on its way
     }

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from catalog.spec import JobSpec
+from catalog.spec import JobSpec, Quantisation
 from lora_core.base_import import import_base
 from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.data import TokenDataset
@@ -96,13 +96,17 @@ class Trainer:
         failpoints.pass_by("loading")
         dtype = cast(Literal["bfloat16", "float32"], self._settings["dtype"])
         device = str(self._settings["device"])
-        self._base: BaseModel = load_base(Path(self._settings["base_dir"]), dtype=dtype, device=device)
+        quantisation = cast(Quantisation, self._settings["quantisation"])
+        self._base: BaseModel = load_base(
+            Path(self._settings["base_dir"]), dtype=dtype, device=device, quantisation=quantisation
+        )
         self._engine = Engine(self._base, engine_config(device, num_threads=node.num_threads()))
         ready = {
             "type": "ready",
             "pid": os.getpid(),
             "device": device,
             "dtype": dtype,
+            "quantisation": quantisation,
             "invariance": self._engine.invariance,
             "num_threads": node.num_threads(),
             "load_seconds": round(time.monotonic() - started, 3),

@@ -39,6 +39,8 @@ class AdapterObject(BaseModel):
                 "job_id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
                 "base_model": "smollm2-135m",
                 "rank": 16,
+                "precision": "bfloat16",
+                "quantisation": "none",
                 "bytes": 9776128,
                 "num_parameters": 4884480,
                 "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
@@ -57,6 +59,12 @@ class AdapterObject(BaseModel):
     bytes: int
     num_parameters: int
     rank: int | None
+    precision: Literal["bfloat16", "float32"] | None = Field(
+        description="The base's dtype in training and verification. Null where the record does not say."
+    )
+    quantisation: Literal["none", "nf4", "int8"] = Field(
+        description="How the base's linear layers were held in training and verification; serve it on the same."
+    )
     lineage_id: str
     verification: VerificationObject
     evaluation: EvaluationObject | None
@@ -139,6 +147,7 @@ class AdapterDeleted(BaseModel):
 
 
 def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> AdapterObject:
+    resolved: dict[str, Any] = row.lineage.get("config", {}).get("resolved", {})
     return AdapterObject.model_validate(
         {
             "id": row.id,
@@ -151,6 +160,8 @@ def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> Adapter
             "bytes": num_bytes,
             "num_parameters": row.num_parameters,
             "rank": rank,
+            "precision": resolved.get("precision"),
+            "quantisation": resolved.get("quantisation", "none"),
             "lineage_id": row.lineage_id,
             "verification": row.verification,
             "evaluation": row.evaluation,

@@ -150,6 +150,7 @@ class FineTuningJob(BaseModel):
     schedule: ScheduleObject
     evaluation: EvaluationObject
     precision: str
+    quantisation: Literal["none", "nf4", "int8"] = Field(description="How the base's linear layers are held.")
     max_length: int
     max_steps: int | None
     checkpoint_every_steps: int
@@ -187,6 +188,7 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             "schedule": spec.schedule.model_dump(),
             "evaluation": {"every_steps": spec.evaluate_every_steps},
             "precision": spec.precision,
+            "quantisation": spec.quantisation,
             "max_length": spec.max_length,
             "max_steps": spec.max_steps,
             "checkpoint_every_steps": spec.checkpoint_every_steps,

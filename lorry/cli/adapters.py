@@ -89,7 +89,7 @@ def pull(
         output.print_json({"object": "adapter.folder", "path": str(path.resolve())})
     else:
         output.console().print(str(path), soft_wrap=True)
-        _say_how_to_use(path, found.base_model, _source_of(lorry, found.base_model))
+        _say_how_to_use(path, found, _source_of(lorry, found.base_model))
 
 
 @app.command()
@@ -139,6 +139,7 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "job", adapter.job_id
     yield "base model", adapter.base_model
     yield "rank", adapter.rank
+    yield "quantisation", adapter.quantisation
     yield "parameters", f"{adapter.num_parameters:,}"
     yield "size", output.size(adapter.bytes)
     yield "created", output.when(adapter.created_at or None)
@@ -195,13 +196,27 @@ def _source_of(lorry: Lorry, base_model: str) -> str | None:
     return json.dumps(base.source) + revision
 
 
-def _say_how_to_use(folder: Path, base_model: str, source: str | None) -> None:
+def _say_how_to_use(folder: Path, adapter: Adapter, source: str | None) -> None:
     """The base_model_name_or_path of adapter_config.json is Lorry's own name: Transformers can't load that."""
     output.say(f"PEFT loads it: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
+    held = _how_held(adapter)
     if source is None:
-        output.say(f"base is {base_model}, loaded by Transformers from its folder or its hub id.")
+        given = f", with {held}" if held else ""
+        output.say(f"base is {adapter.base_model}, loaded by Transformers from its folder or its hub id{given}.")
     else:
-        output.say(f"base is {base_model}: AutoModelForCausalLM.from_pretrained({source})")
+        given = f", {held}" if held else ""
+        output.say(f"base is {adapter.base_model}: AutoModelForCausalLM.from_pretrained({source}{given})")
+
+
+def _how_held(adapter: Adapter) -> str | None:
+    """The arguments with which Transformers holds a base as training did; None for plain weights."""
+    dtype = f"torch.{adapter.precision or 'bfloat16'}"
+    how = {
+        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+        f"bnb_4bit_compute_dtype={dtype}",
+        "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
+    }.get(adapter.quantisation or "none")
+    return how and f"dtype={dtype}, quantization_config=BitsAndBytesConfig({how})"
 
 
 def folder_name(name: str) -> str:

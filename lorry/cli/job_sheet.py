@@ -76,6 +76,7 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield "seed", job.seed
     yield "priority", job.priority
     yield "precision", job.precision
+    yield "quantisation", job.quantisation
     yield "max length", job.max_length and f"{job.max_length} tokens"
     yield "max steps", job.max_steps
     yield "epochs", epochs(job, usable_rows)

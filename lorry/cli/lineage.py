@@ -82,6 +82,7 @@ def _base(base: Json) -> Pairs:
     yield "parameters", _count(about.get("num_parameters"))
     yield "layers", about.get("num_layers")
     yield "dtype", about.get("dtype")
+    yield "trained on it as", base.get("quantisation")
     yield "tokenizer", _short(base.get("tokenizer"))
     yield "chat template", _short(base.get("chat_template"))
 

@@ -46,6 +46,7 @@ FIELDS = {
     "max_steps": "max_steps",
     "max_length": "max_length",
     "precision": "precision",
+    "quantisation": "quantisation",
     "seed": "seed",
     "evaluate_every": "evaluation.every_steps",
     "checkpoint_every": "checkpoint_every_steps",
@@ -79,6 +80,14 @@ class Precision(StrEnum):
     float32 = "float32"
 
 
+class Quantisation(StrEnum):
+    """How the base model's linear layers are held."""
+
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
 class Schedule(StrEnum):
     """How the learning rate goes down from its peak."""
 
@@ -91,6 +100,11 @@ def _option(group: str, help_text: str, *names: str, metavar: str | None = None)
     return typer.Option(*names, help=help_text, rich_help_panel=group, metavar=metavar)
 
 
+Training = Annotated[str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")]
+Held = Annotated[
+    Quantisation | None,
+    _option(TRAINING, "Hold the base model in 4 or 8 bits.", "--quantisation", "--quantization"),
+]
 Targets = Annotated[
     list[str] | None,
     _option(
@@ -128,9 +142,7 @@ Others = Annotated[
 def submit(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's name.")],
-    training: Annotated[
-        str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")
-    ],
+    training: Training,
     *,
     rank: Annotated[int | None, _option(ADAPTER, "Rank of the adapter.")] = None,
     alpha: Annotated[float | None, _option(ADAPTER, "The update is scaled by alpha/rank. Default: 2 * rank.")] = None,
@@ -151,6 +163,7 @@ def submit(
     batch_size: Annotated[int | None, _option(TRAINING, "Sequences per optimizer step.")] = None,
     max_length: Annotated[int | None, _option(TRAINING, "Tokens of a row that are kept.")] = None,
     precision: Annotated[Precision | None, _option(TRAINING, "Of the base model.")] = None,
+    quantisation: Held = None,
     seed: Annotated[int | None, _option(TRAINING, "Same seed, same adapter.")] = None,
     valid: Annotated[str | None, _option(WATCHING, "Held-out file: a path or an id.")] = None,
     evaluate_every: EvaluateEvery = None,

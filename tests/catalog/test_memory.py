@@ -28,11 +28,39 @@ def test_a_row_is_four_vectors_of_fp32() -> None:
 def test_a_trainer_needs_its_base_and_one_tick(precision: str, width: int) -> None:
     description = {"num_parameters": 500, "linear_shapes": SHAPES, "vocab_size": 10}
 
-    assert memory.base_bytes(500, precision) == 500 * width
+    assert memory.base_bytes(description, precision) == 500 * width
     assert memory.activation_bytes_per_token(SHAPES, precision) == 32 * 4 * 2 * width
     logits = 2 * 4 * 256 * 10
     need = memory.trainer_bytes(description, precision, num_tokens=100)
     assert need == 500 * width + 100 * 32 * 4 * 2 * width + logits
+
+
+def test_a_quantised_base_has_small_linears_and_all_else_in_its_dtype() -> None:
+    description = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 10}
+    weights, tables = 2 * (64 * 32 + 16 * 32), 4 * (16 + 256 + 1)
+
+    int8 = memory.base_bytes(description, "bfloat16", "int8")
+    nf4 = memory.base_bytes(description, "float32", "nf4")
+
+    assert int8 == weights + 4 * 2 * (64 + 16) + 2 * (10_000 - weights)
+    scales = 2 * (32 + 4) + 2 * (8 + 4)  # a byte for 64 weights, four for 256 of those
+    assert nf4 == weights // 2 + scales + 4 * tables + 4 * (10_000 - weights)
+
+
+def test_a_large_quantised_matrix_has_the_bits_a_weight_that_its_kind_is_known_for() -> None:
+    description = {"num_parameters": 4096 * 4096, "linear_shapes": {"q_proj": [[4096, 4096], 1]}}
+
+    nf4 = memory.base_bytes(description, "bfloat16", "nf4") / 4096**2
+    assert nf4 == pytest.approx(0.516, abs=0.001)  # pyright: ignore[reportUnknownMemberType]
+
+
+def test_a_tick_on_a_quantised_base_restores_its_largest_linear() -> None:
+    description = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 10}
+    plain = memory.tick_bytes(description, "bfloat16", num_tokens=10)
+
+    assert memory.tick_bytes(description, "bfloat16", "nf4", num_tokens=10) == plain + 2 * 64 * 32
+    need = memory.trainer_bytes(description, "bfloat16", "nf4", num_tokens=10)
+    assert need == memory.base_bytes(description, "bfloat16", "nf4") + plain + 2 * 64 * 32
 
 
 def test_a_job_with_dropout_keeps_a_byte_for_each_input_of_each_linear_and_token_of_its_slice() -> None:

@@ -12,6 +12,8 @@ from catalog.packing import (
     choose_pack,
     pack_key,
     precision_of,
+    quantisation_of,
+    weights_of,
 )
 from tests.catalog.test_fair_share import candidate
 
@@ -136,6 +138,19 @@ def test_a_choice_says_why() -> None:
 def test_a_pack_key_tells_its_precision() -> None:
     assert precision_of(pack_key("d", "float32")) == "float32"
     assert precision_of(pack_key("sha256:d", "bfloat16")) == "bfloat16"
+
+
+def test_a_pack_key_tells_how_the_base_is_held() -> None:
+    keys = [pack_key("d", "float32", quantisation) for quantisation in ("none", "nf4", "int8")]
+
+    assert len(set(keys)) == 3
+    assert [quantisation_of(key) for key in keys] == ["none", "nf4", "int8"]
+    assert [precision_of(key) for key in keys] == ["float32"] * 3
+    assert [weights_of(key) for key in keys] == ["float32", "nf4 with float32", "int8 with float32"]
+
+
+def test_jobs_that_were_queued_before_there_was_quantisation_still_share_a_trainer_with_new_ones() -> None:
+    assert pack_key("d", "float32", "none") == "d:float32:causal-lm"
 
 
 def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size() -> None:

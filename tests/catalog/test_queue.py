@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from catalog import bases, claims, jobs, packing, queue, workers
+from catalog.errors import InvalidRequest
 from catalog.packing import Room
 from catalog.states import EndReason
 from tests.catalog.world import LEASE, World, sha
@@ -219,6 +220,71 @@ def test_every_other_state_has_its_sentence(world: World) -> None:
     jobs.cancel(world.db, job_id=running.job.id, **verb)
     assert "asked to stop it" in explained(world, running.job.id)["explanation"]
     assert explained(world, running.job.id)["why"]["role"] == "anchor"
+
+
+def test_a_job_on_a_quantised_base_waits_for_a_worker_that_can_hold_it_and_says_so(world: World) -> None:
+    job = world.queued(quantisation="nf4")
+    world.worker("plain")
+
+    assert world.claim("plain") == []
+    why = explained(world, job.id)
+    assert why["quantisation"] == "nf4"
+    assert why["explanation"] == (
+        "It asks for its base as nf4, and no worker that runs has bitsandbytes. Install it where a worker runs "
+        "(pip install 'lorry[quant]'), and start that worker again."
+    )
+
+    world.worker("able", quantisations=("nf4", "int8"))
+    assert explained(world, job.id)["explanation"] == "It is first in the queue and waits for a worker to have room."
+    assert [claim.job.id for claim in world.claim("able")] == [job.id]
+
+
+def test_a_job_that_no_worker_that_lives_can_hold_is_refused_with_the_remedy(world: World) -> None:
+    world.worker()
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(quantisation="int8")
+
+    assert (refusal.value.code, refusal.value.param) == ("quantisation_unavailable", "quantisation")
+    assert "pip install 'lorry[quant]'" in refusal.value.remedy
+    assert world.submit().spec["quantisation"] == "none"
+
+
+def test_dora_is_refused_on_a_quantised_base_before_it_waits(world: World) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(quantisation="nf4", lora={"use_dora": True})
+
+    assert (refusal.value.code, refusal.value.param) == ("dora_on_quantised_base", "lora.use_dora")
+
+
+def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: World) -> None:
+    world.worker(quantisations=("nf4", "int8"))
+    plain, nf4, int8 = world.queued(), world.queued(quantisation="nf4"), world.queued(quantisation="int8")
+    (claim,) = world.claim()
+    assert claim.job.id == plain.id
+    held = claim.job
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.base_digest, pack_key=held.pack_key
+    )
+    claims.worker_beat(world.db, "w1", resident_base=held.base_digest, trainer_id="t", report=None)
+
+    assert "Its base is loaded in bfloat16; it asks for nf4 with bfloat16," in explained(world, nf4.id)["explanation"]
+    assert world.claim(pack_key=held.pack_key, trainer_id="t") == []
+    assert [[claim.job.id for claim in world.claim()] for _ in range(2)] == [[nf4.id], [int8.id]]
+
+
+def test_a_job_that_a_worker_cannot_hold_does_not_keep_others_out_of_its_trainer(world: World) -> None:
+    world.worker("plain")
+    world.worker("able", quantisations=("nf4",))
+    held = world.running().job
+    waiting = world.queued(quantisation="nf4")
+    world.pass_time(61)
+    joiner = world.queued()
+
+    joined = world.claim("plain", pack_key=held.pack_key, trainer_id="t")
+
+    assert [claim.job.id for claim in joined] == [joiner.id]
+    assert world.job(waiting.id).state == "queued"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lora_core.base_model import BaseModel, load_base
+from catalog import memory
+from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.config import EngineConfig
 from lora_core.engine import Engine
 from lora_core.errors import UnsupportedModel
@@ -155,3 +156,12 @@ def test_nf4_is_that_of_qlora_and_int8_has_no_outlier_columns():
     nf4 = quantization_config("nf4", torch.bfloat16)
     assert (nf4.bnb_4bit_quant_type, nf4.bnb_4bit_use_double_quant) == ("nf4", True)
     assert quantization_config("int8", torch.bfloat16).llm_int8_threshold == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
+def test_a_job_is_placed_by_the_bytes_that_a_quantised_base_takes(base_dirs, family, dtype, kind):
+    """What the service reckons from the description alone, before anything is loaded."""
+    reckoned = memory.base_bytes(describe_base(base_dirs[family]), dtype, kind)
+
+    assert reckoned == pytest.approx(load(base_dirs, family, kind, dtype).num_bytes, rel=0.02)

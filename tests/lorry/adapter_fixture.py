@@ -49,12 +49,11 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
     return info
 
 
-def serve(service: Script, archive: bytes | Reply, *, told: dict[str, Any] | None = None) -> None:
+def serve(service: Script, archive: bytes | Reply, *, told: dict[str, Any] | None = None, **fields: str) -> None:
     """The adapter `a`, whose archive may be anything."""
     told = told or manifest()
-    service.on(
-        "GET", "/v1/adapters/a", {"id": "a", "name": "ft:m:p:s/../x:1", "base_model": "m", "artifact": told["artifact"]}
-    )
+    adapter = {"id": "a", "name": "ft:m:p:s/../x:1", "base_model": "m", "artifact": told["artifact"]}
+    service.on("GET", "/v1/adapters/a", adapter | fields)
     service.on("GET", "/v1/adapters/a/files", told)
     service.on("GET", "/v1/adapters/a/lineage", lineage(told["artifact"]))
     service.on("GET", "/v1/adapters/a/archive", archive if isinstance(archive, Reply) else Reply(body=archive))

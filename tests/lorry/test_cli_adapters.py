@@ -76,3 +76,19 @@ def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) 
 )
 def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: str) -> None:
     assert folder_name(name) == folder
+
+
+def test_pulling_an_adapter_of_a_quantised_base_tells_how_transformers_holds_it_alike(
+    service: Script, run: Run
+) -> None:
+    serve(service, tar(), quantisation="nf4", precision="float32")
+    service.on("GET", "/v1/models/m", {"source": "org/tiny"})
+
+    said = run("adapters", "pull", "a", "mine").stderr
+
+    (call,) = [line.removeprefix("base is m: ") for line in said.splitlines() if line.startswith("base is")]
+    assert call == (
+        'AutoModelForCausalLM.from_pretrained("org/tiny", dtype=torch.float32, quantization_config=BitsAndBytesConfig('
+        'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+        "bnb_4bit_compute_dtype=torch.float32))"
+    )

@@ -84,7 +84,8 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
         "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
         "--schedule linear --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
-        "--precision float32 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s --priority batch "
+        "--precision float32 --quantization nf4 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s "
+        "--priority batch "
         "--metadata team=a=b --metadata note= --set optimizer.beta1=0.8 --set optimizer.max_grad_norm=null "
         f"--set {NUMBERS}.learning_rate_multiplier=auto"
     )
@@ -120,6 +121,7 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         "max_steps": 9,
         "max_length": 128,
         "precision": "float32",
+        "quantisation": "nf4",
         "seed": 0,
         "evaluation": {"every_steps": 5},
         "checkpoint_every_steps": 7,

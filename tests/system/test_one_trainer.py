@@ -45,6 +45,31 @@ def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_a
         assert site.weights_digest(alone) == site.weights_digest(joiner)
 
 
+def test_a_job_on_a_quantised_base_trains_in_a_trainer_of_its_own_and_is_verified_on_it(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with worker_site(tmp_path) as site:
+        rows = site.upload(20)
+        plain, quantised = (
+            site.submit(rows, max_steps=3, optimizer={"learning_rate": 0.01}, quantisation=kind)
+            for kind in ("none", "nf4")
+        )
+
+        site.work_until_done()
+
+        assert [site.job(job_id).state for job_id in (plain, quantised)] == [JobState.SUCCEEDED] * 2, site.log()
+        assert site.job(plain).trainer_id != site.job(quantised).trainer_id
+        assert site.weights_digest(plain) != site.weights_digest(quantised)
+        adapter = site.adapter(quantised)
+        assert adapter.verification["passed"]
+        assert adapter.verification["max_abs_effect"] > 3 * adapter.verification["tolerance"]
+        assert adapter.lineage["base"]["quantisation"] == "nf4"
+        machine = adapter.lineage["attempts"][-1]["machine"]
+        assert machine["quantisation"] == "nf4"
+        assert adapter.lineage["code"]["bitsandbytes"] != "unknown"
+        plain_bytes = site.adapter(plain).lineage["attempts"][-1]["machine"]["memory"]["base_bytes"]
+        assert machine["memory"]["base_bytes"] < plain_bytes
+
+
 def test_a_paused_job_leaves_the_trainer_and_resumes_from_where_it_was(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         project_id = site.caller.project_id

@@ -48,7 +48,7 @@ def body() -> dict[str, Any]:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> TrainerDirectory:
-    settings = {"base_dir": str(tmp_path / "base"), "dtype": "float32", "device": "cpu"}
+    settings = {"base_dir": str(tmp_path / "base"), "dtype": "float32", "quantisation": "none", "device": "cpu"}
     return TrainerDirectory.create(tmp_path / "trainer", settings)
 
 

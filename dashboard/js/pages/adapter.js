@@ -24,13 +24,16 @@ export function AdapterPage({ id }) {
     <div class="columns">
       <div class="column"><${Evaluation} evaluation=${adapter.evaluation} /><${Verification} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
       <div class="column"><${Panel} title="What it is" id="what"><${Facts} rows=${[
-          ["Base model", adapter.base_model], ["Rank", adapter.rank], ["Trained parameters", format.count(adapter.num_parameters)],
+          ["Base model", adapter.base_model], ["Rank", adapter.rank], ["Trained on it in", held(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
           ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],
           ["Artifact", html`<${Id} id=${adapter.artifact} what="artifact digest" length=${16} />`],
         ]} /><p class="pad soft">In a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//></div>
     </div>
     <${Lineage} record=${lineage.data} error=${lineage.error} adapter=${adapter} />`;
 }
+
+/** The base's weights as training and verification had them. */
+const held = ({ precision, quantisation }) => (quantisation === "none" ? precision : [quantisation, precision].filter(Boolean).join(" with "));
 
 function Evaluation({ evaluation }) {
   if (!evaluation) return html`<${Panel} title="Against its base" id="evaluation"><p class="soft pad">The job had no held-out file, so nothing was measured. Give one with <code>--valid</code>.</p><//>`;
