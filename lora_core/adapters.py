@@ -2,8 +2,9 @@
 """One adapter as one flat row: every A and B of a job are views of four contiguous fp32 vectors.
 
 Letters: N numbers of the row, R rank, D features in, O features out. A row is all A, then all B, then the
-magnitudes of DoRA, so that what has a rate of its own is one contiguous part. Clip, optimizer, finite check,
-checkpoint and eviction are each one operation on one vector, and rows of different jobs share no memory.
+magnitudes of DoRA, then what is trained in full, so that what has a rate of its own is one contiguous part.
+Clip, optimizer, finite check, checkpoint and eviction are each one operation on one vector, and rows of different
+jobs share no memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lora_core.config import LoraConfig
 from lora_core.counter_random import uniform
+from lora_core.trained_tensors import TensorViews, TrainedTensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +77,7 @@ class AdapterRow:
         dtype: torch.dtype,
         device: str,
         frozen: Mapping[str, Tensor] | None = None,
+        trained: TrainedTensors | None = None,
     ) -> None:
         """`frozen`: the base model's weight [O, D] of each target, which only DoRA reads."""
         self.targets = targets
@@ -82,11 +85,14 @@ class AdapterRow:
         self.frozen = frozen or {}
         self.spans = lay_out(targets, lora)
         self.num_a = sum(_length(spans.a) for spans in self.spans.values())
-        num_numbers = self.num_a + sum(_length(spans.b) + _length(spans.magnitude) for spans in self.spans.values())
+        self.trained = trained or TrainedTensors()
+        self.num_lora = self.num_a + sum(_length(spans.b) + _length(spans.magnitude) for spans in self.spans.values())
+        num_numbers = self.num_lora + self.trained.num_numbers
         self.arena = torch.zeros(4, num_numbers, dtype=torch.float32, device=device)
         self.p, self.g, self.m, self.v = self.arena.unbind()
         self.compute = self.p if dtype == torch.float32 else torch.zeros_like(self.p, dtype=dtype)
         self.sites = {name: self._site(name, spans) for name, spans in self.spans.items()}
+        self.tensors = self._tensors()
 
     def _site(self, name: str, spans: SiteSpans) -> SiteViews:
         return SiteViews(
@@ -97,6 +103,18 @@ class AdapterRow:
             scale=self.lora.scale_of(name),
             magnitude=self._magnitude(spans.magnitude) if self.lora.use_dora else None,
         )
+
+    def _tensors(self) -> dict[str, TensorViews]:
+        """What is trained in full, by PEFT's name."""
+        sizes = [torch.Size(tensor.shape).numel() for tensor in self.trained.tensors]
+        starts = accumulate(sizes, initial=self.num_lora)
+        return {
+            tensor.name: TensorViews(
+                value=self.compute[start : start + size].view(tensor.shape),
+                grad=self.g[start : start + size].view(tensor.shape),
+            )
+            for tensor, start, size in zip(self.trained.tensors, starts, sizes, strict=False)
+        }
 
     def _magnitude(self, span: slice) -> MagnitudeViews:
         m_O = self.p[span]
@@ -112,15 +130,17 @@ class AdapterRow:
         return self.arena.nbytes + compute_bytes
 
     def parts(self, lora_plus_ratio: float) -> tuple[tuple[slice, float], ...]:
-        """What has one learning rate: (its numbers, its rate over the job's)."""
+        """What has one learning rate: (its numbers, its rate over the job's); in full is trained at the job's own."""
         if lora_plus_ratio == 1:
             return ((slice(0, self.num_parameters), 1.0),)
-        return (slice(0, self.num_a), 1.0), (slice(self.num_a, self.num_parameters), lora_plus_ratio)
+        rated = (slice(0, self.num_a), 1.0), (slice(self.num_a, self.num_lora), lora_plus_ratio)
+        in_full = slice(self.num_lora, self.num_parameters)
+        return (*rated, (in_full, 1.0)) if self.trained.tensors else rated
 
     def initialise(self, seed: int) -> None:
         """A ~ Kaiming-uniform (a = √5), that is U(-1/√D, 1/√D), keyed by (seed, name); B = 0, as in PEFT.
 
-        A magnitude is the length that the weights have.
+        A magnitude is the length that the weights have; what is trained in full begins as it says.
         """
         self.arena.zero_()
         for target in self.targets:
@@ -128,6 +148,9 @@ class AdapterRow:
             bound = target.in_features**-0.5
             numbers = (2 * uniform("lora_A", seed, target.name, count=_length(span)) - 1) * bound
             self.p[span] = torch.from_numpy(numbers.astype(np.float32))
+        if self.trained.tensors:
+            starts = [tensor.start(seed).flatten().float() for tensor in self.trained.tensors]
+            self.p[self.num_lora :] = torch.cat(starts)
         self.refresh_compute()
         for views in self.sites.values():
             if views.magnitude is not None:

@@ -8,6 +8,7 @@ Outside a running pack an attached linear computes exactly what it did before.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from lora_core.errors import NoTargets
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_pack
+from lora_core.trained_tensors import path_of
+from lora_core.trained_tokens import forward_embedding
 
 
 def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -107,10 +110,14 @@ class Attachment:
         self.model.set_attn_implementation(attention.NAME)
         for name, linear in self.linears.items():
             linear.forward = partial(forward_linear, linear, name, self.anchor)
+        embedding = self.model.get_input_embeddings()
+        embedding.forward = partial(
+            forward_embedding, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.anchor
+        )
 
     def detach(self) -> None:
-        for linear in self.linears.values():
-            del linear.forward
+        for module in (*self.linears.values(), self.model.get_input_embeddings()):
+            del module.forward
         self.model.set_attn_implementation(self._attention)
 
     @contextmanager

@@ -25,6 +25,7 @@ class LoraConfig:
     `layers_to_transform`: only in the blocks of these numbers. `rank_pattern` and `alpha_pattern`: (key,
     value) pairs; the first key that matches a path, or its end after a dot, as a regular expression, gives
     the module another rank or alpha. `use_dora`: a learned length for each output's weights (dora.py).
+    `modules_to_save`: trained in full; `trainable_token_indices`: tokens whose embeddings are (trained_tensors.py).
     """
 
     rank: int
@@ -36,6 +37,8 @@ class LoraConfig:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     use_rslora: bool = False
     use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(1 <= self.rank <= MAX_RANK, "lora.rank", self.rank, f"between 1 and {MAX_RANK}")
@@ -46,6 +49,10 @@ class LoraConfig:
         _require(ranks_ok, "lora.rank_pattern", self.rank_pattern, f"module names with ranks of 1 to {MAX_RANK}")
         alphas_ok = all(compiles(key) and _is_positive(alpha) for key, alpha in self.alpha_pattern)
         _require(alphas_ok, "lora.alpha_pattern", self.alpha_pattern, "module names with positive numbers")
+        saved, tokens = self.modules_to_save, self.trainable_token_indices
+        _require(all(saved) and len(set(saved)) == len(saved), "lora.modules_to_save", saved, "names, each once")
+        tokens_ok = all(token >= 0 for token in tokens) and len(set(tokens)) == len(tokens)
+        _require(tokens_ok, "lora.trainable_token_indices", tokens, "numbers of tokens from 0, each once")
 
     def _require_targets(self) -> None:
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules

@@ -25,6 +25,7 @@ from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
+from lora_core.trained_tensors import choose_trained
 from lora_core.turns import Kind, Turn, choose
 
 TICKS_TO_RECOVER = 1024
@@ -67,9 +68,17 @@ class Engine:
             _check_fits(dataset, self.base)
             check_examples(dataset, config.objective.rows_per_example)
         targets = choose_targets(self.base.attachment.linears, config.lora)
+        trained = choose_trained(self.base.model, config.lora)
         with shortage_of(job):
             frozen = frozen_weights(self.base.attachment.linears, targets) if config.lora.use_dora else None
-            row = AdapterRow(targets, config.lora, dtype=self.base.dtype, device=self.base.device, frozen=frozen)
+            row = AdapterRow(
+                targets,
+                config.lora,
+                dtype=self.base.dtype,
+                device=self.base.device,
+                frozen=frozen,
+                trained=trained,
+            )
             best = torch.zeros_like(row.p) if config.keep == "best" else None
             if resume_from is None:
                 row.initialise(config.seed)

@@ -23,6 +23,7 @@ from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import hidden_states
 from lora_core.quantisation import Quantisation
 from lora_core.tensor_files import write_directory, write_json
+from lora_core.trained_heads import head_of
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_POSITIONS = 2, 48, 2
 PROBE_SEED = 20_260_101
@@ -31,7 +32,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """`sha256` is of adapter_model.safetensors; `num_parameters` counts A, B and DoRA's magnitudes.
+    """`sha256` is of adapter_model.safetensors; `num_parameters` counts all that was trained.
 
     `quantisation` is of the base model that the adapter was trained on.
     """
@@ -71,13 +72,16 @@ def _metadata(base: BaseModel) -> dict[str, str]:
 
 
 def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:
-    """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O]."""
+    """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O];
+    what is trained in full as the module itself names it."""
     tensors: dict[str, Tensor] = {}
     for name, views in row.sites.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = views.a_RD.cpu().clone()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = views.b_OR.cpu().clone()
         if views.magnitude is not None:
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = views.magnitude.m_O.cpu().clone()
+    for name, trained in row.tensors.items():
+        tensors[f"{PREFIX}{name}"] = trained.value.cpu().clone()
     return tensors
 
 
@@ -100,6 +104,8 @@ def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, o
         "layers_to_transform": layers,
         "fan_in_fan_out": conv1d,
         "bias": "none",
+        "modules_to_save": list(row.trained.modules) or None,
+        "trainable_token_indices": list(row.trained.token_ids) or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -166,4 +172,4 @@ def packed_logits(base: BaseModel, row: AdapterRow, ids: np.ndarray) -> Tensor:
     pack = build_pack([SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device)
     hidden = hidden_states(base, pack)[: ids.size].view(*ids.shape, -1)
     last = hidden[:, -PROBE_POSITIONS:]
-    return base.head().logits(last.flatten(0, 1)).view(len(ids), PROBE_POSITIONS, -1).cpu()
+    return head_of(base.head(), row).logits(last.flatten(0, 1)).view(len(ids), PROBE_POSITIONS, -1).cpu()

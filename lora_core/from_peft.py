@@ -13,6 +13,7 @@ from lora_core.module_names import REGEX_PREFIX
 TAKEN = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform"),
+    *("modules_to_save", "trainable_token_indices"),
 }
 """Read into LoraConfig."""
 WITHOUT_EFFECT = {
@@ -22,13 +23,15 @@ WITHOUT_EFFECT = {
 }
 """They describe the adapter's file, or how PEFT runs; training doesn't read them."""
 REFUSED = {
-    *("auto_mapping", "exclude_modules", "bias", "modules_to_save", "init_lora_weights", "layers_pattern"),
-    *("megatron_config", "megatron_core", "loftq_config", "trainable_token_indices", "eva_config"),
+    *("auto_mapping", "exclude_modules", "bias", "init_lora_weights", "layers_pattern"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "velora_config"),
     *("alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config", "layer_replication"),
     *("lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 }
 """The engine doesn't do what they ask for: only PEFT's default is taken."""
+INPUT_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
+"""Names that families give their table of input embeddings."""
 
 
 def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
@@ -49,6 +52,8 @@ def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
         rank_pattern=tuple((config.rank_pattern or {}).items()),
         alpha_pattern=tuple((config.alpha_pattern or {}).items()),
         layers_to_transform=_layers(config.layers_to_transform),
+        modules_to_save=tuple(sorted(config.modules_to_save or ())),
+        trainable_token_indices=_tokens(config.trainable_token_indices),
     )
 
 
@@ -65,6 +70,15 @@ def _layers(wanted: list[int] | int | None) -> tuple[int, ...] | None:
     if wanted is None:
         return None
     return (wanted,) if isinstance(wanted, int) else tuple(wanted)
+
+
+def _tokens(wanted: list[int] | dict[str, list[int]] | None) -> tuple[int, ...]:
+    """PEFT takes a list for the input embeddings, or lists by the names of modules."""
+    if isinstance(wanted, dict):
+        if wanted.keys() - INPUT_EMBEDDINGS or len(wanted) != 1:
+            raise _unsupported("trainable_token_indices", wanted, "Give a list: tokens of the input embeddings.")
+        (wanted,) = wanted.values()
+    return tuple(wanted or ())
 
 
 def _unsupported(name: str, value: object, remedy: str) -> ConfigError:

@@ -21,6 +21,7 @@ from typing import Literal, cast
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -193,12 +194,15 @@ def _load(model: nn.Module, adapter_dir: Path) -> PeftModel:
 
 
 def _lora_layers(adapted: PeftModel, model: nn.Module) -> list[LoraLayer]:
-    """The adapted layers. Raises BadAdapter where one shares its weight with another layer: both would change."""
+    """The adapted layers. Raises BadAdapter where one, or a layer that was trained in full, shares its weight with
+    another layer: both would change."""
     layers: list[LoraLayer] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     parameters = list(model.named_parameters(remove_duplicate=False))
     owners = [parameter.data_ptr() for _, parameter in parameters]
-    for layer in layers:
-        if owners.count(_weight(layer).data_ptr()) > 1:
+    replaced = [module.original_module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    weights = [*map(_weight, layers), *(weight for module in replaced for weight in module.parameters())]
+    for weight in weights:
+        if owners.count(weight.data_ptr()) > 1:
             raise _bad("it adapts a layer whose weight another layer shares (tied embeddings), so it can't be merged")
     return layers
 

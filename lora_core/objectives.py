@@ -26,20 +26,27 @@ class Head:
 
     def logits(self, h_CD: Tensor) -> Tensor:
         """fp32 [C, V]; the product is rounded to the base's dtype first, as transformers does."""
-        z_CV = F.linear(h_CD, self.weight_VD, self.bias_V)
+        z_CV = self.product(h_CD)
         if self.multiplier != 1.0:
             z_CV = z_CV * self.multiplier
         if self.softcap is not None:
             z_CV = torch.tanh(z_CV / self.softcap) * self.softcap
         return z_CV.float()
 
-    def input_gradient(self, dlogits_CV: Tensor, logits_CV: Tensor) -> Tensor:
+    def product(self, h_CD: Tensor) -> Tensor:
+        return F.linear(h_CD, self.weight_VD, self.bias_V)
+
+    def input_gradient(self, dlogits_CV: Tensor, logits_CV: Tensor, h_CD: Tensor) -> Tensor:
         """dh [C, D] for the gradient of fp32 logits; d tanh = 1 - tanh²."""
         if self.softcap is not None:
             dlogits_CV = dlogits_CV * (1 - (logits_CV / self.softcap).square())
         if self.multiplier != 1.0:
             dlogits_CV = dlogits_CV * self.multiplier
-        return dlogits_CV.to(self.weight_VD.dtype) @ self.weight_VD
+        return self.product_gradient(dlogits_CV.to(self.weight_VD.dtype), h_CD)
+
+    def product_gradient(self, dz_CV: Tensor, _h_CD: Tensor) -> Tensor:
+        """dh [C, D] of `product`. A trained head adds its own gradient to its job's row as well."""
+        return dz_CV @ self.weight_VD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +98,7 @@ def _score(h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None)
         correct.append(likeliest_C == labels_C)
         if weights_L is not None:
             dlogits_CV = _logit_gradient(powers_CV, sums_C, labels_C, weights_L[chunk])
-            gradients.append(head.input_gradient(dlogits_CV, logits_CV))
+            gradients.append(head.input_gradient(dlogits_CV, logits_CV, h_LD[chunk]))
     scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
     return scores, torch.cat(gradients)[:num_labels] if gradients else None
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lora_core.base_model import BaseModel
 from lora_core.job import RewardSums, SliceScores
-from lora_core.objectives import TokenScores, score_labels, weighted_loss
+from lora_core.objectives import TokenScores, score_labels
 from lora_core.pack import Pack, Pairs, Segment, running
 from lora_core.preferences import Answers, PairScores, score_pairs
+from lora_core.trained_heads import head_of, labels_of, loss_by_head, score_by_head
 
 
 def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
@@ -32,7 +33,7 @@ def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
         h_LD = hidden_states(base, pack)[pack.label_positions_L]
         pairs = _pairs_of_segments(base, pack, h_LD, reference_L)
         weights_L = _label_weights(pack, pairs)
-        loss, scores = weighted_loss(h_LD, base.head(), pack.labels_L, weights_L)
+        loss, scores = loss_by_head(h_LD, base.head(), pack, weights_L)
         loss.backward()
     return _by_segment(pack, scores, pairs)
 
@@ -42,11 +43,8 @@ def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
     """Forward only."""
     reference_L = _reference_losses(base, pack)
     h_LD = hidden_states(base, pack)[pack.label_positions_L]
-    scores = score_labels(h_LD, base.head(), pack.labels_L)
-    pairs = [
-        _score_segment(segment, scores.losses_L[segment.label_start : segment.label_stop], reference_L)
-        for segment in pack.segments
-    ]
+    scores = score_by_head(h_LD, base.head(), pack)
+    pairs = [_score_segment(segment, scores.losses_L[labels_of(segment)], reference_L) for segment in pack.segments]
     return _by_segment(pack, scores, pairs)
 
 
@@ -66,10 +64,10 @@ def _pairs_of_segments(
     """The first pass of the head: only over segments that have pairs."""
     found: list[PairScores | None] = []
     for segment in pack.segments:
-        labels = slice(segment.label_start, segment.label_stop)
+        labels = labels_of(segment)
         losses_l = h_LD.new_zeros(0)
         if segment.pairs is not None:
-            losses_l = score_labels(h_LD[labels], base.head(), pack.labels_L[labels]).losses_L
+            losses_l = score_labels(h_LD[labels], head_of(base.head(), segment.row), pack.labels_L[labels]).losses_L
         found.append(_score_segment(segment, losses_l, reference_L))
     return found
 

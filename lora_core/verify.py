@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -144,7 +145,16 @@ def _adapted(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -
     try:
         yield adapted
     finally:
-        adapted.unload()
+        _unload(adapted)
+
+
+def _unload(adapted: PeftModel) -> None:
+    """PEFT's own unloading leaves modules that were trained in full in the base: its own come back here."""
+    wrapped = adapted.get_base_model().named_modules()
+    own = {path: module.original_module for path, module in wrapped if isinstance(module, ModulesToSaveWrapper)}
+    model = adapted.unload()
+    for path, module in own.items():
+        model.set_submodule(path, module)
 
 
 def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> PeftModel:

@@ -94,6 +94,7 @@ def submissions(family: str) -> dict[str, Submission]:
         **preferences(),
         **methods(),
         **numbers(),
+        **trained_in_full(family),
     }
 
 
@@ -180,6 +181,27 @@ def numbers() -> dict[str, Submission]:
             valid=dataset(41, [15, 8]),
         ),
     }
+
+
+def trained_in_full(family: str) -> dict[str, Submission]:
+    """An output head of the job's own, of the tied base too; embeddings of tokens; and both where they don't share."""
+    lora = {
+        "head": {"modules_to_save": ("lm_head",)},
+        "tokens": {"trainable_token_indices": (300, 2, 17, *range(100, 140))},
+    }
+    if family == "llama":
+        lora["head_and_tokens"] = lora["head"] | lora["tokens"]
+    objectives = {"tokens": ObjectiveConfig(kind="dpo")}
+    jobs: dict[str, Submission] = {}
+    for index, (name, fields) in enumerate(lora.items()):
+        plain = config(
+            rank=2, dropout=0.1, num_steps=3, seed=20 + index, slice_tokens=50, objective=objectives.get(name)
+        )
+        job = replace(
+            plain, lora=replace(plain.lora, **fields), optimizer=replace(plain.optimizer, lora_plus_ratio=2.0)
+        )
+        jobs[name] = Submission(config=job, train=dataset(20 + index, [14, 31, 9, 22]))
+    return jobs
 
 
 def admit(engine: Engine, name: str, submission: Submission, **options) -> None:

@@ -22,6 +22,8 @@ def test_what_both_know_is_taken_over():
         rank_pattern={"q_proj": 4},
         alpha_pattern={r"layers\.0\..*": 8},
         layers_to_transform=[0, 1],
+        modules_to_save=["lm_head"],
+        trainable_token_indices=[7, 3],
         task_type="CAUSAL_LM",
     )
 
@@ -35,6 +37,8 @@ def test_what_both_know_is_taken_over():
         rank_pattern=(("q_proj", 4),),
         alpha_pattern=((r"layers\.0\..*", 8),),
         layers_to_transform=(0, 1),
+        modules_to_save=("lm_head",),
+        trainable_token_indices=(7, 3),
     )
     assert lora_config_from(peft.LoraConfig(target_modules="all-linear")).target_modules == "all-linear"
 
@@ -58,9 +62,8 @@ UNSUPPORTED = {
     "init_lora_weights": "pissa",
     "bias": "all",
     "layers_pattern": "layers",
-    "modules_to_save": ["lm_head"],
     "exclude_modules": ["q_proj"],
-    "trainable_token_indices": [1],
+    "trainable_token_indices": {"lm_head": [1]},
     "lora_bias": True,
     "target_parameters": ["experts.weight"],
     "layer_replication": [(0, 1)],

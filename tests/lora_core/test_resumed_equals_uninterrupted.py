@@ -1,5 +1,6 @@
 """Law: a job that was stopped anywhere continues elsewhere, and ends with the same bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ PAIRS = Submission(
     ),
     train=dataset(14, [9, 14, 31, 12, 5, 40, 3, 2]),
     valid=dataset(15, [12, 25, 8, 7]),
+)
+IN_FULL = Submission(
+    config=replace(
+        JOB.config,
+        lora=replace(JOB.config.lora, modules_to_save=("lm_head",), trainable_token_indices=tuple(range(50))),
+    ),
+    train=JOB.train,
+    valid=JOB.valid,
 )
 PACKMATE = Submission(config=config(rank=8, batch_size=3, num_steps=50, seed=13), train=dataset(13, [25, 41, 8]))
 
@@ -55,6 +64,7 @@ def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[byt
         ("llama", "float32", PAIRS),
         ("llama", "float32", numbers()["sgd_wsd"]),
         ("llama", "bfloat16", numbers()["early_best"]),
+        ("llama", "float32", IN_FULL),
     ],
 )
 def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tmp_path, family, dtype, job):
