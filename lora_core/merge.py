@@ -31,10 +31,12 @@ from lora_core.errors import BadAdapter, LoraCoreError, UnsafeFile, UnsupportedM
 from lora_core.export import pseudo_random_ids
 from lora_core.merge_cost import compare_cost
 from lora_core.model_folder import read_config
+from lora_core.quantisation import Quantisation
 from lora_core.tensor_files import read_header, write_directory, write_json
 from lora_core.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_foreign_code, verify_export
 
 PROBE_SEED = 20_260_102
+DEQUANTISE_HELP = "merge into a quantised GGUF file, or an adapter that was trained on a quantised base; store 16 bits"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
@@ -60,6 +62,10 @@ class MergeReport:
     update_error: float
     adapter_sha256: str
     dequantised: bool
+    trained_on: Quantisation = "none"
+    """How the base was held in training, where the adapter's folder says so."""
+    max_abs_diff_to_trained: float | None = None
+    """Of an adapter that was trained on a quantised base: to the logits that training saw, in the adapter's probe."""
 
 
 def merge_adapter(
@@ -74,13 +80,21 @@ def merge_adapter(
 
     `base_source` is a base directory or a GGUF file. `dtype` None means the base's own. Raises BadAdapter for an
     adapter of another base or one whose merged logits differ by more than rounding, UnsupportedModel for a
-    quantised base without `dequantise`.
+    quantised base, or an adapter that was trained on one, without `dequantise`.
     """
     refuse_foreign_adapter(adapter_dir)
+    trained_on = _quantisation_in_training(adapter_dir)
+    if trained_on != "none" and not dequantise:
+        raise UnsupportedModel(
+            f"This adapter was trained on its base held as {trained_on}. Merged, it stands on the plain weights, and "
+            "gives other logits than those that training saw and verification checked.",
+            remedy=f"Serve it on the base held as {trained_on}; or accept this with --dequantise, which measures it.",
+        )
     with _base_folder(base_source, dequantise=dequantise) as (base_dir, was_quantised):
         stored: Dtype = "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
         base = load_base(base_dir, dtype=dtype or stored, device="cpu")
-        _refuse_other_base(base, adapter_dir)
+        _refuse_other_base(base if trained_on == "none" else _held_as(base_dir, trained_on, base), adapter_dir)
+        to_trained = None if trained_on == "none" else _diff_to_trained(base, adapter_dir)
         model = cast(nn.Module, base.model)
         ids = torch.from_numpy(pseudo_random_ids(base, "merge", PROBE_SEED))
         with torch.no_grad():
@@ -101,6 +115,8 @@ def merge_adapter(
             update_error=update_error,
             adapter_sha256=hashlib.sha256((adapter_dir / WEIGHTS).read_bytes()).hexdigest(),
             dequantised=was_quantised,
+            trained_on=trained_on,
+            max_abs_diff_to_trained=to_trained,
         )
         if not report.max_abs_diff <= report.tolerance:
             raise _bad(
@@ -172,6 +188,31 @@ def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
         return
     if not verify_export(base, adapter_dir).passed:
         raise _bad("on this base model it doesn't give the logits that training saw")
+
+
+def _quantisation_in_training(adapter_dir: Path) -> Quantisation:
+    """As the weights' file says, if Lorry wrote it."""
+    with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
+        how = (file.metadata() or {}).get("base_quantization_config")
+    if how is None:
+        return "none"
+    try:
+        return "nf4" if json.loads(how).get("load_in_4bit") else "int8"
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise _bad(f"the base_quantization_config of {WEIGHTS} can't be read") from error
+
+
+def _held_as(base_dir: Path, quantisation: Quantisation, plain: BaseModel) -> BaseModel:
+    """The base as training had it: what the adapter's evidence is of."""
+    dtype = "float32" if plain.dtype == torch.float32 else "bfloat16"
+    return load_base(base_dir, dtype=dtype, device="cpu", quantisation=quantisation)
+
+
+def _diff_to_trained(base: BaseModel, adapter_dir: Path) -> float | None:
+    """On the plain base, in logits; None without a probe."""
+    if not (adapter_dir / "probe.safetensors").is_file():
+        return None
+    return verify_export(base, adapter_dir).max_abs_diff
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -288,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="of the merged weights; the base's own if left out"
     )
-    parser.add_argument("--dequantise", action="store_true", help="merge into a quantised GGUF file, and store 16 bits")
+    parser.add_argument("--dequantise", action="store_true", help=DEQUANTISE_HELP)
     parser.add_argument("--measure", action="store_true", help="time a pass of the base and of the merged model")
     given = parser.parse_args(arguments)
     try:

@@ -37,8 +37,14 @@ def tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter_of(tmp_path: Path):
     """adapter_of(base_dir, dtype): the folder of a trained adapter."""
 
-    def train(base_dir: Path, dtype: Literal["float32", "bfloat16"] = "float32", *, use_dora: bool = False) -> Path:
-        engine = Engine(load_base(base_dir, dtype=dtype, device="cpu"), EngineConfig())
+    def train(
+        base_dir: Path,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        *,
+        use_dora: bool = False,
+        quantisation: Literal["none", "nf4", "int8"] = "none",
+    ) -> Path:
+        engine = Engine(load_base(base_dir, dtype=dtype, device="cpu", quantisation=quantisation), EngineConfig())
         lora = replace(JOB.config.lora, use_dora=use_dora)
         admit(engine, "job", replace(JOB, config=replace(JOB.config, lora=lora)))
         while not engine.idle:
@@ -181,6 +187,31 @@ def test_a_quantised_file_is_merged_only_where_its_loss_is_accepted(tied_dir, ad
     with pytest.raises(UnsupportedModel, match=r"Q8_0.*rounds away") as refusal:
         merge_adapter(adapter_of(tied_dir), path, tmp_path / "merged")
     assert "--dequantise" in refusal.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_of_a_quantised_base_is_merged_only_where_its_loss_is_accepted(tied_dir, adapter_of, tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    adapter = adapter_of(tied_dir, quantisation=kind)
+
+    with pytest.raises(UnsupportedModel, match=f"held as {kind}") as refusal:
+        merge_adapter(adapter, tied_dir, tmp_path / "merged")
+    assert "--dequantise" in refusal.value.remedy
+    assert not (tmp_path / "merged").exists()
+
+    report = merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantise=True)
+    assert report.trained_on == kind
+    assert report.max_abs_diff <= report.tolerance
+    assert report.max_abs_diff_to_trained > report.tolerance
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["trained_on"] == kind
+
+
+def test_an_adapter_of_another_base_is_refused_though_its_loss_is_accepted(tied_dir, base_dirs, adapter_of, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    adapter = adapter_of(base_dirs["llama"], quantisation="nf4")
+
+    with pytest.raises(BadAdapter):
+        merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantise=True)
 
 
 def test_a_quantised_folder_is_refused(tied_dir, adapter_of, tmp_path):
