@@ -53,6 +53,13 @@ def is_supervised(messages: list[Message]) -> bool:
     return any(m["role"] == "assistant" and m["content"].strip() and m.get("weight", 1) for m in messages)
 
 
+def only_last_learnt(messages: list[Message]) -> list[Message]:
+    """The same, with weight 0 on every answer but the last one."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    earlier = set(answers[:-1])
+    return [Message({**turn, "weight": 0}) if index in earlier else turn for index, turn in enumerate(messages)]
+
+
 def _parse_json(line: bytes) -> Any:
     try:
         row = _DECODER.decode(line.decode("utf-8"))

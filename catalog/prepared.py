@@ -9,6 +9,7 @@ from sqlalchemy import delete, select
 
 from catalog import artifact_rows
 from catalog.artifacts.manifest import Manifest
+from catalog.data_spec import DataSpec
 from catalog.db import Database, read_clock, upsert
 from catalog.tables import Json, Prepared
 
@@ -16,9 +17,11 @@ FORMAT = 1
 """Counts up when preparing the same file would give other tokens."""
 
 
-def key(file_digest: str, tokenizer_digest: str, max_length: int) -> str:
-    """The cache's name: whatever decides the tokens goes into it."""
-    parts = {"format": FORMAT, "file": file_digest, "tokenizer": tokenizer_digest, "max_length": max_length}
+def key(file_digest: str, tokenizer_digest: str, max_length: int, data: DataSpec | None = None) -> str:
+    """The cache's name: whatever decides the tokens goes into it. (The kind of the rows follows from the file.)"""
+    parts: Json = {"format": FORMAT, "file": file_digest, "tokenizer": tokenizer_digest, "max_length": max_length}
+    if data is not None and data != DataSpec():
+        parts["data"] = data.model_dump()
     return hashlib.sha256(rfc8785.dumps(parts)).hexdigest()
 
 

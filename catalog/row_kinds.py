@@ -56,8 +56,14 @@ KINDS = (
         is_supervised=lambda _: True,
     ),
 )
+_BY_NAME: dict[str, DataKind] = {kind.name: kind.name for kind in KINDS}
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
+
+
+def known_kind(recorded: str | None) -> DataKind:
+    """A data set's kind as its row in the database has it: before kinds were kept, all were chats."""
+    return _BY_NAME.get(recorded or "chat", "chat")
 
 
 def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:

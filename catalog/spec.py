@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from catalog.data_spec import DataRequest, DataSpec
 from catalog.lora_spec import LoraRequest, LoraSpec, resolve_lora
 from catalog.strict import Auto, PositiveFloat, Strict
 
@@ -126,6 +127,7 @@ class JobRequest(Strict):
     optimizer: OptimizerRequest = OptimizerRequest()
     schedule: ScheduleRequest = ScheduleRequest()
     evaluation: EvaluationRequest = EvaluationRequest()
+    data: DataRequest = DataRequest()
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         description="The base's dtype; auto: bfloat16, or float32 where workers live and none's device has it.",
@@ -219,6 +221,7 @@ class JobSpec(Strict):
     quantisation: Quantisation = "none"
     """Of jobs from before there was a choice: none."""
     seed: int
+    data: DataSpec = DataSpec()
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps of the whole job over `num_rows` usable rows.
@@ -263,6 +266,7 @@ def resolve(
         precision=auto_precision if request.precision == "auto" else request.precision,
         quantisation=request.quantisation,
         seed=seed if request.seed is None else request.seed,
+        data=DataSpec(**request.data.model_dump()),
     )
 
 

@@ -9,11 +9,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import bases, fleet, linears, memory
+from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
 from catalog.moves import move
 from catalog.packing import pack_key
+from catalog.row_kinds import known_kind
 from catalog.spec import BASE_LEARNING_RATE, JobRequest, JobSpec, PriorityClass, resolve
 from catalog.states import Verb
 from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
@@ -101,6 +103,9 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
         validation = _usable_file(session, caller, request.validation_file, "validation_file")
     _check_rates(request)
     _check_quantisation(session, request, now=now)
+    for file in (training, validation):
+        if file is not None:
+            check_data(request.data, known_kind(file.kind), file_id=file.id)
     spec = resolve(
         request,
         num_rows=training.num_rows or 0,

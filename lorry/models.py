@@ -102,6 +102,7 @@ class Job(View):
     quantisation: str | None = None
     checkpoint_every_steps: int | None = None
     evaluation: dict[str, Any] = field(default_factory=dict[str, Any])
+    data: dict[str, Any] = field(default_factory=dict[str, Any])
     lora: dict[str, Any] = field(default_factory=dict[str, Any])
     optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
     schedule: dict[str, Any] = field(default_factory=dict[str, Any])

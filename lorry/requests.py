@@ -44,6 +44,13 @@ class EvaluationRule(TypedDict, total=False):
     every_steps: int | Auto
 
 
+class Data(TypedDict, total=False):
+    loss: Literal["assistant", "last_turn"]
+    """Of a chat: every answer, or only the last one."""
+    overflow: Literal["truncate", "drop", "split"]
+    """What becomes of rows of more than `max_length` tokens; only plain texts are split."""
+
+
 class Hyperparameters(TypedDict, total=False):
     batch_size: int | Auto
     learning_rate_multiplier: float | Auto

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from catalog.chat_rows import only_last_learnt
+from catalog.data_spec import Loss
 from catalog.plain_rows import Completion, as_chat
 from catalog.row_kinds import DataKind
 from worker.chat_template import ChatTemplate, Refused, Rendered, special_tokens
@@ -58,10 +60,10 @@ class BaseText:
         before = encoding.tokens[: mask.index(0)] if 0 in mask else []
         return "".join(before) or None
 
-    def render(self, kind: DataKind, row: Any) -> Rendered:
+    def render(self, kind: DataKind, row: Any, *, loss: Loss) -> Rendered:
         """A row as its kind's `check` gave it. Raises Refused."""
         if kind == "chat":
-            return self.template.render_supervised(row)
+            return self.template.render_supervised(only_last_learnt(row) if loss == "last_turn" else row)
         if kind == "text":
             return Rendered(text=row, spans=((0, len(row)),), is_plain=True)
         completion = cast(Completion, row)
@@ -88,9 +90,15 @@ class BaseText:
         return ids, _mask(ids, encoding, row, self.special, trims=not self.template.marks_spans)
 
     def _plain(self, row: Rendered, encoding: Encoding) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """The end of the text is learnt with it, and stands there once."""
+        """The end of the text is learnt with it, and stands there once.
+
+        What is learnt begins with the first token that reaches into it. By offsets alone a token of white space
+        could not be told to be inside: some tokenizers give it none.
+        """
         ids = np.array(encoding.ids, dtype=np.int64)
-        mask = _mask(ids, encoding, row, self.special, trims=False)
+        ((start, _),) = row.spans
+        first = next((index for index, (_, end) in enumerate(encoding.offsets) if end > start), len(ids))
+        mask = (np.arange(len(ids)) >= max(1, first if start else 0)).astype(np.uint8)
         if self.eos is not None and len(ids):
             if ids[-1] != self.eos[0]:
                 ids, mask = np.append(ids, self.eos[0]), np.append(mask, np.uint8(1))

@@ -134,7 +134,7 @@ class ChatTemplate:
                     "template_not_prefix_stable",
                     f"The base's chat template writes message {index + 1} differently once others follow it, "
                     "so there is no telling which tokens are the answer.",
-                    "Use one assistant turn for each row (as the last message), or add the base again with a "
+                    "Say data.loss 'last_turn', use one assistant turn for each row, or add the base again with a "
                     "template that marks its answers with {% generation %}.",
                 )
             spans.append((len(before), len(upto)))

@@ -85,7 +85,7 @@ def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prep
         context.store.delete_damaged(damaged.artifact)
     file = files.get(context.db, project_id=job.project_id, file_id=file_id)
     base_dir = bases.ensure(context, job.base_model, job.base_digest)
-    return _make(context, base_dir, file, key, JobSpec.model_validate(job.spec).max_length)
+    return _make(context, base_dir, file, key, JobSpec.model_validate(job.spec))
 
 
 def num_rows(report: Json) -> int:
@@ -101,39 +101,38 @@ def _both_files(context: WorkerContext, unprepared: Unprepared) -> tuple[Prepare
 
 
 def _key(unprepared: Unprepared, file: File) -> str:
-    max_length = JobSpec.model_validate(unprepared.job.spec).max_length
-    return prepared.key(file.digest, bases.tokenizer_digest(unprepared.base), max_length)
+    spec = JobSpec.model_validate(unprepared.job.spec)
+    return prepared.key(file.digest, bases.tokenizer_digest(unprepared.base), spec.max_length, spec.data)
 
 
 def _tokens(context: WorkerContext, unprepared: Unprepared, file: File, param: str) -> Prepared:
     """The token cache of one file: made before, by whomever, or made now. Raises FileRefused."""
-    max_length = JobSpec.model_validate(unprepared.job.spec).max_length
     key = _key(unprepared, file)
     row = prepared.get(context.db, key)
     if row is None or (row.artifact is None and "refusal" not in row.report):
         base_dir = bases.ensure(context, unprepared.base.name, unprepared.job.base_digest)
-        row = _make(context, base_dir, file, key, max_length)
+        row = _make(context, base_dir, file, key, JobSpec.model_validate(unprepared.job.spec))
     if row.artifact is None:
         refusal = row.report["refusal"]
         raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
     return row
 
 
-def _make(context: WorkerContext, base_dir: Path, file: File, key: str, max_length: int) -> Prepared:
+def _make(context: WorkerContext, base_dir: Path, file: File, key: str, spec: JobSpec) -> Prepared:
     with scratch.owned(context.scratch_dir() / f"prepare-{token_hex(8)}") as work:
         work.mkdir()
         source = work / "source.jsonl"
         with source.open("wb") as target:
             for chunk in context.store.open_blob(file.digest):
                 target.write(chunk)
-        report = _run(context, work, source, base_dir, max_length)
+        report = _run(context, work, source, base_dir, spec)
         artifact = None
         if "refusal" not in report:
             artifact = context.store.put_folder(work / "tokens", kind="tokens")
         return prepared.put(context.db, key, file_digest=file.digest, artifact=artifact, report=report)
 
 
-def _run(context: WorkerContext, work: Path, source: Path, base_dir: Path, max_length: int) -> Json:
+def _run(context: WorkerContext, work: Path, source: Path, base_dir: Path, spec: JobSpec) -> Json:
     """The child's report."""
     arguments, tokens, report = work / "arguments.json", work / "tokens", work / "report.json"
     tokens.mkdir()
@@ -142,7 +141,8 @@ def _run(context: WorkerContext, work: Path, source: Path, base_dir: Path, max_l
         {
             "source": str(source),
             "base_dir": str(base_dir),
-            "max_length": max_length,
+            "max_length": spec.max_length,
+            "data": spec.data.model_dump(),
             "out": str(tokens / "tokens.safetensors"),
             "report": str(report),
         },

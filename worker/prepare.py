@@ -19,12 +19,14 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from catalog.chat_rows import BadRow, parse_object
+from catalog.data_spec import DataSpec, Loss, Overflow
 from catalog.datasets import read_rows
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, OutOfSpace
 from catalog.row_kinds import DataKind, RowKind, kind_of_row
 from worker.base_text import BaseText
 from worker.chat_template import TEMPLATE_DATE, Refused, Rendered
+from worker.overflow import fit
 from worker.token_file import TokenFile
 
 FORMAT = 1
@@ -51,13 +53,20 @@ class DatasetReport(TypedDict):
     max_length: int
     rows: int
     usable_rows: int
-    """Rows that are trained on: all but the empty ones."""
+    """Rows that are trained on: all but the empty and the dropped ones, with each piece of a split one."""
     tokens: int
     """Of the usable rows, as cut to max_length."""
     supervised_tokens: int
     truncated_rows: int
+    """Rows of more than max_length tokens, of which the start is kept."""
+    dropped_rows: int
+    """Rows of more than max_length tokens that are left out."""
+    split_rows: int
+    """Rows of more than max_length tokens that are cut into pieces; each counts as a usable row of its own."""
     empty_rows: int
-    """Rows with nothing to learn, because it has weight 0 or was cut off."""
+    """Rows, or pieces of one, with nothing to learn, because it has weight 0 or was cut off."""
+    loss: Loss
+    overflow: Overflow
     duplicate_rows: int
     """Rows that an earlier one equals. They are kept."""
     longest_row: int
@@ -86,55 +95,57 @@ class _Counts:
     kind: RowKind | None = None
     lengths: array[int] = field(default_factory=lambda: array("q"))
     seen: set[bytes] = field(default_factory=set[bytes])
-    truncated: int = 0
+    too_long: int = 0
     empty: int = 0
     duplicates: int = 0
 
 
-def prepare(*, source: Path, base_dir: Path, max_length: int, out: Path) -> DatasetReport:
+def prepare(*, source: Path, base_dir: Path, max_length: int, out: Path, data: DataSpec | None = None) -> DatasetReport:
     """Tokenise the checked file `source` into `out`, which is not written where the report has a refusal.
 
-    Each row is cut to its first `max_length` tokens. Raises OutOfSpace.
+    No row keeps more than `max_length` tokens. data: what is learnt, and what becomes of longer rows.
+    Raises OutOfSpace.
     """
-    counts = _Counts()
+    counts, data = _Counts(), data or DataSpec()
     base = BaseText(base_dir)
     with full_disk_named(), TokenFile(out) as tokens:
         try:
-            _fill(tokens, counts, source, base, max_length)
+            _fill(tokens, counts, base, source=source, max_length=max_length, data=data)
         except Refused as error:
-            return _report(tokens, counts, max_length, base, refused=error)
+            return _report(tokens, counts, base, max_length=max_length, data=data, refused=error)
         tokens.finish()
-    return _report(tokens, counts, max_length, base)
+    return _report(tokens, counts, base, max_length=max_length, data=data)
 
 
-def _fill(tokens: TokenFile, counts: _Counts, source: Path, base: BaseText, max_length: int) -> None:
-    for batch in _batches(_rendered(source, base, counts)):
+def _fill(tokens: TokenFile, counts: _Counts, base: BaseText, *, source: Path, max_length: int, data: DataSpec) -> None:
+    for batch in _batches(_rendered(source, base, counts, data)):
         for rendered, (ids, mask) in zip(batch, base.encode(batch), strict=True):
             counts.lengths.append(len(ids))
             counts.duplicates += _is_seen(counts.seen, rendered.text)
-            counts.truncated += len(ids) > max_length
-            if mask[:max_length].any():
-                tokens.add_row(ids[:max_length].astype(np.int32), mask[:max_length])
-            else:
-                counts.empty += 1
+            counts.too_long += len(ids) > max_length
+            for piece, learnt in fit((ids, mask), max_length=max_length, overflow=data.overflow):
+                if learnt.any():
+                    tokens.add_row(piece.astype(np.int32), learnt)
+                else:
+                    counts.empty += 1
     if tokens.num_rows == 0:
-        raise _nothing_to_learn(counts, max_length)
+        raise _nothing_to_learn(counts, max_length, data)
 
 
-def _rendered(source: Path, base: BaseText, counts: _Counts) -> Iterator[Rendered]:
+def _rendered(source: Path, base: BaseText, counts: _Counts, data: DataSpec) -> Iterator[Rendered]:
     with source.open("rb") as lines:
         try:
             for number, line in read_rows(lines, max_line_bytes=MAX_LINE_BYTES):
-                yield _render(base, counts, number, line)
+                yield _render(base, counts, data, number, line)
         except InvalidRequest as error:
             raise Refused(error.code, error.message, error.remedy) from error
 
 
-def _render(base: BaseText, counts: _Counts, number: int, line: bytes) -> Rendered:
+def _render(base: BaseText, counts: _Counts, data: DataSpec, number: int, line: bytes) -> Rendered:
     try:
         row = parse_object(line)
         counts.kind = kind = kind_of_row(row, before=counts.kind)
-        return base.render(kind.name, kind.check(row))
+        return base.render(kind.name, kind.check(row), loss=data.loss)
     except BadRow as problem:
         raise Refused(problem.code, f"Line {number}: {problem.reason}.", problem.remedy) from problem
     except Refused as error:
@@ -165,8 +176,15 @@ def _is_seen(seen: set[bytes], text: str) -> bool:
     return False
 
 
-def _nothing_to_learn(counts: _Counts, max_length: int) -> Refused:
+def _nothing_to_learn(counts: _Counts, max_length: int, data: DataSpec) -> Refused:
     num_rows, longest = len(counts.lengths), max(counts.lengths, default=0)
+    if data.overflow == "drop" and counts.too_long:
+        return Refused(
+            "nothing_to_learn",
+            f"Of {num_rows} rows {counts.too_long} have more than {max_length} tokens and are left out, and the others "
+            "have nothing to learn.",
+            f"Raise max_length (the longest row has {longest} tokens), say 'truncate', or give shorter rows.",
+        )
     if counts.kind is not None and counts.kind.name == "text":
         return Refused(
             "nothing_to_learn",
@@ -183,7 +201,13 @@ def _nothing_to_learn(counts: _Counts, max_length: int) -> Refused:
 
 
 def _report(
-    tokens: TokenFile, counts: _Counts, max_length: int, base: BaseText, *, refused: Refused | None = None
+    tokens: TokenFile,
+    counts: _Counts,
+    base: BaseText,
+    *,
+    max_length: int,
+    data: DataSpec,
+    refused: Refused | None = None,
 ) -> DatasetReport:
     lengths = sorted(counts.lengths)
     report = DatasetReport(
@@ -193,12 +217,16 @@ def _report(
         usable_rows=tokens.num_rows,
         tokens=tokens.num_tokens,
         supervised_tokens=tokens.num_supervised,
-        truncated_rows=counts.truncated,
+        truncated_rows=counts.too_long if data.overflow == "truncate" else 0,
+        dropped_rows=counts.too_long if data.overflow == "drop" else 0,
+        split_rows=counts.too_long if data.overflow == "split" else 0,
         empty_rows=counts.empty,
         duplicate_rows=counts.duplicates,
         longest_row=lengths[-1] if lengths else 0,
         median_row=lengths[(len(lengths) - 1) // 2] if lengths else 0,
         tokenizer=base.digest,
+        loss=data.loss,
+        overflow=data.overflow,
     )
     if counts.kind is not None:
         report["kind"] = counts.kind.name
@@ -215,7 +243,7 @@ def _report(
 
 
 def main(arguments_path: Path) -> int:
-    """Read {source, base_dir, max_length, out, report}, write the report. Returns the exit status."""
+    """Read {source, base_dir, max_length, data, out, report}, write the report. Returns the exit status."""
     arguments = json.loads(arguments_path.read_text("utf-8"))
     try:
         report = prepare(
@@ -223,6 +251,7 @@ def main(arguments_path: Path) -> int:
             base_dir=Path(arguments["base_dir"]),
             max_length=int(arguments["max_length"]),
             out=Path(arguments["out"]),
+            data=DataSpec.model_validate(arguments["data"]),
         )
         with full_disk_named():
             _write_json(Path(arguments["report"]), report)

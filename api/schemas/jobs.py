@@ -102,6 +102,11 @@ class EvaluationObject(BaseModel):
     every_steps: int | None = Field(description="Null: ten times over the job.")
 
 
+class DataObject(BaseModel):
+    loss: str
+    overflow: str
+
+
 class Progress(BaseModel):
     """How far the job is. Times are estimates."""
 
@@ -149,6 +154,7 @@ class FineTuningJob(BaseModel):
     optimizer: OptimizerObject
     schedule: ScheduleObject
     evaluation: EvaluationObject
+    data: DataObject
     precision: str
     quantisation: Literal["none", "nf4", "int8"] = Field(description="How the base's linear layers are held.")
     max_length: int
@@ -187,6 +193,7 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             "optimizer": spec.optimizer.model_dump(),
             "schedule": spec.schedule.model_dump(),
             "evaluation": {"every_steps": spec.evaluate_every_steps},
+            "data": spec.data.model_dump(),
             "precision": spec.precision,
             "quantisation": spec.quantisation,
             "max_length": spec.max_length,

@@ -86,5 +86,5 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     if job.evaluation and job.validation_file:
         every = job.evaluation.get("every_steps")
         yield "evaluation every", f"{every} steps" if every else "tenth of the job"
-    yield from flatten({"lora": job.lora, "optimizer": job.optimizer, "schedule": job.schedule})
+    yield from flatten({"data": job.data, "lora": job.lora, "optimizer": job.optimizer, "schedule": job.schedule})
     yield from flatten({"metadata": job.metadata or {}})

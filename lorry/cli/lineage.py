@@ -14,7 +14,10 @@ from lorry.cli.files import flatten
 
 Json = Mapping[str, Any]
 Pairs = Iterator[tuple[str, object]]
-_COUNTS = ("rows", "usable_rows", "tokens", "supervised_tokens", "truncated_rows", "duplicate_rows", "empty_rows")
+_COUNTS = (
+    *("rows", "usable_rows", "tokens", "supervised_tokens"),
+    *("truncated_rows", "dropped_rows", "split_rows", "duplicate_rows", "empty_rows"),
+)
 _TOLD_WITH_UNITS = {"version", "n_epochs", "max_length", "evaluate_every_steps", "checkpoint_every_steps"}
 _LABEL_WIDTH = 24
 
@@ -38,6 +41,7 @@ def render(told: Json) -> None:
 def prepared(report: Json) -> Pairs:
     """What preparation found in a data set."""
     yield "kind of rows", report.get("kind")
+    yield "learnt", report.get("loss") if report.get("kind") == "chat" else None
     for name in _COUNTS:
         yield name.replace("_", " "), _count(report.get(name))
     yield "median row", _unit(report.get("median_row"), "tokens")

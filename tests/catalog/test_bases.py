@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 
 from catalog import adapters, bases, jobs, prepared
+from catalog.data_spec import DataSpec
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from tests.catalog.world import DESCRIPTION, World, manifest, sha
 
@@ -200,3 +201,10 @@ def test_of_a_deletion_and_a_job_at_the_same_time_one_is_refused(world: World) -
         both = [(pool.submit(submit, name), pool.submit(delete, name)) for name in names]
 
     assert all(submitted.result() != deleted.result() for submitted, deleted in both)
+
+
+def test_what_is_learnt_and_what_becomes_of_long_rows_are_part_of_a_token_caches_key() -> None:
+    given = [None, DataSpec(loss="last_turn"), DataSpec(overflow="drop"), DataSpec(overflow="split")]
+
+    assert len({prepared.key("file", "tokenizer", 512, data) for data in given}) == 4
+    assert prepared.key("file", "tokenizer", 512, DataSpec()) == prepared.key("file", "tokenizer", 512)

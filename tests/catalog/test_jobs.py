@@ -395,3 +395,27 @@ def test_an_id_that_no_database_can_hold_is_refused_or_not_found(world: World) -
     for job_id in ("ftjob-\0", "ftjob-\ud800"):
         with pytest.raises((InvalidRequest, NotFound)):
             jobs.get(world.db, **world.of(job_id))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "code"),
+    [
+        ({"loss": "last_turn"}, "text", "loss_needs_chat"),
+        ({"loss": "last_turn"}, "completion", "loss_needs_chat"),
+        ({"overflow": "split"}, "completion", "split_needs_text"),
+        ({"overflow": "split"}, None, "split_needs_text"),
+    ],
+)
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_what_does_not_suit_the_rows_of_a_file_is_refused(
+    world: World, data: dict[str, str], kind: str | None, code: str, field: str
+) -> None:
+    suits = world.file(kind="chat" if "loss" in data else "text")
+    unlike = world.file(kind=kind)
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.send(request(**{"training_file": suits, field: unlike}, data=data))
+
+    assert (refusal.value.code, refusal.value.param) == (code, f"data.{next(iter(data))}")
+    assert unlike in refusal.value.message
+    assert world.submit(training_file=suits, validation_file=suits, data=data).spec["data"].items() >= data.items()

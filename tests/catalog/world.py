@@ -65,7 +65,14 @@ class World:
     def added_at(self, name: str) -> float:
         return bases.get(self.db, name).created_at
 
-    def file(self, *, caller: Caller | None = None, purpose: str = "fine-tune", num_rows: int | None = 100) -> str:
+    def file(
+        self,
+        *,
+        caller: Caller | None = None,
+        purpose: str = "fine-tune",
+        num_rows: int | None = 100,
+        kind: str | None = None,
+    ) -> str:
         file_id = new_id("file")
         with self.db.write() as session:
             session.add(
@@ -76,6 +83,7 @@ class World:
                     filename="train.jsonl",
                     num_bytes=10,
                     num_rows=num_rows,
+                    kind=kind,
                     digest=sha(file_id),
                     created_at=read_clock(session),
                 )

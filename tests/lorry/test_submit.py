@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 from typer.testing import Result
 
+from catalog.data_spec import DataRequest
 from catalog.spec import EvaluationRequest, Hyperparameters, JobRequest, LoraRequest, OptimizerRequest, ScheduleRequest
 from lorry.cli.submit import FIELDS, NAMES, submit
 from tests.lorry.scripted_server import Reply, Script
@@ -20,9 +21,14 @@ from tests.lorry.scripted_server import Reply, Script
 JOBS = "/v1/fine_tuning/jobs"
 JOB = {"id": "ftjob-1", "status": "queued"}
 NUMBERS = "method.supervised.hyperparameters"
-NO_OPTION = {"optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.max_grad_norm"} | {
-    f"{NUMBERS}.learning_rate_multiplier"
-}
+NO_OPTION = {
+    "data.loss",
+    "data.overflow",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.eps",
+    "optimizer.max_grad_norm",
+} | {f"{NUMBERS}.learning_rate_multiplier"}
 """Fields that few people set: by `--set`."""
 Run = Callable[..., Result]
 
@@ -56,6 +62,7 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
         "optimizer": OptimizerRequest,
         "schedule": ScheduleRequest,
         "evaluation": EvaluationRequest,
+        "data": DataRequest,
         NUMBERS: Hyperparameters,
     }
     there_is_one_choice = {"method", "hyperparameters", "integrations"}

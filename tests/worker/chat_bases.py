@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from catalog.data_spec import DataSpec
 from lora_core.data import TokenDataset
 from worker.prepare import DatasetReport, prepare
 
@@ -108,25 +109,26 @@ class Base:
     def reference(self) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
-    def prepare(self, *rows: Row, max_length: int = 4096) -> tuple[DatasetReport, Path]:
+    def prepare(self, *rows: Row, max_length: int = 4096, **data: Any) -> tuple[DatasetReport, Path]:
         """A list of messages is a row of chat; any other row is written as it is."""
         source, out = self.folder.parent / "source.jsonl", self.folder.parent / "tokens.safetensors"
         objects = [{"messages": row} if isinstance(row, list) else row for row in rows]
         source.write_text("".join(json.dumps(row) + "\n" for row in objects))
-        return prepare(source=source, base_dir=self.folder, max_length=max_length, out=out), out
+        spec = DataSpec(**data)
+        return prepare(source=source, base_dir=self.folder, max_length=max_length, out=out, data=spec), out
 
-    def rows(self, *rows: Row, max_length: int = 4096) -> list[tuple[list[int], list[int]]]:
+    def rows(self, *rows: Row, max_length: int = 4096, **data: Any) -> list[tuple[list[int], list[int]]]:
         """(ids, mask) of each row that was kept."""
-        report, out = self.prepare(*rows, max_length=max_length)
+        report, out = self.prepare(*rows, max_length=max_length, **data)
         assert "refusal" not in report, report
         tokens = TokenDataset.load(out)
         assert (report["usable_rows"], report["tokens"]) == (tokens.num_rows, tokens.num_tokens)
         assert report["supervised_tokens"] == tokens.num_supervised_tokens
         return [(ids.tolist(), mask.tolist()) for ids, mask in map(tokens.row, range(tokens.num_rows))]
 
-    def learnt(self, row: Row) -> str:
+    def learnt(self, row: Row, **data: Any) -> str:
         """What the model is taught to say in a row, as text; | between answers."""
-        ((ids, mask),) = self.rows(row)
+        ((ids, mask),) = self.rows(row, **data)
         parts: list[list[int]] = [[]]
         for ident, is_learnt in zip(ids, mask, strict=True):
             if is_learnt:

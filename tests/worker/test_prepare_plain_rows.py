@@ -10,7 +10,14 @@ from tokenizers import Tokenizer, processors
 from tests.worker.chat_bases import MARKED, SMOLLM2, Base, train_tokenizer, turns
 
 BEGIN, END = "<|endoftext|>", "<|im_end|>"
-TEXTS = ("a b c", "Grüße, 世界 😀", " leading\nand trailing \n", f"says {END} itself", f"ends with {END}")
+TEXTS = (
+    "a b c",
+    "Grüße, 世界 😀",
+    " leading\nand trailing \n",
+    f"says {END} itself",
+    f"ends with {END}",
+    "ends with white space  ",
+)
 
 
 @pytest.fixture(scope="module")

@@ -98,10 +98,12 @@ function useReport(file, job) {
   return { data: ofJob.data && { report }, error: ofJob.error, isGone, reload: ofModel.reload };
 }
 
-function told({ truncated_rows, empty_rows, duplicate_rows, max_length }) {
+function told({ truncated_rows, dropped_rows, split_rows, empty_rows, duplicate_rows, max_length }) {
   return [
     empty_rows > 0 && `${format.plural(empty_rows, "row")} with nothing to learn`,
     truncated_rows > 0 && `${format.plural(truncated_rows, "row")} cut at ${format.count(max_length)} tokens`,
+    dropped_rows > 0 && `${format.plural(dropped_rows, "row")} of more than ${format.count(max_length)} tokens, left out`,
+    split_rows > 0 && `${format.plural(split_rows, "row")} split at ${format.count(max_length)} tokens`,
     duplicate_rows > 0 && `${format.plural(duplicate_rows, "duplicate row")}, kept`,
   ].filter(Boolean);
 }

@@ -3,7 +3,7 @@ import { power } from "../format.js";
 import { epochs, passes } from "../parts/progress.js";
 
 const LABELS = {
-  target_modules: "targets", use_rslora: "rank-stabilised", use_dora: "DoRA", layers_to_transform: "layers", lora_plus_ratio: "LoRA+ ratio", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
+  target_modules: "targets", loss: "learnt of a chat", overflow: "rows too long", use_rslora: "rank-stabilised", use_dora: "DoRA", layers_to_transform: "layers", lora_plus_ratio: "LoRA+ ratio", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
   eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "rate multiplier",
 };
 const RUN = ["max_length", "max_steps", "precision", "quantisation", "seed", "priority"];
@@ -20,6 +20,7 @@ export function groups(job, rows) {
       ...each({ ...job.hyperparameters, n_epochs: passesOf(job, rows) }, numbers),
       { label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" },
       { label: "checkpoint", asked: every(asked.checkpoint_every_steps), resolved: every(job.checkpoint_every_steps) },
+      ...each(job.data, asked.data),
       ...RUN.map((key) => row(key, asked[key], job[key])),
     ]],
   ].filter(([, rows]) => rows.length);
