@@ -5,6 +5,8 @@ Whether it is the same bit for bit is a property of kernels, sizes and thread co
 real base model. A model that isn't even close doesn't keep packed sequences apart, and is refused.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -49,11 +51,10 @@ def refuse_mixing(base: BaseModel) -> None:
     """
     ids = np.stack([_ids(base, "mixing", count=24)] * 2)
     ids[1, -1] = (ids[0, -1] + 1) % base.vocab_size
-    packed = _packed_logits(base, ids)
-    with base.untouched() as model, torch.no_grad():
-        rows = [torch.from_numpy(row.astype(np.int64))[None].to(base.device) for row in ids]
-        logits = [model.forward(input_ids=row, use_cache=False).logits for row in rows]
-    reference = torch.cat([row[:, -PROBE_POSITIONS:].float().cpu() for row in logits])
+    with _failures_named(base, "transformers' own pass"):
+        reference = _reference_logits(base, ids)
+    with _failures_named(base, "a packed pass"):
+        packed = _packed_logits(base, ids)
     if not torch.isfinite(reference).all():
         raise _unpackable(base, "its logits are not finite")
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[base.dtype] * float(reference.abs().max())
@@ -63,16 +64,29 @@ def refuse_mixing(base: BaseModel) -> None:
         raise _unpackable(base, "its logits change with later tokens")
 
 
+def _reference_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
+    with base.untouched() as model, torch.no_grad():
+        rows = [torch.from_numpy(row.astype(np.int64))[None].to(base.device) for row in ids]
+        logits = [model.forward(input_ids=row, use_cache=False).logits for row in rows]
+    return torch.cat([row[:, -PROBE_POSITIONS:].float().cpu() for row in logits])
+
+
 def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
-    """Without an adapter. A family may fail in any way where the engine passes it by, so all are caught."""
+    """Without an adapter."""
     bare = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
+    return packed_logits(base, bare, ids)
+
+
+@contextmanager
+def _failures_named(base: BaseModel, what: str) -> Iterator[None]:
+    """A family may fail in any way, by its sizes or where the engine passes it by, so all are caught."""
     try:
         with shortage_named():
-            return packed_logits(base, bare, ids)
+            yield
     except (UnsupportedModel, torch.OutOfMemoryError):
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise _unpackable(base, f"a packed pass fails ({type(error).__name__}: {error})") from error
+        raise _unpackable(base, f"{what} fails ({type(error).__name__}: {error})") from error
 
 
 def _unpackable(base: BaseModel, reason: str) -> UnsupportedModel:

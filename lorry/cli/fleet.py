@@ -1,7 +1,8 @@
-"""`lorry queue` and `lorry workers`."""
+"""`lorry queue`, `lorry workers` and `lorry sign-in-link`."""
 
 from __future__ import annotations
 
+import webbrowser
 from typing import Annotated, Any
 
 import typer
@@ -62,6 +63,21 @@ def workers(as_json: AsJson = False) -> None:
         Column(title="SEEN", goes=3),
     )
     return table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
+
+
+def sign_in_link(
+    open_browser: Annotated[bool, typer.Option("--open", help="Open it in this machine's browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a link that signs one browser in to the dashboard, once, with the rights of your key."""
+    link = client().sign_in_links.create()
+    if as_json:
+        output.print_json(link)
+    else:
+        output.console().print(link["url"], soft_wrap=True)
+        output.say(f"It works once, until {output.when(link['expires_at'])}; keep it to yourself.")
+    if open_browser and not webbrowser.open(link["url"]):
+        output.say("There is no browser here to open it in: open the link by hand.")
 
 
 def _device(device: Any) -> str:

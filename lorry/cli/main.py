@@ -21,6 +21,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.command("queue")(fleet.queue)
 app.command("workers")(fleet.workers)
+app.command("sign-in-link")(fleet.sign_in_link)
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, MiniCPM3Config, PreTrainedTokenizerFast
 
 from lora_core import base_import
 from lora_core.base_import import import_base
@@ -363,3 +363,14 @@ def import_in_child(folder: Path, endpoint: str) -> subprocess.CompletedProcess[
         text=True,
         timeout=120,
     )
+
+
+def test_a_model_whose_own_pass_fails_by_its_sizes_is_refused_by_name(tmp_path):
+    """MiniCPM3 expands its keys twice where heads share them."""
+    config = MiniCPM3Config(**SIZES, num_hidden_layers=1, num_key_value_heads=2, max_position_embeddings=64)
+    folder = tmp_path / "source"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    give_tokenizer(folder)
+
+    with pytest.raises(UnsupportedModel, match="MiniCPM3ForCausalLM can't be packed: transformers' own pass fails"):
+        import_base(source=str(folder), kind="folder", revision=None, target_dir=tmp_path / "base")

@@ -1,6 +1,8 @@
 """A base model is described without weights, and loaded without copies."""
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,39 @@ def test_a_real_gguf_is_imported_trained_and_served(real_base_dir, tmp_path):
     assert losses[0] < 7  # a language model, not noise: noise would give log(vocabulary), above 10
     assert losses[1] < losses[0] - 0.5
     assert verify_export(base, tmp_path / "adapter").passed
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells by the kernel's own account, on Linux")
+def test_a_plain_base_is_the_files_own_pages_and_two_processes_share_them(base_dirs):
+    """Nothing of a mapped weight is a private copy: its pages are clean, and the kernel can share or drop them."""
+    base = load_base(base_dirs["llama"], dtype="float32", device="cpu")
+    assert all(parameter.isfinite().all() for parameter in base.model.parameters())  # every page has been read
+
+    mapped = mapped_file(base_dirs["llama"] / "model.safetensors")
+
+    addresses = [parameter.data_ptr() for parameter in base.model.parameters()]
+    assert addresses
+    assert all(mapped.start <= address < mapped.stop for address in addresses)
+    assert mapped.private_dirty_bytes == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapping:
+    start: int
+    stop: int
+    private_dirty_bytes: int
+
+
+def mapped_file(path: Path) -> Mapping:
+    """Of this process, by /proc/self/smaps: the last mapping of the file."""
+    found, inside = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = line.endswith(str(path.resolve()))
+            if inside:
+                found.append([int(header[1], 16), int(header[2], 16), 0])
+        elif inside and line.startswith("Private_Dirty:"):
+            found[-1][2] = int(line.split()[1]) * 1024
+    assert found, "the file isn't mapped"
+    start, stop, dirty = found[-1]
+    return Mapping(start=start, stop=stop, private_dirty_bytes=dirty)

@@ -281,6 +281,24 @@ def test_queue_report_and_show_print_what_they_are_told(service: Script, run: Ru
     assert "No worker." in run("jobs", "show", "j").stdout
 
 
+def test_a_sign_in_link_is_printed_alone_and_opened_only_where_that_is_asked(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or False)  # pyright: ignore
+    link = {"url": "http://h/sign-in?token=t", "expires_at": 1790000900}
+    service.on("POST", "/v1/sign_in_links", link, link, link)
+
+    told = run("sign-in-link")
+    assert told.stdout == "http://h/sign-in?token=t\n"
+    assert "It works once, until" in told.stderr
+    assert json.loads(run("sign-in-link", "--json").stdout) == link
+    assert opened == []
+
+    assert "There is no browser here" in run("sign-in-link", "--open").stderr
+    assert opened == ["http://h/sign-in?token=t"]
+
+
 def test_a_file_that_can_not_be_written_is_a_sentence(service: Script, run: Run, tmp_path: Path) -> None:
     serve(service, tar())
     (tmp_path / "file").write_text("")
