@@ -5,6 +5,7 @@ A tick is one forward and backward (or an evaluation's forward) over at most one
 """
 
 import time
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lora_core.data import TokenDataset, check_examples
 from lora_core.errors import BadDataset, ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
+from lora_core.generate import Generation, Prompts
 from lora_core.job import Job, Progress, SliceScores, data_digest
 from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named, shortage_of
@@ -120,6 +122,12 @@ class Engine:
         a directory that must not exist."""
         with shortage_of(job):
             return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
+
+    def generation(self, asked: Mapping[str, Prompts]) -> Generation:
+        """Greedy answers of resident jobs by the weights that they have now; none of them may be ticked before the
+        answers are complete. Training is not touched. Raises ConfigError."""
+        rows = {job: (self._jobs[job].row, prompts) for job, prompts in asked.items()}
+        return Generation(self.base, rows, token_budget=self.config.token_budget)
 
     def num_parameters(self, job: str) -> int:
         return self._jobs[job].row.num_parameters

@@ -1,0 +1,164 @@
+# pyright: basic
+"""Greedy answers of adapters to given prompts, by the pass that evaluates: what a person reads beside a loss.
+
+Nothing is cached between two tokens: an answer of n tokens to a prompt of m costs about n · (m + n / 2) tokens of
+forward passes, so callers bound both. An answer depends on its job alone, as training does: whatever else is
+answered in the same pass, its bits, and so its likeliest tokens, are the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lora_core.adapters import AdapterRow
+from lora_core.base_model import BaseModel
+from lora_core.errors import ConfigError, OutOfMemory
+from lora_core.memory_shortage import shortage_named
+from lora_core.objectives import LABEL_MULTIPLE
+from lora_core.pack import SliceInput, build_pack
+from lora_core.packed_pass import hidden_states
+from lora_core.trained_heads import head_of, labels_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """What one job is asked: the ids of each prompt, and where its answers end."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int
+    """Of one answer."""
+    end_ids: frozenset[int] = frozenset()
+    """Any of these ends an answer, and is its last token."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Answer:
+    prompt: tuple[int, ...]
+    ids: list[int] = field(default_factory=list)
+    is_complete: bool = False
+
+
+class Generation:
+    """Answers that grow by one token at each `advance`. Rows must not train meanwhile."""
+
+    def __init__(self, base: BaseModel, asked: Mapping[str, tuple[AdapterRow, Prompts]], *, token_budget: int) -> None:
+        """asked: by job. token_budget: tokens of one pass over several jobs. Raises ConfigError."""
+        for _, prompts in asked.values():
+            _check(prompts, base)
+        self._base = base
+        self._asked = dict(asked)
+        self._token_budget = token_budget
+        self._answers = {
+            job: [_Answer(prompt=prompt) for prompt in prompts.prompts] for job, (_, prompts) in asked.items()
+        }
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._growing()
+
+    def advance(self) -> None:
+        """One token more for every answer that goes on. Raises OutOfMemory for one job: `drop` it, or all."""
+        waiting = self._growing()
+        while waiting:
+            jobs = self._fitting(waiting)
+            try:
+                with shortage_named():
+                    found = self._next_tokens(jobs)
+            except torch.OutOfMemoryError as error:
+                num_tokens = sum(self._num_tokens(job) for job in jobs)
+                if len(jobs) == 1:
+                    raise OutOfMemory(jobs[0], num_tokens=num_tokens) from error
+                self._token_budget = num_tokens // 2
+                continue
+            for job, tokens in zip(jobs, found, strict=True):
+                self._book(job, tokens)
+            waiting = waiting[len(jobs) :]
+
+    def drop(self, job: str) -> None:
+        """Answer that job no further."""
+        del self._asked[job], self._answers[job]
+
+    def answers(self) -> dict[str, list[tuple[int, ...]]]:
+        """The ids of each answer so far, in the order of the prompts; an end token is there where it came."""
+        return {job: [tuple(answer.ids) for answer in answers] for job, answers in self._answers.items()}
+
+    def _growing(self) -> list[str]:
+        return [job for job in self._asked if self._open(job)]
+
+    def _open(self, job: str) -> list[_Answer]:
+        return [answer for answer in self._answers[job] if not answer.is_complete]
+
+    def _num_tokens(self, job: str) -> int:
+        return sum(len(answer.prompt) + len(answer.ids) + 1 for answer in self._open(job))
+
+    def _fitting(self, waiting: Sequence[str]) -> list[str]:
+        """The first jobs that fit in one pass; a job's own answers are never parted."""
+        taken: list[str] = []
+        num_tokens = 0
+        for job in waiting:
+            num_tokens += self._num_tokens(job)
+            if taken and num_tokens > self._token_budget:
+                break
+            taken.append(job)
+        return taken
+
+    @torch.no_grad()
+    def _next_tokens(self, jobs: Sequence[str]) -> list[list[int]]:
+        """The likeliest next token of each open answer, by job.
+
+        Each sequence gets a label that nobody reads behind its last token: a pack knows the rows before labels.
+        """
+        slices = [
+            SliceInput(
+                row=self._asked[job][0],
+                sequences=tuple(_sequence(answer) for answer in self._open(job)),
+                label_weight=0.0,
+                dropout=None,
+            )
+            for job in jobs
+        ]
+        pack = build_pack(slices, device=self._base.device)
+        h_LD = hidden_states(self._base, pack)[pack.label_positions_L]
+        found: list[list[int]] = []
+        for segment in pack.segments:
+            h_lD = h_LD[labels_of(segment)]
+            filler = -len(h_lD) % LABEL_MULTIPLE
+            logits_lV = head_of(self._base.head(), segment.row).logits(F.pad(h_lD, (0, 0, 0, filler)))
+            found.append(logits_lV[: len(h_lD)].argmax(dim=-1).tolist())
+        return found
+
+    def _book(self, job: str, tokens: Sequence[int]) -> None:
+        prompts = self._asked[job][1]
+        for answer, token in zip(self._open(job), tokens, strict=True):
+            answer.ids.append(token)
+            answer.is_complete = token in prompts.end_ids or len(answer.ids) == prompts.max_tokens
+
+
+def _sequence(answer: _Answer) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.array([*answer.prompt, *answer.ids, 0], dtype=np.int32)
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    mask[-1] = 1
+    return ids, mask
+
+
+def _check(prompts: Prompts, base: BaseModel) -> None:
+    if not prompts.prompts or prompts.max_tokens < 1:
+        raise ConfigError("There is nothing to answer.", remedy="Give one prompt or more, and 1 token or more.")
+    for number, prompt in enumerate(prompts.prompts, start=1):
+        if not prompt:
+            raise ConfigError(f"Prompt {number} has no token.", remedy="Write a prompt, or leave it out.")
+        if not 0 <= min(prompt) <= max(prompt) < base.vocab_size:
+            raise ConfigError(
+                f"Prompt {number} holds a token that the base model, which has {base.vocab_size}, does not know.",
+                remedy="Tokenise prompts with this base model's tokenizer.",
+            )
+        longest = len(prompt) + prompts.max_tokens
+        if base.max_positions is not None and longest > base.max_positions:
+            raise ConfigError(
+                f"Prompt {number} has {len(prompt)} tokens, and with an answer of {prompts.max_tokens} that is more "
+                f"than the base model takes, {base.max_positions}.",
+                remedy="Shorten the prompt, or lower max_tokens.",
+            )
