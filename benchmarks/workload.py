@@ -58,8 +58,9 @@ def fetched_base() -> Path:
 
         from lora_core.base_import import import_base
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source = find(target.parent)
+        downloads = target.parent / "source"  # `find` has a folder named base of its own
+        downloads.mkdir(parents=True, exist_ok=True)
+        source = find(downloads)
         import_base(source=source.source, kind=source.kind, revision=source.revision, target_dir=target)
     return target
 

@@ -1,8 +1,9 @@
 # pyright: basic
 """Makes the linears of a base model serve packs, and takes that back without a trace.
 
-Each linear gets its own `forward` on the instance: no module is replaced, no name or parameter changes.
-Outside a running pack an attached linear computes exactly what it did before.
+Each linear, and each norm of rms_norm.py, gets its own `forward` on the instance: no module is replaced, no
+name or parameter changes.
+Outside a running pack an attached linear computes exactly what it did before; a norm does anyway.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from lora_core.errors import NoTargets
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_pack
+from lora_core.rms_norm import faster_norms
 from lora_core.trained_tensors import path_of
 from lora_core.trained_tokens import forward_embedding
 
@@ -102,6 +104,7 @@ class Attachment:
         self.model = model
         self.linears = find_linears(model)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self._norms = faster_norms(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
 
@@ -110,13 +113,16 @@ class Attachment:
         self.model.set_attn_implementation(attention.NAME)
         for name, linear in self.linears.items():
             linear.forward = partial(forward_linear, linear, name, self.anchor)
+        for norm, forward in self._norms:
+            norm.forward = forward
+
         embedding = self.model.get_input_embeddings()
         embedding.forward = partial(
             forward_embedding, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.anchor
         )
 
     def detach(self) -> None:
-        for module in (*self.linears.values(), self.model.get_input_embeddings()):
+        for module in (*self.linears.values(), self.model.get_input_embeddings(), *(norm for norm, _ in self._norms)):
             del module.forward
         self.model.set_attn_implementation(self._attention)
 

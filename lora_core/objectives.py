@@ -36,10 +36,14 @@ class Head:
     def product(self, h_CD: Tensor) -> Tensor:
         return F.linear(h_CD, self.weight_VD, self.bias_V)
 
-    def input_gradient(self, dlogits_CV: Tensor, logits_CV: Tensor, h_CD: Tensor) -> Tensor:
-        """dh [C, D] for the gradient of fp32 logits; d tanh = 1 - tanh²."""
-        if self.softcap is not None:
-            dlogits_CV = dlogits_CV * (1 - (logits_CV / self.softcap).square())
+    def capping_slope(self, logits_CV: Tensor) -> Tensor | None:
+        """What capping multiplies a logit's gradient by: d tanh = 1 - tanh². None without capping."""
+        return None if self.softcap is None else 1 - (logits_CV / self.softcap).square()
+
+    def input_gradient(self, dlogits_CV: Tensor, slope_CV: Tensor | None, h_CD: Tensor) -> Tensor:
+        """dh [C, D] for the gradient of fp32 logits."""
+        if slope_CV is not None:
+            dlogits_CV = dlogits_CV * slope_CV
         if self.multiplier != 1.0:
             dlogits_CV = dlogits_CV * self.multiplier
         return self.product_gradient(dlogits_CV.to(self.weight_VD.dtype), h_CD)
@@ -91,14 +95,16 @@ def _score(h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None)
     for start in range(0, num_labels, CHUNK_LABELS):
         chunk = slice(start, start + CHUNK_LABELS)
         logits_CV, labels_C = head.logits(h_LD[chunk]), labels_L[chunk]
+        slope_CV = head.capping_slope(logits_CV) if weights_L is not None else None
         largest_C, likeliest_C = logits_CV.max(dim=-1)
-        powers_CV = (logits_CV - largest_C[:, None]).exp_()
+        of_labels_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
+        powers_CV = logits_CV.sub_(largest_C[:, None]).exp_()
         sums_C = powers_CV.sum(dim=-1)
-        losses.append(sums_C.log() + largest_C - logits_CV.gather(1, labels_C[:, None])[:, 0])
+        losses.append(sums_C.log() + largest_C - of_labels_C)
         correct.append(likeliest_C == labels_C)
         if weights_L is not None:
             dlogits_CV = _logit_gradient(powers_CV, sums_C, labels_C, weights_L[chunk])
-            gradients.append(head.input_gradient(dlogits_CV, logits_CV, h_LD[chunk]))
+            gradients.append(head.input_gradient(dlogits_CV, slope_CV, h_LD[chunk]))
     scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
     return scores, torch.cat(gradients)[:num_labels] if gradients else None
 
