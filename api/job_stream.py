@@ -26,11 +26,12 @@ class JobWatch:
         return cls(db, watching.start(db, project_id=project_id, job_id=job_id, last_seen=last_seen))
 
     def look(self) -> Found:
-        """Events, then points, then the job if it has changed: a final job comes after all that led to it."""
+        """Points, then events, then the job if it has changed: a final job comes after all that led to it, and who
+        has an event's id has the points that were written before it."""
         news = watching.look(self._db, self._mark)
         self.told_events += len(news.events)
-        messages = [message("event", event_object(row).model_dump_json(), ident=row.seq) for row in news.events]
-        messages += [message("metric", metric_point(row).model_dump_json()) for row in news.points]
+        messages = [message("metric", metric_point(row).model_dump_json()) for row in news.points]
+        messages += [message("event", event_object(row).model_dump_json(), ident=row.seq) for row in news.events]
         if news.has_more:
             return Found(messages=messages)
         return Found(messages=messages + self._job_if_changed(news.job), is_last=news.job.state in FINAL_STATES)

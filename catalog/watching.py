@@ -7,9 +7,10 @@ and leaves out what it has told already.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from sqlalchemy import select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock
@@ -32,6 +33,8 @@ class Mark:
     job_id: str
     seq: int
     """The last event told."""
+    quiet_until: int = 0
+    """Events of type `metrics` up to this number are not told: they are of the time before the watcher came."""
     since: float = 0.0
     """Points of curves written before this time are not told."""
     attempt: int = -1
@@ -53,14 +56,21 @@ class News:
 def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> Mark:
     """Begin to watch after the event `last_seen`, or at the job's first event.
 
-    Points of curves are told from the time of that event on; without one, from a few seconds ago: a watcher
-    reads the whole curve for itself once. Raises NotFound.
+    A watcher that comes back is told what was committed after that event, and nothing again: points and events
+    are written under the job's row, and a look tells points before the events that came with them. One that is
+    new is told the messages from the first, and metrics (events and points) from a few seconds ago: it reads the
+    whole curve for itself once. Raises NotFound.
     """
     with db.read() as session:
         find(session, project_id, job_id)
         mark = Mark(project_id=project_id, job_id=job_id, seq=last_seen or 0)
         seen = session.get(JobEvent, last_seen) if last_seen else None
-        mark.since = (seen.created_at if seen else read_clock(session)) - CLOCK_OVERLAP_SECONDS
+        if seen is not None and seen.job_id == job_id:
+            mark.since = math.nextafter(seen.created_at, math.inf)
+        else:
+            mark.since = read_clock(session) - CLOCK_OVERLAP_SECONDS
+            old = (JobEvent.job_id == job_id, JobEvent.created_at < mark.since)
+            mark.quiet_until = session.scalar(select(func.max(JobEvent.seq)).where(*old)) or 0
         return mark
 
 
@@ -72,9 +82,13 @@ def look(db: Database, mark: Mark) -> News:
         if job.attempt != mark.attempt:  # it may train earlier steps again: look at the whole of its curves
             mark.attempt = job.attempt
             mark.steps.clear()
-        events = _new_events(session, mark)
+        events = _new_events(session, mark)  # before the points: whatever came with an event is found then
         by_kind = [_new_points(session, mark, kind) for kind in KINDS]
         has_more = max(len(events), *map(len, by_kind)) >= MAX_ROWS
+        if max(map(len, by_kind)) >= MAX_ROWS:
+            events = []  # they wait until the points before them have been told
+        elif events:
+            mark.seq = events[-1].seq
         if not has_more:
             mark.since = max(mark.since, now - 6 * CLOCK_OVERLAP_SECONDS)
             mark.told_points = {key for key in mark.told_points if key[2] >= mark.since}
@@ -83,11 +97,9 @@ def look(db: Database, mark: Mark) -> News:
 
 
 def _new_events(session: Session, mark: Mark) -> list[JobEvent]:
-    newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > mark.seq)
-    rows = list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS)))
-    if rows:
-        mark.seq = rows[-1].seq
-    return rows
+    is_told = or_(JobEvent.type != "metrics", JobEvent.seq > mark.quiet_until)
+    newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > mark.seq, is_told)
+    return list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS)))
 
 
 def _new_points(session: Session, mark: Mark, kind: str) -> list[Metric]:

@@ -117,8 +117,9 @@ async def stream_job(
     recheck: Recheck,
     last_seen: Annotated[str | None, Header(alias="last-event-id")] = None,
 ) -> Response:
-    """Live. Events since Last-Event-ID (or from the first), points of the curves from now on, and the job whenever
-    it changes. Ends after the job's final state; a client that comes back then gets 204."""
+    """Live. With Last-Event-ID, what came after that event: events and points of the curves, none of them again.
+    Without, the messages from the first, and metrics from a few seconds ago: read the curves once for what is older.
+    And the job, whenever it changes. Ends after the job's final state; a client that comes back then gets 204."""
     seen = last_event_id(last_seen)
     watch = await run_in_threadpool(JobWatch.start, use.db, project_id=caller.project_id, job_id=job_id, last_seen=seen)
     first = await run_in_threadpool(watch.look)

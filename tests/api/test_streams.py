@@ -213,6 +213,57 @@ def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
     assert [(point.step, point.loss) for point in replayed.points] == [(50, 2.0), (51, 2.0), (52, 2.0)]
 
 
+def test_a_new_watcher_is_told_the_messages_of_old_and_no_old_metrics(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "CLOCK_OVERLAP_SECONDS", 0.0)
+    world.worker()
+    claim = world.running()
+    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 3.0}])
+    claims.record_event(world.db, claim.claim_id, "info", "half way")
+
+    mark = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
+    first = watching.look(world.db, mark)
+    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 2, "loss": 2.0}])
+    second = watching.look(world.db, mark)
+
+    assert "half way" in [event.message for event in first.events]
+    assert "metrics" not in [event.type for event in first.events]
+    assert first.points == []
+    assert [point.step for point in second.points] == [2]
+    assert [event.type for event in second.events] == ["metrics"]
+
+
+def test_a_watcher_that_comes_back_is_told_no_point_again_and_misses_none(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    mark = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
+    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 3.0} for s in (1, 2)])
+    seen = watching.look(world.db, mark).events[-1]
+    assert seen.type == "metrics"
+    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 3, "loss": 2.0}])
+
+    again = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=seen.seq)
+    news = watching.look(world.db, again)
+
+    assert [point.step for point in news.points] == [3]
+    assert [event.type for event in news.events] == ["metrics"]
+
+
+def test_an_event_is_told_only_after_every_point_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "MAX_ROWS", 100)
+    world.worker()
+    claim = world.running()
+    mark = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
+    watching.look(world.db, mark)
+    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 1.0} for s in range(150)])
+
+    first, second = (watching.look(world.db, mark) for _ in range(2))
+
+    assert (len(first.points), first.events) == (100, [])
+    assert (len(second.points), [event.type for event in second.events]) == (50, ["metrics"])
+
+
 def test_more_than_one_look_can_hold_is_told_in_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "MAX_ROWS", 100)
     world.worker()
