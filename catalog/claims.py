@@ -22,8 +22,10 @@ from catalog.moves import move
 from catalog.packing import Choice, Room
 from catalog.preparation import Unprepared, next_unprepared, prepared, refused, release_preparation
 from catalog.records import (
+    Course,
     distrust_checkpoint,
     record_checkpoint,
+    record_course,
     record_event,
     record_metrics,
     record_progress,
@@ -156,6 +158,7 @@ def complete(
     verification: Json,
     evaluation: Json | None,
     trained_tokens: int,
+    course: Course,
     lineage: Json,
     lineage_id: str,
 ) -> Adapter:
@@ -179,7 +182,8 @@ def complete(
             created_at=now,
         )
         session.add(adapter)
-        close_attempt(session, job, reason=EndReason.COMPLETED, detail=None, now=now)
+        close_attempt(session, job, reason=EndReason.COMPLETED, detail=course.stopped_early, now=now)
+        record_course(session, job, course, now=now)
         job.adapter_name, job.trained_tokens, job.error = adapter.name, trained_tokens, None
         message = f"New fine-tuned model created: {adapter.name}"
         events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})

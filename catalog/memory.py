@@ -47,11 +47,12 @@ def row_bytes(num_parameters: int) -> int:
     return VECTORS_PER_ROW * 4 * num_parameters
 
 
-def own_bytes(description: Mapping[str, Any], *, num_parameters: int, dropout: float) -> int:
-    """What a job takes wherever it trains: its row and, with dropout, a slice's mask as if every linear had one."""
+def own_bytes(description: Mapping[str, Any], *, num_parameters: int, dropout: float, keeps_best: bool = False) -> int:
+    """What a job takes wherever it trains: its row, the best weights where it keeps them and, with dropout, a slice's
+    mask as if every linear had one."""
     shapes: Shapes = description.get("linear_shapes", {})
     mask = SLICE_TOKENS * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
-    return row_bytes(num_parameters) + mask
+    return row_bytes(num_parameters) + (4 * num_parameters if keeps_best else 0) + mask
 
 
 def base_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none") -> int:

@@ -46,6 +46,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             Job.created_at,
             Job.adapter_parameters,
             Job.spec["lora"]["dropout"].as_float().label("dropout"),
+            Job.spec["keep"].as_string().label("keep"),
             Job.counted_attempts,
         )
         .where(Job.state == JobState.QUEUED, is_due)
@@ -66,7 +67,10 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             priority=row.priority,
             created_at=row.created_at,
             own_bytes=memory.own_bytes(
-                described[row.base_model], num_parameters=row.adapter_parameters, dropout=row.dropout
+                described[row.base_model],
+                num_parameters=row.adapter_parameters,
+                dropout=row.dropout,
+                keeps_best=row.keep == "best",
             ),
             trainer_bytes=needs[row.base_model, row.pack_key][0],
             slice_bytes=needs[row.base_model, row.pack_key][1],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select
@@ -20,6 +21,17 @@ KEPT_CHECKPOINTS = 2
 EVALUATED = ("valid_loss", "best_valid_loss")
 """What of a job's progress comes from its evaluations on held-out data."""
 _OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """How a completed job's training went."""
+
+    steps: int
+    kept_step: int
+    """Whose weights the adapter has."""
+    stopped_early: str | None
+    """The sentence why it ended before its last step."""
 
 
 def record_event(
@@ -95,6 +107,20 @@ def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, prob
         artifact_rows.hide_unused(session, digest)
         message = f"The checkpoint of step {checkpoint.step} can't be used: {problem}"
         events.add(session, job.id, now=read_clock(session), level="warn", message=message)
+
+
+def record_course(session: Session, job: Job, course: Course, *, now: float) -> None:
+    """How training went, onto the job's progress; what a person wouldn't expect, as events as well."""
+    of_all = f"{course.steps} of {job.num_steps}" if job.num_steps else f"{course.steps}"
+    data: Json = {"step": course.steps, "total_steps": job.num_steps, "kept_step": course.kept_step}
+    if course.stopped_early is not None:
+        message = f"Training ended early, at step {of_all}. {course.stopped_early}"
+        events.add(session, job.id, now=now, message=message, data=data)
+    if course.kept_step != course.steps:
+        message = f"The weights of step {course.kept_step} are kept, whose held-out loss was the lowest"
+        events.add(session, job.id, now=now, message=message, data=data)
+    progress = {"step": course.steps, "kept_step": course.kept_step, "stopped_early": course.stopped_early}
+    job.progress = {**(job.progress or {}), **progress, "seconds_left": 0.0}
 
 
 def resumable(session: Session, job_id: str) -> tuple[Checkpoint, ...]:

@@ -13,65 +13,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from catalog.course_spec import (
+    BASE_LEARNING_RATE,
+    HIGHEST_RATE,
+    EarlyStopping,
+    EvaluationRequest,
+    OptimizerRequest,
+    OptimizerSpec,
+    ScheduleRequest,
+    ScheduleSpec,
+    resolve_keep,
+    resolve_optimizer,
+    resolve_schedule,
+)
 from catalog.data_spec import DataRequest, DataSpec
 from catalog.lora_spec import LoraRequest, LoraSpec, resolve_lora
-from catalog.strict import Auto, PositiveFloat, Strict
+from catalog.strict import Auto, Strict
 
 SPEC_VERSION = 1
-BASE_LEARNING_RATE = 2e-4
-"""What a learning_rate_multiplier multiplies: the usual rate for LoRA with AdamW."""
-HIGHEST_RATE = 1.0
-
 Precision = Literal["bfloat16", "float32"]
 Quantisation = Literal["none", "nf4", "int8"]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
-
-
-class OptimizerRequest(Strict):
-    """AdamW (arXiv 1711.05101)."""
-
-    learning_rate: Annotated[float, Field(gt=0, le=HIGHEST_RATE, allow_inf_nan=False)] | Auto = Field(
-        default="auto", description=f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier."
-    )
-    lora_plus_ratio: PositiveFloat = Field(
-        default=1.0, description="Rate of B, and of all but A, over that of A (LoRA+, arXiv 2402.12354)."
-    )
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
-    max_grad_norm: PositiveFloat | None = Field(
-        default=1.0, description="Clip the job's gradient to this norm; null: never."
-    )
-
-
-class ScheduleRequest(Strict):
-    """The learning rate over the steps of the job."""
-
-    type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: float = Field(
-        default=0.03,
-        ge=0,
-        lt=1,
-        description=(
-            "Part of all n steps in which the rate rises. w = min(⌈ratio·n⌉, n - 1) steps warm up, and step s of them "
-            "has s/(w + 1) of the peak rate."
-        ),
-    )
-
-
-class EvaluationRequest(Strict):
-    """When the validation file is read. It always is at the start (the base's loss) and at the end."""
-
-    every_steps: int | Auto = Field(default="auto", description="auto: ten times over the job.")
-
-    @field_validator("every_steps")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 1 <= value <= 1_000_000:
-            raise ValueError("must be between 1 and 1000000, or 'auto'")
-        return value
 
 
 class Hyperparameters(Strict):
@@ -128,6 +91,9 @@ class JobRequest(Strict):
     schedule: ScheduleRequest = ScheduleRequest()
     evaluation: EvaluationRequest = EvaluationRequest()
     data: DataRequest = DataRequest()
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="End before the last step where the held-out loss falls no more; null: never."
+    )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         description="The base's dtype; auto: bfloat16, or float32 where workers live and none's device has it.",
@@ -182,21 +148,6 @@ class JobRequest(Strict):
         return self.hyperparameters or Hyperparameters()
 
 
-class OptimizerSpec(Strict):
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float | None
-    lora_plus_ratio: float = 1.0
-
-
-class ScheduleSpec(Strict):
-    type: Literal["constant", "linear", "cosine"]
-    warmup_ratio: float
-
-
 class JobSpec(Strict):
     """A job with every default resolved: what lineage records and what a worker obeys.
 
@@ -216,6 +167,8 @@ class JobSpec(Strict):
     max_length: int
     evaluate_every_steps: int | None
     """None: ten times over the job."""
+    keep: Literal["last", "best"] = "last"
+    early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: int
     precision: Precision
     quantisation: Quantisation = "none"
@@ -251,17 +204,16 @@ def resolve(
     longest = max_positions or 4096
     return JobSpec(
         lora=resolve_lora(request.lora),
-        optimizer=OptimizerSpec(
-            **request.optimizer.model_dump(exclude={"learning_rate"}),
-            learning_rate=rate,
-        ),
-        schedule=ScheduleSpec(**request.schedule.model_dump()),
+        optimizer=resolve_optimizer(request.optimizer, learning_rate=rate),
+        schedule=resolve_schedule(request.schedule),
         batch_size=auto_batch_size(num_rows) if numbers.batch_size == "auto" else numbers.batch_size,
         n_epochs=3 if numbers.n_epochs == "auto" else numbers.n_epochs,
         max_steps=request.max_steps,
         learning_rate_multiplier=multiplier,
         max_length=min(longest, 4096) if request.max_length == "auto" else min(longest, request.max_length),
         evaluate_every_steps=None if request.evaluation.every_steps == "auto" else request.evaluation.every_steps,
+        keep=resolve_keep(request.evaluation, request.early_stopping),
+        early_stopping=request.early_stopping,
         checkpoint_every_steps=50 if request.checkpoint_every_steps == "auto" else request.checkpoint_every_steps,
         precision=auto_precision if request.precision == "auto" else request.precision,
         quantisation=request.quantisation,

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import bases, fleet, linears, memory
+from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
@@ -16,7 +17,7 @@ from catalog.keys import Caller
 from catalog.moves import move
 from catalog.packing import pack_key
 from catalog.row_kinds import known_kind
-from catalog.spec import BASE_LEARNING_RATE, JobRequest, JobSpec, PriorityClass, resolve
+from catalog.spec import JobRequest, JobSpec, PriorityClass, resolve
 from catalog.states import Verb
 from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
 
@@ -106,6 +107,7 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     for file in (training, validation):
         if file is not None:
             check_data(request.data, known_kind(file.kind), file_id=file.id)
+    _check_held_out(request)
     spec = resolve(
         request,
         num_rows=training.num_rows or 0,
@@ -238,6 +240,13 @@ def _check_quantisation(session: Session, request: JobRequest, *, now: float) ->
 def _check_rates(request: JobRequest) -> None:
     """The rate may be given twice where both say the same, as in a copy of a job's own numbers."""
     multiplier, rate = request.numbers().learning_rate_multiplier, request.optimizer.learning_rate
+    if request.optimizer.type == "sgd" and multiplier == "auto" and rate == "auto":
+        raise InvalidRequest(
+            "SGD has no usual learning rate.",
+            code="learning_rate_required",
+            remedy="Give optimizer.learning_rate; ten to a thousand times that of adamw is common.",
+            param="optimizer.learning_rate",
+        )
     if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
         return
     raise InvalidRequest(
@@ -246,3 +255,20 @@ def _check_rates(request: JobRequest) -> None:
         remedy="Give either optimizer.learning_rate or learning_rate_multiplier; leave the other out, or say 'auto'.",
         param="optimizer.learning_rate",
     )
+
+
+def _check_held_out(request: JobRequest) -> None:
+    """What evaluations decide needs a file to evaluate on."""
+    if request.validation_file is not None:
+        return
+    for field, is_asked in (
+        ("early_stopping", request.early_stopping is not None),
+        ("evaluation.keep", request.evaluation.keep == "best"),
+    ):
+        if is_asked:
+            raise InvalidRequest(
+                f"{field} goes by the loss on held-out data, and the job has none.",
+                code="validation_file_required",
+                remedy=f"Give a validation_file, or leave {field} out.",
+                param=field,
+            )

@@ -59,6 +59,10 @@ class Progress(View):
     best_valid_loss: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    kept_step: int | None = None
+    """Whose weights the adapter has; None before the end."""
+    stopped_early: str | None = None
+    """Why the job ended before its last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,7 @@ class Job(View):
     checkpoint_every_steps: int | None = None
     evaluation: dict[str, Any] = field(default_factory=dict[str, Any])
     data: dict[str, Any] = field(default_factory=dict[str, Any])
+    early_stopping: dict[str, Any] | None = None
     lora: dict[str, Any] = field(default_factory=dict[str, Any])
     optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
     schedule: dict[str, Any] = field(default_factory=dict[str, Any])

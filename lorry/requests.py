@@ -24,24 +24,35 @@ class Lora(TypedDict, total=False):
 
 
 class Optimizer(TypedDict, total=False):
-    """AdamW. `learning_rate` is the peak rate."""
+    """`learning_rate` is the peak rate. beta1, beta2 and eps are adamw's, momentum is sgd's."""
 
+    type: Literal["adamw", "sgd"]
     learning_rate: float | Auto
     lora_plus_ratio: float
     beta1: float
     beta2: float
     eps: float
+    momentum: float
     weight_decay: float
     max_grad_norm: float | None
 
 
 class Schedule(TypedDict, total=False):
-    type: Literal["constant", "linear", "cosine"]
+    type: Literal["constant", "linear", "cosine", "wsd"]
     warmup_ratio: float
+    decay_ratio: float | None
 
 
 class EvaluationRule(TypedDict, total=False):
     every_steps: int | Auto
+    keep: Literal["last", "best"] | Auto
+
+
+class EarlyStopping(TypedDict, total=False):
+    """`patience` counts evaluations; `min_delta` is in nats."""
+
+    patience: int
+    min_delta: float
 
 
 class Data(TypedDict, total=False):

@@ -59,7 +59,10 @@ class Held:
         """What it takes in its trainer, beside its part of a tick. description: the base's."""
         job = self.claim.job
         dropout = float(job.spec["lora"]["dropout"])
-        return memory.own_bytes(description, num_parameters=job.adapter_parameters, dropout=dropout)
+        keeps_best = job.spec.get("keep") == "best"
+        return memory.own_bytes(
+            description, num_parameters=job.adapter_parameters, dropout=dropout, keeps_best=keeps_best
+        )
 
     def outdated(self) -> list[Json]:
         """Take those checkpoints out of the news that newer ones have made needless."""

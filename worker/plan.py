@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 
+from catalog.course_spec import ScheduleSpec
 from catalog.lora_spec import LoraSpec
 from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobSpec
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import EarlyStoppingConfig, EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 
 
 def engine_config(device: str, *, num_threads: int) -> EngineConfig:
@@ -24,18 +25,23 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
     """Everything that decides the job's result. Raises lora_core's ConfigError."""
     return JobConfig(
         lora=_lora_config(spec.lora),
-        optimizer=OptimizerConfig(**spec.optimizer.model_dump()),
-        schedule=ScheduleConfig(
-            kind=spec.schedule.type,
-            warmup_steps=warmup_steps(spec.schedule.warmup_ratio, num_steps),
-            num_steps=num_steps,
-        ),
+        optimizer=OptimizerConfig(kind=spec.optimizer.type, **spec.optimizer.model_dump(exclude={"type"})),
+        schedule=_schedule_config(spec.schedule, num_steps),
         batch_size=spec.batch_size,
         num_steps=num_steps,
         seed=spec.seed,
         evaluate_every_steps=evaluate_every_steps,
         slice_tokens=SLICE_TOKENS,
+        early_stopping=EarlyStoppingConfig(**spec.early_stopping.model_dump()) if spec.early_stopping else None,
+        keep=spec.keep,
     )
+
+
+def _schedule_config(schedule: ScheduleSpec, num_steps: int) -> ScheduleConfig:
+    """A decay takes ⌈ratio · num_steps⌉ steps, and no more than the warm-up leaves."""
+    num_warmup = warmup_steps(schedule.warmup_ratio, num_steps)
+    num_decay = min(num_steps - num_warmup, math.ceil((schedule.decay_ratio or 0) * num_steps))
+    return ScheduleConfig(kind=schedule.type, warmup_steps=num_warmup, decay_steps=num_decay, num_steps=num_steps)
 
 
 def _lora_config(lora: LoraSpec) -> LoraConfig:

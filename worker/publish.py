@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from catalog import claims, jobs
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace
+from catalog.records import Course
 from catalog.tables import Json
 from worker import failpoints, provenance
 from worker.context import WorkerContext
@@ -34,7 +36,8 @@ def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, 
     """
     failpoints.pass_by("uploading")
     manifest = context.store.put_folder(folder, kind="adapter")
-    evaluation = evaluate(context, claim)
+    course = Course(steps=exported["step"], kept_step=exported["kept_step"], stopped_early=exported["stopped_early"])
+    evaluation = evaluate(context, claim, kept_step=course.kept_step)
     lineage, lineage_id = provenance.record(
         context,
         claim,
@@ -42,7 +45,7 @@ def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, 
         num_parameters=exported["num_parameters"],
         trainer=trainer,
         results={
-            "steps": exported["step"],
+            **asdict(course),
             "trained_tokens": exported["trained_tokens"],
             "evaluation": evaluation,
             "verification": exported["report"],
@@ -57,18 +60,22 @@ def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, 
         verification=exported["report"],
         evaluation=evaluation,
         trained_tokens=exported["trained_tokens"],
+        course=course,
         lineage=lineage,
         lineage_id=lineage_id,
     )
     failpoints.pass_by("after_complete")
 
 
-def evaluate(context: WorkerContext, claim: Claim) -> Json | None:
-    """The base's and the adapter's loss on the validation file, from the recorded curve; None without one."""
+def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | None:
+    """The base's and the adapter's loss on the validation file, from the recorded curve; None without one.
+
+    kept_step: whose weights the adapter has.
+    """
     points = jobs.metrics(context.db, project_id=claim.job.project_id, job_id=claim.job.id, kind="valid")
     if not points:
         return None
-    first, last = points[0], points[-1]
+    first, last = points[0], [point for point in points if point.step <= kept_step][-1]
     return {
         "base_loss": first.loss,
         "loss": last.loss,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.course_spec import EarlyStopping
 from catalog.spec import JobSpec, PriorityClass
 from catalog.tables import Job
 
@@ -84,6 +85,7 @@ class LoraObject(BaseModel):
 
 
 class OptimizerObject(BaseModel):
+    type: str
     learning_rate: float
     beta1: float
     beta2: float
@@ -91,15 +93,18 @@ class OptimizerObject(BaseModel):
     weight_decay: float
     max_grad_norm: float | None
     lora_plus_ratio: float
+    momentum: float
 
 
 class ScheduleObject(BaseModel):
     type: str
     warmup_ratio: float
+    decay_ratio: float | None = Field(description="Null where the type has none.")
 
 
 class EvaluationObject(BaseModel):
     every_steps: int | None = Field(description="Null: ten times over the job.")
+    keep: Literal["last", "best"] = Field(description="Whose weights become the adapter.")
 
 
 class DataObject(BaseModel):
@@ -121,6 +126,8 @@ class Progress(BaseModel):
         default=None, description="Loss of the latest evaluation on held-out data; null before the first."
     )
     best_valid_loss: float | None = Field(default=None, description="The lowest of those.")
+    kept_step: int | None = Field(default=None, description="Whose weights the adapter has; null before the end.")
+    stopped_early: str | None = Field(default=None, description="Why the job ended before its last step.")
 
 
 class FineTuningJob(BaseModel):
@@ -155,6 +162,7 @@ class FineTuningJob(BaseModel):
     schedule: ScheduleObject
     evaluation: EvaluationObject
     data: DataObject
+    early_stopping: EarlyStopping | None
     precision: str
     quantisation: Literal["none", "nf4", "int8"] = Field(description="How the base's linear layers are held.")
     max_length: int
@@ -192,8 +200,9 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             "lora": spec.lora.model_dump(),
             "optimizer": spec.optimizer.model_dump(),
             "schedule": spec.schedule.model_dump(),
-            "evaluation": {"every_steps": spec.evaluate_every_steps},
             "data": spec.data.model_dump(),
+            "evaluation": {"every_steps": spec.evaluate_every_steps, "keep": spec.keep},
+            "early_stopping": spec.early_stopping,
             "precision": spec.precision,
             "quantisation": spec.quantisation,
             "max_length": spec.max_length,

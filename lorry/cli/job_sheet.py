@@ -53,6 +53,8 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
     yield "model", job.model
     yield "adapter", job.fine_tuned_model
     yield "step", steps(job)
+    yield "ended early", progress.stopped_early
+    yield "weights of step", progress.kept_step
     yield "loss", progress.loss
     yield "held-out loss", progress.valid_loss
     yield "best held-out loss", progress.best_valid_loss
@@ -86,5 +88,7 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     if job.evaluation and job.validation_file:
         every = job.evaluation.get("every_steps")
         yield "evaluation every", f"{every} steps" if every else "tenth of the job"
+        yield "keeps", job.evaluation.get("keep") and f"the {job.evaluation['keep']} weights"
+    yield from flatten({"early_stopping": job.early_stopping or {}})
     yield from flatten({"data": job.data, "lora": job.lora, "optimizer": job.optimizer, "schedule": job.schedule})
     yield from flatten({"metadata": job.metadata or {}})

@@ -128,6 +128,8 @@ def _attempt(attempt: Json) -> Pairs:
 def _results(results: Json) -> Pairs:
     evaluation, check = _part(results, "evaluation"), _part(results, "verification")
     yield "steps", _count(results.get("steps"))
+    yield "ended early", results.get("stopped_early")
+    yield "weights of step", _count(results.get("kept_step"))
     yield "trained tokens", _count(results.get("trained_tokens"))
     yield "held-out loss", _change(evaluation, "base_loss", "loss")
     yield "perplexity", _change(evaluation, "base_perplexity", "perplexity")

@@ -36,11 +36,13 @@ FIELDS = {
     "rank_pattern": "lora.rank_pattern",
     "alpha_pattern": "lora.alpha_pattern",
     "dora": "lora.use_dora",
+    "optimizer": "optimizer.type",
     "learning_rate": "optimizer.learning_rate",
     "lora_plus_ratio": "optimizer.lora_plus_ratio",
     "weight_decay": "optimizer.weight_decay",
     "schedule": "schedule.type",
     "warmup": "schedule.warmup_ratio",
+    "decay": "schedule.decay_ratio",
     "epochs": "method.supervised.hyperparameters.n_epochs",
     "batch_size": "method.supervised.hyperparameters.batch_size",
     "max_steps": "max_steps",
@@ -49,6 +51,8 @@ FIELDS = {
     "quantisation": "quantisation",
     "seed": "seed",
     "evaluate_every": "evaluation.every_steps",
+    "keep": "evaluation.keep",
+    "patience": "early_stopping.patience",
     "checkpoint_every": "checkpoint_every_steps",
     "suffix": "suffix",
     "priority": "priority",
@@ -94,6 +98,21 @@ class Schedule(StrEnum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    wsd = "wsd"
+
+
+class Optimizer(StrEnum):
+    """What turns gradients into updates."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class Keep(StrEnum):
+    """Whose weights become the adapter."""
+
+    last = "last"
+    best = "best"
 
 
 def _option(group: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
@@ -127,6 +146,12 @@ Warmup = Annotated[float | None, _option(TRAINING, "Part of all steps in which t
 EvaluateEvery = Annotated[
     int | None, _option(WATCHING, "Steps between two readings of the held-out file. Default: a tenth of the job.")
 ]
+KeepOption = Annotated[
+    Keep | None, _option(WATCHING, "Whose weights become the adapter. Default: best with --patience, else last.")
+]
+Patience = Annotated[
+    int | None, _option(WATCHING, "End early after so many readings in a row without a fall of the loss.")
+]
 Metadata = Annotated[list[str] | None, _option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
 Others = Annotated[
     list[str] | None,
@@ -157,7 +182,9 @@ def submit(
     lora_plus_ratio: Annotated[float | None, _option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
     warmup: Warmup = None,
-    weight_decay: Annotated[float | None, _option(TRAINING, "Of AdamW.")] = None,
+    decay: Annotated[float | None, _option(TRAINING, "Of wsd: part of all steps in which the rate falls.")] = None,
+    optimizer: Annotated[Optimizer | None, _option(TRAINING, "sgd needs a --learning-rate.")] = None,
+    weight_decay: Annotated[float | None, _option(TRAINING, "Of the optimizer.")] = None,
     epochs: Annotated[int | None, _option(TRAINING, "Passes over the training file.")] = None,
     max_steps: Annotated[int | None, _option(TRAINING, "End after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, _option(TRAINING, "Sequences per optimizer step.")] = None,
@@ -167,6 +194,8 @@ def submit(
     seed: Annotated[int | None, _option(TRAINING, "Same seed, same adapter.")] = None,
     valid: Annotated[str | None, _option(WATCHING, "Held-out file: a path or an id.")] = None,
     evaluate_every: EvaluateEvery = None,
+    keep: KeepOption = None,
+    patience: Patience = None,
     checkpoint_every: Annotated[int | None, _option(WATCHING, "Steps between two checkpoints.")] = None,
     suffix: Annotated[str | None, _option(RUN, "Becomes part of the adapter's name.")] = None,
     priority: Annotated[Priority | None, _option(RUN, "Class in the queue.")] = None,
@@ -186,17 +215,23 @@ def submit(
     body = _nested([*fields.items(), *((path, _json_or_text(text)) for path, text in others)])
     lorry = client()
     given_files = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
-    sources = {name: _path_or_id(given, name) for name, given in given_files.items()}
-    if any(isinstance(source, Path) for source in sources.values()):
-        _check_model(lorry, model)
-    with _uploaded(lorry, sources) as ids:
-        job = _create(lorry, model, ids, body, set_paths=[path for path, _ in others])
+    job = _send(lorry, model, given_files, body, set_paths=[path for path, _ in others])
     if watch:
         watching.stay(lorry, [job.id], as_json=as_json)
     elif as_json:
         output.print_json(job.raw)
     else:
         output.console().print(job.id)
+
+
+def _send(
+    lorry: Lorry, model: str, given_files: Mapping[str, str], body: Mapping[str, Any], *, set_paths: Sequence[str]
+) -> Job:
+    sources = {name: _path_or_id(given, name) for name, given in given_files.items()}
+    if any(isinstance(source, Path) for source in sources.values()):
+        _check_model(lorry, model)
+    with _uploaded(lorry, sources) as ids:
+        return _create(lorry, model, ids, body, set_paths=set_paths)
 
 
 def _is_given(value: object) -> bool:

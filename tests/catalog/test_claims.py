@@ -356,3 +356,20 @@ def test_a_job_that_is_too_large_for_the_room_is_passed_over(world: World) -> No
 def _copy(job: Job, job_id: str) -> Job:
     columns = {column.key: getattr(job, column.key) for column in Job.__table__.columns}
     return Job(**{**columns, "id": job_id})
+
+
+def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it_kept(world: World) -> None:
+    claim = world.running()
+    course = claims.Course(steps=40, kept_step=20, stopped_early="The held-out loss has not fallen.")
+
+    world.complete(claim.claim_id, course=course)
+
+    job = world.job(claim.job.id)
+    assert job.state == "succeeded"
+    told = {"step": 40, "kept_step": 20, "stopped_early": "The held-out loss has not fallen."}
+    assert told.items() <= (job.progress or {}).items()
+    messages = "\n".join(event.message for event in jobs.events_since(world.db, **world.of(claim.job.id), seq=0))
+    assert "Training ended early, at step 40" in messages
+    assert "The weights of step 20 are kept" in messages
+    (attempt,) = jobs.attempts(world.db, **world.of(claim.job.id))
+    assert attempt.detail == course.stopped_early

@@ -125,6 +125,30 @@ def test_a_learning_rate_and_its_multiplier_say_the_same(
     assert (spec["learning_rate_multiplier"], spec["optimizer"]["learning_rate"]) == pytest.approx(found)
 
 
+def test_sgd_needs_a_learning_rate_of_its_own(world: World) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(optimizer={"type": "sgd"})
+    assert (refusal.value.code, refusal.value.param) == ("learning_rate_required", "optimizer.learning_rate")
+
+    spec = world.submit(optimizer={"type": "sgd", "momentum": 0.9}, hyperparameters={"learning_rate_multiplier": 500.0})
+    assert spec.spec["optimizer"]["learning_rate"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"early_stopping": {"patience": 2}}, "early_stopping"), ({"evaluation": {"keep": "best"}}, "evaluation.keep")],
+)
+def test_what_goes_by_the_held_out_loss_is_refused_without_a_validation_file(
+    world: World, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(**fields)
+    assert (refusal.value.code, refusal.value.param) == ("validation_file_required", param)
+
+    spec = world.submit(**fields, validation_file=world.file()).spec
+    assert spec["keep"] == "best"
+
+
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
 def test_files_that_cannot_be_trained_on_are_refused_by_name(world: World, param: str) -> None:
     foreign = world.file(caller=world.stranger)
@@ -160,6 +184,13 @@ def test_targets_that_match_nothing_are_refused_with_those_that_exist(world: Wor
     [
         {"lora": {"rank": 0}},
         {"optimizer": {"learning_rate": -1}},
+        {"optimizer": {"momentum": 0.9}},
+        {"optimizer": {"type": "sgd", "beta1": 0.8}},
+        {"schedule": {"decay_ratio": 0.2}},
+        {"schedule": {"type": "wsd", "warmup_ratio": 0.3, "decay_ratio": 0.8}},
+        {"schedule": {"type": "wsd", "warmup_ratio": 0.9}},
+        {"early_stopping": {}},
+        {"early_stopping": {"patience": 0}},
         {"hyperparameters": {"n_epochs": "many"}},
         {"suffix": "a/b"},
         {"suffix": "a\nb"},

@@ -24,6 +24,10 @@ def test_a_row_is_four_vectors_of_fp32() -> None:
     assert memory.row_bytes(1000) == 16_000
 
 
+def test_a_job_that_keeps_its_best_weights_has_one_vector_more() -> None:
+    assert memory.own_bytes({}, num_parameters=1000, dropout=0.0, keeps_best=True) == 20_000
+
+
 @pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
 def test_a_trainer_needs_its_base_and_one_tick(precision: str, width: int) -> None:
     description = {"num_parameters": 500, "linear_shapes": SHAPES, "vocab_size": 10}

@@ -126,7 +126,7 @@ class World:
         (claim,) = self.claim()
         return claim
 
-    def complete(self, claim_id: str, content: str = "adapter") -> Any:
+    def complete(self, claim_id: str, content: str = "adapter", *, course: claims.Course | None = None) -> Any:
         return claims.complete(
             self.db,
             claim_id,
@@ -135,6 +135,7 @@ class World:
             verification={"passed": True},
             evaluation=None,
             trained_tokens=5,
+            course=course or claims.Course(steps=10, kept_step=10, stopped_early=None),
             lineage={},
             lineage_id=sha(content),
         )

@@ -47,18 +47,17 @@ def test_a_job_that_stops_early_ends_with_the_weights_it_keeps_and_says_why(load
     engine = Engine(base, EngineConfig())
     admit(engine, "job", replace(EARLY, config=replace(EARLY.config, keep=keep)))
     ids = pseudo_random_ids(base, "probe", 0)
-    losses, seen, logits = {}, {}, {}
+    events, seen, logits = [], {}, {}
     while not engine.idle:
-        for event in engine.tick():
-            if isinstance(event, JobEvaluated) and event.step > 0:
-                losses[event.step] = event.loss
-            if isinstance(event, JobFinished):
-                finished = event
+        events += engine.tick()
         step = engine.progress("job")[0]
         if not engine.idle:
             seen[step] = weights(engine, "job").clone()
             logits[step] = packed_logits(base, engine._jobs["job"].row, ids)
 
+    finished = events[-1]
+    assert isinstance(finished, JobFinished)
+    losses = {event.step: event.loss for event in events if isinstance(event, JobEvaluated) and event.step > 0}
     best = min(losses, key=lambda step: losses[step])
     assert 0 < best < finished.step < 30
     assert finished.step == max(losses)

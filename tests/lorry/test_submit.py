@@ -13,8 +13,9 @@ import pytest
 from pydantic import BaseModel
 from typer.testing import Result
 
+from catalog.course_spec import EarlyStopping, EvaluationRequest, OptimizerRequest, ScheduleRequest
 from catalog.data_spec import DataRequest
-from catalog.spec import EvaluationRequest, Hyperparameters, JobRequest, LoraRequest, OptimizerRequest, ScheduleRequest
+from catalog.spec import Hyperparameters, JobRequest, LoraRequest
 from lorry.cli.submit import FIELDS, NAMES, submit
 from tests.lorry.scripted_server import Reply, Script
 
@@ -24,11 +25,10 @@ NUMBERS = "method.supervised.hyperparameters"
 NO_OPTION = {
     "data.loss",
     "data.overflow",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.eps",
-    "optimizer.max_grad_norm",
-} | {f"{NUMBERS}.learning_rate_multiplier"}
+    *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "momentum", "max_grad_norm")),
+    "early_stopping.min_delta",
+    f"{NUMBERS}.learning_rate_multiplier",
+}
 """Fields that few people set: by `--set`."""
 Run = Callable[..., Result]
 
@@ -63,6 +63,7 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
         "schedule": ScheduleRequest,
         "evaluation": EvaluationRequest,
         "data": DataRequest,
+        "early_stopping": EarlyStopping,
         NUMBERS: Hyperparameters,
     }
     there_is_one_choice = {"method", "hyperparameters", "integrations"}
@@ -90,10 +91,12 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
     flags = (
         "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
         "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
-        "--schedule linear --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
         "--precision float32 --quantization nf4 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s "
         "--priority batch "
-        "--metadata team=a=b --metadata note= --set optimizer.beta1=0.8 --set optimizer.max_grad_norm=null "
+        "--schedule wsd --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
+        "--optimizer sgd --set optimizer.momentum=0.9 --decay 0.3 --keep last --patience 3 "
+        "--set early_stopping.min_delta=0.5 "
+        "--metadata team=a=b --metadata note= --set optimizer.beta1=0.9 --set optimizer.max_grad_norm=null "
         f"--set {NUMBERS}.learning_rate_multiplier=auto"
     )
 
@@ -115,13 +118,15 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
             "use_dora": True,
         },
         "optimizer": {
+            "type": "sgd",
+            "momentum": 0.9,
             "learning_rate": 0.001,
             "lora_plus_ratio": 16.0,
             "weight_decay": 0.1,
-            "beta1": 0.8,
+            "beta1": 0.9,
             "max_grad_norm": None,
         },
-        "schedule": {"type": "linear", "warmup_ratio": 0.0},
+        "schedule": {"type": "wsd", "warmup_ratio": 0.0, "decay_ratio": 0.3},
         "method": {
             "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": "auto"}}
         },
@@ -130,7 +135,8 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         "precision": "float32",
         "quantisation": "nf4",
         "seed": 0,
-        "evaluation": {"every_steps": 5},
+        "evaluation": {"every_steps": 5, "keep": "last"},
+        "early_stopping": {"patience": 3, "min_delta": 0.5},
         "checkpoint_every_steps": 7,
         "suffix": "s",
         "priority": "batch",

@@ -239,7 +239,9 @@ def test_the_tokens_on_record_are_those_that_the_engine_counted(
 
 def exported(site: PackSite, pack: Pack, claim: Claim) -> dict[str, Any]:
     """What the trainer says of an adapter that has passed."""
-    return {"step": 10, "folder": site.checkpoint(pack, claim, 10), "num_parameters": 1, "report": PASSED}
+    folder = site.checkpoint(pack, claim, 10)
+    course = {"step": 10, "kept_step": 10, "stopped_early": None}
+    return {**course, "folder": folder, "num_parameters": 1, "report": PASSED}
 
 
 def test_what_the_trainer_will_take_is_not_free_while_it_loads(site: PackSite) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
 from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobRequest, JobSpec, resolve
-from lora_core.config import MAX_DROPOUT, LoraConfig
+from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig
 from lora_core.optim import learning_rate_at
 from worker.plan import engine_config, job_config
 
@@ -26,6 +28,45 @@ def test_the_first_step_of_any_job_learns_and_some_step_has_the_peak_rate(num_st
     rates = [learning_rate_at(step, peak=1.0, schedule=schedule) for step in range(1, num_steps + 1)]
     assert rates[0] > 0
     assert max(rates) == 1
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 40, 1000])
+def test_wsd_goes_down_over_its_part_of_the_steps_and_no_further_than_the_warm_up(num_steps: int) -> None:
+    asked = {"type": "wsd", "warmup_ratio": 0.7, "decay_ratio": 0.3}
+    spec = resolve(request(schedule=asked), num_rows=100, max_positions=None, seed=1)
+
+    schedule = job_config(spec, num_steps=num_steps, evaluate_every_steps=None).schedule
+
+    assert schedule.decay_steps == min(num_steps - schedule.warmup_steps, math.ceil(0.3 * num_steps))
+    rates = [learning_rate_at(step, peak=1.0, schedule=schedule) for step in range(1, num_steps + 1)]
+    assert min(rates) > 0
+
+
+def test_wsd_falls_over_a_fifth_of_the_job_if_nothing_is_said() -> None:
+    spec = resolve(request(schedule={"type": "wsd"}), num_rows=100, max_positions=None, seed=1)
+
+    assert job_config(spec, num_steps=100, evaluate_every_steps=None).schedule.decay_steps == 20
+
+
+def test_the_course_of_training_reaches_the_engine() -> None:
+    asked = request(
+        optimizer={"type": "sgd", "momentum": 0.9, "learning_rate": 0.1},
+        early_stopping={"patience": 3, "min_delta": 0.5},
+        validation_file="file-2",
+    )
+    config = job_config(resolve(asked, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2)
+
+    assert (config.optimizer.kind, config.optimizer.momentum) == ("sgd", 0.9)
+    assert (config.early_stopping, config.keep) == (EarlyStoppingConfig(patience=3, min_delta=0.5), "best")
+
+
+def test_a_job_from_before_there_was_a_choice_of_course_is_what_it_was() -> None:
+    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
+    stored = spec.model_dump(mode="json")
+    del stored["keep"], stored["early_stopping"], stored["schedule"]["decay_ratio"]
+    del stored["optimizer"]["type"], stored["optimizer"]["momentum"]
+
+    assert JobSpec.model_validate(stored) == spec
 
 
 def test_the_largest_dropout_that_may_be_asked_for_is_the_engines() -> None:

@@ -21,8 +21,21 @@ def test_a_loss_beyond_all_measure_still_has_a_perplexity(site: PackSite) -> Non
     claim = site.claim()
     claims.record_metrics(site.db, claim.claim_id, [{"kind": "valid", "step": 0, "loss": 1000.0}])
 
-    evaluation = publish.evaluate(site.context, claim)
+    evaluation = publish.evaluate(site.context, claim, kept_step=5)
 
     assert evaluation is not None
     assert evaluation["base_loss"] == 1000.0
     assert math.isfinite(evaluation["perplexity"])
+
+
+def test_the_loss_on_record_is_that_of_the_weights_that_were_kept(site: PackSite) -> None:
+    claim = site.claim()
+    curve = [(0, 3.0), (5, 2.0), (10, 2.5)]
+    points = [{"kind": "valid", "step": step, "loss": loss} for step, loss in curve]
+    claims.record_metrics(site.db, claim.claim_id, points)
+
+    for kept_step, loss in ((5, 2.0), (10, 2.5)):
+        evaluation = publish.evaluate(site.context, claim, kept_step=kept_step)
+
+        assert evaluation is not None
+        assert (evaluation["base_loss"], evaluation["loss"], evaluation["step"]) == (3.0, loss, kept_step)

@@ -13,6 +13,7 @@ from catalog.spec import JobRequest, resolve
 from lora_core.base_import import Imported
 from lora_core.data import TokenDataset
 from lora_core.errors import OutOfMemory
+from lora_core.events import JobFinished
 from tests.worker.pack_site import said
 from worker import train_entry
 from worker.train_entry import Resident, Trainer
@@ -147,7 +148,7 @@ def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: Trainer, d
 
 
 def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: Trainer, directory: TrainerDirectory) -> None:
-    trainer._export("claim-1", 1)
+    trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
     (refused,) = said(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "out_of_memory")

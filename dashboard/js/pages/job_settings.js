@@ -15,16 +15,21 @@ export function groups(job, rows) {
   const each = (resolved, requested) => Object.keys(resolved || {}).map((key) => row(key, requested?.[key], resolved[key]));
   return [
     ["Adapter", each(job.lora, asked.lora)],
-    ["Optimizer", [...each(job.optimizer, asked.optimizer), ...each(job.schedule, asked.schedule)]],
+    ["Optimizer", [...each(named(job.optimizer), named(asked.optimizer)), ...each(job.schedule, asked.schedule)]],
     ["Run", [
       ...each({ ...job.hyperparameters, n_epochs: passesOf(job, rows) }, numbers),
       { label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" },
+      ...(job.evaluation?.keep ? [{ label: "kept weights", asked: given(asked.evaluation?.keep), resolved: job.evaluation.keep }] : []),
+      ...(job.early_stopping ? each(job.early_stopping, asked.early_stopping) : []),
       { label: "checkpoint", asked: every(asked.checkpoint_every_steps), resolved: every(job.checkpoint_every_steps) },
       ...each(job.data, asked.data),
       ...RUN.map((key) => row(key, asked[key], job[key])),
     ]],
   ].filter(([, rows]) => rows.length);
 }
+
+/** `type` is a word of the schedule's as well. */
+const named = ({ type, ...others } = {}) => (type === undefined ? others : { optimizer: type, ...others });
 
 const row = (key, asked, resolved) => ({ label: LABELS[key] || key.replaceAll("_", " "), asked: given(asked), resolved: text(resolved, key) });
 
