@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lora_core.config import LoraConfig
-from lora_core.counter_random import uniform
+from lora_core.initial import decomposed, initial_a
 from lora_core.trained_tensors import TensorViews, TrainedTensors
 
 
@@ -42,7 +41,11 @@ class MagnitudeViews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteViews:
-    """One adapted linear: weights in the compute dtype, gradients in fp32; all are views of the row."""
+    """One adapted linear: weights in the compute dtype, gradients in fp32; all are views of the row.
+
+    Where the start is subtracted the weights are of rank 2R: A over the frozen A₀, and B beside -B₀, so that
+    their product is B A - B₀ A₀. The gradients are of A and B alone.
+    """
 
     a_RD: Tensor
     b_OR: Tensor
@@ -66,6 +69,7 @@ class AdapterRow:
     """The flat vectors of one job: p weights, g gradient, m and v the moments of its optimizer (fp32 [N] each).
 
     `compute` holds p in the base model's dtype, which forward and backward read; it is p itself in fp32.
+    Where the start is subtracted they read `paired` for the targets: A over A₀ and B beside -B₀ of each.
     The first `num_a` numbers are those of all A.
     """
 
@@ -79,25 +83,30 @@ class AdapterRow:
         frozen: Mapping[str, Tensor] | None = None,
         trained: TrainedTensors | None = None,
     ) -> None:
-        """`frozen`: the base model's weight [O, D] of each target, which only DoRA reads."""
+        """`frozen`: the base model's weight [O, D] of each target, which only DoRA, PiSSA and OLoRA read."""
         self.targets = targets
         self.lora = lora
         self.frozen = frozen or {}
         self.spans = lay_out(targets, lora)
         self.num_a = sum(_length(spans.a) for spans in self.spans.values())
+        self.num_ab = self.num_a + sum(_length(spans.b) for spans in self.spans.values())
         self.trained = trained or TrainedTensors()
-        self.num_lora = self.num_a + sum(_length(spans.b) + _length(spans.magnitude) for spans in self.spans.values())
+        self.num_lora = self.num_ab + sum(_length(spans.magnitude) for spans in self.spans.values())
         num_numbers = self.num_lora + self.trained.num_numbers
         self.arena = torch.zeros(4, num_numbers, dtype=torch.float32, device=device)
         self.p, self.g, self.m, self.v = self.arena.unbind()
+        self.dtype = dtype
         self.compute = self.p if dtype == torch.float32 else torch.zeros_like(self.p, dtype=dtype)
+        self.paired = torch.zeros(2 * self.num_ab if lora.subtracts_start else 0, dtype=dtype, device=device)
         self.sites = {name: self._site(name, spans) for name, spans in self.spans.items()}
         self.tensors = self._tensors()
 
     def _site(self, name: str, spans: SiteSpans) -> SiteViews:
+        is_paired = self.lora.subtracts_start
+        weights, times = (self.paired, 2) if is_paired else (self.compute, 1)
         return SiteViews(
-            a_RD=self.compute[spans.a].view(spans.rank, -1),
-            b_OR=self.compute[spans.b].view(-1, spans.rank),
+            a_RD=weights[_widened(spans.a, times)].view(times * spans.rank, -1),
+            b_OR=weights[_widened(spans.b, times)].view(-1, times * spans.rank),
             grad_a_RD=self.g[spans.a].view(spans.rank, -1),
             grad_b_OR=self.g[spans.b].view(-1, spans.rank),
             scale=self.lora.scale_of(name),
@@ -127,7 +136,7 @@ class AdapterRow:
     @property
     def num_bytes(self) -> int:
         compute_bytes = 0 if self.compute is self.p else self.compute.nbytes
-        return self.arena.nbytes + compute_bytes
+        return self.arena.nbytes + compute_bytes + self.paired.nbytes
 
     def parts(self, lora_plus_ratio: float) -> tuple[tuple[slice, float], ...]:
         """What has one learning rate: (its numbers, its rate over the job's); in full is trained at the job's own."""
@@ -138,19 +147,24 @@ class AdapterRow:
         return (*rated, (in_full, 1.0)) if self.trained.tensors else rated
 
     def initialise(self, seed: int) -> None:
-        """A ~ Kaiming-uniform (a = √5), that is U(-1/√D, 1/√D), keyed by (seed, name); B = 0, as in PEFT.
+        """A and B as initial.py says, keyed by (seed, name).
 
         A magnitude is the length that the weights have; what is trained in full begins as it says.
         """
         self.arena.zero_()
         for target in self.targets:
-            span = self.spans[target.name].a
-            bound = target.in_features**-0.5
-            numbers = (2 * uniform("lora_A", seed, target.name, count=_length(span)) - 1) * bound
-            self.p[span] = torch.from_numpy(numbers.astype(np.float32))
+            name, spans = target.name, self.spans[target.name]
+            if self.lora.subtracts_start:
+                a_RD, b_OR = decomposed(self.lora, name, self.frozen[name], seed=seed)
+                self.p[spans.b] = b_OR.flatten()
+            else:
+                a_RD = initial_a(self.lora, name, seed=seed, rank=spans.rank, in_features=target.in_features)
+            self.p[spans.a] = a_RD.flatten()
         if self.trained.tensors:
             starts = [tensor.start(seed).flatten().float() for tensor in self.trained.tensors]
             self.p[self.num_lora :] = torch.cat(starts)
+        if self.lora.subtracts_start:
+            self.keep_start(self.p[: self.num_ab].to(self.dtype))
         self.refresh_compute()
         for views in self.sites.values():
             if views.magnitude is not None:
@@ -161,10 +175,32 @@ class AdapterRow:
         """Round the weights to the compute dtype, and take DoRA's norms of them; call after every change of p."""
         if self.compute is not self.p:
             self.compute.copy_(self.p)
+        if self.lora.subtracts_start:
+            for name, spans in self.spans.items():
+                self._a_halves(name)[0].copy_(self.compute[spans.a].view(spans.rank, -1))
+                self._b_halves(name)[0].copy_(self.compute[spans.b].view(-1, spans.rank))
         for name, views in self.sites.items():
             if views.magnitude is not None:
                 views.magnitude.norm_O.copy_(weight_norms(self.frozen[name], views))
                 torch.div(views.magnitude.m_O, views.magnitude.norm_O, out=views.magnitude.factor_O)
+
+    def start(self) -> Tensor:
+        """All A₀, then all B₀, in the compute dtype: what `keep_start` takes."""
+        a = [self._a_halves(name)[1].flatten() for name in self.spans]
+        b = [-self._b_halves(name)[1].flatten() for name in self.spans]
+        return torch.cat([*a, *b])
+
+    def keep_start(self, start: Tensor) -> None:
+        """Subtract this start: all A₀, then all B₀, laid out as p is."""
+        for name, spans in self.spans.items():
+            self._a_halves(name)[1].copy_(start[spans.a].view(spans.rank, -1))
+            self._b_halves(name)[1].copy_(-start[spans.b].view(-1, spans.rank))
+
+    def _a_halves(self, name: str) -> tuple[Tensor, ...]:
+        return self.sites[name].a_RD.chunk(2, dim=0)
+
+    def _b_halves(self, name: str) -> tuple[Tensor, ...]:
+        return self.sites[name].b_OR.chunk(2, dim=1)
 
 
 def weight_norms(weight_OD: Tensor, views: SiteViews) -> Tensor:
@@ -187,6 +223,10 @@ def lay_out(targets: Sequence[Target], lora: LoraConfig) -> dict[str, SiteSpans]
             targets, ranks, spans[:count], spans[count : 2 * count], spans[2 * count :], strict=True
         )
     }
+
+
+def _widened(span: slice, times: int) -> slice:
+    return slice(times * span.start, times * span.stop)
 
 
 def _length(span: slice) -> int:

@@ -152,15 +152,29 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, x: Tensor) -> T
     return y_TO.view(*x.shape[:-1], -1)
 
 
-def frozen_weights(linears: dict[str, nn.Module], targets: tuple[Target, ...]) -> dict[str, Tensor]:
-    """The weight [O, D] of each target, by name; none is copied. Raises NoTargets where it can't be read."""
+def frozen_weights(
+    linears: dict[str, nn.Module], targets: tuple[Target, ...], lora: LoraConfig
+) -> dict[str, Tensor] | None:
+    """The weight [O, D] of each target, by name; none is copied, and there are none where `lora` needs none.
+
+    Raises NoTargets where one can't be read, or is too small for what is decomposed from it.
+    """
+    if not (lora.use_dora or lora.subtracts_start):
+        return None
+    field = "use_dora" if lora.use_dora else f"init_lora_weights={lora.init_lora_weights}"
     weights: dict[str, Tensor] = {}
     for target in targets:
         plain = plain_weight(linears[target.name])
         if plain is None:
             raise NoTargets(
-                f"lora.use_dora needs the weights of {target.name}, which the base doesn't hold as plain numbers.",
-                remedy="Leave out lora.use_dora, or train on the base model as it is, not quantised.",
+                f"lora.{field} needs the weights of {target.name}, which the base doesn't hold as plain numbers.",
+                remedy=f"Leave out lora.{field}, or train on the base model as it is, not quantised.",
+            )
+        if lora.subtracts_start and lora.rank_of(target.name) > min(plain.weight_OD.shape):
+            raise NoTargets(
+                f"lora.{field} has nothing to begin with for rank {lora.rank_of(target.name)} of {target.name}, "
+                f"which is {target.out_features} by {target.in_features}.",
+                remedy="Give it no higher rank than its smaller side, by lora.rank or lora.rank_pattern.",
             )
         weights[target.name] = plain.weight_OD
     return weights

@@ -22,7 +22,9 @@ from lora_core.tensor_files import read_header, write_directory, write_json
 
 FORMAT = 3
 VECTORS = ("p", "m", "v")
-BEST = "best"
+"""In fp32, with `best` where one is kept. A start that is subtracted (PiSSA, OLoRA) is in its own dtype."""
+BEST, START = "best", "start"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def save_checkpoint(job: Job, directory: Path) -> None:
@@ -35,6 +37,8 @@ def _write(job: Job, directory: Path) -> None:
     vectors = {name: getattr(job.row, name).cpu() for name in VECTORS}
     if job.best is not None:
         vectors[BEST] = job.best.cpu()
+    if job.row.lora.subtracts_start:
+        vectors[START] = job.row.start().cpu()
     save_file(vectors, row_file)
     epoch, position = divmod(job.step * job.config.batch_size, job.num_examples)
     state = {
@@ -80,7 +84,10 @@ def _check_state(state: dict[str, Any], expected: dict[str, str], targets: list[
 
 def _load_row(path: Path, row: AdapterRow, best: Tensor | None, sha256: str) -> None:
     vectors = {name: getattr(row, name) for name in VECTORS} | ({} if best is None else {BEST: best})
-    if read_header(path) != dict.fromkeys(vectors, ("F32", (row.num_parameters,))):
+    if row.lora.subtracts_start:
+        vectors[START] = row.start()
+    expected = {name: (DTYPES[vector.dtype], tuple(vector.shape)) for name, vector in vectors.items()}
+    if read_header(path) != expected:
         raise _bad(f"doesn't hold the vectors {', '.join(vectors)} of this adapter")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise _bad("is damaged: the row's digest differs")
@@ -88,6 +95,8 @@ def _load_row(path: Path, row: AdapterRow, best: Tensor | None, sha256: str) -> 
         if not torch.isfinite(vector).all():
             raise _bad(f"holds numbers in {name} that are not finite")
         vectors[name].copy_(vector)
+    if row.lora.subtracts_start:
+        row.keep_start(vectors[START])
     row.g.zero_()
     row.refresh_compute()
 

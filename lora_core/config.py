@@ -4,6 +4,7 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Literal, cast, get_args
 
@@ -12,6 +13,7 @@ from lora_core.module_names import REGEX_PREFIX, compiles, pattern_value
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1024
+INIT = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora")
 MAX_DROPOUT = 0.9
 """What is kept is scaled by 1 / (1 - dropout): past this, a step is noise."""
 
@@ -26,6 +28,8 @@ class LoraConfig:
     value) pairs; the first key that matches a path, or its end after a dot, as a regular expression, gives
     the module another rank or alpha. `use_dora`: a learned length for each output's weights (dora.py).
     `modules_to_save`: trained in full; `trainable_token_indices`: tokens whose embeddings are (trained_tensors.py).
+    `init_lora_weights`: where A and B begin (initial.py): "default" (PEFT's True), "gaussian", "pissa",
+    "pissa_niter_N" with a randomised decomposition of N iterations, or "olora".
     """
 
     rank: int
@@ -39,6 +43,7 @@ class LoraConfig:
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] = ()
+    init_lora_weights: str = "default"
 
     def __post_init__(self) -> None:
         _require(1 <= self.rank <= MAX_RANK, "lora.rank", self.rank, f"between 1 and {MAX_RANK}")
@@ -47,6 +52,9 @@ class LoraConfig:
         self._require_targets()
         ranks_ok = all(compiles(key) and 1 <= rank <= MAX_RANK for key, rank in self.rank_pattern)
         _require(ranks_ok, "lora.rank_pattern", self.rank_pattern, f"module names with ranks of 1 to {MAX_RANK}")
+        init_ok = INIT.fullmatch(self.init_lora_weights) is not None
+        expected = "default, gaussian, pissa, pissa_niter_N with N from 1 to 99, or olora"
+        _require(init_ok, "lora.init_lora_weights", self.init_lora_weights, expected)
         alphas_ok = all(compiles(key) and _is_positive(alpha) for key, alpha in self.alpha_pattern)
         _require(alphas_ok, "lora.alpha_pattern", self.alpha_pattern, "module names with positive numbers")
         saved, tokens = self.modules_to_save, self.trainable_token_indices
@@ -73,6 +81,17 @@ class LoraConfig:
         if not isinstance(wanted, str) or not wanted.startswith(REGEX_PREFIX):
             return None
         return wanted.removeprefix(REGEX_PREFIX)
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether A and B begin with an update, which is then subtracted from the base model."""
+        return self.init_lora_weights not in ("default", "gaussian")
+
+    @property
+    def pissa_iterations(self) -> int | None:
+        """Of the randomised decomposition; None for the exact one."""
+        _, found, number = self.init_lora_weights.partition("pissa_niter_")
+        return int(number) if found else None
 
     def rank_of(self, module: str) -> int:
         return pattern_value(module, self.rank_pattern, self.rank)

@@ -22,6 +22,14 @@ def uniform(*key: int | str, count: int) -> NDArray[np.float64]:
     return np.ldexp((random_words(*key, count=count) >> np.uint64(11)).astype(np.float64), -53)
 
 
+def normal(*key: int | str, count: int) -> NDArray[np.float64]:
+    """`count` numbers of the standard normal distribution (Box and Muller 1958)."""
+    half = -(-count // 2)
+    numbers = uniform(*key, count=2 * half)
+    length, angle = np.sqrt(-2 * np.log1p(-numbers[:half])), 2 * np.pi * numbers[half:]
+    return np.concatenate([length * np.cos(angle), length * np.sin(angle)])[:count]
+
+
 def permutation(*key: int | str, count: int) -> NDArray[np.int64]:
     """A random order of range(count)."""
     return np.argsort(random_words(*key, count=count), kind="stable")

@@ -72,7 +72,7 @@ class Engine:
         targets = choose_targets(self.base.attachment.linears, config.lora)
         trained = choose_trained(self.base.model, config.lora)
         with shortage_of(job):
-            frozen = frozen_weights(self.base.attachment.linears, targets) if config.lora.use_dora else None
+            frozen = frozen_weights(self.base.attachment.linears, targets, config.lora)
             row = AdapterRow(
                 targets,
                 config.lora,

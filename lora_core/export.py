@@ -7,6 +7,7 @@ them multiplies by the same numbers. The fp32 master stays in checkpoints.
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def export_adapter(base: BaseModel, row: AdapterRow, directory: Path, *, base_na
         num_parameters=row.num_parameters,
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        dtype=str(row.compute.dtype).removeprefix("torch."),
+        dtype=str(row.dtype).removeprefix("torch."),
         quantisation=base.quantisation,
     )
 
@@ -73,7 +74,10 @@ def _metadata(base: BaseModel) -> dict[str, str]:
 
 def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:
     """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O];
-    what is trained in full as the module itself names it."""
+    what is trained in full as the module itself names it.
+
+    Where the start is subtracted they are of twice the rank, [A; A₀] and [B, -B₀], for the unchanged base model.
+    """
     tensors: dict[str, Tensor] = {}
     for name, views in row.sites.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = views.a_RD.cpu().clone()
@@ -89,17 +93,20 @@ def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, o
     conv1d = any(type(module).__name__ == "Conv1D" for module in base.model.modules())
     names, layers = target_names(base, row)
     lora = row.lora
+    times, alpha_times = (2, math.sqrt(2) if lora.use_rslora else 2) if lora.subtracts_start else (1, 1)
+    ranks: dict[str, float] = {name: times * lora.rank_of(name) for name in row.sites}
+    alphas: dict[str, float] = {name: alpha_times * lora.alpha_of(name) for name in row.sites}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": times * lora.rank,
+        "lora_alpha": alpha_times * lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
-        "rank_pattern": exceptions({name: lora.rank_of(name) for name in row.sites}, lora.rank),
-        "alpha_pattern": exceptions({name: lora.alpha_of(name) for name in row.sites}, lora.alpha),
+        "rank_pattern": exceptions(ranks, times * lora.rank),
+        "alpha_pattern": exceptions(alphas, alpha_times * lora.alpha),
         "target_modules": names,
         "layers_to_transform": layers,
         "fan_in_fan_out": conv1d,

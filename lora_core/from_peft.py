@@ -6,13 +6,13 @@ Every field of PEFT's class is in one of the sets below; a test compares them wi
 
 import peft
 
-from lora_core.config import ALL_LINEAR, LoraConfig
+from lora_core.config import ALL_LINEAR, INIT, LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.module_names import REGEX_PREFIX
 
 TAKEN = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
-    *("rank_pattern", "alpha_pattern", "layers_to_transform"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "init_lora_weights"),
     *("modules_to_save", "trainable_token_indices"),
 }
 """Read into LoraConfig."""
@@ -23,7 +23,7 @@ WITHOUT_EFFECT = {
 }
 """They describe the adapter's file, or how PEFT runs; training doesn't read them."""
 REFUSED = {
-    *("auto_mapping", "exclude_modules", "bias", "init_lora_weights", "layers_pattern"),
+    *("auto_mapping", "exclude_modules", "bias", "layers_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "velora_config"),
     *("alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config", "layer_replication"),
@@ -54,6 +54,7 @@ def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
         layers_to_transform=_layers(config.layers_to_transform),
         modules_to_save=tuple(sorted(config.modules_to_save or ())),
         trainable_token_indices=_tokens(config.trainable_token_indices),
+        init_lora_weights=_start(config.init_lora_weights),
     )
 
 
@@ -79,6 +80,15 @@ def _tokens(wanted: list[int] | dict[str, list[int]] | None) -> tuple[int, ...]:
             raise _unsupported("trainable_token_indices", wanted, "Give a list: tokens of the input embeddings.")
         (wanted,) = wanted.values()
     return tuple(wanted or ())
+
+
+def _start(wanted: bool | str) -> str:
+    if wanted is True:
+        return "default"
+    if not isinstance(wanted, str) or INIT.fullmatch(wanted) is None:
+        remedy = "Give True, 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'."
+        raise _unsupported("init_lora_weights", wanted, remedy)
+    return wanted
 
 
 def _unsupported(name: str, value: object, remedy: str) -> ConfigError:

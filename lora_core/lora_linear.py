@@ -105,8 +105,9 @@ def add_lora_gradients(
     for piece, branch, dy_tO in zip(pieces, branches, received, strict=True):
         views, x_tD = piece.views, x_TD[piece.start : piece.stop]
         dh_tR = (dy_tO @ views.b_OR).mul_(views.scale)
-        _accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR)
-        _accumulate(views.grad_a_RD, dh_tR.T, piece.dropped(x_tD, branch.keep_tD))
+        rank = len(views.grad_a_RD)  # the weights may be of twice this: what lies beyond is frozen
+        _accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR[:, :rank])
+        _accumulate(views.grad_a_RD, dh_tR[:, :rank].T, piece.dropped(x_tD, branch.keep_tD))
         if dx_TD is None:
             continue
         if piece.dropout is None:

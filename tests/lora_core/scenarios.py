@@ -155,6 +155,7 @@ def methods() -> dict[str, Submission]:
             ),
             train=dataset(12, [17, 9, 26]),
         ),
+        **starts(),
     }
 
 
@@ -202,6 +203,27 @@ def trained_in_full(family: str) -> dict[str, Submission]:
         )
         jobs[name] = Submission(config=job, train=dataset(20 + index, [14, 31, 9, 22]))
     return jobs
+
+
+def starts() -> dict[str, Submission]:
+    """Adapters that begin with a part of the base model: with ranks by pattern, and with DoRA and dropout."""
+    pissa = config(num_steps=3, seed=15, slice_tokens=20, learning_rate=2e-3)
+    olora = config(rank=2, dropout=0.2, num_steps=3, seed=16, slice_tokens=16, learning_rate=2e-3)
+    return {
+        "pissa": Submission(
+            config=replace(
+                pissa,
+                lora=replace(
+                    pissa.lora, init_lora_weights="pissa_niter_2", use_rslora=True, rank_pattern=(("q_proj|c_attn", 3),)
+                ),
+            ),
+            train=dataset(15, [14, 31, 8, 22]),
+        ),
+        "olora_dora": Submission(
+            config=replace(olora, lora=replace(olora.lora, init_lora_weights="olora", use_dora=True)),
+            train=dataset(16, [19, 6, 12]),
+        ),
+    }
 
 
 def admit(engine: Engine, name: str, submission: Submission, **options) -> None:

@@ -50,6 +50,14 @@ def test_a_string_is_a_regular_expression_as_in_peft():
     )
 
 
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "pissa_niter_16", "olora"])
+def test_where_an_adapter_begins_has_the_names_of_peft(init):
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=init)
+
+    assert lora_config_from(config).init_lora_weights == init
+    assert lora_config_from(peft.LoraConfig(target_modules="all-linear")).init_lora_weights == "default"
+
+
 def test_each_field_of_peft_is_taken_ignored_or_refused():
     sets = (from_peft.TAKEN, from_peft.WITHOUT_EFFECT, from_peft.REFUSED)
 
@@ -59,7 +67,7 @@ def test_each_field_of_peft_is_taken_ignored_or_refused():
 
 
 UNSUPPORTED = {
-    "init_lora_weights": "pissa",
+    "init_lora_weights": "orthogonal",
     "bias": "all",
     "layers_pattern": "layers",
     "exclude_modules": ["q_proj"],

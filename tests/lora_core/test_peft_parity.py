@@ -39,6 +39,11 @@ def reference_run(model, adapter_dir, job: JobConfig) -> tuple[list[float], dict
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=True)
+    return run_reference(model, job)
+
+
+def run_reference(model, job: JobConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train what of a PEFT model requires a gradient: the losses, and the adapter."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         [

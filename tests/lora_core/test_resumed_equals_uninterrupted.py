@@ -8,7 +8,17 @@ import pytest
 from lora_core.config import EngineConfig, ObjectiveConfig
 from lora_core.engine import Engine
 from lora_core.events import Event
-from tests.lora_core.scenarios import Submission, admit, config, dataset, numbers, rename, run_alone, state_bytes
+from tests.lora_core.scenarios import (
+    Submission,
+    admit,
+    config,
+    dataset,
+    numbers,
+    rename,
+    run_alone,
+    starts,
+    state_bytes,
+)
 
 JOB = Submission(
     config=config(rank=4, dropout=0.2, batch_size=4, num_steps=4, seed=11, evaluate_every_steps=2, slice_tokens=40),
@@ -65,6 +75,8 @@ def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[byt
         ("llama", "float32", numbers()["sgd_wsd"]),
         ("llama", "bfloat16", numbers()["early_best"]),
         ("llama", "float32", IN_FULL),
+        ("llama", "bfloat16", starts()["pissa"]),
+        ("gpt2", "float32", starts()["olora_dora"]),
     ],
 )
 def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tmp_path, family, dtype, job):
