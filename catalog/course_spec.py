@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from catalog.sample_spec import Samples
 from catalog.strict import Auto, PositiveFloat, Strict
 
 BASE_LEARNING_RATE = 2e-4
@@ -95,6 +96,8 @@ class EvaluationRequest(Strict):
             "loss. auto: best with early_stopping, else last."
         ),
     )
+
+    samples: Samples | None = Field(default=None, description="Prompts to answer at each evaluation.")
 
     @field_validator("every_steps")
     @classmethod

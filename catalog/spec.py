@@ -28,6 +28,7 @@ from catalog.course_spec import (
 )
 from catalog.data_spec import DataRequest, DataSpec
 from catalog.lora_spec import LoraRequest, LoraSpec, resolve_lora
+from catalog.sample_spec import Samples
 from catalog.strict import Auto, Strict
 
 SPEC_VERSION = 1
@@ -175,6 +176,7 @@ class JobSpec(Strict):
     """Of jobs from before there was a choice: none."""
     seed: int
     data: DataSpec = DataSpec()
+    samples: Samples | None = None
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps of the whole job over `num_rows` usable rows.
@@ -219,6 +221,7 @@ def resolve(
         quantisation=request.quantisation,
         seed=seed if request.seed is None else request.seed,
         data=DataSpec(**request.data.model_dump()),
+        samples=request.evaluation.samples,
     )
 
 

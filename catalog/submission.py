@@ -104,6 +104,13 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
         validation = _usable_file(session, caller, request.validation_file, "validation_file")
     _check_rates(request)
     _check_quantisation(session, request, now=now)
+    if validation is None and request.evaluation.samples is not None:
+        raise InvalidRequest(
+            "Prompts are answered at each evaluation, and a job without held-out data has none.",
+            code="samples_need_validation_file",
+            remedy="Give a validation_file, or leave evaluation.samples out.",
+            param="evaluation.samples",
+        )
     for file in (training, validation):
         if file is not None:
             check_data(request.data, known_kind(file.kind), file_id=file.id)

@@ -134,6 +134,17 @@ class JobEvent(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample(View):
+    """A job's answer to one of its own prompts. `is_complete`: it came to its end within the tokens allowed."""
+
+    step: int = 0
+    prompt: str = ""
+    answer: str = ""
+    num_tokens: int = 0
+    is_complete: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint(View):
     """A point that a job can go on from."""
 

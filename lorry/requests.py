@@ -43,9 +43,17 @@ class Schedule(TypedDict, total=False):
     decay_ratio: float | None
 
 
+class Samples(TypedDict, total=False):
+    prompts: list[str]
+    """Answered greedily at each evaluation."""
+    max_tokens: int
+    """Of one answer."""
+
+
 class EvaluationRule(TypedDict, total=False):
     every_steps: int | Auto
     keep: Literal["last", "best"] | Auto
+    samples: Samples | None
 
 
 class EarlyStopping(TypedDict, total=False):

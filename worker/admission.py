@@ -37,6 +37,7 @@ def bring_files(
         "job_id": job.id,
         "base_name": job.base_model,
         "spec": job.spec,
+        "asks_as_chat": _went_through_template(context, job.train_prepared),
         "num_steps": job.num_steps,
         "evaluate_every_steps": spec.evaluate_every_steps or max(1, math.ceil(job.num_steps / 10)),
         "checkpoint_every_steps": spec.checkpoint_every_steps,
@@ -78,6 +79,12 @@ def _fetch_tokens(context: WorkerContext, key: str, into: Path) -> Path:
     if not into.is_dir():
         context.store.fetch(context.store.get_manifest(row.artifact), into)
     return next(into.glob("*.safetensors"))
+
+
+def _went_through_template(context: WorkerContext, key: str) -> bool:
+    """Of the training rows: prompts are then asked in the same way."""
+    row = prepared.get(context.db, key)
+    return row is not None and "chat_template" in row.report
 
 
 def _fetch_newest(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], into: Path) -> Path | None:

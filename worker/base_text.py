@@ -7,7 +7,7 @@ what the tokenizer puts around a text by its own convention, and the base's end-
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from catalog.chat_rows import only_last_learnt
+from catalog.chat_rows import Message, only_last_learnt
 from catalog.data_spec import Loss
 from catalog.plain_rows import Completion, as_chat
 from catalog.row_kinds import DataKind
@@ -84,6 +84,29 @@ class BaseText:
         for ids, _ in found:
             self._check(ids)
         return found
+
+    def prompt_ids(self, prompt: str, *, as_chat: bool) -> tuple[int, ...]:
+        """A prompt up to where an answer begins. Raises Refused."""
+        if as_chat:
+            text = self.template.render([Message(role="user", content=prompt)], add_generation_prompt=True)
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids = self._tokenizer.encode(prompt).ids
+        return tuple(ids[:-1] if self.eos is not None and ids and ids[-1] == self.eos[0] else ids)
+
+    def end_ids(self, *, as_chat: bool) -> frozenset[int]:
+        """Tokens after which an answer is over: the end of a text, and the end of an assistant's turn."""
+        ends = {self.eos[0]} if self.eos is not None else set[int]()
+        if as_chat:
+            turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+            rendered = self.template.render_supervised(turns)
+            ids, mask = self._turns(rendered, self._tokenizer.encode(rendered.text, add_special_tokens=False))
+            last = ids[np.flatnonzero(mask)[-1:]]
+            ends |= {int(ident) for ident in last if ident in self.special}
+        return frozenset(ends)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _turns(self, row: Rendered, encoding: Encoding) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         ids = np.array(encoding.ids, dtype=np.int64)

@@ -43,6 +43,8 @@ class Listener:
             "admitted": self._admitted,
             "checkpointed": self._checkpointed,
             "checkpoint_failed": self._checkpoint_failed,
+            "sampled": self._sampled,
+            "unsampled": self._unsampled,
             "paused": self._paused,
             "cancelled": self._cancelled,
             "diverged": self._diverged,
@@ -85,6 +87,19 @@ class Listener:
 
     def _checkpoint_failed(self, held: Held, event: Json) -> Next:
         message = f"{event['error']['message']} No checkpoint was written."
+        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        return Next.GO_ON
+
+    def _sampled(self, held: Held, event: Json) -> Next:
+        samples = event["samples"]
+        number = "1 answer" if len(samples) == 1 else f"{len(samples)} answers"
+        data = {"step": event["step"], "samples": samples}
+        message = f"Step {event['step']}: {number} to the job's prompts"
+        claims.record_event(self._context.db, held.claim.claim_id, "info", message, data)
+        return Next.GO_ON
+
+    def _unsampled(self, held: Held, event: Json) -> Next:
+        message = f"Step {event['step']}: the job's prompts were not answered. {event['error']['message']}"
         claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
         return Next.GO_ON
 

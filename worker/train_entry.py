@@ -27,9 +27,13 @@ from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
+from lora_core.generate import Prompts
 from lora_core.memory_shortage import shortage_of
 from lora_core.verify import verify_export
+from worker.base_text import BaseText
+from worker.chat_template import Refused
 from worker.plan import engine_config, job_config
+from worker.sampling import Asked, ask, told
 from worker.trainer_directory import (
     EventWriter,
     InboxReader,
@@ -52,6 +56,8 @@ class Resident:
     checkpoint_every_steps: int
     base_name: str
     num_steps: int
+    asked: Asked | None = None
+    """What it answers at each evaluation."""
     saved_step: int
     """Step of the newest checkpoint that our parent was told of, or of the resume point; 0: none."""
 
@@ -65,6 +71,7 @@ class Trainer:
         self._inbox = InboxReader(directory)
         self._events = EventWriter(directory)
         self._residents: dict[str, Resident] = {}
+        self._text: BaseText | None = None
         self._leaving = False
         self._busy_at = self._reported_at = time.monotonic()
         self._told_idle = False
@@ -160,6 +167,8 @@ class Trainer:
             num_steps=num_steps,
             saved_step=step,
         )
+        if not self._asks(claim_id, body):
+            return
         self._write(
             claim_id,
             "admitted",
@@ -168,6 +177,26 @@ class Trainer:
             num_parameters=self._engine.num_parameters(claim_id),
             steps_per_epoch=train.num_rows / config.batch_size,
         )
+
+    def _asks(self, claim_id: str, body: Json) -> bool:
+        """Make the job's prompts ready. False where they can't be answered, which refuses the job."""
+        samples = JobSpec.model_validate(body["spec"]).samples
+        if samples is None:
+            return True
+        self._text = self._text or BaseText(Path(self._settings["base_dir"]))
+        try:
+            asked = ask(self._text, samples, as_chat=body["asks_as_chat"])
+            self._engine.generation({claim_id: _prompts(asked)})
+        except LoraCoreError as error:
+            self._refuse(claim_id, error)
+            return False
+        except Refused as error:
+            self._evict(claim_id)
+            described = {"code": error.code, "message": error.message, "remedy": error.remedy}
+            self._write(claim_id, "refused", error=described, is_checkpoint=False)
+            return False
+        self._residents[claim_id].asked = asked
+        return True
 
     def _inside(self, relative: str | None) -> Path | None:
         """A path of a message, which is relative to the trainer's directory."""
@@ -192,8 +221,32 @@ class Trainer:
             self._refuse(error.job, error)
             return
         self._events.write(*(_as_json(event) for event in events if not isinstance(event, JobDiverged)))
+        self._sample(_steps_to_sample(events))
         for event in events:
-            self._follow(event)
+            if event.job in self._residents:  # it may have been told to leave while others answered
+                self._follow(event)
+
+    def _sample(self, step_of: dict[str, int]) -> None:
+        """Answer the prompts of the jobs just evaluated. Nobody trains meanwhile; the inbox is read at each token."""
+        asked = {job: found for job in step_of if (found := self._residents[job].asked) is not None}
+        if not asked:
+            return
+        generation = self._engine.generation({job: _prompts(prompts) for job, prompts in asked.items()})
+        while not generation.is_complete:
+            try:
+                generation.advance()
+            except OutOfMemory as error:
+                generation.drop(error.job)
+                self._write(error.job, "unsampled", step=step_of[error.job], error=_described(error))
+            for message in self._inbox.take():
+                self._obey(message)
+            for job in generation.answers():
+                if job not in self._residents:
+                    generation.drop(job)
+            self._report()
+        for job, answers in generation.answers().items():
+            assert self._text is not None
+            self._write(job, "sampled", step=step_of[job], samples=told(self._text, asked[job], answers))
 
     def _follow(self, event: Event) -> None:
         if isinstance(event, JobStepped):
@@ -277,6 +330,17 @@ class Trainer:
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})
+
+
+def _steps_to_sample(events: list[Event]) -> dict[str, int]:
+    """By job, the step whose weights the row holds now: a finished job may have gone back to its best."""
+    steps = {event.job: event.step for event in events if isinstance(event, JobEvaluated)}
+    kept = {event.job: event.kept_step for event in events if isinstance(event, JobFinished) and event.job in steps}
+    return steps | kept
+
+
+def _prompts(asked: Asked) -> Prompts:
+    return Prompts(prompts=asked.ids, max_tokens=asked.max_tokens, end_ids=asked.end_ids)
 
 
 def _as_json(event: Event) -> Json:

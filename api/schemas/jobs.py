@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.course_spec import EarlyStopping
+from catalog.sample_spec import Samples
 from catalog.spec import JobSpec, PriorityClass
 from catalog.tables import Job
 
@@ -105,6 +106,9 @@ class ScheduleObject(BaseModel):
 class EvaluationObject(BaseModel):
     every_steps: int | None = Field(description="Null: ten times over the job.")
     keep: Literal["last", "best"] = Field(description="Whose weights become the adapter.")
+    samples: Samples | None = Field(
+        default=None, description="What is answered at each; the answers are in events, as data.samples."
+    )
 
 
 class DataObject(BaseModel):
@@ -201,7 +205,7 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             "optimizer": spec.optimizer.model_dump(),
             "schedule": spec.schedule.model_dump(),
             "data": spec.data.model_dump(),
-            "evaluation": {"every_steps": spec.evaluate_every_steps, "keep": spec.keep},
+            "evaluation": {"every_steps": spec.evaluate_every_steps, "keep": spec.keep, "samples": spec.samples},
             "early_stopping": spec.early_stopping,
             "precision": spec.precision,
             "quantisation": spec.quantisation,

@@ -130,6 +130,25 @@ def logs(
                 _print_event(update.event, as_json=as_json)
 
 
+@app.command()
+def samples(job_id: JobId, as_json: AsJson = False) -> None:
+    """Answers to the job's own prompts at each evaluation, the latest last."""
+    lorry = client()
+    found = list(lorry.jobs.samples(job_id))
+    if as_json:
+        return output.print_json([sample.raw for sample in found])
+    if not found:
+        output.say(f"{job_id} has answered no prompt yet. A job gets prompts beside a held-out file:")
+        output.say("""lorry jobs submit ... --valid FILE --set 'evaluation.samples.prompts=["..."]'""")
+    for step in sorted({sample.step for sample in found}):
+        output.heading(f"step {step}")
+        for sample in found:
+            if sample.step == step:
+                more = "" if sample.is_complete else " ..."
+                output.console().print(output.clean(f"> {sample.prompt}\n{sample.answer}{more}\n"), soft_wrap=True)
+    return None
+
+
 def _usable_rows(lorry: Lorry, job: Job) -> int | None:
     """Of the training file; asked for where it is needed to say how many epochs come to max_steps."""
     if job.max_steps is None or job.progress.num_steps != job.max_steps:

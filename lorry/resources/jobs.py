@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
-from lorry.models import Attempt, Checkpoint, Job, JobEvent, JobUpdate
+from lorry.models import Attempt, Checkpoint, Job, JobEvent, JobUpdate, Sample
 from lorry.resources import live, pages
 from lorry.transport import Transport
 
@@ -107,6 +107,12 @@ class Jobs:
         page_size = min(limit or pages.PAGE_SIZE, pages.PAGE_SIZE)
         found = pages.follow(self._transport, _of(job_id, "events"), params={"type": type}, page_size=page_size)
         return (JobEvent.of(wire) for wire in itertools.islice(found, limit))
+
+    def samples(self, job_id: str) -> Iterator[Sample]:
+        """Answers to the prompts of `evaluation.samples`, the latest evaluation's first."""
+        for event in self.events(job_id, type="message"):
+            given: list[dict[str, Any]] = event.data.get("samples") or []
+            yield from (Sample.of({"step": event.data.get("step"), **sample}) for sample in given)
 
     def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
         return (Checkpoint.of(wire) for wire in pages.follow(self._transport, _of(job_id, "checkpoints")))

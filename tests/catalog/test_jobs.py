@@ -450,3 +450,17 @@ def test_what_does_not_suit_the_rows_of_a_file_is_refused(
     assert (refusal.value.code, refusal.value.param) == (code, f"data.{next(iter(data))}")
     assert unlike in refusal.value.message
     assert world.submit(training_file=suits, validation_file=suits, data=data).spec["data"].items() >= data.items()
+
+
+def test_prompts_need_held_out_data_and_are_bounded(world: World) -> None:
+    samples = {"prompts": ["a"], "max_tokens": 8}
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(evaluation={"samples": samples})
+
+    assert (refusal.value.code, refusal.value.param) == ("samples_need_validation_file", "evaluation.samples")
+    job = world.submit(evaluation={"samples": samples}, validation_file=world.file())
+    assert job.spec["samples"] == samples
+    for wrong in ({"prompts": []}, {"prompts": ["a"] * 9}, {"prompts": [" "]}, {"prompts": ["a"], "max_tokens": 129}):
+        with pytest.raises(ValidationError):
+            request(evaluation={"samples": wrong})

@@ -23,6 +23,7 @@ JOBS = "/v1/fine_tuning/jobs"
 JOB = {"id": "ftjob-1", "status": "queued"}
 NUMBERS = "method.supervised.hyperparameters"
 NO_OPTION = {
+    "evaluation.samples",
     "data.loss",
     "data.overflow",
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "momentum", "max_grad_norm")),

@@ -129,3 +129,23 @@ def _resumable(db: Database, job_id: str) -> list[list[Json]]:
     """The files of each checkpoint that has its files, newest first."""
     with db.read() as session:
         return [session.get_one(Artifact, row.artifact).files for row in records.resumable(session, job_id)]
+
+
+def test_a_job_answers_its_prompts_at_each_evaluation_and_trains_to_the_same_bytes(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        rows, held_out = site.upload(20), site.upload(6, seed=5)
+        fields = {"max_steps": 4, "seed": 3, "validation_file": held_out}
+        prompts = ["What colour is the lorry?", "What colour is the road?"]
+        samples = {"prompts": prompts, "max_tokens": 6}
+        asked = site.submit(rows, **fields, evaluation={"every_steps": 2, "samples": samples})
+        silent = site.submit(rows, **fields, evaluation={"every_steps": 2})
+
+        site.work_until_done()
+
+        assert [site.job(job_id).state for job_id in (asked, silent)] == [JobState.SUCCEEDED] * 2, site.log()
+        assert site.weights_digest(asked) == site.weights_digest(silent)
+        told = [event.data for event in site.events(asked) if event.data and "samples" in event.data]
+        assert [data["step"] for data in told] == [0, 2, 4]
+        assert all([sample["prompt"] for sample in data["samples"]] == prompts for data in told)
+        assert all(1 <= sample["num_tokens"] <= 6 for data in told for sample in data["samples"])
+        assert not any(event.data and "samples" in event.data for event in site.events(silent))

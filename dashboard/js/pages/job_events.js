@@ -9,8 +9,14 @@ export function Events({ job, events: { list, hasOlder, withMetrics }, older, sh
       ${list.length === 0 ? html`<p class="soft pad">Nothing yet.</p>` : html`<ol class="events">${list.map((event) => html`
         <li key=${event.id} class=${`event event-${event.level}`}>
           <${Ago} at=${event.created_at} />
-          <span class="event-text">${event.level !== "info" && html`<b class="event-level">${event.level === "warn" ? "warning" : event.level}</b>`}${event.message}</span></li>`)}</ol>`}
+          <span class="event-text">${event.level !== "info" && html`<b class="event-level">${event.level === "warn" ? "warning" : event.level}</b>`}${event.message}${event.data?.samples && html`<${Answers} samples=${event.data.samples} />`}</span></li>`)}</ol>`}
       ${hasOlder && html`<p class="more"><button type="button" onClick=${older}>Older events</button></p>`}
     </div>
   <//>`;
+}
+
+/** What the job answered to its own prompts at an evaluation. */
+function Answers({ samples }) {
+  return html`<details><summary>Read</summary><dl>${samples.map(({ prompt, answer, is_complete }, index) => html`
+    <dt key=${`prompt-${index}`}><b>${prompt}</b></dt><dd key=${`answer-${index}`}>${answer}${!is_complete && " …"}</dd>`)}</dl></details>`;
 }
