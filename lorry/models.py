@@ -81,6 +81,8 @@ class Job(View):
 
     id: str = ""
     status: str = ""
+    phase: str | None = None
+    """Of a running job: loading, training or verifying."""
     model: str = ""
     training_file: str = ""
     validation_file: str | None = None

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from catalog.course_spec import EarlyStopping
 from catalog.sample_spec import Samples
 from catalog.spec import JobSpec, PriorityClass
+from catalog.states import JobState
 from catalog.tables import Job
 
 JOB_EXAMPLE: dict[str, Any] = {
@@ -144,6 +145,10 @@ class FineTuningJob(BaseModel):
     finished_at: int | None
     estimated_finish: int | None
     status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    phase: Literal["loading", "training", "verifying"] | None = Field(
+        description="Of a running job. loading: no trainer has ever taken it yet; verifying: all its steps are done, "
+        "and PEFT checks the adapter. Null in any other state."
+    )
     reason: str | None = Field(description="Why the last attempt ended.")
     model: str
     base_digest: str
@@ -237,6 +242,7 @@ def _run(row: Job) -> dict[str, Any]:
     """What has become of it."""
     return {
         "status": row.state,
+        "phase": _phase(row),
         "reason": row.reason,
         "started_at": _seconds(row.started_at),
         "finished_at": _seconds(row.finished_at),
@@ -260,6 +266,15 @@ def _estimated_finish(row: Job) -> int | None:
     if row.state != "running" or not isinstance(seconds_left, int | float):
         return None
     return int(time.time() + seconds_left)
+
+
+def _phase(row: Job) -> str | None:
+    if row.state != JobState.RUNNING:
+        return None
+    if row.started_at is None:
+        return "loading"
+    step = (row.progress or {}).get("step", 0)
+    return "verifying" if row.num_steps and step >= row.num_steps else "training"
 
 
 def _seconds(value: float | None) -> int | None:

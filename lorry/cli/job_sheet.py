@@ -22,10 +22,15 @@ def sheet(job: Job, *, why: str | None, usable_rows: int | None) -> Iterator[tup
     yield from _configuration(job, usable_rows)
 
 
+_PHASES = {"loading": "its base model is being loaded", "verifying": "its adapter is being verified"}
+
+
 def status(job: Job) -> str:
     for wanted, verb in ((job.cancel_requested, "cancelled"), (job.pause_requested, "paused")):
         if wanted and job.status == "running":
             return f"running, and will be {verb} at its next tick"
+    if job.status == "running" and job.phase in _PHASES:
+        return f"running: {_PHASES[job.phase]}"
     return watching.how_to_resume(job) if job.status == "paused" else job.status
 
 

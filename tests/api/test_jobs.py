@@ -38,6 +38,24 @@ def test_a_job_is_shown_with_all_its_numbers_resolved(client: TestClient, world:
     assert client.get(f"{JOBS}/{job['id']}").json() == job
 
 
+def test_a_running_job_tells_whether_it_loads_trains_or_verifies(client: TestClient, world: World) -> None:
+    def phase() -> str | None:
+        return client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["phase"]
+
+    job = world.queued()
+    assert phase() is None
+    world.worker()
+    (claim,) = world.claim()
+    assert phase() == "loading"
+    claims.started(world.db, claim.claim_id, trainer_id="t", resumed_from_step=None)
+    claims.record_progress(world.db, claim.claim_id, {"step": 9, "num_steps": 10})
+    assert phase() == "training"
+    claims.record_progress(world.db, claim.claim_id, {"step": 10, "num_steps": 10})
+    assert phase() == "verifying"
+    world.complete(claim.claim_id)
+    assert phase() is None
+
+
 def test_an_explicit_null_is_the_same_as_nothing(client: TestClient, world: World) -> None:
     names = ("validation_file", "method", "hyperparameters", "suffix", "seed", "metadata", "integrations")
     nulls: dict[str, Any] = dict.fromkeys(names)

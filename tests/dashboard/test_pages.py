@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from playwright.sync_api import Locator
 from sqlalchemy import select
@@ -32,6 +34,17 @@ const setDash = CanvasRenderingContext2D.prototype.setLineDash;
 CanvasRenderingContext2D.prototype.setLineDash = function (dash) {
   window.dashes.push([...dash]);
   setDash.call(this, dash);
+};
+"""
+RECORD_TEXTS = """
+window.texts = [];
+const fillText = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  const { a, e } = this.getTransform();
+  const width = this.measureText(text).width;
+  const before = {right: width, end: width, center: width / 2}[this.textAlign] ?? 0;
+  window.texts.push([text, a * (x - before) + e]);
+  fillText.call(this, text, x, y);
 };
 """
 LOOKS = [(1280, "light"), (390, "dark")]
@@ -87,6 +100,31 @@ def test_the_jobs_page_tells_state_progress_loss_and_when_each_is_done(filled: S
     assert "running" in row.inner_text()
     assert "121 / 240 steps" in row.inner_text()
     assert "2 min 47 s" in row.inner_text()
+
+
+def test_the_jobs_page_counts_the_paused_beside_the_running_and_the_waiting(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open("#/jobs")
+
+    tally = " ".join(visitor.page.locator(".tally").inner_text().split())
+    assert re.fullmatch(r"\d+ running \d+ waiting 1 paused \d+ succeeded", tally)
+
+
+def test_a_curves_labels_are_whole_however_long_its_numbers_are(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled, width=390)
+    visitor.page.add_init_script(RECORD_TEXTS)
+    rates = [0.00011 + step * 1.5e-7 for step in range(60)]
+    points = [{"step": step, "loss": 1.0, "kind": "train", "learning_rate": rate} for step, rate in enumerate(rates)]
+    curve = {"object": "list", "data": points, "has_more": False}
+    visitor.page.route("**/metrics?kind=train", lambda route: route.fulfill(json=curve))
+
+    visitor.open(address(filled, PLACES["running job"]))
+    visitor.page.locator("figure").filter(has_text="Learning rate").locator("canvas").wait_for()
+
+    texts: list[tuple[str, float]] = visitor.page.evaluate("window.texts")
+    assert any(text.startswith("1.1") for text, _ in texts), texts
+    assert [text for text, left in texts if left < 0] == []
 
 
 def test_the_jobs_page_tells_the_held_out_loss_beside_that_of_the_last_batch(filled: Service, visit: Visit) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lorry import Job, Lorry, WaitTimeout
+from lorry.cli.job_sheet import status
 from lorry.errors import ConnectionFailed, LorryError, NotFound, ServerFailed
 from lorry.models import JobUpdate
 from lorry.resources import live
@@ -169,3 +170,17 @@ def test_unknown_fields_are_kept_and_missing_ones_have_a_default() -> None:
     assert job.raw["later"] == [1]
     assert job.progress.step == 0
     assert job.error is None
+
+
+def test_a_running_job_says_what_it_does_beside_training() -> None:
+    said = {
+        phase: status(Job.of({"id": "j", "status": "running", "phase": phase}))
+        for phase in ("loading", "training", "verifying", None)
+    }
+
+    assert said == {
+        "loading": "running: its base model is being loaded",
+        "training": "running",
+        "verifying": "running: its adapter is being verified",
+        None: "running",
+    }

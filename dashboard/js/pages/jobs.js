@@ -14,6 +14,7 @@ const FILTERS = [
   ["active", "Active", (job) => !FINAL.has(job.status)],
   ["running", "Running", (job) => job.status === "running"],
   ["waiting", "Waiting", (job) => job.status === "queued" || job.status === "validating_files"],
+  ["paused", "Paused", (job) => job.status === "paused"],
   ["succeeded", "Succeeded", (job) => job.status === "succeeded"],
   ["ended", "Failed or cancelled", (job) => job.status === "failed" || job.status === "cancelled"],
 ];
@@ -59,7 +60,7 @@ function NoJobs() {
 
 function Tally({ jobs }) {
   const number = (test) => jobs.filter(test).length;
-  const parts = FILTERS.slice(2, 5).map(([, name, test]) => [name.toLowerCase(), number(test)]).filter(([, value]) => value);
+  const parts = FILTERS.slice(2, 6).map(([, name, test]) => [name.toLowerCase(), number(test)]).filter(([, value]) => value);
   if (!parts.length) return null;
   return html`<p class="tally">${parts.map(([name, value]) => html`<span key=${name}><b>${format.count(value)}</b> ${name}</span>`)}</p>`;
 }

@@ -10,12 +10,15 @@ const WORDS = {
   succeeded: "succeeded", failed: "failed", cancelled: "cancelled",
 };
 
+/** A running job that does not train. */
+const PHASES = { loading: "loading its base", verifying: "verifying" };
+
 export const stateWord = (status) => WORDS[status] || status;
 
 /** What the job is doing in one word, with what was asked of it but has not happened yet. */
 export function State({ job }) {
   const asked = job.status === "running" && (job.cancel_requested ? "cancelling" : job.pause_requested ? "pausing" : null);
-  return html`<span class=${`state state-${job.status}`}><span class="dot" aria-hidden="true"></span>${asked || stateWord(job.status)}</span>`;
+  return html`<span class=${`state state-${job.status}`}><span class="dot" aria-hidden="true"></span>${asked || PHASES[job.phase] || stateWord(job.status)}</span>`;
 }
 
 /** A moment, relative; the whole date on hover. */

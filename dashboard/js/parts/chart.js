@@ -101,11 +101,21 @@ function options(series, width, height, onPoint, smallest) {
     scales: { x: { time: false }, y: { range: (_, low, high) => spread(low, high, smallest) } },
     axes: [
       { ...axis, size: 28, gap: 4, values: (_, steps) => steps.map((step) => (Number.isInteger(step) ? format.count(step) : "")) },
-      { ...axis, size: 58, gap: 6, values: (_, values) => values.map((value) => format.power(value)) },
+      { ...axis, size: roomFor, gap: 6, values: (_, values) => values.map((value) => format.power(value)) },
     ],
     series: [{}, ...series.map((one) => drawn(one))],
     hooks: { setCursor: [(chart) => onPoint(chart.cursor.idx ?? null)] },
   };
+}
+
+const LEAST_ROOM = 58;
+
+/** Width of the labels beside the axis, which are drawn on the canvas: the widest of them, and its gap. */
+function roomFor(chart, labels, index, cycle) {
+  if (cycle > 1) return chart.axes[index]._size; // uPlot asks again until its layout rests
+  chart.ctx.font = chart.axes[index].font[0];
+  const widths = (labels || []).map((label) => chart.ctx.measureText(label).width / devicePixelRatio);
+  return Math.ceil(Math.max(LEAST_ROOM, ...widths.map((width) => width + 2 * chart.axes[index].gap)));
 }
 
 const DASH = [6, 4];
