@@ -69,6 +69,14 @@ def create(
     return file
 
 
+def same_content(db: Database, file: File) -> str | None:
+    """The id of the project's earliest other file with the same bytes and purpose; None where there is none."""
+    with db.read() as session:
+        others = select(File.id).where(File.project_id == file.project_id, File.digest == file.digest)
+        others = others.where(File.purpose == file.purpose, File.id != file.id, File.deleted_at.is_(None))
+        return session.scalar(others.order_by(File.created_at, File.id).limit(1))
+
+
 def get(db: Database, *, project_id: str, file_id: str) -> File:
     """Raises NotFound, also for a deleted file and for another project's."""
     with db.read() as session:

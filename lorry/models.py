@@ -43,6 +43,8 @@ class File(View):
     bytes: int = 0
     rows: int | None = None
     kind: str | None = None
+    same_content_as: str | None = None
+    """After an upload: an earlier file with the same bytes."""
     status: str = ""
     created_at: int = 0
 

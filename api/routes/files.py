@@ -62,7 +62,7 @@ async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
             digest=upload.digest,
             settings=use.settings,
         )
-    return file_object(row)
+    return file_object(row, same_content_as=await run_in_threadpool(files.same_content, use.db, row))
 
 
 @router.get("", operation_id="list_files")

@@ -43,6 +43,9 @@ class FileObject(BaseModel):
     rows: int | None = Field(description="Lines of a data set; null for other purposes.")
     kind: str | None = Field(description=f"What its rows are: {', '.join(KIND_NAMES)}; null for other purposes.")
     digest: str = Field(description="sha256 of the content.")
+    same_content_as: str | None = Field(
+        default=None, description="In the answer to an upload: an earlier file of the project with the same bytes."
+    )
 
 
 class FileDeleted(BaseModel):
@@ -70,7 +73,7 @@ class DataReport(BaseModel):
     report: dict[str, Any] | None = Field(description="Null until a worker has prepared the file.")
 
 
-def file_object(row: File) -> FileObject:
+def file_object(row: File, *, same_content_as: str | None = None) -> FileObject:
     return FileObject(
         id=row.id,
         bytes=row.num_bytes,
@@ -80,4 +83,5 @@ def file_object(row: File) -> FileObject:
         rows=row.num_rows,
         kind=row.kind or ("chat" if row.num_rows is not None else None),
         digest=row.digest,
+        same_content_as=same_content_as,
     )

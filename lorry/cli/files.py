@@ -26,15 +26,7 @@ app = group("Data sets.")
 
 @app.command()
 def upload(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            help="JSON Lines.",
-        ),
-    ],
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="JSON Lines.")],
     purpose: Annotated[str, typer.Option(help="fine-tune, unless you know better.")] = "fine-tune",
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +98,10 @@ def delete(
 def upload_with_bar(lorry: Lorry, path: Path, *, purpose: str = "fine-tune") -> File:
     """Uploads with a bar on stderr, where that is a terminal."""
     with byte_bar(f"Uploading {path.name}") as on_progress:
-        return lorry.files.upload(path, purpose=purpose, on_progress=on_progress)
+        file = lorry.files.upload(path, purpose=purpose, on_progress=on_progress)
+    if file.same_content_as is not None:
+        output.say(f"{path.name} was there already, as {file.same_content_as}; it is kept a second time, as {file.id}.")
+    return file
 
 
 @contextmanager

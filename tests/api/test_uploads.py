@@ -290,3 +290,15 @@ def test_a_file_tells_the_kind_of_its_rows(client: TestClient, content: bytes, k
     assert made["kind"] == kind
     assert client.get(f"/v1/files/{made['id']}").json()["kind"] == kind
     assert upload(client, content, purpose="user_data").json()["kind"] is None
+
+
+def test_an_upload_of_the_same_bytes_is_taken_and_names_the_earlier_file(client: TestClient) -> None:
+    first = upload(client, chat_lines(2)).json()
+    other = upload(client, chat_lines(3)).json()
+    as_other_data = upload(client, chat_lines(2), purpose="user_data").json()
+
+    again = upload(client, chat_lines(2), name="copy.jsonl").json()
+
+    assert [made["same_content_as"] for made in (first, other, as_other_data, again)] == [None, None, None, first["id"]]
+    client.delete(f"/v1/files/{first['id']}")
+    assert upload(client, chat_lines(2)).json()["same_content_as"] == again["id"]

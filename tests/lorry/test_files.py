@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,3 +92,13 @@ def test_a_failed_import_is_raised_with_its_own_words(service: Script, client: L
 
     assert (failed.value.code, failed.value.remedy) == ("no_weights", "Name another folder.")
     assert slept == [0.5]
+
+
+def test_a_file_that_was_there_already_is_pointed_out_and_taken(service: Script, path: Path, run: Any) -> None:
+    service.on("POST", "/v1/files", {"id": "file-2", "same_content_as": "file-1"}, {"id": "file-3"})
+
+    again, new = run("files", "upload", path), run("files", "upload", path)
+
+    assert (again.stdout, new.stdout) == ("file-2\n", "file-3\n")
+    assert again.stderr == f"{path.name} was there already, as file-1; it is kept a second time, as file-2.\n"
+    assert new.stderr == ""

@@ -52,7 +52,7 @@ function form(purpose, file) {
   return fields;
 }
 
-const told = (file) => `${file.filename} was uploaded: ${typeof file.rows === "number" ? `${format.plural(file.rows, "row")}, ` : ""}${format.bytes(file.bytes)}.`;
+const told = (file) => `${file.filename} was uploaded: ${typeof file.rows === "number" ? `${format.plural(file.rows, "row")}, ` : ""}${format.bytes(file.bytes)}.${file.same_content_as ? ` The same content was there already, as ${file.same_content_as}.` : ""}`;
 
 /** One line for each line of the file that the message names, then what to do. */
 function Refusal({ error: { message, remedy } }) {
