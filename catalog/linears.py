@@ -81,6 +81,8 @@ def adapted(description: Description, lora: LoraSpec, *, base_name: str) -> list
     paths = [linear.path for linear in chosen]
     ranks = _values(paths, lora.rank_pattern, lora.rank, matcher, "lora.rank_pattern")
     _values(paths, lora.alpha_pattern, lora.alpha, matcher, "lora.alpha_pattern")
+    if lora.begins_with_the_base:
+        _check_ranks(chosen, ranks, lora.init_lora_weights)
     return [Adapted(linear=linear, rank=rank) for linear, rank in zip(chosen, ranks, strict=True)]
 
 
@@ -164,6 +166,18 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
                 param=param,
             )
     return values
+
+
+def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str) -> None:
+    for linear, rank in zip(linears, ranks, strict=True):
+        if rank > min(linear.out_features, linear.in_features):
+            raise InvalidRequest(
+                f"{init_lora_weights} has nothing to begin with for rank {rank} of {linear.path}, which is "
+                f"{linear.out_features} by {linear.in_features}.",
+                code="rank_too_high",
+                remedy="Give it no higher rank than its smaller side, by lora.rank or lora.rank_pattern.",
+                param="lora.rank",
+            )
 
 
 class _Matcher:

@@ -41,6 +41,7 @@ def _targets(text: str) -> str:
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,128}$")]
 TargetExpression = Annotated[str, StringConstraints(pattern=r"^re:.{1,256}$"), AfterValidator(_targets)]
 PatternKey = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATTERN_CHARS), AfterValidator(_expression)]
+InitialWeights = Annotated[str, StringConstraints(pattern=r"^(default|gaussian|pissa|pissa_niter_[1-9][0-9]?|olora)$")]
 Layer = Annotated[int, Field(ge=0, le=10_000)]
 
 
@@ -67,6 +68,13 @@ class LoraRequest(Strict):
     use_rslora: bool = Field(default=False, description="Scale by alpha/sqrt(rank) (arXiv 2312.03732).")
     use_dora: bool = Field(
         default=False, description="Learn the length of each output's weights beside A and B (arXiv 2402.09353)."
+    )
+    init_lora_weights: InitialWeights = Field(
+        default="default",
+        description=(
+            "Where A and B begin: default (Kaiming-uniform A, B of zeros), gaussian, pissa (arXiv 2404.02948), "
+            "pissa_niter_N, or olora (arXiv 2406.01775)."
+        ),
     )
 
     @field_validator("target_modules")
@@ -109,6 +117,12 @@ class LoraSpec(Strict):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     use_dora: bool = False
+    init_lora_weights: str = "default"
+
+    @property
+    def begins_with_the_base(self) -> bool:
+        """Whether A and B begin with a part of each weight, which is then subtracted from the base model."""
+        return begins_with_the_base(self.init_lora_weights)
 
     @property
     def target_expression(self) -> str | None:
@@ -117,6 +131,11 @@ class LoraSpec(Strict):
         if not isinstance(wanted, str) or not wanted.startswith(REGEX_PREFIX):
             return None
         return wanted.removeprefix(REGEX_PREFIX)
+
+
+def begins_with_the_base(init_lora_weights: str | None) -> bool:
+    """None: a spec of before there was a choice."""
+    return init_lora_weights not in (None, "default", "gaussian")
 
 
 def resolve_lora(lora: LoraRequest) -> LoraSpec:

@@ -47,12 +47,23 @@ def row_bytes(num_parameters: int) -> int:
     return VECTORS_PER_ROW * 4 * num_parameters
 
 
-def own_bytes(description: Mapping[str, Any], *, num_parameters: int, dropout: float, keeps_best: bool = False) -> int:
+def own_bytes(
+    description: Mapping[str, Any],
+    *,
+    num_parameters: int,
+    dropout: float,
+    keeps_best: bool = False,
+    keeps_start_in: str | None = None,
+) -> int:
     """What a job takes wherever it trains: its row, the best weights where it keeps them and, with dropout, a slice's
-    mask as if every linear had one."""
+    mask as if every linear had one.
+
+    keeps_start_in: the precision in which a start that is subtracted (PiSSA, OLoRA) stands beside the weights.
+    """
     shapes: Shapes = description.get("linear_shapes", {})
     mask = SLICE_TOKENS * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
-    return row_bytes(num_parameters) + (4 * num_parameters if keeps_best else 0) + mask
+    start = 0 if keeps_start_in is None else 2 * num_parameters * BYTES_PER_NUMBER[keeps_start_in]
+    return row_bytes(num_parameters) + (4 * num_parameters if keeps_best else 0) + start + mask
 
 
 def base_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none") -> int:

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from catalog import fair_share, fleet, memory, packing
 from catalog.db import Database, read_clock
 from catalog.fair_share import Candidate, Turn
+from catalog.lora_spec import begins_with_the_base
 from catalog.spec import PriorityClass
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
 from catalog.tables import BaseModelRow, Job, Json, Project
@@ -47,6 +48,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             Job.adapter_parameters,
             Job.spec["lora"]["dropout"].as_float().label("dropout"),
             Job.spec["keep"].as_string().label("keep"),
+            Job.spec["lora"]["init_lora_weights"].as_string().label("start"),
             Job.counted_attempts,
         )
         .where(Job.state == JobState.QUEUED, is_due)
@@ -71,6 +73,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
                 num_parameters=row.adapter_parameters,
                 dropout=row.dropout,
                 keeps_best=row.keep == "best",
+                keeps_start_in=packing.precision_of(row.pack_key) if begins_with_the_base(row.start) else None,
             ),
             trainer_bytes=needs[row.base_model, row.pack_key][0],
             slice_bytes=needs[row.base_model, row.pack_key][1],

@@ -14,6 +14,7 @@ from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
+from catalog.lora_spec import begins_with_the_base
 from catalog.moves import move
 from catalog.packing import pack_key
 from catalog.row_kinds import known_kind
@@ -232,6 +233,13 @@ def _check_quantisation(session: Session, request: JobRequest, *, now: float) ->
             code="dora_on_quantised_base",
             remedy="Leave out lora.use_dora or quantisation.",
             param="lora.use_dora",
+        )
+    if begins_with_the_base(request.lora.init_lora_weights):
+        raise InvalidRequest(
+            f"{request.lora.init_lora_weights} decomposes the base's weights, which a quantised base does not have.",
+            code="start_on_quantised_base",
+            remedy="Leave out lora.init_lora_weights or quantisation.",
+            param="lora.init_lora_weights",
         )
     found = fleet.quantisations(session, now=now)
     if found is None or request.quantisation in found:

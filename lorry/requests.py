@@ -21,6 +21,8 @@ class Lora(TypedDict, total=False):
     alpha_pattern: dict[str, float]
     use_rslora: bool
     use_dora: bool
+    init_lora_weights: str
+    """"default", "gaussian", "pissa", "pissa_niter_N" or "olora"."""
 
 
 class Optimizer(TypedDict, total=False):

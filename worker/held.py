@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from catalog import memory
 from catalog.claims import Claim
+from catalog.lora_spec import begins_with_the_base
 from catalog.records import KEPT_CHECKPOINTS
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
 from catalog.tables import Checkpoint, Json
@@ -58,10 +59,13 @@ class Held:
     def own_bytes(self, description: Json) -> int:
         """What it takes in its trainer, beside its part of a tick. description: the base's."""
         job = self.claim.job
-        dropout = float(job.spec["lora"]["dropout"])
-        keeps_best = job.spec.get("keep") == "best"
+        lora = job.spec["lora"]
         return memory.own_bytes(
-            description, num_parameters=job.adapter_parameters, dropout=dropout, keeps_best=keeps_best
+            description,
+            num_parameters=job.adapter_parameters,
+            dropout=float(lora["dropout"]),
+            keeps_best=job.spec.get("keep") == "best",
+            keeps_start_in=job.spec["precision"] if begins_with_the_base(lora.get("init_lora_weights")) else None,
         )
 
     def outdated(self) -> list[Json]:

@@ -57,6 +57,7 @@ def _lora_config(lora: LoraSpec) -> LoraConfig:
         alpha_pattern=tuple(sorted(lora.alpha_pattern.items())),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
     )
 
 

@@ -84,6 +84,7 @@ class LoraObject(BaseModel):
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     use_dora: bool
+    init_lora_weights: str
 
 
 class OptimizerObject(BaseModel):

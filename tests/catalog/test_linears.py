@@ -66,6 +66,12 @@ def test_names_numbers_and_patterns_choose_layers_as_in_peft() -> None:
         ),
         ({"rank_pattern": {"q_proj": 8, "0.self_attn.q_proj": 2}}, "ambiguous_pattern", "rank_pattern", "no order"),
         ({"alpha_pattern": {"q_proj": 8, ".*": 2.5}}, "ambiguous_pattern", "alpha_pattern", "no order"),
+        (
+            {"init_lora_weights": "pissa", "rank_pattern": {"project_in": 33}},
+            "rank_too_high",
+            "rank",
+            "smaller side",
+        ),
         ({"rank_pattern": {r"((\w|\w\w|\.)+)+[XY]": 8}}, "pattern_too_slow", "rank_pattern", "nested"),
     ],
 )
@@ -111,6 +117,7 @@ def test_a_base_described_without_paths_takes_names_alone() -> None:
         {"rank_pattern": {f"q{number}": 1 for number in range(33)}},
         {"alpha_pattern": {"q_proj": 0}},
         {"layers_to_transform": []},
+        {"init_lora_weights": "pissa_niter_0"},
         {"layers_to_transform": [-1]},
         {"layers_to_transform": [0], "target_modules": "re:.*q_proj"},
     ],

@@ -74,6 +74,12 @@ def test_a_job_with_dropout_keeps_a_byte_for_each_input_of_each_linear_and_token
     assert memory.own_bytes(description, num_parameters=1000, dropout=0.1) == 16_000 + 1024 * 32 * 4
 
 
+def test_a_start_that_is_subtracted_stands_beside_the_weights_in_the_bases_precision() -> None:
+    for precision, width in (("bfloat16", 2), ("float32", 4)):
+        own = memory.own_bytes({}, num_parameters=1000, dropout=0.0, keeps_start_in=precision)
+        assert own == 16_000 + 2 * width * 1000
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (3 * 10**12, "3.0 TB")]
 )

@@ -257,6 +257,25 @@ def test_dora_is_refused_on_a_quantised_base_before_it_waits(world: World) -> No
     assert (refusal.value.code, refusal.value.param) == ("dora_on_quantised_base", "lora.use_dora")
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_from_the_bases_weights_is_refused_where_those_are_quantised(world: World, init: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(quantisation="nf4", lora={"init_lora_weights": init})
+
+    assert (refusal.value.code, refusal.value.param) == ("start_on_quantised_base", "lora.init_lora_weights")
+    assert world.submit(quantisation="nf4", lora={"init_lora_weights": "gaussian"}).state == "validating_files"
+
+
+def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World) -> None:
+    plain = world.queued()
+    begun = world.queued(lora={"init_lora_weights": "pissa"}, precision="float32")
+
+    with world.db.read() as session:
+        own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in queue.turns(session, now=world.clock())}
+
+    assert own[begun.id] == own[plain.id] + 2 * 4 * begun.adapter_parameters
+
+
 def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: World) -> None:
     world.worker(quantisations=("nf4", "int8"))
     plain, nf4, int8 = world.queued(), world.queued(quantisation="nf4"), world.queued(quantisation="int8")

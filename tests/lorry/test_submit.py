@@ -93,7 +93,7 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
         "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
         "--precision float32 --quantization nf4 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s "
-        "--priority batch "
+        "--priority batch --init pissa "
         "--schedule wsd --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
         "--optimizer sgd --set optimizer.momentum=0.9 --decay 0.3 --keep last --patience 3 "
         "--set early_stopping.min_delta=0.5 "
@@ -117,6 +117,7 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
             "rank_pattern": {"q_proj": 8},
             "alpha_pattern": {"(?=q).*": 2.5},
             "use_dora": True,
+            "init_lora_weights": "pissa",
         },
         "optimizer": {
             "type": "sgd",

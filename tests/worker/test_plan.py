@@ -85,6 +85,7 @@ def test_the_shape_of_an_adapter_reaches_the_engine_whatever_the_order_of_its_ke
         "rank_pattern": {"up_proj": 8, "q_proj": 2},
         "alpha_pattern": {"q_proj": 3},
         "use_dora": True,
+        "init_lora_weights": "pissa_niter_4",
     }
     turned = lora | {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "layers_to_transform": [0, 1]}
     configs = []
@@ -103,13 +104,14 @@ def test_the_shape_of_an_adapter_reaches_the_engine_whatever_the_order_of_its_ke
         rank_pattern=(("q_proj", 2), ("up_proj", 8)),
         alpha_pattern=(("q_proj", 3),),
         use_dora=True,
+        init_lora_weights="pissa_niter_4",
     )
 
 
 def test_a_spec_of_before_patterns_still_loads() -> None:
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
     old = spec.model_dump(mode="json")
-    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern", "use_dora"):
+    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights"):
         del old["lora"][name]
     del old["optimizer"]["lora_plus_ratio"]
 

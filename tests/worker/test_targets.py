@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 SHAPES: list[dict[str, Any]] = [
     {},
-    {"use_dora": True, "layers_to_transform": [2, 0]},
+    {"use_dora": True, "layers_to_transform": [2, 0], "init_lora_weights": "olora"},
     {"target_modules": r"re:.*\.[12]\..*", "rank_pattern": {r".*\.1\..*": 7, r"2\.[^.]*\.[^.]*": 3}, "use_dora": True},
 ]
 
@@ -52,4 +52,9 @@ def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_
     targets = choose_targets(modules, lora)
     assert {each.linear.path: each.rank for each in counted} == {each.name: lora.rank_of(each.name) for each in targets}
     row = AdapterRow(targets, lora, dtype=torch.float32, device="meta")
-    assert memory.adapter_parameters(counted, use_dora=spec.lora.use_dora) == row.num_parameters
+    assert spec.lora.begins_with_the_base == lora.subtracts_start
+    num_parameters = memory.adapter_parameters(counted, use_dora=spec.lora.use_dora)
+    assert num_parameters == row.num_parameters
+    start = "float32" if lora.subtracts_start else None
+    counted_bytes = memory.own_bytes({}, num_parameters=num_parameters, dropout=0.0, keeps_start_in=start)
+    assert row.num_bytes <= counted_bytes <= 1.05 * row.num_bytes
