@@ -24,17 +24,21 @@ from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_pack
 from lora_core.rms_norm import faster_norms
+from lora_core.task_heads import task_head_of
 from lora_core.trained_tensors import path_of
 from lora_core.trained_tokens import forward_embedding
 
 
 def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linears that an adapter may change, by module path: all but the output head, as in PEFT."""
-    head = model.get_output_embeddings()
+    """The linears that an adapter may change, by module path: all but the output or task head, as in PEFT."""
+    head, task_head = model.get_output_embeddings(), task_head_of(model)
+    in_head = "" if task_head is None else f"{task_head.path}."
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and not (in_head and f"{name}.".startswith(in_head))
     }
 
 
@@ -115,14 +119,18 @@ class Attachment:
             linear.forward = partial(forward_linear, linear, name, self.anchor)
         for norm, forward in self._norms:
             norm.forward = forward
-
+        pooler = getattr(self.model.base_model, "pooler", None)
+        if pooler is not None:
+            pooler.forward = partial(forward_pooler, pooler)
         embedding = self.model.get_input_embeddings()
         embedding.forward = partial(
             forward_embedding, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.anchor
         )
 
     def detach(self) -> None:
-        for module in (*self.linears.values(), self.model.get_input_embeddings(), *(norm for norm, _ in self._norms)):
+        patched = [*self.linears.values(), self.model.get_input_embeddings(), *(norm for norm, _ in self._norms)]
+        pooler = getattr(self.model.base_model, "pooler", None)
+        for module in patched if pooler is None else [*patched, pooler]:
             del module.forward
         self.model.set_attn_implementation(self._attention)
 
@@ -150,6 +158,12 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, x: Tensor) -> T
         y_TO = type(linear).forward(linear, x_TD)
         y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces) if pieces else y_TO
     return y_TO.view(*x.shape[:-1], -1)
+
+
+def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:
+    """Nothing in the pass over tokens, where it would see the first sequence alone; see task_pass.py."""
+    pack = current_pack()
+    return type(pooler).forward(pooler, hidden) if pack is None or pack.is_pooled else None
 
 
 def frozen_weights(

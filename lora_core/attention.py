@@ -79,8 +79,8 @@ def attend(
     num_groups = num_heads // k_KSE.shape[0]
     q_KRE = q_HSE.reshape(k_KSE.shape[0], num_groups * num_tokens, -1)  # R = G · S rows: one GEMM a key head
     bias_RS = torch.zeros((), dtype=q_HSE.dtype, device=q_HSE.device)
-    if causal:
-        hidden_SS = hidden_pairs(num_tokens, window=window, device=q_HSE.device)
+    if causal or (window is not None and window < num_tokens):
+        hidden_SS = hidden_pairs(num_tokens, window=window, causal=causal, device=q_HSE.device)
         bias_RS = bias_RS.new_zeros(num_tokens, num_tokens).masked_fill_(hidden_SS, float("-inf"))
         bias_RS = bias_RS.repeat(num_groups, 1)
     if softcap is None:
@@ -92,10 +92,15 @@ def attend(
     return (weights_KRS @ v_KSE).view(num_heads, num_tokens, -1)
 
 
-def hidden_pairs(num_tokens: int, *, window: int | None, device: torch.device) -> Tensor:
-    """True [S, S] where query i must not see key j: the future, or `window` or more tokens ago."""
+def hidden_pairs(num_tokens: int, *, window: int | None, device: torch.device, causal: bool = True) -> Tensor:
+    """True [S, S] where query i must not see key j: the future, or `window` or more tokens ago.
+
+    Without `causal` the window is symmetric: `window` or more tokens away.
+    """
     position = torch.arange(num_tokens, device=device)
     distance_SS = position[:, None] - position[None]
+    if not causal:
+        distance_SS = distance_SS.abs()
     hidden_SS = distance_SS < 0
     return hidden_SS if window is None else hidden_SS | (distance_SS >= window)
 
@@ -104,12 +109,14 @@ def _attend_fused(
     q_HSE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, causal: bool, window: int | None
 ) -> Tensor:
     """torch's own kernel, which never holds the scores [H, S, S]."""
-    windowed = causal and window is not None and window < q_HSE.shape[1]
+    num_tokens = q_HSE.shape[1]
+    windowed = window is not None and window < num_tokens
+    seen_SS = ~hidden_pairs(num_tokens, window=window, causal=causal, device=q_HSE.device) if windowed else None
     return F.scaled_dot_product_attention(
         q_HSE[None],
         k_KSE[None],
         v_KSE[None],
-        attn_mask=~hidden_pairs(q_HSE.shape[1], window=window, device=q_HSE.device) if windowed else None,
+        attn_mask=seen_SS,
         is_causal=causal and not windowed,
         scale=scale,
         enable_gqa=q_HSE.shape[0] != k_KSE.shape[0],

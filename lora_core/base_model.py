@@ -12,24 +12,27 @@ from typing import Any, Literal, cast
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
-from lora_core.model_folder import load_with_transformers, mismatch, read_config, unpackable
+from lora_core.model_folder import AUTO_MODELS, load_with_transformers, mismatch, read_config, refused, unpackable
 from lora_core.module_names import grouped_by_layer
 from lora_core.objectives import Head
 from lora_core.quantisation import Quantisation, load_quantised, scale_bytes
+from lora_core.task_heads import Task, counts_from_padding, fill_placeholder, refuse_unknown_head, task_head_of
 from lora_core.tensor_files import read_header
 
 
 @dataclass(kw_only=True, slots=True)
 class BaseModel:
-    """A frozen causal language model in evaluation mode. An engine attaches itself to it."""
+    """A frozen model in evaluation mode: of causal language, or to classify sequences, with a head that no job
+    uses. An engine attaches itself to it."""
 
     model: PreTrainedModel
     dtype: torch.dtype
     device: str
     quantisation: Quantisation = "none"
+    task: Task = "causal-lm"
     attachment: Attachment | None = field(default=None)
 
     def linear_names(self) -> tuple[str, ...]:
@@ -42,7 +45,9 @@ class BaseModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.head().weight_VD.shape[0]
+        if self.task == "causal-lm":
+            return self.head().weight_VD.shape[0]
+        return cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
 
     @property
     def max_positions(self) -> int | None:
@@ -97,7 +102,8 @@ def describe_base(base_dir: Path) -> dict[str, Any]:
 
 
 def max_positions(config: Any) -> int | None:
-    return getattr(config, "max_position_embeddings", None)
+    found = getattr(config, "max_position_embeddings", None)
+    return found - config.pad_token_id - 1 if found is not None and counts_from_padding(config) else found
 
 
 def load_base(
@@ -106,41 +112,62 @@ def load_base(
     dtype: Literal["bfloat16", "float32"],
     device: str,
     quantisation: Quantisation = "none",
+    task: Task = "causal-lm",
 ) -> BaseModel:
     """Load frozen weights; on a CPU, in the file's own dtype, they stay memory-mapped and shared.
 
     Quantised ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
-    that can't be packed, UnsafeFile for a tensor file over the limits.
+    that can't be packed, UnsafeFile for a tensor file over the limits. `task` chooses the head: for classification
+    each job brings its own, and what the files hold of one isn't used.
     """
-    config = read_config(base_dir)
+    config = read_config(base_dir, task)
+    if quantisation != "none" and task != "causal-lm":
+        raise refused("a quantised base can't be trained for classification yet")
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     paths = sorted(base_dir.glob("*.safetensors"))
     for path in paths:
         read_header(path)
-    empty = _build_empty(config, torch_dtype)
+    empty = _build_empty(config, torch_dtype, task)
     if quantisation == "none":
-        model = _load_plain(empty, base_dir, paths, device=device)
+        model = _load_plain(empty, base_dir, paths, device=device, task=task)
     else:
         model = load_quantised(base_dir, quantisation=quantisation, dtype=torch_dtype, device=device)
     model.requires_grad_(False).eval()
-    return BaseModel(model=model, dtype=torch_dtype, device=device, quantisation=quantisation)
+    return BaseModel(model=model, dtype=torch_dtype, device=device, quantisation=quantisation, task=task)
 
 
-def _load_plain(empty: PreTrainedModel, base_dir: Path, paths: list[Path], *, device: str) -> PreTrainedModel:
+def _load_plain(
+    empty: PreTrainedModel, base_dir: Path, paths: list[Path], *, device: str, task: Task
+) -> PreTrainedModel:
     weights: dict[str, torch.Tensor] = {}
     for path in paths:
         weights |= load_file(path)  # views of a private memory map
     weights = {name: weight.to(device, empty.dtype) for name, weight in weights.items()}
-    model = empty
-    if not _assign(model, weights):
-        model = load_with_transformers(base_dir, dtype=model.dtype)  # older names in the file: a copy
+    model, fits = empty, True
+    if task != "causal-lm":
+        fill_placeholder(model)
+        own = model.state_dict()
+        heads = {name: weight for name, weight in own.items() if _is_of_head(model, name)}
+        weights = {name: weight for name, weight in weights.items() if name in own} | heads
+        fits = weights.keys() == own.keys()
+    if not fits or not _assign(model, weights):
+        model = load_with_transformers(base_dir, dtype=model.dtype, task=task)  # older names in the file: a copy
+        if task != "causal-lm":
+            fill_placeholder(model)
     nn.Module.to(model, device)
     return model
 
 
-def build_model(config: Any) -> PreTrainedModel:
+def _is_of_head(model: PreTrainedModel, name: str) -> bool:
+    head = task_head_of(model)
+    return head is not None and name.startswith(f"{head.path}.")
+
+
+def build_model(config: Any, task: Task = "causal-lm") -> PreTrainedModel:
     """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = AUTO_MODELS[task].from_config(config, trust_remote_code=False)
+    if task != "causal-lm":
+        refuse_unknown_head(model)
     refuse_unpackable_model(model)
     return model
 
@@ -155,13 +182,13 @@ def refuse_unpackable_model(model: PreTrainedModel) -> None:
         raise unpackable(model.config, "has its own attention, which can't be packed")
 
 
-def _build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _build_empty(config: Any, dtype: torch.dtype, task: Task) -> PreTrainedModel:
     """Parameters on the meta device; buffers (rotary tables) real, for no file holds them."""
     from accelerate import init_empty_weights
 
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
-        return build_model(config)
+        return build_model(config, task)
 
 
 def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:

@@ -14,6 +14,7 @@ from lora_core.module_names import REGEX_PREFIX, compiles, pattern_value
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1024
 INIT = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora")
+MAX_LABELS = 10_000
 MAX_DROPOUT = 0.9
 """What is kept is scaled by 1 / (1 - dropout): past this, a step is noise."""
 
@@ -166,7 +167,7 @@ class ScheduleConfig:
         _require(0 <= self.decay_steps <= longest, "schedule.decay_steps", self.decay_steps, expected)
 
 
-ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo"]
+ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo", "classification", "reward"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +176,8 @@ class ObjectiveConfig:
 
     `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` and `label_smoothing`, the
     part of pairs taken to be swapped, belong to DPO, `gamma`, the margin that is asked for, to SimPO.
+    Classification and reward need a base with a head for whole sequences: `num_labels` counts the classes of the
+    former, 1 being the regression of a number; `center_rewards_coefficient` holds rewards round 0 (task_pass.py).
     """
 
     kind: ObjectiveKind = "supervised"
@@ -182,9 +185,11 @@ class ObjectiveConfig:
     gamma: float = 0.0
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
+    num_labels: int = 1
+    center_rewards_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        kinds = ("supervised", "dpo", "orpo", "simpo")
+        kinds = ("supervised", "dpo", "orpo", "simpo", "classification", "reward")
         _require(self.kind in kinds, "objective.kind", self.kind, f"one of {', '.join(kinds)}")
         _require(_is_positive(self.beta), "objective.beta", self.beta, "positive")
         gamma_ok = math.isfinite(self.gamma) and self.gamma >= 0
@@ -192,10 +197,20 @@ class ObjectiveConfig:
         _require(self.loss_type in ("sigmoid", "ipo"), "objective.loss_type", self.loss_type, "sigmoid or ipo")
         smoothing_ok = 0 <= self.label_smoothing < 0.5
         _require(smoothing_ok, "objective.label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
+        most = MAX_LABELS if self.kind == "classification" else 1
+        _require(1 <= self.num_labels <= most, "objective.num_labels", self.num_labels, f"between 1 and {most}")
+        centre = self.center_rewards_coefficient
+        centre_ok = math.isfinite(centre) and centre >= 0
+        _require(centre_ok, "objective.center_rewards_coefficient", centre, "zero or positive")
 
     @property
     def is_preference(self) -> bool:
-        return self.kind != "supervised"
+        return self.kind not in ("supervised", "classification")
+
+    @property
+    def grades_sequences(self) -> bool:
+        """Whether a head of the job's own scores whole sequences, and no token is a label."""
+        return self.kind in ("classification", "reward")
 
     @property
     def rows_per_example(self) -> int:

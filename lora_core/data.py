@@ -15,6 +15,7 @@ from lora_core.errors import BadDataset
 from lora_core.tensor_files import read_header
 
 TENSORS = {"input_ids": "I32", "loss_mask": "U8", "row_offsets": "I64"}
+OPTIONAL_TENSORS = {"labels": "F32", "token_types": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,22 +23,30 @@ class TokenDataset:
     """Rows of tokens, concatenated: row i is [row_offsets[i], row_offsets[i + 1]).
 
     input_ids int32 [N]; loss_mask uint8 [N], 1 where the token is a label (predicted from the position
-    before it, in the same row); row_offsets int64 [rows + 1].
+    before it, in the same row); row_offsets int64 [rows + 1]. Of rows that are classified: labels fp32 [rows], the
+    number of the class or the number to tell, and then no token need be one. token_types uint8 [N]: which of two
+    texts a token is of, where the base model tells them apart.
     """
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.uint8]
     row_offsets: NDArray[np.int64]
+    labels: NDArray[np.float32] | None = None
+    token_types: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         _check_rows(self)
 
     @classmethod
     def load(cls, path: Path) -> "TokenDataset":
-        """Read a safetensors file with exactly the three tensors. Raises BadDataset or UnsafeFile."""
+        """Read a safetensors file with the three tensors, and the optional ones that it has.
+
+        Raises BadDataset or UnsafeFile.
+        """
         found = {name: dtype for name, (dtype, _) in read_header(path).items()}
-        if found != TENSORS:
-            raise _bad(f"{path.name} holds {found}, not {TENSORS}")
+        optional = {name: dtype for name, dtype in OPTIONAL_TENSORS.items() if name in found}
+        if found != TENSORS | optional:
+            raise _bad(f"{path.name} holds {found}, not {TENSORS}, with or without {OPTIONAL_TENSORS}")
         return cls(**load_file(path))
 
     @property
@@ -60,6 +69,15 @@ class TokenDataset:
         start, stop = self.row_offsets[index], self.row_offsets[index + 1]
         return self.input_ids[start:stop], self.loss_mask[start:stop]
 
+    def row_label(self, index: int) -> float:
+        assert self.labels is not None
+        return float(self.labels[index])
+
+    def row_token_types(self, index: int) -> NDArray[np.uint8] | None:
+        if self.token_types is None:
+            return None
+        return self.token_types[self.row_offsets[index] : self.row_offsets[index + 1]]
+
 
 def _check_rows(dataset: TokenDataset) -> None:
     ids, mask, offsets = dataset.input_ids, dataset.loss_mask, dataset.row_offsets
@@ -69,8 +87,14 @@ def _check_rows(dataset: TokenDataset) -> None:
         raise _bad("row_offsets must start at 0, end at the number of tokens, and give rows of 2 tokens or more")
     if ids.min() < 0 or mask.max() > 1 or np.any(mask[offsets[:-1]]):
         raise _bad("ids must not be negative, the mask must be 0 or 1, and 0 at the first token of each row")
-    if np.any(np.add.reduceat(mask.astype(np.int64), offsets[:-1]) == 0):
+    if dataset.labels is not None:
+        if dataset.labels.shape != (len(offsets) - 1,) or not np.isfinite(dataset.labels).all():
+            raise _bad("there must be one finite label a row")
+    elif np.any(np.add.reduceat(mask.astype(np.int64), offsets[:-1]) == 0):
         raise _bad("a row has no label")
+    types = dataset.token_types
+    if types is not None and (types.shape != ids.shape or types.max() > 1):
+        raise _bad("token_types must be 0 or 1, one a token")
 
 
 def _bad(reason: str) -> BadDataset:
@@ -101,6 +125,15 @@ def check_examples(dataset: TokenDataset, rows_per_example: int) -> None:
     """Raises BadDataset where rows are left over."""
     if dataset.num_rows % rows_per_example:
         raise _bad(f"its {dataset.num_rows} rows are no pairs")
+
+
+def check_labels(dataset: TokenDataset, num_labels: int) -> None:
+    """Raises BadDataset where a row of classification has no label, or one that isn't among the classes."""
+    labels = dataset.labels
+    if labels is None:
+        raise _bad("its rows have no labels, which classification needs")
+    if num_labels > 1 and np.any((labels != np.floor(labels)) | (labels < 0) | (labels >= num_labels)):
+        raise _bad(f"a label isn't the number of a class, 0 to {num_labels - 1}")
 
 
 def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from lora_core.adapters import AdapterRow
 from lora_core.attach import Attachment, choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.config import EngineConfig, JobConfig
-from lora_core.data import TokenDataset, check_examples
+from lora_core.data import TokenDataset, check_examples, check_labels
 from lora_core.errors import BadDataset, ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
@@ -27,7 +27,7 @@ from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
-from lora_core.trained_tensors import choose_trained
+from lora_core.task_pass import refuse_other_task, trained_tensors
 from lora_core.turns import Kind, Turn, choose
 
 TICKS_TO_RECOVER = 1024
@@ -61,6 +61,7 @@ class Engine:
         BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed."""
         assert job not in self._jobs, f"{job} is resident already"
         assert self.base.attachment is not None
+        refuse_other_task(self.base, config.objective)
         if valid is None and config.needs_evaluation:
             raise ConfigError(
                 "Early stopping and keeping the best weights need a held-out set, and the job has none.",
@@ -69,8 +70,10 @@ class Engine:
         for dataset in filter(None, (train, valid)):
             _check_fits(dataset, self.base)
             check_examples(dataset, config.objective.rows_per_example)
+            if config.objective.kind == "classification":
+                check_labels(dataset, config.objective.num_labels)
         targets = choose_targets(self.base.attachment.linears, config.lora)
-        trained = choose_trained(self.base.model, config.lora)
+        trained = trained_tensors(self.base, config)
         with shortage_of(job):
             frozen = frozen_weights(self.base.attachment.linears, targets, config.lora)
             row = AdapterRow(

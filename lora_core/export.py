@@ -23,6 +23,8 @@ from lora_core.module_names import layer_of, matches
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import hidden_states
 from lora_core.quantisation import Quantisation
+from lora_core.task_heads import class_logits
+from lora_core.task_pass import head_alone, head_inputs, head_module
 from lora_core.tensor_files import write_directory, write_json
 from lora_core.trained_heads import head_of
 
@@ -98,7 +100,7 @@ def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, o
     alphas: dict[str, float] = {name: alpha_times * lora.alpha_of(name) for name in row.sites}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if base.task == "causal-lm" else "SEQ_CLS",
         "base_model_name_or_path": base_name,
         "r": times * lora.rank,
         "lora_alpha": alpha_times * lora.alpha,
@@ -156,7 +158,8 @@ def _short(path: str) -> str:
 def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
     """Pseudo-random ids, and the engine's logits with and without the adapter."""
     ids = pseudo_random_ids(base, "probe", PROBE_SEED)
-    bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device)
+    bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
+    bare.initialise(0)
     return {
         "input_ids": torch.from_numpy(ids),
         "logits": packed_logits(base, row, ids),
@@ -173,10 +176,16 @@ def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def packed_logits(base: BaseModel, row: AdapterRow, ids: np.ndarray) -> Tensor:
-    """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row."""
+    """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row.
+
+    Of a base that classifies: [rows, 1, C], once for each row, from the job's own head.
+    """
     no_labels = np.zeros(ids.shape[1], np.uint8)
     sequences = tuple((row_ids.astype(np.int32), no_labels) for row_ids in ids)
     pack = build_pack([SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device)
+    if base.task != "causal-lm":
+        h_PD = head_inputs(base, pack, hidden_states(base, pack))[: len(ids)]
+        return class_logits(base.model, head_module(base, row), h_PD)[:, None].cpu()
     hidden = hidden_states(base, pack)[: ids.size].view(*ids.shape, -1)
     last = hidden[:, -PROBE_POSITIONS:]
     return head_of(base.head(), row).logits(last.flatten(0, 1)).view(len(ids), PROBE_POSITIONS, -1).cpu()

@@ -40,8 +40,8 @@ def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
     for name in sorted(REFUSED & set(vars(config))):
         if getattr(config, name) != getattr(default, name):
             raise _unsupported(name, getattr(config, name), f"Leave it at {getattr(default, name)!r}.")
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise _unsupported("task_type", config.task_type, "The engine trains causal language models.")
+    if config.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        raise _unsupported("task_type", config.task_type, "The engine trains causal language models and classifiers.")
     return LoraConfig(
         rank=config.r,
         alpha=config.lora_alpha,

@@ -145,6 +145,10 @@ def _sequence(answer: _Answer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check(prompts: Prompts, base: BaseModel) -> None:
+    if base.task != "causal-lm":
+        raise ConfigError(
+            "A classifier of sequences answers no prompts.", remedy="Ask a job on a base model of causal language."
+        )
     if not prompts.prompts or prompts.max_tokens < 1:
         raise ConfigError("There is nothing to answer.", remedy="Give one prompt or more, and 1 token or more.")
     for number, prompt in enumerate(prompts.prompts, start=1):

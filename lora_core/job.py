@@ -146,7 +146,15 @@ class Job:
             label_weight=1 / unit.num_terms if training else 0.0,
             dropout=key if dropout else None,
             objective=self.config.objective,
+            labels=self._labels(unit, index),
+            token_types=tuple(unit.dataset.row_token_types(row) for row in unit.slices[index]),
         )
+
+    def _labels(self, unit: Unit, index: int) -> tuple[float, ...]:
+        """Of each row of a slice, where rows have some."""
+        if self.config.objective.kind != "classification":
+            return ()
+        return tuple(unit.dataset.row_label(row) for row in unit.slices[index])
 
     def receive(self, scores: SliceScores) -> list[Event]:
         """Book the slice just computed; its gradient is in the row already."""
@@ -280,7 +288,8 @@ def make_unit(kind: Kind, dataset: TokenDataset, examples: Iterable[int], config
     lengths, examples = dataset.row_lengths(), list(examples)
     cuts = cut_slices(examples, lengths.reshape(-1, width).sum(axis=1), slice_tokens=config.slice_tokens)
     slices = tuple(rows_of_examples(cut, width) for cut in cuts)
-    labels = [int(dataset.row(row)[1].sum()) for part in slices for row in part]
+    grades = config.objective.grades_sequences  # then each row is one label
+    labels = [1 if grades else int(dataset.row(row)[1].sum()) for part in slices for row in part]
     tokens_of_slices = tuple(int(lengths[list(part)].sum()) for part in slices)
     return Unit(
         kind=kind,
@@ -299,7 +308,8 @@ def data_digest(*datasets: TokenDataset | None) -> str:
     digest = hashlib.sha256()
     for dataset in datasets:
         if dataset is not None:
-            for array in (dataset.input_ids, dataset.loss_mask, dataset.row_offsets):
+            arrays = (dataset.input_ids, dataset.loss_mask, dataset.row_offsets, dataset.labels, dataset.token_types)
+            for array in (array for array in arrays if array is not None):
                 digest.update(f"{array.dtype.str}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -132,6 +132,8 @@ def refuse_foreign_adapter(adapter_dir: Path) -> None:
         if not (adapter_dir / name).is_file():
             raise _bad(f"{name} is missing")
     refuse_foreign_code(adapter_dir)
+    if json.loads((adapter_dir / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
+        raise _bad("it has a head of its own for whole sequences, which the base's folder has no place for")
     try:
         read_header(adapter_dir / WEIGHTS)
     except UnsafeFile as error:

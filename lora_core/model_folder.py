@@ -10,22 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lora_core.errors import UnsupportedModel
+from lora_core.task_heads import NUM_PLACEHOLDER_CLASSES, Task, task_head_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def read_config(folder: Path) -> Any:
-    """The config of a folder. Raises UnsupportedModel if it asks for code or isn't a dense causal LM."""
+AUTO_MODELS: dict[Task, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+
+def read_config(folder: Path, task: Task = "causal-lm") -> Any:
+    """The config of a folder. Raises UnsupportedModel if it asks for code or has no dense model for the task."""
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise refused(f"config.json of {folder.name!r} can't be read: {error}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise refused(f"{config.model_type!r} has no causal language model")
+    if type(config) not in AUTO_MODELS[task]._model_mapping:
+        kind = {"causal-lm": "causal language model", "sequence-classification": "classifier of sequences"}[task]
+        raise refused(f"{config.model_type!r} has no {kind}")
+    if task == "sequence-classification":
+        config.num_labels = NUM_PLACEHOLDER_CLASSES
     refuse_unpackable(config)
     return config
 
@@ -80,15 +90,26 @@ def unpackable(config: Any, reason: str) -> UnsupportedModel:
     )
 
 
-def load_with_transformers(folder: Path, *, dtype: torch.dtype, **source: Any) -> PreTrainedModel:
-    """The model with every weight from the files: a missing one would be random. Raises UnsupportedModel."""
+def load_with_transformers(
+    folder: Path, *, dtype: torch.dtype, task: Task = "causal-lm", **source: Any
+) -> PreTrainedModel:
+    """The model with every weight from the files: a missing one would be random. Raises UnsupportedModel.
+
+    With a head for sequences, all but that: the head comes with a job. Heads of other tasks are left in the files.
+    """
     options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **source)
+        loaded: Any = AUTO_MODELS[task].from_pretrained(
+            folder, dtype=dtype, ignore_mismatched_sizes=task != "causal-lm", **options, **source
+        )
     except RuntimeError as error:
         raise mismatch("a weight has another shape") from error
     model, report = loaded
     wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    head = task_head_of(model)
+    if head is not None:
+        shapes = [key for key, *_ in report["mismatched_keys"]]
+        wrong = [name for name in [*report["missing_keys"], *shapes] if not name.startswith(f"{head.path}.")]
     if wrong:
         raise mismatch(f"{wrong[0]} is missing or unknown")
     return model

@@ -58,6 +58,8 @@ class SliceInput:
     label_weight: float
     dropout: DropoutKey | None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    labels: tuple[float, ...] = ()  # of each sequence, where they are classified
+    token_types: tuple[np.ndarray | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +74,17 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """Sequences [first, last) of the pack are a segment's; the weight is of one in the loss, or of a pair of them."""
+
+    objective: ObjectiveConfig
+    first: int
+    last: int
+    weight: float
+    labels: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """Rows [start, stop) of the tick belong to one slice; labels [first_label, last_label) as well."""
 
@@ -82,6 +95,7 @@ class Segment:
     label_start: int
     label_stop: int
     pairs: Pairs | None
+    graded: Graded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +114,8 @@ class Pack:
     labels_L: Tensor
     label_weights_L: Tensor
     reference: "Pack | None" = None
+    token_types: Tensor | None = None
+    is_pooled: bool = False  # segments count sequences, not tokens
 
 
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
@@ -126,12 +142,26 @@ def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *
         label_positions_L=torch.from_numpy(label_rows - 1).to(device),
         labels_L=torch.from_numpy(ids[label_rows].astype(np.int64)).to(device),
         label_weights_L=torch.from_numpy(np.concatenate(weights)).to(device),
+        token_types=_token_types(slices, filler, device=device),
     )
+
+
+def _token_types(slices: Sequence[SliceInput], filler: int, *, device: str) -> Tensor | None:
+    """int64 [1, T], 0 where a job tells none; None where none does."""
+    if not any(types is not None for part in slices for types in part.token_types):
+        return None
+    parts: list[np.ndarray] = []
+    for part in slices:
+        given = part.token_types or (None,) * len(part.sequences)
+        sequences = zip(part.sequences, given, strict=True)
+        parts += [np.zeros(len(ids), np.uint8) if types is None else types for (ids, _), types in sequences]
+    types = np.concatenate([*parts, np.zeros(filler, np.uint8)])
+    return torch.from_numpy(types.astype(np.int64)).to(device)[None]
 
 
 def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
     segments: list[Segment] = []
-    start = label_start = reference_start = 0
+    start = label_start = reference_start = first = 0
     for part in slices:
         num_labels = _num_labels(part)
         stop = start + sum(len(ids) for ids, _ in part.sequences)
@@ -145,15 +175,23 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
                 label_start=label_start,
                 label_stop=label_stop,
                 pairs=_pairs(part, num_labels, reference_start),
+                graded=Graded(
+                    objective=part.objective,
+                    first=first,
+                    last=first + len(part.sequences),
+                    weight=part.label_weight,
+                    labels=part.labels,
+                ),
             )
         )
+        first += len(part.sequences)
         start, label_start = stop, label_stop
         reference_start += sum(num_labels) if part.objective.needs_reference else 0
     return tuple(segments)
 
 
 def _pairs(part: SliceInput, num_labels: tuple[int, ...], reference_start: int) -> Pairs | None:
-    if not part.objective.is_preference:
+    if not part.objective.is_preference or part.objective.grades_sequences:
         return None
     return Pairs(
         objective=part.objective,

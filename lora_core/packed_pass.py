@@ -5,6 +5,8 @@ Letters: T tokens, L labels, D features, l labels of a segment, P pairs. Where a
 weight follows from both answers: the head is passed twice, chunk by chunk each time.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,19 @@ from lora_core.job import RewardSums, SliceScores
 from lora_core.objectives import TokenScores, score_labels
 from lora_core.pack import Pack, Pairs, Segment, running
 from lora_core.preferences import Answers, PairScores, score_pairs
+from lora_core.task_heads import ENCODERS, positions_of
+from lora_core.task_pass import run_task_evaluation, run_task_training
 from lora_core.trained_heads import head_of, labels_of, loss_by_head, score_by_head
 
 
 def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
     """The last hidden states [T, D], with each segment's adapter at work."""
+    options: dict[str, Any] = {} if pack.token_types is None else {"token_type_ids": pack.token_types}
+    positions = positions_of(base.model, pack.position_ids, pack.input_ids, pack.sequence_lengths)
+    if base.model.config.model_type not in ENCODERS:
+        options["use_cache"] = False
     with running(pack):
-        output = base.model.base_model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False)
+        output = base.model.base_model(input_ids=pack.input_ids, position_ids=positions, **options)
     return output.last_hidden_state[0]
 
 
@@ -28,6 +36,9 @@ def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
 
     The loss is a sum over disjoint adapters on a frozen base, so each row receives its own gradient exactly.
     """
+    if base.task != "causal-lm":
+        with torch.enable_grad():
+            return run_task_training(base, pack, hidden_states(base, pack))
     reference_L = _reference_losses(base, pack)
     with torch.enable_grad():
         h_LD = hidden_states(base, pack)[pack.label_positions_L]
@@ -41,6 +52,8 @@ def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
 @torch.no_grad()
 def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
     """Forward only."""
+    if base.task != "causal-lm":
+        return run_task_evaluation(base, pack, hidden_states(base, pack))
     reference_L = _reference_losses(base, pack)
     h_LD = hidden_states(base, pack)[pack.label_positions_L]
     scores = score_by_head(h_LD, base.head(), pack)

@@ -15,7 +15,7 @@ import torch
 from lora_core.adapters import AdapterRow
 from lora_core.attach import choose_targets
 from lora_core.base_model import BaseModel
-from lora_core.config import LoraConfig
+from lora_core.config import LoraConfig, ObjectiveConfig
 from lora_core.counter_random import random_words, uniform
 from lora_core.errors import UnsupportedModel
 from lora_core.export import PROBE_POSITIONS, packed_logits
@@ -23,10 +23,13 @@ from lora_core.job import SliceScores
 from lora_core.memory_shortage import shortage_named
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_training
+from lora_core.task_heads import NUM_PLACEHOLDER_CLASSES
+from lora_core.task_pass import placeholder_head
 
 Invariance = Literal["bitwise", "allclose"]
 LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
 RANKS = (4, 8, 3)
+GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASSES)
 
 
 def measure_invariance(base: BaseModel) -> Invariance:
@@ -47,6 +50,8 @@ def measure_invariance(base: BaseModel) -> Invariance:
 def refuse_mixing(base: BaseModel) -> None:
     """Packed logits without adapters must be those of transformers, and not change with later tokens.
 
+    A classifier of sequences is asked the first alone: an encoder sees all tokens from each.
+
     Raises UnsupportedModel, which names the architecture. `base` must be attached.
     """
     ids = np.stack([_ids(base, "mixing", count=24)] * 2)
@@ -60,20 +65,26 @@ def refuse_mixing(base: BaseModel) -> None:
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[base.dtype] * float(reference.abs().max())
     if not float((packed - reference).abs().max()) <= limit:
         raise _unpackable(base, "its logits differ from transformers' own")
-    if float((packed[0, 0] - packed[1, 0]).abs().max()) > limit:
+    if base.task == "causal-lm" and float((packed[0, 0] - packed[1, 0]).abs().max()) > limit:
         raise _unpackable(base, "its logits change with later tokens")
 
 
 def _reference_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
     with base.untouched() as model, torch.no_grad():
         rows = [torch.from_numpy(row.astype(np.int64))[None].to(base.device) for row in ids]
-        logits = [model.forward(input_ids=row, use_cache=False).logits for row in rows]
-    return torch.cat([row[:, -PROBE_POSITIONS:].float().cpu() for row in logits])
+        if base.task == "causal-lm":
+            logits = [model.forward(input_ids=row, use_cache=False).logits[:, -PROBE_POSITIONS:] for row in rows]
+        else:
+            logits = [model.forward(input_ids=row).logits[:, None] for row in rows]
+    return torch.cat([row.float().cpu() for row in logits])
 
 
 def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
     """Without an adapter."""
-    bare = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
+    bare = AdapterRow(
+        (), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device, trained=placeholder_head(base)
+    )
+    bare.initialise(0)
     return packed_logits(base, bare, ids)
 
 
@@ -100,7 +111,7 @@ def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
     assert base.attachment is not None
     lora = LoraConfig(rank=RANKS[index], alpha=8)
     targets = choose_targets(base.attachment.linears, lora)
-    row = AdapterRow(targets, lora, dtype=base.dtype, device=base.device)
+    row = AdapterRow(targets, lora, dtype=base.dtype, device=base.device, trained=placeholder_head(base))
     numbers = uniform("invariance", index, count=row.num_parameters) - 0.5
     row.p.copy_(torch.from_numpy(numbers.astype(np.float32) * 0.05))
     row.refresh_compute()
@@ -110,7 +121,16 @@ def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
         mask[0] = 0
         sequences.append((_ids(base, "invariance", index, length, count=length), mask))
     num_labels = sum(length - 1 for length in LENGTHS[index])
-    return SliceInput(row=row, sequences=tuple(sequences), label_weight=1 / num_labels, dropout=None)
+    if base.task != "causal-lm":
+        num_labels = len(sequences)
+    return SliceInput(
+        row=row,
+        sequences=tuple(sequences),
+        label_weight=1 / num_labels,
+        dropout=None,
+        objective=ObjectiveConfig() if base.task == "causal-lm" else GRADED,
+        labels=(1.0,) * len(sequences),
+    )
 
 
 def _ids(base: BaseModel, *key: int | str, count: int) -> np.ndarray:

@@ -5,7 +5,7 @@ Both are copies that begin as the base model has them and lie in the job's row; 
 are those of PEFT's files: `modules_to_save`, and `trainable_token_indices`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,10 +61,17 @@ class TrainedTensors:
         return f"{self.embedding}.{TOKENS_SUFFIX}"
 
 
-def choose_trained(model: PreTrainedModel, lora: LoraConfig) -> TrainedTensors:
-    """What `lora` asks for beside its targets. Raises NoTargets for what the base model hasn't, or can't be trained."""
-    modules = _modules_to_save(model, lora)
-    tensors = [tensor for path in modules for tensor in module_tensors(path, model.get_submodule(path))]
+def choose_trained(
+    model: PreTrainedModel, lora: LoraConfig, *, head_path: str = "", head: Sequence[TrainedTensor] = ()
+) -> TrainedTensors:
+    """What `lora` asks for beside its targets, and the `head` of a job that grades sequences, which it always trains.
+
+    Raises NoTargets for what the base model hasn't, or can't be trained.
+    """
+    modules = _modules_to_save(model, lora, head_path)
+    tensors = list(head)
+    if not head:
+        tensors += [tensor for path in modules for tensor in module_tensors(path, model.get_submodule(path))]
     if not lora.trainable_token_indices:
         return TrainedTensors(tensors=tuple(tensors), modules=modules)
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -97,19 +104,19 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
 
 
-def _modules_to_save(model: PreTrainedModel, lora: LoraConfig) -> tuple[str, ...]:
-    """Paths, each once. The output head is the one module that can be trained in full."""
+def _modules_to_save(model: PreTrainedModel, lora: LoraConfig, head_path: str) -> tuple[str, ...]:
+    """Paths, each once. The head is the one module that can be trained in full."""
+    output = model.get_output_embeddings()
+    path = head_path or ("" if output is None else path_of(model, output))
     if not lora.modules_to_save:
-        return ()
-    head = model.get_output_embeddings()
-    path = "" if head is None else path_of(model, head)
+        return (head_path,) if head_path else ()
     for name in lora.modules_to_save:
         if not path or not matches(path, name):
             existing = any(matches(other, name) for other, _ in model.named_modules())
             reason = "which can't be trained in full" if existing else "which this base model hasn't"
             raise NoTargets(
                 f"lora.modules_to_save names {name!r}, {reason}.",
-                remedy=f"Name its output head, {path!r}; give embeddings of some tokens as "
+                remedy=f"Name its head, {path!r}; give embeddings of some tokens as "
                 "lora.trainable_token_indices, and linear layers a rank by lora.rank_pattern.",
             )
     return (path,)

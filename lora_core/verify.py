@@ -21,8 +21,9 @@ from torch import Tensor
 
 from lora_core.base_model import BaseModel
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
-from lora_core.export import PROBE_POSITIONS
+from lora_core.export import PREFIX, PROBE_POSITIONS
 from lora_core.memory_shortage import shortage_named
+from lora_core.task_heads import own_head, task_head_of
 from lora_core.tensor_files import read_header
 
 ROUNDING_FACTOR = 3
@@ -63,7 +64,7 @@ def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
 
 def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     probe = _load_probe(base, directory)
-    with base.untouched() as model, torch.no_grad():
+    with base.untouched() as model, _with_head(base, directory), torch.no_grad():
         ids = probe["input_ids"]
         roundings = [_last_logits(model, ids) - probe["base_logits"]]
         with _adapted(model, directory) as adapted:
@@ -116,6 +117,9 @@ def _rms(logits: Tensor) -> float:
 
 
 def _last_logits(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
+    """fp32 [rows, 2, V]; or [rows, 1, C], row by row, for some families have no padding token to tell rows apart by."""
+    if is_classifier(model):
+        return torch.cat([model(input_ids=row[None]).logits for row in input_ids])[:, None].float().cpu()
     logits = model(input_ids=input_ids, use_cache=False).logits
     return logits[:, -PROBE_POSITIONS:].float().cpu()
 
@@ -179,9 +183,36 @@ def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
         header = read_header(directory / "probe.safetensors")
     except UnsafeFile as error:
         raise _bad(str(error)) from error
-    if header.keys() != {"input_ids", "logits", "base_logits"} or header["logits"][1][-1] != base.vocab_size:
+    if header.keys() != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
         raise _bad("probe.safetensors is of another base model or format")
     return {name: tensor.to(base.device) for name, tensor in load_file(directory / "probe.safetensors").items()}
+
+
+def _is_foreign(base: BaseModel, header: dict) -> bool:
+    """Whether the logits can't be of this base model; a head of its own may have any number of classes."""
+    return base.task == "causal-lm" and header["logits"][1][-1] != base.vocab_size
+
+
+@contextmanager
+def _with_head(base: BaseModel, directory: Path) -> Iterator[None]:
+    """The base with the head of the exported adapter, where it has one: its classes are as many as the job's."""
+    head = task_head_of(base.model)
+    if head is None:
+        yield
+        return
+    tensors = load_file(directory / "adapter_model.safetensors")
+    own = {name.removeprefix(PREFIX): tensor.to(base.device) for name, tensor in tensors.items()}
+    before = base.model.get_submodule(head.path)
+    base.model.set_submodule(head.path, own_head(base.model, own, path=head.path).requires_grad_(False))
+    try:
+        yield
+    finally:
+        base.model.set_submodule(head.path, before)
+
+
+def is_classifier(model: torch.nn.Module) -> bool:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return task_head_of(inner) is not None
 
 
 def refuse_foreign_code(directory: Path) -> None:

@@ -100,7 +100,7 @@ def test_targets_that_peft_would_look_up_are_refused():
 
 def test_another_task_is_refused():
     with pytest.raises(ConfigError, match="task_type"):
-        lora_config_from(peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+        lora_config_from(peft.LoraConfig(target_modules="all-linear", task_type="TOKEN_CLS"))
 
 
 def test_numbers_out_of_range_are_refused_as_anywhere():
