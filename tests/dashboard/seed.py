@@ -193,6 +193,7 @@ def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1) -> str:
         verification={"passed": True, "max_abs_diff": 3.1e-5 * seed, "tolerance": 0.01},
         evaluation=evaluation,
         trained_tokens=81_240,
+        course=claims.Course(steps=NUM_STEPS, kept_step=NUM_STEPS, stopped_early=None),
         lineage=record,
         lineage_id=lineage.lineage_id(record),
     )

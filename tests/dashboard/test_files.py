@@ -15,7 +15,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]})
-BAD = ['{"messages": "none"}', '{"prompt": "2 + 2?"}']
+BAD = ['{"messages": "none"}', '{"messages": [], "prompt": "2 + 2?"}']
 
 
 def test_a_file_tells_its_purpose_size_rows_and_what_was_found_in_it(filled: Service, visit: Visit) -> None:
