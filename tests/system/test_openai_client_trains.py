@@ -83,12 +83,12 @@ def submit_dora_with_patterns(client: openai.OpenAI, training_file: str) -> str:
     refused = {"lora": shape | {"rank_pattern": {"down_prj": 2}}}
     with pytest.raises(openai.BadRequestError, match="Did you mean down_proj"):
         client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=refused)
-    asked = {"lora": shape, "optimizer": {"lora_plus_ratio": 4}, "max_steps": 4}
+    asked = {"lora": shape | {"init_lora_weights": "olora"}, "optimizer": {"lora_plus_ratio": 4}, "max_steps": 4}
     return client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=asked).id
 
 
 def assert_dora_with_patterns_was_trained(service: Service, site: WorkerSite, job_id: str) -> None:
-    """PEFT took it for what training saw, and its folder says what was asked for."""
+    """PEFT took it for what training saw, and its folder says what was asked for: OLoRA is of twice the rank."""
     job, adapter = site.job(job_id), site.adapter(job_id)
     assert_adapter_is_verified(service, site, adapter.name)
     assert adapter.num_parameters == job.adapter_parameters
@@ -97,7 +97,7 @@ def assert_dora_with_patterns_was_trained(service: Service, site: WorkerSite, jo
     digest = next(file["digest"] for file in files if file["path"] == "adapter_config.json")
     config = json.loads(b"".join(site.store.open_blob(digest)))
     assert (config["use_dora"], config["layers_to_transform"]) == (True, [1])
-    assert config["rank_pattern"] == {"q_proj": 8, "down_proj": 2}
+    assert (config["r"], config["rank_pattern"]) == (8, {"q_proj": 16, "down_proj": 4})
 
 
 def train_losses(client: openai.OpenAI, job_id: str) -> list[float]:
