@@ -174,8 +174,9 @@ ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo", "classification", 
 class ObjectiveConfig:
     """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers (preferences.py).
 
-    `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` and `label_smoothing`, the
-    part of pairs taken to be swapped, belong to DPO, `gamma`, the margin that is asked for, to SimPO.
+    `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` belongs to DPO, `gamma`, the margin
+    that is asked for, to SimPO. `label_smoothing` is DPO's part of pairs taken to be swapped; of supervised jobs it is
+    that of torch's CrossEntropyLoss, in training alone: held-out losses are plain cross-entropies.
     Classification and reward need a base with a head for whole sequences: `num_labels` counts the classes of the
     former, 1 being the regression of a number; `center_rewards_coefficient` holds rewards round 0 (task_pass.py).
     """
@@ -202,6 +203,11 @@ class ObjectiveConfig:
         centre = self.center_rewards_coefficient
         centre_ok = math.isfinite(centre) and centre >= 0
         _require(centre_ok, "objective.center_rewards_coefficient", centre, "zero or positive")
+
+    @property
+    def token_smoothing(self) -> float:
+        """Of the cross-entropy of a label."""
+        return self.label_smoothing if self.kind == "supervised" else 0.0
 
     @property
     def is_preference(self) -> bool:
@@ -245,7 +251,7 @@ class JobConfig:
     `slice_tokens` bounds the tokens of one slice; a longer single sequence or pair is a slice of its own. With a
     held-out set the job is always evaluated at step 0 and at the end, and every `evaluate_every_steps` between.
     `keep`: whose weights the job ends with, the last step's, or those of the evaluation after step 0 that had the
-    lowest loss (the first of equals).
+    lowest loss (the first of equals). `neftune_alpha`: of the noise on input embeddings in training; 0 is none.
     """
 
     lora: LoraConfig
@@ -259,6 +265,7 @@ class JobConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     early_stopping: EarlyStoppingConfig | None = None
     keep: Literal["last", "best"] = "last"
+    neftune_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
@@ -267,6 +274,8 @@ class JobConfig:
         every = self.evaluate_every_steps
         _require(every is None or every >= 1, "evaluate_every_steps", every, "at least 1, or none")
         _require(self.slice_tokens >= 1, "slice_tokens", self.slice_tokens, "at least 1")
+        alpha_ok = math.isfinite(self.neftune_alpha) and self.neftune_alpha >= 0
+        _require(alpha_ok, "neftune_alpha", self.neftune_alpha, "zero or positive")
         _require(self.keep in ("last", "best"), "keep", self.keep, "last or best")
 
     @property

@@ -18,6 +18,7 @@ from lora_core.adapters import AdapterRow
 from lora_core.config import JobConfig
 from lora_core.data import TokenDataset, cut_slices, rows_of_examples, rows_of_step
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
+from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.pack import DropoutKey, SliceInput
 from lora_core.selection import Selection
@@ -140,14 +141,24 @@ class Job:
         training = unit.kind == "train"
         dropout = self.config.lora.dropout if training else 0.0
         key = DropoutKey(probability=dropout, seed=self.config.seed, step=self.step, slice_index=index)
+        sequences = tuple(unit.dataset.row(row) for row in unit.slices[index])
         return SliceInput(
             row=self.row,
-            sequences=tuple(unit.dataset.row(row) for row in unit.slices[index]),
+            sequences=sequences,
             label_weight=1 / unit.num_terms if training else 0.0,
             dropout=key if dropout else None,
             objective=self.config.objective,
             labels=self._labels(unit, index),
             token_types=tuple(unit.dataset.row_token_types(row) for row in unit.slices[index]),
+            noise=self._noise(index, [len(ids) for ids, _ in sequences]) if training else None,
+        )
+
+    def _noise(self, slice_index: int, lengths: list[int]) -> NoiseKey | None:
+        alpha = self.config.neftune_alpha
+        if not alpha:
+            return None
+        return NoiseKey(
+            alpha=alpha, seed=self.config.seed, step=self.step, slice_index=slice_index, lengths=tuple(lengths)
         )
 
     def _labels(self, unit: Unit, index: int) -> tuple[float, ...]:

@@ -67,16 +67,23 @@ def score_labels(h_LD: Tensor, head: Head, labels_L: Tensor) -> TokenScores:
     return scores
 
 
-def weighted_loss(h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor) -> tuple[Tensor, TokenScores]:
-    """Σ weight · cross-entropy, whose backward reaches h, and the scores of each label."""
-    loss, losses_L, correct_L = ChunkedCrossEntropy.apply(h_LD, head, labels_L, weights_L)
+def weighted_loss(
+    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor, smoothing_L: Tensor | None = None
+) -> tuple[Tensor, TokenScores]:
+    """Σ weight · cross-entropy, whose backward reaches h, and the scores of each label.
+
+    `smoothing_L`: each label's ε, as label_smoothing of torch's cross_entropy: the label has the probability 1 - ε,
+    and ε is spread evenly over the whole vocabulary.
+    """
+    loss, losses_L, correct_L = ChunkedCrossEntropy.apply(h_LD, head, labels_L, (weights_L, smoothing_L))
     return loss, TokenScores(losses_L=losses_L, correct_L=correct_L)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor):
-        scores, ctx.dh_LD = _score(h_LD, head, labels_L, weights_L)
+    def forward(ctx, h_LD: Tensor, head: Head, labels_L: Tensor, of_labels: tuple[Tensor, Tensor | None]):
+        weights_L, smoothing_L = of_labels
+        scores, ctx.dh_LD = _score(h_LD, head, labels_L, weights_L, smoothing_L)
         ctx.mark_non_differentiable(scores.losses_L, scores.correct_L)
         return scores.losses_L.dot(weights_L), scores.losses_L, scores.correct_L
 
@@ -85,12 +92,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return ctx.dh_LD * grad_outputs[0], None, None, None
 
 
-def _score(h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None) -> tuple[TokenScores, Tensor | None]:
+def _score(
+    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None, smoothing_L: Tensor | None = None
+) -> tuple[TokenScores, Tensor | None]:
     """Scores, and with weights the gradient [L, D]. Pads the last chunk with rows that nobody reads."""
     num_labels = len(labels_L)
     filler = -num_labels % LABEL_MULTIPLE
     h_LD, labels_L = F.pad(h_LD, (0, 0, 0, filler)), F.pad(labels_L, (0, filler))
     weights_L = F.pad(weights_L, (0, filler)) if weights_L is not None else None
+    smoothing_L = F.pad(smoothing_L, (0, filler)) if smoothing_L is not None else None
     losses, correct, gradients = [], [], []
     for start in range(0, num_labels, CHUNK_LABELS):
         chunk = slice(start, start + CHUNK_LABELS)
@@ -98,19 +108,33 @@ def _score(h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None)
         slope_CV = head.capping_slope(logits_CV) if weights_L is not None else None
         largest_C, likeliest_C = logits_CV.max(dim=-1)
         of_labels_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
+        smoothing_C = None if smoothing_L is None else smoothing_L[chunk]
+        if smoothing_C is not None:
+            of_labels_C = _smoothed(of_labels_C, logits_CV, smoothing_C)
         powers_CV = logits_CV.sub_(largest_C[:, None]).exp_()
         sums_C = powers_CV.sum(dim=-1)
         losses.append(sums_C.log() + largest_C - of_labels_C)
         correct.append(likeliest_C == labels_C)
         if weights_L is not None:
-            dlogits_CV = _logit_gradient(powers_CV, sums_C, labels_C, weights_L[chunk])
+            dlogits_CV = _logit_gradient(powers_CV, sums_C, labels_C, weights_L[chunk], smoothing_C)
             gradients.append(head.input_gradient(dlogits_CV, slope_CV, h_LD[chunk]))
     scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
     return scores, torch.cat(gradients)[:num_labels] if gradients else None
 
 
-def _logit_gradient(powers_CV: Tensor, sums_C: Tensor, labels_C: Tensor, weights_C: Tensor) -> Tensor:
-    """weight · (softmax - onehot), made in place of the powers; softmax = powers / sums."""
+def _smoothed(of_labels_C: Tensor, logits_CV: Tensor, smoothing_C: Tensor) -> Tensor:
+    """(1 - ε) · the label's logit + ε · the mean of all; to the bit the label's logit where ε is 0."""
+    mixed_C = (1 - smoothing_C) * of_labels_C + smoothing_C * logits_CV.mean(dim=-1)
+    return torch.where(smoothing_C > 0, mixed_C, of_labels_C)
+
+
+def _logit_gradient(
+    powers_CV: Tensor, sums_C: Tensor, labels_C: Tensor, weights_C: Tensor, smoothing_C: Tensor | None
+) -> Tensor:
+    """weight · (softmax - (1 - ε) onehot - ε / V), made in place of the powers; softmax = powers / sums."""
     gradient_CV = powers_CV.mul_((weights_C / sums_C)[:, None])
+    if smoothing_C is not None:
+        gradient_CV -= (weights_C * smoothing_C / gradient_CV.shape[1])[:, None]
+        weights_C = weights_C * (1 - smoothing_C)
     gradient_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= weights_C
     return gradient_CV

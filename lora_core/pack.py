@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_core.adapters import AdapterRow
 from lora_core.config import ObjectiveConfig
 from lora_core.counter_random import coin_flips
+from lora_core.neftune import NoiseKey
 
 ROW_MULTIPLE = 16
 
@@ -60,6 +61,7 @@ class SliceInput:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     labels: tuple[float, ...] = ()  # of each sequence, where they are classified
     token_types: tuple[np.ndarray | None, ...] = ()
+    noise: NoiseKey | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,11 +98,14 @@ class Segment:
     label_stop: int
     pairs: Pairs | None
     graded: Graded
+    noise: NoiseKey | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
     """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels.
+
+    `label_smoothing_L`: what each label's probability is lowered by in training (objectives.py); None if of none.
 
     `reference`: the sequences that are compared with the base model, without adapters; a pass of their own, since
     nothing of it is differentiated.
@@ -113,6 +118,7 @@ class Pack:
     label_positions_L: Tensor
     labels_L: Tensor
     label_weights_L: Tensor
+    label_smoothing_L: Tensor | None = None
     reference: "Pack | None" = None
     token_types: Tensor | None = None
     is_pooled: bool = False  # segments count sequences, not tokens
@@ -142,6 +148,7 @@ def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *
         label_positions_L=torch.from_numpy(label_rows - 1).to(device),
         labels_L=torch.from_numpy(ids[label_rows].astype(np.int64)).to(device),
         label_weights_L=torch.from_numpy(np.concatenate(weights)).to(device),
+        label_smoothing_L=_label_smoothing(slices, device=device),
         token_types=_token_types(slices, filler, device=device),
     )
 
@@ -157,6 +164,14 @@ def _token_types(slices: Sequence[SliceInput], filler: int, *, device: str) -> T
         parts += [np.zeros(len(ids), np.uint8) if types is None else types for (ids, _), types in sequences]
     types = np.concatenate([*parts, np.zeros(filler, np.uint8)])
     return torch.from_numpy(types.astype(np.int64)).to(device)[None]
+
+
+def _label_smoothing(slices: Sequence[SliceInput], *, device: str) -> Tensor | None:
+    """fp32 [L]."""
+    if not any(part.objective.token_smoothing for part in slices):
+        return None
+    parts = [np.full(sum(_num_labels(part)), part.objective.token_smoothing, np.float32) for part in slices]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
 def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
@@ -182,6 +197,7 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
                     weight=part.label_weight,
                     labels=part.labels,
                 ),
+                noise=part.noise,
             )
         )
         first += len(part.sequences)

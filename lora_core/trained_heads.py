@@ -86,9 +86,15 @@ def loss_by_head(h_LD: Tensor, head: Head, pack: Pack, weights_L: Tensor) -> tup
 
     The gradients of trained heads are in their rows already.
     """
-    groups = _groups(head, pack)
+    groups, smoothing_L = _groups(head, pack), pack.label_smoothing_L
     results = [
-        weighted_loss(h_LD[group.places], group.head, pack.labels_L[group.places], weights_L[group.places])
+        weighted_loss(
+            h_LD[group.places],
+            group.head,
+            pack.labels_L[group.places],
+            weights_L[group.places],
+            None if smoothing_L is None else smoothing_L[group.places],
+        )
         for group in groups
     ]
     losses = torch.stack([loss for loss, _ in results])

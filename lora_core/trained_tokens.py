@@ -1,5 +1,5 @@
 # pyright: basic
-"""The input embedding of a pack whose jobs train the embeddings of some tokens.
+"""The input embedding of a pack whose jobs train the embeddings of some tokens, or add noise to theirs.
 
 Letters: T tokens of the tick, K trained tokens of a job, P places where they occur, D features.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.neftune import with_noise
 from lora_core.pack import Pack, current_pack
 from lora_core.trained_tensors import TensorViews
 
@@ -28,14 +29,17 @@ class TokenPiece:
 
 
 def forward_embedding(embedding: nn.Embedding, name: str, anchor: Tensor, input_ids: Tensor, *args: Any) -> Tensor:
-    """ids [1, T] to [1, T, D]: the plain embedding, with trained rows in the segments of jobs that have some."""
+    """ids [1, T] to [1, T, D]: the plain embedding, with trained rows and noise in the segments of jobs with some."""
     y_1TD = type(embedding).forward(embedding, input_ids, *args)
     pack = current_pack()
-    pieces = () if pack is None else token_pieces(pack, name, padding=embedding.padding_idx)
-    if not pieces:
+    if pack is None:
         return y_1TD
-    scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0))  # of families that scale inside the embedding
-    return TrainedRows.apply(y_1TD[0], anchor, scale.to(y_1TD), pieces)[None]
+    pieces = token_pieces(pack, name, padding=embedding.padding_idx)
+    if pieces:
+        scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0))  # of families that scale inside the embedding
+        y_1TD = TrainedRows.apply(y_1TD[0], anchor, scale.to(y_1TD), pieces)[None]
+    noisy = [(slice(part.start, part.stop), part.noise) for part in pack.segments if part.noise is not None]
+    return with_noise(y_1TD, noisy)
 
 
 def token_pieces(pack: Pack, name: str, *, padding: int | None) -> tuple[TokenPiece, ...]:

@@ -160,7 +160,8 @@ def methods() -> dict[str, Submission]:
 
 
 def numbers() -> dict[str, Submission]:
-    """Other optimizers and schedules, and a job that ends early with the weights of an earlier evaluation."""
+    """Other optimizers and schedules, a job that ends early with the weights of an earlier evaluation, noise on
+    embeddings and smoothed labels."""
     sgd = config(rank=6, dropout=0.1, batch_size=3, num_steps=5, seed=13, slice_tokens=50)
     momentum = OptimizerConfig(kind="sgd", learning_rate=0.5, momentum=0.9, weight_decay=0.01, lora_plus_ratio=2.0)
     return {
@@ -171,6 +172,23 @@ def numbers() -> dict[str, Submission]:
                 schedule=ScheduleConfig(kind="wsd", warmup_steps=1, decay_steps=2, num_steps=5),
             ),
             train=dataset(13, [24, 10, 41, 6]),
+        ),
+        "noisy_smooth": Submission(
+            config=replace(
+                config(
+                    rank=3,
+                    dropout=0.1,
+                    batch_size=3,
+                    num_steps=3,
+                    seed=15,
+                    evaluate_every_steps=2,
+                    slice_tokens=40,
+                    objective=ObjectiveConfig(label_smoothing=0.1),
+                ),
+                neftune_alpha=5.0,
+            ),
+            train=dataset(15, [19, 7, 33, 12]),
+            valid=dataset(42, [9, 16]),
         ),
         "early_best": Submission(
             config=replace(

@@ -43,6 +43,7 @@ NAN, INF = float("nan"), float("inf")
         (config(), "evaluate_every_steps", [0]),
         (config(), "slice_tokens", [0]),
         (config(), "keep", ["first"]),
+        (config(), "neftune_alpha", [-1, NAN, INF]),
         (EarlyStoppingConfig(patience=3), "patience", [0]),
         (EarlyStoppingConfig(patience=3), "min_delta", [-0.1, NAN, INF]),
         (EngineConfig(), "token_budget", [0]),

@@ -32,6 +32,36 @@ def test_loss_scores_and_gradient_equal_torch_cross_entropy(monkeypatch, options
     assert torch.equal(score_labels(h, head, labels).losses_L, scores.losses_L)
 
 
+@pytest.mark.parametrize("options", [{}, {"multiplier": 2.0, "softcap": 5.0}])
+def test_smoothed_labels_equal_torch_and_leave_the_bits_of_others_alone(monkeypatch, options):
+    monkeypatch.setattr(objectives, "CHUNK_LABELS", 16)
+    torch.manual_seed(0)
+    head = Head(weight_VD=torch.randn(V, D), bias_V=None, **options)
+    labels, weights = torch.randint(V, (L,)), torch.rand(L)
+    h = torch.randn(L, D, requires_grad=True)
+    plain = h.detach().clone().requires_grad_()
+    smoothing = torch.where(torch.arange(L) % 3 == 0, 0.2, 0.0)
+    is_smooth = smoothing > 0
+
+    loss, scores = weighted_loss(h, head, labels, weights, smoothing)
+    loss.backward()
+
+    reference = h.detach().clone().requires_grad_()
+    logits = head.logits(reference)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    smoothed = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2)
+    expected = torch.where(is_smooth, smoothed, expected)
+    (expected @ weights).backward()
+    torch.testing.assert_close(scores.losses_L, expected.detach())
+    torch.testing.assert_close(h.grad, reference.grad)
+    unsmoothed, plain_scores = weighted_loss(plain, head, labels, weights)
+    unsmoothed.backward()
+    assert torch.equal(scores.losses_L[~is_smooth], plain_scores.losses_L[~is_smooth])
+    assert h.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(h.grad[~is_smooth], plain.grad[~is_smooth])
+
+
 def test_the_order_of_labels_and_their_neighbours_change_no_bit():
     torch.manual_seed(0)
     head = Head(weight_VD=torch.randn(V, 64), bias_V=None, softcap=3.0)

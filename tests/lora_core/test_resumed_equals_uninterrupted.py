@@ -73,6 +73,7 @@ def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[byt
         ("gpt2", "float32", JOB),
         ("llama", "float32", PAIRS),
         ("llama", "float32", numbers()["sgd_wsd"]),
+        ("gpt2", "bfloat16", numbers()["noisy_smooth"]),
         ("llama", "bfloat16", numbers()["early_best"]),
         ("llama", "float32", IN_FULL),
         ("llama", "bfloat16", starts()["pissa"]),
