@@ -49,21 +49,27 @@ def row_bytes(num_parameters: int) -> int:
 
 def own_bytes(
     description: Mapping[str, Any],
+    precision: str,
     *,
     num_parameters: int,
     dropout: float,
     keeps_best: bool = False,
     keeps_start_in: str | None = None,
+    longest_example: int | None = None,
 ) -> int:
-    """What a job takes wherever it trains: its row, the best weights where it keeps them and, with dropout, a slice's
-    mask as if every linear had one.
+    """What a job takes wherever it trains: its row; the best weights where it keeps them; with dropout, a slice's
+    mask as if every linear had one; and what its largest slice keeps beyond one of SLICE_TOKENS.
 
     keeps_start_in: the precision in which a start that is subtracted (PiSSA, OLoRA) stands beside the weights.
+    longest_example: tokens of its longest row or pair of rows, which is never cut; None where it isn't known. A
+    preference's pass of the base alone keeps nothing for a backward and is over before the adapter's begins.
     """
     shapes: Shapes = description.get("linear_shapes", {})
-    mask = SLICE_TOKENS * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
+    slice_tokens = max(SLICE_TOKENS, longest_example or 0)
+    mask = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
+    beyond = (slice_tokens - SLICE_TOKENS) * activation_bytes_per_token(shapes, precision)
     start = 0 if keeps_start_in is None else 2 * num_parameters * BYTES_PER_NUMBER[keeps_start_in]
-    return row_bytes(num_parameters) + (4 * num_parameters if keeps_best else 0) + start + mask
+    return row_bytes(num_parameters) + (4 * num_parameters if keeps_best else 0) + start + mask + beyond
 
 
 def base_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none") -> int:

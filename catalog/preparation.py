@@ -65,12 +65,21 @@ def _first_waiting(*, now: float) -> Select[Job]:
     return waiting.order_by(Job.priority, Job.created_at, Job.id).limit(1)
 
 
-def prepared(db: Database, *, claim_id: str, train_key: str, valid_key: str | None, num_steps: int) -> None:
-    """The files' token caches are stored: the job is queued."""
+def prepared(
+    db: Database,
+    *,
+    claim_id: str,
+    train_key: str,
+    valid_key: str | None,
+    num_steps: int,
+    longest_example: int | None = None,
+) -> None:
+    """The files' token caches are stored: the job is queued. longest_example: in tokens, where it is known."""
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
         job.train_prepared, job.valid_prepared, job.num_steps = train_key, valid_key, num_steps
+        job.longest_example = longest_example
         job.lost_preparations = 0
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
 

@@ -49,6 +49,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             Job.spec["lora"]["dropout"].as_float().label("dropout"),
             Job.spec["keep"].as_string().label("keep"),
             Job.spec["lora"]["init_lora_weights"].as_string().label("start"),
+            Job.longest_example,
             Job.counted_attempts,
         )
         .where(Job.state == JobState.QUEUED, is_due)
@@ -70,10 +71,12 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             created_at=row.created_at,
             own_bytes=memory.own_bytes(
                 described[row.base_model],
+                packing.precision_of(row.pack_key),
                 num_parameters=row.adapter_parameters,
                 dropout=row.dropout,
                 keeps_best=row.keep == "best",
                 keeps_start_in=packing.precision_of(row.pack_key) if begins_with_the_base(row.start) else None,
+                longest_example=row.longest_example,
             ),
             trainer_bytes=needs[row.base_model, row.pack_key][0],
             slice_bytes=needs[row.base_model, row.pack_key][1],

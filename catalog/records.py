@@ -61,7 +61,8 @@ def record_progress(db: Database, claim_id: str, progress: Json) -> None:
 
 def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> None:
     """Points of the curves: kind (train, valid), step, loss, and where known token_accuracy, learning_rate,
-    grad_norm, num_tokens. A replayed step overwrites. A point whose loss is not finite is left out.
+    grad_norm, num_tokens, rewards (chosen, rejected, margin, accuracy). A replayed step overwrites. A point whose
+    loss is not finite is left out.
 
     One event of type `metrics` is written for the last point of each kind.
     """
@@ -135,7 +136,9 @@ def _metric(job_id: str, point: Json, now: float) -> dict[str, Any]:
     for name in _OPTIONAL:
         value = point.get(name)
         row[name] = value if value is not None and math.isfinite(value) else None
-    return {**row, "num_tokens": point.get("num_tokens")}
+    rewards: Json | None = point.get("rewards")
+    is_known = rewards is not None and all(math.isfinite(value) for value in rewards.values())
+    return {**row, "num_tokens": point.get("num_tokens"), "rewards": rewards if is_known else None}
 
 
 def _show_evaluation(session: Session, job: Job, loss: float) -> None:
@@ -152,6 +155,8 @@ def _tell(session: Session, job: Job, row: dict[str, Any], *, now: float) -> Non
     data[f"{kind}_mean_token_accuracy"] = row["token_accuracy"]
     if kind == "train":
         data |= {"learning_rate": row["learning_rate"], "grad_norm": row["grad_norm"]}
+    if row["rewards"] is not None:
+        data[f"{kind}_rewards"] = row["rewards"]
     word = "training" if kind == "train" else "validation"
     events.add(session, job.id, now=now, type="metrics", message=f"Step {of_all}: {word} loss={loss:.4f}", data=data)
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from catalog.chat_rows import BadRow, check_chat, is_supervised, quoted
 from catalog.plain_rows import COMPLETION_FORM, TEXT_FORM, check_completion, check_text, is_completion_supervised
+from catalog.preference_rows import PAIR_FORM, check_pair
 
-DataKind = Literal["chat", "completion", "text"]
+DataKind = Literal["chat", "completion", "text", "preference"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,14 @@ class RowKind:
     """Something is learnt from what `check` returned."""
 
 
+PREFERENCE = RowKind(
+    name="preference",
+    keys=("input", "preferred_output", "non_preferred_output"),
+    noun="a pair of answers",
+    form=PAIR_FORM,
+    check=check_pair,
+    is_supervised=lambda _: True,
+)
 KINDS = (
     RowKind(
         name="chat",
@@ -55,6 +64,7 @@ KINDS = (
         check=check_text,
         is_supervised=lambda _: True,
     ),
+    PREFERENCE,
 )
 _BY_NAME: dict[str, DataKind] = {kind.name: kind.name for kind in KINDS}
 KIND_NAMES = tuple(kind.name for kind in KINDS)
@@ -64,6 +74,10 @@ FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
 def known_kind(recorded: str | None) -> DataKind:
     """A data set's kind as its row in the database has it: before kinds were kept, all were chats."""
     return _BY_NAME.get(recorded or "chat", "chat")
+
+
+def row_kind(name: DataKind) -> RowKind:
+    return next(kind for kind in KINDS if kind.name == name)
 
 
 def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:

@@ -15,7 +15,6 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from catalog.course_spec import (
     BASE_LEARNING_RATE,
-    HIGHEST_RATE,
     EarlyStopping,
     EvaluationRequest,
     OptimizerRequest,
@@ -28,6 +27,14 @@ from catalog.course_spec import (
 )
 from catalog.data_spec import DataRequest, DataSpec
 from catalog.lora_spec import LoraRequest, LoraSpec, resolve_lora
+from catalog.methods import (
+    PREFERENCE_MULTIPLIER,
+    Hyperparameters,
+    Method,
+    MethodType,
+    PreferenceSpec,
+    resolve_preference,
+)
 from catalog.sample_spec import Samples
 from catalog.strict import Auto, Strict
 
@@ -36,29 +43,6 @@ Precision = Literal["bfloat16", "float32"]
 Quantisation = Literal["none", "nf4", "int8"]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
-
-
-class Hyperparameters(Strict):
-    """OpenAI's three numbers."""
-
-    batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
-        default="auto", description="Sequences per optimizer step."
-    )
-    learning_rate_multiplier: (
-        Annotated[float, Field(gt=0, le=HIGHEST_RATE / BASE_LEARNING_RATE, allow_inf_nan=False)] | Auto
-    ) = "auto"
-    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description="auto: 3.")
-
-
-class SupervisedMethod(Strict):
-    hyperparameters: Hyperparameters = Hyperparameters()
-
-
-class Method(Strict):
-    """Only `supervised` for now."""
-
-    type: Literal["supervised"] = "supervised"
-    supervised: SupervisedMethod = SupervisedMethod()
 
 
 Priority = Literal["urgent", "normal", "batch"]
@@ -139,14 +123,18 @@ class JobRequest(Strict):
     @model_validator(mode="after")
     def _one_place_for_hyperparameters(self) -> JobRequest:
         if self.method is not None and self.hyperparameters is not None:
-            raise ValueError("give hyperparameters once: in method.supervised, not at the top as well")
+            raise ValueError(f"give hyperparameters once: in method.{self.method.type}, not at the top as well")
         return self
 
     def numbers(self) -> Hyperparameters:
-        """OpenAI's three numbers, from wherever they were given."""
+        """The method's numbers, OpenAI's three among them, from wherever they were given."""
         if self.method is not None:
-            return self.method.supervised.hyperparameters
+            return self.method.numbers()
         return self.hyperparameters or Hyperparameters()
+
+    @property
+    def method_type(self) -> MethodType:
+        return "supervised" if self.method is None else self.method.type
 
 
 class JobSpec(Strict):
@@ -157,7 +145,9 @@ class JobSpec(Strict):
     """
 
     version: Literal[1] = SPEC_VERSION
-    method: Literal["supervised"] = "supervised"
+    method: MethodType = "supervised"
+    preference: PreferenceSpec | None = None
+    """Only where pairs of answers are learnt from."""
     lora: LoraSpec
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
@@ -179,7 +169,7 @@ class JobSpec(Strict):
     samples: Samples | None = None
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the whole job over `num_rows` usable rows.
+        """Optimizer steps of the whole job over `num_rows` usable rows, or pairs of answers.
 
         Every batch is full: it runs on into the next epoch's order, and the last one may go past the end.
         """
@@ -202,9 +192,15 @@ def resolve(
     workers there are.
     """
     numbers = request.numbers()
-    rate, multiplier = _resolve_rate(request.optimizer.learning_rate, numbers.learning_rate_multiplier)
+    preference = resolve_preference(numbers)
+    auto_multiplier = 1.0 if preference is None else PREFERENCE_MULTIPLIER
+    rate, multiplier = _resolve_rate(
+        request.optimizer.learning_rate, numbers.learning_rate_multiplier, auto_multiplier=auto_multiplier
+    )
     longest = max_positions or 4096
     return JobSpec(
+        method=request.method_type,
+        preference=preference,
         lora=resolve_lora(request.lora),
         optimizer=resolve_optimizer(request.optimizer, learning_rate=rate),
         schedule=resolve_schedule(request.schedule),
@@ -225,10 +221,10 @@ def resolve(
     )
 
 
-def _resolve_rate(rate: float | Auto, multiplier: float | Auto) -> tuple[float, float]:
+def _resolve_rate(rate: float | Auto, multiplier: float | Auto, *, auto_multiplier: float) -> tuple[float, float]:
     """(peak rate, the multiplier that says the same). Where both were given they agree: submission refuses others."""
     if rate == "auto":
-        factor = 1.0 if multiplier == "auto" else multiplier
+        factor = auto_multiplier if multiplier == "auto" else multiplier
         return BASE_LEARNING_RATE * factor, factor
     return rate, rate / BASE_LEARNING_RATE if multiplier == "auto" else multiplier
 

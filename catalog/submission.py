@@ -15,9 +15,10 @@ from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
 from catalog.lora_spec import begins_with_the_base
+from catalog.methods import MethodType, learns_from_pairs
 from catalog.moves import move
 from catalog.packing import pack_key
-from catalog.row_kinds import known_kind
+from catalog.row_kinds import PREFERENCE, known_kind, row_kind
 from catalog.spec import JobRequest, JobSpec, PriorityClass, resolve
 from catalog.states import Verb
 from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
@@ -103,6 +104,9 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     validation = None
     if request.validation_file is not None:
         validation = _usable_file(session, caller, request.validation_file, "validation_file")
+    for file, param in ((training, "training_file"), (validation, "validation_file")):
+        if file is not None:
+            _check_kind(file, request.method_type, param)
     _check_rates(request)
     _check_quantisation(session, request, now=now)
     if validation is None and request.evaluation.samples is not None:
@@ -221,6 +225,23 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> 
             param=param,
         )
     return file
+
+
+def _check_kind(file: File, method: MethodType, param: str) -> None:
+    """A method learns either from pairs of answers or from rows that are none."""
+    kind = row_kind(known_kind(file.kind))
+    if (kind is PREFERENCE) == learns_from_pairs(method):
+        return
+    remedy = "Use method dpo, orpo or simpo, or a file without pairs."
+    if kind is not PREFERENCE:
+        remedy = f"Use method supervised, or a file of pairs: on each line {PREFERENCE.form}."
+    wanted = "learns from pairs of answers" if learns_from_pairs(method) else "does not learn from these"
+    raise InvalidRequest(
+        f"Each row of the file {file.id} is {kind.noun}, and the method {method} {wanted}.",
+        code="wrong_file_kind",
+        remedy=remedy,
+        param=param,
+    )
 
 
 def _check_quantisation(session: Session, request: JobRequest, *, now: float) -> None:

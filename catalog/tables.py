@@ -137,6 +137,8 @@ class Job(Table):
     """Key in `prepared`, once a worker has tokenised or refused the file."""
     valid_prepared: Mapped[str | None]
     num_steps: Mapped[int | None]
+    longest_example: Mapped[int | None]
+    """Tokens of the longest row of its files, as cut to max_length, or of the longest pair of rows."""
 
     attempt: Mapped[int]
     counted_attempts: Mapped[int]
@@ -239,6 +241,8 @@ class Metric(Table):
     learning_rate: Mapped[float | None]
     grad_norm: Mapped[float | None]
     num_tokens: Mapped[int | None]
+    rewards: Mapped[Json | None]
+    """Of a job that learns from pairs: chosen, rejected, margin, accuracy."""
 
 
 class Checkpoint(Table):

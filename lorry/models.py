@@ -115,6 +115,7 @@ class Job(View):
     lora: dict[str, Any] = field(default_factory=dict[str, Any])
     optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
     schedule: dict[str, Any] = field(default_factory=dict[str, Any])
+    method: dict[str, Any] = field(default_factory=dict[str, Any])
     hyperparameters: dict[str, Any] = field(default_factory=dict[str, Any])
     metadata: dict[str, str] | None = None
     progress: Progress = field(default_factory=Progress, metadata={"view": Progress})
@@ -222,6 +223,8 @@ class Evaluation(View):
     loss: float | None = None
     base_perplexity: float | None = None
     perplexity: float | None = None
+    rewards: dict[str, float] | None = None
+    """Of a job that learned from pairs, which has no perplexity: chosen, rejected, margin, accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)

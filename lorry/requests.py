@@ -8,6 +8,7 @@ Auto = Literal["auto"]
 Priority = Literal["urgent", "normal", "batch"]
 Precision = Literal["auto", "bfloat16", "float32"]
 Quantisation = Literal["none", "nf4", "int8"]
+MethodType = Literal["supervised", "dpo", "orpo", "simpo"]
 
 
 class Lora(TypedDict, total=False):
@@ -76,3 +77,21 @@ class Hyperparameters(TypedDict, total=False):
     batch_size: int | Auto
     learning_rate_multiplier: float | Auto
     n_epochs: int | Auto
+
+
+class DpoHyperparameters(Hyperparameters, total=False):
+    beta: float | Auto
+    loss_type: Literal["sigmoid", "ipo"]
+    label_smoothing: float
+
+
+class OrpoHyperparameters(Hyperparameters, total=False):
+    beta: float | Auto
+
+
+class SimpoHyperparameters(Hyperparameters, total=False):
+    beta: float | Auto
+    gamma: float | Auto
+
+
+AnyHyperparameters = Hyperparameters | DpoHyperparameters | OrpoHyperparameters | SimpoHyperparameters

@@ -45,6 +45,17 @@ def write_chat(path: Path, count: int, *, seed: int = 0) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
+    """Of the two answers to each question, the one that names the colour is preferred."""
+    rows: list[dict[str, Any]] = []
+    for chat in chat_rows(count, seed=seed):
+        question, answer = chat["messages"]
+        worse = {"role": "assistant", "content": answer["content"].split(" is ")[0] + "."}
+        rows.append({"input": {"messages": [question]}, "preferred_output": [answer], "non_preferred_output": [worse]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def _row(choose: random.Random) -> dict[str, Any]:
     noun, colour = choose.choice(NOUNS), choose.choice(COLOURS)
     words = " ".join(choose.choices(NOUNS, k=choose.randint(1, 6)))

@@ -23,7 +23,7 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from catalog.chat_rows import Message
+from catalog.chat_rows import Message, only_last_learnt
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that widespread templates name where there is no clock."""
@@ -105,6 +105,13 @@ class ChatTemplate:
     def render_supervised(self, messages: Sequence[Message]) -> Rendered:
         """The text, and the assistant turns in it, without those of weight 0."""
         return self._by_marks(messages) if self.marks_spans else self._by_prefixes(messages)
+
+    def render_last(self, messages: Sequence[Message]) -> Rendered:
+        """The text, and in it the last turn alone, which is an assistant's."""
+        if self.marks_spans:
+            rendered = self._by_marks(messages)
+            return Rendered(text=rendered.text, spans=rendered.spans[-1:])
+        return self._by_prefixes(only_last_learnt(list(messages)))
 
     def _by_marks(self, messages: Sequence[Message]) -> Rendered:
         """Render with two characters that occur nowhere else around each {% generation %} block."""

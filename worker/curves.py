@@ -11,7 +11,7 @@ FLUSH_SECONDS = 0.5
 """At most two writes a second for a job, however fast it steps."""
 MAX_POINTS = 200
 WINDOW_STEPS = 50
-TRAIN_FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
+TRAIN_FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,11 +31,15 @@ class Curve:
     def stepped(self, event: Json) -> None:
         self.step, self.loss = event["step"], event["loss"]
         self._latest |= {"train_loss": event["loss"], "train_mean_token_accuracy": event["token_accuracy"]}
+        self._latest |= _rewards("train_rewards", event)
         self._window.append((event["seconds"], event["num_tokens"]))
-        self._points.append({"kind": "train", "step": event["step"], **{name: event[name] for name in TRAIN_FIELDS}})
+        self._points.append(
+            {"kind": "train", "step": event["step"], **{name: event.get(name) for name in TRAIN_FIELDS}}
+        )
 
     def evaluated(self, event: Json) -> None:
         self._latest |= {"full_valid_loss": event["loss"], "full_valid_mean_token_accuracy": event["token_accuracy"]}
+        self._latest |= _rewards("full_valid_rewards", event)
         self._points.append(
             {
                 "kind": "valid",
@@ -43,6 +47,7 @@ class Curve:
                 "loss": event["loss"],
                 "token_accuracy": event["token_accuracy"],
                 "num_tokens": event["num_supervised_tokens"],
+                "rewards": event.get("rewards"),
             }
         )
 
@@ -76,3 +81,8 @@ class Curve:
             }
         epoch = round(self.step / self.steps_per_epoch, 3) if self.steps_per_epoch else None
         return {"step": self.step, "num_steps": self.num_steps, "epoch": epoch, "loss": self.loss, **speed}
+
+
+def _rewards(name: str, event: Json) -> Json:
+    """Only of a job that learns from pairs of answers."""
+    return {name: event["rewards"]} if event.get("rewards") else {}

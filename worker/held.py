@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from catalog import memory
+from catalog import memory, packing
 from catalog.claims import Claim
 from catalog.lora_spec import begins_with_the_base
 from catalog.records import KEPT_CHECKPOINTS
@@ -62,10 +62,12 @@ class Held:
         lora = job.spec["lora"]
         return memory.own_bytes(
             description,
+            packing.precision_of(job.pack_key),
             num_parameters=job.adapter_parameters,
             dropout=float(lora["dropout"]),
             keeps_best=job.spec.get("keep") == "best",
             keeps_start_in=job.spec["precision"] if begins_with_the_base(lora.get("init_lora_weights")) else None,
+            longest_example=job.longest_example,
         )
 
     def outdated(self) -> list[Json]:

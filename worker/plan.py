@@ -11,7 +11,15 @@ from catalog.course_spec import ScheduleSpec
 from catalog.lora_spec import LoraSpec
 from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobSpec
-from lora_core.config import EarlyStoppingConfig, EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import (
+    EarlyStoppingConfig,
+    EngineConfig,
+    JobConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 
 
 def engine_config(device: str, *, num_threads: int) -> EngineConfig:
@@ -34,6 +42,7 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
         slice_tokens=SLICE_TOKENS,
         early_stopping=EarlyStoppingConfig(**spec.early_stopping.model_dump()) if spec.early_stopping else None,
         keep=spec.keep,
+        objective=objective_config(spec),
     )
 
 
@@ -59,6 +68,12 @@ def _lora_config(lora: LoraSpec) -> LoraConfig:
         use_dora=lora.use_dora,
         init_lora_weights=lora.init_lora_weights,
     )
+
+
+def objective_config(spec: JobSpec) -> ObjectiveConfig:
+    """What the job minimises."""
+    numbers = {} if spec.preference is None else spec.preference.model_dump()
+    return ObjectiveConfig(kind=spec.method, **numbers)
 
 
 def warmup_steps(ratio: float, num_steps: int) -> int:

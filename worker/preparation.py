@@ -71,6 +71,7 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
             train_key=train.key,
             valid_key=valid.key if valid else None,
             num_steps=num_steps,
+            longest_example=_longest_example(train, valid),
         )
 
 
@@ -89,8 +90,14 @@ def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prep
 
 
 def num_rows(report: Json) -> int:
-    """Rows that are trained on."""
+    """Rows that are trained on, or pairs of answers."""
     return int(report["usable_rows"])
+
+
+def _longest_example(*files: Prepared | None) -> int | None:
+    """Tokens; None where a report of before it was counted doesn't tell."""
+    found = [file.report.get("longest_example") for file in files if file is not None]
+    return max((int(tokens) for tokens in found if tokens is not None), default=None)
 
 
 def _both_files(context: WorkerContext, unprepared: Unprepared) -> tuple[Prepared, Prepared | None]:

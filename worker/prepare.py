@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -23,10 +20,13 @@ from catalog.data_spec import DataSpec, Loss, Overflow
 from catalog.datasets import read_rows
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, OutOfSpace
-from catalog.row_kinds import DataKind, RowKind, kind_of_row
+from catalog.preference_rows import check_pair
+from catalog.row_kinds import PREFERENCE, DataKind, kind_of_row
 from worker.base_text import BaseText
 from worker.chat_template import TEMPLATE_DATE, Refused, Rendered
+from worker.encoded_rows import Counts, EncodedRow
 from worker.overflow import fit
+from worker.pairs import are_equal, nothing_to_compare, render_pair
 from worker.token_file import TokenFile
 
 FORMAT = 1
@@ -47,7 +47,10 @@ class Refusal(TypedDict):
 
 
 class DatasetReport(TypedDict):
-    """What a file holds, as the base's tokenizer counts it."""
+    """What a file holds, as the base's tokenizer counts it.
+
+    In a file of pairs a row is a pair: what is said of it holds where it does of one of the answers.
+    """
 
     format: int
     max_length: int
@@ -64,13 +67,16 @@ class DatasetReport(TypedDict):
     split_rows: int
     """Rows of more than max_length tokens that are cut into pieces; each counts as a usable row of its own."""
     empty_rows: int
-    """Rows, or pieces of one, with nothing to learn, because it has weight 0 or was cut off."""
+    """Rows, or pieces of one, with nothing to learn, because it has weight 0 or was cut off. Of a pair one such answer
+    is enough, or that both are the same once cut."""
     loss: Loss
     overflow: Overflow
     duplicate_rows: int
     """Rows that an earlier one equals. They are kept."""
     longest_row: int
-    """Tokens, before any cut."""
+    """Tokens, before any cut. Of a pair, the prompt with the longer answer."""
+    longest_example: int
+    """Tokens of the longest usable row, as cut to max_length; of a pair, both its rows together."""
     median_row: int
     tokenizer: str
     """sha256 of tokenizer.json."""
@@ -88,25 +94,13 @@ class DatasetReport(TypedDict):
     refusal: NotRequired[Refusal]
 
 
-@dataclass(kw_only=True, slots=True)
-class _Counts:
-    """What is found row by row."""
-
-    kind: RowKind | None = None
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    seen: set[bytes] = field(default_factory=set[bytes])
-    too_long: int = 0
-    empty: int = 0
-    duplicates: int = 0
-
-
 def prepare(*, source: Path, base_dir: Path, max_length: int, out: Path, data: DataSpec | None = None) -> DatasetReport:
     """Tokenise the checked file `source` into `out`, which is not written where the report has a refusal.
 
     No row keeps more than `max_length` tokens. data: what is learnt, and what becomes of longer rows.
     Raises OutOfSpace.
     """
-    counts, data = _Counts(), data or DataSpec()
+    counts, data = Counts(), data or DataSpec()
     base = BaseText(base_dir)
     with full_disk_named(), TokenFile(out) as tokens:
         try:
@@ -117,35 +111,50 @@ def prepare(*, source: Path, base_dir: Path, max_length: int, out: Path, data: D
     return _report(tokens, counts, base, max_length=max_length, data=data)
 
 
-def _fill(tokens: TokenFile, counts: _Counts, base: BaseText, *, source: Path, max_length: int, data: DataSpec) -> None:
-    for batch in _batches(_rendered(source, base, counts, data)):
-        for rendered, (ids, mask) in zip(batch, base.encode(batch), strict=True):
-            counts.lengths.append(len(ids))
-            counts.duplicates += _is_seen(counts.seen, rendered.text)
-            counts.too_long += len(ids) > max_length
-            for piece, learnt in fit((ids, mask), max_length=max_length, overflow=data.overflow):
-                if learnt.any():
-                    tokens.add_row(piece.astype(np.int32), learnt)
-                else:
-                    counts.empty += 1
+def _fill(tokens: TokenFile, counts: Counts, base: BaseText, *, source: Path, max_length: int, data: DataSpec) -> None:
+    for example in _examples(source, base, counts, data):
+        counts.count(example, max_length=max_length)
+        fitting = [fit((row.ids, row.mask), max_length=max_length, overflow=data.overflow) for row in example]
+        for rows in zip(*fitting, strict=False):  # the pieces of a row, one by one; a pair whole, or not at all
+            if all(learnt.any() for _, learnt in rows) and not are_equal(rows):
+                for ids, learnt in rows:
+                    tokens.add_row(ids.astype(np.int32), learnt)
+                counts.keep(sum(len(ids) for ids, _ in rows))
+            else:
+                counts.empty += 1
     if tokens.num_rows == 0:
         raise _nothing_to_learn(counts, max_length, data)
 
 
-def _rendered(source: Path, base: BaseText, counts: _Counts, data: DataSpec) -> Iterator[Rendered]:
+def _examples(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[tuple[EncodedRow, ...]]:
+    """One row each, or the two of a pair."""
+    rows = _encoded(source, base, counts, data)
+    for row in rows:
+        yield (row, next(rows)) if counts.kind is PREFERENCE else (row,)
+
+
+def _encoded(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[EncodedRow]:
+    for batch in _batches(_rendered(source, base, counts, data)):
+        for rendered, (ids, mask) in zip(batch, base.encode(batch), strict=True):
+            yield EncodedRow(text=rendered.text, ids=ids, mask=mask)
+
+
+def _rendered(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[Rendered]:
     with source.open("rb") as lines:
         try:
             for number, line in read_rows(lines, max_line_bytes=MAX_LINE_BYTES):
-                yield _render(base, counts, data, number, line)
+                yield from _render(base, counts, data, number, line)
         except InvalidRequest as error:
             raise Refused(error.code, error.message, error.remedy) from error
 
 
-def _render(base: BaseText, counts: _Counts, data: DataSpec, number: int, line: bytes) -> Rendered:
+def _render(base: BaseText, counts: Counts, data: DataSpec, number: int, line: bytes) -> tuple[Rendered, ...]:
     try:
         row = parse_object(line)
         counts.kind = kind = kind_of_row(row, before=counts.kind)
-        return base.render(kind.name, kind.check(row), loss=data.loss)
+        if kind is PREFERENCE:
+            return render_pair(base.template, check_pair(row))
+        return (base.render(kind.name, kind.check(row), loss=data.loss),)
     except BadRow as problem:
         raise Refused(problem.code, f"Line {number}: {problem.reason}.", problem.remedy) from problem
     except Refused as error:
@@ -168,15 +177,7 @@ def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
         yield batch
 
 
-def _is_seen(seen: set[bytes], text: str) -> bool:
-    digest = blake2b(text.encode(), digest_size=16).digest()
-    if digest in seen:
-        return True
-    seen.add(digest)
-    return False
-
-
-def _nothing_to_learn(counts: _Counts, max_length: int, data: DataSpec) -> Refused:
+def _nothing_to_learn(counts: Counts, max_length: int, data: DataSpec) -> Refused:
     num_rows, longest = len(counts.lengths), max(counts.lengths, default=0)
     if data.overflow == "drop" and counts.too_long:
         return Refused(
@@ -191,6 +192,8 @@ def _nothing_to_learn(counts: _Counts, max_length: int, data: DataSpec) -> Refus
             f"None of the {num_rows} texts has a token that another one stands before.",
             f"Give longer texts: the longest has {longest} tokens.",
         )
+    if counts.kind is PREFERENCE:
+        return nothing_to_compare(num_rows, longest, max_length)
     return Refused(
         "nothing_to_learn",
         f"None of the {num_rows} rows has anything to learn in its first {max_length} tokens: every answer has "
@@ -202,7 +205,7 @@ def _nothing_to_learn(counts: _Counts, max_length: int, data: DataSpec) -> Refus
 
 def _report(
     tokens: TokenFile,
-    counts: _Counts,
+    counts: Counts,
     base: BaseText,
     *,
     max_length: int,
@@ -214,7 +217,7 @@ def _report(
         format=FORMAT,
         max_length=max_length,
         rows=len(lengths),
-        usable_rows=tokens.num_rows,
+        usable_rows=tokens.num_rows // (2 if counts.kind is PREFERENCE else 1),
         tokens=tokens.num_tokens,
         supervised_tokens=tokens.num_supervised,
         truncated_rows=counts.too_long if data.overflow == "truncate" else 0,
@@ -223,6 +226,7 @@ def _report(
         empty_rows=counts.empty,
         duplicate_rows=counts.duplicates,
         longest_row=lengths[-1] if lengths else 0,
+        longest_example=counts.longest_example,
         median_row=lengths[(len(lengths) - 1) // 2] if lengths else 0,
         tokenizer=base.digest,
         loss=data.loss,

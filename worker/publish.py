@@ -10,7 +10,7 @@ from catalog import claims, jobs
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace
 from catalog.records import Course
-from catalog.tables import Json
+from catalog.tables import Json, Metric
 from worker import failpoints, provenance
 from worker.context import WorkerContext
 
@@ -79,12 +79,18 @@ def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | 
     return {
         "base_loss": first.loss,
         "loss": last.loss,
-        "base_perplexity": perplexity(first.loss),
-        "perplexity": perplexity(last.loss),
+        **_of_the_method(first, last),
         "base_token_accuracy": first.token_accuracy,
         "token_accuracy": last.token_accuracy,
         "step": last.step,
     }
+
+
+def _of_the_method(first: Metric, last: Metric) -> Json:
+    """A loss over pairs of answers has no perplexity, but rewards."""
+    if last.rewards is not None:
+        return {"rewards": last.rewards}
+    return {"base_perplexity": perplexity(first.loss), "perplexity": perplexity(last.loss)}
 
 
 def perplexity(loss: float) -> float:

@@ -175,7 +175,7 @@ class Trainer:
             step=step,
             num_steps=num_steps,
             num_parameters=self._engine.num_parameters(claim_id),
-            steps_per_epoch=train.num_rows / config.batch_size,
+            steps_per_epoch=train.num_rows / config.objective.rows_per_example / config.batch_size,
         )
 
     def _asks(self, claim_id: str, body: Json) -> bool:

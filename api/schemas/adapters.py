@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas.job_history import Rewards
 from catalog.tables import Adapter, Artifact
 
 
@@ -19,13 +20,14 @@ class VerificationObject(BaseModel):
 
 
 class EvaluationObject(BaseModel):
-    """Mean loss per supervised token of the validation file."""
+    """Mean loss on the validation file, per supervised token or per pair of answers; pairs have no perplexity."""
 
     model_config = ConfigDict(extra="allow")
     base_loss: float | None = None
     loss: float | None = None
     base_perplexity: float | None = None
     perplexity: float | None = None
+    rewards: Rewards | None = None
 
 
 class AdapterObject(BaseModel):

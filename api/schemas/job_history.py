@@ -35,6 +35,18 @@ class FineTuningJobEvent(BaseModel):
     data: dict[str, Any] | None
 
 
+class Rewards(BaseModel):
+    """Of a job that learns from pairs: means over the pairs of a step or of the held-out set.
+
+    What a reward is, the method says: of dpo, beta times the log of how much likelier the adapter makes an answer.
+    """
+
+    chosen: float
+    rejected: float
+    margin: float = Field(description="chosen - rejected.")
+    accuracy: float = Field(description="Part of the pairs whose preferred answer has the greater reward.")
+
+
 class CheckpointMetrics(BaseModel):
     """As they were at the step; what was not measured is null."""
 
@@ -45,6 +57,8 @@ class CheckpointMetrics(BaseModel):
     valid_mean_token_accuracy: float | None = None
     full_valid_loss: float | None = None
     full_valid_mean_token_accuracy: float | None = None
+    train_rewards: Rewards | None = None
+    full_valid_rewards: Rewards | None = None
 
 
 class FineTuningJobCheckpoint(BaseModel):
@@ -80,11 +94,12 @@ class MetricPoint(BaseModel):
     kind: Literal["train", "valid"]
     step: int
     created_at: int
-    loss: float | None = Field(description="Mean over supervised tokens; null where it was not finite.")
+    loss: float | None = Field(description="Mean over supervised tokens, or over pairs; null where it was not finite.")
     token_accuracy: float | None
     learning_rate: float | None
     grad_norm: float | None
     num_tokens: int | None
+    rewards: Rewards | None
 
 
 class AttemptObject(BaseModel):
@@ -185,6 +200,7 @@ def metric_point(row: Metric) -> MetricPoint:
             "learning_rate": row.learning_rate,
             "grad_norm": row.grad_norm,
             "num_tokens": row.num_tokens,
+            "rewards": row.rewards,
         }
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.course_spec import EarlyStopping
+from catalog.methods import MethodType, method_object
 from catalog.sample_spec import Samples
 from catalog.spec import JobSpec, PriorityClass
 from catalog.states import JobState
@@ -65,13 +66,11 @@ class ResolvedHyperparameters(BaseModel):
     n_epochs: int
 
 
-class SupervisedObject(BaseModel):
-    hyperparameters: ResolvedHyperparameters
-
-
 class MethodObject(BaseModel):
-    type: Literal["supervised"] = "supervised"
-    supervised: SupervisedObject
+    """Its type, and under the type's name its numbers with every `auto` resolved."""
+
+    model_config = ConfigDict(extra="allow")
+    type: MethodType
 
 
 class LoraObject(BaseModel):
@@ -206,7 +205,7 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             "seconds_running": seconds_running,
             "seed": spec.seed,
             "hyperparameters": numbers,
-            "method": MethodObject(supervised=SupervisedObject(hyperparameters=numbers)),
+            "method": method_object(spec.method, numbers.model_dump(), spec.preference),
             "lora": spec.lora.model_dump(),
             "optimizer": spec.optimizer.model_dump(),
             "schedule": spec.schedule.model_dump(),

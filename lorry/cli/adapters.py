@@ -149,6 +149,8 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     ):
         if after is not None:
             yield label, f"{output.cell(before)} for the base, {output.cell(after)} with the adapter"
+    if measured.rewards is not None:
+        yield "preferred answers win", f"{measured.rewards['accuracy']:.1%} of the held-out pairs"
     yield "PEFT agrees", check.passed
     yield "largest difference", check.max_abs_diff
     yield "allowed", check.tolerance

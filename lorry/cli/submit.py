@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 
 from lorry.cli import output, watching
 from lorry.cli.app import client
+from lorry.cli.choices import Keep, Method, Optimizer, Precision, Priority, Quantisation, Schedule
 from lorry.cli.files import upload_with_bar
 from lorry.cli.output import AsJson
 from lorry.errors import APIError, LorryError
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
     from lorry.models import Job
 
+
 ADAPTER, TRAINING, WATCHING, RUN = "Adapter", "Training", "Evaluation and checkpoints", "The job"
+NUMBERS = "method.METHOD.hyperparameters"
+"""Where a method's numbers are; METHOD stands for its name."""
 FIELDS = {
     "rank": "lora.rank",
     "alpha": "lora.alpha",
@@ -44,8 +47,11 @@ FIELDS = {
     "schedule": "schedule.type",
     "warmup": "schedule.warmup_ratio",
     "decay": "schedule.decay_ratio",
-    "epochs": "method.supervised.hyperparameters.n_epochs",
-    "batch_size": "method.supervised.hyperparameters.batch_size",
+    "method": "method.type",
+    "epochs": f"{NUMBERS}.n_epochs",
+    "batch_size": f"{NUMBERS}.batch_size",
+    "beta": f"{NUMBERS}.beta",
+    "gamma": f"{NUMBERS}.gamma",
     "max_steps": "max_steps",
     "max_length": "max_length",
     "precision": "precision",
@@ -64,56 +70,13 @@ NAMES = {
     "training_file": "TRAIN",
     "validation_file": "--valid",
     "metadata": "--metadata",
-    **{path: f"--{name.replace('_', '-')}" for name, path in FIELDS.items()},
+    **{
+        path.replace("METHOD", method): f"--{name.replace('_', '-')}"
+        for name, path in FIELDS.items()
+        for method in Method
+    },
 }
 """What a person typed for a field."""
-
-
-class Priority(StrEnum):
-    """Whose turn comes first."""
-
-    urgent = "urgent"
-    normal = "normal"
-    batch = "batch"
-
-
-class Precision(StrEnum):
-    """Of the base model's weights."""
-
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Quantisation(StrEnum):
-    """How the base model's linear layers are held."""
-
-    none = "none"
-    nf4 = "nf4"
-    int8 = "int8"
-
-
-class Schedule(StrEnum):
-    """How the learning rate goes down from its peak."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class Optimizer(StrEnum):
-    """What turns gradients into updates."""
-
-    adamw = "adamw"
-    sgd = "sgd"
-
-
-class Keep(StrEnum):
-    """Whose weights become the adapter."""
-
-    last = "last"
-    best = "best"
 
 
 def _option(group: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
@@ -121,6 +84,10 @@ def _option(group: str, help_text: str, *names: str, metavar: str | None = None)
 
 
 Training = Annotated[str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")]
+Methods = Annotated[
+    Method | None,
+    _option(TRAINING, "Learn from answers (supervised, the default), or from pairs of a better and a worse one."),
+]
 Held = Annotated[
     Quantisation | None,
     _option(TRAINING, "Hold the base model in 4 or 8 bits.", "--quantisation", "--quantization"),
@@ -180,6 +147,9 @@ def submit(
     alpha_pattern: AlphaPattern = None,
     dora: Annotated[bool, _option(ADAPTER, "Learn the length of each output's weights as well.", "--dora")] = False,
     init: Annotated[str | None, _option(ADAPTER, "default, gaussian, pissa, pissa_niter_N or olora.")] = None,
+    method: Methods = None,
+    beta: Annotated[float | None, _option(TRAINING, "Strength of the preference; of dpo, orpo and simpo.")] = None,
+    gamma: Annotated[float | None, _option(TRAINING, "Margin that is asked for; of simpo.")] = None,
     learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
     lora_plus_ratio: Annotated[float | None, _option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
@@ -189,7 +159,7 @@ def submit(
     weight_decay: Annotated[float | None, _option(TRAINING, "Of the optimizer.")] = None,
     epochs: Annotated[int | None, _option(TRAINING, "Passes over the training file.")] = None,
     max_steps: Annotated[int | None, _option(TRAINING, "End after so many optimizer steps.")] = None,
-    batch_size: Annotated[int | None, _option(TRAINING, "Sequences per optimizer step.")] = None,
+    batch_size: Annotated[int | None, _option(TRAINING, "Sequences, or pairs of them, per optimizer step.")] = None,
     max_length: Annotated[int | None, _option(TRAINING, "Tokens of a row that are kept.")] = None,
     precision: Annotated[Precision | None, _option(TRAINING, "Of the base model.")] = None,
     quantisation: Held = None,
@@ -207,11 +177,8 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Start a job; files that are paths are uploaded first. What is not said is the service's default."""
-    fields = {path: _value(name, ctx.params[name]) for name, path in FIELDS.items() if _is_given(ctx.params[name])}
-    pairs = dict(_pair(given, "--metadata", "KEY=VALUE") for given in metadata or [])
+    fields = _fields(ctx.params, method or Method.supervised)
     others = [_pair(given, "--set", "PATH=VALUE") for given in other or []]
-    if pairs:
-        fields["metadata"] = pairs
     files = {"training_file"} if valid is None else {"training_file", "validation_file"}
     _check_said_once({"model", *files, *fields}, [path for path, _ in others])
     body = _nested([*fields.items(), *((path, _json_or_text(text)) for path, text in others)])
@@ -224,6 +191,15 @@ def submit(
         output.print_json(job.raw)
     else:
         output.console().print(job.id)
+
+
+def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """By dotted path, what the options say."""
+    given = {path: (name, params[name]) for name, path in FIELDS.items() if _is_given(params[name])}
+    fields = {path.replace("METHOD", method): _value(name, value) for path, (name, value) in given.items()}
+    metadata: list[str] = params["metadata"] or []
+    pairs = dict(_pair(entry, "--metadata", "KEY=VALUE") for entry in metadata)
+    return fields | ({"metadata": pairs} if pairs else {})
 
 
 def _send(

@@ -32,7 +32,8 @@ class Jobs:
         suffix: str | None = None,
         seed: int | None = None,
         metadata: Mapping[str, str] | None = None,
-        hyperparameters: requests.Hyperparameters | None = None,
+        method: requests.MethodType | None = None,
+        hyperparameters: requests.AnyHyperparameters | None = None,
         lora: requests.Lora | None = None,
         optimizer: requests.Optimizer | None = None,
         schedule: requests.Schedule | None = None,
@@ -50,10 +51,12 @@ class Jobs:
     ) -> Job:
         """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job.
 
+        hyperparameters: of the method, which is "supervised" where none is named. The others learn from files of pairs.
         extra_body: fields of the body as they go over the wire, for a service that is newer than this client; they
         stand in the place of the arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
         """
-        method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else None
+        chosen = method or "supervised"
+        numbers = {chosen: {"hyperparameters": hyperparameters}} if hyperparameters else {}
         fields: dict[str, Any] = {
             "model": model,
             "training_file": training_file,
@@ -61,7 +64,7 @@ class Jobs:
             "suffix": suffix,
             "seed": seed,
             "metadata": metadata,
-            "method": method,
+            "method": {"type": chosen, **numbers} if method or numbers else None,
             "lora": lora,
             "optimizer": optimizer,
             "schedule": schedule,

@@ -25,7 +25,7 @@ def test_a_row_is_four_vectors_of_fp32() -> None:
 
 
 def test_a_job_that_keeps_its_best_weights_has_one_vector_more() -> None:
-    assert memory.own_bytes({}, num_parameters=1000, dropout=0.0, keeps_best=True) == 20_000
+    assert memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0, keeps_best=True) == 20_000
 
 
 @pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
@@ -70,13 +70,13 @@ def test_a_tick_on_a_quantised_base_restores_its_largest_linear() -> None:
 def test_a_job_with_dropout_keeps_a_byte_for_each_input_of_each_linear_and_token_of_its_slice() -> None:
     description = {"linear_shapes": SHAPES}
 
-    assert memory.own_bytes(description, num_parameters=1000, dropout=0.0) == 16_000
-    assert memory.own_bytes(description, num_parameters=1000, dropout=0.1) == 16_000 + 1024 * 32 * 4
+    assert memory.own_bytes(description, "float32", num_parameters=1000, dropout=0.0) == 16_000
+    assert memory.own_bytes(description, "float32", num_parameters=1000, dropout=0.1) == 16_000 + 1024 * 32 * 4
 
 
 def test_a_start_that_is_subtracted_stands_beside_the_weights_in_the_bases_precision() -> None:
     for precision, width in (("bfloat16", 2), ("float32", 4)):
-        own = memory.own_bytes({}, num_parameters=1000, dropout=0.0, keeps_start_in=precision)
+        own = memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0, keeps_start_in=precision)
         assert own == 16_000 + 2 * width * 1000
 
 
@@ -85,3 +85,12 @@ def test_a_start_that_is_subtracted_stands_beside_the_weights_in_the_bases_preci
 )
 def test_bytes_are_readable(num_bytes: int, text: str) -> None:
     assert memory.readable(num_bytes) == text
+
+
+def test_a_row_or_pair_longer_than_a_slice_brings_its_own_activations() -> None:
+    description = {"linear_shapes": SHAPES}
+    usual = memory.own_bytes(description, "bfloat16", num_parameters=1000, dropout=0.0, longest_example=1024)
+    longer = memory.own_bytes(description, "bfloat16", num_parameters=1000, dropout=0.0, longest_example=1500)
+
+    assert usual == memory.own_bytes(description, "bfloat16", num_parameters=1000, dropout=0.0)
+    assert longer - usual == 476 * memory.activation_bytes_per_token(SHAPES, "bfloat16")

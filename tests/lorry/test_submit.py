@@ -15,7 +15,8 @@ from typer.testing import Result
 
 from catalog.course_spec import EarlyStopping, EvaluationRequest, OptimizerRequest, ScheduleRequest
 from catalog.data_spec import DataRequest
-from catalog.spec import Hyperparameters, JobRequest, LoraRequest
+from catalog.methods import NUMBERS as METHOD_NUMBERS
+from catalog.spec import JobRequest, LoraRequest
 from lorry.cli.submit import FIELDS, NAMES, submit
 from tests.lorry.scripted_server import Reply, Script
 
@@ -28,7 +29,9 @@ NO_OPTION = {
     "data.overflow",
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "momentum", "max_grad_norm")),
     "early_stopping.min_delta",
-    f"{NUMBERS}.learning_rate_multiplier",
+    *(f"method.{method}.hyperparameters.learning_rate_multiplier" for method in METHOD_NUMBERS),
+    "method.dpo.hyperparameters.loss_type",
+    "method.dpo.hyperparameters.label_smoothing",
 }
 """Fields that few people set: by `--set`."""
 Run = Callable[..., Result]
@@ -65,15 +68,29 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
         "evaluation": EvaluationRequest,
         "data": DataRequest,
         "early_stopping": EarlyStopping,
-        NUMBERS: Hyperparameters,
+        **{f"method.{method}.hyperparameters": numbers for method, numbers in METHOD_NUMBERS.items()},
     }
     there_is_one_choice = {"method", "hyperparameters", "integrations"}
     fields = set(JobRequest.model_fields) - set(groups) - there_is_one_choice
     for prefix, model in groups.items():
         fields |= set(leaves(model, prefix))
 
-    assert set(NAMES) == fields - NO_OPTION
+    fields.add("method.type")
+    of_another_method = {name for name in set(NAMES) - fields if name.endswith((".beta", ".gamma"))}
+    assert set(NAMES) - of_another_method == fields - NO_OPTION
     assert set(FIELDS) < set(inspect.signature(submit).parameters)
+
+
+def test_a_methods_numbers_go_where_the_method_has_them(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, JOB)
+
+    run("m", "train.jsonl", *["--method", "dpo", "--beta", "0.2", "--epochs", "1"])
+    dpo = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)["method"]
+    run("m", "train.jsonl", *["--method", "simpo", "--gamma", "0.5", "--batch-size", "2"])
+    simpo = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)["method"]
+
+    assert dpo == {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
+    assert simpo == {"type": "simpo", "simpo": {"hyperparameters": {"gamma": 0.5, "batch_size": 2}}}
 
 
 def test_a_target_may_be_all_linear_or_one_expression_and_a_pattern_needs_its_number(service: Script, run: Run) -> None:

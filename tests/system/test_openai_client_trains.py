@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -57,6 +59,46 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve(done.fine_tuned_model)
         assert client.files.delete(training.id).deleted
+
+
+def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site, api_process(site.settings.data_dir) as service, service.client() as client:
+        pairs = client.files.create(file=tiny_base.write_pairs(tmp_path / "pairs.jsonl", 24), purpose="fine-tune")
+        held_out = tiny_base.write_pairs(tmp_path / "valid.jsonl", 4, seed=5)
+        validation = client.files.create(file=held_out, purpose="fine-tune")
+        chats = client.files.create(file=tiny_base.write_chat(tmp_path / "chats.jsonl", 4), purpose="fine-tune")
+        numbers: Any = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 20, "beta": 0.5}
+        asked: Any = {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.fine_tuning.jobs.create(model=BASE, training_file=chats.id, method=asked)
+        assert (refused.value.code, refused.value.param) == ("wrong_file_kind", "training_file")
+
+        job = client.fine_tuning.jobs.create(
+            model=BASE, training_file=pairs.id, validation_file=validation.id, seed=3, method=asked
+        )
+        site.work_until_done()
+
+        done = client.fine_tuning.jobs.retrieve(job.id)
+        assert done.status == "succeeded", site.log()
+        assert done.method is not None
+        assert done.method.dpo is not None
+        assert done.method.dpo.hyperparameters is not None
+        assert done.method.dpo.hyperparameters.beta == 0.5
+        losses = train_losses(client, job.id)
+        assert losses[0] < math.log(2) - 0.05  # at first the adapter is its reference, and the loss ln 2
+        told = [event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"]
+        rewards = [data["train_rewards"] for data in told if isinstance(data, dict) and "train_rewards" in data]
+        assert rewards[0]["margin"] > 0
+        assert rewards[0]["accuracy"] > 0.5
+        curve: Any = client.get(f"/fine_tuning/jobs/{job.id}/metrics?kind=valid", cast_to=object)
+        assert curve["data"][0]["rewards"]["margin"] == 0.0
+        assert curve["data"][-1]["rewards"]["margin"] > 0
+        assert done.fine_tuned_model is not None
+        assert_adapter_is_verified(service, site, done.fine_tuned_model)
+        (adapter,) = site.adapters()
+        assert adapter.evaluation is not None
+        assert adapter.evaluation["rewards"]["accuracy"] > 0.5
+        assert "perplexity" not in adapter.evaluation
 
 
 def test_openai_client_is_told_which_rows_have_nothing_to_learn(tmp_path: Path) -> None:

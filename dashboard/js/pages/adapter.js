@@ -37,14 +37,15 @@ const held = ({ precision, quantisation }) => (quantisation === "none" ? precisi
 
 function Evaluation({ evaluation }) {
   if (!evaluation) return html`<${Panel} title="Against its base" id="evaluation"><p class="soft pad">The job had no held-out file, so nothing was measured. Give one with <code>--valid</code>.</p><//>`;
-  const { base_loss, loss, base_perplexity, perplexity } = evaluation;
+  const { base_loss, loss, base_perplexity, perplexity, rewards } = evaluation;
   const row = (name, value, kind) => html`<tr key=${name}><th scope="row">${name}</th>
     <td class="meter-cell"><progress class=${`bar meter-${kind}`} max=${Math.max(base_loss, loss)} value=${value} aria-hidden="true"></progress></td>
-    <td class="num"><b>${format.loss(value)}</b></td><td class="num">${format.power(kind === "base" ? base_perplexity : perplexity)}</td></tr>`;
+    <td class="num"><b>${format.loss(value)}</b></td>${rewards ? null : html`<td class="num">${format.power(kind === "base" ? base_perplexity : perplexity)}</td>`}</tr>`;
   return html`<${Panel} title="Against its base" id="evaluation" aside=${html`<span class=${loss < base_loss ? "good-text" : "bad-text"}>${format.change(base_loss, loss)} loss</span>`}>
-    <table class="table table-tight compare"><caption class="unseen">Held-out loss and perplexity of the base and of the adapter</caption>
-      <thead><tr><th scope="col">On held-out data</th><td></td><th scope="col" class="num">Loss</th><th scope="col" class="num">Perplexity</th></tr></thead>
+    <table class="table table-tight compare"><caption class="unseen">Held-out loss of the base and of the adapter</caption>
+      <thead><tr><th scope="col">On held-out data</th><td></td><th scope="col" class="num">Loss</th>${rewards ? null : html`<th scope="col" class="num">Perplexity</th>`}</tr></thead>
       <tbody>${row("base alone", base_loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
+    ${rewards ? html`<p class="pad soft">The preferred answer wins in ${format.percent(rewards.accuracy, 1)} of the held-out pairs, by ${format.power(rewards.margin)} on average.</p>` : null}
   <//>`;
 }
 

@@ -12,9 +12,16 @@ export function Curves({ train, valid, job }) {
   return html`<${Panel} title="Loss" id="curves">
     ${train.length + valid.length === 0
       ? html`<p class="soft pad">${FINAL.has(job.status) ? "It ended before its first step." : "The first point comes with the first step."}</p>`
-      : html`<${Chart} title="Cross-entropy" unit="nats per supervised token, by step" height=${280} series=${losses} summary=${summary(train, valid)} />
+      : html`<${Chart} ...${lossOf(job)} height=${280} series=${losses} summary=${summary(train, valid)} />
         <div class="small-charts">${extras.map((one) => html`<${Chart} key=${one.title} ...${one} height=${120} />`)}</div>`}
   <//>`;
+}
+
+/** What the loss is of: a method that learns from pairs of answers has its own. */
+function lossOf(job) {
+  const { type = "supervised" } = job.method || {};
+  if (type === "supervised") return { title: "Cross-entropy", unit: "nats per supervised token, by step" };
+  return { title: `Loss of ${type.toUpperCase()}`, unit: "mean over pairs of answers, by step" };
 }
 
 const points = (curve, field) => curve.filter((point) => Number.isFinite(point[field])).map((point) => ({ x: point.step, y: point[field] }));
@@ -47,9 +54,23 @@ function extraSeries(train, valid) {
     { name: "held-out", colour: "--valid", points: points(valid, "token_accuracy"), marked: true, format: (value) => format.percent(value, 1) },
   ];
   const one = (title, field, unit) => ({ title, unit, series: [{ name: "train", colour: "--train", points: points(train, field), format: format.power }] });
-  const all = [{ title: "Token accuracy", series: accuracy.filter((series) => series.points.length) }, one("Learning rate", "learning_rate"), one("Gradient norm", "grad_norm", "before clipping")];
+  const all = [...rewardSeries(train, valid), { title: "Token accuracy", series: accuracy.filter((series) => series.points.length) }, one("Learning rate", "learning_rate"), one("Gradient norm", "grad_norm", "before clipping")];
   return all.filter(({ series }) => series.some((curve) => curve.points.length > 1))
-    .map((chart) => ({ ...chart, smallest: 0, summary: `${chart.title} by step. ${chart.series.map(ends).join(" ")}` }));
+    .map((chart) => ({ smallest: 0, ...chart, summary: `${chart.title} by step. ${chart.series.map(ends).join(" ")}` }));
+}
+
+/** Only of a job that learns from pairs of answers. Rewards may be below 0. */
+function rewardSeries(train, valid) {
+  const of = (curve, field) => curve.filter(({ rewards }) => Number.isFinite(rewards?.[field])).map(({ step, rewards }) => ({ x: step, y: rewards[field] }));
+  const one = (title, field, text, smallest) => ({ title, smallest, series: [
+    { name: "train", colour: "--train", points: of(train, field), format: text },
+    { name: "held-out", colour: "--valid", points: of(valid, field), marked: true, format: text },
+  ].filter((series) => series.points.length) });
+  const sides = { title: "Rewards", unit: "on training pairs", smallest: undefined, series: [
+    { name: "preferred", colour: "--train", points: of(train, "chosen"), format: format.power },
+    { name: "rejected", colour: "--valid", points: of(train, "rejected"), format: format.power },
+  ] };
+  return [one("Preferred answer wins", "accuracy", (value) => format.percent(value, 1), 0), one("Reward margin", "margin", format.power, undefined), sides];
 }
 
 const ends = ({ name, points: curve, format: text }) => (curve.length ? `${name}: from ${text(curve[0].y)} to ${text(curve.at(-1).y)}.` : "");

@@ -11,13 +11,16 @@ const RUN = ["max_length", "max_steps", "precision", "quantisation", "seed", "pr
 /** [[group, [{label, asked (null: not asked for), resolved}]]]. `rows` are those that the job learns from, if known. */
 export function groups(job, rows) {
   const asked = job.requested || {};
-  const numbers = asked.method?.supervised?.hyperparameters || asked.hyperparameters || {};
+  const { type = "supervised" } = job.method || {};
+  const numbers = asked.method?.[type]?.hyperparameters || asked.hyperparameters || {};
+  const resolved = { ...job.hyperparameters, ...job.method?.[type]?.hyperparameters };
   const each = (resolved, requested) => Object.keys(resolved || {}).map((key) => row(key, requested?.[key], resolved[key]));
   return [
     ["Adapter", each(job.lora, asked.lora)],
     ["Optimizer", [...each(named(job.optimizer), named(asked.optimizer)), ...each(job.schedule, asked.schedule)]],
     ["Run", [
-      ...each({ ...job.hyperparameters, n_epochs: passesOf(job, rows) }, numbers),
+      row("method", asked.method?.type, type),
+      ...each({ ...resolved, n_epochs: passesOf(job, rows) }, numbers),
       { label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" },
       ...(job.evaluation?.keep ? [{ label: "kept weights", asked: given(asked.evaluation?.keep), resolved: job.evaluation.keep }] : []),
       ...(job.early_stopping ? each(job.early_stopping, asked.early_stopping) : []),

@@ -1,0 +1,147 @@
+"""What a job learns by: from answers (`supervised`), or from pairs of them (`dpo`, `orpo`, `simpo`).
+
+OpenAI's form: a type, and under the type's name its numbers. `resolve_preference` makes every `auto` a number.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from catalog.course_spec import BASE_LEARNING_RATE, HIGHEST_RATE
+from catalog.strict import Auto, Strict
+
+PREFERENCE_MULTIPLIER = 0.1
+"""What `auto` multiplies it by where pairs are learnt from: a rate of 2e-5. At rates that suit plain answers, a few
+steps of DPO are enough to make both answers unlikely."""
+
+Json = dict[str, Any]
+MethodType = Literal["supervised", "dpo", "orpo", "simpo"]
+Beta = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+
+
+class Hyperparameters(Strict):
+    """OpenAI's three numbers."""
+
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
+        default="auto", description="Sequences, or pairs of them, per optimizer step."
+    )
+    learning_rate_multiplier: (
+        Annotated[float, Field(gt=0, le=HIGHEST_RATE / BASE_LEARNING_RATE, allow_inf_nan=False)] | Auto
+    ) = Field(default="auto", description=f"auto: 1, or {PREFERENCE_MULTIPLIER} where pairs are learnt from.")
+    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description="auto: 3.")
+
+
+class DpoHyperparameters(Hyperparameters):
+    """Direct preference optimisation (arXiv 2305.18290)."""
+
+    beta: Beta | Auto = Field(default="auto", description="How closely the base is held to. auto: 0.1.")
+    loss_type: Literal["sigmoid", "ipo"] = Field(
+        default="sigmoid", description="ipo: the squared loss of arXiv 2310.12036, over means of log ratios."
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="Part of the pairs taken to be swapped; only with sigmoid."
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_is_of_the_sigmoid(self) -> DpoHyperparameters:
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise ValueError("ipo has no label_smoothing: leave it out, or use loss_type sigmoid")
+        return self
+
+
+class OrpoHyperparameters(Hyperparameters):
+    """Odds ratio preference optimisation (arXiv 2403.07691)."""
+
+    beta: Beta | Auto = Field(default="auto", description="Weight of the odds ratio, the paper's lambda. auto: 0.1.")
+
+
+class SimpoHyperparameters(Hyperparameters):
+    """Simple preference optimisation (arXiv 2405.14734)."""
+
+    beta: Beta | Auto = Field(default="auto", description="Scale of the mean log probabilities. auto: 2.")
+    gamma: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | Auto = Field(
+        default="auto", description="Margin by which the preferred answer is to win. auto: half of beta."
+    )
+
+
+class SupervisedMethod(Strict):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class DpoMethod(Strict):
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+class OrpoMethod(Strict):
+    hyperparameters: OrpoHyperparameters = OrpoHyperparameters()
+
+
+class SimpoMethod(Strict):
+    hyperparameters: SimpoHyperparameters = SimpoHyperparameters()
+
+
+class Method(Strict):
+    """A type, and its numbers under its own name."""
+
+    type: MethodType = "supervised"
+    supervised: SupervisedMethod | None = None
+    dpo: DpoMethod | None = None
+    orpo: OrpoMethod | None = None
+    simpo: SimpoMethod | None = None
+
+    @model_validator(mode="after")
+    def _numbers_are_of_the_type(self) -> Method:
+        others = [name for name in get_args(MethodType) if name != self.type and getattr(self, name) is not None]
+        if others:
+            raise ValueError(f"its type is '{self.type}': say so with '{others[0]}', or leave '{others[0]}' out")
+        return self
+
+    def numbers(self) -> Hyperparameters:
+        """Of its type; each has OpenAI's three, and beside them its own."""
+        of_type: SupervisedMethod | DpoMethod | OrpoMethod | SimpoMethod | None = getattr(self, self.type)
+        return NUMBERS[self.type]() if of_type is None else of_type.hyperparameters
+
+
+NUMBERS: dict[MethodType, type[Hyperparameters]] = {
+    "supervised": Hyperparameters,
+    "dpo": DpoHyperparameters,
+    "orpo": OrpoHyperparameters,
+    "simpo": SimpoHyperparameters,
+}
+
+
+class PreferenceSpec(Strict):
+    """The numbers of a loss over pairs; those that its method lacks have the value that changes nothing."""
+
+    beta: float
+    gamma: float = 0.0
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+
+
+def resolve_preference(numbers: Hyperparameters) -> PreferenceSpec | None:
+    """None where answers are learnt as they are."""
+    match numbers:
+        case DpoHyperparameters():
+            beta = 0.1 if numbers.beta == "auto" else numbers.beta
+            return PreferenceSpec(beta=beta, loss_type=numbers.loss_type, label_smoothing=numbers.label_smoothing)
+        case OrpoHyperparameters():
+            return PreferenceSpec(beta=0.1 if numbers.beta == "auto" else numbers.beta)
+        case SimpoHyperparameters():
+            beta = 2.0 if numbers.beta == "auto" else numbers.beta
+            return PreferenceSpec(beta=beta, gamma=beta / 2 if numbers.gamma == "auto" else numbers.gamma)
+        case _:
+            return None
+
+
+def learns_from_pairs(method: MethodType) -> bool:
+    """What its files must hold, and may not hold otherwise."""
+    return method != "supervised"
+
+
+def method_object(method: MethodType, numbers: Json, preference: PreferenceSpec | None) -> Json:
+    """As the wire has it, with every number resolved. numbers: OpenAI's three."""
+    own = {} if preference is None else preference.model_dump(include=set(NUMBERS[method].model_fields))
+    return {"type": method, method: {"hyperparameters": {**numbers, **own}}}

@@ -1,0 +1,68 @@
+"""What a job learns by: numbers resolved, and files that don't fit it refused."""
+
+from typing import Any
+
+import pytest
+
+from catalog.errors import InvalidRequest
+from catalog.methods import PreferenceSpec
+from catalog.spec import JobSpec
+from tests.catalog.world import World, request
+
+
+def method(name: str, **numbers: Any) -> dict[str, Any]:
+    return {"type": name, name: {"hyperparameters": numbers}}
+
+
+RESOLVED = [
+    (method("dpo"), PreferenceSpec(beta=0.1)),
+    (method("dpo", beta="auto", label_smoothing=0.2), PreferenceSpec(beta=0.1, label_smoothing=0.2)),
+    (method("dpo", beta=1, loss_type="ipo"), PreferenceSpec(beta=1.0, loss_type="ipo")),
+    (method("orpo", beta=0.3), PreferenceSpec(beta=0.3)),
+    (method("simpo"), PreferenceSpec(beta=2.0, gamma=1.0)),
+    (method("simpo", beta=3, gamma=0), PreferenceSpec(beta=3.0, gamma=0.0)),
+    ({"type": "orpo"}, PreferenceSpec(beta=0.1)),
+    (method("supervised"), None),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), RESOLVED)
+def test_every_auto_of_a_method_becomes_a_number(world: World, asked: dict[str, Any], expected: PreferenceSpec) -> None:
+    kind = "chat" if expected is None else "preference"
+
+    spec = JobSpec.model_validate(world.submit(training_file=world.file(kind=kind), method=asked).spec)
+
+    assert (spec.method, spec.preference) == (asked["type"], expected)
+    assert spec.optimizer.learning_rate == pytest.approx(2e-4 if expected is None else 2e-5)
+
+
+def test_a_specs_record_from_before_there_was_a_choice_is_supervised(world: World) -> None:
+    record = {name: value for name, value in world.submit().spec.items() if name not in ("method", "preference")}
+
+    spec = JobSpec.model_validate(record)
+
+    assert (spec.method, spec.preference) == ("supervised", None)
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+@pytest.mark.parametrize(
+    ("name", "fits", "other"), [("dpo", "preference", "chat"), ("supervised", "text", "preference")]
+)
+def test_a_file_that_does_not_fit_the_method_is_refused(
+    world: World, param: str, name: str, fits: str, other: str
+) -> None:
+    files: dict[str, Any] = {"training_file": world.file(kind=fits), "validation_file": world.file(kind=fits)}
+
+    with pytest.raises(InvalidRequest) as caught:
+        world.submit(**{**files, param: world.file(kind=other)}, method=method(name))
+
+    assert (caught.value.code, caught.value.param) == ("wrong_file_kind", param)
+    assert world.submit(**files, method=method(name)).id
+
+
+def test_a_file_of_before_kinds_were_kept_is_one_of_chats(world: World) -> None:
+    old = world.file(kind=None)
+
+    assert world.submit(training_file=old).id
+    with pytest.raises(InvalidRequest, match="is a chat"):
+        world.send(request(training_file=old, method=method("simpo")))
