@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Literal
 
 import rfc8785
@@ -17,7 +18,7 @@ from catalog.tables import BaseModelRow, Job, Json
 
 KINDS = ("hub", "folder", "gguf")
 UNFINISHED = tuple(state for state in JobState if state not in FINAL_STATES)
-_IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
+IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
 def add(db: Database, *, name: str, kind: str, source: str, revision: str | None = None) -> BaseModelRow:
@@ -56,7 +57,7 @@ def delete(db: Database, name: str) -> None:
     What was trained on it stays as it is: an adapter has its own files, and its lineage those of the base by
     digest. The row stays too, since finished jobs refer to it, until another base is added under the name. An
     import that runs meanwhile is ended by its worker, and what it finds is not recorded. The base's files on
-    each node (`bases_dir/DIGEST`) are left: no sweep takes them, an operator may remove the folder by hand.
+    each node (`bases_dir/DIGEST`) go with the worker's next sweep: see `deleted`.
     """
     with db.write() as session:
         row = find(session, name, lock="update")
@@ -69,13 +70,28 @@ def delete(db: Database, name: str) -> None:
                 param="model",
             )
         row.state = "deleted"
-        row.digest = row.manifest = row.description = row.error = row.importing_until = None
+        row.manifest = row.description = row.error = row.importing_until = None
+
+
+def deleted(db: Database, digests: Collection[str]) -> set[str]:
+    """Those of `digests` that were a base here, and are none any more.
+
+    What this database has never heard of isn't among them: a worker that was pointed at a wrong or an empty one
+    must not take every base away.
+    """
+    with db.read() as session:
+        of_bases = select(BaseModelRow.digest).where(BaseModelRow.digest.in_(digests))
+        there = set(session.scalars(of_bases.where(IS_THERE)))
+        of_jobs = select(Job.base_digest).where(Job.base_digest.in_(digests)).distinct()
+        known = {*session.scalars(of_bases), *session.scalars(of_jobs)}
+        needed = set(session.scalars(of_jobs.where(Job.state.in_(UNFINISHED))))
+        return {digest for digest in known - there - needed if digest is not None}
 
 
 def list_all(db: Database) -> list[BaseModelRow]:
     """By name."""
     with db.read() as session:
-        return list(session.scalars(select(BaseModelRow).where(_IS_THERE).order_by(BaseModelRow.name)))
+        return list(session.scalars(select(BaseModelRow).where(IS_THERE).order_by(BaseModelRow.name)))
 
 
 def get(db: Database, name: str) -> BaseModelRow:
@@ -167,7 +183,7 @@ def files_digest(manifest: Json) -> str:
 
 
 def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revision: str | None) -> None:
-    row.kind, row.source, row.revision = kind, source, revision
+    row.kind, row.source, row.revision, row.digest = kind, source, revision, None
     row.state, row.created_at = "importing", read_clock(session)
 
 

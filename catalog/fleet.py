@@ -10,6 +10,7 @@ from typing import Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from catalog import bases
 from catalog.db import Database, read_clock
 from catalog.spec import Precision
 from catalog.states import JobState
@@ -130,7 +131,9 @@ def _training(session: Session) -> set[str | None]:
 
 def _names(session: Session, digests: set[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    rows = session.execute(select(BaseModelRow.digest, BaseModelRow.name).where(BaseModelRow.digest.in_(digests)))
+    rows = session.execute(
+        select(BaseModelRow.digest, BaseModelRow.name).where(BaseModelRow.digest.in_(digests), bases.IS_THERE)
+    )
     for digest, name in rows:
         found.setdefault(digest or "", []).append(name)
     return found

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from worker.trainer_directory import read_json, write_json
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
+DIGEST = re.compile(r"[0-9a-f]{64}")
 LOOK_SECONDS = 0.2
 STALL_SECONDS = 900.0
 """A child that has used no processor time for so long waits for something that does not come."""
@@ -96,6 +98,16 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
             remedy=f"Restore the source. Expected digest {digest}, found {found}.",
         )
     return folder
+
+
+def sweep(context: WorkerContext) -> list[str]:
+    """Remove the folders of bases that were deleted; returns their digests. What is needed later is imported again."""
+    folders = {path.name: path for path in context.settings.bases_dir().iterdir() if DIGEST.fullmatch(path.name)}
+    gone = sorted(bases.deleted(context.db, folders.keys()))
+    for digest in gone:
+        shutil.rmtree(folders[digest], ignore_errors=True)
+        log.info("The files of a deleted base model were removed: %s.", digest)
+    return gone
 
 
 def tokenizer_digest(row: BaseModelRow) -> str:

@@ -1,4 +1,4 @@
-"""What a worker does beside training, one thing at a time on a thread: import bases, prepare files."""
+"""What a worker does beside training, one thing at a time on a thread: import bases, prepare files, sweep."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from worker import bases, preparation
 from worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
+SWEEP_SECONDS = 3600.0
+"""Between two looks for files of deleted bases."""
 BACK_OFF_SECONDS = 10.0
 """After a chore that went wrong."""
 
@@ -59,7 +61,10 @@ class Chores:
         if self._context.draining:
             return False
         try:
-            return bases.import_next(self._context) or preparation.prepare_next(self._context)
+            found = bases.import_next(self._context) or preparation.prepare_next(self._context)
+            if not found:
+                self._sweep_when_due()
+            return found
         except StaleClaim:
             log.info("Another worker has taken over what was being prepared here.")
             return True
@@ -69,3 +74,10 @@ class Chores:
             log.exception("An import or a preparation went wrong.")
         self._wait_seconds = BACK_OFF_SECONDS
         return False
+
+    def _sweep_when_due(self) -> None:
+        """Once an hour, where nothing else is to be done."""
+        context = self._context
+        if time.monotonic() - context.swept_at >= SWEEP_SECONDS:
+            context.swept_at = time.monotonic()
+            bases.sweep(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import socket
@@ -39,6 +40,9 @@ class WorkerContext:
     """A busy trainer that says nothing for so long is given up."""
     drain_seconds: float = 20
     """How long the trainer has for saving every job when the worker leaves."""
+
+    swept_at: float = -math.inf
+    """When the files of deleted bases were last looked for, by the monotonic clock."""
 
     @property
     def draining(self) -> bool:

@@ -208,3 +208,30 @@ def test_what_is_learnt_and_what_becomes_of_long_rows_are_part_of_a_token_caches
 
     assert len({prepared.key("file", "tokenizer", 512, data) for data in given}) == 4
     assert prepared.key("file", "tokenizer", 512, DataSpec()) == prepared.key("file", "tokenizer", 512)
+
+
+def test_only_what_was_a_base_here_and_is_none_any_more_counts_as_deleted(world: World) -> None:
+    world.base("kept")
+    world.base("twin")
+    job = world.queued(model="kept")
+    folders = [sha(name) for name in ("smol", "kept", "twin", "of another database")]
+    assert bases.deleted(world.db, folders) == set()
+
+    bases.delete(world.db, "smol")
+    jobs.cancel(world.db, **world.of(job.id))
+    bases.delete(world.db, "kept")
+
+    assert bases.deleted(world.db, folders) == {sha("smol"), sha("kept")}
+    assert bases.deleted(world.db, [sha("of another database")]) == set()
+
+
+def test_a_base_that_was_deleted_and_added_again_is_kept_and_one_of_old_jobs_is_not(world: World) -> None:
+    claim = world.running()
+    world.complete(claim.claim_id)
+    bases.delete(world.db, "smol")
+    bases.add(world.db, name="smol", kind="folder", source="/models/other")
+    assert bases.deleted(world.db, [sha("smol")]) == {sha("smol")}
+
+    world.finish_import("smol", digest=sha("smol"), description={})
+
+    assert bases.deleted(world.db, [sha("smol")]) == set()
