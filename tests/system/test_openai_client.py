@@ -82,6 +82,7 @@ def train(db: Database) -> None:
             verification={"passed": True},
             evaluation=None,
             trained_tokens=100,
+            course=claims.Course(steps=3, kept_step=3, stopped_early=None),
             lineage={},
             lineage_id=sha("lineage"),
         )
