@@ -1,6 +1,7 @@
 """A base model is described without weights, and loaded without copies."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,8 @@ def test_a_real_gguf_is_imported_trained_and_served(real_base_dir, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells by the kernel's own account, on Linux")
 def test_a_plain_base_is_the_files_own_pages_and_two_processes_share_them(base_dirs):
     """Nothing of a mapped weight is a private copy: its pages are clean, and the kernel can share or drop them."""
+    with (base_dirs["llama"] / "model.safetensors").open("rb") as file:
+        os.fsync(file.fileno())  # pages that still wait for the disk count as dirty, whoever wrote them
     base = load_base(base_dirs["llama"], dtype="float32", device="cpu")
     assert all(parameter.isfinite().all() for parameter in base.model.parameters())  # every page has been read
 
