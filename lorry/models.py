@@ -213,6 +213,9 @@ class Verification(View):
     passed: bool | None = None
     max_abs_diff: float | None = None
     tolerance: float | None = None
+    worst_linear: str | None = None
+    worst_linear_error: float | None = None
+    explanation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

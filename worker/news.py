@@ -129,8 +129,8 @@ class Listener:
         if not report["passed"]:
             message = (
                 f"PEFT's logits differ from training's by {report['max_abs_diff']:.3g}; {report['tolerance']:.3g} "
-                "is allowed."
-            )
+                f"is allowed. {report.get('explanation', '')}"
+            ).rstrip()
             error = {"code": "verification_failed", "message": message, "param": None}
             return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)
         folder = self._directory.path / event["folder"]

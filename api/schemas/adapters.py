@@ -11,12 +11,18 @@ from catalog.tables import Adapter, Artifact
 
 
 class VerificationObject(BaseModel):
-    """How far PEFT's logits on the base were from what training saw, when the adapter was exported."""
+    """How far PEFT's logits on the base were from what training saw, when the adapter was exported.
+
+    `worst_linear_error`: of what each adapted linear adds, the largest difference as a share of its tolerance.
+    """
 
     model_config = ConfigDict(extra="allow")
     passed: bool | None = None
     max_abs_diff: float | None = None
     tolerance: float | None = None
+    worst_linear: str | None = None
+    worst_linear_error: float | None = None
+    explanation: str | None = Field(default=None, description="What was compared, and why so much is allowed.")
 
 
 class EvaluationObject(BaseModel):

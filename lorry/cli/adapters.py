@@ -154,6 +154,7 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "PEFT agrees", check.passed
     yield "largest difference", check.max_abs_diff
     yield "allowed", check.tolerance
+    yield "why", check.explanation
     yield "base digest", adapter.base_digest
     yield "artifact", adapter.artifact
     yield "lineage", adapter.lineage_id

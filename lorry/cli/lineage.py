@@ -137,6 +137,7 @@ def _results(results: Json) -> Pairs:
     yield "PEFT agrees", check.get("passed")
     yield "largest difference", check.get("max_abs_diff")
     yield "allowed", check.get("tolerance")
+    yield "why", check.get("explanation")
     yield "losses' digest", _short(results.get("loss_log"))
 
 

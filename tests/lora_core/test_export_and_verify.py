@@ -108,9 +108,13 @@ def high_rate(learning_rate: float, seed: int) -> Submission:
     return Submission(config=job, train=dataset(seed, [20, 33, 15, 40, 25, 31, 18, 22]))
 
 
-@pytest.mark.parametrize(("learning_rate", "seed"), [(0.03, 0), (0.03, 2), (0.05, 0), (0.05, 6)])
-def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(load, tmp_path, learning_rate, seed):
-    base = load("llama", "bfloat16")
+@pytest.mark.parametrize(
+    ("family", "learning_rate", "seed"), [("llama", 0.05, 5), ("llama", 0.05, 8), ("gpt2", 0.05, 2)]
+)
+def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(
+    load, tmp_path, family, learning_rate, seed
+):
+    base = load(family, "bfloat16")
     directory = tmp_path / "adapter"
     trained(base, high_rate(learning_rate, seed)).export("job", directory, base_name="tiny")
     tensors = load_file(directory / "adapter_model.safetensors")
@@ -118,10 +122,49 @@ def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(lo
     verdict = verify_export(base, directory)
 
     assert verdict.passed, verdict
-    assert verdict.max_abs_effect > verdict.tolerance
+    assert (verdict.worst_linear_error or 0.0) < 0.5
     for change in CHANGES:
         save_file(damaged(tensors, change), directory / "adapter_model.safetensors")
         assert not verify_export(base, directory).passed, change
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_each_matrix_that_is_wrong_by_a_tenth_is_noticed_and_named(load, tmp_path, dora):
+    base = load("llama", "bfloat16")
+    directory = tmp_path / "adapter"
+    job = JOB.config if not dora else replace(JOB.config, lora=replace(JOB.config.lora, use_dora=True))
+    trained(base, replace(JOB, config=job)).export("job", directory, base_name="tiny")
+    tensors = load_file(directory / "adapter_model.safetensors")
+    for name in list(tensors)[::3]:
+        save_file(tensors | {name: tensors[name] * 0.9}, directory / "adapter_model.safetensors")
+
+        verdict = verify_export(base, directory)
+
+        assert not verdict.passed
+        assert f".{verdict.worst_linear}.lora_" in name
+        assert str(verdict.worst_linear) in verdict.explanation
+
+
+def test_an_adapter_of_an_older_version_is_verified_by_its_logits_and_the_report_says_so(exported):
+    base, directory = exported
+    probe = load_file(directory / "probe.safetensors")
+    save_file({name: tensor for name, tensor in probe.items() if "." not in name}, directory / "probe.safetensors")
+
+    verdict = verify_export(base, directory)
+
+    assert verdict.passed
+    assert (verdict.num_linears, verdict.worst_linear, verdict.worst_linear_error) == (0, None, None)
+    assert "before linears were compared" in verdict.explanation
+
+
+def test_evidence_for_other_linears_than_peft_adapts_is_refused(exported):
+    base, directory = exported
+    probe = load_file(directory / "probe.safetensors")
+    del probe["added.model.layers.0.mlp.up_proj"]
+    save_file(probe, directory / "probe.safetensors")
+
+    with pytest.raises(BadAdapter, match="other layers than training did"):
+        verify_export(base, directory)
 
 
 CHANGES = {"scale": 0.5, "one matrix": -1, "zero": 0}
@@ -131,7 +174,7 @@ def damaged(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Te
     """Every B, or one, times a number."""
     wrong = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, tensor in wrong.items():
-        if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name):
+        if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name or "h.1.mlp.c_proj" in name):
             tensor.mul_(CHANGES[change])
     return wrong
 

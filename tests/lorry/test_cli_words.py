@@ -294,7 +294,7 @@ def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run:
         "bytes": 9_776_128,
         "num_parameters": 4_884_480,
         "evaluation": {"base_loss": 2.91, "loss": 1.87},
-        "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
+        "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01, "explanation": "Three roundings."},
     }
     service.on("GET", "/v1/adapters/ft%3Ax", wire)
 
@@ -308,4 +308,5 @@ def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run:
         "PEFT agrees yes",
         "largest difference 0",
         "allowed 0.01",
+        "why Three roundings.",
     ]

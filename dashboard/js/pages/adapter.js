@@ -65,7 +65,7 @@ function Verification({ adapter, path }) {
   const button = html`<button type="button" onClick=${verify} disabled=${state.busy}>${state.busy ? "Verifying…" : "Verify now"}</button>`;
   return html`<${Panel} title="Verification" id="verification" aside=${button}>
     <p class="pad">${adapter.verification
-      ? html`Loaded back by PEFT on the base model, its logits differ from those that training saw by at most <b>${format.power(facts.max_abs_diff)}</b>${typeof facts.tolerance === "number" && html` (allowed: ${format.power(facts.tolerance)})`}.`
+      ? html`Loaded back by PEFT on the base model, its logits differ from those that training saw by at most <b>${format.power(facts.max_abs_diff)}</b>${typeof facts.tolerance === "number" && html` (allowed: ${format.power(facts.tolerance)})`}.${facts.explanation && html` ${facts.explanation}`}`
       : "No verification is on its record."}</p>
     ${state.result && html`<div class=${`result ${state.result.passed ? "result-good" : "result-bad"}`}>
       <p><b>${state.result.passed ? "Every file has the digest on its record, and the record has its id." : "This adapter is not what its record says."}</b></p>
