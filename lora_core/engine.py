@@ -152,7 +152,7 @@ class Engine:
         return not self._too_large and all(job.unit is None and not job.pending for job in self._jobs.values())
 
     def tokens_per_second(self) -> float:
-        """Tokens trained a second of tick time, averaged over recent ticks; 0 before the first."""
+        """Tokens put through the base a second of tick time, averaged over recent ticks; 0 before the first."""
         return self._rate
 
     def memory(self) -> dict[str, int]:

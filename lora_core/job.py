@@ -131,8 +131,10 @@ class Job:
         return self.row.num_bytes + (0 if self.best is None else self.best.nbytes)
 
     def next_num_tokens(self) -> int:
+        """Tokens that the next slice puts through the base model: twice its own where they are compared with it."""
         assert self.unit is not None
-        return self.unit.tokens_of_slices[self.tally.next_slice]
+        passes = 2 if self.config.objective.needs_reference else 1
+        return passes * self.unit.tokens_of_slices[self.tally.next_slice]
 
     def next_slice(self) -> SliceInput:
         """The slice to compute now; asking twice gives the same one."""

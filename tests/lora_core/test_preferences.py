@@ -174,6 +174,20 @@ def test_a_pair_is_never_parted_however_small_a_slice(load):
     assert sorted(unit.slices) == [(0, 1), (2, 3), (4, 5)]
 
 
+@pytest.mark.parametrize(("objective", "passes"), [(DPO, 2), (ORPO, 1)])
+def test_the_pass_of_the_base_counts_for_turns_and_not_as_trained(load, objective, passes):
+    job = Submission(config=config(num_steps=1, batch_size=1, objective=objective), train=dataset(2, [12, 13]))
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", job)
+
+    (turn,) = engine._waiting()
+    engine.tick()
+
+    assert turn.num_tokens == passes * 25
+    assert engine._jobs["job"].served == passes * 25
+    assert engine.trained_tokens("job") == 25
+
+
 def test_how_a_step_is_cut_into_slices_changes_its_loss_by_rounding_alone(load):
     pairs = dataset(2, [12, 13, 20, 18, 9, 15, 30, 22])
     losses = [
