@@ -294,16 +294,19 @@ class EngineConfig:
     """How much is computed at once; never what is computed.
 
     `token_budget`: tokens of one tick. `max_tick_seconds`: further slices stop joining a tick that is
-    expected to last longer, so that cancel and admission stay quick. `num_lanes`: parts of a tick that are
+    expected to last longer, so that cancel and admission stay quick. `job_tokens`: of one job's slices in one tick,
+    where they are more than one. `num_lanes`: parts of a tick that are
     computed side by side on a CPU, each with one thread (lanes.py).
     """
 
     token_budget: int = 1024
     max_tick_seconds: float = 1.0
+    job_tokens: int = 1024
     num_lanes: int = 1
 
     def __post_init__(self) -> None:
         _require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
+        _require(self.job_tokens >= 1, "job_tokens", self.job_tokens, "at least 1")
         _require(self.num_lanes >= 1, "num_lanes", self.num_lanes, "at least 1")
         _require(_is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
 

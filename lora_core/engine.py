@@ -1,12 +1,12 @@
 # pyright: basic
 """The engine: jobs join and leave one resident base model at tick boundaries; nothing else decides here.
 
-A tick is one forward and backward (or an evaluation's forward) over at most one slice of each job.
+A tick is one forward and backward (or an evaluation's forward) over slices of its jobs.
 """
 
 import time
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -24,11 +24,11 @@ from lora_core.generate import Generation, Prompts
 from lora_core.job import Job, Progress, SliceScores, data_digest
 from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named, shortage_of
-from lora_core.pack import build_pack
+from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.task_pass import refuse_other_task, trained_tensors
-from lora_core.turns import Kind, Turn, choose
+from lora_core.turns import Kind, Turn, choose, widen
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
@@ -104,9 +104,10 @@ class Engine:
         if self._too_large:
             raise self._too_large.pop(0)
         waiting = self._waiting()
-        turns = choose(waiting, token_budget=self._tick_tokens(waiting))
+        budget = self._tick_tokens(waiting)
+        turns = choose(waiting, token_budget=budget)
         if turns:
-            self._compute(turns)
+            self._compute(turns, widen(turns, token_budget=budget, job_tokens=self.config.job_tokens))
         return self._take_pending()
 
     def evict(self, job: str) -> None:
@@ -164,44 +165,48 @@ class Engine:
             "peak_bytes": _peak_bytes(self.base.device),
         }
 
-    def _compute(self, turns: list[Turn]) -> None:
-        """Events that it completes are left with their jobs, so that none is lost where a packmate fails."""
+    def _compute(self, turns: list[Turn], tokens: list[tuple[int, ...]]) -> None:
+        """`tokens` of each job's slices. Events that it completes are left with their jobs, so that none is lost
+        where a packmate fails."""
         jobs = [self._jobs[turn.job] for turn in turns]
-        num_tokens = sum(turn.num_tokens for turn in turns)
-        lanes = split([turn.num_tokens for turn in turns], num_lanes=self.config.num_lanes)
+        sizes = list(chain(*tokens))
+        lanes = split(sizes, num_lanes=self.config.num_lanes)
         started = time.perf_counter()
         try:
             with shortage_named():
-                scores = self._run_lanes(lanes, jobs, turns[0].kind)
+                slices = [part for job, own in zip(jobs, tokens, strict=True) for part in job.next_slices(len(own))]
+                scores = iter(self._run_lanes(lanes, slices, turns[0].kind))
         except torch.OutOfMemoryError as error:
-            self._split_after_out_of_memory(jobs, num_tokens, error)
+            self._split_after_out_of_memory(jobs, sizes, error)
             return
         growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
         self._largest_tick = min(self.config.token_budget, self._largest_tick + growth)
         if turns[0].kind == "train":
-            fullest = max(sum(turns[index].num_tokens for index in lane) for lane in lanes)
-            self._learn_rates(num_tokens, fullest, time.perf_counter() - started)
-        for job, turn, score in zip(jobs, turns, scores, strict=True):
-            job.served += turn.num_tokens
-            self._book(job, score)
+            fullest = max(sum(sizes[index] for index in lane) for lane in lanes)
+            self._learn_rates(sum(sizes), fullest, time.perf_counter() - started)
+        for job, own in zip(jobs, tokens, strict=True):
+            job.served += sum(own)
+            self._book(job, list(islice(scores, len(own))))
         if self._too_large:
             raise self._too_large.pop(0)
 
-    def _run_lanes(self, lanes: list[list[int]], jobs: list[Job], kind: Kind) -> list[SliceScores]:
-        """The scores of each job's next slice; `lanes` are indices of `jobs`."""
+    def _run_lanes(self, lanes: list[list[int]], slices: list[SliceInput], kind: Kind) -> list[SliceScores]:
+        """The scores of each slice; `lanes` are indices of `slices`."""
         run = run_training if kind == "train" else run_evaluation
 
         def compute(lane: list[int]) -> list[SliceScores]:
-            pack = build_pack([jobs[index].next_slice() for index in lane], device=self.base.device)
+            pack = build_pack([slices[index] for index in lane], device=self.base.device)
             return run(self.base, pack)
 
         scores = dict(zip(chain(*lanes), chain(*self._lanes.run(compute, lanes)), strict=True))
-        return [scores[index] for index in range(len(jobs))]
+        return [scores[index] for index in range(len(slices))]
 
-    def _book(self, job: Job, score: SliceScores) -> None:
+    def _book(self, job: Job, scores: list[SliceScores]) -> None:
+        """In the order of slices; what follows one that diverged is left out."""
         try:
             with shortage_of(job.name):
-                job.pending += job.receive(score)
+                for score in scores:
+                    job.pending += job.receive(score) if job.unit is not None else []
         except OutOfMemory as error:
             job.quarantine()
             self._too_large.append(error)
@@ -215,9 +220,9 @@ class Engine:
 
     def _waiting(self) -> list[Turn]:
         return [
-            Turn(job=name, kind=job.unit.kind, num_tokens=job.next_num_tokens(), served=job.served)
+            Turn(job=name, kind=job.unit.kind, num_tokens=tokens[0], served=job.served, further=tokens[1:])
             for name, job in self._jobs.items()
-            if job.unit is not None
+            if job.unit is not None and (tokens := job.waiting_tokens())
         ]
 
     def _tick_tokens(self, waiting: list[Turn]) -> int:
@@ -234,14 +239,14 @@ class Engine:
         self._rate = _averaged(self._rate, num_tokens / seconds)
         self._lane_rate = _averaged(self._lane_rate, fullest_lane / seconds)
 
-    def _split_after_out_of_memory(self, jobs: list[Job], num_tokens: int, error: Exception) -> None:
+    def _split_after_out_of_memory(self, jobs: list[Job], sizes: list[int], error: Exception) -> None:
         """Half of a tick that didn't fit is tried next. Its jobs replay their unit: gradients are partial."""
-        if len(jobs) == 1:
+        if len(sizes) == 1:
             jobs[0].quarantine()
-            raise OutOfMemory(jobs[0].name, num_tokens=num_tokens) from error
+            raise OutOfMemory(jobs[0].name, num_tokens=sizes[0]) from error
         for job in jobs:
             job.replay_unit()
-        self._largest_tick = num_tokens // 2
+        self._largest_tick = max(1, sum(sizes) // 2)
 
 
 def _averaged(average: float, newest: float) -> float:

@@ -22,6 +22,7 @@ from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.pack import DropoutKey, SliceInput
 from lora_core.selection import Selection
+from lora_core.slice_gradients import SliceGradients
 from lora_core.turns import Kind
 
 
@@ -109,6 +110,7 @@ class Job:
         self.progress = progress
         self.served = served
         self.best = best
+        self._gradients = SliceGradients(row=row)
         self.unit: Unit | None = None
         self.tally = Tally()
         self.pending: list[Event] = self._begin_unit()
@@ -128,24 +130,29 @@ class Job:
 
     @property
     def num_bytes(self) -> int:
-        return self.row.num_bytes + (0 if self.best is None else self.best.nbytes)
+        best_bytes = 0 if self.best is None else self.best.nbytes
+        return self.row.num_bytes + self._gradients.num_bytes + best_bytes
 
-    def next_num_tokens(self) -> int:
-        """Tokens that the next slice puts through the base model: twice its own where they are compared with it."""
+    def waiting_tokens(self) -> tuple[int, ...]:
+        """Tokens that each slice left of the unit puts through the base model: twice its own where they are compared
+        with it."""
         assert self.unit is not None
         passes = 2 if self.config.objective.needs_reference else 1
-        return passes * self.unit.tokens_of_slices[self.tally.next_slice]
+        return tuple(passes * tokens for tokens in self.unit.tokens_of_slices[self.tally.next_slice :])
 
-    def next_slice(self) -> SliceInput:
-        """The slice to compute now; asking twice gives the same one."""
-        unit, index = self.unit, self.tally.next_slice
+    def next_slices(self, count: int) -> list[SliceInput]:
+        """The slices to compute now, of one unit; asking twice gives the same ones."""
+        return [self._slice(self.tally.next_slice + offset) for offset in range(count)]
+
+    def _slice(self, index: int) -> SliceInput:
+        unit = self.unit
         assert unit is not None
         training = unit.kind == "train"
         dropout = self.config.lora.dropout if training else 0.0
         key = DropoutKey(probability=dropout, seed=self.config.seed, step=self.step, slice_index=index)
         sequences = tuple(unit.dataset.row(row) for row in unit.slices[index])
         return SliceInput(
-            row=self.row,
+            row=self._gradients.row_of(index) if training else self.row,
             sequences=sequences,
             label_weight=1 / unit.num_terms if training else 0.0,
             dropout=key if dropout else None,
@@ -170,9 +177,10 @@ class Job:
         return tuple(unit.dataset.row_label(row) for row in unit.slices[index])
 
     def receive(self, scores: SliceScores) -> list[Event]:
-        """Book the slice just computed; its gradient is in the row already."""
+        """Book a slice that was computed; the slices of a tick one by one, in their order."""
         unit, tally = self.unit, self.tally
         assert unit is not None
+        self._gradients.collect(tally.next_slice)
         if not math.isfinite(scores.loss_sum):
             return self._diverge(f"The loss of {unit.kind} slice {tally.next_slice + 1} is not finite.")
         tally.loss_sum += scores.loss_sum
@@ -188,7 +196,7 @@ class Job:
 
     def replay_unit(self) -> None:
         """Forget the slices computed since the last completed step or evaluation."""
-        self.row.g.zero_()
+        self._gradients.drop()
         self.tally = Tally()
 
     def _finish_step(self, unit: Unit) -> list[Event]:
@@ -249,7 +257,7 @@ class Job:
     def quarantine(self) -> None:
         """Compute nothing more; the row holds the last completed step."""
         self.unit = None
-        self.row.g.zero_()
+        self._gradients.drop()
 
     def _diverge(self, message: str) -> list[Event]:
         self.quarantine()

@@ -1,10 +1,9 @@
 # pyright: basic
 """Parts of one tick computed side by side on the cores of a CPU, each by a thread of its own.
 
-A matrix product of a tick is too small for two OpenMP threads: they meet at a barrier every half millisecond,
-and gain next to nothing unless they spin there, which ruins whatever else the machine does. Slices of
-different jobs have nothing to meet for. Each lane runs its slices with one thread from embedding to gradient;
-rows are disjoint, so lanes write nothing that another reads, and a slice's bits are those of a lane alone.
+A matrix product of a tick is too small for two OpenMP threads, which meet at a barrier every half millisecond. Slices,
+of different jobs or of one, have nothing to meet for. Each lane runs its slices with one thread from embedding to
+gradient; their gradients are disjoint: lanes write nothing that another reads, and a slice has the bits of one alone.
 """
 
 from collections.abc import Callable, Sequence

@@ -10,12 +10,16 @@ Kind = Literal["train", "evaluate"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """A job with a slice ready: its size in tokens, and the tokens that the job was served so far."""
+    """A job with a slice ready: its size in tokens, and the tokens that the job was served so far.
+
+    `further`: tokens of the slices that follow it in the same step or evaluation.
+    """
 
     job: str
     kind: Kind
     num_tokens: int
     served: int
+    further: tuple[int, ...] = ()
 
 
 def choose(waiting: Sequence[Turn], *, token_budget: int) -> list[Turn]:
@@ -32,3 +36,22 @@ def choose(waiting: Sequence[Turn], *, token_budget: int) -> list[Turn]:
             chosen.append(turn)
             left -= turn.num_tokens
     return chosen
+
+
+def widen(chosen: Sequence[Turn], *, token_budget: int, job_tokens: int) -> list[tuple[int, ...]]:
+    """Tokens of the slices that each chosen job puts into the tick: its first, and further ones while there is room.
+
+    They are dealt out one by one in the order of turns. A job with more than one has at most `job_tokens` in all.
+    """
+    tokens = [[turn.num_tokens] for turn in chosen]
+    left = token_budget - sum(turn.num_tokens for turn in chosen)
+    dealt = True
+    while dealt:
+        dealt = False
+        for turn, own in zip(chosen, tokens, strict=True):
+            following = turn.further[len(own) - 1 : len(own)]
+            if following and following[0] <= min(left, job_tokens - sum(own)):
+                own.append(following[0])
+                left -= following[0]
+                dealt = True
+    return [tuple(own) for own in tokens]

@@ -74,7 +74,7 @@ def test_a_step_counts_its_tokens_and_names_its_learning_rate(load):
 
 def test_trained_tokens_count_each_step_once_though_the_job_resumes(load, tmp_path):
     job = Submission(config=config(num_steps=6, batch_size=3, slice_tokens=20), train=JOB.train, valid=JOB.train)
-    first, second = Engine(load("llama"), EngineConfig()), Engine(load("llama"), EngineConfig())
+    first, second = Engine(load("llama"), EngineConfig(job_tokens=1)), Engine(load("llama"), EngineConfig())
     admit(first, "job", job)
     while first.progress("job")[0] < 3:
         first.tick()

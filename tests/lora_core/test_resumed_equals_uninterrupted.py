@@ -88,7 +88,7 @@ def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tm
     num_ticks = 0
     mid_step_saves = 0
 
-    engine = Engine(base, EngineConfig(token_budget=4096))
+    engine = Engine(base, EngineConfig(token_budget=4096, job_tokens=1))  # one slice a tick; alone it had several
     admit(engine, "job", job)
     before: list[Event] = []
     while not engine.idle:

@@ -61,7 +61,7 @@ def test_a_classifier_that_was_stopped_anywhere_ends_with_the_same_bytes(folders
     base = classifier(family, folders[family])
     jobs = classification_jobs(with_types=family == "bert")
     whole = run_alone(base, jobs[name])
-    engine = Engine(base, EngineConfig())
+    engine = Engine(base, EngineConfig(job_tokens=1))
     admit(engine, "job", jobs[name])
     num_ticks = 0
     while not engine.idle:
