@@ -36,7 +36,7 @@ class OptimizerRequest(Strict):
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Of adamw.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Of adamw.")
-    eps: PositiveFloat = Field(default=1e-8, description="Of adamw.")
+    eps: float = Field(default=1e-8, ge=1e-37, le=1e37, description="Of adamw; what fp32 holds with all its digits.")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="Of sgd.")
     weight_decay: float = Field(
         default=0.0, ge=0, le=1, description="Of adamw apart from the gradient, of sgd a part of it."

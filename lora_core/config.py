@@ -107,6 +107,8 @@ class LoraConfig:
 
 OptimizerKind = Literal["adamw", "sgd"]
 OPTIMIZERS: tuple[OptimizerKind, ...] = get_args(OptimizerKind)
+MIN_EPS, MAX_EPS = 1e-37, 1e37
+"""What fp32 holds with all its digits. A smaller one is 0 there, and 0 / 0 no number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +135,8 @@ class OptimizerConfig:
         _require(_is_positive(self.lora_plus_ratio), "optimizer.lora_plus_ratio", self.lora_plus_ratio, "positive")
         _require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "at least 0 and below 1")
         _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "at least 0 and below 1")
-        _require(_is_positive(self.eps), "optimizer.eps", self.eps, "positive")
+        eps_ok = MIN_EPS <= self.eps <= MAX_EPS
+        _require(eps_ok, "optimizer.eps", self.eps, f"at least {MIN_EPS:g} and at most {MAX_EPS:g}")
         decay_ok = math.isfinite(self.weight_decay) and self.weight_decay >= 0
         _require(decay_ok, "optimizer.weight_decay", self.weight_decay, "zero or positive")
         clip_ok = self.max_grad_norm is None or _is_positive(self.max_grad_norm)

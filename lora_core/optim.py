@@ -11,6 +11,8 @@ import torch
 from lora_core.adapters import AdapterRow
 from lora_core.config import OptimizerConfig, ScheduleConfig
 
+FLOAT32 = torch.finfo(torch.float32)
+
 
 def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> float:
     """The rate of optimizer step `step` (from 1); see ScheduleConfig.
@@ -38,25 +40,37 @@ def gradient_norm(row: AdapterRow) -> float:
 
 
 def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
-    """Whether the next step can overflow no number of the row."""
-    if not math.isfinite(norm):
-        return False
+    """Whether the next step can overflow no number of the row, nor one on the way there, nor a factor in fp32."""
     highest = learning_rate * max(1.0, config.lora_plus_ratio)
     largest = float(row.p.abs().max())
-    bound = _sgd_bound if config.kind == "sgd" else _adamw_bound
-    return bound(row, config, largest=largest, highest=highest, norm=norm) < torch.finfo(torch.float32).max
+    bounds = _sgd_bounds if config.kind == "sgd" else _adamw_bounds
+    numbers = (norm, *bounds(row, config, largest=largest, highest=highest, norm=norm))
+    return all(number < FLOAT32.max for number in numbers)  # false of what is not a number, too
 
 
-def _adamw_bound(row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float) -> float:
-    """Of a weight after the step: |m̂| / √v̂ never exceeds 1 / √(1 - β2)."""
-    kept = largest * max(1.0, abs(1 - highest * config.weight_decay))
-    return kept + highest / math.sqrt(1 - config.beta2)
+def _adamw_bounds(
+    row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+) -> tuple[float, ...]:
+    """Of a weight after the step, of what decay leaves of it, and of rate · m̂, which is multiplied out before √v̂
+    divides it.
+
+    |m̂| / √v̂ never exceeds 1 / √(1 - β2), save that √v̂ may be 0 where squares are below the smallest fp32.
+    """
+    kept = abs(1 - highest * config.weight_decay)
+    divided = max(1.0, math.sqrt(FLOAT32.tiny) / config.eps) / math.sqrt(1 - config.beta2)
+    rate = highest / (1 - config.beta1)
+    momentum = math.inf if config.max_grad_norm is None else config.max_grad_norm
+    if not rate * momentum < FLOAT32.max:  # clipping does not vouch for it: look
+        momentum = max(norm, float(row.m.abs().max()))
+    return largest * max(1.0, kept) + highest * divided, kept, rate, rate * momentum
 
 
-def _sgd_bound(row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float) -> float:
-    """Of a weight and of a momentum after the step: no element exceeds the norm of its vector."""
+def _sgd_bounds(
+    row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+) -> tuple[float, ...]:
+    """Of a momentum and of a weight after the step, no element exceeding the norm of its vector; and the factors."""
     velocity = config.momentum * float(row.m.abs().max()) + norm + config.weight_decay * largest
-    return max(velocity, largest + highest * velocity)
+    return velocity, largest + highest * velocity, highest, config.weight_decay
 
 
 def optimizer_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:

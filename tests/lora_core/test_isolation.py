@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from lora_core import job as job_module
+from lora_core import lanes
 from lora_core.adapters import AdapterRow
-from lora_core.config import EngineConfig
+from lora_core.base_model import load_base
+from lora_core.config import EngineConfig, LoraConfig, OptimizerConfig
 from lora_core.engine import Engine
 from lora_core.errors import OutOfMemory
 from lora_core.events import JobDiverged, JobFinished, JobStepped
 from tests.lora_core.scenarios import (
+    Outcome,
     Submission,
     admit,
     config,
@@ -27,43 +30,125 @@ from tests.lora_core.scenarios import (
 GOOD = Submission(config=config(num_steps=6, seed=1), train=dataset(1, [20, 33, 15]))
 
 
-@pytest.mark.parametrize("learning_rate", [1e3, 1e30, 1e38])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_absurd_learning_rate_quarantines_its_job_alone(load, dtype, learning_rate):
-    base = load("llama", dtype)
-    alone = run_alone(base, GOOD)
-    absurd = config(num_steps=60, seed=2, learning_rate=learning_rate)
-    bad = Submission(config=replace(absurd, optimizer=replace(absurd.optimizer, weight_decay=0.1)), train=GOOD.train)
-
-    engine = Engine(base, EngineConfig())
-    admit(engine, "bad", bad)
-    admit(engine, "good", GOOD)
-    events = []
-    while not engine.idle:
-        events += engine.tick()
-
-    assert state_bytes(engine, "good") == alone.vectors
-    assert rename(events, "good") == alone.events
-    diverged = [event for event in events if isinstance(event, JobDiverged)]
-    if learning_rate > 1e3:
-        assert [event.job for event in diverged] == ["bad"]
-    assert torch.isfinite(weights(engine, "bad")).all()
+GOOD_PAIRS = preferences()["dpo"]
 
 
-def test_pairs_of_nan_reach_no_packmate_that_learns_from_pairs_too(load):
-    base, pairs = load("llama"), preferences()["dpo"]
-    alone = run_alone(base, pairs)
+def rated(learning_rate: float, **options) -> Submission:
+    job = config(num_steps=60, seed=2, learning_rate=learning_rate)
+    return Submission(config=replace(job, optimizer=replace(job.optimizer, **options)), train=GOOD.train)
 
-    engine = Engine(base, EngineConfig())
-    admit(engine, "bad", preferences()["orpo"])
-    admit(engine, "good", pairs)
-    weights(engine, "bad").fill_(float("nan"))
+
+def with_weights_of_nan(engine: Engine) -> None:
+    weights(engine, "bad")[7] = float("nan")
+
+
+def with_an_infinite_gradient(engine: Engine) -> None:
+    engine._jobs["bad"].row.g[7] = float("inf")
+
+
+def as_it_is(engine: Engine) -> None:
+    pass
+
+
+RUINS = {
+    "weights": (GOOD, with_weights_of_nan),
+    "gradient": (GOOD, with_an_infinite_gradient),
+    "pairs": (preferences()["orpo"], with_weights_of_nan),
+    "adamw at 1e30": (rated(1e30, weight_decay=0.1), as_it_is),
+    "adamw at 1e38 unclipped": (rated(1e38, max_grad_norm=None), as_it_is),
+    "sgd at 1e30": (rated(1e30, kind="sgd", momentum=0.9), as_it_is),
+    "sgd at 1e300": (rated(1e300, kind="sgd", max_grad_norm=1e-30), as_it_is),
+    "alpha of 1e39": (
+        Submission(config=replace(GOOD.config, lora=LoraConfig(rank=4, alpha=1e39)), train=GOOD.train),
+        as_it_is,
+    ),
+}
+
+
+@pytest.mark.parametrize(("num_lanes", "dtype"), [(1, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize("ruin", RUINS)
+def test_a_ruined_job_ends_as_diverged_and_no_packmate_can_tell(load, solo, monkeypatch, ruin, num_lanes, dtype):
+    monkeypatch.setattr(lanes, "MIN_LANE_TOKENS", 8)
+    bad, damage = RUINS[ruin]
+
+    engine = Engine(load("llama", dtype), EngineConfig(num_lanes=num_lanes))
+    for name, job in {"rows": GOOD, "bad": bad, "pairs": GOOD_PAIRS}.items():
+        admit(engine, name, job)
+    damage(engine)
     events = []
     while not engine.idle:
         events += engine.tick()
 
     assert [event.job for event in events if isinstance(event, JobDiverged)] == ["bad"]
-    assert (state_bytes(engine, "good"), rename(events, "good")) == (alone.vectors, alone.events)
+    assert not [event for event in events if isinstance(event, JobFinished) and event.job == "bad"]
+    for name in ("rows", "pairs"):
+        assert (state_bytes(engine, name), rename(events, name)) == (
+            solo[dtype, name].vectors,
+            solo[dtype, name].events,
+        )
+
+
+@pytest.fixture(scope="module")
+def solo(base_dirs) -> dict[tuple[str, str], Outcome]:
+    """What the good jobs of a pack are alone."""
+    torch.set_num_threads(1)
+    outcomes = {}
+    for dtype in ("float32", "bfloat16"):
+        base = load_base(base_dirs["llama"], dtype=dtype, device="cpu")
+        outcomes[dtype, "rows"], outcomes[dtype, "pairs"] = run_alone(base, GOOD), run_alone(base, GOOD_PAIRS)
+    return outcomes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_diverged_job_leaves_its_last_completed_step_from_which_it_goes_on_as_if_nothing_had_been(
+    load, tmp_path, optimizer
+):
+    job = replace(GOOD, config=replace(GOOD.config, optimizer=OptimizerConfig(kind=optimizer, learning_rate=1e-2)))
+    undisturbed = run_alone(load("llama"), job)
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "bad", job)
+    while engine.progress("bad")[0] < 3:
+        engine.tick()
+    last_good = state_bytes(engine, "bad")
+
+    with_an_infinite_gradient(engine)
+    events = engine.tick()
+    engine.save_checkpoint("bad", tmp_path / "checkpoint")
+
+    assert [(type(event), event.step) for event in events] == [(JobDiverged, 3)]
+    resumed = Engine(load("llama"), EngineConfig())
+    admit(resumed, "job", job, resume_from=tmp_path / "checkpoint")
+    assert (resumed.progress("job"), state_bytes(resumed, "job")) == ((3, 6), last_good)
+    while not resumed.idle:
+        resumed.tick()
+    assert state_bytes(resumed, "job") == undisturbed.vectors
+
+
+@pytest.mark.parametrize("ruin", ["adamw at 1e30", "adamw at 1e38 unclipped", "sgd at 1e30", "sgd at 1e300"])
+def test_whatever_its_rate_the_checkpoint_of_a_diverged_job_can_be_loaded(load, tmp_path, ruin):
+    job, _ = RUINS[ruin]
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "bad", job)
+    events = []
+    while not engine.idle:
+        events += engine.tick()
+
+    engine.save_checkpoint("bad", tmp_path / "checkpoint")
+
+    resumed = Engine(load("llama"), EngineConfig())
+    admit(resumed, "bad", job, resume_from=tmp_path / "checkpoint")
+    assert isinstance(events[-1], JobDiverged)
+    assert resumed.progress("bad")[0] == events[-1].step
+    assert state_bytes(resumed, "bad") == state_bytes(engine, "bad")
+
+
+def test_a_high_rate_that_is_not_absurd_leaves_finite_weights_whether_or_not_its_job_diverges(load):
+    engine = Engine(load("llama", "bfloat16"), EngineConfig())
+    admit(engine, "bad", rated(1e3, weight_decay=0.1))
+    while not engine.idle:
+        engine.tick()
+
+    assert torch.isfinite(weights(engine, "bad")).all()
 
 
 def test_a_row_of_nan_reaches_no_packmate_and_the_job_can_be_evicted(load):

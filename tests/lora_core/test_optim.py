@@ -110,6 +110,48 @@ def test_sgd_that_would_overflow_a_weight_or_its_momentum_is_seen_before_the_ste
     assert not (torch.isfinite(row.p).all() and torch.isfinite(row.m).all())
 
 
+@pytest.mark.parametrize(
+    ("gradient", "options"),
+    [
+        (1e12, {"learning_rate": 1e30, "max_grad_norm": None}),
+        (1e12, {"learning_rate": 1e30, "max_grad_norm": 1e30}),
+        (1e-3, {"learning_rate": 1e-3, "weight_decay": 1e42}),
+        (1e-22, {"learning_rate": 1e25, "eps": 1e-37}),
+    ],
+    ids=["a product on the way", "a clip too high to help", "a factor of decay", "squares that are 0"],
+)
+def test_adamw_that_would_overflow_anything_is_seen_before_the_step(gradient, options):
+    row = new_row()
+    row.g.fill_(gradient)
+    config = OptimizerConfig(**options)
+    norm = gradient_norm(row)
+
+    assert not stays_finite(row, config, learning_rate=config.learning_rate, norm=norm)
+    optimizer_step(row, config, step=1, learning_rate=config.learning_rate, norm=norm)
+    assert not torch.isfinite(row.p).all()
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 1e39}, {"learning_rate": 1e-40, "weight_decay": 1e39}])
+def test_a_factor_that_fp32_does_not_hold_is_seen_before_sgd_takes_it(options):
+    row = new_row()
+    row.p.fill_(1e-20)
+    row.g.fill_(1e-20)
+    config = OptimizerConfig(kind="sgd", **options)
+    norm = gradient_norm(row)
+
+    assert not stays_finite(row, config, learning_rate=config.learning_rate, norm=norm)
+    with pytest.raises(RuntimeError, match="without overflow"):
+        optimizer_step(row, config, step=1, learning_rate=config.learning_rate, norm=norm)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e38])
+def test_adamw_at_a_usual_rate_stays_finite_with_a_large_gradient_however_it_is_clipped(max_grad_norm):
+    row = new_row()
+    row.g.fill_(1e18)
+    config = OptimizerConfig(learning_rate=1e-3, max_grad_norm=max_grad_norm)
+    assert stays_finite(row, config, learning_rate=1e-3, norm=gradient_norm(row))
+
+
 def test_sgd_at_a_usual_rate_stays_finite_with_a_large_gradient():
     row = new_row()
     row.g.fill_(1e18)
