@@ -4,6 +4,7 @@
 Only the loading is special: a quantised linear computes with its own forward, beside which the engine adds LoRA.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from lora_core.errors import UnsupportedModel
 from lora_core.model_folder import load_with_transformers
 
 Quantisation = Literal["none", "nf4", "int8"]
+NOISY_LOGGER = "bitsandbytes.autograd._functions"
+"""Says at every product of an int8 linear that the inputs are cast, which is no news after the first."""
 
 
 def load_quantised(
@@ -22,6 +25,7 @@ def load_quantised(
 ) -> PreTrainedModel:
     """Quantise every linear but the head while loading, as transformers does it. Raises UnsupportedModel."""
     _require_bitsandbytes()
+    logging.getLogger(NOISY_LOGGER).setLevel(logging.ERROR)
     model = load_with_transformers(
         base_dir,
         dtype=dtype,

@@ -44,6 +44,17 @@ def load(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_training_on_a_quantised_base_writes_nothing_into_the_log_of_its_trainer(base_dirs, caplog, kind):
+    engine = Engine(load(base_dirs, "llama", kind), EngineConfig())
+    admit(engine, "job", JOB)
+    caplog.clear()
+
+    engine.tick()
+
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
 def test_an_adapter_of_a_quantised_base_serves_as_trained_and_names_its_base(base_dirs, tmp_path, family, dtype, kind):
     base = load(base_dirs, family, kind, dtype)
@@ -67,8 +78,12 @@ def test_an_adapter_of_a_quantised_base_serves_as_trained_and_names_its_base(bas
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_equals_solo_on_a_quantised_base(base_dirs, family, kind):
     base = load(base_dirs, family, kind)
-    # DoRA needs the base's weights as plain numbers
-    jobs = {name: job for name, job in submissions(family).items() if not job.config.lora.use_dora}
+    # DoRA, PiSSA and OLoRA need the base's weights as plain numbers
+    jobs = {
+        name: job
+        for name, job in submissions(family).items()
+        if not (job.config.lora.use_dora or job.config.lora.subtracts_start)
+    }
 
     packed = run_elastically(base, jobs, token_budget=4096, seed=1, victim="none", num_lanes=2)
 
