@@ -175,7 +175,8 @@ ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo", "classification", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers (preferences.py).
+    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers (preferences.py). A number
+    that the kind doesn't read is refused.
 
     `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` belongs to DPO, `gamma`, the margin
     that is asked for, to SimPO. `label_smoothing` is DPO's part of pairs taken to be swapped; of supervised jobs it is
@@ -206,6 +207,20 @@ class ObjectiveConfig:
         centre = self.center_rewards_coefficient
         centre_ok = math.isfinite(centre) and centre >= 0
         _require(centre_ok, "objective.center_rewards_coefficient", centre, "zero or positive")
+        self._require_own_numbers()
+
+    def _require_own_numbers(self) -> None:
+        is_ipo = self.kind == "dpo" and self.loss_type == "ipo"
+        reader = "ipo" if is_ipo else self.kind
+        smooths = self.kind in ("supervised", "dpo") and not is_ipo
+        for name, value, is_own in (
+            ("gamma", self.gamma, self.kind == "simpo"),
+            ("loss_type", self.loss_type, self.kind == "dpo"),
+            ("label_smoothing", self.label_smoothing, smooths),
+            ("center_rewards_coefficient", self.center_rewards_coefficient, self.kind == "reward"),
+        ):
+            is_left_out = value in (0, "sigmoid")
+            _require(is_own or is_left_out, f"objective.{name}", value, f"left out: {reader} doesn't read it")
 
     @property
     def token_smoothing(self) -> float:
@@ -318,6 +333,8 @@ def _canonical(value: object) -> object:
     if isinstance(value, dict):
         fields = cast(dict[str, object], value)
         return {name: _canonical(field) for name, field in fields.items()}
+    if isinstance(value, tuple):
+        return [_canonical(entry) for entry in cast(tuple[object, ...], value)]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

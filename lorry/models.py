@@ -35,7 +35,8 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class File(View):
-    """An uploaded file. `bytes` is its size; `kind` what the rows of a data set are: chat, completion or text."""
+    """An uploaded file. `bytes` is its size; `kind` what the rows of a data set are: chat, completion, text
+    or preference."""
 
     id: str = ""
     filename: str = ""

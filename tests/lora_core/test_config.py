@@ -64,6 +64,9 @@ def test_the_digest_follows_every_field():
     whole = replace(config(), optimizer=OptimizerConfig(learning_rate=1))
     assert whole.digest() == replace(config(), optimizer=OptimizerConfig(learning_rate=1.0)).digest()
     assert config(dropout=0.1).digest() != config(dropout=0.2).digest()
+    patterns = [replace(config().lora, alpha_pattern=(("q_proj", alpha),)) for alpha in (4, 4.0, 5.0)]
+    digests = [replace(config(), lora=lora).digest() for lora in patterns]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():

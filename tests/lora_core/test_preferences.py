@@ -223,3 +223,25 @@ def test_rows_that_are_no_pairs_are_refused(load):
 def test_an_objective_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ConfigError, match=f"objective.{next(iter(wrong))}"):
         ObjectiveConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "others"),
+    [
+        ("gamma", 1.0, ["supervised", "dpo", "orpo", "reward"]),
+        ("loss_type", "ipo", ["supervised", "orpo", "simpo", "classification"]),
+        ("label_smoothing", 0.1, ["orpo", "simpo", "classification", "reward"]),
+        ("center_rewards_coefficient", 0.1, ["supervised", "dpo", "classification"]),
+    ],
+)
+def test_a_number_that_an_objective_does_not_read_is_refused(field, value, others):
+    for kind in others:
+        with pytest.raises(ConfigError, match=f"objective.{field}") as caught:
+            ObjectiveConfig(kind=kind, **{field: value})
+        assert f"left out: {kind} doesn't read it" in caught.value.remedy
+
+
+def test_the_squared_loss_takes_no_smoothing():
+    with pytest.raises(ConfigError, match="label_smoothing") as caught:
+        ObjectiveConfig(kind="dpo", loss_type="ipo", label_smoothing=0.1)
+    assert "ipo doesn't read it" in caught.value.remedy
