@@ -165,13 +165,19 @@ def _nearest(path: str, model: type[BaseModel] | None) -> str:
     if not known:
         return "Leave it out."
     parent, _, name = path.rpartition(".")
-    siblings = [item for item in known if item.rpartition(".")[0] == parent]
+    siblings = {item.rpartition(".")[2]: item for item in known if item.rpartition(".")[0] == parent}
     elsewhere = [item for item in known if item.rpartition(".")[2] == name]
-    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.7) or elsewhere[:1]
-    near = near or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    near = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
+    if not near and path.startswith("method.") and (others := _methods_with(elsewhere)):
+        return f"Leave it out. Methods that have it: {', '.join(others)}."
+    near = near or elsewhere[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     if near:
         return f"Did you mean '{near[0]}'?"
-    return f"Leave it out. Known here: {', '.join(item.rpartition('.')[2] for item in siblings)}."
+    return f"Leave it out. Known here: {', '.join(siblings)}."
+
+
+def _methods_with(paths: Sequence[str]) -> list[str]:
+    return [path.split(".")[1] for path in paths if path.startswith("method.") and path.count(".") == 3]
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:

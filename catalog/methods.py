@@ -1,6 +1,7 @@
 """What a job learns by: from answers (`supervised`), or from pairs of them (`dpo`, `orpo`, `simpo`).
 
-OpenAI's form: a type, and under the type's name its numbers. `resolve_preference` makes every `auto` a number.
+OpenAI's form: a type, and under the type's name its numbers. `resolve_supervised` and `resolve_preference` make every
+`auto` a number.
 """
 
 from __future__ import annotations
@@ -31,6 +32,23 @@ class Hyperparameters(Strict):
         Annotated[float, Field(gt=0, le=HIGHEST_RATE / BASE_LEARNING_RATE, allow_inf_nan=False)] | Auto
     ) = Field(default="auto", description=f"auto: 1, or {PREFERENCE_MULTIPLIER} where pairs are learnt from.")
     n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description="auto: 3.")
+
+
+class SupervisedHyperparameters(Hyperparameters):
+    """Cross-entropy of the answers."""
+
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="Part of each label's probability that is spread evenly over the vocabulary, in training alone.",
+    )
+    neftune_alpha: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Scale of the noise on input embeddings in training (NEFTune, arXiv 2310.05914). 0: none.",
+    )
 
 
 class DpoHyperparameters(Hyperparameters):
@@ -67,7 +85,7 @@ class SimpoHyperparameters(Hyperparameters):
 
 
 class SupervisedMethod(Strict):
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
 class DpoMethod(Strict):
@@ -105,11 +123,18 @@ class Method(Strict):
 
 
 NUMBERS: dict[MethodType, type[Hyperparameters]] = {
-    "supervised": Hyperparameters,
+    "supervised": SupervisedHyperparameters,
     "dpo": DpoHyperparameters,
     "orpo": OrpoHyperparameters,
     "simpo": SimpoHyperparameters,
 }
+
+
+class SupervisedSpec(Strict):
+    """The numbers of learning from answers. The defaults are what records of before they could be asked for mean."""
+
+    label_smoothing: float = 0.0
+    neftune_alpha: float = 0.0
 
 
 class PreferenceSpec(Strict):
@@ -119,6 +144,17 @@ class PreferenceSpec(Strict):
     gamma: float = 0.0
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
+
+
+def resolve_supervised(numbers: Hyperparameters) -> SupervisedSpec | None:
+    """None where pairs are learnt from. At their older place hyperparameters are OpenAI's three alone."""
+    match numbers:
+        case SupervisedHyperparameters():
+            return SupervisedSpec(label_smoothing=numbers.label_smoothing, neftune_alpha=numbers.neftune_alpha)
+        case DpoHyperparameters() | OrpoHyperparameters() | SimpoHyperparameters():
+            return None
+        case _:
+            return SupervisedSpec()
 
 
 def resolve_preference(numbers: Hyperparameters) -> PreferenceSpec | None:
@@ -141,7 +177,7 @@ def learns_from_pairs(method: MethodType) -> bool:
     return method != "supervised"
 
 
-def method_object(method: MethodType, numbers: Json, preference: PreferenceSpec | None) -> Json:
-    """As the wire has it, with every number resolved. numbers: OpenAI's three."""
-    own = {} if preference is None else preference.model_dump(include=set(NUMBERS[method].model_fields))
-    return {"type": method, method: {"hyperparameters": {**numbers, **own}}}
+def method_object(method: MethodType, numbers: Json, own: SupervisedSpec | PreferenceSpec) -> Json:
+    """As the wire has it, with every number resolved. numbers: OpenAI's three. own: the method's, beside them."""
+    known = own.model_dump(include=set(NUMBERS[method].model_fields))
+    return {"type": method, method: {"hyperparameters": {**numbers, **known}}}

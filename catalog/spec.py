@@ -33,7 +33,9 @@ from catalog.methods import (
     Method,
     MethodType,
     PreferenceSpec,
+    SupervisedSpec,
     resolve_preference,
+    resolve_supervised,
 )
 from catalog.sample_spec import Samples
 from catalog.strict import Auto, Strict
@@ -146,6 +148,8 @@ class JobSpec(Strict):
 
     version: Literal[1] = SPEC_VERSION
     method: MethodType = "supervised"
+    supervised: SupervisedSpec | None = None
+    """Only where answers are learnt as they are; None there in records of before there was something to choose."""
     preference: PreferenceSpec | None = None
     """Only where pairs of answers are learnt from."""
     lora: LoraSpec
@@ -167,6 +171,11 @@ class JobSpec(Strict):
     seed: int
     data: DataSpec = DataSpec()
     samples: Samples | None = None
+
+    @property
+    def method_numbers(self) -> SupervisedSpec | PreferenceSpec:
+        """Those that its method has beside OpenAI's three."""
+        return self.preference or self.supervised or SupervisedSpec()
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps of the whole job over `num_rows` usable rows, or pairs of answers.
@@ -200,6 +209,7 @@ def resolve(
     longest = max_positions or 4096
     return JobSpec(
         method=request.method_type,
+        supervised=resolve_supervised(numbers),
         preference=preference,
         lora=resolve_lora(request.lora),
         optimizer=resolve_optimizer(request.optimizer, learning_rate=rate),

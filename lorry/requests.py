@@ -79,6 +79,12 @@ class Hyperparameters(TypedDict, total=False):
     n_epochs: int | Auto
 
 
+class SupervisedHyperparameters(Hyperparameters, total=False):
+    label_smoothing: float
+    neftune_alpha: float
+    """Of the noise on input embeddings in training; 0 is none."""
+
+
 class DpoHyperparameters(Hyperparameters, total=False):
     beta: float | Auto
     loss_type: Literal["sigmoid", "ipo"]
@@ -94,4 +100,6 @@ class SimpoHyperparameters(Hyperparameters, total=False):
     gamma: float | Auto
 
 
-AnyHyperparameters = Hyperparameters | DpoHyperparameters | OrpoHyperparameters | SimpoHyperparameters
+AnyHyperparameters = (
+    Hyperparameters | SupervisedHyperparameters | DpoHyperparameters | OrpoHyperparameters | SimpoHyperparameters
+)

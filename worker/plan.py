@@ -43,6 +43,7 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
         early_stopping=EarlyStoppingConfig(**spec.early_stopping.model_dump()) if spec.early_stopping else None,
         keep=spec.keep,
         objective=objective_config(spec),
+        neftune_alpha=spec.supervised.neftune_alpha if spec.supervised else 0.0,
     )
 
 
@@ -72,8 +73,7 @@ def _lora_config(lora: LoraSpec) -> LoraConfig:
 
 def objective_config(spec: JobSpec) -> ObjectiveConfig:
     """What the job minimises."""
-    numbers = {} if spec.preference is None else spec.preference.model_dump()
-    return ObjectiveConfig(kind=spec.method, **numbers)
+    return ObjectiveConfig(kind=spec.method, **spec.method_numbers.model_dump(exclude={"neftune_alpha"}))
 
 
 def warmup_steps(ratio: float, num_steps: int) -> int:

@@ -205,7 +205,7 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             "seconds_running": seconds_running,
             "seed": spec.seed,
             "hyperparameters": numbers,
-            "method": method_object(spec.method, numbers.model_dump(), spec.preference),
+            "method": method_object(spec.method, numbers.model_dump(), spec.method_numbers),
             "lora": spec.lora.model_dump(),
             "optimizer": spec.optimizer.model_dump(),
             "schedule": spec.schedule.model_dump(),

@@ -54,6 +54,21 @@ class Optimizer(StrEnum):
     sgd = "sgd"
 
 
+class Loss(StrEnum):
+    """Which answers of a chat are learnt."""
+
+    assistant = "assistant"
+    last_turn = "last_turn"
+
+
+class Overflow(StrEnum):
+    """What becomes of a row that is too long."""
+
+    truncate = "truncate"
+    drop = "drop"
+    split_ = "split"  # str has a split of its own
+
+
 class Keep(StrEnum):
     """Whose weights become the adapter."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorry.cli import output, watching
 from lorry.cli.files import flatten
@@ -86,6 +86,8 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield "quantisation", job.quantisation
     yield "max length", job.max_length and f"{job.max_length} tokens"
     yield "max steps", job.max_steps
+    yield "method", job.method.get("type")
+    yield from _numbers_of_the_method(job)
     yield "epochs", epochs(job, usable_rows)
     yield "batch size", job.hyperparameters.get("batch_size")
     yield "learning rate multiplier", job.hyperparameters.get("learning_rate_multiplier")
@@ -97,3 +99,9 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield from flatten({"early_stopping": job.early_stopping or {}})
     yield from flatten({"data": job.data, "lora": job.lora, "optimizer": job.optimizer, "schedule": job.schedule})
     yield from flatten({"metadata": job.metadata or {}})
+
+
+def _numbers_of_the_method(job: Job) -> Iterator[tuple[str, object]]:
+    """Those that it has beside the three of every method."""
+    given: dict[str, Any] = job.method.get(job.method.get("type", ""), {}).get("hyperparameters", {})
+    return ((name.replace("_", " "), value) for name, value in given.items() if name not in job.hyperparameters)

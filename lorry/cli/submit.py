@@ -14,7 +14,7 @@ import typer
 
 from lorry.cli import output, watching
 from lorry.cli.app import client
-from lorry.cli.choices import Keep, Method, Optimizer, Precision, Priority, Quantisation, Schedule
+from lorry.cli.choices import Keep, Loss, Method, Optimizer, Overflow, Precision, Priority, Quantisation, Schedule
 from lorry.cli.files import upload_with_bar
 from lorry.cli.output import AsJson
 from lorry.errors import APIError, LorryError
@@ -52,6 +52,10 @@ FIELDS = {
     "batch_size": f"{NUMBERS}.batch_size",
     "beta": f"{NUMBERS}.beta",
     "gamma": f"{NUMBERS}.gamma",
+    "label_smoothing": f"{NUMBERS}.label_smoothing",
+    "neftune_alpha": f"{NUMBERS}.neftune_alpha",
+    "loss": "data.loss",
+    "overflow": "data.overflow",
     "max_steps": "max_steps",
     "max_length": "max_length",
     "precision": "precision",
@@ -110,6 +114,19 @@ RankPattern = Annotated[
 AlphaPattern = Annotated[
     list[str] | None, _option(ADAPTER, "Another alpha, in the same way; may be repeated.", metavar="KEY=ALPHA")
 ]
+Smoothing = Annotated[
+    float | None, _option(TRAINING, "Of labels, or of dpo the part of swapped pairs; from 0 to below 0.5.")
+]
+Neftune = Annotated[
+    float | None, _option(TRAINING, "Scale of noise on input embeddings, of supervised; 5 is common, 0 is none.")
+]
+LossOption = Annotated[
+    Loss | None, _option(TRAINING, "Of a chat: learn every answer (assistant, the default), or only the last one.")
+]
+OverflowOption = Annotated[
+    Overflow | None,
+    _option(TRAINING, "What becomes of a row above --max-length; only plain texts are split. Default: truncate."),
+]
 Warmup = Annotated[float | None, _option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")]
 EvaluateEvery = Annotated[
     int | None, _option(WATCHING, "Steps between two readings of the held-out file. Default: a tenth of the job.")
@@ -150,6 +167,9 @@ def submit(
     method: Methods = None,
     beta: Annotated[float | None, _option(TRAINING, "Strength of the preference; of dpo, orpo and simpo.")] = None,
     gamma: Annotated[float | None, _option(TRAINING, "Margin that is asked for; of simpo.")] = None,
+    label_smoothing: Smoothing = None,
+    neftune_alpha: Neftune = None,
+    loss: LossOption = None,
     learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
     lora_plus_ratio: Annotated[float | None, _option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
@@ -161,6 +181,7 @@ def submit(
     max_steps: Annotated[int | None, _option(TRAINING, "End after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, _option(TRAINING, "Sequences, or pairs of them, per optimizer step.")] = None,
     max_length: Annotated[int | None, _option(TRAINING, "Tokens of a row that are kept.")] = None,
+    overflow: OverflowOption = None,
     precision: Annotated[Precision | None, _option(TRAINING, "Of the base model.")] = None,
     quantisation: Held = None,
     seed: Annotated[int | None, _option(TRAINING, "Same seed, same adapter.")] = None,
@@ -185,12 +206,7 @@ def submit(
     lorry = client()
     given_files = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
     job = _send(lorry, model, given_files, body, set_paths=[path for path, _ in others])
-    if watch:
-        watching.stay(lorry, [job.id], as_json=as_json)
-    elif as_json:
-        output.print_json(job.raw)
-    else:
-        output.console().print(job.id)
+    _tell(lorry, job, watch=watch, as_json=as_json)
 
 
 def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -210,6 +226,15 @@ def _send(
         _check_model(lorry, model)
     with _uploaded(lorry, sources) as ids:
         return _create(lorry, model, ids, body, set_paths=set_paths)
+
+
+def _tell(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:
+    if watch:
+        watching.stay(lorry, [job.id], as_json=as_json)
+    elif as_json:
+        output.print_json(job.raw)
+    else:
+        output.console().print(job.id)
 
 
 def _is_given(value: object) -> bool:

@@ -27,7 +27,8 @@ def test_a_job_is_shown_with_all_its_numbers_resolved(client: TestClient, world:
 
     assert job["status"] == "validating_files"
     assert job["hyperparameters"] == {"batch_size": 4, "learning_rate_multiplier": 1.0, "n_epochs": 3}
-    assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": job["hyperparameters"]}}
+    own = {"label_smoothing": 0.0, "neftune_alpha": 0.0}
+    assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": {**job["hyperparameters"], **own}}}
     assert (job["lora"]["rank"], job["lora"]["alpha"]) == (8, 16.0)
     assert job["optimizer"]["learning_rate"] == 2e-4
     assert (job["seed"], job["suffix"], job["metadata"], job["priority"]) == (7, "mine", {"team": "a"}, "normal")
@@ -36,6 +37,16 @@ def test_a_job_is_shown_with_all_its_numbers_resolved(client: TestClient, world:
     unset = ("error", "fine_tuned_model", "finished_at", "estimated_finish", "trained_tokens", "adapter_id", "progress")
     assert all(job[name] is None for name in unset)
     assert client.get(f"{JOBS}/{job['id']}").json() == job
+
+
+def test_a_method_as_a_job_shows_it_can_be_asked_for_again(client: TestClient, world: World) -> None:
+    numbers = {"label_smoothing": 0.1, "neftune_alpha": 5.0}
+    job = create(client, world, method={"type": "supervised", "supervised": {"hyperparameters": numbers}}).json()
+
+    again = create(client, world, method=job["method"]).json()
+
+    assert numbers.items() <= job["method"]["supervised"]["hyperparameters"].items()
+    assert again["method"] == job["method"]
 
 
 def test_a_running_job_tells_whether_it_loads_trains_or_verifies(client: TestClient, world: World) -> None:

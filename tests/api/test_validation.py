@@ -52,6 +52,16 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
             "method.dpo.hyperparameters",
             "ipo has no label_smoothing",
         ),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"label_smoothing": 0.5}}}},
+            "method.supervised.hyperparameters.label_smoothing",
+            "less than 0.5",
+        ),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"neftune_alpha": -1}}}},
+            "method.supervised.hyperparameters.neftune_alpha",
+            "at least 0",
+        ),
         ({"seed": -1}, "seed", "at least 0"),
         ({"lora": {"rank": "8"}}, "lora.rank", 'a whole number; it was "8"'),
         ({"lora": {"rank": True}}, "lora.rank", "a whole number; it was true"),
@@ -99,6 +109,12 @@ def test_a_missing_field_is_named(client: TestClient, field: str) -> None:
         ({"rank": 8}, "lora.rank"),
         ({"learning_rate": 1e-4}, "optimizer.learning_rate"),
         ({"n_epochs": 3}, "n_epochs"),
+        ({"neftune_alpha": 5}, "method.supervised.hyperparameters.neftune_alpha"),
+        ({"hyperparameters": {"label_smoothing": 0.1}}, "method.supervised.hyperparameters.label_smoothing"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"label_smoothin": 0.1}}}},
+            "method.dpo.hyperparameters.label_smoothing",
+        ),
     ],
 )
 def test_an_unknown_field_is_told_with_the_one_that_was_meant(
@@ -108,6 +124,23 @@ def test_an_unknown_field_is_told_with_the_one_that_was_meant(
 
     assert error["code"] == "unknown_parameter"
     assert f"Did you mean '{meant}" in error["message"] or meant in error["message"].partition("Did you mean")[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "methods"),
+    [
+        ("dpo", "neftune_alpha", "supervised"),
+        ("orpo", "label_smoothing", "supervised, dpo"),
+        ("supervised", "beta", "dpo, orpo, simpo"),
+    ],
+)
+def test_a_number_of_other_methods_is_told_with_their_names(
+    client: TestClient, method: str, name: str, methods: str
+) -> None:
+    error = refused(client, {**LEAST, "method": {"type": method, method: {"hyperparameters": {name: 0.1}}}})
+
+    assert (error["param"], error["code"]) == (f"method.{method}.hyperparameters.{name}", "unknown_parameter")
+    assert error["remedy"] == f"Leave it out. Methods that have it: {methods}."
 
 
 def test_several_faults_are_told_at_once(client: TestClient) -> None:

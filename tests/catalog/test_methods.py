@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from catalog.errors import InvalidRequest
-from catalog.methods import PreferenceSpec
+from catalog.methods import PreferenceSpec, SupervisedSpec
 from catalog.spec import JobSpec
 from tests.catalog.world import World, request
 
@@ -36,12 +36,42 @@ def test_every_auto_of_a_method_becomes_a_number(world: World, asked: dict[str, 
     assert spec.optimizer.learning_rate == pytest.approx(2e-4 if expected is None else 2e-5)
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, SupervisedSpec()),
+        ({"method": {"type": "supervised"}}, SupervisedSpec(label_smoothing=0.0, neftune_alpha=0.0)),
+        ({"hyperparameters": {"n_epochs": 2}}, SupervisedSpec()),
+        (
+            {"method": method("supervised", label_smoothing=0.1, neftune_alpha=5)},
+            SupervisedSpec(label_smoothing=0.1, neftune_alpha=5.0),
+        ),
+    ],
+)
+def test_the_numbers_of_learning_from_answers_are_kept(
+    world: World, asked: dict[str, Any], expected: SupervisedSpec
+) -> None:
+    spec = JobSpec.model_validate(world.submit(**asked).spec)
+
+    assert (spec.supervised, spec.method_numbers) == (expected, expected)
+
+
+def test_pairs_have_no_numbers_of_learning_from_answers(world: World) -> None:
+    asked = method("dpo", label_smoothing=0.2)
+
+    spec = JobSpec.model_validate(world.submit(training_file=world.file(kind="preference"), method=asked).spec)
+
+    assert spec.supervised is None
+    assert spec.method_numbers == PreferenceSpec(beta=0.1, label_smoothing=0.2)
+
+
 def test_a_specs_record_from_before_there_was_a_choice_is_supervised(world: World) -> None:
-    record = {name: value for name, value in world.submit().spec.items() if name not in ("method", "preference")}
+    later = ("method", "preference", "supervised")
+    record = {name: value for name, value in world.submit().spec.items() if name not in later}
 
     spec = JobSpec.model_validate(record)
 
-    assert (spec.method, spec.preference) == ("supervised", None)
+    assert (spec.method, spec.preference, spec.method_numbers) == ("supervised", None, SupervisedSpec())
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])

@@ -77,6 +77,8 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
         "evaluation": {"every_steps": None},
         "checkpoint_every_steps": 50,
         "attempt": 2,
+        "hyperparameters": {"n_epochs": 3},
+        "method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 3, "beta": 0.25, "label_smoothing": 0.5}}},
     }
     service.on("GET", f"{JOBS}/j", {**JOB, **configured, "status": "queued"})
     service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker lives.", "state": "queued", "live_workers": 0})
@@ -95,7 +97,11 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
         "evaluation every tenth of the job",
         "checkpoint every 50 steps",
         "attempt 2",
+        "method dpo",
+        "beta 0.25",
+        "label smoothing 0.5",
     } <= set(told)
+    assert [line for line in told if "epochs" in line] == ["epochs 3"]
     assert not any("live_workers" in line for line in told)
 
 

@@ -25,13 +25,10 @@ JOB = {"id": "ftjob-1", "status": "queued"}
 NUMBERS = "method.supervised.hyperparameters"
 NO_OPTION = {
     "evaluation.samples",
-    "data.loss",
-    "data.overflow",
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "momentum", "max_grad_norm")),
     "early_stopping.min_delta",
     *(f"method.{method}.hyperparameters.learning_rate_multiplier" for method in METHOD_NUMBERS),
     "method.dpo.hyperparameters.loss_type",
-    "method.dpo.hyperparameters.label_smoothing",
 }
 """Fields that few people set: by `--set`."""
 Run = Callable[..., Result]
@@ -76,7 +73,8 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
         fields |= set(leaves(model, prefix))
 
     fields.add("method.type")
-    of_another_method = {name for name in set(NAMES) - fields if name.endswith((".beta", ".gamma"))}
+    of_some_methods = (".beta", ".gamma", ".label_smoothing", ".neftune_alpha")
+    of_another_method = {name for name in set(NAMES) - fields if name.endswith(of_some_methods)}
     assert set(NAMES) - of_another_method == fields - NO_OPTION
     assert set(FIELDS) < set(inspect.signature(submit).parameters)
 
@@ -84,12 +82,12 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
 def test_a_methods_numbers_go_where_the_method_has_them(service: Script, run: Run) -> None:
     service.on("POST", JOBS, JOB)
 
-    run("m", "train.jsonl", *["--method", "dpo", "--beta", "0.2", "--epochs", "1"])
+    run("m", "train.jsonl", *["--method", "dpo", "--beta", "0.2", "--label-smoothing", "0.1"])
     dpo = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)["method"]
     run("m", "train.jsonl", *["--method", "simpo", "--gamma", "0.5", "--batch-size", "2"])
     simpo = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)["method"]
 
-    assert dpo == {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
+    assert dpo == {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "label_smoothing": 0.1}}}
     assert simpo == {"type": "simpo", "simpo": {"hyperparameters": {"gamma": 0.5, "batch_size": 2}}}
 
 
@@ -113,7 +111,7 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         "--priority batch --init pissa "
         "--schedule wsd --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
         "--optimizer sgd --set optimizer.momentum=0.9 --decay 0.3 --keep last --patience 3 "
-        "--set early_stopping.min_delta=0.5 "
+        "--set early_stopping.min_delta=0.5 --label-smoothing 0.1 --neftune-alpha 5 --loss last_turn --overflow drop "
         "--metadata team=a=b --metadata note= --set optimizer.beta1=0.9 --set optimizer.max_grad_norm=null "
         f"--set {NUMBERS}.learning_rate_multiplier=auto"
     )
@@ -147,8 +145,17 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
         },
         "schedule": {"type": "wsd", "warmup_ratio": 0.0, "decay_ratio": 0.3},
         "method": {
-            "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": "auto"}}
+            "supervised": {
+                "hyperparameters": {
+                    "n_epochs": 2,
+                    "batch_size": 8,
+                    "learning_rate_multiplier": "auto",
+                    "label_smoothing": 0.1,
+                    "neftune_alpha": 5.0,
+                }
+            }
         },
+        "data": {"loss": "last_turn", "overflow": "drop"},
         "max_steps": 9,
         "max_length": 128,
         "precision": "float32",
@@ -177,6 +184,8 @@ def test_the_help_lays_options_out_in_groups(run: Run) -> None:
         ("lora.rank", "--rank"),
         ("lora.target_modules.0", "--target"),
         (f"{NUMBERS}.n_epochs", "--epochs"),
+        ("method.dpo.hyperparameters.neftune_alpha", "--neftune-alpha"),
+        ("data.overflow", "--overflow"),
         ("metadata.team", "--metadata"),
         ("training_file", "TRAIN"),
         ("optimizer.beta1", "--set optimizer.beta1"),
@@ -199,6 +208,8 @@ def test_a_refusal_names_what_was_typed(service: Script, run: Run, param: str, s
         (("m", "train.jsonl", "--metadata", "team"), "KEY=VALUE"),
         (("m", "train.jsonl", "--set", "=3"), "PATH=VALUE"),
         (("m", "train.jsonl", "--schedule", "steep"), "--schedule"),
+        (("m", "train.jsonl", "--loss", "all"), "--loss"),
+        (("m", "train.jsonl", "--overflow", "wrap"), "--overflow"),
     ],
 )
 def test_what_can_not_be_sent_is_named_before_anything_is_uploaded(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobRequest, JobSpec, resolve
-from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig
+from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig
 from lora_core.optim import learning_rate_at
 from worker.plan import engine_config, job_config
 
@@ -58,6 +58,38 @@ def test_the_course_of_training_reaches_the_engine() -> None:
 
     assert (config.optimizer.kind, config.optimizer.momentum) == ("sgd", 0.9)
     assert (config.early_stopping, config.keep) == (EarlyStoppingConfig(patience=3, min_delta=0.5), "best")
+
+
+def test_smoothing_and_noise_reach_the_engine() -> None:
+    numbers = {"label_smoothing": 0.1, "neftune_alpha": 5}
+    asked = request(method={"type": "supervised", "supervised": {"hyperparameters": numbers}})
+
+    config = job_config(resolve(asked, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2)
+
+    assert config.objective == ObjectiveConfig(kind="supervised", label_smoothing=0.1)
+    assert config.neftune_alpha == 5
+
+
+def test_the_smoothing_of_dpo_is_its_own_and_its_embeddings_have_no_noise() -> None:
+    asked = request(method={"type": "dpo", "dpo": {"hyperparameters": {"label_smoothing": 0.2, "beta": 0.3}}})
+
+    config = job_config(resolve(asked, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2)
+
+    assert config.objective == ObjectiveConfig(kind="dpo", beta=0.3, label_smoothing=0.2)
+    assert config.neftune_alpha == 0
+
+
+def test_a_job_from_before_there_were_smoothing_and_noise_goes_on_as_the_same_job() -> None:
+    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
+    stored = spec.model_dump(mode="json")
+    del stored["supervised"]
+
+    old, new = (
+        job_config(each, num_steps=9, evaluate_every_steps=2) for each in (JobSpec.model_validate(stored), spec)
+    )
+
+    assert old.digest() == new.digest()
+    assert (old.objective, old.neftune_alpha) == (ObjectiveConfig(), 0)
 
 
 def test_a_job_from_before_there_was_a_choice_of_course_is_what_it_was() -> None:
