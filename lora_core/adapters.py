@@ -7,7 +7,7 @@ Clip, optimizer, finite check, checkpoint and eviction are each one operation on
 jobs share no memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -146,8 +146,9 @@ class AdapterRow:
         in_full = slice(self.num_lora, self.num_parameters)
         return (*rated, (in_full, 1.0)) if self.trained.tensors else rated
 
-    def initialise(self, seed: int) -> None:
-        """A and B as initial.py says, keyed by (seed, name).
+    def initialise(self, seed: int, *, between: Callable[[], None] = lambda: None) -> None:
+        """A and B as initial.py says, keyed by (seed, name). `between` is called after each target: to decompose the
+        weights of a large base takes minutes.
 
         A magnitude is the length that the weights have; what is trained in full begins as it says.
         """
@@ -160,6 +161,7 @@ class AdapterRow:
             else:
                 a_RD = initial_a(self.lora, name, seed=seed, rank=spans.rank, in_features=target.in_features)
             self.p[spans.a] = a_RD.flatten()
+            between()
         if self.trained.tensors:
             starts = [tensor.start(seed).flatten().float() for tensor in self.trained.tensors]
             self.p[self.num_lora :] = torch.cat(starts)

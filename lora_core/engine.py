@@ -5,7 +5,7 @@ A tick is one forward and backward (or an evaluation's forward) over slices of i
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain, islice
 from pathlib import Path
 
@@ -56,9 +56,14 @@ class Engine:
         train: TokenDataset,
         valid: TokenDataset | None = None,
         resume_from: Path | None = None,
+        *,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make `job` resident. Raises ConfigError where the job needs a held-out set and has none, NoTargets,
-        BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed."""
+        """Make `job` resident; `between` is called time and again while its start is computed.
+
+        Raises ConfigError where the job needs a held-out set and has none, NoTargets, BadDataset, BadCheckpoint,
+        OutOfMemory; then nothing has changed.
+        """
         assert job not in self._jobs, f"{job} is resident already"
         assert self.base.attachment is not None
         refuse_other_task(self.base, config.objective)
@@ -86,7 +91,7 @@ class Engine:
             )
             best = torch.zeros_like(row.p) if config.keep == "best" else None
             if resume_from is None:
-                row.initialise(config.seed)
+                row.initialise(config.seed, between=between)
                 progress = Progress()
             else:
                 expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}

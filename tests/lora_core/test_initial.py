@@ -37,6 +37,17 @@ def started(init: str, weight_OD: torch.Tensor | None = None, **options) -> Adap
     return row
 
 
+def test_whoever_waits_for_the_start_is_called_after_each_weight():
+    targets = tuple(replace(TARGET, name=name) for name in "abc")
+    lora = LoraConfig(rank=8, alpha=12, init_lora_weights="pissa")
+    row = AdapterRow(targets, lora, dtype=torch.float32, device="cpu", frozen=dict.fromkeys("abc", torch.eye(48, 40)))
+    filled: list[int] = []
+
+    row.initialise(1, between=lambda: filled.append(int(sum(row.p[spans.a].any() for spans in row.spans.values()))))
+
+    assert filled == [1, 2, 3]
+
+
 def product(row: AdapterRow) -> torch.Tensor:
     """scale·B A of the row itself, without what is subtracted."""
     a_RD, b_OR = (row.p[span].view(shape) for span, shape in ((row.spans["w"].a, (8, 40)), (row.spans["w"].b, (48, 8))))
