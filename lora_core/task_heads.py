@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_core.counter_random import uniform
+from lora_core.counter_random import normal
 from lora_core.errors import UnsupportedModel
 from lora_core.trained_tensors import TensorViews, TrainedTensor
 
@@ -79,10 +79,8 @@ def _last_linear(head: nn.Module) -> nn.Linear:
 
 
 def _normal(path: str, shape: tuple[int, ...], deviation: float, seed: int) -> Tensor:
-    """Box and Muller's transform of numbers that depend on (seed, path) alone."""
-    count = math.prod(shape)
-    radius = np.sqrt(-2 * np.log1p(-uniform("head", seed, path, "radius", count=count)))
-    numbers = radius * np.cos(2 * np.pi * uniform("head", seed, path, "angle", count=count)) * deviation
+    """fp32 numbers that depend on (seed, path) alone."""
+    numbers = normal("head", seed, path, count=math.prod(shape)) * deviation
     return torch.from_numpy(numbers.astype(np.float32)).view(shape)
 
 
