@@ -6,6 +6,8 @@ together, whose tolerance is measured, not guessed: `_compare` derives it.
 """
 
 import json
+import math
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +41,8 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
     """Differences to PEFT over all probed logits, and their tolerances; in logits.
+
+    One that is not finite is told as the largest float, so that every report is JSON, and has not passed.
 
     `max_abs_effect` is the largest change that the adapter makes; `num_positions` counts probed positions.
     `worst_linear_error`: of what each adapted linear adds, the largest difference as a share of its tolerance; with
@@ -136,22 +140,30 @@ def _compare(
     factor = LOGITS_FACTOR if proven and needed > ROUNDING_FACTOR else ROUNDING_FACTOR
     tolerance, rms_tolerance = factor * rounding, factor * rms_rounding
     is_same_base = _largest(roundings[0]) <= SAME_MODEL[dtype] * _largest(probe["base_logits"])
-    passed = is_same_base and _largest(difference) <= tolerance and _rms(difference) <= rms_tolerance
-    passed = passed and (proven or linears is None)
+    numbers = {
+        "max_abs_diff": _largest(difference),
+        "max_abs_logit": largest,
+        "tolerance": tolerance,
+        "rms_diff": _rms(difference),
+        "rms_tolerance": rms_tolerance,
+        "max_abs_effect": _largest(probe["logits"] - probe["base_logits"]),
+    }
+    passed = is_same_base and numbers["max_abs_diff"] <= tolerance and numbers["rms_diff"] <= rms_tolerance
+    passed = passed and (proven or linears is None) and all(map(math.isfinite, numbers.values()))
     return VerifyReport(
-        max_abs_diff=_largest(difference),
-        max_abs_logit=largest,
-        tolerance=tolerance,
-        rms_diff=_rms(difference),
-        rms_tolerance=rms_tolerance,
-        max_abs_effect=_largest(probe["logits"] - probe["base_logits"]),
+        **{name: _told(number) for name, number in numbers.items()},
         passed=passed,
         num_positions=logits.shape[0] * logits.shape[1],
         num_linears=linears.num_linears if linears else 0,
         worst_linear=linears.worst_linear if linears else None,
-        worst_linear_error=linears.worst_error if linears else None,
+        worst_linear_error=_told(linears.worst_error) if linears else None,
         explanation=_explained(linears, tolerance, factor=factor, magnified=tolerance / (factor * least), dtype=dtype),
     )
+
+
+def _told(number: float) -> float:
+    """JSON, and the databases that keep it, know neither infinity nor what is not a number."""
+    return number if math.isfinite(number) else sys.float_info.max
 
 
 def _explained(
@@ -163,6 +175,8 @@ def _explained(
         f"Logits may differ by {tolerance:.2g}: {factor} times the rounding in {name} that was measured on "
         f"this base model with this adapter, which magnifies the smallest rounding {magnified:.2g} times."
     )
+    if not math.isfinite(tolerance):
+        logits = "With this adapter logits, or their rounding, are not finite, so nothing can be compared with them."
     if linears is None:
         return f"{logits} The adapter was exported before linears were compared one by one."
     if linears.worst_error <= 1:
@@ -170,7 +184,8 @@ def _explained(
         return (
             f"Each of {linears.num_linears} adapted linears adds in PEFT what it added in training; {share}. {logits}"
         )
-    return f"{linears.worst_linear} adds in PEFT {linears.worst_error:.2g} times what rounding explains. {logits}"
+    times = f"{linears.worst_error:.2g} times what" if math.isfinite(linears.worst_error) else "what no"
+    return f"{linears.worst_linear} adds in PEFT {times} rounding explains. {logits}"
 
 
 def _largest(logits: Tensor) -> float:

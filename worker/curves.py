@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class Curve:
     def stepped(self, event: Json) -> None:
         self.step, self.loss = event["step"], event["loss"]
         self._latest |= {"train_loss": event["loss"], "train_mean_token_accuracy": event["token_accuracy"]}
-        self._latest |= _rewards("train_rewards", event)
+        self._note_rewards("train_rewards", event)
         self._window.append((event["seconds"], event["num_tokens"]))
         self._points.append(
             {"kind": "train", "step": event["step"], **{name: event.get(name) for name in TRAIN_FIELDS}}
@@ -39,7 +40,7 @@ class Curve:
 
     def evaluated(self, event: Json) -> None:
         self._latest |= {"full_valid_loss": event["loss"], "full_valid_mean_token_accuracy": event["token_accuracy"]}
-        self._latest |= _rewards("full_valid_rewards", event)
+        self._note_rewards("full_valid_rewards", event)
         self._points.append(
             {
                 "kind": "valid",
@@ -50,6 +51,13 @@ class Curve:
                 "rewards": event.get("rewards"),
             }
         )
+
+    def _note_rewards(self, name: str, event: Json) -> None:
+        """Only of a job that learns from pairs of answers, and only numbers: a database refuses what is not finite."""
+        self._latest.pop(name, None)
+        rewards: dict[str, float] = event.get("rewards") or {}
+        if rewards and all(map(math.isfinite, rewards.values())):
+            self._latest[name] = rewards
 
     def is_due(self, now: float) -> bool:
         """now: the reader's monotonic clock, in seconds."""
@@ -81,8 +89,3 @@ class Curve:
             }
         epoch = round(self.step / self.steps_per_epoch, 3) if self.steps_per_epoch else None
         return {"step": self.step, "num_steps": self.num_steps, "epoch": epoch, "loss": self.loss, **speed}
-
-
-def _rewards(name: str, event: Json) -> Json:
-    """Only of a job that learns from pairs of answers."""
-    return {name: event["rewards"]} if event.get("rewards") else {}

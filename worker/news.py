@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from enum import Enum
 
-from catalog import claims
+from catalog import claims, jobs
 from catalog.states import EndReason
 from catalog.tables import Json
 from worker import admission, publish
@@ -114,9 +114,15 @@ class Listener:
         return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
     def _diverged(self, held: Held, event: Json) -> End:
-        remedy = "Lower the learning rate, or look at the data around that step; the last checkpoint is kept."
+        remedy = f"Lower the learning rate, or look at the data around that step. {self._left_of(held)}"
         error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "learning_rate"}
         return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
+
+    def _left_of(self, held: Held) -> str:
+        job = held.claim.job
+        rows = jobs.checkpoints_page(self._context.db, project_id=job.project_id, job_id=job.id, limit=100).items
+        steps = [row.step for row in rows if row.artifact is not None]
+        return f"The checkpoint of step {max(steps)} is kept." if steps else "It has no checkpoint."
 
     def _refused(self, held: Held, event: Json) -> End | Next:
         if event["is_checkpoint"] and held.checkpoints:

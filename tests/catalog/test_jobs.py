@@ -185,6 +185,8 @@ def test_targets_that_match_nothing_are_refused_with_those_that_exist(world: Wor
         {"lora": {"rank": 0}},
         {"optimizer": {"learning_rate": -1}},
         {"optimizer": {"momentum": 0.9}},
+        {"optimizer": {"eps": 1e-46}},
+        {"optimizer": {"eps": 1e39}},
         {"optimizer": {"type": "sgd", "beta1": 0.8}},
         {"schedule": {"decay_ratio": 0.2}},
         {"schedule": {"type": "wsd", "warmup_ratio": 0.3, "decay_ratio": 0.8}},

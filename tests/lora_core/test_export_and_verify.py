@@ -1,7 +1,8 @@
 """Law: served equals trained. What is exported gives, in PEFT on the base, the logits that training saw."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,7 @@ def test_evidence_for_other_linears_than_peft_adapts_is_refused(exported):
 
 
 CHANGES = {"scale": 0.5, "one matrix": -1, "zero": 0}
+NOT_FINITE = {"overflow": 1e38, "infinity": float("inf"), "no number": float("nan")}
 
 
 def damaged(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
@@ -175,7 +177,7 @@ def damaged(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Te
     wrong = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, tensor in wrong.items():
         if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name or "h.1.mlp.c_proj" in name):
-            tensor.mul_(CHANGES[change])
+            tensor.mul_({**CHANGES, **NOT_FINITE}[change])
     return wrong
 
 
@@ -188,6 +190,33 @@ def test_an_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_pat
     save_file(damaged(tensors, change), tmp_path / "adapter" / "adapter_model.safetensors")
 
     assert not verify_export(base, tmp_path / "adapter").passed
+
+
+@pytest.mark.parametrize("evidence", [True, False])
+@pytest.mark.parametrize("change", ["zero", *NOT_FINITE])
+def test_the_report_on_a_hopeless_adapter_is_json_without_infinity(exported, change, evidence):
+    base, directory = exported
+    tensors, probe = load_file(directory / "adapter_model.safetensors"), load_file(directory / "probe.safetensors")
+    save_file(damaged(tensors, change), directory / "adapter_model.safetensors")
+    save_file({name: probe[name] for name in probe if evidence or "." not in name}, directory / "probe.safetensors")
+
+    verdict = verify_export(base, directory)
+
+    assert not verdict.passed
+    assert json.loads(json.dumps(asdict(verdict), allow_nan=False)) == asdict(verdict)
+    assert not re.search(r"\b(inf|nan)\b", verdict.explanation)
+    assert (verdict.worst_linear_error or 0) > 1 if evidence else verdict.worst_linear_error is None
+
+
+def test_a_rounding_that_is_not_finite_allows_nothing(exported, monkeypatch):
+    base, directory = exported
+    shape = load_file(directory / "probe.safetensors")["logits"].shape
+    monkeypatch.setattr("lora_core.verify._nudged_logits", lambda *_, **__: torch.full(shape, float("inf")))
+
+    verdict = verify_export(base, directory)
+
+    assert not verdict.passed
+    assert "not finite" in verdict.explanation
 
 
 def snapshot(base: BaseModel) -> dict[str, object]:

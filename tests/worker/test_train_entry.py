@@ -13,7 +13,7 @@ from catalog.spec import JobRequest, resolve
 from lora_core.base_import import Imported
 from lora_core.data import TokenDataset
 from lora_core.errors import OutOfMemory
-from lora_core.events import JobFinished
+from lora_core.events import JobDiverged, JobFinished
 from tests.worker.pack_site import said
 from worker import train_entry
 from worker.train_entry import Resident, Trainer
@@ -161,6 +161,33 @@ def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: Trainer, d
     (refused,) = said(directory)
     assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
     assert refused["error"]["code"] == "out_of_memory"
+    assert set(trainer._residents) == {"claim-0"}
+
+
+class DivergingEngine(FullEngine):
+    """Job claim-1 has come to step 7 and no further."""
+
+    def progress(self, job: str) -> tuple[int, int]:
+        return 7, 10
+
+    def save_checkpoint(self, job: str, directory: Path) -> None:
+        directory.mkdir(parents=True)
+
+    def tick(self) -> list[Any]:
+        return [JobDiverged(job="claim-1", step=7, message="The loss is not finite.")]
+
+
+def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_others_stay(
+    trainer: Trainer, directory: TrainerDirectory
+) -> None:
+    trainer._engine = DivergingEngine()  # pyright: ignore[reportAttributeAccessIssue]
+
+    trainer._tick()
+
+    saved, diverged = said(directory)
+    assert (saved["type"], saved["claim_id"], saved["step"]) == ("checkpointed", "claim-1", 7)
+    assert (directory.path / saved["folder"]).is_dir()
+    assert (diverged["type"], diverged["claim_id"], diverged["step"]) == ("diverged", "claim-1", 7)
     assert set(trainer._residents) == {"claim-0"}
 
 
