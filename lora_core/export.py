@@ -158,7 +158,7 @@ def _short(path: str) -> str:
 
 def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
     """Pseudo-random ids, the engine's logits with and without the adapter, and what each linear adds."""
-    ids = pseudo_random_ids(base, "probe", PROBE_SEED)
+    ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, row))
     bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
     bare.initialise(0)
     return {
@@ -167,6 +167,23 @@ def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
         "base_logits": packed_logits(base, bare, ids),
         **linear_probe.evidence(base, row),
     }
+
+
+def _trained_tokens(base: BaseModel, row: AdapterRow) -> list[int]:
+    """Those whose embeddings the job trains; the padding token has no gradient, and may end a sequence."""
+    padding = getattr(base.model.get_input_embeddings(), "padding_idx", None)
+    return [token for token in row.trained.token_ids if token != padding]
+
+
+def with_tokens(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """`ids` with the tokens in them, which the logits could not tell otherwise: from the end backwards, where most of
+    what they do is seen. Of more tokens than half the places as many as those hold, evenly chosen."""
+    num_rows, num_places = ids.shape
+    count = min(len(tokens), ids.size // 2)
+    chosen = np.linspace(0, len(tokens) - 1, count).astype(np.int64)
+    places, found = np.arange(count), ids.copy()
+    found[places % num_rows, num_places - 1 - places // num_rows] = np.array(tokens, np.int64)[chosen]
+    return found
 
 
 def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:

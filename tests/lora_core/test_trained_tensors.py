@@ -13,9 +13,10 @@ from lora_core.base_model import BaseModel
 from lora_core.config import EngineConfig, LoraConfig
 from lora_core.engine import Engine
 from lora_core.errors import BadAdapter, ConfigError, NoTargets
+from lora_core.export import PROBE_SEED, pseudo_random_ids, with_tokens
 from lora_core.merge import merge_adapter
 from lora_core.verify import verify_export
-from tests.lora_core.scenarios import Submission, admit, config, dataset
+from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset
 from tests.lora_core.test_peft_parity import LONG, assert_equal_to_peft
 
 TOKENS = (319, 5, *range(40, 90))
@@ -72,6 +73,35 @@ def test_peft_serves_what_was_trained_in_full_and_a_changed_tensor_is_noticed(lo
     for name in in_full:
         save_file(tensors | {name: -tensors[name]}, path)
         assert not verify_export(base, folder).passed, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_of_a_few_trained_tokens_is_noticed_where_its_embedding_is_changed(load, tmp_path, dtype):
+    base, folder = load("llama", dtype), tmp_path / "adapter"
+    tokens = [token for token in range(VOCAB) if token not in pseudo_random_ids(base, "probe", PROBE_SEED)][:3]
+    trained(base, job_with({"trainable_token_indices": tuple(tokens)})).export("job", folder, base_name="tiny")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = [name for name in tensors if "lora_" not in name]
+
+    assert verify_export(base, folder).passed
+    for index in range(len(tokens)):
+        changed = tensors[name].clone()
+        changed[index] *= -1
+        save_file(tensors | {name: changed}, path)
+        assert not verify_export(base, folder).passed, index
+
+
+def test_a_probe_holds_as_many_trained_tokens_as_half_of_its_places():
+    ids = np.full((2, 48), -1)
+
+    few, many = with_tokens(ids, [7, 8, 9]), with_tokens(ids, list(range(1000)))
+
+    assert few[:, -2:].tolist() == [[9, 7], [-1, 8]]
+    assert (few >= 0).sum() == 3
+    assert len(np.unique(many[many >= 0])) == 48
+    assert {0, 999} <= set(many.flat)
+    assert (ids == -1).all()
 
 
 @pytest.mark.parametrize("fields", [HEAD, EMBEDDINGS])
