@@ -367,7 +367,9 @@ def import_in_child(folder: Path, endpoint: str) -> subprocess.CompletedProcess[
 
 def test_a_model_whose_own_pass_fails_by_its_sizes_is_refused_by_name(tmp_path):
     """MiniCPM3 expands its keys twice where heads share them."""
-    config = MiniCPM3Config(**SIZES, num_hidden_layers=1, num_key_value_heads=2, max_position_embeddings=64)
+    config = MiniCPM3Config.from_dict(
+        {**SIZES, "num_hidden_layers": 1, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    )
     folder = tmp_path / "source"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     give_tokenizer(folder)

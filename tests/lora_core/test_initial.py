@@ -106,7 +106,11 @@ def test_losses_equal_those_of_peft_which_changes_its_base(load, family, init, t
     engine.export("job", tmp_path / "end", base_name="tiny")
 
     wanted = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", init_lora_weights=init, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=int(lora.alpha),
+        target_modules="all-linear",
+        init_lora_weights=init,
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -202,6 +202,7 @@ def test_an_adapter_of_a_quantised_base_is_merged_only_where_its_loss_is_accepte
     report = merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantise=True)
     assert report.trained_on == kind
     assert report.max_abs_diff <= report.tolerance
+    assert report.max_abs_diff_to_trained is not None
     assert report.max_abs_diff_to_trained > report.tolerance
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["trained_on"] == kind
 

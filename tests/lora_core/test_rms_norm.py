@@ -11,7 +11,7 @@ from lora_core.rms_norm import RmsNorm, faster_norms
 
 def norm_of(kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
     norm = kind(64, eps=1e-5).to(dtype).requires_grad_(False)
-    norm.weight.copy_(torch.linspace(-0.5, 2, 64))
+    norm.load_state_dict({"weight": torch.linspace(-0.5, 2, 64)})
     return norm
 
 
