@@ -137,13 +137,7 @@ class ChatTemplate:
             before = self._prompt(messages, index)
             upto = text if index == len(messages) - 1 else self.render(messages[: index + 1])
             if not (upto.startswith(before) and text.startswith(upto)):
-                raise Refused(
-                    "template_not_prefix_stable",
-                    f"The base's chat template writes message {index + 1} differently once others follow it, "
-                    "so there is no telling which tokens are the answer.",
-                    "Say data.loss 'last_turn', use one assistant turn for each row, or add the base again with a "
-                    "template that marks its answers with {% generation %}.",
-                )
+                raise _not_prefix_stable(index, is_last=index == len(messages) - 1)
             spans.append((len(before), len(upto)))
         return Rendered(text=text, spans=tuple(spans))
 
@@ -154,6 +148,22 @@ class ChatTemplate:
         mark, _ = _unused_characters(messages[0]["content"])
         text = self.render([Message(role="assistant", content=mark)])
         return text[: text.find(mark)] if mark in text else text
+
+
+def _not_prefix_stable(index: int, *, is_last: bool) -> Refused:
+    """index: of the answer whose place in the text can't be told."""
+    with_marks = "dd the base again with a template that marks its answers with {% generation %}."
+    if is_last:
+        sentence = "writes what stands before an answer differently once the answer follows it"
+        remedy = f"A{with_marks}"
+    else:
+        sentence = f"writes message {index + 1} differently once others follow it"
+        remedy = f"Say data.loss 'last_turn', use one assistant turn for each row, or a{with_marks}"
+    return Refused(
+        "template_not_prefix_stable",
+        f"The base's chat template {sentence}, so there is no telling which tokens are the answer.",
+        remedy,
+    )
 
 
 def _turn(message: Message) -> dict[str, str]:

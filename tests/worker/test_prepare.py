@@ -190,7 +190,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_line(make_base: An
 
     assert found["code"] == "template_not_prefix_stable"
     assert found["message"].startswith("Line 2: ")
+    assert "last_turn" in found["remedy"]
     assert base.learnt(turns("a", "<think>1</think>b")) == "<think>1</think>b<|im_end|>"
+
+
+def test_where_even_the_last_answer_has_no_place_no_one_is_sent_to_learn_it_alone(make_base: Any) -> None:
+    base: Base = make_base("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+
+    found = refusal(base, turns("a", "b"))
+
+    assert found["code"] == "template_not_prefix_stable"
+    assert "before an answer" in found["message"]
+    assert "last_turn" not in found["remedy"]
 
 
 def test_a_row_that_the_template_does_not_take_is_named(make_base: Any) -> None:
