@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from catalog.chat_rows import BadRow, check_chat, is_supervised, quoted
+from catalog.foreign_rows import refuse_foreign
 from catalog.plain_rows import COMPLETION_FORM, TEXT_FORM, check_completion, check_text, is_completion_supervised
 from catalog.preference_rows import PAIR_FORM, check_pair
 
@@ -82,6 +83,7 @@ def row_kind(name: DataKind) -> RowKind:
 
 def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
     """The row's kind. before: that of the rows before it, None at the first. Raises BadRow."""
+    refuse_foreign(row)
     found = next((kind for kind in KINDS if any(key in row for key in kind.keys)), before)
     if found is None:
         raise _unknown(row)

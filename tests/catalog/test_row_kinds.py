@@ -16,6 +16,11 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "chat": {"messages": [USER, ANSWER]},
     "completion": {"prompt": "2 + 2 =", "completion": " 4"},
     "text": {"text": "Once upon a time."},
+    "preference": {
+        "input": {"messages": [USER]},
+        "preferred_output": [ANSWER],
+        "non_preferred_output": [{"role": "assistant", "content": "go away"}],
+    },
 }
 
 
@@ -98,3 +103,24 @@ def test_a_file_of_masked_completions_has_nothing_to_learn() -> None:
 
     assert refusal(masked).code == "only_masked_rows"
     assert check(masked, {"prompt": [USER], "completion": [ANSWER]}).num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "form", "named"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "trl_pair", "TRL", ("preferred_output", "input")),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "trl_pair", "TRL", ("begin with alike",)),
+        ({"instruction": "a", "input": "", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
+        ({"instruction": "a", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt_row", "ShareGPT", ('"messages"', "role")),
+    ],
+    ids=str,
+)
+def test_a_row_in_a_form_of_others_is_told_its_name_and_how_it_is_written_here(
+    row: dict[str, Any], code: str, form: str, named: tuple[str, ...]
+) -> None:
+    problem = refusal(row)
+
+    assert problem.code == code
+    assert form in problem.message
+    assert all(name in problem.remedy for name in named)
