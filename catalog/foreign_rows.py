@@ -1,4 +1,4 @@
-"""Rows in forms that others write and this service doesn't read: each is told by its name, with how to write it here."""
+"""Rows in forms of others, which this service does not read: each is told by its name, with how to write it here."""
 
 from __future__ import annotations
 

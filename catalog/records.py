@@ -120,7 +120,9 @@ def record_course(session: Session, job: Job, course: Course, *, now: float) -> 
     if course.kept_step != course.steps:
         message = f"The weights of step {course.kept_step} are kept, whose held-out loss was the lowest"
         events.add(session, job.id, now=now, message=message, data=data)
-    progress = {"step": course.steps, "kept_step": course.kept_step, "stopped_early": course.stopped_early}
+    progress: Json = {"step": course.steps, "kept_step": course.kept_step, "stopped_early": course.stopped_early}
+    kept = select(Metric.loss).where(Metric.job_id == job.id, Metric.kind == "valid", Metric.step == course.kept_step)
+    progress["kept_valid_loss"] = session.scalar(kept)
     job.progress = {**(job.progress or {}), **progress, "seconds_left": 0.0}
 
 

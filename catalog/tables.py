@@ -162,7 +162,7 @@ class Job(Table):
     trained_tokens: Mapped[int | None]
     progress: Mapped[Json | None]
     """Latest of: step, num_steps, loss, tokens_per_second, seconds_left; and of the evaluations on held-out data
-    valid_loss (the latest) and best_valid_loss, once there was one."""
+    valid_loss (the latest) and best_valid_loss, once there was one; at the end those of Course, and kept_valid_loss."""
     adapter_name: Mapped[str | None]
     error: Mapped[Json | None]
     """code, message, param: as on the wire."""

@@ -64,6 +64,8 @@ class Progress(View):
     seconds_left: float | None = None
     kept_step: int | None = None
     """Whose weights the adapter has; None before the end."""
+    kept_valid_loss: float | None = None
+    """On held-out data at that step: the adapter's own loss."""
     stopped_early: str | None = None
     """Why the job ended before its last step."""
 

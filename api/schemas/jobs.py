@@ -132,6 +132,9 @@ class Progress(BaseModel):
     )
     best_valid_loss: float | None = Field(default=None, description="The lowest of those.")
     kept_step: int | None = Field(default=None, description="Whose weights the adapter has; null before the end.")
+    kept_valid_loss: float | None = Field(
+        default=None, description="Loss of the adapter on held-out data, at kept_step; null before the end."
+    )
     stopped_early: str | None = Field(default=None, description="Why the job ended before its last step.")
 
 

@@ -28,7 +28,7 @@ _PHASES = {"loading": "its base model is being loaded", "verifying": "its adapte
 def status(job: Job) -> str:
     for wanted, verb in ((job.cancel_requested, "cancelled"), (job.pause_requested, "paused")):
         if wanted and job.status == "running":
-            return f"running, and will be {verb} at its next tick"
+            return f"running, and will be {verb} within some seconds"
     if job.status == "running" and job.phase in _PHASES:
         return f"running: {_PHASES[job.phase]}"
     return watching.how_to_resume(job) if job.status == "paused" else job.status
@@ -61,8 +61,7 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
     yield "ended early", progress.stopped_early
     yield "weights of step", progress.kept_step
     yield "loss", progress.loss
-    yield "held-out loss", progress.valid_loss
-    yield "best held-out loss", progress.best_valid_loss
+    yield from _held_out_losses(job)
     yield "time left", output.duration(progress.seconds_left) if moves else None
     yield "trained tokens", None if job.trained_tokens is None else f"{job.trained_tokens:,}"
     yield "attempt", job.attempt or None
@@ -73,6 +72,19 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
         "took" if job.is_final else "took so far",
         output.duration(job.seconds_running) if job.seconds_running else None,
     )
+
+
+def _held_out_losses(job: Job) -> Iterator[tuple[str, object]]:
+    """The adapter's own comes first, where its weights are not those of the last step."""
+    progress = job.progress
+    result = watching.held_out_loss(job)
+    if progress.kept_valid_loss is None or progress.kept_step == progress.step:
+        yield "held-out loss", result
+    else:
+        yield "held-out loss", f"{output.cell(result)} at step {progress.kept_step}, whose weights the adapter has"
+        yield "held-out loss of the last step", progress.valid_loss
+    if progress.best_valid_loss != result:
+        yield "best held-out loss", progress.best_valid_loss
 
 
 def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, object]]:
@@ -96,6 +108,9 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
         every = job.evaluation.get("every_steps")
         yield "evaluation every", f"{every} steps" if every else "tenth of the job"
         yield "keeps", job.evaluation.get("keep") and f"the {job.evaluation['keep']} weights"
+        samples: dict[str, Any] = job.evaluation.get("samples") or {}
+        yield "sample prompts", "\n".join(samples.get("prompts", ()))
+        yield "sample max tokens", samples.get("max_tokens")
     yield from flatten({"early_stopping": job.early_stopping or {}})
     yield from flatten({"data": job.data, "lora": job.lora, "optimizer": job.optimizer, "schedule": job.schedule})
     yield from flatten({"metadata": job.metadata or {}})

@@ -54,7 +54,7 @@ def list_(
             j.model,
             job_sheet.steps(j),
             j.progress.loss,
-            j.progress.valid_loss,
+            watching.held_out_loss(j),
             output.duration(j.seconds_running or None),
             output.briefly(j.created_at),
         )

@@ -79,8 +79,8 @@ def facts(job: Job, *, room: int | None = None) -> str:
         parts.append((0, f"step {progress.step}/{progress.num_steps}"))
     if progress.loss is not None:
         parts.append((1, f"loss {progress.loss:.3f}"))
-    if progress.valid_loss is not None:
-        parts.append((2, f"held-out {progress.valid_loss:.3f}"))
+    if (valid_loss := held_out_loss(job)) is not None:
+        parts.append((2, f"held-out {valid_loss:.3f}"))
     if progress.tokens_per_second is not None and moves:
         parts.append((4, f"{progress.tokens_per_second:,.0f} tokens/s"))
     if progress.seconds_left is not None and moves:
@@ -88,6 +88,12 @@ def facts(job: Job, *, room: int | None = None) -> str:
     while room is not None and len(_joined(parts)) > room and max(parts)[0] > 0:
         parts.remove(max(parts))
     return _joined(parts)
+
+
+def held_out_loss(job: Job) -> float | None:
+    """The adapter's own, once there is one; before that the latest."""
+    kept = job.progress.kept_valid_loss
+    return job.progress.valid_loss if kept is None else kept
 
 
 def _joined(parts: list[tuple[int, str]]) -> str:

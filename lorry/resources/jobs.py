@@ -90,7 +90,7 @@ class Jobs:
         return (Job.of(wire) for wire in itertools.islice(pages.follow(self._transport, _PATH), limit))
 
     def cancel(self, job_id: str) -> Job:
-        """At once where it waits; a running one is marked, and its worker obeys at the next tick."""
+        """At once where it waits; a running one is marked, and its worker obeys within some seconds."""
         return self._verb(job_id, "cancel")
 
     def pause(self, job_id: str) -> Job:

@@ -361,6 +361,8 @@ def _copy(job: Job, job_id: str) -> Job:
 def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it_kept(world: World) -> None:
     claim = world.running()
     course = claims.Course(steps=40, kept_step=20, stopped_early="The held-out loss has not fallen.")
+    curve = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((0, 1.0), (20, 1.5), (40, 2.5))]
+    claims.record_metrics(world.db, claim.claim_id, curve)
 
     world.complete(claim.claim_id, course=course)
 
@@ -368,6 +370,7 @@ def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it
     assert job.state == "succeeded"
     told = {"step": 40, "kept_step": 20, "stopped_early": "The held-out loss has not fallen."}
     assert told.items() <= (job.progress or {}).items()
+    assert (job.progress or {})["kept_valid_loss"] == 1.5
     messages = "\n".join(event.message for event in jobs.events_since(world.db, **world.of(claim.job.id), seq=0))
     assert "Training ended early, at step 40" in messages
     assert "The weights of step 20 are kept" in messages

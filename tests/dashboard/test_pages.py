@@ -141,6 +141,27 @@ def test_the_jobs_page_tells_the_held_out_loss_beside_that_of_the_last_batch(fil
     )
 
 
+def test_the_result_of_a_job_is_the_held_out_loss_of_the_step_that_is_kept(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "best", evaluation={"keep": "best", "samples": {"prompts": ["How cold?"]}})
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    curve = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((0, 3.0), (120, 1.5), (240, 2.5))]
+    claims.record_metrics(fresh.seeded.db, claim_id, curve)
+    seed.succeed(fresh.seeded, claim_id, kept_step=120)
+    visitor = visit(fresh)
+
+    visitor.open("#/jobs")
+    row = visitor.page.get_by_role("row").filter(has_text="best")
+    assert row.get_by_role("cell").nth(2).inner_text().split()[:2] == ["held-out", "1.500"]
+    visitor.open(f"#/jobs/{job.id}")
+
+    headline = visitor.page.get_by_role("region", name="Progress").inner_text()
+    assert "1.500" in headline
+    assert "at step 120, whose weights are kept; 2.500 at the last" in headline
+    run = visitor.page.get_by_role("table", name="Run")
+    assert run.get_by_role("row", name="sample prompts").inner_text().split("\t")[1:] == ['"How cold?"'] * 2
+
+
 def test_the_time_that_a_job_took_is_that_on_a_worker(fresh: Service, visit: Visit) -> None:
     job_id = _done_after_waiting(fresh, waited=7200, ran=95)
     visitor = visit(fresh)

@@ -249,7 +249,7 @@ def test_text_of_the_service_can_not_steer_the_terminal_or_be_markup(service: Sc
 def test_a_verb_says_what_came_of_it(service: Script, run: Run, verb: str) -> None:
     service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "cancel_requested": True})
 
-    assert "j is running, and will be cancelled at its next tick." in run("jobs", verb, "j").stderr
+    assert "j is running, and will be cancelled within some seconds." in run("jobs", verb, "j").stderr
     assert json.loads(run("jobs", verb, "j", "--json").stdout)["id"] == "j"
 
 

@@ -122,6 +122,39 @@ def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_worke
     assert {"held-out loss 1.75", "best held-out loss 1.25", "took 1:02:03"} <= set(shown)
 
 
+def test_the_result_of_a_job_is_the_loss_of_the_step_whose_weights_are_kept(service: Script, run: Run) -> None:
+    progress = {**JOB["progress"], "valid_loss": 2.5, "best_valid_loss": 1.25, "step": 9}
+    kept = {**progress, "kept_step": 6, "kept_valid_loss": 1.25}
+    service.on("GET", JOBS, {"data": [{**JOB, "status": "succeeded", "progress": kept}], "has_more": False})
+    service.on("GET", f"{JOBS}/j", {**JOB, "status": "succeeded", "progress": kept})
+
+    _, listed = run("jobs", "list").stdout.splitlines()
+    shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    assert listed.split()[5] == "1.25"
+    assert "held-out loss 1.25 at step 6, whose weights the adapter has" in shown
+    assert "held-out loss of the last step 2.5" in shown
+    assert not any(line.startswith("best held-out loss") for line in shown)
+
+
+def test_a_job_is_shown_with_its_method_and_the_prompts_that_it_answers(service: Script, run: Run) -> None:
+    samples = {"prompts": ["How cold?", "How warm?"], "max_tokens": 32}
+    numbers = {"n_epochs": 3, "beta": 0.1}
+    configured = {
+        "validation_file": "file-v",
+        "evaluation": {"every_steps": 5, "keep": "best", "samples": samples},
+        "hyperparameters": {"n_epochs": 3},
+        "method": {"type": "dpo", "dpo": {"hyperparameters": numbers}},
+    }
+    service.on("GET", f"{JOBS}/j", {**JOB, **configured})
+
+    shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    at = shown.index("sample prompts How cold?")
+    assert shown[at + 1 : at + 3] == ["How warm?", "sample max tokens 32"]
+    assert {"method dpo", "beta 0.1"} <= set(shown)
+
+
 def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) -> None:
     service.on("GET", JOBS, {"data": [{**JOB, "suffix": "support"}, JOB], "has_more": False})
 

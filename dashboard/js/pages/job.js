@@ -71,7 +71,7 @@ function Headline({ job, train, valid, rows }) {
         ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.seconds_running > 0 ? html`<span title=${TOOK}>took ${format.duration(job.seconds_running)}</span>` : null} />`
         : html`<${Figure} name="Left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} before="done at" />`} />`}
       <${Figure} name="Train loss" value=${format.loss(progress.loss ?? train.at(-1)?.loss)} note=${train.length > 1 ? `from ${format.loss(train[0].loss)}` : null} />
-      <${Figure} name="Held-out loss" value=${format.loss(valid.at(-1)?.loss)} note=${heldOutNote(job, valid)} />
+      <${Figure} name="Held-out loss" value=${format.loss(progress.kept_valid_loss ?? valid.at(-1)?.loss)} note=${heldOutNote(job, valid)} />
       ${FINAL.has(job.status)
         ? job.trained_tokens > 0 && html`<${Figure} name="Trained on" value=${format.compact(job.trained_tokens)} note="tokens" />`
         : job.status === "running" && html`<${Figure} name="Speed" value=${format.count(progress.tokens_per_second)} note="tokens a second" />`}
@@ -82,6 +82,8 @@ function Headline({ job, train, valid, rows }) {
 
 function heldOutNote(job, valid) {
   if (!job.validation_file) return "no held-out file";
+  const { step, kept_step: kept, kept_valid_loss: loss } = job.progress || {};
+  if (typeof loss === "number" && kept !== step) return `at step ${format.count(kept)}, whose weights are kept; ${format.loss(valid.at(-1)?.loss)} at the last`;
   if (valid.length > 1) return `${format.change(valid[0].loss, valid.at(-1).loss)} since the start`;
   return valid.length ? "the base model's" : "not measured yet";
 }

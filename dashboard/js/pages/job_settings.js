@@ -23,6 +23,7 @@ export function groups(job, rows) {
       ...each({ ...resolved, n_epochs: passesOf(job, rows) }, numbers),
       { label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" },
       ...(job.evaluation?.keep ? [{ label: "kept weights", asked: given(asked.evaluation?.keep), resolved: job.evaluation.keep }] : []),
+      ...(job.evaluation?.samples ? each(prompted(job.evaluation.samples), prompted(asked.evaluation?.samples)) : []),
       ...(job.early_stopping ? each(job.early_stopping, asked.early_stopping) : []),
       { label: "checkpoint", asked: every(asked.checkpoint_every_steps), resolved: every(job.checkpoint_every_steps) },
       ...each(job.data, asked.data),
@@ -33,6 +34,8 @@ export function groups(job, rows) {
 
 /** `type` is a word of the schedule's as well. */
 const named = ({ type, ...others } = {}) => (type === undefined ? others : { optimizer: type, ...others });
+
+const prompted = ({ prompts, max_tokens } = {}) => ({ sample_prompts: prompts?.map((each) => JSON.stringify(each)), sample_max_tokens: max_tokens });
 
 const row = (key, asked, resolved) => ({ label: LABELS[key] || key.replaceAll("_", " "), asked: given(asked), resolved: text(resolved, key) });
 

@@ -134,7 +134,7 @@ function Progress({ job, entry }) {
 
 function Loss({ job, points }) {
   const train = job.progress?.loss ?? points?.at(-1)?.loss;
-  const heldOut = job.progress?.valid_loss;
+  const heldOut = job.progress?.kept_valid_loss ?? job.progress?.valid_loss;
   const values = [["held-out", heldOut], ["train", train]].filter(([, value]) => typeof value === "number");
   if (!values.length) return null;
   return html`<span class="loss"><${Sparkline} points=${points} label=${`Training loss of ${jobName(job)}`} />
