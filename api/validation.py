@@ -14,7 +14,9 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
+from api.other_names import known_elsewhere
 from catalog.errors import InvalidRequest
+from catalog.lora_spec import INITIAL_PATTERN, MODULE_PATTERN, TARGET_PATTERN
 
 MAX_LISTED = 5
 AGAIN = "Correct this and send the request again."
@@ -26,7 +28,16 @@ _LABEL = (
     "a label: letters, digits, '.', '_' and '-', at most 64 of them, the first a letter or a digit; "
     "no slash, no space, no control character"
 )
-_PATTERNS = {r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": _LABEL, r"^[A-Za-z0-9][\w.-]{0,63}$": _LABEL}
+_PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": _LABEL,
+    r"^[A-Za-z0-9][\w.-]{0,63}$": _LABEL,
+    INITIAL_PATTERN: "'default', 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'",
+    MODULE_PATTERN: (
+        "the name of a layer, of letters, digits, '_' and '.' ('all-linear', and 're:' with an expression, "
+        "stand alone and in no list)"
+    ),
+    TARGET_PATTERN: "'re:' and a regular expression of at most 256 characters",
+}
 _EXPECTED = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
@@ -169,7 +180,9 @@ def _nearest(path: str, model: type[BaseModel] | None) -> str:
     elsewhere = [item for item in known if item.rpartition(".")[2] == name]
     near = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
     if not near and path.startswith("method.") and (others := _methods_with(elsewhere)):
-        return f"Leave it out. Methods that have it: {', '.join(others)}."
+        return f"It belongs to the methods {', '.join(others)}: choose one in 'method.type', or leave it out."
+    if not near and not elsewhere and (ours := known_elsewhere(path)):
+        return ours
     near = near or elsewhere[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     if near:
         return f"Did you mean '{near[0]}'?"

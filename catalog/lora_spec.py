@@ -38,10 +38,13 @@ def _targets(text: str) -> str:
     return text
 
 
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,128}$")]
-TargetExpression = Annotated[str, StringConstraints(pattern=r"^re:.{1,256}$"), AfterValidator(_targets)]
+MODULE_PATTERN = r"^[\w.]{1,128}$"
+TARGET_PATTERN = r"^re:.{1,256}$"
+INITIAL_PATTERN = r"^(default|gaussian|pissa|pissa_niter_[1-9][0-9]?|olora)$"
+ModuleName = Annotated[str, StringConstraints(pattern=MODULE_PATTERN)]
+TargetExpression = Annotated[str, StringConstraints(pattern=TARGET_PATTERN), AfterValidator(_targets)]
 PatternKey = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATTERN_CHARS), AfterValidator(_expression)]
-InitialWeights = Annotated[str, StringConstraints(pattern=r"^(default|gaussian|pissa|pissa_niter_[1-9][0-9]?|olora)$")]
+InitialWeights = Annotated[str, StringConstraints(pattern=INITIAL_PATTERN)]
 Layer = Annotated[int, Field(ge=0, le=10_000)]
 
 

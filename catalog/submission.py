@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Iterator
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, fleet, linears, memory
+from catalog import bases, events, fleet, linears, memory
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
@@ -132,7 +133,23 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     session.add(job)
     session.flush()
     move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
+    for warning in _surprises(request, spec, training, validation):
+        events.add(session, job.id, now=now, level="warn", message=warning)
     return job
+
+
+def _surprises(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[str]:
+    """What is done as it was asked, and hardly meant so."""
+    if validation is not None and validation.digest == training.digest:
+        yield (
+            "The validation file and the training file hold the same rows: the held-out loss tells nothing about "
+            "data that the job doesn't learn from"
+        )
+    if request.max_length != "auto" and spec.max_length < request.max_length:
+        yield (
+            f"max_length is {spec.max_length} tokens, the most that the base model was made for, and not the "
+            f"{request.max_length} that were asked for"
+        )
 
 
 def _row(
@@ -300,10 +317,11 @@ def _check_held_out(request: JobRequest) -> None:
     for field, is_asked in (
         ("early_stopping", request.early_stopping is not None),
         ("evaluation.keep", request.evaluation.keep == "best"),
+        ("evaluation.every_steps", request.evaluation.every_steps != "auto"),
     ):
         if is_asked:
             raise InvalidRequest(
-                f"{field} goes by the loss on held-out data, and the job has none.",
+                f"{field} is about the loss on held-out data, and the job has none.",
                 code="validation_file_required",
                 remedy=f"Give a validation_file, or leave {field} out.",
                 param=field,

@@ -38,7 +38,7 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"suffix": "x" * 65}, "suffix", "at most 64"),
         ({"metadata": {"k": 1}}, "metadata.k", "a text"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 pairs"),
-        ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "a text of the form"),
+        ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "the name of a layer"),
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
         ({"method": {"type": "reinforcement"}}, "method.type", "'supervised', 'dpo', 'orpo' or 'simpo'"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "its type is 'dpo'"),
@@ -70,6 +70,8 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"lora": {"alpha": "16"}}, "lora.alpha", "a number or 'auto'"),
         ({"optimizer": {"beta1": True}}, "optimizer.beta1", "a number"),
         ({"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "a whole number or 'auto'"),
+        ({"lora": {"init_lora_weights": "pisa"}}, "lora.init_lora_weights", "'gaussian', 'pissa', 'pissa_niter_N'"),
+        ({"lora": {"target_modules": ["all-linear", "q"]}}, "lora.target_modules.0", "stand alone and in no list"),
         ({"max_length": True}, "max_length", "a whole number or 'auto'"),
         ({"hyperparameters": {"learning_rate_multiplier": 5001}}, MULTIPLIER, "at most 5000 or 'auto'"),
         ({"priority": "now"}, "priority", "'urgent', 'normal' or 'batch'"),
@@ -108,6 +110,10 @@ def test_a_missing_field_is_named(client: TestClient, field: str) -> None:
         ({"trainingfile": "x"}, "training_file"),
         ({"rank": 8}, "lora.rank"),
         ({"learning_rate": 1e-4}, "optimizer.learning_rate"),
+        ({"lr": 1e-4}, "optimizer.learning_rate"),
+        ({"optimizer": {"lr": 1e-4}}, "optimizer.learning_rate"),
+        ({"load_in_4bit": True}, 'quantisation\' with the value "nf4"'),
+        ({"lora": {"r": 8}}, "lora.rank"),
         ({"n_epochs": 3}, "n_epochs"),
         ({"neftune_alpha": 5}, "method.supervised.hyperparameters.neftune_alpha"),
         ({"hyperparameters": {"label_smoothing": 0.1}}, "method.supervised.hyperparameters.label_smoothing"),
@@ -132,6 +138,7 @@ def test_an_unknown_field_is_told_with_the_one_that_was_meant(
         ("dpo", "neftune_alpha", "supervised"),
         ("orpo", "label_smoothing", "supervised, dpo"),
         ("supervised", "beta", "dpo, orpo, simpo"),
+        ("supervised", "gamma", "simpo"),
     ],
 )
 def test_a_number_of_other_methods_is_told_with_their_names(
@@ -140,7 +147,7 @@ def test_a_number_of_other_methods_is_told_with_their_names(
     error = refused(client, {**LEAST, "method": {"type": method, method: {"hyperparameters": {name: 0.1}}}})
 
     assert (error["param"], error["code"]) == (f"method.{method}.hyperparameters.{name}", "unknown_parameter")
-    assert error["remedy"] == f"Leave it out. Methods that have it: {methods}."
+    assert error["remedy"] == f"It belongs to the methods {methods}: choose one in 'method.type', or leave it out."
 
 
 def test_several_faults_are_told_at_once(client: TestClient) -> None:

@@ -136,7 +136,12 @@ def test_sgd_needs_a_learning_rate_of_its_own(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"early_stopping": {"patience": 2}}, "early_stopping"), ({"evaluation": {"keep": "best"}}, "evaluation.keep")],
+    [
+        ({"early_stopping": {"patience": 2}}, "early_stopping"),
+        ({"evaluation": {"keep": "best"}}, "evaluation.keep"),
+        ({"evaluation": {"every_steps": 5, "keep": "best"}}, "evaluation.keep"),
+        ({"evaluation": {"every_steps": 5}}, "evaluation.every_steps"),
+    ],
 )
 def test_what_goes_by_the_held_out_loss_is_refused_without_a_validation_file(
     world: World, fields: dict[str, Any], param: str
@@ -146,7 +151,29 @@ def test_what_goes_by_the_held_out_loss_is_refused_without_a_validation_file(
     assert (refusal.value.code, refusal.value.param) == ("validation_file_required", param)
 
     spec = world.submit(**fields, validation_file=world.file()).spec
-    assert spec["keep"] == "best"
+    assert spec["keep"] == ("last" if param == "evaluation.every_steps" else "best")
+
+
+def _warnings(world: World, **fields: Any) -> list[str]:
+    job = world.submit(**fields)
+    told = jobs.events_since(world.db, **world.of(job.id), seq=0)
+    return [event.message for event in told if event.level == "warn"]
+
+
+def test_held_out_rows_that_are_those_of_the_training_are_warned_of(world: World) -> None:
+    (warning,) = _warnings(world, validation_file=world.file_id)
+
+    assert "the same rows" in warning
+    assert _warnings(world, validation_file=world.file()) == []
+
+
+def test_rows_longer_than_the_base_was_made_for_are_told_with_the_length_that_is_used(world: World) -> None:
+    longest = world.submit(max_length=100_000).spec["max_length"]
+
+    (warning,) = _warnings(world, max_length=longest + 1)
+
+    assert f"max_length is {longest} tokens" in warning
+    assert _warnings(world, max_length=longest) == []
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
