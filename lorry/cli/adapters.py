@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,10 @@ from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.files import byte_bar
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
-from lorry.errors import LorryError
+from lorry.errors import LorryError, NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from lorry.client import Lorry
     from lorry.models import Adapter
@@ -101,7 +102,8 @@ def verify(adapter: NameOrFolder, as_json: AsJson = False) -> None:
 
         result = verify_folder(folder)
     else:
-        result = client().adapters.verify(adapter)
+        with _no_folder_either(adapter):
+            result = client().adapters.verify(adapter)
     if as_json:
         output.print_json(result)
     _say_verdict(adapter, result, as_json=as_json)
@@ -123,7 +125,8 @@ def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
         output.say(f"Read from {folder / 'lineage.json'}, without the service.")
         result = verify_folder(folder)
     else:
-        record, result = client().adapters.lineage(adapter), None
+        with _no_folder_either(adapter):
+            record, result = client().adapters.lineage(adapter), None
     if as_json:
         output.print_json(record)
     else:
@@ -168,6 +171,17 @@ def _folder(adapter: str) -> Path | None:
     if "/" in adapter or adapter.startswith((".", "~")):
         raise typer.BadParameter(f"there is no folder {adapter!r}.", param_hint="ADAPTER|FOLDER")
     return None
+
+
+@contextmanager
+def _no_folder_either(adapter: str) -> Generator[None]:
+    """A refusal of the service tells that a folder was looked for, too."""
+    try:
+        yield
+    except NotFound as error:
+        error.message = error.message.removesuffix(error.remedy).rstrip()
+        error.remedy = f"{error.remedy} Nor is there a folder {adapter!r} here."
+        raise
 
 
 def _say_verdict(adapter: str, result: dict[str, Any], *, as_json: bool = False) -> None:

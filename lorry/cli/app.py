@@ -43,7 +43,19 @@ class Group(TyperGroup):
 
 
 class Sectioned(TyperCommand):
-    """A command whose help lays out its options by their `rich_help_panel`; those without one come last."""
+    """A command whose help lays out its options by their `rich_help_panel`; those without one come last.
+
+    An option of one value may be given once: of two values none is the right one.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        parser: Any = self.make_parser(ctx)
+        _, _, order = parser.parse_args(args=list(args))
+        for param in dict.fromkeys(order):
+            takes_one = param.param_type_name == "option" and not param.multiple and not param.is_flag
+            if takes_one and order.count(param) > 1:
+                ctx.fail(f"{param.opts[0]} is given {order.count(param)} times. Say it once.")
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}

@@ -15,6 +15,7 @@ import typer
 from lorry.cli import output, watching
 from lorry.cli.app import client
 from lorry.cli.choices import Keep, Loss, Method, Optimizer, Overflow, Precision, Priority, Quantisation, Schedule
+from lorry.cli.field_names import FIELDS, NAMES, in_typed_words
 from lorry.cli.files import upload_with_bar
 from lorry.cli.output import AsJson
 from lorry.errors import APIError, LorryError
@@ -27,60 +28,6 @@ if TYPE_CHECKING:
 
 
 ADAPTER, TRAINING, WATCHING, RUN = "Adapter", "Training", "Evaluation and checkpoints", "The job"
-NUMBERS = "method.METHOD.hyperparameters"
-"""Where a method's numbers are; METHOD stands for its name."""
-FIELDS = {
-    "rank": "lora.rank",
-    "alpha": "lora.alpha",
-    "rslora": "lora.use_rslora",
-    "dropout": "lora.dropout",
-    "target": "lora.target_modules",
-    "layer": "lora.layers_to_transform",
-    "rank_pattern": "lora.rank_pattern",
-    "alpha_pattern": "lora.alpha_pattern",
-    "dora": "lora.use_dora",
-    "optimizer": "optimizer.type",
-    "init": "lora.init_lora_weights",
-    "learning_rate": "optimizer.learning_rate",
-    "lora_plus_ratio": "optimizer.lora_plus_ratio",
-    "weight_decay": "optimizer.weight_decay",
-    "schedule": "schedule.type",
-    "warmup": "schedule.warmup_ratio",
-    "decay": "schedule.decay_ratio",
-    "method": "method.type",
-    "epochs": f"{NUMBERS}.n_epochs",
-    "batch_size": f"{NUMBERS}.batch_size",
-    "beta": f"{NUMBERS}.beta",
-    "gamma": f"{NUMBERS}.gamma",
-    "label_smoothing": f"{NUMBERS}.label_smoothing",
-    "neftune_alpha": f"{NUMBERS}.neftune_alpha",
-    "loss": "data.loss",
-    "overflow": "data.overflow",
-    "max_steps": "max_steps",
-    "max_length": "max_length",
-    "precision": "precision",
-    "quantisation": "quantisation",
-    "seed": "seed",
-    "evaluate_every": "evaluation.every_steps",
-    "keep": "evaluation.keep",
-    "patience": "early_stopping.patience",
-    "checkpoint_every": "checkpoint_every_steps",
-    "suffix": "suffix",
-    "priority": "priority",
-}
-"""The field that each option stands for, by the option's name in `submit`."""
-NAMES = {
-    "model": "MODEL",
-    "training_file": "TRAIN",
-    "validation_file": "--valid",
-    "metadata": "--metadata",
-    **{
-        path.replace("METHOD", method): f"--{name.replace('_', '-')}"
-        for name, path in FIELDS.items()
-        for method in Method
-    },
-}
-"""What a person typed for a field."""
 
 
 def _option(group: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
@@ -205,7 +152,8 @@ def submit(
     body = _nested([*fields.items(), *((path, _json_or_text(text)) for path, text in others)])
     lorry = client()
     given_files = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
-    job = _send(lorry, model, given_files, body, set_paths=[path for path, _ in others])
+    typed = {**{path: f"--set {path}" for path, _ in others}, **{path: NAMES[path] for path in fields}}
+    job = _send(lorry, model, given_files, body, typed=typed)
     _tell(lorry, job, watch=watch, as_json=as_json)
 
 
@@ -214,18 +162,18 @@ def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
     given = {path: (name, params[name]) for name, path in FIELDS.items() if _is_given(params[name])}
     fields = {path.replace("METHOD", method): _value(name, value) for path, (name, value) in given.items()}
     metadata: list[str] = params["metadata"] or []
-    pairs = dict(_pair(entry, "--metadata", "KEY=VALUE") for entry in metadata)
+    pairs = _by_key([_pair(entry, "--metadata", "KEY=VALUE") for entry in metadata], "--metadata")
     return fields | ({"metadata": pairs} if pairs else {})
 
 
 def _send(
-    lorry: Lorry, model: str, given_files: Mapping[str, str], body: Mapping[str, Any], *, set_paths: Sequence[str]
+    lorry: Lorry, model: str, given_files: Mapping[str, str], body: Mapping[str, Any], *, typed: Mapping[str, str]
 ) -> Job:
     sources = {name: _path_or_id(given, name) for name, given in given_files.items()}
     if any(isinstance(source, Path) for source in sources.values()):
         _check_model(lorry, model)
     with _uploaded(lorry, sources) as ids:
-        return _create(lorry, model, ids, body, set_paths=set_paths)
+        return _create(lorry, model, ids, body, typed=typed)
 
 
 def _tell(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:
@@ -245,10 +193,21 @@ def _is_given(value: object) -> bool:
 def _value(name: str, given: Any) -> Any:
     """What the service reads, from what was typed."""
     if name in ("rank_pattern", "alpha_pattern"):
-        return dict(_entry(each, f"--{name.replace('_', '-')}") for each in given)
+        option = f"--{name.replace('_', '-')}"
+        return _by_key([_entry(each, option) for each in given], option)
     if name == "target" and len(given) == 1 and (given[0] == "all-linear" or given[0].startswith("re:")):
         return given[0]
     return given
+
+
+def _by_key(pairs: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Of two values for one key none is the right one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise typer.BadParameter(f"{key!r} is given twice. Say it once.", param_hint=option)
+        found[key] = value
+    return found
 
 
 def _entry(given: str, option: str) -> tuple[str, Any]:
@@ -358,7 +317,7 @@ def _delete_again(lorry: Lorry, file_id: str) -> None:
 
 
 def _create(
-    lorry: Lorry, model: str, ids: Mapping[str, str], body: Mapping[str, Any], *, set_paths: Sequence[str]
+    lorry: Lorry, model: str, ids: Mapping[str, str], body: Mapping[str, Any], *, typed: Mapping[str, str]
 ) -> Job:
     """A refusal names the option where the service names the field."""
     try:
@@ -366,14 +325,5 @@ def _create(
             model=model, training_file=ids["TRAIN"], validation_file=ids.get("--valid"), extra_body=body
         )
     except APIError as error:
-        error.param = error.param and _said(error.param, set_paths)
+        in_typed_words(error, typed)
         raise
-
-
-def _said(param: str, set_paths: Sequence[str]) -> str:
-    """The option or argument that set the field, or a field around it or in it."""
-    typed = [*((path, f"--set {path}") for path in set_paths), *NAMES.items()]
-    for path, name in typed:
-        if param == path or param.startswith(f"{path}."):
-            return name
-    return next((f"--set {path}" for path in set_paths if path.startswith(f"{param}.")), param)

@@ -70,6 +70,19 @@ def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) 
     assert "x is missing." in result.stderr
 
 
+@pytest.mark.parametrize(("method", "command"), [("POST", "verify"), ("GET", "lineage")])
+def test_a_name_that_is_neither_an_adapter_nor_a_folder_is_told_so(
+    service: Script, run: Run, method: str, command: str
+) -> None:
+    error = {"message": "No adapter with the id 'gone'. Check it.", "remedy": "Check it.", "code": "adapter_not_found"}
+    service.on(method, f"/v1/adapters/gone/{command}", Reply(status=404, body={"error": error}))
+
+    assert run("adapters", command, "gone").stderr.splitlines() == [
+        "Error: No adapter with the id 'gone'.",
+        "Check it. Nor is there a folder 'gone' here.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "folder"),
     [("ft:m:p:s:1", "ft-m-p-s-1"), ("../../etc", "etc"), ("/", "adapter"), ("..", "adapter"), ("a b", "a-b")],

@@ -311,7 +311,10 @@ def test_a_misspelt_model_costs_no_upload(service: Script, run: Run) -> None:
         (("--set", 'lora={"rank": 0}'), "lora.rank", "--set lora"),
         (("--rank", "0", "--set", "lora.alpha=2"), "lora.rank", "--rank"),
         (("--set", "lora.alpha=2"), "lora", "--set lora.alpha"),
-        (("--rank", "0"), "lora", "lora"),
+        (("--rank", "0"), "lora", "--rank"),
+        (("--rank", "0", "--dora"), "lora", "--rank, --dora"),
+        (("--patience", "3"), "early_stopping", "--patience"),
+        (("--seed", "3"), "lora", "lora"),
     ],
 )
 def test_a_field_that_came_by_set_is_blamed_on_set(
@@ -320,6 +323,57 @@ def test_a_field_that_came_by_set_is_blamed_on_set(
     service.on("POST", JOBS, refusal(400, param))
 
     assert run("m", "file-9", *typed).stderr == f"Error: No. (at {said})\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "param", "message", "said"),
+    [
+        (
+            ("--patience", "3"),
+            "early_stopping",
+            "early_stopping is about data. Give a validation_file, or leave early_stopping out.",
+            "--patience is about data. Give a --valid, or leave --patience out. (at --patience)",
+        ),
+        (
+            ("--decay", "0.2"),
+            "schedule",
+            "'schedule' is refused: no schedule has it.",
+            "--decay is refused: no schedule has it. (at --decay)",
+        ),
+        (
+            ("--beta", "0.1"),
+            "method.supervised.hyperparameters.beta",
+            "There is no field 'method.supervised.hyperparameters.beta'. Choose one in 'method.type'.",
+            "There is no field --beta. Choose one in --method. (at --beta)",
+        ),
+        (("--rank", "1"), None, "The validation_file.", "The --valid."),
+    ],
+)
+def test_a_refusal_is_told_in_the_words_that_were_typed(
+    service: Script, run: Run, typed: tuple[str, ...], param: str | None, message: str, said: str
+) -> None:
+    service.on("POST", JOBS, refusal(400, param, message))
+
+    assert run("m", "file-9", *typed).stderr == f"Error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("--rank", "4", "--rank", "8"), "--rank is given 2 times"),
+        (("--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate is given 2 times"),
+        (("--metadata", "a=b", "--metadata", "a=c"), "'a' is given twice"),
+        (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' is given twice"),
+    ],
+)
+def test_an_option_or_a_key_that_is_given_twice_is_refused(
+    service: Script, run: Run, typed: tuple[str, ...], said: str
+) -> None:
+    result = run("m", "train.jsonl", *typed)
+
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert service.seen == []
 
 
 def test_a_file_that_was_there_before_stays(service: Script, run: Run) -> None:
