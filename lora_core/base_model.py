@@ -7,7 +7,7 @@ A base directory is what base_import.py makes: config.json, safetensors, a token
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
+from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.model_folder import AUTO_MODELS, load_with_transformers, mismatch, read_config, refused, unpackable
 from lora_core.module_names import grouped_by_layer
 from lora_core.objectives import Head
@@ -106,10 +107,13 @@ def max_positions(config: Any) -> int | None:
     return found - config.pad_token_id - 1 if found is not None and counts_from_padding(config) else found
 
 
+Dtype = Literal["bfloat16", "float32"]
+
+
 def load_base(
-    base_dir: Path,
+    base_dir: Path | str,
     *,
-    dtype: Literal["bfloat16", "float32"],
+    dtype: Dtype,
     device: str,
     quantisation: Quantisation = "none",
     task: Task = "causal-lm",
@@ -117,9 +121,18 @@ def load_base(
     """Load frozen weights; on a CPU, in the file's own dtype, they stay memory-mapped and shared.
 
     Quantised ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
-    that can't be packed, UnsafeFile for a tensor file over the limits. `task` chooses the head: for classification
+    that can't be packed, UnreachableSource where there is no such folder, UnsafeFile for a tensor file over the limits,
+    ConfigError for an unknown dtype, quantisation or task. `task` chooses the head: for classification
     each job brings its own, and what the files hold of one isn't used.
     """
+    for name, value, known in (
+        ("dtype", dtype, Dtype),
+        ("quantisation", quantisation, Quantisation),
+        ("task", task, Task),
+    ):
+        _require_known(name, value, get_args(known))
+    base_dir = Path(base_dir)
+    _require_folder(base_dir)
     config = read_config(base_dir, task)
     if quantisation != "none" and task != "causal-lm":
         raise refused("a quantised base can't be trained for classification yet")
@@ -134,6 +147,20 @@ def load_base(
         model = load_quantised(base_dir, quantisation=quantisation, dtype=torch_dtype, device=device)
     model.requires_grad_(False).eval()
     return BaseModel(model=model, dtype=torch_dtype, device=device, quantisation=quantisation, task=task)
+
+
+def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}.", remedy=f"{name} must be one of {', '.join(known)}.")
+
+
+def _require_folder(base_dir: Path) -> None:
+    if base_dir.is_file():
+        remedy = "Make a folder of it with lora_core.base_import.import_base, and give that."
+        raise UnreachableSource(f"The base model {str(base_dir)!r} is a file, not a folder.", remedy=remedy)
+    if not base_dir.is_dir():
+        remedy = "Give a folder with config.json and safetensors; import_base makes one of a repository of the hub."
+        raise UnreachableSource(f"There is no folder {str(base_dir)!r}.", remedy=remedy)
 
 
 def _load_plain(

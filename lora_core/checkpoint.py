@@ -68,7 +68,8 @@ def load_checkpoint(directory: Path, *, row: AdapterRow, best: Tensor | None, ex
     except (OSError, ValueError, TypeError, KeyError, UnsafeFile) as error:
         if isinstance(error, BadCheckpoint):
             raise
-        raise _bad(f"can't be read ({type(error).__name__}: {error})") from error
+        reason = error.message if isinstance(error, UnsafeFile) else error
+        raise _bad(f"can't be read ({type(error).__name__}: {reason})") from error
     return progress
 
 

@@ -269,7 +269,8 @@ class JobConfig:
     `slice_tokens` bounds the tokens of one slice; a longer single sequence or pair is a slice of its own. With a
     held-out set the job is always evaluated at step 0 and at the end, and every `evaluate_every_steps` between.
     `keep`: whose weights the job ends with, the last step's, or those of the evaluation after step 0 that had the
-    lowest loss (the first of equals). `neftune_alpha`: of the noise on input embeddings in training; 0 is none.
+    lowest loss (the first of equals). `neftune_alpha`: of the noise on input embeddings in training; 0 is
+    none, and pairs of answers have none. The schedule may be longer than the job, but no shorter.
     """
 
     lora: LoraConfig
@@ -294,6 +295,10 @@ class JobConfig:
         _require(self.slice_tokens >= 1, "slice_tokens", self.slice_tokens, "at least 1")
         alpha_ok = math.isfinite(self.neftune_alpha) and self.neftune_alpha >= 0
         _require(alpha_ok, "neftune_alpha", self.neftune_alpha, "zero or positive")
+        noise_ok = self.neftune_alpha == 0 or not self.objective.is_preference
+        _require(noise_ok, "neftune_alpha", self.neftune_alpha, f"left out: {self.objective.kind} compares answers")
+        planned, expected = self.schedule.num_steps, f"at least num_steps, {self.num_steps}: past it the rate is 0"
+        _require(planned >= self.num_steps, "schedule.num_steps", planned, expected)
         _require(self.keep in ("last", "best"), "keep", self.keep, "last or best")
 
     @property

@@ -61,10 +61,13 @@ class Engine:
     ) -> None:
         """Make `job` resident; `between` is called time and again while its start is computed.
 
-        Raises ConfigError where the job needs a held-out set and has none, NoTargets, BadDataset, BadCheckpoint,
-        OutOfMemory; then nothing has changed.
+        Raises ConfigError where a job of this name is resident, or the job needs a held-out set and has none,
+        NoTargets, BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed.
         """
-        assert job not in self._jobs, f"{job} is resident already"
+        if job in self._jobs:
+            raise ConfigError(
+                f"A job {job!r} is resident already.", remedy="Give the job another name, or evict that one first."
+            )
         assert self.base.attachment is not None
         refuse_other_task(self.base, config.objective)
         if valid is None and config.needs_evaluation:

@@ -8,18 +8,19 @@ from typing import Literal
 
 
 class LoraCoreError(ValueError):
-    """Root of the errors meant for a person; `code` is snake_case, `remedy` says what to do."""
+    """Root of the errors meant for a person; `code` is snake_case, `message` a sentence, `remedy` says what to do."""
 
     code = "lora_core_error"
 
     def __init__(self, message: str, *, remedy: str, code: str | None = None) -> None:
         super().__init__(message)
+        self.message = message
         self.remedy = remedy
         self.code = code or type(self).code
 
-    @property
-    def message(self) -> str:
-        return str(self)
+    def __str__(self) -> str:
+        """What a traceback shows."""
+        return f"{self.message} {self.remedy}"
 
 
 class ConfigError(LoraCoreError):

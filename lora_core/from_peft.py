@@ -9,6 +9,7 @@ import peft
 from lora_core.config import ALL_LINEAR, INIT, LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.module_names import REGEX_PREFIX
+from lora_core.task_heads import Task
 
 TAKEN = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
@@ -16,8 +17,10 @@ TAKEN = {
     *("modules_to_save", "trainable_token_indices"),
 }
 """Read into LoraConfig."""
+COMPARED = {"task_type"}
+"""With the base model's task, which is what an adapter is exported as."""
 WITHOUT_EFFECT = {
-    *("task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     "fan_in_fan_out",  # told by the layer itself, as PEFT does with a warning
     "runtime_config",  # of PEFT's own loading
 }
@@ -30,18 +33,20 @@ REFUSED = {
     *("lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 }
 """The engine doesn't do what they ask for: only PEFT's default is taken."""
+TASK_TYPES: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+"""PEFT's names of the tasks that a base model is loaded for."""
 INPUT_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
 """Names that families give their table of input embeddings."""
 
 
-def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
-    """Raises ConfigError, which names the field, for what the engine doesn't support."""
+def lora_config_from(config: peft.LoraConfig, *, task: Task = "causal-lm") -> LoraConfig:
+    """`task` is the base model's. Raises ConfigError, which names the field, for what the engine doesn't support."""
+    _require_task(config.task_type, task)
+    start = _start(config.init_lora_weights)  # first: PEFT fills in other fields for some of its starts
     default = peft.LoraConfig()
     for name in sorted(REFUSED & set(vars(config))):
         if getattr(config, name) != getattr(default, name):
             raise _unsupported(name, getattr(config, name), f"Leave it at {getattr(default, name)!r}.")
-    if config.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
-        raise _unsupported("task_type", config.task_type, "The engine trains causal language models and classifiers.")
     return LoraConfig(
         rank=config.r,
         alpha=config.lora_alpha,
@@ -54,7 +59,19 @@ def lora_config_from(config: peft.LoraConfig) -> LoraConfig:
         layers_to_transform=_layers(config.layers_to_transform),
         modules_to_save=tuple(sorted(config.modules_to_save or ())),
         trainable_token_indices=_tokens(config.trainable_token_indices),
-        init_lora_weights=_start(config.init_lora_weights),
+        init_lora_weights=start,
+    )
+
+
+def _require_task(task_type: str | None, task: Task) -> None:
+    if task_type in (None, TASK_TYPES[task]):
+        return
+    other = next((name for name, theirs in TASK_TYPES.items() if theirs == task_type), None)
+    if other is None:
+        raise _unsupported("task_type", task_type, f"Give one of {', '.join(TASK_TYPES.values())}.")
+    raise ConfigError(
+        f"task_type={task_type!r} of peft.LoraConfig is of a base model for {other}, and this one is for {task}.",
+        remedy=f"Give {TASK_TYPES[task]!r}, or pass task={other!r} both here and to load_base.",
     )
 
 

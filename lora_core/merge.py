@@ -137,7 +137,7 @@ def refuse_foreign_adapter(adapter_dir: Path) -> None:
     try:
         read_header(adapter_dir / WEIGHTS)
     except UnsafeFile as error:
-        raise _bad(str(error)) from error
+        raise _bad(error.message.removesuffix(".")) from error
 
 
 @contextmanager

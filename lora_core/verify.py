@@ -262,7 +262,7 @@ def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
         read_header(directory / "adapter_model.safetensors")
         header = read_header(directory / "probe.safetensors")
     except UnsafeFile as error:
-        raise _bad(str(error)) from error
+        raise _bad(error.message.removesuffix(".")) from error
     named = {name for name in header if not name.startswith(linear_probe.PREFIX)}
     if named != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
         raise _bad("probe.safetensors is of another base model or format")

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lora_core.base_import import import_base
 from lora_core.data import TokenDataset
+from lora_core.errors import ConfigError
 
 SENTENCES = (
     "The lorry left the harbour before dawn with forty crates of oranges.",
@@ -17,6 +18,13 @@ SENTENCES = (
     "A bridge that carries trains is tested with the heaviest train there is.",
 )
 NUM_BYTES = 256
+
+
+def refuse_taken(out_dir: Path) -> None:
+    """Before the training whose adapters would have no place. Raises ConfigError."""
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        remedy = "Name another folder with --out, or remove this one."
+        raise ConfigError(f"The output folder {str(out_dir)!r} isn't empty.", remedy=remedy)
 
 
 def base_folder(source: Path | None, scratch: Path) -> Path:

@@ -2,9 +2,11 @@
 """Two adapters of different rank, trained together on one base model and saved: the library without the service.
 
 `python -m lora_core.examples.two_adapters [--base FOLDER_OR_GGUF] [--out FOLDER]`; without a base, a tiny random one.
+An adapter names the folder of its base: the one given; of a GGUF file or the random model, `base` in the output.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,11 +15,12 @@ from peft import LoraConfig
 from lora_core.base_model import load_base
 from lora_core.config import EngineConfig, JobConfig, OptimizerConfig, ScheduleConfig
 from lora_core.engine import Engine
-from lora_core.examples.inputs import base_folder, text_rows
+from lora_core.errors import LoraCoreError
+from lora_core.examples.inputs import base_folder, refuse_taken, text_rows
 from lora_core.from_peft import lora_config_from
 
 
-def train_two(base_dir: Path, out_dir: Path, *, num_steps: int = 8) -> None:
+def train_two(base_dir: Path, out_dir: Path, *, base_name: str, num_steps: int = 8) -> None:
     adapters = {
         "narrow": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
         "wide": LoraConfig(r=16, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
@@ -37,15 +40,29 @@ def train_two(base_dir: Path, out_dir: Path, *, num_steps: int = 8) -> None:
         for event in engine.tick():
             print(event)  # noqa: T201
     for name in engine.jobs():
-        engine.export(name, out_dir / name, base_name=str(base_dir))
+        engine.export(name, out_dir / name, base_name=base_name)
+        print(f"{name}: {out_dir / name}")  # noqa: T201
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_core.examples.two_adapters", description=__doc__)
     parser.add_argument(
         "--base", type=Path, help="a folder of safetensors or a GGUF file; a tiny random model if left out"
     )
-    parser.add_argument("--out", type=Path, default=Path("adapters"), help="where the two folders go")
-    given = parser.parse_args()
-    with TemporaryDirectory() as scratch:
-        train_two(base_folder(given.base, Path(scratch)), given.out)
+    parser.add_argument("--out", type=Path, default=Path("adapters"), help="where the two folders go; new or empty")
+    given = parser.parse_args(arguments)
+    out_dir, source = given.out.resolve(), given.base and given.base.resolve()
+    try:
+        refuse_taken(out_dir)
+        with TemporaryDirectory() as scratch:
+            is_kept = source is None or source.is_file()
+            base_dir = base_folder(source, out_dir if is_kept else Path(scratch))
+            train_two(base_dir, out_dir, base_name=str(base_dir if is_kept else source))
+    except LoraCoreError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

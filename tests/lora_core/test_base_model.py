@@ -12,6 +12,7 @@ import torch
 from lora_core.base_model import describe_base, load_base
 from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.events import JobEvaluated
 from lora_core.verify import verify_export
 from tests.lora_core.scenarios import Submission, admit, config, text_dataset
@@ -41,6 +42,21 @@ def test_the_paths_of_linears_are_told_once_for_all_blocks(base_dirs):
 
 def test_conv1d_shapes_are_given_as_out_and_in(base_dirs):
     assert describe_base(base_dirs["gpt2"])["linear_shapes"]["c_attn"] == [[192, 64], 2]
+
+
+@pytest.mark.parametrize(("name", "value"), [("dtype", "float16"), ("quantisation", "int4"), ("task", "SEQ_CLS")])
+def test_an_unknown_name_is_refused(base_dirs, name, value):
+    given = {"dtype": "float32", name: value}
+    with pytest.raises(ConfigError, match=f"{name} is '{value}'") as refusal:
+        load_base(base_dirs["llama"], device="cpu", **given)
+    assert f"{name} must be one of" in refusal.value.remedy
+
+
+def test_a_folder_may_be_a_string_and_must_be_there(base_dirs, tmp_path):
+    assert load_base(str(base_dirs["llama"]), dtype="float32", device="cpu").vocab_size == 320
+    for path, said in ((tmp_path / "none", "no folder"), (base_dirs["llama"] / "config.json", "is a file")):
+        with pytest.raises(UnreachableSource, match=said):
+            load_base(path, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,8 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from lora_core.config import EarlyStoppingConfig, EngineConfig, LoraConfig, OptimizerConfig, ScheduleConfig
-from lora_core.errors import ConfigError
+from lora_core.config import (
+    EarlyStoppingConfig,
+    EngineConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from lora_core.errors import ConfigError, OutOfMemory
 from tests.lora_core.scenarios import config
 
 NAN, INF = float("nan"), float("inf")
@@ -44,6 +51,7 @@ NAN, INF = float("nan"), float("inf")
         (config(), "slice_tokens", [0]),
         (config(), "keep", ["first"]),
         (config(), "neftune_alpha", [-1, NAN, INF]),
+        (config(objective=ObjectiveConfig(kind="dpo")), "neftune_alpha", [5.0]),
         (EarlyStoppingConfig(patience=3), "patience", [0]),
         (EarlyStoppingConfig(patience=3), "min_delta", [-0.1, NAN, INF]),
         (EngineConfig(), "token_budget", [0]),
@@ -56,6 +64,20 @@ def test_numbers_out_of_range_are_refused_by_name(make, field, bad):
         with pytest.raises(ConfigError, match=field) as caught:
             replace(make, **{field: value})
         assert field in caught.value.remedy
+
+
+def test_a_schedule_that_ends_before_the_job_is_refused():
+    schedule = ScheduleConfig(kind="linear", num_steps=5)
+    with pytest.raises(ConfigError, match=r"schedule\.num_steps is 5") as caught:
+        replace(config(num_steps=5), schedule=schedule, num_steps=10)
+    assert "num_steps, 10" in caught.value.remedy
+    assert replace(config(num_steps=5), schedule=schedule, num_steps=4).schedule == schedule
+
+
+def test_an_error_shows_its_remedy_once():
+    for error in (ConfigError("It is wrong.", remedy="Mend it."), OutOfMemory("j")):
+        assert str(error) == f"{error.message} {error.remedy}"
+        assert error.remedy not in error.message
 
 
 def test_the_digest_follows_every_field():

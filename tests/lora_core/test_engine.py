@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.errors import ConfigError
 from lora_core.events import JobEvaluated, JobFinished, JobStepped
 from lora_core.optim import learning_rate_at
 from tests.lora_core.scenarios import Submission, admit, config, dataset
@@ -23,6 +24,15 @@ def run(engine: Engine) -> list:
     while not engine.idle:
         events += engine.tick()
     return events
+
+
+def test_a_name_is_taken_while_its_job_is_resident(load):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", JOB)
+    with pytest.raises(ConfigError, match="'job' is resident already"):
+        admit(engine, "job", JOB)
+    engine.evict("job")
+    admit(engine, "job", JOB)
 
 
 def test_the_held_out_set_is_scored_at_the_start_every_so_many_steps_and_at_the_end(load):

@@ -59,7 +59,7 @@ def test_where_an_adapter_begins_has_the_names_of_peft(init):
 
 
 def test_each_field_of_peft_is_taken_ignored_or_refused():
-    sets = (from_peft.TAKEN, from_peft.WITHOUT_EFFECT, from_peft.REFUSED)
+    sets = (from_peft.TAKEN, from_peft.COMPARED, from_peft.WITHOUT_EFFECT, from_peft.REFUSED)
 
     assert sum(map(len, sets)) == len(set().union(*sets)), "no field is in two sets"
     unknown = {field.name for field in fields(peft.LoraConfig)} - set().union(*sets)
@@ -101,6 +101,23 @@ def test_targets_that_peft_would_look_up_are_refused():
 def test_another_task_is_refused():
     with pytest.raises(ConfigError, match="task_type"):
         lora_config_from(peft.LoraConfig(target_modules="all-linear", task_type="TOKEN_CLS"))
+
+
+@pytest.mark.parametrize(("task_type", "task"), [("SEQ_CLS", "causal-lm"), ("CAUSAL_LM", "sequence-classification")])
+def test_the_task_is_that_of_the_base_model(task_type, task):
+    config = peft.LoraConfig(target_modules="all-linear", task_type=task_type)
+
+    with pytest.raises(ConfigError, match=f"task_type='{task_type}'") as refusal:
+        lora_config_from(config, task=task)
+    (other,) = {"causal-lm", "sequence-classification"} - {task}
+    assert f"task={other!r}" in refusal.value.remedy
+    assert lora_config_from(config, task=other) == lora_config_from(peft.LoraConfig(target_modules="all-linear"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_is_blamed_and_not_what_peft_fills_in_for_it():
+    with pytest.raises(ConfigError, match="init_lora_weights='eva'"):
+        lora_config_from(peft.LoraConfig(target_modules="all-linear", init_lora_weights="eva"))
 
 
 def test_numbers_out_of_range_are_refused_as_anywhere():
