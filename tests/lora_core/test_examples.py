@@ -39,7 +39,7 @@ def test_two_adapters_are_trained_by_one_command_and_loaded_by_peft(tmp_path):
         assert written.r == rank  # pyright: ignore
         base_dir = written.base_model_name_or_path
         assert base_dir == str(tmp_path / "out" / "base")
-        assert verify_export(load_base(base_dir, dtype="float32", device="cpu"), tmp_path / "out" / name).passed
+        assert verify_export(load_base(str(base_dir), dtype="float32", device="cpu"), tmp_path / "out" / name).passed
 
 
 def test_two_adapters_take_a_folder_and_its_tokenizer(tmp_path):

@@ -9,6 +9,7 @@ from lora_core import from_peft
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.from_peft import lora_config_from
+from lora_core.task_heads import Task
 
 
 def test_what_both_know_is_taken_over():
@@ -104,7 +105,7 @@ def test_another_task_is_refused():
 
 
 @pytest.mark.parametrize(("task_type", "task"), [("SEQ_CLS", "causal-lm"), ("CAUSAL_LM", "sequence-classification")])
-def test_the_task_is_that_of_the_base_model(task_type, task):
+def test_the_task_is_that_of_the_base_model(task_type: str, task: Task):
     config = peft.LoraConfig(target_modules="all-linear", task_type=task_type)
 
     with pytest.raises(ConfigError, match=f"task_type='{task_type}'") as refusal:
