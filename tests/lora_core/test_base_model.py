@@ -108,18 +108,19 @@ def test_a_real_gguf_is_imported_trained_and_served(real_base_dir, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells by the kernel's own account, on Linux")
 def test_a_plain_base_is_the_files_own_pages_and_two_processes_share_them(base_dirs):
     """Nothing of a mapped weight is a copy: all are pages of the file, which the kernel can share or drop."""
-    base = load_base(base_dirs["llama"], dtype="float32", device="cpu")
+    path = base_dirs["llama"] / "model.safetensors"
+    other, base = (load_base(base_dirs["llama"], dtype="float32", device="cpu") for _ in range(2))
     assert all(parameter.isfinite().all() for parameter in base.model.parameters())  # every page has been read
 
-    mapped = mapped_file(base_dirs["llama"] / "model.safetensors")
-
     addresses = [parameter.data_ptr() for parameter in base.model.parameters()]
-    assert addresses
+    mapped = mapping_around(addresses[0], path)
+
     assert all(mapped.start <= address < mapped.stop for address in addresses)
     assert mapped.copied_bytes == 0
 
     next(base.model.parameters()).data.flatten()[0] += 1
-    assert mapped_file(base_dirs["llama"] / "model.safetensors").copied_bytes > 0  # a write would have shown
+    assert mapping_around(addresses[0], path).copied_bytes > 0  # a write would have shown
+    assert mapping_around(next(other.model.parameters()).data_ptr(), path).copied_bytes == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,8 @@ class Mapping:
     copied_bytes: int
 
 
-def mapped_file(path: Path) -> Mapping:
-    """Of this process, by /proc/self/smaps: the last mapping of the file."""
+def mapping_around(address: int, path: Path) -> Mapping:
+    """Of this process, by /proc/self/smaps: the mapping of the file that holds the address, of several there may be."""
     found, inside = [], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -139,6 +140,5 @@ def mapped_file(path: Path) -> Mapping:
                 found.append([int(header[1], 16), int(header[2], 16), 0])
         elif inside and line.startswith("Anonymous:"):
             found[-1][2] = int(line.split()[1]) * 1024
-    assert found, "the file isn't mapped"
-    start, stop, copied = found[-1]
-    return Mapping(start=start, stop=stop, copied_bytes=copied)
+    (mapping,) = [Mapping(start=a, stop=b, copied_bytes=copied) for a, b, copied in found if a <= address < b]
+    return mapping
