@@ -152,9 +152,7 @@ def _run_import(
             "result": str(result),
         },
     )
-    child = run_child(
-        "worker.train_entry", "--import-base", str(arguments), log_path=work / "log.txt", with_hub=row.kind == "hub"
-    )
+    child = run_child("worker.import_entry", str(arguments), log_path=work / "log.txt", with_hub=row.kind == "hub")
     wait_renewing(child, context, lambda: _renew_import(context, row), is_unwanted)
     if not result.exists():
         raise _crashed(row, child.returncode, work / "log.txt")

@@ -1,6 +1,6 @@
 """The only bridge from what a person asked for (catalog.spec.JobSpec) to what the engine is told.
 
-Imported by train_entry alone: nothing else in worker/ knows lora_core.
+Imported by train_entry alone: beside it only import_entry knows lora_core.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The trainer: a child process that holds one base model and trains whatever its inbox admits.
 
-`python -m worker.train_entry DIR` runs by hand on a trainer directory; `--import-base ARGS.json` makes a
-base model's folder instead. The only importer of lora_core; no database, no store, no network.
+`python -m worker.train_entry DIR` runs by hand on a trainer directory. No database, no store, no network. Beside
+it only import_entry, the other child, imports lora_core.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from worker import failpoints, node, tether
 if __name__ == "__main__":  # before torch, whose import takes seconds
     tether.hold_on(sys.argv)
 
-import errno
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog.spec import JobSpec, Quantisation
-from lora_core.base_import import import_base
-from lora_core.base_model import BaseModel, describe_base, load_base
+from lora_core.base_model import BaseModel, load_base
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
@@ -34,15 +32,8 @@ from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.plan import engine_config, job_config
 from worker.sampling import Asked, ask, told
-from worker.trainer_directory import (
-    EventWriter,
-    InboxReader,
-    Json,
-    Message,
-    TrainerDirectory,
-    read_json,
-    write_json,
-)
+from worker.trainer_directory import EventWriter, InboxReader, Json, Message, TrainerDirectory
+from worker.wire_errors import described, disk_error
 
 IDLE_LOOK_SECONDS = 0.02
 REPORT_SECONDS = 5.0
@@ -81,7 +72,7 @@ class Trainer:
         try:
             self._load()
         except LoraCoreError as error:
-            self._events.write({"type": "load_refused", "error": _described(error)})
+            self._events.write({"type": "load_refused", "error": described(error)})
         else:
             self._train()
             self._events.write({"type": "unloaded"})
@@ -158,7 +149,7 @@ class Trainer:
             self._refuse(claim_id, error, is_checkpoint=isinstance(error, BadCheckpoint))
             return
         except OSError as error:
-            self._write(claim_id, "refused", error=_disk_error(error), is_checkpoint=False)
+            self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
             return
         step, num_steps = self._engine.progress(claim_id)
         self._residents[claim_id] = Resident(
@@ -192,8 +183,7 @@ class Trainer:
             return False
         except Refused as error:
             self._evict(claim_id)
-            described = {"code": error.code, "message": error.message, "remedy": error.remedy}
-            self._write(claim_id, "refused", error=described, is_checkpoint=False)
+            self._write(claim_id, "refused", error=described(error), is_checkpoint=False)
             return False
         self._residents[claim_id].asked = asked
         return True
@@ -237,7 +227,7 @@ class Trainer:
                 generation.advance()
             except OutOfMemory as error:
                 generation.drop(error.job)
-                self._write(error.job, "unsampled", step=step_of[error.job], error=_described(error))
+                self._write(error.job, "unsampled", step=step_of[error.job], error=described(error))
             for message in self._inbox.take():
                 self._obey(message)
             for job in generation.answers():
@@ -276,7 +266,7 @@ class Trainer:
         try:
             self._engine.save_checkpoint(claim_id, folder)
         except OSError as error:
-            self._write(claim_id, "checkpoint_failed", step=step, error=_disk_error(error))
+            self._write(claim_id, "checkpoint_failed", step=step, error=disk_error(error))
             return None
         self._residents[claim_id].saved_step = step
         return str(folder.relative_to(self._directory.path))
@@ -292,7 +282,7 @@ class Trainer:
             return
         except OSError as error:
             self._evict(claim_id)
-            self._write(claim_id, "refused", error=_disk_error(error), is_checkpoint=False)
+            self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
             return
         body = {
             "step": finished.step,
@@ -308,7 +298,7 @@ class Trainer:
 
     def _refuse(self, claim_id: str, error: LoraCoreError, *, is_checkpoint: bool = False) -> None:
         self._evict(claim_id)
-        self._write(claim_id, "refused", error=_described(error), is_checkpoint=is_checkpoint)
+        self._write(claim_id, "refused", error=described(error), is_checkpoint=is_checkpoint)
 
     def _rest(self) -> None:
         """Nothing to compute: say so once, and leave when it has lasted."""
@@ -348,48 +338,7 @@ def _as_json(event: Event) -> Json:
     return {"type": EVENT_TYPES[type(event)], "claim_id": body.pop("job"), **body}
 
 
-def _described(error: LoraCoreError) -> dict[str, str]:
-    return {"code": error.code, "message": error.message, "remedy": error.remedy}
-
-
-def _disk_error(error: OSError) -> dict[str, str]:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "Free space under the worker's data folder; the job continues from its last checkpoint."
-        return {"code": "out_of_space", "message": "The worker's disk is full.", "remedy": remedy}
-    remedy = "Look at the worker's disk; the job continues from its last checkpoint."
-    return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
-
-
-def import_base_model(arguments_path: Path) -> None:
-    """Obey `{source, kind, revision, target_dir, result}`; the result file holds a description or an error."""
-    arguments = read_json(arguments_path)
-    target_dir = Path(arguments["target_dir"])
-    try:
-        imported = import_base(
-            source=arguments["source"],
-            kind=arguments["kind"],
-            revision=arguments["revision"],
-            target_dir=target_dir,
-        )
-        description = describe_base(target_dir) | {"license": imported.licence}
-        result: Json = {"description": description, "commit": imported.commit}
-    except LoraCoreError as error:
-        result = {"error": _described(error)}
-    except OSError as error:
-        result = {"error": _disk_error(error) if error.errno else _source_error(error)}
-    write_json(Path(arguments["result"]), result)
-
-
-def _source_error(error: OSError) -> dict[str, str]:
-    """What the hub's client or transformers could not read."""
-    remedy = "Check the source's name, and that this machine reaches it."
-    return {"code": "source_unreachable", "message": str(error)[:1000], "remedy": remedy}
-
-
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["--import-base"]:
-        import_base_model(Path(arguments[1]))
-        return 0
     Trainer(TrainerDirectory(Path(arguments[0]).absolute())).run()
     return 0
 

@@ -15,7 +15,7 @@ from lora_core.data import TokenDataset
 from lora_core.errors import OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from tests.worker.pack_site import said
-from worker import train_entry
+from worker import import_entry, train_entry
 from worker.train_entry import Resident, Trainer
 from worker.trainer_directory import TrainerDirectory, read_json, write_json
 
@@ -83,12 +83,12 @@ def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
 def test_an_import_tells_the_commit_and_the_licence_of_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_entry, "import_base", lambda **_: Imported(commit="c0ffee", licence="apache-2.0"))
-    monkeypatch.setattr(train_entry, "describe_base", lambda _: {"dtype": "float32"})
+    monkeypatch.setattr(import_entry, "import_base", lambda **_: Imported(commit="c0ffee", licence="apache-2.0"))
+    monkeypatch.setattr(import_entry, "describe_base", lambda _: {"dtype": "float32"})
     given = {"source": "org/model", "kind": "hub", "revision": None, "target_dir": str(tmp_path / "base")}
     write_json(tmp_path / "arguments.json", {**given, "result": str(tmp_path / "result.json")})
 
-    train_entry.import_base_model(tmp_path / "arguments.json")
+    import_entry.import_base_model(tmp_path / "arguments.json")
 
     description = {"dtype": "float32", "license": "apache-2.0"}
     assert read_json(tmp_path / "result.json") == {"description": description, "commit": "c0ffee"}

@@ -1,0 +1,45 @@
+"""The import of a base model: a child process that makes the folder of one from its source, and ends.
+
+`python -m worker.import_entry ARGS.json`. It may reach the model hub, and knows no database and no store.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lora_core.base_import import import_base
+from lora_core.base_model import describe_base
+from lora_core.errors import LoraCoreError
+from worker.trainer_directory import Json, read_json, write_json
+from worker.wire_errors import described, disk_error
+
+
+def import_base_model(arguments_path: Path) -> None:
+    """Obey `{source, kind, revision, target_dir, result}`; the result file holds a description or an error."""
+    arguments = read_json(arguments_path)
+    target_dir = Path(arguments["target_dir"])
+    try:
+        imported = import_base(
+            source=arguments["source"],
+            kind=arguments["kind"],
+            revision=arguments["revision"],
+            target_dir=target_dir,
+        )
+        description = describe_base(target_dir) | {"license": imported.licence}
+        result: Json = {"description": description, "commit": imported.commit}
+    except LoraCoreError as error:
+        result = {"error": described(error)}
+    except OSError as error:
+        result = {"error": disk_error(error) if error.errno else _source_error(error)}
+    write_json(Path(arguments["result"]), result)
+
+
+def _source_error(error: OSError) -> dict[str, str]:
+    """What the hub's client or transformers could not read."""
+    remedy = "Check the source's name, and that this machine reaches it."
+    return {"code": "source_unreachable", "message": str(error)[:1000], "remedy": remedy}
+
+
+if __name__ == "__main__":
+    import_base_model(Path(sys.argv[1]))

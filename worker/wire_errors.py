@@ -1,0 +1,26 @@
+"""How a child process tells its parent of an error: code, message and remedy."""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+
+class ToldError(Protocol):
+    """One that is meant for a person, be it the engine's or the preparation's."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+def described(error: ToldError) -> dict[str, str]:
+    return {"code": error.code, "message": error.message, "remedy": error.remedy}
+
+
+def disk_error(error: OSError) -> dict[str, str]:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free space under the worker's data folder; the job continues from its last checkpoint."
+        return {"code": "out_of_space", "message": "The worker's disk is full.", "remedy": remedy}
+    remedy = "Look at the worker's disk; the job continues from its last checkpoint."
+    return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
