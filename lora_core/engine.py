@@ -15,6 +15,7 @@ from lora_core import checkpoint
 from lora_core.adapters import AdapterRow
 from lora_core.attach import Attachment, choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
+from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.config import EngineConfig, JobConfig
 from lora_core.data import TokenDataset, check_examples, check_labels
 from lora_core.errors import BadDataset, ConfigError, OutOfMemory
@@ -129,10 +130,10 @@ class Engine:
         """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""
         checkpoint.save_checkpoint(self._jobs[job], directory)
 
-    def export(self, job: str, directory: Path, *, base_name: str) -> ExportReport:
+    def export(self, job: str, directory: Path, *, base_name: str, between: Between = silent) -> ExportReport:
         """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into
-        a directory that must not exist."""
-        with shortage_of(job):
+        a directory that must not exist. `between` is called after each linear of the two passes that give evidence."""
+        with shortage_of(job), told_at_linears(self.base, between):
             return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
 
     def generation(self, asked: Mapping[str, Prompts]) -> Generation:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lora_core import linear_probe
 from lora_core.base_model import BaseModel
+from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
 from lora_core.export import PREFIX, PROBE_POSITIONS
 from lora_core.linear_probe import ROUNDING_FACTOR, LinearsReport
@@ -64,13 +65,15 @@ class VerifyReport:
     explanation: str = ""
 
 
-def verify_export(base: BaseModel, directory: Path) -> VerifyReport:
+def verify_export(base: BaseModel, directory: Path, *, between: Between = silent) -> VerifyReport:
     """Compare PEFT's logits with probe.safetensors; the base is left without a trace.
 
-    Raises BadAdapter; OutOfMemory, in the name of the directory, where PEFT's own pass doesn't fit the device.
+    Six passes of two short sequences on the base that is resident already, nothing of which is loaded again; `between`
+    is called after each linear of them. Raises BadAdapter; OutOfMemory, in the name of the directory, where PEFT's own
+    pass doesn't fit the device.
     """
     try:
-        with shortage_named():
+        with shortage_named(), told_at_linears(base, between):
             return _verify(base, directory)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(directory.name) from error

@@ -275,8 +275,9 @@ class Trainer:
         claim_id = finished.job
         folder = self._directory.job_path(claim_id) / "adapter"
         try:
-            self._engine.export(claim_id, folder, base_name=self._residents[claim_id].base_name)
-            report = verify_export(self._base, folder)
+            base_name = self._residents[claim_id].base_name
+            self._engine.export(claim_id, folder, base_name=base_name, between=self._report)
+            report = verify_export(self._base, folder, between=self._report)
         except LoraCoreError as error:
             self._refuse(claim_id, error)
             return

@@ -247,6 +247,25 @@ def test_verification_leaves_the_resident_base_without_a_trace_and_in_service(lo
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_export_and_verification_tell_at_each_linear_of_each_pass_that_they_go_on(load, tmp_path, family):
+    base = load(family)
+    engine = trained(base)
+    before = snapshot(base)
+    told: dict[str, int] = {"export": 0, "verification": 0}
+
+    def count(part: str) -> None:
+        told[part] += 1
+
+    engine.export("job", tmp_path / "adapter", base_name="tiny", between=lambda: count("export"))
+    verify_export(base, tmp_path / "adapter", between=lambda: count("verification"))
+
+    num_linears = len(base.linear_names())
+    assert told["export"] == 2 * num_linears  # with the adapter, and without
+    assert told["verification"] == 7 * num_linears  # six passes, and each linear by itself
+    assert snapshot(base) == before
+
+
 def test_a_process_without_an_engine_can_verify(exported, load):
     assert verify_export(load("llama"), exported[1]).passed
 

@@ -138,6 +138,27 @@ def test_a_job_whose_start_takes_minutes_leaves_a_sign_of_life_meanwhile(
     assert [event["type"] for event in said(directory)] == ["memory", "refused"]
 
 
+def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go_on(*_: object, between: Callable[[], None], **__: object) -> None:
+        between()
+
+    def fail(*_: object, between: Callable[[], None], **__: object) -> None:
+        between()
+        raise OutOfMemory("claim-1", num_tokens=0)
+
+    monkeypatch.setattr(train_entry, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(train_entry, "verify_export", fail)
+    monkeypatch.setattr(trainer, "_base", None, raising=False)
+    for name, found in {"export": go_on, "memory": dict, "tokens_per_second": lambda: 0.0}.items():
+        monkeypatch.setattr(trainer._engine, name, found, raising=False)
+
+    trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
+
+    assert [event["type"] for event in said(directory)] == ["memory", "memory", "refused"]
+
+
 def test_a_data_set_that_does_not_fit_is_told_as_such(
     trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
