@@ -1,0 +1,102 @@
+# pyright: basic
+"""What loops over rows that Numba compiles for a CPU are made of: one pass through memory where torch takes several.
+
+Arrays are float32, or uint16 that holds the bits of bfloat16; arithmetic is in fp32. A kernel computes each row by
+itself from start to end, so neither the number of rows nor the lane can be seen in its bits. Compiled code is kept
+between processes, beside the source or in the user's cache.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload, register_jitable
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+BLOCK = 512
+"""Elements that are added up in fp32; sums of blocks are added in fp64."""
+
+
+def compiled(function: Function) -> Function:
+    """Without the GIL, for lanes; sums may be reordered within a block, numbers that are not finite stay so."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+    try:
+        return cast(Function, njit(cache=True, **options)(function))
+    except RuntimeError:  # no folder can be written to: compiled anew in each process
+        return cast(Function, njit(**options)(function))
+
+
+def array_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on the CPU, as the kernels take it."""
+    assert tensor.is_contiguous(), "kernels read memory in its order"
+    plain = tensor.detach()
+    return plain.view(torch.uint16).numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Whether the kernels can take it."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float32)
+
+
+@intrinsic
+def _as_float(_context: Any, _bits: Any = None) -> Any:
+    """float32 of the same bits as a uint32."""
+    return types.float32(types.uint32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.FloatType())
+
+
+@intrinsic
+def _as_bits(_context: Any, _number: Any = None) -> Any:
+    return types.uint32(types.float32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.IntType(32))
+
+
+def widened(stored):
+    """fp32 of an element, in compiled code."""
+    raise AssertionError("for compiled code")
+
+
+def narrowed(number, like):
+    """fp32 to what an array like `_like` holds, to nearest, ties to even; in compiled code."""
+    raise AssertionError("for compiled code")
+
+
+@overload(widened)
+def _widened(stored):
+    if stored == types.uint16:
+        return lambda stored: _as_float(np.uint32(stored) << np.uint32(16))
+    return lambda stored: stored
+
+
+@overload(narrowed)
+def _narrowed(number, like):
+    if like.dtype == types.uint16:
+
+        def to_bfloat16(number, like):
+            bits = _as_bits(np.float32(number))
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            return np.uint16(0x7FC0) if np.isnan(number) else np.uint16(rounded)
+
+        return to_bfloat16
+    return lambda number, like: np.float32(number)
+
+
+@register_jitable
+def exponential(x: Any) -> Any:
+    """e^x in fp32 to about one unit in the last place, 0 below the smallest normal number (Cephes' expf)."""
+    bounded = min(max(x, np.float32(-87.33)), np.float32(88.72))
+    n = np.floor(bounded * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = bounded - n * np.float32(0.693359375)
+    r = r - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    power = p * _as_float(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    return x if np.isnan(x) else power
