@@ -20,10 +20,12 @@ from lora_core import attention
 from lora_core.adapters import Target
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
+from lora_core.kernels import Kernels, choose_kernels
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_pack
 from lora_core.rms_norm import faster_norms
+from lora_core.segment_op import SegmentOp
 from lora_core.task_heads import task_head_of
 from lora_core.trained_tensors import path_of
 from lora_core.trained_tokens import forward_embedding
@@ -102,11 +104,16 @@ def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
 
 
 class Attachment:
-    """The attached state of one model; `anchor` is what makes autograd visit adapted linears."""
+    """The attached state of one model; `anchor` is what makes autograd visit adapted linears.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `kernels`: else those that are chosen for the model's device and dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, kernels: Kernels | None = None) -> None:
         self.model = model
         self.linears = find_linears(model)
+        self.kernels = kernels or choose_kernels(model.device, model.dtype)
+        self.segment_op = SegmentOp(self.kernels.lora)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._norms = faster_norms(model)
         self._attention = model.config._attn_implementation or "eager"
@@ -116,7 +123,7 @@ class Attachment:
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
         for name, linear in self.linears.items():
-            linear.forward = partial(forward_linear, linear, name, self.anchor)
+            linear.forward = partial(forward_linear, linear, name, self.anchor, self.segment_op)
         for norm, forward in self._norms:
             norm.forward = forward
         pooler = getattr(self.model.base_model, "pooler", None)
@@ -144,19 +151,20 @@ class Attachment:
             self._attach()
 
 
-def forward_linear(linear: nn.Module, name: str, anchor: Tensor, x: Tensor) -> Tensor:
+def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: SegmentOp, x: Tensor) -> Tensor:
     """x [..., D] to [..., O]: the plain linear outside a pack, the packed one inside."""
     pack = current_pack()
     if pack is None:
         return type(linear).forward(linear, x)
     x_TD = x.reshape(-1, x.shape[-1])
-    pieces = pieces_of(pack, name)
+    every = pieces_of(pack, name)
+    pieces, runs = segment_op.divide(name, every, x_TD)
     plain = plain_weight(linear)
     if plain is not None:
-        y_TO = PackedLinear.apply(x_TD, anchor if pieces else None, plain, pieces)
+        y_TO = PackedLinear.apply(x_TD, anchor if every else None, plain, pieces, runs)
     else:
         y_TO = type(linear).forward(linear, x_TD)
-        y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces) if pieces else y_TO
+        y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces, runs) if every else y_TO
     return y_TO.view(*x.shape[:-1], -1)
 
 

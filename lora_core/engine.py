@@ -123,6 +123,8 @@ class Engine:
         """Forget a job at any tick boundary; its row's memory is free at once, and after the last a GPU's as well."""
         del self._jobs[job]
         self._too_large = [error for error in self._too_large if error.job != job]
+        assert self.base.attachment is not None
+        self.base.attachment.segment_op.forget()
         if not self._jobs and self.base.device.startswith("cuda"):
             torch.cuda.empty_cache()  # the driver counts as taken what torch keeps for later
 

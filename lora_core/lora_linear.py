@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_core.adapters import SiteViews
 from lora_core.dora import MagnitudeBranch, add_magnitude, add_magnitude_gradient
 from lora_core.pack import DropoutKey, Pack
+from lora_core.segment_op import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,16 +159,25 @@ class PackedLinear(torch.autograd.Function):
     """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once, the small h, and the masks.
 
     `anchor` is a scalar that requires a gradient wherever an adapter is present: it makes autograd visit this
-    node although no weight is known to it. It receives none.
+    node although no weight is known to it. It receives none. `runs` are the segments that aren't among the pieces,
+    because they are grouped (segment_op.py).
     """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, anchor: Tensor | None, linear: PlainWeight, pieces: tuple[Piece, ...]):
+    def forward(  # noqa: PLR0917  (autograd passes by position)
+        ctx,
+        x_TD: Tensor,
+        anchor: Tensor | None,
+        linear: PlainWeight,
+        pieces: tuple[Piece, ...],
+        runs: tuple[Run, ...] = (),
+    ):
         y_TO = F.linear(x_TD, linear.weight_OD, linear.bias_O)
-        ctx.pieces = pieces
+        ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
+        ctx.hidden = [run.add(y_TO, x_TD) for run in runs]
         ctx.weight_OD = linear.weight_OD  # frozen, so autograd needn't watch it
-        ctx.save_for_backward(*([x_TD] if pieces else []))
+        ctx.save_for_backward(*([x_TD] if pieces or runs else []))
         return y_TO
 
     @staticmethod
@@ -177,20 +187,25 @@ class PackedLinear(torch.autograd.Function):
         dx_TD = None
         if ctx.needs_input_grad[0]:
             dx_TD = input_gradient(dy_TO, ctx.weight_OD, received, ctx.branches, ctx.pieces)
-        if ctx.pieces:
+        if ctx.pieces or ctx.runs:
             (x_TD,) = ctx.saved_tensors
             add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
-        return dx_TD, None, None, None
+            for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
+                run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
+        return dx_TD, None, None, None, None
 
 
 class PackedDelta(torch.autograd.Function):
     """The LoRA part alone, for a linear with a forward of its own (quantised, sharded): y + delta."""
 
     @staticmethod
-    def forward(ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces: tuple[Piece, ...]):
+    def forward(  # noqa: PLR0917  (autograd passes by position)
+        ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces: tuple[Piece, ...], runs: tuple[Run, ...] = ()
+    ):
         out_TO = y_TO.clone()
-        ctx.pieces = pieces
+        ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(out_TO, x_TD, pieces, None)
+        ctx.hidden = [run.add(out_TO, x_TD) for run in runs]
         ctx.save_for_backward(x_TD)
         return out_TO
 
@@ -201,4 +216,6 @@ class PackedDelta(torch.autograd.Function):
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
         received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
         add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
-        return dy_TO, dx_TD, None, None
+        for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
+            run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
+        return dy_TO, dx_TD, None, None, None
