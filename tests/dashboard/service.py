@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from catalog import keys
+from catalog import jobs, keys
+from catalog.tables import Job
 from tests.dashboard.seed import Seeded
 
 START_SECONDS = 60
@@ -50,6 +51,18 @@ class Service:
         """What a signed-in browser holds in its cookie."""
         token = self.sign_in_link().partition("token=")[2]
         return keys.exchange_sign_in(self.seeded.db, token=token, pepper=self.seeded.pepper)
+
+    def job(self, suffix: str) -> Job:
+        known = jobs.list_page(self.seeded.db, project_id=self.seeded.caller.project_id, limit=50).items
+        return next(job for job in known if job.suffix == suffix)
+
+    def address(self, place: str) -> str:
+        """The same place with the id of the job, or of its adapter, in place of its suffix."""
+        kind, _, suffix = place.removeprefix("#/").partition("/")
+        if not suffix:
+            return place
+        job = self.job(suffix)
+        return f"#/{kind}/{job.adapter_name if kind == 'adapters' else job.id}"
 
     def log(self) -> str:
         return (self.seeded.settings.data_dir / "api.log").read_text()

@@ -11,7 +11,6 @@ from catalog import jobs
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
-from tests.dashboard.test_pages import address
 
 
 def test_a_job_is_paused_only_after_the_question_was_answered(fresh: Service, visit: Visit) -> None:
@@ -49,7 +48,7 @@ def test_a_running_job_shows_that_its_cancellation_was_asked_for(fresh: Service,
 
 def test_an_adapter_is_downloaded_as_one_archive(filled: Service, visit: Visit, tmp_path: Path) -> None:
     visitor = visit(filled)
-    visitor.open(address(filled, "#/adapters/docstrings-r16"))
+    visitor.open(filled.address("#/adapters/docstrings-r16"))
 
     with visitor.page.expect_download() as download:
         visitor.page.get_by_role("link", name="Download").click()
@@ -66,7 +65,7 @@ def test_verify_now_reads_every_byte_again(fresh: Service, visit: Visit) -> None
     claim_id = seed.claim(fresh.seeded)[job.id]
     seed.succeed(fresh.seeded, claim_id)
     visitor = visit(fresh)
-    visitor.open(address(fresh, "#/adapters/to-verify"))
+    visitor.open(fresh.address("#/adapters/to-verify"))
 
     visitor.page.get_by_role("button", name="Verify now").click()
     visitor.page.locator(".result").wait_for()
@@ -80,7 +79,7 @@ def test_verify_now_reads_every_byte_again(fresh: Service, visit: Visit) -> None
 
 def test_a_lineage_record_can_be_read_and_taken_as_it_is(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
-    visitor.open(address(filled, "#/adapters/docstrings-r16"))
+    visitor.open(filled.address("#/adapters/docstrings-r16"))
 
     told = visitor.page.get_by_role("region", name="Lineage").locator("dl").first.inner_text()
     visitor.page.get_by_text("results", exact=True).click()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,13 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cal
     monkeypatch.setenv("LORRY_API_KEY", "k")
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def submit(run: Callable[..., Result], service: Script, tmp_path: Path) -> Callable[..., Result]:
+    """submit("m", "train.jsonl", …): `lorry jobs submit` for a base that is there, in a folder with two data files."""
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "valid.jsonl").write_text("{}\n")
+    service.on("GET", "/v1/models/m", {"id": "m", "state": "ready"})
+    service.on("POST", "/v1/files", {"id": "file-1"}, {"id": "file-2"})
+    return partial(run, "jobs", "submit")

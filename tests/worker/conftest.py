@@ -1,13 +1,14 @@
-"""A worker on a freshly migrated database."""
+"""A worker on a freshly migrated database, and small chat bases to prepare data for."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.worker.chat_bases import Base, train_tokenizer
 from tests.worker.pack_site import PackSite
 
 
@@ -18,3 +19,15 @@ def site(tmp_path: Path, migrated_database: Path) -> Iterator[PackSite]:
     site = PackSite(tmp_path / "data", path)
     yield site
     site.db.close()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    """A tokenizer trained on what the tests say."""
+    return train_tokenizer()
+
+
+@pytest.fixture
+def make_base(tmp_path: Path, tokenizer_json: str) -> Callable[[str | None], Base]:
+    """make_base(template): a base with that chat template, or with none."""
+    return lambda template: Base(tmp_path / "base", tokenizer_json, template)

@@ -6,12 +6,7 @@ from typing import Any
 import pytest
 
 from lora_core.data import TokenDataset
-from tests.worker.chat_bases import MARKED, SMOLLM2, Base, train_tokenizer, turns
-
-
-@pytest.fixture(scope="module")
-def tokenizer_json() -> str:
-    return train_tokenizer()
+from tests.worker.chat_bases import MARKED, SMOLLM2, Base, turns
 
 
 @pytest.fixture(params=["by prefixes", "by marks"])

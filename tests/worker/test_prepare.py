@@ -22,20 +22,9 @@ from tests.worker.chat_bases import (
     TEMPLATES,
     Base,
     Messages,
-    train_tokenizer,
     turns,
 )
 from worker.prepare import EXIT_DISK_FULL, Refusal
-
-
-@pytest.fixture(scope="module")
-def tokenizer_json() -> str:
-    return train_tokenizer()
-
-
-@pytest.fixture
-def make_base(tmp_path: Path, tokenizer_json: str) -> Any:
-    return lambda template: Base(tmp_path / "base", tokenizer_json, template)
 
 
 def refusal(base: Base, *rows: Messages, max_length: int = 4096) -> Refusal:

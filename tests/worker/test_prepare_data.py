@@ -1,23 +1,12 @@
 """What of a chat is learnt, and what becomes of rows that are too long."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.worker.chat_bases import FORGETFUL, MARKED, SMOLLM2, Base, train_tokenizer, turns
+from tests.worker.chat_bases import FORGETFUL, MARKED, SMOLLM2, Base, turns
 
 END = "<|im_end|>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer_json() -> str:
-    return train_tokenizer()
-
-
-@pytest.fixture
-def make_base(tmp_path: Path, tokenizer_json: str) -> Any:
-    return lambda template: Base(tmp_path / "base", tokenizer_json, template)
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, MARKED], ids=["prefixes", "marked"])

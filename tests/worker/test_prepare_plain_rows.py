@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from tests.worker.chat_bases import MARKED, SMOLLM2, Base, train_tokenizer, turns
+from tests.worker.chat_bases import MARKED, SMOLLM2, Base, turns
 
 BEGIN, END = "<|endoftext|>", "<|im_end|>"
 TEXTS = (
@@ -18,11 +18,6 @@ TEXTS = (
     f"ends with {END}",
     "ends with white space  ",
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer_json() -> str:
-    return train_tokenizer()
 
 
 @pytest.fixture(scope="module")

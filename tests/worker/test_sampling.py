@@ -1,30 +1,19 @@
 """Prompts to tokens and answers to text, by the base's own conventions."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, processors
 
 from catalog.sample_spec import Samples
-from tests.worker.chat_bases import INSTRUCT, MARKED, SMOLLM2, Base, train_tokenizer, turns
+from tests.worker.chat_bases import INSTRUCT, MARKED, SMOLLM2, Base, turns
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.sampling import ask, told
 
 SAMPLES = Samples(prompts=["What is 2 + 2?", "b"], max_tokens=5)
 END = "<|im_end|>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer_json() -> str:
-    return train_tokenizer()
-
-
-@pytest.fixture
-def make_base(tmp_path: Path, tokenizer_json: str) -> Any:
-    return lambda template: Base(tmp_path / "base", tokenizer_json, template)
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, MARKED, INSTRUCT], ids=["smollm2", "marked", "instruct"])

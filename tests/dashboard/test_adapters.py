@@ -1,0 +1,25 @@
+"""The page of an adapter: what its lineage tells."""
+
+from __future__ import annotations
+
+from catalog import files
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+
+
+def test_a_lineage_tells_the_licence_of_the_base_and_the_names_of_the_files(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "recorded")
+    seed.prepare(fresh.seeded)
+    adapter_id = seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
+    files.delete(fresh.seeded.db, project_id=job.project_id, file_id=fresh.seeded.validation.id)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/adapters/{adapter_id}")
+
+    lineage = visitor.page.get_by_role("region", name="Lineage")
+    lineage.get_by_text("signatures-train.jsonl", exact=False).wait_for()
+    told = lineage.inner_text().split("\n")
+    assert told[told.index("Its licence") + 1] == "apache-2.0"
+    assert f"signatures-train.jsonl {fresh.seeded.training.id}, 320 rows" in lineage.inner_text()
+    assert f"{fresh.seeded.validation.id}, 96 rows" in lineage.inner_text()

@@ -1,0 +1,148 @@
+"""A job's own page, and what it and the list both tell of one job."""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import select
+
+from catalog import claims
+from catalog.tables import Attempt, Job
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+
+
+def test_the_result_of_a_job_is_the_held_out_loss_of_the_step_that_is_kept(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "best", evaluation={"keep": "best", "samples": {"prompts": ["How cold?"]}})
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    curve = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((0, 3.0), (120, 1.5), (240, 2.5))]
+    claims.record_metrics(fresh.seeded.db, claim_id, curve)
+    seed.succeed(fresh.seeded, claim_id, kept_step=120)
+    visitor = visit(fresh)
+
+    visitor.open("#/jobs")
+    row = visitor.page.get_by_role("row").filter(has_text="best")
+    assert row.get_by_role("cell").nth(2).inner_text().split()[:2] == ["held-out", "1.500"]
+    visitor.open(f"#/jobs/{job.id}")
+
+    headline = visitor.page.get_by_role("region", name="Progress").inner_text()
+    assert "1.500" in headline
+    assert "at step 120, whose weights are kept; 2.500 at the last" in headline
+    run = visitor.page.get_by_role("table", name="Run")
+    assert run.get_by_role("row", name="sample prompts").inner_text().split("\t")[1:] == ['"How cold?"'] * 2
+
+
+def test_the_time_that_a_job_took_is_that_on_a_worker(fresh: Service, visit: Visit) -> None:
+    job_id = _done_after_waiting(fresh, waited=7200, ran=95)
+    visitor = visit(fresh)
+
+    visitor.open("#/jobs")
+
+    row = visitor.page.get_by_role("row").filter(has_text="waited-long")
+    row.get_by_text("took 1 min 35 s").wait_for()
+    visitor.open(f"#/jobs/{job_id}")
+    visitor.page.get_by_role("region", name="Progress").get_by_text("took 1 min 35 s").wait_for()
+
+
+def test_a_failed_job_tells_what_went_wrong_and_what_to_do(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open(filled.address("#/jobs/hot-lr"))
+
+    assert "The loss became NaN at step 38. Lower the learning rate" in visitor.text()
+
+
+def test_an_attempt_that_goes_on_has_the_state_running(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open(filled.address("#/jobs/titles-r16"))
+
+    attempts = visitor.page.get_by_role("table", name="Every attempt")
+    assert attempts.get_by_role("columnheader").all_inner_texts()[1] == "State"
+    assert attempts.get_by_role("row").nth(1).get_by_role("cell").first.inner_text().strip() == "running"
+    visitor.open(filled.address("#/jobs/hot-lr"))
+    assert attempts.get_by_role("row").nth(1).get_by_role("cell").first.inner_text().strip() == "diverged"
+
+
+def test_epochs_are_counted_in_rows_where_max_steps_ends_the_job_first(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "short", max_steps=60)
+    seed.prepare(fresh.seeded, num_steps=60)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    seed.train(fresh.seeded, claim_id, until=30, num_steps=60)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/jobs/{job.id}")
+
+    visitor.page.get_by_text("step 30 of 60").wait_for()
+    visitor.page.get_by_text("epoch 0.38 of 0.75").wait_for()  # 30 and 60 batches of 4 out of 320 rows
+    run = visitor.page.get_by_role("table", name="Run")
+    assert run.get_by_role("row", name="epochs").inner_text().split("\t")[1:] == ["3", "0.75 of 3, for max_steps"]
+    visitor.open("#/jobs")
+    assert "epoch 0.38" in visitor.page.get_by_role("row").filter(has_text="short").inner_text()  # as the worker counts
+
+
+def test_the_epoch_is_that_which_the_worker_counts_and_never_beyond_the_last(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "odd-batches")
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    told = {"step": 120, "num_steps": seed.NUM_STEPS, "epoch": 1.234}  # by its steps it would be 1.5
+    claims.record_progress(fresh.seeded.db, claim_id, told)
+    visitor = visit(fresh)
+    visitor.open("#/jobs")
+    row = visitor.page.get_by_role("row").filter(has_text="odd-batches")
+    row.get_by_text("epoch 1.23", exact=True).wait_for()
+
+    claims.record_progress(fresh.seeded.db, claim_id, {**told, "step": seed.NUM_STEPS, "epoch": 3.2})
+
+    row.get_by_text("epoch 3.00", exact=True).wait_for()
+    visitor.open(f"#/jobs/{job.id}")
+    visitor.page.get_by_text("epoch 3.00 of 3").wait_for()
+
+
+def test_a_job_page_shows_what_was_asked_for_beside_what_it_came_to(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open(filled.address("#/jobs/titles-r16"))
+
+    adapter = visitor.page.get_by_role("table", name="Adapter")
+    assert adapter.get_by_role("row", name=re.compile(r"^alpha \d")).inner_text().split() == ["alpha", "16", "16"]
+    assert adapter.get_by_role("row", name="dropout").inner_text().split() == ["dropout", "default", "0"]
+    visitor.page.get_by_text("signatures-train.jsonl").wait_for()
+
+
+def test_a_job_page_links_to_the_jobs_it_trained_together_with(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+    visitor.open(filled.address("#/jobs/titles-r16"))
+
+    visitor.page.get_by_role("region", name="Attempts").get_by_role("link", name="titles-r8").click()
+
+    visitor.page.get_by_role("heading", name="titles-r8", level=1).wait_for()
+
+
+def test_an_unknown_job_is_an_error_with_a_remedy(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open("#/jobs/ftjob-nothing")
+
+    alert = visitor.page.get_by_role("alert")
+    alert.wait_for()
+    assert "No job with the id 'ftjob-nothing'." in alert.inner_text()
+    assert "Check the id" in alert.inner_text()
+
+
+def _done_after_waiting(service: Service, *, waited: float, ran: float) -> str:
+    """The id of a job that was made `waited` seconds before its only attempt, which lasted `ran`."""
+    job = seed.submit(service.seeded, "waited-long")
+    seed.prepare(service.seeded)
+    claim_id = seed.claim(service.seeded)[job.id]
+    seed.train(service.seeded, claim_id, until=seed.NUM_STEPS)
+    seed.succeed(service.seeded, claim_id)
+    with service.seeded.db.write() as session:
+        row = session.get_one(Job, job.id)
+        attempt = session.scalars(select(Attempt).where(Attempt.job_id == job.id)).one()
+        assert attempt.ended_at is not None
+        attempt.started_at = attempt.ended_at - ran
+        row.created_at = attempt.started_at - waited
+    return job.id

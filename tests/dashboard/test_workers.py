@@ -1,0 +1,44 @@
+"""The page of workers: what each holds and does."""
+
+from __future__ import annotations
+
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+
+
+def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    worker.get_by_role("link", name="titles-r32").wait_for()
+    assert "smollm2-135m" in worker.inner_text()
+    assert "3 adapters aboard" in worker.inner_text()
+
+
+def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Service, visit: Visit) -> None:
+    seed.beat(fresh.seeded)
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    worker.get_by_text("idle, base loaded").wait_for()
+    assert "Tokens per second" not in worker.inner_text()
+
+
+def test_a_worker_that_trains_for_another_project_is_training(fresh: Service, visit: Visit) -> None:
+    seeded = fresh.seeded
+    others = seed.another_project(seeded)
+    seed.submit(others, "theirs")
+    seed.prepare(others)
+    seed.claim(others)
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    worker.get_by_text("training", exact=True).wait_for()
+    worker.get_by_text("Tokens per second").wait_for()

@@ -1,0 +1,217 @@
+"""`lorry jobs submit`: refusals name what was typed, and leave no files behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+Run = Callable[..., Result]
+
+
+def refusal(status: int, param: str | None, message: str = "No.") -> Reply:
+    headers = {"x-should-retry": "false"}
+    error = {"message": message, "type": "x", "param": param, "code": "c"}
+    return Reply(status=status, body={"error": error}, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("param", "said"),
+    [
+        ("lora.rank", "--rank"),
+        ("lora.target_modules.0", "--target"),
+        ("method.supervised.hyperparameters.n_epochs", "--epochs"),
+        ("method.dpo.hyperparameters.neftune_alpha", "--neftune-alpha"),
+        ("data.overflow", "--overflow"),
+        ("metadata.team", "--metadata"),
+        ("training_file", "TRAIN"),
+        ("optimizer.beta1", "--set optimizer.beta1"),
+        ("Idempotency-Key", "Idempotency-Key"),
+    ],
+)
+def test_a_refusal_names_what_was_typed(service: Script, submit: Run, param: str, said: str) -> None:
+    service.on("POST", JOBS, refusal(400, param))
+
+    result = submit("m", "file-9", "--set", "optimizer.beta1=3")
+
+    assert (result.exit_code, result.stderr) == (1, f"Error: No. (at {said})\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("m", "gone.jsonl"), "TRAIN"),
+        (("m", "train.jsonl", "--valid", "gone.jsonl"), "--valid"),
+        (("m", "train.jsonl", "--metadata", "team"), "KEY=VALUE"),
+        (("m", "train.jsonl", "--set", "=3"), "PATH=VALUE"),
+        (("m", "train.jsonl", "--schedule", "steep"), "--schedule"),
+        (("m", "train.jsonl", "--loss", "all"), "--loss"),
+        (("m", "train.jsonl", "--overflow", "wrap"), "--overflow"),
+    ],
+)
+def test_what_can_not_be_sent_is_named_before_anything_is_uploaded(
+    service: Script, submit: Run, arguments: tuple[str, ...], said: str
+) -> None:
+    result = submit(*arguments)
+
+    assert result.exit_code == 2
+    assert said in result.stderr.splitlines()[-1]
+    assert service.seen == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "first", "second"),
+    [
+        (("--set", "lora.rank=8", "--rank", "16"), "--rank", "--set lora.rank"),
+        (("--rank", "16", "--set", 'lora={"rank": 8}'), "--rank", "--set lora"),
+        (("--set", "seed=1", "--set", "seed=2"), "--set seed", "--set seed"),
+        (("--set", "lora.rank=8", "--set", "lora={}"), "--set lora.rank", "--set lora"),
+        (("--metadata", "a=b", "--set", "metadata.a=c"), "--metadata", "--set metadata.a"),
+        (("--set", "model=n"), "MODEL", "--set model"),
+        (("--valid", "valid.jsonl", "--set", "validation_file=file-9"), "--valid", "--set validation_file"),
+    ],
+)
+def test_a_field_that_is_said_twice_is_refused_with_both_names(
+    service: Script, submit: Run, typed: tuple[str, ...], first: str, second: str
+) -> None:
+    result = submit("m", "train.jsonl", *typed)
+
+    assert result.exit_code == 2
+    assert f"{first} and {second} say the same field." in result.stderr
+    assert service.seen == []
+
+
+def deleted(service: Script) -> list[str]:
+    return [request.path.removeprefix("/v1/files/") for request in service.seen if request.method == "DELETE"]
+
+
+def test_the_files_that_were_uploaded_for_a_refused_job_are_deleted_again(service: Script, submit: Run) -> None:
+    service.on("POST", JOBS, refusal(404, "model"))
+    service.on("DELETE", "/v1/files/file-1", {})
+    service.on("DELETE", "/v1/files/file-2", refusal(409, None, "In use."))
+
+    result = submit("m", "train.jsonl", "--valid", "valid.jsonl")
+
+    assert result.stderr.splitlines() == [
+        "file-1, uploaded for this job, is deleted again.",
+        "file-2 was uploaded for this job and stays: In use.",
+        "Error: No. (at MODEL)",
+    ]
+
+
+def test_the_first_file_is_deleted_again_where_the_second_is_refused(
+    service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, submit: Run
+) -> None:
+    service.on("DELETE", "/v1/files/file-1", {})
+    (tmp_path / "valid.jsonl").write_text("refused")
+
+    def answer(request: Any, answer: Any = service.answer) -> Reply:
+        return refusal(400, "file") if b"refused" in request.body else answer(request)
+
+    monkeypatch.setattr(service, "answer", answer)
+
+    result = submit("m", "train.jsonl", "--valid", "valid.jsonl")
+
+    assert result.stderr.splitlines()[-1] == "Error: No. (at --valid)"
+    assert deleted(service) == ["file-1"]
+
+
+def test_a_misspelt_model_costs_no_upload(service: Script, submit: Run) -> None:
+    service.on("GET", "/v1/models/n", refusal(404, "model", "There is no model 'n'. Base models here: m."))
+
+    result = submit("n", "train.jsonl")
+
+    assert (result.exit_code, result.stderr) == (1, "Error: There is no model 'n'. Base models here: m. (at MODEL)\n")
+    assert [(request.method, request.path) for request in service.seen] == [("GET", "/v1/models/n")]
+
+
+@pytest.mark.parametrize(
+    ("typed", "param", "said"),
+    [
+        (("--set", "lora.rank=0"), "lora.rank", "--set lora.rank"),
+        (("--set", 'lora={"rank": 0}'), "lora.rank", "--set lora"),
+        (("--rank", "0", "--set", "lora.alpha=2"), "lora.rank", "--rank"),
+        (("--set", "lora.alpha=2"), "lora", "--set lora.alpha"),
+        (("--rank", "0"), "lora", "--rank"),
+        (("--rank", "0", "--dora"), "lora", "--rank, --dora"),
+        (("--patience", "3"), "early_stopping", "--patience"),
+        (("--seed", "3"), "lora", "lora"),
+    ],
+)
+def test_a_field_that_came_by_set_is_blamed_on_set(
+    service: Script, submit: Run, typed: tuple[str, ...], param: str, said: str
+) -> None:
+    service.on("POST", JOBS, refusal(400, param))
+
+    assert submit("m", "file-9", *typed).stderr == f"Error: No. (at {said})\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "param", "message", "said"),
+    [
+        (
+            ("--patience", "3"),
+            "early_stopping",
+            "early_stopping is about data. Give a validation_file, or leave early_stopping out.",
+            "--patience is about data. Give a --valid, or leave --patience out. (at --patience)",
+        ),
+        (
+            ("--decay", "0.2"),
+            "schedule",
+            "'schedule' is refused: no schedule has it.",
+            "--decay is refused: no schedule has it. (at --decay)",
+        ),
+        (
+            ("--beta", "0.1"),
+            "method.supervised.hyperparameters.beta",
+            "There is no field 'method.supervised.hyperparameters.beta'. Choose one in 'method.type'.",
+            "There is no field --beta. Choose one in --method. (at --beta)",
+        ),
+        (("--rank", "1"), None, "The validation_file.", "The --valid."),
+    ],
+)
+def test_a_refusal_is_told_in_the_words_that_were_typed(
+    service: Script, submit: Run, typed: tuple[str, ...], param: str | None, message: str, said: str
+) -> None:
+    service.on("POST", JOBS, refusal(400, param, message))
+
+    assert submit("m", "file-9", *typed).stderr == f"Error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("--rank", "4", "--rank", "8"), "--rank is given 2 times"),
+        (("--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate is given 2 times"),
+        (("--metadata", "a=b", "--metadata", "a=c"), "'a' is given twice"),
+        (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' is given twice"),
+    ],
+)
+def test_an_option_or_a_key_that_is_given_twice_is_refused(
+    service: Script, submit: Run, typed: tuple[str, ...], said: str
+) -> None:
+    result = submit("m", "train.jsonl", *typed)
+
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert service.seen == []
+
+
+def test_a_file_that_was_there_before_stays(service: Script, submit: Run) -> None:
+    service.on("POST", JOBS, refusal(400, "lora.rank"))
+
+    assert submit("m", "file-9").exit_code == 1
+    assert deleted(service) == []
+
+
+def test_files_stay_where_the_job_may_have_been_made(service: Script, submit: Run) -> None:
+    service.on("POST", JOBS, refusal(500, None))
+
+    assert submit("m", "train.jsonl").exit_code == 1
+    assert deleted(service) == []
