@@ -7,7 +7,7 @@ Clip, optimizer, finite check, checkpoint and eviction are each one operation on
 jobs share no memory.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_core.config import LoraConfig
-from lora_core.initial import decomposed, initial_a
+from lora_core.initial import decomposed, initial_a, start_work
 from lora_core.trained_tensors import TensorViews, TrainedTensors
 
 
@@ -146,9 +146,14 @@ class AdapterRow:
         in_full = slice(self.num_lora, self.num_parameters)
         return (*rated, (in_full, 1.0)) if self.trained.tensors else rated
 
-    def initialise(self, seed: int, *, between: Callable[[], None] = lambda: None) -> None:
-        """A and B as initial.py says, keyed by (seed, name). `between` is called after each target: to decompose the
-        weights of a large base takes minutes.
+    def initialise(self, seed: int) -> None:
+        """All of `starting` at once."""
+        for _ in self.starting(seed):
+            pass
+
+    def starting(self, seed: int) -> Iterator[int]:
+        """A and B as initial.py says, keyed by (seed, name), piece by piece: after each target the multiplications
+        that it took, about. To decompose all weights of a large base takes minutes. The row is ready at the end.
 
         A magnitude is the length that the weights have; what is trained in full begins as it says.
         """
@@ -161,7 +166,7 @@ class AdapterRow:
             else:
                 a_RD = initial_a(self.lora, name, seed=seed, rank=spans.rank, in_features=target.in_features)
             self.p[spans.a] = a_RD.flatten()
-            between()
+            yield start_work(self.lora, name, (target.out_features, target.in_features))
         if self.trained.tensors:
             starts = [tensor.start(seed).flatten().float() for tensor in self.trained.tensors]
             self.p[self.num_lora :] = torch.cat(starts)

@@ -5,7 +5,7 @@ A tick is one forward and backward (or an evaluation's forward) over slices of i
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain, islice
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from lora_core.turns import Kind, Turn, choose, widen
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
+START_WORK = 2**30
+"""Multiplications of starts in one tick, at least one weight's: a part of a second on a core."""
 
 
 class Engine:
@@ -57,10 +59,9 @@ class Engine:
         train: TokenDataset,
         valid: TokenDataset | None = None,
         resume_from: Path | None = None,
-        *,
-        between: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make `job` resident; `between` is called time and again while its start is computed.
+        """Make `job` resident. What its start takes beyond START_WORK is left to the ticks that follow, so that its
+        packmates don't wait for it; it trains once it has started.
 
         Raises ConfigError where a job of this name is resident, or the job needs a held-out set and has none,
         NoTargets, BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed.
@@ -94,16 +95,16 @@ class Engine:
                 trained=trained,
             )
             best = torch.zeros_like(row.p) if config.keep == "best" else None
-            if resume_from is None:
-                row.initialise(config.seed, between=between)
-                progress = Progress()
-            else:
+            progress = Progress()
+            if resume_from is not None:
                 expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
                 progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
-        served = min((other.served for other in self._jobs.values()), default=0)
-        self._jobs[job] = Job(
-            job, config, row=row, train=train, valid=valid, progress=progress, served=served, best=best
-        )
+        starting = None if resume_from is not None else row.starting(config.seed)
+        admitted = Job(job, config, row=row, train=train, valid=valid, progress=progress, best=best, starting=starting)
+        with shortage_of(job, part="start"):
+            admitted.go_on_starting(START_WORK)
+        admitted.served = self._least_served()
+        self._jobs[job] = admitted
 
     def tick(self) -> list[Event]:
         """Compute one tick and say what it completed. Without work: [] at once.
@@ -112,12 +113,30 @@ class Engine:
         """
         if self._too_large:
             raise self._too_large.pop(0)
+        self._start()
         waiting = self._waiting()
         budget = self._tick_tokens(waiting)
         turns = choose(waiting, token_budget=budget)
         if turns:
             self._compute(turns, widen(turns, token_budget=budget, job_tokens=self.config.job_tokens))
         return self._take_pending()
+
+    def _start(self) -> None:
+        """A piece of the start of whoever has not started yet, the first that came."""
+        job = next((job for job in self._jobs.values() if job.starting is not None), None)
+        if job is None:
+            return
+        job.served = self._least_served()
+        try:
+            with shortage_of(job.name, part="start"):
+                job.go_on_starting(START_WORK)
+        except OutOfMemory:
+            job.quarantine()
+            raise
+
+    def _least_served(self) -> int:
+        """Tokens of the one who had the fewest: where a newcomer begins."""
+        return min((job.served for job in self._jobs.values() if job.starting is None), default=0)
 
     def evict(self, job: str) -> None:
         """Forget a job at any tick boundary; its row's memory is free at once, and after the last a GPU's as well."""
@@ -130,19 +149,25 @@ class Engine:
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
         """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""
-        checkpoint.save_checkpoint(self._jobs[job], directory)
+        checkpoint.save_checkpoint(self._started(job), directory)
 
     def export(self, job: str, directory: Path, *, base_name: str, between: Between = silent) -> ExportReport:
         """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into
         a directory that must not exist. `between` is called after each linear of the two passes that give evidence."""
         with shortage_of(job), told_at_linears(self.base, between):
-            return export_adapter(self.base, self._jobs[job].row, directory, base_name=base_name)
+            return export_adapter(self.base, self._started(job).row, directory, base_name=base_name)
 
     def generation(self, asked: Mapping[str, Prompts]) -> Generation:
         """Greedy answers of resident jobs by the weights that they have now; none of them may be ticked before the
         answers are complete. Training is not touched. Raises ConfigError."""
-        rows = {job: (self._jobs[job].row, prompts) for job, prompts in asked.items()}
+        rows = {job: (self._started(job).row, prompts) for job, prompts in asked.items()}
         return Generation(self.base, rows, token_budget=self.config.token_budget)
+
+    def _started(self, name: str) -> Job:
+        job = self._jobs[name]
+        while job.starting is not None:
+            job.go_on_starting(START_WORK)
+        return job
 
     def num_parameters(self, job: str) -> int:
         return self._jobs[job].row.num_parameters
@@ -233,7 +258,7 @@ class Engine:
         return [
             Turn(job=name, kind=job.unit.kind, num_tokens=tokens[0], served=job.served, further=tokens[1:])
             for name, job in self._jobs.items()
-            if job.unit is not None and (tokens := job.waiting_tokens())
+            if job.starting is None and job.unit is not None and (tokens := job.waiting_tokens())
         ]
 
     def _tick_tokens(self, waiting: list[Turn]) -> int:

@@ -71,15 +71,22 @@ class UnsafeFile(LoraCoreError):
     code = "unsafe_file"
 
 
+Part = Literal["adapter", "start", "data"]
+
+
 class OutOfMemory(LoraCoreError):
-    """A part of `job` doesn't fit: its data, one slice of `num_tokens`, or (0) its weights and moments."""
+    """A part of `job` doesn't fit: its data, what its start is computed from, one slice of `num_tokens`, or (0) its
+    weights and moments."""
 
     code = "out_of_memory"
 
-    def __init__(self, job: str, *, part: Literal["adapter", "data"] = "adapter", num_tokens: int = 0) -> None:
+    def __init__(self, job: str, *, part: Part = "adapter", num_tokens: int = 0) -> None:
         if part == "data":
             sentence = f"The data of job {job!r} doesn't fit the worker's memory beside what is there."
             remedy = "Give smaller files, lower max_length, or use a machine with more memory."
+        elif part == "start":
+            sentence = f"What the start of job {job!r} is computed with doesn't fit the device beside what is there."
+            remedy = "Begin with init_lora_weights 'pissa_niter_4' or the default, or use a larger device."
         elif num_tokens:
             sentence = f"One slice of {num_tokens} tokens of job {job!r} doesn't fit the device beside what is there."
             remedy = "Lower max_length, or use a larger device."

@@ -26,6 +26,16 @@ def initial_a(lora: LoraConfig, module: str, *, seed: int, rank: int, in_feature
     return torch.from_numpy(numbers.astype(np.float32)).view(rank, in_features)
 
 
+def start_work(lora: LoraConfig, module: str, shape: tuple[int, int]) -> int:
+    """Multiplications that the start on a weight of this shape takes, about: it says what is long, not how long."""
+    rank, num_weights = lora.rank_of(module), shape[0] * shape[1]
+    if not lora.subtracts_start:
+        return rank * shape[1]
+    if lora.init_lora_weights == "olora" or lora.pissa_iterations is None:
+        return num_weights * min(shape)
+    return num_weights * (rank + OVERSAMPLED) * 2 * (lora.pissa_iterations + 1)
+
+
 def decomposed(lora: LoraConfig, module: str, weight_OD: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     """(A [R, D], B [O, R]) of PiSSA or OLoRA, fp32, on the weight's device."""
     rank, scale = lora.rank_of(module), lora.scale_of(module)

@@ -7,7 +7,7 @@ depends on the job alone. Only a completed step changes the weights, so a droppe
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -99,17 +99,19 @@ class Job:
         train: TokenDataset,
         valid: TokenDataset | None,
         progress: Progress,
-        served: int,
         best: Tensor | None = None,
+        starting: Iterator[int] | None = None,
     ) -> None:
+        """starting: what fills the row, in pieces; None where it is filled."""
         self.name = name
         self.config = config
         self.row = row
         self.train = train
         self.valid = valid
         self.progress = progress
-        self.served = served
+        self.served = 0
         self.best = best
+        self.starting = starting
         self._gradients = SliceGradients(row=row)
         self.unit: Unit | None = None
         self.tally = Tally()
@@ -132,6 +134,15 @@ class Job:
     def num_bytes(self) -> int:
         best_bytes = 0 if self.best is None else self.best.nbytes
         return self.row.num_bytes + self._gradients.num_bytes + best_bytes
+
+    def go_on_starting(self, work: int) -> None:
+        """Pieces of the start, until they have taken about `work` multiplications; then `starting` may be None."""
+        while self.starting is not None and work > 0:
+            piece = next(self.starting, None)
+            if piece is None:
+                self.starting = None
+            else:
+                work -= piece
 
     def waiting_tokens(self) -> tuple[int, ...]:
         """Tokens that each slice left of the unit puts through the base model: twice its own where they are compared
@@ -256,7 +267,7 @@ class Job:
 
     def quarantine(self) -> None:
         """Compute nothing more; the row holds the last completed step."""
-        self.unit = None
+        self.unit = self.starting = None
         self._gradients.drop()
 
     def _diverge(self, message: str) -> list[Event]:

@@ -3,11 +3,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
-from lora_core.errors import OutOfMemory
+from lora_core.errors import OutOfMemory, Part
 
 SIGNS = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 """torch's allocator on a CPU, C++'s own, and cuBLAS raise a plain RuntimeError with one of these in it."""
@@ -27,7 +26,7 @@ def shortage_named() -> Iterator[None]:
 
 
 @contextmanager
-def shortage_of(job: str, *, part: Literal["adapter", "data"] = "adapter") -> Iterator[None]:
+def shortage_of(job: str, *, part: Part = "adapter") -> Iterator[None]:
     """Memory that runs out within the block is wanted by that part of `job` alone: OutOfMemory in its name."""
     try:
         with shortage_named():

