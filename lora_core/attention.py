@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lora_core.errors import UnsupportedModel
-from lora_core.pack import current_pack
+from lora_core.pack import current_kernels, current_pack
+from lora_core.varlen import attend_together, fits
 
 NAME = "lora_core_packed"
 LONGEST_MATRIX = 1024  # above, scores [H, S, S] cost more memory than they save time
@@ -56,6 +57,8 @@ def packed_attention(
     if pack is None:  # an ordinary batch of whole sequences
         outputs = [attend(q, k, v, **options) for q, k, v in zip(query, key, value, strict=True)]
         return torch.stack(outputs).transpose(1, 2), None
+    if current_kernels().attention == "varlen" and fits(query, value, softcap):
+        return attend_together(query, key, value, pack, scale=scale, causal=causal, window=sliding_window), None
     lengths = list(pack.sequence_lengths)
     parts = zip(query[0].split(lengths, 1), key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True)
     outputs = [attend(q, k, v, **options) for q, k, v in parts]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
 from lora_core.errors import ConfigError, UnreachableSource
+from lora_core.kernels import Kernels
 from lora_core.model_folder import AUTO_MODELS, load_with_transformers, mismatch, read_config, refused, unpackable
 from lora_core.module_names import grouped_by_layer
 from lora_core.objectives import Head
@@ -35,6 +36,10 @@ class BaseModel:
     quantisation: Quantisation = "none"
     task: Task = "causal-lm"
     attachment: Attachment | None = field(default=None)
+
+    @property
+    def kernels(self) -> Kernels:
+        return Kernels() if self.attachment is None else self.attachment.kernels
 
     def linear_names(self) -> tuple[str, ...]:
         """Module paths of the linears that an adapter may change."""

@@ -5,33 +5,41 @@ What a CPU runs is the reference that the other ways are tested against. Nothing
 the order of sums: a record then says `allclose` (probe.py).
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-HOPPER = (9, 0)
-"""Before it, torch's grouped product is a loop that waits for the device at every group."""
+AMPERE, HOPPER = (8, 0), (9, 0)
+"""Compute capabilities. Before Hopper, torch's grouped product is a loop that waits for the device at every group."""
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+VARLEN_PARAMETERS = {"window_size", "enable_gqa", "scale"}
+"""Of torch's function, which has all of them from torch 2.12 on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """`lora`: of the adapters' products, segment by segment or one launch for all (segment_op.py).
+    """`lora`: of the adapters' products, segment by segment or one launch for all (segment_op.py). `attention`:
+    sequence by sequence (attention.py) or all in one launch, where that kernel fits (varlen.py).
 
     `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
     """
 
     lora: Literal["loop", "grouped_mm"] = "loop"
+    attention: Literal["sequences", "varlen"] = "sequences"
     reasons: tuple[str, ...] = ()
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type != "cuda":
         return Kernels()
-    why_no_groups = _why_no_groups(torch.cuda.get_device_capability(device), dtype)
+    capability = torch.cuda.get_device_capability(device)
+    why_no_groups, why_no_varlen = _why_no_groups(capability, dtype), _why_no_varlen(capability, dtype)
     return Kernels(
         lora="grouped_mm" if why_no_groups is None else "loop",
-        reasons=tuple(filter(None, (why_no_groups,))),
+        attention="varlen" if why_no_varlen is None else "sequences",
+        reasons=tuple(filter(None, (why_no_groups, why_no_varlen))),
     )
 
 
@@ -39,5 +47,28 @@ def _why_no_groups(capability: tuple[int, int], dtype: torch.dtype) -> str | Non
     if dtype != torch.bfloat16:
         return f"LoRA runs segment by segment: grouped products need bfloat16, and the base is held in {dtype}"
     if capability < HOPPER:
-        return f"LoRA runs segment by segment: grouped products need a GPU of compute capability 9.0, not {capability}"
+        return f"LoRA runs segment by segment: grouped products need compute capability 9.0, not {_spelt(capability)}"
     return None
+
+
+def _why_no_varlen(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
+    attention = "attention runs sequence by sequence"
+    if dtype not in VARLEN_DTYPES:
+        return f"{attention}: the kernel for all of them needs bfloat16, and the base is held in {dtype}"
+    if capability < AMPERE:
+        return f"{attention}: the kernel for all of them needs compute capability 8.0, not {_spelt(capability)}"
+    if not _torch_has_varlen():
+        return f"{attention}: the kernel for all of them needs torch 2.12, not {torch.__version__}"
+    return None
+
+
+def _torch_has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return False
+    return inspect.signature(varlen_attn).parameters.keys() >= VARLEN_PARAMETERS
+
+
+def _spelt(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

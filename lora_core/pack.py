@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from lora_core.adapters import AdapterRow
 from lora_core.config import ObjectiveConfig
 from lora_core.counter_random import coin_flips
+from lora_core.kernels import Kernels
 from lora_core.neftune import NoiseKey
 
 ROW_MULTIPLE = 16
@@ -103,7 +105,8 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels.
+    """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels; sequence_bounds
+    int32 [S + 1]: where each sequence begins, and where the last ends.
 
     `label_smoothing_L`: what each label's probability is lowered by in training (objectives.py); None if of none.
 
@@ -114,6 +117,7 @@ class Pack:
     input_ids: Tensor
     position_ids: Tensor
     sequence_lengths: tuple[int, ...]
+    sequence_bounds_S: Tensor
     segments: tuple[Segment, ...]
     label_positions_L: Tensor
     labels_L: Tensor
@@ -144,6 +148,7 @@ def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *
         input_ids=torch.from_numpy(ids.astype(np.int64)).to(device)[None],
         position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         sequence_lengths=tuple(lengths),
+        sequence_bounds_S=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         segments=segments,
         label_positions_L=torch.from_numpy(label_rows - 1).to(device),
         labels_L=torch.from_numpy(ids[label_rows].astype(np.int64)).to(device),
@@ -222,17 +227,24 @@ def _num_labels(part: SliceInput) -> tuple[int, ...]:
     return tuple(int(mask.sum()) for _, mask in part.sequences)
 
 
-_current: ContextVar[Pack | None] = ContextVar("lora_core_pack", default=None)
+_current: ContextVar[tuple[Pack, Kernels] | None] = ContextVar("lora_core_pack", default=None)
 
 
 def current_pack() -> Pack | None:
     """The pack that the running forward pass computes, for the attached linears and the attention."""
-    return _current.get()
+    current = _current.get()
+    return None if current is None else current[0]
+
+
+def current_kernels() -> Kernels:
+    """Those of the running forward pass; outside one, those of a CPU."""
+    current = _current.get()
+    return Kernels() if current is None else current[1]
 
 
 @contextmanager
-def running(pack: Pack) -> Iterator[None]:
-    token = _current.set(pack)
+def running(pack: Pack, kernels: Kernels) -> Iterator[None]:
+    token = _current.set((pack, kernels))
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
     positions = positions_of(base.model, pack.position_ids, pack.input_ids, pack.sequence_lengths)
     if base.model.config.model_type not in ENCODERS:
         options["use_cache"] = False
-    with running(pack):
+    with running(pack, base.kernels):
         output = base.model.base_model(input_ids=pack.input_ids, position_ids=positions, **options)
     return output.last_hidden_state[0]
 

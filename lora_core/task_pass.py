@@ -98,7 +98,7 @@ def head_inputs(base: BaseModel, pack: Pack, h_TD: Tensor) -> Tensor:
     segments = tuple(
         replace(segment, start=segment.graded.first, stop=segment.graded.last) for segment in pack.segments
     )
-    with running(replace(pack, segments=segments, is_pooled=True)):
+    with running(replace(pack, segments=segments, is_pooled=True), base.kernels):
         return between(base.model, h_PD)
 
 
