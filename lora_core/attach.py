@@ -24,6 +24,7 @@ from lora_core.kernels import Kernels, choose_kernels
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_pack
+from lora_core.recompute import blocks_of, forward_block
 from lora_core.rms_norm import faster_norms
 from lora_core.segment_op import SegmentOp
 from lora_core.task_heads import task_head_of
@@ -116,6 +117,7 @@ class Attachment:
         self.segment_op = SegmentOp(self.kernels.lora)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._norms = faster_norms(model)
+        self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
 
@@ -126,6 +128,8 @@ class Attachment:
             linear.forward = partial(forward_linear, linear, name, self.anchor, self.segment_op)
         for norm, forward in self._norms:
             norm.forward = forward
+        for block in self._blocks:
+            block.forward = partial(forward_block, block)
         pooler = getattr(self.model.base_model, "pooler", None)
         if pooler is not None:
             pooler.forward = partial(forward_pooler, pooler)
@@ -136,6 +140,7 @@ class Attachment:
 
     def detach(self) -> None:
         patched = [*self.linears.values(), self.model.get_input_embeddings(), *(norm for norm, _ in self._norms)]
+        patched += self._blocks
         pooler = getattr(self.model.base_model, "pooler", None)
         for module in patched if pooler is None else [*patched, pooler]:
             del module.forward

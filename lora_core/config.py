@@ -319,19 +319,23 @@ class EngineConfig:
     `token_budget`: tokens of one tick. `max_tick_seconds`: further slices stop joining a tick that is
     expected to last longer, so that cancel and admission stay quick. `job_tokens`: of one job's slices in one tick,
     where they are more than one. `num_lanes`: parts of a tick that are
-    computed side by side on a CPU, each with one thread (lanes.py).
+    computed side by side on a CPU, each with one thread (lanes.py). `checkpoint_blocks`: whether ticks keep only what
+    enters each block and compute it again in the backward: "always", "never", or "auto", where memory asks for it.
     """
 
     token_budget: int = 1024
     max_tick_seconds: float = 1.0
     job_tokens: int = 1024
     num_lanes: int = 1
+    checkpoint_blocks: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         _require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
         _require(self.job_tokens >= 1, "job_tokens", self.job_tokens, "at least 1")
         _require(self.num_lanes >= 1, "num_lanes", self.num_lanes, "at least 1")
         _require(_is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
+        known = ("auto", "always", "never")
+        _require(self.checkpoint_blocks in known, "checkpoint_blocks", self.checkpoint_blocks, "auto, always or never")
 
 
 def _canonical(value: object) -> object:

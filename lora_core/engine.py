@@ -6,6 +6,7 @@ A tick is one forward and backward (or an evaluation's forward) over slices of i
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.probe import Invariance, measure_invariance
+from lora_core.recompute import ActivationMemory
 from lora_core.task_pass import refuse_other_task, trained_tensors
 from lora_core.turns import Kind, Turn, choose, widen
 
@@ -51,6 +53,12 @@ class Engine:
         if base.attachment is None:
             base.attachment = Attachment(base.model)
         self.invariance: Invariance = measure_invariance(base)
+        self._activations = ActivationMemory(
+            base.attachment.linears,
+            device=base.device,
+            item_bytes=base.dtype.itemsize,
+            mode=config.checkpoint_blocks,
+        )
 
     def admit(
         self,
@@ -198,7 +206,7 @@ class Engine:
         return {
             "base_bytes": self.base.num_bytes,
             "rows_bytes": rows_bytes,
-            "peak_bytes": _peak_bytes(self.base.device),
+            "peak_bytes": self._activations.peak_bytes(),
         }
 
     def _compute(self, turns: list[Turn], tokens: list[tuple[int, ...]]) -> None:
@@ -207,13 +215,20 @@ class Engine:
         jobs = [self._jobs[turn.job] for turn in turns]
         sizes = list(chain(*tokens))
         lanes = split(sizes, num_lanes=self.config.num_lanes)
+        checkpointed = turns[0].kind == "train" and self._activations.checkpoints(sum(sizes))
         started = time.perf_counter()
         try:
-            with shortage_named():
+            with (
+                shortage_named(),
+                self._activations.observed(sum(sizes), kind=turns[0].kind, checkpointed=checkpointed),
+            ):
                 slices = [part for job, own in zip(jobs, tokens, strict=True) for part in job.next_slices(len(own))]
-                scores = iter(self._run_lanes(lanes, slices, turns[0].kind))
+                scores = iter(self._run_lanes(lanes, slices, turns[0].kind, checkpointed=checkpointed))
         except torch.OutOfMemoryError as error:
-            self._split_after_out_of_memory(jobs, sizes, error)
+            if turns[0].kind == "train" and not checkpointed and self._activations.gives_way(sum(sizes)):
+                self._replay(jobs)
+            else:
+                self._split_after_out_of_memory(jobs, sizes, error)
             return
         growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
         self._largest_tick = min(self.config.token_budget, self._largest_tick + growth)
@@ -226,13 +241,15 @@ class Engine:
         if self._too_large:
             raise self._too_large.pop(0)
 
-    def _run_lanes(self, lanes: list[list[int]], slices: list[SliceInput], kind: Kind) -> list[SliceScores]:
+    def _run_lanes(
+        self, lanes: list[list[int]], slices: list[SliceInput], kind: Kind, *, checkpointed: bool
+    ) -> list[SliceScores]:
         """The scores of each slice; `lanes` are indices of `slices`."""
         run = run_training if kind == "train" else run_evaluation
 
         def compute(lane: list[int]) -> list[SliceScores]:
             pack = build_pack([slices[index] for index in lane], device=self.base.device)
-            return run(self.base, pack)
+            return run(self.base, replace(pack, is_checkpointed=checkpointed))
 
         scores = dict(zip(chain(*lanes), chain(*self._lanes.run(compute, lanes)), strict=True))
         return [scores[index] for index in range(len(slices))]
@@ -280,9 +297,12 @@ class Engine:
         if len(sizes) == 1:
             jobs[0].quarantine()
             raise OutOfMemory(jobs[0].name, num_tokens=sizes[0]) from error
+        self._replay(jobs)
+        self._largest_tick = max(1, sum(sizes) // 2)
+
+    def _replay(self, jobs: list[Job]) -> None:
         for job in jobs:
             job.replay_unit()
-        self._largest_tick = max(1, sum(sizes) // 2)
 
 
 def _averaged(average: float, newest: float) -> float:
@@ -301,11 +321,3 @@ def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
             f"A row has {longest} tokens, but the base model takes {base.max_positions}.",
             remedy="Shorten or split the long rows.",
         )
-
-
-def _peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -126,6 +126,7 @@ class Pack:
     reference: "Pack | None" = None
     token_types: Tensor | None = None
     is_pooled: bool = False  # segments count sequences, not tokens
+    is_checkpointed: bool = False  # the backward computes each block's forward again (recompute.py)
 
 
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:

@@ -1,0 +1,115 @@
+# pyright: basic
+"""Gradient checkpointing: a tick may keep only what enters each block, and compute the block again in its backward.
+
+All blocks of a tick or none, decided by memory: a second forward costs a quarter to a third more time. Both ways give
+the same bits, for a row's gradient is added to by backwards alone, and those run once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_core.pack import current_kernels, current_pack, running
+from lora_core.turns import Kind
+
+CheckpointBlocks = Literal["auto", "always", "never"]
+MARGIN = 1.25
+"""On what a token is thought to take before a tick has shown it."""
+USABLE = 0.9
+"""Of the memory that is free: the allocator leaves gaps."""
+TELLING_TOKENS = 512
+"""Of a tick from which on it tells what a token takes; below, what doesn't grow with tokens weighs too much."""
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What transformers' own checkpointing computes again: the repeated blocks of every family."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def forward_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's own forward; in a checkpointed pack under autograd, one that keeps nothing but its inputs.
+
+    A backward has no running pack, and on a GPU a thread of its own: so it is told which one the block belongs to.
+    """
+    pack, kernels = current_pack(), current_kernels()
+    forward = partial(type(block).forward, block)
+    if pack is None or not pack.is_checkpointed or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # dropout and noise are functions of their keys
+        context_fn=lambda: (nullcontext(), running(pack, kernels)),
+        **kwargs,
+    )
+
+
+class ActivationMemory:
+    """Decides whether a tick is checkpointed, from the bytes that a token took in ticks that weren't.
+
+    `auto` is by memory on a GPU, and never on a CPU, where no allocator says what is free. Until a tick has shown it,
+    a token is thought to take what enters and leaves every linear.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], *, device: str, item_bytes: int, mode: CheckpointBlocks) -> None:
+        self.mode = mode
+        self._device = device
+        self._measures = mode == "auto" and device.startswith("cuda")
+        numbers = sum(size for linear in linears.values() for size in _weight_shape(linear))
+        self.bytes_per_token = MARGIN * numbers * item_bytes
+        self._is_shown = False
+        self._peak_bytes = 0
+
+    def checkpoints(self, num_tokens: int) -> bool:
+        """Whether a tick of so many tokens has to compute its blocks again."""
+        if not self._measures:
+            return self.mode == "always"
+        return num_tokens * self.bytes_per_token > USABLE * _free_bytes(self._device)
+
+    def gives_way(self, num_tokens: int) -> bool:
+        """After memory ran out in a tick that wasn't checkpointed: whether one of so many tokens is from now on."""
+        if not self._measures:
+            return False
+        self.bytes_per_token = max(self.bytes_per_token, 1.01 * USABLE * _free_bytes(self._device) / num_tokens)
+        return True
+
+    @contextmanager
+    def observed(self, num_tokens: int, *, kind: Kind, checkpointed: bool) -> Iterator[None]:
+        """Learn from a tick what a token takes; from one that failed, nothing."""
+        if not self._measures or kind != "train" or checkpointed or num_tokens < TELLING_TOKENS:
+            yield
+            return
+        self._peak_bytes = self.peak_bytes()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        taken = (torch.cuda.max_memory_allocated(self._device) - before) / num_tokens
+        self.bytes_per_token = max(self.bytes_per_token, taken) if self._is_shown else taken
+        self._is_shown = True
+
+    def peak_bytes(self) -> int:
+        """The most that was in use over all ticks: of a GPU, or of the process on a CPU."""
+        if not self._device.startswith("cuda"):
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return max(self._peak_bytes, torch.cuda.max_memory_allocated(self._device))
+
+
+def _free_bytes(device: str) -> int:
+    """What the driver has left, and what torch keeps for later."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def _weight_shape(linear: nn.Module) -> tuple[int, ...]:
+    """(out, in) of a plain linear, or as a Conv1D has them; what a quantised one holds packed tells otherwise."""
+    sizes = getattr(linear, "out_features", None), getattr(linear, "in_features", None)
+    return tuple(size for size in sizes if size is not None) or tuple(linear.weight.shape)  # pyright: ignore
