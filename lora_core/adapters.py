@@ -14,7 +14,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from lora_core.config import LoraConfig
+from lora_core.adafactor import lay_out_blocks
+from lora_core.config import LoraConfig, OptimizerKind
 from lora_core.initial import decomposed, initial_a, start_work
 from lora_core.trained_tensors import TensorViews, TrainedTensors
 
@@ -66,7 +67,8 @@ class SiteSpans:
 
 
 class AdapterRow:
-    """The flat vectors of one job: p weights, g gradient, m and v the moments of its optimizer (fp32 [N] each).
+    """The flat vectors of one job: p weights, g gradient, m and v the moments of its optimizer (fp32 [N] each; of
+    Adafactor m is empty, and v holds what `blocks` say).
 
     `compute` holds p in the base model's dtype, which forward and backward read; it is p itself in fp32.
     Where the start is subtracted they read `paired` for the targets: A over A₀ and B beside -B₀ of each.
@@ -82,6 +84,7 @@ class AdapterRow:
         device: str,
         frozen: Mapping[str, Tensor] | None = None,
         trained: TrainedTensors | None = None,
+        optimizer: OptimizerKind = "adamw",
     ) -> None:
         """`frozen`: the base model's weight [O, D] of each target, which only DoRA, PiSSA and OLoRA read."""
         self.targets = targets
@@ -93,13 +96,27 @@ class AdapterRow:
         self.trained = trained or TrainedTensors()
         self.num_lora = self.num_ab + sum(_length(spans.magnitude) for spans in self.spans.values())
         num_numbers = self.num_lora + self.trained.num_numbers
-        self.arena = torch.zeros(4, num_numbers, dtype=torch.float32, device=device)
-        self.p, self.g, self.m, self.v = self.arena.unbind()
+        self.blocks = lay_out_blocks(self._shapes())
+        moments = (num_numbers, num_numbers)
+        if optimizer == "adafactor":
+            moments = (0, self.blocks[-1].memory.stop)
+        sizes = [num_numbers, num_numbers, *moments]
+        self.arena = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self.p, self.g, self.m, self.v = self.arena.split(sizes)
         self.dtype = dtype
         self.compute = self.p if dtype == torch.float32 else torch.zeros_like(self.p, dtype=dtype)
         self.paired = torch.zeros(2 * self.num_ab if lora.subtracts_start else 0, dtype=dtype, device=device)
         self.sites = {name: self._site(name, spans) for name, spans in self.spans.items()}
         self.tensors = self._tensors()
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of all that p holds, in its order."""
+        ranks = [self.spans[target.name].rank for target in self.targets]
+        pairs = list(zip(self.targets, ranks, strict=True))
+        shapes: list[tuple[int, ...]] = [(rank, target.in_features) for target, rank in pairs]
+        shapes += [(target.out_features, rank) for target, rank in pairs]
+        shapes += [(target.out_features,) for target in self.targets if self.lora.use_dora]
+        return shapes + [tensor.shape for tensor in self.trained.tensors]
 
     def _site(self, name: str, spans: SiteSpans) -> SiteViews:
         is_paired = self.lora.subtracts_start

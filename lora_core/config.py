@@ -105,7 +105,7 @@ class LoraConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-OptimizerKind = Literal["adamw", "sgd"]
+OptimizerKind = Literal["adamw", "sgd", "adafactor"]
 OPTIMIZERS: tuple[OptimizerKind, ...] = get_args(OptimizerKind)
 MIN_EPS, MAX_EPS = 1e-37, 1e37
 """What fp32 holds with all its digits. A smaller one is 0 there, and 0 / 0 no number."""
@@ -113,10 +113,13 @@ MIN_EPS, MAX_EPS = 1e-37, 1e37
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) or SGD over the whole adapter; `max_grad_norm` None means no clipping.
+    """AdamW (arXiv 1711.05101), SGD or Adafactor (arXiv 1804.04235); `max_grad_norm` None means no clipping.
 
     `lora_plus_ratio`: the rate of B, and of whatever isn't A, over that of A (LoRA+, arXiv 2402.12354).
     `momentum` belongs to SGD, whose decay is a part of the gradient, as in torch; betas and eps belong to AdamW.
+    Adafactor moves each matrix by at most `learning_rate`, and by no more than 1 / √step, of its root mean square,
+    which is taken to be no less than `scale_floor` (torch's epsilon2: B begins at zero). Step s gives the newest
+    squares the weight s^`beta2_decay`, and an update is held to the root mean square `clip_threshold` (torch's d).
     """
 
     kind: OptimizerKind = "adamw"
@@ -128,6 +131,9 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     momentum: float = 0.0
+    beta2_decay: float = -0.8
+    clip_threshold: float = 1.0
+    scale_floor: float = 1e-3
 
     def __post_init__(self) -> None:
         _require(self.kind in OPTIMIZERS, "optimizer.kind", self.kind, f"one of {', '.join(OPTIMIZERS)}")
@@ -143,6 +149,17 @@ class OptimizerConfig:
         _require(clip_ok, "optimizer.max_grad_norm", self.max_grad_norm, "positive, or none")
         momentum_ok = 0 <= self.momentum < 1 and (self.kind == "sgd" or self.momentum == 0)
         _require(momentum_ok, "optimizer.momentum", self.momentum, "at least 0 and below 1, and 0 without sgd")
+        self._require_adafactor()
+
+    def _require_adafactor(self) -> None:
+        is_own = self.kind == "adafactor"
+        for name, value, usual, is_right, expected in (
+            ("beta2_decay", self.beta2_decay, -0.8, -math.inf < self.beta2_decay <= 0, "at most 0"),
+            ("clip_threshold", self.clip_threshold, 1.0, 1 <= self.clip_threshold < math.inf, "at least 1"),
+            ("scale_floor", self.scale_floor, 1e-3, _is_positive(self.scale_floor), "positive"),
+        ):
+            number_ok = is_right and (is_own or value == usual)
+            _require(number_ok, f"optimizer.{name}", value, f"{expected}, and left out without adafactor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

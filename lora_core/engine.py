@@ -101,6 +101,7 @@ class Engine:
                 device=self.base.device,
                 frozen=frozen,
                 trained=trained,
+                optimizer=config.optimizer.kind,
             )
             best = torch.zeros_like(row.p) if config.keep == "best" else None
             progress = Progress()

@@ -1,13 +1,16 @@
 # pyright: basic
-"""The optimizers, over one flat row: one norm, one clip, one update of each part that has a rate of its own.
+"""The optimizers, over one flat row: one norm, one clip, one update of each part that has a rate of its own (of
+Adafactor, of each matrix: adafactor.py).
 
 The rate is a pure function of the step. What an optimizer remembers lies in the row's m and v, whichever it is.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
+from lora_core.adafactor import Block, adafactor_bounds, adafactor_step
 from lora_core.adapters import AdapterRow
 from lora_core.config import OptimizerConfig, ScheduleConfig
 
@@ -43,7 +46,7 @@ def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: flo
     """Whether the next step can overflow no number of the row, nor one on the way there, nor a factor in fp32."""
     highest = learning_rate * max(1.0, config.lora_plus_ratio)
     largest = float(row.p.abs().max())
-    bounds = _sgd_bounds if config.kind == "sgd" else _adamw_bounds
+    bounds = {"adamw": _adamw_bounds, "sgd": _sgd_bounds, "adafactor": _adafactor_bounds}[config.kind]
     numbers = (norm, *bounds(row, config, largest=largest, highest=highest, norm=norm))
     return all(number < FLOAT32.max for number in numbers)  # false of what is not a number, too
 
@@ -73,12 +76,22 @@ def _sgd_bounds(
     return velocity, largest + highest * velocity, highest, config.weight_decay
 
 
+def _adafactor_bounds(
+    row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+) -> tuple[float, ...]:
+    largest_block = max(math.prod(block.shape) for block in row.blocks)
+    return adafactor_bounds(config, largest_block=largest_block, largest=largest, highest=highest, norm=norm)
+
+
 def optimizer_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
     """Clip, apply one step, clear the gradient. `step` counts from 1; `norm` is that of the gradient."""
     if config.max_grad_norm is not None:
         row.g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
     if config.kind == "sgd":
         _sgd_step(row, config, learning_rate=learning_rate)
+    elif config.kind == "adafactor":
+        rated = _rated_blocks(row, config, learning_rate=learning_rate)
+        adafactor_step(row.p, row.g, row.v, rated, config, step=step)
     else:
         _adamw_step(row, config, step=step, learning_rate=learning_rate)
     row.g.zero_()
@@ -102,3 +115,11 @@ def _sgd_step(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float)
     row.m.mul_(config.momentum).add_(row.g).add_(row.p, alpha=config.weight_decay)
     for part, factor in row.parts(config.lora_plus_ratio):
         row.p[part].add_(row.m[part], alpha=-learning_rate * factor)
+
+
+def _rated_blocks(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float) -> Iterator[tuple[Block, float]]:
+    """No block lies in two parts."""
+    for part, factor in row.parts(config.lora_plus_ratio):
+        for block in row.blocks:
+            if part.start <= block.numbers.start < part.stop:
+                yield block, learning_rate * factor

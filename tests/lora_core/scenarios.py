@@ -163,6 +163,7 @@ def numbers() -> dict[str, Submission]:
     """Other optimizers and schedules, a job that ends early with the weights of an earlier evaluation, noise on
     embeddings and smoothed labels."""
     sgd = config(rank=6, dropout=0.1, batch_size=3, num_steps=5, seed=13, slice_tokens=50)
+    factored = config(rank=3, dropout=0.1, batch_size=3, num_steps=5, seed=17, slice_tokens=40)
     momentum = OptimizerConfig(kind="sgd", learning_rate=0.5, momentum=0.9, weight_decay=0.01, lora_plus_ratio=2.0)
     return {
         "sgd_wsd": Submission(
@@ -172,6 +173,16 @@ def numbers() -> dict[str, Submission]:
                 schedule=ScheduleConfig(kind="wsd", warmup_steps=1, decay_steps=2, num_steps=5),
             ),
             train=dataset(13, [24, 10, 41, 6]),
+        ),
+        "adafactor": Submission(
+            config=replace(
+                factored,
+                lora=replace(factored.lora, use_dora=True),
+                optimizer=OptimizerConfig(
+                    kind="adafactor", learning_rate=0.3, weight_decay=0.01, lora_plus_ratio=2.0, scale_floor=0.05
+                ),
+            ),
+            train=dataset(17, [21, 8, 13, 35]),
         ),
         "noisy_smooth": Submission(
             config=replace(

@@ -58,6 +58,7 @@ RUINS = {
     "adamw at 1e38 unclipped": (rated(1e38, max_grad_norm=None), as_it_is),
     "sgd at 1e30": (rated(1e30, kind="sgd", momentum=0.9), as_it_is),
     "sgd at 1e300": (rated(1e300, kind="sgd", max_grad_norm=1e-30), as_it_is),
+    "adafactor at 1e30": (rated(1e30, kind="adafactor", weight_decay=0.1), as_it_is),
     "alpha of 1e39": (
         Submission(config=replace(GOOD.config, lora=LoraConfig(rank=4, alpha=1e39)), train=GOOD.train),
         as_it_is,
@@ -99,7 +100,7 @@ def solo(base_dirs) -> dict[tuple[str, str], Outcome]:
     return outcomes
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
 def test_a_diverged_job_leaves_its_last_completed_step_from_which_it_goes_on_as_if_nothing_had_been(
     load, tmp_path, optimizer
 ):

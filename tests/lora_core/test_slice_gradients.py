@@ -28,7 +28,7 @@ def trained(base, job: Submission, *, job_tokens: int, num_lanes: int) -> tuple[
     events = []
     while not engine.idle:
         events += engine.tick()
-    return engine._jobs["job"].row.arena[:4].clone(), [event.loss for event in events if hasattr(event, "loss")]
+    return engine._jobs["job"].row.arena.clone(), [event.loss for event in events if hasattr(event, "loss")]
 
 
 @pytest.mark.parametrize("name", JOBS)
