@@ -51,8 +51,8 @@ def adafactor_step(
 ) -> None:
     """One step of each block at its rate; the flat vector g [N] is used up."""
     for block, rate in rated:
-        views = (vector[block.numbers].view(block.shape) for vector in (p, g))
-        _step_block(*views, v[block.memory], config, step=step, rate=rate)
+        p_block, g_block = (vector[block.numbers].view(block.shape) for vector in (p, g))
+        _step_block(p_block, g_block, v[block.memory], config, step=step, rate=rate)
 
 
 def _step_block(p: Tensor, g: Tensor, v: Tensor, config: OptimizerConfig, *, step: int, rate: float) -> None:

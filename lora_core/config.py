@@ -187,17 +187,19 @@ class ScheduleConfig:
         _require(0 <= self.decay_steps <= longest, "schedule.decay_steps", self.decay_steps, expected)
 
 
-ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo", "classification", "reward"]
+ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo", "kto", "classification", "reward"]
+OBJECTIVES: tuple[ObjectiveKind, ...] = get_args(ObjectiveKind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers (preferences.py). A number
-    that the kind doesn't read is refused.
+    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers (preferences.py) or single
+    ones (kto.py). A number that the kind doesn't read is refused.
 
     `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` belongs to DPO, `gamma`, the margin
     that is asked for, to SimPO. `label_smoothing` is DPO's part of pairs taken to be swapped; of supervised jobs it is
-    that of torch's CrossEntropyLoss, in training alone: held-out losses are plain cross-entropies.
+    that of torch's CrossEntropyLoss, in training alone: held-out losses are plain cross-entropies. The weights of
+    desirable and undesirable answers belong to KTO.
     Classification and reward need a base with a head for whole sequences: `num_labels` counts the classes of the
     former, 1 being the regression of a number; `center_rewards_coefficient` holds rewards round 0 (task_pass.py).
     """
@@ -209,10 +211,11 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
     num_labels: int = 1
     center_rewards_coefficient: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        kinds = ("supervised", "dpo", "orpo", "simpo", "classification", "reward")
-        _require(self.kind in kinds, "objective.kind", self.kind, f"one of {', '.join(kinds)}")
+        _require(self.kind in OBJECTIVES, "objective.kind", self.kind, f"one of {', '.join(OBJECTIVES)}")
         _require(_is_positive(self.beta), "objective.beta", self.beta, "positive")
         gamma_ok = math.isfinite(self.gamma) and self.gamma >= 0
         _require(gamma_ok, "objective.gamma", self.gamma, "zero or positive")
@@ -224,20 +227,23 @@ class ObjectiveConfig:
         centre = self.center_rewards_coefficient
         centre_ok = math.isfinite(centre) and centre >= 0
         _require(centre_ok, "objective.center_rewards_coefficient", centre, "zero or positive")
+        for name, weight in (("desirable", self.desirable_weight), ("undesirable", self.undesirable_weight)):
+            _require(_is_positive(weight), f"objective.{name}_weight", weight, "positive")
         self._require_own_numbers()
 
     def _require_own_numbers(self) -> None:
         is_ipo = self.kind == "dpo" and self.loss_type == "ipo"
         reader = "ipo" if is_ipo else self.kind
         smooths = self.kind in ("supervised", "dpo") and not is_ipo
-        for name, value, is_own in (
-            ("gamma", self.gamma, self.kind == "simpo"),
-            ("loss_type", self.loss_type, self.kind == "dpo"),
-            ("label_smoothing", self.label_smoothing, smooths),
-            ("center_rewards_coefficient", self.center_rewards_coefficient, self.kind == "reward"),
+        for name, value, usual, is_own in (
+            ("gamma", self.gamma, 0, self.kind == "simpo"),
+            ("loss_type", self.loss_type, "sigmoid", self.kind == "dpo"),
+            ("label_smoothing", self.label_smoothing, 0, smooths),
+            ("center_rewards_coefficient", self.center_rewards_coefficient, 0, self.kind == "reward"),
+            ("desirable_weight", self.desirable_weight, 1, self.kind == "kto"),
+            ("undesirable_weight", self.undesirable_weight, 1, self.kind == "kto"),
         ):
-            is_left_out = value in (0, "sigmoid")
-            _require(is_own or is_left_out, f"objective.{name}", value, f"left out: {reader} doesn't read it")
+            _require(is_own or value == usual, f"objective.{name}", value, f"left out: {reader} doesn't read it")
 
     @property
     def token_smoothing(self) -> float:
@@ -256,12 +262,17 @@ class ObjectiveConfig:
     @property
     def rows_per_example(self) -> int:
         """A pair is two rows of the data, chosen before rejected, and is never parted."""
-        return 2 if self.is_preference else 1
+        return 2 if self.is_preference and self.kind != "kto" else 1
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the base model, which is computed in the same tick."""
-        return self.kind == "dpo"
+        return self.kind in ("dpo", "kto")
+
+    @property
+    def needs_reference_point(self) -> bool:
+        """Whether the answers of a batch are first put to each other's prompts (unpaired.py)."""
+        return self.kind == "kto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,12 +293,13 @@ class EarlyStoppingConfig:
 class JobConfig:
     """Everything that decides a job's result, besides its data and the base model.
 
-    `batch_size` counts sequences per optimizer step, or pairs of them where the objective is one of preference.
+    `batch_size` counts sequences per optimizer step, or pairs of them where the objective is one over pairs; of KTO it
+    is 2 at least, since each answer is put to another's prompt.
     `slice_tokens` bounds the tokens of one slice; a longer single sequence or pair is a slice of its own. With a
     held-out set the job is always evaluated at step 0 and at the end, and every `evaluate_every_steps` between.
     `keep`: whose weights the job ends with, the last step's, or those of the evaluation after step 0 that had the
     lowest loss (the first of equals). `neftune_alpha`: of the noise on input embeddings in training; 0 is
-    none, and pairs of answers have none. The schedule may be longer than the job, but no shorter.
+    none, and answers that are compared have none. The schedule may be longer than the job, but no shorter.
     """
 
     lora: LoraConfig
@@ -304,7 +316,8 @@ class JobConfig:
     neftune_alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        fewest = 2 if self.objective.needs_reference_point else 1
+        _require(self.batch_size >= fewest, "batch_size", self.batch_size, f"at least {fewest}")
         _require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
         every = self.evaluate_every_steps

@@ -32,6 +32,7 @@ from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
 from lora_core.task_pass import refuse_other_task, trained_tensors
 from lora_core.turns import Kind, Turn, choose, widen
+from lora_core.unpaired import check_unpaired
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
@@ -90,6 +91,8 @@ class Engine:
             check_examples(dataset, config.objective.rows_per_example)
             if config.objective.kind == "classification":
                 check_labels(dataset, config.objective.num_labels)
+            if config.objective.kind == "kto":
+                check_unpaired(dataset)
         targets = choose_targets(self.base.attachment.linears, config.lora)
         trained = trained_tensors(self.base, config)
         with shortage_of(job):

@@ -2,7 +2,7 @@
 """What Engine.tick() reports. No torch here.
 
 Steps count from 1. Losses are nats per supervised token; where the objective is one of preference they are means
-over pairs, `rewards` is there, and token accuracy is that of the chosen answers.
+over pairs, or over single answers, `rewards` is there, and token accuracy is that of the chosen answers of pairs.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewards:
-    """Means over pairs: what the loss compares, the difference, and how often the chosen answer has the greater."""
+    """Means over pairs: what the loss compares, the difference, and how often the chosen answer has the greater.
 
-    chosen: float
-    rejected: float
-    margin: float
+    Of single answers: means over the desirable ones, and over the others; None where there are none of them. Accuracy
+    is how often a reward lies on its side of β · `kl`, the reference point in nats, which pairs don't have.
+    """
+
+    chosen: float | None
+    rejected: float | None
+    margin: float | None
     accuracy: float
+    kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

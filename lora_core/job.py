@@ -7,8 +7,8 @@ depends on the job alone. Only a completed step changes the weights, so a droppe
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,14 +24,16 @@ from lora_core.pack import DropoutKey, SliceInput
 from lora_core.selection import Selection
 from lora_core.slice_gradients import SliceGradients
 from lora_core.turns import Kind
+from lora_core.unpaired import mismatched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
     """A step or an evaluation: its slices (rows of `dataset`), and the labels and tokens of them all.
 
-    The loss is a mean over `num_terms`: labels, or pairs. Token accuracy is one over `num_accuracy_labels`: all
-    labels, or those of the chosen answers.
+    The loss is a mean over `num_terms`: labels, pairs, or single answers. Token accuracy is one over
+    `num_accuracy_labels`: all labels, or those of the chosen answers of pairs. `measures_point`: a pass before a step
+    or an evaluation of KTO, over answers to which another's prompt was put (unpaired.py); then no loss is summed.
     """
 
     kind: Kind
@@ -42,6 +44,7 @@ class Unit:
     num_tokens: int
     num_terms: int
     num_accuracy_labels: int
+    measures_point: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,7 +61,10 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardSums:
-    """Over the pairs of a slice; `num_ordered` of them give the chosen answer the greater reward."""
+    """Over the pairs of a slice; `num_ordered` of them give the chosen answer the greater reward.
+
+    Of single answers the sums are over the desirable ones and over the others.
+    """
 
     chosen: float
     rejected: float
@@ -88,6 +94,7 @@ class Job:
     """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick.
 
     `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
+    `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class Job:
         self._gradients = SliceGradients(row=row)
         self.unit: Unit | None = None
         self.tally = Tally()
+        self.reference_point: float | None = None
         self.pending: list[Event] = self._begin_unit()
 
     @cached_property
@@ -170,6 +178,7 @@ class Job:
             objective=self.config.objective,
             labels=self._labels(unit, index),
             token_types=tuple(unit.dataset.row_token_types(row) for row in unit.slices[index]),
+            reference_point=self.reference_point,
             noise=self._noise(index, [len(ids) for ids, _ in sequences]) if training else None,
         )
 
@@ -183,7 +192,7 @@ class Job:
 
     def _labels(self, unit: Unit, index: int) -> tuple[float, ...]:
         """Of each row of a slice, where rows have some."""
-        if self.config.objective.kind != "classification":
+        if self.config.objective.kind not in ("classification", "kto") or unit.measures_point:
             return ()
         return tuple(unit.dataset.row_label(row) for row in unit.slices[index])
 
@@ -193,7 +202,8 @@ class Job:
         assert unit is not None
         self._gradients.collect(tally.next_slice)
         if not math.isfinite(scores.loss_sum):
-            return self._diverge(f"The loss of {unit.kind} slice {tally.next_slice + 1} is not finite.")
+            what = "distance from the base" if unit.measures_point else "loss"
+            return self._diverge(f"The {what} of {unit.kind} slice {tally.next_slice + 1} is not finite.")
         tally.loss_sum += scores.loss_sum
         tally.num_correct += scores.num_correct
         if scores.rewards is not None:
@@ -203,6 +213,8 @@ class Job:
         tally.next_slice += 1
         if tally.next_slice < len(unit.slices):
             return []
+        if unit.measures_point:
+            return self._begin_unit(reference_point=max(0.0, tally.loss_sum / unit.num_terms))
         return self._finish_step(unit) if unit.kind == "train" else self._finish_evaluation(unit)
 
     def replay_unit(self) -> None:
@@ -257,12 +269,18 @@ class Job:
     def _rewards(self, unit: Unit) -> Rewards | None:
         if not self.config.objective.is_preference:
             return None
-        tally, num_pairs = self.tally, unit.num_terms
+        tally, num_chosen, num_rejected = self.tally, unit.num_terms, unit.num_terms
+        if self.reference_point is not None:
+            num_chosen = sum(unit.dataset.row_label(row) == 1 for part in unit.slices for row in part)
+            num_rejected = unit.num_terms - num_chosen
+        chosen = tally.chosen_sum / num_chosen if num_chosen else None
+        rejected = tally.rejected_sum / num_rejected if num_rejected else None
         return Rewards(
-            chosen=tally.chosen_sum / num_pairs,
-            rejected=tally.rejected_sum / num_pairs,
-            margin=(tally.chosen_sum - tally.rejected_sum) / num_pairs,
-            accuracy=tally.num_ordered / num_pairs,
+            chosen=chosen,
+            rejected=rejected,
+            margin=None if chosen is None or rejected is None else chosen - rejected,
+            accuracy=tally.num_ordered / unit.num_terms,
+            kl=self.reference_point,
         )
 
     def quarantine(self) -> None:
@@ -274,12 +292,13 @@ class Job:
         self.quarantine()
         return [JobDiverged(job=self.name, step=self.step, message=message)]
 
-    def _begin_unit(self) -> list[Event]:
-        self.tally = Tally()
+    def _begin_unit(self, *, reference_point: float | None = None) -> list[Event]:
+        """What is due at this step; of KTO first the pass that measures the reference point of it."""
+        self.tally, self.reference_point = Tally(), reference_point
         if self._evaluation_is_due():
             assert self.valid is not None
             num_examples = self.valid.num_rows // self.config.objective.rows_per_example
-            self.unit = make_unit("evaluate", self.valid, range(num_examples), self.config)
+            self.unit = self._unit("evaluate", self.valid, range(num_examples))
         elif self.step < self.config.num_steps and self._reason_to_stop() is None:
             examples = rows_of_step(
                 num_rows=self.num_examples,
@@ -287,11 +306,17 @@ class Job:
                 seed=self.config.seed,
                 step=self.step,
             )
-            self.unit = make_unit("train", self.train, examples, self.config)
+            self.unit = self._unit("train", self.train, examples)
         else:
             self.unit = None
             return [self._finish()]
         return []
+
+    def _unit(self, kind: Kind, dataset: TokenDataset, examples: Sequence[int]) -> Unit:
+        if self.config.objective.needs_reference_point and self.reference_point is None:
+            others = mismatched(dataset, examples)
+            return replace(make_unit("evaluate", others, range(others.num_rows), self.config), measures_point=True)
+        return make_unit(kind, dataset, examples, self.config)
 
     def _finish(self) -> JobFinished:
         """The row ends with the weights that are kept. Done again after a resume, it changes nothing."""

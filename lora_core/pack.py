@@ -52,8 +52,9 @@ class DropoutKey:
 class SliceInput:
     """One slice of one job: its sequences, which tokens are labels, and each label's weight in the loss.
 
-    With an objective of preference the sequences come in pairs, chosen before rejected, and the weight is that
-    of a pair: its labels' weights follow from the loss.
+    With an objective over pairs the sequences come so, chosen before rejected, and the weight is that of a pair: its
+    labels' weights follow from the loss. With KTO it is that of a sequence, whose label is 1 where it is desirable;
+    without a `reference_point` (nats) the slice is one of those that measure it.
     """
 
     row: AdapterRow
@@ -61,20 +62,24 @@ class SliceInput:
     label_weight: float
     dropout: DropoutKey | None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    labels: tuple[float, ...] = ()  # of each sequence, where they are classified
+    labels: tuple[float, ...] = ()  # of each sequence, where they are classified or KTO's
+    reference_point: float | None = None
     token_types: tuple[np.ndarray | None, ...] = ()
     noise: NoiseKey | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pairs:
-    """The pairs of a segment: each one's weight in the loss, the number of labels of each sequence, and where the
-    same labels begin in the pack of the reference."""
+class Compared:
+    """The answers of a segment, whose loss follows from their log probabilities (answers.py): the weight of a pair or
+    of an answer in the loss, the number of labels of each sequence, and where the same labels begin in the pack of the
+    reference. `labels` and `reference_point` as of the slice."""
 
     objective: ObjectiveConfig
     weight: float
     num_labels: tuple[int, ...]
     reference_start: int
+    labels: tuple[float, ...]
+    reference_point: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +103,7 @@ class Segment:
     dropout: DropoutKey | None
     label_start: int
     label_stop: int
-    pairs: Pairs | None
+    compared: Compared | None
     graded: Graded
     noise: NoiseKey | None
 
@@ -195,7 +200,7 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
                 dropout=part.dropout,
                 label_start=label_start,
                 label_stop=label_stop,
-                pairs=_pairs(part, num_labels, reference_start),
+                compared=_compared(part, num_labels, reference_start),
                 graded=Graded(
                     objective=part.objective,
                     first=first,
@@ -212,14 +217,16 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _pairs(part: SliceInput, num_labels: tuple[int, ...], reference_start: int) -> Pairs | None:
+def _compared(part: SliceInput, num_labels: tuple[int, ...], reference_start: int) -> Compared | None:
     if not part.objective.is_preference or part.objective.grades_sequences:
         return None
-    return Pairs(
+    return Compared(
         objective=part.objective,
         weight=part.label_weight,
         num_labels=num_labels,
         reference_start=reference_start,
+        labels=part.labels,
+        reference_point=part.reference_point,
     )
 
 

@@ -1,8 +1,8 @@
 # pyright: basic
 """One pass of a pack through the base model: forward, and backward when it trains.
 
-Letters: T tokens, L labels, D features, l labels of a segment, P pairs. Where a segment has pairs, a label's
-weight follows from both answers: the head is passed twice, chunk by chunk each time.
+Letters: T tokens, L labels, D features, l labels of a segment, S its sequences. Where the answers of a segment are
+compared, a label's weight follows from the whole of them: the head is passed twice, chunk by chunk each time.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core.answers import AnswerScores, score_answers
 from lora_core.base_model import BaseModel
-from lora_core.job import RewardSums, SliceScores
+from lora_core.job import SliceScores
 from lora_core.objectives import TokenScores, score_labels
-from lora_core.pack import Pack, Pairs, Segment, running
-from lora_core.preferences import Answers, PairScores, score_pairs
+from lora_core.pack import Pack, Segment, running
 from lora_core.task_heads import ENCODERS, positions_of
 from lora_core.task_pass import run_task_evaluation, run_task_training
 from lora_core.trained_heads import head_of, labels_of, loss_by_head, score_by_head
@@ -42,11 +42,11 @@ def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
     reference_L = _reference_losses(base, pack)
     with torch.enable_grad():
         h_LD = hidden_states(base, pack)[pack.label_positions_L]
-        pairs = _pairs_of_segments(base, pack, h_LD, reference_L)
-        weights_L = _label_weights(pack, pairs)
+        answers = _answers_of_segments(base, pack, h_LD, reference_L)
+        weights_L = _label_weights(pack, answers)
         loss, scores = loss_by_head(h_LD, base.head(), pack, weights_L)
         loss.backward()
-    return _by_segment(pack, scores, pairs)
+    return _by_segment(pack, scores, answers)
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
     reference_L = _reference_losses(base, pack)
     h_LD = hidden_states(base, pack)[pack.label_positions_L]
     scores = score_by_head(h_LD, base.head(), pack)
-    pairs = [_score_segment(segment, scores.losses_L[labels_of(segment)], reference_L) for segment in pack.segments]
-    return _by_segment(pack, scores, pairs)
+    answers = [_score_segment(segment, scores.losses_L[labels_of(segment)], reference_L) for segment in pack.segments]
+    return _by_segment(pack, scores, answers)
 
 
 @torch.no_grad()
@@ -71,77 +71,63 @@ def _reference_losses(base: BaseModel, pack: Pack) -> Tensor | None:
 
 
 @torch.no_grad()
-def _pairs_of_segments(
+def _answers_of_segments(
     base: BaseModel, pack: Pack, h_LD: Tensor, reference_L: Tensor | None
-) -> list[PairScores | None]:
-    """The first pass of the head: only over segments that have pairs."""
-    found: list[PairScores | None] = []
+) -> list[AnswerScores | None]:
+    """The first pass of the head: only over segments whose answers are compared."""
+    found: list[AnswerScores | None] = []
     for segment in pack.segments:
         labels = labels_of(segment)
         losses_l = h_LD.new_zeros(0)
-        if segment.pairs is not None:
+        if segment.compared is not None:
             losses_l = score_labels(h_LD[labels], head_of(base.head(), segment.row), pack.labels_L[labels]).losses_L
         found.append(_score_segment(segment, losses_l, reference_L))
     return found
 
 
-def _score_segment(segment: Segment, losses_l: Tensor, reference_L: Tensor | None) -> PairScores | None:
-    pairs = segment.pairs
-    if pairs is None:
+def _score_segment(segment: Segment, losses_l: Tensor, reference_L: Tensor | None) -> AnswerScores | None:
+    compared = segment.compared
+    if compared is None:
         return None
-    reference_P2 = None
-    if pairs.objective.needs_reference:
+    reference_l = None
+    if compared.objective.needs_reference:
         assert reference_L is not None
-        reference_P2 = _logps(reference_L[pairs.reference_start :][: len(losses_l)], pairs)
-    answers = Answers(
-        logps_P2=_logps(losses_l, pairs),
-        reference_P2=reference_P2,
-        num_labels_P2=torch.tensor(pairs.num_labels, dtype=torch.float64).view(-1, 2),
-    )
-    return score_pairs(pairs.objective, answers)
+        reference_l = reference_L[compared.reference_start :][: len(losses_l)]
+    return score_answers(compared, losses_l, reference_l)
 
 
-def _logps(losses_l: Tensor, pairs: Pairs) -> Tensor:
-    """Log probability of each answer, fp64 [P, 2] on the host."""
-    answers = losses_l.double().cpu().split(pairs.num_labels)
-    return -torch.stack([answer.sum() for answer in answers]).view(-1, 2)
-
-
-def _label_weights(pack: Pack, pairs: list[PairScores | None]) -> Tensor:
-    """fp32 [L]: as the pack has them; of a pair's labels, minus the slope of their answer, for cross-entropy is
-    minus the log probability."""
-    if not any(pairs):
+def _label_weights(pack: Pack, answers: list[AnswerScores | None]) -> Tensor:
+    """fp32 [L]: as the pack has them; of an answer's labels, minus its slope, for cross-entropy is minus the log
+    probability."""
+    if not any(answers):
         return pack.label_weights_L
     weights_L = pack.label_weights_L.clone()
-    for segment, scores in zip(pack.segments, pairs, strict=True):
-        if segment.pairs is not None and scores is not None:
-            weights = -segment.pairs.weight * scores.slopes_P2.flatten()
-            weights_l = weights.float().repeat_interleave(torch.tensor(segment.pairs.num_labels))
+    for segment, scores in zip(pack.segments, answers, strict=True):
+        if segment.compared is not None and scores is not None:
+            weights = -segment.compared.weight * scores.slopes_S
+            weights_l = weights.float().repeat_interleave(torch.tensor(segment.compared.num_labels))
             weights_L[segment.label_start : segment.label_stop] = weights_l.to(weights_L.device)
     return weights_L
 
 
-def _by_segment(pack: Pack, scores: TokenScores, pairs: list[PairScores | None]) -> list[SliceScores]:
+def _by_segment(pack: Pack, scores: TokenScores, answers: list[AnswerScores | None]) -> list[SliceScores]:
     losses_L, correct_L = scores.losses_L.double().cpu(), scores.correct_L.cpu()
     return [
-        _slice_scores(segment, losses_L, correct_L, of_pairs)
-        for segment, of_pairs in zip(pack.segments, pairs, strict=True)
+        _slice_scores(segment, losses_L, correct_L, of_answers)
+        for segment, of_answers in zip(pack.segments, answers, strict=True)
     ]
 
 
-def _slice_scores(segment: Segment, losses_L: Tensor, correct_L: Tensor, of_pairs: PairScores | None) -> SliceScores:
+def _slice_scores(
+    segment: Segment, losses_L: Tensor, correct_L: Tensor, of_answers: AnswerScores | None
+) -> SliceScores:
     correct_l = correct_L[segment.label_start : segment.label_stop]
-    if segment.pairs is None or of_pairs is None:
+    if segment.compared is None or of_answers is None:
         loss_sum = float(losses_L[segment.label_start : segment.label_stop].sum())
         return SliceScores(loss_sum=loss_sum, num_correct=int(correct_l.sum()))
-    chosen = correct_l.split(segment.pairs.num_labels)[::2]
-    rewards_P2 = of_pairs.rewards_P2
+    counted = correct_l.split(segment.compared.num_labels)[:: segment.compared.objective.rows_per_example]
     return SliceScores(
-        loss_sum=float(of_pairs.loss_P.sum()),
-        num_correct=sum(int(answer.sum()) for answer in chosen),
-        rewards=RewardSums(
-            chosen=float(rewards_P2[:, 0].sum()),
-            rejected=float(rewards_P2[:, 1].sum()),
-            num_ordered=int((rewards_P2[:, 0] > rewards_P2[:, 1]).sum()),
-        ),
+        loss_sum=of_answers.loss_sum,
+        num_correct=sum(int(answer.sum()) for answer in counted),
+        rewards=of_answers.rewards,
     )

@@ -99,7 +99,7 @@ def submissions(family: str) -> dict[str, Submission]:
 
 
 def preferences() -> dict[str, Submission]:
-    """Pairs of answers of unequal length, cut into slices of one and of several pairs."""
+    """Pairs of answers of unequal length, cut into slices of one and of several pairs; and single ones."""
     return {
         "dpo": Submission(
             config=config(
@@ -126,7 +126,25 @@ def preferences() -> dict[str, Submission]:
             config=config(batch_size=1, num_steps=2, seed=9, objective=ObjectiveConfig(kind="orpo")),
             train=dataset(9, [20, 13, 8, 30]),
         ),
+        "kto": Submission(
+            config=config(
+                dropout=0.1,
+                batch_size=3,
+                num_steps=3,
+                seed=18,
+                evaluate_every_steps=2,
+                slice_tokens=40,
+                objective=ObjectiveConfig(kind="kto", beta=0.4, desirable_weight=1.5),
+            ),
+            train=rated(dataset(18, [17, 6, 28, 11, 34]), "10110"),
+            valid=rated(dataset(61, [9, 26, 13]), "011"),
+        ),
     }
+
+
+def rated(answers: TokenDataset, marks: str) -> TokenDataset:
+    """Each answer with its label: 1 for desirable, else 0."""
+    return replace(answers, labels=np.array([float(mark) for mark in marks], np.float32))
 
 
 def methods() -> dict[str, Submission]:

@@ -218,7 +218,7 @@ def test_rows_that_are_no_pairs_are_refused(load):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "kto"}, {"beta": 0.0}, {"label_smoothing": 0.5}, {"loss_type": "hinge"}, {"gamma": -1.0}]
+    "wrong", [{"kind": "ppo"}, {"beta": 0.0}, {"label_smoothing": 0.5}, {"loss_type": "hinge"}, {"gamma": -1.0}]
 )
 def test_an_objective_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ConfigError, match=f"objective.{next(iter(wrong))}"):
@@ -228,10 +228,12 @@ def test_an_objective_that_makes_no_sense_is_refused(wrong):
 @pytest.mark.parametrize(
     ("field", "value", "others"),
     [
-        ("gamma", 1.0, ["supervised", "dpo", "orpo", "reward"]),
+        ("gamma", 1.0, ["supervised", "dpo", "orpo", "reward", "kto"]),
         ("loss_type", "ipo", ["supervised", "orpo", "simpo", "classification"]),
         ("label_smoothing", 0.1, ["orpo", "simpo", "classification", "reward"]),
-        ("center_rewards_coefficient", 0.1, ["supervised", "dpo", "classification"]),
+        ("center_rewards_coefficient", 0.1, ["supervised", "dpo", "classification", "kto"]),
+        ("desirable_weight", 2.0, ["supervised", "dpo", "orpo"]),
+        ("undesirable_weight", 0.5, ["simpo", "reward", "classification"]),
     ],
 )
 def test_a_number_that_an_objective_does_not_read_is_refused(field, value, others):
