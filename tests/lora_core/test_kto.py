@@ -49,7 +49,7 @@ def as_trl_has_it(logps: Tensor, reference: Tensor, kl_logps: Tensor, kl_referen
         logps_N1 = (kl_logps if input_ids[0, 0] == 9 else logps)[:, None]
         return SimpleNamespace(log_probs=logps_N1, entropy=logps_N1, mean_logits=logps_N1)
 
-    model.training = True
+    model.training = True  # pyright: ignore
     ids, mask = torch.ones(len(logps), 2).long(), torch.tensor([[0, 1]]).repeat(len(logps), 1)
     batch = {"label": desirable, "ref_logps": reference, "ref_KL_logps": kl_reference}
     for prefix, number in (("", 1), ("KL_", 9)):
