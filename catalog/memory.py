@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from catalog.linears import Adapted, linears_of
+from catalog.lora_spec import begins_with_the_base
 
 VECTORS_PER_ROW = 4
 """Parameters, gradient and the two moments of AdamW, all fp32."""
@@ -16,6 +17,9 @@ ACTIVATIONS_PER_FEATURE = 2
 The mask of a job's dropout is beside these: see MASK_BYTES_PER_FEATURE."""
 MASK_BYTES_PER_FEATURE = 1
 """What dropout kept of each input feature of a linear, per token of its job, until the backward."""
+PASSING_NUMBERS_PER_FEATURE = 6
+"""Numbers that a pass without backward has at one time, a token, per feature of the widest linear: a gated
+feed-forward's inputs and outputs, and the residual stream with what a norm makes of it."""
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights that share a scale of one byte, and scales that share one of four (QLoRA, arXiv 2305.14314)."""
@@ -42,9 +46,10 @@ def adapter_parameters(targets: Iterable[Adapted], *, use_dora: bool) -> int:
     )
 
 
-def row_bytes(num_parameters: int) -> int:
-    """One job's row with its gradient and moments."""
-    return VECTORS_PER_ROW * 4 * num_parameters
+def row_bytes(num_parameters: int, precision: str) -> int:
+    """One job's row with its gradient and moments; on a base that is not fp32 also the weights in its dtype."""
+    copy_bytes = 0 if precision == "float32" else BYTES_PER_NUMBER[precision]
+    return (VECTORS_PER_ROW * 4 + copy_bytes) * num_parameters
 
 
 def own_bytes(
@@ -54,22 +59,53 @@ def own_bytes(
     num_parameters: int,
     dropout: float,
     keeps_best: bool = False,
-    keeps_start_in: str | None = None,
+    use_dora: bool = False,
+    init_lora_weights: str | None = None,
+    batch_size: int = 1,
     longest_example: int | None = None,
+    samples: Mapping[str, Any] | None = None,
 ) -> int:
-    """What a job takes wherever it trains: its row; the best weights where it keeps them; with dropout, a slice's
-    mask as if every linear had one; and what its largest slice keeps beyond one of SLICE_TOKENS.
+    """What a job takes wherever it trains, beside its part of a tick. precision: the base's.
 
-    keeps_start_in: the precision in which a start that is subtracted (PiSSA, OLoRA) stands beside the weights.
+    Its row; the best weights where it keeps them; with DoRA norm and factor of each output, as if of every linear;
+    the start that PiSSA and OLoRA subtract, in the base's precision; where a step may have two slices or more, the gradient that each but the first adds to. And whatever is
+    the most beyond a slice of SLICE_TOKENS, for these come one after another: what its start is computed with, what
+    its largest slice keeps (with dropout the masks, as if every linear had one), and the pass of its samples.
+
     longest_example: tokens of its longest row or pair of rows, which is never cut; None where it isn't known. A
     preference's pass of the base alone keeps nothing for a backward and is over before the adapter's begins.
     """
     shapes: Shapes = description.get("linear_shapes", {})
-    slice_tokens = max(SLICE_TOKENS, longest_example or 0)
+    subtracts_start = begins_with_the_base(init_lora_weights)
+    kept = row_bytes(num_parameters, precision)
+    kept += 4 * num_parameters if keeps_best else 0
+    kept += 2 * 4 * sum(out * count for (out, _), count in shapes.values()) if use_dora else 0
+    kept += 2 * num_parameters * BYTES_PER_NUMBER[precision] if subtracts_start else 0
+    kept += 0 if longest_example and batch_size * longest_example <= SLICE_TOKENS else 4 * num_parameters
+    slice_tokens, usual = max(SLICE_TOKENS, longest_example or 0), slice_bytes(description, precision)
     mask = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
-    beyond = (slice_tokens - SLICE_TOKENS) * activation_bytes_per_token(shapes, precision)
-    start = 0 if keeps_start_in is None else 2 * num_parameters * BYTES_PER_NUMBER[keeps_start_in]
-    return row_bytes(num_parameters) + (4 * num_parameters if keeps_best else 0) + start + mask + beyond
+    largest = slice_tokens * activation_bytes_per_token(shapes, precision) + mask
+    start = _start_bytes(description, precision) if subtracts_start else 0
+    return kept + max(largest, start, samples_bytes(shapes, precision, samples)) - usual
+
+
+def samples_bytes(shapes: Shapes, precision: str, samples: Mapping[str, Any] | None) -> int:
+    """What the answers to a job's prompts take at one time: all in one pass that keeps nothing for a backward.
+
+    A prompt has no more tokens than characters, but for those by which a chat template surrounds it.
+    """
+    if samples is None:
+        return 0
+    num_tokens = sum(len(prompt) + int(samples["max_tokens"]) for prompt in samples["prompts"])
+    widest = max((max(shape) for shape, _ in shapes.values()), default=0)
+    return num_tokens * widest * PASSING_NUMBERS_PER_FEATURE * BYTES_PER_NUMBER[precision]
+
+
+def _start_bytes(description: Mapping[str, Any], precision: str) -> int:
+    """To decompose the largest weight: in fp32, with the copy that LAPACK overwrites, both factors, and its work."""
+    cast = 0 if precision == "float32" else 1
+    sizes = ((2 + cast) * rows * columns + min(rows, columns) ** 2 for rows, columns in _matrices(description))
+    return 4 * max(sizes, default=0)
 
 
 def base_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none") -> int:

@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 from catalog import fair_share, fleet, memory, packing
 from catalog.db import Database, read_clock
 from catalog.fair_share import Candidate, Turn
-from catalog.lora_spec import begins_with_the_base
 from catalog.spec import PriorityClass
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
 from catalog.tables import BaseModelRow, Job, Json, Project
@@ -50,6 +49,9 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             Job.spec["keep"].as_string().label("keep"),
             Job.spec["lora"]["init_lora_weights"].as_string().label("start"),
             Job.longest_example,
+            Job.spec["lora"]["use_dora"].as_boolean().label("use_dora"),
+            Job.spec["batch_size"].as_integer().label("batch_size"),
+            Job.spec["samples"].label("samples"),
             Job.counted_attempts,
         )
         .where(Job.state == JobState.QUEUED, is_due)
@@ -75,8 +77,11 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
                 num_parameters=row.adapter_parameters,
                 dropout=row.dropout,
                 keeps_best=row.keep == "best",
-                keeps_start_in=packing.precision_of(row.pack_key) if begins_with_the_base(row.start) else None,
+                use_dora=bool(row.use_dora),
+                init_lora_weights=row.start,
+                batch_size=row.batch_size,
                 longest_example=row.longest_example,
+                samples=row.samples,
             ),
             trainer_bytes=needs[row.base_model, row.pack_key][0],
             slice_bytes=needs[row.base_model, row.pack_key][1],

@@ -153,7 +153,9 @@ class AdapterRow:
     @property
     def num_bytes(self) -> int:
         compute_bytes = 0 if self.compute is self.p else self.compute.nbytes
-        return self.arena.nbytes + compute_bytes + self.paired.nbytes
+        magnitudes = [views.magnitude for views in self.sites.values() if views.magnitude is not None]
+        norm_bytes = sum(magnitude.norm_O.nbytes + magnitude.factor_O.nbytes for magnitude in magnitudes)
+        return self.arena.nbytes + compute_bytes + self.paired.nbytes + norm_bytes
 
     def parts(self, lora_plus_ratio: float) -> tuple[tuple[slice, float], ...]:
         """What has one learning rate: (its numbers, its rate over the job's); in full is trained at the job's own."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from catalog import memory, packing
 from catalog.claims import Claim
-from catalog.lora_spec import begins_with_the_base
 from catalog.records import KEPT_CHECKPOINTS
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
 from catalog.tables import Checkpoint, Json
@@ -66,8 +65,11 @@ class Held:
             num_parameters=job.adapter_parameters,
             dropout=float(lora["dropout"]),
             keeps_best=job.spec.get("keep") == "best",
-            keeps_start_in=job.spec["precision"] if begins_with_the_base(lora.get("init_lora_weights")) else None,
+            use_dora=bool(lora.get("use_dora")),
+            init_lora_weights=lora.get("init_lora_weights"),
+            batch_size=int(job.spec["batch_size"]),
             longest_example=job.longest_example,
+            samples=job.spec.get("samples"),
         )
 
     def outdated(self) -> list[Json]:

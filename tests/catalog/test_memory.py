@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from catalog import memory
@@ -20,12 +22,42 @@ def test_an_adapter_has_rank_times_in_plus_out_numbers_per_target() -> None:
     assert memory.adapter_parameters(adapted, use_dora=True) == 4 * 96 + 8 * 48 + 64 + 16
 
 
-def test_a_row_is_four_vectors_of_fp32() -> None:
-    assert memory.row_bytes(1000) == 16_000
+def own_bytes(
+    description: dict[str, Any], precision: str = "float32", *, longest_example: int = 1, **options: Any
+) -> int:
+    """Of 1,000 parameters, and steps of one slice."""
+    return memory.own_bytes(
+        description, precision, num_parameters=1000, longest_example=longest_example, **{"dropout": 0.0, **options}
+    )
+
+
+def test_a_row_is_four_vectors_of_fp32_and_one_more_in_the_dtype_of_a_base_that_is_not() -> None:
+    assert memory.row_bytes(1000, "float32") == 16_000
+    assert memory.row_bytes(1000, "bfloat16") == 18_000
 
 
 def test_a_job_that_keeps_its_best_weights_has_one_vector_more() -> None:
-    assert memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0, keeps_best=True) == 20_000
+    assert own_bytes({}, keeps_best=True) == 20_000
+
+
+def test_a_step_that_may_have_two_slices_has_a_gradient_more() -> None:
+    assert own_bytes({}, batch_size=4, longest_example=256) == 16_000
+    assert own_bytes({}, batch_size=4, longest_example=257) == 20_000
+    assert memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0) == 20_000, "lengths are not known yet"
+
+
+def test_a_start_and_the_answers_take_their_own_only_where_that_is_more_than_a_slice() -> None:
+    few, many = {"prompts": ["a" * 100], "max_tokens": 28}, {"prompts": ["a" * 2000] * 8, "max_tokens": 128}
+    tall = {"linear_shapes": {"q_proj": [[8192, 64], 1]}}
+    plain = own_bytes({"linear_shapes": SHAPES}, "bfloat16")
+
+    assert own_bytes({"linear_shapes": SHAPES}, "bfloat16", samples=few) == plain
+    slice_bytes = memory.slice_bytes({"linear_shapes": SHAPES}, "bfloat16")
+    answers = 8 * 2128 * 64 * 6 * 2
+    assert own_bytes({"linear_shapes": SHAPES}, "bfloat16", samples=many) == plain + answers - slice_bytes
+    start = 4 * (3 * 8192 * 64 + 64 * 64)
+    begun = own_bytes(tall, "bfloat16", init_lora_weights="pissa")
+    assert begun == own_bytes(tall, "bfloat16") + 4 * 1000 + start - memory.slice_bytes(tall, "bfloat16")
 
 
 @pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
@@ -70,14 +102,14 @@ def test_a_tick_on_a_quantised_base_restores_its_largest_linear() -> None:
 def test_a_job_with_dropout_keeps_a_byte_for_each_input_of_each_linear_and_token_of_its_slice() -> None:
     description = {"linear_shapes": SHAPES}
 
-    assert memory.own_bytes(description, "float32", num_parameters=1000, dropout=0.0) == 16_000
-    assert memory.own_bytes(description, "float32", num_parameters=1000, dropout=0.1) == 16_000 + 1024 * 32 * 4
+    assert own_bytes(description) == 16_000
+    assert own_bytes(description, dropout=0.1) == 16_000 + 1024 * 32 * 4
 
 
 def test_a_start_that_is_subtracted_stands_beside_the_weights_in_the_bases_precision() -> None:
     for precision, width in (("bfloat16", 2), ("float32", 4)):
-        own = memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0, keeps_start_in=precision)
-        assert own == 16_000 + 2 * width * 1000
+        own = own_bytes({}, precision, init_lora_weights="pissa")
+        assert own == own_bytes({}, precision) + 2 * width * 1000
 
 
 @pytest.mark.parametrize(
@@ -89,8 +121,8 @@ def test_bytes_are_readable(num_bytes: int, text: str) -> None:
 
 def test_a_row_or_pair_longer_than_a_slice_brings_its_own_activations() -> None:
     description = {"linear_shapes": SHAPES}
-    usual = memory.own_bytes(description, "bfloat16", num_parameters=1000, dropout=0.0, longest_example=1024)
-    longer = memory.own_bytes(description, "bfloat16", num_parameters=1000, dropout=0.0, longest_example=1500)
+    usual = own_bytes(description, "bfloat16", longest_example=1024)
+    longer = own_bytes(description, "bfloat16", longest_example=1500)
 
-    assert usual == memory.own_bytes(description, "bfloat16", num_parameters=1000, dropout=0.0)
-    assert longer - usual == 476 * memory.activation_bytes_per_token(SHAPES, "bfloat16")
+    assert usual == own_bytes(description, "bfloat16")
+    assert longer - 4 * 1000 - usual == 476 * memory.activation_bytes_per_token(SHAPES, "bfloat16")

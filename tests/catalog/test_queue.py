@@ -149,7 +149,7 @@ def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
     with world.db.read() as session:
         own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in queue.turns(session, now=world.clock())}
 
-    assert own[plain.id] == 16 * plain.adapter_parameters
+    assert own[plain.id] == (16 + 2 + 4) * plain.adapter_parameters  # with a copy in bf16, and a second slice
     assert own[dropping.id] == own[plain.id] + 1024 * (2 * 64 + 2 * 64)
 
 
@@ -267,7 +267,7 @@ def test_a_start_from_the_bases_weights_is_refused_where_those_are_quantised(wor
 
 
 def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World) -> None:
-    plain = world.queued()
+    plain = world.queued(precision="float32")
     begun = world.queued(lora={"init_lora_weights": "pissa"}, precision="float32")
 
     with world.db.read() as session:

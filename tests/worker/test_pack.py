@@ -284,7 +284,7 @@ def exported(site: PackSite, pack: Pack, claim: Claim) -> dict[str, Any]:
 def test_what_the_trainer_will_take_is_not_free_while_it_loads(site: PackSite) -> None:
     claim = site.claim()
     pack = site.loading_pack(claim)
-    row_bytes = 16 * claim.job.adapter_parameters
+    row_bytes = 22 * claim.job.adapter_parameters
     trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
     assert pack.bytes_to_come() == trainer_bytes + row_bytes
 
@@ -312,7 +312,7 @@ def test_each_job_that_is_still_to_come_widens_the_tick_until_it_has_its_size(
     first = [site.queued() for _ in range(2)]
     pack = site.loading_pack(*site.claim_all())
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
-    row_bytes = 16 * first[0].adapter_parameters
+    row_bytes = 22 * first[0].adapter_parameters
     trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
     assert pack.bytes_to_come() == trainer_bytes + 2 * row_bytes + min(1, num_slices - 1) * slice_bytes
 
@@ -332,7 +332,7 @@ def test_a_job_with_dropout_is_still_to_take_its_mask(site: PackSite) -> None:
     pack.admit(dropping)
 
     mask_bytes = 1024 * (2 * 64 + 2 * 64)
-    assert pack.bytes_to_come() == without + 16 * dropping.job.adapter_parameters + mask_bytes
+    assert pack.bytes_to_come() == without + 22 * dropping.job.adapter_parameters + mask_bytes
 
 
 def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(site: PackSite) -> None:

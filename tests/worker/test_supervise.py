@@ -268,7 +268,7 @@ def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
     """A GPU with room for a trainer, three rows and two more slices of its tick."""
     site.context.device = replace(site.context.device, kind="cuda")
     pack = site.loading_pack(site.claim())
-    row_bytes = 16 * site.world.queued(suffix="next").adapter_parameters
+    row_bytes = 22 * site.world.queued(suffix="next").adapter_parameters
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
     free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * row_bytes + 2 * slice_bytes
     monkeypatch.setattr(node, "free_bytes", lambda _: free)
