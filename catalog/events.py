@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from catalog.db import Database
 from catalog.tables import JobEvent, Json
 
 Level = Literal["info", "warn", "error"]
@@ -26,3 +28,11 @@ def add(
 ) -> None:
     """Append one event to the job's log."""
     session.add(JobEvent(job_id=job_id, created_at=now, level=level, type=type, message=message, data=data))
+
+
+def answered_steps(db: Database, job_id: str) -> list[int]:
+    """Steps at which the job's prompts were answered, by what its events hold."""
+    wanted = JobEvent.job_id == job_id, JobEvent.type == "message", JobEvent.data.is_not(None)
+    with db.read() as session:
+        found = session.scalars(select(JobEvent.data).where(*wanted)).all()
+    return sorted({int(data["step"]) for data in found if data and "samples" in data})

@@ -68,9 +68,10 @@ def own_bytes(
     """What a job takes wherever it trains, beside its part of a tick. precision: the base's.
 
     Its row; the best weights where it keeps them; with DoRA norm and factor of each output, as if of every linear;
-    the start that PiSSA and OLoRA subtract, in the base's precision; where a step may have two slices or more, the gradient that each but the first adds to. And whatever is
-    the most beyond a slice of SLICE_TOKENS, for these come one after another: what its start is computed with, what
-    its largest slice keeps (with dropout the masks, as if every linear had one), and the pass of its samples.
+    the start that PiSSA and OLoRA subtract, in the base's precision; where a step may have two slices or more, the
+    gradient that each but the first adds to. And whatever is the most beyond a slice of SLICE_TOKENS, for these come
+    one after another: what its start is computed with, what its largest slice keeps (with dropout the masks, as if
+    every linear had one), and the pass of its samples.
 
     longest_example: tokens of its longest row or pair of rows, which is never cut; None where it isn't known. A
     preference's pass of the base alone keeps nothing for a backward and is over before the adapter's begins.

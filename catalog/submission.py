@@ -110,13 +110,6 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
             _check_kind(file, request.method_type, param)
     _check_rates(request)
     _check_quantisation(session, request, now=now)
-    if validation is None and request.evaluation.samples is not None:
-        raise InvalidRequest(
-            "Prompts are answered at each evaluation, and a job without held-out data has none.",
-            code="samples_need_validation_file",
-            remedy="Give a validation_file, or leave evaluation.samples out.",
-            param="evaluation.samples",
-        )
     for file in (training, validation):
         if file is not None:
             check_data(request.data, known_kind(file.kind), file_id=file.id)
@@ -318,10 +311,11 @@ def _check_held_out(request: JobRequest) -> None:
         ("early_stopping", request.early_stopping is not None),
         ("evaluation.keep", request.evaluation.keep == "best"),
         ("evaluation.every_steps", request.evaluation.every_steps != "auto"),
+        ("evaluation.samples", request.evaluation.samples is not None),
     ):
         if is_asked:
             raise InvalidRequest(
-                f"{field} is about the loss on held-out data, and the job has none.",
+                f"{field} belongs to evaluations on held-out data, and the job has none.",
                 code="validation_file_required",
                 remedy=f"Give a validation_file, or leave {field} out.",
                 param=field,

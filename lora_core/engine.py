@@ -195,6 +195,10 @@ class Engine:
         """(completed steps, steps in all)."""
         return self._jobs[job].step, self._jobs[job].config.num_steps
 
+    def evaluated_step(self, job: str) -> int | None:
+        """The step whose weights the job has, where they were evaluated."""
+        return self._jobs[job].evaluated_step
+
     @property
     def idle(self) -> bool:
         """No job has a slice to compute, or an event or error to report."""

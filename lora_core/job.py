@@ -139,6 +139,17 @@ class Job:
         return self.progress.step
 
     @property
+    def evaluated_step(self) -> int | None:
+        """The step of the row's weights, where they were evaluated; at the end that of the weights that are kept."""
+        progress = self.progress
+        if progress.last_evaluated_step != progress.step:
+            return None
+        return self._kept_step() if self.unit is None else progress.step
+
+    def _kept_step(self) -> int:
+        return self.step if self.best is None else self.progress.selection.best_step
+
+    @property
     def num_bytes(self) -> int:
         best_bytes = 0 if self.best is None else self.best.nbytes
         return self.row.num_bytes + self._gradients.num_bytes + best_bytes
@@ -320,14 +331,12 @@ class Job:
 
     def _finish(self) -> JobFinished:
         """The row ends with the weights that are kept. Done again after a resume, it changes nothing."""
-        kept_step = self.step
         if self.best is not None:
-            kept_step = self.progress.selection.best_step
             self.row.p.copy_(self.best)
             self.row.refresh_compute()
         is_early = self.step < self.config.num_steps
         reason = self._reason_to_stop() if is_early else None
-        return JobFinished(job=self.name, step=self.step, kept_step=kept_step, stopped_early=reason)
+        return JobFinished(job=self.name, step=self.step, kept_step=self._kept_step(), stopped_early=reason)
 
     def _reason_to_stop(self) -> str | None:
         return self.progress.selection.reason_to_stop(self.config.early_stopping)

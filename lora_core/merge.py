@@ -246,7 +246,12 @@ def _lora_layers(adapted: PeftModel, model: nn.Module) -> list[LoraLayer]:
     weights = [*map(_weight, layers), *(weight for module in replaced for weight in module.parameters())]
     for weight in weights:
         if owners.count(weight.data_ptr()) > 1:
-            raise _bad("it adapts a layer whose weight another layer shares (tied embeddings), so it can't be merged")
+            raise BadAdapter(
+                "The adapter is not merged: it changes the output head, whose weight this base model shares with its "
+                "embeddings. A merged model would have them tied again, and be another than was trained.",
+                remedy="Serve the adapter beside the base model, as PEFT loads it. For one that merges, train without "
+                "the head: leave it out of modules_to_save and target_modules.",
+            )
     return layers
 
 

@@ -43,7 +43,8 @@ def quantization_config(quantisation: Literal["nf4", "int8"], dtype: torch.dtype
     """NF4 with double quantisation as in QLoRA (arXiv 2305.14314), or int8 by rows (arXiv 2208.07339).
 
     Without the outlier columns of the latter (threshold 0): bitsandbytes looks for them in all tokens of a tick,
-    so a packmate's activations would decide how a job's are rounded.
+    so a packmate's activations would decide how a job's are rounded. Its int8 product casts the inputs to fp16,
+    whatever the dtype: what exceeds 65,504 becomes infinite, and such a job ends as one that diverged.
     """
     if quantisation == "nf4":
         return BitsAndBytesConfig(

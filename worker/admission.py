@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from catalog import claims, prepared
+from catalog import claims, events, prepared
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim
 from catalog.spec import JobSpec
@@ -37,6 +37,7 @@ def bring_files(
         "job_id": job.id,
         "base_name": job.base_model,
         "spec": job.spec,
+        "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
         "asks_as_chat": _went_through_template(context, job.train_prepared),
         "num_steps": job.num_steps,
         "evaluate_every_steps": spec.evaluate_every_steps or max(1, math.ceil(job.num_steps / 10)),

@@ -43,6 +43,7 @@ class Listener:
             "admitted": self._admitted,
             "checkpointed": self._checkpointed,
             "checkpoint_failed": self._checkpoint_failed,
+            "finished": self._finished,
             "sampled": self._sampled,
             "unsampled": self._unsampled,
             "paused": self._paused,
@@ -88,6 +89,12 @@ class Listener:
     def _checkpoint_failed(self, held: Held, event: Json) -> Next:
         message = f"{event['error']['message']} No checkpoint was written."
         claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        return Next.GO_ON
+
+    def _finished(self, held: Held, event: Json) -> Next:
+        """That it ended early is on its progress while the adapter is verified."""
+        progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
+        claims.record_progress(self._context.db, held.claim.claim_id, progress)
         return Next.GO_ON
 
     def _sampled(self, held: Held, event: Json) -> Next:

@@ -168,6 +168,13 @@ class Trainer:
             num_parameters=self._engine.num_parameters(claim_id),
             steps_per_epoch=train.num_rows / config.objective.rows_per_example / config.batch_size,
         )
+        self._answer_what_is_owed(claim_id, body)
+
+    def _answer_what_is_owed(self, claim_id: str, body: Json) -> None:
+        """A job that was told to leave amid its answers has evaluated that step, and won't again."""
+        step = self._engine.evaluated_step(claim_id)
+        if step is not None and step not in body["answered_steps"]:
+            self._sample({claim_id: step})
 
     def _asks(self, claim_id: str, body: Json) -> bool:
         """Make the job's prompts ready. False where they can't be answered, which refuses the job."""

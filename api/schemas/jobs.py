@@ -150,7 +150,7 @@ class FineTuningJob(BaseModel):
     status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
     phase: Literal["loading", "training", "verifying"] | None = Field(
         description="Of a running job. loading: no trainer has ever taken it yet; verifying: all its steps are done, "
-        "and PEFT checks the adapter. Null in any other state."
+        "or it ended early, and PEFT checks the adapter. Null in any other state."
     )
     reason: str | None = Field(description="Why the last attempt ended.")
     model: str
@@ -276,8 +276,9 @@ def _phase(row: Job) -> str | None:
         return None
     if row.started_at is None:
         return "loading"
-    step = (row.progress or {}).get("step", 0)
-    return "verifying" if row.num_steps and step >= row.num_steps else "training"
+    progress = row.progress or {}
+    is_trained = row.num_steps and progress.get("step", 0) >= row.num_steps
+    return "verifying" if is_trained or progress.get("stopped_early") else "training"
 
 
 def _seconds(value: float | None) -> int | None:

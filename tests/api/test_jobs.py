@@ -63,6 +63,8 @@ def test_a_running_job_tells_whether_it_loads_trains_or_verifies(client: TestCli
     assert phase() == "training"
     claims.record_progress(world.db, claim.claim_id, {"step": 10, "num_steps": 10})
     assert phase() == "verifying"
+    claims.record_progress(world.db, claim.claim_id, {"step": 6, "num_steps": 10, "stopped_early": "No progress."})
+    assert phase() == "verifying"
     world.complete(claim.claim_id)
     assert phase() is None
 

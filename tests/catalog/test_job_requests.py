@@ -242,7 +242,7 @@ def test_prompts_need_held_out_data_and_are_bounded(world: World) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(evaluation={"samples": samples})
 
-    assert (refusal.value.code, refusal.value.param) == ("samples_need_validation_file", "evaluation.samples")
+    assert (refusal.value.code, refusal.value.param) == ("validation_file_required", "evaluation.samples")
     job = world.submit(evaluation={"samples": samples}, validation_file=world.file())
     assert job.spec["samples"] == samples
     for wrong in ({"prompts": []}, {"prompts": ["a"] * 9}, {"prompts": [" "]}, {"prompts": ["a"], "max_tokens": 129}):

@@ -159,8 +159,10 @@ def test_an_adapter_on_a_tied_head_is_refused(tied_dir, tmp_path):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
 
-    with pytest.raises(BadAdapter, match="shares"):
+    with pytest.raises(BadAdapter, match="shares") as caught:
         merge_adapter(tmp_path / "adapter", tied_dir, tmp_path / "merged")
+
+    assert "beside the base model" in caught.value.remedy
 
 
 def test_a_weight_that_is_not_finite_is_refused(tied_dir, adapter_of, tmp_path):

@@ -1,0 +1,117 @@
+"""A job that leaves amid its answers gives them when it comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from catalog import claims
+from catalog.spec import JobRequest, resolve
+from tests import tiny_base
+from tests.worker.pack_site import PackSite, said, tell
+from worker.token_file import TokenFile
+from worker.train_entry import Trainer
+from worker.trainer_directory import InboxReader, InboxWriter, TrainerDirectory
+
+CLAIM = "claim-1"
+PROMPTS = {"prompts": ["What colour is the lorry?"], "max_tokens": 3}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> TrainerDirectory:
+    base_dir = str(tiny_base.make(tmp_path / "base"))
+    settings = {"base_dir": base_dir, "dtype": "float32", "quantisation": "none", "device": "cpu"}
+    directory = TrainerDirectory.create(tmp_path / "trainer", settings)
+    directory.job_path(CLAIM).mkdir(parents=True)
+    with TokenFile(directory.job_path(CLAIM) / "tokens.safetensors") as tokens:
+        for row in range(4):
+            tokens.add_row(np.arange(20, dtype=np.int32) + row, (np.arange(20) >= 10).astype(np.uint8))
+        tokens.finish()
+    return directory
+
+
+@pytest.fixture
+def trainer(directory: TrainerDirectory) -> Iterator[Trainer]:
+    trainer = Trainer(directory)
+    trainer._load()
+    yield trainer
+    trainer._events.close()
+
+
+def body(**more: Any) -> dict[str, Any]:
+    """Of the `admit` message of a job of three steps, which is evaluated at each."""
+    asked = {"model": "tiny", "training_file": "f", "validation_file": "v", "evaluation": {"samples": PROMPTS}}
+    spec = resolve(JobRequest.model_validate(asked), num_rows=4, max_positions=256, seed=1)
+    tokens = f"jobs/{CLAIM}/tokens.safetensors"
+    return {
+        **{"claim_id": CLAIM, "base_name": "tiny", "spec": spec.model_dump(mode="json"), "train": tokens},
+        **{"valid": tokens, "num_steps": 3, "evaluate_every_steps": 1, "checkpoint_every_steps": 9},
+        **{"resume": None, "answered_steps": [], "asks_as_chat": True, **more},
+    }
+
+
+def answered(events: list[dict[str, Any]]) -> list[int]:
+    return [event["step"] for event in events if event["type"] == "sampled"]
+
+
+def paused_amid(trainer: Trainer, directory: TrainerDirectory, *, step: int) -> list[dict[str, Any]]:
+    """What is said of a job that is paused while it answers at that step."""
+    trainer._admit(body())
+    while trainer._engine.progress(CLAIM)[0] < step:
+        trainer._tick()
+    InboxWriter(directory).send("pause", claim_id=CLAIM)
+    while CLAIM in trainer._residents:
+        trainer._tick()
+    return said(directory)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_answers_that_a_pause_cut_off_are_given_after_the_resume_and_only_those(
+    trainer: Trainer, directory: TrainerDirectory, step: int
+) -> None:
+    before = paused_amid(trainer, directory, step=step)
+    saved = before[-1]
+    assert (saved["type"], saved["step"]) == ("paused", step)
+    assert answered(before) == list(range(step))
+
+    trainer._admit(body(resume=saved["folder"], answered_steps=answered(before)))
+    owed = said(directory)[len(before) :]
+
+    assert [event["type"] for event in owed] == ["admitted", "sampled"]
+    assert answered(owed) == [step]
+    trainer._evict(CLAIM)
+    trainer._admit(body(resume=saved["folder"], answered_steps=answered([*before, *owed])))
+    assert said(directory)[-1]["type"] == "admitted"
+
+
+def test_a_trainer_is_told_which_answers_are_on_record(site: PackSite) -> None:
+    claim = site.claim(validation_file=site.world.file(), evaluation={"samples": PROMPTS})
+    pack = site.pack(claim)
+    tell(pack, claim, "sampled", step=2, samples=[{"prompt": "a", "answer": "b", "num_tokens": 1, "is_complete": True}])
+    claims.record_event(site.db, claim.claim_id, "info", "Of something else.", {"step": 1})
+    pack.hear()
+
+    pack._held[claim.claim_id].is_handed_over = False
+    pack.hand_over()
+
+    (message,) = InboxReader(pack.directory).take()
+    assert message.body["answered_steps"] == [2]
+    assert json.dumps(message.body)
+
+
+@pytest.mark.parametrize("reason", ["The loss did not fall.", None])
+def test_a_job_that_ended_early_is_on_record_as_such_while_it_is_verified(site: PackSite, reason: str | None) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+
+    tell(pack, claim, "finished", step=6, kept_step=4, stopped_early=reason)
+    pack.hear()
+
+    progress = site.world.job(claim.job.id).progress
+    assert progress is not None
+    assert progress["stopped_early"] == reason
