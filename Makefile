@@ -1,5 +1,5 @@
 # What a person does with this repository. `make` alone lists it.
-# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… PYTEST_ARGS=… BENCH_ARGS=…
+# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test test-slow bench check lock clean \
@@ -9,6 +9,10 @@
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 SET_UP := pyproject.toml requirements.lock .ci/set-up
+
+# Processes that share out the files of tests, in their order; 0 for none beside pytest's own. Each brings its own servers.
+TEST_PROCESSES ?= 2
+SHARED_OUT = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Threads that spin while they wait make everything else on the machine slow.
 OMP_WAIT_POLICY ?= PASSIVE
@@ -32,7 +36,7 @@ up: .venv/.installed-demo
 	$(BIN)/lorry up
 
 test: .venv/.installed
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS)
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow $(PYTEST_ARGS)

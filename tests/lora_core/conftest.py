@@ -11,12 +11,29 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lora_core.base_import import import_base
 from lora_core.base_model import BaseModel, load_base
+from lora_core.probe import Invariance, measure_invariance
 from tests.lora_core.scenarios import VOCAB
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second engine that a test makes on a base takes over what the first has found of it: the probe of a tiny base
+    costs more than many a job. test_probe.py turns this off."""
+    known: list[tuple[BaseModel, Invariance]] = []
+
+    def measure(base: BaseModel) -> Invariance:
+        for probed, verdict in known:
+            if probed is base:
+                return verdict
+        known.append((base, measure_invariance(base)))
+        return known[-1][1]
+
+    monkeypatch.setattr("lora_core.engine.measure_invariance", measure)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,19 @@
-"""Small jobs by number: each a mixture of whatever a job may ask for, over a few short rows."""
+"""Small jobs by number: each a mixture of whatever a job may ask for, over a few short rows.
+
+What changes the way of computing goes round with the number, at steps of different length: so the first six have all
+of it, and 420 every combination of any two. The rest is drawn.
+"""
 
 from random import Random
 
-from lora_core.config import JobConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import (
+    EarlyStoppingConfig,
+    JobConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from tests.lora_core.scenarios import Submission, dataset
 
 TARGETS = {
@@ -11,37 +22,63 @@ TARGETS = {
 }
 OBJECTIVES = (
     ObjectiveConfig(),
-    ObjectiveConfig(),
-    ObjectiveConfig(),
     ObjectiveConfig(kind="dpo", beta=0.5, label_smoothing=0.1),
-    ObjectiveConfig(kind="dpo", loss_type="ipo", beta=0.3),
+    ObjectiveConfig(label_smoothing=0.1),
     ObjectiveConfig(kind="orpo"),
+    ObjectiveConfig(),
     ObjectiveConfig(kind="simpo", beta=2.0, gamma=1.0),
+    ObjectiveConfig(kind="dpo", loss_type="ipo", beta=0.3),
 )
+STARTS = ("default", "gaussian", "pissa", "default", "olora", "pissa_niter_2")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+OPTIMIZERS = ("adamw", "sgd", "adamw")
+HEAD = {"modules_to_save": ("lm_head",)}
+TOKENS = {"trainable_token_indices": (300, 2, 17, *range(100, 140))}
+IN_FULL = {  # where head and embeddings are one matrix, a job trains either
+    "llama": ({}, HEAD, TOKENS, {}, HEAD | TOKENS),
+    "gpt2": ({}, HEAD, TOKENS, {}, TOKENS),
+}
+KEEPS = ("best", "last", "last")
+STOPPED_EARLY = (False, False, True, False)
+NOISES = (5.0, 0.0)
+STEPS = (3, 2, 3, 1, 2)
+BATCH_SIZES = (3, 1, 4, 2)
+SLICES = (1, 30, 1024)
+"""Tokens of a slice: 1 makes each row, or pair, a slice of its own; with three of them their order can be told."""
 
 
 def drawn_job(family: str, number: int) -> Submission:
     """A job of one to three steps; the same number gives the same job."""
     draw = Random(number)
-    num_steps = draw.randint(1, 3)
+    num_steps = turn(STEPS, number)
     longest = draw.choice([5, 25])
     lengths = [draw.randint(2, longest) for _ in range(draw.choice([4, 6]))]
+    objective, keep = turn(OBJECTIVES, number), turn(KEEPS, number)
+    early_stopping = _early_stopping(draw) if turn(STOPPED_EARLY, number) else None
+    is_by_the_held_out = keep == "best" or early_stopping is not None
     config = JobConfig(
-        lora=_lora(draw, family),
-        optimizer=_optimizer(draw),
-        schedule=_schedule(draw, num_steps),
-        batch_size=draw.randint(1, 3),
+        lora=_lora(draw, family, number),
+        optimizer=_optimizer(draw, number),
+        schedule=_schedule(draw, num_steps, number),
+        batch_size=turn(BATCH_SIZES, number),
         num_steps=num_steps,
         seed=draw.randrange(1000),
-        evaluate_every_steps=draw.choice([None, 1, 2]),
-        slice_tokens=draw.choice([1, 30, 1024]),
-        objective=draw.choice(OBJECTIVES),
+        evaluate_every_steps=1 if is_by_the_held_out else draw.choice([None, 1, 2]),
+        slice_tokens=turn(SLICES, number),
+        objective=objective,
+        early_stopping=early_stopping,
+        keep=keep,
+        neftune_alpha=0.0 if objective.is_preference else turn(NOISES, number // 2),
     )
-    valid = dataset(number + 1, lengths[:2]) if draw.random() < 0.4 else None
+    valid = dataset(number + 1, lengths[:2]) if is_by_the_held_out or draw.random() < 0.4 else None
     return Submission(config=config, train=dataset(number, lengths), valid=valid)
 
 
-def _lora(draw: Random, family: str) -> LoraConfig:
+def turn(choices: tuple, number: int):
+    return choices[number % len(choices)]
+
+
+def _lora(draw: Random, family: str, number: int) -> LoraConfig:
     return LoraConfig(
         rank=draw.choice([1, 3, 4, 8]),
         alpha=draw.choice([4.0, 9.0]),
@@ -49,20 +86,30 @@ def _lora(draw: Random, family: str) -> LoraConfig:
         target_modules=draw.choice(TARGETS[family]),
         use_rslora=draw.choice([False, True]),
         use_dora=draw.choice([False, False, True]),
+        init_lora_weights=turn(STARTS, number),
+        **turn(IN_FULL[family], number),
     )
 
 
-def _optimizer(draw: Random) -> OptimizerConfig:
+def _optimizer(draw: Random, number: int) -> OptimizerConfig:
+    kind = turn(OPTIMIZERS, number)
     return OptimizerConfig(
-        learning_rate=draw.choice([1e-3, 3e-2]),
+        kind=kind,
+        learning_rate=draw.choice([1e-3, 3e-2]) if turn(KEEPS, number) == "last" else 0.1,  # soon too far
         lora_plus_ratio=draw.choice([1.0, 8.0]),
         beta2=draw.choice([0.99, 0.999]),
+        momentum=draw.choice([0.5, 0.9]) if kind == "sgd" else 0.0,
         weight_decay=draw.choice([0.0, 0.1]),
         max_grad_norm=draw.choice([None, 0.5]),
     )
 
 
-def _schedule(draw: Random, num_steps: int) -> ScheduleConfig:
-    return ScheduleConfig(
-        kind=draw.choice(["constant", "linear", "cosine"]), warmup_steps=draw.randint(0, 1), num_steps=num_steps
-    )
+def _schedule(draw: Random, num_steps: int, number: int) -> ScheduleConfig:
+    kind = turn(SCHEDULES, number)
+    warmup_steps = draw.randint(0, 1)
+    decay_steps = draw.randint(0, num_steps - warmup_steps) if kind == "wsd" else 0
+    return ScheduleConfig(kind=kind, warmup_steps=warmup_steps, decay_steps=decay_steps, num_steps=num_steps)
+
+
+def _early_stopping(draw: Random) -> EarlyStoppingConfig:
+    return EarlyStoppingConfig(patience=1, min_delta=draw.choice([0.0, 5.0]))

@@ -11,6 +11,11 @@ from lora_core.engine import Engine
 from lora_core.errors import UnsupportedModel
 
 
+@pytest.fixture
+def probed_once() -> None:
+    """Here each engine probes."""
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_thread_and_sizes_of_64_give_bitwise_equality(load, family, dtype):

@@ -71,8 +71,6 @@ def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[byt
     [
         ("llama", "bfloat16", JOB),
         ("gpt2", "float32", JOB),
-        ("llama", "float32", JOB),
-        ("gpt2", "bfloat16", JOB),
         ("llama", "float32", PAIRS),
         ("llama", "float32", numbers()["sgd_wsd"]),
         ("gpt2", "bfloat16", numbers()["noisy_smooth"]),

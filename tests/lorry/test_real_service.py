@@ -13,6 +13,7 @@ import pytest
 from lorry import Conflict, InvalidRequest, Lorry, NotFound
 from tests import tiny_base
 from tests.lorry.test_up import up
+from tests.services.running import free_port
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -31,7 +32,8 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 
-    with up(data_dir) as (process, _), Lorry(data_dir=data_dir) as client:
+    port = str(free_port())  # test_up.py may take the usual one in another process at this moment
+    with up(data_dir, "--port", port) as (process, _), Lorry(data_dir=data_dir) as client:
         assert json.loads(run("models", "add", "tiny", base, "--json"))["state"] == "ready"
         flags = "--rank 4 --learning-rate 0.01 --epochs 1 --batch-size 8 --seed 3 --suffix try --watch --json"
         lines = run("jobs", "submit", "tiny", train, "--valid", valid, *flags.split()).splitlines()

