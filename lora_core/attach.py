@@ -1,8 +1,8 @@
 # pyright: basic
 """Makes the linears of a base model serve packs, and takes that back without a trace.
 
-Each linear, and each norm of rms_norm.py, gets its own `forward` on the instance: no module is replaced, no
-name or parameter changes.
+Each linear, each norm of rms_norm.py and each block gets its own `forward` on the instance: no module is replaced,
+no name or parameter changes.
 Outside a running pack an attached linear computes exactly what it did before; a norm does anyway.
 """
 
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core import attention
 from lora_core.adapters import Target
+from lora_core.blocks import find_blocks, pass_block
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
 from lora_core.kernels import Kernels, choose_kernels
@@ -115,6 +116,7 @@ class Attachment:
         self.linears = find_linears(model)
         self.kernels = kernels or choose_kernels(model.device, model.dtype)
         self.segment_op = SegmentOp(self.kernels.lora)
+        self.blocks = find_blocks(model)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._norms = faster_norms(model)
         self._blocks = blocks_of(model)
@@ -130,6 +132,8 @@ class Attachment:
             norm.forward = forward
         for block in self._blocks:
             block.forward = partial(forward_block, block)
+        for number, block in enumerate(self.blocks.modules):
+            block.forward = partial(pass_block, partial(forward_block, block), number)
         pooler = getattr(self.model.base_model, "pooler", None)
         if pooler is not None:
             pooler.forward = partial(forward_pooler, pooler)
@@ -140,7 +144,7 @@ class Attachment:
 
     def detach(self) -> None:
         patched = [*self.linears.values(), self.model.get_input_embeddings(), *(norm for norm, _ in self._norms)]
-        patched += self._blocks
+        patched += dict.fromkeys([*self._blocks, *self.blocks.modules])
         pooler = getattr(self.model.base_model, "pooler", None)
         for module in patched if pooler is None else [*patched, pooler]:
             del module.forward

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 from lora_core.errors import ConfigError
@@ -351,6 +352,8 @@ class EngineConfig:
     where they are more than one. `num_lanes`: parts of a tick that are
     computed side by side on a CPU, each with one thread (lanes.py). `checkpoint_blocks`: whether ticks keep only what
     enters each block and compute it again in the backward: "always", "never", or "auto", where memory asks for it.
+    `prefix_memory_bytes` and `prefix_disk_bytes`: how much is kept of what the blocks below a job's lowest adapter
+    give, in the host's memory and on the disk of `prefix_folder` (prefixes.py); with neither nothing is.
     """
 
     token_budget: int = 1024
@@ -358,6 +361,9 @@ class EngineConfig:
     job_tokens: int = 1024
     num_lanes: int = 1
     checkpoint_blocks: Literal["auto", "always", "never"] = "auto"
+    prefix_memory_bytes: int = 0
+    prefix_disk_bytes: int = 0
+    prefix_folder: Path | None = None
 
     def __post_init__(self) -> None:
         _require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
@@ -366,6 +372,11 @@ class EngineConfig:
         _require(_is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
         known = ("auto", "always", "never")
         _require(self.checkpoint_blocks in known, "checkpoint_blocks", self.checkpoint_blocks, "auto, always or never")
+        memory_bytes, disk_bytes, folder = self.prefix_memory_bytes, self.prefix_disk_bytes, self.prefix_folder
+        _require(memory_bytes >= 0, "prefix_memory_bytes", memory_bytes, "zero or positive")
+        _require(disk_bytes >= 0, "prefix_disk_bytes", disk_bytes, "zero or positive")
+        folder_ok = disk_bytes == 0 or (folder is not None and folder.is_dir())
+        _require(folder_ok, "prefix_folder", folder, "a folder that exists, or prefix_disk_bytes must be 0")
 
 
 def _canonical(value: object) -> object:

@@ -28,6 +28,7 @@ from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training
+from lora_core.prefixes import PrefixCounts, Prefixes, by_entry
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
 from lora_core.task_pass import refuse_other_task, trained_tensors
@@ -60,6 +61,7 @@ class Engine:
             item_bytes=base.dtype.itemsize,
             mode=config.checkpoint_blocks,
         )
+        self._prefixes = Prefixes(base, config, invariance=self.invariance)
 
     def admit(
         self,
@@ -112,7 +114,17 @@ class Engine:
                 expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
                 progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
         starting = None if resume_from is not None else row.starting(config.seed)
-        admitted = Job(job, config, row=row, train=train, valid=valid, progress=progress, best=best, starting=starting)
+        admitted = Job(
+            job,
+            config,
+            row=row,
+            train=train,
+            valid=valid,
+            progress=progress,
+            best=best,
+            starting=starting,
+            entry_block=self._prefixes.entry_block(row),
+        )
         with shortage_of(job, part="start"):
             admitted.go_on_starting(START_WORK)
         admitted.served = self._least_served()
@@ -153,6 +165,7 @@ class Engine:
     def evict(self, job: str) -> None:
         """Forget a job at any tick boundary; its row's memory is free at once, and after the last a GPU's as well."""
         del self._jobs[job]
+        self._prefixes.leave(job)
         self._too_large = [error for error in self._too_large if error.job != job]
         assert self.base.attachment is not None
         self.base.attachment.segment_op.forget()
@@ -200,6 +213,11 @@ class Engine:
         return self._jobs[job].evaluated_step
 
     @property
+    def prefixes(self) -> PrefixCounts:
+        """What frozen prefixes have cost and saved so far."""
+        return self._prefixes.counts()
+
+    @property
     def idle(self) -> bool:
         """No job has a slice to compute, or an event or error to report."""
         return not self._too_large and all(job.unit is None and not job.pending for job in self._jobs.values())
@@ -222,7 +240,6 @@ class Engine:
         where a packmate fails."""
         jobs = [self._jobs[turn.job] for turn in turns]
         sizes = list(chain(*tokens))
-        lanes = split(sizes, num_lanes=self.config.num_lanes)
         checkpointed = turns[0].kind == "train" and self._activations.checkpoints(sum(sizes))
         started = time.perf_counter()
         try:
@@ -231,6 +248,8 @@ class Engine:
                 self._activations.observed(sum(sizes), kind=turns[0].kind, checkpointed=checkpointed),
             ):
                 slices = [part for job, own in zip(jobs, tokens, strict=True) for part in job.next_slices(len(own))]
+                costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
+                lanes = split(costs, num_lanes=self.config.num_lanes)
                 scores = iter(self._run_lanes(lanes, slices, turns[0].kind, checkpointed=checkpointed))
         except torch.OutOfMemoryError as error:
             if turns[0].kind == "train" and not checkpointed and self._activations.gives_way(sum(sizes)):
@@ -241,7 +260,7 @@ class Engine:
         growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
         self._largest_tick = min(self.config.token_budget, self._largest_tick + growth)
         if turns[0].kind == "train":
-            fullest = max(sum(sizes[index] for index in lane) for lane in lanes)
+            fullest = max(sum(costs[index] for index in lane) for lane in lanes)
             self._learn_rates(sum(sizes), fullest, time.perf_counter() - started)
         for job, own in zip(jobs, tokens, strict=True):
             job.served += sum(own)
@@ -256,8 +275,12 @@ class Engine:
         run = run_training if kind == "train" else run_evaluation
 
         def compute(lane: list[int]) -> list[SliceScores]:
-            pack = build_pack([slices[index] for index in lane], device=self.base.device)
-            return run(self.base, replace(pack, is_checkpointed=checkpointed))
+            found: dict[int, SliceScores] = {}
+            for group in by_entry(lane, slices):
+                parts = [slices[index] for index in group]
+                pack = self._prefixes.entered(build_pack(parts, device=self.base.device), parts)
+                found |= zip(group, run(self.base, replace(pack, is_checkpointed=checkpointed)), strict=True)
+            return [found[index] for index in lane]
 
         scores = dict(zip(chain(*lanes), chain(*self._lanes.run(compute, lanes)), strict=True))
         return [scores[index] for index in range(len(slices))]

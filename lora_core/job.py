@@ -21,6 +21,7 @@ from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobS
 from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.pack import DropoutKey, SliceInput
+from lora_core.passage import Entry
 from lora_core.selection import Selection
 from lora_core.slice_gradients import SliceGradients
 from lora_core.turns import Kind
@@ -95,6 +96,7 @@ class Job:
 
     `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
     `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
+    `entry_block`: where its sequences may enter the base (prefixes.py); 0 where nothing is kept of them.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Job:
         progress: Progress,
         best: Tensor | None = None,
         starting: Iterator[int] | None = None,
+        entry_block: int = 0,
     ) -> None:
         """starting: what fills the row, in pieces; None where it is filled."""
         self.name = name
@@ -119,6 +122,7 @@ class Job:
         self.served = 0
         self.best = best
         self.starting = starting
+        self.entry_block = entry_block
         self._gradients = SliceGradients(row=row)
         self.unit: Unit | None = None
         self.tally = Tally()
@@ -191,7 +195,24 @@ class Job:
             token_types=tuple(unit.dataset.row_token_types(row) for row in unit.slices[index]),
             reference_point=self.reference_point,
             noise=self._noise(index, [len(ids) for ids, _ in sequences]) if training else None,
+            entry=self._entry(unit),
         )
+
+    def _entry(self, unit: Unit) -> Entry | None:
+        """None where training adds noise below any block, or nothing would be passed twice.
+
+        The last epoch keeps nothing, nor does a pass that puts answers to others' prompts.
+        """
+        config = self.config
+        if not self.entry_block or (unit.kind == "train" and config.neftune_alpha):
+            return None
+        last_epoch = (config.num_steps * config.batch_size - 1) // self.num_examples
+        keeps = self.step * config.batch_size // self.num_examples < last_epoch
+        if unit.kind == "evaluate":
+            keeps = self.step < config.num_steps and not unit.measures_point
+        elif not last_epoch and not config.objective.needs_reference:
+            return None
+        return Entry(block=self.entry_block, job=self.name, keeps=keeps)
 
     def _noise(self, slice_index: int, lengths: list[int]) -> NoiseKey | None:
         alpha = self.config.neftune_alpha

@@ -20,6 +20,7 @@ from lora_core.config import ObjectiveConfig
 from lora_core.counter_random import coin_flips
 from lora_core.kernels import Kernels
 from lora_core.neftune import NoiseKey
+from lora_core.passage import Entry, Passage
 
 ROW_MULTIPLE = 16
 
@@ -66,6 +67,7 @@ class SliceInput:
     reference_point: float | None = None
     token_types: tuple[np.ndarray | None, ...] = ()
     noise: NoiseKey | None = None
+    entry: Entry | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,13 +134,19 @@ class Pack:
     token_types: Tensor | None = None
     is_pooled: bool = False  # segments count sequences, not tokens
     is_checkpointed: bool = False  # the backward computes each block's forward again (recompute.py)
+    passage: Passage | None = None
 
 
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
     """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
     compared = [part for part in slices if part.objective.needs_reference]
-    reference = _concatenated(compared, (), device=device) if compared else None
+    reference = bare_pack(compared, device=device) if compared else None
     return replace(_concatenated(slices, _segments(slices), device=device), reference=reference)
+
+
+def bare_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
+    """The sequences alone, without the adapters of their jobs."""
+    return _concatenated(slices, (), device=device)
 
 
 def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *, device: str) -> Pack:

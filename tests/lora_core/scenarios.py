@@ -294,8 +294,8 @@ def weights(engine: Engine, job: str) -> Tensor:
     return engine._jobs[job].row.p
 
 
-def run_alone(base: BaseModel, submission: Submission, *, token_budget: int = 4096) -> Outcome:
-    engine = Engine(base, EngineConfig(token_budget=token_budget))
+def run_alone(base: BaseModel, submission: Submission, *, token_budget: int = 4096, **options) -> Outcome:
+    engine = Engine(base, EngineConfig(token_budget=token_budget, **options))
     admit(engine, "job", submission)
     events: list[Event] = []
     while not engine.idle:
@@ -309,10 +309,13 @@ def rename(events: list[Event], job: str) -> tuple[Event, ...]:
 
 
 def run_elastically(
-    base: BaseModel, jobs: dict[str, Submission], *, token_budget: int, seed: int, victim: str, num_lanes: int = 1
+    base: BaseModel, jobs: dict[str, Submission], *, token_budget: int, seed: int, victim: str, **options
 ) -> dict[str, Outcome]:
-    """Shuffled joins at every other tick; the finished leave at once; `victim` is evicted after one step."""
-    engine = Engine(base, EngineConfig(token_budget=token_budget, num_lanes=num_lanes))
+    """Shuffled joins at every other tick; the finished leave at once; `victim` is evicted after one step.
+
+    options: further ones of the engine.
+    """
+    engine = Engine(base, EngineConfig(token_budget=token_budget, **options))
     order = sorted(jobs)
     random.Random(seed).shuffle(order)
     events: list[Event] = []
