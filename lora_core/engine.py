@@ -114,17 +114,8 @@ class Engine:
                 expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
                 progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
         starting = None if resume_from is not None else row.starting(config.seed)
-        admitted = Job(
-            job,
-            config,
-            row=row,
-            train=train,
-            valid=valid,
-            progress=progress,
-            best=best,
-            starting=starting,
-            entry_block=self._prefixes.entry_block(row),
-        )
+        admitted = Job(job, config, row=row, train=train, valid=valid, progress=progress, best=best, starting=starting)
+        admitted.entry_block = self._prefixes.entry_block(row)
         with shortage_of(job, part="start"):
             admitted.go_on_starting(START_WORK)
         admitted.served = self._least_served()

@@ -110,7 +110,6 @@ class Job:
         progress: Progress,
         best: Tensor | None = None,
         starting: Iterator[int] | None = None,
-        entry_block: int = 0,
     ) -> None:
         """starting: what fills the row, in pieces; None where it is filled."""
         self.name = name
@@ -122,7 +121,7 @@ class Job:
         self.served = 0
         self.best = best
         self.starting = starting
-        self.entry_block = entry_block
+        self.entry_block = 0
         self._gradients = SliceGradients(row=row)
         self.unit: Unit | None = None
         self.tally = Tally()

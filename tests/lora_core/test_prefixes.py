@@ -76,11 +76,13 @@ def is_as_alone(engine: Engine, name: str, base: BaseModel, job: Submission) -> 
 def test_keeping_prefixes_changes_no_bit_in_any_company(load, tmp_path, family, dtype, kept, num_lanes):
     base = load(family, dtype)
     jobs = {name: submissions(family)[name] for name in ("plain", "top_only", "dora_dropout", "dpo")} | upper_jobs()
+    kto = submissions(family)["kto"]
+    jobs["kto"] = replace(kto, config=top(kto.config))
     alone = {name: run_alone(base, job) for name, job in jobs.items()}
     disk = {"prefix_folder": tmp_path}
     options = {
         "memory": AMPLE,
-        "disk": disk | {"prefix_disk_bytes": 1 << 24},
+        "disk": disk | {"prefix_disk_bytes": 1 << 24, "checkpoint_blocks": "always"},
         "some": disk | {"prefix_memory_bytes": ROOM_FOR_SOME, "prefix_disk_bytes": ROOM_FOR_SOME},
     }[kept]
 
@@ -103,11 +105,11 @@ def rows_by_block(monkeypatch) -> Counter[str]:
     counted: Counter[str] = Counter()
     forward = attach.forward_linear
 
-    def counting(linear, name, anchor, x):
+    def counting(linear, name, anchor, segment_op, x):
         for number in "01":
             if name.endswith((f"layers.{number}.self_attn.q_proj", f"h.{number}.attn.c_attn")):
                 counted[number] += x.shape[-2]
-        return forward(linear, name, anchor, x)
+        return forward(linear, name, anchor, segment_op, x)
 
     monkeypatch.setattr(attach, "forward_linear", counting)
     return counted
