@@ -18,18 +18,26 @@ HIGHEST_RATE = 1.0
 DEFAULT_DECAY_RATIO = 0.2
 """Of wsd: where arXiv 2405.18392 finds it as good as a cosine."""
 
-OptimizerType = Literal["adamw", "sgd"]
+OptimizerType = Literal["adamw", "sgd", "adafactor"]
+OWN_NUMBERS: dict[OptimizerType, tuple[str, ...]] = {
+    "adamw": ("beta1", "beta2", "eps"),
+    "sgd": ("momentum",),
+    "adafactor": ("beta2_decay", "clip_threshold", "scale_floor"),
+}
+"""Of each type, what no other reads."""
 ScheduleType = Literal["constant", "linear", "cosine", "wsd"]
 Keep = Literal["last", "best"]
 
 
 class OptimizerRequest(Strict):
-    """AdamW (arXiv 1711.05101), or SGD with momentum as torch has it."""
+    """AdamW (arXiv 1711.05101), or SGD with momentum or Adafactor (arXiv 1804.04235) as torch has them."""
 
     type: OptimizerType = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=HIGHEST_RATE, allow_inf_nan=False)] | Auto = Field(
         default="auto",
-        description=f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier; sgd needs one of them.",
+        description=(
+            f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier; sgd and adafactor need one of them."
+        ),
     )
     lora_plus_ratio: PositiveFloat = Field(
         default=1.0, description="Rate of B, and of all but A, over that of A (LoRA+, arXiv 2402.12354)."
@@ -38,8 +46,21 @@ class OptimizerRequest(Strict):
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Of adamw.")
     eps: float = Field(default=1e-8, ge=1e-37, le=1e37, description="Of adamw; what fp32 holds with all its digits.")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="Of sgd.")
+    beta2_decay: float = Field(
+        default=-0.8, ge=-10, le=0, description="Of adafactor: step s gives its squares the weight s^beta2_decay."
+    )
+    clip_threshold: float = Field(
+        default=1.0, ge=1, le=1e6, description="Of adafactor: an update is held to this root mean square (torch's d)."
+    )
+    scale_floor: PositiveFloat = Field(
+        default=1e-3,
+        description=(
+            "Of adafactor: the root mean square that a matrix is taken to have at least (torch's epsilon2). B begins "
+            "at zero, and moves by no more than the rate times this until it has grown."
+        ),
+    )
     weight_decay: float = Field(
-        default=0.0, ge=0, le=1, description="Of adamw apart from the gradient, of sgd a part of it."
+        default=0.0, ge=0, le=1, description="Of sgd a part of the gradient, of the others apart from it."
     )
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="Clip the job's gradient to this norm; null: never."
@@ -47,10 +68,10 @@ class OptimizerRequest(Strict):
 
     @model_validator(mode="after")
     def _numbers_of_its_own(self) -> OptimizerRequest:
-        others = ("beta1", "beta2", "eps") if self.type == "sgd" else ("momentum",)
-        for name in others:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{self.type} has no {name}: leave it out, or choose the other type of optimizer")
+        for owner, names in OWN_NUMBERS.items():
+            for name in names if owner != self.type else ():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{self.type} has no {name}: leave it out, or choose type '{owner}'")
         return self
 
 
@@ -124,6 +145,9 @@ class OptimizerSpec(Strict):
     max_grad_norm: float | None
     lora_plus_ratio: float = 1.0
     momentum: float = 0.0
+    beta2_decay: float = -0.8
+    clip_threshold: float = 1.0
+    scale_floor: float = 1e-3
 
 
 class ScheduleSpec(Strict):

@@ -11,7 +11,7 @@ from catalog.linears import Adapted, linears_of
 from catalog.lora_spec import begins_with_the_base
 
 VECTORS_PER_ROW = 4
-"""Parameters, gradient and the two moments of AdamW, all fp32."""
+"""Parameters, gradient and the two moments of AdamW, all fp32. SGD's row is as large, and Adafactor's about half."""
 ACTIVATIONS_PER_FEATURE = 2
 """Numbers kept for the backward per input feature of a linear: its input, and what norms and activations keep.
 The mask of a job's dropout is beside these: see MASK_BYTES_PER_FEATURE."""
@@ -46,10 +46,25 @@ def adapter_parameters(targets: Iterable[Adapted], *, use_dora: bool) -> int:
     )
 
 
-def row_bytes(num_parameters: int, precision: str) -> int:
-    """One job's row with its gradient and moments; on a base that is not fp32 also the weights in its dtype."""
+def row_bytes(num_parameters: int, precision: str, *, optimizer: str = "adamw", lowest_rank: int = 1) -> int:
+    """One job's row with its gradient and what its optimizer remembers; on a base that is not fp32 also the weights in
+    its dtype.
+
+    Adafactor remembers in + out + 2r numbers for the r · (in + out) of a layer, and with DoRA out more; r is no larger
+    than half of in + out where it makes sense, so 3/r of the parameters is enough: a row of rank 16 takes 9 bytes a
+    parameter and not 16, beside that copy. lowest_rank: of the job's layers.
+    """
     copy_bytes = 0 if precision == "float32" else BYTES_PER_NUMBER[precision]
-    return (VECTORS_PER_ROW * 4 + copy_bytes) * num_parameters
+    vectors = 4 * num_parameters * VECTORS_PER_ROW
+    if optimizer == "adafactor":
+        vectors = 4 * (2 * num_parameters + min(2 * num_parameters, math.ceil(3 * num_parameters / lowest_rank)))
+    return vectors + copy_bytes * num_parameters
+
+
+def lowest_rank(lora: Mapping[str, Any]) -> int:
+    """Of a job's record, pattern or not."""
+    by_pattern: Mapping[str, int] = lora.get("rank_pattern") or {}
+    return min([int(lora["rank"]), *by_pattern.values()])
 
 
 def own_bytes(
@@ -64,6 +79,8 @@ def own_bytes(
     batch_size: int = 1,
     longest_example: int | None = None,
     samples: Mapping[str, Any] | None = None,
+    optimizer: str = "adamw",
+    lowest_rank: int = 1,
 ) -> int:
     """What a job takes wherever it trains, beside its part of a tick. precision: the base's.
 
@@ -78,7 +95,7 @@ def own_bytes(
     """
     shapes: Shapes = description.get("linear_shapes", {})
     subtracts_start = begins_with_the_base(init_lora_weights)
-    kept = row_bytes(num_parameters, precision)
+    kept = row_bytes(num_parameters, precision, optimizer=optimizer, lowest_rank=lowest_rank)
     kept += 4 * num_parameters if keeps_best else 0
     kept += 2 * 4 * sum(out * count for (out, _), count in shapes.values()) if use_dora else 0
     kept += 2 * num_parameters * BYTES_PER_NUMBER[precision] if subtracts_start else 0

@@ -28,6 +28,14 @@ CLIENT_RETRY_SECONDS = 600
 """An identical body, marked by the client as a retry, is the same submission for so long."""
 MAX_KEY_CHARS = 255
 PURPOSE = "fine-tune"
+NO_USUAL_RATE = {
+    "sgd": ("SGD", "ten to a thousand times that of adamw is common"),
+    "adafactor": (
+        "Adafactor",
+        "it is the largest share of its own size by which a matrix moves in a step, and 0.01 to 0.5 is common",
+    ),
+}
+"""By the type of the optimizer: its name, and what helps to choose."""
 INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry[quant]'), and start that worker again."
 """The remedy where no worker has bitsandbytes."""
 
@@ -286,11 +294,13 @@ def _check_quantisation(session: Session, request: JobRequest, *, now: float) ->
 def _check_rates(request: JobRequest) -> None:
     """The rate may be given twice where both say the same, as in a copy of a job's own numbers."""
     multiplier, rate = request.numbers().learning_rate_multiplier, request.optimizer.learning_rate
-    if request.optimizer.type == "sgd" and multiplier == "auto" and rate == "auto":
+    optimizer = request.optimizer.type
+    if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
+        name, hint = NO_USUAL_RATE[optimizer]
         raise InvalidRequest(
-            "SGD has no usual learning rate.",
+            f"{name} has no usual learning rate.",
             code="learning_rate_required",
-            remedy="Give optimizer.learning_rate; ten to a thousand times that of adamw is common.",
+            remedy=f"Give optimizer.learning_rate; {hint}.",
             param="optimizer.learning_rate",
         )
     if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):

@@ -27,15 +27,19 @@ class Lora(TypedDict, total=False):
 
 
 class Optimizer(TypedDict, total=False):
-    """`learning_rate` is the peak rate. beta1, beta2 and eps are adamw's, momentum is sgd's."""
+    """`learning_rate` is the peak rate. beta1, beta2 and eps are adamw's, momentum is sgd's; beta2_decay,
+    clip_threshold and scale_floor are adafactor's."""
 
-    type: Literal["adamw", "sgd"]
+    type: Literal["adamw", "sgd", "adafactor"]
     learning_rate: float | Auto
     lora_plus_ratio: float
     beta1: float
     beta2: float
     eps: float
     momentum: float
+    beta2_decay: float
+    clip_threshold: float
+    scale_floor: float
     weight_decay: float
     max_grad_norm: float | None
 

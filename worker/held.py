@@ -70,6 +70,8 @@ class Held:
             batch_size=int(job.spec["batch_size"]),
             longest_example=job.longest_example,
             samples=job.spec.get("samples"),
+            optimizer=job.spec["optimizer"].get("type", "adamw"),
+            lowest_rank=memory.lowest_rank(lora),
         )
 
     def outdated(self) -> list[Json]:

@@ -96,6 +96,9 @@ class OptimizerObject(BaseModel):
     max_grad_norm: float | None
     lora_plus_ratio: float
     momentum: float
+    beta2_decay: float
+    clip_threshold: float
+    scale_floor: float
 
 
 class ScheduleObject(BaseModel):

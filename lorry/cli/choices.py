@@ -52,6 +52,7 @@ class Optimizer(StrEnum):
 
     adamw = "adamw"
     sgd = "sgd"
+    adafactor = "adafactor"
 
 
 class Loss(StrEnum):

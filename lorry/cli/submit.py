@@ -122,7 +122,7 @@ def submit(
     schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
     warmup: Warmup = None,
     decay: Annotated[float | None, _option(TRAINING, "Of wsd: part of all steps in which the rate falls.")] = None,
-    optimizer: Annotated[Optimizer | None, _option(TRAINING, "sgd needs a --learning-rate.")] = None,
+    optimizer: Annotated[Optimizer | None, _option(TRAINING, "sgd and adafactor need a --learning-rate.")] = None,
     weight_decay: Annotated[float | None, _option(TRAINING, "Of the optimizer.")] = None,
     epochs: Annotated[int | None, _option(TRAINING, "Passes over the training file.")] = None,
     max_steps: Annotated[int | None, _option(TRAINING, "End after so many optimizer steps.")] = None,

@@ -105,10 +105,12 @@ def test_a_learning_rate_and_its_multiplier_say_the_same(
     assert (spec["learning_rate_multiplier"], spec["optimizer"]["learning_rate"]) == pytest.approx(found)
 
 
-def test_sgd_needs_a_learning_rate_of_its_own(world: World) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_sgd_and_adafactor_need_a_learning_rate_of_their_own(world: World, optimizer: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        world.submit(optimizer={"type": "sgd"})
+        world.submit(optimizer={"type": optimizer})
     assert (refusal.value.code, refusal.value.param) == ("learning_rate_required", "optimizer.learning_rate")
+    assert world.submit(optimizer={"type": optimizer, "learning_rate": 0.1}).id
 
     spec = world.submit(optimizer={"type": "sgd", "momentum": 0.9}, hyperparameters={"learning_rate_multiplier": 500.0})
     assert spec.spec["optimizer"]["learning_rate"] == pytest.approx(0.1)
@@ -195,6 +197,9 @@ def test_targets_that_match_nothing_are_refused_with_those_that_exist(world: Wor
         {"optimizer": {"eps": 1e-46}},
         {"optimizer": {"eps": 1e39}},
         {"optimizer": {"type": "sgd", "beta1": 0.8}},
+        {"optimizer": {"type": "adafactor", "learning_rate": 0.1, "momentum": 0.9}},
+        {"optimizer": {"type": "sgd", "learning_rate": 0.1, "scale_floor": 0.1}},
+        {"optimizer": {"beta2_decay": -0.5}},
         {"schedule": {"decay_ratio": 0.2}},
         {"schedule": {"type": "wsd", "warmup_ratio": 0.3, "decay_ratio": 0.8}},
         {"schedule": {"type": "wsd", "warmup_ratio": 0.9}},

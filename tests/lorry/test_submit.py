@@ -24,6 +24,7 @@ NUMBERS = "method.supervised.hyperparameters"
 NO_OPTION = {
     "evaluation.samples",
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "momentum", "max_grad_norm")),
+    *(f"optimizer.{name}" for name in ("beta2_decay", "clip_threshold", "scale_floor")),
     "early_stopping.min_delta",
     *(f"method.{method}.hyperparameters.learning_rate_multiplier" for method in METHOD_NUMBERS),
     "method.dpo.hyperparameters.loss_type",

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from catalog.memory import SLICE_TOKENS, TICK_TOKENS
 from catalog.spec import JobRequest, JobSpec, resolve
-from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig
+from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
 from lora_core.optim import learning_rate_at
 from worker.plan import engine_config, job_config
 
@@ -58,6 +58,17 @@ def test_the_course_of_training_reaches_the_engine() -> None:
 
     assert (config.optimizer.kind, config.optimizer.momentum) == ("sgd", 0.9)
     assert (config.early_stopping, config.keep) == (EarlyStoppingConfig(patience=3, min_delta=0.5), "best")
+
+
+def test_adafactor_reaches_the_engine_with_its_own_numbers() -> None:
+    asked = {"type": "adafactor", "learning_rate": 0.1, "beta2_decay": -0.5, "clip_threshold": 2, "scale_floor": 0.05}
+
+    spec = resolve(request(optimizer=asked), num_rows=10, max_positions=None, seed=1)
+
+    found = job_config(spec, num_steps=2, evaluate_every_steps=None).optimizer
+    assert found == OptimizerConfig(
+        kind="adafactor", learning_rate=0.1, beta2_decay=-0.5, clip_threshold=2, scale_floor=0.05
+    )
 
 
 def test_smoothing_and_noise_reach_the_engine() -> None:

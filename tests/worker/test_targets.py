@@ -65,3 +65,25 @@ def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_
         longest_example=1,
     )
     assert row.num_bytes <= counted_bytes <= 1.15 * row.num_bytes
+
+
+@pytest.mark.parametrize("shape", [{}, {"rank": 1}, {"rank": 32, "use_dora": True, "rank_pattern": {"q_proj": 9}}])
+def test_what_adafactor_saves_is_counted_and_never_more_than_it_does(shape: dict[str, Any], tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        modules = find_linears(AutoModelForCausalLM.from_config(config))
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": shape})
+    spec = resolve(request, num_rows=100, max_positions=None, seed=1)
+    lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
+    targets = choose_targets(modules, lora)
+    row = AdapterRow(targets, lora, dtype=torch.float32, device="meta", optimizer="adafactor")
+
+    counted = memory.row_bytes(
+        row.num_parameters, "float32", optimizer="adafactor", lowest_rank=memory.lowest_rank(spec.lora.model_dump())
+    )
+
+    assert row.num_bytes <= counted <= memory.row_bytes(row.num_parameters, "float32")
+    assert counted <= 1.35 * row.num_bytes
+    if lora.rank > 1:
+        assert counted < 0.75 * memory.row_bytes(row.num_parameters, "float32")
