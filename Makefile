@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow bench check lock clean \
+.PHONY: help demo up test test-slow bench bench-gpu check lock clean \
 	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
@@ -25,6 +25,7 @@ help:
 	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
 	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
+	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
 	@echo "make check       lint, format, types, import rules, migrations, documents"
 	@echo "make lock        write requirements.lock anew from the newest releases"
 	@echo "make clean       remove .venv and all caches"
@@ -43,6 +44,9 @@ test-slow: .venv/.installed
 
 bench: .venv/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-gpu: .venv/.installed-bench
+	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 # `make -k check` goes on after a part that failed.
 check: check-lint check-format check-types check-imports check-migrations check-documents

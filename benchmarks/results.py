@@ -43,20 +43,34 @@ class Result:
         self.findings.append(Finding(what=what, figure=float(f"{figure:.4g}"), unit=unit, goal=goal))
 
 
-def write(result: Result, folder: Path, *, note: str | None, load_before: float) -> Path:
-    """NAME_MACHINE_YYYYMM.json; a later run of the same month takes its place."""
+def write(
+    result: Result,
+    folder: Path,
+    *,
+    note: str | None,
+    load_before: float,
+    module: str = "benchmarks",
+    gpu: dict[str, Any] | None = None,
+) -> Path:
+    """NAME_MACHINE_YYYYMM.json; a later run of the same month takes its place. The machine is its GPU, if one was used.
+
+    `module` is what was run; `gpu` has at least a `name`.
+    """
     now = datetime.now(UTC)
     content = {
         "theme": result.theme,
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "date": now.date().isoformat(),
         "note": note,
-        "machine": machine() | {"load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2)},
+        "machine": machine()
+        | ({"gpu": gpu} if gpu else {})
+        | {"load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2)},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         **{name: value for name, value in asdict(result).items() if name != "theme"},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result.theme}_{psutil.cpu_count()}-core-cpu_{now:%Y%m}.json"
+    hardware = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()) if gpu else f"{psutil.cpu_count()}-core-cpu"
+    path = folder / f"{result.theme}_{hardware}_{now:%Y%m}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return path
 

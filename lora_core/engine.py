@@ -55,7 +55,7 @@ class Engine:
         if base.attachment is None:
             base.attachment = Attachment(base.model)
         self.invariance: Invariance = measure_invariance(base)
-        self._activations = ActivationMemory(
+        self.activations = ActivationMemory(
             base.attachment.linears,
             device=base.device,
             item_bytes=base.dtype.itemsize,
@@ -223,7 +223,7 @@ class Engine:
         return {
             "base_bytes": self.base.num_bytes,
             "rows_bytes": rows_bytes,
-            "peak_bytes": self._activations.peak_bytes(),
+            "peak_bytes": self.activations.peak_bytes(),
         }
 
     def _compute(self, turns: list[Turn], tokens: list[tuple[int, ...]]) -> None:
@@ -231,19 +231,19 @@ class Engine:
         where a packmate fails."""
         jobs = [self._jobs[turn.job] for turn in turns]
         sizes = list(chain(*tokens))
-        checkpointed = turns[0].kind == "train" and self._activations.checkpoints(sum(sizes))
+        checkpointed = turns[0].kind == "train" and self.activations.checkpoints(sum(sizes))
         started = time.perf_counter()
         try:
             with (
                 shortage_named(),
-                self._activations.observed(sum(sizes), kind=turns[0].kind, checkpointed=checkpointed),
+                self.activations.observed(sum(sizes), kind=turns[0].kind, checkpointed=checkpointed),
             ):
                 slices = [part for job, own in zip(jobs, tokens, strict=True) for part in job.next_slices(len(own))]
                 costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
                 lanes = split(costs, num_lanes=self.config.num_lanes)
                 scores = iter(self._run_lanes(lanes, slices, turns[0].kind, checkpointed=checkpointed))
         except torch.OutOfMemoryError as error:
-            if turns[0].kind == "train" and not checkpointed and self._activations.gives_way(sum(sizes)):
+            if turns[0].kind == "train" and not checkpointed and self.activations.gives_way(sum(sizes)):
                 self._replay(jobs)
             else:
                 self._split_after_out_of_memory(jobs, sizes, error)

@@ -21,13 +21,15 @@ VARLEN_PARAMETERS = {"window_size", "enable_gqa", "scale"}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
     """`lora`: of the adapters' products, segment by segment or one launch for all (segment_op.py). `attention`:
-    sequence by sequence (attention.py) or all in one launch, where that kernel fits (varlen.py).
+    sequence by sequence (attention.py) or all in one launch, where that kernel fits (varlen.py). `elementwise`: norms
+    and gated activations, operation by operation or compiled into one.
 
     `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
     """
 
     lora: Literal["loop", "grouped_mm"] = "loop"
     attention: Literal["sequences", "varlen"] = "sequences"
+    elementwise: Literal["eager", "compiled"] = "eager"
     reasons: tuple[str, ...] = ()
 
 

@@ -61,11 +61,14 @@ class ActivationMemory:
     def __init__(self, linears: dict[str, nn.Module], *, device: str, item_bytes: int, mode: CheckpointBlocks) -> None:
         self.mode = mode
         self._device = device
-        self._measures = mode == "auto" and device.startswith("cuda")
         numbers = sum(size for linear in linears.values() for size in _weight_shape(linear))
         self.bytes_per_token = MARGIN * numbers * item_bytes
         self._is_shown = False
         self._peak_bytes = 0
+
+    @property
+    def _measures(self) -> bool:
+        return self.mode == "auto" and self._device.startswith("cuda")
 
     def checkpoints(self, num_tokens: int) -> bool:
         """Whether a tick of so many tokens has to compute its blocks again."""

@@ -1,0 +1,168 @@
+"""Who takes turns on one base: the engine with many jobs, PEFT with one, and the frozen products alone.
+
+One process and one copy of the base serve all, so that they alternate and the card holds nothing twice. A turn
+reports seconds by the clock of the host, taken when the device has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from benchmarks.contenders import pad
+from benchmarks.gpu.load import LEARNING_RATE, Load
+from benchmarks.gpu.shapes import block_weights
+from benchmarks.workload import batches
+from lora_core.attach import Attachment
+from lora_core.base_model import BaseModel
+from lora_core.config import EngineConfig
+from lora_core.engine import Engine
+from lora_core.events import JobStepped
+from lora_core.kernels import Kernels
+from lora_core.recompute import CheckpointBlocks
+
+Report = dict[str, Any]
+
+
+class Clock:
+    """Seconds between `start` and `stop`; on a GPU also the bytes in use at the start, and the most meanwhile."""
+
+    def __init__(self, device: str) -> None:
+        self._gpu = device if device.startswith("cuda") else None
+
+    def start(self) -> None:
+        self._report: Report = {}
+        if self._gpu:
+            torch.cuda.synchronize(self._gpu)
+            torch.cuda.reset_peak_memory_stats(self._gpu)
+            self._report["resident_bytes"] = torch.cuda.memory_allocated(self._gpu)
+        self._started = time.perf_counter()
+
+    def stop(self) -> Report:
+        if self._gpu:
+            torch.cuda.synchronize(self._gpu)
+            self._report["peak_bytes"] = torch.cuda.max_memory_allocated(self._gpu)
+        return self._report | {"seconds": time.perf_counter() - self._started}
+
+
+@contextmanager
+def attached(base: BaseModel, kernels: Kernels) -> Iterator[None]:
+    """The engine's forward on the base; outside of it the base is as transformers built it."""
+    assert base.attachment is None
+    base.attachment = Attachment(base.model, kernels)
+    try:
+        yield
+    finally:
+        base.attachment.detach()
+        base.attachment = None
+
+
+class Lorry:
+    """The engine with the jobs of a load."""
+
+    def __init__(self, base: BaseModel, load: Load, kernels: Kernels) -> None:
+        self.base, self.load, self.kernels, self._clock = base, load, kernels, Clock(base.device)
+        config = EngineConfig(token_budget=load.largest_tick, max_tick_seconds=3600, job_tokens=load.largest_step)
+        with attached(base, kernels):
+            self.engine = Engine(base, config)
+            rows = load.rows(base.vocab_size)
+            for job in range(load.num_jobs):
+                self.engine.admit(str(job), load.config(job), rows)
+
+    def turn(self, *, kernels: Kernels | None = None, checkpoint: CheckpointBlocks = "auto") -> Report:
+        """A step of every job, which is one tick where memory allows."""
+        self.engine.activations.mode = checkpoint
+        stepped: list[JobStepped] = []
+        num_ticks = 0
+        with attached(self.base, kernels or self.kernels):
+            self._clock.start()
+            while len({event.job for event in stepped}) < self.load.num_jobs:
+                stepped += [event for event in self.engine.tick() if isinstance(event, JobStepped)]
+                num_ticks += 1
+            report = self._clock.stop()
+        memory = self.engine.memory()
+        parts = {name: memory[name] for name in ("base_bytes", "rows_bytes")}
+        tokens = sum(event.num_tokens for event in stepped)
+        return report | parts | {"tokens": tokens, "ticks": num_ticks, "loss": stepped[0].loss}
+
+    def close(self) -> None:
+        with attached(self.base, self.kernels):
+            for job in self.engine.jobs():
+                self.engine.evict(job)
+
+
+class Peft:
+    """PEFT in a plain loop with one job of the load: adapters in the base's dtype, torch's own attention, padded
+    batches. Jobs one after another have the tokens a second of one."""
+
+    def __init__(self, base: BaseModel, load: Load) -> None:
+        self.base, self.load, self._clock = base, load, Clock(base.device)
+        rows = batches(load.rows(base.vocab_size), batch_size=load.batch_size, num_steps=64)
+        self._batches = [{name: part.to(base.device) for name, part in pad(batch).items()} for batch in rows]
+        self._step = 0
+
+    def turn(self) -> Report:
+        """Two steps, the first of which isn't counted: the adapter is made anew for each turn."""
+        with adapted(self.base, self.load.rank) as model:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+            self._train(model, trained, optimizer)
+            self._clock.start()
+            loss, tokens = self._train(model, trained, optimizer)
+            return self._clock.stop() | {"tokens": tokens, "loss": loss}
+
+    def _train(self, model: Any, trained: list[Any], optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+        batch = self._batches[self._step % len(self._batches)]
+        self._step += 1
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach()), int(batch["attention_mask"].sum())
+
+    def close(self) -> None:
+        self._batches.clear()
+
+
+@contextmanager
+def adapted(base: BaseModel, rank: int) -> Iterator[Any]:
+    """The base as PEFT wraps it; afterwards it is as it was."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with base.untouched() as untouched:
+        model = get_peft_model(cast(Any, untouched), settings, autocast_adapter_dtype=False)
+        model.train()
+        try:
+            yield model
+        finally:
+            cast(Any, model).unload()
+            untouched.requires_grad_(False).eval()
+            if hasattr(untouched, "peft_config"):
+                del untouched.peft_config
+
+
+class Matrix:
+    """The products of the blocks' weights alone, forward and for the inputs' gradient: what the device can do."""
+
+    def __init__(self, base: BaseModel, num_tokens: int) -> None:
+        self._clock = Clock(base.device)
+        self._weights = block_weights(base)
+        self._flops = 4 * num_tokens * sum(weight.numel() for weight in self._weights)
+        sizes = {size for weight in self._weights for size in weight.shape}
+        self._inputs = {size: torch.randn(num_tokens, size, device=base.device).to(base.dtype) for size in sizes}
+
+    def turn(self) -> Report:
+        self._clock.start()
+        for weight in self._weights:
+            torch.matmul(self._inputs[weight.shape[1]], weight.T)
+            torch.matmul(self._inputs[weight.shape[0]], weight)
+        return self._clock.stop() | {"flops": self._flops}
+
+    def close(self) -> None:
+        self._inputs.clear()

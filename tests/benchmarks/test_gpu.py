@@ -1,0 +1,94 @@
+"""`make bench-gpu` runs from end to end at toy size on a CPU; what it measures there means nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.__main__ import datasheet_flops, main
+from benchmarks.gpu.comparisons import left_out
+from benchmarks.gpu.contenders import Lorry, Peft, adapted
+from benchmarks.gpu.load import Load
+from benchmarks.gpu.shapes import TOY, build
+from benchmarks.results import Result
+from lora_core.kernels import Kernels
+
+# PEFT asks transformers by a name that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LOAD = Load(num_jobs=1, batch_size=2, shortest=8, longest=24, rank=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def test_every_comparison_is_written_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--quick", "--out", str(tmp_path)])
+
+    found = {
+        content["theme"]: content for content in map(json.loads, (path.read_text() for path in tmp_path.iterdir()))
+    }
+    assert found.keys() == {"gpu_steady_state_toy", "gpu_kernels_toy", "gpu_tick_sizes_toy"}
+    table = capsys.readouterr().out
+    for said in ("lorry over peft, 3 jobs", "MFU by the datasheet, 3 jobs", "blocks computed again", "lora: loop"):
+        assert said in table
+    steady = found["gpu_steady_state_toy"]["repeats"]
+    assert steady.keys() == {"lorry_1 job", "lorry_3 jobs", "peft", "matrix"}
+    assert steady["lorry_3 jobs"][0]["ticks"] == 1
+    goals = {finding["what"]: finding["goal"] for finding in found["gpu_steady_state_toy"]["findings"]}
+    assert goals["lorry over peft, 3 jobs"] == 3.0
+    assert goals["share of the matrix rate (4P a token), 3 jobs"] == 0.5
+    ticks = found["gpu_tick_sizes_toy"]["repeats"]
+    assert {name: reports[0]["tokens"] for name, reports in ticks.items()} == {"32 tokens": 32, "64 tokens": 64}
+
+
+def test_both_contenders_train_on_the_same_tokens_and_leave_the_base_as_it_was() -> None:
+    base = build(TOY, device="cpu")
+    before = {name: weight.clone() for name, weight in base.model.named_parameters()}
+
+    with adapted(base, rank=4) as model:
+        assert any("lora_A" in name for name, _ in model.named_parameters())
+    lorry, peft = Lorry(base, LOAD, Kernels()), Peft(base, LOAD)
+    lorry.turn()
+    ours, theirs = lorry.turn(), peft.turn()  # the second step of each: PEFT's first isn't counted
+
+    assert (ours["tokens"], ours["ticks"]) == (theirs["tokens"], 1)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    after = dict(base.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items())
+
+
+def test_without_a_gpu_it_is_refused_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(SystemExit) as refused:
+        main([])
+
+    assert refused.value.code == 2
+    said = capsys.readouterr().err
+    assert "torch finds none here" in said
+    assert "--quick" in said
+
+
+def test_who_has_no_room_is_left_out_with_the_reason() -> None:
+    result = Result(theme="any", settings={}, repeats={"large": [{"seconds": 1.0}]})
+
+    with left_out(result, "large"):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it.")
+
+    assert result.left_out == {"large": "CUDA out of memory."}
+    assert result.repeats == {}
+
+
+def test_a_cards_datasheet_is_known_by_its_name_and_an_unknown_ones_is_none() -> None:
+    assert datasheet_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert datasheet_flops("NVIDIA H100 PCIe") == 756e12
+    assert datasheet_flops("NVIDIA Unheard Of") is None
