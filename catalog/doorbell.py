@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from catalog.settings import Settings
@@ -44,18 +46,37 @@ class Doorbell(Protocol):
 
 
 def open_doorbell(settings: Settings) -> Doorbell:
-    """Redis where the settings name one; else workers poll, and nothing need ring."""
-    return RedisDoorbell(settings.redis_url) if settings.redis_url else SilentDoorbell()
+    """Redis where the settings name one; else the file that workers on this data folder look at."""
+    return RedisDoorbell(settings.redis_url) if settings.redis_url else FileDoorbell(settings.bell_path())
 
 
-class SilentDoorbell:
-    """For one machine: its worker looks at the database every second."""
+class FileDoorbell:
+    """For one machine: a file whose time of change says when it was last rung. Who waits looks at it often, for a
+    look costs microseconds, and at the database seldom."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._heard = self._rung_at()
 
     def ring(self) -> None:
-        return
+        with suppress(OSError):  # a full disk, say: work is found by the next look at the database
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
+
+    def has_rung(self) -> bool:
+        """Since the last call of this, or since this object was made."""
+        before, self._heard = self._heard, self._rung_at()
+        return self._heard != before
 
     def close(self) -> None:
         return
+
+    def _rung_at(self) -> int:
+        """Nanoseconds; 0 before the first ring."""
+        try:
+            return self._path.stat().st_mtime_ns
+        except OSError:
+            return 0
 
 
 class RedisDoorbell:

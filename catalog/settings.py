@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=60, gt=1, description="How long a claim is good for without a heartbeat.")
     heartbeat_seconds: float = Field(default=10, gt=0, description="Between two heartbeats of a worker.")
     poll_seconds: float = Field(
-        default=1, gt=0, description="Between two looks at the queue of an idle embedded worker."
+        default=1, gt=0, description="Between two looks at the queue of a worker that no doorbell wakes."
     )
     idle_seconds: float = Field(default=300, ge=0, description="How long a trainer keeps an idle base resident.")
     max_jobs_per_trainer: int = Field(default=16, ge=1, description="Adapters trained together at most.")
@@ -48,3 +48,7 @@ class Settings(BaseSettings):
     def work_dir(self) -> Path:
         """Folder of trainers' directories; safe to delete while nothing runs."""
         return self.data_dir / "work"
+
+    def bell_path(self) -> Path:
+        """What the api touches where there is work and no broker, and workers on this data folder look at."""
+        return self.work_dir() / "bell"

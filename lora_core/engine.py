@@ -54,7 +54,7 @@ class Engine:
         self._lanes = Lanes(config.num_lanes)
         if base.attachment is None:
             base.attachment = Attachment(base.model)
-        self.invariance: Invariance = measure_invariance(base)
+        self.invariance: Invariance = measure_invariance(base, self._lanes)
         self.activations = ActivationMemory(
             base.attachment.linears,
             device=base.device,

@@ -41,6 +41,7 @@ class Lanes:
     """
 
     def __init__(self, num_lanes: int) -> None:
+        self.count = num_lanes
         self._pool = None
         if num_lanes > 1:
             torch.set_num_threads(1)

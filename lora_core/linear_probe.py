@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_core.adapters import AdapterRow
@@ -74,6 +73,8 @@ def inputs(name: str, num_features: int) -> Tensor:
 @torch.no_grad()
 def compare(model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype) -> LinearsReport:
     """`model`: with PEFT's adapter in place, in fp32. `recorded`: by path, for exactly those that it adapts."""
+    from peft.tuners.lora import LoraLayer  # not at the top: its import takes a second, and training needs none of it
+
     errors = {
         name: _error(layer, name, recorded[name], dtype=dtype)
         for name, layer in model.named_modules()

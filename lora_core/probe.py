@@ -20,6 +20,7 @@ from lora_core.counter_random import random_words, uniform
 from lora_core.errors import UnsupportedModel
 from lora_core.export import PROBE_POSITIONS, packed_logits
 from lora_core.job import SliceScores
+from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_training
@@ -32,19 +33,38 @@ RANKS = (4, 8, 3)
 GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASSES)
 
 
-def measure_invariance(base: BaseModel) -> Invariance:
-    """Train three synthetic jobs alone, then packed in two orders, and compare. Raises UnsupportedModel."""
+def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
+    """Train three synthetic jobs alone, then packed in two orders, and compare; in lanes, as ticks are computed.
+
+    Raises UnsupportedModel.
+    """
     refuse_mixing(base)
-    slices = [_synthetic_slice(base, index) for index in range(len(LENGTHS))]
-    alone = [_gradients(base, [part])[0] for part in slices]
-    orders = (slices, slices[::-1])
-    packed = [_gradients(base, list(orders[0])), _gradients(base, list(orders[1]))[::-1]]
-    pairs = [(one, other) for results in packed for one, other in zip(alone, results, strict=True)]
+    orders = ((0,), (1,), (2,), (0, 1, 2), (2, 1, 0))
+    found = _train_each(base, orders, lanes)
+    alone = [found[order][0] for order in orders[:3]]
+    pairs = [
+        (alone[index], gradient) for order in orders[3:] for index, gradient in zip(order, found[order], strict=True)
+    ]
     if all(torch.equal(one, other) for one, other in pairs):
         return "bitwise"
     if all(torch.linalg.vector_norm(one - other) <= 0.05 * torch.linalg.vector_norm(one) for one, other in pairs):
         return "allclose"
     raise _unpackable(base, "its gradients change with the packmates")
+
+
+def _train_each(
+    base: BaseModel, orders: tuple[tuple[int, ...], ...], lanes: Lanes
+) -> dict[tuple[int, ...], list[torch.Tensor]]:
+    """The gradients of the jobs of each pack, in its order. Every pack has rows of its own."""
+    sizes = [sum(sum(LENGTHS[index]) for index in order) for order in orders]
+
+    def compute(lane: list[int]) -> list[list[torch.Tensor]]:
+        packs = [orders[number] for number in lane]
+        return [_gradients(base, [_synthetic_slice(base, index) for index in order]) for order in packs]
+
+    parts = split(sizes, num_lanes=lanes.count)
+    found = zip(parts, lanes.run(compute, parts), strict=True)
+    return {orders[number]: gradients for lane, done in found for number, gradients in zip(lane, done, strict=True)}
 
 
 def refuse_mixing(base: BaseModel) -> None:

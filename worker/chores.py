@@ -26,7 +26,7 @@ class Chores:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
         self._current: Future[bool] | None = None
         self._looks_again_at = 0.0
-        self._wait_seconds = 0.0
+        self._went_wrong = False
 
     def __enter__(self) -> Chores:
         return self
@@ -36,10 +36,14 @@ class Chores:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def go_on(self) -> bool:
-        """Begin the next chore if none is being done. False once a look has found none, or went wrong."""
+    def go_on(self, *, has_rung: bool = False) -> bool:
+        """Begin the next chore if none is being done. False once a look has found none, or went wrong.
+
+        has_rung: there may be something new, so the next look is due, unless the last one went wrong.
+        """
         if self._current is None:
-            if time.monotonic() < self._looks_again_at:
+            is_early = time.monotonic() < self._looks_again_at
+            if is_early and (not has_rung or self._went_wrong):
                 return False
             self._current = self._pool.submit(self._do_one)
             return True
@@ -47,7 +51,8 @@ class Chores:
             return True
         done, self._current = self._current, None
         found = done.result()
-        self._looks_again_at = 0.0 if found else time.monotonic() + self._wait_seconds
+        pause = BACK_OFF_SECONDS if self._went_wrong else self._context.settings.poll_seconds
+        self._looks_again_at = 0.0 if found else time.monotonic() + pause
         return found
 
     def wait(self, seconds: float) -> None:
@@ -57,12 +62,14 @@ class Chores:
 
     def _do_one(self) -> bool:
         """Whatever goes wrong here ends nobody's training: the lease on what was done runs out."""
-        self._wait_seconds = self._context.settings.poll_seconds
+        self._went_wrong = False
         if self._context.draining:
             return False
         try:
             found = bases.import_next(self._context) or preparation.prepare_next(self._context)
-            if not found:
+            if found:
+                self._context.bell.ring()  # what was prepared may be trained now
+            else:
                 self._sweep_when_due()
             return found
         except StaleClaim:
@@ -72,7 +79,7 @@ class Chores:
             log.warning("%s Imports and preparations wait.", error)
         except Exception:
             log.exception("An import or a preparation went wrong.")
-        self._wait_seconds = BACK_OFF_SECONDS
+        self._went_wrong = True
         return False
 
     def _sweep_when_due(self) -> None:

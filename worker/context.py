@@ -15,6 +15,7 @@ from pathlib import Path
 from catalog import workers
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
+from catalog.doorbell import FileDoorbell
 from catalog.errors import LorryError
 from catalog.settings import Settings
 from worker import node, scratch
@@ -31,6 +32,8 @@ class WorkerContext:
     worker_id: str
     device: node.Device
     pulse: Pulse
+    bell: FileDoorbell
+    """Rung by an api on this data folder, and by the worker's own chores."""
     has_asked_to_leave: Callable[[], bool] = lambda: False
     """True once a signal or an operator wants the worker gone: jobs are saved and released."""
     leave: threading.Event = field(default_factory=threading.Event)
@@ -66,7 +69,10 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
     pulse = Pulse(db, worker_id, lease_seconds=settings.lease_seconds, heartbeat_seconds=settings.heartbeat_seconds)
-    context = WorkerContext(settings=settings, db=db, store=store, worker_id=worker_id, device=device, pulse=pulse)
+    bell = FileDoorbell(settings.bell_path())
+    context = WorkerContext(
+        settings=settings, db=db, store=store, worker_id=worker_id, device=device, pulse=pulse, bell=bell
+    )
     for folder in (context.trainers_dir(), context.scratch_dir(), settings.bases_dir()):
         folder.mkdir(parents=True, exist_ok=True)
         scratch.sweep(folder)

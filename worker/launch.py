@@ -1,6 +1,6 @@
-"""Starts a trainer under `accelerate launch`: its argv, its environment, its process group, its tether.
+"""Starts a trainer: its argv, its environment, its process group, its tether.
 
-Nothing is read from a configuration file: all is said by flags. No secret of the worker reaches the child.
+Nothing is read from a configuration file. No secret of the worker reaches the child.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class TrainerProcess:
-    """A running trainer: the launcher is our child, the trainer its child, all in one process group."""
+    """A running trainer: our child, in a process group of its own."""
 
     def __init__(self, process: subprocess.Popen[bytes], directory: TrainerDirectory) -> None:
         self.directory = directory
@@ -78,7 +78,7 @@ def launch(directory: TrainerDirectory, device: node.Device, *, silence_seconds:
     The trainer ends itself when it got no `pulse` for `silence_seconds`.
     """
     threads = node.num_threads()
-    argv = trainer_argv(directory.path, device, num_threads=threads, silence_seconds=silence_seconds)
+    argv = trainer_argv(directory.path, silence_seconds=silence_seconds)
     with directory.log_path.open("ab") as log:
         process = subprocess.Popen(
             tethered(argv),
@@ -94,14 +94,10 @@ def launch(directory: TrainerDirectory, device: node.Device, *, silence_seconds:
     return TrainerProcess(process, directory)
 
 
-def trainer_argv(path: Path, device: node.Device, *, num_threads: int, silence_seconds: float) -> list[str]:
-    place = ["--cpu"] if device.kind == "cpu" else ["--gpu_ids", str(device.index)]
-    return [
-        *[sys.executable, "-m", "accelerate.commands.launch", *place],
-        *["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
-        *["--num_cpu_threads_per_process", str(num_threads)],
-        *["-m", "worker.train_entry", str(path), f"{OPTION}{silence_seconds}"],
-    ]
+def trainer_argv(path: Path, *, silence_seconds: float) -> list[str]:
+    """One process is started as itself: accelerate's launcher would import torch, which takes seconds and memory,
+    to set variables that say no more than ours."""
+    return [sys.executable, "-m", "worker.train_entry", str(path), f"{OPTION}{silence_seconds}"]
 
 
 def trainer_environment(path: Path, device: node.Device, *, num_threads: int) -> dict[str, str]:
@@ -110,7 +106,9 @@ def trainer_environment(path: Path, device: node.Device, *, num_threads: int) ->
         "OMP_NUM_THREADS": str(num_threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(path / "hub"),  # also where accelerate would look for a configuration file
-        **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA),
+        **(
+            {"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA | {"CUDA_VISIBLE_DEVICES": str(device.index)}
+        ),
     }
 
 

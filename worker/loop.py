@@ -1,4 +1,5 @@
-"""The embedded worker: `python -m worker.loop`. Looks at the queue, works while there is work, looks again.
+"""The embedded worker: `python -m worker.loop`. Looks at the queue, works while there is work, looks again
+when the bell rings, or a second later.
 
 SIGTERM or SIGINT: save every job, release it, leave. A second one: leave at once, which the catalog
 survives as it survives a power cut.
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -22,6 +24,8 @@ from worker.context import WorkerContext, open_worker
 from worker.supervise import supervise
 
 log = logging.getLogger("worker")
+BELL_SECONDS = 0.05
+"""Between two looks at the bell of a worker that waits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +48,15 @@ def run(context: WorkerContext, *, once: bool = False) -> None:
         else:
             if once:
                 return
-        context.leave.wait(context.settings.poll_seconds)
+        _wait(context)
+
+
+def _wait(context: WorkerContext) -> None:
+    """Until the bell rings, the next look at the queue is due, or the worker is asked to leave."""
+    due_at = time.monotonic() + context.settings.poll_seconds
+    while not context.bell.has_rung() and (left := due_at - time.monotonic()) > 0:
+        if context.leave.wait(min(BELL_SECONDS, left)):
+            return
 
 
 def leave_on_signal(leave: threading.Event) -> None:

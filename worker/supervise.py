@@ -176,10 +176,12 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
         if context.draining and leaving_at is None:
             leaving_at = time.monotonic()
             _patiently(trainer, lambda: _begin_to_leave(trainer, pack))
-        chores.go_on()
+        has_rung = context.bell.has_rung()
+        chores.go_on(has_rung=has_rung)
         if leaving_at is None:
             _patiently(trainer, pack.hand_over)
-        if leaving_at is None and time.monotonic() - looked_at >= context.settings.poll_seconds:
+        is_due = has_rung or time.monotonic() - looked_at >= context.settings.poll_seconds
+        if leaving_at is None and is_due:
             looked_at = time.monotonic()
             left_over = _patiently(trainer, lambda: _look_for_more(context, pack)) or []
             if left_over or _is_spent(context, pack):

@@ -1,8 +1,8 @@
 """A child that ends when its parent does, however the parent ends.
 
 Two ropes. The kernel kills a direct child (`python -m worker.tether PARENT ARGV…` asks for it, then
-becomes ARGV). Grandchildren hold the read end of a pipe as their standard input, the only descriptor that
-accelerate's launcher hands on: they exit when it closes, or when the parent sends no byte for too long.
+becomes ARGV). A trainer holds the read end of a pipe as its standard input, the only descriptor that launchers
+hand on: it exits when that closes, or when the parent sends no byte for too long.
 """
 
 from __future__ import annotations

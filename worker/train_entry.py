@@ -27,7 +27,6 @@ from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts
 from lora_core.memory_shortage import shortage_of
-from lora_core.verify import verify_export
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.plan import engine_config, job_config
@@ -279,6 +278,8 @@ class Trainer:
         return str(folder.relative_to(self._directory.path))
 
     def _export(self, finished: JobFinished) -> None:
+        from lora_core.verify import verify_export  # brings PEFT, which takes a second: not before the first job
+
         claim_id = finished.job
         folder = self._directory.job_path(claim_id) / "adapter"
         try:

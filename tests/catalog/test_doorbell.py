@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from catalog.doorbell import QUEUE, TASK, TRANSPORT_OPTIONS, RedisDoorbell, SilentDoorbell, open_doorbell
+from catalog.doorbell import QUEUE, TASK, TRANSPORT_OPTIONS, FileDoorbell, RedisDoorbell, open_doorbell
 from catalog.settings import Settings
 from tests.services.redis import redis_server
 from tests.services.running import free_port
@@ -123,13 +124,28 @@ def test_a_ring_is_delivered_once_the_broker_is_back() -> None:
         bell.close()
 
 
-def test_without_a_broker_nothing_rings() -> None:
-    bell = open_doorbell(Settings.model_validate({"redis_url": None}))
+def test_without_a_broker_a_file_tells_each_who_waits_once_that_it_was_rung(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"redis_url": None, "data_dir": tmp_path})
+    bell, waiting = open_doorbell(settings), FileDoorbell(settings.bell_path())
 
-    assert isinstance(bell, SilentDoorbell)
+    before = waiting.has_rung()
     bell.ring()
+    came_later = FileDoorbell(settings.bell_path())
+
+    assert isinstance(bell, FileDoorbell)
+    assert (before, waiting.has_rung(), waiting.has_rung()) == (False, True, False)
+    assert not came_later.has_rung()
     bell.close()
     assert isinstance(open_doorbell(Settings.model_validate({"redis_url": "redis://localhost"})), RedisDoorbell)
+
+
+def test_a_bell_that_can_not_be_touched_stays_silent(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    bell = FileDoorbell(tmp_path / "file" / "bell")
+
+    bell.ring()
+
+    assert not bell.has_rung()
 
 
 def test_a_process_that_never_rings_never_loads_celery() -> None:

@@ -9,6 +9,7 @@ from catalog import claims, prepared
 from catalog.artifacts.store import open_store
 from catalog.claims import Claim, Orders
 from catalog.db import Database
+from catalog.doorbell import FileDoorbell
 from catalog.errors import Unavailable
 from catalog.jobs import attempts
 from catalog.packing import Room
@@ -45,7 +46,13 @@ class PackSite:
         self.store = open_store(self.settings)
         pulse = Pulse(self.db, "w1", lease_seconds=60, heartbeat_seconds=60)
         self.context = WorkerContext(
-            settings=self.settings, db=self.db, store=self.store, worker_id="w1", device=node.cpu(), pulse=pulse
+            settings=self.settings,
+            db=self.db,
+            store=self.store,
+            worker_id="w1",
+            device=node.cpu(),
+            pulse=pulse,
+            bell=FileDoorbell(self.settings.bell_path()),
         )
         self.context.trainers_dir().mkdir(parents=True)
         self.tokens = self.files("tokens", "tokens.safetensors", "the tokens")

@@ -38,21 +38,20 @@ def test_only_a_child_that_downloads_may_know_the_hubs_token(monkeypatch: pytest
     assert child_environment(with_hub=True)["HF_TOKEN"] == "canary"
 
 
-def test_a_gpu_is_named_by_its_number_and_the_cpu_by_a_flag(tmp_path: Path) -> None:
+def test_a_trainer_sees_its_own_gpu_alone_and_one_on_the_cpu_sees_none(tmp_path: Path) -> None:
     gpu = node.Device(kind="cuda", index=3, name="GPU", memory_bytes=1)
 
-    on_gpu = trainer_argv(tmp_path, gpu, num_threads=1, silence_seconds=60)
-    on_cpu = trainer_argv(tmp_path, node.cpu(), num_threads=1, silence_seconds=60)
+    on_gpu = trainer_environment(tmp_path, gpu, num_threads=1)
+    on_cpu = trainer_environment(tmp_path, node.cpu(), num_threads=1)
 
-    assert on_gpu[on_gpu.index("--gpu_ids") + 1] == "3"
-    assert "--cpu" in on_cpu
-    assert on_cpu[-1] == f"{OPTION}60"
+    assert (on_gpu["CUDA_VISIBLE_DEVICES"], on_gpu["CUDA_DEVICE_ORDER"]) == ("3", "PCI_BUS_ID")
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_a_trainer_numbers_gpus_as_the_worker_does(tmp_path: Path) -> None:
-    gpu = node.Device(kind="cuda", index=3, name="GPU", memory_bytes=1)
+def test_a_trainer_is_one_process_and_knows_how_long_its_worker_may_be_silent(tmp_path: Path) -> None:
+    argv = trainer_argv(tmp_path, silence_seconds=60)
 
-    assert trainer_environment(tmp_path, gpu, num_threads=1)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert argv == [sys.executable, "-m", "worker.train_entry", str(tmp_path), f"{OPTION}60"]
 
 
 def hold(silence_seconds: float) -> subprocess.Popen[bytes]:

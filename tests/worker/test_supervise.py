@@ -12,6 +12,7 @@ import pytest
 from catalog import jobs, memory
 from catalog.artifacts.store import ArtifactStore
 from catalog.claims import Orders
+from catalog.doorbell import FileDoorbell
 from catalog.errors import OutOfSpace
 from catalog.packing import Room
 from catalog.states import EndReason
@@ -19,6 +20,7 @@ from catalog.tables import Job
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite
 from worker import bases, loop, node, supervise
+from worker.context import WorkerContext
 from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
 
 Script = Callable[["FakeTrainer"], Generator[None]]
@@ -317,3 +319,26 @@ def raising(error: Exception) -> Callable[..., Any]:
         raise error
 
     return fail
+
+
+def test_a_worker_that_waits_looks_again_when_the_bell_rings(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def wait(_seconds: float) -> bool:
+        looks.append("wait")
+        return site.context.leave.is_set()
+
+    def supervised(context: WorkerContext) -> int:
+        looks.append("look")
+        if len(looks) == 1:
+            FileDoorbell(site.settings.bell_path()).ring()
+        else:
+            context.leave.set()
+        return 0
+
+    monkeypatch.setattr(loop, "supervise", supervised)
+    monkeypatch.setattr(site.context.leave, "wait", wait)
+
+    loop.run(site.context)
+
+    assert looks == ["look", "look", "wait"]
