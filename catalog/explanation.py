@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import fleet, memory, packing, queue
+from catalog import fleet, memory, packing, queue, saturation
 from catalog.db import Database, read_clock
 from catalog.fair_share import Turn
 from catalog.fleet import Resident
@@ -117,8 +117,11 @@ def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], residents: list[Res
         )
     place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
     of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
-    if any(resident.pack_key in (job.pack_key, None) for resident in of_its_base):
-        return f"{place} Its base is loaded: it joins as soon as there is room."
+    takers = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
+    if takers:
+        near_plateau = [saturation.explained(resident.saturation) for resident in takers]
+        why = near_plateau[0] if all(near_plateau) else None
+        return f"{place} {why or 'Its base is loaded: it joins as soon as there is room.'}"
     if any(resident.base_digest is None for resident in residents):
         return place if ahead else "It is first in the queue and waits for a worker to have room."
     return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -36,6 +36,8 @@ class Resident:
     """None: it has no trainer."""
     pack_key: str | None
     """None where the trainer has not said yet."""
+    saturation: Any = None
+    """What its worker last said of how near to its plateau it is; see saturation.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +81,12 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
 
 def residents(session: Session, *, now: float) -> list[Resident]:
     """Of every live worker, in no order."""
-    held = select(Worker.resident_base, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
-    return [Resident(base_digest=row[0], pack_key=row[1]) for row in session.execute(held.where(is_live(now=now)))]
+    held = select(Worker.resident_base, Trainer.pack_key, Worker.report)
+    held = held.outerjoin(Trainer, Trainer.id == Worker.trainer_id).where(is_live(now=now))
+    return [
+        Resident(base_digest=row[0], pack_key=row[1], saturation=(row[2] or {}).get("saturation"))
+        for row in session.execute(held)
+    ]
 
 
 def auto_precision(session: Session, *, now: float) -> Precision:

@@ -25,11 +25,16 @@ NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights that share a scale of one byte, and scales that share one of four (QLoRA, arXiv 2305.14314)."""
 NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
 """A matrix's two code books and the offset of its scales, as bitsandbytes keeps them."""
-SLICE_TOKENS = 1024
+JOB_TOKENS = 1024
 """What one job puts into a tick; more only where a single row is longer."""
+SLICE_TOKENS = 512
+"""Of one slice: half of what a job puts into a tick, so that one by itself has work for two cores. Where a step is cut
+decides how its gradients are rounded, so this is in the digest of a job's configuration."""
 TICK_TOKENS = {"cpu": 1024, "cuda": 8192}
-"""What a tick grows to with the pack, by kind of device. Past these a larger tick gained nothing where it was
-measured (CPU) or is expected to (GPU)."""
+"""What a tick grows to with the pack, by kind of device; of a CPU, for each core. Past these a larger tick gained
+nothing where it was measured (CPU) or is expected to (GPU)."""
+FURTHER_SLICES = 2
+"""Of a job, in one tick: any two that follow each other are longer than one may be, so three fit into JOB_TOKENS."""
 LOGIT_CHUNK_ROWS = 256
 """Positions whose logits exist at one time."""
 
@@ -86,7 +91,7 @@ def own_bytes(
 
     Its row; the best weights where it keeps them; with DoRA norm and factor of each output, as if of every linear;
     the start that PiSSA and OLoRA subtract, in the base's precision; where a step may have two slices or more, the
-    gradient that each but the first adds to. And whatever is the most beyond a slice of SLICE_TOKENS, for these come
+    gradient that each but the first adds to. And whatever is the most beyond a slice of JOB_TOKENS, for these come
     one after another: what its start is computed with, what its largest slice keeps (with dropout the masks, as if
     every linear had one), and the pass of its samples.
 
@@ -99,8 +104,9 @@ def own_bytes(
     kept += 4 * num_parameters if keeps_best else 0
     kept += 2 * 4 * sum(out * count for (out, _), count in shapes.values()) if use_dora else 0
     kept += 2 * num_parameters * BYTES_PER_NUMBER[precision] if subtracts_start else 0
-    kept += 0 if longest_example and batch_size * longest_example <= SLICE_TOKENS else 4 * num_parameters
-    slice_tokens, usual = max(SLICE_TOKENS, longest_example or 0), slice_bytes(description, precision)
+    is_one_slice = bool(longest_example) and batch_size * (longest_example or 0) <= SLICE_TOKENS
+    kept += 0 if is_one_slice else FURTHER_SLICES * 4 * num_parameters
+    slice_tokens, usual = max(JOB_TOKENS, longest_example or 0), slice_bytes(description, precision)
     mask = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
     largest = slice_tokens * activation_bytes_per_token(shapes, precision) + mask
     start = _start_bytes(description, precision) if subtracts_start else 0
@@ -177,16 +183,21 @@ def tick_bytes(description: Mapping[str, Any], precision: str, quantisation: str
 
 def slice_bytes(description: Mapping[str, Any], precision: str) -> int:
     """Activations that a further job brings into a tick that has not reached its size yet."""
-    return SLICE_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+    return JOB_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+
+
+def tick_tokens(kind: str, *, num_lanes: int) -> int:
+    """What a tick grows to. kind: of the device; num_lanes: cores of a CPU, each of which computes its own slices."""
+    return TICK_TOKENS[kind] * (num_lanes if kind == "cpu" else 1)
 
 
 def widens_tick(num_before: int, *, tick_tokens: int) -> bool:
     """Whether a job beside `num_before` others brings a slice of its own; the first one's is in `trainer_bytes`."""
-    return 0 < num_before < tick_tokens // SLICE_TOKENS
+    return 0 < num_before < tick_tokens // JOB_TOKENS
 
 
 def trainer_bytes(
-    description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int = SLICE_TOKENS
+    description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int = JOB_TOKENS
 ) -> int:
     """A trainer before its first job: base and one tick, in which a job alone has one slice on any device."""
     base = base_bytes(description, precision, quantisation)

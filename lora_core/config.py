@@ -354,6 +354,8 @@ class EngineConfig:
     enters each block and compute it again in the backward: "always", "never", or "auto", where memory asks for it.
     `prefix_memory_bytes` and `prefix_disk_bytes`: how much is kept of what the blocks below a job's lowest adapter
     give, in the host's memory and on the disk of `prefix_folder` (prefixes.py); with neither nothing is.
+    `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
+    it (tick_speeds.py).
     """
 
     token_budget: int = 1024
@@ -364,8 +366,10 @@ class EngineConfig:
     prefix_memory_bytes: int = 0
     prefix_disk_bytes: int = 0
     prefix_folder: Path | None = None
+    ticks_alone: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.ticks_alone >= 0, "ticks_alone", self.ticks_alone, "at least 0")
         _require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
         _require(self.job_tokens >= 1, "job_tokens", self.job_tokens, "at least 1")
         _require(self.num_lanes >= 1, "num_lanes", self.num_lanes, "at least 1")

@@ -32,6 +32,7 @@ from lora_core.prefixes import PrefixCounts, Prefixes, by_entry
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
 from lora_core.task_pass import refuse_other_task, trained_tensors
+from lora_core.tick_speeds import Company, TickSpeeds
 from lora_core.turns import Kind, Turn, choose, widen
 from lora_core.unpaired import check_unpaired
 
@@ -49,6 +50,7 @@ class Engine:
         self.config = config
         self._jobs: dict[str, Job] = {}
         self._rate = self._lane_rate = 0.0
+        self._speeds = TickSpeeds()
         self._largest_tick = config.token_budget
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
@@ -133,7 +135,7 @@ class Engine:
         budget = self._tick_tokens(waiting)
         turns = choose(waiting, token_budget=budget)
         if turns:
-            self._compute(turns, widen(turns, token_budget=budget, job_tokens=self.config.job_tokens))
+            self._compute(*self._widened(turns, budget))
         return self._take_pending()
 
     def _start(self) -> None:
@@ -152,6 +154,13 @@ class Engine:
     def _least_served(self) -> int:
         """Tokens of the one who had the fewest: where a newcomer begins."""
         return min((job.served for job in self._jobs.values() if job.starting is None), default=0)
+
+    def _widened(self, turns: list[Turn], budget: int) -> tuple[list[Turn], list[tuple[int, ...]]]:
+        """The turns, and the tokens of each one's slices; of the first alone while ticks of it alone are wanted."""
+        first = widen(turns[:1], token_budget=budget, job_tokens=self.config.job_tokens)
+        if turns[0].kind == "train" and self._speeds.num_alone(sum(first[0])) < self.config.ticks_alone:
+            return turns[:1], first
+        return turns, widen(turns, token_budget=budget, job_tokens=self.config.job_tokens)
 
     def evict(self, job: str) -> None:
         """Forget a job at any tick boundary; its row's memory is free at once, and after the last a GPU's as well."""
@@ -217,6 +226,10 @@ class Engine:
         """Tokens put through the base a second of tick time, averaged over recent ticks; 0 before the first."""
         return self._rate
 
+    def tick_speeds(self) -> dict[Company, list[tuple[int, float]]]:
+        """(tokens, tokens a second) of the sizes of ticks that were seen: of one job, and of several."""
+        return self._speeds.table()
+
     def memory(self) -> dict[str, int]:
         """Bytes of the base model, of all rows, and the peak of the device (of the process, on a CPU)."""
         rows_bytes = sum(job.num_bytes for job in self._jobs.values())
@@ -252,7 +265,9 @@ class Engine:
         self._largest_tick = min(self.config.token_budget, self._largest_tick + growth)
         if turns[0].kind == "train":
             fullest = max(sum(costs[index] for index in lane) for lane in lanes)
-            self._learn_rates(sum(sizes), fullest, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._learn_rates(sum(sizes), fullest, seconds)
+            self._speeds.learn(num_tokens=sum(sizes), num_jobs=len(turns), seconds=seconds)
         for job, own in zip(jobs, tokens, strict=True):
             job.served += sum(own)
             self._book(job, list(islice(scores, len(own))))

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from catalog import claims, memory, packing, workers
+from catalog import claims, memory, packing, saturation, workers
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim, Orders
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
+from catalog.saturation import Speeds
 from catalog.states import EndReason
 from catalog.tables import Json
-from worker import admission, failpoints, publish
+from worker import admission, failpoints, node, publish
 from worker.bases import Abandoned
 from worker.context import WorkerContext
 from worker.curves import Curve
@@ -53,6 +54,8 @@ class Pack:
         self.heard_at = self.idle_since = time.monotonic()
         self.verdict: End | None = None
         """Why its trainer was killed by us, or what it said before it ended itself."""
+        self.speeds = saturation.UNKNOWN
+        """What the trainer has learnt of its ticks."""
         self._context = context
         self._description = description
         self._inbox = InboxWriter(directory)
@@ -76,7 +79,7 @@ class Pack:
         """
         precision = packing.precision_of(self.pack_key)
         slice_bytes = memory.slice_bytes(self._description, precision)
-        tick_tokens = memory.TICK_TOKENS[self._context.device.kind]
+        tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=node.num_threads())
         to_come = [held for held in self._held.values() if not held.is_admitted]
         num_admitted = len(self._held) - len(to_come)
         total = 0 if num_admitted else self._trainer_bytes_to_come()
@@ -182,7 +185,8 @@ class Pack:
             elif event["type"] == "ready":
                 self.ready = event
             elif event["type"] == "memory":
-                self._context.pulse.status["report"] = _without(event, "type", "seconds")
+                self.speeds = Speeds.of_report(event.get("tick_speeds"))
+                self._context.pulse.status["report"] |= _without(event, "type", "seconds")
             elif event["type"] == "load_refused":
                 self.verdict = self._listener.refusal(event["error"])
 

@@ -9,7 +9,7 @@ import math
 
 from catalog.course_spec import ScheduleSpec
 from catalog.lora_spec import LoraSpec
-from catalog.memory import SLICE_TOKENS, TICK_TOKENS
+from catalog.memory import SLICE_TOKENS, tick_tokens
 from catalog.spec import JobSpec
 from lora_core.config import (
     EarlyStoppingConfig,
@@ -21,12 +21,17 @@ from lora_core.config import (
     ScheduleConfig,
 )
 
+TICKS_ALONE = 3
+"""Of each size, so that the trainer knows what jobs cost each other; see catalog/saturation.py."""
+
 
 def engine_config(device: str, *, num_threads: int) -> EngineConfig:
     """num_threads: cores that the trainer may use. On a CPU each is a lane of its own."""
-    if device == "cpu":
-        return EngineConfig(token_budget=TICK_TOKENS["cpu"], max_tick_seconds=1.0, num_lanes=num_threads)
-    return EngineConfig(token_budget=TICK_TOKENS["cuda"], max_tick_seconds=0.3)
+    kind = "cpu" if device == "cpu" else "cuda"
+    budget = tick_tokens(kind, num_lanes=num_threads)
+    if kind == "cpu":
+        return EngineConfig(token_budget=budget, max_tick_seconds=1.0, num_lanes=num_threads, ticks_alone=TICKS_ALONE)
+    return EngineConfig(token_budget=budget, max_tick_seconds=0.3, ticks_alone=TICKS_ALONE)
 
 
 def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, memory, packing, queue, workers
+from catalog import claims, memory, packing, queue, saturation, workers
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
 from catalog.packing import Room
@@ -148,7 +148,7 @@ def _announced(context: WorkerContext, trainer: TrainerProcess, pack: Pack, base
     workers.register_trainer(
         context.db, trainer_id=trainer_id, worker_id=context.worker_id, base_digest=base_digest, pack_key=pack_key
     )
-    context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id}
+    context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id, "report": {}}
     context.pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
     try:
         yield
@@ -299,19 +299,35 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
 def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
     """What fits beside the pack. An empty trainer's base counts as free: the next job needs it, or it is unloaded."""
     free = node.free_bytes(context.device)
-    tick_tokens = memory.TICK_TOKENS[context.device.kind]
+    tick_tokens = memory.tick_tokens(context.device.kind, num_lanes=node.num_threads())
+    max_jobs = _places(context, pack)
     if pack is None:
-        max_jobs = context.settings.max_jobs_per_trainer
         return Room(max_jobs=max_jobs, memory_bytes_free=free, tick_tokens=tick_tokens)
     if not len(pack) and pack.ready is not None:
         free += int(pack.ready["memory"]["base_bytes"])
     return Room(
-        max_jobs=context.settings.max_jobs_per_trainer - len(pack),
+        max_jobs=max_jobs,
         memory_bytes_free=max(0, free - pack.bytes_to_come()),
         resident_key=pack.pack_key,
         num_jobs=len(pack),
         tick_tokens=tick_tokens,
     )
+
+
+def _places(context: WorkerContext, pack: Pack | None) -> int:
+    """Jobs that may join before one of the trainer would be slowed down by more than the operator allows. What is
+    decided of a trainer goes with the next heartbeat, so that people can be told why a job waits."""
+    settings = context.settings
+    num_jobs, speeds = (len(pack), pack.speeds) if pack is not None else (0, saturation.UNKNOWN)
+    places = saturation.free_places(
+        num_jobs,
+        speeds,
+        max_slowdown=settings.max_slowdown,
+        at_most=max(0, settings.max_jobs_per_trainer - num_jobs),
+    )
+    if pack is not None:
+        context.pulse.status["report"] |= {"saturation": saturation.described(num_jobs, speeds, settings, places)}
+    return places
 
 
 def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None:

@@ -324,7 +324,9 @@ class Trainer:
         """Every few seconds: memory and speed, which is also the sign of life while a step takes long."""
         if time.monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at = time.monotonic()
-            report = self._engine.memory() | {"tokens_per_second": round(self._engine.tokens_per_second(), 1)}
+            rate = round(self._engine.tokens_per_second(), 1)
+            speeds = self._engine.tick_speeds()
+            report = {**self._engine.memory(), "tokens_per_second": rate, "tick_speeds": speeds}
             self._events.write({"type": "memory", **report})
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:

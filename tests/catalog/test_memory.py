@@ -41,9 +41,9 @@ def test_a_job_that_keeps_its_best_weights_has_one_vector_more() -> None:
 
 
 def test_a_step_that_may_have_two_slices_has_a_gradient_more() -> None:
-    assert own_bytes({}, batch_size=4, longest_example=256) == 16_000
-    assert own_bytes({}, batch_size=4, longest_example=257) == 20_000
-    assert memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0) == 20_000, "lengths are not known yet"
+    assert own_bytes({}, batch_size=4, longest_example=128) == 16_000
+    assert own_bytes({}, batch_size=4, longest_example=129) == 24_000
+    assert memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0) == 24_000, "lengths are not known yet"
 
 
 def test_a_start_and_the_answers_take_their_own_only_where_that_is_more_than_a_slice() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from catalog.fair_share import Candidate, Turn, order
-from catalog.memory import SLICE_TOKENS, TICK_TOKENS
+from catalog.memory import JOB_TOKENS, TICK_TOKENS
 from catalog.packing import (
     PATIENCE_SECONDS,
     Room,
@@ -161,7 +161,7 @@ def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size()
         gpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free, tick_tokens=TICK_TOKENS["cuda"])
         return len(packed(*waiting, room=cpu)), len(packed(*waiting, room=gpu))
 
-    assert TICK_TOKENS == {"cpu": SLICE_TOKENS, "cuda": 8 * SLICE_TOKENS}
+    assert TICK_TOKENS == {"cpu": JOB_TOKENS, "cuda": 8 * JOB_TOKENS}
     assert sizes(10) == (0, 0)
     assert sizes(11) == (1, 1)
     assert sizes(17) == (7, 2)

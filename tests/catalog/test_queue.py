@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from catalog import bases, claims, jobs, packing, queue, workers
+from catalog import bases, claims, jobs, packing, queue, saturation, workers
 from catalog.errors import InvalidRequest
 from catalog.packing import Room
+from catalog.saturation import Speeds
+from catalog.settings import Settings
 from catalog.states import EndReason
 from tests.catalog.world import LEASE, World, sha
 
@@ -98,6 +100,27 @@ def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
     assert "Its base is loaded: it joins as soon as there is room." in explained(world, second.id)["explanation"]
 
 
+def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -> None:
+    world.worker()
+    held = world.running()
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
+    )
+    waiting = world.queued()
+
+    def told(speeds: Speeds, *, num_jobs: int) -> str:
+        report = {"saturation": saturation.described(num_jobs, speeds, Settings(max_slowdown=4), 0)}
+        claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=report)
+        return explained(world, waiting.id)["explanation"]
+
+    assert told(Speeds(alone=((64, 900.0),), together=((256, 1000.0),)), num_jobs=4) == (
+        "It is first in the queue. Its base is loaded, and the trainer is near its plateau: with 4 jobs each is at "
+        "most 3.6 times as slow as alone, one more would make that 4.5, and LORRY_MAX_SLOWDOWN is 4. It joins when one "
+        "of them ends."
+    )
+    assert "it joins as soon as there is room" in told(Speeds(), num_jobs=16), "no speed keeps a seventeenth out"
+
+
 def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: World) -> None:
     world.worker()
     held = world.running()
@@ -149,7 +172,7 @@ def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
     with world.db.read() as session:
         own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in queue.turns(session, now=world.clock())}
 
-    assert own[plain.id] == (16 + 2 + 4) * plain.adapter_parameters  # with a copy in bf16, and a second slice
+    assert own[plain.id] == (16 + 2 + 8) * plain.adapter_parameters  # with a copy in bf16, and two further slices
     assert own[dropping.id] == own[plain.id] + 1024 * (2 * 64 + 2 * 64)
 
 

@@ -59,14 +59,14 @@ def training(
         keep=keep,
     )
     data = dataset(1, lengths)
-    engine = Engine(base, EngineConfig(token_budget=memory.SLICE_TOKENS, job_tokens=memory.SLICE_TOKENS))
+    engine = Engine(base, EngineConfig(token_budget=memory.JOB_TOKENS, job_tokens=memory.JOB_TOKENS))
     engine.admit("job", config, data, data if keep == "best" else None)
     return engine
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
 @pytest.mark.parametrize("keep", ["last", "best"])
-@pytest.mark.parametrize("lengths", [[200] * 4, [200] * 6], ids=["one slice", "two slices"])
+@pytest.mark.parametrize("lengths", [[200] * 2, [300] * 6], ids=["one slice", "six slices"])
 def test_a_job_is_counted_with_all_that_it_keeps(
     base: BaseModel, init: str, keep: Literal["last", "best"], lengths: list[int]
 ) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from catalog.memory import SLICE_TOKENS, TICK_TOKENS
+from catalog.memory import JOB_TOKENS, TICK_TOKENS
 from catalog.spec import JobRequest, JobSpec, resolve
 from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
 from lora_core.optim import learning_rate_at
@@ -164,11 +164,11 @@ def test_a_spec_of_before_patterns_still_loads() -> None:
 def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_with() -> None:
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
 
-    assert job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens == SLICE_TOKENS
-    budgets = {
-        kind: engine_config(device, num_threads=2).token_budget for kind, device in (("cpu", "cpu"), ("cuda", "cuda:0"))
-    }
-    assert budgets == TICK_TOKENS
+    slice_tokens = job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens
+    cpu, gpu = engine_config("cpu", num_threads=2), engine_config("cuda:0", num_threads=2)
+
+    assert 2 * slice_tokens == cpu.job_tokens == gpu.job_tokens == JOB_TOKENS
+    assert (cpu.token_budget, gpu.token_budget) == (2 * TICK_TOKENS["cpu"], TICK_TOKENS["cuda"])
 
 
 def test_every_core_of_a_cpu_is_a_lane_and_a_gpu_has_one() -> None:

@@ -18,7 +18,7 @@ from catalog.packing import Room
 from catalog.states import EndReason
 from catalog.tables import Job
 from tests.catalog.world import DESCRIPTION
-from tests.worker.pack_site import OUTAGE, READY, PackSite
+from tests.worker.pack_site import OUTAGE, READY, PackSite, say
 from worker import bases, loop, node, supervise
 from worker.context import WorkerContext
 from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
@@ -270,7 +270,7 @@ def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
     """A GPU with room for a trainer, three rows and two more slices of its tick."""
     site.context.device = replace(site.context.device, kind="cuda")
     pack = site.loading_pack(site.claim())
-    row_bytes = 22 * site.world.queued(suffix="next").adapter_parameters
+    row_bytes = 26 * site.world.queued(suffix="next").adapter_parameters
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
     free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * row_bytes + 2 * slice_bytes
     monkeypatch.setattr(node, "free_bytes", lambda _: free)
@@ -342,3 +342,21 @@ def test_a_worker_that_waits_looks_again_when_the_bell_rings(site: PackSite, mon
     loop.run(site.context)
 
     assert looks == ["look", "look", "wait"]
+
+
+def test_jobs_join_while_none_is_slowed_down_by_more_than_was_promised(site: PackSite) -> None:
+    for _ in range(4):
+        site.queued()
+    pack = site.pack(*site.claim_all())
+    for _ in range(8):
+        site.queued()
+
+    supervise._look_for_more(site.context, pack)
+    before, was_told = len(pack), site.context.pulse.status["report"]["saturation"]
+    speeds = {"alone": [[64, 500.0]], "together": [[256, 1000.0], [384, 1000.0]]}
+    say(pack, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
+    pack.hear()
+    supervise._look_for_more(site.context, pack)
+
+    assert (before, was_told["is_full"]) == (4, True), "nothing is known yet: each is taken to slow down the others"
+    assert len(pack) == 8, "8 of 500 tokens/s alone, at 1,000 together, are four times as slow"

@@ -132,9 +132,9 @@ def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over
         raise OutOfMemory("claim-1", num_tokens=0)
 
     monkeypatch.setattr(train_entry, "REPORT_SECONDS", 0)
-    monkeypatch.setattr(train_entry, "verify_export", fail)
+    monkeypatch.setattr("lora_core.verify.verify_export", fail)
     monkeypatch.setattr(trainer, "_base", None, raising=False)
-    for name, found in {"export": go_on, "memory": dict, "tokens_per_second": lambda: 0.0}.items():
+    for name, found in {"export": go_on, "memory": dict, "tokens_per_second": lambda: 0.0, "tick_speeds": dict}.items():
         monkeypatch.setattr(trainer._engine, name, found, raising=False)
 
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
