@@ -66,10 +66,11 @@ def training(
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
 @pytest.mark.parametrize("keep", ["last", "best"])
-@pytest.mark.parametrize("lengths", [[200] * 2, [300] * 6], ids=["one slice", "six slices"])
+@pytest.mark.parametrize(("lengths", "num_spare"), [([200] * 2, 0), ([200] * 6, 1)], ids=["one slice", "three slices"])
 def test_a_job_is_counted_with_all_that_it_keeps(
-    base: BaseModel, init: str, keep: Literal["last", "best"], lengths: list[int]
+    base: BaseModel, init: str, keep: Literal["last", "best"], lengths: list[int], num_spare: int
 ) -> None:
+    """Slices of 400 tokens leave a gradient to spare: shorter ones would be three in a tick."""
     engine = training(base, lengths=lengths, init=init, keep=keep)
     while engine.progress("job")[0] < 1:
         engine.tick()
@@ -84,7 +85,7 @@ def test_a_job_is_counted_with_all_that_it_keeps(
         batch_size=len(lengths),
         longest_example=max(lengths),
     )
-    assert counted == engine.memory()["rows_bytes"]
+    assert counted == engine.memory()["rows_bytes"] + num_spare * 4 * engine.num_parameters("job")
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
