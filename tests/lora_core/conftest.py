@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lora_core.base_import import import_base
 from lora_core.base_model import BaseModel, load_base
+from lora_core.lanes import Lanes
 from lora_core.probe import Invariance, measure_invariance
 from tests.lora_core.scenarios import VOCAB
 
@@ -26,11 +27,11 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     costs more than many a job. test_probe.py turns this off."""
     known: list[tuple[BaseModel, Invariance]] = []
 
-    def measure(base: BaseModel) -> Invariance:
+    def measure(base: BaseModel, lanes: Lanes) -> Invariance:
         for probed, verdict in known:
             if probed is base:
                 return verdict
-        known.append((base, measure_invariance(base)))
+        known.append((base, measure_invariance(base, lanes)))
         return known[-1][1]
 
     monkeypatch.setattr("lora_core.engine.measure_invariance", measure)
