@@ -85,8 +85,12 @@ class AdapterRow:
         frozen: Mapping[str, Tensor] | None = None,
         trained: TrainedTensors | None = None,
         optimizer: OptimizerKind = "adamw",
+        is_trained: bool = True,
     ) -> None:
-        """`frozen`: the base model's weight [O, D] of each target, which only DoRA, PiSSA and OLoRA read."""
+        """`frozen`: the base model's weight [O, D] of each target, which only DoRA, PiSSA and OLoRA read.
+
+        Without `is_trained` there is p alone, for passes that nothing is differentiated of.
+        """
         self.targets = targets
         self.lora = lora
         self.frozen = frozen or {}
@@ -100,9 +104,9 @@ class AdapterRow:
         moments = (num_numbers, num_numbers)
         if optimizer == "adafactor":
             moments = (0, self.blocks[-1].memory.stop)
-        sizes = [num_numbers, num_numbers, *moments]
+        sizes = [num_numbers, num_numbers, *moments] if is_trained else [num_numbers]
         self.arena = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        self.p, self.g, self.m, self.v = self.arena.split(sizes)
+        self.p, self.g, self.m, self.v = self.arena.split(sizes) if is_trained else (self.arena,) * 4
         self.dtype = dtype
         self.compute = self.p if dtype == torch.float32 else torch.zeros_like(self.p, dtype=dtype)
         self.paired = torch.zeros(2 * self.num_ab if lora.subtracts_start else 0, dtype=dtype, device=device)
@@ -186,9 +190,7 @@ class AdapterRow:
                 a_RD = initial_a(self.lora, name, seed=seed, rank=spans.rank, in_features=target.in_features)
             self.p[spans.a] = a_RD.flatten()
             yield start_work(self.lora, name, (target.out_features, target.in_features))
-        if self.trained.tensors:
-            starts = [tensor.start(seed).flatten().float() for tensor in self.trained.tensors]
-            self.p[self.num_lora :] = torch.cat(starts)
+        self.begin_in_full(seed)
         if self.lora.subtracts_start:
             self.keep_start(self.p[: self.num_ab].to(self.dtype))
         self.refresh_compute()
@@ -196,6 +198,12 @@ class AdapterRow:
             if views.magnitude is not None:
                 views.magnitude.m_O.copy_(views.magnitude.norm_O)
                 views.magnitude.factor_O.fill_(1)
+
+    def begin_in_full(self, seed: int) -> None:
+        """What is trained in full begins as it says."""
+        if self.trained.tensors:
+            starts = [tensor.start(seed).flatten().float() for tensor in self.trained.tensors]
+            self.p[self.num_lora :] = torch.cat(starts)
 
     def refresh_compute(self) -> None:
         """Round the weights to the compute dtype, and take DoRA's norms of them; call after every change of p."""
@@ -209,6 +217,22 @@ class AdapterRow:
             if views.magnitude is not None:
                 views.magnitude.norm_O.copy_(weight_norms(self.frozen[name], views))
                 torch.div(views.magnitude.m_O, views.magnitude.norm_O, out=views.magnitude.factor_O)
+
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 weights, views of p, by PEFT's names without their prefix. Where no start is subtracted."""
+        assert not self.lora.subtracts_start
+        views: dict[str, Tensor] = {}
+        for name, spans in self.spans.items():
+            views[f"{name}.lora_A.weight"] = self.p[spans.a].view(spans.rank, -1)
+            views[f"{name}.lora_B.weight"] = self.p[spans.b].view(-1, spans.rank)
+            if self.lora.use_dora:
+                views[f"{name}.lora_magnitude_vector"] = self.p[spans.magnitude]
+        start = self.num_lora
+        for tensor in self.trained.tensors:
+            size = torch.Size(tensor.shape).numel()
+            views[tensor.name] = self.p[start : start + size].view(tensor.shape)
+            start += size
+        return views
 
     def start(self) -> Tensor:
         """All A₀, then all B₀, in the compute dtype: what `keep_start` takes."""

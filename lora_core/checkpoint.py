@@ -48,17 +48,20 @@ def _write(job: Job, directory: Path) -> None:
         "position_in_epoch": position,
         "config_digest": job.config.digest(),
         "data_digest": job.data_digest,
+        "parent_sha256": job.parent_sha256,
         "targets": [target.name for target in job.row.targets],
         "row_sha256": hashlib.sha256(row_file.read_bytes()).hexdigest(),
     }
     write_json(directory / "state.json", state)
 
 
-def load_checkpoint(directory: Path, *, row: AdapterRow, best: Tensor | None, expected: dict[str, str]) -> Progress:
+def load_checkpoint(
+    directory: Path, *, row: AdapterRow, best: Tensor | None, expected: dict[str, str | None]
+) -> Progress:
     """Fill `row`, and `best` where the job keeps its best weights, and return the progress. `expected` names the
-    digests of configuration and data.
+    digests of configuration, data and parent adapter (None: it has none).
 
-    Raises BadCheckpoint if the files are damaged or belong to another configuration, data or base model.
+    Raises BadCheckpoint if the files are damaged or belong to another configuration, data, parent or base model.
     """
     try:
         state = json.loads((directory / "state.json").read_text())
@@ -73,11 +76,11 @@ def load_checkpoint(directory: Path, *, row: AdapterRow, best: Tensor | None, ex
     return progress
 
 
-def _check_state(state: dict[str, Any], expected: dict[str, str], targets: list[str]) -> None:
+def _check_state(state: dict[str, Any], expected: dict[str, str | None], targets: list[str]) -> None:
     if state["format"] != FORMAT:
         raise _bad(f"has format {state['format']}, not {FORMAT}")
     for name, digest in expected.items():
-        if state[name] != digest:
+        if state.get(name) != digest:
             raise _bad(f"belongs to another job: its {name} differs")
     if state["targets"] != targets:
         raise _bad("belongs to another base model: its adapted layers differ")

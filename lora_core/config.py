@@ -279,7 +279,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyStoppingConfig:
     """End after `patience` evaluations in a row in which the held-out loss fell by no more than `min_delta` (nats)
-    below the one that last did, or the first one. The base's own, at step 0, doesn't count."""
+    below the one that last did, or the first one. That of step 0, the base's own or the parent's, doesn't count."""
 
     patience: int
     min_delta: float = 0.0

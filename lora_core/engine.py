@@ -28,6 +28,7 @@ from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training
+from lora_core.parent import begin_from, refuse_other_start
 from lora_core.prefixes import PrefixCounts, Prefixes, by_entry
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
@@ -72,18 +73,57 @@ class Engine:
         train: TokenDataset,
         valid: TokenDataset | None = None,
         resume_from: Path | None = None,
+        *,
+        parent: Path | None = None,
     ) -> None:
         """Make `job` resident. What its start takes beyond START_WORK is left to the ticks that follow, so that its
         packmates don't wait for it; it trains once it has started.
 
-        Raises ConfigError where a job of this name is resident, or the job needs a held-out set and has none,
-        NoTargets, BadDataset, BadCheckpoint, OutOfMemory; then nothing has changed.
+        `parent`: the folder of an adapter whose weights the job begins with, and which it compares with where its
+        objective compares (parent.py); the same one where it resumes. Raises ConfigError where a job of this name is
+        resident, the job needs a held-out set and has none, or asks for another adapter than its parent is, NoTargets,
+        BadDataset, BadParent, BadCheckpoint, OutOfMemory; then nothing has changed.
         """
+        self._check(job, config, train, valid)
+        if parent is not None:
+            refuse_other_start(config.lora)
+        with shortage_of(job):
+            row, parent_sha256, progress = self._new_row(config), None, Progress()
+            if parent is not None:
+                row.begin_in_full(config.seed)
+                parent_sha256 = begin_from(row, parent, self.base)
+            reference = self._reference(row, config, has_parent=parent is not None)
+            best = torch.zeros_like(row.p) if config.keep == "best" else None
+            if resume_from is not None:
+                expected = {
+                    "config_digest": config.digest(),
+                    "data_digest": data_digest(train, valid),
+                    "parent_sha256": parent_sha256,
+                }
+                progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
+        admitted = Job(
+            job,
+            config,
+            row=row,
+            train=train,
+            valid=valid,
+            progress=progress,
+            best=best,
+            starting=row.starting(config.seed) if parent is None and resume_from is None else None,
+            reference=reference,
+            parent_sha256=parent_sha256,
+        )
+        admitted.entry_block = self._prefixes.entry_block(row)
+        with shortage_of(job, part="start"):
+            admitted.go_on_starting(START_WORK)
+        admitted.served = self._least_served()
+        self._jobs[job] = admitted
+
+    def _check(self, job: str, config: JobConfig, train: TokenDataset, valid: TokenDataset | None) -> None:
         if job in self._jobs:
             raise ConfigError(
                 f"A job {job!r} is resident already.", remedy="Give the job another name, or evict that one first."
             )
-        assert self.base.attachment is not None
         refuse_other_task(self.base, config.objective)
         if valid is None and config.needs_evaluation:
             raise ConfigError(
@@ -97,31 +137,32 @@ class Engine:
                 check_labels(dataset, config.objective.num_labels)
             if config.objective.kind == "kto":
                 check_unpaired(dataset)
-        targets = choose_targets(self.base.attachment.linears, config.lora)
-        trained = trained_tensors(self.base, config)
-        with shortage_of(job):
-            frozen = frozen_weights(self.base.attachment.linears, targets, config.lora)
-            row = AdapterRow(
-                targets,
-                config.lora,
-                dtype=self.base.dtype,
-                device=self.base.device,
-                frozen=frozen,
-                trained=trained,
-                optimizer=config.optimizer.kind,
-            )
-            best = torch.zeros_like(row.p) if config.keep == "best" else None
-            progress = Progress()
-            if resume_from is not None:
-                expected = {"config_digest": config.digest(), "data_digest": data_digest(train, valid)}
-                progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
-        starting = None if resume_from is not None else row.starting(config.seed)
-        admitted = Job(job, config, row=row, train=train, valid=valid, progress=progress, best=best, starting=starting)
-        admitted.entry_block = self._prefixes.entry_block(row)
-        with shortage_of(job, part="start"):
-            admitted.go_on_starting(START_WORK)
-        admitted.served = self._least_served()
-        self._jobs[job] = admitted
+
+    def _new_row(self, config: JobConfig, *, is_trained: bool = True) -> AdapterRow:
+        assert self.base.attachment is not None
+        linears = self.base.attachment.linears
+        targets = choose_targets(linears, config.lora)
+        return AdapterRow(
+            targets,
+            config.lora,
+            dtype=self.base.dtype,
+            device=self.base.device,
+            frozen=frozen_weights(linears, targets, config.lora),
+            trained=trained_tensors(self.base, config),
+            optimizer=config.optimizer.kind,
+            is_trained=is_trained,
+        )
+
+    def _reference(self, row: AdapterRow, config: JobConfig, *, has_parent: bool) -> AdapterRow | None:
+        """What the objective compares with: the adapter that `row` begins with, or none on the base model."""
+        if not config.objective.needs_reference:
+            return None
+        if not has_parent:
+            return AdapterRow((), config.lora, dtype=self.base.dtype, device=self.base.device, is_trained=False)
+        reference = self._new_row(config, is_trained=False)
+        reference.p.copy_(row.p)
+        reference.refresh_compute()
+        return reference
 
     def tick(self) -> list[Event]:
         """Compute one tick and say what it completed. Without work: [] at once.

@@ -65,6 +65,12 @@ class BadAdapter(LoraCoreError):
     code = "bad_adapter"
 
 
+class BadParent(LoraCoreError):
+    """The folder of the adapter that a job is to continue can't be used."""
+
+    code = "bad_parent"
+
+
 class UnsafeFile(LoraCoreError):
     """A tensor file exceeds the limits under which it may be opened."""
 

@@ -97,6 +97,7 @@ class Job:
     `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
     `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
     `entry_block`: where its sequences may enter the base (prefixes.py); 0 where nothing is kept of them.
+    `reference`: what the objective compares with, where it does. `parent_sha256`: of the weights that it began with.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class Job:
         progress: Progress,
         best: Tensor | None = None,
         starting: Iterator[int] | None = None,
+        reference: AdapterRow | None = None,
+        parent_sha256: str | None = None,
     ) -> None:
         """starting: what fills the row, in pieces; None where it is filled."""
         self.name = name
@@ -122,6 +125,8 @@ class Job:
         self.best = best
         self.starting = starting
         self.entry_block = 0
+        self.reference = reference
+        self.parent_sha256 = parent_sha256
         self._gradients = SliceGradients(row=row)
         self.unit: Unit | None = None
         self.tally = Tally()
@@ -155,7 +160,8 @@ class Job:
     @property
     def num_bytes(self) -> int:
         best_bytes = 0 if self.best is None else self.best.nbytes
-        return self.row.num_bytes + self._gradients.num_bytes + best_bytes
+        reference_bytes = 0 if self.reference is None else self.reference.num_bytes
+        return self.row.num_bytes + self._gradients.num_bytes + best_bytes + reference_bytes
 
     def go_on_starting(self, work: int) -> None:
         """Pieces of the start, until they have taken about `work` multiplications; then `starting` may be None."""
@@ -168,9 +174,9 @@ class Job:
 
     def waiting_tokens(self) -> tuple[int, ...]:
         """Tokens that each slice left of the unit puts through the base model: twice its own where they are compared
-        with it."""
+        with a reference."""
         assert self.unit is not None
-        passes = 2 if self.config.objective.needs_reference else 1
+        passes = 1 if self.reference is None else 2
         return tuple(passes * tokens for tokens in self.unit.tokens_of_slices[self.tally.next_slice :])
 
     def next_slices(self, count: int) -> list[SliceInput]:
@@ -195,6 +201,7 @@ class Job:
             reference_point=self.reference_point,
             noise=self._noise(index, [len(ids) for ids, _ in sequences]) if training else None,
             entry=self._entry(unit),
+            reference=self.reference,
         )
 
     def _entry(self, unit: Unit) -> Entry | None:

@@ -31,7 +31,7 @@ from lora_core.errors import BadAdapter, LoraCoreError, UnsafeFile, UnsupportedM
 from lora_core.export import pseudo_random_ids
 from lora_core.merge_cost import compare_cost
 from lora_core.model_folder import read_config
-from lora_core.quantisation import Quantisation
+from lora_core.quantisation import Quantisation, quantisation_in_training
 from lora_core.tensor_files import read_header, write_directory, write_json
 from lora_core.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_foreign_code, verify_export
 
@@ -83,7 +83,7 @@ def merge_adapter(
     quantised base, or an adapter that was trained on one, without `dequantise`.
     """
     refuse_foreign_adapter(adapter_dir)
-    trained_on = _quantisation_in_training(adapter_dir)
+    trained_on = quantisation_in_training(adapter_dir / WEIGHTS)
     if trained_on != "none" and not dequantise:
         raise UnsupportedModel(
             f"This adapter was trained on its base held as {trained_on}. Merged, it stands on the plain weights, and "
@@ -190,18 +190,6 @@ def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
         return
     if not verify_export(base, adapter_dir).passed:
         raise _bad("on this base model it doesn't give the logits that training saw")
-
-
-def _quantisation_in_training(adapter_dir: Path) -> Quantisation:
-    """As the weights' file says, if Lorry wrote it."""
-    with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
-        how = (file.metadata() or {}).get("base_quantization_config")
-    if how is None:
-        return "none"
-    try:
-        return "nf4" if json.loads(how).get("load_in_4bit") else "int8"
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise _bad(f"the base_quantization_config of {WEIGHTS} can't be read") from error
 
 
 def _held_as(base_dir: Path, quantisation: Quantisation, plain: BaseModel) -> BaseModel:

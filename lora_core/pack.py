@@ -68,6 +68,8 @@ class SliceInput:
     token_types: tuple[np.ndarray | None, ...] = ()
     noise: NoiseKey | None = None
     entry: Entry | None = None
+    reference: AdapterRow | None = None
+    """What an objective compares with: no adapter on the base model, or the one that the job began with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,8 +119,8 @@ class Pack:
 
     `label_smoothing_L`: what each label's probability is lowered by in training (objectives.py); None if of none.
 
-    `reference`: the sequences that are compared with the base model, without adapters; a pass of their own, since
-    nothing of it is differentiated.
+    `reference`: the sequences of jobs that compare with another adapter, or none, with that at work; a pass of its
+    own, since nothing of it is differentiated.
     """
 
     input_ids: Tensor
@@ -139,8 +141,10 @@ class Pack:
 
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
     """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
-    compared = [part for part in slices if part.objective.needs_reference]
-    reference = bare_pack(compared, device=device) if compared else None
+    compared = [
+        replace(part, row=part.reference, dropout=None, noise=None) for part in slices if part.reference is not None
+    ]
+    reference = _concatenated(compared, _segments(compared), device=device) if compared else None
     return replace(_concatenated(slices, _segments(slices), device=device), reference=reference)
 
 
@@ -221,7 +225,7 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
         )
         first += len(part.sequences)
         start, label_start = stop, label_stop
-        reference_start += sum(num_labels) if part.objective.needs_reference else 0
+        reference_start += 0 if part.reference is None else sum(num_labels)
     return tuple(segments)
 
 

@@ -63,11 +63,11 @@ def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
 
 @torch.no_grad()
 def _reference_losses(base: BaseModel, pack: Pack) -> Tensor | None:
-    """Cross-entropy of the reference's labels under the base model alone; None where nothing is compared with it."""
+    """Cross-entropy of the reference's labels; None where nothing is compared with one."""
     if pack.reference is None:
         return None
     h_LD = hidden_states(base, pack.reference)[pack.reference.label_positions_L]
-    return score_labels(h_LD, base.head(), pack.reference.labels_L).losses_L
+    return score_by_head(h_LD, base.head(), pack.reference).losses_L
 
 
 @torch.no_grad()

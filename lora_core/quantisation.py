@@ -4,15 +4,17 @@
 Only the loading is special: a quantised linear computes with its own forward, beside which the engine adds LoRA.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from lora_core.errors import UnsupportedModel
+from lora_core.errors import UnsafeFile, UnsupportedModel
 from lora_core.model_folder import load_with_transformers
 
 Quantisation = Literal["none", "nf4", "int8"]
@@ -37,6 +39,21 @@ def load_quantised(
             # Else a pass without gradients repacks the weight, and no later pass has a backward.
             linear.support_avx512bf16_for_cpu = False
     return model
+
+
+def quantisation_in_training(weights: Path) -> Quantisation:
+    """How the base of an adapter was held, as the file of its weights says if Lorry wrote it. Raises UnsafeFile."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            how = (file.metadata() or {}).get("base_quantization_config")
+        if how is None:
+            return "none"
+        return "nf4" if json.loads(how).get("load_in_4bit") else "int8"
+    except (SafetensorError, ValueError, RecursionError, AttributeError) as error:
+        raise UnsafeFile(
+            f"{weights.name} can't be read as safetensors, or its base_quantization_config can't.",
+            remedy="Give a safetensors file written by a known tool.",
+        ) from error
 
 
 def quantization_config(quantisation: Literal["nf4", "int8"], dtype: torch.dtype) -> BitsAndBytesConfig:

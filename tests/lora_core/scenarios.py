@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -65,6 +66,7 @@ class Submission:
     config: JobConfig
     train: TokenDataset
     valid: TokenDataset | None = None
+    parent: Path | None = None
 
 
 def submissions(family: str) -> dict[str, Submission]:
@@ -274,7 +276,7 @@ def starts() -> dict[str, Submission]:
 
 
 def admit(engine: Engine, name: str, submission: Submission, **options) -> None:
-    engine.admit(name, submission.config, submission.train, submission.valid, **options)
+    engine.admit(name, submission.config, submission.train, submission.valid, parent=submission.parent, **options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
