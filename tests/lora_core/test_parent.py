@@ -21,7 +21,17 @@ from lora_core.parent import lora_config_of
 from lora_core.verify import verify_export
 from tests.lora_core.classifiers import classified
 from tests.lora_core.parents import DPO, METHODS, child_of, make_parent, parent_job, save_by_peft, stateless, train
-from tests.lora_core.scenarios import Submission, admit, config, dataset, rename, run_alone, run_elastically, weights
+from tests.lora_core.scenarios import (
+    Submission,
+    admit,
+    config,
+    dataset,
+    preferences,
+    rename,
+    run_alone,
+    run_elastically,
+    weights,
+)
 from tests.lora_core.test_resumed_equals_uninterrupted import finish_elsewhere
 
 
@@ -92,6 +102,8 @@ def children(base, folder: Path) -> dict[str, Submission]:
         jobs[f"dpo_{method}"] = replace(
             pairs, train=dataset(91, [9, 14, 31, 22, 5, 40, 3, 2]), valid=dataset(92, [7, 12])
         )
+    kto = child_of(folder / "lora", seed=94, objective=ObjectiveConfig(kind="kto", beta=0.4))
+    jobs["kto"] = replace(kto, train=preferences()["kto"].train, valid=None)
     return jobs
 
 
