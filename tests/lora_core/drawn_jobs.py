@@ -1,7 +1,6 @@
 """Small jobs by number: each a mixture of whatever a job may ask for, over a few short rows.
 
-What changes the way of computing goes round with the number, at steps of different length: so the first six have all
-of it, and 420 every combination of any two. The rest is drawn.
+The first six have between them whatever changes the way of computing. Of the others everything is drawn.
 """
 
 from random import Random
@@ -14,8 +13,10 @@ from lora_core.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from tests.lora_core.scenarios import Submission, dataset
+from lora_core.data import TokenDataset
+from tests.lora_core.scenarios import Submission, dataset, rated
 
+NUM_PLANNED = 6
 TARGETS = {
     "llama": ("all-linear", ("q_proj", "v_proj"), "down_proj", "layers.1.self_attn.o_proj", r"re:.*\.1\.mlp\..*"),
     "gpt2": ("all-linear", ("c_attn",), "mlp.c_fc", "h.1.attn.c_proj", r"re:.*\.1\.mlp\..*"),
@@ -25,13 +26,14 @@ OBJECTIVES = (
     ObjectiveConfig(kind="dpo", beta=0.5, label_smoothing=0.1),
     ObjectiveConfig(label_smoothing=0.1),
     ObjectiveConfig(kind="orpo"),
-    ObjectiveConfig(),
+    ObjectiveConfig(kind="kto", beta=0.4, desirable_weight=1.5),
     ObjectiveConfig(kind="simpo", beta=2.0, gamma=1.0),
+    ObjectiveConfig(),
     ObjectiveConfig(kind="dpo", loss_type="ipo", beta=0.3),
 )
 STARTS = ("default", "gaussian", "pissa", "default", "olora", "pissa_niter_2")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-OPTIMIZERS = ("adamw", "sgd", "adamw")
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
 HEAD = {"modules_to_save": ("lm_head",)}
 TOKENS = {"trainable_token_indices": (300, 2, 17, *range(100, 140))}
 IN_FULL = {  # where head and embeddings are one matrix, a job trains either
@@ -50,32 +52,36 @@ SLICES = (1, 30, 1024)
 def drawn_job(family: str, number: int) -> Submission:
     """A job of one to three steps; the same number gives the same job."""
     draw = Random(number)
-    num_steps = turn(STEPS, number)
+    num_steps = take(draw, STEPS, number)
     longest = draw.choice([5, 25])
     lengths = [draw.randint(2, longest) for _ in range(draw.choice([4, 6]))]
-    objective, keep = turn(OBJECTIVES, number), turn(KEEPS, number)
-    early_stopping = _early_stopping(draw) if turn(STOPPED_EARLY, number) else None
+    objective, keep = take(draw, OBJECTIVES, number), take(draw, KEEPS, number)
+    early_stopping = _early_stopping(draw) if take(draw, STOPPED_EARLY, number) else None
     is_by_the_held_out = keep == "best" or early_stopping is not None
+    fewest = 2 if objective.kind == "kto" else 1
     config = JobConfig(
         lora=_lora(draw, family, number),
-        optimizer=_optimizer(draw, number),
+        optimizer=_optimizer(draw, number, keep),
         schedule=_schedule(draw, num_steps, number),
-        batch_size=turn(BATCH_SIZES, number),
+        batch_size=max(fewest, take(draw, BATCH_SIZES, number)),
         num_steps=num_steps,
         seed=draw.randrange(1000),
         evaluate_every_steps=1 if is_by_the_held_out else draw.choice([None, 1, 2]),
-        slice_tokens=turn(SLICES, number),
+        slice_tokens=take(draw, SLICES, number),
         objective=objective,
         early_stopping=early_stopping,
         keep=keep,
-        neftune_alpha=0.0 if objective.is_preference else turn(NOISES, number // 2),
+        neftune_alpha=0.0 if objective.is_preference else take(draw, NOISES, number),
     )
+    train = dataset(number, lengths)
     valid = dataset(number + 1, lengths[:2]) if is_by_the_held_out or draw.random() < 0.4 else None
-    return Submission(config=config, train=dataset(number, lengths), valid=valid)
+    if objective.kind == "kto":
+        train, valid = _rated(draw, train), None if valid is None else _rated(draw, valid)
+    return Submission(config=config, train=train, valid=valid)
 
 
-def turn(choices: tuple, number: int):
-    return choices[number % len(choices)]
+def take(draw: Random, choices: tuple, number: int):
+    return choices[number % len(choices)] if number < NUM_PLANNED else draw.choice(choices)
 
 
 def _lora(draw: Random, family: str, number: int) -> LoraConfig:
@@ -86,16 +92,16 @@ def _lora(draw: Random, family: str, number: int) -> LoraConfig:
         target_modules=draw.choice(TARGETS[family]),
         use_rslora=draw.choice([False, True]),
         use_dora=draw.choice([False, False, True]),
-        init_lora_weights=turn(STARTS, number),
-        **turn(IN_FULL[family], number),
+        init_lora_weights=take(draw, STARTS, number),
+        **take(draw, IN_FULL[family], number),
     )
 
 
-def _optimizer(draw: Random, number: int) -> OptimizerConfig:
-    kind = turn(OPTIMIZERS, number)
+def _optimizer(draw: Random, number: int, keep: str) -> OptimizerConfig:
+    kind = take(draw, OPTIMIZERS, number)
     return OptimizerConfig(
         kind=kind,
-        learning_rate=draw.choice([1e-3, 3e-2]) if turn(KEEPS, number) == "last" else 0.1,  # soon too far
+        learning_rate=draw.choice([1e-3, 3e-2]) if keep == "last" else 0.1,  # soon too far
         lora_plus_ratio=draw.choice([1.0, 8.0]),
         beta2=draw.choice([0.99, 0.999]),
         momentum=draw.choice([0.5, 0.9]) if kind == "sgd" else 0.0,
@@ -105,7 +111,7 @@ def _optimizer(draw: Random, number: int) -> OptimizerConfig:
 
 
 def _schedule(draw: Random, num_steps: int, number: int) -> ScheduleConfig:
-    kind = turn(SCHEDULES, number)
+    kind = take(draw, SCHEDULES, number)
     warmup_steps = draw.randint(0, 1)
     decay_steps = draw.randint(0, num_steps - warmup_steps) if kind == "wsd" else 0
     return ScheduleConfig(kind=kind, warmup_steps=warmup_steps, decay_steps=decay_steps, num_steps=num_steps)
@@ -113,3 +119,9 @@ def _schedule(draw: Random, num_steps: int, number: int) -> ScheduleConfig:
 
 def _early_stopping(draw: Random) -> EarlyStoppingConfig:
     return EarlyStoppingConfig(patience=1, min_delta=draw.choice([0.0, 5.0]))
+
+
+def _rated(draw: Random, answers: TokenDataset) -> TokenDataset:
+    """Some desirable and some not, the first being the one and the last the other."""
+    marks = "".join(draw.choices("01", k=answers.num_rows - 2))
+    return rated(answers, f"1{marks}0")
