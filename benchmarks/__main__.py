@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks import eight_jobs, loss_head, pack_scaling, steady_state, warm_start
+from benchmarks import eight_jobs, frozen_prefix, loss_head, pack_scaling, steady_state, warm_start
 from benchmarks.plan import Plan, quick
 from benchmarks.results import Result, print_table, write
 from benchmarks.workload import ROOT, prepare
@@ -17,6 +17,7 @@ COMPARISONS = {
     "warm_start": warm_start.run,
     "pack_scaling": pack_scaling.run,
     "loss_head": loss_head.run,
+    "frozen_prefix": frozen_prefix.run,
     "eight_jobs": eight_jobs.run,
 }
 

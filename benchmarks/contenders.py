@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.gate import Gate
 from benchmarks.heads import chunked_head, plain_head
+from benchmarks.upper_blocks import upper_blocks
 from benchmarks.workload import SEED, batches
 from lora_core.base_model import load_base
 from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
@@ -253,6 +254,7 @@ CONTENDERS: dict[str, Callable[[Gate, Json], None]] = {
     "matrix": matrix,
     "chunked_head": chunked_head,
     "plain_head": plain_head,
+    "upper_blocks": upper_blocks,
 }
 
 

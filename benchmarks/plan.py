@@ -27,6 +27,8 @@ class Plan:
     head: dict[str, int] = field(
         default_factory=lambda: {"num_labels": 1024, "num_features": 576, "vocab_size": 151_936}
     )
+    upper_share: float = 0.2
+    prefix_rows: int = 32
     eight_jobs: int = 8
     eight_steps: int = 20
     eight_batch_size: int = 1
@@ -64,6 +66,8 @@ def quick(workload: Workload, folder: Path) -> Plan:
         pack_rank=2,
         lanes=(1,),
         head={"num_labels": 64, "num_features": 64, "vocab_size": 4096},
+        upper_share=0.5,
+        prefix_rows=4,
         eight_jobs=2,
         eight_steps=2,
     )

@@ -12,7 +12,7 @@ import pytest
 from tests import tiny_base
 from tests.architecture.source_files import ROOT
 
-THEMES = ("steady_state", "warm_start", "pack_scaling", "loss_head", "eight_jobs")
+THEMES = ("steady_state", "warm_start", "pack_scaling", "loss_head", "frozen_prefix", "eight_jobs")
 
 
 def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(tmp_path: Path) -> None:
@@ -24,6 +24,18 @@ def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(tmp_path: Pa
     assert (ours["tokens"], ours["labels"]) == (theirs["tokens"], theirs["labels"])
     assert abs(ours["loss"] - theirs["loss"]) < 0.01
     assert "lorry over peft_loop, 1 thread" in table
+
+
+def test_kept_prefixes_give_the_losses_of_those_that_are_computed_again(tmp_path: Path) -> None:
+    table = quick_bench(tmp_path, "frozen_prefix")
+
+    (path,) = (tmp_path / "out").glob("frozen_prefix_*.json")
+    repeats = json.loads(path.read_text())["repeats"]
+    assert [repeats["kept"][0][name] for name in ("loss", "tokens")] == [
+        repeats["computed"][0][name] for name in ("loss", "tokens")
+    ]
+    assert repeats["kept"][0]["computed_tokens"] == repeats["kept_first"][0]["tokens"]
+    assert "nothing kept over kept" in table
 
 
 @pytest.mark.slow

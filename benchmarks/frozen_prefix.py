@@ -1,0 +1,94 @@
+"""What it saves to keep the frozen blocks' results where only the upper ones are adapted: an epoch, with and without.
+
+P parameters of the blocks, H of the head, k of L blocks adapted, s the share of tokens that are labels: a token costs
+2P + 2P k/L + 4H s FLOPs where nothing is kept, and 4P k/L + 4H s in epochs after the first where prefixes are.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+from benchmarks.gate import Contender
+from benchmarks.plan import Plan
+from benchmarks.results import Result, median_of, median_ratio
+from lora_core.base_model import describe_base
+
+SHARE_OF_ARITHMETIC = 0.85
+"""Of the promised ratio: attention, norms and optimizer aren't in the arithmetic."""
+CLOCKS = ("seconds", "cpu_seconds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Of the base: its depth, and how many parameters its blocks and its head have."""
+
+    depth: int
+    blocks: int
+    head: int
+
+    def promised(self, *, upper: int, label_share: float) -> float:
+        """FLOPs without over FLOPs with kept prefixes."""
+        share, head = upper / self.depth, 4 * self.head * label_share
+        return (2 * self.blocks * (1 + share) + head) / (4 * self.blocks * share + head)
+
+
+def run(plan: Plan) -> Result:
+    shape = shape_of(plan)
+    upper = max(1, round(plan.upper_share * shape.depth))
+    sizes = {"upper": upper, "rows": plan.prefix_rows}
+    settings = plan.settings() | sizes | {"blocks": shape.depth, "targets": "all linears of the upper blocks"}
+    result = Result(theme="frozen_prefix", settings=settings)
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(
+                closing(
+                    Contender(
+                        "upper_blocks",
+                        threads=1,
+                        log=plan.folder / f"prefix-{name}.log",
+                        keeps=name == "kept",
+                        **plan.options(),
+                        **sizes,
+                    )
+                )
+            )
+            for name in ("kept", "computed")
+        }
+        for name, contender in contenders.items():
+            result.repeats[f"{name}_first"] = [contender.step()]
+        for _ in range(plan.repeats):
+            for name, contender in contenders.items():
+                result.repeats.setdefault(name, []).append(contender.step())
+    _conclude(result, shape, upper)
+    return result
+
+
+def shape_of(plan: Plan) -> Shape:
+    description = describe_base(plan.workload.base)
+    config = json.loads((plan.workload.base / "config.json").read_text("utf-8"))
+    sizes = [rows * columns * count for (rows, columns), count in description["linear_shapes"].values()]
+    return Shape(
+        depth=description["num_layers"], blocks=sum(sizes), head=config["vocab_size"] * description["hidden_size"]
+    )
+
+
+def _conclude(result: Result, shape: Shape, upper: int) -> None:
+    kept, computed = result.repeats["kept"], result.repeats["computed"]
+    (first,) = result.repeats["kept_first"]
+    assert [report["loss"] for report in kept] == [report["loss"] for report in computed], "keeping changes no bit"
+    assert kept[-1]["computed_tokens"] == first["tokens"], "lower blocks run in the first epoch alone"
+    result.find("first epoch, prefixes kept", first["seconds"], "s")
+    result.find("later epoch, prefixes kept", median_of(kept, "seconds"), "s")
+    result.find("epoch, nothing kept", median_of(computed, "seconds"), "s")
+    promised = shape.promised(upper=upper, label_share=first["labels"] / first["tokens"])
+    without_head = shape.promised(upper=upper, label_share=0)
+    result.find("FLOPs of blocks, nothing kept over kept: (2P + 2Pk/L) / (4Pk/L)", without_head, "x")
+    result.find("the same with the head's", promised, "x")
+    seconds, cpu = ([[report[clock] for report in side] for side in (computed, kept)] for clock in CLOCKS)
+    result.find(
+        "nothing kept over kept", median_ratio(*seconds), "x", goal=float(f"{SHARE_OF_ARITHMETIC * promised:.3g}")
+    )
+    result.find("  by processor time", median_ratio(*cpu), "x")
+    result.find("kept, a token", kept[-1]["kept_bytes"] / first["tokens"], "bytes")
