@@ -37,6 +37,9 @@ class Settings(BaseSettings):
         default=4, ge=1, description="How many times as slow as alone a job may become for the sake of jobs that join."
     )
     max_jobs_per_trainer: int = Field(default=16, ge=1, description="Adapters trained together at most.")
+    prefix_disk_bytes: int = Field(
+        default=2 * 2**30, ge=0, description="Disk of a trainer for what frozen blocks gave. 0: nothing is kept."
+    )
 
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir / 'lorry.db'}"

@@ -15,12 +15,13 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     tether.hold_on(sys.argv)
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog.spec import JobSpec, Quantisation
 from lora_core.base_model import BaseModel, load_base
+from lora_core.config import EngineConfig
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
@@ -97,7 +98,7 @@ class Trainer:
         self._base: BaseModel = load_base(
             Path(self._settings["base_dir"]), dtype=dtype, device=device, quantisation=quantisation
         )
-        self._engine = Engine(self._base, engine_config(device, num_threads=node.num_threads()))
+        self._engine = Engine(self._base, self._engine_config(device))
         ready = {
             "type": "ready",
             "pid": os.getpid(),
@@ -111,6 +112,13 @@ class Trainer:
             "memory": self._engine.memory(),
         }
         self._events.write(ready)
+
+    def _engine_config(self, device: str) -> EngineConfig:
+        """Frozen prefixes are kept in files of the directory: the kernel's cache holds those that are read, so no
+        memory is taken that placement doesn't know."""
+        config = engine_config(device, num_threads=node.num_threads())
+        budget = int(self._settings.get("prefix_disk_bytes", 0))
+        return replace(config, prefix_disk_bytes=budget, prefix_folder=self._directory.path)
 
     # What the parent says
 

@@ -80,6 +80,20 @@ def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
     assert refused["error"]["remedy"]
 
 
+@pytest.mark.parametrize(("told", "kept"), [({"prefix_disk_bytes": 7}, 7), ({"prefix_disk_bytes": 0}, 0), ({}, 0)])
+def test_a_trainer_keeps_prefixes_in_its_own_directory_within_the_operators_budget_and_takes_no_memory_for_them(
+    tmp_path: Path, told: dict[str, int], kept: int
+) -> None:
+    directory = TrainerDirectory.create(tmp_path / "keeper", told)
+    trainer = Trainer(directory)
+
+    config = trainer._engine_config("cpu")
+
+    trainer._events.close()
+    assert (config.prefix_disk_bytes, config.prefix_memory_bytes) == (kept, 0)
+    assert config.prefix_folder == directory.path
+
+
 def test_an_import_tells_the_commit_and_the_licence_of_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
