@@ -376,11 +376,10 @@ class EngineConfig:
         _require(_is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
         known = ("auto", "always", "never")
         _require(self.checkpoint_blocks in known, "checkpoint_blocks", self.checkpoint_blocks, "auto, always or never")
-        memory_bytes, disk_bytes, folder = self.prefix_memory_bytes, self.prefix_disk_bytes, self.prefix_folder
-        _require(memory_bytes >= 0, "prefix_memory_bytes", memory_bytes, "zero or positive")
-        _require(disk_bytes >= 0, "prefix_disk_bytes", disk_bytes, "zero or positive")
-        folder_ok = disk_bytes == 0 or (folder is not None and folder.is_dir())
-        _require(folder_ok, "prefix_folder", folder, "a folder that exists, or prefix_disk_bytes must be 0")
+        for name in ("prefix_memory_bytes", "prefix_disk_bytes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
+        folder_ok = self.prefix_disk_bytes == 0 or (self.prefix_folder is not None and self.prefix_folder.is_dir())
+        _require(folder_ok, "prefix_folder", self.prefix_folder, "a folder that exists, or prefix_disk_bytes must be 0")
 
 
 def _canonical(value: object) -> object:

@@ -29,7 +29,7 @@ from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.parent import begin_from, refuse_other_start
-from lora_core.prefixes import PrefixCounts, Prefixes, by_entry
+from lora_core.prefixes import PrefixCounts, Prefixes, by_entry, slices_of
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
 from lora_core.task_pass import refuse_other_task, trained_tensors
@@ -292,7 +292,7 @@ class Engine:
                 shortage_named(),
                 self.activations.observed(sum(sizes), kind=turns[0].kind, checkpointed=checkpointed),
             ):
-                slices = [part for job, own in zip(jobs, tokens, strict=True) for part in job.next_slices(len(own))]
+                slices = [part for job, own in zip(jobs, tokens, strict=True) for part in slices_of(job, len(own))]
                 costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
                 lanes = split(costs, num_lanes=self.config.num_lanes)
                 scores = iter(self._run_lanes(lanes, slices, turns[0].kind, checkpointed=checkpointed))
@@ -323,8 +323,7 @@ class Engine:
 
         def compute(lane: list[int]) -> list[SliceScores]:
             found: dict[int, SliceScores] = {}
-            for group in by_entry(lane, slices):
-                parts = [slices[index] for index in group]
+            for group, parts in by_entry(lane, slices):
                 pack = self._prefixes.entered(build_pack(parts, device=self.base.device), parts)
                 found |= zip(group, run(self.base, replace(pack, is_checkpointed=checkpointed)), strict=True)
             return [found[index] for index in lane]

@@ -21,7 +21,6 @@ from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobS
 from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.pack import DropoutKey, SliceInput
-from lora_core.passage import Entry
 from lora_core.selection import Selection
 from lora_core.slice_gradients import SliceGradients
 from lora_core.turns import Kind
@@ -200,25 +199,8 @@ class Job:
             token_types=tuple(unit.dataset.row_token_types(row) for row in unit.slices[index]),
             reference_point=self.reference_point,
             noise=self._noise(index, [len(ids) for ids, _ in sequences]) if training else None,
-            entry=self._entry(unit),
             reference=self.reference,
         )
-
-    def _entry(self, unit: Unit) -> Entry | None:
-        """None where training adds noise below any block, or nothing would be passed twice.
-
-        The last epoch keeps nothing, nor does a pass that puts answers to others' prompts.
-        """
-        config = self.config
-        if not self.entry_block or (unit.kind == "train" and config.neftune_alpha):
-            return None
-        last_epoch = (config.num_steps * config.batch_size - 1) // self.num_examples
-        keeps = self.step * config.batch_size // self.num_examples < last_epoch
-        if unit.kind == "evaluate":
-            keeps = self.step < config.num_steps and not unit.measures_point
-        elif not last_epoch and not config.objective.needs_reference:
-            return None
-        return Entry(block=self.entry_block, job=self.name, keeps=keeps)
 
     def _noise(self, slice_index: int, lengths: list[int]) -> NoiseKey | None:
         alpha = self.config.neftune_alpha

@@ -20,9 +20,10 @@ from lora_core.adapters import AdapterRow
 from lora_core.base_model import BaseModel
 from lora_core.config import EngineConfig, LoraConfig
 from lora_core.counter_random import random_words
+from lora_core.job import Job
 from lora_core.pack import Pack, SliceInput, bare_pack
 from lora_core.packed_pass import hidden_states
-from lora_core.passage import Passage
+from lora_core.passage import Entry, Passage
 from lora_core.prefix_store import PrefixStore
 from lora_core.shelf import Key
 
@@ -156,13 +157,35 @@ class Prefixes:
         return float((got_TD[:count] - expected_TD[:count]).abs().max()) <= 0.05 * largest
 
 
-def by_entry(lane: Sequence[int], slices: Sequence[SliceInput]) -> list[list[int]]:
-    """The indices of a lane, in their order, by the block at which the slices enter."""
+def slices_of(job: Job, count: int) -> list[SliceInput]:
+    """The next ones of a job, and where they enter."""
+    return [replace(part, entry=entry_of(job)) for part in job.next_slices(count)]
+
+
+def entry_of(job: Job) -> Entry | None:
+    """Of the slices of its unit. None where training adds noise below any block, or nothing would be passed twice.
+
+    The last epoch keeps nothing, nor does a pass that puts answers to others' prompts.
+    """
+    config, unit = job.config, job.unit
+    if unit is None or not job.entry_block or (unit.kind == "train" and config.neftune_alpha):
+        return None
+    last_epoch = (config.num_steps * config.batch_size - 1) // job.num_examples
+    keeps = job.step * config.batch_size // job.num_examples < last_epoch
+    if unit.kind == "evaluate":
+        keeps = job.step < config.num_steps and not unit.measures_point
+    elif not last_epoch and not config.objective.needs_reference:
+        return None
+    return Entry(block=job.entry_block, job=job.name, keeps=keeps)
+
+
+def by_entry(lane: Sequence[int], slices: Sequence[SliceInput]) -> list[tuple[list[int], list[SliceInput]]]:
+    """The indices of a lane in their order, and their slices, by the block at which these enter."""
     groups: dict[int, list[int]] = {}
     for index in lane:
         entry = slices[index].entry
         groups.setdefault(0 if entry is None else entry.block, []).append(index)
-    return list(groups.values())
+    return [(group, [slices[index] for index in group]) for group in groups.values()]
 
 
 def _keys(part: SliceInput) -> list[Key]:
