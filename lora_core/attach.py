@@ -1,8 +1,8 @@
 # pyright: basic
 """Makes the linears of a base model serve packs, and takes that back without a trace.
 
-Each linear, each norm of rms_norm.py and each block gets its own `forward` on the instance: no module is replaced,
-no name or parameter changes.
+Each linear, each block, and what rms_norm.py and rotary.py make faster, gets its own `forward` on the instance: no
+module is replaced, no name or parameter changes.
 Outside a running pack an attached linear computes exactly what it did before; a norm does anyway.
 """
 
@@ -27,6 +27,7 @@ from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matche
 from lora_core.pack import current_pack
 from lora_core.recompute import blocks_of, forward_block
 from lora_core.rms_norm import faster_norms
+from lora_core.rotary import faster_rotations
 from lora_core.segment_op import SegmentOp
 from lora_core.task_heads import task_head_of
 from lora_core.trained_tensors import path_of
@@ -118,7 +119,7 @@ class Attachment:
         self.segment_op = SegmentOp(self.kernels.lora)
         self.blocks = find_blocks(model)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
-        self._norms = faster_norms(model)
+        self._faster = [*faster_norms(model), *faster_rotations(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
@@ -128,8 +129,8 @@ class Attachment:
         self.model.set_attn_implementation(attention.NAME)
         for name, linear in self.linears.items():
             linear.forward = partial(forward_linear, linear, name, self.anchor, self.segment_op)
-        for norm, forward in self._norms:
-            norm.forward = forward
+        for module, forward in self._faster:
+            module.forward = forward
         for block in self._blocks:
             block.forward = partial(forward_block, block)
         for number, block in enumerate(self.blocks.modules):
@@ -143,7 +144,7 @@ class Attachment:
         )
 
     def detach(self) -> None:
-        patched = [*self.linears.values(), self.model.get_input_embeddings(), *(norm for norm, _ in self._norms)]
+        patched = [*self.linears.values(), self.model.get_input_embeddings(), *(module for module, _ in self._faster)]
         patched += dict.fromkeys([*self._blocks, *self.blocks.modules])
         pooler = getattr(self.model.base_model, "pooler", None)
         for module in patched if pooler is None else [*patched, pooler]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lora_core.errors import UnsupportedModel
+from lora_core.matrix_attention import UNLIMITED, Sight, attend_by_matrices, serves
 from lora_core.pack import current_kernels, current_pack
 from lora_core.varlen import attend_together, fits
 
@@ -60,6 +61,10 @@ def packed_attention(
     if current_kernels().attention == "varlen" and fits(query, value, softcap):
         return attend_together(query, key, value, pack, scale=scale, causal=causal, window=sliding_window), None
     lengths = list(pack.sequence_lengths)
+    if _by_matrices(query, key, value, softcap, max(lengths)):
+        heads = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+        sight = Sight(lengths=pack.sequence_lengths, scale=scale, causal=causal, window=sliding_window or UNLIMITED)
+        return attend_by_matrices(*heads, sight)[None], None
     parts = zip(query[0].split(lengths, 1), key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True)
     outputs = [attend(q, k, v, **options) for q, k, v in parts]
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
@@ -79,6 +84,9 @@ def attend(
     num_heads, num_tokens, _ = q_HSE.shape
     if softcap is None and num_tokens > LONGEST_MATRIX:
         return _attend_fused(q_HSE, k_KSE, v_KSE, scale=scale, causal=causal, window=window)
+    if _by_matrices(q_HSE, k_KSE, v_KSE, softcap, num_tokens):
+        sight = Sight(lengths=(num_tokens,), scale=scale, causal=causal, window=window or UNLIMITED)
+        return attend_by_matrices(q_HSE, k_KSE, v_KSE, sight).transpose(0, 1)
     num_groups = num_heads // k_KSE.shape[0]
     q_KRE = q_HSE.reshape(k_KSE.shape[0], num_groups * num_tokens, -1)  # R = G · S rows: one GEMM a key head
     bias_RS = torch.zeros((), dtype=q_HSE.dtype, device=q_HSE.device)
@@ -93,6 +101,11 @@ def attend(
         scores_KRS = torch.tanh(scores_KRS) * softcap + bias_RS
     weights_KRS = torch.softmax(scores_KRS, dim=-1)  # in fp32 inside, rounded once
     return (weights_KRS @ v_KSE).view(num_heads, num_tokens, -1)
+
+
+def _by_matrices(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, longest: int) -> bool:
+    """Whether matrix_attention.py computes sequences of up to `longest` tokens, as the sequence alone would have it."""
+    return softcap is None and longest <= LONGEST_MATRIX and serves(query, key, value)
 
 
 def hidden_pairs(num_tokens: int, *, window: int | None, device: torch.device, causal: bool = True) -> Tensor:

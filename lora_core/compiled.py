@@ -38,6 +38,13 @@ def array_of(tensor: Tensor) -> np.ndarray:
     return plain.view(torch.uint16).numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
 
 
+def flat_memory(x: Tensor) -> tuple[Tensor, np.ndarray]:
+    """`x`, or a copy where its last dimension is scattered, and its memory from its first element to its last, flat."""
+    plain = x if x.stride(-1) == 1 else x.contiguous()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
+    return plain, array_of(plain.as_strided((span,), (1,)))
+
+
 def runs_on(tensor: Tensor) -> bool:
     """Whether the kernels can take it."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float32)
@@ -50,8 +57,40 @@ def _as_float(_context: Any, _bits: Any = None) -> Any:
 
 
 @intrinsic
-def _as_bits(_context: Any, _number: Any = None) -> Any:
-    return types.uint32(types.float32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.IntType(32))
+def _rounded(_context: Any, _number: Any = None) -> Any:
+    """uint16 of bfloat16: in 32 bits all through, where Numba's own integers are of 64 and vectors half as long."""
+
+    def generate(_c: Any, builder: Any, _s: Any, values: Any) -> Any:
+        word, half = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(values[0], word)
+        last = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), last), word(16))
+        is_nan = builder.fcmp_unordered("uno", values[0], values[0])
+        return builder.trunc(builder.select(is_nan, word(0x7FC0), rounded), half)
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def in_order(_context: Any, _number: Any = None) -> Any:
+    """An int32 that compares as the float32 does, NaN as an extreme: the largest of integers is found in vectors."""
+    return types.int32(types.float32), lambda _c, builder, _s, values: _flipped(
+        builder, builder.bitcast(values[0], ir.IntType(32))
+    )
+
+
+@intrinsic
+def of_order(_context: Any, _order: Any = None) -> Any:
+    """The float32 of such an int32."""
+    return types.float32(types.int32), lambda _c, builder, _s, values: builder.bitcast(
+        _flipped(builder, values[0]), ir.FloatType()
+    )
+
+
+def _flipped(builder: Any, bits: Any) -> Any:
+    """All bits but the sign's turned where it is set: the order of negative numbers is that of their bits reversed."""
+    word = ir.IntType(32)
+    return builder.xor(bits, builder.and_(builder.ashr(bits, word(31)), word(0x7FFFFFFF)))
 
 
 def widened(stored):
@@ -74,13 +113,7 @@ def _widened(stored):
 @overload(narrowed)
 def _narrowed(number, like):
     if like.dtype == types.uint16:
-
-        def to_bfloat16(number, like):
-            bits = _as_bits(np.float32(number))
-            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            return np.uint16(0x7FC0) if np.isnan(number) else np.uint16(rounded)
-
-        return to_bfloat16
+        return lambda number, like: _rounded(np.float32(number))
     return lambda number, like: np.float32(number)
 
 
@@ -99,4 +132,5 @@ def exponential(x: Any) -> Any:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1)
     power = p * _as_float(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    power = np.float32(0) if x < np.float32(-87.33) else power
     return x if np.isnan(x) else power

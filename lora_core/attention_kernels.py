@@ -1,0 +1,142 @@
+# pyright: basic
+"""Softmax of visible scores and its gradient, and heads gathered and spread, for a CPU.
+
+Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, C = S rounded up to a multiple of COLUMNS,
+R = S · G rows: those of one token are neighbours. E head features. Rows are short, and to cut one out costs as much
+as to compute it: so arrays are flat here, and indices unsigned.
+"""
+
+import numpy as np
+from numba.extending import register_jitable
+
+from lora_core.compiled import compiled, exponential, in_order, narrowed, of_order, widened
+
+COLUMNS = 16
+"""Rows of scores are computed up to a multiple of this, so that vectors are filled."""
+
+
+@compiled
+def visible_softmax(scores, num_rows, num_columns, num_groups, scale, causal, window):
+    """In place of scores [K, R, C]: softmax of scale · score over the keys that the row's token sees, 0 elsewhere.
+
+    `window`: as many tokens as a token sees to the left (without `causal`, to the right as well), itself included.
+    """
+    powers = np.empty(num_columns, np.float32)
+    for row in range(scores.size // num_columns):
+        first, last = _seen(row % num_rows // num_groups, num_rows // num_groups, causal, window)
+        base = np.uint64(row * num_columns)
+        start, stop = np.uint64(first // COLUMNS * COLUMNS), np.uint64(-(-last // COLUMNS) * COLUMNS)
+        _softmax(scores, base, powers, np.float32(scale), start, np.uint64(first), np.uint64(last), stop)
+        _fill(scores, base, base + start, 0)
+        _fill(scores, base + stop, base + np.uint64(num_columns), 0)
+
+
+@register_jitable
+def _seen(token, num_tokens, causal, window):
+    return max(0, token - window + 1), token + 1 if causal else min(num_tokens, token + window)
+
+
+@register_jitable
+def _softmax(scores, base, powers, scale, start, first, last, stop):
+    """Columns from start to stop; e to the minus infinity of hidden ones among them is 0."""
+    _fill(scores, base + start, base + first, -np.inf)
+    _fill(scores, base + last, base + stop, -np.inf)
+    most = _largest(scores, base + start, base + stop)
+    _powers(scores, base, powers, most, scale, start, stop)
+    _shares(powers, np.float32(1) / _sum(powers, start, stop), scores, base, start, stop)
+
+
+@register_jitable
+def _fill(numbers, start, stop, number):
+    stored = narrowed(np.float32(number), numbers)
+    for c in range(start, stop):
+        numbers[c] = stored
+
+
+@register_jitable
+def _largest(scores, start, stop):
+    most = in_order(widened(scores[start]))
+    for c in range(start, stop):
+        most = max(most, in_order(widened(scores[c])))
+    return of_order(most)
+
+
+@register_jitable
+def _powers(scores, base, powers, most, scale, start, stop):
+    for c in range(start, stop):
+        powers[c] = exponential((widened(scores[base + c]) - most) * scale)
+
+
+@register_jitable
+def _sum(powers, start, stop):
+    total = np.float32(0)
+    for c in range(start, stop):
+        total += powers[c]
+    return total
+
+
+@register_jitable
+def _shares(powers, share, scores, base, start, stop):
+    for c in range(start, stop):
+        scores[base + c] = narrowed(powers[c] * share, scores)
+
+
+@compiled
+def score_gradient(weights, slopes, num_rows, num_columns, num_groups, scale, causal, window):
+    """In place of `slopes` [K, R, C], by weight: scale · weight · (slope - Σ slope · weight), by score."""
+    for row in range(weights.size // num_columns):
+        first, last = _seen(row % num_rows // num_groups, num_rows // num_groups, causal, window)
+        base = np.uint64(row * num_columns)
+        start = base + np.uint64(first // COLUMNS * COLUMNS)
+        stop, end = base + np.uint64(-(-last // COLUMNS) * COLUMNS), base + np.uint64(num_columns)
+        _gradient(weights, slopes, _dot(weights, slopes, start, stop), np.float32(scale), start, stop)
+        _fill(slopes, base, start, 0)
+        _fill(slopes, stop, end, 0)
+
+
+@register_jitable
+def _dot(left, right, start, stop):
+    total = np.float32(0)
+    for c in range(start, stop):
+        total += widened(left[c]) * widened(right[c])
+    return total
+
+
+@register_jitable
+def _gradient(weights, slopes, mean, scale, start, stop):
+    for c in range(start, stop):
+        slopes[c] = narrowed(scale * widened(weights[c]) * (widened(slopes[c]) - mean), slopes)
+
+
+@compiled
+def to_heads(source, first, token_stride, head_stride, num_tokens, num_rows, num_groups, size, heads):
+    """heads [K, rows, E]: row s · G + g of key head k is head k · G + g of token s; rows beyond the tokens are zeros.
+
+    `source`, flat, holds head h of token s from first + s · token_stride + h · head_stride on.
+    """
+    for row in range(heads.size // size):
+        k, r = row // num_rows, row % num_rows
+        s, h = r // num_groups, k * num_groups + r % num_groups
+        start = np.uint64(row * size)
+        if s < num_tokens:
+            _copy(source, np.uint64(first + s * token_stride + h * head_stride), heads, start, np.uint64(size))
+        else:
+            _fill(heads, start, start + np.uint64(size), 0)
+
+
+@compiled
+def from_heads(heads, num_rows, num_groups, size, target):
+    """Rows [S, H, E] of `target` from heads [K, rows, E]; what lies beyond S · G rows is left out."""
+    num_key_heads = heads.size // size // num_rows
+    for row in range(heads.size // size):
+        k, r = row // num_rows, row % num_rows
+        s, h = r // num_groups, k * num_groups + r % num_groups
+        start = (s * num_key_heads * num_groups + h) * size
+        if start < target.size:
+            _copy(heads, np.uint64(row * size), target, np.uint64(start), np.uint64(size))
+
+
+@register_jitable
+def _copy(source, start, target, first, count):
+    for e in range(count):
+        target[first + e] = source[start + e]

@@ -1,0 +1,125 @@
+# pyright: basic
+"""Rotary position embedding in one pass through memory, forward and backward, where a library's takes a dozen.
+
+An attention module finds `apply_rotary_pos_emb` among the globals of its file. Those are every model's of the family in
+this process, so they stay as they are: an instance gets its class's own `forward`, over a copy of the globals in which
+that one name is ours. A family's function is asked before: only where ours gives its numbers is it replaced.
+Letters: H heads, T tokens, E features of a head, D of them rotated.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.compiled import array_of, flat_memory, runs_on
+from lora_core.pack import current_pack
+from lora_core.rotary_kernels import rotate
+
+NAME = "apply_rotary_pos_emb"
+CHECKED_TOKENS, CHECKED_FEATURES = 5, 16
+
+Rotation = Callable[..., tuple[Tensor, Tensor]]
+
+
+def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The attention modules of `model` whose rotation can be replaced, and the forward of each."""
+    found = [(module, own) for module in model.modules() if (own := _own_forward(module)) is not None]
+    agreeing: dict[Rotation, bool] = {}
+    forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+    for module, own in found:
+        original = own.__globals__[NAME]
+        if original not in agreeing:
+            agreeing[original] = _agrees(original, next(module.parameters()))
+        if agreeing[original]:
+            forwards.append((module, partial(_forward, module, _over_ours(own, original))))
+    return forwards
+
+
+def _own_forward(module: nn.Module) -> FunctionType | None:
+    """The class's forward without its decorators, if it rotates by the function of that name."""
+    own = inspect.unwrap(type(module).forward)
+    if not isinstance(own, FunctionType) or NAME not in own.__code__.co_names:
+        return None
+    return own if callable(own.__globals__.get(NAME)) and any(True for _ in module.parameters()) else None
+
+
+def _over_ours(own: FunctionType, original: Rotation) -> FunctionType:
+    names = own.__globals__ | {NAME: partial(_rotated, original)}
+    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return copy
+
+
+def _forward(module: nn.Module, own: FunctionType, *args: Any, **kwargs: Any) -> Any:
+    if current_pack() is None:
+        return type(module).forward(module, *args, **kwargs)
+    return own(module, *args, **kwargs)
+
+
+@torch.no_grad()
+def _agrees(original: Rotation, like: Tensor) -> bool:
+    """Whether both rotate two query heads and a key head by the same numbers, up to the last bit or two."""
+    if not runs_on(like):
+        return False
+    numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32)
+    rows = torch.sin(numbers * 0.7).to(like.dtype).view(5, CHECKED_TOKENS, CHECKED_FEATURES)
+    query, key, cos, sin = rows[:2][None], rows[2:3][None], rows[3:4], rows[4:]
+    try:
+        expected = original(query, key, cos, sin)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False  # a function of other arguments
+    ours = Rotate.apply(query, key, cos, sin)
+    bound = 2 * torch.finfo(like.dtype).eps
+    return all(
+        theirs.shape == mine.shape and torch.allclose(mine.float(), theirs.float(), rtol=bound, atol=bound)
+        for mine, theirs in zip(ours, expected, strict=True)
+    )
+
+
+def _rotated(
+    original: Rotation, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    if args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fits(query, key, cos, sin):
+        return original(query, key, cos, sin, *args, **kwargs)
+    return Rotate.apply(query, key, cos, sin)
+
+
+def _fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """One row of tokens on the CPU, in one dtype, an even number of features rotated."""
+    num_tokens, size = query.shape[-2:]
+    return (
+        all(runs_on(tensor) and tensor.dtype == query.dtype for tensor in (query, key, cos, sin))
+        and (query.ndim, key.ndim, len(query), key.shape[-2:]) == (4, 4, 1, query.shape[-2:])
+        and cos.shape == sin.shape == (1, num_tokens, cos.shape[-1])
+        and cos.shape[-1] <= size
+        and cos.shape[-1] % 2 == 0
+    )
+
+
+class Rotate(torch.autograd.Function):
+    """query [1, H, T, E] and key [1, K, T, E] by cos and sin [1, T, D], which get no gradient; memory goes by token."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor):
+        ctx.angles = array_of(cos.reshape(-1)), array_of(sin.reshape(-1))
+        return _turned(query, ctx.angles, backward=False), _turned(key, ctx.angles, backward=False)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        query, key = grad_outputs
+        return _turned(query, ctx.angles, backward=True), _turned(key, ctx.angles, backward=True), None, None
+
+
+def _turned(heads: Tensor, angles: tuple[Any, Any], *, backward: bool) -> Tensor:
+    plain_HTE, numbers = flat_memory(heads.squeeze(0))
+    num_heads, num_tokens, size = plain_HTE.shape
+    head_stride, token_stride, _ = plain_HTE.stride()
+    target_THE = heads.new_empty(num_tokens, num_heads, size)
+    into = array_of(target_THE.view(-1))
+    rotate(numbers, token_stride, head_stride, *angles, num_tokens, num_heads, size, backward, into)
+    return target_THE.transpose(0, 1)[None]
