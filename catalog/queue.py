@@ -73,20 +73,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             pack_key=row.pack_key,
             priority=row.priority,
             created_at=row.created_at,
-            own_bytes=memory.own_bytes(
-                described[row.base_model],
-                packing.precision_of(row.pack_key),
-                num_parameters=row.adapter_parameters,
-                dropout=row.dropout,
-                keeps_best=row.keep == "best",
-                use_dora=bool(row.use_dora),
-                init_lora_weights=row.start,
-                batch_size=row.batch_size,
-                longest_example=row.longest_example,
-                samples=row.samples,
-                optimizer=row.optimizer or "adamw",
-                lowest_rank=memory.lowest_rank(row.lora),
-            ),
+            own_bytes=_own_bytes(row, described[row.base_model]),
             trainer_bytes=needs[row.base_model, row.pack_key][0],
             slice_bytes=needs[row.base_model, row.pack_key][1],
             is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
@@ -94,6 +81,24 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
         for row in rows
     ]
     return fair_share.order(candidates, now, running_by_project=_running(session))
+
+
+def _own_bytes(row: Any, description: Json) -> int:
+    """Of a row of `turns`."""
+    return memory.own_bytes(
+        description,
+        packing.precision_of(row.pack_key),
+        num_parameters=row.adapter_parameters,
+        dropout=row.dropout,
+        keeps_best=row.keep == "best",
+        use_dora=bool(row.use_dora),
+        init_lora_weights=row.start,
+        batch_size=row.batch_size,
+        longest_example=row.longest_example,
+        samples=row.samples,
+        optimizer=row.optimizer or "adamw",
+        lowest_rank=memory.lowest_rank(row.lora),
+    )
 
 
 def snapshot(db: Database, *, project_id: str | None) -> Json:
