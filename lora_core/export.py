@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_core import linear_probe
+from lora_core import full_probe, linear_probe
 from lora_core.adapters import AdapterRow
 from lora_core.base_model import BaseModel
 from lora_core.counter_random import random_words
@@ -157,7 +157,8 @@ def _short(path: str) -> str:
 
 
 def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
-    """Pseudo-random ids, the engine's logits with and without the adapter, and what each linear adds."""
+    """Pseudo-random ids, the engine's logits with and without the adapter, what each linear adds, and what is trained
+    in full gives."""
     ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, row))
     bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
     bare.initialise(0)
@@ -166,6 +167,7 @@ def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
         "logits": packed_logits(base, row, ids),
         "base_logits": packed_logits(base, bare, ids),
         **linear_probe.evidence(base, row),
+        **full_probe.evidence(base, row),
     }
 
 

@@ -71,8 +71,11 @@ def inputs(name: str, num_features: int) -> Tensor:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype) -> LinearsReport:
-    """`model`: with PEFT's adapter in place, in fp32. `recorded`: by path, for exactly those that it adapts."""
+def compare(
+    model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype, more: dict[str, float]
+) -> LinearsReport:
+    """`model`: with PEFT's adapter in place, in fp32. `recorded`: by path, for exactly those that it adapts. `more`:
+    errors by name of what else must be as it was, no linear of an adapter."""
     from peft.tuners.lora import LoraLayer  # not at the top: its import takes a second, and training needs none of it
 
     errors = {
@@ -80,8 +83,9 @@ def compare(model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
+    num_linears, errors = len(errors), errors | more
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
-    return LinearsReport(num_linears=len(errors), worst_linear=worst, worst_error=errors[worst])
+    return LinearsReport(num_linears=num_linears, worst_linear=worst, worst_error=errors[worst])
 
 
 def _error(layer: Any, name: str, recorded_NO: Tensor, *, dtype: torch.dtype) -> float:

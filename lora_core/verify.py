@@ -22,7 +22,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_core import linear_probe
+from lora_core import full_probe, linear_probe
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
@@ -46,7 +46,8 @@ class VerifyReport:
     One that is not finite is told as the largest float, so that every report is JSON, and has not passed.
 
     `max_abs_effect` is the largest change that the adapter makes; `num_positions` counts probed positions.
-    `worst_linear_error`: of what each adapted linear adds, the largest difference as a share of its tolerance; with
+    `worst_linear_error`: of what each adapted linear adds, and what a head or embeddings trained in full give row by
+    row, the largest difference as a share of its tolerance; with
     `worst_linear` None where the adapter was exported without that evidence, by an older version. `explanation`
     tells in words what was compared and why so much is allowed.
     """
@@ -81,7 +82,7 @@ def verify_export(base: BaseModel, directory: Path, *, between: Between = silent
 
 def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     probe = _load_probe(base, directory)
-    added = _added(probe)
+    added, in_full = _evidence(probe, linear_probe.PREFIX), _evidence(probe, full_probe.PREFIX)
     linears = None
     with base.untouched() as model, _with_head(base, directory), torch.no_grad():
         ids = probe["input_ids"]
@@ -89,7 +90,8 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
         with _adapted(model, directory) as adapted:
             if added:
                 _check_same_linears(model, added)
-                linears = linear_probe.compare(model, added, dtype=base.dtype)
+                more = full_probe.errors(model, in_full, dtype=base.dtype)
+                linears = linear_probe.compare(model, added, dtype=base.dtype, more=more)
             logits = _last_logits(adapted, ids)
             roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
         with _adapted(model, directory, in_fp32=False) as adapted:
@@ -97,9 +99,8 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     return _compare(probe, logits, roundings=roundings, dtype=base.dtype, linears=linears)
 
 
-def _added(probe: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The evidence of each adapted linear, by its path; none in an export of an older version."""
-    prefix = linear_probe.PREFIX
+def _evidence(probe: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """By name, of each adapted linear, or of what is trained in full; none in an export of an older version."""
     return {name.removeprefix(prefix): tensor for name, tensor in probe.items() if name.startswith(prefix)}
 
 
@@ -266,7 +267,7 @@ def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
         header = read_header(directory / "probe.safetensors")
     except UnsafeFile as error:
         raise _bad(error.message.removesuffix(".")) from error
-    named = {name for name in header if not name.startswith(linear_probe.PREFIX)}
+    named = {name for name in header if not name.startswith((linear_probe.PREFIX, full_probe.PREFIX))}
     if named != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
         raise _bad("probe.safetensors is of another base model or format")
     return {name: tensor.to(base.device) for name, tensor in load_file(directory / "probe.safetensors").items()}

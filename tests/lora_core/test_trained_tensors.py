@@ -92,6 +92,31 @@ def test_each_of_a_few_trained_tokens_is_noticed_where_its_embedding_is_changed(
         assert not verify_export(base, folder).passed, index
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("llama", HEAD), ("llama", {"trainable_token_indices": tuple(range(40, 240))}), ("gpt2", EMBEDDINGS)],
+)
+def test_one_wrong_row_among_many_is_noticed_and_named(load, tmp_path, family, fields, dtype):
+    base, folder = load(family, dtype), tmp_path / "adapter"
+    trained(base, job_with(fields)).export("job", folder, base_name="tiny")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = [name for name in tensors if "lora_" not in name]
+
+    sound = verify_export(base, folder)
+
+    assert sound.passed
+    assert sound.worst_linear_error is not None
+    for index in range(0, len(tensors[name]), max(1, len(tensors[name]) // 4)):
+        changed = tensors[name].clone()
+        changed[index] *= 0.9
+        save_file(tensors | {name: changed}, path)
+        damaged = verify_export(base, folder)
+        assert not damaged.passed, index
+        assert damaged.worst_linear in ("the output head", "a trained embedding", "a trained row of the head")
+
+
 def test_a_probe_holds_as_many_trained_tokens_as_half_of_its_places():
     ids = np.full((2, 48), -1)
 
