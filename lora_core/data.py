@@ -1,6 +1,7 @@
 # pyright: strict
 """Tokenised rows, their order, and how a batch is cut into slices: pure functions of the job alone."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -149,3 +150,15 @@ def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int
         current.append(row)
         num_tokens += length
     return [*slices, tuple(current)] if current else slices
+
+
+def data_digest(*datasets: TokenDataset | None) -> str:
+    """sha256 over the token files of a job: a checkpoint continues on the same data only."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        if dataset is not None:
+            arrays = (dataset.input_ids, dataset.loss_mask, dataset.row_offsets, dataset.labels, dataset.token_types)
+            for array in (array for array in arrays if array is not None):
+                digest.update(f"{array.dtype.str}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -18,12 +18,12 @@ from lora_core.attach import Attachment, choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.config import EngineConfig, JobConfig
-from lora_core.data import TokenDataset, check_examples, check_labels
+from lora_core.data import TokenDataset, check_examples, check_labels, data_digest
 from lora_core.errors import BadDataset, ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
-from lora_core.job import Job, Progress, SliceScores, data_digest
+from lora_core.job import Job, Progress, SliceScores
 from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named, shortage_of
 from lora_core.pack import SliceInput, build_pack

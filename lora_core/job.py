@@ -5,18 +5,16 @@ Work comes in units: one optimizer step, or one pass over the held-out set. A un
 depends on the job alone. Only a completed step changes the weights, so a dropped unit can be replayed.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import numpy as np
 from torch import Tensor
 
 from lora_core.adapters import AdapterRow
 from lora_core.config import JobConfig
-from lora_core.data import TokenDataset, cut_slices, rows_of_examples, rows_of_step
+from lora_core.data import TokenDataset, cut_slices, data_digest, rows_of_examples, rows_of_step
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
 from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
@@ -376,15 +374,3 @@ def make_unit(kind: Kind, dataset: TokenDataset, examples: Iterable[int], config
         num_terms=len(examples) if config.objective.is_preference else sum(labels),
         num_accuracy_labels=sum(labels[::width]),
     )
-
-
-def data_digest(*datasets: TokenDataset | None) -> str:
-    """sha256 over the token files of a job: a checkpoint continues on the same data only."""
-    digest = hashlib.sha256()
-    for dataset in datasets:
-        if dataset is not None:
-            arrays = (dataset.input_ids, dataset.loss_mask, dataset.row_offsets, dataset.labels, dataset.token_types)
-            for array in (array for array in arrays if array is not None):
-                digest.update(f"{array.dtype.str}{array.shape}".encode())
-                digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
