@@ -6,6 +6,7 @@ module is replaced, no name or parameter changes.
 Outside a running pack an attached linear computes exactly what it did before; a norm does anyway.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from lora_core.adapters import Target
 from lora_core.blocks import find_blocks, pass_block
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
+from lora_core.fused import fused_parts
 from lora_core.kernels import Kernels, choose_kernels
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
@@ -32,6 +34,8 @@ from lora_core.segment_op import SegmentOp
 from lora_core.task_heads import task_head_of
 from lora_core.trained_tensors import path_of
 from lora_core.trained_tokens import forward_embedding
+
+LOGGER = logging.getLogger(__name__)
 
 
 def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -116,10 +120,13 @@ class Attachment:
         self.model = model
         self.linears = find_linears(model)
         self.kernels = kernels or choose_kernels(model.device, model.dtype)
+        for reason in self.kernels.reasons:
+            LOGGER.warning("%s", reason)
         self.segment_op = SegmentOp(self.kernels.lora)
         self.blocks = find_blocks(model)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
-        self._faster = [*faster_norms(model), *faster_rotations(model)]
+        norms = fused_parts(model) if self.kernels.elementwise == "compiled" else faster_norms(model)
+        self._faster = [*norms, *faster_rotations(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()

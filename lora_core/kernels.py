@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from lora_core.fused import why_not
+
 AMPERE, HOPPER = (8, 0), (9, 0)
 """Compute capabilities. Before Hopper, torch's grouped product is a loop that waits for the device at every group."""
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +24,7 @@ VARLEN_PARAMETERS = {"window_size", "enable_gqa", "scale"}
 class Kernels:
     """`lora`: of the adapters' products, segment by segment or one launch for all (segment_op.py). `attention`:
     sequence by sequence (attention.py) or all in one launch, where that kernel fits (varlen.py). `elementwise`: norms
-    and gated activations, operation by operation or compiled into one.
+    and gated activations, operation by operation or each compiled into one (fused.py).
 
     `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
     """
@@ -38,10 +40,12 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         return Kernels()
     capability = torch.cuda.get_device_capability(device)
     why_no_groups, why_no_varlen = _why_no_groups(capability, dtype), _why_no_varlen(capability, dtype)
+    why_not_compiled = why_not(device)
     return Kernels(
         lora="grouped_mm" if why_no_groups is None else "loop",
         attention="varlen" if why_no_varlen is None else "sequences",
-        reasons=tuple(filter(None, (why_no_groups, why_no_varlen))),
+        elementwise="compiled" if why_not_compiled is None else "eager",
+        reasons=tuple(filter(None, (why_no_groups, why_no_varlen, why_not_compiled))),
     )
 
 

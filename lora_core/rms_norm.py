@@ -18,11 +18,11 @@ Forward = Callable[[Tensor], Tensor]
 
 def faster_norms(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
     """The norms of `model` that can be replaced, and the forward of each."""
-    found = [(module, eps) for module in model.modules() if (eps := _eps_of(module)) is not None]
+    found = [(module, eps) for module in model.modules() if (eps := eps_of(module)) is not None]
     return [(module, forward) for module, eps in found if _agrees(module, forward := partial(_norm, module, eps))]
 
 
-def _eps_of(module: nn.Module) -> float | None:
+def eps_of(module: nn.Module) -> float | None:
     """None for whatever isn't an RMSNorm with one weight."""
     if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_core import kernels
 from lora_core.adapters import SiteViews
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel
@@ -170,6 +171,7 @@ def test_a_gpu_groups_where_its_kernel_can_and_says_why_where_not(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, lora: str, reason: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "why_not", lambda device: None)
 
     chosen = choose_kernels(torch.device("cuda:0"), dtype)
 

@@ -176,6 +176,7 @@ def test_a_gpu_takes_all_sequences_at_once_where_its_kernel_can_and_says_why_whe
     reason: str | None,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "why_not", lambda device: None)
     if not torch_has_it:
         monkeypatch.setattr(kernels, "VARLEN_PARAMETERS", {"a parameter of a later torch"})
 

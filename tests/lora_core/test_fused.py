@@ -1,0 +1,119 @@
+"""Norms and gated activations for a GPU. Uncompiled here but for one slow test; a CPU computes them otherwise."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_core import fused, kernels
+from lora_core.attach import Attachment
+from lora_core.base_model import BaseModel
+from lora_core.fused import FusedNorm, FusedSwiglu, fused_parts, swiglu, why_not
+from lora_core.kernels import Kernels, choose_kernels
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "compiled", lambda function: function)
+
+
+def test_gradients_pass_gradcheck_in_float64(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # the widest there is
+    torch.manual_seed(0)
+    x, gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    weight = torch.randn(7, dtype=torch.float64)
+
+    assert torch.autograd.gradcheck(lambda x: FusedNorm.apply(x, weight, 1e-6), x)
+    assert torch.autograd.gradcheck(FusedSwiglu.apply, (gate, up))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_norm_and_gated_part_of_a_llama_is_replaced_and_gives_what_the_library_gives(
+    uncompiled: None, load: Callable[..., BaseModel], dtype: str
+) -> None:
+    base = load("llama", dtype)
+    ids = torch.arange(40)[None]
+    expected = gradients(base, ids)
+
+    attachment = Attachment(base.model, Kernels(elementwise="compiled"))
+    found = gradients(base, ids)
+    replaced = [type(module).__name__ for module, _ in fused_parts(base.model)]
+    attachment.detach()
+
+    assert sorted(replaced) == ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 5
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    assert float((found - expected).norm() / expected.norm()) < tolerance
+    assert torch.equal(gradients(base, ids), expected)
+
+
+def gradients(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:
+    """Of the sum of squared logits by the embeddings."""
+    embedded = base.model.get_input_embeddings()(ids).detach().requires_grad_()
+    base.model(inputs_embeds=embedded).logits.float().square().sum().backward()
+    assert embedded.grad is not None
+    return embedded.grad
+
+
+def test_a_part_that_computes_something_else_is_left_alone(uncompiled: None, load: Callable[..., BaseModel]) -> None:
+    base = load("llama")
+
+    class OffsetRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.rms_norm(x, (8,), 1 + self.weight, self.eps)
+
+    class Gelu(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+            self.act_fn = nn.GELU()
+
+    assert fused_parts(nn.ModuleList([OffsetRMSNorm(), Gelu()])) == []
+    assert len(fused_parts(base.model)) == 7
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Cannot find a working triton installation\nmore"), OSError("no gcc")])
+def test_a_machine_that_cant_compile_says_why_and_goes_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, load: Callable[..., BaseModel], error: Exception
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(fused, "compiled", lambda function: fails)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "why_not", lambda device: why_not(torch.device("cpu")))
+
+    chosen = choose_kernels(torch.device("cuda:0"), torch.bfloat16)
+
+    assert chosen.elementwise == "eager"
+    (reason,) = chosen.reasons
+    assert str(error).partition("\n")[0] in reason
+    assert "more" not in reason
+    Attachment(load("llama").model, Kernels(reasons=chosen.reasons)).detach()
+    assert reason in caplog.text
+
+
+def test_a_machine_that_can_compile_has_it_and_a_cpu_is_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    asked: list[torch.device] = []
+    monkeypatch.setattr(kernels, "why_not", asked.append)
+
+    assert choose_kernels(torch.device("cpu"), torch.bfloat16).elementwise == "eager"
+    assert asked == []
+    assert choose_kernels(torch.device("cuda:0"), torch.bfloat16) == Kernels(
+        lora="grouped_mm", attention="varlen", elementwise="compiled"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
+def test_torchs_compiler_gives_the_same_for_any_number_of_tokens() -> None:
+    torch.manual_seed(0)
+    for tokens in (16, 33):
+        gate, up = torch.randn(2, tokens, 24)
+        torch.testing.assert_close(fused.compiled(swiglu)(gate, up), swiglu(gate, up))
