@@ -1,4 +1,5 @@
-"""What a job learns by: from answers (`supervised`), or from pairs of them (`dpo`, `orpo`, `simpo`).
+"""What a job learns by: from answers (`supervised`), from pairs of them (`dpo`, `orpo`, `simpo`), or from answers that
+were called desirable or not (`kto`).
 
 OpenAI's form: a type, and under the type's name its numbers. `resolve_supervised` and `resolve_preference` make every
 `auto` a number.
@@ -11,15 +12,17 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from catalog.course_spec import BASE_LEARNING_RATE, HIGHEST_RATE
+from catalog.row_kinds import DataKind
 from catalog.strict import Auto, Strict
 
 PREFERENCE_MULTIPLIER = 0.1
-"""What `auto` multiplies it by where pairs are learnt from: a rate of 2e-5. At rates that suit plain answers, a few
+"""What `auto` multiplies it by where answers are compared: a rate of 2e-5. At rates that suit plain answers, a few
 steps of DPO are enough to make both answers unlikely."""
 
 Json = dict[str, Any]
-MethodType = Literal["supervised", "dpo", "orpo", "simpo"]
+MethodType = Literal["supervised", "dpo", "orpo", "simpo", "kto"]
 Beta = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
 
 class Hyperparameters(Strict):
@@ -30,7 +33,7 @@ class Hyperparameters(Strict):
     )
     learning_rate_multiplier: (
         Annotated[float, Field(gt=0, le=HIGHEST_RATE / BASE_LEARNING_RATE, allow_inf_nan=False)] | Auto
-    ) = Field(default="auto", description=f"auto: 1, or {PREFERENCE_MULTIPLIER} where pairs are learnt from.")
+    ) = Field(default="auto", description=f"auto: 1, or {PREFERENCE_MULTIPLIER} where answers are compared.")
     n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description="auto: 3.")
 
 
@@ -84,6 +87,17 @@ class SimpoHyperparameters(Hyperparameters):
     )
 
 
+class KtoHyperparameters(Hyperparameters):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306)."""
+
+    batch_size: Annotated[int, Field(ge=2, le=1024)] | Auto = Field(
+        default="auto", description="Answers per optimizer step: each is also put to another's prompt, so 2 at least."
+    )
+    beta: Beta | Auto = Field(default="auto", description="How closely the base is held to. auto: 0.1.")
+    desirable_weight: Weight = Field(default=1.0, description="Of the loss of answers with the label true.")
+    undesirable_weight: Weight = Field(default=1.0, description="Of the loss of answers with the label false.")
+
+
 class SupervisedMethod(Strict):
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
@@ -100,6 +114,10 @@ class SimpoMethod(Strict):
     hyperparameters: SimpoHyperparameters = SimpoHyperparameters()
 
 
+class KtoMethod(Strict):
+    hyperparameters: KtoHyperparameters = KtoHyperparameters()
+
+
 class Method(Strict):
     """A type, and its numbers under its own name."""
 
@@ -108,6 +126,7 @@ class Method(Strict):
     dpo: DpoMethod | None = None
     orpo: OrpoMethod | None = None
     simpo: SimpoMethod | None = None
+    kto: KtoMethod | None = None
 
     @model_validator(mode="after")
     def _numbers_are_of_the_type(self) -> Method:
@@ -118,7 +137,7 @@ class Method(Strict):
 
     def numbers(self) -> Hyperparameters:
         """Of its type; each has OpenAI's three, and beside them its own."""
-        of_type: SupervisedMethod | DpoMethod | OrpoMethod | SimpoMethod | None = getattr(self, self.type)
+        of_type: SupervisedMethod | DpoMethod | OrpoMethod | SimpoMethod | KtoMethod | None = getattr(self, self.type)
         return NUMBERS[self.type]() if of_type is None else of_type.hyperparameters
 
 
@@ -127,6 +146,7 @@ NUMBERS: dict[MethodType, type[Hyperparameters]] = {
     "dpo": DpoHyperparameters,
     "orpo": OrpoHyperparameters,
     "simpo": SimpoHyperparameters,
+    "kto": KtoHyperparameters,
 }
 
 
@@ -138,20 +158,22 @@ class SupervisedSpec(Strict):
 
 
 class PreferenceSpec(Strict):
-    """The numbers of a loss over pairs; those that its method lacks have the value that changes nothing."""
+    """The numbers of a loss that compares answers; those that its method lacks have the value that changes nothing."""
 
     beta: float
     gamma: float = 0.0
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 def resolve_supervised(numbers: Hyperparameters) -> SupervisedSpec | None:
-    """None where pairs are learnt from. At their older place hyperparameters are OpenAI's three alone."""
+    """None where answers are compared. At their older place hyperparameters are OpenAI's three alone."""
     match numbers:
         case SupervisedHyperparameters():
             return SupervisedSpec(label_smoothing=numbers.label_smoothing, neftune_alpha=numbers.neftune_alpha)
-        case DpoHyperparameters() | OrpoHyperparameters() | SimpoHyperparameters():
+        case DpoHyperparameters() | OrpoHyperparameters() | SimpoHyperparameters() | KtoHyperparameters():
             return None
         case _:
             return SupervisedSpec()
@@ -168,13 +190,19 @@ def resolve_preference(numbers: Hyperparameters) -> PreferenceSpec | None:
         case SimpoHyperparameters():
             beta = 2.0 if numbers.beta == "auto" else numbers.beta
             return PreferenceSpec(beta=beta, gamma=beta / 2 if numbers.gamma == "auto" else numbers.gamma)
+        case KtoHyperparameters():
+            weights = numbers.model_dump(include={"desirable_weight", "undesirable_weight"})
+            return PreferenceSpec(beta=0.1 if numbers.beta == "auto" else numbers.beta, **weights)
         case _:
             return None
 
 
-def learns_from_pairs(method: MethodType) -> bool:
-    """What its files must hold, and may not hold otherwise."""
-    return method != "supervised"
+def compared_kind(method: MethodType) -> DataKind | None:
+    """The kind of rows that it compares, which its files must hold and other methods' may not; None where answers are
+    learnt as they are."""
+    if method == "supervised":
+        return None
+    return "unpaired" if method == "kto" else "preference"
 
 
 def method_object(method: MethodType, numbers: Json, own: SupervisedSpec | PreferenceSpec) -> Json:

@@ -13,8 +13,9 @@ from catalog.chat_rows import BadRow, check_chat, is_supervised, quoted
 from catalog.foreign_rows import refuse_foreign
 from catalog.plain_rows import COMPLETION_FORM, TEXT_FORM, check_completion, check_text, is_completion_supervised
 from catalog.preference_rows import PAIR_FORM, check_pair
+from catalog.unpaired_rows import LABEL, UNPAIRED_FORM, check_unpaired
 
-DataKind = Literal["chat", "completion", "text", "preference"]
+DataKind = Literal["chat", "completion", "text", "preference", "unpaired"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +24,7 @@ class RowKind:
 
     name: DataKind
     keys: tuple[str, ...]
-    """A row with any of them is of this kind, or meant to be."""
+    """A row with any of them is of this kind, or meant to be. An answer with a label is told by `_is_labelled`."""
     noun: str
     form: str
     check: Callable[[dict[str, Any]], Any]
@@ -40,6 +41,22 @@ PREFERENCE = RowKind(
     check=check_pair,
     is_supervised=lambda _: True,
 )
+UNPAIRED = RowKind(
+    name="unpaired",
+    keys=(),
+    noun="an answer with a label",
+    form=UNPAIRED_FORM,
+    check=check_unpaired,
+    is_supervised=lambda _: True,
+)
+COMPLETION = RowKind(
+    name="completion",
+    keys=("prompt", "completion"),
+    noun="a prompt with its completion",
+    form=COMPLETION_FORM,
+    check=check_completion,
+    is_supervised=is_completion_supervised,
+)
 KINDS = (
     RowKind(
         name="chat",
@@ -49,14 +66,7 @@ KINDS = (
         check=check_chat,
         is_supervised=is_supervised,
     ),
-    RowKind(
-        name="completion",
-        keys=("prompt", "completion"),
-        noun="a prompt with its completion",
-        form=COMPLETION_FORM,
-        check=check_completion,
-        is_supervised=is_completion_supervised,
-    ),
+    COMPLETION,
     RowKind(
         name="text",
         keys=("text",),
@@ -66,6 +76,7 @@ KINDS = (
         is_supervised=lambda _: True,
     ),
     PREFERENCE,
+    UNPAIRED,
 )
 _BY_NAME: dict[str, DataKind] = {kind.name: kind.name for kind in KINDS}
 KIND_NAMES = tuple(kind.name for kind in KINDS)
@@ -87,10 +98,17 @@ def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
     found = next((kind for kind in KINDS if any(key in row for key in kind.keys)), before)
     if found is None:
         raise _unknown(row)
+    if found is COMPLETION and _is_labelled(row, before):
+        found = UNPAIRED
     if before is not None and found is not before:
         reason = f"the row is {found.noun}, and those before it are each {before.noun}"
         raise BadRow("mixed_kinds", reason, "Put rows of each kind into a file of their own.")
     return found
+
+
+def _is_labelled(row: dict[str, Any], before: RowKind | None) -> bool:
+    """Of a prompt with an answer. Among labelled ones it is meant to be, and lacks its label."""
+    return LABEL in row or before is UNPAIRED
 
 
 def _unknown(row: dict[str, Any]) -> BadRow:

@@ -151,7 +151,7 @@ class JobSpec(Strict):
     supervised: SupervisedSpec | None = None
     """Only where answers are learnt as they are; None there in records of before there was something to choose."""
     preference: PreferenceSpec | None = None
-    """Only where pairs of answers are learnt from."""
+    """Only where answers are compared, in pairs or by their labels."""
     lora: LoraSpec
     optimizer: OptimizerSpec
     schedule: ScheduleSpec

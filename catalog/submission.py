@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator
+from typing import get_args
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -16,10 +17,10 @@ from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
 from catalog.lora_spec import begins_with_the_base
-from catalog.methods import MethodType, learns_from_pairs
+from catalog.methods import MethodType, compared_kind
 from catalog.moves import move
 from catalog.packing import pack_key
-from catalog.row_kinds import PREFERENCE, known_kind, row_kind
+from catalog.row_kinds import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
 from catalog.spec import JobRequest, JobSpec, PriorityClass, resolve
 from catalog.states import Verb
 from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
@@ -36,6 +37,12 @@ NO_USUAL_RATE = {
     ),
 }
 """By the type of the optimizer: its name, and what helps to choose."""
+_READS: dict[DataKind | None, tuple[str, str]] = {
+    None: ("does not learn from these", "a file of neither pairs nor labelled answers"),
+    "preference": ("learns from pairs of answers", f"a file of pairs: on each line {PREFERENCE.form}"),
+    "unpaired": ("learns from answers with labels", f"a file of those: on each line {UNPAIRED.form}"),
+}
+"""By what a method compares: how it reads, and which file would do."""
 INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry[quant]'), and start that worker again."
 """The remedy where no worker has bitsandbytes."""
 
@@ -246,20 +253,22 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> 
 
 
 def _check_kind(file: File, method: MethodType, param: str) -> None:
-    """A method learns either from pairs of answers or from rows that are none."""
-    kind = row_kind(known_kind(file.kind))
-    if (kind is PREFERENCE) == learns_from_pairs(method):
+    """A method learns from pairs of answers, from answers with labels, or from rows that are neither."""
+    kind, wanted = row_kind(known_kind(file.kind)), compared_kind(method)
+    if wanted == _compared(kind):
         return
-    remedy = "Use method dpo, orpo or simpo, or a file without pairs."
-    if kind is not PREFERENCE:
-        remedy = f"Use method supervised, or a file of pairs: on each line {PREFERENCE.form}."
-    wanted = "learns from pairs of answers" if learns_from_pairs(method) else "does not learn from these"
+    reads, instead = _READS[wanted]
+    methods = [name for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
     raise InvalidRequest(
-        f"Each row of the file {file.id} is {kind.noun}, and the method {method} {wanted}.",
+        f"Each row of the file {file.id} is {kind.noun}, and the method {method} {reads}.",
         code="wrong_file_kind",
-        remedy=remedy,
+        remedy=f"Use method {' or '.join(', '.join(methods).rsplit(', ', 1))}, or {instead}.",
         param=param,
     )
+
+
+def _compared(kind: RowKind) -> DataKind | None:
+    return kind.name if kind in (PREFERENCE, UNPAIRED) else None
 
 
 def _check_quantisation(session: Session, request: JobRequest, *, now: float) -> None:

@@ -35,8 +35,8 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class File(View):
-    """An uploaded file. `bytes` is its size; `kind` what the rows of a data set are: chat, completion, text
-    or preference."""
+    """An uploaded file. `bytes` is its size; `kind` what the rows of a data set are: chat, completion, text,
+    preference or unpaired."""
 
     id: str = ""
     filename: str = ""
@@ -229,8 +229,8 @@ class Evaluation(View):
     loss: float | None = None
     base_perplexity: float | None = None
     perplexity: float | None = None
-    rewards: dict[str, float] | None = None
-    """Of a job that learned from pairs, which has no perplexity: chosen, rejected, margin, accuracy."""
+    rewards: dict[str, float | None] | None = None
+    """Of a job that compared answers, which has no perplexity: chosen, rejected, margin, accuracy, and kl of kto."""
 
 
 @dataclass(frozen=True, kw_only=True)

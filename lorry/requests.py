@@ -8,7 +8,7 @@ Auto = Literal["auto"]
 Priority = Literal["urgent", "normal", "batch"]
 Precision = Literal["auto", "bfloat16", "float32"]
 Quantisation = Literal["none", "nf4", "int8"]
-MethodType = Literal["supervised", "dpo", "orpo", "simpo"]
+MethodType = Literal["supervised", "dpo", "orpo", "simpo", "kto"]
 
 
 class Lora(TypedDict, total=False):
@@ -104,6 +104,17 @@ class SimpoHyperparameters(Hyperparameters, total=False):
     gamma: float | Auto
 
 
+class KtoHyperparameters(Hyperparameters, total=False):
+    beta: float | Auto
+    desirable_weight: float
+    undesirable_weight: float
+
+
 AnyHyperparameters = (
-    Hyperparameters | SupervisedHyperparameters | DpoHyperparameters | OrpoHyperparameters | SimpoHyperparameters
+    Hyperparameters
+    | SupervisedHyperparameters
+    | DpoHyperparameters
+    | OrpoHyperparameters
+    | SimpoHyperparameters
+    | KtoHyperparameters
 )

@@ -51,6 +51,8 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
     is_plain: bool = False
     """No chat template wrote it, so it lacks the tokens that begin and end a text."""
+    is_desirable: bool | None = None
+    """Of a single answer with a label."""
 
 
 class ChatTemplate:

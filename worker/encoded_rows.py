@@ -20,6 +20,12 @@ class EncodedRow:
     text: str
     ids: NDArray[np.int64]
     mask: NDArray[np.uint8]
+    is_desirable: bool | None = None
+
+    @property
+    def label(self) -> float | None:
+        """As a trainer reads it; None where the row has none."""
+        return None if self.is_desirable is None else float(self.is_desirable)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +39,7 @@ class Counts:
     too_long: int = 0
     empty: int = 0
     duplicates: int = 0
+    desirable: int = 0
     longest_example: int = 0
     """Tokens of the longest row that is kept, as cut, or of the longest pair of rows."""
 
@@ -41,10 +48,12 @@ class Counts:
         length = max(len(row.ids) for row in rows)
         self.lengths.append(length)
         self.too_long += length > max_length
-        digest = blake2b("\0".join(row.text for row in rows).encode(), digest_size=16).digest()
+        said = [row.text if row.label is None else f"{row.text}\0{row.label}" for row in rows]
+        digest = blake2b("\0".join(said).encode(), digest_size=16).digest()
         self.duplicates += digest in self.seen
         self.seen.add(digest)
 
-    def keep(self, num_tokens: int) -> None:
+    def keep(self, num_tokens: int, *, label: float | None = None) -> None:
         """A row or pair of so many tokens is trained on."""
         self.longest_example = max(self.longest_example, num_tokens)
+        self.desirable += int(label or 0)

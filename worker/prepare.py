@@ -21,10 +21,12 @@ from catalog.datasets import read_rows
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, OutOfSpace
 from catalog.preference_rows import check_pair
-from catalog.row_kinds import PREFERENCE, DataKind, kind_of_row
+from catalog.row_kinds import PREFERENCE, UNPAIRED, DataKind, kind_of_row
+from catalog.unpaired_rows import check_unpaired
 from worker.base_text import BaseText
 from worker.chat_template import TEMPLATE_DATE, Refused, Rendered
 from worker.encoded_rows import Counts, EncodedRow
+from worker.labelled import refuse_one_label, render_labelled
 from worker.overflow import fit
 from worker.pairs import are_equal, nothing_to_compare, render_pair
 from worker.token_file import TokenFile
@@ -82,6 +84,8 @@ class DatasetReport(TypedDict):
     """sha256 of tokenizer.json."""
     kind: NotRequired[DataKind]
     """What the rows are."""
+    desirable_rows: NotRequired[int]
+    """Usable rows with the label true, where rows have labels."""
     chat_template: NotRequired[str]
     """sha256 of the template's text, where rows went through it."""
     opens_with: NotRequired[str | None]
@@ -118,12 +122,14 @@ def _fill(tokens: TokenFile, counts: Counts, base: BaseText, *, source: Path, ma
         for rows in zip(*fitting, strict=False):  # the pieces of a row, one by one; a pair whole, or not at all
             if all(learnt.any() for _, learnt in rows) and not are_equal(rows):
                 for ids, learnt in rows:
-                    tokens.add_row(ids.astype(np.int32), learnt)
-                counts.keep(sum(len(ids) for ids, _ in rows))
+                    tokens.add_row(ids.astype(np.int32), learnt, example[0].label)
+                counts.keep(sum(len(ids) for ids, _ in rows), label=example[0].label)
             else:
                 counts.empty += 1
     if tokens.num_rows == 0:
         raise _nothing_to_learn(counts, max_length, data)
+    if counts.kind is UNPAIRED:
+        refuse_one_label(tokens.num_rows, counts.desirable)
 
 
 def _examples(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[tuple[EncodedRow, ...]]:
@@ -136,7 +142,7 @@ def _examples(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> I
 def _encoded(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[EncodedRow]:
     for batch in _batches(_rendered(source, base, counts, data)):
         for rendered, (ids, mask) in zip(batch, base.encode(batch), strict=True):
-            yield EncodedRow(text=rendered.text, ids=ids, mask=mask)
+            yield EncodedRow(text=rendered.text, ids=ids, mask=mask, is_desirable=rendered.is_desirable)
 
 
 def _rendered(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[Rendered]:
@@ -154,6 +160,8 @@ def _render(base: BaseText, counts: Counts, data: DataSpec, number: int, line: b
         counts.kind = kind = kind_of_row(row, before=counts.kind)
         if kind is PREFERENCE:
             return render_pair(base.template, check_pair(row))
+        if kind is UNPAIRED:
+            return (render_labelled(base, check_unpaired(row)),)
         return (base.render(kind.name, kind.check(row), loss=data.loss),)
     except BadRow as problem:
         raise Refused(problem.code, f"Line {number}: {problem.reason}.", problem.remedy) from problem
@@ -234,6 +242,8 @@ def _report(
     )
     if counts.kind is not None:
         report["kind"] = counts.kind.name
+    if counts.kind is UNPAIRED:
+        report["desirable_rows"] = counts.desirable
     if (template := base.used_template) is not None:
         report["chat_template"] = template.digest
         report["answers_by"] = "generation blocks" if template.marks_spans else "prefixes"

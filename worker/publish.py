@@ -87,7 +87,7 @@ def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | 
 
 
 def _of_the_method(first: Metric, last: Metric) -> Json:
-    """A loss over pairs of answers has no perplexity, but rewards."""
+    """A loss that compares answers has no perplexity, but rewards."""
     if last.rewards is not None:
         return {"rewards": last.rewards}
     return {"base_perplexity": perplexity(first.loss), "perplexity": perplexity(last.loss)}

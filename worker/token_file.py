@@ -1,6 +1,7 @@
 """Writes the safetensors file of tokenised rows, row by row: memory holds no more than the row offsets.
 
-input_ids int32 [N], loss_mask uint8 [N], row_offsets int64 [rows + 1]; what lora_core.data reads.
+input_ids int32 [N], loss_mask uint8 [N], row_offsets int64 [rows + 1], and where rows have labels fp32 [rows]; what
+lora_core.data reads.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offsets = array("q", [0])
+        self._labels = array("f")
         self.num_supervised = 0
 
     def __enter__(self) -> TokenFile:
@@ -49,8 +51,10 @@ class TokenFile:
     def num_tokens(self) -> int:
         return self._offsets[-1]
 
-    def add_row(self, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
-        """One row: ids int32 [T], mask uint8 [T]."""
+    def add_row(self, ids: NDArray[np.int32], mask: NDArray[np.uint8], label: float | None = None) -> None:
+        """One row: ids int32 [T], mask uint8 [T]. All rows have a label, or none."""
+        if label is not None:
+            self._labels.append(label)
         self._ids.write(_little(ids).tobytes())
         self._mask.write(mask.tobytes())
         self._offsets.append(self._offsets[-1] + len(ids))
@@ -58,12 +62,15 @@ class TokenFile:
 
     def finish(self) -> None:
         """Write header and tensors beside the path, then rename."""
+        assert len(self._labels) in (0, self.num_rows)
         offsets = _little(np.array(self._offsets, dtype=np.int64)).tobytes()
+        labels = _little(np.array(self._labels, dtype=np.float32)).tobytes()
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as out:
-                out.write(_header(self.num_rows, self.num_tokens))
+                out.write(_header(self.num_rows, self.num_tokens, has_labels=bool(labels)))
                 out.write(offsets)
+                out.write(labels)
                 for part in (self._ids, self._mask):
                     part.seek(0)
                     shutil.copyfileobj(part, out, COPY_BYTES)
@@ -75,10 +82,11 @@ class TokenFile:
             raise
 
 
-def _header(num_rows: int, num_tokens: int) -> bytes:
+def _header(num_rows: int, num_tokens: int, *, has_labels: bool) -> bytes:
     """As the safetensors library writes it: widest type first, padded to 8 bytes."""
     tensors: list[tuple[str, str, int, int]] = [
         ("row_offsets", "I64", num_rows + 1, 8),
+        *([("labels", "F32", num_rows, 4)] if has_labels else []),
         ("input_ids", "I32", num_tokens, 4),
         ("loss_mask", "U8", num_tokens, 1),
     ]

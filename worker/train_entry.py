@@ -354,6 +354,8 @@ def _prompts(asked: Asked) -> Prompts:
 
 def _as_json(event: Event) -> Json:
     body = asdict(event)
+    if body.get("rewards"):
+        body["rewards"] = {name: value for name, value in body["rewards"].items() if value is not None}
     return {"type": EVENT_TYPES[type(event)], "claim_id": body.pop("job"), **body}
 
 

@@ -36,15 +36,22 @@ class FineTuningJobEvent(BaseModel):
 
 
 class Rewards(BaseModel):
-    """Of a job that learns from pairs: means over the pairs of a step or of the held-out set.
+    """Of a job that compares answers: means over the pairs, or the labelled answers, of a step or of the held-out set.
 
-    What a reward is, the method says: of dpo, beta times the log of how much likelier the adapter makes an answer.
+    What a reward is, the method says: of dpo and kto, beta times the log of how much likelier the adapter makes an
+    answer. Of kto, `chosen` is of answers with the label true and `rejected` of the others; null where a step has none.
     """
 
-    chosen: float
-    rejected: float
-    margin: float = Field(description="chosen - rejected.")
-    accuracy: float = Field(description="Part of the pairs whose preferred answer has the greater reward.")
+    chosen: float | None = None
+    rejected: float | None = None
+    margin: float | None = Field(default=None, description="chosen - rejected.")
+    accuracy: float = Field(
+        description="Part of the pairs whose preferred answer has the greater reward; of kto, of the answers whose "
+        "reward is above beta times kl where the label is true, and below it where it is false."
+    )
+    kl: float | None = Field(
+        default=None, description="Of kto: how far the adapter is from its base, in nats, which rewards are held to."
+    )
 
 
 class CheckpointMetrics(BaseModel):
@@ -94,7 +101,9 @@ class MetricPoint(BaseModel):
     kind: Literal["train", "valid"]
     step: int
     created_at: int
-    loss: float | None = Field(description="Mean over supervised tokens, or over pairs; null where it was not finite.")
+    loss: float | None = Field(
+        description="Mean over supervised tokens, or over what is compared; null where it was not finite."
+    )
     token_accuracy: float | None
     learning_rate: float | None
     grad_norm: float | None

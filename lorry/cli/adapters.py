@@ -153,7 +153,9 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
         if after is not None:
             yield label, f"{output.cell(before)} for the base, {output.cell(after)} with the adapter"
     if measured.rewards is not None:
-        yield "preferred answers win", f"{measured.rewards['accuracy']:.1%} of the held-out pairs"
+        by_label = measured.rewards.get("kl") is not None
+        title, what = ("answers as labelled", "answers") if by_label else ("preferred answers win", "pairs")
+        yield title, f"{measured.rewards['accuracy'] or 0:.1%} of the held-out {what}"
     yield "PEFT agrees", check.passed
     yield "largest difference", check.max_abs_diff
     yield "allowed", check.tolerance

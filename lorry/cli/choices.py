@@ -6,12 +6,13 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """What the adapter learns by: answers, or pairs of a better and a worse one."""
+    """What the adapter learns by: answers, pairs of a better and a worse one, or answers with labels."""
 
     supervised = "supervised"
     dpo = "dpo"
     orpo = "orpo"
     simpo = "simpo"
+    kto = "kto"
 
 
 class Priority(StrEnum):

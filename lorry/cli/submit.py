@@ -37,7 +37,10 @@ def _option(group: str, help_text: str, *names: str, metavar: str | None = None)
 Training = Annotated[str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")]
 Methods = Annotated[
     Method | None,
-    _option(TRAINING, "Learn from answers (supervised, the default), or from pairs of a better and a worse one."),
+    _option(
+        TRAINING,
+        "Learn from answers (supervised, the default), from pairs of a better and a worse one, or from labels (kto).",
+    ),
 ]
 Held = Annotated[
     Quantisation | None,
@@ -112,7 +115,7 @@ def submit(
     dora: Annotated[bool, _option(ADAPTER, "Learn the length of each output's weights as well.", "--dora")] = False,
     init: Annotated[str | None, _option(ADAPTER, "default, gaussian, pissa, pissa_niter_N or olora.")] = None,
     method: Methods = None,
-    beta: Annotated[float | None, _option(TRAINING, "Strength of the preference; of dpo, orpo and simpo.")] = None,
+    beta: Annotated[float | None, _option(TRAINING, "Strength of the preference; of all but supervised.")] = None,
     gamma: Annotated[float | None, _option(TRAINING, "Margin that is asked for; of simpo.")] = None,
     label_smoothing: Smoothing = None,
     neftune_alpha: Neftune = None,

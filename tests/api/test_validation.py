@@ -40,7 +40,7 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 pairs"),
         ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "the name of a layer"),
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "'supervised', 'dpo', 'orpo' or 'simpo'"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "'supervised', 'dpo', 'orpo', 'simpo' or 'kto'"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "its type is 'dpo'"),
         (
             {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
@@ -137,7 +137,8 @@ def test_an_unknown_field_is_told_with_the_one_that_was_meant(
     [
         ("dpo", "neftune_alpha", "supervised"),
         ("orpo", "label_smoothing", "supervised, dpo"),
-        ("supervised", "beta", "dpo, orpo, simpo"),
+        ("supervised", "beta", "dpo, orpo, simpo, kto"),
+        ("dpo", "desirable_weight", "kto"),
         ("supervised", "gamma", "simpo"),
     ],
 )

@@ -22,13 +22,18 @@ RESOLVED = [
     (method("simpo"), PreferenceSpec(beta=2.0, gamma=1.0)),
     (method("simpo", beta=3, gamma=0), PreferenceSpec(beta=3.0, gamma=0.0)),
     ({"type": "orpo"}, PreferenceSpec(beta=0.1)),
+    (method("kto"), PreferenceSpec(beta=0.1)),
+    (
+        method("kto", beta=0.2, desirable_weight=1.3, undesirable_weight=0.5),
+        PreferenceSpec(beta=0.2, desirable_weight=1.3, undesirable_weight=0.5),
+    ),
     (method("supervised"), None),
 ]
 
 
 @pytest.mark.parametrize(("asked", "expected"), RESOLVED)
 def test_every_auto_of_a_method_becomes_a_number(world: World, asked: dict[str, Any], expected: PreferenceSpec) -> None:
-    kind = "chat" if expected is None else "preference"
+    kind = "chat" if expected is None else "unpaired" if asked["type"] == "kto" else "preference"
 
     spec = JobSpec.model_validate(world.submit(training_file=world.file(kind=kind), method=asked).spec)
 
@@ -76,7 +81,15 @@ def test_a_specs_record_from_before_there_was_a_choice_is_supervised(world: Worl
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
 @pytest.mark.parametrize(
-    ("name", "fits", "other"), [("dpo", "preference", "chat"), ("supervised", "text", "preference")]
+    ("name", "fits", "other"),
+    [
+        ("dpo", "preference", "chat"),
+        ("supervised", "text", "preference"),
+        ("kto", "unpaired", "completion"),
+        ("kto", "unpaired", "preference"),
+        ("simpo", "preference", "unpaired"),
+        ("supervised", "completion", "unpaired"),
+    ],
 )
 def test_a_file_that_does_not_fit_the_method_is_refused(
     world: World, param: str, name: str, fits: str, other: str
@@ -88,6 +101,29 @@ def test_a_file_that_does_not_fit_the_method_is_refused(
 
     assert (caught.value.code, caught.value.param) == ("wrong_file_kind", param)
     assert world.submit(**files, method=method(name)).id
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "remedy"),
+    [
+        ("kto", "completion", 'Use method supervised, or a file of those: on each line {"prompt": ..., "completion"'),
+        ("supervised", "unpaired", "Use method kto, or a file of neither pairs nor labelled answers."),
+        ("supervised", "preference", "Use method dpo, orpo or simpo, or a file of neither"),
+        ("dpo", "unpaired", "Use method kto, or a file of pairs: on each line"),
+    ],
+)
+def test_the_remedy_names_the_method_that_reads_the_file_and_the_file_that_the_method_reads(
+    world: World, name: str, kind: str, remedy: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        world.submit(training_file=world.file(kind=kind), method=method(name))
+
+    assert caught.value.remedy.startswith(remedy)
+
+
+def test_a_batch_of_one_labelled_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        request(method=method("kto", batch_size=1))
 
 
 def test_a_file_of_before_kinds_were_kept_is_one_of_chats(world: World) -> None:

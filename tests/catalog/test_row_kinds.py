@@ -21,6 +21,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "preferred_output": [ANSWER],
         "non_preferred_output": [{"role": "assistant", "content": "go away"}],
     },
+    "unpaired": {"prompt": "2 + 2 =", "completion": " 5", "label": False},
 }
 
 
@@ -54,6 +55,9 @@ def test_kinds_are_not_mixed(first: str, second: str) -> None:
         return
     problem = refusal(SAMPLES[first], SAMPLES[second])
 
+    if (first, second) == ("unpaired", "completion"):
+        assert problem.code == "label_missing"
+        return
     assert problem.code == "mixed_kinds"
     assert problem.message.startswith("Line 2: the row is a")
 

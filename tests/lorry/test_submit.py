@@ -28,6 +28,8 @@ NO_OPTION = {
     "early_stopping.min_delta",
     *(f"method.{method}.hyperparameters.learning_rate_multiplier" for method in METHOD_NUMBERS),
     "method.dpo.hyperparameters.loss_type",
+    "method.kto.hyperparameters.desirable_weight",
+    "method.kto.hyperparameters.undesirable_weight",
 }
 """Fields that few people set: by `--set`."""
 EVERY_OPTION = (

@@ -45,7 +45,7 @@ function Evaluation({ evaluation }) {
     <table class="table table-tight compare"><caption class="unseen">Held-out loss of the base and of the adapter</caption>
       <thead><tr><th scope="col">On held-out data</th><td></td><th scope="col" class="num">Loss</th>${rewards ? null : html`<th scope="col" class="num">Perplexity</th>`}</tr></thead>
       <tbody>${row("base alone", base_loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
-    ${rewards ? html`<p class="pad soft">The preferred answer wins in ${format.percent(rewards.accuracy, 1)} of the held-out pairs, by ${format.power(rewards.margin)} on average.</p>` : null}
+    ${rewards ? html`<p class="pad soft">${Number.isFinite(rewards.kl) ? "Rewards are as labelled" : "The preferred answer wins"} in ${format.percent(rewards.accuracy, 1)} of the held-out ${Number.isFinite(rewards.kl) ? "answers; desirable ones are ahead" : "pairs"}, by ${format.power(rewards.margin)} on average.</p>` : null}
   <//>`;
 }
 

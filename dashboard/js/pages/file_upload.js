@@ -38,7 +38,8 @@ export function Upload({ done }) {
       <button type="submit" class="primary" aria-disabled=${state.busy ? "true" : null}>${state.busy ? "Uploading…" : "Upload"}</button>
     </form>
     <p id="upload-hint" class="upload-hint soft">One conversation on each line: <code>${'{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'}</code>,
-      or <code>${'{"prompt": "…", "completion": "…"}'}</code>, or <code>${'{"text": "…"}'}</code>; or a pair of answers to compare, as OpenAI writes them</p>
+      or <code>${'{"prompt": "…", "completion": "…"}'}</code>, or <code>${'{"text": "…"}'}</code>; or a pair of answers to compare, as OpenAI writes them;
+      or <code>${'{"prompt": "…", "completion": "…", "label": true}'}</code></p>
     <div id="upload-error" role="alert">${state.error && html`<${Refusal} error=${state.error} />`}</div>
     ${state.made && html`<p class="result result-good">${told(state.made)}</p>`}
   <//>`;

@@ -17,11 +17,11 @@ export function Curves({ train, valid, job }) {
   <//>`;
 }
 
-/** What the loss is of: a method that learns from pairs of answers has its own. */
+/** What the loss is of: a method that compares answers has its own. */
 function lossOf(job) {
   const { type = "supervised" } = job.method || {};
   if (type === "supervised") return { title: "Cross-entropy", unit: "nats per supervised token, by step" };
-  return { title: `Loss of ${type.toUpperCase()}`, unit: "mean over pairs of answers, by step" };
+  return { title: `Loss of ${type.toUpperCase()}`, unit: `mean over ${type === "kto" ? "answers" : "pairs of answers"}, by step` };
 }
 
 const points = (curve, field) => curve.filter((point) => Number.isFinite(point[field])).map((point) => ({ x: point.step, y: point[field] }));
@@ -59,18 +59,19 @@ function extraSeries(train, valid) {
     .map((chart) => ({ smallest: 0, ...chart, summary: `${chart.title} by step. ${chart.series.map(ends).join(" ")}` }));
 }
 
-/** Only of a job that learns from pairs of answers. Rewards may be below 0. */
+/** Only of a job that compares answers, in pairs or by their labels (kl is told of these alone). Rewards may be below 0. */
 function rewardSeries(train, valid) {
   const of = (curve, field) => curve.filter(({ rewards }) => Number.isFinite(rewards?.[field])).map(({ step, rewards }) => ({ x: step, y: rewards[field] }));
   const one = (title, field, text, smallest) => ({ title, smallest, series: [
     { name: "train", colour: "--train", points: of(train, field), format: text },
     { name: "held-out", colour: "--valid", points: of(valid, field), marked: true, format: text },
   ].filter((series) => series.points.length) });
-  const sides = { title: "Rewards", unit: "on training pairs", smallest: undefined, series: [
-    { name: "preferred", colour: "--train", points: of(train, "chosen"), format: format.power },
-    { name: "rejected", colour: "--valid", points: of(train, "rejected"), format: format.power },
+  const byLabel = train.some(({ rewards }) => Number.isFinite(rewards?.kl));
+  const sides = { title: "Rewards", unit: byLabel ? "on training answers" : "on training pairs", smallest: undefined, series: [
+    { name: byLabel ? "desirable" : "preferred", colour: "--train", points: of(train, "chosen"), format: format.power },
+    { name: byLabel ? "undesirable" : "rejected", colour: "--valid", points: of(train, "rejected"), format: format.power },
   ] };
-  return [one("Preferred answer wins", "accuracy", (value) => format.percent(value, 1), 0), one("Reward margin", "margin", format.power, undefined), sides];
+  return [one(byLabel ? "Answers as labelled" : "Preferred answer wins", "accuracy", (value) => format.percent(value, 1), 0), one("Reward margin", "margin", format.power, undefined), sides];
 }
 
 const ends = ({ name, points: curve, format: text }) => (curve.length ? `${name}: from ${text(curve[0].y)} to ${text(curve.at(-1).y)}.` : "");
