@@ -33,7 +33,7 @@ NO_USUAL_RATE = {
     "sgd": ("SGD", "ten to a thousand times that of adamw is common"),
     "adafactor": (
         "Adafactor",
-        "it is the largest share of its own size by which a matrix moves in a step, and 0.01 to 0.5 is common",
+        "it is the largest share of its own size by which a matrix moves in a step: 0.1 to 1 suits adapters",
     ),
 }
 """By the type of the optimizer: its name, and what helps to choose."""
