@@ -10,8 +10,9 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock
-from catalog.errors import NotFound
+from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
+from catalog.states import FINAL_STATES
 from catalog.tables import Adapter, Artifact, Checkpoint, Job
 
 
@@ -62,9 +63,25 @@ def get(db: Database, *, project_id: str, name: str) -> AdapterView:
 
 
 def delete(db: Database, *, project_id: str, name: str) -> Adapter:
-    """Hide the adapter. Its row stays, for the records of what was made from it."""
+    """Hide the adapter. Its row stays, for the records of what was made from it.
+
+    Raises Conflict while a job that has not ended continues it: its files are read at each attempt.
+    """
     with db.write() as session:
-        adapter = _find(session, project_id, name)
+        adapter = _find(session, project_id, name, lock=True)
+        child = session.scalar(
+            select(Job.id)
+            .where(Job.parent_adapter == adapter.id)
+            .where(Job.state.not_in([state.value for state in FINAL_STATES]))
+            .limit(1)
+        )
+        if child is not None:
+            raise Conflict(
+                f"The adapter {adapter.name!r} is continued by the job {child}, which has not ended.",
+                code="adapter_in_use",
+                remedy="Wait until the job ends, or cancel it; then delete the adapter.",
+                param="adapter",
+            )
         adapter.deleted_at = read_clock(session)
         return adapter
 
@@ -93,9 +110,20 @@ def checkpoint_name(job: Job, checkpoint: Checkpoint, *, project_name: str) -> s
     return f"{stem}:ckpt-step-{checkpoint.step}"
 
 
-def _find(session: Session, project_id: str, name: str) -> Adapter:
+def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
+    """The adapters that continue one, the oldest first. Raises NotFound for it."""
+    with db.read() as session:
+        parent = _find(session, project_id, name)
+        made = select(Adapter).join(Job, Job.id == Adapter.job_id).where(Job.parent_adapter == parent.id)
+        kept = made.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+        return list(session.scalars(kept.order_by(Adapter.created_at, Adapter.id)))
+
+
+def _find(session: Session, project_id: str, name: str, *, lock: bool = False) -> Adapter:
+    """`lock` keeps new jobs from continuing it."""
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name))
-    adapter = session.scalar(named.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None)))
+    mine = named.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+    adapter = session.scalar(mine.with_for_update() if lock else mine)
     if adapter is None:
         raise NotFound("adapter", name)
     return adapter

@@ -79,6 +79,7 @@ def own_bytes(
     num_parameters: int,
     dropout: float,
     keeps_best: bool = False,
+    keeps_parent: bool = False,
     use_dora: bool = False,
     init_lora_weights: str | None = None,
     batch_size: int = 1,
@@ -95,13 +96,15 @@ def own_bytes(
     one after another: what its start is computed with, what its largest slice keeps (with dropout the masks, as if
     every linear had one), and the pass of its samples.
 
+    keeps_parent: whether it is compared with the adapter that it continues, whose weights then stand beside its own.
     longest_example: tokens of its longest row or pair of rows, which is never cut; None where it isn't known. A
-    preference's pass of the base alone keeps nothing for a backward and is over before the adapter's begins.
+    preference's pass of what it compares with keeps nothing for a backward and is over before its own begins.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     subtracts_start = begins_with_the_base(init_lora_weights)
     kept = row_bytes(num_parameters, precision, optimizer=optimizer, lowest_rank=lowest_rank)
     kept += 4 * num_parameters if keeps_best else 0
+    kept += (4 if precision == "float32" else 4 + BYTES_PER_NUMBER[precision]) * num_parameters if keeps_parent else 0
     kept += 2 * 4 * sum(out * count for (out, _), count in shapes.values()) if use_dora else 0
     kept += 2 * num_parameters * BYTES_PER_NUMBER[precision] if subtracts_start else 0
     is_one_slice = bool(longest_example) and batch_size * (longest_example or 0) <= SLICE_TOKENS

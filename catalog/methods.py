@@ -168,6 +168,11 @@ class PreferenceSpec(Strict):
     undesirable_weight: float = 1.0
 
 
+def compares_with_start(method: str) -> bool:
+    """Whether its loss compares with what the job begins with: the base, or the parent adapter on it."""
+    return method == "dpo"
+
+
 def resolve_supervised(numbers: Hyperparameters) -> SupervisedSpec | None:
     """None where answers are compared. At their older place hyperparameters are OpenAI's three alone."""
     match numbers:

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from catalog import fair_share, fleet, memory, packing
 from catalog.db import Database, read_clock
 from catalog.fair_share import Candidate, Turn
+from catalog.methods import compares_with_start
 from catalog.spec import PriorityClass
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
 from catalog.tables import BaseModelRow, Job, Json, Project
@@ -50,6 +51,8 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
             Job.spec["lora"]["init_lora_weights"].as_string().label("start"),
             Job.spec["lora"].label("lora"),
             Job.spec["optimizer"]["type"].as_string().label("optimizer"),
+            Job.spec["method"].as_string().label("method"),
+            Job.parent_adapter,
             Job.longest_example,
             Job.spec["lora"]["use_dora"].as_boolean().label("use_dora"),
             Job.spec["batch_size"].as_integer().label("batch_size"),
@@ -65,39 +68,38 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
     described = _descriptions(session, {row.base_model for row in rows})
     kinds = {(row.base_model, row.pack_key) for row in rows}
     needs = {kind: _needs(described[kind[0]], kind[1]) for kind in kinds}
-    candidates = [
-        Candidate(
-            job_id=row.id,
-            project_id=row.project_id,
-            base_digest=row.base_digest,
-            pack_key=row.pack_key,
-            priority=row.priority,
-            created_at=row.created_at,
-            own_bytes=_own_bytes(row, described[row.base_model]),
-            trainer_bytes=needs[row.base_model, row.pack_key][0],
-            slice_bytes=needs[row.base_model, row.pack_key][1],
-            is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
-        )
-        for row in rows
-    ]
+    candidates = [_candidate(row, described[row.base_model], needs[row.base_model, row.pack_key]) for row in rows]
     return fair_share.order(candidates, now, running_by_project=_running(session))
 
 
-def _own_bytes(row: Any, description: Json) -> int:
-    """Of a row of `turns`."""
-    return memory.own_bytes(
-        description,
-        packing.precision_of(row.pack_key),
-        num_parameters=row.adapter_parameters,
-        dropout=row.dropout,
-        keeps_best=row.keep == "best",
-        use_dora=bool(row.use_dora),
-        init_lora_weights=row.start,
-        batch_size=row.batch_size,
-        longest_example=row.longest_example,
-        samples=row.samples,
-        optimizer=row.optimizer or "adamw",
-        lowest_rank=memory.lowest_rank(row.lora),
+def _candidate(row: Row[*tuple[Any, ...]], description: Json, needs: tuple[int, int]) -> Candidate:
+    """description: its base's. needs: bytes of a trainer of its kind, and of a slice."""
+    trainer_bytes, slice_bytes = needs
+    return Candidate(
+        job_id=row.id,
+        project_id=row.project_id,
+        base_digest=row.base_digest,
+        pack_key=row.pack_key,
+        priority=row.priority,
+        created_at=row.created_at,
+        own_bytes=memory.own_bytes(
+            description,
+            packing.precision_of(row.pack_key),
+            num_parameters=row.adapter_parameters,
+            dropout=row.dropout,
+            keeps_best=row.keep == "best",
+            use_dora=bool(row.use_dora),
+            init_lora_weights=row.start,
+            batch_size=row.batch_size,
+            keeps_parent=row.parent_adapter is not None and compares_with_start(row.method or "supervised"),
+            longest_example=row.longest_example,
+            samples=row.samples,
+            optimizer=row.optimizer or "adamw",
+            lowest_rank=memory.lowest_rank(row.lora),
+        ),
+        trainer_bytes=trainer_bytes,
+        slice_bytes=slice_bytes,
+        is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
     )
 
 

@@ -61,7 +61,9 @@ class PriorityClass(IntEnum):
 class JobRequest(Strict):
     """The body of POST /v1/fine_tuning/jobs: OpenAI's fields, then Lorry's."""
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] = Field(description="A base model's name.")
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] = Field(
+        description="A base model's name; or an adapter's, ft:…, to continue that, as parent_adapter does."
+    )
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     validation_file: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     method: Method | None = None
@@ -73,6 +75,13 @@ class JobRequest(Strict):
     metadata: dict[str, str] | None = None
     integrations: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
 
+    parent_adapter: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        default=None,
+        description=(
+            "Id or name of an adapter of the same base model that the job begins with. What `lora` and `quantisation` "
+            "leave out is then the parent's, and what they say must be so; lora.dropout is the job's own."
+        ),
+    )
     lora: LoraRequest = LoraRequest()
     optimizer: OptimizerRequest = OptimizerRequest()
     schedule: ScheduleRequest = ScheduleRequest()
@@ -139,6 +148,15 @@ class JobRequest(Strict):
         return "supervised" if self.method is None else self.method.type
 
 
+class ParentSpec(Strict):
+    """The adapter that a job begins with: its id and name, the digest of its files, and its lineage record's id."""
+
+    adapter: str
+    name: str
+    artifact: str
+    lineage: str
+
+
 class JobSpec(Strict):
     """A job with every default resolved: what lineage records and what a worker obeys.
 
@@ -152,6 +170,7 @@ class JobSpec(Strict):
     """Only where answers are learnt as they are; None there in records of before there was something to choose."""
     preference: PreferenceSpec | None = None
     """Only where answers are compared, in pairs or by their labels."""
+    parent: ParentSpec | None = None
     lora: LoraSpec
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
@@ -193,12 +212,13 @@ def resolve(
     max_positions: int | None,
     seed: int,
     auto_precision: Precision = "bfloat16",
+    parent: ParentSpec | None = None,
 ) -> JobSpec:
     """Every `auto` becomes a number.
 
     num_rows: rows of the training file, as counted at upload. max_positions: the longest sequence that
     the base was made for, in tokens. seed: used where the request names none. auto_precision: what suits the
-    workers there are.
+    workers there are. parent: what it continues; the request is then one that `continuing` has completed.
     """
     numbers = request.numbers()
     preference = resolve_preference(numbers)
@@ -211,6 +231,7 @@ def resolve(
         method=request.method_type,
         supervised=resolve_supervised(numbers),
         preference=preference,
+        parent=parent,
         lora=resolve_lora(request.lora),
         optimizer=resolve_optimizer(request.optimizer, learning_rate=rate),
         schedule=resolve_schedule(request.schedule),

@@ -10,7 +10,7 @@ from typing import get_args
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, events, fleet, linears, memory
+from catalog import bases, continuing, events, fleet, linears, memory
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
@@ -115,7 +115,12 @@ def _same_submission(
 
 
 def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: str, *, now: float) -> Job:
-    base = _usable_base(session, caller, request.model)
+    asked, parent = request, continuing.parent_of(session, request, project_id=caller.project_id)
+    is_base_named = not request.model.startswith(continuing.NAME_PREFIX)
+    base = _usable_base(session, caller, request.model if is_base_named or parent is None else parent.base_model)
+    if parent is not None:
+        continuing.check_base(parent, base)
+        request = continuing.completed(session, request, parent)
     training = _usable_file(session, caller, request.training_file, "training_file")
     validation = None
     if request.validation_file is not None:
@@ -135,8 +140,9 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
         max_positions=(base.description or {}).get("max_positions"),
         seed=secrets.randbelow(2**31),
         auto_precision=fleet.auto_precision(session, now=now),
+        parent=parent and continuing.parent_spec(parent),
     )
-    job = _row(caller, request, spec, base=base, training=training, validation=validation, now=now)
+    job = _row(caller, asked, spec, base=base, training=training, validation=validation, now=now)
     job.body_digest = body_digest
     session.add(job)
     session.flush()
@@ -184,6 +190,7 @@ def _row(
         priority=PriorityClass[request.priority],
         requested=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"),
+        parent_adapter=spec.parent.adapter if spec.parent else None,
         adapter_parameters=memory.adapter_parameters(targets, use_dora=spec.lora.use_dora),
         suffix=request.suffix,
         labels=request.metadata,

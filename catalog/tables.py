@@ -126,6 +126,8 @@ class Job(Table):
     body_digest: Mapped[str | None]
     """Digest of the request as it was understood: tells a client's retry from a second job."""
     spec: Mapped[Json]
+    parent_adapter: Mapped[str | None]
+    """Id of the adapter that it continues, whose row is kept for ever; more of it is in the spec."""
     adapter_parameters: Mapped[int] = mapped_column(default=0)
     """Numbers that the adapter trains: what memory arithmetic starts from."""
     suffix: Mapped[str | None]
@@ -173,6 +175,7 @@ class Job(Table):
         Index(None, "created_by", "created_at"),
         Index(None, "training_file"),
         Index(None, "validation_file"),
+        Index(None, "parent_adapter"),
     )
 
 

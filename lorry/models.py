@@ -89,6 +89,8 @@ class Job(View):
     phase: str | None = None
     """Of a running job: loading, training or verifying."""
     model: str = ""
+    parent_adapter: str | None = None
+    """Name of the adapter that it continues."""
     training_file: str = ""
     validation_file: str | None = None
     fine_tuned_model: str | None = None
@@ -223,11 +225,14 @@ class Verification(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(View):
-    """Mean loss per supervised token of the held-out file, for the base and with the adapter."""
+    """Mean loss per supervised token of the held-out file, with the adapter and for what its job began with: the base,
+    or the parent adapter."""
 
     base_loss: float | None = None
+    parent_loss: float | None = None
     loss: float | None = None
     base_perplexity: float | None = None
+    parent_perplexity: float | None = None
     perplexity: float | None = None
     rewards: dict[str, float | None] | None = None
     """Of a job that compared answers, which has no perplexity: chosen, rejected, margin, accuracy, and kl of kto."""
@@ -243,6 +248,8 @@ class Adapter(View):
     job_id: str = ""
     base_model: str = ""
     base_digest: str = ""
+    parent: str | None = None
+    """Name of the adapter that it continues."""
     artifact: str = ""
     bytes: int = 0
     num_parameters: int = 0

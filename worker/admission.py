@@ -21,7 +21,8 @@ def bring_files(
     """The body of an `admit` message, its files in place. Damaged checkpoints are taken off the list, damaged
     tokens are made again.
 
-    Raises DamagedArtifact where the data file itself is damaged, FileRefused, Abandoned, OutOfSpace, Unavailable.
+    Raises DamagedArtifact where the data file itself or the parent adapter is damaged, FileRefused, Abandoned,
+    OutOfSpace, Unavailable.
     """
     job, spec = claim.job, JobSpec.model_validate(claim.job.spec)
     assert job.num_steps is not None
@@ -31,6 +32,7 @@ def bring_files(
         "train": _bring_tokens(context, claim, job.training_file, job.train_prepared, folder / "train"),
         "valid": _bring_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid"),
         "resume": _fetch_newest(context, claim, checkpoints, folder / "resume"),
+        "parent": _bring_parent(context, spec, folder / "parent"),
     }
     return {
         "claim_id": claim.claim_id,
@@ -80,6 +82,19 @@ def _fetch_tokens(context: WorkerContext, key: str, into: Path) -> Path:
     if not into.is_dir():
         context.store.fetch(context.store.get_manifest(row.artifact), into)
     return next(into.glob("*.safetensors"))
+
+
+def _bring_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | None:
+    """The adapter that the job continues, each file as its digest says; also where it resumes, for pairs of answers
+    are compared with it, and its checkpoint names it."""
+    if spec.parent is None:
+        return None
+    try:
+        if not into.is_dir():
+            context.store.fetch(context.store.get_manifest(spec.parent.artifact), into)
+    except DamagedArtifact as error:
+        raise DamagedArtifact(f"The parent adapter {spec.parent.name} can't be used. {error.message}") from error
+    return into
 
 
 def _went_through_template(context: WorkerContext, key: str) -> bool:

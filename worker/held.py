@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from catalog import memory, packing
 from catalog.claims import Claim
+from catalog.methods import compares_with_start
 from catalog.records import KEPT_CHECKPOINTS
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
 from catalog.tables import Checkpoint, Json
@@ -68,6 +69,7 @@ class Held:
             use_dora=bool(lora.get("use_dora")),
             init_lora_weights=lora.get("init_lora_weights"),
             batch_size=int(job.spec["batch_size"]),
+            keeps_parent=job.parent_adapter is not None and compares_with_start(job.spec.get("method", "supervised")),
             longest_example=job.longest_example,
             samples=job.spec.get("samples"),
             optimizer=job.spec["optimizer"].get("type", "adamw"),

@@ -36,6 +36,7 @@ def record(
             "determinism": trainer["invariance"],
         },
         code=trainer["versions"],
+        parents=[parent["lineage"]] if (parent := job.spec.get("parent")) else [],
         finished_at=finished_at,
     )
     return built, lineage.lineage_id(built)

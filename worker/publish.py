@@ -68,7 +68,8 @@ def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, 
 
 
 def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | None:
-    """The base's and the adapter's loss on the validation file, from the recorded curve; None without one.
+    """The loss on the validation file of the adapter, and of what the job began with (the base, or its parent
+    adapter), from the recorded curve; None without one.
 
     kept_step: whose weights the adapter has.
     """
@@ -76,21 +77,22 @@ def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | 
     if not points:
         return None
     first, last = points[0], [point for point in points if point.step <= kept_step][-1]
+    began = "base" if claim.job.parent_adapter is None else "parent"
     return {
-        "base_loss": first.loss,
+        f"{began}_loss": first.loss,
         "loss": last.loss,
-        **_of_the_method(first, last),
-        "base_token_accuracy": first.token_accuracy,
+        **_of_the_method(first, last, began),
+        f"{began}_token_accuracy": first.token_accuracy,
         "token_accuracy": last.token_accuracy,
         "step": last.step,
     }
 
 
-def _of_the_method(first: Metric, last: Metric) -> Json:
+def _of_the_method(first: Metric, last: Metric, began: str) -> Json:
     """A loss that compares answers has no perplexity, but rewards."""
     if last.rewards is not None:
         return {"rewards": last.rewards}
-    return {"base_perplexity": perplexity(first.loss), "perplexity": perplexity(last.loss)}
+    return {f"{began}_perplexity": perplexity(first.loss), "perplexity": perplexity(last.loss)}
 
 
 def perplexity(loss: float) -> float:

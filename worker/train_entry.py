@@ -151,7 +151,8 @@ class Trainer:
             with shortage_of(claim_id, part="data"):
                 train = TokenDataset.load(train_path)
                 valid = TokenDataset.load(valid_path) if valid_path else None
-            self._engine.admit(claim_id, config, train, valid, resume_from=resume)
+            parent = self._inside(body["parent"])
+            self._engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent)
         except LoraCoreError as error:
             self._refuse(claim_id, error, is_checkpoint=isinstance(error, BadCheckpoint))
             return

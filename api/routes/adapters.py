@@ -47,8 +47,9 @@ def get_adapter(adapter: str, use: Use, caller: Signed) -> AdapterObject:
     return _shown(adapters.get(use.db, project_id=caller.project_id, name=adapter))
 
 
-@router.delete("/{adapter}", operation_id="delete_adapter", responses=errors(404))
+@router.delete("/{adapter}", operation_id="delete_adapter", responses=errors(404, 409))
 def delete_adapter(adapter: str, use: Use, caller: Signed) -> AdapterDeleted:
+    """Not while a job that has not ended continues it."""
     row = adapters.delete(use.db, project_id=caller.project_id, name=adapter)
     return AdapterDeleted(id=row.id)
 
@@ -98,7 +99,9 @@ def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> StreamingResp
 @router.get("/{adapter}/lineage", operation_id="get_adapter_lineage", responses=errors(404))
 def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject:
     """Base, data, configuration, attempts, code and results: from it alone the job can be run again."""
-    return _lineage(adapters.get(use.db, project_id=caller.project_id, name=adapter))
+    view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
+    children = adapters.children(use.db, project_id=caller.project_id, name=view.adapter.id)
+    return _lineage(view).model_copy(update={"children": [child.name for child in children]})
 
 
 @router.post("/{adapter}/verify", operation_id="verify_adapter", responses=errors(404))
@@ -139,7 +142,7 @@ def _members(view: AdapterView, store: ArtifactStore) -> list[Member]:
         for file in manifest.files
     ]
     records = {
-        "lineage.json": _lineage(view).model_dump_json(indent=2).encode(),
+        "lineage.json": _lineage(view).model_dump_json(indent=2, exclude={"children"}).encode(),
         "manifest.json": manifest.canonical(),
     }
     return members + [inline(path, content) for path, content in records.items() if manifest.file(path) is None]

@@ -26,12 +26,17 @@ class VerificationObject(BaseModel):
 
 
 class EvaluationObject(BaseModel):
-    """Mean loss on the validation file, per supervised token or per pair of answers; pairs have no perplexity."""
+    """Mean loss on the validation file, per supervised token or per pair of answers; pairs have no perplexity.
+
+    Beside the adapter's stands what its job began with: the base, or the parent adapter.
+    """
 
     model_config = ConfigDict(extra="allow")
     base_loss: float | None = None
+    parent_loss: float | None = None
     loss: float | None = None
     base_perplexity: float | None = None
+    parent_perplexity: float | None = None
     perplexity: float | None = None
     rewards: Rewards | None = None
 
@@ -63,6 +68,7 @@ class AdapterObject(BaseModel):
     job_id: str
     base_model: str
     base_digest: str
+    parent: str | None = Field(description="Name of the adapter that it continues.")
     artifact: str = Field(description="Digest of its manifest.")
     bytes: int
     num_parameters: int
@@ -107,7 +113,7 @@ class ArtifactFiles(BaseModel):
 
 
 class LineageObject(BaseModel):
-    """`lineage_id` is the sha256 of the RFC 8785 form of `lineage`."""
+    """`lineage_id` is the sha256 of the RFC 8785 form of `lineage`; the record's `graph.parents` are such ids."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -116,6 +122,7 @@ class LineageObject(BaseModel):
                 "adapter_id": "adapter-0a1b2c3d4e5f60718293a4b5",
                 "lineage_id": "ef2d127de37b942baad06145e54b0c619a1f22327b2ebbcfbec78f5564afe39d",
                 "lineage": {"format": "lorry.lineage/1", "job": "ftjob-1c0ffee0a1b2c3d4e5f60718"},
+                "children": ["ft:smollm2-135m:default:docs-2:2d1eaf00"],
             }
         }
     )
@@ -124,6 +131,7 @@ class LineageObject(BaseModel):
     adapter_id: str
     lineage_id: str
     lineage: dict[str, Any]
+    children: list[str] = Field(default=[], description="Names of the adapters that continue it, as of now.")
 
 
 class AdapterVerification(BaseModel):
@@ -164,6 +172,7 @@ def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> Adapter
             "job_id": row.job_id,
             "base_model": row.base_model,
             "base_digest": row.base_digest,
+            "parent": resolved["parent"]["name"] if resolved.get("parent") else None,
             "artifact": row.artifact,
             "bytes": num_bytes,
             "num_parameters": row.num_parameters,

@@ -158,6 +158,7 @@ class FineTuningJob(BaseModel):
     reason: str | None = Field(description="Why the last attempt ended.")
     model: str
     base_digest: str
+    parent_adapter: str | None = Field(description="Name of the adapter that it continues.")
     fine_tuned_model: str | None
     adapter_id: str | None
     organization_id: str = Field(description="The project.")
@@ -209,6 +210,7 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             **_run(row),
             "adapter_id": adapter_id,
             "seconds_running": seconds_running,
+            "parent_adapter": spec.parent.name if spec.parent else None,
             "seed": spec.seed,
             "hyperparameters": numbers,
             "method": method_object(spec.method, numbers.model_dump(), spec.method_numbers),

@@ -46,7 +46,7 @@ def list_(
             a.base_model,
             a.rank,
             output.size(a.bytes),
-            a.evaluation.base_loss,
+            a.evaluation.parent_loss if a.evaluation.base_loss is None else a.evaluation.base_loss,
             a.evaluation.loss,
             a.verification.passed,
         )
@@ -57,7 +57,7 @@ def list_(
         Column(title="BASE", goes=6, narrowest=12),
         Column(title="RANK", goes=5),
         Column(title="SIZE", goes=4),
-        Column(title="BASE LOSS", goes=3),
+        Column(title="LOSS BEFORE", goes=3),
         Column(title="LOSS", goes=1),
         Column(title="VERIFIED", goes=2),
     )
@@ -141,17 +141,20 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "id", adapter.id
     yield "job", adapter.job_id
     yield "base model", adapter.base_model
+    yield "continues", adapter.parent
     yield "rank", adapter.rank
     yield "quantisation", adapter.quantisation
     yield "parameters", f"{adapter.num_parameters:,}"
     yield "size", output.size(adapter.bytes)
     yield "created", output.when(adapter.created_at or None)
-    for label, before, after in (
-        ("held-out loss", measured.base_loss, measured.loss),
-        ("perplexity", measured.base_perplexity, measured.perplexity),
+    began = "base" if adapter.parent is None else "parent"
+    for label, base, parent, after in (
+        ("held-out loss", measured.base_loss, measured.parent_loss, measured.loss),
+        ("perplexity", measured.base_perplexity, measured.parent_perplexity, measured.perplexity),
     ):
         if after is not None:
-            yield label, f"{output.cell(before)} for the base, {output.cell(after)} with the adapter"
+            before = base if adapter.parent is None else parent
+            yield label, f"{output.cell(before)} for the {began}, {output.cell(after)} with the adapter"
     if measured.rewards is not None:
         by_label = measured.rewards.get("kl") is not None
         title, what = ("answers as labelled", "answers") if by_label else ("preferred answers win", "pairs")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NUMBERS = "method.METHOD.hyperparameters"
 """Where a method's numbers are; METHOD stands for its name."""
 FIELDS = {
+    "parent": "parent_adapter",
     "rank": "lora.rank",
     "alpha": "lora.alpha",
     "rslora": "lora.use_rslora",

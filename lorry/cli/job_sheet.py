@@ -56,6 +56,7 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
     moves = not job.is_final and job.status != "paused"
     yield "error", job.error and f"{job.error.message} {job.error.remedy}".strip()
     yield "model", job.model
+    yield "continues", job.parent_adapter
     yield "adapter", job.fine_tuned_model
     yield "step", steps(job)
     yield "ended early", progress.stopped_early

@@ -70,7 +70,9 @@ def _identity(told: Json, record: Json) -> Pairs:
     yield "artifact", _short(outputs.get("artifact"))
     yield "parameters", _count(outputs.get("num_parameters"))
     yield "size", _size(outputs.get("num_bytes"))
-    yield "continues", _list(_part(record, "graph").get("parents"))
+    parent = _part(_part(_part(record, "config"), "resolved"), "parent")
+    yield "continues", parent.get("name") or _list(_part(record, "graph").get("parents"))
+    yield "continued by", _list(told.get("children"))
 
 
 def _base(base: Json) -> Pairs:
@@ -131,9 +133,9 @@ def _results(results: Json) -> Pairs:
     yield "ended early", results.get("stopped_early")
     yield "weights of step", _count(results.get("kept_step"))
     yield "trained tokens", _count(results.get("trained_tokens"))
-    yield "held-out loss", _change(evaluation, "base_loss", "loss")
-    yield "perplexity", _change(evaluation, "base_perplexity", "perplexity")
-    yield "token accuracy", _change(evaluation, "base_token_accuracy", "token_accuracy")
+    yield "held-out loss", _change(evaluation, "loss")
+    yield "perplexity", _change(evaluation, "perplexity")
+    yield "token accuracy", _change(evaluation, "token_accuracy")
     yield "PEFT agrees", check.get("passed")
     yield "largest difference", check.get("max_abs_diff")
     yield "allowed", check.get("tolerance")
@@ -168,10 +170,12 @@ def _parts(whole: Json, name: str) -> list[Json]:
     )
 
 
-def _change(evaluation: Json, before: str, after: str) -> str | None:
+def _change(evaluation: Json, after: str) -> str | None:
     if evaluation.get(after) is None:
         return None
-    return f"{output.cell(evaluation.get(before))} for the base, {output.cell(evaluation.get(after))} with the adapter"
+    began = "base" if evaluation.get(f"base_{after}") is not None else "parent"
+    first = evaluation.get(f"{began}_{after}")
+    return f"{output.cell(first)} for the {began}, {output.cell(evaluation.get(after))} with the adapter"
 
 
 def _list(values: object) -> str:

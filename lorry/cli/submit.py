@@ -46,6 +46,14 @@ Held = Annotated[
     Quantisation | None,
     _option(TRAINING, "Hold the base model in 4 or 8 bits.", "--quantisation", "--quantization"),
 ]
+Parent = Annotated[
+    str | None,
+    _option(
+        ADAPTER,
+        "Continue this adapter of the same base model: its id or name. Its shape is then the parent's.",
+        metavar="ADAPTER",
+    ),
+]
 Targets = Annotated[
     list[str] | None,
     _option(
@@ -101,9 +109,10 @@ Others = Annotated[
 
 def submit(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's name, or an adapter's to continue.")],
     training: Training,
     *,
+    parent: Parent = None,
     rank: Annotated[int | None, _option(ADAPTER, "Rank of the adapter.")] = None,
     alpha: Annotated[float | None, _option(ADAPTER, "The update is scaled by alpha/rank. Default: 2 * rank.")] = None,
     rslora: Annotated[bool, _option(ADAPTER, "Scale by alpha/sqrt(rank).", "--rslora")] = False,

@@ -33,7 +33,7 @@ class Adapters:
         return self._transport.get(_of(name, "files"))
 
     def lineage(self, name: str) -> dict[str, Any]:
-        """The record of where the adapter comes from, with its id."""
+        """The record of where the adapter comes from, with its id; `children`: names of those that continue it."""
         return self._transport.get(_of(name, "lineage"))
 
     def verify(self, name: str) -> dict[str, Any]:
@@ -47,9 +47,8 @@ class Adapters:
         manifest.json and lineage.json for `lorry.folder.verify_folder`. Raises BadDownload.
         """
         adapter = self.get(name)
-        contents = folder.Contents.of(
-            manifest=self.manifest(adapter.id), artifact=adapter.artifact, lineage=self.lineage(adapter.id)
-        )
+        lineage = {key: value for key, value in self.lineage(adapter.id).items() if key != "children"}
+        contents = folder.Contents.of(manifest=self.manifest(adapter.id), artifact=adapter.artifact, lineage=lineage)
         target = Path(directory).expanduser()
         if folder.holds(target, contents):
             return target

@@ -34,6 +34,7 @@ class Jobs:
         metadata: Mapping[str, str] | None = None,
         method: requests.MethodType | None = None,
         hyperparameters: requests.AnyHyperparameters | None = None,
+        parent_adapter: str | None = None,
         lora: requests.Lora | None = None,
         optimizer: requests.Optimizer | None = None,
         schedule: requests.Schedule | None = None,
@@ -51,9 +52,9 @@ class Jobs:
     ) -> Job:
         """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job.
 
-        hyperparameters: of the method, which is "supervised" where none is named. The others learn from files of pairs.
-        extra_body: fields of the body as they go over the wire, for a service that is newer than this client; they
-        stand in the place of the arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
+        hyperparameters: of the method, "supervised" where none is named; the others learn from pairs. parent_adapter:
+        id or name of one to continue. extra_body: fields of the body as they go over the wire, for a service newer than
+        this client, in place of the arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
         """
         chosen = method or "supervised"
         numbers = {chosen: {"hyperparameters": hyperparameters}} if hyperparameters else {}
@@ -65,6 +66,7 @@ class Jobs:
             "seed": seed,
             "metadata": metadata,
             "method": {"type": chosen, **numbers} if method or numbers else None,
+            "parent_adapter": parent_adapter,
             "lora": lora,
             "optimizer": optimizer,
             "schedule": schedule,

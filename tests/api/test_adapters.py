@@ -140,6 +140,37 @@ def test_an_adapter_outlives_the_name_of_its_base(
     assert client.get(f"/v1/models/{adapter.name}").json()["base"] == BASE
 
 
+def test_a_child_names_its_parent_which_tells_its_children_and_stays_while_they_train(
+    client: TestClient, world: World, adapter: Adapter
+) -> None:
+    body = {"model": adapter.name, "training_file": world.file_id, "seed": 3}
+    job = client.post("/v1/fine_tuning/jobs", json=body).json()
+    assert (job["parent_adapter"], job["model"]) == (adapter.name, BASE)
+
+    for path in (f"/v1/adapters/{adapter.id}", f"/v1/models/{adapter.name}"):
+        refused = client.delete(path)
+        assert refused.status_code == 409
+        assert error_of(refused)["code"] == "adapter_in_use"
+    assert client.get(f"/v1/adapters/{adapter.id}/lineage").json()["children"] == []
+
+    world.prepare_all()
+    (claim,) = world.claim()
+    child = world.complete(claim.claim_id, "child")
+
+    assert client.get(f"/v1/adapters/{adapter.id}/lineage").json()["children"] == [child.name]
+    assert client.get(f"/v1/adapters/{adapter.id}").json()["parent"] is None
+    assert client.delete(f"/v1/adapters/{adapter.id}").status_code == 200
+
+
+def test_an_archive_holds_the_record_alone_which_never_changes(client: TestClient, adapter: Adapter) -> None:
+    content = client.get(f"/v1/adapters/{adapter.id}/archive").content
+
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        member = archive.extractfile("lineage.json")
+        assert member is not None
+        assert set(json.load(member)) == {"object", "adapter_id", "lineage_id", "lineage"}
+
+
 def test_another_project_sees_no_adapter(stranger: TestClient, adapter: Adapter) -> None:
     for rest in ("", "/files", "/files/README.md", "/archive", "/lineage"):
         assert stranger.get(f"/v1/adapters/{adapter.id}{rest}").status_code == 404

@@ -13,7 +13,8 @@ from alembic import command
 from sqlalchemy import inspect
 
 from catalog.db import Database, alembic_config
-from catalog.tables import Table
+from catalog.tables import Job, Table
+from tests.catalog.world import Clock, World
 
 ROOT = Path(__file__).parents[2]
 TABLES = {table.name for table in Table.metadata.sorted_tables}
@@ -88,3 +89,21 @@ def test_alembic_works_by_hand_on_the_database_of_the_settings(tmp_path: Path, w
 
     assert done.returncode == 0, done.stderr
     assert "CREATE TABLE jobs" in done.stdout or (tmp_path / "lorry.db").exists()
+
+
+def test_the_parent_of_jobs_comes_and_goes_and_the_jobs_stay(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    job = World(database, Clock()).submit()
+
+    command.downgrade(alembic_config(empty_url), "0004")
+    with database.schema_connection() as connection:
+        assert connection.exec_driver_sql("select id from jobs").scalars().all() == [job.id]
+        assert "parent_adapter" not in {column["name"] for column in inspect(connection).get_columns("jobs")}
+    database.migrate()
+
+    with database.read() as session:
+        kept = session.get_one(Job, job.id)
+        assert (kept.parent_adapter, kept.spec) == (None, job.spec)
+    command.check(alembic_config(empty_url))
+    database.close()

@@ -107,6 +107,23 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
     assert not any(character in result.stdout for character in "{}'\x1b")
 
 
+def test_a_child_tells_its_parent_and_a_parent_its_children(service: Script, run: Run) -> None:
+    resolved = {**RECORD["config"]["resolved"], "parent": {"adapter": "adapter-1", "name": "ft:m:p::1"}}
+    results = {"evaluation": {"parent_loss": 2.5, "loss": 2.0}}
+    record = {**RECORD, "config": {"resolved": resolved}, "results": results, "graph": {"parents": [DIGEST]}}
+    answer = {"adapter_id": "a", "lineage_id": DIGEST, "lineage": record, "children": ["ft:m:p::3", "ft:m:p::4"]}
+    service.on("GET", "/v1/adapters/a/lineage", answer)
+
+    lines = told(run("lineage", "a"))
+
+    assert {
+        "continues ft:m:p::1",
+        "continued by ft:m:p::3, ft:m:p::4",
+        "parent.name ft:m:p::1",
+        "held-out loss 2.5 for the parent, 2 with the adapter",
+    } <= set(lines)
+
+
 def test_as_json_a_record_is_whole(service: Script, run: Run) -> None:
     wire = {"adapter_id": "a", "lineage_id": DIGEST, "lineage": RECORD}
     service.on("GET", "/v1/adapters/a/lineage", wire)

@@ -51,7 +51,7 @@ def body(**more: Any) -> dict[str, Any]:
     return {
         **{"claim_id": CLAIM, "base_name": "tiny", "spec": spec.model_dump(mode="json"), "train": tokens},
         **{"valid": tokens, "num_steps": 3, "evaluate_every_steps": 1, "checkpoint_every_steps": 9},
-        **{"resume": None, "answered_steps": [], "asks_as_chat": True, **more},
+        **{"resume": None, "parent": None, "answered_steps": [], "asks_as_chat": True, **more},
     }
 
 

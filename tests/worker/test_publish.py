@@ -39,3 +39,19 @@ def test_the_loss_on_record_is_that_of_the_weights_that_were_kept(site: PackSite
 
         assert evaluation is not None
         assert (evaluation["base_loss"], evaluation["loss"], evaluation["step"]) == (3.0, loss, kept_step)
+
+
+def test_a_child_is_measured_against_its_parent_whose_loss_is_that_of_step_0(site: PackSite) -> None:
+    parent = site.world.complete(site.claim().claim_id)
+    claim = site.claim(parent_adapter=parent.id, seed=2)
+    points = [
+        {"kind": "valid", "step": step, "loss": loss, "token_accuracy": 0.5} for step, loss in ((0, 2.0), (9, 1.0))
+    ]
+    claims.record_metrics(site.db, claim.claim_id, points)
+
+    evaluation = publish.evaluate(site.context, claim, kept_step=9)
+
+    assert evaluation is not None
+    assert (evaluation["parent_loss"], evaluation["loss"], evaluation["parent_token_accuracy"]) == (2.0, 1.0, 0.5)
+    assert evaluation["parent_perplexity"] == math.exp(2.0)
+    assert not [name for name in evaluation if name.startswith("base_")]

@@ -42,7 +42,7 @@ def body() -> dict[str, Any]:
     """Of an `admit` message whose files are not there."""
     request = JobRequest(model="tiny", training_file="file-1")
     spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
-    files = {"train": "jobs/claim-1/train/tokens.safetensors", "valid": None, "resume": None}
+    files = {"train": "jobs/claim-1/train/tokens.safetensors", "valid": None, "resume": None, "parent": None}
     steps = {"num_steps": 1, "evaluate_every_steps": 1, "checkpoint_every_steps": 1}
     return {"claim_id": "claim-1", "base_name": "tiny", "spec": spec, **files, **steps}
 

@@ -5,7 +5,7 @@ import { link } from "../router.js";
 import { useResource } from "../resource.js";
 import { announce } from "../parts/announce.js";
 import { Ago, Command, Copy, Facts, Failure, Id, Loading, Panel } from "../parts/basics.js";
-import { adapterLabel, archivePath } from "../parts/adapter_facts.js";
+import { adapterLabel, archivePath, before } from "../parts/adapter_facts.js";
 import { Lineage } from "./adapter_lineage.js";
 import * as format from "../format.js";
 
@@ -24,7 +24,7 @@ export function AdapterPage({ id }) {
     <div class="columns">
       <div class="column"><${Evaluation} evaluation=${adapter.evaluation} /><${Verification} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
       <div class="column"><${Panel} title="What it is" id="what"><${Facts} rows=${[
-          ["Base model", adapter.base_model], ["Rank", adapter.rank], ["Trained on it in", held(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
+          ["Base model", adapter.base_model], ["Continues", adapter.parent && html`<a href=${link.adapter(adapter.parent)}>${adapter.parent}</a>`], ["Rank", adapter.rank], ["Trained on it in", held(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
           ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],
           ["Artifact", html`<${Id} id=${adapter.artifact} what="artifact digest" length=${16} />`],
         ]} /><p class="pad soft">In a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//></div>
@@ -37,14 +37,15 @@ const held = ({ precision, quantisation }) => (quantisation === "none" ? precisi
 
 function Evaluation({ evaluation }) {
   if (!evaluation) return html`<${Panel} title="Against its base" id="evaluation"><p class="soft pad">The job had no held-out file, so nothing was measured. Give one with <code>--valid</code>.</p><//>`;
-  const { base_loss, loss, base_perplexity, perplexity, rewards } = evaluation;
+  const { loss, perplexity, rewards } = evaluation;
+  const first = before(evaluation);
   const row = (name, value, kind) => html`<tr key=${name}><th scope="row">${name}</th>
-    <td class="meter-cell"><progress class=${`bar meter-${kind}`} max=${Math.max(base_loss, loss)} value=${value} aria-hidden="true"></progress></td>
-    <td class="num"><b>${format.loss(value)}</b></td>${rewards ? null : html`<td class="num">${format.power(kind === "base" ? base_perplexity : perplexity)}</td>`}</tr>`;
-  return html`<${Panel} title="Against its base" id="evaluation" aside=${html`<span class=${loss < base_loss ? "good-text" : "bad-text"}>${format.change(base_loss, loss)} loss</span>`}>
-    <table class="table table-tight compare"><caption class="unseen">Held-out loss of the base and of the adapter</caption>
+    <td class="meter-cell"><progress class=${`bar meter-${kind}`} max=${Math.max(first.loss, loss)} value=${value} aria-hidden="true"></progress></td>
+    <td class="num"><b>${format.loss(value)}</b></td>${rewards ? null : html`<td class="num">${format.power(kind === "base" ? first.perplexity : perplexity)}</td>`}</tr>`;
+  return html`<${Panel} title=${`Against its ${first.name}`} id="evaluation" aside=${html`<span class=${loss < first.loss ? "good-text" : "bad-text"}>${format.change(first.loss, loss)} loss</span>`}>
+    <table class="table table-tight compare"><caption class="unseen">Held-out loss of the ${first.name} and of the adapter</caption>
       <thead><tr><th scope="col">On held-out data</th><td></td><th scope="col" class="num">Loss</th>${rewards ? null : html`<th scope="col" class="num">Perplexity</th>`}</tr></thead>
-      <tbody>${row("base alone", base_loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
+      <tbody>${row(first.name === "base" ? "base alone" : "its parent", first.loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
     ${rewards ? html`<p class="pad soft">${Number.isFinite(rewards.kl) ? "Rewards are as labelled" : "The preferred answer wins"} in ${format.percent(rewards.accuracy, 1)} of the held-out ${Number.isFinite(rewards.kl) ? "answers; desirable ones are ahead" : "pairs"}, by ${format.power(rewards.margin)} on average.</p>` : null}
   <//>`;
 }

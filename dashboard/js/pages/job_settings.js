@@ -16,7 +16,10 @@ export function groups(job, rows) {
   const resolved = { ...job.hyperparameters, ...job.method?.[type]?.hyperparameters };
   const each = (resolved, requested) => Object.keys(resolved || {}).map((key) => row(key, requested?.[key], resolved[key]));
   return [
-    ["Adapter", each(job.lora, asked.lora)],
+    ["Adapter", [
+      ...(job.parent_adapter ? [{ label: "continues", asked: given(asked.parent_adapter) || job.parent_adapter, resolved: job.parent_adapter }] : []),
+      ...each(job.lora, asked.lora),
+    ]],
     ["Optimizer", [...each(named(job.optimizer), named(asked.optimizer)), ...each(job.schedule, asked.schedule)]],
     ["Run", [
       row("method", asked.method?.type, type),

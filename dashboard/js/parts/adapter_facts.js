@@ -10,12 +10,19 @@ export function adapterLabel(adapter) {
 
 export const archivePath = (adapter) => `/v1/adapters/${encodeURIComponent(adapter.id)}/archive`;
 
-/** Held-out loss of the base and of the adapter. */
+/** What the job of an adapter began with, and its held-out loss and perplexity. */
+export function before({ base_loss, base_perplexity, parent_loss, parent_perplexity }) {
+  const isChild = typeof parent_loss === "number";
+  return { name: isChild ? "parent" : "base", loss: isChild ? parent_loss : base_loss, perplexity: isChild ? parent_perplexity : base_perplexity };
+}
+
+/** Held-out loss of the base, or of the parent adapter, and of the adapter. */
 export function Gain({ evaluation }) {
   if (!evaluation) return html`<span class="soft">not evaluated</span>`;
-  const { base_loss, loss } = evaluation;
-  return html`<span class="gain"><span class="soft">${format.loss(base_loss)}</span> <span aria-hidden="true">→</span><span class="unseen">to</span> <b>${format.loss(loss)}</b>
-    <span class=${`sub ${loss < base_loss ? "good-text" : "bad-text"}`}>${format.change(base_loss, loss)}</span></span>`;
+  const { loss } = evaluation;
+  const first = before(evaluation).loss;
+  return html`<span class="gain"><span class="soft">${format.loss(first)}</span> <span aria-hidden="true">→</span><span class="unseen">to</span> <b>${format.loss(loss)}</b>
+    <span class=${`sub ${loss < first ? "good-text" : "bad-text"}`}>${format.change(first, loss)}</span></span>`;
 }
 
 /** Whether PEFT gave the logits that training saw, and how far off it was at most. */

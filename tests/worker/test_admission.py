@@ -1,0 +1,89 @@
+"""What is brought to a trainer for a job that continues an adapter."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog import claims, jobs
+from catalog.artifacts.store import blob_key
+from catalog.claims import Claim
+from catalog.packing import Room
+from catalog.states import EndReason
+from catalog.tables import Adapter
+from tests.worker.pack_site import PackSite
+from worker import provenance
+from worker.pack import Pack
+from worker.trainer_directory import InboxReader
+
+
+@pytest.fixture
+def parent(site: PackSite) -> Adapter:
+    """With its files in the store."""
+    manifest = site.store.put_folder(site.files("made", "adapter_model.safetensors", "the numbers"), kind="adapter")
+    claim = site.claim()
+    return claims.complete(
+        site.db,
+        claim.claim_id,
+        artifact=manifest,
+        num_parameters=1,
+        verification={"passed": True},
+        evaluation=None,
+        trained_tokens=1,
+        course=claims.Course(steps=1, kept_step=1, stopped_early=None),
+        lineage={},
+        lineage_id="the parent's record",
+    )
+
+
+def brought(pack: Pack) -> str:
+    (message,) = InboxReader(pack.directory).take()
+    return message.body["parent"]
+
+
+def test_the_parents_files_are_brought_at_each_attempt(site: PackSite, parent: Adapter) -> None:
+    first = site.claim(parent_adapter=parent.id, seed=2)
+    for attempt, claim in ((1, first), (2, None)):
+        held = claim or _again(site, first)
+        pack = site.loading_pack(held, trainer_id=f"trainer-{attempt}")
+
+        folder = pack.directory.path / brought(pack)
+
+        assert (folder / "adapter_model.safetensors").read_text() == "the numbers"
+
+
+def _again(site: PackSite, claim: Claim) -> Claim:
+    claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+    (again,) = site.claim_all(room=Room(max_jobs=1, memory_bytes_free=10**12))
+    return again
+
+
+def test_a_job_without_a_parent_is_brought_none(site: PackSite) -> None:
+    assert brought(site.loading_pack(site.claim())) is None
+
+
+def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, parent: Adapter) -> None:
+    (file,) = site.store.get_manifest(parent.artifact).files
+    site.store.objects.put(blob_key(file.digest), b"other bytes")
+    claim = site.claim(parent_adapter=parent.id, seed=2)
+
+    pack = site.loading_pack(claim)
+
+    assert InboxReader(pack.directory).take() == []
+    assert site.reason(claim) == EndReason.INFRA_LOST
+    (attempt,) = jobs.attempts(site.db, **site.world.of(claim.job.id))
+    assert parent.name in (attempt.detail or "")
+
+
+def test_the_record_of_a_child_names_that_of_its_parent(
+    site: PackSite, parent: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim(parent_adapter=parent.id, seed=2)
+    monkeypatch.setattr(provenance, "_data", lambda *_: [])
+    manifest = site.store.get_manifest(parent.artifact)
+
+    built, _ = provenance.record(
+        site.context, claim, manifest, num_parameters=1, trainer={"invariance": "bitwise", "versions": {}}, results={}
+    )
+
+    assert built["graph"] == {"parents": ["the parent's record"]}
+    assert built["config"]["resolved"]["parent"]["artifact"] == parent.artifact
