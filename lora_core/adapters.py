@@ -66,6 +66,17 @@ class SiteSpans:
     magnitude: slice
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JointViews:
+    """The A of several linears [S, D] and its gradient, S the sum of their ranks. `parts`: of each linear its number
+    among those asked for, its rows of A, and its views."""
+
+    a_SD: Tensor
+    grad_a_SD: Tensor
+    scale: float
+    parts: tuple[tuple[int, slice, SiteViews], ...]
+
+
 class AdapterRow:
     """The flat vectors of one job: p weights, g gradient, m and v the moments of its optimizer (fp32 [N] each; of
     Adafactor m is empty, and v holds what `blocks` say).
@@ -112,6 +123,14 @@ class AdapterRow:
         self.paired = torch.zeros(2 * self.num_ab if lora.subtracts_start else 0, dtype=dtype, device=device)
         self.sites = {name: self._site(name, spans) for name, spans in self.spans.items()}
         self.tensors = self._tensors()
+        self.joints: dict[str, JointViews | None] = {}
+
+    def joint(self, modules: tuple[str, ...]) -> "JointViews | None":
+        """The A of linears that read the same input, as one matrix; None where they can't be. `modules` are always the
+        same for one first module."""
+        if modules[0] not in self.joints:
+            self.joints[modules[0]] = _joint([(i, self.sites[m]) for i, m in enumerate(modules) if m in self.sites])
+        return self.joints[modules[0]]
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Of all that p holds, in its order."""
@@ -251,6 +270,34 @@ class AdapterRow:
 
     def _b_halves(self, name: str) -> tuple[Tensor, ...]:
         return self.sites[name].b_OR.chunk(2, dim=1)
+
+
+def _joint(sites: Sequence[tuple[int, SiteViews]]) -> JointViews | None:
+    """None without sites, with DoRA or a start that is subtracted, and where A don't follow each other in the row."""
+    views = [site for _, site in sites]
+    if not views or any(site.magnitude is not None or len(site.a_RD) != len(site.grad_a_RD) for site in views):
+        return None
+    follow = all(
+        _follows(one.a_RD, other.a_RD) and _follows(one.grad_a_RD, other.grad_a_RD) and one.scale == other.scale
+        for one, other in pairwise(views)
+    )
+    if not follow:
+        return None
+    stops = list(accumulate(len(site.a_RD) for site in views))
+    shape = stops[-1], views[0].a_RD.shape[1]
+    return JointViews(
+        a_SD=views[0].a_RD.as_strided(shape, (shape[1], 1)),
+        grad_a_SD=views[0].grad_a_RD.as_strided(shape, (shape[1], 1)),
+        scale=views[0].scale,
+        parts=tuple(
+            (index, slice(stop - len(site.a_RD), stop), site) for (index, site), stop in zip(sites, stops, strict=True)
+        ),
+    )
+
+
+def _follows(one: Tensor, other: Tensor) -> bool:
+    """Whether the numbers of `other` lie right behind those of `one`, in rows of the same length."""
+    return one.shape[1] == other.shape[1] and other.data_ptr() == one.data_ptr() + one.nbytes
 
 
 def weight_norms(weight_OD: Tensor, views: SiteViews) -> Tensor:

@@ -1,16 +1,16 @@
 # pyright: basic
 """Makes the linears of a base model serve packs, and takes that back without a trace.
 
-Each linear, each block, and what rms_norm.py and rotary.py make faster, gets its own `forward` on the instance: no
-module is replaced, no name or parameter changes.
-Outside a running pack an attached linear computes exactly what it did before; a norm does anyway.
+Each linear, each block, and what rms_norm.py, rotary.py, swiglu.py and residual_block.py find, gets its own `forward`
+on the instance: no module is replaced, no name or parameter changes. Outside a running pack each computes exactly what
+it did before.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,12 @@ from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_pack
 from lora_core.recompute import blocks_of, forward_block
+from lora_core.residual_block import faster_blocks
 from lora_core.rms_norm import faster_norms
 from lora_core.rotary import faster_rotations
 from lora_core.segment_op import SegmentOp
+from lora_core.sibling_linears import Siblings, find_siblings, forward_siblings, taken_from_ahead
+from lora_core.swiglu import faster_mlps
 from lora_core.task_heads import task_head_of
 from lora_core.trained_tensors import path_of
 from lora_core.trained_tokens import forward_embedding
@@ -124,9 +127,9 @@ class Attachment:
             LOGGER.warning("%s", reason)
         self.segment_op = SegmentOp(self.kernels.lora)
         self.blocks = find_blocks(model)
+        self._siblings = find_siblings(self.linears)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
-        norms = fused_parts(model) if self.kernels.elementwise == "compiled" else faster_norms(model)
-        self._faster = [*norms, *faster_rotations(model)]
+        self._faster = [*_faster_parts(model, self.kernels), *faster_rotations(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
@@ -136,12 +139,15 @@ class Attachment:
         self.model.set_attn_implementation(attention.NAME)
         for name, linear in self.linears.items():
             linear.forward = partial(forward_linear, linear, name, self.anchor, self.segment_op)
+        for name, siblings in self._siblings.items():
+            linear = self.linears[name]
+            linear.forward = partial(forward_first, siblings, linear, self.anchor)
         for module, forward in self._faster:
             module.forward = forward
         for block in self._blocks:
-            block.forward = partial(forward_block, block)
+            block.forward = partial(forward_block, block.forward)
         for number, block in enumerate(self.blocks.modules):
-            block.forward = partial(pass_block, partial(forward_block, block), number)
+            block.forward = partial(pass_block, block.forward, number)
         pooler = getattr(self.model.base_model, "pooler", None)
         if pooler is not None:
             pooler.forward = partial(forward_pooler, pooler)
@@ -152,9 +158,9 @@ class Attachment:
 
     def detach(self) -> None:
         patched = [*self.linears.values(), self.model.get_input_embeddings(), *(module for module, _ in self._faster)]
-        patched += dict.fromkeys([*self._blocks, *self.blocks.modules])
+        patched += [*self._blocks, *self.blocks.modules]
         pooler = getattr(self.model.base_model, "pooler", None)
-        for module in patched if pooler is None else [*patched, pooler]:
+        for module in dict.fromkeys(patched if pooler is None else [*patched, pooler]):
             del module.forward
         self.model.set_attn_implementation(self._attention)
 
@@ -168,11 +174,23 @@ class Attachment:
             self._attach()
 
 
+def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Norms, gated MLPs and whole blocks that this device computes in fewer passes over memory; a block comes after its
+    parts."""
+    if kernels.elementwise == "compiled":
+        return fused_parts(model)
+    norms = faster_norms(model)
+    return [*norms, *faster_mlps(model), *faster_blocks(model, [norm for norm, _ in norms])]
+
+
 def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: SegmentOp, x: Tensor) -> Tensor:
     """x [..., D] to [..., O]: the plain linear outside a pack, the packed one inside."""
     pack = current_pack()
     if pack is None:
         return type(linear).forward(linear, x)
+    ahead = taken_from_ahead(name, x)
+    if ahead is not None:
+        return ahead
     x_TD = x.reshape(-1, x.shape[-1])
     every = pieces_of(pack, name)
     pieces, runs = segment_op.divide(name, every, x_TD)
@@ -183,6 +201,12 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: Seg
         y_TO = type(linear).forward(linear, x_TD)
         y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces, runs) if every else y_TO
     return y_TO.view(*x.shape[:-1], -1)
+
+
+def forward_first(siblings: Siblings, linear: nn.Module, anchor: Tensor, x: Tensor) -> Tensor:
+    """The first of siblings, which computes the others with it inside a pack."""
+    pack = current_pack()
+    return type(linear).forward(linear, x) if pack is None else forward_siblings(siblings, pack, anchor, x)
 
 
 def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:

@@ -209,4 +209,4 @@ def packed_logits(base: BaseModel, row: AdapterRow, ids: np.ndarray) -> Tensor:
         return class_logits(base.model, head_module(base, row), h_PD)[:, None].cpu()
     hidden = hidden_states(base, pack)[: ids.size].view(*ids.shape, -1)
     last = hidden[:, -PROBE_POSITIONS:]
-    return head_of(base.head(), row).logits(last.flatten(0, 1)).view(len(ids), PROBE_POSITIONS, -1).cpu()
+    return head_of(base.head(), row).logits(last.flatten(0, 1)).float().view(len(ids), PROBE_POSITIONS, -1).cpu()

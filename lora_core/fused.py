@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core.rms_norm import eps_of
+from lora_core.rms_norm_parts import eps_of
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -4,7 +4,7 @@
 import numpy as np
 from numba.extending import register_jitable
 
-from lora_core.compiled import BLOCK, compiled, exponential, narrowed, widened
+from lora_core.compiled import BLOCK, compiled, exponential, in_order, narrowed, of_order, widened
 
 
 @compiled
@@ -31,10 +31,10 @@ def score_logits(logits, labels, smoothing, losses, correct, largest, sums):
 
 @register_jitable
 def _largest(row):
-    most = widened(row[0])
+    most = in_order(widened(row[0]))
     for k in range(row.size):
-        most = max(most, widened(row[k]))
-    return most
+        most = max(most, in_order(widened(row[k])))
+    return of_order(most)
 
 
 @register_jitable

@@ -107,8 +107,8 @@ def add_lora_gradients(
         views, x_tD = piece.views, x_TD[piece.start : piece.stop]
         dh_tR = (dy_tO @ views.b_OR).mul_(views.scale)
         rank = len(views.grad_a_RD)  # the weights may be of twice this: what lies beyond is frozen
-        _accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR[:, :rank])
-        _accumulate(views.grad_a_RD, dh_tR[:, :rank].T, piece.dropped(x_tD, branch.keep_tD))
+        accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR[:, :rank])
+        accumulate(views.grad_a_RD, dh_tR[:, :rank].T, piece.dropped(x_tD, branch.keep_tD))
         if dx_TD is None:
             continue
         if piece.dropout is None:
@@ -131,23 +131,42 @@ def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece,
 def input_gradient(
     dy_TO: Tensor, weight_OD: Tensor, received: list[Tensor], branches: list[Branch], pieces: tuple[Piece, ...]
 ) -> Tensor:
-    """dx through the frozen weight. With DoRA W x has its factor; with dropout as well, W dropout(x) has it less 1."""
-    magnified = [branch.magnitude is not None for branch in branches]
-    if not any(magnified):
-        return dy_TO @ weight_OD
-    through_weight_TO = dy_TO.clone()
-    for piece, dv_tO, is_magnified in zip(pieces, received, magnified, strict=True):
-        if is_magnified and piece.dropout is None:
-            through_weight_TO[piece.start : piece.stop] = dv_tO
-    dx_TD = through_weight_TO @ weight_OD
-    for piece, branch, dv_tO, is_magnified in zip(pieces, branches, received, magnified, strict=True):
-        if is_magnified and piece.dropout is not None:
-            rows = slice(piece.start, piece.stop)
-            dx_TD[rows] += piece.dropped((dv_tO - dy_TO[rows]) @ weight_OD, branch.keep_tD)
+    """dx through the frozen weight."""
+    dx_TD = through_weight(dy_TO, received, branches, pieces) @ weight_OD
+    add_through_dropout(dx_TD, dy_TO, weight_OD, received, branches, pieces)
     return dx_TD
 
 
-def _accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
+def through_weight(dy_TO: Tensor, received: list[Tensor], branches: list[Branch], pieces: tuple[Piece, ...]) -> Tensor:
+    """What the frozen weight gets of dy: with DoRA, where W x has a factor, times that."""
+    magnified = [
+        branch.magnitude is not None and piece.dropout is None for branch, piece in zip(branches, pieces, strict=True)
+    ]
+    if not any(magnified):
+        return dy_TO
+    through_weight_TO = dy_TO.clone()
+    for piece, dv_tO, is_magnified in zip(pieces, received, magnified, strict=True):
+        if is_magnified:
+            through_weight_TO[piece.start : piece.stop] = dv_tO
+    return through_weight_TO
+
+
+def add_through_dropout(  # noqa: PLR0917
+    dx_TD: Tensor,
+    dy_TO: Tensor,
+    weight_OD: Tensor,
+    received: list[Tensor],
+    branches: list[Branch],
+    pieces: tuple[Piece, ...],
+) -> None:
+    """With DoRA and dropout W x is as it was, and W dropout(x) has the factor less 1."""
+    for piece, branch, dv_tO in zip(pieces, branches, received, strict=True):
+        if branch.magnitude is not None and piece.dropout is not None:
+            rows = slice(piece.start, piece.stop)
+            dx_TD[rows] += piece.dropped((dv_tO - dy_TO[rows]) @ weight_OD, branch.keep_tD)
+
+
+def accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
     """gradient += left @ right; below fp32 the product is rounded to its dtype first, as autograd does."""
     if gradient.dtype == left.dtype:
         gradient.addmm_(left, right)

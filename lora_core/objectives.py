@@ -1,8 +1,7 @@
 # pyright: basic
 """Cross-entropy through the output head at supervised positions only, its gradient made in the forward.
 
-Letters: L labels of the tick, C labels of a chunk, D features, V vocabulary. Logits exist one chunk at a
-time, and log_softmax isn't used: on a CPU it took ten times as long as exp and a sum.
+Letters: L labels of the tick, C labels of a chunk, D features, V vocabulary. Logits exist one chunk at a time.
 """
 
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lora_core.label_scores import score_rows
 
 CHUNK_LABELS = 256
 LABEL_MULTIPLE = 32  # rows of a chunk, so that exp and tanh take vector code up to the end at any vocabulary
@@ -24,14 +25,19 @@ class Head:
     multiplier: float = 1.0
     softcap: float | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are the product itself."""
+        return self.multiplier == 1.0 and self.softcap is None
+
     def logits(self, h_CD: Tensor) -> Tensor:
-        """fp32 [C, V]; the product is rounded to the base's dtype first, as transformers does."""
+        """[C, V] in the base's dtype, as transformers has them."""
         z_CV = self.product(h_CD)
         if self.multiplier != 1.0:
             z_CV = z_CV * self.multiplier
         if self.softcap is not None:
             z_CV = torch.tanh(z_CV / self.softcap) * self.softcap
-        return z_CV.float()
+        return z_CV
 
     def product(self, h_CD: Tensor) -> Tensor:
         return F.linear(h_CD, self.weight_VD, self.bias_V)
@@ -41,7 +47,7 @@ class Head:
         return None if self.softcap is None else 1 - (logits_CV / self.softcap).square()
 
     def input_gradient(self, dlogits_CV: Tensor, slope_CV: Tensor | None, h_CD: Tensor) -> Tensor:
-        """dh [C, D] for the gradient of fp32 logits."""
+        """dh [C, D] for the gradient of the logits; it is fp32 where they were scaled or capped."""
         if slope_CV is not None:
             dlogits_CV = dlogits_CV * slope_CV
         if self.multiplier != 1.0:
@@ -104,37 +110,14 @@ def _score(
     losses, correct, gradients = [], [], []
     for start in range(0, num_labels, CHUNK_LABELS):
         chunk = slice(start, start + CHUNK_LABELS)
-        logits_CV, labels_C = head.logits(h_LD[chunk]), labels_L[chunk]
-        slope_CV = head.capping_slope(logits_CV) if weights_L is not None else None
-        largest_C, likeliest_C = logits_CV.max(dim=-1)
-        of_labels_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
         smoothing_C = None if smoothing_L is None else smoothing_L[chunk]
-        if smoothing_C is not None:
-            of_labels_C = _smoothed(of_labels_C, logits_CV, smoothing_C)
-        powers_CV = logits_CV.sub_(largest_C[:, None]).exp_()
-        sums_C = powers_CV.sum(dim=-1)
-        losses.append(sums_C.log() + largest_C - of_labels_C)
-        correct.append(likeliest_C == labels_C)
+        logits_CV = head.logits(h_LD[chunk]) if head.is_plain else head.logits(h_LD[chunk]).float()
+        slope_CV = head.capping_slope(logits_CV) if weights_L is not None else None
+        scored = score_rows(logits_CV, labels_L[chunk], smoothing_C)
+        losses.append(scored.losses_C)
+        correct.append(scored.correct_C)
         if weights_L is not None:
-            dlogits_CV = _logit_gradient(powers_CV, sums_C, labels_C, weights_L[chunk], smoothing_C)
+            dlogits_CV = scored.gradient(weights_L[chunk])
             gradients.append(head.input_gradient(dlogits_CV, slope_CV, h_LD[chunk]))
     scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
     return scores, torch.cat(gradients)[:num_labels] if gradients else None
-
-
-def _smoothed(of_labels_C: Tensor, logits_CV: Tensor, smoothing_C: Tensor) -> Tensor:
-    """(1 - ε) · the label's logit + ε · the mean of all; to the bit the label's logit where ε is 0."""
-    mixed_C = (1 - smoothing_C) * of_labels_C + smoothing_C * logits_CV.mean(dim=-1)
-    return torch.where(smoothing_C > 0, mixed_C, of_labels_C)
-
-
-def _logit_gradient(
-    powers_CV: Tensor, sums_C: Tensor, labels_C: Tensor, weights_C: Tensor, smoothing_C: Tensor | None
-) -> Tensor:
-    """weight · (softmax - (1 - ε) onehot - ε / V), made in place of the powers; softmax = powers / sums."""
-    gradient_CV = powers_CV.mul_((weights_C / sums_C)[:, None])
-    if smoothing_C is not None:
-        gradient_CV -= (weights_C * smoothing_C / gradient_CV.shape[1])[:, None]
-        weights_C = weights_C * (1 - smoothing_C)
-    gradient_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= weights_C
-    return gradient_CV

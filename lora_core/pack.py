@@ -248,6 +248,7 @@ def _num_labels(part: SliceInput) -> tuple[int, ...]:
 
 
 _current: ContextVar[tuple[Pack, Kernels] | None] = ContextVar("lora_core_pack", default=None)
+_ahead: ContextVar[dict[str, tuple[Tensor, Tensor]]] = ContextVar("lora_core_ahead")
 
 
 def current_pack() -> Pack | None:
@@ -262,10 +263,16 @@ def current_kernels() -> Kernels:
     return Kernels() if current is None else current[1]
 
 
+def computed_ahead() -> dict[str, tuple[Tensor, Tensor]]:
+    """Of linears that were computed with one before them, by module: (the input, the output); of this pass alone."""
+    return _ahead.get()
+
+
 @contextmanager
 def running(pack: Pack, kernels: Kernels) -> Iterator[None]:
-    token = _current.set((pack, kernels))
+    token, ahead = _current.set((pack, kernels)), _ahead.set({})
     try:
         yield
     finally:
         _current.reset(token)
+        _ahead.reset(ahead)

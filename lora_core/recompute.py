@@ -5,9 +5,8 @@ All blocks of a tick or none, decided by memory: a second forward costs a quarte
 the same bits, for a row's gradient is added to by backwards alone, and those run once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,13 +31,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def forward_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The block's own forward; in a checkpointed pack under autograd, one that keeps nothing but its inputs.
+def forward_block(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A block's `forward`; in a checkpointed pack under autograd, one that keeps nothing but its inputs.
 
     A backward has no running pack, and on a GPU a thread of its own: so it is told which one the block belongs to.
     """
     pack, kernels = current_pack(), current_kernels()
-    forward = partial(type(block).forward, block)
     if pack is None or not pack.is_checkpointed or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(

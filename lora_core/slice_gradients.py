@@ -54,6 +54,7 @@ def with_own_gradient(row: AdapterRow) -> AdapterRow:
     """A row with the same weights in the same memory, and a gradient apart, which is zero."""
     twin = copy(row)
     twin.g = torch.zeros_like(row.g)
+    twin.joints = {}
     twin.sites = {name: _moved(views, row.g, twin.g) for name, views in row.sites.items()}
     twin.tensors = {name: _moved(views, row.g, twin.g) for name, views in row.tensors.items()}
     return twin

@@ -93,7 +93,8 @@ def test_a_matrix_remembers_its_rows_and_columns_a_vector_each_number_and_there_
     vectors = 8 + 20 + 5
     assert row.v.numel() == matrices + vectors
     assert row.m.numel() == 0
-    assert row.num_bytes == 4 * (2 * row.num_parameters + row.v.numel())
+    norms_and_factors = 2 * (8 + 20)
+    assert row.num_bytes == 4 * (2 * row.num_parameters + row.v.numel() + norms_and_factors)
 
 
 @pytest.mark.parametrize(

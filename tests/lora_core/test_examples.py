@@ -75,13 +75,14 @@ def test_a_base_that_is_missing_is_told_in_a_line(tmp_path, capsys):
 def test_the_page_says_how_a_text_becomes_a_dataset(tmp_path, monkeypatch):
     tiny_base._build(tmp_path / "BASE")
     (tmp_path / "my_text.txt").write_text("The red lorry is at the harbour.\n\nThe bridge is green.\n")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ENGINE.md").read_text(), re.DOTALL)
+    code, continued = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ENGINE.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names = {}
 
     exec(code, names)
 
     assert names["data"].num_rows == 2
+    assert "parent=" in continued
     torch.set_num_threads(1)
     engine = Engine(load_base("BASE", dtype="float32", device="cpu"), EngineConfig())
     engine.admit("mine", config(num_steps=1), names["data"])

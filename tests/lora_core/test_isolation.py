@@ -7,7 +7,6 @@ import torch
 
 from lora_core import job as job_module
 from lora_core import lanes
-from lora_core.adapters import AdapterRow
 from lora_core.base_model import load_base
 from lora_core.config import EngineConfig, LoraConfig, OptimizerConfig
 from lora_core.engine import Engine
@@ -232,7 +231,7 @@ def test_a_job_whose_row_does_not_fit_is_refused_and_changes_nothing(load, monke
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "good", GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterRow, "initialise", out_of_memory)
+        patch.setattr(Engine, "_new_row", out_of_memory)
         with pytest.raises(OutOfMemory, match="The adapter of job 'large'") as caught:
             admit(engine, "large", GOOD)
     assert (caught.value.job, engine.jobs()) == ("large", ("good",))

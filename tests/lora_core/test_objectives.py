@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_core import objectives
+from lora_core import label_scores, objectives
 from lora_core.objectives import Head, score_labels, weighted_loss
 
 L, D, V = 45, 8, 50
@@ -71,3 +71,31 @@ def test_the_order_of_labels_and_their_neighbours_change_no_bit():
 
     for start, stop in [(0, 1), (7, 24), (255, 300)]:
         assert torch.equal(score_labels(h[start:stop], head, labels[start:stop]).losses_L, whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_kernels_and_torch_give_the_same_scores_and_gradients(monkeypatch, dtype, smoothed):
+    torch.manual_seed(0)
+    logits, labels, weights = torch.randn(32, 700).mul_(4).to(dtype), torch.randint(700, (32,)), torch.rand(32)
+    smoothing = torch.linspace(0, 0.3, 32) if smoothed else None
+    by_kernels = label_scores.score_rows(logits.clone(), labels, smoothing)
+    gradient = by_kernels.gradient(weights)
+
+    monkeypatch.setattr(label_scores, "runs_on", lambda _: False)
+    by_torch = label_scores.score_rows(logits, labels, smoothing)
+
+    torch.testing.assert_close(by_kernels.losses_C, by_torch.losses_C, rtol=1e-6, atol=2e-6)
+    assert torch.equal(by_kernels.correct_C, by_torch.correct_C)
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.008, "atol": 1e-6}
+    torch.testing.assert_close(gradient, by_torch.gradient(weights), **tolerance)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_logit_that_is_no_number_is_seen_in_the_loss_of_its_label_alone(wrong):
+    logits, labels = torch.zeros(32, 40, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int64)
+    logits[3, 7] = wrong
+
+    losses = label_scores.score_rows(logits, labels, None).losses_C
+
+    assert torch.isfinite(losses).tolist() == [row != 3 for row in range(32)]
