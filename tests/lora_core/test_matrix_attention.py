@@ -107,13 +107,13 @@ def test_heads_may_be_parts_of_one_projection():
 
 
 def test_a_later_token_is_not_seen_even_if_it_is_no_number():
-    tensors = inputs("grouped", 20)
+    q, k, v = inputs("grouped", 20)[:3]
     sight = Sight(lengths=(20,), scale=0.4, causal=True)
-    expected = attend_by_matrices(*tensors[:3], sight)
+    expected = attend_by_matrices(q, k, v, sight)
     with torch.no_grad():
-        tensors[1][:, 12] = float("nan")
+        k[:, 12] = float("nan")
 
-    output = attend_by_matrices(*tensors[:3], sight)
+    output = attend_by_matrices(q, k, v, sight)
 
     assert torch.equal(output[:12], expected[:12])
     assert output[12:].isnan().all()

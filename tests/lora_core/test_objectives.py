@@ -87,8 +87,8 @@ def test_kernels_and_torch_give_the_same_scores_and_gradients(monkeypatch, dtype
 
     torch.testing.assert_close(by_kernels.losses_C, by_torch.losses_C, rtol=1e-6, atol=2e-6)
     assert torch.equal(by_kernels.correct_C, by_torch.correct_C)
-    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.008, "atol": 1e-6}
-    torch.testing.assert_close(gradient, by_torch.gradient(weights), **tolerance)
+    rtol, atol = (1e-5, 1e-7) if dtype == torch.float32 else (0.008, 1e-6)
+    torch.testing.assert_close(gradient, by_torch.gradient(weights), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

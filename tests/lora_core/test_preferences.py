@@ -151,6 +151,8 @@ def test_training_widens_the_margin_and_says_so(load):
     assert last.rewards is not None
     assert last.loss < 0.5 * math.log(2)
     assert last.rewards.accuracy == 1.0
+    assert last.rewards.chosen is not None
+    assert last.rewards.rejected is not None
     assert last.rewards.margin == pytest.approx(last.rewards.chosen - last.rewards.rejected)
 
 

@@ -28,6 +28,12 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*/*") if path.is_file()]
 
 
+def taken(store: PrefixStore, key: bytes, job: str) -> torch.Tensor:
+    state = store.take(key, job)
+    assert state is not None
+    return state
+
+
 def test_what_memory_has_no_room_for_is_on_disk_and_both_give_the_same_bits(tmp_path, states) -> None:
     store = PrefixStore(memory_bytes=2 * states[0].nbytes, disk_bytes=1 << 20, folder=tmp_path)
 
@@ -52,7 +58,7 @@ def test_what_goes_from_memory_for_another_job_goes_to_disk(tmp_path, states) ->
 
     assert len(files(tmp_path)) == 1
     for key, state in zip(KEYS[:3], states, strict=False):
-        assert torch.equal(store.take(key, "first"), state)
+        assert torch.equal(taken(store, key, "first"), state)
 
 
 def test_a_part_of_a_larger_tensor_is_kept_without_the_whole(states) -> None:
@@ -63,6 +69,7 @@ def test_a_part_of_a_larger_tensor_is_kept_without_the_whole(states) -> None:
     whole.zero_()
 
     kept = store.take(KEYS[0], "job")
+    assert kept is not None
     assert kept.untyped_storage().nbytes() == kept.nbytes
     assert torch.equal(kept, states[0])
 
@@ -83,7 +90,7 @@ def test_a_damaged_file_is_noticed_and_forgotten(tmp_path, states, damage) -> No
     assert KEYS[0] not in store
     assert files(tmp_path) == []
     store.keep(KEYS[0], states[0], "job")
-    assert torch.equal(store.take(KEYS[0], "job"), states[0])
+    assert torch.equal(taken(store, KEYS[0], "job"), states[0])
 
 
 def test_a_nearly_full_disk_and_one_that_fails_keep_nothing(tmp_path, states, monkeypatch) -> None:

@@ -6,6 +6,7 @@ What ran is counted, as rows through linears: not timed.
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from tests.lora_core.scenarios import (
 )
 from tests.lora_core.test_families import FAMILIES, save
 
-AMPLE = {"prefix_memory_bytes": 1 << 24}
+AMPLE: dict[str, Any] = {"prefix_memory_bytes": 1 << 24}
 ROOM_FOR_SOME = 6000
 """Bytes: of a few short sequences."""
 

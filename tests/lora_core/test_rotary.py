@@ -1,6 +1,7 @@
 """Rotation in one pass gives the library's numbers, on one model at a time, and only where it was asked and agreed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,17 @@ from lora_core.kernels import Kernels
 from lora_core.pack import Pack, running
 from lora_core.rotary import Rotate, faster_rotations
 
-SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-ORIGINALS = {"whole": modeling_llama.apply_rotary_pos_emb, "part": modeling_gpt_neox.apply_rotary_pos_emb}
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+ORIGINALS: dict[str, Any] = {
+    "whole": modeling_llama.apply_rotary_pos_emb,
+    "part": modeling_gpt_neox.apply_rotary_pos_emb,
+}
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
