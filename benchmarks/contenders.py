@@ -1,267 +1,33 @@
 """What a contender's process does: `python -m benchmarks.contenders NAME OPTIONS`, started by gate.Contender.
 
-Each trains on the same batches in the same order; tokens are those that count, padding is not among them.
+Each trains on the same batches in the same order; tokens are those that count, padding is not among them. A
+contender imports what it needs and no more: a script's start is not to be charged with our imports.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from collections import deque
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from importlib import import_module
 
-import torch
+from benchmarks.gate import Gate, Json
+from benchmarks.workload import SEED
 
-from benchmarks.gate import Gate
-from benchmarks.heads import chunked_head, plain_head
-from benchmarks.upper_blocks import upper_blocks
-from benchmarks.workload import SEED, batches
-from lora_core.base_model import load_base
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
-from lora_core.data import TokenDataset
-from lora_core.engine import Engine
-from lora_core.events import JobStepped
-
-Json = dict[str, Any]
-ENDLESS = 10_000
-"""Steps of a job that is ended from outside."""
-LEARNING_RATE = 2e-4
-
-
-def lorry(gate: Gate, options: Json) -> None:
-    """The engine with one job; a step may take several ticks."""
-    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), EngineConfig())
-    engine.admit("job", job_config(options), TokenDataset.load(Path(options["tokens"])))
-    while True:
-        gate.wait()
-        stepped = next(event for event in iter_events(engine) if isinstance(event, JobStepped))
-        gate.report(tokens=stepped.num_tokens, labels=stepped.num_supervised_tokens, loss=stepped.loss)
-
-
-def pack(gate: Gate, options: Json) -> None:
-    """The engine with as many jobs as each request says; one tick gives each of them a step."""
-    config = EngineConfig(token_budget=1 << 20, max_tick_seconds=3600, num_lanes=options["lanes"])
-    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
-    rows = TokenDataset.load(Path(options["tokens"]))
-    while True:
-        wanted = gate.wait()["jobs"]
-        for index in range(wanted, len(engine.jobs())):
-            engine.evict(str(index))
-        for index in range(len(engine.jobs()), wanted):
-            engine.admit(str(index), job_config(options, seed=index), rows)
-        gate.restart()
-        events = [event for event in engine.tick() if isinstance(event, JobStepped)]
-        assert len(events) == wanted, "one slice a job, all in one tick"
-        gate.report(tokens=sum(event.num_tokens for event in events))
-
-
-def peft_loop(gate: Gate, options: Json) -> None:
-    """PEFT in a plain loop, its adapters in the base's dtype: the fastest way that is not somebody's trainer."""
-    model = peft_model(options, in_base_dtype=True)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE)
-    model.train()
-    for batch in rows_in_order(options):
-        padded = pad(batch)
-        gate.wait()
-        loss = model(**padded).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        gate.report(**counts(padded), loss=float(loss.detach()))
-
-
-def peft_trainer(gate: Gate, options: Json) -> None:
-    """PEFT with transformers' Trainer, both with their defaults: as the documentation of PEFT shows it."""
-    from transformers import Trainer, TrainingArguments
-
-    model = peft_model(options)
-    counted = Counted(pad)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            **trainer_arguments(gate, folder), per_device_train_batch_size=options["batch_size"]
-        )
-        rows = [row for batch in rows_in_order(options) for row in batch]
-        dataset: Any = rows
-        trainer = Trainer(model, arguments, data_collator=counted, train_dataset=dataset)
-        trainer.add_callback(at_gate(gate, counted))
-        trainer.train()
-        model.save_pretrained(folder)
-
-
-def trl_sft(gate: Gate, options: Json) -> None:
-    """TRL's SFTTrainer with packing to 1,024 tokens, and no gradient checkpointing, which costs time."""
-    from datasets import Dataset  # pyright: ignore[reportMissingImports]
-    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
-
-    rows = [row for batch in rows_in_order(options) for row in batch]
-    dataset = Dataset.from_list([{name: row[name] for name in ("input_ids", "completion_mask")} for row in rows])
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            **trainer_arguments(gate, folder),
-            bf16=options["dtype"] == "bfloat16",
-            per_device_train_batch_size=1,
-            gradient_checkpointing=False,
-            packing=True,
-            max_length=1024,
-            completion_only_loss=True,
-        )
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(options["base"])
-        trainer = SFTTrainer(
-            model=plain_model(options),
-            args=arguments,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config(options),
-        )
-        counted = Counted(trainer.data_collator)
-        trainer.data_collator = counted
-        trainer.add_callback(at_gate(gate, counted))
-        trainer.train()
-
-
-def matrix(gate: Gate, options: Json) -> None:
-    """The frozen products alone, as large as a step's: what the machine can do at most."""
-    base = load_base(Path(options["base"]), dtype=options["dtype"], device="cpu")
-    weights = [module.weight for module in base.model.modules() if isinstance(module, torch.nn.Linear)][:-1]
-    num_tokens, flops = options["num_tokens"], 4 * options["num_tokens"] * sum(weight.numel() for weight in weights)
-    inputs = {size: torch.randn(num_tokens, size).to(base.dtype) for weight in weights for size in weight.shape}
-    while True:
-        gate.wait()
-        for weight in weights:
-            torch.matmul(inputs[weight.shape[1]], weight.T)
-            torch.matmul(inputs[weight.shape[0]], weight)
-        gate.report(flops=flops, parameters=base.model.num_parameters())
-
-
-def job_config(options: Json, *, seed: int = SEED) -> JobConfig:
-    return JobConfig(
-        lora=LoraConfig(rank=options["rank"], alpha=2 * options["rank"]),
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
-        schedule=ScheduleConfig(kind="constant", num_steps=ENDLESS),
-        batch_size=options["batch_size"],
-        num_steps=ENDLESS,
-        seed=seed,
-    )
-
-
-def iter_events(engine: Engine):
-    while True:
-        yield from engine.tick()
-
-
-def plain_model(options: Json) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(options["base"], dtype=getattr(torch, options["dtype"]))
-
-
-def peft_config(options: Json) -> Any:
-    from peft import LoraConfig as PeftConfig
-
-    return PeftConfig(
-        r=options["rank"], lora_alpha=2 * options["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-
-
-def peft_model(options: Json, *, in_base_dtype: bool = False) -> Any:
-    """PEFT's adapters are fp32 unless it is told otherwise."""
-    from peft import get_peft_model
-
-    return get_peft_model(plain_model(options), peft_config(options), autocast_adapter_dtype=not in_base_dtype)
-
-
-def rows_in_order(options: Json) -> list[list[dict[str, list[int]]]]:
-    dataset = TokenDataset.load(Path(options["tokens"]))
-    return batches(dataset, batch_size=options["batch_size"], num_steps=400)
-
-
-def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """To the longest row of the batch, on the right."""
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def filled(values: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([value + [filler] * (longest - len(value)) for value in values])
-
-    return {
-        "input_ids": filled([row["input_ids"] for row in rows], 0),
-        "attention_mask": filled([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": filled([row["labels"] for row in rows], -100),
-    }
-
-
-def counts(batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Tokens that are no padding, and those of them that are learnt."""
-    mask = batch.get("attention_mask")
-    tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-    return {"tokens": tokens, "labels": int((batch["labels"] != -100).sum())}
-
-
-class Counted:
-    """A collator that notes what each batch holds; the trainer reads ahead, so they are taken in order."""
-
-    def __init__(self, collate: Callable[..., Any]) -> None:
-        self._collate = collate
-        self.counts: deque[dict[str, int]] = deque()
-
-    def __call__(self, rows: list[Any]) -> Any:
-        batch = self._collate(rows)
-        self.counts.append(counts(batch))
-        return batch
-
-
-def trainer_arguments(gate: Gate, folder: str) -> Json:
-    return {
-        "output_dir": folder,
-        "use_cpu": True,
-        "max_steps": gate.num_steps or 300,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def at_gate(gate: Gate, counted: Counted) -> Any:
-    """Waits before each step, and reports when its loss is logged."""
-    from transformers import TrainerCallback
-
-    class AtGate(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            gate.wait()
-
-        def on_log(self, *_: Any, logs: Json | None = None, **__: Any) -> None:
-            if logs and "loss" in logs:
-                gate.report(**counted.counts.popleft(), loss=float(logs["loss"]))
-
-    return AtGate()
-
-
-CONTENDERS: dict[str, Callable[[Gate, Json], None]] = {
-    "lorry": lorry,
-    "pack": pack,
-    "peft_loop": peft_loop,
-    "peft_trainer": peft_trainer,
-    "trl_sft": trl_sft,
-    "matrix": matrix,
-    "chunked_head": chunked_head,
-    "plain_head": plain_head,
-    "upper_blocks": upper_blocks,
+CONTENDERS = {
+    **dict.fromkeys(("lorry", "pack", "several", "matrix", "profiled"), "benchmarks.ours"),
+    **dict.fromkeys(("peft_loop", "peft_trainer", "trl_sft"), "benchmarks.theirs"),
+    **dict.fromkeys(("chunked_head", "plain_head"), "benchmarks.heads"),
+    "upper_blocks": "benchmarks.upper_blocks",
 }
+"""The module of each."""
 
 
 def main(name: str, options: Json) -> None:
+    import torch
+
     torch.set_num_threads(options["threads"])
     torch.manual_seed(SEED)
-    CONTENDERS[name](Gate(options.get("num_steps")), options)
+    getattr(import_module(CONTENDERS[name]), name)(Gate(options.get("num_steps")), options)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ class Gate:
         """What was done since `wait` doesn't count."""
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
+    def seconds(self) -> float:
+        """Since `wait`."""
+        return time.perf_counter() - self._wall
+
     def report(self, **figures: Any) -> None:
         """`seconds` and `cpu_seconds` since `wait`, and what else there is to tell."""
         clocks = {"seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}
@@ -67,20 +71,32 @@ class Contender:
 
     def step(self, **request: Any) -> Json:
         """One step's report. Raises RuntimeError, with what the child printed last, where it ended instead."""
+        self.begin(**request)
+        return self.report()
+
+    def begin(self, **request: Any) -> None:
+        """Let it make a step, beside what others do."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+
+    def report(self) -> Json:
+        """Of the step that was begun; raises as `step` does."""
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended:\n{self._log.read_text(errors='replace')[-4000:]}")
         return json.loads(line)
 
-    def finish(self) -> None:
-        """Wait for a contender that was told its number of steps. Raises RuntimeError where it failed."""
-        if self._process.wait() != 0:
+    def finish(self) -> int:
+        """Wait for a contender that was told its number of steps: the most memory that it had, in bytes. Raises
+        RuntimeError where it failed."""
+        _, status, used = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        if self._process.returncode != 0:
             raise RuntimeError(f"{self.name} failed:\n{self._log.read_text(errors='replace')[-4000:]}")
         self.close()
+        return used.ru_maxrss * 1024
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):

@@ -5,7 +5,6 @@ Letters: L labels, D features, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gate import Gate
+from benchmarks.memory import memory
 from lora_core.objectives import Head, weighted_loss
 
-STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PEAK_RESET = Path("/proc/self/clear_refs")
 
 
 def chunked_head(gate: Gate, options: dict[str, Any]) -> None:
@@ -44,10 +44,10 @@ def _measure(gate: Gate, h_LD: Tensor, compute: Any) -> None:
     while True:
         gate.wait()
         _forget_peak()
-        before = _memory("VmRSS")
+        before = memory("VmRSS")
         loss = compute()
         loss.backward()
-        gate.report(loss=float(loss), peak_bytes=_memory("VmHWM") - before)
+        gate.report(loss=float(loss), peak_bytes=memory("VmHWM") - before)
         del loss
         h_LD.grad = None
 
@@ -55,10 +55,3 @@ def _measure(gate: Gate, h_LD: Tensor, compute: Any) -> None:
 def _forget_peak() -> None:
     """The kernel counts the largest size of the process from here on."""
     PEAK_RESET.write_text("5")
-
-
-def _memory(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
-    assert found, "this comparison needs Linux"
-    return int(found[1]) * 1024

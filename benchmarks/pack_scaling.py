@@ -6,10 +6,12 @@ from contextlib import closing
 
 import numpy as np
 
-from benchmarks.gate import Contender
+from benchmarks.gate import Contender, Json
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_ratio, rates
+from benchmarks.results import Result, median_of, median_ratio, rates
 from benchmarks.workload import write_tokens
+from catalog.saturation import UNKNOWN, Speeds, free_places
+from catalog.settings import Settings
 
 
 def run(plan: Plan) -> Result:
@@ -38,9 +40,31 @@ def _tokens(plan: Plan):
 
 def _conclude(plan: Plan, lanes: int, result: Result) -> None:
     where = f"{lanes} lane{'s' * (lanes > 1)}"
-    alone = rates(result.repeats[f"{plan.pack_sizes[0]}_jobs_{lanes}_lanes"])
-    for jobs in plan.pack_sizes:
-        together = rates(result.repeats[f"{jobs}_jobs_{lanes}_lanes"])
-        result.find(f"{jobs} jobs, {where}", sorted(together)[len(together) // 2], "tokens/s")
+    reports = {jobs: result.repeats[f"{jobs}_jobs_{lanes}_lanes"] for jobs in plan.pack_sizes}
+    alone = reports[plan.pack_sizes[0]]
+    slowdowns: dict[int, float] = {}
+    for jobs, together in reports.items():
+        result.find(f"{jobs} jobs, {where}", sorted(rates(together))[len(together) // 2], "tokens/s")
+        slowdowns[jobs] = jobs / median_ratio(rates(together), rates(alone))
         if jobs > plan.pack_sizes[0]:
-            result.find(f"{jobs} jobs over one, {where}", median_ratio(together, alone), "x")
+            result.find(f"  each slower than alone, {where}", slowdowns[jobs], "x")
+    most = plan.pack_sizes[-1]
+    grown = (median_of(reports[most], "bytes") - median_of(alone, "bytes")) / (most - plan.pack_sizes[0])
+    result.find(f"memory of a further job, {where}", grown / 1e6, "MB")
+    _hold_to_promise(plan, where, result, reports, slowdowns)
+
+
+def _hold_to_promise(
+    plan: Plan, where: str, result: Result, reports: dict[int, list[Json]], slowdowns: dict[int, float]
+) -> None:
+    """Jobs join as a trainer would let them, which learns of each size as it comes to it."""
+    bound = float(Settings.model_fields["max_slowdown"].default)
+    known = {jobs: (jobs * plan.pack_tokens, sorted(rates(found))[len(found) // 2]) for jobs, found in reports.items()}
+    num_jobs, speeds = 0, UNKNOWN
+    while places := free_places(num_jobs, speeds, max_slowdown=bound, at_most=plan.pack_sizes[-1] - num_jobs):
+        num_jobs += places
+        seen = tuple(point for jobs, point in known.items() if 1 < jobs <= num_jobs)
+        speeds = Speeds(alone=(known[plan.pack_sizes[0]],), together=seen)
+    measured = [size for size in plan.pack_sizes if size <= num_jobs][-1]
+    result.find(f"jobs let in, {where}", num_jobs, "")
+    result.find(f"  each slower than alone, measured with {measured}", slowdowns[measured], "x", at_most=bound)

@@ -15,6 +15,8 @@ class Plan:
     workload: Workload
     folder: Path
     repeats: int
+    explains: bool = True
+    """Where a goal is missed, by a profile."""
     dtype: str = "bfloat16"
     threads: tuple[int, ...] = (1, 2)
     rivals: tuple[str, ...] = ("peft_loop", "peft_trainer", "trl_sft")
@@ -31,7 +33,12 @@ class Plan:
     prefix_rows: int = 32
     eight_jobs: int = 8
     eight_steps: int = 20
-    eight_batch_size: int = 1
+    eight_scripts: int = 2
+    """Of the eight, how many scripts are run one after another, and as many pairs side by side over two: they are all
+    alike, so their time stands for the others'."""
+    idle_seconds: float = 20.0
+    host_jobs: int = 4
+    slices: tuple[int, ...] = (1024, 512, 256)
 
     def options(self) -> dict[str, object]:
         """What every contender that trains is told."""
@@ -56,6 +63,7 @@ def quick(workload: Workload, folder: Path) -> Plan:
         workload=workload,
         folder=folder,
         repeats=1,
+        explains=False,
         dtype="float32",
         threads=(1,),
         rivals=("peft_loop",),
@@ -70,4 +78,7 @@ def quick(workload: Workload, folder: Path) -> Plan:
         prefix_rows=4,
         eight_jobs=2,
         eight_steps=2,
+        idle_seconds=0.5,
+        host_jobs=2,
+        slices=(512,),
     )

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,26 +22,69 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "safetensors",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One line of the table. `goal`, where there is one, is the least that `figure` should be."""
+    """One line of the table. `goal`, where there is one, is the least that `figure` should be; or the most."""
 
     what: str
     figure: float
     unit: str
     goal: float | None = None
+    is_limit: bool = False
+
+    @property
+    def is_met(self) -> bool:
+        if self.goal is None:
+            return True
+        return self.figure <= self.goal if self.is_limit else self.figure >= self.goal
+
+    def verdict(self) -> str:
+        if self.goal is None:
+            return ""
+        return f"{'at most' if self.is_limit else 'at least'} {self.goal:g}: {'met' if self.is_met else 'missed'}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """A part of what was profiled; all parts of one `of` together are the whole."""
+
+    of: str
+    part: str
+    seconds: float
+    share: float
 
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """`repeats` holds the raw reports by contender, in the order of the turns."""
+    """`repeats` holds the raw reports by contender, in the order of the turns. `profile`, where a goal is missed, is
+    what the time goes into, measured in a run of its own; `why` says what follows from it."""
 
     theme: str
     settings: dict[str, Any]
     repeats: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    profile: list[Share] = field(default_factory=list)
+    why: list[str] = field(default_factory=list)
 
-    def find(self, what: str, figure: float, unit: str, *, goal: float | None = None) -> None:
-        self.findings.append(Finding(what=what, figure=float(f"{figure:.4g}"), unit=unit, goal=goal))
+    def find(
+        self, what: str, figure: float, unit: str, *, goal: float | None = None, at_most: float | None = None
+    ) -> None:
+        """`goal` is the least that it should be, `at_most` the most; one of them, or none."""
+        self.findings.append(
+            Finding(
+                what=what,
+                figure=float(f"{figure:.4g}"),
+                unit=unit,
+                goal=goal if at_most is None else at_most,
+                is_limit=at_most is not None,
+            )
+        )
+
+    def figure(self, what: str) -> float:
+        return next(finding.figure for finding in self.findings if finding.what == what)
+
+    @property
+    def misses_a_goal(self) -> bool:
+        return not all(finding.is_met for finding in self.findings)
 
 
 def write(
@@ -88,17 +132,32 @@ def machine() -> dict[str, Any]:
 def print_table(results: list[Result]) -> None:
     rows = [("", "figure", "goal")]
     for result in results:
-        for finding in result.findings:
-            goal = (
-                ""
-                if finding.goal is None
-                else f"{finding.goal:g} {'met' if finding.figure >= finding.goal else 'missed'}"
-            )
-            rows.append((f"{result.theme}: {finding.what}", f"{finding.figure:g} {finding.unit}".strip(), goal))
+        rows += [
+            (f"{result.theme}: {finding.what}", f"{finding.figure:g} {finding.unit}".strip(), finding.verdict())
+            for finding in result.findings
+        ]
         rows += [(f"{result.theme}: {name}", "left out", why) for name, why in result.left_out.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    print_columns(rows)
+    for result in results:
+        if result.profile or result.why:
+            print(f"\n{result.theme} misses a goal. What its time goes into, measured in a run of its own:")
+            print_columns(
+                [(share.of, share.part, f"{share.seconds:.3f} s", f"{share.share:.1%}") for share in result.profile]
+            )
+            print("\n".join(result.why))
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def shares(of: str, seconds: dict[str, float]) -> list[Share]:
+    """The largest first."""
+    whole = sum(seconds.values())
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    return [Share(of=of, part=part, seconds=float(f"{took:.4g}"), share=round(took / whole, 4)) for part, took in parts]
 
 
 def median_of(reports: list[dict[str, Any]], key: str) -> float:

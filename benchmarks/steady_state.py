@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of, median_ratio, rates
+from benchmarks.results import Result, median_of, median_ratio, rates, shares
 
 GOAL_OVER_TRAINER = 4.0
 GOAL_OF_MATRIX_RATE = 0.6
@@ -26,10 +26,14 @@ def _alternate(plan: Plan, threads: int, result: Result) -> None:
     num_tokens = round(plan.batch_size * plan.workload.num_tokens_per_row)
     options = plan.options() | {"num_tokens": num_tokens}
     with ExitStack() as stack:
+        started: list[Contender] = []
         contenders: list[Contender] = []
         for name in names:
             log = plan.folder / f"{name}-{threads}.log"
-            contender = stack.enter_context(closing(Contender(name, threads=threads, log=log, **options)))
+            contender = Contender(name, threads=threads, log=log, **options)
+            started.append(stack.enter_context(closing(contender)))
+        for contender in started:
+            name = contender.name
             try:
                 contender.step()
                 contenders.append(contender)
@@ -58,6 +62,35 @@ def _conclude(plan: Plan, threads: int, result: Result) -> None:
     result.find(f"matrix rate, {where}", median_of(matrix, "flops") / median_of(matrix, "seconds") / 1e9, "GFLOP/s")
     share = median_ratio(needed, rates(matrix, amount="flops"))
     result.find(f"lorry's share of it (4P a token), {where}", share, "", goal=GOAL_OF_MATRIX_RATE)
+
+
+def explain(plan: Plan, result: Result) -> None:
+    """The parts of a step with one thread, and what a step without all but the base's products would reach."""
+    log = plan.folder / "profile.log"
+    with closing(Contender("profiled", threads=1, log=log, **plan.options())) as contender:
+        report = contender.step()
+    parts: dict[str, float] = report["parts"]
+    result.profile = shares("a step, one thread", parts)
+    result.repeats["profiled"] = [report]
+    matrix, tokens = result.repeats["matrix_1"], report["tokens"]
+    rate = median_of(matrix, "flops") / median_of(matrix, "seconds")
+    least = 4 * matrix[0]["parameters"] * tokens / rate
+    whole, products = sum(parts.values()), parts.get("base products", 0.0)
+    plain = report["plain_seconds_per_token"] * tokens
+    at_best = _best_over_trainer(result, least / tokens)
+    result.why += [
+        f"The profiler adds to the step: {whole:.2f} s of {tokens} tokens under it, {plain:.2f} s without.",
+        f"4P FLOPs a token at the matrix rate of {rate / 1e9:.0f} GFLOP/s are {least:.2f} s of the {plain:.2f}: "
+        f"{least / plain:.0%}. The base's products take {products:.2f} s under the profiler; all else is overhead by "
+        f"this measure. The head counts in P, but runs on the {report['labels']} labels alone.",
+        f"An engine that did nothing but the products would be {at_best:.1f} times Trainer here: so much is to be had.",
+    ]
+
+
+def _best_over_trainer(result: Result, least_seconds_per_token: float) -> float:
+    """How much faster than Trainer the matrix rate itself is."""
+    theirs = result.repeats.get("peft_trainer_1") or result.repeats["peft_loop_1"]
+    return 1 / least_seconds_per_token / _median_rate(theirs)
 
 
 def _median_rate(reports: list[dict[str, float]]) -> float:

@@ -7,6 +7,9 @@ from shutil import copyfile
 from types import TracebackType
 from typing import Any
 
+import psutil
+
+from benchmarks.memory import memory
 from benchmarks.plan import Plan
 from benchmarks.workload import SEED
 from catalog.spec import JobRequest, resolve
@@ -23,7 +26,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, name: str) -> None:
         self._plan = plan
-        settings = {"base_dir": str(plan.workload.base), "dtype": plan.dtype, "device": "cpu"}
+        settings = {"base_dir": str(plan.workload.base), "dtype": plan.dtype, "quantisation": "none", "device": "cpu"}
         self._directory = TrainerDirectory.create(plan.folder / name, settings)
         self._inbox, self._events = InboxWriter(self._directory), EventReader(self._directory)
         self._heard: list[dict[str, Any]] = []
@@ -56,7 +59,20 @@ class Trainer:
             train=str(tokens.relative_to(self._directory.path)),
             valid=None,
             resume=None,
+            parent=None,
         )
+
+    def pid(self) -> int:
+        return int(self.wait_for("ready")["pid"])
+
+    def peak_bytes(self) -> int:
+        """The most memory that it had so far."""
+        return memory("VmHWM", self.pid())
+
+    def processor_seconds(self) -> float:
+        """That it has used so far."""
+        used = psutil.Process(self.pid()).cpu_times()
+        return used.user + used.system
 
     def wait_for(self, event_type: str, job: str | None = None, *, count: int = 1) -> dict[str, Any]:
         """The `count`-th such event since the start. Raises RuntimeError where the trainer refuses or ends."""

@@ -16,6 +16,7 @@ from lora_core.data import TokenDataset, rows_of_step
 
 ROOT = Path(__file__).parents[1]
 SEED = 0
+LEARNING_RATE = 2e-4
 NUM_ROWS = 512
 LONGEST_TOKENS = 512
 
@@ -34,7 +35,7 @@ class Workload:
 
 def prepare(*, base: Path | None, data: Path | None, folder: Path) -> Workload:
     """Tokens are written into `folder`. Without a base: SmolLM2-135M-Instruct, fetched once."""
-    base = base or fetched_base()
+    base = (base or fetched_base()).absolute()  # a trainer stands in a folder of its own
     texts = read_rows(data) if data else made_rows(NUM_ROWS)
     config = json.loads((base / "config.json").read_text("utf-8"))
     rows = tokenise(texts[:NUM_ROWS], base, longest=min(LONGEST_TOKENS, config["max_position_embeddings"]))

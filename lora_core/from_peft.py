@@ -4,12 +4,17 @@
 Every field of PEFT's class is in one of the sets below; a test compares them with the class that is installed.
 """
 
-import peft
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from lora_core.config import ALL_LINEAR, INIT, LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.module_names import REGEX_PREFIX
 from lora_core.task_heads import Task
+
+if TYPE_CHECKING:
+    import peft
 
 TAKEN = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
@@ -41,6 +46,8 @@ INPUT_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_e
 
 def lora_config_from(config: peft.LoraConfig, *, task: Task = "causal-lm") -> LoraConfig:
     """`task` is the base model's. Raises ConfigError, which names the field, for what the engine doesn't support."""
+    import peft  # whoever has a config has imported it; a trainer, which reads the names above, need not
+
     _require_task(config.task_type, task)
     start = _start(config.init_lora_weights)  # first: PEFT fills in other fields for some of its starts
     default = peft.LoraConfig()

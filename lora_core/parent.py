@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors.torch import load_file
 
@@ -142,6 +141,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _refuse_unsupported(content: dict[str, Any]) -> None:
     """A field that this engine's adapters haven't, unless it is at PEFT's default; one that nobody here knows, unless
     it is empty."""
+    import peft  # not at the top: its import takes a second, and only those who continue an adapter need it
+
     start = content.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise _bad(

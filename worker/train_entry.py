@@ -98,6 +98,7 @@ class Trainer:
         self._base: BaseModel = load_base(
             Path(self._settings["base_dir"]), dtype=dtype, device=device, quantisation=quantisation
         )
+        loaded = time.monotonic()
         self._engine = Engine(self._base, self._engine_config(device))
         ready = {
             "type": "ready",
@@ -107,7 +108,8 @@ class Trainer:
             "quantisation": quantisation,
             "invariance": self._engine.invariance,
             "num_threads": node.num_threads(),
-            "load_seconds": round(time.monotonic() - started, 3),
+            "load_seconds": round(loaded - started, 3),
+            "probe_seconds": round(time.monotonic() - loaded, 3),
             "versions": node.versions(),
             "memory": self._engine.memory(),
         }

@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import torch
 
-from benchmarks.contenders import pad
 from benchmarks.gpu.load import LEARNING_RATE, Load
 from benchmarks.gpu.shapes import block_weights
+from benchmarks.theirs import pad
 from benchmarks.workload import batches
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel

@@ -12,7 +12,7 @@ import pytest
 from tests import tiny_base
 from tests.architecture.source_files import ROOT
 
-THEMES = ("steady_state", "warm_start", "pack_scaling", "loss_head", "frozen_prefix", "eight_jobs")
+THEMES = ("steady_state", "warm_start", "pack_scaling", "loss_head", "frozen_prefix", "host_total", "eight_jobs")
 
 
 def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(tmp_path: Path) -> None:
@@ -40,12 +40,21 @@ def test_kept_prefixes_give_the_losses_of_those_that_are_computed_again(tmp_path
 
 @pytest.mark.slow
 def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
-    table = quick_bench(tmp_path, *THEMES)
+    table = quick_bench(tmp_path, *THEMES, "--explain")
 
     found = {json.loads(path.read_text())["theme"] for path in (tmp_path / "out").iterdir()}
     assert found == set(THEMES)
-    for said in ("message to first step", "2 jobs over one", "chunked_head, peak", "scripts over lorry"):
+    for said in (
+        "message to admission",
+        "jobs let in",
+        "chunked_head, peak",
+        "scripts over lorry",
+        "lanes over processes",
+    ):
         assert said in table
+    shares = json.loads(next((tmp_path / "out").glob("steady_state_*.json")).read_text())["profile"]
+    assert sum(share["share"] for share in shares) == pytest.approx(1, abs=0.01)
+    assert {"base products", "LoRA", "attention", "head and loss"} <= {share["part"] for share in shares}
     heads = json.loads(next((tmp_path / "out").glob("loss_head_*.json")).read_text())["repeats"]
     assert abs(heads["chunked_head"][0]["loss"] - heads["plain_head"][0]["loss"]) < 1e-3
 

@@ -1,4 +1,4 @@
-"""The worker's parents never load torch: a child interpreter says so."""
+"""The worker's parents never load torch, and a trainer no PEFT before it needs it: a child interpreter says so."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ HEAVY = ("torch", "transformers", "lora_core", "peft", "accelerate")
 @pytest.mark.parametrize("module", ["worker.supervise", "worker.loop", "worker.tasks", "worker.celery_app"])
 def test_a_parent_of_trainers_imports_nothing_heavy(module: str) -> None:
     program = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_trainer_is_ready_before_it_has_imported_peft() -> None:
+    """Whose import, with bitsandbytes, takes as long as torch's."""
+    program = (
+        "import sys, worker.train_entry; print([name for name in ('peft', 'bitsandbytes') if name in sys.modules])"
+    )
 
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

@@ -1,0 +1,68 @@
+"""What a host gives in all: one process with a lane on each core, against a process for each core on one mapped base;
+for several jobs, and for one by itself with slices of several sizes."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+
+from benchmarks.gate import Contender, Json
+from benchmarks.plan import Plan
+from benchmarks.results import Result, median_of, median_ratio, rates
+
+
+def run(plan: Plan) -> Result:
+    cores = plan.lanes[-1]
+    shape = {"jobs": plan.host_jobs, "cores": cores, "slice_tokens": plan.slices}
+    result = Result(theme="host_total", settings=plan.settings() | shape)
+    middle = plan.slices[len(plan.slices) // 2]
+    with ExitStack() as stack:
+
+        def hosts(count: int, **options: int) -> list[Contender]:
+            log = plan.folder / "host.log"
+            return [
+                stack.enter_context(closing(Contender("several", threads=1, log=log, **plan.options(), **options)))
+                for _ in range(count)
+            ]
+
+        setups = {
+            f"{plan.host_jobs} jobs, {cores} lanes": hosts(1, jobs=plan.host_jobs, lanes=cores, slice_tokens=middle),
+            f"{plan.host_jobs} jobs, {cores} processes": hosts(
+                cores, jobs=max(1, plan.host_jobs // cores), lanes=1, slice_tokens=middle
+            ),
+            "1 job, 1 lane": hosts(1, jobs=1, lanes=1, slice_tokens=plan.slices[0]),
+            **{
+                f"1 job, {cores} lanes, slices of {size}": hosts(1, jobs=1, lanes=cores, slice_tokens=size)
+                for size in plan.slices
+            },
+        }
+        for turn in range(plan.repeats + 1):  # the first is a warm-up
+            for name, contenders in setups.items():
+                report = _together(contenders)
+                if turn:
+                    result.repeats.setdefault(name, []).append(report)
+    _conclude(result)
+    return result
+
+
+def _together(contenders: list[Contender]) -> Json:
+    """A step of each at the same time: all their tokens over the longest one's seconds."""
+    for contender in contenders:
+        contender.begin()
+    reports = [contender.report() for contender in contenders]
+    return {
+        "tokens": sum(report["tokens"] for report in reports),
+        "bytes": sum(report["bytes"] for report in reports),
+        "seconds": max(report["seconds"] for report in reports),
+        "cpu_seconds": sum(report["cpu_seconds"] for report in reports),
+    }
+
+
+def _conclude(result: Result) -> None:
+    for name, reports in result.repeats.items():
+        found = rates(reports)
+        result.find(name, sorted(found)[len(found) // 2], "tokens/s")
+        result.find("  memory", median_of(reports, "bytes") / 1e6, "MB")
+    lanes, processes = list(result.repeats.values())[:2]
+    result.find("lanes over processes", median_ratio(rates(lanes), rates(processes)), "x")
+    by_cpu = [rates(reports, clock="cpu_seconds") for reports in (lanes, processes)]
+    result.find("  by processor time", median_ratio(*by_cpu), "x")

@@ -1,0 +1,148 @@
+"""What one step of the engine spends its processor time on, by part: torch's profiler, and ranges round our parts.
+
+Every event's own time counts once, for the part of the innermost range round it. What a backward does belongs to the
+part whose forward made the node, unless a range within it says otherwise. So the parts add up to the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from lora_core.base_model import BaseModel
+
+Result = TypeVar("Result")
+PREFIX = "part: "
+WHOLE = "step"
+NODE = "autograd::engine::evaluate_function: "
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::bmm", "aten::baddbmm")
+COPIES = ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy", "aten::contiguous")
+BY_CLASS = (("RMSNorm", "norms"), ("LayerNorm", "norms"), ("MLP", "gated activation"), ("RotaryEmbedding", "RoPE"))
+"""Ends of the names of modules' classes."""
+BY_FUNCTION = {
+    "add_lora": "LoRA",
+    "add_lora_gradients": "LoRA",
+    "received_by_lora": "LoRA",
+    "packed_attention": "attention",
+    "apply_rotary_pos_emb": "RoPE",
+    "loss_by_head": "head and loss",
+    "gradient_norm": "optimizer",
+    "stays_finite": "optimizer",
+    "optimizer_step": "optimizer",
+    "build_pack": "data and bookkeeping",
+}
+
+
+def profile_of(base: BaseModel, step: Callable[[], Result]) -> tuple[dict[str, float], float, Result]:
+    """(seconds by part, seconds of the step under the profiler, what the step returned)."""
+    with _ranges(base), profile(activities=[ProfilerActivity.CPU]) as found, record_function(WHOLE):
+        returned = step()
+    events = list(found.events() or ())
+    (whole,) = (event for event in events if event.name == WHOLE)
+    parts = _seconds_by_part(events, whole)
+    return parts, whole.cpu_time_total / 1e6, returned
+
+
+@contextmanager
+def _ranges(base: BaseModel) -> Iterator[None]:
+    """While the block lasts, modules and functions say to the profiler which part they are."""
+    assert base.attachment is not None
+    linears = {id(linear) for linear in base.attachment.linears.values()}
+    with ExitStack() as stack:
+        for module in base.model.modules():
+            name = type(module).__name__
+            part = next((part for end, part in BY_CLASS if name.endswith(end)), None)
+            part = "linears" if id(module) in linears else part
+            if part is not None:
+                stack.enter_context(patch.object(module, "forward", _named(part, module.forward)))
+        for module in [
+            module for name, module in sys.modules.items() if name.startswith(("lora_core", "transformers.models"))
+        ]:
+            for name, part in BY_FUNCTION.items():
+                function = vars(module).get(name)
+                if callable(function):
+                    stack.enter_context(patch.object(module, name, _named(part, function)))
+        _name_attention(stack)
+        yield
+
+
+def _name_attention(stack: ExitStack) -> None:
+    """The function that was registered with transformers before it could be named."""
+    from transformers import AttentionInterface
+
+    from lora_core import attention
+
+    registered = AttentionInterface()[attention.NAME]
+    AttentionInterface.register(attention.NAME, _named("attention", registered))
+    stack.callback(AttentionInterface.register, attention.NAME, registered)
+
+
+def _named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def named(*arguments: Any, **options: Any) -> Any:
+        with record_function(PREFIX + part):
+            return function(*arguments, **options)
+
+    return named
+
+
+def _seconds_by_part(events: list[Any], whole: Any) -> dict[str, float]:
+    parent_of = {id(child): event for event in events for child in event.cpu_children}
+    made_in = _parts_of_nodes(events, parent_of)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for event in events:
+        if event is whole or _is_within(event, whole, parent_of):
+            seconds[_part(event, parent_of, made_in)] += event.self_cpu_time_total / 1e6
+    return dict(seconds)
+
+
+def _parts_of_nodes(events: list[Any], parent_of: dict[int, Any]) -> dict[int, str]:
+    """By sequence number, the part in whose forward an autograd node was made."""
+    return {
+        event.sequence_nr: part
+        for event in events
+        if event.sequence_nr >= 0 and not event.name.startswith(NODE) and (part := _range_of(event, parent_of))
+    }
+
+
+def _part(event: Any, parent_of: dict[int, Any], made_in: dict[int, str]) -> str:
+    part = _range_of(event, parent_of) or _node_part(event, parent_of, made_in)
+    is_range = event.name.startswith(PREFIX)
+    if part == "linears":
+        return "base products" if event.name in PRODUCTS else "linears: all but products"
+    if part is None and event.name in COPIES:
+        return "copies outside all parts"
+    if part is None:
+        return "Python and additions between parts"
+    return part if not is_range or part in ("LoRA", "head and loss", "optimizer") else f"{part}: Python, compiled loops"
+
+
+def _range_of(event: Any, parent_of: dict[int, Any]) -> str | None:
+    while event is not None:
+        if event.name.startswith(PREFIX):
+            return event.name.removeprefix(PREFIX)
+        event = parent_of.get(id(event))
+    return None
+
+
+def _node_part(event: Any, parent_of: dict[int, Any], made_in: dict[int, str]) -> str | None:
+    while event is not None:
+        if event.name.startswith(NODE):
+            return made_in.get(event.sequence_nr)
+        event = parent_of.get(id(event))
+    return None
+
+
+def _is_within(event: Any, whole: Any, parent_of: dict[int, Any]) -> bool:
+    while (parent := parent_of.get(id(event))) is not None:
+        if parent is whole:
+            return True
+        event = parent
+    return False
