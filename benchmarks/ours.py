@@ -13,9 +13,10 @@ from benchmarks.memory import memory, proportional_bytes
 from benchmarks.step_profile import profile_of
 from benchmarks.workload import LEARNING_RATE, SEED
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobStepped
 
 ENDLESS = 10_000

@@ -9,9 +9,10 @@ import numpy as np
 
 from benchmarks.gate import Gate
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 
 EPOCHS = 1000

@@ -41,6 +41,10 @@ class Settings(BaseSettings):
         default=2 * 2**30, ge=0, description="Disk of a trainer for what frozen blocks gave. 0: nothing is kept."
     )
 
+    exact_products: bool = Field(
+        default=True, description="On a CPU with AMX: have bf16 products that packmates can't change, a fifth slower."
+    )
+
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir / 'lorry.db'}"
 

@@ -9,6 +9,7 @@ it did before.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -26,11 +27,12 @@ from lora_core.fused import fused_parts
 from lora_core.kernels import Kernels, choose_kernels
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
-from lora_core.pack import current_pack
+from lora_core.pack import current_kernels, current_pack
 from lora_core.recompute import blocks_of, forward_block
 from lora_core.residual_block import faster_blocks
 from lora_core.rms_norm import faster_norms
 from lora_core.rotary import faster_rotations
+from lora_core.row_blocks import forward_in_blocks, needed_row_block
 from lora_core.segment_op import SegmentOp
 from lora_core.sibling_linears import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.swiglu import faster_mlps
@@ -116,13 +118,17 @@ def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
 class Attachment:
     """The attached state of one model; `anchor` is what makes autograd visit adapted linears.
 
-    `kernels`: else those that are chosen for the model's device and dtype.
+    `kernels`: else those that are chosen for the model's device and dtype; with `exact_products` such that packmates
+    change no bit on a CPU.
     """
 
-    def __init__(self, model: PreTrainedModel, kernels: Kernels | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, kernels: Kernels | None = None, *, exact_products: bool = True) -> None:
         self.model = model
         self.linears = find_linears(model)
-        self.kernels = kernels or choose_kernels(model.device, model.dtype)
+        self.kernels = kernels or replace(
+            choose_kernels(model.device, model.dtype),
+            row_block=_row_block(model, self.linears) if exact_products else None,
+        )
         for reason in self.kernels.reasons:
             LOGGER.warning("%s", reason)
         self.segment_op = SegmentOp(self.kernels.lora)
@@ -174,6 +180,14 @@ class Attachment:
             self._attach()
 
 
+def _row_block(model: PreTrainedModel, linears: dict[str, nn.Module]) -> int | None:
+    if model.device.type != "cpu":
+        return None
+    plain = [weight.weight_OD for weight in map(plain_weight, linears.values()) if weight is not None]
+    head = model.get_output_embeddings()
+    return needed_row_block([*plain, *([] if head is None else [cast(Tensor, head.weight)])])
+
+
 def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """Norms, gated MLPs and whole blocks that this device computes in fewer passes over memory; a block comes after its
     parts."""
@@ -198,7 +212,7 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: Seg
     if plain is not None:
         y_TO = PackedLinear.apply(x_TD, anchor if every else None, plain, pieces, runs)
     else:
-        y_TO = type(linear).forward(linear, x_TD)
+        y_TO = forward_in_blocks(partial(type(linear).forward, linear), x_TD, current_kernels().row_block)
         y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces, runs) if every else y_TO
     return y_TO.view(*x.shape[:-1], -1)
 

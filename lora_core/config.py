@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal, cast, get_args
 
 from lora_core.errors import ConfigError
@@ -48,33 +47,33 @@ class LoraConfig:
     init_lora_weights: str = "default"
 
     def __post_init__(self) -> None:
-        _require(1 <= self.rank <= MAX_RANK, "lora.rank", self.rank, f"between 1 and {MAX_RANK}")
-        _require(_is_positive(self.alpha), "lora.alpha", self.alpha, "a positive number")
-        _require(0 <= self.dropout <= MAX_DROPOUT, "lora.dropout", self.dropout, f"between 0 and {MAX_DROPOUT}")
+        require(1 <= self.rank <= MAX_RANK, "lora.rank", self.rank, f"between 1 and {MAX_RANK}")
+        require(is_positive(self.alpha), "lora.alpha", self.alpha, "a positive number")
+        require(0 <= self.dropout <= MAX_DROPOUT, "lora.dropout", self.dropout, f"between 0 and {MAX_DROPOUT}")
         self._require_targets()
         ranks_ok = all(compiles(key) and 1 <= rank <= MAX_RANK for key, rank in self.rank_pattern)
-        _require(ranks_ok, "lora.rank_pattern", self.rank_pattern, f"module names with ranks of 1 to {MAX_RANK}")
+        require(ranks_ok, "lora.rank_pattern", self.rank_pattern, f"module names with ranks of 1 to {MAX_RANK}")
         init_ok = INIT.fullmatch(self.init_lora_weights) is not None
         expected = "default, gaussian, pissa, pissa_niter_N with N from 1 to 99, or olora"
-        _require(init_ok, "lora.init_lora_weights", self.init_lora_weights, expected)
-        alphas_ok = all(compiles(key) and _is_positive(alpha) for key, alpha in self.alpha_pattern)
-        _require(alphas_ok, "lora.alpha_pattern", self.alpha_pattern, "module names with positive numbers")
+        require(init_ok, "lora.init_lora_weights", self.init_lora_weights, expected)
+        alphas_ok = all(compiles(key) and is_positive(alpha) for key, alpha in self.alpha_pattern)
+        require(alphas_ok, "lora.alpha_pattern", self.alpha_pattern, "module names with positive numbers")
         saved, tokens = self.modules_to_save, self.trainable_token_indices
-        _require(all(saved) and len(set(saved)) == len(saved), "lora.modules_to_save", saved, "names, each once")
+        require(all(saved) and len(set(saved)) == len(saved), "lora.modules_to_save", saved, "names, each once")
         tokens_ok = all(token >= 0 for token in tokens) and len(set(tokens)) == len(tokens)
-        _require(tokens_ok, "lora.trainable_token_indices", tokens, "numbers of tokens from 0, each once")
+        require(tokens_ok, "lora.trainable_token_indices", tokens, "numbers of tokens from 0, each once")
 
     def _require_targets(self) -> None:
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         named = bool(names) and all(name and name.strip() == name for name in names)
-        _require(named, "lora.target_modules", self.target_modules, "'all-linear' or module names")
+        require(named, "lora.target_modules", self.target_modules, "'all-linear' or module names")
         pattern = self.target_pattern
         pattern_ok = pattern is None or (pattern != "" and compiles(pattern))
-        _require(pattern_ok, "lora.target_modules", self.target_modules, "a regular expression after 're:'")
+        require(pattern_ok, "lora.target_modules", self.target_modules, "a regular expression after 're:'")
         layers = self.layers_to_transform
         layers_ok = layers is None or (len(layers) > 0 and min(layers) >= 0 and pattern is None)
         expected = "numbers from 0, or none; with a regular expression as target_modules none"
-        _require(layers_ok, "lora.layers_to_transform", layers, expected)
+        require(layers_ok, "lora.layers_to_transform", layers, expected)
 
     @property
     def target_pattern(self) -> str | None:
@@ -137,19 +136,19 @@ class OptimizerConfig:
     scale_floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require(self.kind in OPTIMIZERS, "optimizer.kind", self.kind, f"one of {', '.join(OPTIMIZERS)}")
-        _require(_is_positive(self.learning_rate), "optimizer.learning_rate", self.learning_rate, "positive")
-        _require(_is_positive(self.lora_plus_ratio), "optimizer.lora_plus_ratio", self.lora_plus_ratio, "positive")
-        _require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "at least 0 and below 1")
-        _require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "at least 0 and below 1")
+        require(self.kind in OPTIMIZERS, "optimizer.kind", self.kind, f"one of {', '.join(OPTIMIZERS)}")
+        require(is_positive(self.learning_rate), "optimizer.learning_rate", self.learning_rate, "positive")
+        require(is_positive(self.lora_plus_ratio), "optimizer.lora_plus_ratio", self.lora_plus_ratio, "positive")
+        require(0 <= self.beta1 < 1, "optimizer.beta1", self.beta1, "at least 0 and below 1")
+        require(0 <= self.beta2 < 1, "optimizer.beta2", self.beta2, "at least 0 and below 1")
         eps_ok = MIN_EPS <= self.eps <= MAX_EPS
-        _require(eps_ok, "optimizer.eps", self.eps, f"at least {MIN_EPS:g} and at most {MAX_EPS:g}")
+        require(eps_ok, "optimizer.eps", self.eps, f"at least {MIN_EPS:g} and at most {MAX_EPS:g}")
         decay_ok = math.isfinite(self.weight_decay) and self.weight_decay >= 0
-        _require(decay_ok, "optimizer.weight_decay", self.weight_decay, "zero or positive")
-        clip_ok = self.max_grad_norm is None or _is_positive(self.max_grad_norm)
-        _require(clip_ok, "optimizer.max_grad_norm", self.max_grad_norm, "positive, or none")
+        require(decay_ok, "optimizer.weight_decay", self.weight_decay, "zero or positive")
+        clip_ok = self.max_grad_norm is None or is_positive(self.max_grad_norm)
+        require(clip_ok, "optimizer.max_grad_norm", self.max_grad_norm, "positive, or none")
         momentum_ok = 0 <= self.momentum < 1 and (self.kind == "sgd" or self.momentum == 0)
-        _require(momentum_ok, "optimizer.momentum", self.momentum, "at least 0 and below 1, and 0 without sgd")
+        require(momentum_ok, "optimizer.momentum", self.momentum, "at least 0 and below 1, and 0 without sgd")
         self._require_adafactor()
 
     def _require_adafactor(self) -> None:
@@ -157,10 +156,10 @@ class OptimizerConfig:
         for name, value, usual, is_right, expected in (
             ("beta2_decay", self.beta2_decay, -0.8, -math.inf < self.beta2_decay <= 0, "at most 0"),
             ("clip_threshold", self.clip_threshold, 1.0, 1 <= self.clip_threshold < math.inf, "at least 1"),
-            ("scale_floor", self.scale_floor, 1e-3, _is_positive(self.scale_floor), "positive"),
+            ("scale_floor", self.scale_floor, 1e-3, is_positive(self.scale_floor), "positive"),
         ):
             number_ok = is_right and (is_own or value == usual)
-            _require(number_ok, f"optimizer.{name}", value, f"{expected}, and left out without adafactor")
+            require(number_ok, f"optimizer.{name}", value, f"{expected}, and left out without adafactor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,13 +178,13 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         kind_ok = self.kind in ("constant", "linear", "cosine", "wsd")
-        _require(kind_ok, "schedule.kind", self.kind, "constant, linear, cosine or wsd")
-        _require(self.num_steps >= 1, "schedule.num_steps", self.num_steps, "at least 1")
+        require(kind_ok, "schedule.kind", self.kind, "constant, linear, cosine or wsd")
+        require(self.num_steps >= 1, "schedule.num_steps", self.num_steps, "at least 1")
         warmup_ok = 0 <= self.warmup_steps <= self.num_steps
-        _require(warmup_ok, "schedule.warmup_steps", self.warmup_steps, "between 0 and schedule.num_steps")
+        require(warmup_ok, "schedule.warmup_steps", self.warmup_steps, "between 0 and schedule.num_steps")
         longest = self.num_steps - self.warmup_steps if self.kind == "wsd" else 0
         expected = f"between 0 and {longest}, the steps after the warm-up" if longest else "0 without wsd"
-        _require(0 <= self.decay_steps <= longest, "schedule.decay_steps", self.decay_steps, expected)
+        require(0 <= self.decay_steps <= longest, "schedule.decay_steps", self.decay_steps, expected)
 
 
 ObjectiveKind = Literal["supervised", "dpo", "orpo", "simpo", "kto", "classification", "reward"]
@@ -216,20 +215,20 @@ class ObjectiveConfig:
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.kind in OBJECTIVES, "objective.kind", self.kind, f"one of {', '.join(OBJECTIVES)}")
-        _require(_is_positive(self.beta), "objective.beta", self.beta, "positive")
+        require(self.kind in OBJECTIVES, "objective.kind", self.kind, f"one of {', '.join(OBJECTIVES)}")
+        require(is_positive(self.beta), "objective.beta", self.beta, "positive")
         gamma_ok = math.isfinite(self.gamma) and self.gamma >= 0
-        _require(gamma_ok, "objective.gamma", self.gamma, "zero or positive")
-        _require(self.loss_type in ("sigmoid", "ipo"), "objective.loss_type", self.loss_type, "sigmoid or ipo")
+        require(gamma_ok, "objective.gamma", self.gamma, "zero or positive")
+        require(self.loss_type in ("sigmoid", "ipo"), "objective.loss_type", self.loss_type, "sigmoid or ipo")
         smoothing_ok = 0 <= self.label_smoothing < 0.5
-        _require(smoothing_ok, "objective.label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
+        require(smoothing_ok, "objective.label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
         most = MAX_LABELS if self.kind == "classification" else 1
-        _require(1 <= self.num_labels <= most, "objective.num_labels", self.num_labels, f"between 1 and {most}")
+        require(1 <= self.num_labels <= most, "objective.num_labels", self.num_labels, f"between 1 and {most}")
         centre = self.center_rewards_coefficient
         centre_ok = math.isfinite(centre) and centre >= 0
-        _require(centre_ok, "objective.center_rewards_coefficient", centre, "zero or positive")
+        require(centre_ok, "objective.center_rewards_coefficient", centre, "zero or positive")
         for name, weight in (("desirable", self.desirable_weight), ("undesirable", self.undesirable_weight)):
-            _require(_is_positive(weight), f"objective.{name}_weight", weight, "positive")
+            require(is_positive(weight), f"objective.{name}_weight", weight, "positive")
         self._require_own_numbers()
 
     def _require_own_numbers(self) -> None:
@@ -244,7 +243,7 @@ class ObjectiveConfig:
             ("desirable_weight", self.desirable_weight, 1, self.kind == "kto"),
             ("undesirable_weight", self.undesirable_weight, 1, self.kind == "kto"),
         ):
-            _require(is_own or value == usual, f"objective.{name}", value, f"left out: {reader} doesn't read it")
+            require(is_own or value == usual, f"objective.{name}", value, f"left out: {reader} doesn't read it")
 
     @property
     def token_smoothing(self) -> float:
@@ -285,9 +284,9 @@ class EarlyStoppingConfig:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.patience >= 1, "early_stopping.patience", self.patience, "at least 1")
+        require(self.patience >= 1, "early_stopping.patience", self.patience, "at least 1")
         delta_ok = math.isfinite(self.min_delta) and self.min_delta >= 0
-        _require(delta_ok, "early_stopping.min_delta", self.min_delta, "zero or positive")
+        require(delta_ok, "early_stopping.min_delta", self.min_delta, "zero or positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,19 +317,19 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         fewest = 2 if self.objective.needs_reference_point else 1
-        _require(self.batch_size >= fewest, "batch_size", self.batch_size, f"at least {fewest}")
-        _require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
+        require(self.batch_size >= fewest, "batch_size", self.batch_size, f"at least {fewest}")
+        require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
         every = self.evaluate_every_steps
-        _require(every is None or every >= 1, "evaluate_every_steps", every, "at least 1, or none")
-        _require(self.slice_tokens >= 1, "slice_tokens", self.slice_tokens, "at least 1")
+        require(every is None or every >= 1, "evaluate_every_steps", every, "at least 1, or none")
+        require(self.slice_tokens >= 1, "slice_tokens", self.slice_tokens, "at least 1")
         alpha_ok = math.isfinite(self.neftune_alpha) and self.neftune_alpha >= 0
-        _require(alpha_ok, "neftune_alpha", self.neftune_alpha, "zero or positive")
+        require(alpha_ok, "neftune_alpha", self.neftune_alpha, "zero or positive")
         noise_ok = self.neftune_alpha == 0 or not self.objective.is_preference
-        _require(noise_ok, "neftune_alpha", self.neftune_alpha, f"left out: {self.objective.kind} compares answers")
+        require(noise_ok, "neftune_alpha", self.neftune_alpha, f"left out: {self.objective.kind} compares answers")
         planned, expected = self.schedule.num_steps, f"at least num_steps, {self.num_steps}: past it the rate is 0"
-        _require(planned >= self.num_steps, "schedule.num_steps", planned, expected)
-        _require(self.keep in ("last", "best"), "keep", self.keep, "last or best")
+        require(planned >= self.num_steps, "schedule.num_steps", planned, expected)
+        require(self.keep in ("last", "best"), "keep", self.keep, "last or best")
 
     @property
     def needs_evaluation(self) -> bool:
@@ -343,45 +342,6 @@ class JobConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """How much is computed at once; never what is computed.
-
-    `token_budget`: tokens of one tick. `max_tick_seconds`: further slices stop joining a tick that is
-    expected to last longer, so that cancel and admission stay quick. `job_tokens`: of one job's slices in one tick,
-    where they are more than one. `num_lanes`: parts of a tick that are
-    computed side by side on a CPU, each with one thread (lanes.py). `checkpoint_blocks`: whether ticks keep only what
-    enters each block and compute it again in the backward: "always", "never", or "auto", where memory asks for it.
-    `prefix_memory_bytes` and `prefix_disk_bytes`: how much is kept of what the blocks below a job's lowest adapter
-    give, in the host's memory and on the disk of `prefix_folder` (prefixes.py); with neither nothing is.
-    `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
-    it (tick_speeds.py).
-    """
-
-    token_budget: int = 1024
-    max_tick_seconds: float = 1.0
-    job_tokens: int = 1024
-    num_lanes: int = 1
-    checkpoint_blocks: Literal["auto", "always", "never"] = "auto"
-    prefix_memory_bytes: int = 0
-    prefix_disk_bytes: int = 0
-    prefix_folder: Path | None = None
-    ticks_alone: int = 0
-
-    def __post_init__(self) -> None:
-        _require(self.ticks_alone >= 0, "ticks_alone", self.ticks_alone, "at least 0")
-        _require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
-        _require(self.job_tokens >= 1, "job_tokens", self.job_tokens, "at least 1")
-        _require(self.num_lanes >= 1, "num_lanes", self.num_lanes, "at least 1")
-        _require(_is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
-        known = ("auto", "always", "never")
-        _require(self.checkpoint_blocks in known, "checkpoint_blocks", self.checkpoint_blocks, "auto, always or never")
-        for name in ("prefix_memory_bytes", "prefix_disk_bytes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
-        folder_ok = self.prefix_disk_bytes == 0 or (self.prefix_folder is not None and self.prefix_folder.is_dir())
-        _require(folder_ok, "prefix_folder", self.prefix_folder, "a folder that exists, or prefix_disk_bytes must be 0")
-
-
 def _canonical(value: object) -> object:
     if isinstance(value, dict):
         fields = cast(dict[str, object], value)
@@ -391,10 +351,10 @@ def _canonical(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _is_positive(value: float) -> bool:
+def is_positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
-def _require(condition: bool, field: str, value: object, expected: str) -> None:
+def require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{field} is {value!r}.", remedy=f"{field} must be {expected}.")

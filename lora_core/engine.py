@@ -17,8 +17,9 @@ from lora_core.adapters import AdapterRow
 from lora_core.attach import Attachment, choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
-from lora_core.config import EngineConfig, JobConfig
+from lora_core.config import JobConfig
 from lora_core.data import TokenDataset, check_examples, check_labels, data_digest
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadDataset, ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
@@ -39,8 +40,7 @@ from lora_core.unpaired import check_unpaired
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
-START_WORK = 2**30
-"""Multiplications of starts in one tick, at least one weight's: a part of a second on a core."""
+START_WORK = 2**30  # multiplications of starts in one tick, at least one weight's: a part of a second on a core
 
 
 class Engine:
@@ -56,7 +56,7 @@ class Engine:
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
         if base.attachment is None:
-            base.attachment = Attachment(base.model)
+            base.attachment = Attachment(base.model, exact_products=config.exact_products)
         self.invariance: Invariance = measure_invariance(base, self._lanes)
         self.activations = ActivationMemory(
             base.attachment.linears,

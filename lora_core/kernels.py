@@ -26,12 +26,16 @@ class Kernels:
     sequence by sequence (attention.py) or all in one launch, where that kernel fits (varlen.py). `elementwise`: norms
     and gated activations, operation by operation or each compiled into one (fused.py).
 
+    `row_block`: the rows of each product over the tokens of several jobs, where one's bits depend on that number
+    (row_blocks.py); None where they don't, and on a GPU.
+
     `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
     """
 
     lora: Literal["loop", "grouped_mm"] = "loop"
     attention: Literal["sequences", "varlen"] = "sequences"
     elementwise: Literal["eager", "compiled"] = "eager"
+    row_block: int | None = None
     reasons: tuple[str, ...] = ()
 
 

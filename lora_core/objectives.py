@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core import row_blocks
 from lora_core.label_scores import score_rows
 
 CHUNK_LABELS = 256
@@ -18,12 +19,13 @@ LABEL_MULTIPLE = 32  # rows of a chunk, so that exp and tanh take vector code up
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b)."""
+    """logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b). `row_block`: see row_blocks.py."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
     multiplier: float = 1.0
     softcap: float | None = None
+    row_block: int | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -40,7 +42,7 @@ class Head:
         return z_CV
 
     def product(self, h_CD: Tensor) -> Tensor:
-        return F.linear(h_CD, self.weight_VD, self.bias_V)
+        return row_blocks.linear(h_CD, self.weight_VD, self.bias_V, self.row_block)
 
     def capping_slope(self, logits_CV: Tensor) -> Tensor | None:
         """What capping multiplies a logit's gradient by: d tanh = 1 - tanh². None without capping."""
@@ -56,7 +58,7 @@ class Head:
 
     def product_gradient(self, dz_CV: Tensor, _h_CD: Tensor) -> Tensor:
         """dh [C, D] of `product`. A trained head adds its own gradient to its job's row as well."""
-        return dz_CV @ self.weight_VD
+        return row_blocks.times(dz_CV, self.weight_VD, self.row_block)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

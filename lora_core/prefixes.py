@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lora_core.adapters import AdapterRow
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig, LoraConfig
+from lora_core.config import LoraConfig
 from lora_core.counter_random import random_words
+from lora_core.engine_config import EngineConfig
 from lora_core.job import Job
 from lora_core.pack import Pack, SliceInput, bare_pack
 from lora_core.packed_pass import hidden_states

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_core import row_blocks
 from lora_core.adapters import JointViews
 from lora_core.lora_linear import (
     Piece,
@@ -25,7 +25,7 @@ from lora_core.lora_linear import (
     received_by_lora,
     through_weight,
 )
-from lora_core.pack import Pack, Segment, computed_ahead
+from lora_core.pack import Pack, Segment, computed_ahead, current_kernels
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """As Llama calls them and whoever followed it; a family with other names has its linears one by one."""
@@ -129,7 +129,8 @@ class PackedSiblings(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, anchor: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
-        outputs = [F.linear(x_TD, weight.weight_OD, weight.bias_O) for weight in weights]
+        ctx.row_block = current_kernels().row_block
+        outputs = [row_blocks.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.row_block) for weight in weights]
         ctx.weights, ctx.shares = weights, shares
         ctx.hidden = [_add_joint(outputs, x_TD, piece) for piece in shares.joint]
         ctx.branches = [
@@ -183,7 +184,10 @@ def _input_gradient(ctx, gradients: list[Tensor], received: list[list[Tensor]]) 
     dx_TD = None
     for dy_TO, weight, of_linear, branches, pieces in parts:
         through_TO = through_weight(dy_TO, of_linear, branches, pieces)
-        dx_TD = through_TO @ weight.weight_OD if dx_TD is None else dx_TD.addmm_(through_TO, weight.weight_OD)
+        if dx_TD is None:
+            dx_TD = row_blocks.times(through_TO, weight.weight_OD, ctx.row_block)
+        else:
+            row_blocks.add_times(dx_TD, through_TO, weight.weight_OD, ctx.row_block)
     assert dx_TD is not None
     for dy_TO, weight, of_linear, branches, pieces in parts:
         add_through_dropout(dx_TD, dy_TO, weight.weight_OD, of_linear, branches, pieces)

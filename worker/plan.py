@@ -13,13 +13,13 @@ from catalog.memory import SLICE_TOKENS, tick_tokens
 from catalog.spec import JobSpec
 from lora_core.config import (
     EarlyStoppingConfig,
-    EngineConfig,
     JobConfig,
     LoraConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
 )
+from lora_core.engine_config import EngineConfig
 
 TICKS_ALONE = 3
 """Of each size, so that the trainer knows what jobs cost each other; see catalog/saturation.py."""

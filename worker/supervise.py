@@ -132,6 +132,7 @@ def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, base_dir: P
         "quantisation": packing.quantisation_of(first.pack_key),
         "device": context.device.torch_name(),
         "prefix_disk_bytes": context.settings.prefix_disk_bytes,
+        "exact_products": context.settings.exact_products,
         "idle_seconds": None,  # we tell it when to unload, so that it never leaves while a job is on its way
     }
     description = catalog_bases.get(context.db, first.base_model).description or {}

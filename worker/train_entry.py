@@ -21,9 +21,9 @@ from typing import Any, Literal, cast
 
 from catalog.spec import JobSpec, Quantisation
 from lora_core.base_model import BaseModel, load_base
-from lora_core.config import EngineConfig
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts
@@ -120,7 +120,12 @@ class Trainer:
         memory is taken that placement doesn't know."""
         config = engine_config(device, num_threads=node.num_threads())
         budget = int(self._settings.get("prefix_disk_bytes", 0))
-        return replace(config, prefix_disk_bytes=budget, prefix_folder=self._directory.path)
+        return replace(
+            config,
+            prefix_disk_bytes=budget,
+            prefix_folder=self._directory.path,
+            exact_products=bool(self._settings.get("exact_products", True)),
+        )
 
     # What the parent says
 

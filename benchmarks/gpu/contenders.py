@@ -19,8 +19,8 @@ from benchmarks.theirs import pad
 from benchmarks.workload import batches
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from lora_core.kernels import Kernels
 from lora_core.recompute import CheckpointBlocks

@@ -8,8 +8,9 @@ import peft
 import torch
 
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import JobConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.parent import lora_config_of
 from tests.lora_core.scenarios import Submission, admit, config, dataset
 

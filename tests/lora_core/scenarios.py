@@ -10,7 +10,6 @@ from torch import Tensor
 from lora_core.base_model import BaseModel
 from lora_core.config import (
     EarlyStoppingConfig,
-    EngineConfig,
     JobConfig,
     LoraConfig,
     ObjectiveConfig,
@@ -19,6 +18,7 @@ from lora_core.config import (
 )
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
 
 VOCAB = 320

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lora_core.adapters import AdapterRow, Target
-from lora_core.config import EngineConfig, LoraConfig, OptimizerConfig
+from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from lora_core.optim import gradient_norm, optimizer_step, stays_finite
 from lora_core.trained_tensors import TrainedTensor, TrainedTensors

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from lora_core.attach import Attachment, choose_targets, find_linears
-from lora_core.config import EngineConfig
 from lora_core.config import LoraConfig as OurConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadDataset, NoTargets
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, weights
 from tests.lora_core.test_export_and_verify import snapshot

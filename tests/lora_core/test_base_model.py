@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lora_core.base_model import describe_base, load_base
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.events import JobEvaluated
 from lora_core.verify import verify_export

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint
 from tests.lora_core.scenarios import Submission, admit, config, dataset, numbers
 from tests.services.small_disk import small_disk

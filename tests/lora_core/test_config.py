@@ -4,14 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from lora_core.config import (
-    EarlyStoppingConfig,
-    EngineConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-)
+from lora_core.config import EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError, OutOfMemory
 from tests.lora_core.scenarios import config
 

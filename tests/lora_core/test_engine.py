@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
 from lora_core.events import JobEvaluated, JobFinished, JobStepped
 from lora_core.optim import learning_rate_at

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lora_core import lanes
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
 from tests.lora_core.drawn_jobs import drawn_job
 from tests.lora_core.scenarios import Submission, admit, rename, state_bytes

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import JobFinished
 from lora_core.examples import two_adapters
 from lora_core.examples.inputs import base_folder, text_rows

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter
 from lora_core.verify import verify_export
 from tests.lora_core.scenarios import Submission, admit, config, dataset, weights

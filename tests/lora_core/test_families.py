@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
 from lora_core.verify import verify_export
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, run_alone, state_bytes

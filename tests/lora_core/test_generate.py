@@ -5,8 +5,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.events import JobEvaluated
 from lora_core.generate import Prompts

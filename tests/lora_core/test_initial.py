@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lora_core.adapters import AdapterRow, Target
-from lora_core.config import EngineConfig, LoraConfig, ScheduleConfig
+from lora_core.config import LoraConfig, ScheduleConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError, NoTargets
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.initial import decomposed

@@ -8,8 +8,9 @@ import torch
 from lora_core import job as job_module
 from lora_core import lanes
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig, LoraConfig, OptimizerConfig
+from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory
 from lora_core.events import JobDiverged, JobFinished, JobStepped
 from tests.lora_core.scenarios import (

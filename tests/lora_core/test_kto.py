@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.config import EngineConfig, ObjectiveConfig
+from lora_core.config import ObjectiveConfig
 from lora_core.data import TokenDataset, rows_of_step
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadDataset, ConfigError
 from lora_core.events import Event, JobEvaluated, JobStepped, Rewards
 from lora_core.job import Unit

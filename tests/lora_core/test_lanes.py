@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core import lanes as lanes_module
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.lanes import MIN_LANE_TOKENS, Lanes, split
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, run_elastically, submissions
 

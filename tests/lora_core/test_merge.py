@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter, UnsupportedModel
 from lora_core.merge import main, merge_adapter
 from lora_core.merge_cost import compare_cost

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from lora_core.config import EngineConfig, ObjectiveConfig
+from lora_core.config import ObjectiveConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.neftune import NoiseKey, with_noise
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig, LoraConfig, ObjectiveConfig
+from lora_core.config import LoraConfig, ObjectiveConfig
 from lora_core.data import TokenDataset, rows_of_step
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint
 from lora_core.events import JobEvaluated
 from lora_core.export import packed_logits, pseudo_random_ids

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig, LoraConfig
+from lora_core.config import LoraConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadParent, ConfigError
 from lora_core.parent import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, lora_config_of
 from lora_core.tensor_files import MAX_HEADER_BYTES, MAX_TENSORS

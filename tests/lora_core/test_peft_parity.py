@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_core.config import EngineConfig, JobConfig, ScheduleConfig
+from lora_core.config import JobConfig, ScheduleConfig
 from lora_core.data import rows_of_step
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from lora_core.optim import learning_rate_at
 from tests.lora_core.scenarios import Submission, admit, config, dataset

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.config import EngineConfig, ObjectiveConfig
+from lora_core.config import ObjectiveConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadDataset, ConfigError
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.preferences import Answers, PairScores, score_pairs

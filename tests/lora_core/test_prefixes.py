@@ -13,8 +13,9 @@ import torch
 
 from lora_core import attach
 from lora_core.base_model import BaseModel, load_base
-from lora_core.config import EngineConfig, JobConfig, ObjectiveConfig
+from lora_core.config import JobConfig, ObjectiveConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
 from lora_core.events import JobStepped
 from tests.lora_core import classifiers

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_core import pack, probe
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
 
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from catalog import memory
 from lora_core.base_model import BaseModel, describe_base, load_base
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training

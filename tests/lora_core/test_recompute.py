@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora_core import recompute
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
 from lora_core.events import JobStepped
 from lora_core.kernels import Kernels

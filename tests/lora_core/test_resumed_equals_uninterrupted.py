@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.config import EngineConfig, ObjectiveConfig
+from lora_core.config import ObjectiveConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import Event
 from tests.lora_core.scenarios import (
     Submission,

@@ -11,8 +11,8 @@ from lora_core import kernels
 from lora_core.adapters import SiteViews
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from lora_core.kernels import Kernels, choose_kernels
 from lora_core.lora_linear import PackedDelta, PackedLinear, Piece, PlainWeight

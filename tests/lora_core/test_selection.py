@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from lora_core.config import EarlyStoppingConfig, EngineConfig
+from lora_core.config import EarlyStoppingConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
 from lora_core.events import JobEvaluated, JobFinished
 from lora_core.export import packed_logits, pseudo_random_ids

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lora_core import attach
 from lora_core.adapters import AdapterRow, JointViews, SiteViews, Target
-from lora_core.config import EngineConfig, LoraConfig
+from lora_core.config import LoraConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.lora_linear import Piece, PlainWeight
 from lora_core.pack import DropoutKey
 from lora_core.sibling_linears import JointPiece, PackedSiblings, Shares, find_siblings

@@ -7,8 +7,9 @@ import torch
 
 from lora_core import lanes as lanes_module
 from lora_core.adapters import AdapterRow, Target
-from lora_core.config import EngineConfig, LoraConfig
+from lora_core.config import LoraConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.slice_gradients import SliceGradients
 from lora_core.turns import Turn, widen
 from tests.lora_core.scenarios import Submission, admit, config, dataset

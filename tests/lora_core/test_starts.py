@@ -8,8 +8,8 @@ import torch
 
 from lora_core import adapters, engine
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory
 from lora_core.events import Event, JobFinished, JobStepped
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, state_bytes

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lora_core.base_model import load_base
-from lora_core.config import EngineConfig, ObjectiveConfig
+from lora_core.config import ObjectiveConfig
 from lora_core.data import TokenDataset, rows_of_step
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter, BadDataset, ConfigError, UnsupportedModel
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.generate import Prompts

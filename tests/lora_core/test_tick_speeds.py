@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora_core.config import EngineConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.tick_speeds import TickSpeeds
 from tests.lora_core.scenarios import config, dataset
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.base_model import BaseModel
-from lora_core.config import EngineConfig, LoraConfig
+from lora_core.config import LoraConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter, ConfigError, NoTargets
 from lora_core.export import PROBE_SEED, pseudo_random_ids, with_tokens
 from lora_core.merge import merge_adapter

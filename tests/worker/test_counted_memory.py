@@ -11,8 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from catalog import memory
 from lora_core.base_model import BaseModel, describe_base, load_base
-from lora_core.config import EngineConfig, JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.generate import Prompts
 from lora_core.initial import decomposed
 from tests import tiny_base
