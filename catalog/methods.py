@@ -170,7 +170,7 @@ class PreferenceSpec(Strict):
 
 def compares_with_start(method: str) -> bool:
     """Whether its loss compares with what the job begins with: the base, or the parent adapter on it."""
-    return method == "dpo"
+    return method in ("dpo", "kto")
 
 
 def resolve_supervised(numbers: Hyperparameters) -> SupervisedSpec | None:

@@ -7,7 +7,7 @@ it did before.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,11 +28,11 @@ from lora_core.kernels import Kernels, choose_kernels
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_kernels, current_pack
-from lora_core.recompute import blocks_of, forward_block
+from lora_core.recompute import blocks_of, checkpointed
 from lora_core.residual_block import faster_blocks
 from lora_core.rms_norm import faster_norms
 from lora_core.rotary import faster_rotations
-from lora_core.row_blocks import forward_in_blocks, needed_row_block
+from lora_core.row_blocks import both_ways, forward_in_blocks, needed_row_block
 from lora_core.segment_op import SegmentOp
 from lora_core.sibling_linears import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.swiglu import faster_mlps
@@ -124,6 +124,7 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels | None = None, *, exact_products: bool = True) -> None:
         self.model = model
+        self.exact_products = exact_products
         self.linears = find_linears(model)
         self.kernels = kernels or replace(
             choose_kernels(model.device, model.dtype),
@@ -151,7 +152,7 @@ class Attachment:
         for module, forward in self._faster:
             module.forward = forward
         for block in self._blocks:
-            block.forward = partial(forward_block, block.forward)
+            block.forward = partial(checkpointed, block.forward)
         for number, block in enumerate(self.blocks.modules):
             block.forward = partial(pass_block, block.forward, number)
         pooler = getattr(self.model.base_model, "pooler", None)
@@ -181,11 +182,21 @@ class Attachment:
 
 
 def _row_block(model: PreTrainedModel, linears: dict[str, nn.Module]) -> int | None:
+    """Asks one linear of each shape, and the head."""
     if model.device.type != "cpu":
         return None
-    plain = [weight.weight_OD for weight in map(plain_weight, linears.values()) if weight is not None]
+    of_shapes = {(type(linear), target_of("", linear)): linear for linear in linears.values()}
+    return needed_row_block(_products(model, of_shapes.values()), model.dtype)
+
+
+def _products(model: PreTrainedModel, linears: Iterable[nn.Module]) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
     head = model.get_output_embeddings()
-    return needed_row_block([*plain, *([] if head is None else [cast(Tensor, head.weight)])])
+    for linear in [*linears, *([] if head is None else [head])]:
+        plain = plain_weight(linear)
+        if plain is not None:
+            yield from both_ways(plain.weight_OD)
+        else:
+            yield partial(type(linear).forward, linear), target_of("", linear).in_features
 
 
 def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Module, Callable[..., Any]]]:
@@ -206,7 +217,7 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: Seg
     if ahead is not None:
         return ahead
     x_TD = x.reshape(-1, x.shape[-1])
-    every = pieces_of(pack, name)
+    every = pieces_of(pack.segments, name)
     pieces, runs = segment_op.divide(name, every, x_TD)
     plain = plain_weight(linear)
     if plain is not None:

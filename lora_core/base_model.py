@@ -41,6 +41,15 @@ class BaseModel:
     def kernels(self) -> Kernels:
         return Kernels() if self.attachment is None else self.attachment.kernels
 
+    def attach(self, *, exact_products: bool) -> Attachment:
+        """Attach an engine's means; anew where those that are attached give other products."""
+        if self.attachment is not None and self.attachment.exact_products != exact_products:
+            self.attachment.detach()
+            self.attachment = None
+        if self.attachment is None:
+            self.attachment = Attachment(self.model, exact_products=exact_products)
+        return self.attachment
+
     def linear_names(self) -> tuple[str, ...]:
         """Module paths of the linears that an adapter may change."""
         return tuple(find_linears(self.model))

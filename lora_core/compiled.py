@@ -119,7 +119,8 @@ def _narrowed(number, like):
 
 @register_jitable
 def exponential(x: Any) -> Any:
-    """e^x in fp32 to about one unit in the last place, 0 below the smallest normal number (Cephes' expf)."""
+    """e^x in fp32 to five units in the last place (Cephes' expf): 0 below the smallest normal number, infinite
+    from 88.38 on."""
     bounded = min(max(x, np.float32(-87.33)), np.float32(88.72))
     n = np.floor(bounded * np.float32(1.44269504088896341) + np.float32(0.5))
     r = bounded - n * np.float32(0.693359375)

@@ -14,7 +14,7 @@ import torch
 
 from lora_core import checkpoint
 from lora_core.adapters import AdapterRow
-from lora_core.attach import Attachment, choose_targets, frozen_weights
+from lora_core.attach import choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.config import JobConfig
@@ -55,11 +55,10 @@ class Engine:
         self._largest_tick = config.token_budget
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
-        if base.attachment is None:
-            base.attachment = Attachment(base.model, exact_products=config.exact_products)
+        attachment = base.attach(exact_products=config.exact_products)
         self.invariance: Invariance = measure_invariance(base, self._lanes)
         self.activations = ActivationMemory(
-            base.attachment.linears,
+            attachment.linears,
             device=base.device,
             item_bytes=base.dtype.itemsize,
             mode=config.checkpoint_blocks,
@@ -231,8 +230,9 @@ class Engine:
 
     def _started(self, name: str) -> Job:
         job = self._jobs[name]
-        while job.starting is not None:
-            job.go_on_starting(START_WORK)
+        with shortage_of(name, part="start"):
+            while job.starting is not None:
+                job.go_on_starting(START_WORK)
         return job
 
     def num_parameters(self, job: str) -> int:
@@ -308,7 +308,7 @@ class Engine:
             fullest = max(sum(costs[index] for index in lane) for lane in lanes)
             seconds = time.perf_counter() - started
             self._learn_rates(sum(sizes), fullest, seconds)
-            self._speeds.learn(num_tokens=sum(sizes), num_jobs=len(turns), seconds=seconds)
+            self._speeds.learn(num_tokens=max(1, sum(costs)), num_jobs=len(turns), seconds=seconds)
         for job, own in zip(jobs, tokens, strict=True):
             job.served += sum(own)
             self._book(job, list(islice(scores, len(own))))

@@ -47,7 +47,7 @@ class Generation:
     def __init__(self, base: BaseModel, asked: Mapping[str, tuple[AdapterRow, Prompts]], *, token_budget: int) -> None:
         """asked: by job. token_budget: tokens of one pass over several jobs. Raises ConfigError."""
         for _, prompts in asked.values():
-            _check(prompts, base)
+            check_prompts(prompts, base)
         self._base = base
         self._asked = dict(asked)
         self._token_budget = token_budget
@@ -144,7 +144,8 @@ def _sequence(answer: _Answer) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def _check(prompts: Prompts, base: BaseModel) -> None:
+def check_prompts(prompts: Prompts, base: BaseModel) -> None:
+    """Raises ConfigError where they can't be answered."""
     if base.task != "causal-lm":
         raise ConfigError(
             "A classifier of sequences answers no prompts.", remedy="Ask a job on a base model of causal language."

@@ -1,7 +1,7 @@
 # pyright: basic
 """Which way a pass is computed on this device: chosen once, when an engine attaches itself, and told by name.
 
-What a CPU runs is the reference that the other ways are tested against. Nothing here changes what is computed, only
+What a CPU runs is what the other ways are tested against. Nothing here changes what is computed, only
 the order of sums: a record then says `allclose` (probe.py).
 """
 
@@ -24,7 +24,7 @@ VARLEN_PARAMETERS = {"window_size", "enable_gqa", "scale"}
 class Kernels:
     """`lora`: of the adapters' products, segment by segment or one launch for all (segment_op.py). `attention`:
     sequence by sequence (attention.py) or all in one launch, where that kernel fits (varlen.py). `elementwise`: norms
-    and gated activations, operation by operation or each compiled into one (fused.py).
+    and gated activations, as attach.py finds them for a CPU, or each compiled into one (fused.py).
 
     `row_block`: the rows of each product over the tokens of several jobs, where one's bits depend on that number
     (row_blocks.py); None where they don't, and on a GPU.

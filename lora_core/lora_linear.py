@@ -5,6 +5,7 @@ Letters: T tokens, t tokens of a segment, D features in, O features out, R rank.
 straight into each job's row, not through autograd; the gradient of the frozen weight is never computed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from lora_core import row_blocks
 from lora_core.adapters import SiteViews
 from lora_core.dora import MagnitudeBranch, add_magnitude, add_magnitude_gradient
-from lora_core.pack import DropoutKey, Pack, current_kernels
+from lora_core.pack import DropoutKey, Segment, current_kernels
 from lora_core.segment_op import Run
 
 
@@ -47,8 +48,8 @@ class Branch:
     magnitude: MagnitudeBranch | None = None
 
 
-def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
-    """The segments of `pack` whose adapters change `module`."""
+def pieces_of(segments: Sequence[Segment], module: str) -> tuple[Piece, ...]:
+    """Those whose adapters change `module`."""
     return tuple(
         Piece(
             start=segment.start,
@@ -57,7 +58,7 @@ def pieces_of(pack: Pack, module: str) -> tuple[Piece, ...]:
             module=module,
             dropout=segment.dropout,
         )
-        for segment in pack.segments
+        for segment in segments
         if module in segment.row.sites
     )
 

@@ -7,7 +7,6 @@ a number is read; a job continues only what computes the same function as the ad
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ from lora_core.trained_tensors import TOKENS_SUFFIX
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 8 * 2**20
+LARGEST = 1e30
+"""Of a number in the configuration: JSON's may be longer than a float."""
 DTYPES = ("F32", "BF16", "F16")
 """What fp32 holds exactly."""
 SUFFIX_A, SUFFIX_B, SUFFIX_MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -185,7 +186,7 @@ def _lora_config(content: dict[str, Any], paths: tuple[str, ...], shapes: Mappin
 def _number(content: dict[str, Any], name: str, default: float, *, whole: bool = False) -> float:
     value = content.get(name, default)
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= LARGEST:
         raise _bad(f"its adapter_config.json has {name}={value!r:.80}, which is no number for it")
     return value
 
@@ -215,7 +216,7 @@ def _tokens(content: dict[str, Any]) -> tuple[int, ...]:
     wanted = content.get("trainable_token_indices") or []
     if isinstance(wanted, dict) and len(wanted) == 1:
         (wanted,) = wanted.values()
-    if not isinstance(wanted, list) or not all(isinstance(token, int) for token in wanted):
+    if not isinstance(wanted, list) or not all(type(token) is int for token in wanted):
         raise _bad(f"its adapter_config.json has trainable_token_indices={wanted!r:.80}, and one list is supported")
     return tuple(wanted)
 

@@ -31,7 +31,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def forward_block(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A block's `forward`; in a checkpointed pack under autograd, one that keeps nothing but its inputs.
 
     A backward has no running pack, and on a GPU a thread of its own: so it is told which one the block belongs to.
@@ -62,6 +62,7 @@ class ActivationMemory:
         numbers = sum(size for linear in linears.values() for size in _weight_shape(linear))
         self.bytes_per_token = MARGIN * numbers * item_bytes
         self._is_shown = False
+        self._too_many_tokens: int | None = None  # once ran out of memory
         self._peak_bytes = 0
 
     @property
@@ -72,13 +73,18 @@ class ActivationMemory:
         """Whether a tick of so many tokens has to compute its blocks again."""
         if not self._measures:
             return self.mode == "always"
+        if self._too_many_tokens is not None and num_tokens >= self._too_many_tokens:
+            return True
         return num_tokens * self.bytes_per_token > USABLE * _free_bytes(self._device)
 
     def gives_way(self, num_tokens: int) -> bool:
-        """After memory ran out in a tick that wasn't checkpointed: whether one of so many tokens is from now on."""
+        """After memory ran out in a tick that wasn't checkpointed: whether one of so many tokens is from now on.
+
+        What is free says nothing here, for the error still holds the activations of the tick.
+        """
         if not self._measures:
             return False
-        self.bytes_per_token = max(self.bytes_per_token, 1.01 * USABLE * _free_bytes(self._device) / num_tokens)
+        self._too_many_tokens = num_tokens
         return True
 
     @contextmanager

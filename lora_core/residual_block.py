@@ -26,7 +26,7 @@ def faster_blocks(model: nn.Module, norms: Sequence[nn.Module]) -> list[tuple[nn
     """The blocks of `model` that can be replaced, and the forward of each; `norms` are those that can."""
     known = set(map(id, norms))
     found = [module for module in model.modules() if _is_block(module, known)]
-    return [(module, partial(forward_block, module)) for module in found if _agrees(module)]
+    return [(module, partial(forward_residual, module)) for module in found if _agrees(module)]
 
 
 def _is_block(module: nn.Module, norms: set[int]) -> bool:
@@ -56,7 +56,7 @@ def _stand_ins(block: nn.Module) -> Iterator[None]:
         del attention.forward, mlp.forward
 
 
-def forward_block(block: nn.Module, hidden_states: Tensor, *others: Any, **options: Any) -> Any:
+def forward_residual(block: nn.Module, hidden_states: Tensor, *others: Any, **options: Any) -> Any:
     if current_pack() is None or others:  # by place, it isn't known what is for the attention
         return type(block).forward(block, hidden_states, *others, **options)
     return _forward(block, hidden_states, **options)

@@ -7,7 +7,7 @@ them all, and the others take theirs from the pass. Letters: T tokens, t of a se
 sum of ranks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from lora_core.lora_linear import (
     add_lora,
     add_lora_gradients,
     add_through_dropout,
+    pieces_of,
     received_by_lora,
     through_weight,
 )
@@ -109,19 +110,7 @@ def shares_of(pack: Pack, modules: tuple[str, ...]) -> Shares:
             alone.append(segment)
         else:
             joint.append(JointPiece(start=segment.start, stop=segment.stop, joint=views))
-    return Shares(joint=tuple(joint), single=tuple(tuple(_pieces(alone, module)) for module in modules))
-
-
-def _pieces(segments: list[Segment], module: str) -> Iterator[Piece]:
-    for segment in segments:
-        if module in segment.row.sites:
-            yield Piece(
-                start=segment.start,
-                stop=segment.stop,
-                views=segment.row.sites[module],
-                module=module,
-                dropout=segment.dropout,
-            )
+    return Shares(joint=tuple(joint), single=tuple(pieces_of(alone, module) for module in modules))
 
 
 class PackedSiblings(torch.autograd.Function):

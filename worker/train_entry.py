@@ -26,7 +26,7 @@ from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
-from lora_core.generate import Prompts
+from lora_core.generate import Prompts, check_prompts
 from lora_core.memory_shortage import shortage_of
 from worker.base_text import BaseText
 from worker.chat_template import Refused
@@ -199,7 +199,7 @@ class Trainer:
         self._text = self._text or BaseText(Path(self._settings["base_dir"]))
         try:
             asked = ask(self._text, samples, as_chat=body["asks_as_chat"])
-            self._engine.generation({claim_id: _prompts(asked)})
+            check_prompts(_prompts(asked), self._engine.base)
         except LoraCoreError as error:
             self._refuse(claim_id, error)
             return False

@@ -52,7 +52,7 @@ class Jobs:
     ) -> Job:
         """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job.
 
-        hyperparameters: of the method, "supervised" where none is named; the others learn from pairs. parent_adapter:
+        hyperparameters: of the method, "supervised" where none is named; the others compare answers. parent_adapter:
         id or name of one to continue. extra_body: fields of the body as they go over the wire, for a service newer than
         this client, in place of the arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
         """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from catalog.memory import JOB_TOKENS, TICK_TOKENS
+from catalog.methods import MethodType, compares_with_start
 from catalog.spec import JobRequest, JobSpec, resolve
 from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
 from lora_core.optim import learning_rate_at
@@ -174,3 +176,8 @@ def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_w
 def test_every_core_of_a_cpu_is_a_lane_and_a_gpu_has_one() -> None:
     assert engine_config("cpu", num_threads=3).num_lanes == 3
     assert engine_config("cuda:0", num_threads=3).num_lanes == 1
+
+
+@pytest.mark.parametrize("method", get_args(MethodType))
+def test_the_catalog_counts_a_parent_for_whatever_the_engine_compares_with_it(method: MethodType) -> None:
+    assert compares_with_start(method) == ObjectiveConfig(kind=method).needs_reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,27 @@ def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
     assert [event["type"] for event in said(directory)] == ["memory", "memory", "refused"]
+
+
+def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[object] = []
+    monkeypatch.setattr(train_entry, "BaseText", lambda _: None)
+    monkeypatch.setattr(train_entry, "ask", lambda *_, **__: "asked")
+    monkeypatch.setattr(train_entry, "_prompts", lambda asked: asked)
+    monkeypatch.setattr(train_entry, "check_prompts", lambda prompts, base: checked.append((prompts, base)))
+    trainer._engine = SimpleNamespace(base="base")  # pyright: ignore[reportAttributeAccessIssue]
+    evaluation = {"samples": {"prompts": ["What?"]}}
+    request = JobRequest.model_validate(
+        {"model": "tiny", "training_file": "file-1", "validation_file": "file-2", "evaluation": evaluation}
+    )
+    spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
+
+    assert trainer._asks("claim-1", {**body(), "spec": spec, "asks_as_chat": True})
+
+    assert checked == [("asked", "base")]
+    assert trainer._residents["claim-1"].asked == "asked"
 
 
 def test_a_data_set_that_does_not_fit_is_told_as_such(
