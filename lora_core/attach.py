@@ -7,7 +7,7 @@ it did before.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from lora_core.adapters import Target
 from lora_core.blocks import find_blocks, pass_block
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
+from lora_core.exact_products import ExactProducts, own_forward
 from lora_core.fused import fused_parts
 from lora_core.kernels import Kernels, choose_kernels
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
@@ -32,7 +33,6 @@ from lora_core.recompute import blocks_of, checkpointed
 from lora_core.residual_block import faster_blocks
 from lora_core.rms_norm import faster_norms
 from lora_core.rotary import faster_rotations
-from lora_core.row_blocks import both_ways, forward_in_blocks, needed_row_block
 from lora_core.segment_op import SegmentOp
 from lora_core.sibling_linears import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.swiglu import faster_mlps
@@ -128,7 +128,7 @@ class Attachment:
         self.linears = find_linears(model)
         self.kernels = kernels or replace(
             choose_kernels(model.device, model.dtype),
-            row_block=_row_block(model, self.linears) if exact_products else None,
+            exact_products=ExactProducts() if exact_products and model.device.type == "cpu" else None,
         )
         for reason in self.kernels.reasons:
             LOGGER.warning("%s", reason)
@@ -181,24 +181,6 @@ class Attachment:
             self._attach()
 
 
-def _row_block(model: PreTrainedModel, linears: dict[str, nn.Module]) -> int | None:
-    """Asks one linear of each shape, and the head."""
-    if model.device.type != "cpu":
-        return None
-    of_shapes = {(type(linear), target_of("", linear)): linear for linear in linears.values()}
-    return needed_row_block(_products(model, of_shapes.values()), model.dtype)
-
-
-def _products(model: PreTrainedModel, linears: Iterable[nn.Module]) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
-    head = model.get_output_embeddings()
-    for linear in [*linears, *([] if head is None else [head])]:
-        plain = plain_weight(linear)
-        if plain is not None:
-            yield from both_ways(plain.weight_OD)
-        else:
-            yield partial(type(linear).forward, linear), target_of("", linear).in_features
-
-
 def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """Norms, gated MLPs and whole blocks that this device computes in fewer passes over memory; a block comes after its
     parts."""
@@ -223,7 +205,7 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: Seg
     if plain is not None:
         y_TO = PackedLinear.apply(x_TD, anchor if every else None, plain, pieces, runs)
     else:
-        y_TO = forward_in_blocks(partial(type(linear).forward, linear), x_TD, current_kernels().row_block)
+        y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().exact_products)
         y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces, runs) if every else y_TO
     return y_TO.view(*x.shape[:-1], -1)
 

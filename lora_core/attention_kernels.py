@@ -9,7 +9,7 @@ as to compute it: so arrays are flat here, and indices unsigned.
 import numpy as np
 from numba.extending import register_jitable
 
-from lora_core.compiled import compiled, exponential, in_order, narrowed, of_order, widened
+from lora_core.compiled import compiled, copied, exponential, in_order, narrowed, of_order, widened
 
 COLUMNS = 16
 """Rows of scores are computed up to a multiple of this, so that vectors are filled."""
@@ -119,7 +119,7 @@ def to_heads(source, first, token_stride, head_stride, num_tokens, num_rows, num
         s, h = r // num_groups, k * num_groups + r % num_groups
         start = np.uint64(row * size)
         if s < num_tokens:
-            _copy(source, np.uint64(first + s * token_stride + h * head_stride), heads, start, np.uint64(size))
+            copied(source, np.uint64(first + s * token_stride + h * head_stride), heads, start, np.uint64(size))
         else:
             _fill(heads, start, start + np.uint64(size), 0)
 
@@ -133,10 +133,4 @@ def from_heads(heads, num_rows, num_groups, size, target):
         s, h = r // num_groups, k * num_groups + r % num_groups
         start = (s * num_key_heads * num_groups + h) * size
         if start < target.size:
-            _copy(heads, np.uint64(row * size), target, np.uint64(start), np.uint64(size))
-
-
-@register_jitable
-def _copy(source, start, target, first, count):
-    for e in range(count):
-        target[first + e] = source[start + e]
+            copied(heads, np.uint64(row * size), target, np.uint64(start), np.uint64(size))

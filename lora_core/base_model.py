@@ -79,7 +79,7 @@ class BaseModel:
             bias_V=getattr(output, "bias", None),
             multiplier=multiplier,
             softcap=getattr(config, "final_logit_softcapping", None),
-            row_block=self.kernels.row_block,
+            exact=self.kernels.exact_products,
         )
 
     @contextmanager

@@ -21,10 +21,12 @@ class Blocks:
     path: str = ""
     modules: tuple[nn.Module, ...] = ()
 
+    def holds(self, module: str) -> bool:
+        return bool(self.modules) and module.startswith(f"{self.path}.")
+
     def number_of(self, module: str) -> int:
         """Of the block that a module is in; 0 for one that is in none, as if it were in the lowest."""
-        within = module.removeprefix(f"{self.path}.")
-        return int(within.partition(".")[0]) if self.modules and within != module else 0
+        return int(module.removeprefix(f"{self.path}.").partition(".")[0]) if self.holds(module) else 0
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:

@@ -118,6 +118,13 @@ def _narrowed(number, like):
 
 
 @register_jitable
+def copied(source: Any, start: Any, target: Any, first: Any, count: Any) -> None:
+    """`count` elements of a flat array from `start` on to those of another from `first` on."""
+    for e in range(count):
+        target[first + e] = source[start + e]
+
+
+@register_jitable
 def exponential(x: Any) -> Any:
     """e^x in fp32 to five units in the last place (Cephes' expf): 0 below the smallest normal number, infinite
     from 88.38 on."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core.rms_norm_parts import eps_of
+from lora_core.model_parts import eps_of, is_gated_mlp
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -45,16 +45,9 @@ def fused_parts(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
         eps = eps_of(module)
         if eps is not None:
             found.append((module, partial(_norm, module, eps)))
-        elif _is_gated(module):
+        elif is_gated_mlp(module):
             found.append((module, partial(_feed_forward, module)))
     return [(module, forward) for module, forward in found if _agrees(module, forward)]
-
-
-def _is_gated(module: nn.Module) -> bool:
-    """Of the form down(silu(gate(x)) · up(x))."""
-    names = [name for name, _ in module.named_children()]
-    is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    return is_silu and sorted(names) == ["act_fn", "down_proj", "gate_proj", "up_proj"]
 
 
 @torch.no_grad()

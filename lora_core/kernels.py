@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from lora_core.exact_products import ExactProducts
 from lora_core.fused import why_not
 
 AMPERE, HOPPER = (8, 0), (9, 0)
@@ -26,8 +27,8 @@ class Kernels:
     sequence by sequence (attention.py) or all in one launch, where that kernel fits (varlen.py). `elementwise`: norms
     and gated activations, as attach.py finds them for a CPU, or each compiled into one (fused.py).
 
-    `row_block`: the rows of each product over the tokens of several jobs, where one's bits depend on that number
-    (row_blocks.py); None where they don't, and on a GPU.
+    `exact_products`: what keeps the bits of products over the tokens of several jobs from depending on their number of
+    rows (exact_products.py); None on a GPU, and for an engine that is told to do without.
 
     `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
     """
@@ -35,7 +36,7 @@ class Kernels:
     lora: Literal["loop", "grouped_mm"] = "loop"
     attention: Literal["sequences", "varlen"] = "sequences"
     elementwise: Literal["eager", "compiled"] = "eager"
-    row_block: int | None = None
+    exact_products: ExactProducts | None = None
     reasons: tuple[str, ...] = ()
 
 

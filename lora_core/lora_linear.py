@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_core import row_blocks
+from lora_core import exact_products
 from lora_core.adapters import SiteViews
 from lora_core.dora import MagnitudeBranch, add_magnitude, add_magnitude_gradient
+from lora_core.exact_products import ExactProducts
 from lora_core.pack import DropoutKey, Segment, current_kernels
 from lora_core.segment_op import Run
 
@@ -132,13 +133,13 @@ def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece,
 def input_gradient(  # noqa: PLR0917
     dy_TO: Tensor,
     weight_OD: Tensor,
-    row_block: int | None,
+    exact: ExactProducts | None,
     received: list[Tensor],
     branches: list[Branch],
     pieces: tuple[Piece, ...],
 ) -> Tensor:
     """dx through the frozen weight."""
-    dx_TD = row_blocks.times(through_weight(dy_TO, received, branches, pieces), weight_OD, row_block)
+    dx_TD = exact_products.times(through_weight(dy_TO, received, branches, pieces), weight_OD, exact)
     add_through_dropout(dx_TD, dy_TO, weight_OD, received, branches, pieces)
     return dx_TD
 
@@ -197,8 +198,8 @@ class PackedLinear(torch.autograd.Function):
         pieces: tuple[Piece, ...],
         runs: tuple[Run, ...] = (),
     ):
-        ctx.row_block = current_kernels().row_block
-        y_TO = row_blocks.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.row_block)
+        ctx.exact = current_kernels().exact_products
+        y_TO = exact_products.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
         ctx.hidden = [run.add(y_TO, x_TD) for run in runs]
@@ -212,7 +213,7 @@ class PackedLinear(torch.autograd.Function):
         received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
         dx_TD = None
         if ctx.needs_input_grad[0]:
-            dx_TD = input_gradient(dy_TO, ctx.weight_OD, ctx.row_block, received, ctx.branches, ctx.pieces)
+            dx_TD = input_gradient(dy_TO, ctx.weight_OD, ctx.exact, received, ctx.branches, ctx.pieces)
         if ctx.pieces or ctx.runs:
             (x_TD,) = ctx.saved_tensors
             add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)

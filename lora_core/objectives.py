@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core import row_blocks
+from lora_core import exact_products
+from lora_core.exact_products import ExactProducts
 from lora_core.label_scores import score_rows
 
 CHUNK_LABELS = 256
@@ -19,13 +20,13 @@ LABEL_MULTIPLE = 32  # rows of a chunk, so that exp and tanh take vector code up
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b). `row_block`: see row_blocks.py."""
+    """logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b). `exact`: see exact_products.py."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
     multiplier: float = 1.0
     softcap: float | None = None
-    row_block: int | None = None
+    exact: ExactProducts | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -42,7 +43,7 @@ class Head:
         return z_CV
 
     def product(self, h_CD: Tensor) -> Tensor:
-        return row_blocks.linear(h_CD, self.weight_VD, self.bias_V, self.row_block)
+        return exact_products.linear(h_CD, self.weight_VD, self.bias_V, self.exact)
 
     def capping_slope(self, logits_CV: Tensor) -> Tensor | None:
         """What capping multiplies a logit's gradient by: d tanh = 1 - tanh². None without capping."""
@@ -58,7 +59,7 @@ class Head:
 
     def product_gradient(self, dz_CV: Tensor, _h_CD: Tensor) -> Tensor:
         """dh [C, D] of `product`. A trained head adds its own gradient to its job's row as well."""
-        return row_blocks.times(dz_CV, self.weight_VD, self.row_block)
+        return exact_products.times(dz_CV, self.weight_VD, self.exact)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,15 +5,16 @@ Whether it is the same bit for bit is a property of kernels, sizes and thread co
 real base model. A model that isn't even close doesn't keep packed sequences apart, and is refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from lora_core.adapters import AdapterRow
-from lora_core.attach import choose_targets
+from lora_core.attach import Attachment, choose_targets
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, ObjectiveConfig
 from lora_core.counter_random import random_words, uniform
@@ -30,6 +31,7 @@ from lora_core.task_pass import placeholder_head
 Invariance = Literal["bitwise", "allclose"]
 LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
 RANKS = (4, 8, 3)
+NUMBERS_OF_A_BLOCK = {"layer_idx", "layer_index", "layer_number"}
 GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASSES)
 
 
@@ -65,6 +67,40 @@ def _train_each(
     parts = split(sizes, num_lanes=lanes.count)
     found = zip(parts, lanes.run(compute, parts), strict=True)
     return {orders[number]: gradients for lane, done in found for number, gradients in zip(lane, done, strict=True)}
+
+
+def representative_linears(attachment: Attachment) -> dict[str, nn.Module]:
+    """Those of the top blocks that stand for all: one more than hold each kind of block, so that each kind has one
+    above the lowest adapter, through which gradients pass on; and those of no block.
+
+    Every pass goes forward through all blocks all the same. Blocks are of a kind where nothing but their number
+    tells them apart.
+    """
+    blocks = attachment.blocks
+    kinds = [_kind_of(block) for block in blocks.modules]
+    lowest = min((len(kinds) - 1 - kinds[::-1].index(kind) for kind in set(kinds)), default=0) - 1
+    return {
+        name: linear
+        for name, linear in attachment.linears.items()
+        if not blocks.holds(name) or blocks.number_of(name) >= lowest
+    }
+
+
+def _kind_of(block: nn.Module) -> Hashable:
+    """Its modules' classes, sizes and settings."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False)),
+            tuple(sorted((name, value) for name, value in vars(module).items() if _is_setting(name, value))),
+        )
+        for name, module in block.named_modules()
+    )
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return name not in NUMBERS_OF_A_BLOCK and isinstance(value, (bool, int, float, str))
 
 
 def refuse_mixing(base: BaseModel) -> None:
@@ -130,7 +166,7 @@ def _unpackable(base: BaseModel, reason: str) -> UnsupportedModel:
 def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
     assert base.attachment is not None
     lora = LoraConfig(rank=RANKS[index], alpha=8)
-    targets = choose_targets(base.attachment.linears, lora)
+    targets = choose_targets(representative_linears(base.attachment), lora)
     row = AdapterRow(targets, lora, dtype=base.dtype, device=base.device, trained=placeholder_head(base))
     numbers = uniform("invariance", index, count=row.num_parameters) - 0.5
     row.p.copy_(torch.from_numpy(numbers.astype(np.float32) * 0.05))

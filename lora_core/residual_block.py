@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_core.model_parts import eps_of
 from lora_core.pack import current_pack
 from lora_core.rms_norm import CHECKED_TOKENS, AddRmsNorm, same_numbers
-from lora_core.rms_norm_parts import eps_of
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 

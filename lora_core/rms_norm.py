@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.compiled import array_of, runs_on
+from lora_core.model_parts import eps_of
 from lora_core.norm_kernels import add_rms_norm, rms_norm, rms_norm_backward
 from lora_core.pack import current_pack
-from lora_core.rms_norm_parts import eps_of
 
 CHECKED_TOKENS = 16
 MOST_ROUNDED_APART = 0.01

@@ -8,7 +8,7 @@ unsigned, as in attention_kernels.py.
 import numpy as np
 from numba.extending import register_jitable
 
-from lora_core.compiled import compiled, narrowed, widened
+from lora_core.compiled import compiled, copied, narrowed, widened
 
 
 @compiled
@@ -27,7 +27,7 @@ def rotate(source, token_stride, head_stride, cos, sin, num_tokens, num_heads, s
                 _turn_back(source, start, cos, sin, angle, half, target, first)
             else:
                 _turn(source, start, cos, sin, angle, half, target, first)
-            _copy(source, start + half + half, target, first + half + half, rest)
+            copied(source, start + half + half, target, first + half + half, rest)
 
 
 @register_jitable
@@ -51,9 +51,3 @@ def _turn_back(dy, start, cos, sin, angle, half, dx, first):
     for d in range(half):
         low, high = widened(dy[start + d]), widened(dy[start + half + d])
         dx[first + half + d] = narrowed(high * widened(cos[angle + half + d]) - low * widened(sin[angle + d]), dx)
-
-
-@register_jitable
-def _copy(source, start, target, first, count):
-    for e in range(count):
-        target[first + e] = source[start + e]

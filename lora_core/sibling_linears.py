@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_core import row_blocks
+from lora_core import exact_products
 from lora_core.adapters import JointViews
 from lora_core.lora_linear import (
     Piece,
@@ -118,8 +118,8 @@ class PackedSiblings(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, anchor: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
-        ctx.row_block = current_kernels().row_block
-        outputs = [row_blocks.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.row_block) for weight in weights]
+        ctx.exact = current_kernels().exact_products
+        outputs = [exact_products.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
         ctx.weights, ctx.shares = weights, shares
         ctx.hidden = [_add_joint(outputs, x_TD, piece) for piece in shares.joint]
         ctx.branches = [
@@ -174,9 +174,9 @@ def _input_gradient(ctx, gradients: list[Tensor], received: list[list[Tensor]]) 
     for dy_TO, weight, of_linear, branches, pieces in parts:
         through_TO = through_weight(dy_TO, of_linear, branches, pieces)
         if dx_TD is None:
-            dx_TD = row_blocks.times(through_TO, weight.weight_OD, ctx.row_block)
+            dx_TD = exact_products.times(through_TO, weight.weight_OD, ctx.exact)
         else:
-            row_blocks.add_times(dx_TD, through_TO, weight.weight_OD, ctx.row_block)
+            exact_products.add_times(dx_TD, through_TO, weight.weight_OD, ctx.exact)
     assert dx_TD is not None
     for dy_TO, weight, of_linear, branches, pieces in parts:
         add_through_dropout(dx_TD, dy_TO, weight.weight_OD, of_linear, branches, pieces)

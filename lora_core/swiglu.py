@@ -14,25 +14,21 @@ from torch import Tensor, nn
 
 from lora_core.compiled import array_of, runs_on
 from lora_core.gate_kernels import swiglu, swiglu_backward
+from lora_core.model_parts import is_gated_mlp
 from lora_core.pack import current_pack
 from lora_core.rms_norm import CHECKED_TOKENS, same_numbers
-
-PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
     """The MLPs of `model` that can be replaced, and the forward of each. One of each class is asked."""
-    found = [module for module in model.modules() if _is_gated(module)]
+    found = [module for module in model.modules() if _is_ours(module)]
     asked = {type(module): _agrees(module) for module in reversed(found)}
     return [(module, partial(forward_mlp, module)) for module in found if asked[type(module)]]
 
 
-def _is_gated(module: nn.Module) -> bool:
-    parts = dict(module.named_children())
-    if set(parts) != PARTS or type(parts["act_fn"]).__name__ not in ("SiLU", "SiLUActivation"):
-        return False
-    linears = [part for name, part in parts.items() if name != "act_fn"]
-    return all(type(linear) is nn.Linear and runs_on(linear.weight) for linear in linears)
+def _is_ours(module: nn.Module) -> bool:
+    linears = [module.gate_proj, module.up_proj, module.down_proj] if is_gated_mlp(module) else []
+    return bool(linears) and all(type(linear) is nn.Linear and runs_on(linear.weight) for linear in linears)
 
 
 @torch.no_grad()

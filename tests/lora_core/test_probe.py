@@ -4,11 +4,22 @@ import gc
 
 import pytest
 import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from lora_core import pack, probe
+from lora_core.attach import Attachment
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
+from lora_core.module_names import layer_of
 
 
 @pytest.fixture
@@ -84,3 +95,45 @@ def tensor_bytes() -> int:
     gc.collect()
     living = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in living}.values())
+
+
+def test_a_probe_adapts_a_block_of_each_kind_and_one_below_it():
+    alike = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=6))
+    unlike = Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, num_hidden_layers=8, layer_types=["sliding_attention"] * 3 + KINDS)
+    )
+
+    adapted = {model: {layer_of(name) for name in representative(model)} for model in (alike, unlike)}
+
+    assert adapted == {alike: {4, 5}, unlike: {4, 5, 6, 7}}
+
+
+def test_a_probe_adapts_linears_that_are_in_no_block():
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=64,
+            ffn_dim=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+        )
+    )
+
+    assert {layer_of(name) for name in representative(model)} == {None, 2, 3}
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+KINDS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+
+
+def representative(model: PreTrainedModel) -> list[str]:
+    return list(probe.representative_linears(Attachment(model)))

@@ -1,0 +1,190 @@
+# pyright: basic
+"""Products in which a row has the same bits whatever the number of rows, also where the CPU's own ones do not.
+
+How a kernel sums a row may follow from the number of rows: with AMX that of bf16 does at many sizes, and below 16 rows
+most do. In a product of a fixed number of rows each row has the same bits wherever it stands and whatever the others
+hold. So the bits of blocks of ROW_BLOCK rows, the last one filled up with zeros, are what every product over the
+tokens of several jobs must give; and each number of rows, when a product first has it, is tried: it is computed at
+once where that gives these bits, and else in the fewest pieces that do. Letters: T rows, K summed, N columns.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROW_BLOCK = 256
+WIDTHS = (1024, 512)
+"""Of pieces that are tried before blocks: of 1,024 rows, blocks took 1.4 to 2.2 times the time of one product."""
+FEWEST_ROWS = 16
+"""Fewer are filled up without a trial: most kernels sum them in another way, and a trial of so few may miss it."""
+PATTERN = 8191
+"""Numbers that a trial repeats: a prime, so that no two of its rows are alike."""
+OCTAVES = 20
+"""By which they differ in size: rounding then loses many of their bits, others in every order of summing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """By a matrix [K, N], as kernels tell it from others: all but the number of rows."""
+
+    operation: Literal["mm", "addmm", "addmm_"]
+    shape: tuple[int, int]
+    stride: tuple[int, int]
+    dtype: torch.dtype
+
+    def compute(self, x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor) -> None:
+        """Writes y, or adds to it."""
+        if self.operation == "addmm_":
+            y_TN.addmm_(x_TK, matrix_KN)
+        elif bias_N is None:
+            torch.mm(x_TK, matrix_KN, out=y_TN)
+        else:
+            torch.addmm(bias_N, x_TK, matrix_KN, out=y_TN)
+
+    def gives_the_bits_of_blocks(self, num_rows: int, row_block: int) -> bool:
+        """Each row sums the same numbers with either sign, so that all of the result is the rounding of its order."""
+        num_summed, num_columns = self.shape
+        x_TK, y_TN = _cancelling(num_rows, num_summed, self.dtype), _numbers(num_rows, num_columns, self.dtype)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        matrix_KN = torch.ones(span, dtype=self.dtype).as_strided(self.shape, self.stride)
+        bias_N = torch.zeros(num_columns, dtype=self.dtype) if self.operation == "addmm" else None
+        at_once_TN, in_blocks_TN = y_TN.clone(), y_TN.flip(0)
+        self.compute(x_TK, matrix_KN, bias_N, at_once_TN)
+        blocks = (row_block,) * -(-num_rows // row_block)
+        self.in_pieces(blocks, x_TK.flip(0), matrix_KN, bias_N, in_blocks_TN)
+        return torch.equal(at_once_TN, in_blocks_TN.flip(0))
+
+    def in_pieces(
+        self, sizes: tuple[int, ...], x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor
+    ) -> None:
+        """`sizes`: rows of each; the last may be more than are left, and is filled up. Pieces of y are contiguous."""
+        start = 0
+        for size in sizes:
+            x, y = x_TK[start : start + size], y_TN[start : start + size]
+            if len(x) == size:
+                self.compute(x, matrix_KN, bias_N, y)
+            else:
+                filler = (0, 0, 0, size - len(x))
+                filled = F.pad(y, filler)
+                self.compute(F.pad(x, filler), matrix_KN, bias_N, filled)
+                y.copy_(filled[: len(y)])
+            start += size
+
+
+class ExactProducts:
+    """Remembers which numbers of rows give the bits of blocks. Lanes share it: what two of them try, both find."""
+
+    def __init__(self, row_block: int = ROW_BLOCK) -> None:
+        self.row_block = row_block
+        self._is_exact: dict[tuple[Product, int, int], bool] = {}
+        self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
+
+    def run(
+        self,
+        operation: Literal["mm", "addmm", "addmm_"],
+        x_TK: Tensor,
+        matrix_KN: Tensor,
+        bias_N: Tensor | None,
+        y_TN: Tensor,
+    ) -> None:
+        product = product_of(operation, matrix_KN)
+        product.in_pieces(self.pieces((product,), len(x_TK)), x_TK.contiguous(), matrix_KN, bias_N, y_TN)
+
+    def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
+        """The rows of each piece in which all these products give the bits of blocks; the last may be too many."""
+        asked = (products, num_rows, torch.get_num_threads())
+        found = self._pieces.get(asked)
+        if found is None:
+            found = self._pieces[asked] = self._divided(products, num_rows)
+        return found
+
+    def _divided(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
+        for width in (num_rows, *(width for width in (*WIDTHS, self.row_block) if width < num_rows)):
+            sizes = _cut(num_rows, width)
+            if all(self._keeps_its_bits(product, size) for product in products for size in dict.fromkeys(sizes)):
+                return sizes
+        return (self.row_block,) * -(-num_rows // self.row_block)
+
+    def _keeps_its_bits(self, product: Product, num_rows: int) -> bool:
+        if num_rows == self.row_block or num_rows < FEWEST_ROWS:
+            return num_rows == self.row_block
+        asked = (product, num_rows, torch.get_num_threads())
+        if asked not in self._is_exact:
+            self._is_exact[asked] = product.gives_the_bits_of_blocks(num_rows, self.row_block)
+        return self._is_exact[asked]
+
+
+def product_of(operation: Literal["mm", "addmm", "addmm_"], matrix_KN: Tensor) -> Product:
+    rows, columns = matrix_KN.shape
+    return Product(operation, (rows, columns), matrix_KN.stride(), matrix_KN.dtype)  # pyright: ignore
+
+
+def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, exact: ExactProducts | None) -> Tensor:
+    """x Wᵀ + b. Not for autograd."""
+    if exact is None:
+        return F.linear(x_TK, weight_NK, bias_N)
+    y_TN = x_TK.new_empty(len(x_TK), len(weight_NK))
+    exact.run("mm" if bias_N is None else "addmm", x_TK, weight_NK.T, bias_N, y_TN)
+    return y_TN
+
+
+def times(x_TK: Tensor, matrix_KN: Tensor, exact: ExactProducts | None) -> Tensor:
+    """x M. Not for autograd."""
+    if exact is None:
+        return x_TK @ matrix_KN
+    y_TN = x_TK.new_empty(len(x_TK), matrix_KN.shape[1])
+    exact.run("mm", x_TK, matrix_KN, None, y_TN)
+    return y_TN
+
+
+def add_times(y_TN: Tensor, x_TK: Tensor, matrix_KN: Tensor, exact: ExactProducts | None) -> Tensor:
+    """y += x M, in place."""
+    if exact is None:
+        return y_TN.addmm_(x_TK, matrix_KN)
+    exact.run("addmm_", x_TK, matrix_KN, None, y_TN)
+    return y_TN
+
+
+def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProducts | None) -> Tensor:
+    """Of a linear whose class has a forward of its own, which autograd may follow. It is taken to end in the plain
+    products of its size, as those do that restore quantised or sharded weights; the engine's probe has the last word.
+    """
+    if exact is None:
+        return type(linear).forward(linear, x_TK)
+    num_rows, num_summed = x_TK.shape
+    forth = Product("mm", (num_summed, num_columns), (1, num_summed), x_TK.dtype)
+    back = Product("mm", (num_columns, num_summed), (num_summed, 1), x_TK.dtype)
+    sizes = exact.pieces((forth, back), num_rows)
+    filled = F.pad(x_TK, (0, 0, 0, sum(sizes) - num_rows))
+    return torch.cat([type(linear).forward(linear, part) for part in filled.split(list(sizes))])[:num_rows]
+
+
+def _cut(num_rows: int, width: int) -> tuple[int, ...]:
+    whole, rest = divmod(num_rows, width)
+    return (width,) * whole + ((rest,) if rest else ())
+
+
+def _cancelling(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns], each row of numbers and of their negatives in another order."""
+    half = num_columns // 2
+    numbers = _numbers(num_rows, half, dtype)
+    return F.pad(torch.cat([numbers, -numbers.roll(half // 3, 1)], dim=1), (0, num_columns - 2 * half))
+
+
+def _numbers(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns] of either sign, of the sizes of OCTAVES."""
+    return (
+        _pattern(dtype)
+        .repeat(-(-num_rows * num_columns // PATTERN))[: num_rows * num_columns]
+        .view(num_rows, num_columns)
+    )
+
+
+@cache
+def _pattern(dtype: torch.dtype) -> Tensor:
+    steps = torch.arange(PATTERN, dtype=torch.float64)
+    return (torch.sin(steps**2) * 2 ** (steps * 7 % OCTAVES)).to(dtype)

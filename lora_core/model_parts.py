@@ -1,0 +1,20 @@
+# pyright: basic
+"""How parts of a model are known for what they are: by the names of classes and of their own parts."""
+
+from torch import nn
+
+
+def eps_of(module: nn.Module) -> float | None:
+    """Of an RMSNorm; None for whatever isn't one with one weight."""
+    if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = next(module.parameters())
+    return eps if isinstance(eps, float) and weight.ndim == 1 else None
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Of the form down(silu(gate(x)) · up(x)), of linears of any kind."""
+    names = [name for name, _ in module.named_children()]
+    is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    return is_silu and sorted(names) == ["act_fn", "down_proj", "gate_proj", "up_proj"]
