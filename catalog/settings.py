@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     )
 
     exact_products: bool = Field(
-        default=True, description="On a CPU with AMX: have bf16 products that packmates can't change, a fifth slower."
+        default=True, description="On a CPU with AMX: have bf16 products that packmates can't change, a tenth slower."
     )
 
     def resolved_database_url(self) -> str:

@@ -17,7 +17,8 @@ from lora_core.adapters import AdapterRow
 
 @dataclass(kw_only=True, slots=True)
 class SliceGradients:
-    """Lends a twin of `row` to each slice but the first. There are as many as slices in the widest tick so far."""
+    """Lends a twin of `row` to each slice but the first. An idle one keeps its views and none of its memory: there
+    are as many as slices in the widest tick so far, and a resident job that is not in the tick pays for none."""
 
     row: AdapterRow
     lent: dict[int, AdapterRow] = field(default_factory=dict)
@@ -28,7 +29,7 @@ class SliceGradients:
         if slice_index == 0:
             return self.row
         if slice_index not in self.lent:
-            self.lent[slice_index] = self.idle.pop() if self.idle else with_own_gradient(self.row)
+            self.lent[slice_index] = _filled(self.idle.pop()) if self.idle else with_own_gradient(self.row)
         return self.lent[slice_index]
 
     def collect(self, slice_index: int) -> None:
@@ -36,7 +37,7 @@ class SliceGradients:
         twin = self.lent.pop(slice_index, None)
         if twin is not None:
             self.row.g.add_(twin.g)
-            twin.g.zero_()
+            twin.g.untyped_storage().resize_(0)
             self.idle.append(twin)
 
     def drop(self) -> None:
@@ -47,7 +48,13 @@ class SliceGradients:
 
     @property
     def num_bytes(self) -> int:
-        return sum(twin.g.nbytes for twin in (*self.lent.values(), *self.idle))
+        return sum(twin.g.untyped_storage().nbytes() for twin in (*self.lent.values(), *self.idle))
+
+
+def _filled(twin: AdapterRow) -> AdapterRow:
+    twin.g.untyped_storage().resize_(twin.g.nbytes)
+    twin.g.zero_()
+    return twin
 
 
 def with_own_gradient(row: AdapterRow) -> AdapterRow:

@@ -62,9 +62,14 @@ def test_gradients_of_slices_add_up_in_their_order_and_leave_their_vectors_empty
 
     assert torch.all(row.sites["a"].grad_b_OR == ((parts[0] + parts[2]) + 1.0))
     assert torch.all(row.sites["a"].grad_a_RD == 0)
-    assert gradients.row_of(1).sites["a"].a_RD.data_ptr() == row.sites["a"].a_RD.data_ptr()
-    assert not gradients.row_of(1).g.any()
-    assert gradients.num_bytes == 3 * row.g.nbytes
+    assert gradients.num_bytes == 0
+
+    again = gradients.row_of(1)
+    assert again.sites["a"].a_RD.data_ptr() == row.sites["a"].a_RD.data_ptr()
+    assert not again.g.any()
+    again.sites["a"].grad_b_OR.fill_(2.0)
+    assert again.g.sum() == 2.0 * 8
+    assert gradients.num_bytes == row.g.nbytes
 
     gradients.drop()
     assert gradients.num_bytes == 0
