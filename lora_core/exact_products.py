@@ -1,11 +1,10 @@
 # pyright: basic
 """Products in which a row has the same bits whatever the number of rows, also where the CPU's own ones do not.
 
-How a kernel sums a row may follow from the number of rows: with AMX that of bf16 does at many sizes, and below 16 rows
-most do. In a product of a fixed number of rows each row has the same bits wherever it stands and whatever the others
-hold. So the bits of blocks of ROW_BLOCK rows, the last one filled up with zeros, are what every product over the
-tokens of several jobs must give; and each number of rows, when a product first has it, is tried: it is computed at
-once where that gives these bits, and else in the fewest pieces that do. Letters: T rows, K summed, N columns.
+With AMX a kernel's order of summing follows from the number of rows. In a product of a fixed number each row has the
+same bits wherever it stands. So the bits of blocks of ROW_BLOCK rows, the last filled up with zeros, are what products
+over tokens of several jobs must give. Each number of rows is tried when it first comes: what gives these bits is
+computed at once, anything else in the fewest pieces that do. Letters: T rows, K summed, N columns.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ Letters: N inputs, D features, V vocabulary, K trained tokens.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def evidence(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
     if base.task != "causal-lm" or not trained.tensors:
         return {}
     x_ND = _inputs(base.head().weight_VD)
-    scores_NV = head_of(base.head(), row).product(x_ND)
+    scores_NV = head_of(replace(base.head(), exact=None), row).product(x_ND)  # by the product that PEFT will take
     if trained.modules:
         found[HEAD] = scores_NV
     if trained.token_ids:
