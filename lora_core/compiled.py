@@ -7,6 +7,7 @@ between processes, beside the source or in the user's cache.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -15,6 +16,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
+
+from lora_core.kernel_cache import KernelCache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,10 +28,10 @@ BLOCK = 512
 def compiled(function: Function) -> Function:
     """Without the GIL, for lanes; sums may be reordered within a block, numbers that are not finite stay so."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
-    try:
-        return cast(Function, njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder can be written to: compiled anew in each process
-        return cast(Function, njit(**options)(function))
+    kernel: Any = njit(**options)(function)
+    with suppress(RuntimeError):  # no folder can be written to: compiled anew in each process
+        kernel._cache = KernelCache(function)
+    return cast(Function, kernel)
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
