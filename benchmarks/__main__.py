@@ -7,7 +7,16 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks import eight_jobs, frozen_prefix, host_total, loss_head, pack_scaling, steady_state, warm_start
+from benchmarks import (
+    eight_jobs,
+    frozen_prefix,
+    host_total,
+    loss_head,
+    pack_scaling,
+    steady_state,
+    submission,
+    warm_start,
+)
 from benchmarks.plan import Plan, quick
 from benchmarks.results import Result, print_table, write
 from benchmarks.workload import ROOT, prepare
@@ -15,6 +24,7 @@ from benchmarks.workload import ROOT, prepare
 COMPARISONS = {
     "steady_state": steady_state.run,
     "warm_start": warm_start.run,
+    "submission": submission.run,
     "pack_scaling": pack_scaling.run,
     "loss_head": loss_head.run,
     "frozen_prefix": frozen_prefix.run,
@@ -24,6 +34,7 @@ COMPARISONS = {
 EXPLANATIONS = {
     "steady_state": steady_state.explain,
     "warm_start": warm_start.explain,
+    "submission": submission.explain,
     "eight_jobs": eight_jobs.explain,
 }
 """What shows, where a goal is missed, where the time goes; in a run of its own."""

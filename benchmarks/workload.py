@@ -31,6 +31,8 @@ class Workload:
     data: str
     num_tokens_per_row: float
     vocab_size: int
+    texts: list[tuple[str, str]]
+    """Question and answer of each row, before it became tokens."""
 
 
 def prepare(*, base: Path | None, data: Path | None, folder: Path) -> Workload:
@@ -47,6 +49,7 @@ def prepare(*, base: Path | None, data: Path | None, folder: Path) -> Workload:
         data=data.name if data else "made: additions, subtractions and products in words",
         num_tokens_per_row=float(np.mean([len(ids) for ids, _ in rows])),
         vocab_size=config["vocab_size"],
+        texts=texts[:NUM_ROWS],
     )
 
 

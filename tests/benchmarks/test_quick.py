@@ -12,7 +12,16 @@ import pytest
 from tests import tiny_base
 from tests.architecture.source_files import ROOT
 
-THEMES = ("steady_state", "warm_start", "pack_scaling", "loss_head", "frozen_prefix", "host_total", "eight_jobs")
+THEMES = (
+    "steady_state",
+    "warm_start",
+    "submission",
+    "pack_scaling",
+    "loss_head",
+    "frozen_prefix",
+    "host_total",
+    "eight_jobs",
+)
 
 
 def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(tmp_path: Path) -> None:
@@ -46,6 +55,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
     assert found == set(THEMES)
     for said in (
         "message to admission",
+        "submission to first step, new file",
         "jobs let in",
         "chunked_head, peak",
         "scripts over lorry",

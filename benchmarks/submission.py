@@ -1,0 +1,111 @@
+"""How long a person waits for the first step, through the whole service: from the submission of a job to the moment in
+which its client sees the loss of its first step, with the base resident; for a file that is known and for a new one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.plan import Plan
+from benchmarks.results import Result, median_of
+from benchmarks.workload import ROOT
+from lorry import Lorry
+
+GOAL_SECONDS = 1.0
+LOOK_SECONDS = 0.01
+PATIENCE_SECONDS = 600.0
+STOP_SECONDS = 90.0
+NAME = "base"
+
+
+def run(plan: Plan) -> Result:
+    """The first job loads the base. In turn then: a job on its file, and one on a file that nobody has seen."""
+    result = Result(theme="submission", settings=plan.settings() | {"batch_size": 1, "rows": len(plan.workload.texts)})
+    result.repeats = {"known file": [], "new file": []}
+    with _service(plan.folder) as lorry:
+        lorry.models.add(NAME, str(plan.workload.base), kind="folder")
+        lorry.models.wait(NAME, timeout_seconds=PATIENCE_SECONDS)
+        known = _upload(plan, lorry, 0)
+        result.repeats["first job"] = [_first_step(plan, lorry, known)]
+        for turn in range(plan.repeats):
+            result.repeats["known file"].append(_first_step(plan, lorry, known))
+            result.repeats["new file"].append(_first_step(plan, lorry, _upload(plan, lorry, turn + 1)))
+    result.find("submission to first step, base not loaded", result.repeats["first job"][0]["seconds"], "s")
+    known_seconds = median_of(result.repeats["known file"], "seconds")
+    result.find("submission to first step, known file", known_seconds, "s", at_most=GOAL_SECONDS)
+    result.find("  of which until it trains", median_of(result.repeats["known file"], "running_seconds"), "s")
+    result.find("submission to first step, new file", median_of(result.repeats["new file"], "seconds"), "s")
+    result.find("  of which until it trains", median_of(result.repeats["new file"], "running_seconds"), "s")
+    return result
+
+
+@contextmanager
+def _service(folder: Path) -> Generator[Lorry]:
+    """`lorry up` in a folder of its own, which is told to end at the end."""
+    data_dir, log = folder / "service", folder / "service.log"
+    data_dir.mkdir()
+    argv = [sys.executable, "-m", "lorry", "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+    try:
+        ready = process.stdout.readline() if process.stdout else ""
+        if not ready:
+            raise RuntimeError(f"the service did not start:\n{log.read_text('utf-8', 'replace')}")
+        with Lorry(data_dir=data_dir) as lorry:
+            yield lorry
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _upload(plan: Plan, lorry: Lorry, number: int) -> str:
+    """The plan's rows; of another number, with another first row."""
+    rows = [(f"File {number}?", "A file."), *plan.workload.texts]
+    path = plan.folder / f"rows-{number}.jsonl"
+    lines = (json.dumps({"prompt": question, "completion": f" {answer}"}) for question, answer in rows)
+    path.write_text("\n".join(lines), "utf-8")
+    return lorry.files.upload(path).id
+
+
+def _first_step(plan: Plan, lorry: Lorry, file: str) -> dict[str, float]:
+    """Seconds from the call until the job trains and until its first loss is seen."""
+    started = time.monotonic()
+    job = lorry.jobs.create(
+        model=NAME,
+        training_file=file,
+        max_steps=2,
+        hyperparameters={"batch_size": 1},
+        lora={"rank": plan.rank},
+        precision="bfloat16" if plan.dtype == "bfloat16" else "float32",
+    )
+    running = None
+    while not lorry.jobs.metrics(job.id):
+        shown = lorry.jobs.get(job.id)
+        now = time.monotonic()
+        running = now if running is None and shown.status == "running" else running
+        if shown.is_final or now - started > PATIENCE_SECONDS:
+            raise RuntimeError(f"no step was made: {shown}")
+        time.sleep(LOOK_SECONDS)
+    seconds = time.monotonic() - started
+    lorry.jobs.wait(job.id, timeout_seconds=PATIENCE_SECONDS, poll_seconds=0.1)
+    return {"seconds": seconds, "running_seconds": seconds if running is None else running - started}
+
+
+def explain(_plan: Plan, result: Result) -> None:
+    known, new = (median_of(result.repeats[name], "running_seconds") for name in ("known file", "new file"))
+    result.why.append(
+        f"A job on a known file is claimed after {known:.2f} s, on a new one after {new:.2f}, for a process reads and "
+        "tokenises it first. The rest is the admission and the step itself, of which warm_start tells each, and at most "
+        "0.05 s until the worker hears of the step."
+    )
