@@ -14,6 +14,9 @@ from torch import Tensor
 from lora_core.attention_kernels import COLUMNS, from_heads, score_gradient, to_heads, visible_softmax
 from lora_core.compiled import array_of, flat_memory, runs_on
 
+LONGEST_KEPT = 256
+"""Tokens of a sequence whose weights are kept until the backward; of a longer one they are computed again there. Kept,
+they take S numbers a token and head, which beyond this is more than the linears keep."""
 UNLIMITED = 1 << 30
 """A window that no sequence fills."""
 
@@ -55,7 +58,8 @@ def attend_by_matrices(query: Tensor, key: Tensor, value: Tensor, sight: Sight) 
 
 
 class MatrixAttention(torch.autograd.Function):
-    """softmax(scale · q kᵀ) v of each sequence, softmax in fp32 and rounded once. Saves heads and weights."""
+    """softmax(scale · q kᵀ) v of each sequence, softmax in fp32 and rounded once. Saves heads, and the weights
+    of short sequences."""
 
     @staticmethod
     def forward(ctx, q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, sight: Sight):
@@ -67,10 +71,9 @@ class MatrixAttention(torch.autograd.Function):
             at, columns = {"start": start, "length": length}, -(-length // COLUMNS) * COLUMNS
             q_KRE = queries.by_head(**at, num_rows=length * num_groups, num_groups=num_groups)
             k_KCE, v_KCE = keys.by_head(**at, num_rows=columns), values.by_head(**at, num_rows=columns)
-            weights_KRC = torch.bmm(q_KRE, k_KCE.transpose(1, 2))
-            visible_softmax(_flat(weights_KRC), *_shape(weights_KRC), num_groups, *_seen(sight))
+            weights_KRC = _weights(q_KRE, k_KCE, num_groups, sight)
             _put(torch.bmm(weights_KRC, v_KCE), num_groups, out_THE[start : start + length])
-            saved += [q_KRE, k_KCE, v_KCE, weights_KRC]
+            saved += [q_KRE, k_KCE, v_KCE, weights_KRC if length <= LONGEST_KEPT else None]
             start += length
         ctx.save_for_backward(*saved)
         return out_THE
@@ -88,6 +91,8 @@ class MatrixAttention(torch.autograd.Function):
         received = _rows_of(grad_THE.transpose(0, 1))
         for index, length in enumerate(ctx.sight.lengths):
             q_KRE, k_KCE, v_KCE, weights_KRC = saved[4 * index : 4 * index + 4]
+            if weights_KRC is None:
+                weights_KRC = _weights(q_KRE, k_KCE, num_groups, ctx.sight)
             num_rows = length * num_groups
             do_KRE = received.by_head(start=start, length=length, num_rows=num_rows, num_groups=num_groups)
             ds_KRC = torch.bmm(do_KRE, v_KCE.transpose(1, 2))
@@ -98,6 +103,13 @@ class MatrixAttention(torch.autograd.Function):
             _put(torch.bmm(weights_KRC.transpose(1, 2), do_KRE), 1, dv_SKE)
             start += length
         return *(grad.transpose(0, 1) for grad in grads), None
+
+
+def _weights(q_KRE: Tensor, k_KCE: Tensor, num_groups: int, sight: Sight) -> Tensor:
+    """softmax of scale · q kᵀ [K, R, C] over the keys that each row sees."""
+    weights_KRC = torch.bmm(q_KRE, k_KCE.transpose(1, 2))
+    visible_softmax(_flat(weights_KRC), *_shape(weights_KRC), num_groups, *_seen(sight))
+    return weights_KRC
 
 
 def _rows_of(x_HTE: Tensor) -> Rows:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_core import matrix_attention
 from lora_core.attention import hidden_pairs
 from lora_core.matrix_attention import UNLIMITED, Sight, attend_by_matrices
 
@@ -127,3 +128,29 @@ def test_scores_far_apart_give_weights_of_one_and_nothing():
     output = attend_by_matrices(q, k, v, Sight(lengths=(3,), scale=1.0, causal=True))
 
     assert output[:, 0, 0].tolist() == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_long_sequences_are_computed_again_with_the_same_bits_and_take_no_memory(dtype, monkeypatch):
+    sight = Sight(lengths=(7, 300, 40), scale=0.4, causal=True)
+    tensors = inputs("grouped", 347, dtype)
+
+    recomputed, kept_bytes = with_saved_bytes(tensors, sight)
+    monkeypatch.setattr(matrix_attention, "LONGEST_KEPT", 1 << 20)
+    kept, all_bytes = with_saved_bytes(tensors, sight)
+
+    assert all(torch.equal(one, other) for one, other in zip(recomputed, kept, strict=True))
+    assert all_bytes - kept_bytes == 6 * 300 * 304 * dtype.itemsize
+
+
+def with_saved_bytes(tensors: list[Tensor], sight: Sight) -> tuple[list[Tensor], int]:
+    """Output and gradients, and the bytes that were kept between the two passes."""
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = with_gradients(attend_by_matrices, tensors, sight)
+    return found, sum(kept)
