@@ -1,9 +1,9 @@
 # pyright: basic
 """Makes the linears of a base model serve packs, and takes that back without a trace.
 
-Each linear, each block, and what rms_norm.py, rotary.py, swiglu.py and residual_block.py find, gets its own `forward`
-on the instance: no module is replaced, no name or parameter changes. Outside a running pack each computes exactly what
-it did before.
+Each linear, each block, and what rms_norm.py, rotary.py, longrope.py, swiglu.py and residual_block.py find, gets its
+own `forward` on the instance: no module is replaced, no name or parameter changes. Outside a running pack each computes
+exactly what it did before.
 """
 
 import logging
@@ -26,6 +26,7 @@ from lora_core.errors import NoTargets
 from lora_core.exact_products import ExactProducts, own_forward
 from lora_core.fused import fused_parts
 from lora_core.kernels import Kernels, choose_kernels
+from lora_core.longrope import rotations_by_length
 from lora_core.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.module_names import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.pack import current_kernels, current_pack
@@ -136,7 +137,7 @@ class Attachment:
         self.blocks = find_blocks(model)
         self._siblings = find_siblings(self.linears)
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
-        self._faster = [*_faster_parts(model, self.kernels), *faster_rotations(model)]
+        self._parts = [*_faster_parts(model, self.kernels), *faster_rotations(model), *rotations_by_length(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
@@ -149,7 +150,7 @@ class Attachment:
         for name, siblings in self._siblings.items():
             linear = self.linears[name]
             linear.forward = partial(forward_first, siblings, linear, self.anchor)
-        for module, forward in self._faster:
+        for module, forward in self._parts:
             module.forward = forward
         for block in self._blocks:
             block.forward = partial(checkpointed, block.forward)
@@ -164,7 +165,7 @@ class Attachment:
         )
 
     def detach(self) -> None:
-        patched = [*self.linears.values(), self.model.get_input_embeddings(), *(module for module, _ in self._faster)]
+        patched = [*self.linears.values(), self.model.get_input_embeddings(), *(module for module, _ in self._parts)]
         patched += [*self._blocks, *self.blocks.modules]
         pooler = getattr(self.model.base_model, "pooler", None)
         for module in dict.fromkeys(patched if pooler is None else [*patched, pooler]):

@@ -20,7 +20,7 @@ from lora_core.memory_shortage import shortage_named
 from lora_core.objectives import LABEL_MULTIPLE
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import hidden_states
-from lora_core.trained_heads import head_of, labels_of
+from lora_core.trained_heads import head_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +92,7 @@ class Generation:
         return [answer for answer in self._answers[job] if not answer.is_complete]
 
     def _num_tokens(self, job: str) -> int:
-        return sum(len(answer.prompt) + len(answer.ids) + 1 for answer in self._open(job))
+        return sum(len(answer.prompt) + len(answer.ids) for answer in self._open(job))
 
     def _fitting(self, waiting: Sequence[str]) -> list[str]:
         """The first jobs that fit in one pass; a job's own answers are never parted."""
@@ -107,10 +107,7 @@ class Generation:
 
     @torch.no_grad()
     def _next_tokens(self, jobs: Sequence[str]) -> list[list[int]]:
-        """The likeliest next token of each open answer, by job.
-
-        Each sequence gets a label that nobody reads behind its last token: a pack knows the rows before labels.
-        """
+        """The likeliest next token of each open answer, by job."""
         slices = [
             SliceInput(
                 row=self._asked[job][0],
@@ -121,10 +118,10 @@ class Generation:
             for job in jobs
         ]
         pack = build_pack(slices, device=self._base.device)
-        h_LD = hidden_states(self._base, pack)[pack.label_positions_L]
+        h_SD = hidden_states(self._base, pack)[pack.sequence_bounds_S[1:] - 1]
         found: list[list[int]] = []
         for segment in pack.segments:
-            h_lD = h_LD[labels_of(segment)]
+            h_lD = h_SD[segment.graded.first : segment.graded.last]
             filler = -len(h_lD) % LABEL_MULTIPLE
             logits_lV = head_of(self._base.head(), segment.row).logits(F.pad(h_lD, (0, 0, 0, filler)))
             found.append(logits_lV[: len(h_lD)].argmax(dim=-1).tolist())
@@ -138,10 +135,9 @@ class Generation:
 
 
 def _sequence(answer: _Answer) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.array([*answer.prompt, *answer.ids, 0], dtype=np.int32)
-    mask = np.zeros(len(ids), dtype=np.uint8)
-    mask[-1] = 1
-    return ids, mask
+    """No token more than there is: a base may compute by a sequence's length (longrope.py)."""
+    ids = np.array([*answer.prompt, *answer.ids], dtype=np.int32)
+    return ids, np.zeros(len(ids), dtype=np.uint8)
 
 
 def check_prompts(prompts: Prompts, base: BaseModel) -> None:

@@ -73,7 +73,8 @@ def refuse_code(folder: Path) -> None:
 
 
 def refuse_unpackable(config: Any) -> None:
-    """Experts mix the tokens of jobs; recurrent and convolutional layers carry state across sequences."""
+    """Experts mix the tokens of jobs; recurrent and convolutional layers carry state across sequences, and rotary
+    frequencies of kind 'dynamic' carry it across passes."""
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     if any(getattr(config, name, None) for name in experts):
         raise unpackable(config, "routes tokens to experts")
@@ -81,6 +82,21 @@ def refuse_unpackable(config: Any) -> None:
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - allowed)
     if foreign:
         raise unpackable(config, f"has layers of kind {foreign}")
+    dynamic = [kind for kind in _rotary_kinds(config) if "dynamic" in kind]
+    if dynamic:
+        raise UnsupportedModel(
+            f"Models of type {config.model_type!r} with rope_type {dynamic[0]!r} aren't supported: their rotary "
+            "frequencies depend on the longest sequence of former passes.",
+            remedy="Give a copy with rope_type 'default' in its config.json, which for a Llama-like model computes the "
+            "same up to max_position_embeddings, or choose another model.",
+        )
+
+
+def _rotary_kinds(config: Any) -> list[str]:
+    """Of the whole model, or of each type of layer."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return [str(part.get("rope_type")) for part in parts]
 
 
 def unpackable(config: Any, reason: str) -> UnsupportedModel:

@@ -105,6 +105,7 @@ def test_code_in_the_repository_is_refused(source, tmp_path, name):
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
         ({"model_type": "never_heard_of"}, "can't be read"),
         ({"model_type": "t5"}, "no causal language model"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
     ],
 )
 def test_models_that_cannot_be_trained_here_are_refused(source, tmp_path, changes, reason):
