@@ -18,6 +18,7 @@ FAMILIES = {
     "gpt2": {"n_positions": 256},
     "bert": {},
     "roberta": {"pad_token_id": 1, "max_position_embeddings": 130},
+    "xlm-roberta": {"pad_token_id": 1, "max_position_embeddings": 130},
     "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"},
 }
 
