@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,13 +13,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core.base_model import load_base
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter, UnsupportedModel
 from lora_core.merge import main, merge_adapter
-from lora_core.merge_cost import compare_cost
+from lora_core.merge_cost import Operation, compare_cost, operations
 from tests import tiny_base
 from tests.lora_core.scenarios import Submission, admit, config, dataset
 
@@ -118,14 +120,40 @@ def test_a_merged_model_is_a_whole_folder_and_the_base_is_as_it_was(tied_dir, ad
     assert merged.get_input_embeddings().weight is output.weight
 
 
-def test_a_merged_model_has_the_layers_and_parameters_of_its_base(tied_dir, adapter_of, tmp_path):
-    merge_adapter(adapter_of(tied_dir), tied_dir, tmp_path / "merged")
+def products(done: list[Operation]) -> Counter[Operation]:
+    """How many matrix products there are of each kind and shape."""
+    kinds = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._scaled_dot_product")
+    return Counter(operation for operation in done if operation[0].startswith(kinds))
 
-    cost = compare_cost(tied_dir, tmp_path / "merged", dtype="float32", num_tokens=16, num_passes=2)
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("dtype", "use_dora"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_a_pass_of_a_merged_model_is_its_bases_operation_by_operation(tied_dir, adapter_of, tmp_path, dtype, use_dora):
+    adapter_dir = adapter_of(tied_dir, dtype, use_dora=use_dora)
+    merge_adapter(adapter_dir, tied_dir, tmp_path / "merged", dtype=dtype)
+
+    cost = compare_cost(tied_dir, tmp_path / "merged", dtype=dtype, num_tokens=16, num_passes=1)
 
     assert cost.same_layers
+    assert cost.same_operations
     assert cost.merged_parameters == cost.base_parameters
-    assert cost.base_seconds > 0 < cost.merged_seconds
+    ids = torch.arange(16)[None]
+    plain, merged = (load_base(folder, dtype=dtype, device="cpu").model for folder in (tied_dir, tmp_path / "merged"))
+    of_base = products(operations(plain, ids))
+    assert products(operations(merged, ids)) == of_base
+    adapted = peft.PeftModel.from_pretrained(plain, str(adapter_dir)).eval()
+    assert products(operations(adapted, ids)).total() >= of_base.total() + 2 * 14  # A and B of each linear
+    assert of_base.total() >= 14 + 1  # the head
+
+
+def test_a_wider_model_of_the_same_layers_is_noticed(tied_dir, tmp_path):
+    settings = json.loads((tied_dir / "config.json").read_text()) | {"intermediate_size": 192}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(tmp_path / "wider")
+
+    cost = compare_cost(tied_dir, tmp_path / "wider", dtype="float32", num_tokens=16, num_passes=1)
+
+    assert (cost.same_layers, cost.same_operations) == (True, False)
+    assert cost.merged_parameters > cost.base_parameters
 
 
 def test_an_adapter_of_another_base_is_not_merged(base_dirs, tied_dir, adapter_of, tmp_path):
@@ -234,7 +262,8 @@ def test_merged_equals_adapted_on_a_quantised_real_model(real_gguf, real_base_di
 
     assert report.dequantised
     assert report.max_abs_diff <= report.tolerance
-    assert compare_cost(real_base_dir, tmp_path / "merged", dtype="bfloat16").same_layers
+    cost = compare_cost(real_base_dir, tmp_path / "merged", dtype="bfloat16")
+    assert (cost.same_layers, cost.same_operations) == (True, True)
 
 
 def test_the_command_writes_the_folder_and_says_what_rounding_took(tied_dir, adapter_of, tmp_path, capsys):
@@ -244,6 +273,8 @@ def test_the_command_writes_the_folder_and_says_what_rounding_took(tied_dir, ada
     answer = json.loads(capsys.readouterr().out)
     assert answer["merged"]["max_abs_diff"] <= answer["merged"]["tolerance"]
     assert answer["cost"]["same_layers"] is True
+    assert answer["cost"]["same_operations"] is True
+    assert answer["cost"]["base_seconds"] > 0 < answer["cost"]["merged_seconds"]
 
     assert main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
