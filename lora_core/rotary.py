@@ -9,6 +9,7 @@ Letters: H heads, T tokens, E features of a head, D of them rotated.
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -21,22 +22,32 @@ from lora_core.pack import current_pack
 from lora_core.rotary_kernels import rotate
 
 NAME = "apply_rotary_pos_emb"
-CHECKED_TOKENS, CHECKED_FEATURES = 5, 16
+CHECKED_TOKENS, CHECKED_FEATURES, CHECKED_PART = 5, 16, 6
 
 Rotation = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A family's function, and whether it gives the numbers of ours: for heads that are rotated whole, and in part."""
+
+    original: Rotation
+    whole: bool
+    part: bool
 
 
 def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The attention modules of `model` whose rotation can be replaced, and the forward of each."""
     found = [(module, own) for module in model.modules() if (own := _own_forward(module)) is not None]
-    agreeing: dict[Rotation, bool] = {}
+    asked: dict[tuple[Rotation, torch.dtype], Asked] = {}
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
     for module, own in found:
-        original = own.__globals__[NAME]
-        if original not in agreeing:
-            agreeing[original] = _agrees(original, next(module.parameters()))
-        if agreeing[original]:
-            forwards.append((module, partial(_forward, module, _over_ours(own, original))))
+        original, like = own.__globals__[NAME], next(module.parameters())
+        if (original, like.dtype) not in asked:
+            asked[original, like.dtype] = _ask(original, like)
+        answer = asked[original, like.dtype]
+        if answer.whole or answer.part:
+            forwards.append((module, partial(_forward, module, _over_ours(own, answer))))
     return forwards
 
 
@@ -48,8 +59,8 @@ def _own_forward(module: nn.Module) -> FunctionType | None:
     return own if callable(own.__globals__.get(NAME)) and any(True for _ in module.parameters()) else None
 
 
-def _over_ours(own: FunctionType, original: Rotation) -> FunctionType:
-    names = own.__globals__ | {NAME: partial(_rotated, original)}
+def _over_ours(own: FunctionType, asked: Asked) -> FunctionType:
+    names = own.__globals__ | {NAME: partial(_rotated, asked)}
     copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     copy.__kwdefaults__ = own.__kwdefaults__
     return copy
@@ -61,17 +72,22 @@ def _forward(module: nn.Module, own: FunctionType, *args: Any, **kwargs: Any) ->
     return own(module, *args, **kwargs)
 
 
+def _ask(original: Rotation, like: Tensor) -> Asked:
+    whole, part = (runs_on(like) and _agrees(original, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
+    return Asked(original=original, whole=whole, part=part)
+
+
 @torch.no_grad()
-def _agrees(original: Rotation, like: Tensor) -> bool:
-    """Whether both rotate two query heads and a key head by the same numbers, up to the last bit or two."""
-    if not runs_on(like):
-        return False
+def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
+    """Whether both rotate so many features of two query heads and a key head by the same numbers, up to the last bit
+    or two."""
     numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32)
     rows = torch.sin(numbers * 0.7).to(like.dtype).view(5, CHECKED_TOKENS, CHECKED_FEATURES)
-    query, key, cos, sin = rows[:2][None], rows[2:3][None], rows[3:4], rows[4:]
+    query, key = rows[:2][None], rows[2:3][None]
+    cos, sin = (row[..., :num_rotated].contiguous() for row in (rows[3:4], rows[4:]))
     try:
         expected = original(query, key, cos, sin)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False  # a function of other arguments
     ours = Rotate.apply(query, key, cos, sin)
     bound = 2 * torch.finfo(like.dtype).eps
@@ -82,10 +98,11 @@ def _agrees(original: Rotation, like: Tensor) -> bool:
 
 
 def _rotated(
-    original: Rotation, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    asked: Asked, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    if args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fits(query, key, cos, sin):
-        return original(query, key, cos, sin, *args, **kwargs)
+    agrees = asked.whole if cos.shape[-1] == query.shape[-1] else asked.part
+    if not agrees or args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fits(query, key, cos, sin):
+        return asked.original(query, key, cos, sin, *args, **kwargs)
     return Rotate.apply(query, key, cos, sin)
 
 

@@ -137,3 +137,23 @@ def test_only_families_that_rotate_by_the_same_numbers_are_replaced(dtype):
     assert len(faster_rotations(llama().to(dtype))) == 2
     assert len(faster_rotations(partial.to(dtype))) == 2
     assert faster_rotations(interleaved.to(dtype)) == []
+
+
+def rotated_at_the_end(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As the library's where heads are rotated whole; else their last features instead of their first."""
+    kept = query.shape[-1] - cos.shape[-1]
+    turned = modeling_llama.apply_rotary_pos_emb(query[..., kept:], key[..., kept:], cos, sin)
+    return torch.cat([query[..., :kept], turned[0]], -1), torch.cat([key[..., :kept], turned[1]], -1)
+
+
+@pytest.mark.parametrize(("share", "is_ours"), [(1.0, True), (0.25, False)])
+def test_a_family_is_asked_for_the_part_of_a_head_that_it_rotates(monkeypatch, share, is_ours):
+    monkeypatch.setattr(modeling_gpt_neox, "apply_rotary_pos_emb", rotated_at_the_end)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | {"rotary_pct": share})).requires_grad_(False).eval()
+    Attachment(model)
+    calls: list[str] = []
+    monkeypatch.setattr(rotary, "rotate", lambda *_: calls.append("ours"))
+
+    pass_of(model, pack_of_one())
+
+    assert bool(calls) is is_ours
