@@ -1,7 +1,11 @@
 # pyright: basic
 """How parts of a model are known for what they are: by the names of classes and of their own parts."""
 
+from collections.abc import Hashable
+
 from torch import nn
+
+NUMBERS_OF_A_BLOCK = {"layer_idx", "layer_index", "layer_number"}
 
 
 def eps_of(module: nn.Module) -> float | None:
@@ -18,3 +22,20 @@ def is_gated_mlp(module: nn.Module) -> bool:
     names = [name for name, _ in module.named_children()]
     is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
     return is_silu and sorted(names) == ["act_fn", "down_proj", "gate_proj", "up_proj"]
+
+
+def kind_of(part: nn.Module) -> Hashable:
+    """Its modules' classes, settings, sizes and dtypes: all that tells it apart, but its weights and its number."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((name, tensor.shape, tensor.dtype) for name, tensor in module.named_parameters(recurse=False)),
+            tuple(sorted((name, value) for name, value in vars(module).items() if _is_setting(name, value))),
+        )
+        for name, module in part.named_modules()
+    )
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return name not in NUMBERS_OF_A_BLOCK and isinstance(value, (bool, int, float, str))

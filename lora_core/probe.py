@@ -5,7 +5,7 @@ Whether it is the same bit for bit is a property of kernels, sizes and thread co
 real base model. A model that isn't even close doesn't keep packed sequences apart, and is refused.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -23,6 +23,7 @@ from lora_core.export import PROBE_POSITIONS, packed_logits
 from lora_core.job import SliceScores
 from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named
+from lora_core.model_parts import kind_of
 from lora_core.pack import SliceInput, build_pack
 from lora_core.packed_pass import run_training
 from lora_core.task_heads import NUM_PLACEHOLDER_CLASSES
@@ -31,7 +32,6 @@ from lora_core.task_pass import placeholder_head
 Invariance = Literal["bitwise", "allclose"]
 LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
 RANKS = (4, 8, 3)
-NUMBERS_OF_A_BLOCK = {"layer_idx", "layer_index", "layer_number"}
 GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASSES)
 
 
@@ -77,30 +77,13 @@ def representative_linears(attachment: Attachment) -> dict[str, nn.Module]:
     tells them apart.
     """
     blocks = attachment.blocks
-    kinds = [_kind_of(block) for block in blocks.modules]
+    kinds = [kind_of(block) for block in blocks.modules]
     lowest = min((len(kinds) - 1 - kinds[::-1].index(kind) for kind in set(kinds)), default=0) - 1
     return {
         name: linear
         for name, linear in attachment.linears.items()
         if not blocks.holds(name) or blocks.number_of(name) >= lowest
     }
-
-
-def _kind_of(block: nn.Module) -> Hashable:
-    """Its modules' classes, sizes and settings."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple((name, tensor.shape) for name, tensor in module.named_parameters(recurse=False)),
-            tuple(sorted((name, value) for name, value in vars(module).items() if _is_setting(name, value))),
-        )
-        for name, module in block.named_modules()
-    )
-
-
-def _is_setting(name: str, value: object) -> bool:
-    return name not in NUMBERS_OF_A_BLOCK and isinstance(value, (bool, int, float, str))
 
 
 def refuse_mixing(base: BaseModel) -> None:

@@ -5,7 +5,7 @@ An MLP is recognised by its parts and then asked, as norms are; it is replaced o
 Letters: T tokens, D features, F of the gate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import cast
 
@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from lora_core.compiled import array_of, runs_on
 from lora_core.gate_kernels import swiglu, swiglu_backward
-from lora_core.model_parts import is_gated_mlp
+from lora_core.model_parts import is_gated_mlp, kind_of
 from lora_core.pack import current_pack
 from lora_core.rms_norm import CHECKED_TOKENS, same_numbers
 
 
 def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """The MLPs of `model` that can be replaced, and the forward of each. One of each class is asked."""
-    found = [module for module in model.modules() if _is_ours(module)]
-    asked = {type(module): _agrees(module) for module in reversed(found)}
-    return [(module, partial(forward_mlp, module)) for module in found if asked[type(module)]]
+    """The MLPs of `model` that can be replaced, and the forward of each. One of each kind is asked, for that reads all
+    its weights."""
+    found = [(module, kind_of(module)) for module in model.modules() if _is_ours(module)]
+    asked: dict[Hashable, bool] = {}
+    for module, kind in found:
+        if kind not in asked:
+            asked[kind] = _agrees(module)
+    return [(module, partial(forward_mlp, module)) for module, kind in found if asked[kind]]
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "vocab_size": 64,
 }
+WIDE: dict[str, Any] = SIZES | {"intermediate_size": 1536}
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 
 
@@ -65,6 +66,47 @@ def test_only_gates_of_silu_are_replaced():
 
     assert [module for module, _ in faster_mlps(nn.ModuleList([gated, other]))] == [gated]
     assert faster_mlps(other) == []
+
+
+class NearlyLlamaMLP(LlamaMLP):
+    """Off by a hundredth."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x) * 1.01) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 1, 1e3])
+def test_an_mlp_is_replaced_whatever_the_size_of_its_numbers(dtype: torch.dtype, size: float):
+    torch.manual_seed(0)
+    config = LlamaConfig(**WIDE)
+    right, wrong = (kind(config).to(dtype).requires_grad_(False) for kind in (LlamaMLP, NearlyLlamaMLP))
+    for mlp in (right, wrong):
+        mlp.down_proj.weight.mul_(size / mlp(drawn(1, dtype)).abs().max())
+
+    assert [module for module, _ in faster_mlps(nn.ModuleList([right, wrong]))] == [right]
+
+
+def test_numbers_differ_where_a_small_row_stands_beside_a_large_one():
+    theirs = torch.tensor([[900.0, -700.0, 0.001], [0.5, 0.25, -0.001]])
+    rounded, wrong = theirs.clone(), theirs.clone()
+    rounded[0, 2] += 1e-4
+    wrong[1, 2] += 1e-4
+
+    assert same_numbers(theirs, rounded)
+    assert not same_numbers(theirs, wrong)
+
+
+def test_one_mlp_of_each_kind_is_asked(monkeypatch):
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(swiglu, "_agrees", lambda module: asked.append(module) or module is not wide)
+    first, second, half = mlp_of(torch.float32), mlp_of(torch.float32), mlp_of(torch.bfloat16)
+    wide = LlamaMLP(LlamaConfig(**WIDE))
+
+    found = faster_mlps(nn.ModuleList([first, second, half, wide]))
+
+    assert asked == [first, half, wide]
+    assert [module for module, _ in found] == [first, second, half]
 
 
 @DTYPES
