@@ -244,8 +244,10 @@ class Job:
         config, step = self.config.optimizer, self.step + 1
         rate = learning_rate_at(step, peak=config.learning_rate, schedule=self.config.schedule)
         norm = gradient_norm(self.row)
+        if not math.isfinite(norm):
+            return self._diverge(f"The gradient of step {step} is not finite.")
         if not stays_finite(self.row, config, learning_rate=rate, norm=norm):
-            return self._diverge(f"The gradient or the update of step {step} is not finite.")
+            return self._diverge(f"The update of step {step} is not finite.", is_good=True)
         optimizer_step(self.row, config, step=step, learning_rate=rate, norm=norm)
         self.progress.step = step
         self.progress.num_tokens += unit.num_tokens
@@ -306,9 +308,13 @@ class Job:
         self.unit = self.starting = None
         self._gradients.drop()
 
-    def _diverge(self, message: str) -> list[Event]:
+    def _diverge(self, message: str, *, is_good: bool = False) -> list[Event]:
+        """is_good: the weights that the row has gave finite losses and a finite gradient, as those of the steps
+        before did. Where they did not they would again, for a step is computed in one way: nobody can go on from them.
+        """
         self.quarantine()
-        return [JobDiverged(job=self.name, step=self.step, message=message)]
+        good_step = self.step if is_good else self.step - 1 if self.step else None
+        return [JobDiverged(job=self.name, step=self.step, good_step=good_step, message=message)]
 
     def _begin_unit(self, *, reference_point: float | None = None) -> list[Event]:
         """What is due at this step; of KTO first the pass that measures the reference point of it."""

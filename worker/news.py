@@ -23,6 +23,9 @@ RETRYABLE_CODES = {
     "disk_error": EndReason.INFRA_LOST,
 }
 
+RUINED = "training ended on its weights."
+NONE_IS_GOOD = "It has no checkpoint of weights that are known to be good."
+
 
 class Next(Enum):
     """What follows where the attempt does not end badly."""
@@ -121,15 +124,23 @@ class Listener:
         return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
     def _diverged(self, held: Held, event: Json) -> End:
-        remedy = f"Lower the learning rate, or look at the data around that step. {self._left_of(held)}"
+        remedy = f"Lower the learning rate, or look at the data around that step. {self._left_of(held, event)}"
         error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "learning_rate"}
         return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
 
-    def _left_of(self, held: Held) -> str:
+    def _left_of(self, held: Held, event: Json) -> str:
+        """The newest checkpoint of good weights; one that a step had ruined before it was written is taken back."""
         job = held.claim.job
         rows = jobs.checkpoints_page(self._context.db, project_id=job.project_id, job_id=job.id, limit=100).items
-        steps = [row.step for row in rows if row.artifact is not None]
-        return f"The checkpoint of step {max(steps)} is kept." if steps else "It has no checkpoint."
+        kept = [row for row in rows if row.artifact is not None]
+        good_step = -1 if event["good_step"] is None else event["good_step"]
+        for row in kept:
+            if row.step > good_step:
+                claims.distrust_checkpoint(
+                    self._context.db, held.claim.claim_id, checkpoint_id=row.id, problem=f"{RUINED} {event['message']}"
+                )
+        steps = [row.step for row in kept if row.step <= good_step]
+        return f"The checkpoint of step {max(steps)} is kept." if steps else NONE_IS_GOOD
 
     def _refused(self, held: Held, event: Json) -> End | Next:
         if event["is_checkpoint"] and held.checkpoints:

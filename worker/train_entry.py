@@ -269,7 +269,8 @@ class Trainer:
         elif isinstance(event, JobFinished):
             self._export(event)
         elif isinstance(event, JobDiverged):
-            self._checkpoint(event.job)
+            if event.good_step == event.step:
+                self._checkpoint(event.job)
             self._evict(event.job)
             self._events.write(_as_json(event))
 

@@ -133,6 +133,12 @@ class PackSite:
         return set(self.context.pulse._renewed_at)
 
 
+def step(number: int) -> dict[str, Any]:
+    """What the trainer says of a step."""
+    numbers = {"loss": 1.0, "token_accuracy": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0}
+    return {"step": number, "num_tokens": 10, **numbers}
+
+
 def say(pack: Pack, *events: dict[str, Any]) -> None:
     writer = EventWriter(pack.directory)
     writer.write(*events)

@@ -17,7 +17,7 @@ from catalog.errors import OutOfSpace, StaleClaim, Unavailable
 from catalog.states import EndReason
 from catalog.tables import File
 from tests.catalog.world import DESCRIPTION
-from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, tell, told
+from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, step, tell, told
 from worker import preparation, provenance, trainer_directory
 from worker.pack import Pack
 
@@ -34,11 +34,6 @@ def fails(first: int, error: Exception, act: Callable[..., Any]) -> Callable[...
         return act(*arguments, **named)
 
     return flaky
-
-
-def step(number: int) -> dict[str, Any]:
-    numbers = {"loss": 1.0, "token_accuracy": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0}
-    return {"step": number, "num_tokens": 10, **numbers}
 
 
 @pytest.mark.parametrize("error", [OUTAGE, FULL])
@@ -235,43 +230,6 @@ def test_the_tokens_on_record_are_those_that_the_engine_counted(
 
     job = site.world.job(claim.job.id)
     assert (job.state, job.trained_tokens) == ("succeeded", 4321)
-
-
-@pytest.mark.parametrize(
-    ("steps_before", "steps_now", "left"),
-    [
-        ((), (), "It has no checkpoint."),
-        ((), (4, 6), "The checkpoint of step 6 is kept."),
-        ((5,), (), "The checkpoint of step 5 is kept."),
-    ],
-)
-def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_checkpoint_that_stays_and_its_packmate_goes_on(
-    site: PackSite, steps_before: tuple[int, ...], steps_now: tuple[int, ...], left: str
-) -> None:
-    bad = site.claim_with_checkpoints(*steps_before)
-    good = site.claim()
-    pack = site.pack(bad, good)
-    for number in steps_now:
-        tell(pack, bad, "checkpointed", step=number, folder=site.checkpoint(pack, bad, number))
-    tell(pack, bad, "diverged", step=6, message="The loss of train slice 1 is not finite.")
-    say(pack, {"type": "stepped", "claim_id": good.claim_id, "seconds": 0.0, **step(7)})
-
-    pack.hear()
-
-    job = site.world.job(bad.job.id)
-    assert (job.state, site.reason(bad)) == ("failed", EndReason.DIVERGED)
-    assert job.error == {
-        "code": "diverged",
-        "message": "The loss of train slice 1 is not finite. "
-        f"Lower the learning rate, or look at the data around that step. {left}",
-        "param": "learning_rate",
-    }
-    kept = {row.step: row.artifact for row in site.checkpoints(bad) if row.artifact is not None}
-    assert tuple(kept) == steps_before + steps_now
-    for number, digest in kept.items():
-        assert site.store.get_manifest(digest).files, number
-    assert site.world.job(good.job.id).state == "running"
-    assert {bad.claim_id, good.claim_id} & site.held() == {good.claim_id}
 
 
 def exported(site: PackSite, pack: Pack, claim: Claim) -> dict[str, Any]:

@@ -207,6 +207,9 @@ def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: Trainer, d
 class DivergingEngine(FullEngine):
     """Job claim-1 has come to step 7 and no further."""
 
+    def __init__(self, *, good_step: int) -> None:
+        self._good_step = good_step
+
     def progress(self, job: str) -> tuple[int, int]:
         return 7, 10
 
@@ -214,13 +217,13 @@ class DivergingEngine(FullEngine):
         directory.mkdir(parents=True)
 
     def tick(self) -> list[Any]:
-        return [JobDiverged(job="claim-1", step=7, message="The loss is not finite.")]
+        return [JobDiverged(job="claim-1", step=7, good_step=self._good_step, message="The update is not finite.")]
 
 
 def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_others_stay(
     trainer: Trainer, directory: TrainerDirectory
 ) -> None:
-    trainer._engine = DivergingEngine()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
 
     trainer._tick()
 
@@ -228,6 +231,17 @@ def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_othe
     assert (saved["type"], saved["claim_id"], saved["step"]) == ("checkpointed", "claim-1", 7)
     assert (directory.path / saved["folder"]).is_dir()
     assert (diverged["type"], diverged["claim_id"], diverged["step"]) == ("diverged", "claim-1", 7)
+    assert set(trainer._residents) == {"claim-0"}
+
+
+def test_weights_that_a_step_has_ruined_are_not_saved(trainer: Trainer, directory: TrainerDirectory) -> None:
+    trainer._engine = DivergingEngine(good_step=6)  # pyright: ignore[reportAttributeAccessIssue]
+
+    trainer._tick()
+
+    (diverged,) = said(directory)
+    assert (diverged["type"], diverged["step"], diverged["good_step"]) == ("diverged", 7, 6)
+    assert not (directory.job_path("claim-1") / "checkpoints").exists()
     assert set(trainer._residents) == {"claim-0"}
 
 

@@ -1,0 +1,71 @@
+"""What stays of a job whose losses or weights are no numbers any more: a checkpoint that somebody can go on from."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog import jobs
+from catalog.adapters import kept_checkpoints
+from catalog.states import EndReason
+from tests.worker.pack_site import PackSite, say, step, tell
+from worker.news import NONE_IS_GOOD, RUINED
+
+
+@pytest.mark.parametrize(
+    ("steps_before", "steps_now", "good_step", "kept_steps", "left"),
+    [
+        ((), (), 5, (), NONE_IS_GOOD),
+        ((), (), None, (), NONE_IS_GOOD),
+        ((), (4, 6), 6, (4, 6), "The checkpoint of step 6 is kept."),
+        ((), (4, 6), 5, (4,), "The checkpoint of step 4 is kept."),
+        ((), (6,), 5, (), NONE_IS_GOOD),
+        ((5,), (), 5, (5,), "The checkpoint of step 5 is kept."),
+        ((3, 6), (), 5, (3,), "The checkpoint of step 3 is kept."),
+    ],
+)
+def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkpoint_and_its_packmate_goes_on(
+    site: PackSite,
+    steps_before: tuple[int, ...],
+    steps_now: tuple[int, ...],
+    good_step: int | None,
+    kept_steps: tuple[int, ...],
+    left: str,
+) -> None:
+    bad = site.claim_with_checkpoints(*steps_before)
+    good = site.claim()
+    pack = site.pack(bad, good)
+    for number in steps_now:
+        tell(pack, bad, "checkpointed", step=number, folder=site.checkpoint(pack, bad, number))
+    tell(pack, bad, "diverged", step=6, good_step=good_step, message="The loss of train slice 1 is not finite.")
+    say(pack, {"type": "stepped", "claim_id": good.claim_id, "seconds": 0.0, **step(7)})
+
+    pack.hear()
+
+    job = site.world.job(bad.job.id)
+    assert (job.state, site.reason(bad)) == ("failed", EndReason.DIVERGED)
+    assert job.error == {
+        "code": "diverged",
+        "message": "The loss of train slice 1 is not finite. "
+        f"Lower the learning rate, or look at the data around that step. {left}",
+        "param": "learning_rate",
+    }
+    kept = {row.step: row.artifact for row in site.checkpoints(bad) if row.artifact is not None}
+    assert tuple(kept) == kept_steps
+    for number, digest in kept.items():
+        assert site.store.get_manifest(digest).files, number
+    assert site.world.job(good.job.id).state == "running"
+    assert {bad.claim_id, good.claim_id} & site.held() == {good.claim_id}
+
+
+def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    tell(pack, claim, "checkpointed", step=6, folder=site.checkpoint(pack, claim, 6))
+    tell(pack, claim, "diverged", step=6, good_step=5, message="The loss of train slice 1 is not finite.")
+
+    pack.hear()
+
+    events = jobs.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning == f"The checkpoint of step 6 can't be used: {RUINED} The loss of train slice 1 is not finite."
+    assert kept_checkpoints(site.db, project_id=claim.job.project_id) == []
