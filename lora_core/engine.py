@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 
 from lora_core import checkpoint
+from lora_core.acceptance import check_job
 from lora_core.adapters import AdapterRow
 from lora_core.attach import choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.config import JobConfig
-from lora_core.data import TokenDataset, check_examples, check_labels, data_digest
+from lora_core.data import TokenDataset, data_digest
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadDataset, ConfigError, OutOfMemory
+from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
+from lora_core.interrupts import interrupts_wait
 from lora_core.job import Job, Progress, SliceScores
 from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named, shortage_of
@@ -33,10 +35,9 @@ from lora_core.parent import begin_from, refuse_other_start
 from lora_core.prefixes import PrefixCounts, Prefixes, by_entry, slices_of
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
-from lora_core.task_pass import refuse_other_task, trained_tensors
+from lora_core.task_pass import trained_tensors
 from lora_core.tick_speeds import Company, TickSpeeds
 from lora_core.turns import Kind, Turn, choose, widen
-from lora_core.unpaired import check_unpaired
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
@@ -55,6 +56,7 @@ class Engine:
         self._largest_tick = config.token_budget
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
+        self._begun: list[Job] = []
         attachment = base.attach(exact_products=config.exact_products)
         self.invariance: Invariance = measure_invariance(base, self._lanes)
         self.activations = ActivationMemory(
@@ -83,7 +85,11 @@ class Engine:
         resident, the job needs a held-out set and has none, or asks for another adapter than its parent is, NoTargets,
         BadDataset, BadParent, BadCheckpoint, OutOfMemory; then nothing has changed.
         """
-        self._check(job, config, train, valid)
+        if job in self._jobs:
+            raise ConfigError(
+                f"A job {job!r} is resident already.", remedy="Give the job another name, or evict that one first."
+            )
+        check_job(self.base, config, train, valid)
         if parent is not None:
             refuse_other_start(config.lora)
         with shortage_of(job):
@@ -100,42 +106,23 @@ class Engine:
                     "parent_sha256": parent_sha256,
                 }
                 progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
-        admitted = Job(
-            job,
-            config,
-            row=row,
-            train=train,
-            valid=valid,
-            progress=progress,
-            best=best,
-            starting=row.starting(config.seed) if parent is None and resume_from is None else None,
-            reference=reference,
-            parent_sha256=parent_sha256,
-        )
-        admitted.entry_block = self._prefixes.entry_block(row)
+            admitted = Job(
+                job,
+                config,
+                row=row,
+                train=train,
+                valid=valid,
+                progress=progress,
+                best=best,
+                is_started=parent is not None or resume_from is not None,
+                reference=reference,
+                parent_sha256=parent_sha256,
+            )
+            admitted.entry_block = self._prefixes.entry_block(row)
         with shortage_of(job, part="start"):
             admitted.go_on_starting(START_WORK)
         admitted.served = self._least_served()
         self._jobs[job] = admitted
-
-    def _check(self, job: str, config: JobConfig, train: TokenDataset, valid: TokenDataset | None) -> None:
-        if job in self._jobs:
-            raise ConfigError(
-                f"A job {job!r} is resident already.", remedy="Give the job another name, or evict that one first."
-            )
-        refuse_other_task(self.base, config.objective)
-        if valid is None and config.needs_evaluation:
-            raise ConfigError(
-                "Early stopping and keeping the best weights need a held-out set, and the job has none.",
-                remedy="Give one, or leave early_stopping out and keep the last weights.",
-            )
-        for dataset in filter(None, (train, valid)):
-            _check_fits(dataset, self.base)
-            check_examples(dataset, config.objective.rows_per_example)
-            if config.objective.kind == "classification":
-                check_labels(dataset, config.objective.num_labels)
-            if config.objective.kind == "kto":
-                check_unpaired(dataset)
 
     def _new_row(self, config: JobConfig, *, is_trained: bool = True) -> AdapterRow:
         assert self.base.attachment is not None
@@ -166,8 +153,10 @@ class Engine:
     def tick(self) -> list[Event]:
         """Compute one tick and say what it completed. Without work: [] at once.
 
-        Raises OutOfMemory for one job, which is quarantined; the next tick goes on with the others.
+        Raises OutOfMemory for one job, which is quarantined; the next tick goes on with the others. Whatever else is
+        raised within (a failure, Ctrl-C) is raised again, and the jobs of the tick compute their units anew.
         """
+        self._undo()
         if self._too_large:
             raise self._too_large.pop(0)
         self._start()
@@ -175,8 +164,22 @@ class Engine:
         budget = self._tick_tokens(waiting)
         turns = choose(waiting, token_budget=budget)
         if turns:
-            self._compute(*self._widened(turns, budget))
+            try:
+                self._compute(*self._widened(turns, budget))
+            except BaseException:
+                self._undo()
+                raise
+        if self._too_large:
+            raise self._too_large.pop(0)
         return self._take_pending()
+
+    def _undo(self) -> None:
+        """Of a tick that broke off: as if its jobs had not begun their units. Once more before the next tick, for this
+        too may be interrupted."""
+        self._lanes.settle()
+        while self._begun:
+            self._begun[-1].replay_unit()
+            self._begun.pop()
 
     def _start(self) -> None:
         """A piece of the start of whoever has not started yet, the first that came."""
@@ -283,7 +286,7 @@ class Engine:
     def _compute(self, turns: list[Turn], tokens: list[tuple[int, ...]]) -> None:
         """`tokens` of each job's slices. Events that it completes are left with their jobs, so that none is lost
         where a packmate fails."""
-        jobs = [self._jobs[turn.job] for turn in turns]
+        jobs = self._begun = [self._jobs[turn.job] for turn in turns]
         sizes = list(chain(*tokens))
         checkpointed = turns[0].kind == "train" and self.activations.checkpoints(sum(sizes))
         started = time.perf_counter()
@@ -298,7 +301,7 @@ class Engine:
                 scores = iter(self._run_lanes(lanes, slices, turns[0].kind, checkpointed=checkpointed))
         except torch.OutOfMemoryError as error:
             if turns[0].kind == "train" and not checkpointed and self.activations.gives_way(sum(sizes)):
-                self._replay(jobs)
+                self._undo()
             else:
                 self._split_after_out_of_memory(jobs, sizes, error)
             return
@@ -311,9 +314,9 @@ class Engine:
             self._speeds.learn(num_tokens=max(1, sum(costs)), num_jobs=len(turns), seconds=seconds)
         for job, own in zip(jobs, tokens, strict=True):
             job.served += sum(own)
-            self._book(job, list(islice(scores, len(own))))
-        if self._too_large:
-            raise self._too_large.pop(0)
+            with interrupts_wait():
+                self._book(job, list(islice(scores, len(own))))
+        self._begun = []
 
     def _run_lanes(
         self, lanes: list[list[int]], slices: list[SliceInput], kind: Kind, *, checkpointed: bool
@@ -370,31 +373,13 @@ class Engine:
         self._lane_rate = _averaged(self._lane_rate, fullest_lane / seconds)
 
     def _split_after_out_of_memory(self, jobs: list[Job], sizes: list[int], error: Exception) -> None:
-        """Half of a tick that didn't fit is tried next. Its jobs replay their unit: gradients are partial."""
+        """Half of a tick that didn't fit is tried next; gradients are partial."""
         if len(sizes) == 1:
             jobs[0].quarantine()
             raise OutOfMemory(jobs[0].name, num_tokens=sizes[0]) from error
-        self._replay(jobs)
+        self._undo()
         self._largest_tick = max(1, sum(sizes) // 2)
-
-    def _replay(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            job.replay_unit()
 
 
 def _averaged(average: float, newest: float) -> float:
     return 0.8 * average + 0.2 * newest if average else newest
-
-
-def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
-    largest, longest = int(dataset.input_ids.max()), int(dataset.row_lengths().max())
-    if largest >= base.vocab_size:
-        raise BadDataset(
-            f"The data holds token {largest}, but the base model has {base.vocab_size} tokens.",
-            remedy="Tokenise the data with this base model's tokenizer.",
-        )
-    if base.max_positions is not None and longest > base.max_positions:
-        raise BadDataset(
-            f"A row has {longest} tokens, but the base model takes {base.max_positions}.",
-            remedy="Shorten or split the long rows.",
-        )

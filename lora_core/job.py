@@ -6,7 +6,7 @@ depends on the job alone. Only a completed step changes the weights, so a droppe
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -107,11 +107,11 @@ class Job:
         valid: TokenDataset | None,
         progress: Progress,
         best: Tensor | None = None,
-        starting: Iterator[int] | None = None,
+        is_started: bool = True,
         reference: AdapterRow | None = None,
         parent_sha256: str | None = None,
     ) -> None:
-        """starting: what fills the row, in pieces; None where it is filled."""
+        """is_started: the row is filled; else `starting` fills it, in pieces, and is None at its end."""
         self.name = name
         self.config = config
         self.row = row
@@ -120,7 +120,7 @@ class Job:
         self.progress = progress
         self.served = 0
         self.best = best
-        self.starting = starting
+        self.starting = None if is_started else row.starting(config.seed)
         self.entry_block = 0
         self.reference = reference
         self.parent_sha256 = parent_sha256
@@ -163,7 +163,11 @@ class Job:
     def go_on_starting(self, work: int) -> None:
         """Pieces of the start, until they have taken about `work` multiplications; then `starting` may be None."""
         while self.starting is not None and work > 0:
-            piece = next(self.starting, None)
+            try:
+                piece = next(self.starting, None)
+            except BaseException:
+                self.starting = self.row.starting(self.config.seed)  # the one that broke off would be taken to be done
+                raise
             if piece is None:
                 self.starting = None
             else:
@@ -248,7 +252,11 @@ class Job:
             return self._diverge(f"The gradient of step {step} is not finite.")
         if not stays_finite(self.row, config, learning_rate=rate, norm=norm):
             return self._diverge(f"The update of step {step} is not finite.", is_good=True)
-        optimizer_step(self.row, config, step=step, learning_rate=rate, norm=norm)
+        try:
+            optimizer_step(self.row, config, step=step, learning_rate=rate, norm=norm)
+        except BaseException:
+            self.quarantine()  # half an update can be neither undone nor completed
+            raise
         self.progress.step = step
         self.progress.num_tokens += unit.num_tokens
         self.progress.num_supervised_tokens += unit.num_labels
@@ -304,7 +312,7 @@ class Job:
         )
 
     def quarantine(self) -> None:
-        """Compute nothing more; the row holds the last completed step."""
+        """Compute nothing more; the row holds the last completed step, save where an update broke off."""
         self.unit = self.starting = None
         self._gradients.drop()
 

@@ -7,10 +7,12 @@ gradient; their gradients are disjoint: lanes write nothing that another reads, 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
+
+from lora_core.interrupts import interrupts_wait
 
 MIN_LANE_TOKENS = 96
 """Tokens below which a further lane isn't worth another pass over the base's weights."""
@@ -35,7 +37,8 @@ def split(sizes: Sequence[int], *, num_lanes: int) -> list[list[int]]:
 
 
 class Lanes:
-    """`run` waits for every part, also where one fails: nobody writes into a row afterwards.
+    """`run` waits for every part, also where one fails: nobody writes into a row afterwards. Where Ctrl-C breaks off
+    the waiting itself, `settle` goes on with it.
 
     More than one lane takes the process's cores for itself: torch computes with one thread from then on.
     """
@@ -43,6 +46,7 @@ class Lanes:
     def __init__(self, num_lanes: int) -> None:
         self.count = num_lanes
         self._pool = None
+        self._others: list[Future[Any]] = []
         if num_lanes > 1:
             torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(num_lanes - 1, thread_name_prefix="lane")
@@ -51,11 +55,15 @@ class Lanes:
         """compute(part) of each, the first in the calling thread. Raises what the first failing part raised."""
         if self._pool is None or len(parts) == 1:
             return [compute(part) for part in parts]
-        others = [self._pool.submit(compute, part) for part in parts[1:]]
+        with interrupts_wait():
+            others = self._others = [self._pool.submit(compute, part) for part in parts[1:]]
         try:
             first = compute(parts[0])
         finally:
-            errors = [error for other in others if (error := other.exception()) is not None]
-        if errors:
-            raise errors[0]
+            self.settle()
         return [first, *(other.result() for other in others)]
+
+    def settle(self) -> None:
+        """Wait for the parts of a `run` that was left."""
+        wait(self._others)
+        self._others = []

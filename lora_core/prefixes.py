@@ -22,6 +22,7 @@ from lora_core.config import LoraConfig
 from lora_core.counter_random import random_words
 from lora_core.engine_config import EngineConfig
 from lora_core.job import Job
+from lora_core.memory_shortage import shortage_named
 from lora_core.pack import Pack, SliceInput, bare_pack
 from lora_core.packed_pass import hidden_states
 from lora_core.passage import Entry, Passage
@@ -141,14 +142,18 @@ class Prefixes:
 
     @torch.no_grad()
     def _can_enter(self, block: int) -> bool:
-        """Whether sequences that enter this block, computed each by itself, end as those that went all the way."""
+        """Whether sequences that enter this block, computed each by itself, end as those that went all the way. Raises
+        torch.OutOfMemoryError, from which nothing follows for the block."""
         whole = _probe_slice(self._base)
         pack = bare_pack([whole], device=self._base.device)
         expected_TD = hidden_states(self._base, pack)
         sequences = [_alone(whole, index) for index in range(len(PROBE_LENGTHS))]
         try:
-            states = [self._computed(block, [sequence])[0] for sequence in sequences]
-            got_TD = hidden_states(self._base, replace(pack, passage=_entering(block, [states], pack)))
+            with shortage_named():
+                states = [self._computed(block, [sequence])[0] for sequence in sequences]
+                got_TD = hidden_states(self._base, replace(pack, passage=_entering(block, [states], pack)))
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False  # a family whose blocks give each other more than hidden states
         count = sum(PROBE_LENGTHS)

@@ -3,6 +3,7 @@
 What ran is counted, as rows through linears: not timed.
 """
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core import attach
+from lora_core import attach, prefixes
 from lora_core.base_model import BaseModel, load_base
 from lora_core.config import JobConfig, ObjectiveConfig
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.events import JobStepped
 from tests.lora_core import classifiers
 from tests.lora_core.scenarios import (
@@ -70,6 +71,36 @@ def upper_jobs() -> dict[str, Submission]:
 def is_as_alone(engine: Engine, name: str, base: BaseModel, job: Submission) -> bool:
     """Whether a job ended with the bytes that it ends with where nothing is kept."""
     return state_bytes(engine, name) == run_alone(base, job).vectors
+
+
+@pytest.mark.parametrize("num_passes", [0, 1, 4])
+@pytest.mark.parametrize(
+    "shortage", [torch.OutOfMemoryError("simulated"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_is_short_while_a_block_is_tried_refuses_that_job_alone_and_the_next_enters(
+    load, monkeypatch, num_passes, shortage
+):
+    base, job = load("llama"), upper_jobs()["dropped"]
+    engine = Engine(base, EngineConfig(**AMPLE))
+    passes, run = itertools.count(), prefixes.hidden_states
+
+    def limited(*arguments):
+        if next(passes) == num_passes:
+            raise shortage
+        return run(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefixes, "hidden_states", limited)
+        with pytest.raises(OutOfMemory, match="'early'"):
+            admit(engine, "early", job)
+    assert engine.jobs() == ()
+
+    admit(engine, "late", job)
+    while not engine.idle:
+        engine.tick()
+
+    assert engine.prefixes.reused_tokens > 0
+    assert is_as_alone(engine, "late", base, job)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,41 @@
+# pyright: basic
+"""What a job must be for the base that it asks for. Refused here, before anything of it is made."""
+
+from lora_core.base_model import BaseModel
+from lora_core.config import JobConfig
+from lora_core.data import TokenDataset, check_examples, check_labels
+from lora_core.errors import BadDataset, ConfigError
+from lora_core.task_pass import refuse_other_task
+from lora_core.unpaired import check_unpaired
+
+
+def check_job(base: BaseModel, config: JobConfig, train: TokenDataset, valid: TokenDataset | None) -> None:
+    """Raises ConfigError where the base can't train what the job does, or the job needs a held-out set and has none;
+    BadDataset."""
+    refuse_other_task(base, config.objective)
+    if valid is None and config.needs_evaluation:
+        raise ConfigError(
+            "Early stopping and keeping the best weights need a held-out set, and the job has none.",
+            remedy="Give one, or leave early_stopping out and keep the last weights.",
+        )
+    for dataset in filter(None, (train, valid)):
+        _check_fits(dataset, base)
+        check_examples(dataset, config.objective.rows_per_example)
+        if config.objective.kind == "classification":
+            check_labels(dataset, config.objective.num_labels)
+        if config.objective.kind == "kto":
+            check_unpaired(dataset)
+
+
+def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
+    largest, longest = int(dataset.input_ids.max()), int(dataset.row_lengths().max())
+    if largest >= base.vocab_size:
+        raise BadDataset(
+            f"The data holds token {largest}, but the base model has {base.vocab_size} tokens.",
+            remedy="Tokenise the data with this base model's tokenizer.",
+        )
+    if base.max_positions is not None and longest > base.max_positions:
+        raise BadDataset(
+            f"A row has {longest} tokens, but the base model takes {base.max_positions}.",
+            remedy="Shorten or split the long rows.",
+        )
