@@ -113,19 +113,21 @@ def own_bytes(
     mask = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
     largest = slice_tokens * activation_bytes_per_token(shapes, precision) + mask
     start = _start_bytes(description, precision) if subtracts_start else 0
-    return kept + max(largest, start, samples_bytes(shapes, precision, samples)) - usual
+    return kept + max(largest, start, samples_bytes(description, precision, samples)) - usual
 
 
-def samples_bytes(shapes: Shapes, precision: str, samples: Mapping[str, Any] | None) -> int:
-    """What the answers to a job's prompts take at one time: all in one pass that keeps nothing for a backward.
+def samples_bytes(description: Mapping[str, Any], precision: str, samples: Mapping[str, Any] | None) -> int:
+    """What the answers to a job's prompts take at one time: all in one pass that keeps nothing for a backward, and the
+    keys and values of all tokens, as if each query head had some of its own.
 
     A prompt has no more tokens than characters, but for those by which a chat template surrounds it.
     """
     if samples is None:
         return 0
     num_tokens = sum(len(prompt) + int(samples["max_tokens"]) for prompt in samples["prompts"])
-    widest = max((max(shape) for shape, _ in shapes.values()), default=0)
-    return num_tokens * widest * PASSING_NUMBERS_PER_FEATURE * BYTES_PER_NUMBER[precision]
+    widest = max((max(shape) for shape, _ in description.get("linear_shapes", {}).values()), default=0)
+    kept = 2 * int(description.get("hidden_size", 0)) * int(description.get("num_layers", 0))
+    return num_tokens * (widest * PASSING_NUMBERS_PER_FEATURE + kept) * BYTES_PER_NUMBER[precision]
 
 
 def _start_bytes(description: Mapping[str, Any], precision: str) -> int:

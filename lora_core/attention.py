@@ -5,14 +5,18 @@ Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, T of the
 Registered with transformers under one name, without a mask: the pack says where sequences begin.
 """
 
+from itertools import zip_longest
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lora_core.errors import UnsupportedModel
+from lora_core.kept_keys import attend_last
 from lora_core.matrix_attention import UNLIMITED, Sight, attend_by_matrices, serves
-from lora_core.pack import current_kernels, current_pack
+from lora_core.pack import Pack, current_kernels, current_pack
 from lora_core.varlen import attend_together, fits
 
 NAME = "lora_core_packed"
@@ -58,6 +62,8 @@ def packed_attention(
     if pack is None:  # an ordinary batch of whole sequences
         outputs = [attend(q, k, v, **options) for q, k, v in zip(query, key, value, strict=True)]
         return torch.stack(outputs).transpose(1, 2), None
+    if pack.kept:
+        return _attend_growing(query[0], key[0], value[0], pack, **options), None
     if current_kernels().attention == "varlen" and fits(query, value, softcap):
         return attend_together(query, key, value, pack, scale=scale, causal=causal, window=sliding_window), None
     lengths = list(pack.sequence_lengths)
@@ -68,6 +74,21 @@ def packed_attention(
     parts = zip(query[0].split(lengths, 1), key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True)
     outputs = [attend(q, k, v, **options) for q, k, v in parts]
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+
+
+def _attend_growing(query: Tensor, key: Tensor, value: Tensor, pack: Pack, *, causal: bool, **options: Any) -> Tensor:
+    """[1, T, H, E]: whole sequences as ever, and of those that are kept the last token alone."""
+    lengths = list(pack.sequence_lengths)
+    parts = zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)
+    outputs: list[Tensor] = []
+    for (q, k, v), kept in zip_longest(parts, pack.kept):
+        if kept is None:  # the filler
+            outputs.append(attend(q, k, v, causal=causal, **options))
+            continue
+        is_whole = kept.num_tokens == 0
+        seen = kept.extended(k, v)
+        outputs.append(attend(q, *seen, causal=causal, **options) if is_whole else attend_last(q, *seen, **options))
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
 
 
 def attend(

@@ -40,6 +40,11 @@ def rotations_by_length(model: nn.Module) -> list[tuple[nn.Module, Callable[...,
     return [(module, partial(forward_rotary, module, _factors_of(module, bounds))) for module, bounds in found]
 
 
+def bounds_in(model: nn.Module) -> frozenset[int]:
+    """Lengths beyond which a sequence has other factors for all of its tokens."""
+    return frozenset(bound for module in model.modules() for bound in _bounds_of(module).values())
+
+
 def _bounds_of(module: nn.Module) -> Bounds:
     kinds: Any = getattr(module, "rope_type", None)
     parameters: Any = getattr(getattr(module, "config", None), "rope_parameters", None)
@@ -76,7 +81,7 @@ def forward_rotary(
     if pack is None or layer_type not in factors.bounds:
         return type(module).forward(module, x, position_ids, **options)
     own = inspect.unwrap(type(module).forward)  # without what chooses and writes
-    is_long_S = [length > factors.bounds[layer_type] for length in pack.sequence_lengths]
+    is_long_S = [length > factors.bounds[layer_type] for length in pack.whole_lengths]
     if not any(is_long_S):
         return own(factors.short, x, position_ids, **options)
     long = own(factors.long, x, position_ids, **options)

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_core.adapters import AdapterRow
 from lora_core.config import ObjectiveConfig
 from lora_core.counter_random import coin_flips
+from lora_core.kept_keys import KeptKeys
 from lora_core.kernels import Kernels
 from lora_core.neftune import NoiseKey
 from lora_core.passage import Entry, Passage
@@ -137,6 +138,14 @@ class Pack:
     is_pooled: bool = False  # segments count sequences, not tokens
     is_checkpointed: bool = False  # the backward computes each block's forward again (recompute.py)
     passage: Passage | None = None
+    kept: tuple[KeptKeys, ...] = ()  # of each sequence, where they grow (generate.py); then these are their new tokens
+
+    @property
+    def whole_lengths(self) -> tuple[int, ...]:
+        """Of each sequence with the tokens that are kept of it."""
+        fillers = (0,) * (len(self.sequence_lengths) - len(self.kept))
+        before = (*(kept.num_tokens for kept in self.kept), *fillers)
+        return tuple(old + new for old, new in zip(before, self.sequence_lengths, strict=True))
 
 
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:

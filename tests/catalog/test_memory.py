@@ -55,6 +55,9 @@ def test_a_start_and_the_answers_take_their_own_only_where_that_is_more_than_a_s
     slice_bytes = memory.slice_bytes({"linear_shapes": SHAPES}, "bfloat16")
     answers = 8 * 2128 * 64 * 6 * 2
     assert own_bytes({"linear_shapes": SHAPES}, "bfloat16", samples=many) == plain + answers - slice_bytes
+    sized = {"linear_shapes": SHAPES, "hidden_size": 64, "num_layers": 3}
+    keys = 8 * 2128 * 2 * 3 * 64 * 2
+    assert own_bytes(sized, "bfloat16", samples=many) == plain + answers + keys - slice_bytes
     start = 4 * (3 * 8192 * 64 + 64 * 64)
     begun = own_bytes(tall, "bfloat16", init_lora_weights="pissa")
     assert begun == own_bytes(tall, "bfloat16") + 4 * 1000 + start - memory.slice_bytes(tall, "bfloat16")

@@ -5,12 +5,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora_core import generate
+from lora_core.attention import attend
+from lora_core.base_model import load_base
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.events import JobEvaluated
 from lora_core.generate import Prompts
+from lora_core.kept_keys import attend_last
 from tests.lora_core.scenarios import VOCAB, admit, rename, run_alone, state_bytes, submissions
+from tests.lora_core.test_families import FAMILIES, save
 
 ASKED = Prompts(prompts=((3, 14, 15, 92, 65), (7,), tuple(range(40, 75))), max_tokens=9)
 
@@ -60,6 +65,85 @@ def test_a_trained_adapter_answers_as_peft_and_transformers_do(load, base_dirs, 
 
     assert answered(engine, {"plain": ASKED}) == {"plain": of_adapter}
     assert of_adapter != of_base
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_of_any_family_answers_as_transformers_does(tmp_path, family):
+    folder = save(family, tmp_path / "base", **FAMILIES[family])
+    engine = Engine(load_base(folder, dtype="float32", device="cpu"), EngineConfig())
+    admit(engine, "fresh", submissions("llama")["wide"])
+
+    found = answered(engine, {"fresh": ASKED})
+
+    assert found == {"fresh": greedy(AutoModelForCausalLM.from_pretrained(folder), ASKED)}
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 99])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
+def test_the_last_token_sees_what_it_sees_in_a_whole_sequence(window, softcap, heads):
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (
+        torch.randn(count, 17, size, generator=generator)
+        for count, size in zip((*heads, heads[1]), (8, 8, 12), strict=True)
+    )
+    options = {"scale": 0.6, "window": window, "softcap": softcap}
+
+    whole = attend(query, key, value, causal=True, **options)
+
+    torch.testing.assert_close(attend_last(query[:, -1:], key, value, **options), whole[:, -1:])
+
+
+def test_each_token_but_the_first_is_a_pass_of_one_token_an_answer(load, monkeypatch):
+    engine = trained(load("llama"), ["plain"])
+    passes = spy_on_passes(monkeypatch)
+
+    answered(engine, {"plain": ASKED})
+
+    assert passes == [(5, 1, 35, 7), *[(1, 1, 1, 13)] * 8]
+
+
+def test_jobs_whose_answers_do_not_fit_together_are_answered_one_after_another(load, monkeypatch):
+    engine = trained(load("llama"), ["plain", "tiny"], token_budget=100)
+    passes = spy_on_passes(monkeypatch)
+
+    answered(engine, {"plain": ASKED, "tiny": ASKED})
+
+    assert [lengths[:-1] for lengths in passes] == [(5, 1, 35), *[(1, 1, 1)] * 8] * 2
+
+
+def spy_on_passes(monkeypatch) -> list[tuple[int, ...]]:
+    """The tokens of each sequence of each pass, the filler's last."""
+    passes: list[tuple[int, ...]] = []
+    original = generate.hidden_states
+
+    def spied(base, pack):
+        passes.append(pack.sequence_lengths)
+        return original(base, pack)
+
+    monkeypatch.setattr(generate, "hidden_states", spied)
+    return passes
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5])
+def test_memory_that_runs_out_at_any_token_can_not_be_seen_in_an_answer(load, monkeypatch, failing):
+    engine = trained(load("llama", "bfloat16"), ["plain", "tiny", "dora"])
+    asked: dict[str, Prompts] = dict.fromkeys(["plain", "tiny", "dora"], ASKED)
+    expected, calls = answered(engine, asked), []
+    original = generate.hidden_states
+
+    def starved(base, pack):
+        h_TD = original(base, pack)  # keys are written, and the pass fails behind them
+        calls.append(pack.sequence_lengths)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("no memory")
+        return h_TD
+
+    monkeypatch.setattr(generate, "hidden_states", starved)
+
+    assert answered(engine, asked) == expected
+    assert calls[failing][:3] == (5, 1, 35), "the answers begin again"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -127,14 +211,13 @@ def test_it_goes_token_by_token_and_a_job_may_leave_at_any(load):
 def test_where_memory_runs_out_fewer_jobs_are_answered_at_once(load, monkeypatch):
     engine = trained(load("llama"), ["plain", "tiny"])
     expected = answered(engine, {"plain": ASKED, "tiny": ASKED})
-    from lora_core import generate
 
     def starved(base, pack):
         if pack.input_ids.numel() > limit:
             raise torch.OutOfMemoryError("no memory")
         return whole(base, pack)
 
-    whole, limit = generate.hidden_states, 96
+    whole, limit = generate.hidden_states, 64
     monkeypatch.setattr(generate, "hidden_states", starved)
 
     assert answered(engine, {"plain": ASKED, "tiny": ASKED}) == expected

@@ -10,12 +10,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from catalog import memory
+from lora_core import engine as engine_module
 from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.generate import Prompts
 from lora_core.initial import decomposed
+from lora_core.job import SliceScores
+from lora_core.pack import Pack
 from tests import tiny_base
 from tests.lora_core.scenarios import dataset
 
@@ -69,10 +72,16 @@ def training(
 @pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize(("lengths", "num_spare"), [([200] * 2, 0), ([200] * 6, 1)], ids=["one slice", "three slices"])
 def test_a_job_is_counted_with_all_that_it_keeps(
-    base: BaseModel, init: str, keep: Literal["last", "best"], lengths: list[int], num_spare: int
+    base: BaseModel,
+    init: str,
+    keep: Literal["last", "best"],
+    lengths: list[int],
+    num_spare: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Slices of 400 tokens leave a gradient to spare: shorter ones would be three in a tick."""
     engine = training(base, lengths=lengths, init=init, keep=keep)
+    held = spy_on_rows(engine, monkeypatch)
     while engine.progress("job")[0] < 1:
         engine.tick()
 
@@ -86,7 +95,20 @@ def test_a_job_is_counted_with_all_that_it_keeps(
         batch_size=len(lengths),
         longest_example=max(lengths),
     )
-    assert counted == engine.memory()["rows_bytes"] + num_spare * 4 * engine.num_parameters("job")
+    assert counted == max(held) + num_spare * 4 * engine.num_parameters("job")
+
+
+def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of all rows at each pass, when the gradients of all its slices are there."""
+    held: list[int] = []
+    original = engine_module.run_training
+
+    def spied(base: BaseModel, pack: Pack) -> list[SliceScores]:
+        held.append(engine.memory()["rows_bytes"])
+        return original(base, pack)
+
+    monkeypatch.setattr(engine_module, "run_training", spied)
+    return held
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
@@ -114,7 +136,7 @@ def test_the_pass_of_the_answers_takes_no_more_than_is_counted(base: BaseModel, 
     measured = measured_peak(generation.advance)
 
     description, precision = describe_base(base_dir), str(base.dtype).removeprefix("torch.")
-    answers = memory.samples_bytes(description["linear_shapes"], precision, SAMPLES)
+    answers = memory.samples_bytes(description, precision, SAMPLES)
     logits = memory.tick_bytes(description, precision, num_tokens=0)
     assert measured <= answers + logits
     assert measured > answers / 4
