@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_core.attach import Attachment
-from lora_core.base_model import load_base
+from lora_core.base_model import build_model, load_base
 from lora_core.errors import UnreachableSource, UnsupportedModel
 from lora_core.licence import CARD, licence_of_folder, licence_of_gguf
 from lora_core.model_folder import INDEX, SINGLE, load_with_transformers, read_config, refused, weight_names
@@ -122,6 +122,8 @@ def _write_folder(folder: Path, directory: Path) -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise refused("its weights are quantised")
+    with torch.device("meta"):
+        build_model(config)  # refused before a weight is read
     dtypes = {dtype for name in names for dtype, _ in read_header(folder / name).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
     _save_model(load_with_transformers(folder, dtype=dtype), directory)

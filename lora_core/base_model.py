@@ -207,7 +207,10 @@ def _is_of_head(model: PreTrainedModel, name: str) -> bool:
 
 def build_model(config: Any, task: Task = "causal-lm") -> PreTrainedModel:
     """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
-    model = AUTO_MODELS[task].from_config(config, trust_remote_code=False)
+    try:
+        model = AUTO_MODELS[task].from_config(config, trust_remote_code=False)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise refused(f"no model can be made by its config.json ({type(error).__name__}: {error})") from error
     if task != "causal-lm":
         refuse_unknown_head(model)
     refuse_unpackable_model(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lora_core.errors import UnsupportedModel
@@ -29,7 +30,7 @@ def read_config(folder: Path, task: Task = "causal-lm") -> Any:
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise refused(f"config.json of {folder.name!r} can't be read: {error}") from error
     if type(config) not in AUTO_MODELS[task]._model_mapping:
         kind = {"causal-lm": "causal language model", "sequence-classification": "classifier of sequences"}[task]
