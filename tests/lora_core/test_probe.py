@@ -1,6 +1,7 @@
 """The start-up probe says what this machine's kernels really do, and refuses models that mix sequences."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_a_probe_adapts_linears_that_are_in_no_block():
     assert {layer_of(name) for name in representative(model)} == {None, 2, 3}
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 64,
     "intermediate_size": 64,
