@@ -286,7 +286,8 @@ class Engine:
     def _compute(self, turns: list[Turn], tokens: list[tuple[int, ...]]) -> None:
         """`tokens` of each job's slices. Events that it completes are left with their jobs, so that none is lost
         where a packmate fails."""
-        jobs = self._begun = [self._jobs[turn.job] for turn in turns]
+        jobs = [self._jobs[turn.job] for turn in turns]
+        self._begun = list(jobs)
         sizes = list(chain(*tokens))
         checkpointed = turns[0].kind == "train" and self.activations.checkpoints(sum(sizes))
         started = time.perf_counter()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_core.interrupts import interrupts_wait
 from lora_core.shelf import Key, Shelf
 
 LEAST_FREE_BYTES = 2**30
@@ -63,7 +64,7 @@ class PrefixStore:
 
     def take(self, key: Key, job: str) -> Tensor | None:
         """What was kept, not to be written to; None where nothing is, or no longer."""
-        with self._lock:
+        with interrupts_wait(), self._lock:
             if key in self._memory:
                 self._memory.use(key, job)
                 return self._tensors[key]
@@ -78,20 +79,26 @@ class PrefixStore:
             return states_SD
 
     def keep(self, key: Key, states_SD: Tensor, job: str) -> None:
-        """A copy of the states, in memory where there is room or some is made, else on disk, else nowhere."""
-        with self._lock:
+        """A copy of the states, in memory where there is room or some is made, else on disk, else nowhere. What is
+        raised on the way (memory is short) costs entries, and leaves none without its states."""
+        with interrupts_wait(), self._lock:
             if key in self._memory or key in self._disk:
                 return
-            victims = self._memory.place(key, states_SD.nbytes, job)
-            if victims is None:
+            owners = self._memory.place(key, states_SD.nbytes, job)
+            if owners is None:
                 self._spill(key, states_SD, job)
                 return
-            self._tensors[key] = states_SD.detach().to("cpu", copy=True)
-            for victim, owner in victims.items():
-                self._spill(victim, self._tensors.pop(victim), owner)
+            victims = [(victim, self._tensors.pop(victim), owner) for victim, owner in owners.items()]
+            try:
+                self._tensors[key] = states_SD.detach().to("cpu", copy=True)
+            except BaseException:
+                self._memory.remove(key)
+                raise
+            for victim, victim_SD, owner in victims:
+                self._spill(victim, victim_SD, owner)
 
     def leave(self, job: str) -> None:
-        with self._lock:
+        with interrupts_wait(), self._lock:
             self._memory.leave(job)
             self._disk.leave(job)
 
@@ -107,6 +114,9 @@ class PrefixStore:
             self._files[key] = _written(self._folder / key.hex(), states_SD)
         except OSError:
             self._forget_file(key)
+        except BaseException:
+            self._forget_file(key)
+            raise
 
     def _forget_file(self, key: Key) -> None:
         self._disk.remove(key)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -126,7 +127,11 @@ class Prefixes:
             found |= zip(missing, self._computed(block, list(missing.values())), strict=True)
         for key, part in missing.items():
             if part.entry is not None and part.entry.keeps:
-                self._store.keep(key, found[key], part.entry.job)
+                with (
+                    suppress(torch.OutOfMemoryError),
+                    shortage_named(),
+                ):  # computed again, then: the tick itself has room
+                    self._store.keep(key, found[key], part.entry.job)
         with self._lock:
             self._reused_tokens += num_reused
             self._computed_tokens += sum(map(len, found.values())) - num_reused

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -104,6 +105,75 @@ def test_a_nearly_full_disk_and_one_that_fails_keep_nothing(tmp_path, states, mo
 
     assert [key in store for key in KEYS[:2]] == [False, False]
     assert store.disk_bytes == 0
+
+
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
+def test_a_copy_that_memory_is_too_short_for_leaves_no_entry_without_its_states(states, monkeypatch, raised) -> None:
+    store = PrefixStore(memory_bytes=2 * states[0].nbytes, disk_bytes=0, folder=None)
+    store.keep(KEYS[0], states[0], "gone")
+    store.keep(KEYS[1], states[1], "gone")
+    store.leave("gone")
+
+    def fail(*_arguments, **_options):
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", fail)
+        with pytest.raises(raised):
+            store.keep(KEYS[2], states[2], "job")
+
+    assert store.take(KEYS[2], "job") is None
+    assert store.take(KEYS[0], "job") is None  # it had made room
+    assert len(store._tensors) * states[0].nbytes == store.memory_bytes == states[0].nbytes
+    for key, state in zip(KEYS[1:3], states[1:3], strict=True):
+        store.keep(key, state, "job")
+        assert torch.equal(taken(store, key, "job"), state)
+
+
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("has_victims", [False, True])
+def test_a_file_that_memory_is_too_short_to_write_is_forgotten(
+    tmp_path, states, monkeypatch, raised, has_victims
+) -> None:
+    num_bytes = 2 * states[0].nbytes if has_victims else 0
+    store = PrefixStore(memory_bytes=num_bytes, disk_bytes=1 << 20, folder=tmp_path)
+    if has_victims:
+        store.keep(KEYS[0], states[0], "gone")
+        store.keep(KEYS[1], states[1], "gone")
+        store.leave("gone")
+
+    def fail(path, *_arguments):
+        path.write_bytes(b"half")
+        raise raised
+
+    wide = torch.cat([states[2], states[2]])
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_store, "_written", fail)
+        with pytest.raises(raised):
+            store.keep(KEYS[2], wide, "job")
+
+    assert files(tmp_path) == []
+    assert store.disk_bytes == 0
+    assert len(store._tensors) == store.memory_bytes // wide.nbytes == int(has_victims)
+    for key in KEYS[:2]:
+        assert store.take(key, "job") is None
+    store.keep(KEYS[2], wide, "job")
+    assert torch.equal(taken(store, KEYS[2], "job"), wide)
+
+
+def test_ctrl_c_while_a_copy_is_made_waits_for_the_store_to_be_whole(states, monkeypatch) -> None:
+    store, copy = PrefixStore(memory_bytes=1 << 20, disk_bytes=0, folder=None), torch.Tensor.to
+
+    def pressed(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return copy(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            store.keep(KEYS[0], states[0], "job")
+
+    assert torch.equal(taken(store, KEYS[0], "job"), states[0])
 
 
 def test_a_disk_is_never_filled_beyond_its_budget(tmp_path, states) -> None:

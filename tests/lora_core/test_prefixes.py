@@ -103,6 +103,26 @@ def test_memory_that_is_short_while_a_block_is_tried_refuses_that_job_alone_and_
     assert is_as_alone(engine, "late", base, job)
 
 
+def test_memory_that_is_short_while_a_prefix_is_kept_changes_no_byte(load, monkeypatch):
+    base, job = load("llama"), upper_jobs()["dropped"]
+    engine = Engine(base, EngineConfig(**AMPLE))
+    admit(engine, "job", job)
+    copies, copy = itertools.count(), torch.Tensor.to
+
+    def limited(tensor, *arguments, **options):
+        if options.get("copy") and next(copies) in (0, 3):
+            raise torch.OutOfMemoryError("simulated")
+        return copy(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", limited)
+    while not engine.idle:
+        engine.tick()
+
+    assert next(copies) > 4
+    assert engine.prefixes.reused_tokens > 0
+    assert is_as_alone(engine, "job", base, job)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kept", "num_lanes"), [("memory", 1), ("disk", 3), ("some", 2)])
