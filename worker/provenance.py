@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Literal
 
@@ -19,27 +20,54 @@ from worker.context import WorkerContext
 def record(
     context: WorkerContext, claim: Claim, adapter: Manifest, *, num_parameters: int, trainer: Json, results: Json
 ) -> tuple[Json, str]:
-    """(record, its id). trainer: what the one that made the adapter said when it was ready."""
+    """(record, its id). trainer: what the one that made the adapter said when it was ready.
+
+    How exact the arithmetic was is said of all steps: the weakest word of the trainers that computed some.
+    """
     job = jobs.get(context.db, project_id=claim.job.project_id, job_id=claim.job.id)
     with context.db.read() as session:
         finished_at = read_clock(session)
+    attempts = _attempts(context, job)
     built = lineage.build(
         job=job,
         base=bases.get(context.db, job.base_model),
         adapter=adapter,
         num_parameters=num_parameters,
         data=_data(context, job),
-        attempts=_attempts(context, job),
+        attempts=attempts,
         results={
             **results,
             "loss_log": _loss_log_digest(context, job),
-            "determinism": trainer["invariance"],
+            "determinism": weakest([trainer["invariance"], *words_of_earlier_steps(attempts)]),
         },
         code=trainer["versions"],
         parents=[parent["lineage"]] if (parent := job.spec.get("parent")) else [],
         finished_at=finished_at,
     )
     return built, lineage.lineage_id(built)
+
+
+def weakest(words: Sequence[str]) -> str:
+    return "bitwise" if set(words) == {"bitwise"} else "allclose"
+
+
+def words_of_earlier_steps(attempts: Sequence[AttemptRecord]) -> list[str]:
+    """How exact those trainers were that computed steps from which the last attempt went on: backwards from it, each
+    attempt that began below the step from which the next of them resumed.
+
+    One that resumed from no step began at 0, or ended before it was admitted, which its row does not tell: where its
+    trainer has said a word, that counts.
+    """
+    *earlier, last = attempts
+    words: list[str] = []
+    needed = last.attempt.resumed_from_step or 0
+    for entry in reversed(earlier):
+        began = entry.attempt.resumed_from_step
+        word = entry.trainer.get("invariance")
+        if (began or 0) < needed and (word is not None or began is not None):
+            words.append(word or "allclose")
+        needed = needed if began is None else min(needed, began)
+    return words
 
 
 def _data(context: WorkerContext, job: Job) -> list[DataSource]:

@@ -133,6 +133,7 @@ def _results(results: Json) -> Pairs:
     yield "ended early", results.get("stopped_early")
     yield "weights of step", _count(results.get("kept_step"))
     yield "trained tokens", _count(results.get("trained_tokens"))
+    yield "packed equals solo", results.get("determinism")
     yield "held-out loss", _change(evaluation, "loss")
     yield "perplexity", _change(evaluation, "perplexity")
     yield "token accuracy", _change(evaluation, "token_accuracy")

@@ -92,12 +92,14 @@ class PackSite:
         (second,) = self.claim_all()
         return second
 
-    def pack(self, *claimed: Claim, trainer_id: str = "trainer-1") -> Pack:
+    def pack(
+        self, *claimed: Claim, trainer_id: str = "trainer-1", invariance: str = "bitwise", from_step: int = 0
+    ) -> Pack:
         """A pack whose trainer is ready and has admitted these."""
         pack = self.loading_pack(*claimed, trainer_id=trainer_id)
-        say(pack, READY)
+        say(pack, READY | {"invariance": invariance})
         for claim in claimed:
-            tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+            tell(pack, claim, "admitted", step=from_step, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
         pack.hear()
         told(pack)
         return pack

@@ -1,0 +1,108 @@
+"""What a published record says of how exact the arithmetic was: the weakest word of all whose steps are in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog import adapters, claims, workers
+from catalog.claims import Claim
+from catalog.lineage import AttemptRecord
+from catalog.packing import Room
+from catalog.states import EndReason
+from catalog.tables import Attempt
+from tests.worker.pack_site import PASSED, PackSite, tell
+from worker.provenance import words_of_earlier_steps
+
+
+def attempt(site: PackSite, number: int, word: str, *, from_step: int = 0, saves: int | None = None) -> Claim:
+    """One more attempt, on a trainer of its own: it resumes from a step, and stores a checkpoint or the adapter."""
+    trainer_id = f"trainer-{number}"
+    workers.register_trainer(site.db, trainer_id=trainer_id, worker_id="w1", base_digest="d", pack_key="k")
+    (claim,) = site.claim_all(trainer_id, room=Room(max_jobs=1, memory_bytes_free=10**12))
+    pack = site.pack(claim, trainer_id=trainer_id, invariance=word, from_step=from_step)
+    if saves is not None:
+        tell(pack, claim, "checkpointed", step=saves, folder=site.checkpoint(pack, claim, saves))
+        pack.hear()
+        claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+        return claim
+    tell(
+        pack,
+        claim,
+        "exported",
+        step=10,
+        kept_step=10,
+        stopped_early=None,
+        folder=site.checkpoint(pack, claim, 10),
+        num_parameters=1,
+        trained_tokens=1,
+        report=PASSED,
+    )
+    pack.hear()
+    return claim
+
+
+def word_on_record(site: PackSite, claim: Claim) -> str:
+    name = site.world.job(claim.job.id).adapter_name
+    assert name is not None
+    view = adapters.get(site.db, project_id=claim.job.project_id, name=name)
+    return view.adapter.lineage["results"]["determinism"]
+
+
+@pytest.mark.parametrize("word", ["bitwise", "allclose"])
+def test_a_trainers_word_is_on_the_record_of_what_it_made(site: PackSite, word: str) -> None:
+    site.queued()
+
+    claim = attempt(site, 1, word)
+
+    assert word_on_record(site, claim) == word
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "recorded"),
+    [
+        ("bitwise", "bitwise", "bitwise"),
+        ("allclose", "bitwise", "allclose"),
+        ("bitwise", "allclose", "allclose"),
+    ],
+)
+def test_steps_of_an_earlier_trainer_count_with_its_word(
+    site: PackSite, first: str, second: str, recorded: str
+) -> None:
+    site.queued()
+    attempt(site, 1, first, saves=5)
+
+    claim = attempt(site, 2, second, from_step=5)
+
+    assert word_on_record(site, claim) == recorded
+
+
+def test_steps_that_were_thrown_away_count_for_nothing(site: PackSite) -> None:
+    site.queued()
+    attempt(site, 1, "allclose", saves=5)
+
+    claim = attempt(site, 2, "bitwise", from_step=0)
+
+    assert word_on_record(site, claim) == "bitwise"
+
+
+@pytest.mark.parametrize(
+    ("attempts", "counted"),
+    [
+        ([(None, "a"), (50, "b"), (100, "c")], ["b", "a"]),
+        ([(None, "a"), (50, "b"), (50, "c")], ["a"]),  # the second stored nothing
+        ([(None, "a"), (None, "b"), (50, "c")], ["b", "a"]),  # which of them came to 50 is not known
+        ([(None, "a"), (None, None), (50, "c")], ["a"]),  # its trainer was never ready
+        ([(None, "a"), (50, None), (100, "c")], ["allclose", "a"]),  # it trained, and nobody knows on what
+        ([(None, "a"), (50, "b"), (None, "c")], []),
+        ([(None, "a"), (100, "b"), (50, "c"), (70, "d")], ["c", "a"]),  # a checkpoint was damaged
+    ],
+)
+def test_those_count_from_whose_steps_the_last_attempt_went_on(
+    attempts: list[tuple[int | None, str | None]], counted: list[str]
+) -> None:
+    records = [
+        AttemptRecord(attempt=Attempt(resumed_from_step=step), trainer={} if word is None else {"invariance": word})
+        for step, word in attempts
+    ]
+
+    assert words_of_earlier_steps(records) == counted
