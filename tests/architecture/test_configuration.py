@@ -20,7 +20,22 @@ TEXT = (ROOT / "docs/CONFIGURATION.md").read_text(encoding="utf-8")
 def test_every_field_of_a_job_is_described() -> None:
     section = TEXT.partition("## What a job may say")[2].partition("\n## ")[0]
 
-    assert _first_columns(section) == set(_fields(JobRequest))
+    assert _first_columns(section) == {name for name, _ in _leaves(JobRequest)}
+
+
+def test_the_limits_of_a_field_are_those_that_are_enforced() -> None:
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", TEXT, re.MULTILINE))
+    checked = {name: limits for name, schema in _leaves(JobRequest) if (limits := _limits(schema)) is not None}
+    elsewhere = ("as for `supervised`", "the same, at its older place")
+
+    wrong = {
+        name: (limits, rows[name])
+        for name, limits in checked.items()
+        if limits not in rows[name] and not rows[name].startswith(elsewhere)
+    }
+
+    assert wrong == {}
+    assert {"optimizer.eps", "lora.rank", "max_steps", "seed"} <= checked.keys()
 
 
 @pytest.mark.parametrize("settings", [Settings, ApiSettings])
@@ -51,13 +66,34 @@ def _first_columns(text: str) -> set[str]:
     return set(re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE))
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of the leaves: `lora.rank`."""
-    names: list[str] = []
+def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Dotted names of the leaves, `lora.rank`, with their JSON schemas."""
+    leaves: list[tuple[str, dict[str, Any]]] = []
+    schemas = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         inner = next(iter(_models(field.annotation)), None)
-        names += _fields(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return names
+        leaves += _leaves(inner, f"{prefix}{name}.") if inner else [(f"{prefix}{name}", schemas[name])]
+    return leaves
+
+
+def _limits(schema: dict[str, Any]) -> str | None:
+    """Of a number, in the document's words; None where the field is no number or has no limits of its own."""
+    for part in schema.get("anyOf", [schema]):
+        match part:
+            case {"minimum": lowest, "maximum": highest}:
+                return f"{_number(lowest)} to {_number(highest)}"
+            case {"minimum": lowest, "exclusiveMaximum": bound}:
+                return f"{_number(lowest)} to below {_number(bound)}"
+            case {"exclusiveMinimum": bound, "maximum": highest}:
+                return f"above {_number(bound)}, at most {_number(highest)}"
+            case _:
+                assert not part.keys() & {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}, part
+    return None
+
+
+def _number(value: float) -> str:
+    """1,000,000; 1e-37."""
+    return f"{value:g}".replace("e+", "e") if value != int(value) or value >= 1e15 else f"{int(value):,}"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
