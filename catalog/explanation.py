@@ -150,8 +150,8 @@ def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
 
 
 def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:
-    largest = fleet.largest_memory_bytes(session, now=now)
-    need = mine.candidate.alone_bytes
+    largest, recomputes = fleet.largest_memory(session, now=now)
+    need = packing.Room(max_jobs=1, memory_bytes_free=largest, recomputes=recomputes).alone(mine.candidate)
     if need <= largest:
         return None
     return (

@@ -23,15 +23,12 @@ class Candidate:
     """What it takes wherever it trains: its row, and the mask of its dropout."""
     trainer_bytes: int
     """What a trainer of its base needs before its first job."""
+    saved_bytes: int = 0
+    """What it does without of that on a device that computes blocks again."""
     slice_bytes: int = 0
     """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
     is_suspect: bool = False
     """One more bad end and it is quarantined: it trains alone, so that no packmate is blamed or hurt."""
-
-    @property
-    def alone_bytes(self) -> int:
-        """With a trainer to itself."""
-        return self.trainer_bytes + self.own_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

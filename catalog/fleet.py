@@ -113,9 +113,15 @@ def count_live(session: Session, *, now: float) -> int:
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0
 
 
-def largest_memory_bytes(session: Session, *, now: float) -> int:
-    """Of a live worker's device; 0 where none lives."""
-    return session.scalar(select(func.max(Worker.memory_bytes)).where(is_live(now=now))) or 0
+def largest_memory(session: Session, *, now: float) -> tuple[int, bool]:
+    """Bytes of a live worker's device, and whether that computes blocks again; of a GPU before a CPU as large, and
+    (0, False) where none lives."""
+    live = session.scalars(select(Worker).where(is_live(now=now)))
+    return max(((worker.memory_bytes, is_gpu(worker)) for worker in live), default=(0, False))
+
+
+def is_gpu(worker: Worker) -> bool:
+    return any(device.get("kind") == "cuda" for device in worker.devices)
 
 
 def count(db: Database) -> Counts:

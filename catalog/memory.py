@@ -87,6 +87,7 @@ def own_bytes(
     samples: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     lowest_rank: int = 1,
+    recomputes: bool = False,
 ) -> int:
     """What a job takes wherever it trains, beside its part of a tick. precision: the base's.
 
@@ -99,6 +100,8 @@ def own_bytes(
     keeps_parent: whether it is compared with the adapter that it continues, whose weights then stand beside its own.
     longest_example: tokens of its longest row or pair of rows, which is never cut; None where it isn't known. A
     preference's pass of what it compares with keeps nothing for a backward and is over before its own begins.
+    recomputes: on a device that computes blocks again in the backward where memory is short, as an engine does on a
+    GPU; there a long row keeps what enters the blocks, and one block at a time.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     subtracts_start = begins_with_the_base(init_lora_weights)
@@ -112,6 +115,8 @@ def own_bytes(
     slice_tokens, usual = max(JOB_TOKENS, longest_example or 0), slice_bytes(description, precision)
     mask = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
     largest = slice_tokens * activation_bytes_per_token(shapes, precision) + mask
+    if recomputes and slice_tokens > JOB_TOKENS:
+        largest = max(usual, min(largest, slice_tokens * _recomputed_bytes_per_token(description, precision) + mask))
     start = _start_bytes(description, precision) if subtracts_start else 0
     return kept + max(largest, start, samples_bytes(description, precision, samples)) - usual
 
@@ -169,6 +174,14 @@ def _int8_bytes(out_features: int, in_features: int) -> int:
 def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
     """What one token of a tick keeps until its backward."""
     return _input_features(shapes) * ACTIVATIONS_PER_FEATURE * BYTES_PER_NUMBER[precision]
+
+
+def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) -> int:
+    """What one token keeps where each block is computed again: what enters the blocks, and all of one of them."""
+    num_layers = max(1, int(description.get("num_layers", 1)))
+    of_all = activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+    entering = num_layers * int(description.get("hidden_size", 0)) * BYTES_PER_NUMBER[precision]
+    return entering + math.ceil(of_all / num_layers)
 
 
 def tick_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int) -> int:

@@ -26,13 +26,23 @@ class Room:
     """Jobs that are in its trainer already."""
     tick_tokens: int = TICK_TOKENS["cpu"]
     """What a tick grows to on its device."""
+    recomputes: bool = False
+    """Whether its device computes blocks again where memory is short."""
+
+    def own(self, job: Candidate) -> int:
+        """Bytes that the job takes beside its part of a tick."""
+        return job.own_bytes - (job.saved_bytes if self.recomputes else 0)
+
+    def alone(self, job: Candidate) -> int:
+        """Bytes that the job takes with a trainer to itself."""
+        return job.trainer_bytes + self.own(job)
 
     def cost(self, job: Candidate, *, num_before: int) -> int:
         """Bytes of a job that joins `num_before` others: its row, and its slice while the tick still grows.
 
         The first job's slice is in what its trainer needs.
         """
-        return job.own_bytes + (job.slice_bytes if widens_tick(num_before, tick_tokens=self.tick_tokens) else 0)
+        return self.own(job) + (job.slice_bytes if widens_tick(num_before, tick_tokens=self.tick_tokens) else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +91,7 @@ def choose_anchor(turns: Sequence[Turn], room: Room) -> Choice | None:
     """Whose turn it is. A job for the resident trainer goes first while the head of the queue has not waited long."""
     if room.max_jobs < 1:
         return None
-    fitting = [turn for turn in turns if turn.candidate.alone_bytes <= room.memory_bytes_free]
+    fitting = [turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free]
     if not fitting:
         return None
     head = fitting[0]
@@ -99,7 +109,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
     """Packmates for the anchor, in their own order. A suspect neither has nor becomes one."""
     if anchor.turn.candidate.is_suspect:
         return []
-    left = room.memory_bytes_free - anchor.turn.candidate.alone_bytes
+    left = room.memory_bytes_free - room.alone(anchor.turn.candidate)
     chosen: list[Choice] = []
     for turn in candidates:
         mate = turn.candidate
@@ -134,7 +144,7 @@ def choose_joiners(turns: Sequence[Turn], room: Room, key: str, *, worker_bytes:
                 Choice(turn=turn, role="joiner", reason="its base is loaded and there is room beside the rest")
             )
             continue
-        fits_alone = mate.alone_bytes <= worker_bytes
+        fits_alone = room.alone(mate) <= worker_bytes
         if fits_alone and turn.waited_seconds >= PATIENCE_SECONDS:
             break
     return chosen

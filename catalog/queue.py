@@ -75,6 +75,7 @@ def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[
 def _candidate(row: Row[*tuple[Any, ...]], description: Json, needs: tuple[int, int]) -> Candidate:
     """description: its base's. needs: bytes of a trainer of its kind, and of a slice."""
     trainer_bytes, slice_bytes = needs
+    own_bytes = _own_bytes(row, description)
     return Candidate(
         job_id=row.id,
         project_id=row.project_id,
@@ -82,24 +83,30 @@ def _candidate(row: Row[*tuple[Any, ...]], description: Json, needs: tuple[int, 
         pack_key=row.pack_key,
         priority=row.priority,
         created_at=row.created_at,
-        own_bytes=memory.own_bytes(
-            description,
-            packing.precision_of(row.pack_key),
-            num_parameters=row.adapter_parameters,
-            dropout=row.dropout,
-            keeps_best=row.keep == "best",
-            use_dora=bool(row.use_dora),
-            init_lora_weights=row.start,
-            batch_size=row.batch_size,
-            keeps_parent=row.parent_adapter is not None and compares_with_start(row.method or "supervised"),
-            longest_example=row.longest_example,
-            samples=row.samples,
-            optimizer=row.optimizer or "adamw",
-            lowest_rank=memory.lowest_rank(row.lora),
-        ),
+        own_bytes=own_bytes,
+        saved_bytes=own_bytes - _own_bytes(row, description, recomputes=True),
         trainer_bytes=trainer_bytes,
         slice_bytes=slice_bytes,
         is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
+    )
+
+
+def _own_bytes(row: Row[*tuple[Any, ...]], description: Json, *, recomputes: bool = False) -> int:
+    return memory.own_bytes(
+        description,
+        packing.precision_of(row.pack_key),
+        num_parameters=row.adapter_parameters,
+        dropout=row.dropout,
+        keeps_best=row.keep == "best",
+        use_dora=bool(row.use_dora),
+        init_lora_weights=row.start,
+        batch_size=row.batch_size,
+        keeps_parent=row.parent_adapter is not None and compares_with_start(row.method or "supervised"),
+        longest_example=row.longest_example,
+        samples=row.samples,
+        optimizer=row.optimizer or "adamw",
+        lowest_rank=memory.lowest_rank(row.lora),
+        recomputes=recomputes,
     )
 
 

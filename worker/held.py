@@ -56,8 +56,8 @@ class Held:
         """One more bad end, and it is quarantined: it trains alone."""
         return self.claim.job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
 
-    def own_bytes(self, description: Json) -> int:
-        """What it takes in its trainer, beside its part of a tick. description: the base's."""
+    def own_bytes(self, description: Json, *, recomputes: bool) -> int:
+        """What it takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""
         job = self.claim.job
         lora = job.spec["lora"]
         return memory.own_bytes(
@@ -74,6 +74,7 @@ class Held:
             samples=job.spec.get("samples"),
             optimizer=job.spec["optimizer"].get("type", "adamw"),
             lowest_rank=memory.lowest_rank(lora),
+            recomputes=recomputes,
         )
 
     def outdated(self) -> list[Json]:

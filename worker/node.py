@@ -37,6 +37,11 @@ class Device:
     quantisations: tuple[str, ...] = ()
     """Beside none: how a trainer on it can hold a base's linears."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether an engine on it computes blocks again where memory is short."""
+        return self.kind == "cuda"
+
     def torch_name(self) -> str:
         """Its name within the trainer, to which the launcher shows no other GPU."""
         return "cpu" if self.kind == "cpu" else "cuda:0"

@@ -84,7 +84,7 @@ class Pack:
         num_admitted = len(self._held) - len(to_come)
         total = 0 if num_admitted else self._trainer_bytes_to_come()
         for number, held in enumerate(to_come, start=num_admitted):
-            total += held.own_bytes(self._description)
+            total += held.own_bytes(self._description, recomputes=self._context.device.recomputes)
             total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
         return total
 

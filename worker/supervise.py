@@ -304,7 +304,12 @@ def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
     tick_tokens = memory.tick_tokens(context.device.kind, num_lanes=node.num_threads())
     max_jobs = _places(context, pack)
     if pack is None:
-        return Room(max_jobs=max_jobs, memory_bytes_free=free, tick_tokens=tick_tokens)
+        return Room(
+            max_jobs=max_jobs,
+            memory_bytes_free=free,
+            tick_tokens=tick_tokens,
+            recomputes=context.device.recomputes,
+        )
     if not len(pack) and pack.ready is not None:
         free += int(pack.ready["memory"]["base_bytes"])
     return Room(
@@ -313,6 +318,7 @@ def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
         resident_key=pack.pack_key,
         num_jobs=len(pack),
         tick_tokens=tick_tokens,
+        recomputes=context.device.recomputes,
     )
 
 

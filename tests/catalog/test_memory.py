@@ -63,6 +63,21 @@ def test_a_start_and_the_answers_take_their_own_only_where_that_is_more_than_a_s
     assert begun == own_bytes(tall, "bfloat16") + 4 * 1000 + start - memory.slice_bytes(tall, "bfloat16")
 
 
+def test_a_long_row_keeps_what_enters_the_blocks_and_one_of_them_where_blocks_are_computed_again() -> None:
+    description = {"linear_shapes": {"q_proj": [[64, 64], 4]}, "hidden_size": 64, "num_layers": 4}
+    a_token, recomputed = 4 * 64 * 2 * 2, 4 * 64 * 2 + 64 * 2 * 2
+    counted = {
+        (length, recomputes): own_bytes(description, "bfloat16", longest_example=length, recomputes=recomputes)
+        for length in (1024, 1100, 8192)
+        for recomputes in (False, True)
+    }
+
+    row = counted[1024, False]
+    assert counted[8192, False] == row + (8192 - 1024) * a_token
+    assert counted[8192, True] == row + 8192 * recomputed - 1024 * a_token
+    assert counted[1100, True] == counted[1024, True] == row, "a slice is counted whole on any device"
+
+
 @pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
 def test_a_trainer_needs_its_base_and_one_tick(precision: str, width: int) -> None:
     description = {"num_parameters": 500, "linear_shapes": SHAPES, "vocab_size": 10}

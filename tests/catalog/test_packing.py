@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from catalog.fair_share import Candidate, Turn, order
 from catalog.memory import JOB_TOKENS, TICK_TOKENS
 from catalog.packing import (
@@ -37,6 +39,16 @@ def turns(*candidates: Candidate, now: float = 10) -> list[Turn]:
 
 def packed(*candidates: Candidate, room: Room = ROOM, now: float = 10) -> list[str]:
     return [choice.turn.candidate.job_id for choice in choose_pack(turns(*candidates, now=now), room)]
+
+
+def test_a_device_that_computes_blocks_again_takes_what_it_does_without() -> None:
+    long, short = replace(candidate("long"), own_bytes=95, saved_bytes=60), candidate("short", 1)
+    roomy = replace(ROOM, recomputes=True)
+
+    assert packed(long, short) == ["short"]
+    assert packed(long, short, room=roomy) == ["long", "short"]
+    assert joined(long, room=replace(ROOM, memory_bytes_free=90)) == []
+    assert joined(long, room=replace(roomy, memory_bytes_free=35)) == ["long"]
 
 
 def joined(*candidates: Candidate, room: Room = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:

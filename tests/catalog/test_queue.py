@@ -12,6 +12,7 @@ from catalog.packing import Room
 from catalog.saturation import Speeds
 from catalog.settings import Settings
 from catalog.states import EndReason
+from catalog.tables import Job
 from tests.catalog.world import LEASE, World, sha
 
 
@@ -194,6 +195,20 @@ def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
     why = explained(world, world.queued(model="huge").id)
 
     assert "the largest worker has 1.0 GB" in why["explanation"]
+
+
+def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(world: World) -> None:
+    world.base("deep", hidden_size=64, num_layers=100, linear_shapes={"q_proj": [[64, 64], 100]})
+    job = world.queued(model="deep", lora={"target_modules": ["q_proj"]})
+    with world.db.write() as session:
+        session.get_one(Job, job.id).longest_example = 50_000
+    world.worker("small", memory_bytes=10**9)
+
+    on_a_cpu = explained(world, job.id)["explanation"]
+    world.worker("small-gpu", memory_bytes=10**9, kind="cuda")
+
+    assert "It needs about 1.3 GB and the largest worker has 1.0 GB" in on_a_cpu
+    assert "the largest worker" not in explained(world, job.id)["explanation"]
 
 
 def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:

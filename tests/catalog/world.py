@@ -97,8 +97,15 @@ class World:
         given = {"body_digest": sha(body.model_dump_json()), **given}
         return jobs.create(self.db, caller=caller or self.caller, request=body, **given)
 
-    def worker(self, worker_id: str = "w1", memory_bytes: int = 10**12, *, quantisations: tuple[str, ...] = ()) -> str:
-        devices = [{"kind": "cpu", "quantisations": list(quantisations)}]
+    def worker(
+        self,
+        worker_id: str = "w1",
+        memory_bytes: int = 10**12,
+        *,
+        kind: str = "cpu",
+        quantisations: tuple[str, ...] = (),
+    ) -> str:
+        devices = [{"kind": kind, "quantisations": list(quantisations)}]
         claims.register_worker(
             self.db, worker_id=worker_id, host="here", pid=1, devices=devices, version="1", memory_bytes=memory_bytes
         )
