@@ -301,9 +301,10 @@ def _follows(one: Tensor, other: Tensor) -> bool:
 
 
 def weight_norms(weight_OD: Tensor, views: SiteViews) -> Tensor:
-    """‖W + scale·B A‖ of each output, fp32 [O]."""
+    """‖W + scale·B A‖ of each output, fp32 [O]. One that torch refuses here is beyond fp32, and ruins the passes."""
     a_RD, b_OR = views.a_RD.float(), views.b_OR.float()
-    return torch.linalg.vector_norm(torch.addmm(weight_OD.float(), b_OR, a_RD, alpha=views.scale), dim=1)
+    scale = min(views.scale, torch.finfo(torch.float32).max)
+    return torch.linalg.vector_norm(torch.addmm(weight_OD.float(), b_OR, a_RD, alpha=scale), dim=1)
 
 
 def lay_out(targets: Sequence[Target], lora: LoraConfig) -> dict[str, SiteSpans]:

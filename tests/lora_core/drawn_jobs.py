@@ -1,8 +1,10 @@
 """Small jobs by number: each a mixture of whatever a job may ask for, over a few short rows.
 
-The first six have between them whatever changes the way of computing. Of the others everything is drawn.
+The first six have between them whatever changes the way of computing. Of the others everything is drawn, and two of
+eight come to nothing: one whose first pass gives NaN, and one whose rate ruins it after a step.
 """
 
+from dataclasses import replace
 from random import Random
 
 from lora_core.config import (
@@ -17,6 +19,7 @@ from lora_core.data import TokenDataset
 from tests.lora_core.scenarios import Submission, dataset, rated
 
 NUM_PLANNED = 6
+NAN_AT_ONCE, ABSURD = 6, 7  # of a number's last three bits
 TARGETS = {
     "llama": ("all-linear", ("q_proj", "v_proj"), "down_proj", "layers.1.self_attn.o_proj", r"re:.*\.1\.mlp\..*"),
     "gpt2": ("all-linear", ("c_attn",), "mlp.c_fc", "h.1.attn.c_proj", r"re:.*\.1\.mlp\..*"),
@@ -77,7 +80,22 @@ def drawn_job(family: str, number: int) -> Submission:
     valid = dataset(number + 1, lengths[:2]) if is_by_the_held_out or draw.random() < 0.4 else None
     if objective.kind == "kto":
         train, valid = _rated(draw, train), None if valid is None else _rated(draw, valid)
-    return Submission(config=config, train=train, valid=valid)
+    submission = Submission(config=config, train=train, valid=valid)
+    return _ruined(submission, number) if number % 8 in (NAN_AT_ONCE, ABSURD) else submission
+
+
+def _ruined(submission: Submission, number: int) -> Submission:
+    """It diverges in training where nothing is held out, as of the first two, and else in an evaluation."""
+    config = submission.config
+    if number % 8 == NAN_AT_ONCE:
+        config = replace(config, lora=replace(config.lora, alpha=1e40))
+    else:
+        schedule = ScheduleConfig(kind="constant", warmup_steps=0, num_steps=3)
+        absurd = OptimizerConfig(learning_rate=1e30, weight_decay=0.1)
+        config = replace(config, optimizer=absurd, schedule=schedule, num_steps=3)
+    if number < 8:
+        return replace(submission, config=replace(config, keep="last", early_stopping=None), valid=None)
+    return replace(submission, config=config)
 
 
 def take(draw: Random, choices: tuple, number: int):

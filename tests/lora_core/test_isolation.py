@@ -38,8 +38,14 @@ def rated(learning_rate: float, **options) -> Submission:
     return Submission(config=replace(job, optimizer=replace(job.optimizer, **options)), train=GOOD.train)
 
 
+def scaled(**options) -> Submission:
+    return replace(GOOD, config=replace(GOOD.config, lora=LoraConfig(rank=4, alpha=1e40, **options)))
+
+
 def with_weights_of_nan(engine: Engine) -> None:
-    weights(engine, "bad")[7] = float("nan")
+    row = engine._jobs["bad"].row
+    row.p[7] = float("nan")
+    row.refresh_compute()  # in bf16 passes read the rounded weights
 
 
 def with_an_infinite_gradient(engine: Engine) -> None:
@@ -59,10 +65,9 @@ RUINS = {
     "sgd at 1e30": (rated(1e30, kind="sgd", momentum=0.9), as_it_is),
     "sgd at 1e300": (rated(1e300, kind="sgd", max_grad_norm=1e-30), as_it_is),
     "adafactor at 1e30": (rated(1e30, kind="adafactor", weight_decay=0.1), as_it_is),
-    "alpha of 1e39": (
-        Submission(config=replace(GOOD.config, lora=LoraConfig(rank=4, alpha=1e39)), train=GOOD.train),
-        as_it_is,
-    ),
+    "alpha of 1e40": (scaled(), as_it_is),
+    "alpha of 1e40 with DoRA": (scaled(use_dora=True), as_it_is),
+    "alpha of 1e40 with PiSSA": (scaled(init_lora_weights="pissa"), as_it_is),
 }
 
 
