@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from lora_core.attach import Attachment
 from lora_core.base_model import build_model, load_base
 from lora_core.errors import UnreachableSource, UnsupportedModel
+from lora_core.gguf_rotation import refuse_scaled_rotation
 from lora_core.licence import CARD, licence_of_folder, licence_of_gguf
 from lora_core.model_folder import INDEX, SINGLE, load_with_transformers, read_config, refused, weight_names
 from lora_core.probe import refuse_mixing
@@ -140,6 +141,7 @@ def _write_gguf(path: Path, directory: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise refused(f"{path.name} is not a GGUF file")
+    refuse_scaled_rotation(path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
         _save_model(_dequantised(Path(folder), "model.gguf"), directory)  # held by no name: freed before the trial

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
@@ -22,6 +24,7 @@ from lora_core import base_import
 from lora_core.base_import import import_base
 from lora_core.base_model import describe_base, load_base
 from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
+from lora_core.gguf_rotation import refuse_scaled_rotation
 from lora_core.licence import licence_of_folder, licence_of_gguf
 from lora_core.model_folder import load_with_transformers
 from tests.lora_core.loopback_hub import hub_that_answers, hub_that_serves
@@ -236,6 +239,40 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 
+def test_a_gguf_file_that_is_cut_off_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(3))
+    with pytest.raises(UnsupportedModel, match="can't be read"):
+        import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind", "said"),
+    [
+        ("rope_freqs.weight", None, "rope_freqs.weight"),
+        ("rope_factors_long.weight", None, "rope_factors_long.weight"),
+        (None, "linear", "llama.rope.scaling.type = linear"),
+        (None, "none", None),
+        (None, None, None),
+    ],
+)
+def test_a_gguf_file_whose_rotation_is_scaled_is_refused_by_what_would_be_lost(tmp_path, tensor, kind, said):
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor(tensor or "blk.0.attn_q.weight", np.ones(8, np.float32))
+    if kind is not None:
+        writer.add_string("llama.rope.scaling.type", kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    if said is None:
+        refuse_scaled_rotation(tmp_path / "model.gguf")
+        return
+    with pytest.raises(UnsupportedModel, match=re.escape(said)):
+        import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
 def test_the_model_read_from_gguf_is_let_go_before_the_written_one_is_tried(source, tmp_path, monkeypatch):
     held = []
 
@@ -252,6 +289,7 @@ def test_the_model_read_from_gguf_is_let_go_before_the_written_one_is_tried(sour
     monkeypatch.setattr(base_import, "_save_tokenizer", lambda *_, **__: None)
     monkeypatch.setattr(base_import, "_refuse_untrainable", try_out)
     monkeypatch.setattr(base_import, "licence_of_gguf", lambda _: None)
+    monkeypatch.setattr(base_import, "refuse_scaled_rotation", lambda _: None)
 
     import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
