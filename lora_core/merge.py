@@ -37,6 +37,7 @@ from lora_core.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_foreign_code, v
 
 PROBE_SEED = 20_260_102
 DEQUANTISE_HELP = "merge into a quantised GGUF file, or an adapter that was trained on a quantised base; store 16 bits"
+MEASURE_HELP = "time a pass of the base and of the merged model; a GGUF file is read twice for it"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
@@ -325,13 +326,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype", choices=["bfloat16", "float32"], help="of the merged weights; the base's own if left out"
     )
     parser.add_argument("--dequantise", action="store_true", help=DEQUANTISE_HELP)
-    parser.add_argument("--measure", action="store_true", help="time a pass of the base and of the merged model")
+    parser.add_argument("--measure", action="store_true", help=MEASURE_HELP)
     given = parser.parse_args(arguments)
     try:
         report = merge_adapter(given.adapter, given.base, given.out, dtype=given.dtype, dequantise=given.dequantise)
         answer: dict[str, object] = {"merged": asdict(report)}
-        if given.measure and given.base.is_dir():
-            answer["cost"] = asdict(compare_cost(given.base, given.out, dtype=report.dtype))
+        if given.measure:
+            with _base_folder(given.base, dequantise=given.dequantise) as (base_dir, _):
+                answer["cost"] = asdict(compare_cost(base_dir, given.out, dtype=report.dtype))
     except LoraCoreError as error:
         sys.stderr.write(f"{error.message} {error.remedy}\n")
         return 1

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_core import merge
 from lora_core.base_model import load_base
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -278,6 +279,25 @@ def test_the_command_writes_the_folder_and_says_what_rounding_took(tied_dir, ada
 
     assert main(arguments) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_command_measures_a_gguf_file_as_well(tied_dir, adapter_of, tmp_path, capsys, monkeypatch):
+    """The file is a stand-in: how one is read is test_base_import.py's."""
+    path = tmp_path / "base.gguf"
+    gguf.GGUFWriter(path, "llama").close()
+
+    def import_base(*, source, kind, revision, target_dir):
+        assert (source, kind) == (str(path), "gguf")
+        shutil.copytree(tied_dir, target_dir)
+
+    monkeypatch.setattr(merge, "_quantised_kinds", lambda _: [])
+    monkeypatch.setattr(merge, "import_base", import_base)
+
+    assert main([str(adapter_of(tied_dir)), str(path), str(tmp_path / "merged"), "--measure"]) == 0
+
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["cost"]["same_layers"] is True
+    assert answer["cost"]["base_seconds"] > 0 < answer["cost"]["merged_seconds"]
 
 
 def test_the_command_says_what_is_wrong_and_what_to_do(tied_dir, tmp_path, capsys):
