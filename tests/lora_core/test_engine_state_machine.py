@@ -63,10 +63,11 @@ class Course:
 
 
 class SoloRuns:
-    """What each job gives alone and uninterrupted; computed once for all examples."""
+    """What each job gives alone and uninterrupted; computed once for all examples. Without `exports` no files."""
 
-    def __init__(self, load: Callable[..., BaseModel]) -> None:
+    def __init__(self, load: Callable[..., BaseModel], *, exports: bool = True) -> None:
         self.load = load
+        self.exports = exports
         self._results: dict[tuple[str, str, str], Result] = {}
 
     def of(self, family: str, dtype: str, submission: Submission) -> Result:
@@ -81,16 +82,18 @@ class SoloRuns:
         events: list[Event] = []
         while not engine.idle:
             events += engine.tick()
-        return result_of(engine, "job", events)
+        return self.result_of(engine, "job", events)
+
+    def result_of(self, engine: Engine, job: str, events: list[Event]) -> Result:
+        is_exported = self.exports and isinstance(events[-1], JobFinished)
+        files = exported(engine, job) if is_exported else {}
+        return Result(files=files, state=state_bytes(engine, job), events=rename(events, job))
 
 
-def result_of(engine: Engine, job: str, events: list[Event]) -> Result:
-    if isinstance(events[-1], JobDiverged):
-        return Result(files={}, state=state_bytes(engine, job), events=rename(events, job))
+def exported(engine: Engine, job: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         engine.export(job, Path(folder) / "adapter", base_name="tiny")
-        files = {path.name: path.read_bytes() for path in (Path(folder) / "adapter").iterdir()}
-    return Result(files=files, state=state_bytes(engine, job), events=rename(events, job))
+        return {path.name: path.read_bytes() for path in (Path(folder) / "adapter").iterdir()}
 
 
 class Trainers(RuleBasedStateMachine):
@@ -99,6 +102,7 @@ class Trainers(RuleBasedStateMachine):
     alone: SoloRuns
     num_kinds: int
     """Jobs are drawn of so many kinds; each that is drawn costs a solo run."""
+    draw = staticmethod(drawn_job)
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,6 +112,9 @@ class Trainers(RuleBasedStateMachine):
 
     @initialize(base=st.sampled_from(BASES), configs=st.tuples(engine_configs, engine_configs))
     def start(self, base: tuple[str, str], configs: tuple[EngineConfig, ...]) -> None:
+        self.begin(base, configs)
+
+    def begin(self, base: tuple[str, str], configs: tuple[EngineConfig, ...]) -> None:
         self.family, self.dtype = base
         self.base = self.alone.load(*base)
         self.engines = [Engine(self.base, config) for config in configs]
@@ -124,7 +131,7 @@ class Trainers(RuleBasedStateMachine):
     @rule(data=st.data(), num_jobs=st.integers(2, 5), engine=st.integers(0, 1))
     def submit(self, data: st.DataObject, num_jobs: int, engine: int) -> None:
         for _ in range(num_jobs):
-            submission = drawn_job(self.family, data.draw(st.integers(0, self.num_kinds - 1)))
+            submission = self.draw(self.family, data.draw(st.integers(0, self.num_kinds - 1)))
             self.num_named += 1
             name = f"job{self.num_named}"
             admit(self.engines[engine], name, submission)
@@ -186,7 +193,7 @@ class Trainers(RuleBasedStateMachine):
             course = self.courses[event.job]
             course.events.append(event)
             if isinstance(event, JobFinished | JobDiverged):
-                found = result_of(self.engines[engine], event.job, course.events)
+                found = self.alone.result_of(self.engines[engine], event.job, course.events)
                 self.engines[engine].evict(event.job)
                 del self.courses[event.job]
                 self.compare(course.submission, found)

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from lora_core.config import JobConfig, ScheduleConfig
-from lora_core.data import rows_of_step
+from lora_core.data import TokenDataset, rows_of_step
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
@@ -36,14 +36,18 @@ def methods(family: str) -> dict[str, JobConfig]:
     }
 
 
-def reference_run(model, adapter_dir, job: JobConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference_run(
+    model, adapter_dir, job: JobConfig, train: TokenDataset = JOB.train
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=True)
-    return run_reference(model, job)
+    return run_reference(model, job, train)
 
 
-def run_reference(model, job: JobConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+def run_reference(
+    model, job: JobConfig, train: TokenDataset = JOB.train
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train what of a PEFT model requires a gradient: the losses, and the adapter."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -53,16 +57,16 @@ def run_reference(model, job: JobConfig) -> tuple[list[float], dict[str, torch.T
         ],
         weight_decay=job.optimizer.weight_decay,
     )
-    losses = [reference_step(model, optimizer, step, job) for step in range(job.num_steps)]
+    losses = [reference_step(model, optimizer, step, job, train) for step in range(job.num_steps)]
     return losses, get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def reference_step(model, optimizer, step: int, job: JobConfig) -> float:
-    rows = rows_of_step(num_rows=JOB.train.num_rows, batch_size=job.batch_size, seed=job.seed, step=step)
-    num_labels = sum(int(JOB.train.row(row)[1].sum()) for row in rows)
+def reference_step(model, optimizer, step: int, job: JobConfig, train: TokenDataset) -> float:
+    rows = rows_of_step(num_rows=train.num_rows, batch_size=job.batch_size, seed=job.seed, step=step)
+    num_labels = sum(int(train.row(row)[1].sum()) for row in rows)
     total = 0.0
     for row in rows:
-        ids, mask = (torch.from_numpy(part.astype("int64")) for part in JOB.train.row(row))
+        ids, mask = (torch.from_numpy(part.astype("int64")) for part in train.row(row))
         logits = model(input_ids=ids[None]).logits[0, :-1]
         labels = torch.where(mask[1:] == 1, ids[1:], -100)
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_labels
@@ -78,16 +82,16 @@ def reference_step(model, optimizer, step: int, job: JobConfig) -> float:
     return total
 
 
-def assert_equal_to_peft(load, family: str, job: JobConfig, folder) -> None:
+def assert_equal_to_peft(load, family: str, job: JobConfig, folder, train: TokenDataset = JOB.train) -> None:
     engine = Engine(load(family), EngineConfig())
-    admit(engine, "job", replace(JOB, config=job))
+    admit(engine, "job", Submission(config=job, train=train))
     engine.export("job", folder / "start", base_name="tiny")
     losses = []
     while not engine.idle:
         losses += [event.loss for event in engine.tick() if isinstance(event, JobStepped)]
     engine.export("job", folder / "end", base_name="tiny")
 
-    expected_losses, expected = reference_run(load(family).model, folder / "start", job)
+    expected_losses, expected = reference_run(load(family).model, folder / "start", job, train)
 
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert losses[-1] < losses[0] - 0.05
