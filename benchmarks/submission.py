@@ -4,6 +4,8 @@ which its client sees the loss of its first step, with the base resident; for a 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,7 +67,7 @@ def _service(folder: Path) -> Generator[Lorry]:
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers as well
             process.wait()
 
 

@@ -150,10 +150,13 @@ def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
 
 
 def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:
-    largest, recomputes = fleet.largest_memory(session, now=now)
-    need = packing.Room(max_jobs=1, memory_bytes_free=largest, recomputes=recomputes).alone(mine.candidate)
-    if need <= largest:
+    found = [
+        (packing.Room(max_jobs=1, memory_bytes_free=held, recomputes=recomputes).alone(mine.candidate), held)
+        for held, recomputes in fleet.memories(session, now=now) or [(0, False)]
+    ]
+    if any(need <= held for need, held in found):
         return None
+    need, largest = max(found, key=lambda pair: pair[1])
     return (
         f"It needs about {memory.readable(need)} and the largest worker has {memory.readable(largest)}. "
         "Add a larger worker, or cancel it and use a lower rank or a smaller base."

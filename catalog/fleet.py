@@ -113,11 +113,10 @@ def count_live(session: Session, *, now: float) -> int:
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0
 
 
-def largest_memory(session: Session, *, now: float) -> tuple[int, bool]:
-    """Bytes of a live worker's device, and whether that computes blocks again; of a GPU before a CPU as large, and
-    (0, False) where none lives."""
+def memories(session: Session, *, now: float) -> list[tuple[int, bool]]:
+    """Of each live worker's device its bytes, and whether it computes blocks again where they are short."""
     live = session.scalars(select(Worker).where(is_live(now=now)))
-    return max(((worker.memory_bytes, is_gpu(worker)) for worker in live), default=(0, False))
+    return [(worker.memory_bytes, is_gpu(worker)) for worker in live]
 
 
 def is_gpu(worker: Worker) -> bool:

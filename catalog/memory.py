@@ -94,44 +94,48 @@ def own_bytes(
     Its row; the best weights where it keeps them; with DoRA norm and factor of each output, as if of every linear;
     the start that PiSSA and OLoRA subtract, in the base's precision; where a step may have two slices or more, the
     gradient that each but the first adds to. And whatever is the most beyond a slice of JOB_TOKENS, for these come
-    one after another: what its start is computed with, what its largest slice keeps (with dropout the masks, as if
-    every linear had one), and the pass of its samples.
+    one after another: what its start is computed with, what its largest slice keeps (with dropout the masks and
+    with DoRA the products that it scales, as if of every linear), and the pass of its samples.
 
     keeps_parent: whether it is compared with the adapter that it continues, whose weights then stand beside its own.
     longest_example: tokens of its longest row or pair of rows, which is never cut; None where it isn't known. A
     preference's pass of what it compares with keeps nothing for a backward and is over before its own begins.
     recomputes: on a device that computes blocks again in the backward where memory is short, as an engine does on a
-    GPU; there a long row keeps what enters the blocks, and one block at a time.
+    GPU; there a long row keeps what enters the blocks, one block at a time, and what DoRA and dropout keep even so.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     subtracts_start = begins_with_the_base(init_lora_weights)
     kept = row_bytes(num_parameters, precision, optimizer=optimizer, lowest_rank=lowest_rank)
     kept += 4 * num_parameters if keeps_best else 0
     kept += (4 if precision == "float32" else 4 + BYTES_PER_NUMBER[precision]) * num_parameters if keeps_parent else 0
-    kept += 2 * 4 * sum(out * count for (out, _), count in shapes.values()) if use_dora else 0
+    kept += 2 * 4 * _output_features(shapes) if use_dora else 0
     kept += 2 * num_parameters * BYTES_PER_NUMBER[precision] if subtracts_start else 0
     is_one_slice = bool(longest_example) and batch_size * (longest_example or 0) <= SLICE_TOKENS
     kept += 0 if is_one_slice else FURTHER_SLICES * 4 * num_parameters
     slice_tokens, usual = max(JOB_TOKENS, longest_example or 0), slice_bytes(description, precision)
-    mask = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
-    largest = slice_tokens * activation_bytes_per_token(shapes, precision) + mask
+    even_so = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
+    even_so += slice_tokens * _output_features(shapes) * BYTES_PER_NUMBER[precision] if use_dora else 0
+    largest = slice_tokens * activation_bytes_per_token(shapes, precision) + even_so
     if recomputes and slice_tokens > JOB_TOKENS:
-        largest = max(usual, min(largest, slice_tokens * _recomputed_bytes_per_token(description, precision) + mask))
+        recomputed = slice_tokens * _recomputed_bytes_per_token(description, precision)
+        largest = max(usual + even_so, min(largest, recomputed + even_so))
     start = _start_bytes(description, precision) if subtracts_start else 0
     return kept + max(largest, start, samples_bytes(description, precision, samples)) - usual
 
 
 def samples_bytes(description: Mapping[str, Any], precision: str, samples: Mapping[str, Any] | None) -> int:
     """What the answers to a job's prompts take at one time: all in one pass that keeps nothing for a backward, and the
-    keys and values of all tokens, as if each query head had some of its own.
+    keys and values of all tokens: of a family whose keys have no linear by that name, as many as hidden features.
 
     A prompt has no more tokens than characters, but for those by which a chat template surrounds it.
     """
     if samples is None:
         return 0
     num_tokens = sum(len(prompt) + int(samples["max_tokens"]) for prompt in samples["prompts"])
-    widest = max((max(shape) for shape, _ in description.get("linear_shapes", {}).values()), default=0)
-    kept = 2 * int(description.get("hidden_size", 0)) * int(description.get("num_layers", 0))
+    shapes: Shapes = description.get("linear_shapes", {})
+    widest = max((max(shape) for shape, _ in shapes.values()), default=0)
+    features = shapes["k_proj"][0][0] if "k_proj" in shapes else int(description.get("hidden_size", 0))
+    kept = 2 * features * int(description.get("num_layers", 0))
     return num_tokens * (widest * PASSING_NUMBERS_PER_FEATURE + kept) * BYTES_PER_NUMBER[precision]
 
 
@@ -229,6 +233,11 @@ def readable(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+def _output_features(shapes: Shapes) -> int:
+    """Of all linears together."""
+    return sum(out_features * count for (out_features, _), count in shapes.values())
 
 
 def _input_features(shapes: Shapes) -> int:

@@ -98,7 +98,7 @@ def record_checkpoint(
 
 
 def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, problem: str) -> None:
-    """A checkpoint's files are damaged or gone: it is never resumed from again."""
+    """A checkpoint's files are damaged or gone, or its weights are ruined: it is never resumed from again."""
     with db.write() as session:
         job = hold(session, claim_id)
         checkpoint = session.get(Checkpoint, checkpoint_id)

@@ -21,7 +21,7 @@ from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.config import JobConfig
 from lora_core.data import TokenDataset, data_digest
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import ConfigError, OutOfMemory
+from lora_core.errors import BadCheckpoint, ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
@@ -232,7 +232,13 @@ class Engine:
         return Generation(self.base, rows, token_budget=self.config.token_budget)
 
     def _started(self, name: str) -> Job:
+        """Raises BadCheckpoint where an update of it broke off half way."""
         job = self._jobs[name]
+        if job.is_torn:
+            raise BadCheckpoint(
+                f"An update of job {name!r} broke off half way, and nothing can be made of its weights.",
+                remedy="Evict it, and resume it from an earlier checkpoint.",
+            )
         with shortage_of(name, part="start"):
             while job.starting is not None:
                 job.go_on_starting(START_WORK)

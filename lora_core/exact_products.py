@@ -9,6 +9,7 @@ computed at once, anything else in the fewest pieces that do. Letters: T rows, K
 
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -20,13 +21,16 @@ WIDTHS = (1024, 512)
 """Of pieces that are tried before blocks: of 1,024 rows, blocks took 1.4 to 2.2 times the time of one product."""
 FEWEST_ROWS = 16
 """Fewer are filled up without a trial: most kernels sum them in another way, and a trial of so few may miss it."""
+MOST_NUMBERS = 1 << 24
+"""Of a matrix that is tried. A larger one, as of a head over a vocabulary, takes more time and memory in a trial than
+its blocks ever cost: a head's rows come 256 at a time anyway."""
 PATTERN = 8191
 """Numbers that a trial repeats: a prime, so that no two of its rows are alike."""
 OCTAVES = 20
 """By which they differ in size: rounding then loses many of their bits, others in every order of summing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Product:
     """By a matrix [K, N], as kernels tell it from others: all but the number of rows."""
 
@@ -75,12 +79,13 @@ class Product:
 
 
 class ExactProducts:
-    """Remembers which numbers of rows give the bits of blocks. Lanes share it: what two of them try, both find."""
+    """Remembers which numbers of rows give the bits of blocks. Lanes share it."""
 
     def __init__(self, row_block: int = ROW_BLOCK) -> None:
         self.row_block = row_block
         self._is_exact: dict[tuple[Product, int, int], bool] = {}
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
+        self._trying = Lock()  # a trial takes memory for a matrix: one at a time
 
     def run(
         self,
@@ -109,17 +114,20 @@ class ExactProducts:
         return (self.row_block,) * -(-num_rows // self.row_block)
 
     def _keeps_its_bits(self, product: Product, num_rows: int) -> bool:
-        if num_rows == self.row_block or num_rows < FEWEST_ROWS:
+        is_large = product.shape[0] * product.shape[1] > MOST_NUMBERS
+        if num_rows == self.row_block or num_rows < FEWEST_ROWS or is_large:
             return num_rows == self.row_block
         asked = (product, num_rows, torch.get_num_threads())
-        if asked not in self._is_exact:
-            self._is_exact[asked] = product.gives_the_bits_of_blocks(num_rows, self.row_block)
-        return self._is_exact[asked]
+        with self._trying:
+            if asked not in self._is_exact:
+                self._is_exact[asked] = product.gives_the_bits_of_blocks(num_rows, self.row_block)
+            return self._is_exact[asked]
 
 
 def product_of(operation: Literal["mm", "addmm", "addmm_"], matrix_KN: Tensor) -> Product:
     rows, columns = matrix_KN.shape
-    return Product(operation, (rows, columns), matrix_KN.stride(), matrix_KN.dtype)  # pyright: ignore
+    stride: Any = matrix_KN.stride()
+    return Product(operation=operation, shape=(rows, columns), stride=stride, dtype=matrix_KN.dtype)
 
 
 def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, exact: ExactProducts | None) -> Tensor:
@@ -155,15 +163,20 @@ def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProduct
     if exact is None:
         return type(linear).forward(linear, x_TK)
     num_rows, num_summed = x_TK.shape
-    forth = Product("mm", (num_summed, num_columns), (1, num_summed), x_TK.dtype)
-    back = Product("mm", (num_columns, num_summed), (num_summed, 1), x_TK.dtype)
+    forth = Product(
+        operation="mm" if getattr(linear, "bias", None) is None else "addmm",
+        shape=(num_summed, num_columns),
+        stride=(1, num_summed),
+        dtype=x_TK.dtype,
+    )
+    back = Product(operation="mm", shape=(num_columns, num_summed), stride=(num_summed, 1), dtype=x_TK.dtype)
     sizes = exact.pieces((forth, back), num_rows)
     filled = F.pad(x_TK, (0, 0, 0, sum(sizes) - num_rows))
     return torch.cat([type(linear).forward(linear, part) for part in filled.split(list(sizes))])[:num_rows]
 
 
 def _cut(num_rows: int, width: int) -> tuple[int, ...]:
-    whole, rest = divmod(num_rows, width)
+    whole, rest = divmod(num_rows, width or 1)
     return (width,) * whole + ((rest,) if rest else ())
 
 

@@ -94,6 +94,7 @@ class Job:
     `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
     `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
     `entry_block`: where its sequences may enter the base (prefixes.py); 0 where nothing is kept of them.
+    `is_torn`: an update broke off half way; nothing may be made of the row.
     `reference`: what the objective compares with, where it does. `parent_sha256`: of the weights that it began with.
     """
 
@@ -124,6 +125,7 @@ class Job:
         self.entry_block = 0
         self.reference = reference
         self.parent_sha256 = parent_sha256
+        self.is_torn = False
         self._gradients = SliceGradients(row=row)
         self.unit: Unit | None = None
         self.tally = Tally()
@@ -255,7 +257,8 @@ class Job:
         try:
             optimizer_step(self.row, config, step=step, learning_rate=rate, norm=norm)
         except BaseException:
-            self.quarantine()  # half an update can be neither undone nor completed
+            self.quarantine()
+            self.is_torn = True  # half an update can be neither undone nor completed
             raise
         self.progress.step = step
         self.progress.num_tokens += unit.num_tokens

@@ -8,6 +8,7 @@ gradient; their gradients are disjoint: lanes write nothing that another reads, 
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ from lora_core.interrupts import interrupts_wait
 
 MIN_LANE_TOKENS = 96
 """Tokens below which a further lane isn't worth another pass over the base's weights."""
+
+START_SECONDS = 60.0
+"""For a machine to begin the threads of all lanes."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -50,13 +54,19 @@ class Lanes:
         if num_lanes > 1:
             torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(num_lanes - 1, thread_name_prefix="lane")
+            all_here = Barrier(num_lanes)  # all threads are begun now: later, a part may be taken in and none be begun
+            begun = [self._pool.submit(all_here.wait, START_SECONDS) for _ in range(num_lanes - 1)]
+            all_here.wait(START_SECONDS)
+            wait(begun)
 
     def run(self, compute: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result]:
         """compute(part) of each, the first in the calling thread. Raises what the first failing part raised."""
         if self._pool is None or len(parts) == 1:
             return [compute(part) for part in parts]
         with interrupts_wait():
-            others = self._others = [self._pool.submit(compute, part) for part in parts[1:]]
+            for part in parts[1:]:
+                self._others.append(self._pool.submit(compute, part))
+            others = list(self._others)
         try:
             first = compute(parts[0])
         finally:

@@ -281,7 +281,8 @@ class Trainer:
             self._write(claim_id, "checkpointed", step=self._residents[claim_id].saved_step, folder=folder)
 
     def _save(self, claim_id: str) -> str | None:
-        """The folder of a new checkpoint, relative; None where the newest is of this step, or the disk failed."""
+        """The folder of a new checkpoint, relative; None where the newest is of this step, the disk failed, or its
+        update broke off."""
         step, _ = self._engine.progress(claim_id)
         if step == self._residents[claim_id].saved_step:
             return None
@@ -290,6 +291,9 @@ class Trainer:
             self._engine.save_checkpoint(claim_id, folder)
         except OSError as error:
             self._write(claim_id, "checkpoint_failed", step=step, error=disk_error(error))
+            return None
+        except BadCheckpoint as error:  # it is told to leave before it could be told that its memory ran out
+            self._write(claim_id, "checkpoint_failed", step=step, error=described(error))
             return None
         self._residents[claim_id].saved_step = step
         return str(folder.relative_to(self._directory.path))

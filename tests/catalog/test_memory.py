@@ -58,6 +58,9 @@ def test_a_start_and_the_answers_take_their_own_only_where_that_is_more_than_a_s
     sized = {"linear_shapes": SHAPES, "hidden_size": 64, "num_layers": 3}
     keys = 8 * 2128 * 2 * 3 * 64 * 2
     assert own_bytes(sized, "bfloat16", samples=many) == plain + answers + keys - slice_bytes
+    grouped = sized | {"linear_shapes": SHAPES | {"k_proj": [[16, 64], 3]}}
+    fewer = own_bytes(grouped, "bfloat16", samples=many) - own_bytes(grouped, "bfloat16")
+    assert fewer == answers + keys // 4 - memory.slice_bytes(grouped, "bfloat16")
     start = 4 * (3 * 8192 * 64 + 64 * 64)
     begun = own_bytes(tall, "bfloat16", init_lora_weights="pissa")
     assert begun == own_bytes(tall, "bfloat16") + 4 * 1000 + start - memory.slice_bytes(tall, "bfloat16")
@@ -76,6 +79,10 @@ def test_a_long_row_keeps_what_enters_the_blocks_and_one_of_them_where_blocks_ar
     assert counted[8192, False] == row + (8192 - 1024) * a_token
     assert counted[8192, True] == row + 8192 * recomputed - 1024 * a_token
     assert counted[1100, True] == counted[1024, True] == row, "a slice is counted whole on any device"
+    with_dora = [
+        own_bytes(description, "bfloat16", longest_example=8192, recomputes=True, use_dora=on) for on in (0, 1)
+    ]
+    assert with_dora[1] - with_dora[0] == 4 * 64 * (2 * 4 + 2 * 8192), "DoRA's products stay, and its norms"
 
 
 @pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])

@@ -205,7 +205,7 @@ def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(wo
     world.worker("small", memory_bytes=10**9)
 
     on_a_cpu = explained(world, job.id)["explanation"]
-    world.worker("small-gpu", memory_bytes=10**9, kind="cuda")
+    world.worker("small-gpu", memory_bytes=8 * 10**8, kind="cuda")
 
     assert "It needs about 1.3 GB and the largest worker has 1.0 GB" in on_a_cpu
     assert "the largest worker" not in explained(world, job.id)["explanation"]

@@ -246,20 +246,27 @@ def test_a_gguf_file_that_is_cut_off_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "kind", "said"),
+    ("tensor", "told", "said"),
     [
-        ("rope_freqs.weight", None, "rope_freqs.weight"),
-        ("rope_factors_long.weight", None, "rope_factors_long.weight"),
-        (None, "linear", "llama.rope.scaling.type = linear"),
-        (None, "none", None),
-        (None, None, None),
+        ("rope_freqs.weight", {}, "rope_freqs.weight"),
+        ("rope_factors_long.weight", {}, "rope_factors_long.weight"),
+        (None, {"scaling.type": "yarn"}, "llama.rope.scaling.type = yarn"),
+        (None, {"scaling.type": "linear", "scaling.factor": 4.0}, "llama.rope.scaling.factor = 4.0"),
+        (None, {"scaling.factor": 4.0}, "llama.rope.scaling.factor = 4.0"),
+        (None, {"scale_linear": 4.0}, "llama.rope.scale_linear = 4.0"),
+        (None, {"scaling.type": "linear", "scaling.factor": 1.0}, None),
+        (None, {"scaling.type": "none", "scaling.factor": 4.0}, None),
+        (None, {}, None),
     ],
 )
-def test_a_gguf_file_whose_rotation_is_scaled_is_refused_by_what_would_be_lost(tmp_path, tensor, kind, said):
+def test_a_gguf_file_whose_rotation_is_scaled_is_refused_by_what_would_be_lost(tmp_path, tensor, told, said):
     writer = GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor(tensor or "blk.0.attn_q.weight", np.ones(8, np.float32))
-    if kind is not None:
-        writer.add_string("llama.rope.scaling.type", kind)
+    for name, value in told.items():
+        if isinstance(value, str):
+            writer.add_string(f"llama.rope.{name}", value)
+        else:
+            writer.add_float32(f"llama.rope.{name}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

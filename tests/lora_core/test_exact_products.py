@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_core import attach
+from lora_core import attach, exact_products
 from lora_core.base_model import BaseModel
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -95,7 +95,7 @@ def test_a_row_keeps_its_bits_in_any_place_and_number_where_a_kernel_does_not(na
 @pytest.mark.parametrize("operation", ["mm", "addmm", "addmm_"])
 @pytest.mark.parametrize("columns", [8, 24])
 def test_a_trial_finds_every_number_of_rows_that_is_summed_in_another_order(operation, dtype, columns, depends_on_rows):
-    product = Product(operation, (48, columns), (1, 48), dtype)
+    product = Product(operation=operation, shape=(48, columns), stride=(1, 48), dtype=dtype)
 
     same = {rows for rows in range(FEWEST_ROWS, 100) if product.gives_the_bits_of_blocks(rows, BLOCK)}
 
@@ -117,6 +117,14 @@ def test_a_kernel_that_depends_on_no_number_computes_everything_at_once(monkeypa
     pieces = [exact.pieces((product,), rows) for rows in (16, 300, 2000)]
 
     assert pieces == [(16,), (300,), (2000,)]
+
+
+def test_a_matrix_as_large_as_a_heads_is_never_tried(monkeypatch):
+    monkeypatch.setattr(exact_products, "MOST_NUMBERS", 48 * 24 - 1)
+    exact = ExactProducts(BLOCK)
+
+    assert exact.pieces((product_of("mm", drawn(48, 24)),), 48) == (32, 32)
+    assert exact.pieces((product_of("mm", drawn(48, 23)),), 48) == (48,)
 
 
 def test_a_number_of_rows_is_tried_once(monkeypatch):

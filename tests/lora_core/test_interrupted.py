@@ -5,6 +5,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,9 @@ from lora_core import initial, lanes, optim
 from lora_core import job as job_module
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
+from lora_core.errors import BadCheckpoint
 from lora_core.events import Event
+from lora_core.generate import Prompts
 from lora_core.interrupts import interrupts_wait
 from lora_core.lanes import Lanes
 from tests.lora_core.scenarios import Submission, admit, config, dataset, rename, run_alone, state_bytes
@@ -114,7 +117,7 @@ def test_ctrl_c_amid_an_update_waits_for_its_end(load, monkeypatch):
     assert (state_bytes(engine, "short"), rename(events, "short")) == (alone.vectors, alone.events)
 
 
-def test_a_job_whose_update_breaks_off_computes_nothing_more_and_no_packmate_can_tell(load, monkeypatch):
+def test_a_job_whose_update_breaks_off_gives_nothing_more_and_no_packmate_can_tell(load, monkeypatch, tmp_path):
     alone = run_alone(load("llama"), SHORT)
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "bad", replace(SHORT, config=replace(SHORT.config, seed=7)))
@@ -133,6 +136,15 @@ def test_a_job_whose_update_breaks_off_computes_nothing_more_and_no_packmate_can
     assert num_broken == 1
     assert engine.progress("bad") == (0, 5)
     assert (state_bytes(engine, "short"), rename(events, "short")) == (alone.vectors, alone.events)
+    made_of_it = (
+        lambda: engine.save_checkpoint("bad", tmp_path / "checkpoint"),
+        lambda: engine.export("bad", tmp_path / "adapter", base_name="base"),
+        lambda: engine.generation({"bad": Prompts(prompts=((1,),), max_tokens=1)}),
+    )
+    for make in made_of_it:
+        with pytest.raises(BadCheckpoint, match="'bad' broke off half way"):
+            make()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [Failure, KeyboardInterrupt])
@@ -178,6 +190,23 @@ def test_lanes_that_were_left_by_two_interrupts_can_still_be_waited_for(monkeypa
 
     may_end.set()
     lanes_of_two.settle()
+
+    assert ended == [1]
+
+
+def test_a_part_that_can_not_be_handed_out_leaves_no_other_unwaited_for(monkeypatch):
+    lanes_of_three, ended = Lanes(3), []
+    submit = ThreadPoolExecutor.submit
+
+    def limited(pool, compute, part):
+        if part == 2:
+            raise RuntimeError("can't start new thread")
+        return submit(pool, compute, part)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", limited)
+    with pytest.raises(RuntimeError, match="thread"):
+        lanes_of_three.run(ended.append, [0, 1, 2])
+    lanes_of_three.settle()
 
     assert ended == [1]
 
