@@ -137,8 +137,8 @@ def load_base(
 
     Quantised ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
     that can't be packed, UnreachableSource where there is no such folder, UnsafeFile for a tensor file over the limits,
-    ConfigError for an unknown dtype, quantisation or task. `task` chooses the head: for classification
-    each job brings its own, and what the files hold of one isn't used.
+    ConfigError for an unknown dtype, quantisation or task, and for a GPU that isn't there. `task` chooses the head: for
+    classification each job brings its own, and what the files hold of one isn't used.
     """
     for name, value, known in (
         ("dtype", dtype, Dtype),
@@ -146,6 +146,11 @@ def load_base(
         ("task", task, Task),
     ):
         _require_known(name, value, get_args(known))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {device!r}, and this torch ({torch.__version__}) finds no GPU.",
+            remedy="Install a build of torch for CUDA, or give 'cpu'.",
+        )
     base_dir = Path(base_dir)
     _require_folder(base_dir)
     config = read_config(base_dir, task)

@@ -73,9 +73,9 @@ class Engine:
         config: JobConfig,
         train: TokenDataset,
         valid: TokenDataset | None = None,
-        resume_from: Path | None = None,
+        resume_from: Path | str | None = None,
         *,
-        parent: Path | None = None,
+        parent: Path | str | None = None,
     ) -> None:
         """Make `job` resident. What its start takes beyond START_WORK is left to the ticks that follow, so that its
         packmates don't wait for it; it trains once it has started.
@@ -96,7 +96,7 @@ class Engine:
             row, parent_sha256, progress = self._new_row(config), None, Progress()
             if parent is not None:
                 row.begin_in_full(config.seed)
-                parent_sha256 = begin_from(row, parent, self.base)
+                parent_sha256 = begin_from(row, Path(parent), self.base)
             reference = self._reference(row, config, has_parent=parent is not None)
             best = torch.zeros_like(row.p) if config.keep == "best" else None
             if resume_from is not None:
@@ -105,7 +105,7 @@ class Engine:
                     "data_digest": data_digest(train, valid),
                     "parent_sha256": parent_sha256,
                 }
-                progress = checkpoint.load_checkpoint(resume_from, row=row, best=best, expected=expected)
+                progress = checkpoint.load_checkpoint(Path(resume_from), row=row, best=best, expected=expected)
             admitted = Job(
                 job,
                 config,
@@ -232,7 +232,11 @@ class Engine:
         return Generation(self.base, rows, token_budget=self.config.token_budget)
 
     def _started(self, name: str) -> Job:
-        """Raises BadCheckpoint where an update of it broke off half way."""
+        """Raises ConfigError where there is none, and BadCheckpoint where an update of it broke off half way."""
+        if name not in self._jobs:
+            raise ConfigError(
+                f"No job {name!r} is resident.", remedy=f"Name one of these: {', '.join(self._jobs) or 'none is'}."
+            )
         job = self._jobs[name]
         if job.is_torn:
             raise BadCheckpoint(

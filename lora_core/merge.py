@@ -133,12 +133,27 @@ def refuse_foreign_adapter(adapter_dir: Path) -> None:
         if not (adapter_dir / name).is_file():
             raise _bad(f"{name} is missing")
     refuse_foreign_code(adapter_dir)
+    _refuse_changed(adapter_dir)
     if json.loads((adapter_dir / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
         raise _bad("it has a head of its own for whole sequences, which the base's folder has no place for")
     try:
         read_header(adapter_dir / WEIGHTS)
     except UnsafeFile as error:
         raise _bad(error.message.removesuffix(".")) from error
+
+
+def _refuse_changed(adapter_dir: Path) -> None:
+    """Files that are not those of the manifest that a pulled folder has; see `lorry adapters verify`."""
+    manifest = adapter_dir / "manifest.json"
+    if not manifest.is_file():
+        return
+    try:
+        told = {str(entry["path"]): entry["digest"] for entry in json.loads(manifest.read_text("utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _bad("its manifest.json can't be read") from error
+    for name in ("adapter_config.json", WEIGHTS):
+        if name in told and hashlib.sha256((adapter_dir / name).read_bytes()).hexdigest() != told[name]:
+            raise _bad(f"{name} is not the file that its manifest.json names")
 
 
 @contextmanager

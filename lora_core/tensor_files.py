@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,10 @@ def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
     try:
         with _disk_errors_named():
             fill(temporary)
+        readable = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         for path in [*sorted(temporary.rglob("*")), temporary]:
+            if path.is_file():
+                path.chmod(readable)  # safetensors leaves its files to their owner alone
             _fsync(path)
         temporary.rename(directory)
         _fsync(directory.parent)

@@ -137,7 +137,7 @@ def _compare(
     rare: if three times is too little, and each linear by itself is proven, the logits are allowed twice as much.
     """
     largest, difference = _largest(probe["logits"]), logits - probe["logits"]
-    least = torch.finfo(dtype).eps * largest / 2
+    least = max(torch.finfo(dtype).eps * largest / 2, torch.finfo(torch.float32).tiny)
     rounding, rms_rounding = max(least, *map(_largest, roundings)), max(least, *map(_rms, roundings))
     needed = max(_largest(difference) / rounding, _rms(difference) / rms_rounding)
     proven = linears is not None and linears.worst_error <= 1
@@ -153,7 +153,7 @@ def _compare(
         "max_abs_effect": _largest(probe["logits"] - probe["base_logits"]),
     }
     passed = is_same_base and numbers["max_abs_diff"] <= tolerance and numbers["rms_diff"] <= rms_tolerance
-    passed = passed and (proven or linears is None) and all(map(math.isfinite, numbers.values()))
+    passed = passed and (proven or linears is None) and all(map(math.isfinite, numbers.values())) and largest > 0
     return VerifyReport(
         **{name: _told(number) for name, number in numbers.items()},
         passed=passed,
@@ -161,8 +161,13 @@ def _compare(
         num_linears=linears.num_linears if linears else 0,
         worst_linear=linears.worst_linear if linears else None,
         worst_linear_error=_told(linears.worst_error) if linears else None,
-        explanation=_explained(linears, tolerance, factor=factor, magnified=tolerance / (factor * least), dtype=dtype),
+        explanation=_explained(linears, tolerance, factor=factor, magnified=tolerance / (factor * least), dtype=dtype)
+        if largest > 0
+        else ALL_ZERO,
     )
+
+
+ALL_ZERO = "With this adapter every logit is zero: training has ruined it, and nothing can be told from its answers."
 
 
 def _told(number: float) -> float:

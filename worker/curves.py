@@ -12,6 +12,9 @@ FLUSH_SECONDS = 0.5
 """At most two writes a second for a job, however fast it steps."""
 MAX_POINTS = 200
 WINDOW_STEPS = 50
+LAST_STEPS = 5
+"""Whose mean loss tells how a training ended: one batch by itself may be a hard one."""
+RISEN = 1.2
 TRAIN_FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards")
 
 
@@ -24,13 +27,18 @@ class Curve:
     """None until the trainer has the job's rows."""
     step: int = 0
     loss: float | None = None
+    _first: tuple[int, float] | None = None
+    """Step and loss of this attempt."""
     _latest: Json = field(default_factory=dict[str, Any])
     _points: list[Json] = field(default_factory=list[Json])
     _window: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=WINDOW_STEPS))
+    _last_losses: deque[float] = field(default_factory=lambda: deque[float](maxlen=LAST_STEPS))
     _flushed_at: float = 0.0
 
     def stepped(self, event: Json) -> None:
         self.step, self.loss = event["step"], event["loss"]
+        self._first = self._first or (event["step"], event["loss"])
+        self._last_losses.append(event["loss"])
         self._latest |= {"train_loss": event["loss"], "train_mean_token_accuracy": event["token_accuracy"]}
         self._note_rewards("train_rewards", event)
         self._window.append((event["seconds"], event["num_tokens"]))
@@ -71,6 +79,13 @@ class Curve:
     def written(self, num_points: int, now: float) -> None:
         del self._points[:num_points]
         self._flushed_at = now
+
+    def risen(self) -> tuple[float, float] | None:
+        """(the first loss, the mean of the last ones) where that is clearly higher after steps enough to learn in."""
+        if self._first is None or self.step - self._first[0] < 2 * LAST_STEPS:
+            return None
+        first, last = self._first[1], sum(self._last_losses) / len(self._last_losses)
+        return (first, last) if last > RISEN * first else None
 
     def metrics(self) -> Json:
         """For a checkpoint: the latest numbers, by the wire's names."""

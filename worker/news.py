@@ -98,6 +98,11 @@ class Listener:
         """That it ended early is on its progress while the adapter is verified."""
         progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
         claims.record_progress(self._context.db, held.claim.claim_id, progress)
+        risen = held.curve.risen()
+        if risen is not None:
+            message = "Training ended at a loss of {1:.3g}, above {0:.3g} where it began.".format(*risen)
+            remedy = "Try the adapter before you use it, and a lower learning rate."
+            claims.record_event(self._context.db, held.claim.claim_id, "warn", f"{message} {remedy}")
         return Next.GO_ON
 
     def _sampled(self, held: Held, event: Json) -> Next:

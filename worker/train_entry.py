@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     tether.hold_on(sys.argv)
 
 import os
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +25,7 @@ from lora_core.base_model import BaseModel, load_base
 from lora_core.data import TokenDataset
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
+from lora_core.errors import BadAdapter, BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts, check_prompts
 from lora_core.memory_shortage import shortage_of
@@ -314,6 +315,10 @@ class Trainer:
             self._evict(claim_id)
             self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
             return
+        except Exception as error:  # noqa: BLE001  (whatever is wrong with one adapter is no fault of its packmates)
+            traceback.print_exc()
+            self._refuse(claim_id, _unverifiable(error))
+            return
         body = {
             "step": finished.step,
             "kept_step": finished.kept_step,
@@ -352,6 +357,13 @@ class Trainer:
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})
+
+
+def _unverifiable(error: Exception) -> BadAdapter:
+    return BadAdapter(
+        f"Its adapter could not be exported and verified ({type(error).__name__}: {error}).",
+        remedy="Lower the learning rate if its loss is not as it should be; else the worker's log tells more.",
+    )
 
 
 def _steps_to_sample(events: list[Event]) -> dict[str, int]:

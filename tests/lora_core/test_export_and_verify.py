@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_core import verify
 from lora_core.base_model import BaseModel
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -336,3 +337,20 @@ def test_another_base_model_of_the_same_shape_fails_verification(load, tmp_path,
 
     assert verify_export(base, tmp_path / "adapter").passed
     assert not verify_export(other, tmp_path / "adapter").passed
+
+
+def test_an_adapter_that_makes_every_logit_zero_is_not_passed_and_the_record_says_why(exported, monkeypatch):
+    base, folder = exported
+    load_probe, last_logits = verify._load_probe, verify._last_logits
+
+    def zeroed(*arguments):
+        probe = load_probe(*arguments)
+        return probe | {"logits": torch.zeros_like(probe["logits"])}
+
+    monkeypatch.setattr(verify, "_load_probe", zeroed)
+    monkeypatch.setattr(verify, "_last_logits", lambda *arguments: torch.zeros_like(last_logits(*arguments)))
+
+    report = verify_export(base, folder)
+
+    assert not report.passed
+    assert "every logit is zero" in report.explanation

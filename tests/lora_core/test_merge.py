@@ -1,5 +1,6 @@
 """Law: merged equals adapted. W + B A gives the logits of W with the adapter, within the rounding of the dtype."""
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -166,6 +167,22 @@ def test_an_adapter_of_another_base_is_not_merged(base_dirs, tied_dir, adapter_o
     with pytest.raises(BadAdapter):
         merge_adapter(adapter_dir, base_dirs["gpt2"], tmp_path / "another_family")
     assert not [path for path in tmp_path.iterdir() if path.name != "adapter"]
+
+
+def test_a_file_that_is_not_the_one_of_the_manifest_is_refused(tied_dir, adapter_of, tmp_path):
+    adapter_dir = adapter_of(tied_dir)
+    path = adapter_dir / "adapter_model.safetensors"
+    entries = [{"path": path.name, "digest": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": 1}]
+    (adapter_dir / "manifest.json").write_text(json.dumps({"files": entries}))
+    merge.refuse_foreign_adapter(adapter_dir)
+
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+
+    with pytest.raises(BadAdapter, match=r"adapter_model.safetensors is not the file that its manifest.json names"):
+        merge_adapter(adapter_dir, tied_dir, tmp_path / "merged")
+    (adapter_dir / "manifest.json").write_text("{")
+    with pytest.raises(BadAdapter, match=r"manifest.json can't be read"):
+        merge_adapter(adapter_dir, tied_dir, tmp_path / "merged")
 
 
 def test_weights_that_peft_would_pass_over_are_refused(tied_dir, adapter_of, tmp_path):

@@ -90,3 +90,26 @@ def test_rewards_that_are_not_finite_are_no_part_of_a_checkpoints_numbers_nor_ar
         assert ("train_rewards" in curve.metrics()) == (number == 1)
 
     assert json.dumps(curve.metrics(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "risen"),
+    [
+        ([4.0] * 6 + [17.0] * 5, (4.0, 17.0)),
+        ([4.0] * 5 + [17.0] * 5, None),
+        ([4.0] * 6 + [4.5] * 5, None),
+        ([4.0] * 8 + [10.0, 1.0, 1.0], None),
+        ([17.0] * 6 + [4.0] * 5, None),
+        ([], None),
+    ],
+    ids=["risen", "too short", "a little", "one hard batch", "fallen", "no step"],
+)
+def test_a_loss_that_ends_clearly_above_where_it_began_is_noticed(
+    losses: list[float], risen: tuple[float, float] | None
+) -> None:
+    curve = Curve(num_steps=100)
+
+    for number, loss in enumerate(losses, start=40):
+        curve.stepped(step(number, seconds=float(number)) | {"loss": loss})
+
+    assert curve.risen() == risen

@@ -69,3 +69,22 @@ def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> 
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert warning == f"The checkpoint of step 6 can't be used: {RUINED} The loss of train slice 1 is not finite."
     assert kept_checkpoints(site.db, project_id=claim.job.project_id) == []
+
+
+@pytest.mark.parametrize(("last_loss", "warned"), [(17.0, True), (0.5, False)])
+def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
+    site: PackSite, last_loss: float, warned: bool
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    for number in range(1, 12):
+        event = {**step(number), "loss": 4.0 if number <= 6 else last_loss}
+        say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    tell(pack, claim, "finished", step=11, kept_step=11, stopped_early=None)
+
+    pack.hear()
+
+    events = jobs.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    warnings = [event.message for event in events if event.level == "warn"]
+    said = "Training ended at a loss of 17, above 4 where it began. Try the adapter before you use it, and a lower "
+    assert warnings == ([said + "learning rate."] if warned else [])

@@ -251,3 +251,19 @@ def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: Trainer, dire
     (refused,) = said(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "out_of_memory")
     assert set(trainer._residents) == {"claim-0"}
+
+
+def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(trainer._engine, "export", fail)
+
+    trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
+
+    (refused,) = said(directory)
+    assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "bad_adapter")
+    assert "ZeroDivisionError: float division by zero" in refused["error"]["message"]
+    assert set(trainer._residents) == {"claim-0"}
