@@ -142,3 +142,10 @@ def mapping_around(address: int, path: Path) -> Mapping:
             found[-1][2] = int(line.split()[1]) * 1024
     (mapping,) = [Mapping(start=a, stop=b, copied_bytes=copied) for a, b, copied in found if a <= address < b]
     return mapping
+
+
+def test_a_gpu_that_torch_does_not_find_is_said(base_dirs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        load_base(base_dirs["llama"], dtype="float32", device="cuda:0")

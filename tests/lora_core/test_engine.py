@@ -9,7 +9,7 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
 from lora_core.events import JobEvaluated, JobFinished, JobStepped
 from lora_core.optim import learning_rate_at
-from tests.lora_core.scenarios import Submission, admit, config, dataset
+from tests.lora_core.scenarios import Submission, admit, config, dataset, submissions
 
 VALID = dataset(2, [12, 25, 4])
 JOB = Submission(
@@ -131,3 +131,13 @@ def test_after_the_last_job_a_gpus_kept_memory_is_given_back(load, monkeypatch):
     engine.evict("last")
 
     assert given_back == [()]
+
+
+def test_a_job_that_is_not_resident_is_named_with_those_that_are(load, tmp_path):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "here", submissions("llama")["tiny"])
+
+    with pytest.raises(ConfigError, match="No job 'there' is resident") as caught:
+        engine.export("there", tmp_path / "adapter", base_name="base")
+
+    assert "here" in caught.value.remedy

@@ -354,3 +354,11 @@ def test_an_adapter_that_makes_every_logit_zero_is_not_passed_and_the_record_say
 
     assert not report.passed
     assert "every logit is zero" in report.explanation
+
+
+def test_whoever_may_read_the_folder_may_read_its_files(exported):
+    _, folder = exported
+
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+    assert set(modes.values()) == {folder.stat().st_mode & 0o666}
