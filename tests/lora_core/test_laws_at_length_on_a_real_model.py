@@ -53,8 +53,8 @@ def base(request, real_base_dir) -> BaseModel:
 
 def job_of(method: str) -> JobConfig:
     """At 2e-4 losses hold as well, but one number in millions is off by 1.1e-4 with rsLoRA: AdamW divides each gradient
-    by its own size, so where one is nothing but rounding, its update is as large as any, and goes with the rate. With LoRA+
-    B has the higher one, here 1.6e-4; at 4e-4 four of fifty losses were off by 1.06e-5."""
+    by its own size, so where one is nothing but rounding, its update is as large as any, and goes with the rate. With
+    LoRA+ B has the higher one, here 1.6e-4; at 4e-4 four of fifty losses were off by 1.06e-5."""
     plain = config(rank=4, num_steps=50, seed=7, learning_rate=1e-4)
     plain = replace(plain, schedule=ScheduleConfig(kind="cosine", warmup_steps=3, num_steps=50))
     if method == "lora_plus":
