@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -234,20 +233,21 @@ def _nudge(_linear: torch.nn.Module, _inputs: tuple[Tensor, ...], output: Tensor
 
 @contextmanager
 def _adapted(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> Iterator[PeftModel]:
-    adapted = _load_adapter(model, directory, in_fp32=in_fp32)
+    """The adapter in the base's modules, as PEFT puts it there. The base's own come back at the end, also where PEFT
+    failed half way: packmates go on with this base."""
+    own, attributes = dict(model.named_modules()), set(vars(model))
+    adapted = None
     try:
+        adapted = _load_adapter(model, directory, in_fp32=in_fp32)
         yield adapted
     finally:
-        _unload(adapted)
-
-
-def _unload(adapted: PeftModel) -> None:
-    """PEFT's own unloading leaves modules that were trained in full in the base: its own come back here."""
-    wrapped = adapted.get_base_model().named_modules()
-    own = {path: module.original_module for path, module in wrapped if isinstance(module, ModulesToSaveWrapper)}
-    model = adapted.unload()
-    for path, module in own.items():
-        model.set_submodule(path, module)
+        if adapted is not None:
+            adapted.unload()
+        for path, module in own.items():  # outer ones first
+            if path and model.get_submodule(path) is not module:
+                model.set_submodule(path, module)
+        for name in vars(model).keys() - attributes:
+            delattr(model, name)
 
 
 def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> PeftModel:

@@ -356,6 +356,23 @@ def test_an_adapter_that_makes_every_logit_zero_is_not_passed_and_the_record_say
     assert "every logit is zero" in report.explanation
 
 
+def test_where_peft_fails_half_way_the_base_has_its_own_modules_again(exported, monkeypatch):
+    base, folder = exported
+    before, load = snapshot(base), verify.PeftModel.from_pretrained
+
+    def failing(*arguments, **options):
+        load(*arguments, **options)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(verify.PeftModel, "from_pretrained", failing)
+    with pytest.raises(ZeroDivisionError):
+        verify_export(base, folder)
+
+    assert snapshot(base) == before
+    monkeypatch.undo()
+    assert verify_export(base, folder).passed
+
+
 def test_whoever_may_read_the_folder_may_read_its_files(exported):
     _, folder = exported
 

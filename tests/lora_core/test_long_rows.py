@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_core import attention, lanes
 from lora_core.attention import LONGEST_MATRIX
@@ -20,7 +19,6 @@ from lora_core.events import Event
 from lora_core.objectives import CHUNK_LABELS
 from lora_core.pack import current_pack
 from tests.lora_core.scenarios import (
-    VOCAB,
     Outcome,
     Submission,
     admit,
@@ -30,28 +28,18 @@ from tests.lora_core.scenarios import (
     run_alone,
     state_bytes,
 )
+from tests.lora_core.test_families import save
 
 LONG = LONGEST_MATRIX + 77
+SMALL = {"hidden_size": 64, "intermediate_size": 64}
 UNHURRIED = {"job_tokens": 8192, "max_tick_seconds": 3600.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Small matrices: what a tick of thousands of tokens costs is mostly attention."""
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-    )
-    folder = tmp_path_factory.mktemp("long") / "base"
-    LlamaForCausalLM(settings).save_pretrained(folder)
-    return folder
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return save("llama", tmp_path_factory.mktemp("long") / "base", max_position_embeddings=2048, **SMALL, **heads)
 
 
 def sparsely_labelled(data: TokenDataset, every: int) -> TokenDataset:
