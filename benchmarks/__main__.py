@@ -35,6 +35,7 @@ EXPLANATIONS = {
     "steady_state": steady_state.explain,
     "warm_start": warm_start.explain,
     "submission": submission.explain,
+    "frozen_prefix": frozen_prefix.explain,
     "eight_jobs": eight_jobs.explain,
 }
 """What shows, where a goal is missed, where the time goes; in a run of its own."""

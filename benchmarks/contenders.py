@@ -17,7 +17,7 @@ CONTENDERS = {
     **dict.fromkeys(("lorry", "pack", "several", "matrix", "profiled"), "benchmarks.ours"),
     **dict.fromkeys(("peft_loop", "peft_trainer", "trl_sft"), "benchmarks.theirs"),
     **dict.fromkeys(("chunked_head", "plain_head"), "benchmarks.heads"),
-    "upper_blocks": "benchmarks.upper_blocks",
+    **dict.fromkeys(("upper_blocks", "upper_blocks_profiled"), "benchmarks.upper_blocks"),
 }
 """The module of each."""
 

@@ -7,7 +7,7 @@ import time
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of
+from benchmarks.results import Result, median_of, shares
 from benchmarks.trainer import Trainer
 
 GOAL_OVER_SCRIPTS = 6.0
@@ -34,14 +34,24 @@ def run(plan: Plan) -> Result:
 
 def _trainer(plan: Plan, num_jobs: int) -> dict[str, float]:
     """`exported` comes after the verification by PEFT; a job that fails it ends the comparison."""
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.monotonic()
     with Trainer(plan, f"eight-{num_jobs}") as trainer:
         for job in range(num_jobs):
             trainer.admit(str(job), num_steps=plan.eight_steps, batch_size=plan.batch_size)
+        ready, before, verifying = trainer.wait_for("ready")["seconds"] - began, 0.0, 0.0
         for number in range(num_jobs):
             event = trainer.wait_for("exported", count=number + 1)
             assert event["report"]["passed"], event["report"]
-        return {"seconds": time.perf_counter() - started, "peak_bytes": trainer.peak_bytes()}
+            finished = trainer.wait_for("finished", event["claim_id"])["seconds"]
+            verifying += event["seconds"] - max(finished, before)
+            before = event["seconds"]
+        seconds = time.perf_counter() - started
+        return {
+            "seconds": seconds,
+            "ready_seconds": ready,
+            "verifying_seconds": verifying,
+            "peak_bytes": trainer.peak_bytes(),
+        }
 
 
 def _scripts(plan: Plan, *, side_by_side: int, threads: int) -> dict[str, float]:
@@ -75,6 +85,9 @@ def explain(_plan: Plan, result: Result) -> None:
     ours, alone, script = (result.repeats[name][0] for name in ("lorry", "lorry, one job", "scripts"))
     further = (ours["seconds"] - alone["seconds"]) / max(1, result.settings["jobs"] - 1)
     per_job = (ours["peak_bytes"] - alone["peak_bytes"]) / max(1, result.settings["jobs"] - 1)
+    known = {"start": ours["ready_seconds"], "export and verification": ours["verifying_seconds"]}
+    parts = known | {"training": ours["seconds"] - sum(known.values())}
+    result.profile = shares("eight jobs, by the clock", parts)
     at_most = script["seconds"] / result.settings["jobs"] / further
     result.why += [
         f"One job takes {alone['seconds']:.1f} s of the trainer, start included, and each further one {further:.1f} s: "

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of, median_ratio
+from benchmarks.results import Result, median_of, median_ratio, shares
 from lora_core.base_model import describe_base
 
 SHARE_OF_ARITHMETIC = 0.85
 """Of the promised ratio: attention, norms and optimizer aren't in the arithmetic."""
+ALIKE = ("head and loss", "LoRA", "optimizer")
+"""Parts that are the same with kept prefixes and without."""
 CLOCKS = ("seconds", "cpu_seconds")
 
 
@@ -63,6 +65,30 @@ def run(plan: Plan) -> Result:
                 result.repeats.setdefault(name, []).append(contender.step())
     _conclude(result, shape, upper)
     return result
+
+
+def explain(plan: Plan, result: Result) -> None:
+    """The parts of an epoch with kept prefixes, and of one without."""
+    sizes = {name: result.settings[name] for name in ("upper", "rows")}
+    for name, keeps in (("a later epoch, prefixes kept", True), ("an epoch, nothing kept", False)):
+        log = plan.folder / "prefix-profile.log"
+        options = {**plan.options(), **sizes, "keeps": keeps}
+        with closing(Contender("upper_blocks_profiled", threads=1, log=log, **options)) as contender:
+            report = contender.step()
+        result.repeats[f"profiled, {name}"] = [report]
+        result.profile += shares(name, report["parts"])
+    kept, computed = (
+        {share.part: share.seconds for share in result.profile if share.of == name}
+        for name in dict.fromkeys(share.of for share in result.profile)
+    )
+    spared = 1 - sum(kept.values()) / sum(computed.values())
+    by_flops = 1 - 1 / result.figure("the same with the head's")
+    result.why.append(
+        "Head, LoRA and optimizer, which keeping spares nothing of, take "
+        f"{sum(kept.get(part, 0.0) for part in ALIKE):.2f} s of the {sum(kept.values()):.2f} with kept prefixes and "
+        f"{sum(computed.get(part, 0.0) for part in ALIKE):.2f} of the {sum(computed.values()):.2f} without. What "
+        f"keeping spares is {spared:.0%} of an epoch's time and {by_flops:.0%} of its FLOPs."
+    )
 
 
 def shape_of(plan: Plan) -> Shape:
