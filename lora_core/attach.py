@@ -117,7 +117,7 @@ def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
 
 
 class Attachment:
-    """The attached state of one model; `anchor` is what makes autograd visit adapted linears.
+    """The attached state of one model; `leaf` is what makes autograd visit adapted linears.
 
     `kernels`: else those that are chosen for the model's device and dtype; with `exact_products` such that packmates
     change no bit on a CPU.
@@ -136,7 +136,7 @@ class Attachment:
         self.segment_op = SegmentOp(self.kernels.lora)
         self.blocks = find_blocks(model)
         self._siblings = find_siblings(self.linears)
-        self.anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self.leaf = torch.zeros((), device=model.device, requires_grad=True)
         self._parts = [*_faster_parts(model, self.kernels), *faster_rotations(model), *rotations_by_length(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
@@ -146,10 +146,10 @@ class Attachment:
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
         for name, linear in self.linears.items():
-            linear.forward = partial(forward_linear, linear, name, self.anchor, self.segment_op)
+            linear.forward = partial(forward_linear, linear, name, self.leaf, self.segment_op)
         for name, siblings in self._siblings.items():
             linear = self.linears[name]
-            linear.forward = partial(forward_first, siblings, linear, self.anchor)
+            linear.forward = partial(forward_first, siblings, linear, self.leaf)
         for module, forward in self._parts:
             module.forward = forward
         for block in self._blocks:
@@ -161,7 +161,7 @@ class Attachment:
             pooler.forward = partial(forward_pooler, pooler)
         embedding = self.model.get_input_embeddings()
         embedding.forward = partial(
-            forward_embedding, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.anchor
+            forward_embedding, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.leaf
         )
 
     def detach(self) -> None:
@@ -191,7 +191,7 @@ def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Mod
     return [*norms, *faster_mlps(model), *faster_blocks(model, [norm for norm, _ in norms])]
 
 
-def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: SegmentOp, x: Tensor) -> Tensor:
+def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: SegmentOp, x: Tensor) -> Tensor:
     """x [..., D] to [..., O]: the plain linear outside a pack, the packed one inside."""
     pack = current_pack()
     if pack is None:
@@ -204,17 +204,17 @@ def forward_linear(linear: nn.Module, name: str, anchor: Tensor, segment_op: Seg
     pieces, runs = segment_op.divide(name, every, x_TD)
     plain = plain_weight(linear)
     if plain is not None:
-        y_TO = PackedLinear.apply(x_TD, anchor if every else None, plain, pieces, runs)
+        y_TO = PackedLinear.apply(x_TD, leaf if every else None, plain, pieces, runs)
     else:
         y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().exact_products)
-        y_TO = PackedDelta.apply(y_TO, x_TD, anchor, pieces, runs) if every else y_TO
+        y_TO = PackedDelta.apply(y_TO, x_TD, leaf, pieces, runs) if every else y_TO
     return y_TO.view(*x.shape[:-1], -1)
 
 
-def forward_first(siblings: Siblings, linear: nn.Module, anchor: Tensor, x: Tensor) -> Tensor:
+def forward_first(siblings: Siblings, linear: nn.Module, leaf: Tensor, x: Tensor) -> Tensor:
     """The first of siblings, which computes the others with it inside a pack."""
     pack = current_pack()
-    return type(linear).forward(linear, x) if pack is None else forward_siblings(siblings, pack, anchor, x)
+    return type(linear).forward(linear, x) if pack is None else forward_siblings(siblings, pack, leaf, x)
 
 
 def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:

@@ -184,7 +184,7 @@ def accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
 class PackedLinear(torch.autograd.Function):
     """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once, the small h, and the masks.
 
-    `anchor` is a scalar that requires a gradient wherever an adapter is present: it makes autograd visit this
+    `leaf` is a scalar that requires a gradient wherever an adapter is present: it makes autograd visit this
     node although no weight is known to it. It receives none. `runs` are the segments that aren't among the pieces,
     because they are grouped (segment_op.py).
     """
@@ -193,7 +193,7 @@ class PackedLinear(torch.autograd.Function):
     def forward(  # noqa: PLR0917  (autograd passes by position)
         ctx,
         x_TD: Tensor,
-        anchor: Tensor | None,
+        leaf: Tensor | None,
         linear: PlainWeight,
         pieces: tuple[Piece, ...],
         runs: tuple[Run, ...] = (),
@@ -227,7 +227,7 @@ class PackedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917  (autograd passes by position)
-        ctx, y_TO: Tensor, x_TD: Tensor, anchor: Tensor, pieces: tuple[Piece, ...], runs: tuple[Run, ...] = ()
+        ctx, y_TO: Tensor, x_TD: Tensor, leaf: Tensor, pieces: tuple[Piece, ...], runs: tuple[Run, ...] = ()
     ):
         out_TO = y_TO.clone()
         ctx.pieces, ctx.runs = pieces, runs

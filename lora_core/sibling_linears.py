@@ -83,11 +83,11 @@ def _plain(linear: nn.Module | None) -> PlainWeight:
     return PlainWeight(weight_OD=linear.weight, bias_O=linear.bias)
 
 
-def forward_siblings(siblings: Siblings, pack: Pack, anchor: Tensor, x: Tensor) -> Tensor:
+def forward_siblings(siblings: Siblings, pack: Pack, leaf: Tensor, x: Tensor) -> Tensor:
     """The output of the first; those of the others are left for them."""
     shares = shares_of(pack, siblings.modules)
     outputs = PackedSiblings.apply(
-        x.reshape(-1, x.shape[-1]), None if shares.is_empty else anchor, siblings.weights, shares
+        x.reshape(-1, x.shape[-1]), None if shares.is_empty else leaf, siblings.weights, shares
     )
     first, *others = (y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
     for module, output in zip(siblings.modules[1:], others, strict=True):
@@ -114,10 +114,10 @@ def shares_of(pack: Pack, modules: tuple[str, ...]) -> Shares:
 
 
 class PackedSiblings(torch.autograd.Function):
-    """y of each linear, LoRA of each segment included; `anchor` as in PackedLinear. Saves x once."""
+    """y of each linear, LoRA of each segment included; `leaf` as in PackedLinear. Saves x once."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, anchor: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
+    def forward(ctx, x_TD: Tensor, leaf: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
         ctx.exact = current_kernels().exact_products
         outputs = [exact_products.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
         ctx.weights, ctx.shares = weights, shares

@@ -28,7 +28,7 @@ class TokenPiece:
     views: TensorViews
 
 
-def forward_embedding(embedding: nn.Embedding, name: str, anchor: Tensor, input_ids: Tensor, *args: Any) -> Tensor:
+def forward_embedding(embedding: nn.Embedding, name: str, leaf: Tensor, input_ids: Tensor, *args: Any) -> Tensor:
     """ids [1, T] to [1, T, D]: the plain embedding, with trained rows and noise in the segments of jobs with some."""
     y_1TD = type(embedding).forward(embedding, input_ids, *args)
     pack = current_pack()
@@ -37,7 +37,7 @@ def forward_embedding(embedding: nn.Embedding, name: str, anchor: Tensor, input_
     pieces = token_pieces(pack, name, padding=embedding.padding_idx)
     if pieces:
         scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0))  # of families that scale inside the embedding
-        y_1TD = TrainedRows.apply(y_1TD[0], anchor, scale.to(y_1TD), pieces)[None]
+        y_1TD = TrainedRows.apply(y_1TD[0], leaf, scale.to(y_1TD), pieces)[None]
     noisy = [(slice(part.start, part.stop), part.noise) for part in pack.segments if part.noise is not None]
     return with_noise(y_1TD, noisy)
 
@@ -61,7 +61,7 @@ class TrainedRows(torch.autograd.Function):
     """y with the trained embeddings in their places; gradients go straight into the rows."""
 
     @staticmethod
-    def forward(ctx, y_TD: Tensor, anchor: Tensor, scale: Tensor, pieces: tuple[TokenPiece, ...]):
+    def forward(ctx, y_TD: Tensor, leaf: Tensor, scale: Tensor, pieces: tuple[TokenPiece, ...]):
         ctx.scale, ctx.pieces = scale, pieces
         out_TD = y_TD.clone()
         for piece in pieces:

@@ -62,7 +62,7 @@ def gradients_of(part: Piece) -> tuple[Tensor, ...]:
 def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropout):
     torch.manual_seed(1)
     weight_OD, bias_O = numbers(OUT, D), numbers(OUT)
-    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def make(x, adapters):
         pieces = (
@@ -70,8 +70,8 @@ def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropou
             piece(3, 6, adapters[2], adapters[3], dropout, seed=2),  # row 6 has no adapter
         )
         if fused:
-            return pieces, PackedLinear.apply(x, anchor, PlainWeight(weight_OD=weight_OD, bias_O=bias_O), pieces)
-        return pieces, PackedDelta.apply(x @ weight_OD.T + bias_O, x, anchor, pieces)
+            return pieces, PackedLinear.apply(x, leaf, PlainWeight(weight_OD=weight_OD, bias_O=bias_O), pieces)
+        return pieces, PackedDelta.apply(x @ weight_OD.T + bias_O, x, leaf, pieces)
 
     inputs = [numbers(T, D), numbers(R, D), numbers(OUT, R), numbers(R, D), numbers(OUT, R)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -84,7 +84,7 @@ def test_gradients_of_input_adapters_and_magnitudes_pass_gradcheck_with_the_norm
     torch.manual_seed(3)
     weight_OD, norms = numbers(OUT, D), [1 + numbers(OUT).abs() for _ in range(2)]
     plain = PlainWeight(weight_OD=weight_OD, bias_O=numbers(OUT) if with_bias else None)
-    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def make(x, adapters):
         pieces = (
@@ -92,7 +92,7 @@ def test_gradients_of_input_adapters_and_magnitudes_pass_gradcheck_with_the_norm
             dora_piece(3, 5, adapters[3:6], dropout, norms[1]),
             piece(5, 6, adapters[6], adapters[7], dropout, seed=3),
         )
-        return pieces, PackedLinear.apply(x, anchor, plain, pieces)
+        return pieces, PackedLinear.apply(x, leaf, plain, pieces)
 
     adapter = [numbers(R, D), numbers(OUT, R), numbers(OUT)]
     inputs = [numbers(T, D), *adapter, *(numbers(*part.shape) for part in adapter), numbers(R, D), numbers(OUT, R)]
@@ -131,16 +131,16 @@ def test_the_output_is_the_formula():
 def test_gradients_accumulate_over_slices_and_no_gradient_of_the_weight_is_made():
     weight_OD = numbers(OUT, D).requires_grad_()
     part = piece(0, T, numbers(R, D), numbers(OUT, R), 0.0, seed=0)
-    anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
     x, plain = numbers(T, D), PlainWeight(weight_OD=weight_OD, bias_O=None)
 
-    PackedLinear.apply(x, anchor, plain, (part,)).sum().backward()
+    PackedLinear.apply(x, leaf, plain, (part,)).sum().backward()
     once = part.views.grad_a_RD.clone()
-    PackedLinear.apply(x, anchor, plain, (part,)).sum().backward()
+    PackedLinear.apply(x, leaf, plain, (part,)).sum().backward()
 
     torch.testing.assert_close(part.views.grad_a_RD, 2 * once)
     assert weight_OD.grad is None
-    assert anchor.grad is None
+    assert leaf.grad is None
 
 
 def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
@@ -163,9 +163,9 @@ def test_the_mask_of_a_piece_is_made_once_for_forward_and_backward(monkeypatch):
         DropoutKey, "keep_TD", lambda self, module, like: made.append(module) or original(self, module, like)
     )
     part = piece(0, T, numbers(R, D), numbers(OUT, R), 0.5, seed=0)
-    x, anchor = numbers(T, D).requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    x, leaf = numbers(T, D).requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
 
-    PackedLinear.apply(x, anchor, PlainWeight(weight_OD=numbers(OUT, D), bias_O=None), (part,)).sum().backward()
+    PackedLinear.apply(x, leaf, PlainWeight(weight_OD=numbers(OUT, D), bias_O=None), (part,)).sum().backward()
 
     assert made == ["layer"]
     assert x.grad is not None

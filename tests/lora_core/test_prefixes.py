@@ -158,11 +158,11 @@ def rows_by_block(monkeypatch) -> Counter[str]:
     counted: Counter[str] = Counter()
     forward = attach.forward_linear
 
-    def counting(linear, name, anchor, segment_op, x):
+    def counting(linear, name, leaf, segment_op, x):
         for number in "01":
             if name.endswith((f"layers.{number}.self_attn.o_proj", f"h.{number}.attn.c_attn")):
                 counted[number] += x.shape[-2]
-        return forward(linear, name, anchor, segment_op, x)
+        return forward(linear, name, leaf, segment_op, x)
 
     monkeypatch.setattr(attach, "forward_linear", counting)
     return counted

@@ -87,7 +87,7 @@ def test_a_probe_leaves_no_memory_and_no_trace_in_the_model(load):
     Engine(base, EngineConfig())
 
     assert tensor_bytes() == before
-    assert base.attachment.anchor.grad is None
+    assert base.attachment.leaf.grad is None
     assert all(parameter.grad is None for parameter in base.model.parameters())
 
 

@@ -59,12 +59,12 @@ def computed(
     for gradient in gradients_of(pieces):
         gradient.zero_()
     x_TD = x_TD.clone().requires_grad_()
-    anchor = torch.zeros((), requires_grad=True)
+    leaf = torch.zeros((), requires_grad=True)
     alone, runs = op.divide("layer", pieces, x_TD)
     if fused:
-        y_TO = PackedLinear.apply(x_TD, anchor, PlainWeight(weight_OD=weight_OD, bias_O=None), alone, runs)
+        y_TO = PackedLinear.apply(x_TD, leaf, PlainWeight(weight_OD=weight_OD, bias_O=None), alone, runs)
     else:
-        y_TO = PackedDelta.apply(x_TD @ weight_OD.T, x_TD, anchor, alone, runs)
+        y_TO = PackedDelta.apply(x_TD @ weight_OD.T, x_TD, leaf, alone, runs)
     y_TO.backward(dy_TO)
     assert x_TD.grad is not None
     return [y_TO.detach(), x_TD.grad, *(gradient.clone() for gradient in gradients_of(pieces))]

@@ -60,11 +60,11 @@ class ThroughAutograd(torch.autograd.Function):
     def forward(ctx, linears, x, *adapters):
         a_SD, first_b, second_b, a_RD, b_OR = (adapter.detach() for adapter in adapters)
         joint, single = joint_piece(0, 3, a_SD, [first_b, second_b]), single_piece(3, 6, a_RD, b_OR)
-        anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
             ctx.x = x.detach().requires_grad_()
             shares = Shares(joint=(joint,), single=((), (single,)))  # row 6 has no adapter
-            ctx.outputs = PackedSiblings.apply(ctx.x, anchor, linears, shares)
+            ctx.outputs = PackedSiblings.apply(ctx.x, leaf, linears, shares)
         of_parts = [views.grad_b_OR for _, _, views in joint.joint.parts]
         ctx.held = [joint.joint.grad_a_SD, *of_parts, single.views.grad_a_RD, single.views.grad_b_OR]
         return tuple(output.detach() for output in ctx.outputs)
