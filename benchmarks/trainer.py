@@ -26,19 +26,34 @@ class Trainer:
 
     def __init__(self, plan: Plan, name: str) -> None:
         self._plan = plan
-        settings = {"base_dir": str(plan.workload.base), "dtype": plan.dtype, "quantisation": "none", "device": "cpu"}
-        self._directory = TrainerDirectory.create(plan.folder / name, settings)
+        self._directory = TrainerDirectory.create(plan.folder / name)
         self._inbox, self._events = InboxWriter(self._directory), EventReader(self._directory)
         self._heard: list[dict[str, Any]] = []
 
     def __enter__(self) -> Trainer:
-        self._process = launch(self._directory, node.cpu(), silence_seconds=LONGEST_SILENCE_SECONDS)
+        self.stand_by()
+        self.begin()
         return self
+
+    def stand_by(self) -> None:
+        """Start the process, which imports, and waits to be told its base model."""
+        self._process = launch(self._directory, node.cpu(), silence_seconds=LONGEST_SILENCE_SECONDS)
+
+    def begin(self) -> None:
+        base_dir, dtype = str(self._plan.workload.base), self._plan.dtype
+        self._process.begin({"base_dir": base_dir, "dtype": dtype, "quantisation": "none", "device": "cpu"})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._process.close()
+
+    def memory_bytes(self) -> int:
+        """Of its own, now."""
+        return self._process.memory_bytes()
 
     def admit(self, job: str, *, num_steps: int, batch_size: int) -> None:
         """A job of this name on the plan's rows."""
@@ -62,16 +77,13 @@ class Trainer:
             parent=None,
         )
 
-    def pid(self) -> int:
-        return int(self.wait_for("ready")["pid"])
-
     def peak_bytes(self) -> int:
         """The most memory that it had so far."""
-        return memory("VmHWM", self.pid())
+        return memory("VmHWM", self._process.pid)
 
     def processor_seconds(self) -> float:
         """That it has used so far."""
-        used = psutil.Process(self.pid()).cpu_times()
+        used = psutil.Process(self._process.pid).cpu_times()
         return used.user + used.system
 
     def wait_for(self, event_type: str, job: str | None = None, *, count: int = 1) -> dict[str, Any]:

@@ -33,6 +33,9 @@ class Settings(BaseSettings):
         default=1, gt=0, description="Between two looks at the queue of a worker that no doorbell wakes."
     )
     idle_seconds: float = Field(default=300, ge=0, description="How long a trainer keeps an idle base resident.")
+    standby_trainer: bool = Field(
+        default=True, description="A worker that has nothing to train keeps a trainer ready that has imported torch."
+    )
     max_slowdown: float = Field(
         default=4, ge=1, description="How many times as slow as alone a job may become for the sake of jobs that join."
     )

@@ -42,6 +42,7 @@ class WorkerSite:
             "LORRY_HEARTBEAT_SECONDS": "0.5",
             "LORRY_POLL_SECONDS": "0.1",
             "LORRY_IDLE_SECONDS": "0",
+            "LORRY_STANDBY_TRAINER": "false",
             **environment,
         }
         values = {name.removeprefix("LORRY_").lower(): value for name, value in self.environment.items()}

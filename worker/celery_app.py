@@ -75,7 +75,7 @@ def context() -> WorkerContext:
 @worker_process_init.connect
 def _begin(**_: Any) -> None:
     die_with_parent()
-    context()
+    context().stand_by()
 
 
 @worker_shutting_down.connect

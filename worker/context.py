@@ -20,6 +20,7 @@ from catalog.errors import LorryError
 from catalog.settings import Settings
 from worker import node, scratch
 from worker.pulse import Pulse
+from worker.standby import Standby
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,6 +35,8 @@ class WorkerContext:
     pulse: Pulse
     bell: FileDoorbell
     """Rung by an api on this data folder, and by the worker's own chores."""
+    standby: Standby | None = None
+    """None where the operator wants no trainer to stand by."""
     has_asked_to_leave: Callable[[], bool] = lambda: False
     """True once a signal or an operator wants the worker gone: jobs are saved and released."""
     leave: threading.Event = field(default_factory=threading.Event)
@@ -50,6 +53,11 @@ class WorkerContext:
     @property
     def draining(self) -> bool:
         return self.leave.is_set() or self.pulse.drain or self.has_asked_to_leave()
+
+    def stand_by(self) -> None:
+        """Nothing is to be trained now: have a trainer ready for what comes. From a thread that outlives it."""
+        if self.standby is not None and not self.draining:
+            self.standby.prepare()
 
     def trainers_dir(self) -> Path:
         return self.settings.work_dir() / "trainers"
@@ -80,8 +88,23 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     with scratch.owned(context.workers_dir() / worker_id):
         for dead_id in scratch.sweep(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
-        with _registered(context):
+        with _registered(context), _standby(context):
             yield context
+
+
+@contextmanager
+def _standby(context: WorkerContext) -> Generator[None]:
+    """It may have one; none is left after the block."""
+    if not context.settings.standby_trainer:
+        yield
+        return
+    silence_seconds = context.settings.lease_seconds
+    context.standby = Standby(context.trainers_dir(), context.device, silence_seconds=silence_seconds)
+    context.pulse.on_every_beat = context.standby.pulse
+    try:
+        yield
+    finally:
+        context.standby.close()
 
 
 @contextmanager

@@ -13,9 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from worker import failpoints, node
 from worker.tether import OPTION, tethered
-from worker.trainer_directory import TrainerDirectory
+from worker.trainer_directory import Json, TrainerDirectory
 
 SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
 ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", failpoints.VARIABLE})
@@ -42,6 +44,23 @@ class TrainerProcess:
     def returncode(self) -> int | None:
         """None while it runs."""
         return self._process.poll()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def memory_bytes(self) -> int:
+        """Of its own, which nobody else would be left without; 0 once it has ended."""
+        try:
+            return int(psutil.Process(self._process.pid).memory_full_info().uss)
+        except psutil.Error:
+            return 0
+
+    def begin(self, settings: Json) -> None:
+        """Have it load its base model; the time it may take counts from here. Raises OutOfSpace."""
+        self.directory.begin(settings)
+        self.started_at = time.monotonic()
+        self.oom_kills_before = node.oom_kills()
 
     def pulse(self) -> None:
         """Tell the trainer that its worker lives. Never blocks."""
@@ -75,6 +94,7 @@ class TrainerProcess:
 def launch(directory: TrainerDirectory, device: node.Device, *, silence_seconds: float) -> TrainerProcess:
     """Start the trainer of `directory` on `device`. Call it from a thread that outlives the trainer.
 
+    It imports, and waits for its settings where the directory has none yet.
     The trainer ends itself when it got no `pulse` for `silence_seconds`.
     """
     threads = node.num_threads()

@@ -48,6 +48,7 @@ def run(context: WorkerContext, *, once: bool = False) -> None:
         else:
             if once:
                 return
+            context.stand_by()
         _wait(context)
 
 

@@ -39,6 +39,8 @@ class Pulse:
         self.lost = threading.Event()
         """Set when claims were given up, until `guard` is called again."""
         self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
+        self.on_every_beat: Callable[[], None] = lambda: None
+        """As `on_beat` of `guard`, whatever is guarded."""
         self._on_beat: Callable[[], None] | None = None
         self._on_lost: Callable[[], None] | None = None
         self._threads = [
@@ -92,6 +94,7 @@ class Pulse:
         self.drain = self.drain or orders.drain
         if held:
             self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
+        self.on_every_beat()
         if self._on_beat is not None:
             self._on_beat()
 

@@ -27,7 +27,7 @@ from worker.exits import classify_exit
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
 from worker.pack import OUTAGES, Pack
-from worker.trainer_directory import TrainerDirectory
+from worker.trainer_directory import Json, TrainerDirectory
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.05
@@ -87,14 +87,17 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
                 first.base_digest,
                 is_unwanted=lambda: _are_stopped(context, waiting),
             )
-            pack = _open_pack(context, stack, first, base_dir)
+            stands_by = context.standby.take(stack) if context.standby is not None else None
+            pack = _open_pack(context, stack, first, stands_by.directory if stands_by is not None else None)
             for claim in waiting:
                 pack.admit(claim)
-            trainer = launch(pack.directory, context.device, silence_seconds=context.settings.lease_seconds)
+            silence_seconds = context.settings.lease_seconds
+            trainer = stands_by or launch(pack.directory, context.device, silence_seconds=silence_seconds)
+            stack.callback(trainer.close)
+            trainer.begin(_trainer_settings(context, first, base_dir))
         except (LorryError, OSError, bases.Abandoned) as error:
             _release(context, waiting, _mishap(context, error))
             return len(claimed), []
-        stack.callback(trainer.close)
         stack.enter_context(_announced(context, trainer, pack, first.base_digest))
         left_over = _attend(context, chores, trainer, pack)
         _conclude(context, trainer, pack)
@@ -121,10 +124,8 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
     return End(reason=EndReason.INFRA_LOST, detail=f"The worker could not start a trainer: {error}.")
 
 
-def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Path) -> Pack:
-    """An empty pack for jobs like `first`, in a trainer directory of its own; both end with the stack."""
-    assert first.trainer_id is not None, "the claim names the trainer that it is for"
-    settings = {
+def _trainer_settings(context: WorkerContext, first: Job, base_dir: Path) -> Json:
+    return {
         "format": 1,
         "trainer_id": first.trainer_id,
         "base_dir": str(base_dir.absolute()),
@@ -135,9 +136,15 @@ def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, base_dir: P
         "exact_products": context.settings.exact_products,
         "idle_seconds": None,  # we tell it when to unload, so that it never leaves while a job is on its way
     }
+
+
+def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory | None) -> Pack:
+    """An empty pack for jobs like `first`, in that directory or one of its own; both end with the stack."""
+    assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
-    path = stack.enter_context(scratch.owned(context.trainers_dir() / first.trainer_id))
-    directory = TrainerDirectory.create(path, settings)
+    if directory is None:
+        path = stack.enter_context(scratch.owned(context.trainers_dir() / first.trainer_id))
+        directory = TrainerDirectory.create(path)
     pack = Pack(context, first.trainer_id, directory, first.pack_key, description=description)
     stack.callback(pack.forget_all)
     return pack
@@ -299,11 +306,13 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
 
 
 def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
-    """What fits beside the pack. An empty trainer's base counts as free: the next job needs it, or it is unloaded."""
+    """What fits beside the pack. An empty trainer's base counts as free: the next job needs it, or it is unloaded. So
+    does what stands by in a CPU's memory, for it becomes the trainer."""
     free = node.free_bytes(context.device)
     tick_tokens = memory.tick_tokens(context.device.kind, num_lanes=node.num_threads())
     max_jobs = _places(context, pack)
     if pack is None:
+        free += context.standby.memory_bytes() if context.standby is not None and context.device.kind == "cpu" else 0
         return Room(
             max_jobs=max_jobs,
             memory_bytes_free=free,

@@ -14,6 +14,7 @@ from worker.supervise import anything_waits, supervise
 def work(*_ignored: Any, **_also_ignored: Any) -> None:
     """Work until nothing is left to do."""
     supervise(context())
+    context().stand_by()
 
 
 @app.task(name="lorry.sweep")

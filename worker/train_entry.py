@@ -29,10 +29,12 @@ from lora_core.errors import BadAdapter, BadCheckpoint, LoraCoreError, OutOfMemo
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts, check_prompts
 from lora_core.memory_shortage import shortage_of
+from lora_core.warm_up import warm_up
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.plan import engine_config, job_config
 from worker.sampling import Asked, ask, told
+from worker.standby import stand_by
 from worker.trainer_directory import EventWriter, InboxReader, Json, Message, TrainerDirectory
 from worker.wire_errors import described, disk_error
 
@@ -385,7 +387,10 @@ def _as_json(event: Event) -> Json:
 
 
 def main(arguments: list[str]) -> int:
-    Trainer(TrainerDirectory(Path(arguments[0]).absolute())).run()
+    directory = TrainerDirectory(Path(arguments[0]).absolute())
+    if not directory.has_begun():
+        stand_by(directory, warm_up)
+    Trainer(directory).run()
     return 0
 
 

@@ -39,11 +39,21 @@ class TrainerDirectory:
         self.log_path = path / "log.txt"
 
     @classmethod
-    def create(cls, path: Path, settings: Json) -> TrainerDirectory:
+    def create(cls, path: Path, settings: Json | None = None) -> TrainerDirectory:
+        """Without settings its trainer stands by until it is told them."""
         directory = cls(path)
         directory.inbox.mkdir(parents=True)
-        write_json(directory.settings_path, settings)
+        if settings is not None:
+            directory.begin(settings)
         return directory
+
+    def begin(self, settings: Json) -> None:
+        """Tell its trainer which base model to load, and how. Raises OutOfSpace."""
+        with full_disk_named():
+            write_json(self.settings_path, settings)
+
+    def has_begun(self) -> bool:
+        return self.settings_path.exists()
 
     def settings(self) -> Json:
         return read_json(self.settings_path)

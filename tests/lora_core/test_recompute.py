@@ -35,7 +35,7 @@ def jobs(family: str) -> dict[str, Submission]:
 
 
 def trained(base: BaseModel, mode: str, kernels: Kernels | None = None) -> tuple[dict[str, Tensor], list[JobStepped]]:
-    """The weights of each job in the end, and its steps."""
+    """The weights of each job in the end, and its steps; which of them share a tick, the clock decides as well."""
     base.attachment = Attachment(base.model, kernels)
     engine = Engine(base, EngineConfig(checkpoint_blocks=mode))  # pyright: ignore[reportArgumentType]
     for name, job in jobs(base.model.config.model_type).items():
@@ -45,7 +45,7 @@ def trained(base: BaseModel, mode: str, kernels: Kernels | None = None) -> tuple
         steps += [event for event in engine.tick() if isinstance(event, JobStepped)]
     weights = {name: job.row.p.clone() for name, job in engine._jobs.items()}
     base.attachment.detach()
-    return weights, steps
+    return weights, sorted(steps, key=lambda step: (step.job, step.step))
 
 
 @pytest.fixture

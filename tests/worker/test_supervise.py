@@ -36,6 +36,7 @@ class FakeTrainer:
         self.returncode: int | None = None
         self.was_killed = False
         self.heard: list[Message] = []
+        self.directory = directory
         self._events = EventWriter(directory)
         self._inbox = InboxReader(directory)
         self._script = script(self)
@@ -55,6 +56,9 @@ class FakeTrainer:
 
     def pulse(self) -> None:
         pass
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        self.directory.begin(settings)
 
     def wait(self, seconds: float) -> bool:
         if self.returncode is None and next(self._script, "over") == "over":

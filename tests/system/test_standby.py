@@ -1,0 +1,80 @@
+"""A worker without work keeps a trainer ready: the next job has it, and nobody notices but by the clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from catalog.states import JobState
+from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
+from worker.trainer_directory import EventReader, TrainerDirectory
+
+pytestmark = pytest.mark.timeout(600)
+WANTED = {"LORRY_STANDBY_TRAINER": "true"}
+
+
+def standing_by(site: WorkerSite) -> list[Path]:
+    """Directories of trainers that wait for a base model."""
+    found = site.settings.work_dir().glob("trainers/standby-*/events.jsonl")
+    directories = [TrainerDirectory(path.parent) for path in found]
+    return [each.path for each in directories if [e["type"] for e in EventReader(each).read()] == ["standing_by"]]
+
+
+def children(pid: int) -> set[int]:
+    return {child.pid for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE}
+
+
+def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launched(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        rows = site.upload(20)
+        fields = {"max_steps": 4, "precision": "bfloat16"}
+        launched = site.submit(rows, **fields)
+        site.work_until_done()
+        worker = site.start_worker(**WANTED)
+
+        ready = []
+        for _ in range(2):
+            site.wait_until(lambda: standing_by(site))
+            (pid,) = children(worker.pid)
+            job_id = site.submit(rows, **fields)
+            site.wait_for_end(job_id)
+            ready.append((pid, job_id))
+
+        assert ready[0][0] != ready[1][0]
+        for pid, job_id in ready:
+            assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
+            assert site.weights_digest(job_id) == site.weights_digest(launched)
+            assert site.adapter(job_id).lineage["attempts"][-1]["machine"]["pid"] == pid
+        worker.terminate()
+        assert worker.wait(WAIT_SECONDS) == 0, site.log()
+        assert list((site.settings.work_dir() / "trainers").iterdir()) == []
+
+
+def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_sweeps_its_folder(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        worker = site.start_worker(**WANTED)
+        site.wait_until(lambda: standing_by(site))
+        (pid,) = children(worker.pid)
+        (folder,) = standing_by(site)
+
+        worker.kill()
+
+        site.wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        site.work_until_done()
+        assert not folder.exists()
+
+
+def test_one_that_is_killed_while_it_stands_by_costs_the_next_job_nothing_but_time(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        worker = site.start_worker(**WANTED)
+        site.wait_until(lambda: standing_by(site))
+        (pid,) = children(worker.pid)
+
+        psutil.Process(pid).kill()
+
+        job_id = site.submit(site.upload(20), max_steps=2)
+        site.wait_for_end(job_id)
+        assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
+        assert len(site.attempts(job_id)) == 1

@@ -1,0 +1,212 @@
+"""A trainer that stands by: one at a time, no harm to anybody when it ends, and like any other once it is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_core.warm_up import warm_up
+from tests import tiny_base
+from worker import node, standby
+from worker.standby import Standby, stand_by
+from worker.trainer_directory import EventReader, TrainerDirectory
+
+WAIT_SECONDS = 120.0
+
+
+class FakeProcess:
+    """Lives until it is closed, or until `returncode` is set."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self.directory = directory
+        self.returncode: int | None = None
+        self.num_pulses = 0
+
+    def pulse(self) -> None:
+        self.num_pulses += 1
+
+    def close(self) -> None:
+        self.returncode = -9
+
+    def memory_bytes(self) -> int:
+        return 7
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
+    """Every process that was started in place of a real one."""
+    found: list[FakeProcess] = []
+
+    def launch(directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float) -> FakeProcess:
+        assert silence_seconds == 6
+        assert not directory.has_begun()
+        found.append(FakeProcess(directory))
+        return found[-1]
+
+    monkeypatch.setattr(standby, "launch", launch)
+    return found
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[Standby]:
+    waiting = Standby(tmp_path, node.cpu(), silence_seconds=6)
+    yield waiting
+    waiting.close()
+
+
+def folders(path: Path) -> list[str]:
+    return sorted(found.name for found in path.iterdir())
+
+
+def test_one_stands_by_and_no_second_one(tmp_path: Path, waiting: Standby, launched: list[FakeProcess]) -> None:
+    assert waiting.memory_bytes() == 0
+
+    waiting.prepare()
+    waiting.prepare()
+    waiting.pulse()
+
+    (process,) = launched
+    assert process.num_pulses == 1
+    assert waiting.memory_bytes() == 7
+    assert folders(tmp_path) == [process.directory.path.name, f"{process.directory.path.name}.lock"]
+
+
+def test_it_is_taken_once_and_ends_with_who_took_it(
+    tmp_path: Path, waiting: Standby, launched: list[FakeProcess]
+) -> None:
+    waiting.prepare()
+
+    with ExitStack() as stack:
+        taken = waiting.take(stack)
+        assert taken is launched[0]
+        assert waiting.take(stack) is None
+        waiting.close()
+        waiting.pulse()
+        assert (launched[0].returncode, launched[0].num_pulses) == (None, 0)
+
+    assert launched[0].returncode == -9
+    assert folders(tmp_path) == []
+
+
+def test_one_that_ended_by_itself_is_not_taken_and_not_tried_again_before_the_next_trainer(
+    tmp_path: Path, waiting: Standby, launched: list[FakeProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    waiting.prepare()
+    launched[0].directory.log_path.write_text("ImportError: no torch")
+    launched[0].returncode = 1
+
+    waiting.prepare()
+    waiting.prepare()
+
+    assert len(launched) == 1
+    assert caplog.text.count("ImportError: no torch") == 1
+    assert folders(tmp_path) == []
+    with ExitStack() as stack:
+        assert waiting.take(stack) is None
+    waiting.prepare()
+    assert len(launched) == 2
+
+
+def test_a_dead_one_leaves_its_place_to_a_trainer_that_is_launched(
+    tmp_path: Path, waiting: Standby, launched: list[FakeProcess]
+) -> None:
+    waiting.prepare()
+    launched[0].returncode = 113
+
+    with ExitStack() as stack:
+        assert waiting.take(stack) is None
+
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError("No such disk"), BlockingIOError(11, "Resource temporarily unavailable")])
+def test_where_none_can_be_started_the_worker_goes_on_without(
+    tmp_path: Path, waiting: Standby, monkeypatch: pytest.MonkeyPatch, error: OSError, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(standby, "launch", fail)
+
+    waiting.prepare()
+    waiting.prepare()
+
+    assert caplog.text.count("No trainer stands by") == 1
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.timeout(300)
+def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits(
+    tmp_path: Path, waiting: Standby
+) -> None:
+    base_dir = str(tiny_base.make(tmp_path / "base"))
+    waiting = Standby(tmp_path, node.cpu(), silence_seconds=WAIT_SECONDS)
+    waiting.prepare()
+
+    with ExitStack() as stack:
+        process = waiting.take(stack)
+        assert process is not None
+        events = EventReader(process.directory)
+        (told,) = wait_for(events.read)
+        assert told["type"] == "standing_by"
+        assert not (process.directory.path / "warm-up").exists()
+        assert process.memory_bytes() > 10**8
+        process.begin({"base_dir": base_dir, "dtype": "float32", "quantisation": "none", "device": "cpu"})
+        ready = wait_for(events.read)[0]
+
+    assert (ready["type"], ready["invariance"]) == ("ready", "bitwise"), process.directory.log_tail()
+    assert process.returncode == -9
+    assert process.memory_bytes() == 0
+
+
+def wait_for(look: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_a_warm_up_leaves_neither_files_nor_other_random_numbers(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+
+    warm_up(tmp_path / "warm-up")
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(("devices", "is_warmed"), [("", True), ("0", False), (None, False)])
+def test_kernels_of_a_cpu_are_loaded_where_no_gpu_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str | None, is_warmed: bool
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    directory = TrainerDirectory.create(tmp_path / "trainer", {})
+    warmed: list[Path] = []
+
+    stand_by(directory, warmed.append)
+
+    assert bool(warmed) is is_warmed
+
+
+def test_a_warm_up_that_fails_is_told_in_the_log_and_the_trainer_waits_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    directory = TrainerDirectory.create(tmp_path / "trainer", {})
+
+    def fail(_: Path) -> None:
+        raise RuntimeError("no such kernel")
+
+    stand_by(directory, fail)
+
+    assert "no such kernel" in capsys.readouterr().err
+    assert [event["type"] for event in EventReader(directory).read()] == ["standing_by"]

@@ -1,0 +1,107 @@
+"""A trainer ahead of its job: a worker that has none keeps one that has imported what takes seconds.
+
+It waits for its directory's settings, holds no claim and nothing of anybody's, so it may end at any moment: then the
+next trainer starts as it would have without. Both ends are here, so that they agree.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from catalog.errors import OutOfSpace
+from catalog.tables import new_id
+from worker import node, scratch
+from worker.launch import TrainerProcess, launch
+from worker.trainer_directory import EventWriter, TrainerDirectory
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    process: TrainerProcess
+    folder: ExitStack
+    """Owns the process's directory."""
+
+
+class Standby:
+    """The worker's end: at most one process waits."""
+
+    def __init__(self, trainers_dir: Path, device: node.Device, *, silence_seconds: float) -> None:
+        self._trainers_dir = trainers_dir
+        self._device = device
+        self._silence_seconds = silence_seconds
+        self._waiting: Waiting | None = None
+        self._is_given_up = False
+
+    def prepare(self) -> None:
+        """Have one wait. Call it from a thread that outlives the trainer. It never raises: one that ended by itself,
+        or could not be started, is told once and not tried again before the next trainer was."""
+        if self._waiting is not None and self._waiting.process.returncode is not None:
+            log.warning("The trainer that stood by has ended.\n%s", self._waiting.process.directory.log_tail())
+            self._is_given_up = True
+            self.close()
+        if self._waiting is not None or self._is_given_up:
+            return
+        with ExitStack() as folder:
+            try:
+                path = folder.enter_context(scratch.owned(self._trainers_dir / new_id("standby")))
+                process = launch(TrainerDirectory.create(path), self._device, silence_seconds=self._silence_seconds)
+            except (OSError, OutOfSpace) as error:
+                log.warning("No trainer stands by: %s", error)
+                self._is_given_up = True
+            else:
+                self._waiting = Waiting(process=process, folder=folder.pop_all())
+
+    def pulse(self) -> None:
+        """Tell it that its worker lives. Never blocks."""
+        if (waiting := self._waiting) is not None:
+            waiting.process.pulse()
+
+    def memory_bytes(self) -> int:
+        """What it takes of the machine, and will have taken already where it becomes a trainer."""
+        return self._waiting.process.memory_bytes() if self._waiting is not None else 0
+
+    def take(self, stack: ExitStack) -> TrainerProcess | None:
+        """The one that waits, if it still lives; process and directory end with the stack from here on."""
+        self._is_given_up = False
+        waiting = self._waiting
+        if waiting is None or waiting.process.returncode is not None:
+            self.close()
+            return None
+        self._waiting = None
+        stack.push(waiting.folder)
+        stack.callback(waiting.process.close)
+        return waiting.process
+
+    def close(self) -> None:
+        """End it, and its directory."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.process.close()
+            waiting.folder.close()
+
+
+def stand_by(directory: TrainerDirectory, warm_up: Callable[[Path], None]) -> None:
+    """The trainer's end: load what the trainer of any base model loads, say so, and wait for the settings.
+
+    A GPU isn't touched before there is a job for it.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        try:
+            warm_up(directory.path / "warm-up")
+        except Exception:  # noqa: BLE001  (whatever it is, it comes again with a real base, and is told of that one)
+            traceback.print_exc()
+    events = EventWriter(directory)
+    events.write({"type": "standing_by"})
+    events.close()
+    while not directory.has_begun():
+        time.sleep(LOOK_SECONDS)
