@@ -24,8 +24,8 @@ PACKAGES = ("torch", "transformers", "numba", "peft", "accelerate", "bitsandbyte
 
 
 def run(plan: Plan) -> Result:
-    """In turn: a trainer that stood by, from its settings to `ready`; one from its launch, and a job of it, of batch 1; a
-    script from its start."""
+    """In turn: a trainer that stood by, from its settings to `ready`; one from its launch, and a job of it, of batch
+    1; a script from its start."""
     result = Result(theme="warm_start", settings=plan.settings() | {"batch_size": 1})
     timed = ("standing_by", "cold_load", "warm_start", "script", "idle", "standby_idle")
     result.repeats = {name: [] for name in timed}
