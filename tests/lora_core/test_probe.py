@@ -35,12 +35,13 @@ def test_one_thread_and_sizes_of_64_give_bitwise_equality(load, family, dtype):
 
 
 def test_small_differences_are_called_allclose(load, monkeypatch):
-    disturbed(monkeypatch, size=1e-4)
+    disturbed(monkeypatch, size=1e-4, losses=1e-4)
     assert Engine(load("llama"), EngineConfig()).invariance == "allclose"
 
 
-def test_large_differences_are_refused(load, monkeypatch):
-    disturbed(monkeypatch, size=0.5)
+@pytest.mark.parametrize(("gradients", "losses"), [(0.5, 0.5), (0.1, 0), (0, 0.1), (-2, 0)])
+def test_large_differences_are_refused(load, monkeypatch, gradients, losses):
+    disturbed(monkeypatch, size=gradients, losses=losses)
     with pytest.raises(UnsupportedModel, match="change with the packmates"):
         Engine(load("llama"), EngineConfig())
 
@@ -68,13 +69,15 @@ def test_attention_to_later_tokens_is_refused(load):
         Engine(base, EngineConfig())
 
 
-def disturbed(monkeypatch, *, size: float) -> None:
-    """Kernels whose results change a little from call to call."""
-    original, calls = probe._gradients, []
+def disturbed(monkeypatch, *, size: float, losses: float) -> None:
+    """Kernels whose gradients and losses change by these shares where jobs are packed."""
+    original = probe._gradients
 
     def gradients(base, slices):
-        calls.append(None)
-        return [gradient * (1 + size * len(calls)) for gradient in original(base, slices)]
+        found = original(base, slices)
+        if len(slices) == 1:
+            return found
+        return [torch.cat([part[:-1] * (1 + size), part[-1:] * (1 + losses)]) for part in found]
 
     monkeypatch.setattr(probe, "_gradients", gradients)
 
