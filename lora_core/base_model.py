@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
+from lora_core.base_identity import base_digest
 from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.kernels import Kernels
 from lora_core.model_folder import AUTO_MODELS, load_with_transformers, mismatch, read_config, refused, unpackable
@@ -28,13 +29,15 @@ from lora_core.tensor_files import read_header
 @dataclass(kw_only=True, slots=True)
 class BaseModel:
     """A frozen model in evaluation mode: of causal language, or to classify sequences, with a head that no job
-    uses. An engine attaches itself to it."""
+    uses. An engine attaches itself to it. `digest` tells the folder that it was loaded from (base_identity.py); a model
+    that is from none has none, and one of those is not told from another."""
 
     model: PreTrainedModel
     dtype: torch.dtype
     device: str
     quantisation: Quantisation = "none"
     task: Task = "causal-lm"
+    digest: str | None = None
     attachment: Attachment | None = field(default=None)
 
     @property
@@ -166,7 +169,14 @@ def load_base(
     else:
         model = load_quantised(base_dir, quantisation=quantisation, dtype=torch_dtype, device=device)
     model.requires_grad_(False).eval()
-    return BaseModel(model=model, dtype=torch_dtype, device=device, quantisation=quantisation, task=task)
+    return BaseModel(
+        model=model,
+        dtype=torch_dtype,
+        device=device,
+        quantisation=quantisation,
+        task=task,
+        digest=base_digest(base_dir, paths),
+    )
 
 
 def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:

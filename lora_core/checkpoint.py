@@ -15,24 +15,45 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_core.adapters import AdapterRow
+from lora_core.base_model import BaseModel
+from lora_core.config import JobConfig
 from lora_core.errors import BadCheckpoint, UnsafeFile
 from lora_core.job import Job, Progress
 from lora_core.selection import Selection
 from lora_core.tensor_files import read_header, write_directory, write_json
 
-FORMAT = 3
+FORMAT = 4
 VECTORS = ("p", "m", "v")
 """In fp32, with `best` where one is kept. A start that is subtracted (PiSSA, OLoRA) is in its own dtype."""
 BEST, START = "best", "start"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+Belonging = dict[str, str | None]
 
 
-def save_checkpoint(job: Job, directory: Path) -> None:
+HELD = ("dtype", "quantisation", "task")
+"""How a base is held, by the arguments of load_base."""
+OTHER_BASE = "Load the base model that the job began on, or start again."
+
+
+def belonging(base: BaseModel, config: JobConfig, *, data_digest: str, parent_sha256: str | None) -> Belonging:
+    """What a checkpoint goes on with, and with nothing else: all that the rest of a job follows from."""
+    return {
+        "config_digest": config.digest(),
+        "data_digest": data_digest,
+        "parent_sha256": parent_sha256,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantisation": base.quantisation,
+        "task": base.task,
+        "base_digest": base.digest,
+    }
+
+
+def save_checkpoint(job: Job, base: BaseModel, directory: Path) -> None:
     """Write state.json and row.safetensors; `directory` must not exist and appears whole or not at all."""
-    write_directory(directory, lambda temporary: _write(job, temporary))
+    write_directory(directory, lambda temporary: _write(job, base, temporary))
 
 
-def _write(job: Job, directory: Path) -> None:
+def _write(job: Job, base: BaseModel, directory: Path) -> None:
     row_file = directory / "row.safetensors"
     vectors = {name: getattr(job.row, name).cpu() for name in VECTORS}
     if job.best is not None:
@@ -46,22 +67,19 @@ def _write(job: Job, directory: Path) -> None:
         "progress": asdict(job.progress),
         "epoch": epoch,
         "position_in_epoch": position,
-        "config_digest": job.config.digest(),
-        "data_digest": job.data_digest,
-        "parent_sha256": job.parent_sha256,
+        **belonging(base, job.config, data_digest=job.data_digest, parent_sha256=job.parent_sha256),
         "targets": [target.name for target in job.row.targets],
         "row_sha256": hashlib.sha256(row_file.read_bytes()).hexdigest(),
     }
     write_json(directory / "state.json", state)
 
 
-def load_checkpoint(
-    directory: Path, *, row: AdapterRow, best: Tensor | None, expected: dict[str, str | None]
-) -> Progress:
-    """Fill `row`, and `best` where the job keeps its best weights, and return the progress. `expected` names the
-    digests of configuration, data and parent adapter (None: it has none).
+def load_checkpoint(directory: Path, *, row: AdapterRow, best: Tensor | None, expected: Belonging) -> Progress:
+    """Fill `row`, and `best` where the job keeps its best weights, and return the progress. `expected`: what it must
+    belong to.
 
-    Raises BadCheckpoint if the files are damaged or belong to another configuration, data, parent or base model.
+    Raises BadCheckpoint if the files are damaged or belong to another configuration, data, parent or base model, or to
+    one that is held in another dtype, otherwise quantised or for another task.
     """
     try:
         state = json.loads((directory / "state.json").read_text())
@@ -76,14 +94,24 @@ def load_checkpoint(
     return progress
 
 
-def _check_state(state: dict[str, Any], expected: dict[str, str | None], targets: list[str]) -> None:
+def _check_state(state: dict[str, Any], expected: Belonging, targets: list[str]) -> None:
     if state["format"] != FORMAT:
-        raise _bad(f"has format {state['format']}, not {FORMAT}")
-    for name, digest in expected.items():
-        if state.get(name) != digest:
-            raise _bad(f"belongs to another job: its {name} differs")
+        remedy = "Go on with the version of lora_core that wrote it, or start again."
+        raise _bad(f"has format {state['format']}, not {FORMAT}", remedy)
+    for name, value in expected.items():
+        if state[name] != value:
+            raise _foreign(name, was=state[name], value=value)
     if state["targets"] != targets:
-        raise _bad("belongs to another base model: its adapted layers differ")
+        raise _bad("belongs to another base model: its adapted layers differ", OTHER_BASE)
+
+
+def _foreign(name: str, *, was: object, value: str | None) -> BadCheckpoint:
+    if name in HELD:
+        reason = f"was made on a base with {name} {was!r}, and this one has {value!r}"
+        return _bad(reason, f"Load the base with {name}={was!r}, or start again.")
+    if name == "base_digest":
+        return _bad(f"belongs to another base model: its {name} differs", OTHER_BASE)
+    return _bad(f"belongs to another job: its {name} differs")
 
 
 def _load_row(path: Path, row: AdapterRow, best: Tensor | None, sha256: str) -> None:
@@ -105,5 +133,5 @@ def _load_row(path: Path, row: AdapterRow, best: Tensor | None, sha256: str) -> 
     row.refresh_compute()
 
 
-def _bad(reason: str) -> BadCheckpoint:
-    return BadCheckpoint(f"The checkpoint {reason}.", remedy="Resume from an older checkpoint, or start again.")
+def _bad(reason: str, remedy: str = "Resume from an older checkpoint, or start again.") -> BadCheckpoint:
+    return BadCheckpoint(f"The checkpoint {reason}.", remedy=remedy)

@@ -100,11 +100,8 @@ class Engine:
             reference = self._reference(row, config, has_parent=parent is not None)
             best = torch.zeros_like(row.p) if config.keep == "best" else None
             if resume_from is not None:
-                expected = {
-                    "config_digest": config.digest(),
-                    "data_digest": data_digest(train, valid),
-                    "parent_sha256": parent_sha256,
-                }
+                data = data_digest(train, valid)
+                expected = checkpoint.belonging(self.base, config, data_digest=data, parent_sha256=parent_sha256)
                 progress = checkpoint.load_checkpoint(Path(resume_from), row=row, best=best, expected=expected)
             admitted = Job(
                 job,
@@ -217,7 +214,7 @@ class Engine:
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
         """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""
-        checkpoint.save_checkpoint(self._started(job), directory)
+        checkpoint.save_checkpoint(self._started(job), self.base, directory)
 
     def export(self, job: str, directory: Path, *, base_name: str, between: Between = silent) -> ExportReport:
         """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,18 +24,39 @@ MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A tensor of a safetensors file: its bytes are those from `start` to before `stop` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names of the tensors in a safetensors file, each with (dtype, shape). Raises UnsafeFile."""
+    return {name: (span.dtype, span.shape) for name, span in tensor_spans(path).items()}
+
+
+def tensor_spans(path: Path) -> dict[str, Span]:
+    """Where each tensor lies in a safetensors file. Raises UnsafeFile."""
     try:
-        header = _parse_header(path)
-        return {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
+        header, header_bytes = _parse_header(path)
+        return {name: _span(entry, header_bytes) for name, entry in header.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, UnsafeFile):
             raise
         raise _unsafe(path, f"can't be read as safetensors ({type(error).__name__})") from error
 
 
-def _parse_header(path: Path) -> dict[str, dict[str, Any]]:
+def _span(entry: dict[str, Any], header_bytes: int) -> Span:
+    start, stop = (8 + header_bytes + int(offset) for offset in entry["data_offsets"])
+    return Span(dtype=str(entry["dtype"]), shape=tuple(entry["shape"]), start=start, stop=stop)
+
+
+def _parse_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Its entries by name, and its length in bytes, without the 8 that tell it."""
     with path.open("rb") as file:
         num_bytes = int.from_bytes(file.read(8), "little")
         if num_bytes > MAX_HEADER_BYTES:
@@ -43,7 +65,7 @@ def _parse_header(path: Path) -> dict[str, dict[str, Any]]:
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise _unsafe(path, f"holds {len(header)} tensors, above {MAX_TENSORS}")
-    return header
+    return header, num_bytes
 
 
 def _unsafe(path: Path, reason: str) -> UnsafeFile:

@@ -125,7 +125,19 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(engine, saved)
     state = json.loads((saved / "state.json").read_text())
     del state["progress"]["selection"]
     (saved / "state.json").write_text(json.dumps(state | {"format": 2}))
-    with pytest.raises(BadCheckpoint, match="format 2, not 3"):
+    with pytest.raises(BadCheckpoint, match="format 2, not 4") as caught:
+        admit(engine, "job", JOB, resume_from=saved)
+    assert "the version of lora_core that wrote it" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["parent_sha256", "base_digest"])
+def test_a_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(engine, saved, name):
+    state = json.loads((saved / "state.json").read_text())
+    assert name in state
+    del state[name]
+    (saved / "state.json").write_text(json.dumps(state))
+
+    with pytest.raises(BadCheckpoint, match=name):
         admit(engine, "job", JOB, resume_from=saved)
 
 

@@ -1,6 +1,5 @@
 """Laws of a job that continues an adapter: it begins as that adapter, and goes on as any other job."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -171,18 +170,6 @@ def test_a_checkpoint_continues_with_its_own_parent_alone(load, tmp_path):
     with pytest.raises(BadCheckpoint, match="parent_sha256"):
         admit(engine, "job", job, resume_from=tmp_path / "orphan")
     assert engine.jobs() == ("orphan",)
-
-
-def test_a_checkpoint_from_before_there_were_parents_is_one_without(load, tmp_path):
-    engine = begun(load("llama"), parent_job("lora"))
-    engine.save_checkpoint("job", tmp_path / "saved")
-    state = json.loads((tmp_path / "saved/state.json").read_text())
-    del state["parent_sha256"]
-    (tmp_path / "saved/state.json").write_text(json.dumps(state))
-
-    admit(engine, "again", parent_job("lora"), resume_from=tmp_path / "saved")
-
-    assert engine.jobs() == ("job", "again")
 
 
 @pytest.mark.parametrize(
