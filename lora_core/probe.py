@@ -32,8 +32,9 @@ from lora_core.task_pass import placeholder_head
 Invariance = Literal["bitwise", "allclose"]
 LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
 RANKS = (4, 8, 3)
-CLOSE = 0.05
-"""Share of a norm by which `allclose` results may differ."""
+CLOSE = 0.1
+"""Share of a norm by which `allclose` results may differ. Another order of sums in bf16 changes a gradient of
+SmolLM2's 30 blocks by 0.013, and rounding grows with depth."""
 GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASSES)
 
 
