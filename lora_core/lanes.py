@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 def split(sizes: Sequence[int], *, num_lanes: int) -> list[list[int]]:
     """Indices of `sizes` (tokens) by lane, in their order, lanes about equally full: largest first (LPT).
 
-    As many lanes as have MIN_LANE_TOKENS each, at most `num_lanes`, and none is empty.
+    At most `num_lanes`, no more than have MIN_LANE_TOKENS on average, and none is empty.
     """
     wanted = max(1, min(num_lanes, len(sizes), sum(sizes) // MIN_LANE_TOKENS))
     lanes: list[list[int]] = [[] for _ in range(wanted)]
