@@ -50,11 +50,12 @@ class TrainerProcess:
         return self._process.pid
 
     def memory_bytes(self) -> int:
-        """Of its own, which nobody else would be left without; 0 once it has ended."""
+        """Of its own, without the pages of files that it has mapped; 0 once it has ended. Costs microseconds."""
         try:
-            return int(psutil.Process(self._process.pid).memory_full_info().uss)
+            held = psutil.Process(self._process.pid).memory_info()
         except psutil.Error:
             return 0
+        return int(held.rss - getattr(held, "shared", 0))
 
     def begin(self, settings: Json) -> None:
         """Have it load its base model; the time it may take counts from here. Raises OutOfSpace."""
