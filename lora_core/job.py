@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_core.adapters import AdapterRow
 from lora_core.config import JobConfig
 from lora_core.data import TokenDataset, cut_slices, data_digest, rows_of_examples, rows_of_step
+from lora_core.dead_gradient import is_dead
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
 from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
@@ -252,6 +253,10 @@ class Job:
         norm = gradient_norm(self.row)
         if not math.isfinite(norm):
             return self._diverge(f"The gradient of step {step} is not finite.")
+        loss = self.tally.loss_sum / unit.num_terms
+        if is_dead(self.row, self.config.objective, unit.dataset, unit.slices, norm=norm, loss=loss):
+            stands = f"exactly zero at a loss of {loss:.4g}: no step from these weights can lower it"
+            return self._diverge(f"The gradient of step {step} is {stands}.")
         if not stays_finite(self.row, config, learning_rate=rate, norm=norm):
             return self._diverge(f"The update of step {step} is not finite.", is_good=True)
         try:
@@ -266,7 +271,7 @@ class Job:
         stepped = JobStepped(
             job=self.name,
             step=step,
-            loss=self.tally.loss_sum / unit.num_terms,
+            loss=loss,
             learning_rate=rate,
             grad_norm=norm,
             num_tokens=unit.num_tokens,
@@ -320,7 +325,7 @@ class Job:
         self._gradients.drop()
 
     def _diverge(self, message: str, *, is_good: bool = False) -> list[Event]:
-        """is_good: the weights that the row has gave finite losses and a finite gradient, as those of the steps
+        """is_good: the weights that the row has gave finite losses and a gradient to go on by, as those of the steps
         before did. Where they did not they would again, for a step is computed in one way: nobody can go on from them.
         """
         self.quarantine()

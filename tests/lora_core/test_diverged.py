@@ -42,6 +42,8 @@ def an_infinite_gradient(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 RUINS = {
     "the loss after a ruinous step": (JOB, a_rate_of(1e30), 4, 3),
+    "a gradient of zero after a ruinous step": (JOB, a_rate_of(1e9), 4, 3),
+    "a gradient of zero after an evaluation": (EVALUATED, a_rate_of(1e9), 4, 3),
     "the evaluation after a ruinous step": (EVALUATED, a_rate_of(1e30), 4, 3),
     "a gradient": (JOB, an_infinite_gradient, 3, 2),
     "an update": (UNCLIPPED, a_rate_of(1e39), 3, 3),

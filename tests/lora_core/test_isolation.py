@@ -62,6 +62,7 @@ RUINS = {
     "pairs": (preferences()["orpo"], with_weights_of_nan),
     "adamw at 1e30": (rated(1e30, weight_decay=0.1), as_it_is),
     "adamw at 1e38 unclipped": (rated(1e38, max_grad_norm=None), as_it_is),
+    "adamw at 1e9, where the loss stands": (rated(1e9, weight_decay=0.0), as_it_is),
     "sgd at 1e30": (rated(1e30, kind="sgd", momentum=0.9), as_it_is),
     "sgd at 1e300": (rated(1e300, kind="sgd", max_grad_norm=1e-30), as_it_is),
     "adafactor at 1e30": (rated(1e30, kind="adafactor", weight_decay=0.1), as_it_is),
@@ -130,7 +131,7 @@ def test_a_diverged_job_leaves_its_last_completed_step_from_which_it_goes_on_as_
     assert state_bytes(resumed, "job") == undisturbed.vectors
 
 
-@pytest.mark.parametrize("ruin", ["adamw at 1e30", "adamw at 1e38 unclipped", "sgd at 1e30", "sgd at 1e300"])
+@pytest.mark.parametrize("ruin", [name for name in RUINS if " at 1e" in name])
 def test_whatever_its_rate_the_checkpoint_of_a_diverged_job_can_be_loaded(load, tmp_path, ruin):
     job, _ = RUINS[ruin]
     engine = Engine(load("llama"), EngineConfig())
@@ -148,12 +149,18 @@ def test_whatever_its_rate_the_checkpoint_of_a_diverged_job_can_be_loaded(load, 
     assert state_bytes(resumed, "bad") == state_bytes(engine, "bad")
 
 
-def test_a_high_rate_that_is_not_absurd_leaves_finite_weights_whether_or_not_its_job_diverges(load):
+@pytest.mark.parametrize(("learning_rate", "ending"), [(1e1, JobFinished), (1e3, JobDiverged)])
+def test_a_high_rate_ends_its_job_only_where_it_has_ruined_the_weights_which_stay_finite(load, learning_rate, ending):
     engine = Engine(load("llama", "bfloat16"), EngineConfig())
-    admit(engine, "bad", rated(1e3, weight_decay=0.1))
+    admit(engine, "bad", rated(learning_rate, weight_decay=0.1))
+    events = []
     while not engine.idle:
-        engine.tick()
+        events += engine.tick()
 
+    *steps, last = events
+    assert isinstance(last, ending)
+    assert (last.step, min(event.grad_norm for event in steps) > 0) == (len(steps), True)
+    assert (len(steps) == 60) == (ending is JobFinished)
     assert torch.isfinite(weights(engine, "bad")).all()
 
 

@@ -8,6 +8,7 @@ import torch
 from lora_core.base_model import load_base
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
+from lora_core.events import JobFinished, JobStepped
 from tests.lora_core.scenarios import (
     Outcome,
     Submission,
@@ -59,6 +60,15 @@ def test_packed_equals_solo_bit_for_bit_under_joins_leaves_and_evictions(load, a
     for name, outcome in packed.items():
         assert outcome.events == expected[name].events, name
         assert outcome.vectors == expected[name].vectors, name
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
+def test_each_of_these_jobs_has_a_gradient_at_every_step_and_ends_by_itself(alone, family, dtype):
+    """At usual rates nothing looks like a ruin (dead_gradient.py), whatever a job trains."""
+    for name, outcome in alone(family, dtype).items():
+        *others, last = outcome.events
+        assert isinstance(last, JobFinished), name
+        assert min(event.grad_norm for event in others if isinstance(event, JobStepped)) > 0, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
