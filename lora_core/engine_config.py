@@ -21,7 +21,8 @@ class EngineConfig:
     give, in the host's memory and on the disk of `prefix_folder` (prefixes.py); with neither nothing is.
     `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
     it (tick_speeds.py). `exact_products`: on a CPU whose products depend on their number of rows, have a job's bits
-    independent of its packmates all the same (exact_products.py), for about a tenth of the speed.
+    independent of its packmates all the same (exact_products.py), for about a tenth of the speed; without, and on any
+    GPU, a record says `allclose`.
     """
 
     token_budget: int = 1024

@@ -28,7 +28,7 @@ class Kernels:
     and gated activations, as attach.py finds them for a CPU, or each compiled into one (fused.py).
 
     `exact_products`: what keeps the bits of products over the tokens of several jobs from depending on their number of
-    rows (exact_products.py); None on a GPU, and for an engine that is told to do without.
+    rows (exact_products.py); None on a GPU, and for an engine that is told to do without. A record is then `allclose`.
 
     `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
     """

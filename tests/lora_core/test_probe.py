@@ -15,12 +15,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_core import pack, probe
+from lora_core import exact_products, pack, probe
 from lora_core.attach import Attachment
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
 from lora_core.module_names import layer_of
+
+MOST_ROWS = 128
+"""Of the probe's products: its largest pack has 112 tokens, and the head takes labels 32 at a time."""
 
 
 @pytest.fixture
@@ -37,6 +40,22 @@ def test_one_thread_and_sizes_of_64_give_bitwise_equality(load, family, dtype):
 def test_small_differences_are_called_allclose(load, monkeypatch):
     disturbed(monkeypatch, size=1e-4, losses=1e-4)
     assert Engine(load("llama"), EngineConfig()).invariance == "allclose"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_as_they_are_make_no_record_bitwise_though_all_packs_of_the_probe_are_equal(load, dtype, monkeypatch):
+    linear, seen = exact_products.linear, []
+
+    def changes_with_many_rows(x_TK, weight_NK, bias_N, exact):
+        seen.append(len(x_TK))
+        return linear(x_TK, weight_NK, bias_N, exact) * (1 if len(x_TK) <= MOST_ROWS else 1.01)
+
+    monkeypatch.setattr(exact_products, "linear", changes_with_many_rows)
+
+    engine = Engine(load("llama", dtype), EngineConfig(exact_products=False))
+
+    assert max(seen) == MOST_ROWS
+    assert engine.invariance == "allclose"
 
 
 @pytest.mark.parametrize(("gradients", "losses"), [(0.5, 0.5), (0.2, 0), (0, 0.2), (-2, 0)])
