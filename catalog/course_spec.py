@@ -40,7 +40,7 @@ class OptimizerRequest(Strict):
         ),
     )
     lora_plus_ratio: PositiveFloat = Field(
-        default=1.0, description="Rate of B, and of all but A, over that of A (LoRA+, arXiv 2402.12354)."
+        default=1.0, description="Rate of B, and of DoRA's magnitudes, over that of A (LoRA+, arXiv 2402.12354)."
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Of adamw.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Of adamw.")

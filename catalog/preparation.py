@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import events
+from catalog import evaluations, events
 from catalog.db import Database, read_clock, skip_locked
 from catalog.fencing import hold
 from catalog.moves import move
+from catalog.spec import JobSpec
 from catalog.states import EndReason, JobState, Verb
 from catalog.tables import BaseModelRow, File, Job, Json, Worker, new_id
 
@@ -82,6 +83,11 @@ def prepared(
         job.longest_example = longest_example
         job.lost_preparations = 0
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
+        spec = JobSpec.model_validate(job.spec)
+        if evaluations.decide(spec) and evaluations.come_too_late(
+            spec, num_steps
+        ):  # fewer rows are usable than thought
+            events.add(session, job.id, now=now, level="warn", message=evaluations.too_late(spec, num_steps))
 
 
 def refused(

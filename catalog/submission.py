@@ -10,7 +10,7 @@ from typing import get_args
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, continuing, events, fleet, linears, memory
+from catalog import bases, continuing, evaluations, events, fleet, linears, memory
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
@@ -142,6 +142,7 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
         auto_precision=fleet.auto_precision(session, now=now),
         parent=parent and continuing.parent_spec(parent),
     )
+    evaluations.check_in_time(spec, evaluations.most_steps(spec, training.num_rows or 0))
     job = _row(caller, asked, spec, base=base, training=training, validation=validation, now=now)
     job.body_digest = body_digest
     session.add(job)
@@ -164,6 +165,9 @@ def _surprises(request: JobRequest, spec: JobSpec, training: File, validation: F
             f"max_length is {spec.max_length} tokens, the most that the base model was made for, and not the "
             f"{request.max_length} that were asked for"
         )
+    num_steps = evaluations.most_steps(spec, training.num_rows or 0)
+    if num_steps is not None and evaluations.come_too_late(spec, num_steps):
+        yield evaluations.too_late(spec, num_steps)
 
 
 def _row(

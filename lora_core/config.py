@@ -115,7 +115,8 @@ MIN_EPS, MAX_EPS = 1e-37, 1e37
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101), SGD or Adafactor (arXiv 1804.04235); `max_grad_norm` None means no clipping.
 
-    `lora_plus_ratio`: the rate of B, and of whatever isn't A, over that of A (LoRA+, arXiv 2402.12354).
+    `lora_plus_ratio`: the rate of B, and of DoRA's magnitudes, over that of A (LoRA+, arXiv 2402.12354). What is
+    trained in full has A's rate: heads, their biases too (to which PEFT gives B's), and embeddings of tokens.
     `momentum` belongs to SGD, whose decay is a part of the gradient, as in torch; betas and eps belong to AdamW.
     Adafactor moves each matrix by at most `learning_rate`, and by no more than 1 / √step, of its root mean square,
     which is taken to be no less than `scale_floor` (torch's epsilon2: B begins at zero). Step s gives the newest
@@ -298,8 +299,9 @@ class JobConfig:
     `slice_tokens` bounds the tokens of one slice; a longer single sequence or pair is a slice of its own. With a
     held-out set the job is always evaluated at step 0 and at the end, and every `evaluate_every_steps` between.
     `keep`: whose weights the job ends with, the last step's, or those of the evaluation after step 0 that had the
-    lowest loss (the first of equals). `neftune_alpha`: of the noise on input embeddings in training; 0 is
-    none, and answers that are compared have none. The schedule may be longer than the job, but no shorter.
+    lowest loss (the first of equals). For that, and to stop early, `evaluate_every_steps` is no more than `num_steps`.
+    `neftune_alpha`: of the noise on input embeddings in training; 0 is none, and answers that are compared have none.
+    The schedule may be longer than the job, but no shorter.
     """
 
     lora: LoraConfig
@@ -330,6 +332,9 @@ class JobConfig:
         planned, expected = self.schedule.num_steps, f"at least num_steps, {self.num_steps}: past it the rate is 0"
         require(planned >= self.num_steps, "schedule.num_steps", planned, expected)
         require(self.keep in ("last", "best"), "keep", self.keep, "last or best")
+        in_time = every is not None and every <= self.num_steps
+        expected = f"between 1 and num_steps, {self.num_steps}: else neither early_stopping nor keep 'best' can act"
+        require(in_time or not self.needs_evaluation, "evaluate_every_steps", every, expected)
 
     @property
     def needs_evaluation(self) -> bool:

@@ -42,10 +42,15 @@ def bring_files(
         "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
         "asks_as_chat": _went_through_template(context, job.train_prepared),
         "num_steps": job.num_steps,
-        "evaluate_every_steps": spec.evaluate_every_steps or max(1, math.ceil(job.num_steps / 10)),
+        "evaluate_every_steps": _evaluate_every(spec, job.num_steps),
         "checkpoint_every_steps": spec.checkpoint_every_steps,
         **{name: str(path.relative_to(directory.path)) if path else None for name, path in paths.items()},
     }
+
+
+def _evaluate_every(spec: JobSpec, num_steps: int) -> int:
+    """No more than all steps: the engine refuses what could decide nothing, and the job's events tell of it."""
+    return min(spec.evaluate_every_steps or math.ceil(num_steps / 10), num_steps)
 
 
 def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], why: str) -> None:

@@ -158,6 +158,53 @@ def test_rows_longer_than_the_base_was_made_for_are_told_with_the_length_that_is
     assert _warnings(world, max_length=longest) == []
 
 
+DECIDED: list[dict[str, Any]] = [{"early_stopping": {"patience": 2}}, {"evaluation": {"keep": "best"}}]
+
+
+def every(steps: int, fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | {"evaluation": fields.get("evaluation", {}) | {"every_steps": steps}}
+
+
+@pytest.mark.parametrize("fields", DECIDED)
+def test_what_evaluations_decide_is_refused_where_none_comes_in_time(world: World, fields: dict[str, Any]) -> None:
+    """100 rows in batches of 4, once, are 25 steps."""
+    usual: dict[str, Any] = {
+        "validation_file": world.file(),
+        "hyperparameters": {"batch_size": 4, "n_epochs": 1},
+    }
+
+    ten: dict[str, Any] = {"max_steps": 10}
+    for asked in (every(26, fields), every(11, fields) | ten):
+        with pytest.raises(InvalidRequest, match="can't act") as refusal:
+            world.submit(**usual, **asked)
+        assert (refusal.value.code, refusal.value.param) == ("no_evaluation_in_time", "evaluation.every_steps")
+
+    for asked in (every(25, fields), every(10, fields) | ten, fields | ten):
+        assert world.submit(**usual, **asked).id
+
+
+@pytest.mark.parametrize("fields", DECIDED)
+def test_texts_that_are_split_may_give_more_steps_than_the_file_has_rows(world: World, fields: dict[str, Any]) -> None:
+    texts: dict[str, Any] = {"training_file": world.file(kind="text"), "validation_file": world.file(kind="text")}
+    split: dict[str, Any] = texts | {"data": {"overflow": "split"}} | every(100_000, fields)
+
+    assert world.submit(**split).id
+    with pytest.raises(InvalidRequest, match="can't act"):
+        world.submit(**split, max_steps=99_999)
+
+
+def test_evaluations_that_come_after_the_last_step_are_told_of_and_not_refused_where_they_decide_nothing(
+    world: World,
+) -> None:
+    held_out = world.file()
+
+    (warning,) = _warnings(world, validation_file=held_out, max_steps=10, evaluation={"every_steps": 11})
+
+    assert "every_steps is 11, and the job has 10 steps at most" in warning
+    assert "at the start and at the end alone" in warning
+    assert _warnings(world, validation_file=held_out, max_steps=10, evaluation={"every_steps": 10}) == []
+
+
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
 def test_files_that_cannot_be_trained_on_are_refused_by_name(world: World, param: str) -> None:
     foreign = world.file(caller=world.stranger)

@@ -37,6 +37,22 @@ def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> N
     assert second.job.id == job.id
 
 
+@pytest.mark.parametrize(("num_steps", "num_warnings"), [(9, 1), (10, 0)])
+def test_a_job_whose_usable_rows_leave_no_evaluation_in_time_trains_and_its_events_tell(
+    world: World, num_steps: int, num_warnings: int
+) -> None:
+    job = world.submit(validation_file=world.file(), evaluation={"every_steps": 10, "keep": "best"})
+    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert unprepared is not None
+
+    claims.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key="v", num_steps=num_steps)
+
+    told = [event.message for event in jobs.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
+    assert [f"the job has {num_steps} steps" in message for message in told] == [True] * num_warnings
+    assert all("it keeps its last weights" in message for message in told)
+    assert world.job(job.id).state == JobState.QUEUED
+
+
 def test_cancelling_takes_a_job_from_the_worker_that_prepares_it(world: World) -> None:
     job = world.submit()
     unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)

@@ -73,6 +73,17 @@ def test_a_schedule_that_ends_before_the_job_is_refused():
     assert replace(config(num_steps=5), schedule=schedule, num_steps=4).schedule == schedule
 
 
+@pytest.mark.parametrize("fields", [{"keep": "best"}, {"early_stopping": EarlyStoppingConfig(patience=1)}])
+def test_what_evaluations_decide_is_refused_where_none_comes_in_time(fields):
+    for every in (None, 5):
+        with pytest.raises(ConfigError, match=f"evaluate_every_steps is {every}") as caught:
+            replace(config(num_steps=4, evaluate_every_steps=every), **fields)
+        assert "between 1 and num_steps, 4" in caught.value.remedy
+        assert replace(config(num_steps=4, evaluate_every_steps=every)).keep == "last"
+    for every in (1, 4):
+        assert replace(config(num_steps=4, evaluate_every_steps=every), **fields).needs_evaluation
+
+
 def test_an_error_shows_its_remedy_once():
     for error in (ConfigError("It is wrong.", remedy="Mend it."), OutOfMemory("j")):
         assert str(error) == f"{error.message} {error.remedy}"

@@ -14,6 +14,7 @@ from transformers import (
 from lora_core.adapters import AdapterRow, Target
 from lora_core.config import LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
+from lora_core.trained_tensors import TrainedTensor, TrainedTensors
 
 TARGETS = (Target(name="a", in_features=12, out_features=8), Target(name="b", in_features=4, out_features=20))
 
@@ -59,6 +60,41 @@ def test_steps_of_lora_plus_equal_torch_adamw_with_two_groups():
         reference.step()
     assert row.num_a == 3 * (12 + 4)
     torch.testing.assert_close(row.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_full_that_of_a():
+    torch.manual_seed(0)
+    trained = TrainedTensors(
+        tensors=tuple(
+            TrainedTensor(name=f"head.{name}", shape=shape, start=lambda _seed, shape=shape: torch.full(shape, 0.3))
+            for name, shape in (("weight", (5, 8)), ("bias", (5,)))
+        ),
+        modules=("head",),
+    )
+    row = AdapterRow(
+        TARGETS,
+        LoraConfig(rank=3, alpha=6, use_dora=True),
+        dtype=torch.float32,
+        device="cpu",
+        frozen={target.name: torch.randn(target.out_features, target.in_features) for target in TARGETS},
+        trained=trained,
+    )
+    row.initialise(1)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=None, lora_plus_ratio=16)
+    sizes = [3 * (12 + 4), 3 * (8 + 20), 8 + 20, 5 * 8 + 5]
+    a, b, magnitudes, in_full = (torch.nn.Parameter(part.clone()) for part in row.p.split(sizes))
+    reference = torch.optim.AdamW(
+        [{"params": [a, in_full]}, {"params": [b, magnitudes], "lr": 1.6}], lr=0.1, weight_decay=0.1
+    )
+
+    for step in range(1, 6):
+        row.g.copy_(torch.randn(row.num_parameters))
+        for parameter, gradient in zip((a, b, magnitudes, in_full), row.g.clone().split(sizes), strict=True):
+            parameter.grad = gradient
+        optimizer_step(row, config, step=step, learning_rate=0.1, norm=gradient_norm(row))
+        reference.step()
+
+    torch.testing.assert_close(row.p, torch.cat([a, b, magnitudes, in_full]).detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -1,4 +1,4 @@
-"""What is brought to a trainer for a job that continues an adapter."""
+"""What is brought to a trainer for a job: of one that continues an adapter, and when it is evaluated."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from catalog import claims, jobs
 from catalog.artifacts.store import blob_key
 from catalog.claims import Claim
 from catalog.packing import Room
+from catalog.spec import JobSpec
 from catalog.states import EndReason
 from catalog.tables import Adapter
 from tests.worker.pack_site import PackSite
 from worker import provenance
 from worker.pack import Pack
+from worker.plan import job_config
 from worker.trainer_directory import InboxReader
 
 
@@ -72,6 +74,20 @@ def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, par
     assert site.reason(claim) == EndReason.INFRA_LOST
     (attempt,) = jobs.attempts(site.db, **site.world.of(claim.job.id))
     assert parent.name in (attempt.detail or "")
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", 1), (2, 2), (10, 10), (11, 10)])
+def test_a_trainer_evaluates_within_the_ten_steps_of_the_job(site: PackSite, asked: int | str, told: int) -> None:
+    claim = site.claim(validation_file=site.world.file(), evaluation={"every_steps": asked, "keep": "best"})
+
+    (message,) = InboxReader(site.loading_pack(claim).directory).take()
+    config = job_config(
+        JobSpec.model_validate(message.body["spec"]),
+        num_steps=message.body["num_steps"],
+        evaluate_every_steps=message.body["evaluate_every_steps"],
+    )
+
+    assert (config.num_steps, config.evaluate_every_steps, config.keep) == (10, told, "best")
 
 
 def test_the_record_of_a_child_names_that_of_its_parent(

@@ -59,6 +59,7 @@ def training(
         batch_size=len(lengths),
         num_steps=2,
         seed=0,
+        evaluate_every_steps=2,
         slice_tokens=memory.SLICE_TOKENS,
         keep=keep,
     )
