@@ -25,12 +25,12 @@ from lora_core.probe import refuse_mixing
 from lora_core.tensor_files import read_header, write_directory
 
 HUB_FILES = (
-    *("config.json", "generation_config.json", SINGLE, INDEX),
+    *("config.json", "generation_config.json", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
     CARD,
 )
-"""What is fetched of a repository, beside the shards that its index names: no subfolder, no other format, no code."""
+"""What is fetched of a repository before its weights: no subfolder, no other format, no code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,8 @@ def _download(repository: str, revision: str | None) -> tuple[Path, str]:
             commit = HfApi().model_info(repository, revision=revision).sha
         assert commit is not None, "the hub names a commit"
         folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(HUB_FILES)))
+        _refuse_by_config(folder)
+        snapshot_download(repository, revision=commit, allow_patterns=[SINGLE])
         if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
             shards = [glob.escape(name) for name in weight_names(folder)]
             snapshot_download(repository, revision=commit, allow_patterns=shards)
@@ -104,15 +106,24 @@ def _not_given(repository: str, revision: str | None, error: Exception) -> Unrea
     )
 
 
+def _refuse_by_config(folder: Path) -> None:
+    """Before a weight is fetched or read."""
+    if not (folder / "config.json").is_file():
+        raise refused(f"{folder.name!r} has no config.json")
+    config = read_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise refused("its weights are quantised")
+    with torch.device("meta"):
+        build_model(config)
+
+
 def _write_folder(folder: Path, directory: Path) -> None:
     if not folder.is_dir():
         raise UnreachableSource(
             f"There is no folder {str(folder)!r} where the worker runs.",
             remedy="Give the whole path of a folder of safetensors; a GGUF file's name ends in .gguf.",
         )
-    if not (folder / "config.json").is_file():
-        raise refused(f"{folder.name!r} has no config.json")
-    config = read_config(folder)
+    _refuse_by_config(folder)
     names = weight_names(folder)
     if not names:
         pickles = [path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]]
@@ -121,10 +132,6 @@ def _write_folder(folder: Path, directory: Path) -> None:
             if pickles
             else f"it has no safetensors weights ({SINGLE} or {INDEX})"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise refused("its weights are quantised")
-    with torch.device("meta"):
-        build_model(config)  # refused before a weight is read
     dtypes = {dtype for name in names for dtype, _ in read_header(folder / name).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
     _save_model(load_with_transformers(folder, dtype=dtype), directory)

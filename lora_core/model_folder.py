@@ -32,6 +32,7 @@ def read_config(folder: Path, task: Task = "causal-lm") -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise refused(f"config.json of {folder.name!r} can't be read: {error}") from error
+    refuse_towers(config)
     if type(config) not in AUTO_MODELS[task]._model_mapping:
         kind = {"causal-lm": "causal language model", "sequence-classification": "classifier of sequences"}[task]
         raise refused(f"{config.model_type!r} has no {kind}")
@@ -71,6 +72,18 @@ def refuse_code(folder: Path) -> None:
             raise refused(f"{path.name} is not valid JSON") from error
         if isinstance(content, dict) and "auto_map" in content:
             raise refused(f"{path.name} has an auto_map, which means that it needs code of its own")
+
+
+def refuse_towers(config: Any) -> None:
+    """What reads images or sound beside text is several models in one, of which transformers builds all."""
+    towers = {"images": "vision_config", "sound": "audio_config"}
+    read = [f"{what} ({name})" for what, name in towers.items() if getattr(config, name, None) is not None]
+    if read:
+        raise UnsupportedModel(
+            f"Models of type {config.model_type!r} aren't supported: this one reads {' and '.join(read)} beside text.",
+            remedy="Give a checkpoint of a language model alone: of Gemma 3 those of 270M and 1B (model_type "
+            "'gemma3_text'), or a dense decoder such as a Llama, Qwen3, Mistral or GPT-2 model.",
+        )
 
 
 def refuse_unpackable(config: Any) -> None:

@@ -262,6 +262,18 @@ def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path,
     assert digests(tmp_path / "base") == digests(expected)
 
 
+def test_of_a_repository_whose_config_is_refused_no_weights_are_fetched(source, tmp_path):
+    edit_json(source / "config.json", vision_config={"hidden_size": 64})
+    asked: list[str] = []
+
+    with hub_that_serves(source, "a" * 40, asked) as endpoint:
+        result = import_in_child(tmp_path, endpoint)
+
+    assert "reads images (vision_config) beside text" in result.stdout, result.stderr
+    assert "config.json" in asked
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
 def split_weights(folder: Path, num_shards: int) -> None:
     """As a repository of a large model has them: shards, and an index that says which tensor is where."""
     weights = load_file(folder / "model.safetensors")
@@ -330,12 +342,12 @@ def import_in_child(folder: Path, endpoint: str) -> subprocess.CompletedProcess[
         import sys
         from pathlib import Path
         from lora_core.base_import import import_base
-        from lora_core.errors import UnreachableSource
+        from lora_core.errors import LoraCoreError
         try:
             target = Path(sys.argv[1]) / "base"
             imported = import_base(source="org/model", kind="hub", revision="main", target_dir=target)
             print(imported.commit, imported.licence)
-        except UnreachableSource as error:
+        except LoraCoreError as error:
             print(error, error.remedy)
     """)
     return subprocess.run(

@@ -3,6 +3,7 @@
 Each is a tiny random model: it trains beside a packmate, is exported and served by PEFT, and equals itself alone.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,32 @@ def test_experts_and_recurrent_models_are_refused_by_name(tmp_path, family, opti
     with pytest.raises(UnsupportedModel, match=family) as caught:
         load_base(tmp_path, dtype="float32", device="cpu")
     assert "dense decoder" in caught.value.remedy
+
+
+TEXT = COMMON | HEADS
+TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+TOWERS = {
+    "gemma3": ({"text_config": TEXT, "vision_config": TOWER}, "reads images (vision_config) beside text"),
+    "llava": ({"text_config": {"model_type": "llama"} | TEXT, "vision_config": TOWER}, "reads images (vision_config)"),
+    "qwen2_audio": ({"text_config": {"model_type": "qwen2"} | TEXT}, "reads sound (audio_config) beside text"),
+    "gemma3n": ({}, "reads images (vision_config) and sound (audio_config) beside text"),
+}
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_model_that_reads_more_than_text_is_refused_for_that_and_before_it_is_built(
+    tmp_path, monkeypatch, family, task
+):
+    options, said = TOWERS[family]
+    AutoConfig.for_model(family, **options).save_pretrained(tmp_path)
+    monkeypatch.setattr("lora_core.base_model.build_model", None)
+
+    with pytest.raises(UnsupportedModel, match=re.escape(said)) as caught:
+        load_base(tmp_path, dtype="float32", device="cpu", task=task)
+
+    assert repr(family) in str(caught.value)
+    assert "'gemma3_text'" in caught.value.remedy
 
 
 def test_an_encoder_is_refused(tmp_path):
