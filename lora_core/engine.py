@@ -278,7 +278,7 @@ class Engine:
         return self._rate
 
     def tick_speeds(self) -> dict[Company, list[tuple[int, float]]]:
-        """(tokens, tokens a second) of the sizes of ticks that were seen: of one job, and of several."""
+        """(tokens, tokens a second) of the sizes of ticks that were seen, of one job and of several; tick_speeds.py."""
         return self._speeds.table()
 
     def memory(self) -> dict[str, int]:
@@ -305,7 +305,7 @@ class Engine:
             ):
                 slices = [part for job, own in zip(jobs, tokens, strict=True) for part in slices_of(job, len(own))]
                 costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
-                lanes = split(costs, num_lanes=self.config.num_lanes)
+                lanes = split(costs, num_tokens=sum(sizes), num_lanes=self.config.num_lanes)
                 scores = iter(self._run_lanes(lanes, slices, turns[0].kind, checkpointed=checkpointed))
         except torch.OutOfMemoryError as error:
             if turns[0].kind == "train" and not checkpointed and self.activations.gives_way(sum(sizes)):
@@ -319,7 +319,7 @@ class Engine:
             fullest = max(sum(costs[index] for index in lane) for lane in lanes)
             seconds = time.perf_counter() - started
             self._learn_rates(sum(sizes), fullest, seconds)
-            self._speeds.learn(num_tokens=max(1, sum(costs)), num_jobs=len(turns), seconds=seconds)
+            self._speeds.learn(num_tokens=sum(sizes), cost=sum(costs), num_jobs=len(turns), seconds=seconds)
         for job, own in zip(jobs, tokens, strict=True):
             job.served += sum(own)
             with interrupts_wait():
@@ -370,7 +370,8 @@ class Engine:
         """The budget, less what memory or the wished length of a tick forbids.
 
         A tick lasts as long as its fullest lane, and no shorter than one slice: a lane may hold the largest
-        slice that waits, for it would last as long alone.
+        slice that waits, for it would last as long alone. Kept prefixes are left out of account: a tick with some
+        lasts less than it might.
         """
         lane_tokens = int(self._lane_rate * self.config.max_tick_seconds) or self._largest_tick
         largest_slice = max((turn.num_tokens for turn in waiting), default=0) if self.config.num_lanes > 1 else 0

@@ -25,18 +25,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def split(sizes: Sequence[int], *, num_lanes: int) -> list[list[int]]:
-    """Indices of `sizes` (tokens) by lane, in their order, lanes about equally full: largest first (LPT).
+def split(costs: Sequence[int], *, num_tokens: int, num_lanes: int) -> list[list[int]]:
+    """Indices of `costs` (of slices) by lane, in their order, lanes about equally full: largest first (LPT).
 
-    At most `num_lanes`, no more than have MIN_LANE_TOKENS on average, and none is empty.
+    At most `num_lanes`, no more than have MIN_LANE_TOKENS of `num_tokens` on average, and none is empty.
     """
-    wanted = max(1, min(num_lanes, len(sizes), sum(sizes) // MIN_LANE_TOKENS))
+    wanted = max(1, min(num_lanes, len(costs), num_tokens // MIN_LANE_TOKENS))
     lanes: list[list[int]] = [[] for _ in range(wanted)]
     filled = [0] * wanted
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         lane = filled.index(min(filled))
         lanes[lane].append(index)
-        filled[lane] += sizes[index]
+        filled[lane] += costs[index]
     return [sorted(lane) for lane in lanes]
 
 

@@ -1,5 +1,9 @@
 # pyright: strict
-"""Tokens a second by the size of a tick, learnt from the ticks as they come: of one job, and of several at once."""
+"""Tokens a second by the size of a tick, learnt from the ticks as they come: of one job, and of several at once.
+
+A size is counted in tokens as they are chosen for a tick, and as products see them. A second's work is counted in
+tokens through the whole base: where slices enter above kept prefixes there is less to compute, and it goes no faster.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -32,9 +36,10 @@ class TickSpeeds:
     def __init__(self) -> None:
         self._seen: dict[Company, dict[int, Seen]] = {"alone": {}, "together": {}}
 
-    def learn(self, *, num_tokens: int, num_jobs: int, seconds: float) -> None:
+    def learn(self, *, num_tokens: int, cost: int, num_jobs: int, seconds: float) -> None:
+        """cost: tokens through the whole base that take about as long as these `num_tokens`."""
         seen = self._seen["alone" if num_jobs == 1 else "together"].setdefault(num_tokens.bit_length(), Seen())
-        seen.learn(num_tokens, num_tokens / seconds)
+        seen.learn(num_tokens, cost / seconds)
 
     def num_alone(self, num_tokens: int) -> int:
         """Ticks of one job so far, of about this size."""

@@ -1,6 +1,7 @@
 """Parts of a tick on cores of their own: nobody can tell from a result."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,19 +15,23 @@ from lora_core.lanes import MIN_LANE_TOKENS, Lanes, split
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, run_elastically, submissions
 
 
-@given(st.lists(st.integers(1, 2048), min_size=1, max_size=20), st.integers(1, 8))
-def test_every_slice_is_in_one_lane_and_no_lane_is_empty_or_too_full(sizes: list[int], num_lanes: int) -> None:
-    lanes = split(sizes, num_lanes=num_lanes)
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 5))
+def test_every_slice_is_in_one_lane_and_no_lane_is_empty_or_too_full(
+    costs: list[int], num_lanes: int, tokens_per_cost: int
+) -> None:
+    num_tokens = tokens_per_cost * sum(costs)
 
-    assert sorted(index for lane in lanes for index in lane) == list(range(len(sizes)))
+    lanes = split(costs, num_tokens=num_tokens, num_lanes=num_lanes)
+
+    assert sorted(index for lane in lanes for index in lane) == list(range(len(costs)))
     assert all(lanes)
-    assert len(lanes) <= max(1, sum(sizes) // MIN_LANE_TOKENS)
-    fullest = max(sum(sizes[index] for index in lane) for lane in lanes)
-    assert fullest <= sum(sizes) / len(lanes) + max(sizes)
+    assert len(lanes) == max(1, min(num_lanes, len(costs), num_tokens // MIN_LANE_TOKENS))
+    fullest = max(sum(costs[index] for index in lane) for lane in lanes)
+    assert fullest <= sum(costs) / len(lanes) + max(costs)
 
 
 def test_few_tokens_stay_together() -> None:
-    assert split([MIN_LANE_TOKENS // 2, MIN_LANE_TOKENS // 2], num_lanes=4) == [[0, 1]]
+    assert split([MIN_LANE_TOKENS // 2] * 2, num_tokens=MIN_LANE_TOKENS, num_lanes=4) == [[0, 1]]
 
 
 def test_lanes_run_side_by_side() -> None:
@@ -96,3 +101,19 @@ def test_a_slow_machine_still_fills_every_lane(load, monkeypatch):
         engine.tick()
 
     assert used == [2] * (1 + 3), "the probe at start, then every tick"
+
+
+def test_slices_on_kept_rows_fill_as_many_lanes_as_when_their_rows_were_new(load, monkeypatch):
+    """Their tokens, not what is left of their work, say whether another pass over the base's weights is worth it."""
+    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 20)
+    engine = Engine(load("llama"), EngineConfig(max_tick_seconds=3600, num_lanes=2, prefix_memory_bytes=1 << 24))
+    used = spy_on_lanes(monkeypatch)
+    for seed in (1, 2):
+        job = config(seed=seed, num_steps=3, batch_size=1)
+        upper = replace(job, lora=replace(job.lora, layers_to_transform=(1,)))
+        admit(engine, str(seed), Submission(config=upper, train=dataset(seed, [20])))
+    while not engine.idle:
+        engine.tick()
+
+    assert engine.prefixes.reused_tokens == 2 * 2 * 20
+    assert used == [2] * 3
