@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 
 import numpy as np
@@ -23,11 +24,20 @@ def run(plan: Plan) -> Result:
         log = plan.folder / f"pack-{lanes}.log"
         with closing(Contender("pack", threads=1, log=log, lanes=lanes, **options)) as contender:
             contender.step(jobs=plan.pack_sizes[-1])  # warm-up
-            for _ in range(plan.repeats):
-                for jobs in plan.pack_sizes:
-                    result.repeats.setdefault(f"{jobs}_jobs_{lanes}_lanes", []).append(contender.step(jobs=jobs))
-        _conclude(plan, lanes, result)
+            reports = _take_turns(plan, contender, plan.pack_sizes)
+            result.repeats |= {f"{jobs}_jobs_{lanes}_lanes": found for jobs, found in reports.items()}
+            _conclude(plan, lanes, result, reports)
+            _hold_to_promise(plan, lanes, result, reports, contender)
     return result
+
+
+def _take_turns(plan: Plan, contender: Contender, sizes: Sequence[int]) -> dict[int, list[Json]]:
+    """The reports of each number of jobs."""
+    reports: dict[int, list[Json]] = {jobs: [] for jobs in sizes}
+    for _ in range(plan.repeats):
+        for jobs in sizes:
+            reports[jobs].append(contender.step(jobs=jobs))
+    return reports
 
 
 def _tokens(plan: Plan):
@@ -38,33 +48,50 @@ def _tokens(plan: Plan):
     return write_tokens([(row, mask) for row in ids], plan.folder / "pack-tokens.safetensors")
 
 
-def _conclude(plan: Plan, lanes: int, result: Result) -> None:
-    where = f"{lanes} lane{'s' * (lanes > 1)}"
-    reports = {jobs: result.repeats[f"{jobs}_jobs_{lanes}_lanes"] for jobs in plan.pack_sizes}
+def _conclude(plan: Plan, lanes: int, result: Result, reports: dict[int, list[Json]]) -> None:
+    where = _where(lanes)
     alone = reports[plan.pack_sizes[0]]
-    slowdowns: dict[int, float] = {}
     for jobs, together in reports.items():
-        result.find(f"{jobs} jobs, {where}", sorted(rates(together))[len(together) // 2], "tokens/s")
-        slowdowns[jobs] = jobs / median_ratio(rates(together), rates(alone))
+        result.find(f"{jobs} jobs, {where}", _median_rate(together), "tokens/s")
         if jobs > plan.pack_sizes[0]:
-            result.find(f"  each slower than alone, {where}", slowdowns[jobs], "x")
+            result.find(f"  each slower than alone, {where}", _slowdown(jobs, together, alone), "x")
     most = plan.pack_sizes[-1]
     grown = (median_of(reports[most], "bytes") - median_of(alone, "bytes")) / (most - plan.pack_sizes[0])
     result.find(f"memory of a further job, {where}", grown / 1e6, "MB")
-    _hold_to_promise(plan, where, result, reports, slowdowns)
 
 
 def _hold_to_promise(
-    plan: Plan, where: str, result: Result, reports: dict[int, list[Json]], slowdowns: dict[int, float]
+    plan: Plan, lanes: int, result: Result, reports: dict[int, list[Json]], contender: Contender
 ) -> None:
-    """Jobs join as a trainer would let them, which learns of each size as it comes to it."""
+    """Jobs join as a trainer would let them, which learns of each size as it comes to it. The promise is held against
+    as many as were let in: a number that is not in the plan is measured in turns of its own with one job."""
     bound = float(Settings.model_fields["max_slowdown"].default)
-    known = {jobs: (jobs * plan.pack_tokens, sorted(rates(found))[len(found) // 2]) for jobs, found in reports.items()}
-    num_jobs, speeds = 0, UNKNOWN
-    while places := free_places(num_jobs, speeds, max_slowdown=bound, at_most=plan.pack_sizes[-1] - num_jobs):
+    one, most = plan.pack_sizes[0], plan.pack_sizes[-1]
+    alone = dict.fromkeys(reports, reports[one])
+    known, num_jobs, speeds = dict(reports), 0, UNKNOWN
+    while places := free_places(num_jobs, speeds, max_slowdown=bound, at_most=most - num_jobs):
         num_jobs += places
-        seen = tuple(point for jobs, point in known.items() if 1 < jobs <= num_jobs)
-        speeds = Speeds(alone=(known[plan.pack_sizes[0]],), together=seen)
-    measured = [size for size in plan.pack_sizes if size <= num_jobs][-1]
+        if num_jobs not in known:
+            turns = _take_turns(plan, contender, (one, num_jobs))
+            known[num_jobs], alone[num_jobs] = turns[num_jobs], turns[one]
+            result.repeats |= {f"{jobs}_jobs_{lanes}_lanes_for_{num_jobs}": found for jobs, found in turns.items()}
+        points = {jobs: (jobs * plan.pack_tokens, _median_rate(found)) for jobs, found in sorted(known.items())}
+        seen = tuple(point for jobs, point in points.items() if one < jobs <= num_jobs)
+        speeds = Speeds(alone=(points[one],), together=seen)
+    where = _where(lanes)
     result.find(f"jobs let in, {where}", num_jobs, "")
-    result.find(f"  each slower than alone, measured with {measured}", slowdowns[measured], "x", at_most=bound)
+    measured = _slowdown(num_jobs, known[num_jobs], alone[num_jobs])
+    result.find(f"  each slower than alone, measured with {num_jobs}, {where}", measured, "x", at_most=bound)
+
+
+def _where(lanes: int) -> str:
+    return f"{lanes} lane{'s' * (lanes > 1)}"
+
+
+def _median_rate(reports: list[Json]) -> float:
+    return sorted(rates(reports))[len(reports) // 2]
+
+
+def _slowdown(num_jobs: int, together: list[Json], alone: list[Json]) -> float:
+    """Of each of them; `alone` are reports of the same turns."""
+    return num_jobs / median_ratio(rates(together), rates(alone))

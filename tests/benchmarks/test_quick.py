@@ -59,7 +59,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
         "submission to first step, new file",
         "jobs let in",
         "chunked_head, peak",
-        "scripts over lorry",
+        "scripts one after another, over lorry",
         "lanes over processes",
     ):
         assert said in table

@@ -1,0 +1,77 @@
+"""The promised slowdown is held against the pack that was let in, not against a smaller one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import pack_scaling
+from benchmarks.plan import quick
+from benchmarks.results import Result
+from benchmarks.workload import Workload
+
+
+class Machine:
+    """Stands in for the contender's process; a tick takes `seconds[jobs]`."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self.seconds = seconds
+        self.asked: list[int] = []
+
+    def __call__(self, *_: Any, **__: Any) -> Machine:
+        return self
+
+    def step(self, *, jobs: int) -> dict[str, float]:
+        self.asked.append(jobs)
+        return {"tokens": 16 * jobs, "seconds": self.seconds[jobs], "bytes": 1000 + jobs}
+
+    def close(self) -> None:
+        pass
+
+
+def measured_on(machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    workload = Workload(
+        base=folder,
+        tokens=folder / "tokens",
+        model="none",
+        data="none",
+        vocab_size=64,
+        num_tokens_per_row=16,
+        texts=[],
+    )
+    monkeypatch.setattr(pack_scaling, "Contender", machine)
+    return pack_scaling.run(replace(quick(workload, folder), pack_sizes=(1, 2, 4, 8)))
+
+
+def test_a_pack_of_a_size_that_was_not_planned_is_measured_beside_one_job(tmp_path, monkeypatch) -> None:
+    machine = Machine({1: 1.0, 2: 1.2, 4: 2.2, 7: 3.9, 8: 5.0})
+
+    result = measured_on(machine, tmp_path, monkeypatch)
+
+    assert machine.asked == [8, 1, 2, 4, 8, 1, 7]
+    assert result.figure("jobs let in, 1 lane") == 7
+    assert result.figure("  each slower than alone, measured with 7, 1 lane") == pytest.approx(3.9)
+    assert not result.misses_a_goal
+    assert result.repeats["7_jobs_1_lanes_for_7"] == [{"tokens": 112, "seconds": 3.9, "bytes": 1007}]
+
+
+def test_a_promise_that_is_broken_by_the_jobs_that_were_let_in_is_seen(tmp_path, monkeypatch) -> None:
+    machine = Machine({1: 1.0, 2: 1.2, 4: 2.2, 7: 4.6, 8: 5.0})
+
+    result = measured_on(machine, tmp_path, monkeypatch)
+
+    (promise,) = [finding for finding in result.findings if finding.goal is not None]
+    assert promise.what == "  each slower than alone, measured with 7, 1 lane"
+    assert promise.verdict() == "at most 4: missed"
+
+
+def test_the_pack_that_was_let_in_is_not_measured_again_where_the_plan_has_its_size(tmp_path, monkeypatch) -> None:
+    machine = Machine({1: 1.0, 2: 1.1, 4: 1.5, 8: 2.5})
+
+    result = measured_on(machine, tmp_path, monkeypatch)
+
+    assert machine.asked == [8, 1, 2, 4, 8]
+    assert result.figure("  each slower than alone, measured with 8, 1 lane") == pytest.approx(2.5)
