@@ -21,8 +21,9 @@ class EngineConfig:
     give, in the host's memory and on the disk of `prefix_folder` (prefixes.py); with neither nothing is.
     `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
     it (tick_speeds.py). `exact_products`: on a CPU whose products depend on their number of rows, have a job's bits
-    independent of its packmates all the same (exact_products.py), for about a tenth of the speed; without, and on any
-    GPU, a record says `allclose`.
+    independent of its packmates all the same (exact_products.py). With AMX that takes about a tenth of the speed of
+    steps of some hundred tokens, and more of smaller passes, as of answers; elsewhere next to nothing. Without, and on
+    any GPU, a record says `allclose`.
     """
 
     token_budget: int = 1024

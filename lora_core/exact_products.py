@@ -4,7 +4,8 @@
 With AMX a kernel's order of summing follows from the number of rows. In a product of a fixed number each row has the
 same bits wherever it stands. So the bits of blocks of ROW_BLOCK rows, the last filled up with zeros, are what products
 over tokens of several jobs must give. Each number of rows is tried when it first comes: what gives these bits is
-computed at once, anything else in the fewest pieces that do. Letters: T rows, K summed, N columns.
+computed at once, anything else in pieces that do, the last filled up as little as it can be. Letters: T rows, K summed,
+N columns.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,17 @@ from torch import Tensor
 ROW_BLOCK = 256
 WIDTHS = (1024, 512)
 """Of pieces that are tried before blocks: of 1,024 rows, blocks took 1.4 to 2.2 times the time of one product."""
+FILLED_ROWS = (64, 128)
+"""To which fewer are filled up where that gives the bits of blocks: 64 take a quarter to a half of a block's time."""
 FEWEST_ROWS = 16
 """Fewer are filled up without a trial: most kernels sum them in another way, and a trial of so few may miss it."""
-MOST_NUMBERS = 1 << 24
-"""Of a matrix that is tried. A larger one, as of a head over a vocabulary, takes more time and memory in a trial than
-its blocks ever cost: a head's rows come 256 at a time anyway."""
+LARGE = 1 << 24
+"""Numbers of a matrix of which no more rows than a block are tried. A trial takes 1.3 to 6 times the time of a block,
+and pays within a tick or two for fewer rows, which come in 15 sizes. Beyond, a product at once saves up to a third of
+the time of blocks and a rest that was tried, or nothing without AMX, and any size may come."""
+MOST_BYTES = 1 << 29
+"""Of a matrix that is tried: a trial holds another of its size, with which nobody reckons. Only heads are larger, in
+bf16 those over 128,256 tokens from 2,100 features on."""
 PATTERN = 8191
 """Numbers that a trial repeats: a prime, so that no two of its rows are alike."""
 OCTAVES = 20
@@ -38,6 +45,11 @@ class Product:
     shape: tuple[int, int]
     stride: tuple[int, int]
     dtype: torch.dtype
+
+    @property
+    def num_numbers(self) -> int:
+        """Of the matrix."""
+        return self.shape[0] * self.shape[1]
 
     def compute(self, x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor) -> None:
         """Writes y, or adds to it."""
@@ -107,21 +119,38 @@ class ExactProducts:
         return found
 
     def _divided(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
-        for width in (num_rows, *(width for width in (*WIDTHS, self.row_block) if width < num_rows)):
-            sizes = _cut(num_rows, width)
-            if all(self._keeps_its_bits(product, size) for product in products for size in dict.fromkeys(sizes)):
-                return sizes
-        return (self.row_block,) * -(-num_rows // self.row_block)
+        """As many pieces of the first width that will do as there are rows for; the rest is divided by itself."""
+        if num_rows == 0:
+            return ()
+        width = next(
+            width
+            for width in self._widths(num_rows)
+            if all(self._keeps_its_bits(product, width) for product in products)
+        )
+        whole, rest = divmod(num_rows, width)
+        return (width,) * whole + self.pieces(products, rest) if whole else (width,)
+
+    def _widths(self, num_rows: int) -> tuple[int, ...]:
+        """What pieces of so many rows may have, the cheapest first; a block, which always will do, is last."""
+        if num_rows > self.row_block:
+            narrower = tuple(width for width in WIDTHS if self.row_block < width < num_rows)
+        else:
+            narrower = tuple(width for width in FILLED_ROWS if num_rows < width < self.row_block)
+        return (num_rows, *narrower, self.row_block)
 
     def _keeps_its_bits(self, product: Product, num_rows: int) -> bool:
-        is_large = product.shape[0] * product.shape[1] > MOST_NUMBERS
-        if num_rows == self.row_block or num_rows < FEWEST_ROWS or is_large:
+        if num_rows == self.row_block or not self._is_tried(product, num_rows):
             return num_rows == self.row_block
         asked = (product, num_rows, torch.get_num_threads())
         with self._trying:
             if asked not in self._is_exact:
                 self._is_exact[asked] = product.gives_the_bits_of_blocks(num_rows, self.row_block)
             return self._is_exact[asked]
+
+    def _is_tried(self, product: Product, num_rows: int) -> bool:
+        is_large = product.num_numbers > LARGE
+        has_room = product.num_numbers * product.dtype.itemsize <= MOST_BYTES
+        return num_rows >= FEWEST_ROWS and has_room and not (is_large and num_rows > self.row_block)
 
 
 def product_of(operation: Literal["mm", "addmm", "addmm_"], matrix_KN: Tensor) -> Product:
@@ -174,11 +203,6 @@ def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProduct
     sizes = exact.pieces((forth, back), num_rows)
     filled = F.pad(x_TK, (0, 0, 0, sum(sizes) - num_rows))
     return torch.cat([type(linear).forward(linear, part) for part in filled.split(list(sizes))])[:num_rows]
-
-
-def _cut(num_rows: int, width: int) -> tuple[int, ...]:
-    whole, rest = divmod(num_rows, width or 1)
-    return (width,) * whole + ((rest,) if rest else ())
 
 
 def _cancelling(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:

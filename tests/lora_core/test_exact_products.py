@@ -119,12 +119,64 @@ def test_a_kernel_that_depends_on_no_number_computes_everything_at_once(monkeypa
     assert pieces == [(16,), (300,), (2000,)]
 
 
-def test_a_matrix_as_large_as_a_heads_is_never_tried(monkeypatch):
-    monkeypatch.setattr(exact_products, "MOST_NUMBERS", 48 * 24 - 1)
+def test_fewer_rows_than_a_block_are_filled_up_to_the_least_number_that_gives_the_bits(depends_on_rows, monkeypatch):
+    monkeypatch.setattr(exact_products, "FILLED_ROWS", (20, 24, 28))
+    exact, product = ExactProducts(BLOCK), product_of("mm", drawn(48, 24))
+
+    pieces = {rows: exact.pieces((product,), rows) for rows in (4, 16, 25, 76, 90)}
+
+    assert pieces == {4: (24,), 16: (24,), 25: (25,), 76: (32, 32, 24), 90: (32, 32, 26)}
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("add_times", "a forward of its own")])
+def test_a_row_keeps_its_bits_in_pieces_that_are_filled_up_a_little(name, depends_on_rows, monkeypatch):
+    monkeypatch.setattr(exact_products, "FILLED_ROWS", (20, 24, 28))
+    rows, exact = drawn(100, 48), ExactProducts(BLOCK)
+    whole = PRODUCTS[name](rows, exact)
+
+    few = {number: PRODUCTS[name](rows[:number], exact) for number in range(1, 100, 7)}
+
+    assert all(torch.equal(y, whole[:number]) for number, y in few.items())
+
+
+def test_what_is_left_of_wide_pieces_is_divided_by_itself(monkeypatch):
+    monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda _, rows, __: rows in (512, 60))
+    exact, product = ExactProducts(256), product_of("mm", drawn(48, 24))
+
+    pieces = {rows: exact.pieces((product,), rows) for rows in (512, 1023, 572, 800)}
+
+    assert pieces == {512: (512,), 1023: (512, 256, 256), 572: (512, 60), 800: (512, 256, 256)}
+
+
+def test_of_a_large_matrix_no_more_rows_than_a_block_are_tried(monkeypatch):
+    monkeypatch.setattr(exact_products, "LARGE", 48 * 24 - 1)
+    tried: list[int] = []
+    monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda _, rows, __: tried.append(rows) is None)
+    exact = ExactProducts(BLOCK)
+
+    pieces = {rows: exact.pieces((product_of("mm", drawn(48, 24)),), rows) for rows in (16, 28, 48, 90)}
+
+    assert pieces == {16: (16,), 28: (28,), 48: (32, 16), 90: (32, 32, 26)}
+    assert tried == [16, 28, 26]
+    assert exact.pieces((product_of("mm", drawn(48, 23)),), 48) == (48,)
+
+
+def test_a_matrix_whose_trial_would_take_too_much_memory_is_never_tried(monkeypatch):
+    monkeypatch.setattr(exact_products, "MOST_BYTES", 48 * 24 * 4 - 1)
     exact = ExactProducts(BLOCK)
 
     assert exact.pieces((product_of("mm", drawn(48, 24)),), 48) == (32, 32)
-    assert exact.pieces((product_of("mm", drawn(48, 23)),), 48) == (48,)
+    assert exact.pieces((product_of("mm", drawn(48, 24).bfloat16()),), 48) == (48,)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3072, 8192), (49152, 576)])
+def test_the_linears_of_a_base_of_3b_and_a_small_head_are_tried(monkeypatch, rows, columns):
+    monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda *_: True)
+    product = product_of("mm", torch.empty(rows, columns, dtype=torch.bfloat16))
+
+    pieces = [ExactProducts().pieces((product,), number) for number in (32, 112, 272)]
+
+    assert pieces == [(32,), (112,), (256, 16)]
 
 
 def test_a_number_of_rows_is_tried_once(monkeypatch):
