@@ -140,7 +140,8 @@ def print_table(results: list[Result]) -> None:
     print_columns(rows)
     for result in results:
         if result.profile or result.why:
-            print(f"\n{result.theme} misses a goal. What its time goes into, measured in a run of its own:")
+            goals = "misses a goal" if result.misses_a_goal else "misses no goal"
+            print(f"\n{result.theme} {goals}. What its time goes into, measured in a run of its own:")
             print_columns(
                 [(share.of, share.part, f"{share.seconds:.3f} s", f"{share.share:.1%}") for share in result.profile]
             )

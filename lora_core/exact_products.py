@@ -2,10 +2,8 @@
 """Products in which a row has the same bits whatever the number of rows, also where the CPU's own ones do not.
 
 With AMX a kernel's order of summing follows from the number of rows. In a product of a fixed number each row has the
-same bits wherever it stands. So the bits of blocks of ROW_BLOCK rows, the last filled up with zeros, are what products
-over tokens of several jobs must give. Each number of rows is tried when it first comes: what gives these bits is
-computed at once, anything else in pieces that do, the last filled up as little as it can be. Letters: T rows, K summed,
-N columns.
+same bits wherever it stands, so what blocks of ROW_BLOCK rows give, the last filled up with zeros, is the result. What
+is tried to give these bits is computed at once, else in pieces that do. Letters: T rows, K summed, N columns.
 """
 
 from dataclasses import dataclass

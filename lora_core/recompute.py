@@ -101,8 +101,14 @@ class ActivationMemory:
         self.bytes_per_token = max(self.bytes_per_token, taken) if self._is_shown else taken
         self._is_shown = True
 
+    def restart_peak(self) -> None:
+        """What was in use before no longer counts in `peak_bytes`; a process on a CPU can't forget it."""
+        self._peak_bytes = 0
+        if self._device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self._device)
+
     def peak_bytes(self) -> int:
-        """The most that was in use over all ticks: of a GPU, or of the process on a CPU."""
+        """The most that was in use over all ticks, or since `restart_peak`: of a GPU, or of the process on a CPU."""
         if not self._device.startswith("cuda"):
             import resource
 

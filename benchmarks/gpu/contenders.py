@@ -23,29 +23,38 @@ from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from lora_core.kernels import Kernels
-from lora_core.recompute import CheckpointBlocks
+from lora_core.recompute import ActivationMemory, CheckpointBlocks
 
 Report = dict[str, Any]
 
 
 class Clock:
-    """Seconds between `start` and `stop`; on a GPU also the bytes in use at the start, and the most meanwhile."""
+    """Seconds between `start` and `stop`; on a GPU also the bytes in use at the start, and the most meanwhile.
 
-    def __init__(self, device: str) -> None:
+    `memory`: of an engine, whose ticks begin the device's own peak anew to learn what a token takes.
+    """
+
+    def __init__(self, device: str, memory: ActivationMemory | None = None) -> None:
         self._gpu = device if device.startswith("cuda") else None
+        self._memory = memory
 
     def start(self) -> None:
         self._report: Report = {}
         if self._gpu:
             torch.cuda.synchronize(self._gpu)
+        if self._memory is not None:
+            self._memory.restart_peak()
+        elif self._gpu:
             torch.cuda.reset_peak_memory_stats(self._gpu)
+        if self._gpu:
             self._report["resident_bytes"] = torch.cuda.memory_allocated(self._gpu)
         self._started = time.perf_counter()
 
     def stop(self) -> Report:
         if self._gpu:
             torch.cuda.synchronize(self._gpu)
-            self._report["peak_bytes"] = torch.cuda.max_memory_allocated(self._gpu)
+            told = torch.cuda.max_memory_allocated(self._gpu) if self._memory is None else self._memory.peak_bytes()
+            self._report["peak_bytes"] = told
         return self._report | {"seconds": time.perf_counter() - self._started}
 
 
@@ -65,10 +74,11 @@ class Lorry:
     """The engine with the jobs of a load."""
 
     def __init__(self, base: BaseModel, load: Load, kernels: Kernels) -> None:
-        self.base, self.load, self.kernels, self._clock = base, load, kernels, Clock(base.device)
+        self.base, self.load, self.kernels = base, load, kernels
         config = EngineConfig(token_budget=load.largest_tick, max_tick_seconds=3600, job_tokens=load.largest_step)
         with attached(base, kernels):
             self.engine = Engine(base, config)
+            self._clock = Clock(base.device, self.engine.activations)
             rows = load.rows(base.vocab_size)
             for job in range(load.num_jobs):
                 self.engine.admit(str(job), load.config(job), rows)

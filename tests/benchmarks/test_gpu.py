@@ -10,11 +10,12 @@ import torch
 
 from benchmarks.gpu.__main__ import datasheet_flops, main
 from benchmarks.gpu.comparisons import left_out
-from benchmarks.gpu.contenders import Lorry, Peft, adapted
+from benchmarks.gpu.contenders import Clock, Lorry, Peft, adapted
 from benchmarks.gpu.load import Load
 from benchmarks.gpu.shapes import TOY, build
 from benchmarks.results import Result
 from lora_core.kernels import Kernels
+from lora_core.recompute import ActivationMemory
 
 # PEFT asks transformers by a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -62,6 +63,39 @@ def test_both_contenders_train_on_the_same_tokens_and_leave_the_base_as_it_was()
     after = dict(base.model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
+
+
+def test_a_turns_peak_is_that_of_all_its_ticks_and_of_no_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = {"allocated": 10, "peak": 10}
+    for name, told in {
+        "synchronize": lambda device: None,
+        "memory_allocated": lambda device: card["allocated"],
+        "max_memory_allocated": lambda device: card["peak"],
+        "reset_peak_memory_stats": lambda device: card.update(peak=card["allocated"]),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, told)
+    memory = ActivationMemory({}, device="cuda:0", item_bytes=2, mode="auto")
+    clock = Clock("cuda:0", memory)
+
+    def turn(*taken: int) -> int:
+        clock.start()
+        for bytes_taken in taken:
+            with memory.observed(1024, kind="train", checkpointed=False):  # which begins the card's peak anew
+                card["peak"] = card["allocated"] + bytes_taken
+        return clock.stop()["peak_bytes"]
+
+    assert [turn(900, 50), turn(40, 300, 20), turn(5)] == [910, 310, 15]
+    assert memory.peak_bytes() == 15
+
+
+def test_lorrys_clock_asks_who_measures_its_ticks() -> None:
+    lorry = Lorry(build(TOY, device="cpu"), LOAD, Kernels())
+    asked: list[str] = []
+    lorry.engine.activations.restart_peak = lambda: asked.append("restart_peak")  # pyright: ignore[reportAttributeAccessIssue]
+
+    lorry.turn()
+
+    assert asked == ["restart_peak"]
 
 
 def test_without_a_gpu_it_is_refused_with_a_remedy(
