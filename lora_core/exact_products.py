@@ -2,8 +2,8 @@
 """Products in which a row has the same bits whatever the number of rows, also where the CPU's own ones do not.
 
 With AMX a kernel's order of summing follows from the number of rows. In a product of a fixed number each row has the
-same bits wherever it stands, so what blocks of ROW_BLOCK rows give, the last filled up with zeros, is the result. What
-is tried to give these bits is computed at once, else in pieces that do. Letters: T rows, K summed, N columns.
+same bits wherever it stands, so what counts is what blocks of ROW_BLOCK rows give, the last filled up with zeros. Rows
+whose number passes a trial are computed at once, others in pieces that do. Letters: T rows, K summed, N columns.
 """
 
 from dataclasses import dataclass
