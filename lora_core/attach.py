@@ -1,9 +1,9 @@
 # pyright: basic
 """Makes the linears of a base model serve packs, and takes that back without a trace.
 
-Each linear, each block, and what rms_norm.py, rotary.py, longrope.py, swiglu.py and residual_block.py find, gets its
-own `forward` on the instance: no module is replaced, no name or parameter changes. Outside a running pack each computes
-exactly what it did before.
+Each linear, each block, and what rms_norm.py, rotary.py, longrope.py, swiglu.py, residual_block.py and fused.py find,
+gets its own `forward` on the instance: no module is replaced, no name or parameter changes. Outside a running pack
+each computes exactly what it did before.
 """
 
 import logging

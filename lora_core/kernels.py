@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lora_core.exact_products import ExactProducts
-from lora_core.fused import why_not
+from lora_core.fused_kernels import why_not
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 """Compute capabilities. Before Hopper, torch's grouped product is a loop that waits for the device at every group."""

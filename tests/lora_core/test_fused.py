@@ -3,15 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lora_core import fused, kernels
+from lora_core import fused, fused_kernels, kernels
+from lora_core.adapters import AdapterRow
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel
-from lora_core.fused import FusedNorm, FusedSwiglu, fused_parts, swiglu, why_not
+from lora_core.config import LoraConfig
+from lora_core.fused import FusedNorm, FusedSwiglu, fused_parts
+from lora_core.fused_kernels import swiglu, why_not
 from lora_core.kernels import Kernels, choose_kernels
+from lora_core.pack import SliceInput, bare_pack, running
 
 
 @pytest.fixture
@@ -34,18 +39,44 @@ def test_every_norm_and_gated_part_of_a_llama_is_replaced_and_gives_what_the_lib
     uncompiled: None, load: Callable[..., BaseModel], dtype: str
 ) -> None:
     base = load("llama", dtype)
-    ids = torch.arange(40)[None]
+    ids, choice = torch.arange(48)[None], Kernels(elementwise="compiled")
     expected = gradients(base, ids)
 
-    attachment = Attachment(base.model, Kernels(elementwise="compiled"))
-    found = gradients(base, ids)
+    attachment = Attachment(base.model, choice)
+    outside = gradients(base, ids)
+    with running(bare_pack([whole(ids)], device="cpu"), choice):
+        found = gradients(base, ids)
     replaced = [type(module).__name__ for module, _ in fused_parts(base.model)]
     attachment.detach()
 
     assert sorted(replaced) == ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 5
     tolerance = 1e-4 if dtype == "float32" else 0.05
     assert float((found - expected).norm() / expected.norm()) < tolerance
+    assert not torch.equal(found, outside)
     assert torch.equal(gradients(base, ids), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_outside_a_pack_each_part_computes_exactly_what_it_did_before(
+    uncompiled: None, load: Callable[..., BaseModel], dtype: str
+) -> None:
+    base = load("llama", dtype)
+    parts = [(module, type(module).forward) for module, _ in fused_parts(base.model)]
+    inputs = [torch.randn(1, 9, 64, dtype=base.dtype) for _ in parts]
+    expected = [forward(module, x) for (module, forward), x in zip(parts, inputs, strict=True)]
+
+    attachment = Attachment(base.model, Kernels(elementwise="compiled"))
+    found = [module(x) for (module, _), x in zip(parts, inputs, strict=True)]
+    attachment.detach()
+
+    assert all(map(torch.equal, found, expected))
+
+
+def whole(ids: torch.Tensor) -> SliceInput:
+    """One sequence, of nobody."""
+    row = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=torch.float32, device="cpu")
+    sequence = ids[0].numpy().astype(np.int32), np.zeros(ids.shape[1], np.uint8)
+    return SliceInput(row=row, sequences=(sequence,), label_weight=0.0, dropout=None)
 
 
 def gradients(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:
@@ -84,7 +115,7 @@ def test_a_machine_that_cant_compile_says_why_and_goes_without(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(fused, "compiled", lambda function: fails)
+    monkeypatch.setattr(fused_kernels, "compiled", lambda function: fails)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernels, "why_not", lambda device: why_not(torch.device("cpu")))
 
@@ -116,4 +147,4 @@ def test_torchs_compiler_gives_the_same_for_any_number_of_tokens() -> None:
     torch.manual_seed(0)
     for tokens in (16, 33):
         gate, up = torch.randn(2, tokens, 24)
-        torch.testing.assert_close(fused.compiled(swiglu)(gate, up), swiglu(gate, up))
+        torch.testing.assert_close(fused_kernels.compiled(swiglu)(gate, up), swiglu(gate, up))
