@@ -221,7 +221,7 @@ class AdapterRow:
     def begin_in_full(self, seed: int) -> None:
         """What is trained in full begins as it says."""
         if self.trained.tensors:
-            starts = [tensor.start(seed).flatten().float() for tensor in self.trained.tensors]
+            starts = [tensor.start(seed).flatten().to(self.p) for tensor in self.trained.tensors]
             self.p[self.num_lora :] = torch.cat(starts)
 
     def refresh_compute(self) -> None:

@@ -54,7 +54,7 @@ def errors(model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype)
     PEFT's adapter in place. `recorded`: the evidence, without its prefix."""
     found: dict[str, float] = {}
     output, table = model.get_output_embeddings(), model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    ids_K = recorded.get(TOKENS)
+    ids_K = recorded[TOKENS].to(_weight(output).device) if TOKENS in recorded else None
     if HEAD in recorded or TIED_ROWS in recorded:
         x_ND = _inputs(_weight(output)).to(dtype)
         scores_NV = output(x_ND).float()

@@ -1,6 +1,6 @@
 """Attention of all sequences at once: what the kernel of a GPU is asked for, and that it is what each needs by itself.
 
-The kernel itself needs a GPU; a stand-in computes what torch documents of it.
+The kernel itself needs a GPU; varlen_stand_in.py computes what torch documents of it.
 """
 
 from collections.abc import Callable
@@ -21,36 +21,10 @@ from lora_core.kernels import Kernels, choose_kernels
 from lora_core.pack import Pack, SliceInput, build_pack, running
 from lora_core.packed_pass import hidden_states
 from lora_core.varlen import window_size
+from tests.lora_core.varlen_stand_in import StandIn
 
 H, K, E = 4, 2, 8
 LENGTHS = (5, 1, 20, 6)  # 32: no filler
-
-
-class StandIn:
-    """varlen_attn as documented, in fp32 and differentiable; keeps what it was asked for."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, q_THE, k_TKE, v_TKE, bounds_q, bounds_k, longest_q, longest_k, **options: Any) -> Tensor:
-        asked = {"bounds": bounds_q.tolist(), "dtype": bounds_q.dtype, "longest": longest_q, **options}
-        self.calls.append(asked)
-        assert torch.equal(bounds_q, bounds_k)
-        assert longest_q == longest_k
-        assert all(part.stride(-1) == 1 for part in (q_THE, k_TKE, v_TKE)), "the kernel reads heads as they lie"
-        assert options["enable_gqa"] or q_THE.shape[1] == k_TKE.shape[1]
-        before, after = options["window_size"]
-        outputs = []
-        for start, stop in zip(asked["bounds"], asked["bounds"][1:], strict=False):
-            q, k, v = (part[start:stop].float().transpose(0, 1) for part in (q_THE, k_TKE, v_TKE))
-            k, v = (part.repeat_interleave(len(q) // len(k), dim=0) for part in (k, v))
-            place = torch.arange(stop - start)
-            distance = place[:, None] - place
-            seen = (before < 0) | (distance <= before)
-            seen &= (after < 0) | (-distance <= after)
-            scores = (q @ k.transpose(1, 2) * options["scale"]).masked_fill(~seen, float("-inf"))
-            outputs.append((torch.softmax(scores, -1) @ v).transpose(0, 1))
-        return torch.cat(outputs).to(q_THE.dtype)
 
 
 @pytest.fixture
