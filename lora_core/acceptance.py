@@ -34,8 +34,21 @@ def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
             f"The data holds token {largest}, but the base model has {base.vocab_size} tokens.",
             remedy="Tokenise the data with this base model's tokenizer.",
         )
+    _check_types(dataset, base)
     if base.max_positions is not None and longest > base.max_positions:
         raise BadDataset(
             f"A row has {longest} tokens, but the base model takes {base.max_positions}.",
             remedy="Shorten or split the long rows.",
+        )
+
+
+def _check_types(dataset: TokenDataset, base: BaseModel) -> None:
+    """Of tokens, as encoders tell the two sentences of a pair apart."""
+    if dataset.token_types is None:
+        return
+    largest, num_types = int(dataset.token_types.max()), getattr(base.model.config, "type_vocab_size", None) or 0
+    if num_types and largest >= num_types:
+        raise BadDataset(
+            f"The data holds token type {largest}, but the base model has {num_types}.",
+            remedy="Tokenise the data with this base model's tokenizer, or leave the token types out.",
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from lora_core.base_model import load_base
 from lora_core.config import ObjectiveConfig
@@ -257,6 +257,24 @@ def test_labels_that_are_no_classes_are_refused(folders):
         assert rows.labels is not None
         with pytest.raises(BadDataset, match="0 to 2"):
             engine.admit("job", config(objective=THREE), replace(rows, labels=rows.labels * 0 + label))
+
+
+def test_token_types_that_the_base_does_not_know_are_refused(tmp_path):
+    options = COMMON | FAMILIES["roberta"] | {"type_vocab_size": 1}
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model("roberta", **options)).save_pretrained(tmp_path / "roberta")
+    typed = classified(1, [5, 6], num_labels=3, with_types=True)
+    untyped = replace(typed, token_types=typed.loss_mask * 0)
+    engine = Engine(classifier("roberta", tmp_path / "roberta"), EngineConfig())
+
+    with pytest.raises(BadDataset, match="token type 1, but the base model has 1") as refused:
+        engine.admit("job", config(objective=THREE), typed)
+    with pytest.raises(BadDataset, match="token type 1"):
+        engine.admit("job", config(objective=THREE, evaluate_every_steps=2), untyped, typed)
+
+    assert "token types" in refused.value.remedy
+    engine.admit("job", config(objective=THREE, num_steps=1), untyped)
+    while not engine.idle:
+        engine.tick()
 
 
 def test_labels_and_token_types_are_read_from_their_file(tmp_path):
