@@ -209,6 +209,7 @@ class Engine:
         self._too_large = [error for error in self._too_large if error.job != job]
         assert self.base.attachment is not None
         self.base.attachment.segment_op.forget()
+        self.activations.forget()
         if not self._jobs and self.base.device.startswith("cuda"):
             torch.cuda.empty_cache()  # the driver counts as taken what torch keeps for later
 

@@ -60,7 +60,7 @@ class ActivationMemory:
         self.mode = mode
         self._device = device
         numbers = sum(size for linear in linears.values() for size in _weight_shape(linear))
-        self.bytes_per_token = MARGIN * numbers * item_bytes
+        self._guessed_bytes_per_token = self.bytes_per_token = MARGIN * numbers * item_bytes
         self._is_shown = False
         self._too_many_tokens: int | None = None  # once ran out of memory
         self._peak_bytes = 0
@@ -86,6 +86,11 @@ class ActivationMemory:
             return False
         self._too_many_tokens = num_tokens
         return True
+
+    def forget(self) -> None:
+        """What ticks showed was of those who were in them: a job with dropout or DoRA makes every token dearer, and
+        anyone's row the room smaller."""
+        self.bytes_per_token, self._is_shown, self._too_many_tokens = self._guessed_bytes_per_token, False, None
 
     @contextmanager
     def observed(self, num_tokens: int, *, kind: Kind, checkpointed: bool) -> Iterator[None]:

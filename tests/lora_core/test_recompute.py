@@ -208,6 +208,25 @@ def test_memory_that_ran_out_makes_a_tick_of_that_size_a_checkpointed_one(monkey
     assert not memory.checkpoints(900)
 
 
+def test_what_ticks_showed_is_forgotten_when_a_job_leaves(load: Callable[..., BaseModel], monkeypatch) -> None:
+    card = Card(monkeypatch, free=GIB)
+    engine, memory = Engine(load("llama"), EngineConfig()), on_a_gpu()
+    engine.activations = memory
+    guessed = memory.bytes_per_token
+    for name in ("dear", "other"):
+        engine.admit(name, config(num_steps=1), dataset(1, [9, 14]))
+    card.tick(memory, 1024, taken=2**25)
+    memory.gives_way(1000)
+    assert memory.checkpoints(1000)
+
+    engine.evict("dear")
+
+    assert not memory.checkpoints(1000)
+    assert memory.bytes_per_token == guessed
+    card.tick(memory, 1024, taken=2**19)
+    assert memory.bytes_per_token == 2**19 / 1024
+
+
 def test_a_cpu_never_does_it_by_itself_and_who_is_told_asks_nobody() -> None:
     linears: dict[str, nn.Module] = {"layer": nn.Linear(8, 8)}
 
