@@ -75,6 +75,15 @@ def metrics(db: Database, *, project_id: str, job_id: str, kind: str, max_points
     return points if max_points is None else curves.thin(points, max_points, value=lambda point: point.loss)
 
 
+def first_step(db: Database, *, project_id: str, job_id: str) -> tuple[int, float] | None:
+    """(step, loss) of the first training step on record, whichever attempt took it."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        curve = select(Metric.step, Metric.loss).where(Metric.job_id == job_id, Metric.kind == "train")
+        found = session.execute(curve.order_by(Metric.step).limit(1)).first()
+        return None if found is None else (found.step, found.loss)
+
+
 def attempts(db: Database, *, project_id: str, job_id: str) -> list[Attempt]:
     """Every attempt, the first first."""
     with db.read() as session:

@@ -80,11 +80,15 @@ class Curve:
         del self._points[:num_points]
         self._flushed_at = now
 
-    def risen(self) -> tuple[float, float] | None:
-        """(the first loss, the mean of the last ones) where that is clearly higher after steps enough to learn in."""
-        if self._first is None or self.step - self._first[0] < 2 * LAST_STEPS:
+    def risen(self, began: tuple[int, float] | None) -> tuple[float, float] | None:
+        """(the first loss, the mean of the last ones) where that is clearly higher after steps enough to learn in.
+
+        began: step and loss of the job's first step on record, which an earlier attempt may have taken.
+        """
+        began = began or self._first
+        if began is None or self.step - began[0] < 2 * LAST_STEPS or len(self._last_losses) < LAST_STEPS:
             return None
-        first, last = self._first[1], sum(self._last_losses) / len(self._last_losses)
+        first, last = began[1], sum(self._last_losses) / len(self._last_losses)
         return (first, last) if last > RISEN * first else None
 
     def metrics(self) -> Json:

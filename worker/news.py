@@ -98,12 +98,17 @@ class Listener:
         """That it ended early is on its progress while the adapter is verified."""
         progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
         claims.record_progress(self._context.db, held.claim.claim_id, progress)
-        risen = held.curve.risen()
+        if event["kept_step"] == event["step"]:  # else the weights are of before, chosen because they are better
+            self._warn_of_a_loss_that_rose(held)
+        return Next.GO_ON
+
+    def _warn_of_a_loss_that_rose(self, held: Held) -> None:
+        job = held.claim.job
+        risen = held.curve.risen(jobs.first_step(self._context.db, project_id=job.project_id, job_id=job.id))
         if risen is not None:
             message = "Training ended at a loss of {1:.3g}, above {0:.3g} where it began.".format(*risen)
             remedy = "Try the adapter before you use it, and a lower learning rate."
             claims.record_event(self._context.db, held.claim.claim_id, "warn", f"{message} {remedy}")
-        return Next.GO_ON
 
     def _sampled(self, held: Held, event: Json) -> Next:
         samples = event["samples"]

@@ -93,23 +93,38 @@ def test_rewards_that_are_not_finite_are_no_part_of_a_checkpoints_numbers_nor_ar
 
 
 @pytest.mark.parametrize(
-    ("losses", "risen"),
+    ("losses", "began", "risen"),
     [
-        ([4.0] * 6 + [17.0] * 5, (4.0, 17.0)),
-        ([4.0] * 5 + [17.0] * 5, None),
-        ([4.0] * 6 + [4.5] * 5, None),
-        ([4.0] * 8 + [10.0, 1.0, 1.0], None),
-        ([17.0] * 6 + [4.0] * 5, None),
-        ([], None),
+        ([4.0] * 6 + [17.0] * 5, None, (4.0, 17.0)),
+        ([4.0] * 5 + [17.0] * 5, None, None),
+        ([4.0] * 6 + [4.5] * 5, None, None),
+        ([4.0] * 8 + [10.0, 1.0, 1.0], None, None),
+        ([17.0] * 6 + [4.0] * 5, None, None),
+        ([], None, None),
+        ([4.0] * 5, (1, 2.0), (2.0, 4.0)),
+        ([4.0] * 6 + [17.0] * 5, (1, 16.0), None),
+        ([17.0], (1, 2.0), None),
+        ([], (1, 2.0), None),
     ],
-    ids=["risen", "too short", "a little", "one hard batch", "fallen", "no step"],
+    ids=[
+        "risen",
+        "too short",
+        "a little",
+        "one hard batch",
+        "fallen",
+        "no step",
+        "risen since an earlier attempt",
+        "fallen since an earlier attempt",
+        "one step of this attempt",
+        "no step of this attempt",
+    ],
 )
 def test_a_loss_that_ends_clearly_above_where_it_began_is_noticed(
-    losses: list[float], risen: tuple[float, float] | None
+    losses: list[float], began: tuple[int, float] | None, risen: tuple[float, float] | None
 ) -> None:
     curve = Curve(num_steps=100)
 
     for number, loss in enumerate(losses, start=40):
         curve.stepped(step(number, seconds=float(number)) | {"loss": loss})
 
-    assert curve.risen() == risen
+    assert curve.risen(began) == risen

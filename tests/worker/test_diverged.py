@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catalog import jobs
+from catalog import jobs, records
 from catalog.adapters import kept_checkpoints
 from catalog.states import EndReason
 from tests.worker.pack_site import PackSite, say, step, tell
@@ -71,16 +71,20 @@ def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> 
     assert kept_checkpoints(site.db, project_id=claim.job.project_id) == []
 
 
-@pytest.mark.parametrize(("last_loss", "warned"), [(17.0, True), (0.5, False)])
+@pytest.mark.parametrize(
+    ("last_loss", "kept_step", "warned"),
+    [(17.0, 11, True), (0.5, 11, False), (17.0, 6, False)],
+    ids=["risen", "fallen", "the weights kept are of before"],
+)
 def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
-    site: PackSite, last_loss: float, warned: bool
+    site: PackSite, last_loss: float, kept_step: int, warned: bool
 ) -> None:
     claim = site.claim()
     pack = site.pack(claim)
     for number in range(1, 12):
         event = {**step(number), "loss": 4.0 if number <= 6 else last_loss}
         say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
-    tell(pack, claim, "finished", step=11, kept_step=11, stopped_early=None)
+    tell(pack, claim, "finished", step=11, kept_step=kept_step, stopped_early=None)
 
     pack.hear()
 
@@ -88,3 +92,19 @@ def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
     warnings = [event.message for event in events if event.level == "warn"]
     said = "Training ended at a loss of 17, above 4 where it began. Try the adapter before you use it, and a lower "
     assert warnings == ([said + "learning rate."] if warned else [])
+
+
+def test_where_a_loss_began_is_told_of_the_job_not_of_its_attempt(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    records.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
+    for number in range(30, 36):
+        event = {**step(number), "loss": 3.0}
+        say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    tell(pack, claim, "finished", step=35, kept_step=35, stopped_early=None)
+
+    pack.hear()
+
+    events = jobs.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning.startswith("Training ended at a loss of 3, above 2 where it began.")
