@@ -6,6 +6,9 @@ Our own mistakes are asserts, never one of these.
 
 from typing import Literal
 
+ANY_FAILURE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What the code of a family may raise that was not written for where we ask it."""
+
 
 class LoraCoreError(ValueError):
     """Root of the errors meant for a person; `code` is snake_case, `message` a sentence, `remedy` says what to do."""

@@ -8,8 +8,16 @@ import torch
 
 from lora_core.errors import OutOfMemory, Part
 
-SIGNS = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-"""torch's allocator on a CPU, C++'s own, and cuBLAS raise a plain RuntimeError with one of these in it."""
+SIGNS = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""torch's allocator on a CPU, C++'s own, cuBLAS and cuDNN, and the driver of a GPU past torch's allocator raise another
+RuntimeError with one of these in it."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether memory ran out, in whichever way it is said."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
 @contextmanager
@@ -20,7 +28,7 @@ def shortage_named() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS):
+        if is_shortage(error):
             raise torch.OutOfMemoryError(str(error)) from error
         raise
 

@@ -21,7 +21,9 @@ from lora_core.adapters import AdapterRow
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig
 from lora_core.counter_random import random_words
+from lora_core.device_faults import is_device_fault
 from lora_core.engine_config import EngineConfig
+from lora_core.errors import ANY_FAILURE
 from lora_core.job import Job
 from lora_core.memory_shortage import shortage_named
 from lora_core.pack import Pack, SliceInput, bare_pack
@@ -159,7 +161,9 @@ class Prefixes:
                 got_TD = hidden_states(self._base, replace(pack, passage=_entering(block, [states], pack)))
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        except ANY_FAILURE as error:
+            if is_device_fault(error):
+                raise
             return False  # a family whose blocks give each other more than hidden states
         count = sum(PROBE_LENGTHS)
         if self._invariance == "bitwise":

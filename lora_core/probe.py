@@ -19,7 +19,8 @@ from lora_core.attach import Attachment, choose_targets
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, ObjectiveConfig
 from lora_core.counter_random import random_words, uniform
-from lora_core.errors import UnsupportedModel
+from lora_core.device_faults import is_device_fault
+from lora_core.errors import ANY_FAILURE, UnsupportedModel
 from lora_core.export import PROBE_POSITIONS, packed_logits
 from lora_core.job import SliceScores
 from lora_core.lanes import Lanes, split
@@ -147,7 +148,9 @@ def _failures_named(base: BaseModel, what: str) -> Iterator[None]:
             yield
     except (UnsupportedModel, torch.OutOfMemoryError):
         raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except ANY_FAILURE as error:
+        if is_device_fault(error):
+            raise
         raise _unpackable(base, f"{what} fails ({type(error).__name__}: {error})") from error
 
 

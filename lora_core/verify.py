@@ -24,10 +24,11 @@ from torch import Tensor
 from lora_core import full_probe, linear_probe
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
+from lora_core.device_faults import is_device_fault
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
 from lora_core.export import PREFIX, PROBE_POSITIONS
 from lora_core.linear_probe import ROUNDING_FACTOR, LinearsReport
-from lora_core.memory_shortage import shortage_named
+from lora_core.memory_shortage import is_shortage, shortage_named
 from lora_core.task_heads import own_head, task_head_of
 from lora_core.tensor_files import read_header
 
@@ -84,7 +85,7 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     added, in_full = _evidence(probe, linear_probe.PREFIX), _evidence(probe, full_probe.PREFIX)
     linears = None
     with base.untouched() as model, _with_head(base, directory), torch.no_grad():
-        ids = probe["input_ids"]
+        ids = probe["input_ids"].to(base.device)
         roundings = [_last_logits(model, ids) - probe["base_logits"]]
         with _adapted(model, directory) as adapted:
             if added:
@@ -259,10 +260,13 @@ def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = Tr
                 model, str(directory), is_trainable=False, autocast_adapter_dtype=in_fp32
             ).eval()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if is_shortage(error) or is_device_fault(error):
+            raise
         raise _bad(f"PEFT can't load it: {error}") from error
 
 
 def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
+    """On the CPU, where logits are compared."""
     for name in FILES:
         if not (directory / name).is_file():
             raise _bad(f"{name} is missing")
@@ -275,7 +279,7 @@ def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
     named = {name for name in header if not name.startswith((linear_probe.PREFIX, full_probe.PREFIX))}
     if named != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
         raise _bad("probe.safetensors is of another base model or format")
-    return {name: tensor.to(base.device) for name, tensor in load_file(directory / "probe.safetensors").items()}
+    return load_file(directory / "probe.safetensors")
 
 
 def _is_foreign(base: BaseModel, header: dict) -> bool:

@@ -7,7 +7,9 @@ import re
 from catalog.states import EndReason
 from worker.tether import LOST_PARENT
 
-CUDA_OOM = re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE)
+CUDA_OOM = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|torch\.OutOfMemoryError|_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
 PYTHON_OOM = r"^(?!torch\.)[\w.]*MemoryError\b"
 """Python's own, and NumPy's `numpy._core._exceptions._ArrayMemoryError`; torch's tells of the device."""
 HOST_OOM = re.compile(rf"DefaultCPUAllocator: can't allocate memory|{PYTHON_OOM}|std::bad_alloc", re.MULTILINE)

@@ -23,6 +23,7 @@ from typing import Any, Literal, cast
 from catalog.spec import JobSpec, Quantisation
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data import TokenDataset
+from lora_core.device_faults import is_device_fault
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter, BadCheckpoint, LoraCoreError, OutOfMemory
@@ -317,7 +318,9 @@ class Trainer:
             self._evict(claim_id)
             self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
             return
-        except Exception as error:  # noqa: BLE001  (whatever is wrong with one adapter is no fault of its packmates)
+        except Exception as error:  # whatever is wrong with one adapter is no fault of its packmates
+            if is_device_fault(error):
+                raise
             traceback.print_exc()
             self._refuse(claim_id, _unverifiable(error))
             return

@@ -13,7 +13,7 @@ from lora_core import verify
 from lora_core.base_model import BaseModel
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadAdapter
+from lora_core.errors import BadAdapter, OutOfMemory
 from lora_core.verify import verify_export
 from tests.lora_core.scenarios import Submission, admit, config, dataset, weights
 
@@ -371,6 +371,37 @@ def test_where_peft_fails_half_way_the_base_has_its_own_modules_again(exported, 
     assert snapshot(base) == before
     monkeypatch.undo()
     assert verify_export(base, folder).passed
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), torch.AcceleratorError),
+        (RuntimeError("Error(s) in loading state_dict: size mismatch"), BadAdapter),
+    ],
+)
+def test_what_the_device_lacks_while_peft_loads_an_adapter_is_not_said_of_the_adapter(
+    exported, monkeypatch, said, expected
+):
+    base, folder = exported
+
+    def failing(*_arguments, **_options):
+        raise said
+
+    monkeypatch.setattr(verify.PeftModel, "from_pretrained", failing)
+
+    with pytest.raises(expected):
+        verify_export(base, folder)
+
+
+def test_logits_are_compared_where_they_are_brought_whatever_the_device(exported):
+    base, folder = exported
+
+    probe = verify._load_probe(replace(base, device="meta"), folder)
+
+    assert {tensor.device.type for tensor in probe.values()} == {"cpu"}
 
 
 def test_whoever_may_read_the_folder_may_read_its_files(exported):

@@ -384,6 +384,48 @@ def test_a_family_whose_blocks_hand_on_more_than_hidden_states_is_never_entered(
     assert is_as_alone(engine, "job", base, job)
 
 
+def test_a_family_whose_blocks_share_by_name_what_a_lower_one_made_is_never_entered(load, monkeypatch):
+    base = load("llama")
+    shared: dict[str, torch.Tensor] = {}
+    block = type(base.model.model.layers[0])
+    forward = block.forward
+
+    def with_a_shelf(self, hidden, *args, **kwargs):
+        found = forward(self, hidden, *args, **kwargs)
+        if self is base.model.model.layers[0]:
+            shared["keys"] = hidden
+            return found
+        return found + shared.pop("keys")
+
+    monkeypatch.setattr(block, "forward", with_a_shelf)
+    monkeypatch.setattr(attach, "faster_blocks", lambda *_: [])
+    job = Submission(config=top(config(batch_size=4, num_steps=3)), train=dataset(1, [20, 28, 15, 17]))
+    engine = Engine(base, EngineConfig(**AMPLE))
+
+    admit(engine, "job", job)
+
+    while not engine.idle:
+        engine.tick()
+    assert engine.prefixes.reused_tokens == 0
+    assert is_as_alone(engine, "job", base, job)
+
+
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_a_device_that_fails_while_a_block_is_tried_is_no_answer(load, monkeypatch, num_passes):
+    engine = Engine(load("llama"), EngineConfig(**AMPLE))
+    passes, run = itertools.count(), prefixes.hidden_states
+
+    def failing(*arguments):
+        if next(passes) == num_passes:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return run(*arguments)
+
+    monkeypatch.setattr(prefixes, "hidden_states", failing)
+
+    with pytest.raises(torch.AcceleratorError):
+        admit(engine, "job", upper_jobs()["dropped"])
+
+
 @pytest.mark.parametrize(
     "options",
     [

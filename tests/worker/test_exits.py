@@ -14,6 +14,9 @@ LAUNCHER = "subprocess.CalledProcessError: Command '[…]' {}"
     ("returncode", "log_tail", "num_oom_kills", "expected"),
     [
         (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", 0, EndReason.CUDA_OOM),
+        (1, "torch.AcceleratorError: CUDA error: out of memory", 0, EndReason.CUDA_OOM),
+        (1, "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling […]", 0, EndReason.CUDA_OOM),
+        (1, "torch.AcceleratorError: CUDA error: an illegal memory access […]", 0, EndReason.TRAINER_CRASHED),
         (1, "RuntimeError: […] DefaultCPUAllocator: can't allocate memory: […] bytes.", 0, EndReason.HOST_OOM),
         (1, "MemoryError: Unable to allocate 64.0 GiB", 0, EndReason.HOST_OOM),
         (-9, "", 1, EndReason.HOST_OOM),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from catalog.spec import JobRequest, resolve
 from lora_core.base_import import Imported
@@ -267,3 +268,18 @@ def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "bad_adapter")
     assert "ZeroDivisionError: float division by zero" in refused["error"]["message"]
     assert set(trainer._residents) == {"claim-0"}
+
+
+def test_a_device_that_fails_ends_the_trainer_and_no_job(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(trainer._engine, "export", fail)
+
+    with pytest.raises(torch.AcceleratorError):
+        trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
+
+    assert said(directory) == []
+    assert set(trainer._residents) == {"claim-0", "claim-1"}
