@@ -321,3 +321,11 @@ def refuse_foreign_code(directory: Path) -> None:
 
 def _bad(reason: str) -> BadAdapter:
     return BadAdapter(f"The exported adapter is refused: {reason}.", remedy="Export the job again.")
+
+
+def unverifiable(error: Exception) -> BadAdapter:
+    """What a job is told whose adapter neither passed nor failed."""
+    return BadAdapter(
+        f"Its adapter could not be exported and verified ({type(error).__name__}: {error}).",
+        remedy="Lower the learning rate if its loss is not as it should be; else the worker's log tells more.",
+    )

@@ -26,7 +26,7 @@ from lora_core.data import TokenDataset
 from lora_core.device_faults import is_device_fault
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadAdapter, BadCheckpoint, LoraCoreError, OutOfMemory
+from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts, check_prompts
 from lora_core.memory_shortage import shortage_of
@@ -303,7 +303,7 @@ class Trainer:
         return str(folder.relative_to(self._directory.path))
 
     def _export(self, finished: JobFinished) -> None:
-        from lora_core.verify import verify_export  # brings PEFT, which takes a second: not before the first job
+        from lora_core.verify import unverifiable, verify_export  # brings PEFT, a second: not before the first job
 
         claim_id = finished.job
         folder = self._directory.job_path(claim_id) / "adapter"
@@ -322,7 +322,7 @@ class Trainer:
             if is_device_fault(error):
                 raise
             traceback.print_exc()
-            self._refuse(claim_id, _unverifiable(error))
+            self._refuse(claim_id, unverifiable(error))
             return
         body = {
             "step": finished.step,
@@ -362,13 +362,6 @@ class Trainer:
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})
-
-
-def _unverifiable(error: Exception) -> BadAdapter:
-    return BadAdapter(
-        f"Its adapter could not be exported and verified ({type(error).__name__}: {error}).",
-        remedy="Lower the learning rate if its loss is not as it should be; else the worker's log tells more.",
-    )
 
 
 def _steps_to_sample(events: list[Event]) -> dict[str, int]:
