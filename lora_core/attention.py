@@ -17,6 +17,7 @@ from lora_core.errors import UnsupportedModel
 from lora_core.kept_keys import attend_last
 from lora_core.matrix_attention import UNLIMITED, Sight, attend_by_matrices, serves
 from lora_core.pack import Pack, current_kernels, current_pack
+from lora_core.strip_attention import Scoring, attend_in_strips
 from lora_core.varlen import attend_together, fits
 
 NAME = "lora_core_packed"
@@ -102,26 +103,14 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """One sequence: softmax(softcap · tanh(scale · q kᵀ / softcap)) v. Returns [H, S, E]."""
-    num_heads, num_tokens, _ = q_HSE.shape
-    if softcap is None and num_tokens > LONGEST_MATRIX:
-        return _attend_fused(q_HSE, k_KSE, v_KSE, scale=scale, causal=causal, window=window)
+    num_tokens = q_HSE.shape[1]
+    seen = UNLIMITED if window is None or window >= num_tokens else window
     if _by_matrices(q_HSE, k_KSE, v_KSE, softcap, num_tokens):
-        sight = Sight(lengths=(num_tokens,), scale=scale, causal=causal, window=window or UNLIMITED)
+        sight = Sight(lengths=(num_tokens,), scale=scale, causal=causal, window=seen)
         return attend_by_matrices(q_HSE, k_KSE, v_KSE, sight).transpose(0, 1)
-    num_groups = num_heads // k_KSE.shape[0]
-    q_KRE = q_HSE.reshape(k_KSE.shape[0], num_groups * num_tokens, -1)  # R = G · S rows: one GEMM a key head
-    bias_RS = torch.zeros((), dtype=q_HSE.dtype, device=q_HSE.device)
-    if causal or (window is not None and window < num_tokens):
-        hidden_SS = hidden_pairs(num_tokens, window=window, causal=causal, device=q_HSE.device)
-        bias_RS = bias_RS.new_zeros(num_tokens, num_tokens).masked_fill_(hidden_SS, float("-inf"))
-        bias_RS = bias_RS.repeat(num_groups, 1)
-    if softcap is None:
-        scores_KRS = torch.baddbmm(bias_RS, q_KRE, k_KSE.transpose(1, 2), alpha=scale)
-    else:
-        scores_KRS = torch.bmm(q_KRE, k_KSE.transpose(1, 2)).mul(scale / softcap)
-        scores_KRS = torch.tanh(scores_KRS) * softcap + bias_RS
-    weights_KRS = torch.softmax(scores_KRS, dim=-1)  # in fp32 inside, rounded once
-    return (weights_KRS @ v_KSE).view(num_heads, num_tokens, -1)
+    if seen == UNLIMITED and _is_fused(q_HSE, k_KSE, v_KSE, softcap):
+        return _attend_fused(q_HSE, k_KSE, v_KSE, scale=scale, causal=causal)
+    return attend_in_strips(q_HSE, k_KSE, v_KSE, Scoring(scale=scale, causal=causal, window=seen, softcap=softcap))
 
 
 def _by_matrices(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, longest: int) -> bool:
@@ -129,32 +118,20 @@ def _by_matrices(query: Tensor, key: Tensor, value: Tensor, softcap: float | Non
     return softcap is None and longest <= LONGEST_MATRIX and serves(query, key, value)
 
 
-def hidden_pairs(num_tokens: int, *, window: int | None, device: torch.device, causal: bool = True) -> Tensor:
-    """True [S, S] where query i must not see key j: the future, or `window` or more tokens ago.
-
-    Without `causal` the window is symmetric: `window` or more tokens away.
-    """
-    position = torch.arange(num_tokens, device=device)
-    distance_SS = position[:, None] - position[None]
-    if not causal:
-        distance_SS = distance_SS.abs()
-    hidden_SS = distance_SS < 0
-    return hidden_SS if window is None else hidden_SS | (distance_SS >= window)
+def _is_fused(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
+    """Whether torch has a kernel that keeps no scores; where it has none, it computes as one would write it down."""
+    if query.device.type == "cpu":
+        return softcap is None and serves(query, key, value) and query.shape[-1] == value.shape[-1]
+    return fits(query, value, softcap)
 
 
-def _attend_fused(
-    q_HSE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, causal: bool, window: int | None
-) -> Tensor:
-    """torch's own kernel, which never holds the scores [H, S, S]."""
-    num_tokens = q_HSE.shape[1]
-    windowed = window is not None and window < num_tokens
-    seen_SS = ~hidden_pairs(num_tokens, window=window, causal=causal, device=q_HSE.device) if windowed else None
+def _attend_fused(q_HSE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, causal: bool) -> Tensor:
+    """That kernel. It has no window: as a mask that would be [S, S] numbers, kept for each layer until the backward."""
     return F.scaled_dot_product_attention(
         q_HSE[None],
         k_KSE[None],
         v_KSE[None],
-        attn_mask=seen_SS,
-        is_causal=causal and not windowed,
+        is_causal=causal,
         scale=scale,
         enable_gqa=q_HSE.shape[0] != k_KSE.shape[0],
     )[0]

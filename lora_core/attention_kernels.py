@@ -9,41 +9,55 @@ as to compute it: so arrays are flat here, and indices unsigned.
 import numpy as np
 from numba.extending import register_jitable
 
-from lora_core.compiled import compiled, copied, exponential, in_order, narrowed, of_order, widened
+from lora_core.compiled import compiled, copied, exponential, hyperbolic_tangent, in_order, narrowed, of_order, widened
 
 COLUMNS = 16
 """Rows of scores are computed up to a multiple of this, so that vectors are filled."""
 
 
 @compiled
-def visible_softmax(scores, num_rows, num_columns, num_groups, scale, causal, window):
-    """In place of scores [K, R, C]: softmax of scale · score over the keys that the row's token sees, 0 elsewhere.
+def visible_softmax(scores, weights, num_rows, num_columns, num_groups, place, scale, softcap, causal, window):
+    """weights [K, R, C], which may be where `scores` are: softmax of scale · score, capped where `softcap` isn't 0
+    (softcap · tanh(scale · score / softcap)), over the keys that the row's token sees, 0 elsewhere.
 
-    `window`: as many tokens as a token sees to the left (without `causal`, to the right as well), itself included.
+    `place`: which tokens of the sequence the first row and the first column are of, this a multiple of COLUMNS, and how
+    many it has. `window`: as many tokens as a token sees to the left (without `causal`, to the right as well), itself
+    included.
     """
     powers = np.empty(num_columns, np.float32)
     for row in range(scores.size // num_columns):
-        first, last = _seen(row % num_rows // num_groups, num_rows // num_groups, causal, window)
+        first, last = _seen(row % num_rows // num_groups, place, causal, window)
         base = np.uint64(row * num_columns)
         start, stop = np.uint64(first // COLUMNS * COLUMNS), np.uint64(-(-last // COLUMNS) * COLUMNS)
-        _softmax(scores, base, powers, np.float32(scale), start, np.uint64(first), np.uint64(last), stop)
-        _fill(scores, base, base + start, 0)
-        _fill(scores, base + stop, base + np.uint64(num_columns), 0)
+        factors = np.float32(scale), np.float32(softcap)
+        _softmax(scores, weights, base, powers, factors, start, np.uint64(first), np.uint64(last), stop)
+        _fill(weights, base, base + start, 0)
+        _fill(weights, base + stop, base + np.uint64(num_columns), 0)
 
 
 @register_jitable
-def _seen(token, num_tokens, causal, window):
-    return max(0, token - window + 1), token + 1 if causal else min(num_tokens, token + window)
+def _seen(row_token, place, causal, window):
+    """Columns, from the first to before the last."""
+    first_token, first_key, num_tokens = place
+    token = first_token + row_token
+    last = token + 1 if causal else min(num_tokens, token + window)
+    return max(0, token - window + 1) - first_key, last - first_key
 
 
 @register_jitable
-def _softmax(scores, base, powers, scale, start, first, last, stop):
-    """Columns from start to stop; e to the minus infinity of hidden ones among them is 0."""
+def _softmax(scores, weights, base, powers, factors, start, first, last, stop):
+    """Columns from start to stop; hidden ones among them are minus infinity."""
+    scale, softcap = factors
     _fill(scores, base + start, base + first, -np.inf)
     _fill(scores, base + last, base + stop, -np.inf)
     most = _largest(scores, base + start, base + stop)
-    _powers(scores, base, powers, most, scale, start, stop)
-    _shares(powers, np.float32(1) / _sum(powers, start, stop), scores, base, start, stop)
+    if softcap > 0:
+        _capped_powers(scores, base, powers, most, scale / softcap, softcap, start, stop)
+        _fill(powers, start, first, 0)
+        _fill(powers, last, stop, 0)
+    else:
+        _powers(scores, base, powers, most, scale, start, stop)
+    _shares(powers, np.float32(1) / _sum(powers, start, stop), weights, base, start, stop)
 
 
 @register_jitable
@@ -68,6 +82,14 @@ def _powers(scores, base, powers, most, scale, start, stop):
 
 
 @register_jitable
+def _capped_powers(scores, base, powers, most, inner, softcap, start, stop):
+    """The largest score gives the largest of capped ones, for tanh rises."""
+    highest = hyperbolic_tangent(most * inner)
+    for c in range(start, stop):
+        powers[c] = exponential((hyperbolic_tangent(widened(scores[base + c]) * inner) - highest) * softcap)
+
+
+@register_jitable
 def _sum(powers, start, stop):
     total = np.float32(0)
     for c in range(start, stop):
@@ -82,14 +104,20 @@ def _shares(powers, share, scores, base, start, stop):
 
 
 @compiled
-def score_gradient(weights, slopes, num_rows, num_columns, num_groups, scale, causal, window):
-    """In place of `slopes` [K, R, C], by weight: scale · weight · (slope - Σ slope · weight), by score."""
+def score_gradient(scores, weights, slopes, num_rows, num_columns, num_groups, place, scale, softcap, causal, window):
+    """In place of `slopes` [K, R, C], by weight: scale · weight · (slope - Σ slope · weight), by score; with a cap times
+    1 - tanh²(scale · score / softcap), for which alone `scores` are read, else any array."""
     for row in range(weights.size // num_columns):
-        first, last = _seen(row % num_rows // num_groups, num_rows // num_groups, causal, window)
+        first, last = _seen(row % num_rows // num_groups, place, causal, window)
         base = np.uint64(row * num_columns)
         start = base + np.uint64(first // COLUMNS * COLUMNS)
         stop, end = base + np.uint64(-(-last // COLUMNS) * COLUMNS), base + np.uint64(num_columns)
-        _gradient(weights, slopes, _dot(weights, slopes, start, stop), np.float32(scale), start, stop)
+        mean = _dot(weights, slopes, start, stop)
+        if softcap > 0:
+            inner = np.float32(scale) / np.float32(softcap)
+            _capped_gradient(scores, weights, slopes, mean, np.float32(scale), inner, start, stop)
+        else:
+            _gradient(weights, slopes, mean, np.float32(scale), start, stop)
         _fill(slopes, base, start, 0)
         _fill(slopes, stop, end, 0)
 
@@ -106,6 +134,14 @@ def _dot(left, right, start, stop):
 def _gradient(weights, slopes, mean, scale, start, stop):
     for c in range(start, stop):
         slopes[c] = narrowed(scale * widened(weights[c]) * (widened(slopes[c]) - mean), slopes)
+
+
+@register_jitable
+def _capped_gradient(scores, weights, slopes, mean, scale, inner, start, stop):
+    for c in range(start, stop):
+        capped = hyperbolic_tangent(widened(scores[c]) * inner)
+        by_capped = widened(weights[c]) * (widened(slopes[c]) - mean)
+        slopes[c] = narrowed(scale * by_capped * (np.float32(1) - capped * capped), slopes)
 
 
 @compiled

@@ -71,7 +71,7 @@ class MatrixAttention(torch.autograd.Function):
             at, columns = {"start": start, "length": length}, -(-length // COLUMNS) * COLUMNS
             q_KRE = queries.by_head(**at, num_rows=length * num_groups, num_groups=num_groups)
             k_KCE, v_KCE = keys.by_head(**at, num_rows=columns), values.by_head(**at, num_rows=columns)
-            weights_KRC = _weights(q_KRE, k_KCE, num_groups, sight)
+            weights_KRC = _weights(q_KRE, k_KCE, num_groups, sight, length)
             _put(torch.bmm(weights_KRC, v_KCE), num_groups, out_THE[start : start + length])
             saved += [q_KRE, k_KCE, v_KCE, weights_KRC if length <= LONGEST_KEPT else None]
             start += length
@@ -92,11 +92,12 @@ class MatrixAttention(torch.autograd.Function):
         for index, length in enumerate(ctx.sight.lengths):
             q_KRE, k_KCE, v_KCE, weights_KRC = saved[4 * index : 4 * index + 4]
             if weights_KRC is None:
-                weights_KRC = _weights(q_KRE, k_KCE, num_groups, ctx.sight)
+                weights_KRC = _weights(q_KRE, k_KCE, num_groups, ctx.sight, length)
             num_rows = length * num_groups
             do_KRE = received.by_head(start=start, length=length, num_rows=num_rows, num_groups=num_groups)
             ds_KRC = torch.bmm(do_KRE, v_KCE.transpose(1, 2))
-            score_gradient(_flat(weights_KRC), _flat(ds_KRC), *_shape(ds_KRC), num_groups, *_seen(ctx.sight))
+            weights = _flat(weights_KRC)
+            score_gradient(weights, weights, _flat(ds_KRC), *_shape(ds_KRC), num_groups, *_seen(ctx.sight, length))
             dq_SHE, dk_SKE, dv_SKE = (grad[start : start + length] for grad in grads)
             _put(torch.bmm(ds_KRC, k_KCE), num_groups, dq_SHE)
             _put(torch.bmm(ds_KRC.transpose(1, 2), q_KRE), 1, dk_SKE)
@@ -105,10 +106,11 @@ class MatrixAttention(torch.autograd.Function):
         return *(grad.transpose(0, 1) for grad in grads), None
 
 
-def _weights(q_KRE: Tensor, k_KCE: Tensor, num_groups: int, sight: Sight) -> Tensor:
+def _weights(q_KRE: Tensor, k_KCE: Tensor, num_groups: int, sight: Sight, length: int) -> Tensor:
     """softmax of scale · q kᵀ [K, R, C] over the keys that each row sees."""
     weights_KRC = torch.bmm(q_KRE, k_KCE.transpose(1, 2))
-    visible_softmax(_flat(weights_KRC), *_shape(weights_KRC), num_groups, *_seen(sight))
+    scores = _flat(weights_KRC)
+    visible_softmax(scores, scores, *_shape(weights_KRC), num_groups, *_seen(sight, length))
     return weights_KRC
 
 
@@ -125,8 +127,8 @@ def _shape(scores_KRC: Tensor) -> tuple[int, int]:
     return scores_KRC.shape[1], scores_KRC.shape[2]
 
 
-def _seen(sight: Sight) -> tuple[float, bool, int]:
-    return sight.scale, sight.causal, sight.window
+def _seen(sight: Sight, length: int) -> tuple[tuple[int, int, int], float, float, bool, int]:
+    return (0, 0, length), sight.scale, 0.0, sight.causal, sight.window
 
 
 def _put(heads_KRE: Tensor, num_groups: int, rows_SHE: Tensor) -> None:

@@ -24,7 +24,7 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, *, scale, causal, window, softcap)
     return outputs
 
 
-@pytest.mark.parametrize("longest_matrix", [1024, 0], ids=["matrix", "fused"])
+@pytest.mark.parametrize("longest_matrix", [1024, 0], ids=["matrix", "fused or strips"])
 @pytest.mark.parametrize(
     "options",
     [

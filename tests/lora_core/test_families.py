@@ -15,7 +15,16 @@ from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
 from lora_core.verify import verify_export
-from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, run_alone, state_bytes
+from tests.lora_core.scenarios import (
+    VOCAB,
+    Submission,
+    admit,
+    config,
+    dataset,
+    run_alone,
+    run_elastically,
+    state_bytes,
+)
 
 COMMON = {
     "vocab_size": VOCAB,
@@ -81,6 +90,23 @@ def test_a_family_trains_packed_as_alone_and_its_adapter_serves_as_trained(tmp_p
         assert state_bytes(engine, name) == run_alone(base, job).vectors, name
     assert verdict.passed, verdict
     assert verdict.max_abs_effect > 10 * verdict.tolerance
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi", "gpt_neox"])
+def test_in_bfloat16_too_a_family_trains_packed_as_alone(tmp_path, family):
+    """Those that differ: capped scores and windows; a part of each head rotated; attention beside the feed-forward."""
+    base = load_base(save(family, tmp_path / "base", **FAMILIES[family]), dtype="bfloat16", device="cpu")
+    jobs = {
+        "job": Submission(config=config(num_steps=3, dropout=0.1, slice_tokens=40), train=dataset(1, [20, 33, 15])),
+        "mate": Submission(config=config(num_steps=3, rank=2), train=dataset(2, [9, 41])),
+        "large": Submission(config=config(num_steps=2, batch_size=3, rank=3), train=dataset(3, [130, 77, 200])),
+    }
+    alone = {name: run_alone(base, job) for name, job in jobs.items()}
+
+    packed = run_elastically(base, jobs, token_budget=4096, seed=1, victim="none", num_lanes=2)
+
+    assert Engine(base, EngineConfig()).invariance == "bitwise"
+    assert packed == alone
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_core import attention, lanes
+from lora_core import attention, lanes, strip_attention
 from lora_core.attention import LONGEST_MATRIX
 from lora_core.base_model import BaseModel, load_base
 from lora_core.config import ObjectiveConfig
@@ -26,9 +26,10 @@ from tests.lora_core.scenarios import (
     dataset,
     rename,
     run_alone,
+    run_elastically,
     state_bytes,
 )
-from tests.lora_core.test_families import save
+from tests.lora_core.test_families import HEADS, save
 
 LONG = LONGEST_MATRIX + 77
 SMALL = {"hidden_size": 64, "intermediate_size": 64}
@@ -141,3 +142,49 @@ def test_the_rows_have_the_labels_that_these_laws_are_about():
     assert int(jobs["labels"].train.row(0)[1].sum()) > 2 * CHUNK_LABELS
     assert int(jobs["short"].train.loss_mask.sum()) > CHUNK_LABELS
     assert max(jobs["short"].train.row_lengths()) < LONGEST_MATRIX
+
+
+@pytest.fixture(scope="module")
+def capped_folder(tmp_path_factory) -> Path:
+    """Gemma 2: scores are capped in each layer, and one of the two has a window."""
+    heads = HEADS | {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 100}
+    options = heads | {"query_pre_attn_scalar": 1, "attn_logit_softcapping": 2.0, "max_position_embeddings": 2048}
+    return save("gemma2", tmp_path_factory.mktemp("capped") / "base", **SMALL, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_capped_scores_and_windows_are_packed_and_resumed_to_the_bit(
+    capped_folder, dtype, tmp_path, monkeypatch
+):
+    numbers = 1 << 18  # so that a row has many strips
+    monkeypatch.setitem(strip_attention.STRIP_NUMBERS, "cpu", numbers)
+    monkeypatch.setattr(lanes, "MIN_LANE_TOKENS", 64)
+    base, jobs = load_base(capped_folder, dtype=dtype, device="cpu"), capped_jobs()
+    alone = {name: run_alone(base, job, **UNHURRIED) for name, job in jobs.items()}
+    first = Engine(base, EngineConfig(token_budget=4096, **UNHURRIED))
+    admit(first, "long", jobs["long"])
+    while first.progress("long")[0] < 1:
+        first.tick()
+    first.save_checkpoint("long", tmp_path / "checkpoint")
+
+    packed = run_elastically(base, jobs, token_budget=4096, seed=1, victim="none", num_lanes=2, **UNHURRIED)
+    second = Engine(base, EngineConfig(token_budget=4096, **UNHURRIED))
+    admit(second, "middling", jobs["middling"])
+    admit(second, "long", jobs["long"], resume_from=tmp_path / "checkpoint")
+    while not second.idle:
+        second.tick()
+
+    assert second.invariance == "bitwise"
+    assert packed == alone
+    assert state_bytes(second, "long") == alone["long"].vectors
+
+
+def capped_jobs() -> dict[str, Submission]:
+    """Of one strip, of a few, and of many."""
+    return {
+        "long": Submission(
+            config=config(dropout=0.1, num_steps=2, seed=1, slice_tokens=2048), train=dataset(1, [LONG, 30])
+        ),
+        "middling": Submission(config=config(rank=3, num_steps=3, seed=2), train=dataset(2, [300, 450, 511])),
+        "short": Submission(config=config(rank=2, num_steps=3, seed=3), train=dataset(3, [9, 41, 77])),
+    }

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from lora_core import matrix_attention
-from lora_core.attention import hidden_pairs
 from lora_core.matrix_attention import UNLIMITED, Sight, attend_by_matrices
 
 SIGHTS = {"causal": (True, None), "window": (True, 5), "wide window": (True, 99), "both ways": (False, None)}
@@ -24,12 +23,13 @@ LENGTHS = {
 def plain(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
     """[H, T, E] and [K, T, E] to [T, H, E], one sequence at a time, as one would write it down."""
     outputs = []
-    window = None if sight.window == UNLIMITED else sight.window
     parts = (tensor.split(sight.lengths, dim=1) for tensor in (q, k, v))
     for q_part, k_part, v_part in zip(*parts, strict=True):
         groups = len(q) // len(k)
         scores = sight.scale * q_part @ k_part.repeat_interleave(groups, 0).transpose(1, 2)
-        hidden = hidden_pairs(q_part.shape[1], window=window, causal=sight.causal, device=q.device)
+        position = torch.arange(q_part.shape[1])
+        distance = position[:, None] - position
+        hidden = (distance.abs() >= sight.window) | (distance < (0 if sight.causal else -len(position)))
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         outputs.append((weights @ v_part.repeat_interleave(groups, 0)).transpose(0, 1))
     return torch.cat(outputs)

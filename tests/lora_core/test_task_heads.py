@@ -43,7 +43,10 @@ def trained(base, job: Submission) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*((family, "float32") for family in FAMILIES), ("bert", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, "float32") for family in FAMILIES), ("bert", "bfloat16"), ("modernbert", "bfloat16")],
+)
 def test_classifiers_and_rewards_are_packed_as_alone_to_the_bit(folders, family, dtype):
     base = classifier(family, folders[family], dtype)
     jobs = classification_jobs(with_types=family == "bert")
