@@ -105,8 +105,8 @@ def _shares(powers, share, scores, base, start, stop):
 
 @compiled
 def score_gradient(scores, weights, slopes, num_rows, num_columns, num_groups, place, scale, softcap, causal, window):
-    """In place of `slopes` [K, R, C], by weight: scale · weight · (slope - Σ slope · weight), by score; with a cap times
-    1 - tanh²(scale · score / softcap), for which alone `scores` are read, else any array."""
+    """In place of `slopes` [K, R, C], by weight: scale · weight · (slope - Σ slope · weight), by score; with a cap
+    times 1 - tanh²(scale · score / softcap), for which alone `scores` are read, else any array."""
     for row in range(weights.size // num_columns):
         first, last = _seen(row % num_rows // num_groups, place, causal, window)
         base = np.uint64(row * num_columns)

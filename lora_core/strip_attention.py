@@ -131,7 +131,7 @@ def _softmax(scores_KRN: Tensor, weights_KRN: Tensor, strip: Strip) -> Tensor:
         wide_KRN = wide_KRN * scoring.scale
     else:
         wide_KRN = torch.tanh(wide_KRN * (scoring.scale / scoring.softcap)).mul_(scoring.softcap)
-    num_key_heads, num_rows, num_keys = scores_KRN.shape
+    num_key_heads, _, num_keys = scores_KRN.shape
     by_token_KBGN = wide_KRN.view(num_key_heads, strip.stop - strip.start, -1, num_keys)
     by_token_KBGN.masked_fill_(strip.hidden(scores_KRN.device), float("-inf"))
     return weights_KRN.copy_(torch.softmax(wide_KRN, dim=-1))

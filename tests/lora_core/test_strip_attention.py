@@ -186,7 +186,7 @@ def test_gemma_2_gives_the_states_and_gradients_of_transformers_own_attention(ge
     ours.set_attn_implementation(NAME)
     assert theirs.config.layer_types == ["sliding_attention", "full_attention"]
     ids = torch.randint(3, 300, (1, 150), generator=torch.Generator().manual_seed(3))
-    table = theirs.get_input_embeddings().weight[ids].detach()
+    table = theirs.get_input_embeddings().weight[ids].detach()  # pyright: ignore[reportIndexIssue]
 
     found = []
     for model in (ours, theirs):
