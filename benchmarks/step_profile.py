@@ -1,7 +1,8 @@
 """What one step of the engine spends its processor time on, by part: torch's profiler, and ranges round our parts.
 
-Every event's own time counts once, for the part of the innermost range round it. What a backward does belongs to the
-part whose forward made the node, unless a range within it says otherwise. So the parts add up to the step.
+Every event's own time counts once, for the part of the innermost range round it, or of the node of autograd. What a
+backward does belongs to the part whose forward made the node, unless a range within it says otherwise. So the parts
+add up to the step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from unittest.mock import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lora_core.base_model import BaseModel
+from lora_core.fused import FusedNorm, FusedSwiglu
+from lora_core.matrix_attention import MatrixAttention
+from lora_core.rms_norm import AddRmsNorm, RmsNorm
+from lora_core.rotary import Rotate
+from lora_core.swiglu import SwiGlu
 
 Result = TypeVar("Result")
 PREFIX = "part: "
@@ -30,6 +36,9 @@ BY_FUNCTION = {
     "add_lora": "LoRA",
     "add_lora_gradients": "LoRA",
     "received_by_lora": "LoRA",
+    "add_through_dropout": "LoRA",
+    "_add_joint": "LoRA",
+    "_add_joint_gradients": "LoRA",
     "packed_attention": "attention",
     "apply_rotary_pos_emb": "RoPE",
     "loss_by_head": "head and loss",
@@ -38,16 +47,39 @@ BY_FUNCTION = {
     "optimizer_step": "optimizer",
     "build_pack": "data and bookkeeping",
 }
+"""By their names among the globals of any module of ours, or of transformers' models."""
+BY_NODE = {
+    RmsNorm.__name__: "norms",
+    AddRmsNorm.__name__: "norms",
+    FusedNorm.__name__: "norms",
+    SwiGlu.__name__: "gated activation",
+    FusedSwiglu.__name__: "gated activation",
+    Rotate.__name__: "RoPE",
+    MatrixAttention.__name__: "attention",
+}
+"""What a block of ours applies itself, where no module's forward and no global name can be given a range: the profiler
+has an event of each by the name of its class."""
 
 
 def profile_of(base: BaseModel, step: Callable[[], Result]) -> tuple[dict[str, float], float, Result]:
     """(seconds by part, seconds of the step under the profiler, what the step returned)."""
+    events, whole, returned = events_of(base, step)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for part, event in events:
+        seconds[part] += event.self_cpu_time_total / 1e6
+    return dict(seconds), whole.cpu_time_total / 1e6, returned
+
+
+def events_of(base: BaseModel, step: Callable[[], Result]) -> tuple[list[tuple[str, Any]], Any, Result]:
+    """((part, event) of the profiler's events within the step, the step's own event, what the step returned)."""
     with _ranges(base), profile(activities=[ProfilerActivity.CPU]) as found, record_function(WHOLE):
         returned = step()
-    events = list(found.events() or ())
+    events: list[Any] = list(found.events() or ())
     (whole,) = (event for event in events if event.name == WHOLE)
-    parts = _seconds_by_part(events, whole)
-    return parts, whole.cpu_time_total / 1e6, returned
+    parent_of = {id(child): event for event in events for child in event.cpu_children}
+    made_in = _parts_of_nodes(events, parent_of)
+    within = [event for event in events if event is whole or _is_within(event, whole, parent_of)]
+    return [(_part(event, parent_of, made_in), event) for event in within], whole, returned
 
 
 @contextmanager
@@ -93,16 +125,6 @@ def _named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
-def _seconds_by_part(events: list[Any], whole: Any) -> dict[str, float]:
-    parent_of = {id(child): event for event in events for child in event.cpu_children}
-    made_in = _parts_of_nodes(events, parent_of)
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for event in events:
-        if event is whole or _is_within(event, whole, parent_of):
-            seconds[_part(event, parent_of, made_in)] += event.self_cpu_time_total / 1e6
-    return dict(seconds)
-
-
 def _parts_of_nodes(events: list[Any], parent_of: dict[int, Any]) -> dict[int, str]:
     """By sequence number, the part in whose forward an autograd node was made."""
     return {
@@ -114,20 +136,21 @@ def _parts_of_nodes(events: list[Any], parent_of: dict[int, Any]) -> dict[int, s
 
 def _part(event: Any, parent_of: dict[int, Any], made_in: dict[int, str]) -> str:
     part = _range_of(event, parent_of) or _node_part(event, parent_of, made_in)
-    is_range = event.name.startswith(PREFIX)
     if part == "linears":
         return "base products" if event.name in PRODUCTS else "linears: all but products"
     if part is None and event.name in COPIES:
         return "copies outside all parts"
     if part is None:
         return "Python and additions between parts"
-    return part if not is_range or part in ("LoRA", "head and loss", "optimizer") else f"{part}: Python, compiled loops"
+    return part
 
 
 def _range_of(event: Any, parent_of: dict[int, Any]) -> str | None:
     while event is not None:
         if event.name.startswith(PREFIX):
             return event.name.removeprefix(PREFIX)
+        if event.name in BY_NODE:
+            return BY_NODE[event.name]
         event = parent_of.get(id(event))
     return None
 
