@@ -123,11 +123,16 @@ def unpackable(config: Any, reason: str) -> UnsupportedModel:
 def load_with_transformers(
     folder: Path, *, dtype: torch.dtype, task: Task = "causal-lm", **source: Any
 ) -> PreTrainedModel:
-    """The model with every weight from the files: a missing one would be random. Raises UnsupportedModel.
+    """The model with every weight from the files: a missing one would be random. No pickle is read. Raises
+    UnsupportedModel.
 
     With a head for sequences, all but that: the head comes with a job. Heads of other tasks are left in the files.
     """
     options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    if "gguf_file" not in source:
+        if not weight_names(folder):
+            raise refused("its folder has no weights as safetensors")
+        options["use_safetensors"] = True
     try:
         loaded: Any = AUTO_MODELS[task].from_pretrained(
             folder, dtype=dtype, ignore_mismatched_sizes=task != "causal-lm", **options, **source

@@ -1,6 +1,7 @@
 """Bases of 4 and 8 bits: the laws hold on them as on plain ones, and PEFT serves the adapter on the same base."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from typing import Literal
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from catalog import memory
 from lora_core.base_model import BaseModel, describe_base, load_base
@@ -41,6 +43,18 @@ def load(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
 ) -> BaseModel:
     return load_base(base_dirs[family], dtype=dtype, device="cpu", quantisation=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_whose_weights_are_a_pickle_is_refused_unread(base_dirs, tmp_path, kind, monkeypatch):
+    folder = tmp_path / "pickled"
+    shutil.copytree(base_dirs["llama"], folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(load_file(base_dirs["llama"] / "model.safetensors"), folder / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle is read"))
+
+    with pytest.raises(UnsupportedModel, match="no weights as safetensors"):
+        load_base(folder, dtype="bfloat16", device="cpu", quantisation=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
