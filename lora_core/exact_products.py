@@ -31,6 +31,8 @@ MOST_BYTES = 1 << 29
 bf16 those over 128,256 tokens from 2,100 features on."""
 PATTERN = 8191
 """Numbers that a trial repeats: a prime, so that no two of its rows are alike."""
+FACTOR = 0.7
+"""All numbers of a trial's matrix. Its products are no numbers of fp32, so that it shows where they are rounded."""
 OCTAVES = 20
 """By which they differ in size: rounding then loses many of their bits, others in every order of summing."""
 
@@ -63,7 +65,7 @@ class Product:
         num_summed, num_columns = self.shape
         x_TK, y_TN = _cancelling(num_rows, num_summed, self.dtype), _numbers(num_rows, num_columns, self.dtype)
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        matrix_KN = torch.ones(span, dtype=self.dtype).as_strided(self.shape, self.stride)
+        matrix_KN = torch.full((span,), FACTOR, dtype=self.dtype).as_strided(self.shape, self.stride)
         bias_N = torch.zeros(num_columns, dtype=self.dtype) if self.operation == "addmm" else None
         at_once_TN, in_blocks_TN = y_TN.clone(), y_TN.flip(0)
         self.compute(x_TK, matrix_KN, bias_N, at_once_TN)

@@ -102,6 +102,21 @@ def test_a_trial_finds_every_number_of_rows_that_is_summed_in_another_order(oper
     assert same == set(range(24, 70))
 
 
+def test_a_trial_finds_a_number_of_rows_at_which_products_are_rounded_before_they_are_added(monkeypatch):
+    """In the same order: with multiply and add where other numbers of rows have the fused operation."""
+
+    def compute(_: Product, x_TK: Tensor, matrix_KN: Tensor, _bias: Tensor | None, y_TN: Tensor) -> None:
+        y_TN.zero_()
+        for x_T, row_N in zip(x_TK.T, matrix_KN, strict=True):
+            added = x_T[:, None].double() * row_N
+            y_TN.copy_(y_TN + (added.float() if len(x_TK) == 40 else added))
+
+    monkeypatch.setattr(Product, "compute", compute)
+    product = Product(operation="mm", shape=(48, 8), stride=(1, 48), dtype=torch.float32)
+
+    assert [product.gives_the_bits_of_blocks(rows, BLOCK) for rows in (36, 40)] == [True, False]
+
+
 def test_rows_are_computed_at_once_where_that_gives_the_bits_and_else_in_the_fewest_pieces(depends_on_rows):
     exact, product = ExactProducts(BLOCK), product_of("mm", drawn(48, 24))
 
