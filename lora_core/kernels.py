@@ -14,8 +14,11 @@ import torch
 from lora_core.exact_products import ExactProducts
 from lora_core.fused_kernels import why_not
 
-AMPERE, HOPPER = (8, 0), (9, 0)
-"""Compute capabilities. Before Hopper, torch's grouped product is a loop that waits for the device at every group."""
+AMPERE = (8, 0)
+"""A compute capability."""
+GROUPING_MAJORS = (9, 10)
+"""Of Hopper and of Blackwell for data centres. Elsewhere, cards of 12.0 among them, torch's grouped product is a loop
+that waits for the device at every group."""
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_PARAMETERS = {"window_size", "enable_gqa", "scale"}
 """Of torch's function, which has all of them from torch 2.12 on."""
@@ -57,8 +60,9 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
 def _why_no_groups(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return f"LoRA runs segment by segment: grouped products need bfloat16, and the base is held in {dtype}"
-    if capability < HOPPER:
-        return f"LoRA runs segment by segment: grouped products need compute capability 9.0, not {_spelt(capability)}"
+    if capability[0] not in GROUPING_MAJORS:
+        needed = "compute capability 9 or 10"
+        return f"LoRA runs segment by segment: grouped products need {needed}, not {_spelt(capability)}"
     return None
 
 

@@ -163,7 +163,9 @@ def test_a_cpu_computes_by_the_loop_and_misses_nothing() -> None:
     [
         ((9, 0), torch.bfloat16, "grouped_mm", None),
         ((10, 0), torch.bfloat16, "grouped_mm", None),
+        ((10, 3), torch.bfloat16, "grouped_mm", None),
         ((8, 0), torch.bfloat16, "loop", "compute capability"),
+        ((12, 0), torch.bfloat16, "loop", "compute capability"),
         ((9, 0), torch.float32, "loop", "bfloat16"),
     ],
 )
