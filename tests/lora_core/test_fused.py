@@ -58,14 +58,18 @@ def test_every_norm_and_gated_part_of_a_llama_is_replaced_and_gives_what_the_lib
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_outside_a_pack_each_part_computes_exactly_what_it_did_before(
-    uncompiled: None, load: Callable[..., BaseModel], dtype: str
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch, load: Callable[..., BaseModel], dtype: str
 ) -> None:
+    def asked(_function: Callable[..., Any]) -> None:
+        raise AssertionError("a kernel was asked for outside a pack")
+
     base = load("llama", dtype)
     parts = [(module, type(module).forward) for module, _ in fused_parts(base.model)]
     inputs = [torch.randn(1, 9, 64, dtype=base.dtype) for _ in parts]
     expected = [forward(module, x) for (module, forward), x in zip(parts, inputs, strict=True)]
 
     attachment = Attachment(base.model, Kernels(elementwise="compiled"))
+    monkeypatch.setattr(fused, "compiled", asked)
     found = [module(x) for (module, _), x in zip(parts, inputs, strict=True)]
     attachment.detach()
 
