@@ -23,9 +23,10 @@ from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished, JobStepped
 from lora_core.generate import Prompts
 from lora_core.kernels import Kernels
+from lora_core.strip_attention import STRIP_NUMBERS
 from lora_core.verify import verify_export
 from tests.lora_core.classifiers import classification_jobs
-from tests.lora_core.pretend_device import DEVICE, pretending
+from tests.lora_core.pretend_device import DEVICE, KIND, pretending
 from tests.lora_core.scenarios import Submission, admit, submissions
 from tests.lora_core.varlen_stand_in import StandIn
 
@@ -37,6 +38,7 @@ def main(folder: Path, family: str, dtype: str, task: str) -> None:
     torch.set_num_threads(1)
     stand_in = StandIn()
     varlen.kernel = lambda: stand_in
+    STRIP_NUMBERS[KIND] = STRIP_NUMBERS["cuda"]
     fused.compiled = cast(Any, lambda function: function)
     jobs = submissions(family) if task == "causal-lm" else classification_jobs(with_types=family == "bert")
     whole = set_checkpoint_early_stop(False)  # by an exception, which the device's guard in Python can't be passed by
