@@ -6,6 +6,7 @@ same bits wherever it stands, so what counts is what blocks of ROW_BLOCK rows gi
 whose number passes a trial are computed at once, others in pieces that do. Letters: T rows, K summed, N columns.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -26,6 +27,9 @@ LARGE = 1 << 24
 """Numbers of a matrix of which no more rows than a block are tried. A trial takes 1.3 to 6 times the time of a block,
 and pays within a tick or two for fewer rows, which come in 15 sizes. Beyond, a product at once saves up to a third of
 the time of blocks and a rest that was tried, or nothing without AMX, and any size may come."""
+UNTRIED_TIMES = 8
+"""That a number of rows comes by such a matrix in blocks before it is tried: in the probe at an engine's start a head
+has each three to six times, and no trial pays. When it is tried can't be seen in the bits."""
 MOST_BYTES = 1 << 29
 """Of a matrix that is tried: a trial holds another of its size, with which nobody reckons. Only heads are larger, in
 bf16 those over 128,256 tokens from 2,100 features on."""
@@ -97,6 +101,7 @@ class ExactProducts:
         self.row_block = row_block
         self._is_exact: dict[tuple[Product, int, int], bool] = {}
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
+        self._num_asked: Counter[tuple[tuple[Product, ...], int, int]] = Counter()
         self._trying = Lock()  # a trial takes memory for a matrix: one at a time
 
     def run(
@@ -113,6 +118,14 @@ class ExactProducts:
     def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
         """The rows of each piece in which all these products give the bits of blocks; the last may be too many."""
         asked = (products, num_rows, torch.get_num_threads())
+        if asked not in self._pieces and any(product.num_numbers > LARGE for product in products):
+            self._num_asked[asked] += 1
+            if self._num_asked[asked] <= UNTRIED_TIMES:
+                return (self.row_block,) * -(-num_rows // self.row_block)
+        return self._pieces_tried(products, num_rows)
+
+    def _pieces_tried(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
+        asked = (products, num_rows, torch.get_num_threads())
         found = self._pieces.get(asked)
         if found is None:
             found = self._pieces[asked] = self._divided(products, num_rows)
@@ -128,7 +141,7 @@ class ExactProducts:
             if all(self._keeps_its_bits(product, width) for product in products)
         )
         whole, rest = divmod(num_rows, width)
-        return (width,) * whole + self.pieces(products, rest) if whole else (width,)
+        return (width,) * whole + self._pieces_tried(products, rest) if whole else (width,)
 
     def _widths(self, num_rows: int) -> tuple[int, ...]:
         """What pieces of so many rows may have, the cheapest first; a block, which always will do, is last."""

@@ -165,6 +165,7 @@ def test_what_is_left_of_wide_pieces_is_divided_by_itself(monkeypatch):
 
 def test_of_a_large_matrix_no_more_rows_than_a_block_are_tried(monkeypatch):
     monkeypatch.setattr(exact_products, "LARGE", 48 * 24 - 1)
+    monkeypatch.setattr(exact_products, "UNTRIED_TIMES", 0)
     tried: list[int] = []
     monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda _, rows, __: tried.append(rows) is None)
     exact = ExactProducts(BLOCK)
@@ -174,6 +175,20 @@ def test_of_a_large_matrix_no_more_rows_than_a_block_are_tried(monkeypatch):
     assert pieces == {16: (16,), 28: (28,), 48: (32, 16), 90: (32, 32, 26)}
     assert tried == [16, 28, 26]
     assert exact.pieces((product_of("mm", drawn(48, 23)),), 48) == (48,)
+
+
+def test_a_large_matrix_is_tried_where_a_number_of_rows_keeps_coming(monkeypatch):
+    monkeypatch.setattr(exact_products, "LARGE", 48 * 24 - 1)
+    tried: list[int] = []
+    monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda _, rows, __: tried.append(rows) is None)
+    exact, product = ExactProducts(BLOCK), product_of("mm", drawn(48, 24))
+
+    few = [exact.pieces((product,), 16) for _ in range(exact_products.UNTRIED_TIMES)]
+    many = [exact.pieces((product,), 48) for _ in range(exact_products.UNTRIED_TIMES)]
+
+    assert (set(few), set(many), tried) == ({(32,)}, {(32, 32)}, [])
+    assert [exact.pieces((product,), rows) for rows in (48, 16, 16)] == [(32, 16), (16,), (16,)]
+    assert tried == [16]
 
 
 def test_a_matrix_whose_trial_would_take_too_much_memory_is_never_tried(monkeypatch):
@@ -187,6 +202,7 @@ def test_a_matrix_whose_trial_would_take_too_much_memory_is_never_tried(monkeypa
 @pytest.mark.parametrize(("rows", "columns"), [(3072, 8192), (49152, 576)])
 def test_the_linears_of_a_base_of_3b_and_a_small_head_are_tried(monkeypatch, rows, columns):
     monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda *_: True)
+    monkeypatch.setattr(exact_products, "UNTRIED_TIMES", 0)
     product = product_of("mm", torch.empty(rows, columns, dtype=torch.bfloat16))
 
     pieces = [ExactProducts().pieces((product,), number) for number in (32, 112, 272)]
