@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of
+from benchmarks.results import Result, median_of, shares
 from benchmarks.workload import ROOT
 from lorry import Lorry
 
@@ -105,6 +105,10 @@ def _first_step(plan: Plan, lorry: Lorry, file: str) -> dict[str, float]:
 
 
 def explain(_plan: Plan, result: Result) -> None:
+    for name in ("known file", "new file"):
+        claimed, seconds = (median_of(result.repeats[name], field) for field in ("running_seconds", "seconds"))
+        parts = {"until a worker has claimed it": claimed, "admission, step, and news of it": seconds - claimed}
+        result.profile += shares(f"a {name}, by the clock", parts)
     known, new = (median_of(result.repeats[name], "running_seconds") for name in ("known file", "new file"))
     result.why.append(
         f"A job on a known file is claimed after {known:.2f} s, on a new one after {new:.2f}, for a process reads and "
