@@ -8,29 +8,15 @@ same, only sooner.
 import shutil
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from lora_core.base_model import load_base
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
+from lora_core.tiny_llama import tiny_llama
 
 
 def warm_up(folder: Path) -> None:
     """Start an engine on a tiny random Llama on the CPU, in each dtype. `folder` holds it meanwhile."""
-    with torch.random.fork_rng(devices=()):
-        LlamaForCausalLM(LlamaConfig(**SIZES, dtype=torch.float32)).save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
     try:
         for dtype in ("bfloat16", "float32"):
             Engine(load_base(folder, dtype=dtype, device="cpu"), EngineConfig())

@@ -139,10 +139,7 @@ class WorkerSite:
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         """Look again and again; fail with the processes' output when it takes too long."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.05)
+        wait_until(condition, said=self.log)
 
     def wait_for_end(self, *job_ids: str) -> None:
         self.wait_until(lambda: all(self.job(job_id).state in FINAL_STATES for job_id in job_ids))
@@ -165,6 +162,14 @@ class WorkerSite:
                 process.send_signal(signal.SIGKILL)
             process.wait()
         self.db.close()
+
+
+def wait_until(condition: Callable[[], object], *, said: Callable[[], str]) -> None:
+    """Look again and again; fail with what was said when it takes too long."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

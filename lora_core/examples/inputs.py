@@ -4,12 +4,12 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from lora_core.base_import import import_base
 from lora_core.data import TokenDataset
 from lora_core.errors import ConfigError
+from lora_core.tiny_llama import tiny_llama
 
 SENTENCES = (
     "The lorry left the harbour before dawn with forty crates of oranges.",
@@ -17,7 +17,6 @@ SENTENCES = (
     "She counted the change twice, because the first time she had been talking.",
     "A bridge that carries trains is tested with the heaviest train there is.",
 )
-NUM_BYTES = 256
 
 
 def refuse_taken(out_dir: Path) -> None:
@@ -31,7 +30,7 @@ def base_folder(source: Path | None, scratch: Path) -> Path:
     """A base directory: `source` imported into `scratch`, or a tiny random Llama whose tokens are bytes."""
     folder = scratch / "base"
     if source is None:
-        _tiny_llama().save_pretrained(folder)
+        tiny_llama().save_pretrained(folder)
     else:
         import_base(source=str(source), kind="gguf" if source.is_file() else "folder", revision=None, target_dir=folder)
     return folder
@@ -52,19 +51,3 @@ def _token_ids(base_dir: Path) -> list[list[int]]:
         tokenizer = AutoTokenizer.from_pretrained(base_dir, trust_remote_code=False, local_files_only=True)
         return [tokenizer(sentence)["input_ids"] for sentence in SENTENCES]
     return [list(sentence.encode()) for sentence in SENTENCES]
-
-
-def _tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=NUM_BYTES,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        dtype=torch.float32,
-    )
-    return LlamaForCausalLM(config)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import eight_jobs
-from benchmarks.plan import quick
 from benchmarks.results import print_table
-from benchmarks.workload import Workload
+from tests.benchmarks.toy_plan import toy_plan
 
 
 class Script:
@@ -30,16 +29,7 @@ def table_of(num_jobs: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     monkeypatch.setattr(eight_jobs, "Contender", Script)
     monkeypatch.setattr(eight_jobs, "_trainer", trainer)
-    workload = Workload(
-        base=folder,
-        tokens=folder / "tokens",
-        model="none",
-        data="none",
-        vocab_size=64,
-        num_tokens_per_row=16,
-        texts=[],
-    )
-    print_table([eight_jobs.run(replace(quick(workload, folder), eight_jobs=num_jobs, eight_scripts=2))])
+    print_table([eight_jobs.run(replace(toy_plan(folder), eight_jobs=num_jobs, eight_scripts=2))])
     return capsys.readouterr().out
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import pack_scaling
-from benchmarks.plan import quick
 from benchmarks.results import Result
-from benchmarks.workload import Workload
+from tests.benchmarks.toy_plan import toy_plan
 
 
 class Machine:
@@ -33,17 +32,8 @@ class Machine:
 
 
 def measured_on(machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
-    workload = Workload(
-        base=folder,
-        tokens=folder / "tokens",
-        model="none",
-        data="none",
-        vocab_size=64,
-        num_tokens_per_row=16,
-        texts=[],
-    )
     monkeypatch.setattr(pack_scaling, "Contender", machine)
-    return pack_scaling.run(replace(quick(workload, folder), pack_sizes=(1, 2, 4, 8)))
+    return pack_scaling.run(replace(toy_plan(folder), pack_sizes=(1, 2, 4, 8)))
 
 
 def test_a_pack_of_a_size_that_was_not_planned_is_measured_beside_one_job(tmp_path, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from lora_core.base_import import import_base
 from lora_core.base_model import BaseModel, load_base
 from lora_core.lanes import Lanes
 from lora_core.probe import Invariance, measure_invariance
+from tests.lora_core.exports import trained
 from tests.lora_core.scenarios import VOCAB
 
 
@@ -78,3 +79,10 @@ def load(base_dirs: dict[str, Path]) -> Callable[..., BaseModel]:
 
 def _load(base_dirs: dict[str, Path], family: str, dtype: Literal["float32", "bfloat16"] = "float32") -> BaseModel:
     return load_base(base_dirs[family], dtype=dtype, device="cpu")
+
+
+@pytest.fixture
+def exported(load, tmp_path: Path) -> tuple[BaseModel, Path]:
+    base = load("llama")
+    trained(base).export("job", tmp_path / "adapter", base_name="tiny/llama")
+    return base, tmp_path / "adapter"

@@ -13,8 +13,8 @@ from lora_core.config import LoraConfig as OurConfig
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadDataset, NoTargets
+from tests.lora_core.exports import snapshot
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, weights
-from tests.lora_core.test_export_and_verify import snapshot
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

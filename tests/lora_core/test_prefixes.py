@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core import attach, prefixes
+from lora_core import attach
 from lora_core.base_model import BaseModel, load_base
 from lora_core.config import JobConfig, ObjectiveConfig
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import ConfigError, OutOfMemory
+from lora_core.errors import ConfigError
 from lora_core.events import JobStepped
 from tests.lora_core import classifiers
 from tests.lora_core.scenarios import (
@@ -30,7 +30,7 @@ from tests.lora_core.scenarios import (
     state_bytes,
     submissions,
 )
-from tests.lora_core.test_families import FAMILIES, save
+from tests.lora_core.test_families import save
 
 AMPLE: dict[str, Any] = {"prefix_memory_bytes": 1 << 24}
 ROOM_FOR_SOME = 6000
@@ -71,36 +71,6 @@ def upper_jobs() -> dict[str, Submission]:
 def is_as_alone(engine: Engine, name: str, base: BaseModel, job: Submission) -> bool:
     """Whether a job ended with the bytes that it ends with where nothing is kept."""
     return state_bytes(engine, name) == run_alone(base, job).vectors
-
-
-@pytest.mark.parametrize("num_passes", [0, 1, 4])
-@pytest.mark.parametrize(
-    "shortage", [torch.OutOfMemoryError("simulated"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_memory_that_is_short_while_a_block_is_tried_refuses_that_job_alone_and_the_next_enters(
-    load, monkeypatch, num_passes, shortage
-):
-    base, job = load("llama"), upper_jobs()["dropped"]
-    engine = Engine(base, EngineConfig(**AMPLE))
-    passes, run = itertools.count(), prefixes.hidden_states
-
-    def limited(*arguments):
-        if next(passes) == num_passes:
-            raise shortage
-        return run(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prefixes, "hidden_states", limited)
-        with pytest.raises(OutOfMemory, match="'early'"):
-            admit(engine, "early", job)
-    assert engine.jobs() == ()
-
-    admit(engine, "late", job)
-    while not engine.idle:
-        engine.tick()
-
-    assert engine.prefixes.reused_tokens > 0
-    assert is_as_alone(engine, "late", base, job)
 
 
 def test_memory_that_is_short_while_a_prefix_is_kept_changes_no_byte(load, monkeypatch):
@@ -312,35 +282,6 @@ def test_an_evicted_job_comes_back_to_what_it_left(load):
     assert is_as_alone(engine, "job", base, job)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_decoder_can_be_entered_between_its_blocks(tmp_path, family):
-    base = load_base(save(family, tmp_path, **FAMILIES[family]), dtype="float32", device="cpu")
-    job = Submission(config=top(config(batch_size=3, num_steps=3, dropout=0.1)), train=dataset(1, [20, 33, 15]))
-    engine = Engine(base, EngineConfig(**AMPLE))
-    admit(engine, "job", job)
-
-    while not engine.idle:
-        engine.tick()
-
-    assert engine.prefixes.reused_tokens == 2 * 68
-    assert is_as_alone(engine, "job", base, job)
-
-
-@pytest.mark.parametrize("family", classifiers.FAMILIES)
-def test_every_classifier_can_be_entered_between_its_blocks(tmp_path, family):
-    base = classifiers.classifier(family, tmp_path / "base")
-    job = classifiers.classification_jobs(with_types=family == "bert")["three"]
-    job = replace(job, config=top(replace(job.config, num_steps=5, schedule=replace(job.config.schedule, num_steps=5))))
-    engine = Engine(base, EngineConfig(**AMPLE))
-    admit(engine, "job", job)
-
-    while not engine.idle:
-        engine.tick()
-
-    assert engine.prefixes.reused_tokens > engine.prefixes.computed_tokens > 0
-    assert is_as_alone(engine, "job", base, job)
-
-
 def test_types_of_tokens_are_a_part_of_what_is_kept(tmp_path):
     base = classifiers.classifier("bert", tmp_path / "base")
     job = classifiers.classification_jobs(with_types=True)["three"]
@@ -356,74 +297,6 @@ def test_types_of_tokens_are_a_part_of_what_is_kept(tmp_path):
 
     assert is_as_alone(engine, "job", base, job)
     assert is_as_alone(engine, "other", base, other)
-
-
-def test_a_family_whose_blocks_hand_on_more_than_hidden_states_is_never_entered(load, monkeypatch):
-    base = load("llama")
-    handed: list[torch.Tensor] = []
-    block = type(base.model.model.layers[0])
-    forward = block.forward
-
-    def with_a_side_door(self, hidden, *args, **kwargs):
-        found = forward(self, hidden, *args, **kwargs)
-        if self is base.model.model.layers[0]:
-            handed[:] = [hidden]
-            return found
-        return found + handed[0]
-
-    monkeypatch.setattr(block, "forward", with_a_side_door)
-    monkeypatch.setattr(attach, "faster_blocks", lambda *_: [])  # which knows that Llama's have none
-    job = Submission(config=top(config(batch_size=4, num_steps=3)), train=dataset(1, [20, 28, 15, 17]))
-    engine = Engine(base, EngineConfig(**AMPLE))
-    admit(engine, "job", job)
-
-    while not engine.idle:
-        engine.tick()
-
-    assert engine.prefixes.reused_tokens == 0
-    assert is_as_alone(engine, "job", base, job)
-
-
-def test_a_family_whose_blocks_share_by_name_what_a_lower_one_made_is_never_entered(load, monkeypatch):
-    base = load("llama")
-    shared: dict[int, torch.Tensor] = {}  # by the tokens of a pass, which no part of it has as many of
-    block = type(base.model.model.layers[0])
-    forward = block.forward
-
-    def with_a_shelf(self, hidden, *args, **kwargs):
-        found = forward(self, hidden, *args, **kwargs)
-        if self is base.model.model.layers[0]:
-            shared[hidden.shape[1]] = hidden
-            return found
-        return found + shared.pop(hidden.shape[1])
-
-    monkeypatch.setattr(block, "forward", with_a_shelf)
-    monkeypatch.setattr(attach, "faster_blocks", lambda *_: [])
-    job = Submission(config=top(config(batch_size=4, num_steps=3)), train=dataset(1, [20, 28, 15, 17]))
-    engine = Engine(base, EngineConfig(**AMPLE))
-
-    admit(engine, "job", job)
-
-    while not engine.idle:
-        engine.tick()
-    assert engine.prefixes.reused_tokens == 0
-    assert is_as_alone(engine, "job", base, job)
-
-
-@pytest.mark.parametrize("num_passes", [1, 2])
-def test_a_device_that_fails_while_a_block_is_tried_is_no_answer(load, monkeypatch, num_passes):
-    engine = Engine(load("llama"), EngineConfig(**AMPLE))
-    passes, run = itertools.count(), prefixes.hidden_states
-
-    def failing(*arguments):
-        if next(passes) == num_passes:
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        return run(*arguments)
-
-    monkeypatch.setattr(prefixes, "hidden_states", failing)
-
-    with pytest.raises(torch.AcceleratorError):
-        admit(engine, "job", upper_jobs()["dropped"])
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import torch
 
 from lora_core.warm_up import warm_up
 from tests import tiny_base
+from tests.worker_site import WAIT_SECONDS, wait_until
 from worker import node, standby
+from worker.launch import TrainerProcess
 from worker.standby import Standby, stand_by
-from worker.trainer_directory import EventReader, TrainerDirectory
-
-WAIT_SECONDS = 120.0
+from worker.trainer_directory import EventReader, Json, TrainerDirectory
 
 
 class FakeProcess:
@@ -141,6 +140,13 @@ def test_where_none_can_be_started_the_worker_goes_on_without(
     assert folders(tmp_path) == []
 
 
+def next_event(events: EventReader, process: TrainerProcess) -> Json:
+    """The first of what the trainer says next."""
+    heard: list[Json] = []
+    wait_until(lambda: heard.extend(events.read()) or heard, said=process.directory.log_tail)
+    return heard[0]
+
+
 @pytest.mark.timeout(300)
 def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits(
     tmp_path: Path, waiting: Standby
@@ -153,24 +159,15 @@ def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits
         process = waiting.take(stack)
         assert process is not None
         events = EventReader(process.directory)
-        (told,) = wait_for(events.read)
-        assert told["type"] == "standing_by"
+        assert next_event(events, process)["type"] == "standing_by"
         assert not (process.directory.path / "warm-up").exists()
         assert process.memory_bytes() > 10**8
         process.begin({"base_dir": base_dir, "dtype": "float32", "quantisation": "none", "device": "cpu"})
-        ready = wait_for(events.read)[0]
+        ready = next_event(events, process)
 
     assert (ready["type"], ready["invariance"]) == ("ready", "bitwise"), process.directory.log_tail()
     assert process.returncode == -9
     assert process.memory_bytes() == 0
-
-
-def wait_for(look: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not (found := look()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def test_a_warm_up_leaves_neither_files_nor_other_random_numbers(tmp_path: Path) -> None:
