@@ -84,9 +84,8 @@ def prepared(
         job.lost_preparations = 0
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
         spec = JobSpec.model_validate(job.spec)
-        if evaluations.decide(spec) and evaluations.come_too_late(
-            spec, num_steps
-        ):  # fewer rows are usable than thought
+        if evaluations.decide(spec) and evaluations.come_too_late(spec, num_steps):
+            # Fewer rows are usable than were thought at submission, or it would have been refused.
             events.add(session, job.id, now=now, level="warn", message=evaluations.too_late(spec, num_steps))
 
 
