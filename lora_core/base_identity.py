@@ -11,6 +11,9 @@ from lora_core.tensor_files import Span, tensor_spans
 RUNS, RUN_BYTES = 4, 1024
 """Of each tensor so many runs of bytes are read: the first, the last, and others evenly between them."""
 
+OF_THE_WRITER = frozenset({"transformers_version", "_name_or_path"})
+"""Fields of config.json that say nothing of the model: the same weights imported with a newer library are the same."""
+
 
 def base_digest(base_dir: Path, paths: list[Path]) -> str:
     """sha256 of config.json, and of each tensor in `paths` by name: its dtype, its shape and RUNS of its bytes.
@@ -50,4 +53,6 @@ def _runs(span: Span) -> Iterator[tuple[int, int]]:
 
 
 def _canonical(config: bytes) -> bytes:
-    return json.dumps(json.loads(config), sort_keys=True, separators=(",", ":")).encode()
+    """Without what tells of how the file was written."""
+    told = {name: value for name, value in json.loads(config).items() if name not in OF_THE_WRITER}
+    return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()

@@ -200,8 +200,8 @@ def add_times(y_TN: Tensor, x_TK: Tensor, matrix_KN: Tensor, exact: ExactProduct
 
 def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProducts | None) -> Tensor:
     """Of a linear whose class has a forward of its own, which autograd may follow. It is taken to end in the plain
-    products of its size, as those do that restore quantised or sharded weights; up to
-    the sizes of its packs the probe tells so.
+    products of its size, as those do that restore quantised or sharded weights; up to the sizes of its packs the probe
+    tells so.
     """
     if exact is None:
         return type(linear).forward(linear, x_TK)

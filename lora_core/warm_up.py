@@ -16,9 +16,9 @@ from lora_core.tiny_llama import tiny_llama
 
 def warm_up(folder: Path) -> None:
     """Start an engine on a tiny random Llama on the CPU, in each dtype. `folder` holds it meanwhile."""
-    tiny_llama().save_pretrained(folder)
     try:
+        tiny_llama().save_pretrained(folder)
         for dtype in ("bfloat16", "float32"):
             Engine(load_base(folder, dtype=dtype, device="cpu"), EngineConfig())
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)

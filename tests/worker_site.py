@@ -26,6 +26,7 @@ from catalog.spec import JobRequest
 from catalog.states import FINAL_STATES
 from catalog.tables import Adapter, Artifact, Job, JobEvent
 from tests import tiny_base
+from worker.trainer_directory import EventReader, TrainerDirectory
 
 ROOT = Path(__file__).parents[1]
 BASE = "tiny"
@@ -155,6 +156,12 @@ class WorkerSite:
     def wait_for_message(self, verb: str) -> None:
         """Until a worker has told a trainer to do this, and the trainer has not looked yet."""
         self.wait_until(lambda: list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
+
+    def standing_by(self) -> list[Path]:
+        """Directories of trainers that wait for a base model."""
+        found = self.settings.work_dir().glob("trainers/standby-*/events.jsonl")
+        directories = [TrainerDirectory(path.parent) for path in found]
+        return [each.path for each in directories if [e["type"] for e in EventReader(each).read()] == ["standing_by"]]
 
     def close(self) -> None:
         for process in self._processes:

@@ -27,8 +27,6 @@ class Curve:
     """None until the trainer has the job's rows."""
     step: int = 0
     loss: float | None = None
-    _first: tuple[int, float] | None = None
-    """Step and loss of this attempt."""
     _latest: Json = field(default_factory=dict[str, Any])
     _points: list[Json] = field(default_factory=list[Json])
     _window: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=WINDOW_STEPS))
@@ -37,7 +35,6 @@ class Curve:
 
     def stepped(self, event: Json) -> None:
         self.step, self.loss = event["step"], event["loss"]
-        self._first = self._first or (event["step"], event["loss"])
         self._last_losses.append(event["loss"])
         self._latest |= {"train_loss": event["loss"], "train_mean_token_accuracy": event["token_accuracy"]}
         self._note_rewards("train_rewards", event)
@@ -85,7 +82,6 @@ class Curve:
 
         began: step and loss of the job's first step on record, which an earlier attempt may have taken.
         """
-        began = began or self._first
         if began is None or self.step - began[0] < 2 * LAST_STEPS or len(self._last_losses) < LAST_STEPS:
             return None
         first, last = began[1], sum(self._last_losses) / len(self._last_losses)

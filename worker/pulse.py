@@ -40,7 +40,7 @@ class Pulse:
         """Set when claims were given up, until `guard` is called again."""
         self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
         self.on_every_beat: Callable[[], None] = lambda: None
-        """As `on_beat` of `guard`, whatever is guarded."""
+        """Called at each beat, be there an answer or not: for who holds no claim."""
         self._on_beat: Callable[[], None] | None = None
         self._on_lost: Callable[[], None] | None = None
         self._threads = [
@@ -88,13 +88,13 @@ class Pulse:
     def beat(self) -> None:
         """One heartbeat. Raises Unavailable where the database does not answer."""
         began = time.monotonic()
+        self.on_every_beat()
         with self._lock:
             held = list(self._renewed_at)
         orders = workers.worker_beat(self._db, self._worker_id, **self.status)
         self.drain = self.drain or orders.drain
         if held:
             self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
-        self.on_every_beat()
         if self._on_beat is not None:
             self._on_beat()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 import traceback
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalog.errors import OutOfSpace
-from catalog.tables import new_id
 from worker import node, scratch
 from worker.launch import TrainerProcess, launch
+from worker.tether import LOST_PARENT
 from worker.trainer_directory import EventWriter, TrainerDirectory
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,19 @@ class Standby:
         self._is_given_up = False
 
     def prepare(self) -> None:
-        """Have one wait. Call it from a thread that outlives the trainer. It never raises: one that ended by itself,
-        or could not be started, is told once and not tried again before the next trainer was."""
-        if self._waiting is not None and self._waiting.process.returncode is not None:
-            log.warning("The trainer that stood by has ended.\n%s", self._waiting.process.directory.log_tail())
-            self._is_given_up = True
+        """Have one wait. Call it from a thread that outlives the trainer. It never raises: one that failed, or could
+        not be started, is told once and not tried again before the next trainer was. One that missed its worker while
+        that was stopped has not failed."""
+        if self._waiting is not None and (status := self._waiting.process.returncode) is not None:
+            if status != LOST_PARENT:
+                log.warning("The trainer that stood by has ended.\n%s", self._waiting.process.directory.log_tail())
+                self._is_given_up = True
             self.close()
         if self._waiting is not None or self._is_given_up:
             return
         with ExitStack() as folder:
             try:
-                path = folder.enter_context(scratch.owned(self._trainers_dir / new_id("standby")))
+                path = folder.enter_context(scratch.owned(self._trainers_dir / f"standby-{secrets.token_hex(6)}"))
                 process = launch(TrainerDirectory.create(path), self._device, silence_seconds=self._silence_seconds)
             except (OSError, OutOfSpace) as error:
                 log.warning("No trainer stands by: %s", error)
@@ -78,6 +81,7 @@ class Standby:
             self.close()
             return None
         self._waiting = None
+        waiting.process.pulse()  # the next one comes with the first beat that guards it
         stack.push(waiting.folder)
         stack.callback(waiting.process.close)
         return waiting.process

@@ -87,14 +87,10 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
                 first.base_digest,
                 is_unwanted=lambda: _are_stopped(context, waiting),
             )
-            stands_by = context.standby.take(stack) if context.standby is not None else None
-            pack = _open_pack(context, stack, first, stands_by.directory if stands_by is not None else None)
+            trainer = _trainer(context, stack, first, base_dir)
+            pack = _open_pack(context, stack, first, trainer.directory)
             for claim in waiting:
                 pack.admit(claim)
-            silence_seconds = context.settings.lease_seconds
-            trainer = stands_by or launch(pack.directory, context.device, silence_seconds=silence_seconds)
-            stack.callback(trainer.close)
-            trainer.begin(_trainer_settings(context, first, base_dir))
         except (LorryError, OSError, bases.Abandoned) as error:
             _release(context, waiting, _mishap(context, error))
             return len(claimed), []
@@ -124,6 +120,21 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
     return End(reason=EndReason.INFRA_LOST, detail=f"The worker could not start a trainer: {error}.")
 
 
+def _trainer(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Path) -> TrainerProcess:
+    """The one that stands by, or a new one; it loads this base, and ends with the stack, its directory after it."""
+    settings = _trainer_settings(context, first, base_dir)
+    if context.standby is not None and (trainer := context.standby.take(stack)) is not None:
+        trainer.begin(settings)
+        if trainer.returncode is None:  # else it ended this very moment, and no job is to pay for that
+            return trainer
+    path = stack.enter_context(scratch.owned(context.trainers_dir() / str(first.trainer_id)))
+    directory = TrainerDirectory.create(path)
+    trainer = launch(directory, context.device, silence_seconds=context.settings.lease_seconds)
+    stack.callback(trainer.close)
+    trainer.begin(settings)
+    return trainer
+
+
 def _trainer_settings(context: WorkerContext, first: Job, base_dir: Path) -> Json:
     return {
         "format": 1,
@@ -138,13 +149,10 @@ def _trainer_settings(context: WorkerContext, first: Job, base_dir: Path) -> Jso
     }
 
 
-def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory | None) -> Pack:
-    """An empty pack for jobs like `first`, in that directory or one of its own; both end with the stack."""
+def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory) -> Pack:
+    """An empty pack for jobs like `first`; forgotten with the stack."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
-    if directory is None:
-        path = stack.enter_context(scratch.owned(context.trainers_dir() / first.trainer_id))
-        directory = TrainerDirectory.create(path)
     pack = Pack(context, first.trainer_id, directory, first.pack_key, description=description)
     stack.callback(pack.forget_all)
     return pack

@@ -37,6 +37,7 @@ class TrainerDirectory:
         self.inbox = path / "inbox"
         self.events_path = path / "events.jsonl"
         self.log_path = path / "log.txt"
+        self._log_start = 0
 
     @classmethod
     def create(cls, path: Path, settings: Json | None = None) -> TrainerDirectory:
@@ -48,7 +49,8 @@ class TrainerDirectory:
         return directory
 
     def begin(self, settings: Json) -> None:
-        """Tell its trainer which base model to load, and how. Raises OutOfSpace."""
+        """Tell its trainer which base model to load, and how; its log counts from here. Raises OutOfSpace."""
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with full_disk_named():
             write_json(self.settings_path, settings)
 
@@ -62,10 +64,10 @@ class TrainerDirectory:
         return self.path / "jobs" / claim_id
 
     def log_tail(self, max_bytes: int = 4000) -> str:
-        """The last of what the trainer printed."""
+        """The last of what the trainer printed, since it was told its base model where it was."""
         try:
             with self.log_path.open("rb") as file:
-                file.seek(max(0, self.log_path.stat().st_size - max_bytes))
+                file.seek(max(self._log_start, self.log_path.stat().st_size - max_bytes))
                 return file.read().decode(errors="replace")
         except OSError:
             return ""

@@ -163,6 +163,15 @@ def test_the_digest_changes_with_the_config_and_not_with_its_layout(base_dirs, t
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_the_digest_does_not_tell_which_library_wrote_the_config(base_dirs, tmp_path):
+    folder = copied(base_dirs["llama"], tmp_path / "copy")
+    told = json.loads((folder / "config.json").read_text())
+
+    (folder / "config.json").write_text(json.dumps(told | {"transformers_version": "99.0", "_name_or_path": "there"}))
+
+    assert digest_of(folder) == digest_of(base_dirs["llama"])
+
+
 def test_of_a_large_tensor_a_bounded_part_is_read(tmp_path):
     from lora_core.base_identity import RUN_BYTES, RUNS, base_digest
 

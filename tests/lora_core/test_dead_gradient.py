@@ -5,14 +5,18 @@ Beside them what is no ruin: a set learnt by heart, and steps that have no gradi
 
 from dataclasses import replace
 from math import log
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from lora_core.adapters import AdapterRow
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from lora_core.data import TokenDataset
+from lora_core.dead_gradient import is_dead
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
@@ -111,23 +115,35 @@ def greedy(base: BaseModel, prompt: list[int], *, num_tokens: int) -> TokenDatas
     )
 
 
-@pytest.mark.parametrize("repeated", [1, 3])
-def test_a_step_in_which_attention_can_choose_nothing_is_no_ruin_of_queries_and_keys(load, repeated):
-    """After one token, or several that are the same, all that is attended to is the same."""
-    following = TokenDataset(
-        input_ids=np.array([7] * repeated + [11] + [5] * repeated + [12], np.int32),
-        loss_mask=np.array(([0] * repeated + [1]) * 2, np.uint8),
-        row_offsets=np.array([0, repeated + 1, 2 * repeated + 2]),
+def following(*before: int) -> TokenDataset:
+    """Two rows, each of whose label stands after these tokens."""
+    row = [*before, 11]
+    return TokenDataset(
+        input_ids=np.array(row * 2, np.int32),
+        loss_mask=np.array(([0] * len(before) + [1]) * 2, np.uint8),
+        row_offsets=np.array([0, len(row), 2 * len(row)]),
     )
+
+
+@pytest.mark.parametrize(("before", "expected"), [((7,), False), ((7, 7, 7), False), ((7, 7, 8), True)])
+def test_a_gradient_of_zero_is_a_ruin_only_where_attention_could_choose(before, expected):
+    row = SimpleNamespace(g=torch.zeros(3))
+    step: dict[str, Any] = {"dataset": following(*before), "slices": [(0,), (1,)], "norm": 0.0, "loss": 2.0}
+
+    assert is_dead(cast(AdapterRow, row), ObjectiveConfig(), **step) is expected
+
+
+def test_a_step_in_which_attention_can_choose_nothing_is_no_ruin_of_queries_and_keys(load):
+    """After one token all that is attended to is the same."""
     job = Submission(
-        config=config(targets=r"re:.*0\.self_attn\.(q|k)_proj", batch_size=1, num_steps=3), train=following
+        config=config(targets=r"re:.*0\.self_attn\.(q|k)_proj", batch_size=1, num_steps=3), train=following(7)
     )
 
     events = events_of(load("llama"), job)
 
     *steps, finished = events
     assert isinstance(finished, JobFinished)
-    assert all(isinstance(event, JobStepped) and event.loss > 1 for event in steps)
+    assert all(isinstance(event, JobStepped) and event.loss > 1 and event.grad_norm == 0 for event in steps)
 
 
 def test_a_preference_that_is_saturated_has_no_gradient_and_finishes(load):

@@ -8,22 +8,21 @@ import psutil
 import pytest
 
 from catalog.states import JobState
-from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
-from worker.trainer_directory import EventReader, TrainerDirectory
+from tests.worker_site import WAIT_SECONDS, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 WANTED = {"LORRY_STANDBY_TRAINER": "true"}
 
 
-def standing_by(site: WorkerSite) -> list[Path]:
-    """Directories of trainers that wait for a base model."""
-    found = site.settings.work_dir().glob("trainers/standby-*/events.jsonl")
-    directories = [TrainerDirectory(path.parent) for path in found]
-    return [each.path for each in directories if [e["type"] for e in EventReader(each).read()] == ["standing_by"]]
-
-
 def children(pid: int) -> set[int]:
     return {child.pid for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE}
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launched(tmp_path: Path) -> None:
@@ -36,7 +35,7 @@ def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launch
 
         ready = []
         for _ in range(2):
-            site.wait_until(lambda: standing_by(site))
+            site.wait_until(site.standing_by)
             (pid,) = children(worker.pid)
             job_id = site.submit(rows, **fields)
             site.wait_for_end(job_id)
@@ -55,13 +54,13 @@ def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launch
 def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_sweeps_its_folder(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         worker = site.start_worker(**WANTED)
-        site.wait_until(lambda: standing_by(site))
+        site.wait_until(site.standing_by)
         (pid,) = children(worker.pid)
-        (folder,) = standing_by(site)
+        (folder,) = site.standing_by()
 
         worker.kill()
 
-        site.wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        site.wait_until(lambda: is_gone(pid))
         site.work_until_done()
         assert not folder.exists()
 
@@ -69,7 +68,7 @@ def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_sweep
 def test_one_that_is_killed_while_it_stands_by_costs_the_next_job_nothing_but_time(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         worker = site.start_worker(**WANTED)
-        site.wait_until(lambda: standing_by(site))
+        site.wait_until(site.standing_by)
         (pid,) = children(worker.pid)
 
         psutil.Process(pid).kill()

@@ -42,19 +42,18 @@ def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Pat
         ring(site, "lorry.work", times=100)
         ring(site, "lorry.work", "ftjob-forged", {"claim_id": "mine"})
         ring(site, f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
-        trainers = site.settings.work_dir() / "trainers"
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"], LORRY_STANDBY_TRAINER="true")
 
         site.wait_for_end(job_id)
         site.wait_until(lambda: waiting_messages(redis_url) == 0)
-        site.wait_until(lambda: list(trainers.glob("standby-*/events.jsonl")))
+        site.wait_until(site.standing_by)
 
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
         assert len(site.attempts(job_id)) == 1
         assert len(site.adapters()) == 1
         worker.terminate()
         assert worker.wait(60) == 0, site.log()
-        assert list(trainers.iterdir()) == []
+        assert list((site.settings.work_dir() / "trainers").iterdir()) == []
 
 
 def test_the_sweep_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis_url: str) -> None:

@@ -9,8 +9,26 @@ import pytest
 
 from catalog import workers
 from catalog.db import Database
+from catalog.errors import Unavailable
 from catalog.workers import WorkerOrders
 from worker.pulse import Pulse
+
+
+def test_whoever_holds_no_claim_hears_each_beat_also_where_the_database_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def beat(*_: Any, **__: Any) -> WorkerOrders:
+        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+
+    monkeypatch.setattr(workers, "worker_beat", beat)
+    pulse, heard, guarded = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), [], []
+    pulse.on_every_beat = lambda: heard.append(1)
+    pulse.guard(on_beat=lambda: guarded.append(1), on_lost=None)
+
+    with pytest.raises(Unavailable):
+        pulse.beat()
+
+    assert (heard, guarded) == ([1], [])
 
 
 def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tests.worker_site import WAIT_SECONDS, wait_until
 from worker import node, standby
 from worker.launch import TrainerProcess
 from worker.standby import Standby, stand_by
+from worker.tether import LOST_PARENT
 from worker.trainer_directory import EventReader, Json, TrainerDirectory
 
 
@@ -87,7 +88,7 @@ def test_it_is_taken_once_and_ends_with_who_took_it(
         assert waiting.take(stack) is None
         waiting.close()
         waiting.pulse()
-        assert (launched[0].returncode, launched[0].num_pulses) == (None, 0)
+        assert (launched[0].returncode, launched[0].num_pulses) == (None, 1)
 
     assert launched[0].returncode == -9
     assert folders(tmp_path) == []
@@ -110,6 +111,33 @@ def test_one_that_ended_by_itself_is_not_taken_and_not_tried_again_before_the_ne
         assert waiting.take(stack) is None
     waiting.prepare()
     assert len(launched) == 2
+
+
+def test_one_that_missed_its_stopped_worker_is_followed_by_another(
+    tmp_path: Path, waiting: Standby, launched: list[FakeProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    waiting.prepare()
+    launched[0].returncode = LOST_PARENT
+
+    waiting.prepare()
+
+    assert len(launched) == 2
+    assert caplog.text == ""
+    assert folders(tmp_path) == [launched[1].directory.path.name, f"{launched[1].directory.path.name}.lock"]
+
+
+def test_what_a_trainer_printed_while_it_stood_by_is_not_told_of_its_jobs(
+    waiting: Standby, launched: list[FakeProcess]
+) -> None:
+    waiting.prepare()
+    directory = launched[0].directory
+    directory.log_path.write_text("MemoryError\n")
+
+    directory.begin({})
+    with directory.log_path.open("a") as log:
+        log.write("Segmentation fault\n")
+
+    assert directory.log_tail() == "Segmentation fault\n"
 
 
 def test_a_dead_one_leaves_its_place_to_a_trainer_that_is_launched(
