@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 
 from tests.dashboard import seed
 from tests.dashboard.service import Service, serving
-from tests.dashboard.visitor import Visitor
+from tests.dashboard.visitor import WAIT_MS, Visitor
 
 ARGUMENTS = (
     "--headless",
@@ -23,6 +23,7 @@ ARGUMENTS = (
     "--disable-sync",
 )
 Visit = Callable[..., Visitor]
+expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from playwright.sync_api import Locator
+import re
+
+from playwright.sync_api import Locator, expect
 
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -49,7 +51,8 @@ def test_a_chart_has_a_sentence_and_a_table_that_say_the_same(filled: Service, v
     visitor = visit(filled)
     visitor.open(filled.address("#/jobs/docstrings-r16"))
 
-    summary = visitor.page.get_by_role("img", name="Training loss went from").get_attribute("aria-label") or ""
+    chart = visitor.page.get_by_role("img", name=re.compile(r"^Training loss went from .* at step 240\."))
+    summary = chart.get_attribute("aria-label") or ""
     visitor.page.get_by_text("Numbers as a table: Cross-entropy").click()
 
     rows = visitor.page.get_by_role("table", name="Cross-entropy by step").get_by_role("row")
@@ -65,6 +68,7 @@ def test_the_held_out_curve_is_told_from_the_others_without_its_colour(filled: S
     visitor.open(filled.address("#/jobs/titles-r16"))
 
     chart = visitor.page.get_by_role("figure").filter(has_text="Cross-entropy")
+    expect(chart.locator(".key")).to_have_count(3)
     train, smoothed, held_out = (chart.locator(".key").nth(index) for index in range(3))
     assert [key.inner_text().split()[0] for key in (train, smoothed, held_out)] == ["train", "smoothed", "held-out"]
     assert [_line_style(key) for key in (train, smoothed, held_out)] == ["1px none", "2.5px none", "2.5px 5px, 3.5px"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from playwright.sync_api import expect
+
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -63,7 +65,6 @@ def test_filters_narrow_the_list_and_stay_in_the_address(filled: Service, visit:
     visitor.page.get_by_role("searchbox").fill("r64")
 
     names = visitor.page.locator("tbody th a")
-    assert names.all_inner_texts() == ["docstrings-r64"]
+    expect(names).to_have_text(["docstrings-r64"])
     visitor.page.reload()
-    visitor.page.locator("tbody th a").first.wait_for()
-    assert names.all_inner_texts() == ["docstrings-r64"]
+    expect(names).to_have_text(["docstrings-r64"])

@@ -16,6 +16,8 @@ document.addEventListener("securitypolicyviolation", (event) =>
   window.policyViolations.push(`${event.violatedDirective}: ${event.blockedURI}`));
 """
 WAIT_MS = 15_000
+DRAWN = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""Two frames later what was under way is on the screen: also a move to another hash, at which no document loads."""
 HARMLESS = "Failed to load resource"
 """The browser's own line about an answer of 400 or more: those are looked at by status, not by this line."""
 
@@ -34,8 +36,12 @@ class Visitor:
         self.page.on("request", self._on_request)
 
     def open(self, place: str) -> None:
-        """Go to a place of the dashboard, such as `#/queue`, and wait until it stands."""
+        """Go to a place of the dashboard, such as `#/queue`, and wait until it stands.
+
+        A page that reads several things draws each as it comes: what a test says of such a part has to wait for it.
+        """
         self.page.goto(f"{self.origin}/dashboard/{place}")
+        self.page.evaluate(DRAWN)
         self.page.locator("main h1").wait_for()
         self.page.locator(".loading").wait_for(state="detached")
 
