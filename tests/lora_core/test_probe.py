@@ -58,6 +58,14 @@ def test_products_as_they_are_make_no_record_bitwise_though_all_packs_of_the_pro
     assert engine.invariance == "allclose"
 
 
+def test_several_threads_to_a_lane_make_no_record_bitwise(load):
+    torch.set_num_threads(2)
+
+    alone, dealt = (Engine(load("llama"), EngineConfig(num_lanes=number)) for number in (1, 2))
+
+    assert (alone.invariance, dealt.invariance) == ("allclose", "bitwise")
+
+
 @pytest.mark.parametrize(("gradients", "losses"), [(0.5, 0.5), (0.2, 0), (0, 0.2), (-2, 0)])
 def test_large_differences_are_refused(load, monkeypatch, gradients, losses):
     disturbed(monkeypatch, size=gradients, losses=losses)
