@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from api import error_handlers, uploads
 from api.background import keep_clean, keep_order
@@ -15,6 +15,7 @@ from api.deps import Services
 from api.feed import Feed
 from api.gate import Gate
 from api.hosts import HostPolicy, host_policy
+from api.known_query import refuse_unknown_query
 from api.openapi import Api
 from api.routes import adapters, files, fleet, health, job_history, jobs, models, sign_in
 from api.settings import ApiSettings
@@ -58,6 +59,7 @@ def create_app(
         version="0.1.0",
         description=DESCRIPTION,
         openapi_tags=TAGS,
+        dependencies=[Depends(refuse_unknown_query)],
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

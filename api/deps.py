@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request
 
 from api.settings import ApiSettings
 from api.telemetry import Telemetry
@@ -36,6 +36,15 @@ def services_of(request: Request) -> Services:
     return request.app.state.services
 
 
+RetryCount = Annotated[int, Header(ge=0, include_in_schema=False)]
+
+
+def is_client_retry(x_stainless_retry_count: RetryCount = 0) -> bool:
+    """Whether the client says that it has sent this before, having had no reply."""
+    return x_stainless_retry_count > 0
+
+
 Use = Annotated[Services, Depends(services_of)]
+IsRetry = Annotated[bool, Depends(is_client_retry)]
 After = Annotated[str | None, Query(description="Start after the item with this id.", max_length=128)]
 Limit = Annotated[int, Query(description="How many items at most.", ge=1, le=100)]

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
-from catalog.states import FINAL_STATES
+from catalog.states import UNFINISHED_STATES
 from catalog.tables import Adapter, Artifact, Checkpoint, Job
 
 
@@ -62,18 +62,18 @@ def get(db: Database, *, project_id: str, name: str) -> AdapterView:
         return _view(session, _find(session, project_id, name))
 
 
-def delete(db: Database, *, project_id: str, name: str) -> Adapter:
+def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = False) -> Adapter:
     """Hide the adapter. Its row stays, for the records of what was made from it.
 
-    Raises Conflict while a job that has not ended continues it: its files are read at each attempt.
+    is_client_retry: the client says that it sends this again, having had no reply; then one that is deleted is its
+    answer. Raises Conflict while a job that has not ended continues it: its files are read at each attempt.
     """
     with db.write() as session:
-        adapter = _find(session, project_id, name, lock=True)
+        adapter = _find(session, project_id, name, lock=True, even_deleted=is_client_retry)
+        if adapter.deleted_at is not None:
+            return adapter
         child = session.scalar(
-            select(Job.id)
-            .where(Job.parent_adapter == adapter.id)
-            .where(Job.state.not_in([state.value for state in FINAL_STATES]))
-            .limit(1)
+            select(Job.id).where(Job.parent_adapter == adapter.id).where(Job.state.in_(UNFINISHED_STATES)).limit(1)
         )
         if child is not None:
             raise Conflict(
@@ -119,10 +119,12 @@ def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
         return list(session.scalars(kept.order_by(Adapter.created_at, Adapter.id)))
 
 
-def _find(session: Session, project_id: str, name: str, *, lock: bool = False) -> Adapter:
+def _find(session: Session, project_id: str, name: str, *, lock: bool = False, even_deleted: bool = False) -> Adapter:
     """`lock` keeps new jobs from continuing it."""
-    named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name))
-    mine = named.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+    named = or_(Adapter.id == name, Adapter.name == name)
+    mine = select(Adapter).where(named, Adapter.project_id == project_id)
+    if not even_deleted:
+        mine = mine.where(Adapter.deleted_at.is_(None))
     adapter = session.scalar(mine.with_for_update() if lock else mine)
     if adapter is None:
         raise NotFound("adapter", name)

@@ -13,11 +13,10 @@ from sqlalchemy.orm import Session
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec import LABEL
-from catalog.states import FINAL_STATES, JobState
+from catalog.states import UNFINISHED_STATES
 from catalog.tables import BaseModelRow, Job, Json
 
 KINDS = ("hub", "folder", "gguf")
-UNFINISHED = tuple(state for state in JobState if state not in FINAL_STATES)
 IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
@@ -51,17 +50,21 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
         return row
 
 
-def delete(db: Database, name: str) -> None:
+def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
     """Free the name, whatever state the base is in. Raises NotFound; Conflict while an unfinished job names it.
 
     What was trained on it stays as it is: an adapter has its own files, and its lineage those of the base by
     digest. The row stays too, since finished jobs refer to it, until another base is added under the name. An
     import that runs meanwhile is ended by its worker, and what it finds is not recorded. The base's files on
-    each node (`bases_dir/DIGEST`) go with the worker's next sweep: see `deleted`.
+    each node (`bases_dir/DIGEST`) go with the worker's next sweep: see `deleted`. is_client_retry: the client says
+    that it sends this again, having had no reply; then a name that is free again is its answer.
     """
     with db.write() as session:
-        row = find(session, name, lock="update")
-        user = session.scalar(select(Job.id).where(Job.base_model == name, Job.state.in_(UNFINISHED)).limit(1))
+        row = session.get(BaseModelRow, name, with_for_update=True)
+        if is_client_retry and row is not None and row.state == "deleted":
+            return
+        row = find(session, name)
+        user = session.scalar(select(Job.id).where(Job.base_model == name, Job.state.in_(UNFINISHED_STATES)).limit(1))
         if user is not None:
             raise Conflict(
                 f"The base model {name!r} is used by the job {user}, which has not ended.",
@@ -84,7 +87,7 @@ def deleted(db: Database, digests: Collection[str]) -> set[str]:
         there = set(session.scalars(of_bases.where(IS_THERE)))
         of_jobs = select(Job.base_digest).where(Job.base_digest.in_(digests)).distinct()
         known = {*session.scalars(of_bases), *session.scalars(of_jobs)}
-        needed = set(session.scalars(of_jobs.where(Job.state.in_(UNFINISHED))))
+        needed = set(session.scalars(of_jobs.where(Job.state.in_(UNFINISHED_STATES))))
         return {digest for digest in known - there - needed if digest is not None}
 
 

@@ -20,13 +20,13 @@ from catalog.db import Database, read_clock
 from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
 from catalog.pages import Order, Page, paginate
 from catalog.settings import Settings
-from catalog.states import FINAL_STATES
+from catalog.states import UNFINISHED_STATES
 from catalog.tables import File, Job, new_id
 
 DATASET = "fine-tune"
 """Purpose of a training or validation file: only these are checked, and only these can be trained on."""
-PURPOSES = (DATASET, "evals", "user_data")
-"""What may be uploaded."""
+PURPOSES = (DATASET, "user_data")
+"""What may be uploaded, of what OpenAI's client knows in its answers."""
 MAX_NAME_CHARS = 200
 
 
@@ -110,17 +110,20 @@ def list_page(
         )
 
 
-def delete(db: Database, *, project_id: str, file_id: str) -> File:
+def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool = False) -> File:
     """Hide the file. Raises Conflict while a job that has not ended reads it.
 
-    Its row stays, for the records of the jobs that used it.
+    Its row stays, for the records of the jobs that used it. is_client_retry: the client says that it sends this
+    again, having had no reply; then one that is deleted is its answer.
     """
     with db.write() as session:
-        file = find(session, project_id=project_id, file_id=file_id, lock=True)
+        file = find(session, project_id=project_id, file_id=file_id, lock=True, even_deleted=is_client_retry)
+        if file.deleted_at is not None:
+            return file
         user = session.scalar(
             select(Job.id)
             .where(or_(Job.training_file == file_id, Job.validation_file == file_id))
-            .where(Job.state.not_in([state.value for state in FINAL_STATES]))
+            .where(Job.state.in_(UNFINISHED_STATES))
             .limit(1)
         )
         if user is not None:
@@ -139,9 +142,11 @@ def open_content(db: Database, store: ArtifactStore, *, project_id: str, file_id
     return store.open_blob(get(db, project_id=project_id, file_id=file_id).digest)
 
 
-def find(session: Session, *, project_id: str, file_id: str, lock: bool = False) -> File:
+def find(session: Session, *, project_id: str, file_id: str, lock: bool = False, even_deleted: bool = False) -> File:
     """The row, inside a transaction; `lock` keeps new jobs from starting to use it. Raises NotFound."""
-    statement = select(File).where(File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None))
+    statement = select(File).where(File.id == file_id, File.project_id == project_id)
+    if not even_deleted:
+        statement = statement.where(File.deleted_at.is_(None))
     file = session.scalar(statement.with_for_update() if lock else statement)
     if file is None:
         raise NotFound("file", file_id, param="file_id")

@@ -24,6 +24,7 @@ from catalog.job_records import (
     first_step,
     metrics,
     packmates,
+    points_at,
     seconds_running,
 )
 from catalog.moves import move
@@ -46,6 +47,7 @@ __all__ = [
     "metrics",
     "packmates",
     "pause",
+    "points_at",
     "resume",
     "seconds_running",
 ]
@@ -136,8 +138,11 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
         return job
 
 
-def resume(db: Database, *, project_id: str, job_id: str) -> Job:
-    """Let a paused job go on; where its files are prepared, it is queued at once."""
+def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool = False) -> Job:
+    """Let a paused job go on; where its files are prepared, it is queued at once.
+
+    is_client_retry: as of `cancel`. Then a job that goes on is its answer.
+    """
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         now = read_clock(session)
@@ -148,6 +153,8 @@ def resume(db: Database, *, project_id: str, job_id: str) -> Job:
             events.add(session, job.id, now=now, message="The pause was withdrawn.")
             return job
         if job.state != JobState.PAUSED:
+            if is_client_retry and not job.cancel_requested:
+                return job
             raise Conflict(
                 f"Job {job.id} is {job.state}, not paused.",
                 code="job_not_paused",

@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 
 from api.archive import Member, inline, tar_chunks, tar_size
 from api.auth import Signed
-from api.deps import After, Limit, Use
+from api.deps import After, IsRetry, Limit, Use
 from api.downloads import attachment
 from api.routes import SIGNED, binary, errors
 from api.schemas.adapters import (
@@ -48,9 +48,9 @@ def get_adapter(adapter: str, use: Use, caller: Signed) -> AdapterObject:
 
 
 @router.delete("/{adapter}", operation_id="delete_adapter", responses=errors(404, 409))
-def delete_adapter(adapter: str, use: Use, caller: Signed) -> AdapterDeleted:
+def delete_adapter(adapter: str, use: Use, caller: Signed, is_retry: IsRetry) -> AdapterDeleted:
     """Not while a job that has not ended continues it."""
-    row = adapters.delete(use.db, project_id=caller.project_id, name=adapter)
+    row = adapters.delete(use.db, project_id=caller.project_id, name=adapter, is_client_retry=is_retry)
     return AdapterDeleted(id=row.id)
 
 

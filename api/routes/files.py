@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from api.auth import Signed
-from api.deps import After, Use
+from api.deps import After, IsRetry, Use
 from api.downloads import attachment
 from api.routes import SIGNED, binary, errors
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object
@@ -86,9 +86,9 @@ def get_file(file_id: str, use: Use, caller: Signed) -> FileObject:
 
 
 @router.delete("/{file_id}", operation_id="delete_file", responses=errors(404, 409))
-def delete_file(file_id: str, use: Use, caller: Signed) -> FileDeleted:
+def delete_file(file_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FileDeleted:
     """Refused while an unfinished job uses it."""
-    files.delete(use.db, project_id=caller.project_id, file_id=file_id)
+    files.delete(use.db, project_id=caller.project_id, file_id=file_id, is_client_retry=is_retry)
     return FileDeleted(id=file_id)
 
 

@@ -11,7 +11,7 @@ from fastapi.openapi.models import Example
 from starlette.datastructures import QueryParams
 
 from api.auth import Signed
-from api.deps import After, Limit, Services, Use
+from api.deps import After, IsRetry, Limit, Services, Use
 from api.job_objects import job_objects
 from api.routes import SIGNED, errors
 from api.schemas.jobs import FineTuningJob
@@ -23,8 +23,6 @@ from catalog.tables import Job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
 
-RetryCount = Annotated[int, Header(ge=0, include_in_schema=False)]
-"""How often the client has sent this before, having had no reply."""
 REQUEST_EXAMPLES: dict[str, Example] = {
     "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
     "more": {
@@ -48,7 +46,8 @@ def create_job(
     idempotency_key: Annotated[
         str | None, Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One per job: again is the same job.")
     ] = None,
-    x_stainless_retry_count: RetryCount = 0,
+    *,
+    is_retry: IsRetry,
 ) -> FineTuningJob:
     """Queue a job. It is validated and trained by a worker; follow its events, or its stream."""
     job = jobs.create(
@@ -57,7 +56,7 @@ def create_job(
         request=body,
         idempotency_key=idempotency_key,
         body_digest=body_digest(body),
-        is_client_retry=x_stainless_retry_count > 0,
+        is_client_retry=is_retry,
     )
     use.doorbell.ring()
     return _shown(use, job)
@@ -84,14 +83,12 @@ def get_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", responses=errors(404, 409))
-def cancel_job(job_id: str, use: Use, caller: Signed, x_stainless_retry_count: RetryCount = 0) -> FineTuningJob:
+def cancel_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
     """At once where it waits; a running job is marked, and its worker obeys within seconds.
 
     A job that is final already is a conflict, save a cancelled one where the client repeats a lost request.
     """
-    is_client_retry = x_stainless_retry_count > 0
-    job = jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_client_retry)
-    return _shown(use, job)
+    return _shown(use, jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry))
 
 
 @router.post("/{job_id}/pause", operation_id="pause_job", responses=errors(404, 409))
@@ -101,9 +98,12 @@ def pause_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 
 
 @router.post("/{job_id}/resume", operation_id="resume_job", responses=errors(404, 409))
-def resume_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
-    """Go on from the last checkpoint: the adapter will be the one that an unbroken job would have given."""
-    job = jobs.resume(use.db, project_id=caller.project_id, job_id=job_id)
+def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
+    """Go on from the last checkpoint: the adapter will be the one that an unbroken job would have given.
+
+    A job that isn't paused is a conflict, save one that goes on already where the client repeats a lost request.
+    """
+    job = jobs.resume(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
     use.doorbell.ring()
     return _shown(use, job)
 

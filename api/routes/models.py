@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api.auth import Operator, Signed, require_operator
-from api.deps import Services, Use
+from api.deps import IsRetry, Services, Use
 from api.routes import SIGNED, errors
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
 from api.schemas.pages import ListPage, page_of
@@ -50,7 +50,7 @@ def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
 
 
 @router.delete("/{model}", operation_id="delete_model", responses=errors(403, 404, 409))
-def delete_model(model: str, use: Use, caller: Signed) -> ModelDeleted:
+def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> ModelDeleted:
     """An adapter, or for operators a base model, by its name. A base frees its name: what was trained on it stays.
 
     A base is kept while an unfinished job names it. Its files stay on the nodes until someone removes the folder.
@@ -62,10 +62,10 @@ def delete_model(model: str, use: Use, caller: Signed) -> ModelDeleted:
             remedy="Give the name of an adapter or of a base model. Checkpoints go by themselves.",
         )
     if model.startswith("ft:"):
-        adapters.delete(use.db, project_id=caller.project_id, name=model)
+        adapters.delete(use.db, project_id=caller.project_id, name=model, is_client_retry=is_retry)
     else:
         require_operator(caller)
-        bases.delete(use.db, model)
+        bases.delete(use.db, model, is_client_retry=is_retry)
     return ModelDeleted(id=model)
 
 

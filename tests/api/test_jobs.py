@@ -195,6 +195,35 @@ def test_a_job_is_paused_and_resumed(client: TestClient, world: World) -> None:
     assert error_of(refused)["code"] == "job_not_paused"
 
 
+def test_a_resume_whose_reply_was_lost_may_be_sent_again(client: TestClient, world: World) -> None:
+    job_id = world.queued().id
+    client.post(f"{JOBS}/{job_id}/pause")
+    client.post(f"{JOBS}/{job_id}/resume")
+
+    again = client.post(f"{JOBS}/{job_id}/resume", headers={"x-stainless-retry-count": "1"})
+
+    assert (again.status_code, again.json()["status"]) == (200, "queued")
+    told = [event["message"] for event in client.get(f"{JOBS}/{job_id}/events").json()["data"]]
+    assert told.count("The job was resumed.") == 1
+
+
+@pytest.mark.parametrize("what", ["files", "adapters", "models/ft", "models"])
+def test_a_deletion_whose_reply_was_lost_may_be_sent_again(
+    client: TestClient, operator: TestClient, world: World, what: str
+) -> None:
+    world.worker()
+    adapter = world.complete(world.running().claim_id)
+    named = {"files": world.file_id, "adapters": adapter.id, "models/ft": adapter.name, "models": "smol"}[what]
+    place, asker = f"/v1/{what.partition('/')[0]}/{named}", operator if what == "models" else client
+
+    first = asker.delete(place)
+    again = asker.delete(place, headers={"x-stainless-retry-count": "1"})
+    anew = asker.delete(place)
+
+    assert (first.status_code, again.status_code, anew.status_code) == (200, 200, 404)
+    assert again.json() == first.json()
+
+
 def test_jobs_are_listed_by_pages_and_by_label(client: TestClient, world: World) -> None:
     ids = [create(client, world, seed=i, metadata={"n": str(i)} if i else None).json()["id"] for i in range(5)]
 

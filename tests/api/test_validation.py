@@ -174,6 +174,24 @@ def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:
     assert "at least 1" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "says"),
+    [
+        ("/v1/fine_tuning/jobs?limt=2", "limt", "Did you mean 'limit'?"),
+        ("/v1/fine_tuning/jobs?status=failed", "status", "Known here: after, limit, metadata."),
+        ("/v1/models?metadata[team]=search", "metadata[team]", "Known here: none."),
+        ("/v1/fine_tuning/jobs?metadata[]=search", "metadata[]", "Did you mean 'metadata'?"),
+    ],
+)
+def test_a_query_parameter_that_is_not_known_is_refused(client: TestClient, path: str, name: str, says: str) -> None:
+    response = client.get(path)
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["code"], error["param"]) == ("unknown_parameter", name)
+    assert says in error["message"]
+
+
 def test_a_secret_is_not_said_back(anonymous: TestClient) -> None:
     response = anonymous.post("/v1/browser_session", json={"api_key": ""})
 

@@ -176,7 +176,7 @@ def test_another_projects_file_looks_like_no_file(upload: Uploader, db: Database
 
 def test_pages_follow_one_another_in_both_orders(upload: Uploader, db: Database) -> None:
     ids = [upload().id for _ in range(5)]
-    upload(purpose="evals")
+    upload(purpose="user_data")
 
     first = files.list_page(db, project_id="ours", limit=2, purpose="fine-tune")
     second = files.list_page(db, project_id="ours", limit=2, purpose="fine-tune", after=first.items[-1].id)

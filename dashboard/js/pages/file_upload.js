@@ -5,7 +5,7 @@ import { announce } from "../parts/announce.js";
 import { Panel } from "../parts/basics.js";
 import * as format from "../format.js";
 
-const PURPOSES = [["fine-tune", "Data to train on, or held out"], ["evals", "Evaluation"], ["user_data", "Other data"]];
+const PURPOSES = [["fine-tune", "Data to train on, or held out"], ["user_data", "Other data"]];
 const NOTHING = { busy: false, error: null, made: null };
 
 export function Upload({ done }) {
