@@ -1,4 +1,4 @@
-"""Fails where the migrations and catalog/tables.py disagree, on a fresh SQLite and a fresh PostgreSQL."""
+"""Fails where the migrations and catalog/tables/ disagree, on a fresh SQLite and a fresh PostgreSQL."""
 
 from __future__ import annotations
 

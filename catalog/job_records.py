@@ -66,6 +66,14 @@ def checkpoints_page(
         return paginate(session, scope, created=Checkpoint.created_at, ident=Checkpoint.id, after=after, limit=limit)
 
 
+def points_at(db: Database, *, project_id: str, job_id: str, steps: Collection[int]) -> dict[tuple[str, int], Metric]:
+    """What was measured at these steps, by kind (`train` or `valid`) and step."""
+    with db.read() as session:
+        find(session, project_id, job_id)
+        points = select(Metric).where(Metric.job_id == job_id, Metric.kind.in_(("train", "valid")))
+        return {(row.kind, row.step): row for row in session.scalars(points.where(Metric.step.in_(steps)))}
+
+
 def metrics(db: Database, *, project_id: str, job_id: str, kind: str, max_points: int | None = None) -> list[Metric]:
     """A curve (`train` or `valid`) by step, thinned to `max_points` with its peaks kept."""
     with db.read() as session:

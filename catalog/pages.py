@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, or_
+from sqlalchemy import ColumnElement, Select, literal, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from catalog.errors import InvalidRequest
@@ -68,6 +68,5 @@ def _beyond(
     if cursor is None:
         raise unknown_cursor(after)
     at, row_id = cursor
-    if order == "desc":
-        return or_(created < at, and_(created == at, ident < row_id))
-    return or_(created > at, and_(created == at, ident > row_id))
+    place, last = tuple_(created, ident), tuple_(literal(at), literal(row_id))
+    return place < last if order == "desc" else place > last

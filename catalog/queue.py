@@ -14,7 +14,7 @@ from catalog.db import Database, read_clock
 from catalog.fair_share import Candidate, Turn
 from catalog.methods import compares_with_start
 from catalog.spec import PriorityClass
-from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, JobState
+from catalog.states import MAX_COUNTED_ATTEMPTS, UNFINISHED_STATES, JobState
 from catalog.tables import BaseModelRow, Job, Json, Project
 
 MAX_CANDIDATES = 5000
@@ -144,7 +144,7 @@ def has_work(db: Database) -> bool:
 def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
     columns = [getattr(Job, name) for name in ("id", "created_at", *SHOWN)]
     rows = select(*columns, Project.name.label("project")).join(Project, Project.id == Job.project_id)
-    rows = rows.where(Job.state.not_in(FINAL_STATES))
+    rows = rows.where(Job.state.in_(UNFINISHED_STATES))
     if project_id is not None:
         rows = rows.where(Job.project_id == project_id)
     return session.execute(rows.order_by(Job.created_at, Job.id).limit(MAX_CANDIDATES)).all()

@@ -78,9 +78,7 @@ def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> None:
             _tell(session, job, row, now=now)
 
 
-def record_checkpoint(
-    db: Database, claim_id: str, *, step: int, artifact: Manifest, metrics: Json, name: str | None = None
-) -> list[str]:
+def record_checkpoint(db: Database, claim_id: str, *, step: int, artifact: Manifest) -> list[str]:
     """A checkpoint whose files are stored. Returns the manifests that nothing needs any more.
 
     One that is further than any before is progress: bad ends are counted from 0 again.
@@ -92,7 +90,7 @@ def record_checkpoint(
         if furthest is None or step > furthest:
             job.counted_attempts = 0
         digest = artifact_rows.show(session, artifact, now=now)
-        _put_checkpoint(session, job, step=step, digest=digest, metrics=metrics, now=now)
+        _put_checkpoint(session, job, step=step, digest=digest, now=now)
         events.add(session, job.id, now=now, message=f"Checkpoint created at step {step}", data={"step": step})
         return _drop_older(session, job)
 
@@ -163,13 +161,13 @@ def _tell(session: Session, job: Job, row: dict[str, Any], *, now: float) -> Non
     events.add(session, job.id, now=now, type="metrics", message=f"Step {of_all}: {word} loss={loss:.4f}", data=data)
 
 
-def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, metrics: Json, now: float) -> None:
+def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, now: float) -> None:
     same_step = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
     checkpoint = session.scalar(same_step)
     if checkpoint is None:
         checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now)
         session.add(checkpoint)
-    checkpoint.artifact, checkpoint.metrics = digest, metrics
+    checkpoint.artifact = digest
     session.flush()
 
 

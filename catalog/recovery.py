@@ -16,10 +16,11 @@ from sqlalchemy.orm import Session
 from catalog.db import Database, read_clock, skip_locked, upsert
 from catalog.endings import end_attempt
 from catalog.preparation import lose_preparation
-from catalog.states import EndReason, JobState
+from catalog.states import CLAIMED_STATES, EndReason, JobState
 from catalog.tables import Job, Pulse, Worker
 
 GRACE_SECONDS = 60.0
+HELD = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
 
 
 def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
@@ -33,8 +34,8 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
     with db.write() as session:
         now = read_clock(session)
         _observe(session, now=now, grace_seconds=grace_seconds)
-        past = (Job.claim_id.is_not(None), Job.lease_expires_at <= now)
-        return _lose(session, session.scalars(skip_locked(select(Job).where(*past).order_by(Job.id))), now=now)
+        past = skip_locked(select(Job).where(*HELD, Job.lease_expires_at <= now).order_by(Job.id))
+        return _lose(session, session.scalars(past), now=now)
 
 
 def observe(db: Database, *, grace_seconds: float) -> None:
@@ -68,12 +69,12 @@ def _observe(session: Session, *, now: float, grace_seconds: float) -> None:
 
 def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
     """Its process is known to be gone: end or free at once what it held."""
-    held = select(Job).where(Job.worker_id == worker_id, Job.claim_id.is_not(None))
+    held = select(Job).where(*HELD, Job.worker_id == worker_id)
     return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
 
 
 def _is_needed(session: Session, *, now: float, grace_seconds: float) -> bool:
-    past = select(Job.id).where(Job.claim_id.is_not(None), Job.lease_expires_at <= now).limit(1)
+    past = select(Job.id).where(*HELD, Job.lease_expires_at <= now).limit(1)
     return _is_old(session.get(Pulse, 1), now=now, grace_seconds=grace_seconds) or session.scalar(past) is not None
 
 
@@ -92,7 +93,7 @@ def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> Non
         and_(Job.lease_expires_at < now + grace_seconds, Job.lease_extended.is_(False)),
         Job.lease_expires_at > now + 2 * grace_seconds,
     )
-    held = (Job.claim_id.is_not(None), Job.worker_id.not_in(gone), lease_is_off)
+    held = (*HELD, Job.worker_id.not_in(gone), lease_is_off)
     for job in session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update()):
         job.lease_expires_at, job.lease_extended = now + grace_seconds, True
 

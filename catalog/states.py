@@ -29,6 +29,10 @@ class JobState(StrEnum):
 
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+UNFINISHED_STATES = frozenset(JobState) - FINAL_STATES
+"""Asked for by name they are found by an index; all that aren't final would be looked for among all there ever were."""
+CLAIMED_STATES = frozenset({JobState.VALIDATING_FILES, JobState.RUNNING})
+"""Of a job that somebody holds: only in these has it a claim."""
 
 
 class Verb(StrEnum):

@@ -13,7 +13,7 @@ from catalog.db import Database, read_clock
 from catalog.endings import end_attempt
 from catalog.errors import Conflict, NotFound
 from catalog.preparation import free
-from catalog.states import EndReason, JobState
+from catalog.states import CLAIMED_STATES, EndReason, JobState
 from catalog.tables import Job, Json, Trainer, Worker
 
 SILENT_SECONDS = 60.0
@@ -75,8 +75,8 @@ def end_worker(db: Database, worker_id: str) -> None:
             return
         worker.ended_at = now
         worker.resident_base = worker.trainer_id = None
-        held = select(Job).where(Job.worker_id == worker_id, Job.claim_id.is_not(None))
-        for job in session.scalars(held.order_by(Job.id).with_for_update()):
+        held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker_id, Job.claim_id.is_not(None))
+        for job in session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update()):
             if job.state == JobState.RUNNING:
                 end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +26,6 @@ class Curve:
     """None until the trainer has the job's rows."""
     step: int = 0
     loss: float | None = None
-    _latest: Json = field(default_factory=dict[str, Any])
     _points: list[Json] = field(default_factory=list[Json])
     _window: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=WINDOW_STEPS))
     _last_losses: deque[float] = field(default_factory=lambda: deque[float](maxlen=LAST_STEPS))
@@ -36,16 +34,12 @@ class Curve:
     def stepped(self, event: Json) -> None:
         self.step, self.loss = event["step"], event["loss"]
         self._last_losses.append(event["loss"])
-        self._latest |= {"train_loss": event["loss"], "train_mean_token_accuracy": event["token_accuracy"]}
-        self._note_rewards("train_rewards", event)
         self._window.append((event["seconds"], event["num_tokens"]))
         self._points.append(
             {"kind": "train", "step": event["step"], **{name: event.get(name) for name in TRAIN_FIELDS}}
         )
 
     def evaluated(self, event: Json) -> None:
-        self._latest |= {"full_valid_loss": event["loss"], "full_valid_mean_token_accuracy": event["token_accuracy"]}
-        self._note_rewards("full_valid_rewards", event)
         self._points.append(
             {
                 "kind": "valid",
@@ -56,13 +50,6 @@ class Curve:
                 "rewards": event.get("rewards"),
             }
         )
-
-    def _note_rewards(self, name: str, event: Json) -> None:
-        """Only of a job that learns from pairs of answers, and only numbers: a database refuses what is not finite."""
-        self._latest.pop(name, None)
-        rewards: dict[str, float] = event.get("rewards") or {}
-        if rewards and all(map(math.isfinite, rewards.values())):
-            self._latest[name] = rewards
 
     def is_due(self, now: float) -> bool:
         """now: the reader's monotonic clock, in seconds."""
@@ -86,10 +73,6 @@ class Curve:
             return None
         first, last = began[1], sum(self._last_losses) / len(self._last_losses)
         return (first, last) if last > RISEN * first else None
-
-    def metrics(self) -> Json:
-        """For a checkpoint: the latest numbers, by the wire's names."""
-        return {"step": self.step, **self._latest}
 
     def progress(self) -> Json:
         """For the job's row: its own speed over the last steps, and the time that this leaves."""

@@ -84,7 +84,7 @@ class Listener:
         """The trainer's copy goes once the checkpoint is on record, never before."""
         folder = self._directory.path / event["folder"]
         if held.recorded_step < event["step"]:
-            publish.checkpoint(self._context, held.claim, folder, step=event["step"], metrics=held.curve.metrics())
+            publish.checkpoint(self._context, held.claim, folder, step=event["step"])
             held.recorded_step = event["step"]
         shutil.rmtree(folder, ignore_errors=True)
         return Next.GO_ON

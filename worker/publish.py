@@ -18,12 +18,12 @@ MAX_EXPONENT = 700.0
 """exp of more is no float."""
 
 
-def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int, metrics: Json) -> None:
+def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int) -> None:
     """Store a checkpoint's files, then its row. A full store costs the checkpoint, not the job."""
     failpoints.pass_by("uploading")
     try:
         manifest = context.store.put_folder(folder, kind="checkpoint")
-        claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, metrics=metrics)
+        claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest)
     except OutOfSpace as error:
         message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
         claims.record_event(context.db, claim.claim_id, "warn", message)

@@ -61,8 +61,13 @@ def list_job_checkpoints(
     """Newest first, those whose files are no longer kept too."""
     job = jobs.get(use.db, project_id=caller.project_id, job_id=job_id)
     page = jobs.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
+    steps = [row.step for row in page.items]
+    points = jobs.points_at(use.db, project_id=caller.project_id, job_id=job_id, steps=steps)
     names = [adapters.checkpoint_name(job, row, project_name=caller.project_name) for row in page.items]
-    shown = [checkpoint_object(row, name=name) for row, name in zip(page.items, names, strict=True)]
+    shown = [
+        checkpoint_object(row, name=name, train=points.get(("train", row.step)), valid=points.get(("valid", row.step)))
+        for row, name in zip(page.items, names, strict=True)
+    ]
     return page_of(shown, has_more=page.has_more)
 
 

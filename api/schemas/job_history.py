@@ -186,16 +186,28 @@ def event_object(row: JobEvent) -> FineTuningJobEvent:
     )
 
 
-def checkpoint_object(row: Checkpoint, *, name: str) -> FineTuningJobCheckpoint:
+def checkpoint_object(
+    row: Checkpoint, *, name: str, train: Metric | None, valid: Metric | None
+) -> FineTuningJobCheckpoint:
+    """`train`, `valid`: the points of the curves at its step."""
     return FineTuningJobCheckpoint(
         id=row.id,
         created_at=int(row.created_at),
         fine_tuned_model_checkpoint=name,
         fine_tuning_job_id=row.job_id,
         step_number=row.step,
-        metrics=CheckpointMetrics.model_validate({"step": row.step, **(row.metrics or {})}),
+        metrics=CheckpointMetrics.model_validate(
+            {"step": row.step, **_measured("train", train), **_measured("full_valid", valid)}
+        ),
         available=row.artifact is not None,
     )
+
+
+def _measured(name: str, point: Metric | None) -> dict[str, Any]:
+    if point is None:
+        return {}
+    accuracy = point.token_accuracy
+    return {f"{name}_loss": point.loss, f"{name}_mean_token_accuracy": accuracy, f"{name}_rewards": point.rewards}
 
 
 def metric_point(row: Metric) -> MetricPoint:

@@ -75,9 +75,7 @@ def test_curves_checkpoints_and_attempts_are_shown(client: TestClient, world: Wo
     claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=0)
     points = [{"kind": "train", "step": step, "loss": 3.0 / step, "num_tokens": 10} for step in range(1, 6)]
     claims.record_metrics(world.db, claim.claim_id, [*points, {"kind": "valid", "step": 5, "loss": 0.5}])
-    claims.record_checkpoint(
-        world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"), metrics={"train_loss": 0.6}
-    )
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
 
     train = client.get(f"{JOBS}/{first.id}/metrics").json()["data"]
     valid = client.get(f"{JOBS}/{first.id}/metrics", params={"kind": "valid"}).json()["data"]
@@ -88,9 +86,24 @@ def test_curves_checkpoints_and_attempts_are_shown(client: TestClient, world: Wo
     assert valid[0]["loss"] == 0.5
     assert checkpoint["fine_tuned_model_checkpoint"] == f"ft:smol:ours:a:{first.id[-8:]}:ckpt-step-5"
     assert (checkpoint["step_number"], checkpoint["metrics"]["train_loss"]) == (5, 0.6)
+    assert checkpoint["metrics"]["full_valid_loss"] == 0.5
     assert checkpoint["available"] is True
     assert attempt["packmates"] == [second.id]
     assert (attempt["number"], attempt["trainer_id"]) == (1, "trainer-w1")
+
+
+def test_a_checkpoint_has_the_numbers_of_its_own_step_and_no_older_ones(client: TestClient, world: World) -> None:
+    world.worker()
+    claim = world.running()
+    points = [{"kind": "train", "step": step, "loss": 3.0 / step, "token_accuracy": 0.5} for step in (2, 3)]
+    claims.record_metrics(world.db, claim.claim_id, [*points, {"kind": "valid", "step": 2, "loss": 0.7}])
+    for step in (2, 3, 4):
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}", kind="checkpoint"))
+
+    listed = client.get(f"{JOBS}/{claim.job.id}/checkpoints").json()["data"]
+
+    found = {one["step_number"]: (one["metrics"]["train_loss"], one["metrics"]["full_valid_loss"]) for one in listed}
+    assert found == {2: (1.5, 0.7), 3: (1.0, None), 4: (None, None)}
 
 
 def test_why_a_job_waits_can_be_asked(client: TestClient, world: World) -> None:

@@ -96,9 +96,7 @@ def test_a_checkpoint_is_not_deleted_by_a_person(operator: TestClient, world: Wo
 def test_a_kept_checkpoint_is_a_model(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running(suffix="docs")
-    claims.record_checkpoint(
-        world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"), metrics={"train_loss": 1.0}
-    )
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
     name = f"ft:smol:ours:docs:{claim.job.id[-8:]}:ckpt-step-5"
 
     model = client.get(f"/v1/models/{name}").json()

@@ -78,7 +78,7 @@ def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
         lambda: claims.record_event(world.db, stale.claim_id, "info", "x"),
         lambda: claims.record_progress(world.db, stale.claim_id, {"step": 9}),
         lambda: claims.record_metrics(world.db, stale.claim_id, [{"kind": "train", "step": 1, "loss": 1.0}]),
-        lambda: claims.record_checkpoint(world.db, stale.claim_id, step=1, artifact=manifest("c"), metrics={}),
+        lambda: claims.record_checkpoint(world.db, stale.claim_id, step=1, artifact=manifest("c")),
         lambda: claims.distrust_checkpoint(world.db, stale.claim_id, checkpoint_id="c", problem="x"),
         lambda: claims.end(world.db, stale.claim_id, reason=EndReason.USER_ERROR, detail=""),
         lambda: claims.prepared(world.db, claim_id=stale.claim_id, train_key="", valid_key=None, num_steps=1),
@@ -260,7 +260,7 @@ def test_a_suspect_trains_alone(world: World) -> None:
 
     assert alone.job.id == suspect.job.id
     assert joiners == []
-    claims.record_checkpoint(world.db, alone.claim_id, step=1, artifact=manifest("c"), metrics={})
+    claims.record_checkpoint(world.db, alone.claim_id, step=1, artifact=manifest("c"))
     assert len(world.claim(trainer_id="trainer-w1", pack_key=alone.job.pack_key)) == 1
 
 

@@ -1,4 +1,4 @@
-"""The migrations make the tables of catalog/tables.py, and unmake them, on both databases."""
+"""The migrations make the tables of catalog/tables/, and unmake them, on both databases."""
 
 from __future__ import annotations
 

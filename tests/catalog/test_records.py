@@ -17,7 +17,7 @@ def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: W
 
     def crash_after_checkpoint(step: int) -> JobState:
         nonlocal claim
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"), metrics={})
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
         state = claims.end(world.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
         world.clock.turn(31)
         claim = next(iter(world.claim()), claim)
@@ -30,7 +30,7 @@ def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: W
 def test_a_job_resumes_from_its_newest_checkpoint_and_can_fall_back_by_one(world: World) -> None:
     claim = world.running()
     dropped = [
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"), metrics={})
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
         for step in (1, 2, 3)
     ]
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
@@ -50,7 +50,7 @@ def test_files_that_two_checkpoints_share_outlive_the_first(world: World) -> Non
     claim = world.running()
 
     dropped = [
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name), metrics={})
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name))
         for step, name in ((1, "a"), (2, "b"), (3, "a"))
     ]
 
@@ -66,7 +66,7 @@ def test_jobs_that_store_the_same_bytes_at_once_do_not_take_them_from_each_other
     def train(claim: claims.Claim) -> None:
         for step in range(1, 16):
             same = manifest(f"c{step}", "checkpoint")
-            claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=same, metrics={})
+            claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=same)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, world.claim()))

@@ -99,7 +99,7 @@ class Service(RuleBasedStateMachine):
     def checkpoint(self, claim_id: str) -> None:
         self.steps += 1
         content = manifest(f"c{self.steps}", "checkpoint")
-        self.attempted(claims.record_checkpoint, claim_id, step=self.steps, artifact=content, metrics={})
+        self.attempted(claims.record_checkpoint, claim_id, step=self.steps, artifact=content)
 
     @rule(claim_id=held, reason=REASONS)
     def end(self, claim_id: str, reason: EndReason) -> None:

@@ -11,7 +11,7 @@ def checkpointed(world: World) -> claims.Claim:
     claim = world.running()
     for step in (1, 2):
         name = f"{claim.job.id} {step}"
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name), metrics={})
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name))
     return claim
 
 

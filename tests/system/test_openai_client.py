@@ -73,7 +73,7 @@ def train(db: Database) -> None:
         claims.record_metrics(db, claim.claim_id, points)
         claims.record_progress(db, claim.claim_id, {"step": 2, "num_steps": 2, "loss": 1.0, "seconds_left": 1.0})
         checkpoint = manifest(claim.job.id, kind="checkpoint")
-        claims.record_checkpoint(db, claim.claim_id, step=1, artifact=checkpoint, metrics={"train_loss": 2.0})
+        claims.record_checkpoint(db, claim.claim_id, step=1, artifact=checkpoint)
         claims.complete(
             db,
             claim.claim_id,

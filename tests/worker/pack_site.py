@@ -87,7 +87,7 @@ class PackSite:
         first = self.claim()
         for step in steps:
             manifest = self.store.put_folder(self.files(f"saved-{step}", "row", f"step {step}"), kind="checkpoint")
-            claims.record_checkpoint(self.db, first.claim_id, step=step, artifact=manifest, metrics={})
+            claims.record_checkpoint(self.db, first.claim_id, step=step, artifact=manifest)
         claims.end(self.db, first.claim_id, reason=EndReason.DRAINED, detail="")
         (second,) = self.claim_all()
         return second

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-
 import pytest
 
 from worker.curves import FLUSH_SECONDS, MAX_POINTS, Curve
@@ -67,29 +64,6 @@ def test_points_that_came_while_others_were_written_are_kept() -> None:
     curve.written(len(writing), now=0.0)
 
     assert [point["step"] for point in curve.points()] == [2]
-
-
-def test_a_checkpoint_carries_the_latest_numbers() -> None:
-    curve = Curve(num_steps=10)
-    curve.stepped(step(6, seconds=0.0))
-    curve.evaluated({"step": 6, "loss": 0.7, "token_accuracy": 0.8, "num_supervised_tokens": 9})
-
-    assert curve.metrics() == {
-        "step": 6,
-        "train_loss": pytest.approx(1 / 6),
-        "train_mean_token_accuracy": 0.5,
-        "full_valid_loss": 0.7,
-        "full_valid_mean_token_accuracy": 0.8,
-    }
-
-
-def test_rewards_that_are_not_finite_are_no_part_of_a_checkpoints_numbers_nor_are_those_of_an_earlier_step() -> None:
-    curve = Curve(num_steps=10)
-    for number, chosen in ((1, 0.5), (2, math.inf)):
-        curve.stepped({**step(number, seconds=0.0), "rewards": {"chosen": chosen, "margin": 1.0}})
-        assert ("train_rewards" in curve.metrics()) == (number == 1)
-
-    assert json.dumps(curve.metrics(), allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,35 @@
+"""Every table. Times are seconds since 1970 by the database's clock; ids are text made by `new_id`.
+
+Migrations under migrations/ must agree with these files: `alembic check` says so in CI.
+"""
+
+from catalog.tables.base import Json, Table, new_id
+from catalog.tables.fleet import Pulse, Trainer, Worker
+from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, Metric
+from catalog.tables.jobs import IdempotencyKey, Job
+from catalog.tables.owners import ApiKey, Project, SignIn
+from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
+
+__all__ = [
+    "NOT_METRICS",
+    "Adapter",
+    "ApiKey",
+    "Artifact",
+    "Attempt",
+    "BaseModelRow",
+    "Checkpoint",
+    "File",
+    "IdempotencyKey",
+    "Job",
+    "JobEvent",
+    "Json",
+    "Metric",
+    "Prepared",
+    "Project",
+    "Pulse",
+    "SignIn",
+    "Table",
+    "Trainer",
+    "Worker",
+    "new_id",
+]

@@ -1,0 +1,29 @@
+"""What every table has: how its constraints are named, how types are stored, how ids are made."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Float, Integer, MetaData, String
+from sqlalchemy.orm import DeclarativeBase
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+Json = dict[str, Any]
+AutoKey = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite numbers rows by itself only for a column of type INTEGER."""
+
+
+def new_id(prefix: str) -> str:
+    """An unguessable id such as `ftjob-3fJ0…`: 96 random bits."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+class Table(DeclarativeBase):
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Float(53), int: BigInteger, str: String(255)}

@@ -1,0 +1,55 @@
+"""Workers and their trainers, and the database's own pulse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Boolean, Integer
+from sqlalchemy.orm import Mapped, mapped_column
+
+from catalog.tables.base import Json, Table
+
+
+class Worker(Table):
+    __tablename__ = "workers"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    devices: Mapped[list[Any]]
+    version: Mapped[str]
+    memory_bytes: Mapped[int]
+    started_at: Mapped[float]
+    heartbeat_at: Mapped[float]
+    ended_at: Mapped[float | None]
+    drain_requested: Mapped[bool] = mapped_column(Boolean)
+    resident_base: Mapped[str | None]
+    trainer_id: Mapped[str | None]
+    report: Mapped[Json | None]
+    """Tokens a second, memory in use, versions."""
+
+    @property
+    def is_leaving(self) -> bool:
+        """It gets nothing new."""
+        return self.drain_requested or self.ended_at is not None
+
+
+class Trainer(Table):
+    """One base model resident on one device group, from load to unload."""
+
+    __tablename__ = "trainers"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    worker_id: Mapped[str] = mapped_column(index=True)
+    base_digest: Mapped[str]
+    pack_key: Mapped[str]
+    started_at: Mapped[float]
+    ended_at: Mapped[float | None]
+    report: Mapped[Json | None]
+    """What it said at start and end: dtype, device, determinism class, versions, memory, exit."""
+
+
+class Pulse(Table):
+    """One row: when the database was last seen to answer. A gap in it is an outage."""
+
+    __tablename__ = "pulse"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    seen_at: Mapped[float]

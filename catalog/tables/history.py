@@ -1,0 +1,76 @@
+"""What a job leaves behind: its attempts, events, curves and checkpoints."""
+
+from __future__ import annotations
+
+from sqlalchemy import ForeignKey, Index, String, Text, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from catalog.tables.base import AutoKey, Json, Table
+
+NOT_METRICS = text("type <> 'metrics'")
+
+
+class Attempt(Table):
+    """One claim of one job, from claim to end. Kept for ever: lineage reads it."""
+
+    __tablename__ = "attempts"
+    claim_id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    number: Mapped[int]
+    worker_id: Mapped[str]
+    trainer_id: Mapped[str | None] = mapped_column(index=True)
+    started_at: Mapped[float]
+    ended_at: Mapped[float | None]
+    reason: Mapped[str | None]
+    detail: Mapped[str | None] = mapped_column(Text)
+    resumed_from_step: Mapped[int | None]
+    why: Mapped[Json | None]
+    """The inputs of the decision that let it run."""
+
+
+class JobEvent(Table):
+    """What a person reads, and the record of every transition (type `transition`, never deleted)."""
+
+    __tablename__ = "events"
+    seq: Mapped[int] = mapped_column(AutoKey, primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float]
+    level: Mapped[str]
+    type: Mapped[str]
+    """message, metrics or transition. On the wire a transition is a message."""
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[Json | None]
+    __table_args__ = (
+        Index(None, "job_id", "seq"),
+        # A long job has thousands of metrics between two messages.
+        Index("ix_events_messages", "job_id", "seq", sqlite_where=NOT_METRICS, postgresql_where=NOT_METRICS),
+    )
+
+
+class Metric(Table):
+    """One point of a curve. A replayed step (after a resume) overwrites its point."""
+
+    __tablename__ = "metrics"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(8), primary_key=True)
+    """train or valid."""
+    step: Mapped[int] = mapped_column(primary_key=True)
+    created_at: Mapped[float]
+    loss: Mapped[float]
+    token_accuracy: Mapped[float | None]
+    learning_rate: Mapped[float | None]
+    grad_norm: Mapped[float | None]
+    num_tokens: Mapped[int | None]
+    rewards: Mapped[Json | None]
+    """Of a job that learns from pairs: chosen, rejected, margin, accuracy."""
+
+
+class Checkpoint(Table):
+    __tablename__ = "checkpoints"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    step: Mapped[int]
+    artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
+    """None once its files were dropped; the newest two are kept."""
+    created_at: Mapped[float]
+    __table_args__ = (Index(None, "job_id", "step", unique=True),)

@@ -1,0 +1,87 @@
+"""Jobs, and the requests that made them."""
+
+from __future__ import annotations
+
+from sqlalchemy import Boolean, ForeignKey, Index, Integer
+from sqlalchemy.orm import Mapped, mapped_column
+
+from catalog.tables.base import Json, Table
+
+
+class Job(Table):
+    __tablename__ = "jobs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_at: Mapped[float]
+    created_by: Mapped[str]
+    state: Mapped[str]
+    reason: Mapped[str | None]
+    """EndReason of the last attempt that ended."""
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    base_digest: Mapped[str]
+    pack_key: Mapped[str]
+    priority: Mapped[int] = mapped_column(Integer)
+    requested: Mapped[Json]
+    body_digest: Mapped[str | None]
+    """Digest of the request as it was understood: tells a client's retry from a second job."""
+    spec: Mapped[Json]
+    parent_adapter: Mapped[str | None]
+    """Id of the adapter that it continues, whose row is kept for ever; more of it is in the spec."""
+    adapter_parameters: Mapped[int] = mapped_column(default=0)
+    """Numbers that the adapter trains: what memory arithmetic starts from."""
+    suffix: Mapped[str | None]
+    labels: Mapped[Json | None]
+    """The wire's `metadata`."""
+    training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    train_prepared: Mapped[str | None]
+    """Key in `prepared`, once a worker has tokenised or refused the file."""
+    valid_prepared: Mapped[str | None]
+    num_steps: Mapped[int | None]
+    longest_example: Mapped[int | None]
+    """Tokens of the longest row of its files, as cut to max_length, or of the longest pair of rows."""
+
+    attempt: Mapped[int]
+    counted_attempts: Mapped[int]
+    """Attempts that ended badly since the last new checkpoint."""
+    lost_preparations: Mapped[int] = mapped_column(default=0)
+    """Times that a worker went away while it prepared the files."""
+    claim_id: Mapped[str | None] = mapped_column(unique=True)
+    """The fencing token, of training or of preparing. Whoever does not hold it writes nothing."""
+    worker_id: Mapped[str | None]
+    trainer_id: Mapped[str | None]
+    """Of the attempt that runs; of the last one, once the job is final."""
+    lease_expires_at: Mapped[float | None]
+    lease_extended: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Recovery gave this lease its one extension after an outage; a heartbeat clears it."""
+    run_after: Mapped[float | None]
+    cancel_requested: Mapped[bool] = mapped_column(Boolean)
+    pause_requested: Mapped[bool] = mapped_column(Boolean)
+
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    trained_tokens: Mapped[int | None]
+    progress: Mapped[Json | None]
+    """Latest of: step, num_steps, loss, tokens_per_second, seconds_left; and of the evaluations on held-out data
+    valid_loss (the latest) and best_valid_loss, once there was one; at the end those of Course, and kept_valid_loss."""
+    adapter_name: Mapped[str | None]
+    error: Mapped[Json | None]
+    """code, message, param: as on the wire."""
+    __table_args__ = (
+        Index(None, "project_id", "created_at", "id"),
+        Index(None, "state", "priority", "created_at"),
+        Index(None, "state", "lease_expires_at"),
+        Index(None, "created_by", "created_at"),
+        Index(None, "training_file"),
+        Index(None, "validation_file"),
+        Index(None, "parent_adapter"),
+    )
+
+
+class IdempotencyKey(Table):
+    __tablename__ = "idempotency_keys"
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    body_digest: Mapped[str]
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float]

@@ -1,0 +1,97 @@
+"""What is stored in files: uploads, base models, artifacts, the tokens of a data file, adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ForeignKey, Index, Text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from catalog.tables.base import Json, Table
+
+
+class File(Table):
+    __tablename__ = "files"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    num_bytes: Mapped[int]
+    num_rows: Mapped[int | None]
+    """Rows of a data set; None for result files."""
+    kind: Mapped[str | None]
+    """What its rows are, a `row_kinds.DataKind`; None where there are none, and for chats of before it was kept."""
+    digest: Mapped[str]
+    """sha256 of the content, which is a blob of the artifact store."""
+    created_at: Mapped[float]
+    deleted_at: Mapped[float | None]
+    __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "project_id", "digest"))
+
+
+class BaseModelRow(Table):
+    """A base model by name. The directory of its files is imported once per digest and node."""
+
+    __tablename__ = "base_models"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """hub, folder or gguf."""
+    source: Mapped[str] = mapped_column(Text)
+    revision: Mapped[str | None]
+    state: Mapped[str]
+    """importing, ready, failed, or deleted: then the row only keeps the name for the jobs that were trained on it."""
+    digest: Mapped[str | None]
+    """Digest of the manifest of its files: two names with one digest are one base."""
+    manifest: Mapped[Json | None]
+    description: Mapped[Json | None]
+    """What lora_core.describe_base said: architecture, parameters, shapes."""
+    error: Mapped[Json | None]
+    created_at: Mapped[float]
+    importing_until: Mapped[float | None]
+    """Lease of the worker that imports it."""
+
+
+class Artifact(Table):
+    """A manifest: named files, each a content-addressed blob. It is visible once this row is."""
+
+    __tablename__ = "artifacts"
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """adapter, checkpoint or tokens."""
+    files: Mapped[list[Any]]
+    """[{"path", "digest", "num_bytes"}], sorted by path."""
+    num_bytes: Mapped[int]
+    created_at: Mapped[float]
+
+
+class Prepared(Table):
+    """The token cache of one data file for one tokenizer, template and length."""
+
+    __tablename__ = "prepared"
+    key: Mapped[str] = mapped_column(primary_key=True)
+    file_digest: Mapped[str] = mapped_column(index=True)
+    artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
+    """None where the file can't be trained on: `report["refusal"]` says why."""
+    report: Mapped[Json]
+    created_at: Mapped[float]
+
+
+class Adapter(Table):
+    __tablename__ = "adapters"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    """ft:BASE:PROJECT:SUFFIX:ID, the wire's fine_tuned_model."""
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    base_model: Mapped[str]
+    base_digest: Mapped[str]
+    artifact: Mapped[str] = mapped_column(index=True)
+    """Digest of its manifest. The row in `artifacts` goes some time after the adapter was deleted."""
+    num_parameters: Mapped[int]
+    verification: Mapped[Json]
+    evaluation: Mapped[Json | None]
+    """base_loss, loss, and the perplexities, on the validation file."""
+    lineage: Mapped[Json]
+    lineage_id: Mapped[str]
+    created_at: Mapped[float]
+    deleted_at: Mapped[float | None]
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
