@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from typing import Any
 
 from fastapi import Request
-from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.routing import APIRoute
 
 from catalog.errors import InvalidRequest
@@ -17,11 +17,12 @@ LABEL = re.compile(r"metadata(\[.+\])?")
 
 
 def refuse_unknown_query(request: Request) -> None:
-    """A dependency of every route. Raises InvalidRequest."""
+    """A dependency of every route, which knows what the OpenAPI document says. Raises InvalidRequest."""
     route = request.scope.get("route")
-    if not request.query_params or not isinstance(route, APIRoute):
+    if not request.query_params or not isinstance(route, APIRoute) or not route.include_in_schema:
         return
-    known = {field.alias for field in get_flat_dependant(route.dependant).query_params}
+    operation: dict[str, Any] = request.app.openapi()["paths"][route.path].get(request.method.lower(), {})
+    known = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "query"}
     has_labels = route.operation_id in FILTERED_BY_LABELS
     for name in request.query_params:
         if name not in known and not (has_labels and LABEL.fullmatch(name)):

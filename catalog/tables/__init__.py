@@ -3,12 +3,12 @@
 Migrations under migrations/ must agree with these files: `alembic check` says so in CI.
 """
 
-from catalog.tables.base import Json, Table, new_id
 from catalog.tables.fleet import Pulse, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, Metric
 from catalog.tables.jobs import IdempotencyKey, Job
 from catalog.tables.owners import ApiKey, Project, SignIn
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
+from catalog.tables.table import Json, Table, new_id
 
 __all__ = [
     "NOT_METRICS",

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Boolean, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.base import Json, Table
+from catalog.tables.table import Json, Table
 
 
 class Worker(Table):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import ForeignKey, Index, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.base import AutoKey, Json, Table
+from catalog.tables.table import AutoKey, Json, Table
 
 NOT_METRICS = text("type <> 'metrics'")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Boolean, ForeignKey, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.base import Json, Table
+from catalog.tables.table import Json, Table
 
 
 class Job(Table):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Boolean, ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.base import Table
+from catalog.tables.table import Table
 
 
 class Project(Table):

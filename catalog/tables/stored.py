@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.base import Json, Table
+from catalog.tables.table import Json, Table
 
 
 class File(Table):

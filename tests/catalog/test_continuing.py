@@ -129,7 +129,7 @@ def test_a_child_is_of_its_parents_base(world: World, parent: Adapter) -> None:
 
 def test_an_adapter_is_not_deleted_while_a_job_that_has_not_ended_continues_it(world: World, parent: Adapter) -> None:
     child = submitted(world, parent_adapter=parent.id)
-    named = {"project_id": world.caller.project_id, "name": parent.name}
+    named: dict[str, Any] = {"project_id": world.caller.project_id, "name": parent.name}
 
     with pytest.raises(Conflict, match=child.id) as refused:
         adapters.delete(world.db, **named)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select
 
+from catalog import claims
 from catalog.db import Database, alembic_config
-from catalog.tables import Job, Table
-from tests.catalog.world import Clock, World
+from catalog.tables import Checkpoint, Job, Table
+from tests.catalog.world import Clock, World, manifest
 
 ROOT = Path(__file__).parents[2]
 TABLES = {table.name for table in Table.metadata.sorted_tables}
@@ -105,5 +106,24 @@ def test_the_parent_of_jobs_comes_and_goes_and_the_jobs_stay(empty_url: str) -> 
     with database.read() as session:
         kept = session.get_one(Job, job.id)
         assert (kept.parent_adapter, kept.spec) == (None, job.spec)
+    command.check(alembic_config(empty_url))
+    database.close()
+
+
+def test_checkpoints_stay_where_their_copies_of_the_curves_come_and_go(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    world = World(database, Clock())
+    world.worker()
+    claim = world.running()
+    claims.record_checkpoint(database, claim.claim_id, step=3, artifact=manifest("c", kind="checkpoint"))
+
+    command.downgrade(alembic_config(empty_url), "0005")
+    with database.schema_connection() as connection:
+        assert connection.exec_driver_sql("select step, metrics from checkpoints").one().step == 3
+    database.migrate()
+
+    with database.read() as session:
+        assert [row.step for row in session.scalars(select(Checkpoint))] == [3]
     command.check(alembic_config(empty_url))
     database.close()
