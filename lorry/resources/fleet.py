@@ -32,4 +32,4 @@ class Workers:
         self._transport = transport
 
     def list(self) -> Iterator[Worker]:
-        return (Worker.of(wire) for wire in pages.follow(self._transport, "workers"))
+        return (Worker.of(wire) for wire in pages.whole(self._transport, "workers"))

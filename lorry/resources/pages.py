@@ -22,3 +22,8 @@ def follow(
         if not data or not page.get("has_more"):
             return
         after = str(data[-1].get("id"))
+
+
+def whole(transport: Transport, path: str) -> Iterator[dict[str, Any]]:
+    """Every item of a list that comes at once."""
+    yield from transport.get(path).get("data") or []
