@@ -1,0 +1,256 @@
+"""What is another project's looks exactly as what doesn't exist: asked of every route that the OpenAPI document has.
+
+A route that names something by a parameter which isn't known here fails, so that none is left out by oversight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import select
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog import claims
+from catalog.db import Database
+from catalog.tables import Table
+from tests.api.site import chat_lines
+from tests.api.test_openapi import operations
+from tests.api.trained import BASE, trained
+from tests.catalog.world import World, manifest
+
+ABSENT = "0" * 24
+SHARED = frozenset({"get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers"})
+"""What they answer is of no project."""
+NAMELESS = frozenset(
+    {"upload_file", "add_model", "create_sign_in_link", "create_browser_session", "delete_browser_session"}
+)
+"""Changes that name nothing of a project, neither in their path nor in their body."""
+GIVEN = {"model": BASE, "path": "README.md"}
+"""What a request needs beside the name of what it is about."""
+AS_A_RETRY = {"x-stainless-retry-count": "1"}
+SENT_ANEW = frozenset({"x-request-id", "content-length", "date"})
+"""Headers that differ from answer to answer, or as ids do in length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    path: str
+    method: str
+    told: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.told["operationId"]
+
+    def parameters(self, place: str) -> dict[str, dict[str, Any]]:
+        return {one["name"]: one for one in self.told.get("parameters", []) if one["in"] == place}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Something of ours, and a name of the same form that nothing has."""
+
+    ours: str
+    absent: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """What the project has, by the parameter of a path that names it."""
+
+    pairs: dict[str, list[Pair]]
+    project_id: str
+    their_file: str
+    """A file of the stranger's own."""
+
+    def all(self) -> list[Pair]:
+        return list(dict.fromkeys(pair for pairs in self.pairs.values() for pair in pairs))
+
+    def marks(self) -> list[str]:
+        """No answer to a stranger holds any of these."""
+        return [*(pair.ours for pair in self.all()), self.project_id, '"ours"', "secret-label"]
+
+
+@pytest.fixture
+def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -> Ours:
+    """One of everything; a job has succeeded, one runs and has a checkpoint, and one waits."""
+    adapter = trained(services, world, tmp_path / "made")
+    claim = world.running(suffix="two", model=BASE)
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
+    waiting = world.submit(metadata={"team": "secret-label"})
+    file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", chat_lines(2))}).json()["id"]
+    name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
+    stem = adapter.name.rpartition(":")[0]
+    named = Pair(ours=adapter.name, absent=f"{stem}:{'0' * 8}")
+    return Ours(
+        pairs={
+            "file_id": [_pair(file_id), _pair(world.file_id)],
+            "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
+            "adapter": [_pair(adapter.id), named],
+            "model": [named, Pair(ours=name, absent=f"ft:{BASE}:ours:two:{'0' * 8}:ckpt-step-5")],
+        },
+        project_id=world.caller.project_id,
+        their_file=world.file(caller=world.stranger),
+    )
+
+
+@pytest.fixture
+def stranger(stranger: TestClient, services: Services) -> TestClient:
+    """For whom streams end after what they begin with."""
+    services.feed.close()
+    return stranger
+
+
+def test_a_stranger_is_told_of_an_id_of_ours_what_he_is_told_of_none(
+    app: FastAPI, stranger: TestClient, operator: TestClient, ours: Ours, services: Services
+) -> None:
+    before = _rows(services.db)
+
+    for operation in _naming(app):
+        for pair in _pairs(operation, ours):
+            found, absent = (_told(_ask(stranger, operation, name), name) for name in (pair.ours, pair.absent))
+            assert found == absent, (operation.id, pair.ours)
+
+    assert _rows(services.db) == before
+    for operation in sorted(_naming(app), key=lambda one: ("get", "post", "delete").index(one.method)):
+        for pair in _pairs(operation, ours)[:1]:
+            owners = _ask(operator, operation, pair.ours)
+            assert owners.status_code not in (400, 401, 404), (operation.id, owners.text)  # so it was well asked
+
+
+def test_no_list_and_no_answer_without_an_id_shows_a_stranger_anything_of_ours(
+    app: FastAPI, stranger: TestClient, operator: TestClient, ours: Ours
+) -> None:
+    for operation in _nameless(app, "get"):
+        for query in _queries(operation):
+            answer = _ask(stranger, operation, "", query=query).text
+            assert [mark for mark in ours.marks() if mark in answer] == [], operation.id
+        if operation.id not in SHARED:
+            own = _ask(operator, operation, "").text
+            assert any(mark in own for mark in ours.marks()), f"{operation.id} shows nothing to its owner either"
+
+
+def test_nothing_of_ours_can_be_named_in_a_query(app: FastAPI, stranger: TestClient, ours: Ours) -> None:
+    for operation in _operations(app):
+        if operation.method != "get" or "{" in operation.path:
+            continue
+        for parameter in _texts(operation):
+            for pair in ours.all():
+                answers = [
+                    _told(_ask(stranger, operation, "", query={parameter: name}), name)
+                    for name in (pair.ours, pair.absent)
+                ]
+                assert answers[0] == answers[1], (operation.id, parameter, pair.ours)
+
+
+def test_nothing_of_ours_can_be_named_in_a_body(app: FastAPI, stranger: TestClient, ours: Ours) -> None:
+    bodies = _bodies(ours)
+    unknown = {operation.id for operation in _nameless(app, "post", "delete")} - bodies.keys() - NAMELESS
+    assert unknown == set(), "say here what they may name"
+
+    for operation_id, fields in bodies.items():
+        (operation,) = [one for one in _operations(app) if one.id == operation_id]
+        for field, least, pairs in fields:
+            for pair in pairs:
+                answers = [
+                    _told(_ask(stranger, operation, "", body={**least, field: name}), name)
+                    for name in (pair.ours, pair.absent)
+                ]
+                assert answers[0] == answers[1], (operation_id, field, pair.ours)
+                assert answers[0][0] in (400, 404), (operation_id, field, answers[0])
+
+
+def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]]]:
+    """By operation: a field that names something, what else is sent, and what is tried."""
+    job = {"model": BASE, "training_file": ours.their_file}
+    return {
+        "create_job": [
+            ("training_file", job, ours.pairs["file_id"]),
+            ("validation_file", job, ours.pairs["file_id"]),
+            ("parent_adapter", job, ours.pairs["adapter"]),
+            ("model", job, ours.pairs["model"]),
+        ]
+    }
+
+
+def _operations(app: FastAPI) -> list[Operation]:
+    return [Operation(path=path, method=method, told=told) for path, method, told in operations(app)]
+
+
+def _naming(app: FastAPI) -> list[Operation]:
+    return [operation for operation in _operations(app) if "{" in operation.path]
+
+
+def _nameless(app: FastAPI, *methods: str) -> list[Operation]:
+    return [one for one in _operations(app) if "{" not in one.path and one.method in methods]
+
+
+def _pairs(operation: Operation, ours: Ours) -> list[Pair]:
+    return ours.pairs[_subject(operation)]
+
+
+def _subject(operation: Operation) -> str:
+    """The parameter that says what the request is about."""
+    named = [
+        name for name in operation.parameters("path") if name not in GIVEN or f"models/{{{name}}}" in operation.path
+    ]
+    assert len(named) == 1, f"{operation.id}: say how its path is filled: {named}"
+    return named[0]
+
+
+def _texts(operation: Operation) -> list[str]:
+    """Its query parameters that can hold a name."""
+    schemas = {name: one["schema"] for name, one in operation.parameters("query").items()}
+    return [name for name, schema in schemas.items() if "string" in json.dumps(schema) and "enum" not in schema]
+
+
+def _queries(operation: Operation) -> Iterator[dict[str, str]]:
+    """Without any, and with each switch turned on."""
+    yield {}
+    for name, one in operation.parameters("query").items():
+        if one["schema"].get("type") == "boolean":
+            yield {name: "true"}
+
+
+def _ask(
+    client: TestClient,
+    operation: Operation,
+    name: str,
+    *,
+    query: dict[str, str] | None = None,
+    body: dict[str, Any] | None = None,
+) -> httpx.Response:
+    path = operation.path
+    if "{" in path:
+        path = path.replace(f"{{{_subject(operation)}}}", name).format(**GIVEN)
+    needed = {key: GIVEN[key] for key, one in operation.parameters("query").items() if one["required"] and key in GIVEN}
+    sent: dict[str, Any] = {} if body is None else {"json": body}
+    return client.request(operation.method, path, params={**needed, **(query or {})}, headers=AS_A_RETRY, **sent)
+
+
+def _told(response: httpx.Response, name: str) -> tuple[int, str, dict[str, str]]:
+    """All of an answer but the name that was asked for."""
+    headers = {key: value for key, value in response.headers.items() if key not in SENT_ANEW}
+    return response.status_code, response.text.replace(name, "NAME"), headers
+
+
+def _rows(db: Database) -> str:
+    """Everything that is stored, but when keys were used."""
+    told: list[str] = []
+    with db.read() as session:
+        for table in Table.metadata.sorted_tables:
+            columns = [column for column in table.columns if column.name != "last_used_at"]
+            told += [f"{table.name} {json.dumps(list(row), default=str)}" for row in session.execute(select(*columns))]
+    return "\n".join(sorted(told))
+
+
+def _pair(ident: str) -> Pair:
+    return Pair(ours=ident, absent=f"{ident.partition('-')[0]}-{ABSENT}")
