@@ -61,7 +61,7 @@ def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
 def _new_key(arguments: argparse.Namespace, settings: Settings) -> int:
     """For who lost the first one: whoever can read the pepper may make another."""
     db = open_existing(settings)
-    project = projects.ensure(db)
+    project = projects.ensure(db, arguments.project) if arguments.project else projects.first(db)
     pepper = load_pepper(settings)
     _, secret = keys.create(db, project_id=project.id, name=arguments.name, pepper=pepper, is_operator=True)
     db.close()
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     link.set_defaults(run=_sign_in_link)
     key = commands.add_parser("new-key", help="Make another operator's API key, and show it this once.")
     key.add_argument("--name", default="made by hand", help="What the key is for.")
+    key.add_argument("--project", help="Made if there is none of that name. Default: the oldest.")
     key.add_argument("--json", action="store_true")
     key.set_defaults(run=_new_key)
     return parser

@@ -17,7 +17,7 @@ from api.gate import Gate
 from api.hosts import HostPolicy, host_policy
 from api.known_query import refuse_unknown_query
 from api.openapi import Api
-from api.routes import adapters, files, fleet, health, job_history, jobs, models, sign_in
+from api.routes import adapters, api_keys, files, fleet, health, job_history, jobs, models, projects, sign_in
 from api.settings import ApiSettings
 from api.telemetry import Telemetry
 from catalog import keys
@@ -31,6 +31,8 @@ DESCRIPTION = """Trains many LoRA adapters at once on the GPUs you own, and spea
 The `openai` client works as it is for files, fine-tuning jobs and models: set `base_url` to this service's
 `/v1` and `api_key` to a key of it. What that API lacks are further fields and resources.
 
+A key may do what its scopes say; `x-scopes` names those of an operation, any one of which will do.
+
 Every refusal is `{"error": {"message", "type", "param", "code", "remedy"}}`; the message ends with the remedy.
 """
 TAGS = [
@@ -39,6 +41,7 @@ TAGS = [
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
     {"name": "queue and workers", "description": "What waits, what runs, and where."},
+    {"name": "projects and keys", "description": "Whose things are whose, and who may do what."},
     {"name": "sign-in", "description": "The dashboard's door."},
     {"name": "health", "description": "Alive, ready, and numbers."},
 ]
@@ -73,7 +76,7 @@ def create_app(
         telemetry=services.telemetry,
     )
     error_handlers.install(app)
-    for module in (files, jobs, job_history, models, adapters, fleet, sign_in, health):
+    for module in (files, jobs, job_history, models, adapters, fleet, projects, api_keys, sign_in, health):
         app.include_router(module.router)
     app.mount("/dashboard", Dashboard())
     return app

@@ -10,6 +10,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 
 from api.deps import Services, Use
+from api.scopes import check_operation, operator_required
 from catalog import keys
 from catalog.errors import Forbidden, Unauthorized
 from catalog.keys import Caller
@@ -33,9 +34,10 @@ def caller_of(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     session: Annotated[str | None, Security(cookie)],
 ) -> Caller:
-    """The project and the rights that come with the request; raises Unauthorized."""
+    """The project and the rights that come with the request; raises Unauthorized, and Forbidden for want of a scope."""
     caller = _identify(request, use, credentials, session)
     _check_project(request, caller)
+    check_operation(caller, getattr(request.scope.get("route"), "operation_id", None))
     request.state.caller = caller
     return caller
 
@@ -57,11 +59,7 @@ def recheck_of(
 
 def require_operator(caller: Caller) -> None:
     if not caller.is_operator:
-        raise Forbidden(
-            "This needs an operator's key.",
-            code="operator_required",
-            remedy="Ask an operator to do it, or to give you an operator's key.",
-        )
+        raise operator_required()
 
 
 Signed = Annotated[Caller, Depends(caller_of)]

@@ -1,4 +1,4 @@
-"""The first start: tables, the default project, and one operator's key, made once however often it is called."""
+"""The first start: tables, a project, and one operator's key, made once however often it is called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bootstrap(settings: Settings) -> Bootstrapped:
     db = Database(settings.resolved_database_url())
     try:
         db.migrate()
-        project = projects.ensure(db)
+        project = projects.first(db)
         made = keys.create_first(db, project_id=project.id, name=FIRST_KEY_NAME, pepper=keys.load_pepper(settings))
     finally:
         db.close()

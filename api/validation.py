@@ -31,6 +31,7 @@ _LABEL = (
 _PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": _LABEL,
     r"^[A-Za-z0-9][\w.-]{0,63}$": _LABEL,
+    r"^[^\x00-\x1f\x7f]+$": "a text without control characters",
     INITIAL_PATTERN: "'default', 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'",
     MODULE_PATTERN: (
         "the name of a layer, of letters, digits, '_' and '.' ('all-linear', and 're:' with an expression, "

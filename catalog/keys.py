@@ -6,18 +6,21 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, Unauthorized, Unavailable
+from catalog.scopes import held
 from catalog.settings import Settings
 from catalog.tables import ApiKey, Project, SignIn, new_id
 
+ENDING_CHARACTERS = 4
 LAST_USED_SECONDS = 60
 """`last_used_at` is this coarse, so that reading does not become writing."""
 
@@ -31,6 +34,11 @@ class Caller:
     project_name: str
     is_operator: bool
     name: str
+    scopes: frozenset[str] = frozenset()
+    """What the key may do; see catalog.scopes."""
+    is_limited: bool = False
+    """Its scopes were named, so that none is added to them later."""
+    expires_at: float | None = None
 
 
 def create(
@@ -41,18 +49,23 @@ def create(
     pepper: bytes,
     is_operator: bool = False,
     expires_at: float | None = None,
+    scopes: Sequence[str] | None = None,
 ) -> tuple[ApiKey, str]:
-    """A new key and its text, which can't be shown again."""
-    key, secret = _new(project_id, name, pepper)
+    """A new key and its text, which can't be shown again. `scopes` None: all that such a key can do.
+
+    It asks nobody's leave: catalog.issuing does.
+    """
+    key, secret = new_key(project_id, name, pepper)
     with db.write() as session:
         key.is_operator, key.created_at, key.expires_at = is_operator, read_clock(session), expires_at
+        key.scopes = None if scopes is None else list(scopes)
         session.add(key)
     return key, secret
 
 
 def create_first(db: Database, *, project_id: str, name: str, pepper: bytes) -> str | None:
     """The text of an operator's key, where there is no key at all yet; of several who ask at once, one gets it."""
-    key, secret = _new(project_id, name, pepper)
+    key, secret = new_key(project_id, name, pepper)
     with db.write() as session:
         serialise(session, "first key")
         if session.scalar(select(ApiKey.id).limit(1)) is not None:
@@ -66,11 +79,16 @@ def an_operator(db: Database) -> str:
     """The id of the oldest operator's key that is still good. Raises NotFound."""
     with db.read() as session:
         now = read_clock(session)
-        operators = select(ApiKey).where(ApiKey.is_operator.is_(True)).order_by(ApiKey.created_at, ApiKey.id)
-        for key in session.scalars(operators):
-            if _is_live(key, now):
+        for key in session.scalars(_operators()):
+            if is_live(key, now):
                 return key.id
     raise NotFound("operator key", "any", remedy="Make the first one: python -m api bootstrap.")
+
+
+def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
+    """Operators' keys that open the service, can make further keys, and are not being replaced by another."""
+    keys = [key for key in session.scalars(_operators()) if is_live(key, now) and key.replaced_by is None]
+    return [key for key in keys if "keys:write" in held(key.scopes, is_operator=True)]
 
 
 def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
@@ -81,7 +99,7 @@ def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
     with db.read() as session:
         now = read_clock(session)
         key = session.get(ApiKey, key_id)
-        if not hmac.compare_digest(key.digest if key else "", given) or key is None or not _is_live(key, now):
+        if not hmac.compare_digest(key.digest if key else "", given) or key is None or not is_live(key, now):
             raise _refused("The API key is not valid.", "Check it for missing characters, or have a new one made.")
         caller = _caller(session, key)
     if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS:
@@ -94,6 +112,19 @@ def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
     with db.write() as session:
         owned = (ApiKey.id == api_key_id, ApiKey.project_id == project_id, ApiKey.revoked_at.is_(None))
         session.execute(update(ApiKey).where(*owned).values(revoked_at=read_clock(session)))
+
+
+def new_key(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
+    """A row that is not stored yet, and the key's text."""
+    key_id = new_id("key")
+    secret = f"lorry_{key_id}_{secrets.token_urlsafe(32)}"
+    ending = secret[-ENDING_CHARACTERS:]
+    return ApiKey(id=key_id, project_id=project_id, name=name, digest=_digest(secret, pepper), ending=ending), secret
+
+
+def is_live(key: ApiKey, now: float) -> bool:
+    """It was neither revoked nor has it expired."""
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
 
 
 def create_sign_in_link(db: Database, *, api_key_id: str, pepper: bytes, seconds: float = 900) -> str:
@@ -135,7 +166,7 @@ def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
         now = read_clock(session)
         live = (SignIn.browser_digest == _digest(secret, pepper), SignIn.expires_at > now)
         key = session.scalar(select(ApiKey).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live))
-        if key is None or not _is_live(key, now):
+        if key is None or not is_live(key, now):
             raise _refused("You are signed out.", "Open a new sign-in link, or sign in with an API key.")
         return _caller(session, key)
 
@@ -183,28 +214,35 @@ def _note_use(db: Database, key_id: str, *, now: float) -> None:
         session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=now))
 
 
-def _new(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
-    key_id = new_id("key")
-    secret = f"lorry_{key_id}_{secrets.token_urlsafe(32)}"
-    return ApiKey(id=key_id, project_id=project_id, name=name, digest=_digest(secret, pepper)), secret
+def _operators() -> Select[ApiKey]:
+    """The oldest first, those of archived projects left out."""
+    operators = select(ApiKey).join(Project).where(ApiKey.is_operator.is_(True), Project.archived_at.is_(None))
+    return operators.order_by(ApiKey.created_at, ApiKey.id)
 
 
 def _digest(secret: str, pepper: bytes) -> str:
     return hmac.new(pepper, secret.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
-def _is_live(key: ApiKey, now: float) -> bool:
-    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
-
-
 def _caller(session: Session, key: ApiKey) -> Caller:
+    """Raises Unauthorized where the project was archived."""
     project = session.get_one(Project, key.project_id)
+    if project.archived_at is not None:
+        raise Unauthorized(
+            f"The project {project.name!r} of this API key was archived.",
+            code="project_archived",
+            remedy="Use a key of another project, or have an operator restore it: lorry projects restore "
+            f"{project.name}.",
+        )
     return Caller(
         api_key_id=key.id,
         project_id=project.id,
         project_name=project.name,
         is_operator=key.is_operator,
         name=key.name,
+        scopes=held(key.scopes, is_operator=key.is_operator),
+        is_limited=key.scopes is not None,
+        expires_at=key.expires_at,
     )
 
 

@@ -1,17 +1,137 @@
-"""Projects: whose files, jobs and adapters are whose."""
+"""Projects: whose files, jobs and adapters are whose. Operators make and archive them; others see their own."""
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, serialise
-from catalog.errors import InvalidRequest
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.keys import Caller, lasting_operators
+from catalog.pages import Page, paginate
 from catalog.spec import LABEL
 from catalog.tables import Project, new_id
 
 
 def ensure(db: Database, name: str = "default") -> Project:
     """The project of that name, made if there is none."""
+    _check_name(name)
+    with db.write() as session:
+        serialise(session, "projects")
+        return _named(session, name) or _add(session, name)
+
+
+def first(db: Database) -> Project:
+    """The oldest that is not archived; where there is none, one is made."""
+    with db.write() as session:
+        serialise(session, "projects")
+        kept = select(Project).where(Project.archived_at.is_(None)).order_by(Project.created_at, Project.id)
+        found = session.scalar(kept.limit(1))
+        return found or _named(session, "default") or _add(session, "default")
+
+
+def create(db: Database, name: str, *, is_client_retry: bool = False) -> Project:
+    """Raises Conflict where the name is taken; not where the client sends this again, having had no reply."""
+    _check_name(name)
+    with db.write() as session:
+        serialise(session, "projects")
+        found = _named(session, name)
+        if found is not None and not is_client_retry:
+            raise _taken(name)
+        return found or _add(session, name)
+
+
+def get(db: Database, *, caller: Caller, project: str) -> Project:
+    """By id or by name. Raises NotFound, too, for what is not the caller's, save for operators."""
+    with db.read() as session:
+        return find(session, caller=caller, project=project)
+
+
+def list_page(
+    db: Database, *, caller: Caller, after: str | None = None, limit: int = 20, archived: bool = False
+) -> Page[Project]:
+    """Newest first; the caller's own, and for operators all. `archived`: those that were put away, too."""
+    scope = select(Project)
+    if not caller.is_operator:
+        scope = scope.where(Project.id == caller.project_id)
+    visible = () if archived else (Project.archived_at.is_(None),)
+    with db.read() as session:
+        return paginate(
+            session, scope, created=Project.created_at, ident=Project.id, after=after, limit=limit, visible=visible
+        )
+
+
+def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
+    """Adapters that it has keep their names. Raises NotFound, and Conflict where the name is taken."""
+    _check_name(name)
+    with db.write() as session:
+        serialise(session, "projects")
+        row = find(session, caller=caller, project=project)
+        other = _named(session, name)
+        if other is not None and other.id != row.id:
+            raise _taken(name)
+        row.name = name
+        return row
+
+
+def archive(db: Database, *, caller: Caller, project: str) -> Project:
+    """From now on its keys open nothing. What it has stays, and its jobs go on to their end.
+
+    Raises Conflict where no operator's key would be left to bring it back.
+    """
+    with db.write() as session:
+        serialise(session, "operators' keys")
+        row = find(session, caller=caller, project=project)
+        now = read_clock(session)
+        if row.archived_at is None:
+            if all(key.project_id == row.id for key in lasting_operators(session, now=now)):
+                raise Conflict(
+                    f"The project {row.name!r} has the only operator's key that opens this service.",
+                    code="last_operator_key",
+                    remedy="Make an operator's key in another project first: lorry keys create NAME --operator "
+                    "--project OTHER.",
+                )
+            row.archived_at = now
+        return row
+
+
+def restore(db: Database, *, caller: Caller, project: str) -> Project:
+    """Its keys open it again."""
+    with db.write() as session:
+        row = find(session, caller=caller, project=project)
+        row.archived_at = None
+        return row
+
+
+def find(session: Session, *, caller: Caller, project: str, param: str | None = None) -> Project:
+    """As `get`, in a transaction of one's own."""
+    named = select(Project).where(or_(Project.id == project, Project.name == project))
+    row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
+    if row is None:
+        raise NotFound("project", project, param=param, remedy="`lorry projects list` shows those that you can see.")
+    return row
+
+
+def _named(session: Session, name: str) -> Project | None:
+    return session.scalar(select(Project).where(Project.name == name))
+
+
+def _add(session: Session, name: str) -> Project:
+    row = Project(id=new_id("proj"), name=name, created_at=read_clock(session))
+    session.add(row)
+    return row
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(
+        f"There is a project with the name {name!r}.",
+        code="project_exists",
+        remedy="Choose another name. `lorry projects list --archived` shows all of them.",
+        param="name",
+    )
+
+
+def _check_name(name: str) -> None:
     if not LABEL.match(name):
         raise InvalidRequest(
             f"{name!r} cannot be a project's name.",
@@ -19,10 +139,3 @@ def ensure(db: Database, name: str = "default") -> Project:
             remedy="Use letters, digits, dot, underscore and hyphen; at most 64, the first a letter or digit.",
             param="name",
         )
-    with db.write() as session:
-        serialise(session, f"project {name}")
-        found = session.scalar(select(Project).where(Project.name == name))
-        if found is None:
-            found = Project(id=new_id("proj"), name=name, created_at=read_clock(session))
-            session.add(found)
-        return found

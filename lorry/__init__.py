@@ -27,13 +27,14 @@ if TYPE_CHECKING:
         ServerFailed,
         WaitTimeout,
     )
-    from lorry.models import Adapter, File, Job, JobEvent, JobUpdate, Model
+    from lorry.models import Adapter, ApiKey, File, Job, JobEvent, JobUpdate, Model, Project
 
 __version__ = "0.1.0"
 
 __all__ = [
     "APIError",
     "Adapter",
+    "ApiKey",
     "AuthenticationFailed",
     "BadDownload",
     "Conflict",
@@ -49,6 +50,7 @@ __all__ = [
     "NotConfigured",
     "NotFound",
     "PermissionDenied",
+    "Project",
     "RateLimited",
     "ServerFailed",
     "WaitTimeout",

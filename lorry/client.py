@@ -15,6 +15,7 @@ from lorry.resources.adapters import Adapters
 from lorry.resources.files import Files
 from lorry.resources.fleet import Queue, Workers
 from lorry.resources.jobs import Jobs
+from lorry.resources.keys import Keys, Projects
 from lorry.resources.models import Models
 from lorry.resources.sign_in import SignInLinks
 from lorry.retries import RetryPolicy
@@ -45,6 +46,8 @@ class Lorry:
         self.models = Models(self._transport)
         self.queue = Queue(self._transport)
         self.workers = Workers(self._transport)
+        self.keys = Keys(self._transport)
+        self.projects = Projects(self._transport)
         self.sign_in_links = SignInLinks(self._transport)
 
     @property

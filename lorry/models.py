@@ -263,6 +263,37 @@ class Adapter(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApiKey(View):
+    """A key of the service. `value`, the key itself, is told once, to who made or rotated it."""
+
+    id: str = ""
+    name: str = ""
+    redacted_value: str = ""
+    value: str = field(default="", repr=False)
+    project_id: str = ""
+    status: str = ""
+    scopes: list[str] = field(default_factory=list[str])
+    is_operator: bool = False
+    created_at: int = 0
+    expires_at: int | None = None
+    last_used_at: int | None = None
+    revoked_at: int | None = None
+    replaced_by: str | None = None
+    """Id of the key that took its place; until `expires_at` both are good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project(View):
+    """Whose files, jobs and adapters are whose. The keys of an archived one open nothing."""
+
+    id: str = ""
+    name: str = ""
+    status: str = ""
+    created_at: int = 0
+    archived_at: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Worker(View):
     """A process that trains, and what it holds resident."""
 

@@ -31,5 +31,5 @@ def binary(media_type: str, description: str) -> Responses:
     return {200: {"content": {media_type: {"schema": schema}}, "description": description}}
 
 
-SIGNED: Responses = errors(400, 401, 503)
+SIGNED: Responses = errors(400, 401, 403, 503)
 """What every route behind a key may answer."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Operator, Signed, require_operator
+from api.auth import Operator, Signed
 from api.deps import IsRetry, Services, Use
 from api.routes import SIGNED, errors
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
 from api.schemas.pages import ListPage, page_of
+from api.scopes import require_scope
 from catalog import adapters, bases
 from catalog.adapters import CheckpointView
 from catalog.errors import Forbidden, NotFound
@@ -61,10 +62,10 @@ def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> Mod
             code="not_deletable",
             remedy="Give the name of an adapter or of a base model. Checkpoints go by themselves.",
         )
+    require_scope(caller, "adapters:write" if model.startswith("ft:") else "models:write")
     if model.startswith("ft:"):
         adapters.delete(use.db, project_id=caller.project_id, name=model, is_client_retry=is_retry)
     else:
-        require_operator(caller)
         bases.delete(use.db, model, is_client_retry=is_retry)
     return ModelDeleted(id=model)
 

@@ -40,6 +40,7 @@ class BrowserSession(BaseModel):
                 "project": "default",
                 "key_name": "first operator key",
                 "is_operator": True,
+                "scopes": ["jobs:read", "jobs:write"],
             }
         }
     )
@@ -48,6 +49,7 @@ class BrowserSession(BaseModel):
     project: str
     key_name: str
     is_operator: bool
+    scopes: list[str] = Field(description="What the key may do.")
 
 
 class SignedOut(BaseModel):
@@ -61,4 +63,5 @@ def browser_session(caller: Caller) -> BrowserSession:
         project=caller.project_name,
         key_name=caller.name,
         is_operator=caller.is_operator,
+        scopes=sorted(caller.scopes),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, ForeignKey
+from typing import Any
+
+from sqlalchemy import JSON, Boolean, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Table
@@ -13,6 +15,8 @@ class Project(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
+    archived_at: Mapped[float | None]
+    """Since then its keys open nothing. All that it has stays."""
 
 
 class ApiKey(Table):
@@ -24,11 +28,18 @@ class ApiKey(Table):
     name: Mapped[str]
     digest: Mapped[str] = mapped_column(unique=True)
     is_operator: Mapped[bool] = mapped_column(Boolean)
-    """May add base models and see every worker; all other rights end at the project."""
+    """May do what reaches beyond the project, as far as its scopes go."""
+    scopes: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """None: all that such a key can do, and what is added to that later."""
+    ending: Mapped[str | None]
+    """The last characters of the key, to tell it from others by; unknown of the oldest ones."""
     created_at: Mapped[float]
     last_used_at: Mapped[float | None]
     expires_at: Mapped[float | None]
     revoked_at: Mapped[float | None]
+    replaced_by: Mapped[str | None]
+    """The key that a rotation made; this one is good until it expires."""
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
 
 
 class SignIn(Table):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorry.cli import adapters, files, fleet, jobs, models, up
+from lorry.cli import adapters, files, fleet, jobs, keys, models, up
 from lorry.cli.app import group, run
 
 app = group(
@@ -19,6 +19,8 @@ app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
+app.add_typer(keys.projects, name="projects")
 app.command("queue")(fleet.queue)
 app.command("workers")(fleet.workers)
 app.command("sign-in-link")(fleet.sign_in_link)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import select
@@ -30,11 +29,16 @@ ABSENT = "0" * 24
 SHARED = frozenset({"get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers"})
 """What they answer is of no project."""
 NAMELESS = frozenset(
-    {"upload_file", "add_model", "create_sign_in_link", "create_browser_session", "delete_browser_session"}
+    {
+        *("upload_file", "add_model", "create_project"),
+        *("create_sign_in_link", "create_browser_session", "delete_browser_session"),
+    }
 )
 """Changes that name nothing of a project, neither in their path nor in their body."""
 GIVEN = {"model": BASE, "path": "README.md"}
 """What a request needs beside the name of what it is about."""
+SENT: dict[str, dict[str, Any]] = {"rename_project": {"json": {"name": "renamed"}}, "limit_api_key": {"json": {}}}
+"""What goes with a request that needs a body, by its operation."""
 AS_A_RETRY = {"x-stainless-retry-count": "1"}
 SENT_ANEW = frozenset({"x-request-id", "content-length", "date"})
 """Headers that differ from answer to answer, or as ids do in length."""
@@ -95,6 +99,8 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "file_id": [_pair(file_id), _pair(world.file_id)],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named],
+            "api_key_id": [_pair(world.caller.api_key_id)],
+            "project": [_pair(world.caller.project_id)],
             "model": [named, Pair(ours=name, absent=f"ft:{BASE}:ours:two:{'0' * 8}:ckpt-step-5")],
         },
         project_id=world.caller.project_id,
@@ -177,7 +183,8 @@ def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]
             ("validation_file", job, ours.pairs["file_id"]),
             ("parent_adapter", job, ours.pairs["adapter"]),
             ("model", job, ours.pairs["model"]),
-        ]
+        ],
+        "create_api_key": [("project", {"name": "x"}, ours.pairs["project"])],
     }
 
 
@@ -227,16 +234,17 @@ def _ask(
     *,
     query: dict[str, str] | None = None,
     body: dict[str, Any] | None = None,
-) -> httpx.Response:
+) -> Any:
     path = operation.path
     if "{" in path:
         path = path.replace(f"{{{_subject(operation)}}}", name).format(**GIVEN)
     needed = {key: GIVEN[key] for key, one in operation.parameters("query").items() if one["required"] and key in GIVEN}
-    sent: dict[str, Any] = {} if body is None else {"json": body}
-    return client.request(operation.method, path, params={**needed, **(query or {})}, headers=AS_A_RETRY, **sent)
+    sent = SENT.get(operation.id, {}) if body is None else {"json": body}
+    request: Any = client.request
+    return request(operation.method, path, params={**needed, **(query or {})}, headers=AS_A_RETRY, **sent)
 
 
-def _told(response: httpx.Response, name: str) -> tuple[int, str, dict[str, str]]:
+def _told(response: Any, name: str) -> tuple[int, str, dict[str, str]]:
     """All of an answer but the name that was asked for."""
     headers = {key: value for key, value in response.headers.items() if key not in SENT_ANEW}
     return response.status_code, response.text.replace(name, "NAME"), headers

@@ -41,6 +41,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     database.close()
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a database without a table; of SQLite, one that isn't there yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'new folder' / 'lorry.db'}"
+    return request.getfixturevalue("new_postgres_url")
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

@@ -21,13 +21,6 @@ ROOT = Path(__file__).parents[2]
 TABLES = {table.name for table in Table.metadata.sorted_tables}
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'new folder' / 'lorry.db'}"
-    return request.getfixturevalue("new_postgres_url")
-
-
 def tables(url: str) -> set[str]:
     database = Database(url)
     names = set(inspect(database.engine).get_table_names())

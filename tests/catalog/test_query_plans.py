@@ -10,16 +10,30 @@ from typing import Any
 
 from sqlalchemy import event, insert, select
 
-from catalog import adapters, artifact_rows, claims, fleet, job_records, jobs, queue, recovery, watching, workers
+from catalog import (
+    adapters,
+    artifact_rows,
+    claims,
+    fleet,
+    issuing,
+    job_records,
+    jobs,
+    keys,
+    queue,
+    recovery,
+    watching,
+    workers,
+)
 from catalog import files as catalog_files
 from catalog.db import Database
-from catalog.tables import Adapter, Artifact, Attempt, Checkpoint, File, Job, JobEvent, Metric, Prepared, Table
-from tests.catalog.world import LEASE, World, manifest
+from catalog.tables import Adapter, ApiKey, Artifact, Attempt, Checkpoint, File, Job, JobEvent, Metric, Prepared, Table
+from tests.catalog.world import LEASE, PEPPER, World, manifest
 
 MANY = 2000
 """Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
 Changes = Callable[[str], dict[str, Any]]
 COPIED: dict[type[Table], Changes] = {
+    ApiKey: lambda n: {"id": f"key-{n}", "digest": f"hmac {n}"},
     Artifact: lambda n: {"digest": f"artifact {n}"},
     File: lambda n: {"id": f"file-{n}", "digest": f"bytes {n}"},
     Prepared: lambda n: {"key": f"key {n}", "file_digest": f"bytes {n}", "artifact": f"artifact {n}"},
@@ -110,6 +124,8 @@ ACTS: dict[str, Act] = {
     "a page of jobs": lambda w, ids: jobs.list_page(w.db, project_id=w.caller.project_id, after=ids["ended"]),
     "a page of files": lambda w, ids: catalog_files.list_page(w.db, project_id=w.caller.project_id, after=ids["file"]),
     "a page of adapters": lambda w, ids: adapters.list_page(w.db, project_id=w.caller.project_id, after=ids["adapter"]),
+    "a page of keys": lambda w, _: issuing.list_page(w.db, caller=w.caller, after=w.caller.api_key_id),
+    "who asks": lambda w, _: keys.authenticate(w.db, secret=_new_secret(w), pepper=PEPPER),
     "a job": lambda w, ids: jobs.get(w.db, **w.of(ids["ended"])),
     "its events": lambda w, ids: job_records.events_page(w.db, **w.of(ids["ended"])),
     "its checkpoints": lambda w, ids: job_records.checkpoints_page(w.db, **w.of(ids["ended"])),
@@ -144,6 +160,10 @@ ACTS: dict[str, Act] = {
     "a worker that is lost": lambda w, _: workers.declare_lost(w.db, "w1"),
     "files that are let go": lambda w, _: _hide(w),
 }
+
+
+def _new_secret(world: World) -> str:
+    return keys.create(world.db, project_id=world.caller.project_id, name="new", pepper=PEPPER)[1]
 
 
 def _hide(world: World) -> None:

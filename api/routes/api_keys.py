@@ -1,0 +1,80 @@
+"""/v1/api_keys: made, listed, rotated with an overlap, revoked."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from api.auth import Signed
+from api.deps import After, Limit, Services, Use
+from api.routes import SIGNED, errors
+from api.schemas.keys import (
+    ApiKeyCreated,
+    ApiKeyObject,
+    ApiKeyRequest,
+    RotateRequest,
+    created_object,
+    key_object,
+)
+from api.schemas.pages import ListPage, page_of
+from catalog import issuing
+from catalog.db import read_clock
+
+router = APIRouter(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
+ProjectName = Annotated[str | None, Query(description="Id or name; another than yours: for operators.", max_length=64)]
+
+
+@router.post("", operation_id="create_api_key", responses=errors(404))
+def create_api_key(body: ApiKeyRequest, use: Use, caller: Signed) -> ApiKeyCreated:
+    """Its text is in this answer and in no other."""
+    request = issuing.KeyRequest(
+        name=body.name,
+        project=body.project,
+        scopes=body.scopes,
+        is_operator=body.is_operator,
+        expires_at=body.expires_at,
+    )
+    row, value = issuing.create(use.db, caller=caller, request=request, pepper=use.pepper)
+    return created_object(row, value, now=_now(use))
+
+
+@router.get("", operation_id="list_api_keys", responses=errors(404))
+def list_api_keys(
+    use: Use, caller: Signed, after: After = None, limit: Limit = 20, project: ProjectName = None
+) -> ListPage[ApiKeyObject]:
+    """Newest first, those that were revoked or have expired too."""
+    page = issuing.list_page(use.db, caller=caller, project=project, after=after, limit=limit)
+    now = _now(use)
+    return page_of([key_object(row, now=now) for row in page.items], has_more=page.has_more)
+
+
+@router.get("/{api_key_id}", operation_id="get_api_key", responses=errors(404))
+def get_api_key(api_key_id: str, use: Use, caller: Signed) -> ApiKeyObject:
+    return key_object(issuing.get(use.db, caller=caller, api_key_id=api_key_id), now=_now(use))
+
+
+@router.post("/{api_key_id}/revoke", operation_id="revoke_api_key", responses=errors(404, 409))
+def revoke_api_key(api_key_id: str, use: Use, caller: Signed) -> ApiKeyObject:
+    """It opens nothing from now on, and neither do the browsers that it signed in. Not the last operator's key."""
+    return key_object(issuing.revoke(use.db, caller=caller, api_key_id=api_key_id), now=_now(use))
+
+
+@router.post("/{api_key_id}/rotate", operation_id="rotate_api_key", responses=errors(404, 409))
+def rotate_api_key(api_key_id: str, use: Use, caller: Signed, body: RotateRequest | None = None) -> ApiKeyCreated:
+    """A new key with the same name and rights. Both are good for `overlap_seconds`; then the old one ends."""
+    asked = body or RotateRequest()
+    row, value = issuing.rotate(
+        use.db,
+        caller=caller,
+        api_key_id=api_key_id,
+        overlap_seconds=asked.overlap_seconds,
+        expires_at=asked.expires_at,
+        pepper=use.pepper,
+    )
+    return created_object(row, value, now=_now(use))
+
+
+def _now(use: Services) -> float:
+    with use.db.read() as session:
+        return read_clock(session)

@@ -1,0 +1,56 @@
+"""/v1/projects: operators make, rename and archive them; who has a key of one sees that one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from api.auth import Signed
+from api.deps import After, IsRetry, Limit, Use
+from api.routes import SIGNED, errors
+from api.schemas.pages import ListPage, page_of
+from api.schemas.projects import ProjectObject, ProjectRequest, project_object
+from catalog import projects
+
+router = APIRouter(prefix="/v1/projects", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
+Archived = Annotated[bool, Query(description="Those that were archived, too.")]
+
+
+@router.post("", operation_id="create_project", responses=errors(409))
+def create_project(body: ProjectRequest, use: Use, _caller: Signed, is_retry: IsRetry) -> ProjectObject:
+    """For operators. Then give it a key: POST /v1/api_keys with its name as `project`."""
+    return project_object(projects.create(use.db, body.name, is_client_retry=is_retry))
+
+
+@router.get("", operation_id="list_projects")
+def list_projects(
+    use: Use, caller: Signed, after: After = None, limit: Limit = 20, archived: Archived = False
+) -> ListPage[ProjectObject]:
+    """Newest first: yours, and for operators all."""
+    page = projects.list_page(use.db, caller=caller, after=after, limit=limit, archived=archived)
+    return page_of([project_object(row) for row in page.items], has_more=page.has_more)
+
+
+@router.get("/{project}", operation_id="get_project", responses=errors(404))
+def get_project(project: str, use: Use, caller: Signed) -> ProjectObject:
+    """By id or by name."""
+    return project_object(projects.get(use.db, caller=caller, project=project))
+
+
+@router.post("/{project}", operation_id="rename_project", responses=errors(404, 409))
+def rename_project(project: str, body: ProjectRequest, use: Use, caller: Signed) -> ProjectObject:
+    """For operators. Adapters that it has keep their names."""
+    return project_object(projects.rename(use.db, caller=caller, project=project, name=body.name))
+
+
+@router.post("/{project}/archive", operation_id="archive_project", responses=errors(404, 409))
+def archive_project(project: str, use: Use, caller: Signed) -> ProjectObject:
+    """For operators. Its keys open nothing from now on; what it has stays, and its jobs go on to their end."""
+    return project_object(projects.archive(use.db, caller=caller, project=project))
+
+
+@router.post("/{project}/restore", operation_id="restore_project", responses=errors(404))
+def restore_project(project: str, use: Use, caller: Signed) -> ProjectObject:
+    """For operators. Its keys open it again."""
+    return project_object(projects.restore(use.db, caller=caller, project=project))

@@ -1,0 +1,119 @@
+"""API keys: what is asked for, and what is told of them. The text of a key is told once, to who makes it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.keys import is_live
+from catalog.scopes import SCOPES, Scope, held
+from catalog.tables import ApiKey
+
+LAST_SECOND = 253402300799
+"""The end of the year 9999."""
+NAME = r"^[^\x00-\x1f\x7f]+$"
+DAY = 86_400
+_EXAMPLE: dict[str, Any] = {
+    "object": "api_key",
+    "id": "key-5b7d1c0e9f3a4c2b8d6e7f01",
+    "name": "ci",
+    "redacted_value": "lorry_key-5b7d1c0e9f3a4c2b8d6e7f01_…x9Qz",
+    "project_id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "status": "active",
+    "scopes": ["files:write", "jobs:read", "jobs:write"],
+    "is_operator": False,
+    "created_at": 1790000000,
+    "expires_at": 1797776000,
+    "last_used_at": 1790003600,
+    "revoked_at": None,
+    "replaced_by": None,
+}
+
+
+class ApiKeyRequest(BaseModel):
+    """A key can't have more than the one that asks for it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"example": {"name": "ci", "scopes": _EXAMPLE["scopes"], "expires_at": 1797776000}},
+    )
+    name: str = Field(min_length=1, max_length=64, pattern=NAME, description="What it is for.")
+    scopes: list[Scope] | None = Field(
+        default=None, min_length=1, max_length=len(SCOPES), description="What it may do. null: all that yours can give."
+    )
+    expires_at: int | None = Field(
+        default=None, gt=0, le=LAST_SECOND, description="Seconds since 1970. null: when yours does, which may be never."
+    )
+    is_operator: bool = Field(default=False, description="May do what reaches beyond a project. For operators.")
+    project: str | None = Field(
+        default=None, min_length=1, max_length=64, description="Id or name. null: yours. Another's: for operators."
+    )
+
+
+class RotateRequest(BaseModel):
+    """How one key takes the place of another."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"overlap_seconds": DAY}})
+    overlap_seconds: int = Field(default=DAY, ge=0, le=90 * DAY, description="How long the old key is still good.")
+    expires_at: int | None = Field(
+        default=None, gt=0, le=LAST_SECOND, description="Of the new key. null: when the old one would have ended."
+    )
+
+
+class ApiKeyObject(BaseModel):
+    """A key, without what it takes to use it."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
+    object: Literal["api_key"] = "api_key"
+    id: str
+    name: str
+    redacted_value: str = Field(description="Its beginning and its last characters, to tell it from others by.")
+    project_id: str
+    status: Literal["active", "expired", "revoked"]
+    scopes: list[str] = Field(description="What it may do.")
+    is_operator: bool
+    created_at: int
+    expires_at: int | None
+    last_used_at: int | None = Field(description="To the minute.")
+    revoked_at: int | None
+    replaced_by: str | None = Field(description="Id of the key that took its place; until expires_at both are good.")
+
+
+class ApiKeyCreated(ApiKeyObject):
+    """A new key, and its text."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {**_EXAMPLE, "value": "lorry_key-5b7d1c0e9f3a4c2b8d6e7f01_…"}}
+    )
+    value: str = Field(description="The key itself: it is shown this once.")
+
+
+def key_object(row: ApiKey, *, now: float) -> ApiKeyObject:
+    return ApiKeyObject.model_validate(_fields(row, now))
+
+
+def created_object(row: ApiKey, value: str, *, now: float) -> ApiKeyCreated:
+    return ApiKeyCreated.model_validate({**_fields(row, now), "value": value})
+
+
+def _fields(row: ApiKey, now: float) -> dict[str, Any]:
+    ended = "expired" if row.revoked_at is None else "revoked"
+    return {
+        "id": row.id,
+        "name": row.name,
+        "redacted_value": f"lorry_{row.id}_…{row.ending or ''}",
+        "project_id": row.project_id,
+        "status": "active" if is_live(row, now) else ended,
+        "scopes": sorted(held(row.scopes, is_operator=row.is_operator)),
+        "is_operator": row.is_operator,
+        "created_at": int(row.created_at),
+        "expires_at": _second(row.expires_at),
+        "last_used_at": _second(row.last_used_at),
+        "revoked_at": _second(row.revoked_at),
+        "replaced_by": row.replaced_by,
+    }
+
+
+def _second(moment: float | None) -> int | None:
+    return None if moment is None else int(moment)

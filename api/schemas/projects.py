@@ -1,0 +1,47 @@
+"""Projects."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.tables import Project
+
+_EXAMPLE: dict[str, Any] = {
+    "object": "project",
+    "id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "name": "search",
+    "status": "active",
+    "created_at": 1790000000,
+    "archived_at": None,
+}
+
+
+class ProjectRequest(BaseModel):
+    """A project to make, or its new name."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"name": "search"}})
+    name: str = Field(min_length=1, max_length=64, description="Letters, digits, '.', '_' and '-'.")
+
+
+class ProjectObject(BaseModel):
+    """Whose files, jobs and adapters are whose."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
+    object: Literal["project"] = "project"
+    id: str
+    name: str
+    status: Literal["active", "archived"] = Field(description="archived: its keys open nothing.")
+    created_at: int
+    archived_at: int | None
+
+
+def project_object(row: Project) -> ProjectObject:
+    return ProjectObject(
+        id=row.id,
+        name=row.name,
+        status="active" if row.archived_at is None else "archived",
+        created_at=int(row.created_at),
+        archived_at=None if row.archived_at is None else int(row.archived_at),
+    )

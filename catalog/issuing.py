@@ -1,0 +1,198 @@
+"""API keys as people make, list, revoke and rotate them. The one rule: nobody hands out more than he has.
+
+A key's own holder may rotate and revoke it; another's key only who could have made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog import projects
+from catalog.db import Database, read_clock, serialise
+from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
+from catalog.keys import Caller, is_live, lasting_operators, new_key
+from catalog.pages import Page, paginate
+from catalog.scopes import OPERATORS, held
+from catalog.tables import ApiKey
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRequest:
+    """A key that somebody would like to have."""
+
+    name: str
+    project: str | None = None
+    """By id or by name; None: the caller's."""
+    scopes: Sequence[str] | None = None
+    """None: as many as the caller can give."""
+    is_operator: bool = False
+    expires_at: float | None = None
+    """None: when the caller's does."""
+
+
+def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) -> tuple[ApiKey, str]:
+    """The key, and its text, which can't be shown again. Raises Forbidden for more than the caller has."""
+    able = held(None, is_operator=request.is_operator)
+    wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
+    _check_kind(wanted, is_operator=request.is_operator)
+    _check_rights(caller, wanted, is_operator=request.is_operator)
+    takes_all = request.scopes is None and not caller.is_limited
+    with db.write() as session:
+        now = read_clock(session)
+        project_id = caller.project_id
+        if request.project is not None:
+            project_id = projects.find(session, caller=caller, project=request.project, param="project").id
+        key, secret = new_key(project_id, request.name, pepper)
+        key.is_operator, key.created_at = request.is_operator, now
+        key.scopes = None if takes_all else sorted(wanted)
+        key.expires_at = _expiry(caller, request.expires_at, caller.expires_at, now=now)
+        session.add(key)
+    return key, secret
+
+
+def list_page(
+    db: Database, *, caller: Caller, project: str | None = None, after: str | None = None, limit: int = 20
+) -> Page[ApiKey]:
+    """Newest first, those that open nothing any more too; of the caller's project where none is named."""
+    with db.read() as session:
+        project_id = caller.project_id
+        if project is not None:
+            project_id = projects.find(session, caller=caller, project=project, param="project").id
+        scope = select(ApiKey).where(ApiKey.project_id == project_id)
+        return paginate(session, scope, created=ApiKey.created_at, ident=ApiKey.id, after=after, limit=limit)
+
+
+def get(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
+    """Raises NotFound."""
+    with db.read() as session:
+        return _find(session, caller, api_key_id)
+
+
+def revoke(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
+    """It, and every browser session made from it, opens nothing from now on. One that was revoked stays as it is.
+
+    Raises Conflict for the last operator's key, without which nobody could make another over HTTP.
+    """
+    with db.write() as session:
+        serialise(session, "operators' keys")
+        key = _find(session, caller, api_key_id)
+        _check_may_change(caller, key)
+        now = read_clock(session)
+        if key.revoked_at is not None:
+            return key
+        if [lasting.id for lasting in lasting_operators(session, now=now)] == [key.id]:
+            raise Conflict(
+                f"The key {key.name!r} is the last operator's key that opens this service.",
+                code="last_operator_key",
+                remedy="Make another first, lorry keys create NAME --operator, or rotate this one.",
+            )
+        key.revoked_at = now
+        return key
+
+
+def rotate(
+    db: Database,
+    *,
+    caller: Caller,
+    api_key_id: str,
+    overlap_seconds: float,
+    expires_at: float | None = None,
+    pepper: bytes,
+) -> tuple[ApiKey, str]:
+    """A key with the same name and rights, and its text; the old one is good for `overlap_seconds` more.
+
+    `expires_at` None: the new one ends when the old one would have. Raises Conflict for a key that is not live, or
+    whose place another has taken.
+    """
+    with db.write() as session:
+        serialise(session, "operators' keys")
+        old = _find(session, caller, api_key_id)
+        _check_may_change(caller, old)
+        now = read_clock(session)
+        _check_rotatable(old, now)
+        key, secret = new_key(old.project_id, old.name, pepper)
+        key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
+        key.expires_at = old.expires_at if expires_at is None else _expiry(caller, expires_at, None, now=now)
+        session.add(key)
+        old.replaced_by = key.id
+        old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
+    return key, secret
+
+
+def _find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
+    mine = select(ApiKey).where(ApiKey.id == api_key_id)
+    key = session.scalar(mine if caller.is_operator else mine.where(ApiKey.project_id == caller.project_id))
+    if key is None:
+        raise NotFound("key", api_key_id, remedy="`lorry keys list` shows those of your project.")
+    return key
+
+
+def _check_kind(wanted: frozenset[str], *, is_operator: bool) -> None:
+    beyond = sorted(wanted & OPERATORS)
+    if beyond and not is_operator:
+        raise InvalidRequest(
+            f"{' and '.join(beyond)} can be held by an operator's key only.",
+            code="operator_scope",
+            remedy="Ask for an operator's key with is_operator: true, or leave it out.",
+            param="scopes",
+        )
+
+
+def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool) -> None:
+    if is_operator and not caller.is_operator:
+        raise _exceeds("be an operator's key", "is_operator")
+    beyond = sorted(wanted - caller.scopes)
+    if beyond:
+        raise _exceeds(f"have {', '.join(beyond)}", "scopes")
+
+
+def _check_may_change(caller: Caller, key: ApiKey) -> None:
+    if key.id == caller.api_key_id:
+        return
+    _check_rights(caller, held(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
+    if key.scopes is None and caller.is_limited:
+        raise _exceeds("have every scope", "scopes")
+
+
+def _exceeds(what: str, param: str) -> Forbidden:
+    return Forbidden(
+        f"The key would {what}, and yours does not: a key gives away no more than it has.",
+        code="exceeds_own_rights",
+        remedy="Ask for less, or have somebody do it whose key has that.",
+        param=param,
+    )
+
+
+def _check_rotatable(key: ApiKey, now: float) -> None:
+    if not is_live(key, now):
+        raise Conflict(
+            f"The key {key.name!r} was revoked or has expired.",
+            code="key_not_live",
+            remedy="Make a new one: lorry keys create NAME.",
+        )
+    if key.replaced_by is not None:
+        raise Conflict(
+            f"The place of the key {key.name!r} was taken by {key.replaced_by}.",
+            code="key_rotated_already",
+            remedy=f"Rotate {key.replaced_by}, or revoke it if nobody noted its text.",
+        )
+
+
+def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, now: float) -> float | None:
+    """Never later than the caller's own end."""
+    if wanted is None:
+        return otherwise
+    if wanted <= now:
+        raise InvalidRequest(
+            f"'expires_at' is in the past: it is {int(now)} by the database's clock.",
+            code="expires_in_the_past",
+            remedy="Give a later time, in seconds since 1970, or leave it out.",
+            param="expires_at",
+        )
+    if caller.expires_at is not None and wanted > caller.expires_at:
+        raise _exceeds(f"last beyond {int(caller.expires_at)}", "expires_at")
+    return wanted

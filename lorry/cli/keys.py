@@ -1,0 +1,181 @@
+"""`lorry keys` and `lorry projects`: who may do what, and whose things are whose."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorry.cli import output
+from lorry.cli.app import client, group
+from lorry.cli.output import AsJson, YesTaken
+from lorry.cli.tables import Column, table
+
+if TYPE_CHECKING:
+    from lorry.models import ApiKey, Project
+
+app = group("API keys: who may do what.")
+projects = group("Projects: whose files, jobs and adapters are whose.")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+KeyId = Annotated[str, typer.Argument(help="The key's id, such as key-3f2b….")]
+ProjectName = Annotated[str, typer.Argument(help="The project's name or id.")]
+
+
+def seconds(text: str) -> int:
+    """90s, 15m, 12h, 30d."""
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no length of time: write 90s, 15m, 12h or 30d.")
+    return int(found[1]) * UNITS[found[2]]
+
+
+ExpiresIn = Annotated[
+    int | None, typer.Option(help="How long it is good for: 12h, 90d. Left out: as long as yours.", parser=seconds)
+]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    *,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="What it may do, such as jobs:write; may be repeated. None: all of yours.")
+    ] = None,
+    expires_in: ExpiresIn = None,
+    operator: Annotated[bool, typer.Option("--operator", help="May do what reaches beyond a project.")] = False,
+    project: Annotated[str | None, typer.Option(help="Another than yours, for operators.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is shown this once, alone on stdout."""
+    expires_at = None if expires_in is None else int(time.time()) + expires_in
+    key = client().keys.create(name, scopes=scope, expires_at=expires_at, is_operator=operator, project=project)
+    _show_once(key, as_json=as_json)
+
+
+@app.command("list")
+def list_(
+    every: Annotated[bool, typer.Option("--all", help="Those that were revoked or have expired, too.")] = False,
+    project: Annotated[str | None, typer.Option(help="Another than yours, for operators.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The project's keys, without what it takes to use them."""
+    keys = [key for key in client().keys.list(project=project) if every or key.status == "active"]
+    if as_json:
+        return output.print_json([key.raw for key in keys])
+    columns = (
+        Column(title="ID"),
+        Column(title="NAME", narrowest=8),
+        Column(title="ENDS", goes=4),
+        Column(title="STATUS", goes=1),
+        Column(title="MAY", goes=2, narrowest=16),
+        Column(title="CREATED", goes=5),
+        Column(title="EXPIRES"),
+        Column(title="LAST USE", goes=3),
+    )
+    return table(columns, map(_row, keys), empty="There is no key here. `lorry keys list --all` shows those of before.")
+
+
+@app.command()
+def revoke(key_id: KeyId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
+    """End a key now, and the browser sessions made from it."""
+    key = client().keys.revoke(key_id)
+    if as_json:
+        output.print_json(key.raw)
+    else:
+        output.say(f"{key.id} ({key.name}) opens nothing any more.")
+
+
+@app.command()
+def rotate(
+    key_id: KeyId,
+    *,
+    overlap: Annotated[
+        int | None, typer.Option(help="How long the old key is still good: 0s, 12h. Left out: 1d.", parser=seconds)
+    ] = None,
+    expires_in: ExpiresIn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key that takes the place of another. For a while both are good."""
+    lorry = client()
+    expires_at = None if expires_in is None else int(time.time()) + expires_in
+    key = lorry.keys.rotate(key_id, overlap_seconds=overlap, expires_at=expires_at)
+    _show_once(key, as_json=as_json)
+    if not as_json:
+        end = output.when(lorry.keys.get(key_id).expires_at)
+        output.say(f"The old key, {key_id}, is good until {end}.")
+
+
+@projects.command("create")
+def create_project(
+    name: Annotated[str, typer.Argument(help="Letters, digits, dot, underscore and hyphen.")], as_json: AsJson = False
+) -> None:
+    """Make a project (an operator's key only)."""
+    project = client().projects.create(name)
+    _told(project, f"{project.name} is made. Give it a key: lorry keys create NAME --project {project.name}", as_json)
+
+
+@projects.command("list")
+def list_projects(
+    archived: Annotated[bool, typer.Option("--archived", help="Those that were archived, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Your project; for operators, all."""
+    found = list(client().projects.list(archived=archived))
+    if as_json:
+        return output.print_json([project.raw for project in found])
+    rows = [(p.name, p.id, p.status, output.briefly(p.created_at)) for p in found]
+    titles = ("NAME", "ID", "STATUS", "CREATED")
+    return table([Column(title=title) for title in titles], rows, empty="There is no project.")
+
+
+@projects.command("rename")
+def rename_project(
+    project: ProjectName, name: Annotated[str, typer.Argument(help="Its new name.")], as_json: AsJson = False
+) -> None:
+    """Give a project another name (an operator's key only). Its adapters keep theirs."""
+    renamed = client().projects.rename(project, name)
+    _told(renamed, f"{output.clean(project)} is {renamed.name} now.", as_json)
+
+
+@projects.command("archive")
+def archive_project(
+    project: ProjectName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a project away (an operator's key only): its keys open nothing, and what it has stays."""
+    output.confirm(f"Archive {project}, so that none of its keys opens anything?", yes=yes)
+    archived = client().projects.archive(project)
+    _told(archived, f"{archived.name} is archived. Bring it back: lorry projects restore {archived.name}", as_json)
+
+
+@projects.command("restore")
+def restore_project(project: ProjectName, _yes: YesTaken = False, as_json: AsJson = False) -> None:
+    """Bring a project back (an operator's key only)."""
+    restored = client().projects.restore(project)
+    _told(restored, f"{restored.name} is open again.", as_json)
+
+
+def _show_once(key: ApiKey, *, as_json: bool) -> None:
+    if as_json:
+        return output.print_json(key.raw)
+    output.console().print(key.value, soft_wrap=True)
+    until = f" It is good until {output.when(key.expires_at)}." if key.expires_at else ""
+    return output.say(f"This is {key.id} ({key.name}). It is not shown again: keep it now.{until}")
+
+
+def _row(key: ApiKey) -> tuple[object, ...]:
+    may = f"{'operator: ' if key.is_operator else ''}{' '.join(key.scopes)}"
+    ends = f"…{key.redacted_value.rpartition('…')[2]}"
+    last = output.briefly(key.last_used_at) or "never"
+    expires = output.briefly(key.expires_at) or "never"
+    return key.id, key.name, ends, key.status, may, output.briefly(key.created_at), expires, last
+
+
+def _told(project: Project, sentence: str, as_json: bool) -> None:
+    if as_json:
+        output.print_json(project.raw)
+    else:
+        output.say(sentence)

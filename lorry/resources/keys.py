@@ -1,0 +1,91 @@
+"""API keys and projects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from lorry.models import ApiKey, Project
+from lorry.resources import pages
+from lorry.transport import Transport
+
+
+class Keys:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(
+        self,
+        name: str,
+        *,
+        scopes: Sequence[str] | None = None,
+        expires_at: int | None = None,
+        is_operator: bool = False,
+        project: str | None = None,
+    ) -> ApiKey:
+        """A key whose `value` is told this once. It can't have more than the key that asks.
+
+        scopes: what it may do, such as "jobs:write"; None: all that yours can give. expires_at: seconds since 1970.
+        project: by id or name, another than yours for operators.
+        """
+        body: dict[str, Any] = {"name": name, "is_operator": is_operator}
+        given = {"scopes": None if scopes is None else list(scopes), "expires_at": expires_at, "project": project}
+        body |= {field: value for field, value in given.items() if value is not None}
+        return ApiKey.of(self._transport.request("POST", "api_keys", body=body))
+
+    def list(self, *, project: str | None = None) -> Iterator[ApiKey]:
+        """Newest first, those that open nothing any more too."""
+        return (ApiKey.of(wire) for wire in pages.follow(self._transport, "api_keys", params={"project": project}))
+
+    def get(self, key_id: str) -> ApiKey:
+        return ApiKey.of(self._transport.get(_key(key_id)))
+
+    def revoke(self, key_id: str) -> ApiKey:
+        """It opens nothing from now on."""
+        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/revoke"))
+
+    def rotate(self, key_id: str, *, overlap_seconds: int | None = None, expires_at: int | None = None) -> ApiKey:
+        """A key with the same name and rights, whose `value` is told this once. The old one is good for
+        `overlap_seconds` more: a day where nothing is said."""
+        given = {"overlap_seconds": overlap_seconds, "expires_at": expires_at}
+        body = {field: value for field, value in given.items() if value is not None}
+        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body))
+
+
+class Projects:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, name: str) -> Project:
+        """For operators."""
+        return Project.of(self._transport.request("POST", "projects", body={"name": name}))
+
+    def list(self, *, archived: bool = False) -> Iterator[Project]:
+        """Yours, and for operators all. archived: those that were put away, too."""
+        params = {"archived": "true" if archived else None}
+        return (Project.of(wire) for wire in pages.follow(self._transport, "projects", params=params))
+
+    def get(self, project: str) -> Project:
+        """By id or by name."""
+        return Project.of(self._transport.get(_project(project)))
+
+    def rename(self, project: str, name: str) -> Project:
+        """For operators."""
+        return Project.of(self._transport.request("POST", _project(project), body={"name": name}))
+
+    def archive(self, project: str) -> Project:
+        """For operators: its keys open nothing from now on; what it has stays."""
+        return Project.of(self._transport.request("POST", f"{_project(project)}/archive"))
+
+    def restore(self, project: str) -> Project:
+        """For operators: its keys open it again."""
+        return Project.of(self._transport.request("POST", f"{_project(project)}/restore"))
+
+
+def _key(key_id: str) -> str:
+    return f"api_keys/{quote(key_id, safe='')}"
+
+
+def _project(project: str) -> str:
+    return f"projects/{quote(project, safe='')}"

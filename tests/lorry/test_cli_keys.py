@@ -1,0 +1,94 @@
+"""`lorry keys` and `lorry projects`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from typer.testing import Result
+
+from lorry.cli.keys import seconds
+from tests.lorry.scripted_server import Script
+
+Run = Callable[..., Result]
+KEY: dict[str, Any] = {
+    "id": "key-1",
+    "name": "ci",
+    "redacted_value": "lorry_key-1_…x9Qz",
+    "status": "active",
+    "scopes": ["jobs:read"],
+    "created_at": 1790000000,
+}
+PROJECT = {"id": "proj-1", "name": "search", "status": "active", "created_at": 1790000000}
+
+
+def test_a_new_key_stands_alone_on_stdout(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/api_keys", {**KEY, "value": "lorry_key-1_secret"})
+
+    result = run("keys", "create", "ci", "--scope", "jobs:read", "--scope", "jobs:write", "--project", "search")
+
+    assert result.stdout == "lorry_key-1_secret\n"
+    assert "not shown again" in result.stderr
+    (sent,) = service.requests("POST", "/v1/api_keys")
+    assert json.loads(sent.body) == {
+        "name": "ci",
+        "is_operator": False,
+        "scopes": ["jobs:read", "jobs:write"],
+        "project": "search",
+    }
+
+
+def test_keys_are_listed_without_those_that_open_nothing(service: Script, run: Run) -> None:
+    gone = {**KEY, "id": "key-0", "status": "revoked"}
+    service.on("GET", "/v1/api_keys", {"data": [KEY, gone], "has_more": False})
+
+    some, every = run("keys", "list").stdout, run("keys", "list", "--all").stdout
+
+    assert "…x9Qz" in some
+    assert "key-0" not in some
+    assert "key-0" in every
+
+
+def test_a_rotation_tells_until_when_the_old_key_is_good(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
+    service.on("GET", "/v1/api_keys/key-1", {**KEY, "expires_at": 1790043200})
+
+    result = run("keys", "rotate", "key-1", "--overlap", "12h")
+
+    assert json.loads(service.requests("POST", "/v1/api_keys/key-1/rotate")[0].body) == {"overlap_seconds": 43200}
+    assert result.stdout == "lorry_key-2_secret\n"
+    assert "The old key, key-1, is good until 2026-09-2" in result.stderr
+
+
+def test_a_key_is_revoked(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked"})
+
+    assert "key-1 (ci) opens nothing any more." in run("keys", "revoke", "key-1").stderr
+
+
+def test_projects_are_made_listed_renamed_archived_and_restored(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/projects", PROJECT)
+    service.on("GET", "/v1/projects", {"data": [PROJECT], "has_more": False})
+    service.on("POST", "/v1/projects/search", {**PROJECT, "name": "find"})
+    for verb in ("archive", "restore"):
+        service.on("POST", f"/v1/projects/find/{verb}", {**PROJECT, "name": "find"})
+
+    told = [
+        run("projects", "create", "search").stderr,
+        run("projects", "list").stdout,
+        run("projects", "rename", "search", "find").stderr,
+        run("projects", "archive", "find", "--yes").stderr,
+        run("projects", "restore", "find").stderr,
+    ]
+
+    words = ("lorry keys create NAME --project search", "proj-1", "search is find now", "restore find", "open again")
+    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 5
+    assert run("projects", "archive", "find").exit_code != 0  # nobody is there to be asked
+
+
+def test_a_length_of_time_has_a_unit(run: Run) -> None:
+    assert [seconds(text) for text in ("90s", "15m", "12h", "30d")] == [90, 900, 43_200, 2_592_000]
+    refused = run("keys", "create", "ci", "--expires-in", "soon")
+    assert refused.exit_code == 2
+    assert "write 90s, 15m, 12h or 30d" in refused.stderr
