@@ -16,7 +16,9 @@ from api.feed import Feed
 from api.gate import Gate
 from api.hosts import HostPolicy, host_policy
 from api.known_query import refuse_unknown_query
+from api.limits import Limits
 from api.openapi import Api
+from api.rate_counters import open_counter
 from api.routes import adapters, api_keys, files, fleet, health, job_history, jobs, models, projects, sign_in
 from api.settings import ApiSettings
 from api.telemetry import Telemetry
@@ -94,6 +96,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         doorbell=open_doorbell(settings),
         pepper=keys.load_pepper(settings),
         feed=feed,
+        limits=Limits(api_settings, open_counter(settings.redis_url)),
         telemetry=telemetry,
     )
 

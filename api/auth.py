@@ -34,9 +34,11 @@ def caller_of(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     session: Annotated[str | None, Security(cookie)],
 ) -> Caller:
-    """The project and the rights that come with the request; raises Unauthorized, and Forbidden for want of a scope."""
+    """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
+    scope that the route needs."""
     caller = _identify(request, use, credentials, session)
     _check_project(request, caller)
+    request.state.rate_headers = use.limits.count_request(caller)
     check_operation(caller, getattr(request.scope.get("route"), "operation_id", None))
     request.state.caller = caller
     return caller

@@ -16,6 +16,7 @@ from catalog.settings import Settings
 
 if TYPE_CHECKING:
     from api.feed import Feed
+    from api.limits import Limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class Services:
     doorbell: Doorbell
     pepper: bytes
     feed: Feed
+    limits: Limits
     telemetry: Telemetry
 
 

@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.limits import retry_headers
 from api.validation import AGAIN, explain
 from catalog.disk import is_full, out_of_space
-from catalog.errors import LorryError, Unauthorized, Unavailable
+from catalog.errors import LorryError, RateLimited, Unauthorized, Unavailable
 
 log = logging.getLogger("lorry.api")
 
@@ -48,6 +49,8 @@ def refusal(error: LorryError) -> Response:
         headers["x-should-retry"] = "false"
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(error.retry_after_seconds)
+    if isinstance(error, RateLimited):
+        headers |= retry_headers(error)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = 'Bearer realm="lorry"'
     return error_response(

@@ -119,7 +119,8 @@ def _decorated(send: Send, exchange: _Exchange, body: RequestBody) -> Send:
                 await body.drain()
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = exchange.request_id
-            for name, value in security_headers(exchange.path).items():
+            rate_headers: dict[str, str] = exchange.scope["state"].get("rate_headers", {})
+            for name, value in {**rate_headers, **security_headers(exchange.path)}.items():
                 headers.setdefault(name, value)
         await send(message)
 

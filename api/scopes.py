@@ -47,6 +47,7 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "create_api_key": ("keys:write",),
     "revoke_api_key": ("keys:write",),
     "rotate_api_key": ("keys:write",),
+    "limit_api_key": ("keys:write",),
     "list_projects": ANY_KEY,
     "get_project": ANY_KEY,
     "create_project": ("projects:write",),

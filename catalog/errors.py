@@ -70,6 +70,20 @@ class TooLarge(LorryError):
     status = 413
 
 
+class RateLimited(LorryError):
+    """Too much at once. `retry_after_seconds` is infinite where waiting doesn't help; `headers` go with the answer."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(
+        self, message: str, *, code: str, remedy: str, retry_after_seconds: float, headers: dict[str, str]
+    ) -> None:
+        super().__init__(message, code=code, remedy=remedy)
+        self.retry_after_seconds = retry_after_seconds
+        self.headers = headers
+
+
 class OutOfSpace(LorryError):
     """The disk under the data folder is full. Nothing of the request was kept."""
 

@@ -5,7 +5,7 @@ A key's own holder may rotate and revoke it; another's key only who could have m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -32,6 +32,9 @@ class KeyRequest:
     is_operator: bool = False
     expires_at: float | None = None
     """None: when the caller's does."""
+    requests_per_minute: int | None = None
+    jobs_per_day: int | None = None
+    """Of both: None: the caller's; another number is an operator's to give."""
 
 
 def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) -> tuple[ApiKey, str]:
@@ -40,6 +43,9 @@ def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) 
     wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
     _check_kind(wanted, is_operator=request.is_operator)
     _check_rights(caller, wanted, is_operator=request.is_operator)
+    limits = {"requests_per_minute": request.requests_per_minute, "jobs_per_day": request.jobs_per_day}
+    given = {name: value for name, value in limits.items() if value is not None}
+    _check_limits(caller, given)
     takes_all = request.scopes is None and not caller.is_limited
     with db.write() as session:
         now = read_clock(session)
@@ -50,6 +56,8 @@ def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) 
         key.is_operator, key.created_at = request.is_operator, now
         key.scopes = None if takes_all else sorted(wanted)
         key.expires_at = _expiry(caller, request.expires_at, caller.expires_at, now=now)
+        key.requests_per_minute = given.get("requests_per_minute", caller.requests_per_minute)
+        key.jobs_per_day = given.get("jobs_per_day", caller.jobs_per_day)
         session.add(key)
     return key, secret
 
@@ -117,10 +125,24 @@ def rotate(
         key, secret = new_key(old.project_id, old.name, pepper)
         key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
         key.expires_at = old.expires_at if expires_at is None else _expiry(caller, expires_at, None, now=now)
+        key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
         session.add(key)
         old.replaced_by = key.id
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
     return key, secret
+
+
+def limit(db: Database, *, caller: Caller, api_key_id: str, limits: Mapping[str, int | None]) -> ApiKey:
+    """Change those of `requests_per_minute` and `jobs_per_day` that are given. None: the service's; 0: without limit.
+
+    Operators alone may. Raises NotFound and Forbidden.
+    """
+    with db.write() as session:
+        key = _find(session, caller, api_key_id)
+        _check_limits(caller, limits)
+        key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
+        key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
+        return key
 
 
 def _find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
@@ -156,6 +178,16 @@ def _check_may_change(caller: Caller, key: ApiKey) -> None:
     _check_rights(caller, held(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
     if key.scopes is None and caller.is_limited:
         raise _exceeds("have every scope", "scopes")
+
+
+def _check_limits(caller: Caller, limits: Mapping[str, int | None]) -> None:
+    if limits and not caller.is_operator:
+        raise Forbidden(
+            "What a key may take is for operators to say.",
+            code="operator_required",
+            remedy="Leave it out, or ask an operator: lorry keys limit.",
+            param=next(iter(limits)),
+        )
 
 
 def _exceeds(what: str, param: str) -> Forbidden:

@@ -39,6 +39,9 @@ class Caller:
     is_limited: bool = False
     """Its scopes were named, so that none is added to them later."""
     expires_at: float | None = None
+    requests_per_minute: int | None = None
+    jobs_per_day: int | None = None
+    """Of both: None: the service's; 0: without limit."""
 
 
 def create(
@@ -243,6 +246,8 @@ def _caller(session: Session, key: ApiKey) -> Caller:
         scopes=held(key.scopes, is_operator=key.is_operator),
         is_limited=key.scopes is not None,
         expires_at=key.expires_at,
+        requests_per_minute=key.requests_per_minute,
+        jobs_per_day=key.jobs_per_day,
     )
 
 

@@ -280,6 +280,9 @@ class ApiKey(View):
     revoked_at: int | None = None
     replaced_by: str | None = None
     """Id of the key that took its place; until `expires_at` both are good."""
+    requests_per_minute: int | None = None
+    jobs_per_day: int | None = None
+    """Of both: None: the service's; 0: without limit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ _MEANINGS = {
     404: "No such thing, or it is another project's.",
     409: "Not in the state that it is in.",
     413: "Too large.",
+    429: "Too much at once; see Retry-After.",
     503: "The database or the store does not answer; see Retry-After.",
     507: "The disk is full; nothing was kept.",
 }
@@ -31,5 +32,5 @@ def binary(media_type: str, description: str) -> Responses:
     return {200: {"content": {media_type: {"schema": schema}}, "description": description}}
 
 
-SIGNED: Responses = errors(400, 401, 403, 503)
+SIGNED: Responses = errors(400, 401, 403, 429, 503)
 """What every route behind a key may answer."""

@@ -13,6 +13,7 @@ from api.schemas.keys import (
     ApiKeyCreated,
     ApiKeyObject,
     ApiKeyRequest,
+    LimitsRequest,
     RotateRequest,
     created_object,
     key_object,
@@ -34,6 +35,8 @@ def create_api_key(body: ApiKeyRequest, use: Use, caller: Signed) -> ApiKeyCreat
         scopes=body.scopes,
         is_operator=body.is_operator,
         expires_at=body.expires_at,
+        requests_per_minute=body.requests_per_minute,
+        jobs_per_day=body.jobs_per_day,
     )
     row, value = issuing.create(use.db, caller=caller, request=request, pepper=use.pepper)
     return created_object(row, value, now=_now(use))
@@ -73,6 +76,13 @@ def rotate_api_key(api_key_id: str, use: Use, caller: Signed, body: RotateReques
         pepper=use.pepper,
     )
     return created_object(row, value, now=_now(use))
+
+
+@router.post("/{api_key_id}/limits", operation_id="limit_api_key", responses=errors(404))
+def limit_api_key(api_key_id: str, use: Use, caller: Signed, body: LimitsRequest) -> ApiKeyObject:
+    """For operators: how often the key may ask, and how many jobs it may create."""
+    given = body.model_dump(exclude_unset=True)
+    return key_object(issuing.limit(use.db, caller=caller, api_key_id=api_key_id, limits=given), now=_now(use))
 
 
 def _now(use: Services) -> float:

@@ -50,14 +50,15 @@ def create_job(
     is_retry: IsRetry,
 ) -> FineTuningJob:
     """Queue a job. It is validated and trained by a worker; follow its events, or its stream."""
-    job = jobs.create(
-        use.db,
-        caller=caller,
-        request=body,
-        idempotency_key=idempotency_key,
-        body_digest=body_digest(body),
-        is_client_retry=is_retry,
-    )
+    with use.limits.counting_jobs(caller):
+        job = jobs.create(
+            use.db,
+            caller=caller,
+            request=body,
+            idempotency_key=idempotency_key,
+            body_digest=body_digest(body),
+            is_client_retry=is_retry,
+        )
     use.doorbell.ring()
     return _shown(use, job)
 

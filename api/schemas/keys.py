@@ -28,7 +28,12 @@ _EXAMPLE: dict[str, Any] = {
     "last_used_at": 1790003600,
     "revoked_at": None,
     "replaced_by": None,
+    "requests_per_minute": None,
+    "jobs_per_day": None,
 }
+MOST = 1_000_000_000
+_REQUESTS = "Requests a minute. null: the service's; 0: without limit."
+_JOBS = "Jobs that it may create in a day. null: the service's; 0: without limit."
 
 
 class ApiKeyRequest(BaseModel):
@@ -49,6 +54,10 @@ class ApiKeyRequest(BaseModel):
     project: str | None = Field(
         default=None, min_length=1, max_length=64, description="Id or name. null: yours. Another's: for operators."
     )
+    requests_per_minute: int | None = Field(
+        default=None, ge=0, le=MOST, description="0: without limit. null: as your key's. Else for operators to say."
+    )
+    jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="The same, of jobs that it creates.")
 
 
 class RotateRequest(BaseModel):
@@ -59,6 +68,14 @@ class RotateRequest(BaseModel):
     expires_at: int | None = Field(
         default=None, gt=0, le=LAST_SECOND, description="Of the new key. null: when the old one would have ended."
     )
+
+
+class LimitsRequest(BaseModel):
+    """What is left out stays as it is."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"requests_per_minute": 600}})
+    requests_per_minute: int | None = Field(default=None, ge=0, le=MOST, description=_REQUESTS)
+    jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description=_JOBS)
 
 
 class ApiKeyObject(BaseModel):
@@ -78,6 +95,8 @@ class ApiKeyObject(BaseModel):
     last_used_at: int | None = Field(description="To the minute.")
     revoked_at: int | None
     replaced_by: str | None = Field(description="Id of the key that took its place; until expires_at both are good.")
+    requests_per_minute: int | None = Field(description=_REQUESTS)
+    jobs_per_day: int | None = Field(description=_JOBS)
 
 
 class ApiKeyCreated(ApiKeyObject):
@@ -112,6 +131,8 @@ def _fields(row: ApiKey, now: float) -> dict[str, Any]:
         "last_used_at": _second(row.last_used_at),
         "revoked_at": _second(row.revoked_at),
         "replaced_by": row.replaced_by,
+        "requests_per_minute": row.requests_per_minute,
+        "jobs_per_day": row.jobs_per_day,
     }
 
 

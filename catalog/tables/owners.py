@@ -39,6 +39,9 @@ class ApiKey(Table):
     revoked_at: Mapped[float | None]
     replaced_by: Mapped[str | None]
     """The key that a rotation made; this one is good until it expires."""
+    requests_per_minute: Mapped[int | None]
+    jobs_per_day: Mapped[int | None]
+    """Of both: None: the service's; 0: without limit."""
     __table_args__ = (Index(None, "project_id", "created_at", "id"),)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -107,6 +107,25 @@ def rotate(
         output.say(f"The old key, {key_id}, is good until {end}.")
 
 
+@app.command()
+def limit(
+    key_id: KeyId,
+    *,
+    requests_per_minute: Annotated[
+        str | None, typer.Option(help="A number; 0: any number; service: as the service says.")
+    ] = None,
+    jobs_per_day: Annotated[str | None, typer.Option(help="The same, of jobs that it creates.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how often a key may ask (an operator's key only). What is left out stays as it is."""
+    requests, jobs = _number(requests_per_minute), _number(jobs_per_day)
+    key = client().keys.limit(key_id, requests_per_minute=requests, jobs_per_day=jobs)
+    if as_json:
+        return output.print_json(key.raw)
+    told = [_limit_told(key.requests_per_minute, "requests a minute"), _limit_told(key.jobs_per_day, "jobs a day")]
+    return output.say(f"{key.id} ({key.name}): {', '.join(told)}.")
+
+
 @projects.command("create")
 def create_project(
     name: Annotated[str, typer.Argument(help="Letters, digits, dot, underscore and hyphen.")], as_json: AsJson = False
@@ -172,6 +191,20 @@ def _row(key: ApiKey) -> tuple[object, ...]:
     last = output.briefly(key.last_used_at) or "never"
     expires = output.briefly(key.expires_at) or "never"
     return key.id, key.name, ends, key.status, may, output.briefly(key.created_at), expires, last
+
+
+def _number(text: str | None) -> int | Literal["service"] | None:
+    if text is None:
+        return None
+    if text == "service":
+        return "service"
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is neither a number nor the word service.")
+    return int(text)
+
+
+def _limit_told(limit: int | None, what: str) -> str:
+    return f"{what} as the service says" if limit is None else f"{limit} {what}" if limit else f"any {what}"
 
 
 def _told(project: Project, sentence: str, as_json: bool) -> None:

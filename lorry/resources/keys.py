@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from lorry.models import ApiKey, Project
@@ -51,6 +51,21 @@ class Keys:
         given = {"overlap_seconds": overlap_seconds, "expires_at": expires_at}
         body = {field: value for field, value in given.items() if value is not None}
         return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body))
+
+    def limit(
+        self,
+        key_id: str,
+        *,
+        requests_per_minute: int | Literal["service"] | None = None,
+        jobs_per_day: int | Literal["service"] | None = None,
+    ) -> ApiKey:
+        """For operators: how often the key may ask, and how many jobs it may create.
+
+        None: as it was; "service": as the service says; 0: without limit.
+        """
+        asked = {"requests_per_minute": requests_per_minute, "jobs_per_day": jobs_per_day}
+        body = {name: None if value == "service" else value for name, value in asked.items() if value is not None}
+        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/limits", body=body))
 
 
 class Projects:

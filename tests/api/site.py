@@ -74,6 +74,7 @@ def error_of(response: Any) -> dict[str, Any]:
         "invalid_request_error",
         "authentication_error",
         "permission_error",
+        "rate_limit_error",
         "server_error",
     }
     assert response.headers["x-request-id"].startswith("req_")

@@ -265,3 +265,22 @@ def test_others_see_their_own_project_alone(world: World) -> None:
 
     assert [row.name for row in projects.list_page(world.db, caller=mine).items] == ["ours"]
     assert projects.get(world.db, caller=mine, project="ours").id == mine.project_id
+
+
+def test_limits_are_an_operators_to_give_and_go_on_to_what_a_key_makes(world: World) -> None:
+    operator = caller(world, is_operator=True)
+    limited, secret = make(world, operator, requests_per_minute=10, jobs_per_day=0)
+    holder = keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    child, _ = make(world, holder)
+    heir, _ = rotate(world, holder, limited.id)
+    for attempt in (
+        lambda: make(world, holder, requests_per_minute=0),
+        lambda: issuing.limit(world.db, caller=holder, api_key_id=child.id, limits={"jobs_per_day": None}),
+    ):
+        with pytest.raises(Forbidden):
+            attempt()
+    changed = issuing.limit(world.db, caller=operator, api_key_id=child.id, limits={"jobs_per_day": None})
+
+    assert [(row.requests_per_minute, row.jobs_per_day) for row in (child, heir)] == [(10, 0)] * 2
+    assert (changed.requests_per_minute, changed.jobs_per_day) == (10, None)

@@ -11,7 +11,7 @@ from catalog.scopes import OPERATORS, SCOPES
 from catalog.tables import ApiKey, Project
 from tests.catalog.world import PEPPER, Clock, World
 
-BEFORE_SCOPES = "0007"
+BEFORE_SCOPES, BEFORE_LIMITS = "0007", "0008"
 
 
 def test_keys_of_before_scopes_can_do_what_they_could_and_lesser_ones_end_on_the_way_back(empty_url: str) -> None:
@@ -33,5 +33,22 @@ def test_keys_of_before_scopes_can_do_what_they_could_and_lesser_ones_end_on_the
     caller = keys.authenticate(database, secret=plain, pepper=PEPPER)
     assert caller.scopes == frozenset(SCOPES) - OPERATORS
     assert not caller.is_limited
+    command.check(alembic_config(empty_url))
+    database.close()
+
+
+def test_limits_of_keys_come_and_go_and_the_keys_stay(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    key_id = World(database, Clock()).caller.api_key_id
+    with database.write() as session:
+        session.get_one(ApiKey, key_id).jobs_per_day = 5
+
+    command.downgrade(alembic_config(empty_url), BEFORE_LIMITS)
+    database.migrate()
+
+    with database.read() as session:
+        kept = session.get_one(ApiKey, key_id)
+        assert (kept.jobs_per_day, kept.requests_per_minute, kept.revoked_at) == (None, None, None)
     command.check(alembic_config(empty_url))
     database.close()

@@ -92,3 +92,17 @@ def test_a_length_of_time_has_a_unit(run: Run) -> None:
     refused = run("keys", "create", "ci", "--expires-in", "soon")
     assert refused.exit_code == 2
     assert "write 90s, 15m, 12h or 30d" in refused.stderr
+
+
+def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, run: Run) -> None:
+    path = "/v1/api_keys/key-1/limits"
+    service.on("POST", path, {**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0})
+
+    told = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
+    run("keys", "limit", "key-1", "--requests-per-minute", "service", "--jobs-per-day", "0")
+    wrong = run("keys", "limit", "key-1", "--jobs-per-day", "many")
+
+    assert "600 requests a minute, jobs a day as the service says" in told
+    sent = [json.loads(request.body) for request in service.requests("POST", path)]
+    assert sent == [{"requests_per_minute": 600}, {"requests_per_minute": None, "jobs_per_day": 0}]
+    assert wrong.exit_code == 2

@@ -1,0 +1,70 @@
+"""How much of a rate is left: a bucket of tokens that fills evenly. Pure; the clock is the caller's.
+
+At once a client may have the whole of its limit, and in the long run no more than the limit in each period.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """`limit` in each `period_seconds`."""
+
+    limit: int
+    period_seconds: float
+
+    @property
+    def per_second(self) -> float:
+        return self.limit / self.period_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """What was in it at a moment, in seconds of whatever clock."""
+
+    tokens: float
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """How a client stands with a rate after it has asked."""
+
+    rate: Rate
+    tokens: float
+    is_allowed: bool
+    cost: int = 1
+
+    @property
+    def remaining(self) -> int:
+        return math.floor(self.tokens + 1e-6)
+
+    @property
+    def reset_seconds(self) -> float:
+        """Until the bucket is full."""
+        return max(0.0, self.rate.limit - self.tokens) / self.rate.per_second
+
+    @property
+    def retry_after_seconds(self) -> float:
+        """Until as much is there as was asked for; infinite where that is more than the limit."""
+        if self.cost > self.rate.limit:
+            return math.inf
+        return max(0.0, self.cost - self.tokens) / self.rate.per_second
+
+
+def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tuple[Bucket, Standing]:
+    """The bucket after `cost` tokens were asked for; where there are fewer, none is taken. None: a full one.
+
+    A negative cost gives back. A clock that went backwards fills nothing.
+    """
+    tokens = float(rate.limit)
+    if bucket is not None:
+        tokens = min(tokens, bucket.tokens + max(0.0, now - bucket.at) * rate.per_second)
+    is_allowed = tokens >= cost
+    if is_allowed:
+        tokens = min(float(rate.limit), tokens - cost)
+    at = now if bucket is None else max(now, bucket.at)
+    return Bucket(tokens=tokens, at=at), Standing(rate=rate, tokens=tokens, is_allowed=is_allowed, cost=cost)

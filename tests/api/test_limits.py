@@ -1,0 +1,210 @@
+"""Requests a minute and jobs a day of a key, as clients are told of them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import openai
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from api.limits import Limits, duration
+from api.rate_counters import MOST_BUCKETS, ProcessCounter, RedisCounter
+from api.settings import ApiSettings
+from api.token_bucket import Rate
+from lorry import Lorry, RateLimited
+from tests.api.conftest import with_key
+from tests.api.site import Site, error_of
+from tests.catalog.world import World
+
+JOBS = "/v1/fine_tuning/jobs"
+RATE = Rate(limit=3, period_seconds=60)
+
+
+class Hand:
+    """A clock that stands still."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def turn(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def hand() -> Hand:
+    return Hand()
+
+
+@pytest.fixture
+def app(app: FastAPI, hand: Hand) -> FastAPI:
+    """With three requests a minute, and two jobs a day."""
+    services: Services = app.state.services
+    limits = Limits(ApiSettings(requests_per_minute=3, jobs_per_day=2), ProcessCounter(clock=hand))
+    app.state.services = replace(services, limits=limits)
+    return app
+
+
+def test_every_answer_tells_what_is_left_and_one_too_many_is_refused(client: TestClient, hand: Hand) -> None:
+    answers = [client.get(path) for path in ("/v1/files", "/v1/files/none", "/v1/queue", "/v1/files")]
+
+    told = [
+        [answer.headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining", "reset")]
+        for answer in answers
+    ]
+    assert told == [["3", "2", "20s"], ["3", "1", "40s"], ["3", "0", "1m0s"], ["3", "0", "1m0s"]]
+    assert [answer.status_code for answer in answers] == [200, 404, 200, 429]
+    error = error_of(answers[3])
+    assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
+    assert "3 requests a minute" in error["message"]
+    assert "Try again in 20s" in error["message"]
+    assert (answers[3].headers["retry-after"], answers[3].headers["retry-after-ms"]) == ("20", "20000")
+    hand.turn(20)
+    assert client.get("/v1/files").status_code == 200
+
+
+def test_keys_are_counted_each_by_itself_and_what_needs_no_key_not_at_all(
+    client: TestClient, stranger: TestClient, anonymous: TestClient
+) -> None:
+    for _ in range(3):
+        client.get("/v1/files")
+
+    assert client.get("/v1/files").status_code == 429
+    assert stranger.get("/v1/files").status_code == 200
+    for path in ("/healthz", "/readyz", "/metrics", "/dashboard/", "/openapi.json"):
+        for answer in [anonymous.get(path) for _ in range(5)]:
+            assert answer.status_code == 200
+            assert "x-ratelimit-limit-requests" not in answer.headers
+
+
+def test_jobs_of_a_day_are_counted_without_those_that_were_refused(
+    client: TestClient, operator: TestClient, key: str, hand: Hand, world: World
+) -> None:
+    operator.post(f"/v1/api_keys/{key.split('_')[1]}/limits", json={"requests_per_minute": 0})
+    body = {"model": "smol", "training_file": world.file_id}
+    wrong = [{**body, "model": "none"}, {**body, "rank": 1}]
+
+    sent = [client.post(JOBS, json=one) for one in (*wrong, body, *wrong, {**body, "seed": 1}, {**body, "seed": 2})]
+
+    assert [answer.status_code for answer in sent] == [404, 400, 200, 404, 400, 200, 429]
+    assert "2 jobs a day" in error_of(sent[-1])["message"]
+    assert sent[-1].headers["retry-after"] == "43200"
+    assert sent[-1].headers["x-should-retry"] == "false"
+    assert "x-ratelimit-limit-requests" not in sent[-1].headers
+    hand.turn(43_200)
+    assert client.post(JOBS, json={**body, "seed": 3}).status_code == 200
+
+
+def test_a_key_has_the_limits_that_an_operator_gave_it_and_hands_them_on(
+    app: FastAPI, client: TestClient, operator: TestClient, key: str
+) -> None:
+    path = f"/v1/api_keys/{key.split('_')[1]}"
+
+    refused = client.post(f"{path}/limits", json={"requests_per_minute": 0})
+    given = operator.post(f"{path}/limits", json={"requests_per_minute": 5, "jobs_per_day": 7}).json()
+    later = operator.post(f"{path}/limits", json={"jobs_per_day": None}).json()
+    made = client.post("/v1/api_keys", json={"name": "child"})
+    freed = client.post("/v1/api_keys", json={"name": "child", "requests_per_minute": 0})
+
+    assert (given["requests_per_minute"], given["jobs_per_day"]) == (5, 7)
+    assert (later["requests_per_minute"], later["jobs_per_day"]) == (5, None)
+    assert [error_of(answer)["code"] for answer in (refused, freed)] == ["operator_required"] * 2
+    assert made.json()["requests_per_minute"] == 5
+    assert with_key(app, made.json()["value"]).get("/v1/files").headers["x-ratelimit-limit-requests"] == "5"
+
+
+def test_nothing_is_counted_where_no_limit_is_set(app: FastAPI, client: TestClient, hand: Hand) -> None:
+    counter = ProcessCounter(clock=hand)
+    app.state.services = replace(app.state.services, limits=Limits(ApiSettings(), counter))
+
+    answers = [client.get("/v1/files") for _ in range(5)]
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert "x-ratelimit-limit-requests" not in answers[0].headers
+    assert counter.num_buckets == 0
+
+
+def test_the_openai_client_waits_as_long_as_it_is_told(site: Site, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        hand.turn(seconds)
+
+    monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=sleep, time=time.time))
+    with openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key) as client:
+        for _ in range(4):
+            client.files.list()
+        monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=slept.append, time=time.time))
+        with pytest.raises(openai.RateLimitError) as refusal:
+            client.files.list()
+
+    assert slept == [20.0, 20.0, 20.0]
+    assert refusal.value.code == "rate_limit_exceeded"
+
+
+def test_the_sdk_waits_as_long_as_it_is_told_and_not_for_hours(site: Site, hand: Hand, world: World) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        hand.turn(seconds)
+
+    with Lorry(site.url, site.key, sleep=sleep) as lorry:
+        for _ in range(4):
+            list(lorry.files.list())
+        hand.turn(60)
+        for seed in range(2):
+            lorry.jobs.create(model="smol", training_file=world.file_id, seed=seed)
+        with pytest.raises(RateLimited, match="2 jobs a day"):
+            lorry.jobs.create(model="smol", training_file=world.file_id, seed=2)
+
+    assert slept == [20.0]
+
+
+def test_a_process_remembers_a_bounded_number_of_buckets(hand: Hand) -> None:
+    counter = ProcessCounter(clock=hand)
+    counter.take("spent", RATE, cost=3)
+
+    for number in range(MOST_BUCKETS):
+        counter.take(f"key {number}", RATE, cost=0)
+
+    assert counter.num_buckets <= MOST_BUCKETS
+    assert not counter.take("spent", RATE).is_allowed
+
+
+def test_processes_that_share_a_redis_count_together(redis_url: str) -> None:
+    one, other = RedisCounter(redis_url), RedisCounter(redis_url)
+
+    standings = [counter.take("together", RATE) for counter in (one, other, one, other)]
+    back = other.take("together", RATE, cost=-1)
+
+    assert [standing.is_allowed for standing in standings] == [True, True, True, False]
+    assert [standing.remaining for standing in standings] == [2, 1, 0, 0]
+    assert 19 < standings[3].retry_after_seconds <= 20
+    assert back.remaining == 1
+    assert one.take("other", RATE).remaining == 2
+
+
+def test_while_redis_is_away_a_process_counts_by_itself(hand: Hand, caplog: pytest.LogCaptureFixture) -> None:
+    counter = RedisCounter("redis://127.0.0.1:1/0", clock=hand)
+
+    granted = [counter.take("alone", RATE).is_allowed for _ in range(4)]
+
+    assert granted == [True, True, True, False]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # and it was asked once
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, "0ms"), (0.0201, "21ms"), (1, "1s"), (59.2, "1m0s"), (360, "6m0s"), (7200.5, "2h0m1s")],
+)
+def test_a_duration_is_told_as_openai_does(seconds: float, told: str) -> None:
+    assert duration(seconds) == told

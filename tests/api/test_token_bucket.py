@@ -1,0 +1,73 @@
+"""A rate's bucket, with a clock of its own."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.token_bucket import Bucket, Rate, take
+
+MINUTE = Rate(limit=60, period_seconds=60)
+
+
+def test_a_full_bucket_gives_its_limit_at_once_and_then_one_token_each_turn() -> None:
+    bucket: Bucket | None = None
+    granted: list[bool] = []
+
+    for now in [0.0] * 61 + [0.5, 1.0, 1.0]:
+        bucket, standing = take(bucket, MINUTE, now=now)
+        granted.append(standing.is_allowed)
+
+    assert granted == [True] * 60 + [False, False, True, False]
+
+
+def test_who_is_refused_is_told_when_there_is_one_and_when_all_are_back() -> None:
+    bucket, _ = take(None, MINUTE, now=0, cost=60)
+
+    _, standing = take(bucket, MINUTE, now=0.25)
+
+    assert (standing.is_allowed, standing.remaining) == (False, 0)
+    assert standing.retry_after_seconds == pytest.approx(0.75)
+    assert standing.reset_seconds == pytest.approx(59.75)
+    bucket, later = take(bucket, MINUTE, now=0.25 + standing.retry_after_seconds)
+    assert later.is_allowed
+
+
+def test_more_than_the_limit_is_never_there() -> None:
+    bucket, standing = take(None, MINUTE, now=0, cost=61)
+
+    assert (standing.is_allowed, standing.retry_after_seconds, bucket.tokens) == (False, float("inf"), 60)
+
+
+def test_what_is_given_back_fills_no_further_than_the_limit() -> None:
+    bucket, _ = take(None, MINUTE, now=0, cost=5)
+
+    bucket, _ = take(bucket, MINUTE, now=0, cost=-5)
+    over, _ = take(bucket, MINUTE, now=0, cost=-5)
+
+    assert bucket.tokens == over.tokens == 60
+
+
+@given(
+    limit=st.integers(1, 5),
+    period=st.sampled_from([1.0, 60.0, 86_400.0]),
+    waits=st.lists(st.just(0.0) | st.floats(-5, 100), max_size=60),
+)
+def test_no_stretch_of_time_grants_more_than_the_limit_and_what_came_back_in_it(
+    limit: int, period: float, waits: list[float]
+) -> None:
+    rate = Rate(limit=limit, period_seconds=period)
+    bucket: Bucket | None = None
+    now, moments = 0.0, list[float]()
+
+    for wait in waits:
+        now += wait  # a negative one: the clock was set back
+        bucket, standing = take(bucket, rate, now=now)
+        assert 0 <= standing.tokens <= limit
+        if standing.is_allowed:
+            moments.append(bucket.at)
+
+    for first, began in enumerate(moments):
+        for last, ended in enumerate(moments[first:], start=1):
+            assert last <= limit + (ended - began) * rate.per_second + 1e-6
