@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from api import logs
 from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token
-from catalog import keys, projects
+from catalog import keys, logs, projects
 from catalog.errors import LorryError
 from catalog.keys import load_pepper
 from catalog.settings import Settings

@@ -21,6 +21,7 @@ from api.openapi import Api
 from api.rate_counters import open_counter
 from api.routes import adapters, api_keys, files, fleet, health, job_history, jobs, models, projects, sign_in
 from api.settings import ApiSettings
+from api.strict_json import refuse_loose_json
 from api.telemetry import Telemetry
 from catalog import keys
 from catalog.artifacts.store import open_store
@@ -64,7 +65,7 @@ def create_app(
         version="0.1.0",
         description=DESCRIPTION,
         openapi_tags=TAGS,
-        dependencies=[Depends(refuse_unknown_query)],
+        dependencies=[Depends(refuse_unknown_query), Depends(refuse_loose_json)],
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

@@ -7,14 +7,22 @@ Run it with `-c 1 --without-gossip --without-mingle -Q lorry`; `beat` rings agai
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from contextlib import ExitStack
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_process_init, worker_process_shutdown, worker_shutting_down
+from celery.signals import (
+    after_setup_logger,
+    after_setup_task_logger,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_shutting_down,
+)
 
+from catalog import logs
 from catalog.settings import Settings
 from worker import node
 from worker.context import WorkerContext, open_worker
@@ -70,6 +78,12 @@ def context() -> WorkerContext:
         _context = _open.enter_context(open_worker(Settings(), device=device))
         _context.has_asked_to_leave = _leave.is_set
     return _context
+
+
+@after_setup_logger.connect
+@after_setup_task_logger.connect
+def _redact(*, logger: logging.Logger, **_: Any) -> None:
+    logs.redact_handlers(logger)
 
 
 @worker_process_init.connect

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from catalog import logs
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.settings import Settings
 from worker import node
@@ -30,7 +31,7 @@ BELL_SECONDS = 0.05
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure("info")
     with open_worker(Settings(), device=node.choose_device(options.device)) as context:
         leave_on_signal(context.leave)
         log.info("Worker %s on %s.", context.worker_id, context.device.name)

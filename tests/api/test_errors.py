@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from api.deps import Services
 from catalog.errors import Unavailable
 from tests.api.site import error_of
+from tests.catalog.world import World
 
 
 def test_an_unknown_route_names_the_nearest_one(client: TestClient) -> None:
@@ -58,6 +59,31 @@ def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -
 
     assert response.status_code == 400
     error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        (b'{"model": "smol", "training_file": "%s", "seed": 1, "seed": 2}', "duplicate_field", "'seed' occurs twice"),
+        (b'{"model": "smol", "training_file": "%s", "lora": {"rank": 1, "rank": 2}}', "duplicate_field", "'rank'"),
+        (b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": NaN}}', "number_not_finite", "NaN"),
+        (
+            b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": -Infinity}}',
+            "number_not_finite",
+            "-Infinity",
+        ),
+        (b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": 1e999}}', "number_not_finite", "1e999"),
+    ],
+)
+def test_a_body_that_others_would_read_otherwise_is_refused(
+    client: TestClient, world: World, body: bytes, code: str, says: str
+) -> None:
+    content = body.replace(b"%s", world.file_id.encode())
+
+    response = client.post("/v1/fine_tuning/jobs", content=content, headers={"content-type": "application/json"})
+
+    assert (response.status_code, error_of(response)["code"]) == (400, code)
+    assert says in error_of(response)["message"]
 
 
 def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(client: TestClient) -> None:
@@ -121,6 +147,8 @@ def test_every_answer_carries_the_security_headers(client: TestClient, path: str
     assert response.headers["referrer-policy"] == "no-referrer"
     policy = response.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'")
+    scripts = [part.strip() for part in policy.split(";") if part.strip().startswith("script-src")]
+    assert scripts == (["script-src 'self'"] if path in ("/", "/dashboard/") else [])  # / leads there
     assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
 

@@ -14,6 +14,7 @@ LONGEST_OPENING = 6
 VAGUE_NAMES = {"util", "utils", "common", "helpers", "helper", "manager", "base", "types", "misc"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen", "pickle.loads"}
+PRESIGNERS = {"sign", "sign_async", "presign", "generate_presigned_url", "generate_presigned_post"}
 ARGUMENTS = {"trust_remote_code": True, "shell": True, "weights_only": False, "verify": False}
 REFUSALS = {
     name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.LorryError)
@@ -42,6 +43,10 @@ def test_a_module_opens_by_saying_what_lives_there() -> None:
 
 def test_shipped_code_runs_nothing_that_came_as_data() -> None:
     assert [place for source in source_files() for place in _dangers(source)] == []
+
+
+def test_no_address_is_made_that_opens_an_object_without_a_key() -> None:
+    assert [place for source in source_files() for place in _presigners(source)] == []
 
 
 def test_every_refusal_has_a_remedy() -> None:
@@ -88,6 +93,14 @@ def _is_dangerous(keyword: ast.keyword) -> bool:
         and isinstance(keyword.value, ast.Constant)
         and keyword.value.value is ARGUMENTS[keyword.arg]
     )
+
+
+def _presigners(source: SourceFile) -> Iterator[str]:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("obstore"):
+            yield from (source.place(node) for alias in node.names if alias.name in PRESIGNERS)
+        if isinstance(node, ast.Attribute) and node.attr in PRESIGNERS:
+            yield source.place(node)
 
 
 def _refusals_without_remedy(source: SourceFile) -> Iterator[str]:

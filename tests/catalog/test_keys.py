@@ -51,6 +51,21 @@ def test_a_wrong_key_is_refused(world: World, spoil: Callable[[str], str]) -> No
         keys.authenticate(world.db, secret=secret, pepper=b"q" * 32)
 
 
+def test_a_key_is_compared_in_a_time_that_tells_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, secret = new_key(world)
+    compared: list[tuple[str, str]] = []
+
+    def differs(a: str, b: str) -> bool:
+        compared.append((a, b))
+        return False
+
+    monkeypatch.setattr("catalog.keys.hmac.compare_digest", differs)
+    with pytest.raises(Unauthorized):
+        keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    assert compared == [(key.digest, key.digest)]
+
+
 def test_a_key_that_is_expired_or_revoked_is_refused(world: World) -> None:
     _, expiring = new_key(world, expires_at=world.clock.now + 10)
     revoked, secret = new_key(world)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import pytest
 
-from api.logs import Redacted, redact
+from catalog.logs import Redacted, redact, redact_handlers
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,8 @@ from api.logs import Redacted, redact
         ("GET /sign-in?token=9v6mectzLkcQD4kp6aE74 HTTP/1.1", "9v6mectzL"),
         ("{'authorization': 'Bearer lorry-canary-123'}", "lorry-canary-123"),
         ('{"api_key": "canary-456-789"}', "canary-456"),
+        ("no route to postgresql+psycopg://lorry:canary-9@db/lorry", "canary-9"),
+        ("redis://:canary-9@cache:6379/0 does not answer", "canary-9"),
     ],
 )
 def test_secrets_are_taken_out(text: str, canary: str) -> None:
@@ -32,6 +35,18 @@ def test_a_traceback_is_redacted_too() -> None:
 
     assert "ValueError" in shown
     assert "canary-123456" not in shown
+
+
+def test_handlers_that_a_library_set_up_are_redacted_in_their_own_form() -> None:
+    out = io.StringIO()
+    logger = logging.Logger("celery")
+    logger.addHandler(logging.StreamHandler(out))
+    logger.handlers[0].setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
+
+    redact_handlers(logger)
+    logger.warning("token=canary-123456")
+
+    assert out.getvalue() == "[WARNING] token=…\n"
 
 
 def test_plain_words_stay() -> None:
