@@ -79,12 +79,13 @@ def create_first(db: Database, *, project_id: str, name: str, pepper: bytes) -> 
 
 
 def an_operator(db: Database) -> str:
-    """The id of the oldest operator's key that is still good. Raises NotFound."""
+    """The id of an operator's key that is still good: rather one with every scope and of which none takes the place,
+    and then the oldest. Raises NotFound."""
     with db.read() as session:
         now = read_clock(session)
-        for key in session.scalars(_operators()):
-            if is_live(key, now):
-                return key.id
+        live = [key for key in session.scalars(_operators()) if is_live(key, now)]
+    if live:
+        return min(live, key=lambda key: (key.scopes is not None, key.replaced_by is not None)).id
     raise NotFound("operator key", "any", remedy="Make the first one: python -m api bootstrap.")
 
 

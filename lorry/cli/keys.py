@@ -14,6 +14,7 @@ from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
+    from lorry.client import Lorry
     from lorry.models import ApiKey, Project
 
 app = group("API keys: who may do what.")
@@ -102,6 +103,7 @@ def rotate(
     expires_at = None if expires_in is None else int(time.time()) + expires_in
     key = lorry.keys.rotate(key_id, overlap_seconds=overlap, expires_at=expires_at)
     _show_once(key, as_json=as_json)
+    _note_own(lorry, key_id, key)
     if not as_json:
         end = output.when(lorry.keys.get(key_id).expires_at)
         output.say(f"The old key, {key_id}, is good until {end}.")
@@ -183,6 +185,21 @@ def _show_once(key: ApiKey, *, as_json: bool) -> None:
     output.console().print(key.value, soft_wrap=True)
     until = f" It is good until {output.when(key.expires_at)}." if key.expires_at else ""
     return output.say(f"This is {key.id} ({key.name}). It is not shown again: keep it now.{until}")
+
+
+def _note_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
+    """The key that this command itself came with: a local service's file gets the new one."""
+    from lorry import connection
+
+    if (lorry.api_key or "").split("_")[1:2] != [old_id]:
+        return
+    folder = connection.default_data_dir()
+    local = connection.read(folder)
+    if local is not None and local.api_key == lorry.api_key:
+        path = connection.write(folder, connection.Connection(url=local.url, api_key=key.value))
+        output.say(f"The new key is in {path}.")
+    else:
+        output.say("That was the key that you use: put the new one into LORRY_API_KEY.")
 
 
 def _row(key: ApiKey) -> tuple[object, ...]:

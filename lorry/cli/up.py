@@ -78,6 +78,7 @@ def _supervise(running: Service, known: Connection, devices: list[str], *, as_js
     from lorry.local.supervisor import Supervisor
 
     def announce() -> None:
+        keep_key_good(running, known)
         link = running.sign_in_link()
         if as_json:
             output.print_json_line({"url": known.url, "sign_in_url": link, "data_dir": str(running.data_dir)})
@@ -91,6 +92,23 @@ def _supervise(running: Service, known: Connection, devices: list[str], *, as_js
         on_ready=announce,
         say=output.say,
     ).run()
+
+
+def keep_key_good(running: Service, known: Connection) -> None:
+    """A key that was revoked, or rotated and not noted, is of no use in the connection file."""
+    import httpx
+
+    from lorry import connection
+
+    headers = {"authorization": f"Bearer {known.api_key}"}
+    try:
+        answer = httpx.get(f"{known.url}/v1/browser_session", headers=headers, timeout=10, trust_env=False)
+    except httpx.TransportError:
+        return
+    if answer.status_code == 401:
+        connection.write(running.data_dir, connection.Connection(url=known.url, api_key=running.new_key()))
+        path = running.data_dir / connection.FILE_NAME
+        output.say(f"The API key in {path} opens nothing any more: a new one was made and is in there.")
 
 
 def _announce(running: Service, url: str, link: str, devices: list[str]) -> None:

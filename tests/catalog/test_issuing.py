@@ -201,6 +201,17 @@ def test_the_last_operators_key_is_not_revoked(world: World) -> None:
     assert revoke(operator.api_key_id).revoked_at == ended.revoked_at
 
 
+def test_a_sign_in_link_made_on_the_server_has_an_operators_whole_rights_where_it_can(world: World) -> None:
+    lesser = caller(world, is_operator=True, scopes=["jobs:read"])
+    first = keys.an_operator(world.db)
+    whole = caller(world, is_operator=True)
+
+    then = keys.an_operator(world.db)
+    new, _ = rotate(world, whole, whole.api_key_id)
+
+    assert [first, then, keys.an_operator(world.db)] == [lesser.api_key_id, whole.api_key_id, new.id]
+
+
 def test_the_keys_of_an_archived_project_open_nothing_until_it_is_restored(world: World) -> None:
     operator = caller(world, "offices", is_operator=True)
     _, secret = make(world, world.caller)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from typer.testing import Result
 
+from lorry import connection
 from lorry.cli.keys import seconds
-from tests.lorry.scripted_server import Script
+from lorry.cli.up import keep_key_good
+from lorry.connection import Connection
+from tests.lorry.scripted_server import Reply, Script
 
 Run = Callable[..., Result]
 KEY: dict[str, Any] = {
@@ -59,6 +65,39 @@ def test_a_rotation_tells_until_when_the_old_key_is_good(service: Script, run: R
     assert json.loads(service.requests("POST", "/v1/api_keys/key-1/rotate")[0].body) == {"overlap_seconds": 43200}
     assert result.stdout == "lorry_key-2_secret\n"
     assert "The old key, key-1, is good until 2026-09-2" in result.stderr
+
+
+def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
+    service.on("GET", "/v1/api_keys/key-1", KEY)
+    connection.write(tmp_path, Connection(url=service.url, api_key="lorry_key-1_old"))
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("LORRY_API_KEY", "lorry_key-1_other")
+    elsewhere = run("keys", "rotate", "key-1").stderr
+    for name in ("LORRY_URL", "LORRY_API_KEY"):
+        monkeypatch.delenv(name)
+
+    here = run("keys", "rotate", "key-1").stderr
+
+    assert "put the new one into LORRY_API_KEY" in elsewhere
+    assert f"The new key is in {tmp_path / 'connection.json'}." in here
+    assert connection.read(tmp_path) == Connection(url=service.url, api_key="lorry_key-2_secret")
+
+
+@pytest.mark.parametrize(("status", "kept"), [(401, "new"), (200, "old")])
+def test_a_start_replaces_a_key_in_the_connection_file_that_opens_nothing(
+    service: Script, tmp_path: Path, status: int, kept: str
+) -> None:
+    service.on("GET", "/v1/browser_session", Reply(status=status, body={}))
+    known = Connection(url=service.url, api_key="old")
+    connection.write(tmp_path, known)
+    running: Any = SimpleNamespace(data_dir=tmp_path, new_key=lambda: "new")
+
+    keep_key_good(running, known)
+
+    assert connection.read(tmp_path) == Connection(url=service.url, api_key=kept)
 
 
 def test_a_key_is_revoked(service: Script, run: Run) -> None:
