@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, events, fleet, packing, queue, recovery
+from catalog import artifact_rows, events, fleet, packing, queue, recovery, result_files
 from catalog.artifacts.manifest import Manifest
+from catalog.artifacts.store import Blob
 from catalog.db import Database, read_clock, skip_locked
 from catalog.endings import close_attempt, end_attempt
 from catalog.errors import StaleClaim
@@ -159,10 +160,14 @@ def complete(
     evaluation: Json | None,
     trained_tokens: int,
     course: Course,
+    curves: Blob,
     lineage: Json,
     lineage_id: str,
 ) -> Adapter:
-    """The job has succeeded: its adapter becomes visible in the same transaction. A cancel that came later lost."""
+    """The job has succeeded: its adapter becomes visible in the same transaction. A cancel that came later lost.
+
+    curves: the stored content of its result file, which becomes visible too.
+    """
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
@@ -184,6 +189,7 @@ def complete(
         session.add(adapter)
         close_attempt(session, job, reason=EndReason.COMPLETED, detail=course.stopped_early, now=now)
         record_course(session, job, course, now=now)
+        result_files.record(session, job, curves, now=now)
         job.adapter_name, job.trained_tokens, job.error = adapter.name, trained_tokens, None
         message = f"New fine-tuned model created: {adapter.name}"
         events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})

@@ -46,6 +46,8 @@ class File(View):
     kind: str | None = None
     same_content_as: str | None = None
     """After an upload: an earlier file with the same bytes."""
+    digest: str = ""
+    """sha256 of the content."""
     status: str = ""
     created_at: int = 0
 
@@ -95,6 +97,8 @@ class Job(View):
     validation_file: str | None = None
     fine_tuned_model: str | None = None
     adapter_id: str | None = None
+    result_files: list[str] = field(default_factory=list[str])
+    """Ids of files: the curves of a job that has succeeded, as CSV with OpenAI's columns."""
     suffix: str | None = None
     created_at: int = 0
     started_at: int | None = None

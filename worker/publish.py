@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from catalog import claims, jobs
+from catalog import claims, jobs, result_files
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace
 from catalog.records import Course
@@ -30,7 +30,7 @@ def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int)
 
 
 def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, *, trainer: Json) -> None:
-    """Store an adapter's files, then complete the job with it in one transaction.
+    """Store an adapter's files and the job's curves, then complete the job with them in one transaction.
 
     exported: the trainer's event, whose report has passed. trainer: what it said when it was ready.
     """
@@ -38,6 +38,9 @@ def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, 
     manifest = context.store.put_folder(folder, kind="adapter")
     course = Course(steps=exported["step"], kept_step=exported["kept_step"], stopped_early=exported["stopped_early"])
     evaluation = evaluate(context, claim, kept_step=course.kept_step)
+    curves = result_files.store_curves(
+        context.db, context.store, job_id=claim.job.id, path=folder.with_name(result_files.NAME)
+    )
     lineage, lineage_id = provenance.record(
         context,
         claim,
@@ -61,6 +64,7 @@ def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, 
         evaluation=evaluation,
         trained_tokens=exported["trained_tokens"],
         course=course,
+        curves=curves,
         lineage=lineage,
         lineage_id=lineage_id,
     )

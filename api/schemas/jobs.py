@@ -162,7 +162,9 @@ class FineTuningJob(BaseModel):
     fine_tuned_model: str | None
     adapter_id: str | None
     organization_id: str = Field(description="The project.")
-    result_files: list[str] = []
+    result_files: list[str] = Field(
+        description="Id of a CSV file with the job's curves: of a job that has succeeded. The file may be deleted."
+    )
     seed: int
     trained_tokens: int | None
     training_file: str
@@ -256,6 +258,7 @@ def _run(row: Job) -> dict[str, Any]:
         "finished_at": _seconds(row.finished_at),
         "estimated_finish": _estimated_finish(row),
         "fine_tuned_model": row.adapter_name,
+        "result_files": [row.result_file] if row.result_file else [],
         "trained_tokens": row.trained_tokens,
         "error": row.error,
         "num_steps": row.num_steps,

@@ -65,6 +65,8 @@ class Job(Table):
     """Latest of: step, num_steps, loss, tokens_per_second, seconds_left; and of the evaluations on held-out data
     valid_loss (the latest) and best_valid_loss, once there was one; at the end those of Course, and kept_valid_loss."""
     adapter_name: Mapped[str | None]
+    result_file: Mapped[str | None]
+    """Id of the file that holds its curves; the row of a file is kept for ever. None before the job has succeeded."""
     error: Mapped[Json | None]
     """code, message, param: as on the wire."""
     __table_args__ = (

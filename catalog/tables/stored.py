@@ -18,7 +18,7 @@ class File(Table):
     filename: Mapped[str]
     num_bytes: Mapped[int]
     num_rows: Mapped[int | None]
-    """Rows of a data set; None for result files."""
+    """Rows of a data set; None for files that hold none."""
     kind: Mapped[str | None]
     """What its rows are, a `row_kinds.DataKind`; None where there are none, and for chats of before it was kept."""
     digest: Mapped[str]

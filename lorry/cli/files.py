@@ -1,4 +1,4 @@
-"""`lorry files`: data sets, and what preparation found in them."""
+"""`lorry files`: data sets, what preparation found in them, and the curves of jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorry.models import File
     from lorry.resources.files import OnBytes
 
-app = group("Data sets.")
+app = group("Data sets, and the curves of jobs.")
 
 
 @app.command()
@@ -41,10 +41,11 @@ def upload(
 @app.command("list")
 def list_(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    purpose: Annotated[str | None, typer.Option(help="Only these: fine-tune, fine-tune-results, user_data.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Uploaded files, newest first."""
-    files = list(client().files.list(limit=limit))
+    """Uploaded files and the curves of jobs, newest first."""
+    files = list(client().files.list(limit=limit, purpose=purpose))
     if as_json:
         return output.print_json([file.raw for file in files])
     rows = [(f.id, f.filename, output.size(f.bytes), f.kind, f.purpose, output.briefly(f.created_at)) for f in files]
@@ -60,6 +61,22 @@ def list_(
         rows,
         empty="There is no file yet. Upload one with `lorry files upload PATH`.",
     )
+
+
+@app.command()
+def download(
+    file_id: Annotated[str, typer.Argument(help="The file's id.")],
+    path: Annotated[
+        Path | None, typer.Argument(allow_dash=True, help="A new file, or - for standard output. Default: ./NAME.")
+    ] = None,
+) -> None:
+    """Save the bytes of a file: of an upload, or of a job's curves."""
+    files = client().files
+    if path == Path("-"):
+        for piece in files.content(file_id):
+            sys.stdout.buffer.write(piece)
+    else:
+        output.console().print(str(files.download(file_id, path)), soft_wrap=True)
 
 
 @app.command()

@@ -58,6 +58,7 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
     yield "model", job.model
     yield "continues", job.parent_adapter
     yield "adapter", job.fine_tuned_model
+    yield "curves", ", ".join(job.result_files)
     yield "step", steps(job)
     yield "ended early", progress.stopped_early
     yield "weights of step", progress.kept_step

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
+from lorry.errors import BadDownload
 from lorry.models import File
 from lorry.resources import pages
 from lorry.transport import Transport
@@ -41,6 +45,32 @@ class Files:
         """The bytes as they were uploaded, in pieces."""
         with self._transport.stream(f"files/{quote(file_id, safe='')}/content") as response:
             yield from response.iter_bytes()
+
+    def download(self, file_id: str, path: Path | str | None = None) -> Path:
+        """Writes the bytes to a new file, whole and with the digest on record, or not at all; where it is.
+
+        path: by default the file's own name, in the current folder. Raises FileExistsError, BadDownload.
+        """
+        file = self.get(file_id)
+        target = Path(path) if path is not None else Path(Path(file.filename).name or file_id)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "There is a file of that name", str(target))
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            with partial.open("xb") as out:
+                self._write(file, out)
+            return partial.rename(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _write(self, file: File, out: IO[bytes]) -> None:
+        seen = hashlib.sha256()
+        for piece in self.content(file.id):
+            out.write(piece)
+            seen.update(piece)
+        if seen.hexdigest() != file.digest:
+            message = f"What came of {file.id} is not what the service has on record."
+            raise BadDownload(message, code="bad_download", remedy="Download it again.")
 
     def report(self, file_id: str, *, model: str) -> dict[str, Any]:
         """Rows, tokens, truncated rows … of the file as tokenised for `model`."""

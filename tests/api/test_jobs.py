@@ -253,6 +253,21 @@ def test_a_succeeded_job_names_its_adapter(client: TestClient, world: World, ser
     assert client.get(JOBS).json()["data"] == [job]
 
 
+def test_a_succeeded_job_names_the_file_of_its_curves_which_can_not_be_trained_on(
+    client: TestClient, world: World
+) -> None:
+    world.worker()
+    claim = world.running()
+    world.complete(claim.claim_id)
+
+    (file_id,) = client.get(f"{JOBS}/{claim.job.id}").json()["result_files"]
+
+    file = client.get(f"/v1/files/{file_id}").json()
+    assert (file["purpose"], file["filename"], file["rows"]) == ("fine-tune-results", "step_metrics.csv", None)
+    assert client.get("/v1/files", params={"purpose": "fine-tune-results"}).json()["data"] == [file]
+    assert error_of(create(client, world, training_file=file_id))["code"] == "wrong_file_purpose"
+
+
 def test_a_job_tells_what_was_evaluated_and_how_long_it_was_trained(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()

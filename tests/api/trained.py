@@ -50,6 +50,7 @@ def trained(services: Services, world: World, folder: Path, *, suffix: str = "do
         evaluation={"base_loss": 2.0, "loss": 1.0, "base_perplexity": 7.4, "perplexity": 2.7},
         trained_tokens=500,
         course=claims.Course(steps=3, kept_step=3, stopped_early=None),
+        curves=services.store.put_bytes(b"step,train_loss\n"),
         lineage=json.loads(json.dumps(record)),
         lineage_id=lineage.lineage_id(record),
     )

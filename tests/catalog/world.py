@@ -7,6 +7,7 @@ from typing import Any
 
 from catalog import bases, claims, jobs, keys, prepared, projects
 from catalog.artifacts.manifest import Manifest, ManifestFile
+from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.db import Database, read_clock
 from catalog.keys import Caller
@@ -143,6 +144,7 @@ class World:
             evaluation=None,
             trained_tokens=5,
             course=course or claims.Course(steps=10, kept_step=10, stopped_early=None),
+            curves=curves(f"curves of {claim_id}"),
             lineage={},
             lineage_id=sha(content),
         )
@@ -176,6 +178,11 @@ def request(**fields: Any) -> JobRequest:
 
 def manifest(content: str, kind: str = "adapter") -> Manifest:
     return Manifest(kind=kind, files=(ManifestFile(path="a.bin", digest=sha(content), num_bytes=len(content)),))
+
+
+def curves(content: str) -> Blob:
+    """What a job's result file is said to hold."""
+    return Blob(digest=sha(content), num_bytes=len(content))
 
 
 def sha(text: str) -> str:

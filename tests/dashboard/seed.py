@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from catalog import bases, claims, files, jobs, keys, lineage, prepared, projects
+from catalog import bases, claims, files, jobs, keys, lineage, prepared, projects, result_files
 from catalog.artifacts.manifest import Manifest
-from catalog.artifacts.store import ArtifactStore, open_store
+from catalog.artifacts.store import ArtifactStore, Blob, open_store
 from catalog.db import Database
 from catalog.lineage import AttemptRecord, DataSource
 from catalog.packing import Room, pack_key
 from catalog.settings import Settings
 from catalog.spec import JobRequest
 from catalog.states import EndReason
-from catalog.tables import File, Job, Project
+from catalog.tables import Attempt, File, Job, Project
 
 LEASE_SECONDS = 3600.0
 WORKER = "worker-bay-1"
@@ -194,6 +194,7 @@ def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1, kept_step: int = NU
         evaluation=evaluation,
         trained_tokens=81_240,
         course=claims.Course(steps=NUM_STEPS, kept_step=kept_step, stopped_early=None),
+        curves=_curves(seeded, claim_id, folder.with_suffix(".csv")),
         lineage=record,
         lineage_id=lineage.lineage_id(record),
     )
@@ -313,6 +314,12 @@ def _loss(step: int, seed: int) -> float:
 def _chat(question: str, answer: str) -> str:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"messages": turns})
+
+
+def _curves(seeded: Seeded, claim_id: str, path: Path) -> Blob:
+    with seeded.db.read() as session:
+        job_id = session.get_one(Attempt, claim_id).job_id
+    return result_files.store_curves(seeded.db, seeded.store, job_id=job_id, path=path)
 
 
 def _record(seeded: Seeded, claim_id: str, artifact: Manifest, evaluation: dict[str, float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorry import Lorry, LorryError
-from lorry.errors import InvalidRequest
+from lorry.errors import BadDownload, InvalidRequest
 from tests.lorry.scripted_server import Reply, Script
 
 CONTENT = b'{"messages": []}\n' * 20_000
@@ -102,3 +103,41 @@ def test_a_file_that_was_there_already_is_pointed_out_and_taken(service: Script,
     assert (again.stdout, new.stdout) == ("file-2\n", "file-3\n")
     assert again.stderr == f"{path.name} was there already, as file-1; it is kept a second time, as file-2.\n"
     assert new.stderr == ""
+
+
+CURVES = b"step,train_loss\n1,2.5\n"
+CURVES_FILE = {"id": "file-r", "filename": "../step_metrics.csv", "digest": hashlib.sha256(CURVES).hexdigest()}
+
+
+def test_a_file_is_saved_under_its_name_and_never_over_another(service: Script, run: Any, tmp_path: Path) -> None:
+    service.on("GET", "/v1/files/file-r", CURVES_FILE)
+    service.on("GET", "/v1/files/file-r/content", Reply(body=CURVES))
+
+    saved, again, piped = (run("files", "download", "file-r", *rest) for rest in ((), (), ("-",)))
+
+    assert (saved.exit_code, saved.stdout) == (0, "step_metrics.csv\n")
+    assert (tmp_path / "step_metrics.csv").read_bytes() == CURVES == piped.stdout_bytes
+    assert again.exit_code == 1
+    assert "step_metrics.csv" in again.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["step_metrics.csv"]
+
+
+def test_what_is_not_what_the_service_has_on_record_is_not_kept(service: Script, client: Lorry, tmp_path: Path) -> None:
+    service.on("GET", "/v1/files/file-r", CURVES_FILE)
+    service.on("GET", "/v1/files/file-r/content", Reply(body=CURVES[:-1]))
+
+    with pytest.raises(BadDownload):
+        client.files.download("file-r", tmp_path / "curves.csv")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_one_purpose_are_listed_alone_and_a_job_names_its_curves(service: Script, run: Any) -> None:
+    service.on("GET", "/v1/files", {"data": [CURVES_FILE], "has_more": False})
+    service.on("GET", "/v1/fine_tuning/jobs/j", {"id": "j", "status": "succeeded", "result_files": ["file-r"]})
+
+    listed, shown = run("files", "list", "--purpose", "fine-tune-results"), run("jobs", "show", "j")
+
+    assert "file-r" in listed.stdout
+    assert "purpose=fine-tune-results" in service.requests("GET", "/v1/files")[0].path
+    assert ["curves", "file-r"] in [line.split() for line in shown.stdout.splitlines()]

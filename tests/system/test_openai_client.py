@@ -14,7 +14,8 @@ from typing import Any
 import openai
 import pytest
 
-from catalog import bases, claims, prepared
+from catalog import bases, claims, prepared, result_files
+from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.packing import Room
 from catalog.settings import Settings
@@ -36,14 +37,23 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     db.close()
 
 
+def data_folder(database: Database) -> Path:
+    assert database.engine.url.database is not None
+    return Path(database.engine.url.database).parent
+
+
 @pytest.fixture(scope="module")
 def service(database: Database) -> Iterator[Service]:
-    assert database.engine.url.database is not None
-    with api_process(Path(database.engine.url.database).parent) as service:
+    with api_process(data_folder(database)) as service:
         added_at = bases.add(database, name="smol", kind="folder", source="/models/smol").created_at
         told = {"manifest": {"files": []}, "description": DESCRIPTION, "added_at": added_at}
         bases.finish_import(database, "smol", digest=sha("smol"), **told)
         yield service
+
+
+@pytest.fixture(scope="module")
+def store(database: Database) -> ArtifactStore:
+    return open_store(Settings(data_dir=data_folder(database)))
 
 
 @pytest.fixture
@@ -60,8 +70,9 @@ def prepare(db: Database) -> None:
         claims.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
 
 
-def train(db: Database) -> None:
+def train(db: Database, store: ArtifactStore) -> None:
     """Every queued job, to its end."""
+    folder = data_folder(db)
     prepare(db)
     claims.register_worker(
         db, worker_id="w", host="h", pid=1, devices=[{"kind": "cpu"}], version="1", memory_bytes=10**12
@@ -83,12 +94,15 @@ def train(db: Database) -> None:
             evaluation=None,
             trained_tokens=100,
             course=claims.Course(steps=3, kept_step=3, stopped_early=None),
+            curves=result_files.store_curves(db, store, job_id=claim.job.id, path=folder / "curves.csv"),
             lineage={},
             lineage_id=sha("lineage"),
         )
 
 
-def test_openai_client_goes_from_files_to_a_deleted_model(client: openai.OpenAI, database: Database) -> None:
+def test_openai_client_goes_from_files_to_a_deleted_model(
+    client: openai.OpenAI, database: Database, store: ArtifactStore
+) -> None:
     training = client.files.create(file=("train.jsonl", DATA), purpose="fine-tune")
     validation = client.files.create(file=("valid.jsonl", DATA), purpose="fine-tune")
     client.files.wait_for_processing(training.id)
@@ -105,11 +119,18 @@ def test_openai_client_goes_from_files_to_a_deleted_model(client: openai.OpenAI,
     assert (job.status, job.seed, job.hyperparameters.n_epochs) == ("validating_files", 7, 2)
     assert job.fine_tuned_model is None
 
-    train(database)
+    train(database, store)
     done = client.fine_tuning.jobs.retrieve(job.id)
 
     assert (done.status, done.trained_tokens) == ("succeeded", 100)
     assert done.fine_tuned_model is not None
+    (result_file,) = done.result_files
+    assert client.files.retrieve(result_file).purpose == "fine-tune-results"
+    head, *lines = client.files.content(result_file).text.splitlines()
+    assert head == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert lines == ["1,2.0,0.5,,", "2,1.0,0.5,,"]
+    assert result_file in [file.id for file in client.files.list(purpose="fine-tune-results")]
+    assert client.files.delete(result_file).deleted is True
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
     assert events[0].message == "The job has successfully completed"
     assert events[-1].message == f"Created fine-tuning job: {job.id}"

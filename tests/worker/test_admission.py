@@ -32,6 +32,7 @@ def parent(site: PackSite) -> Adapter:
         evaluation=None,
         trained_tokens=1,
         course=claims.Course(steps=1, kept_step=1, stopped_early=None),
+        curves=site.store.put_bytes(b""),
         lineage={},
         lineage_id="the parent's record",
     )

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from catalog import claims
+from catalog import adapters, claims, files
 from catalog.artifacts.manifest import DamagedArtifact
 from tests.worker.pack_site import PackSite
-from worker import publish
+from worker import provenance, publish
 
 
 def test_a_folder_that_is_missing_is_never_stored_as_an_empty_artifact(site: PackSite) -> None:
@@ -55,3 +55,21 @@ def test_a_child_is_measured_against_its_parent_whose_loss_is_that_of_step_0(sit
     assert (evaluation["parent_loss"], evaluation["loss"], evaluation["parent_token_accuracy"]) == (2.0, 1.0, 0.5)
     assert evaluation["parent_perplexity"] == math.exp(2.0)
     assert not [name for name in evaluation if name.startswith("base_")]
+
+
+def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "record", lambda *_, **__: ({}, "0" * 64))
+    claim = site.claim()
+    claims.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5, "token_accuracy": 0.5}])
+    course = {"step": 1, "kept_step": 1, "stopped_early": None}
+    exported = {**course, "num_parameters": 1, "report": {"passed": True}, "trained_tokens": 9}
+    folder = site.files("of-the-job/adapter", "adapter_model.safetensors", "the numbers")
+
+    publish.adapter(site.context, claim, folder, exported, trainer={})
+
+    job = site.world.job(claim.job.id)
+    assert job.result_file is not None
+    content = files.open_content(site.db, site.store, project_id=job.project_id, file_id=job.result_file)
+    assert b"".join(content).splitlines()[1:] == [b"1,2.5,0.5,,"]
+    adapter = adapters.get(site.db, project_id=job.project_id, name=job.adapter_name or "")
+    assert [file["path"] for file in adapter.artifact.files] == ["adapter_model.safetensors"]

@@ -11,7 +11,7 @@ import * as format from "../format.js";
 const PAGE = 30;
 const JOBS = 100;
 const KINDS = { chat: "chat data", completion: "prompts with completions", text: "plain text", preference: "pairs of answers", unpaired: "answers with labels" };
-const PURPOSES = { "fine-tune": "data to train on", user_data: "other data" };
+const PURPOSES = { "fine-tune": "data to train on", "fine-tune-results": "curves of a job", user_data: "other data" };
 
 export function FilesPage() {
   const { files, hasMore, loading, error, load, more } = useFiles();
