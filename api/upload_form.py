@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from python_multipart.multipart import parse_options_header
@@ -15,15 +16,35 @@ if TYPE_CHECKING:
 
 MAX_FIELD_BYTES = 4096
 MAX_FILENAME_LENGTH = 1024
-KNOWN_FIELDS = ("purpose", "file")
-LATER_FIELDS = ("expires_after", "expires_after[anchor]", "expires_after[seconds]")
-"""Fields of OpenAI's that Lorry does not obey yet: refused by name, never ignored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormShape:
+    """Which fields a form may have: the bytes of `content` are the upload, the others are short texts."""
+
+    content: str
+    needed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    remedy: str
+    """How the form is sent."""
+
+    def fields(self) -> tuple[str, ...]:
+        return (*self.needed, self.content, *self.optional)
+
+
+FILE = FormShape(
+    content="file",
+    needed=("purpose",),
+    optional=("expires_after[anchor]", "expires_after[seconds]"),
+    remedy="Send a form with one 'purpose' and one 'file', as the openai client's files.create does.",
+)
 
 
 class UploadForm:
     """Collects small fields; hands the file's bytes on through `pending` and `take`."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: FormShape) -> None:
+        self.shape = shape
         self.pending = bytearray()
         self._fields: dict[str, bytearray] = {}
         self._filename: str | None = None
@@ -39,8 +60,9 @@ class UploadForm:
         self.pending.clear()
         return taken
 
-    def purpose(self) -> str:
-        return self._fields["purpose"].decode("utf-8", "replace")
+    def fields(self) -> dict[str, str]:
+        """Those that were sent, the file's bytes excepted."""
+        return {name: value.decode("utf-8", "replace") for name, value in self._fields.items()}
 
     def filename(self) -> str:
         """As it was sent: the catalog makes a label of it."""
@@ -48,11 +70,11 @@ class UploadForm:
 
     def check_complete(self) -> None:
         if not self._ended:
-            raise _refused("The form ends before its last boundary.", code="invalid_multipart", param="file")
-        if self._filename is None:
-            raise _refused("'file' is missing.", code="missing_required_parameter", param="file")
-        if "purpose" not in self._fields:
-            raise _refused("'purpose' is missing.", code="missing_required_parameter", param="purpose")
+            raise self._refused("The form ends before its last boundary.", "invalid_multipart", self.shape.content)
+        sent = self._fields if self._filename is None else {*self._fields, self.shape.content}
+        for name in (self.shape.content, *self.shape.needed):
+            if name not in sent:
+                raise self._refused(f"'{name}' is missing.", "missing_required_parameter", name)
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -86,9 +108,9 @@ class UploadForm:
         _, options = parse_options_header(self._disposition)
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         self._check_name()
-        if self._name == "file":
+        if self._name == self.shape.content:
             if b"filename" not in options:
-                raise _refused("The part 'file' has no filename.", code="invalid_multipart", param="file")
+                raise self._refused(f"The part '{self._name}' has no filename.", "invalid_multipart", self._name)
             self._filename = options[b"filename"].decode("utf-8", "replace")
         else:
             self._fields[self._name] = bytearray()
@@ -96,37 +118,30 @@ class UploadForm:
     def _check_name(self) -> None:
         name = self._name
         shown = json.dumps(name[:100])[1:-1]
-        if name in LATER_FIELDS:
-            raise InvalidRequest(
-                "Files don't expire by themselves yet, so 'expires_after' can't be obeyed.",
-                code="unsupported_parameter",
-                remedy="Leave it out, and delete the file when you no longer need it.",
-                param="expires_after",
-            )
-        if name not in KNOWN_FIELDS:
-            near = difflib.get_close_matches(name, KNOWN_FIELDS, n=1)
+        known = self.shape.fields()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            listed = f"Send only {', '.join(map(repr, known))}."
             raise InvalidRequest(
                 f"There is no field '{shown}'.",
                 code="unknown_parameter",
-                remedy=f"Did you mean '{near[0]}'?" if near else "Send only 'purpose' and 'file'.",
+                remedy=f"Did you mean '{near[0]}'?" if near else listed,
                 param=shown,
             )
-        if name in self._fields or (name == "file" and self._filename is not None):
-            raise _refused(f"'{name}' is there twice.", code="repeated_parameter", param=name)
+        if name in self._fields or (name == self.shape.content and self._filename is not None):
+            raise self._refused(f"'{name}' is there twice.", "repeated_parameter", name)
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
-        if self._name == "file":
+        if self._name == self.shape.content:
             self.pending += memoryview(data)[start:end]
             return
         field = self._fields[self._name]
         if len(field) + end - start > MAX_FIELD_BYTES:
-            raise _refused(f"'{self._name}' is too long.", code="invalid_value", param=self._name)
+            raise self._refused(f"'{self._name}' is too long.", "invalid_value", self._name)
         field += data[start:end]
 
     def _end(self) -> None:
         self._ended = True
 
-
-def _refused(message: str, *, code: str, param: str) -> InvalidRequest:
-    remedy = "Send a form with one 'purpose' and one 'file', as the openai client's files.create does."
-    return InvalidRequest(message, code=code, remedy=remedy, param=param)
+    def _refused(self, message: str, code: str, param: str) -> InvalidRequest:
+        return InvalidRequest(message, code=code, remedy=self.shape.remedy, param=param)

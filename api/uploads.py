@@ -21,7 +21,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
-from api.upload_form import UploadForm
+from api.upload_form import FILE, FormShape, UploadForm
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, TooLarge
 
@@ -35,7 +35,7 @@ STALE_SECONDS = 24 * 3600
 class Upload:
     """A whole file in the spool folder, and what the form said about it."""
 
-    purpose: str
+    fields: dict[str, str]
     filename: str
     path: Path
     num_bytes: int
@@ -84,17 +84,20 @@ def open_new(path: Path) -> BinaryIO:
 
 
 @asynccontextmanager
-async def receive_upload(request: Request, *, folder: Path, max_bytes: int) -> AsyncGenerator[Upload]:
-    """The upload in `request`; its spool file lives as long as the block.
+async def receive_upload(
+    request: Request, *, folder: Path, max_bytes: int, shape: FormShape = FILE
+) -> AsyncGenerator[Upload]:
+    """The upload in `request`, a form of that shape; its spool file lives as long as the block.
 
     Raises InvalidRequest, TooLarge or OutOfSpace; the rest of the body is then unread.
     """
-    boundary = _boundary(request)
+    form = UploadForm(shape)
+    boundary = _boundary(request, shape)
     _check_declared_size(request, max_bytes)
     with Spool(folder, max_bytes=max_bytes) as spool:
-        form = await _parse(request.stream(), boundary, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
+        await _parse(request.stream(), boundary, form, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
         yield Upload(
-            purpose=form.purpose(),
+            fields=form.fields(),
             filename=form.filename(),
             path=spool.path,
             num_bytes=spool.num_bytes,
@@ -118,8 +121,9 @@ def file_too_large(max_bytes: int) -> TooLarge:
     )
 
 
-async def _parse(body: AsyncIterator[bytes], boundary: bytes, spool: Spool, *, max_body_bytes: int) -> UploadForm:
-    form = UploadForm()
+async def _parse(
+    body: AsyncIterator[bytes], boundary: bytes, form: UploadForm, spool: Spool, *, max_body_bytes: int
+) -> None:
     try:
         parser = MultipartParser(boundary, form.callbacks())
         total = 0
@@ -132,20 +136,19 @@ async def _parse(body: AsyncIterator[bytes], boundary: bytes, spool: Spool, *, m
                 await run_in_threadpool(spool.write, form.take())
         parser.finalize()
     except FormParserError as error:
-        raise _not_a_form("The multipart form is cut off or malformed.") from error
+        raise _not_a_form("The multipart form is cut off or malformed.", form.shape) from error
     except ClientDisconnect as error:
-        raise _not_a_form("The connection ended before the whole file was there.") from error
+        raise _not_a_form("The connection ended before the whole file was there.", form.shape) from error
     if form.pending:
         await run_in_threadpool(spool.write, form.take())
     form.check_complete()
-    return form
 
 
-def _boundary(request: Request) -> bytes:
+def _boundary(request: Request, shape: FormShape) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
-        raise _not_a_form("A file is uploaded as multipart/form-data.")
+        raise _not_a_form("A file is uploaded as multipart/form-data.", shape)
     return boundary
 
 
@@ -155,10 +158,5 @@ def _check_declared_size(request: Request, max_bytes: int) -> None:
         raise file_too_large(max_bytes)
 
 
-def _not_a_form(message: str) -> InvalidRequest:
-    return InvalidRequest(
-        message,
-        code="invalid_multipart",
-        remedy="Send a form with the fields 'purpose' and 'file', as the openai client's files.create does.",
-        param="file",
-    )
+def _not_a_form(message: str, shape: FormShape) -> InvalidRequest:
+    return InvalidRequest(message, code="invalid_multipart", remedy=shape.remedy, param=shape.content)

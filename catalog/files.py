@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from sqlalchemy import ColumnElement, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import datasets
@@ -20,7 +20,7 @@ from catalog.db import Database, read_clock
 from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
 from catalog.pages import Order, Page, paginate
 from catalog.settings import Settings
-from catalog.states import UNFINISHED_STATES
+from catalog.states import FINAL_STATES, UNFINISHED_STATES
 from catalog.tables import File, Job, new_id
 
 DATASET = "fine-tune"
@@ -28,6 +28,8 @@ DATASET = "fine-tune"
 PURPOSES = (DATASET, "user_data")
 """What may be uploaded, of what OpenAI's client knows in its answers."""
 MAX_NAME_CHARS = 200
+LIFETIME_SECONDS = (3600, 30 * 24 * 3600)
+"""Least and most of `expires_after`, OpenAI's."""
 
 
 def create(
@@ -40,20 +42,22 @@ def create(
     spooled: Path,
     num_bytes: int,
     digest: str,
+    expires_after_seconds: int | None = None,
     settings: Settings,
 ) -> File:
     """Check, store and record the bytes in `spooled`, which stays the caller's.
 
-    num_bytes and digest (sha256, hex) are what the upload had. Raises InvalidRequest, TooLarge, OutOfSpace
-    and Unavailable; after any of these no file was made.
+    num_bytes and digest (sha256, hex) are what the upload had; expires_after_seconds within LIFETIME_SECONDS. Raises
+    InvalidRequest, TooLarge, OutOfSpace and Unavailable; after any of these no file was made.
     """
-    _check_purpose(purpose)
-    _check_size(num_bytes, settings)
+    check_purpose(purpose)
+    check_size(num_bytes, settings)
     check = _inspect(spooled, settings) if purpose == DATASET else None
     blob = store.put_file(spooled)
     if (blob.digest, blob.num_bytes) != (digest, num_bytes):
         raise Unavailable("The upload arrived damaged.", code="upload_damaged", remedy="Send the file again.")
     with db.write() as session:
+        now = read_clock(session)
         file = File(
             id=new_id("file"),
             project_id=project_id,
@@ -63,7 +67,8 @@ def create(
             num_rows=check.num_rows if check else None,
             kind=check.kind if check else None,
             digest=digest,
-            created_at=read_clock(session),
+            created_at=now,
+            expires_at=None if expires_after_seconds is None else now + expires_after_seconds,
         )
         session.add(file)
     return file
@@ -73,12 +78,12 @@ def same_content(db: Database, file: File) -> str | None:
     """The id of the project's earliest other file with the same bytes and purpose; None where there is none."""
     with db.read() as session:
         others = select(File.id).where(File.project_id == file.project_id, File.digest == file.digest)
-        others = others.where(File.purpose == file.purpose, File.id != file.id, File.deleted_at.is_(None))
+        others = others.where(File.purpose == file.purpose, File.id != file.id, is_visible(read_clock(session)))
         return session.scalar(others.order_by(File.created_at, File.id).limit(1))
 
 
 def get(db: Database, *, project_id: str, file_id: str) -> File:
-    """Raises NotFound, also for a deleted file and for another project's."""
+    """Raises NotFound, also for a file that was deleted or has expired, and for another project's."""
     with db.read() as session:
         return find(session, project_id=project_id, file_id=file_id)
 
@@ -94,9 +99,7 @@ def list_page(
 ) -> Page[File]:
     """The project's files by time of upload. Raises InvalidRequest for an unknown cursor."""
     scope = select(File).where(File.project_id == project_id)
-    visible: list[ColumnElement[bool]] = [File.deleted_at.is_(None)]
-    if purpose is not None:
-        visible.append(File.purpose == purpose)
+    of_purpose = () if purpose is None else (File.purpose == purpose,)
     with db.read() as session:
         return paginate(
             session,
@@ -106,7 +109,7 @@ def list_page(
             after=after,
             limit=limit,
             order=order,
-            visible=tuple(visible),
+            visible=(is_visible(read_clock(session)), *of_purpose),
         )
 
 
@@ -146,11 +149,28 @@ def find(session: Session, *, project_id: str, file_id: str, lock: bool = False,
     """The row, inside a transaction; `lock` keeps new jobs from starting to use it. Raises NotFound."""
     statement = select(File).where(File.id == file_id, File.project_id == project_id)
     if not even_deleted:
-        statement = statement.where(File.deleted_at.is_(None))
+        statement = statement.where(is_visible(read_clock(session)))
     file = session.scalar(statement.with_for_update() if lock else statement)
     if file is None:
         raise NotFound("file", file_id, param="file_id")
     return file
+
+
+def is_visible(now: float) -> ColumnElement[bool]:
+    """It was not deleted, and its time is to come or a job still reads it."""
+    return and_(File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > now, is_read()))
+
+
+def is_read() -> ColumnElement[bool]:
+    """A job that has not ended reads the file."""
+    ended = [state.value for state in FINAL_STATES]
+    reads_it = or_(Job.training_file == File.id, Job.validation_file == File.id)
+    return select(Job.id).where(reads_it, Job.state.not_in(ended)).exists()
+
+
+def has_expired(file: File, *, now: float) -> bool:
+    """A job that is new can't read it, even where another job still does."""
+    return file.expires_at is not None and file.expires_at <= now
 
 
 def label(filename: str) -> str:
@@ -160,7 +180,7 @@ def label(filename: str) -> str:
     return plain[:MAX_NAME_CHARS] if plain.strip(".") else "file"
 
 
-def _check_purpose(purpose: str) -> None:
+def check_purpose(purpose: str) -> None:
     if purpose not in PURPOSES:
         raise InvalidRequest(
             f"Files of the purpose {purpose[:40]!a} can't be uploaded.",
@@ -170,7 +190,7 @@ def _check_purpose(purpose: str) -> None:
         )
 
 
-def _check_size(num_bytes: int, settings: Settings) -> None:
+def check_size(num_bytes: int, settings: Settings) -> None:
     if num_bytes > settings.max_file_bytes:
         raise TooLarge(
             f"The file has {num_bytes:,} bytes; at most {settings.max_file_bytes:,} are allowed.",

@@ -10,7 +10,7 @@ from typing import get_args
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, continuing, evaluations, events, fleet, linears, memory
+from catalog import bases, continuing, evaluations, events, files, fleet, linears, memory
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
@@ -121,10 +121,10 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     if parent is not None:
         continuing.check_base(parent, base)
         request = continuing.completed(session, request, parent)
-    training = _usable_file(session, caller, request.training_file, "training_file")
+    training = _usable_file(session, caller, request.training_file, "training_file", now=now)
     validation = None
     if request.validation_file is not None:
-        validation = _usable_file(session, caller, request.validation_file, "validation_file")
+        validation = _usable_file(session, caller, request.validation_file, "validation_file", now=now)
     for file, param in ((training, "training_file"), (validation, "validation_file")):
         if file is not None:
             _check_kind(file, request.method_type, param)
@@ -240,11 +240,14 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
     )
 
 
-def _usable_file(session: Session, caller: Caller, file_id: str, param: str) -> File:
+def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, now: float) -> File:
     """Locked against deletion until the job that uses it exists."""
     file = session.get(File, file_id, with_for_update={"read": True})
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
         remedy = "Upload it with this project's key, and use the id that the upload returned."
+        raise NotFound("file", file_id, param=param, remedy=remedy)
+    if files.has_expired(file, now=now):
+        remedy = "It has expired, as its expires_after said. Upload it again."
         raise NotFound("file", file_id, param=param, remedy=remedy)
     if file.purpose != PURPOSE:
         raise InvalidRequest(

@@ -6,13 +6,15 @@ Run it now and then, from any one process. What is being stored meanwhile is you
 from __future__ import annotations
 
 from sqlalchemy import ColumnElement, delete, or_, select, update
+from sqlalchemy.orm import Session
 
-from catalog import artifact_rows
+from catalog import artifact_rows, files
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
-from catalog.db import Database, read_clock, serialise
-from catalog.states import FINAL_STATES
+from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.tables import Artifact, Checkpoint, File, Job, Prepared
 
+EXPIRED_AT_ONCE = 10_000
+"""Files past their time that one sweep deletes; the next takes the rest, which nobody sees either."""
 CHECKPOINT_SECONDS = 7 * 24 * 3600.0
 """The last checkpoints of a job are kept this long after it has ended."""
 
@@ -24,10 +26,13 @@ def sweep(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SE
 
 
 def let_go(db: Database) -> None:
-    """Hide what nobody needs: checkpoints of jobs that ended a week ago, tokens of deleted files, deleted adapters."""
+    """Hide what nobody needs: files past their time, checkpoints of jobs that ended a week ago, tokens of deleted
+    files, deleted adapters."""
     with db.write() as session:
         serialise(session, "sweep")  # two at once would lock the same rows, each in its own order
-        ended = select(Job.id).where(Job.finished_at < read_clock(session) - CHECKPOINT_SECONDS)
+        now = read_clock(session)
+        _let_expire(session, now=now)
+        ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
         kept = update(Checkpoint).where(Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
         session.execute(kept.values(artifact=None))
         session.execute(delete(Prepared).where(Prepared.file_digest.not_in(select(File.digest).where(_is_wanted()))))
@@ -42,12 +47,18 @@ def live_digests(db: Database) -> set[str]:
     """Manifests that are visible, and files that are not deleted or that a job still needs."""
     with db.read() as session:
         manifests = session.scalars(select(Artifact.digest))
-        files = session.scalars(select(File.digest).where(_is_wanted()))
-        return {*manifests, *files}
+        wanted = session.scalars(select(File.digest).where(_is_wanted()))
+        return {*manifests, *wanted}
+
+
+def _let_expire(session: Session, *, now: float) -> None:
+    """Passed over: what a submission has just locked, and what a job reads once the rows are locked here."""
+    past = select(File.id).where(File.deleted_at.is_(None), File.expires_at <= now, ~files.is_read())
+    locked = list(session.scalars(skip_locked(past.order_by(File.expires_at).limit(EXPIRED_AT_ONCE))))
+    gone = update(File).where(File.id.in_(locked), ~files.is_read()).values(deleted_at=now)
+    session.execute(gone, execution_options={"synchronize_session": False})
 
 
 def _is_wanted() -> ColumnElement[bool]:
     """The file is not deleted, or a job that has not ended reads it."""
-    ended = [state.value for state in FINAL_STATES]
-    reads_it = or_(Job.training_file == File.id, Job.validation_file == File.id)
-    return or_(File.deleted_at.is_(None), select(Job.id).where(reads_it, Job.state.not_in(ended)).exists())
+    return or_(File.deleted_at.is_(None), files.is_read())

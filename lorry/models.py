@@ -48,6 +48,8 @@ class File(View):
     """After an upload: an earlier file with the same bytes."""
     digest: str = ""
     """sha256 of the content."""
+    expires_at: int | None = None
+    """From then on it is gone, once no unfinished job reads it."""
     status: str = ""
     created_at: int = 0
 

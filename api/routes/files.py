@@ -12,7 +12,7 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Use
 from api.downloads import attachment
 from api.routes import SIGNED, binary, errors
-from api.schemas.files import DataReport, FileDeleted, FileObject, file_object
+from api.schemas.files import DataReport, FileDeleted, FileObject, expires_after_seconds, file_object
 from api.schemas.pages import ListPage, page_of
 from api.uploads import receive_upload
 from catalog import data_reports, files
@@ -36,6 +36,13 @@ UPLOAD_FORM: dict[str, Any] = {
                             "format": "binary",
                             "description": f"For the purpose {files.DATASET}: JSONL in UTF-8, each line {FORMS}.",
                         },
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": files.LIFETIME_SECONDS[0],
+                            "maximum": files.LIFETIME_SECONDS[1],
+                            "description": "The file goes by itself so long after its upload, once no job reads it.",
+                        },
                     },
                 }
             }
@@ -50,16 +57,18 @@ async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
     nothing is kept."""
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=use.settings.max_file_bytes) as upload:
+        lifetime = expires_after_seconds(upload.fields)
         row = await run_in_threadpool(
             files.create,
             use.db,
             use.store,
             project_id=caller.project_id,
-            purpose=upload.purpose,
+            purpose=upload.fields["purpose"],
             filename=upload.filename,
             spooled=upload.path,
             num_bytes=upload.num_bytes,
             digest=upload.digest,
+            expires_after_seconds=lifetime,
             settings=use.settings,
         )
     return file_object(row, same_content_as=await run_in_threadpool(files.same_content, use.db, row))

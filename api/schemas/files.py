@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from catalog.files import LIFETIME_SECONDS
 from catalog.row_kinds import KIND_NAMES
+from catalog.strict import Strict
 from catalog.tables import File
 
 
@@ -38,7 +42,9 @@ class FileObject(BaseModel):
     filename: str
     purpose: str
     status: Literal["uploaded", "processed", "error"] = "processed"
-    expires_at: int | None = None
+    expires_at: int | None = Field(
+        description="From then on it is gone, once no unfinished job reads it. Null: it stays until it is deleted."
+    )
     status_details: str | None = None
     rows: int | None = Field(description="Lines of a data set; null for other purposes.")
     kind: str | None = Field(description=f"What its rows are: {', '.join(KIND_NAMES)}; null for other purposes.")
@@ -46,6 +52,13 @@ class FileObject(BaseModel):
     same_content_as: str | None = Field(
         default=None, description="In the answer to an upload: an earlier file of the project with the same bytes."
     )
+
+
+class ExpiresAfter(Strict):
+    """OpenAI's: a file that goes by itself."""
+
+    anchor: Literal["created_at"] = Field(description="From when the seconds count.")
+    seconds: int = Field(ge=LIFETIME_SECONDS[0], le=LIFETIME_SECONDS[1])
 
 
 class FileDeleted(BaseModel):
@@ -73,6 +86,19 @@ class DataReport(BaseModel):
     report: dict[str, Any] | None = Field(description="Null until a worker has prepared the file.")
 
 
+def expires_after_seconds(form: Mapping[str, str]) -> int | None:
+    """As the fields `expires_after[…]` of a form say it. Raises RequestValidationError."""
+    prefix = "expires_after["
+    given = {name.removeprefix(prefix)[:-1]: value for name, value in form.items() if name.startswith(prefix)}
+    if not given:
+        return None
+    try:
+        return ExpiresAfter.model_validate(given, strict=False).seconds
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("body", "expires_after", *problem["loc"])} for problem in error.errors()]
+        raise RequestValidationError(problems, body={"expires_after": given}) from error
+
+
 def file_object(row: File, *, same_content_as: str | None = None) -> FileObject:
     return FileObject(
         id=row.id,
@@ -80,6 +106,7 @@ def file_object(row: File, *, same_content_as: str | None = None) -> FileObject:
         created_at=int(row.created_at),
         filename=row.filename,
         purpose=row.purpose,
+        expires_at=None if row.expires_at is None else int(row.expires_at),
         rows=row.num_rows,
         kind=row.kind or ("chat" if row.num_rows is not None else None),
         digest=row.digest,

@@ -24,6 +24,8 @@ class File(Table):
     digest: Mapped[str]
     """sha256 of the content, which is a blob of the artifact store."""
     created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    """From then on it is gone, once no unfinished job reads it; None: it stays until somebody deletes it."""
     deleted_at: Mapped[float | None]
     __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "project_id", "digest"))
 

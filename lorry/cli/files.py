@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +25,25 @@ if TYPE_CHECKING:
 app = group("Data sets, and the curves of jobs.")
 
 
+def _seconds(time: str) -> int:
+    found = re.fullmatch(r"(\d{1,9})([smhd])", time)
+    if found is None:
+        raise typer.BadParameter("Say a number and its unit (s, m, h or d), such as 12h or 30d.")
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 @app.command()
 def upload(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="JSON Lines.")],
     purpose: Annotated[str, typer.Option(help="fine-tune, unless you know better.")] = "fine-tune",
+    expires_after: Annotated[
+        int | None,
+        typer.Option(parser=_seconds, metavar="TIME", help="Let it go by itself, such as after 12h or 30d."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a file; every line is checked."""
-    file = upload_with_bar(client(), path, purpose=purpose)
+    file = upload_with_bar(client(), path, purpose=purpose, expires_after_seconds=expires_after)
     if as_json:
         output.print_json(file.raw)
     else:
@@ -48,19 +60,30 @@ def list_(
     files = list(client().files.list(limit=limit, purpose=purpose))
     if as_json:
         return output.print_json([file.raw for file in files])
-    rows = [(f.id, f.filename, output.size(f.bytes), f.kind, f.purpose, output.briefly(f.created_at)) for f in files]
-    return table(
+    rows = [
         (
-            Column(title="ID"),
-            Column(title="NAME", narrowest=16),
-            Column(title="SIZE", goes=1),
-            Column(title="KIND", goes=2),
-            Column(title="PURPOSE", goes=4),
-            Column(title="CREATED", goes=3),
-        ),
-        rows,
-        empty="There is no file yet. Upload one with `lorry files upload PATH`.",
+            f.id,
+            f.filename,
+            output.size(f.bytes),
+            f.kind,
+            f.purpose,
+            output.briefly(f.created_at),
+            output.briefly(f.expires_at),
+        )
+        for f in files
+    ]
+    columns = (
+        Column(title="ID"),
+        Column(title="NAME", narrowest=16),
+        Column(title="SIZE", goes=1),
+        Column(title="KIND", goes=2),
+        Column(title="PURPOSE", goes=4),
+        Column(title="CREATED", goes=3),
+        Column(title="EXPIRES", goes=5),
     )
+    if not any(file.expires_at for file in files):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return table(columns, rows, empty="There is no file yet. Upload one with `lorry files upload PATH`.")
 
 
 @app.command()
@@ -112,10 +135,14 @@ def delete(
         output.say(f"{file_id} is deleted.")
 
 
-def upload_with_bar(lorry: Lorry, path: Path, *, purpose: str = "fine-tune") -> File:
+def upload_with_bar(
+    lorry: Lorry, path: Path, *, purpose: str = "fine-tune", expires_after_seconds: int | None = None
+) -> File:
     """Uploads with a bar on stderr, where that is a terminal."""
     with byte_bar(f"Uploading {path.name}") as on_progress:
-        file = lorry.files.upload(path, purpose=purpose, on_progress=on_progress)
+        file = lorry.files.upload(
+            path, purpose=purpose, expires_after_seconds=expires_after_seconds, on_progress=on_progress
+        )
     if file.same_content_as is not None:
         output.say(f"{path.name} was there already, as {file.same_content_as}; it is kept a second time, as {file.id}.")
     return file

@@ -24,13 +24,26 @@ class Files:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def upload(self, path: Path | str, *, purpose: str = "fine-tune", on_progress: OnBytes | None = None) -> File:
-        """Streams a file; memory stays bounded. The service checks every line to train on, and names the wrong ones."""
+    def upload(
+        self,
+        path: Path | str,
+        *,
+        purpose: str = "fine-tune",
+        expires_after_seconds: int | None = None,
+        on_progress: OnBytes | None = None,
+    ) -> File:
+        """Streams a file; memory stays bounded. The service checks every line to train on, and names the wrong ones.
+
+        expires_after_seconds: it goes by itself so long after the upload, once no job reads it; an hour to 30 days.
+        """
         path = Path(path)
+        fields = {"purpose": purpose}
+        if expires_after_seconds is not None:
+            fields |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_after_seconds)}
         with path.open("rb") as source:
             body = _Reported(source, path.stat().st_size, on_progress)
             wire = self._transport.upload(
-                "files", fields={"purpose": purpose}, files={"file": (path.name, body, "application/jsonl")}
+                "files", fields=fields, files={"file": (path.name, body, "application/jsonl")}
             )
         return File.of(wire)
 

@@ -144,7 +144,7 @@ def test_a_file_at_the_limit_is_taken(client: TestClient, services: Services) ->
         (part("purpose", b"fine-tune") + END, "file", "missing"),
         (part("purpose", b"fine-tune") + part("file", b"x") + END, "file", "filename"),
         (part("purposes", b"fine-tune") + END, "purposes", "Did you mean 'purpose'?"),
-        (part("expires_after[anchor]", b"created_at") + END, "expires_after", "can't be obeyed"),
+        (part("expires_after", b"created_at") + END, "expires_after", "Did you mean 'expires_after[anchor]'?"),
         (part("purpose", b"a") + part("purpose", b"b") + END, "purpose", "twice"),
         (part("file", b"", filename="x") + part("file", b"", filename="y") + END, "file", "twice"),
         (part("purpose", b"x" * 5000) + END, "purpose", "too long"),
@@ -302,3 +302,40 @@ def test_an_upload_of_the_same_bytes_is_taken_and_names_the_earlier_file(client:
     assert [made["same_content_as"] for made in (first, other, as_other_data, again)] == [None, None, None, first["id"]]
     client.delete(f"/v1/files/{first['id']}")
     assert upload(client, chat_lines(2)).json()["same_content_as"] == again["id"]
+
+
+def test_a_file_may_go_by_itself(client: TestClient) -> None:
+    lifetime = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    content = {"file": ("a.jsonl", chat_lines(1))}
+
+    made = client.post("/v1/files", data={"purpose": "fine-tune", **lifetime}, files=content).json()
+
+    assert made["expires_at"] == made["created_at"] + 3600
+    assert client.get(f"/v1/files/{made['id']}").json()["expires_at"] == made["expires_at"]
+    assert upload(client, chat_lines(1)).json()["expires_at"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "says"),
+    [
+        ({"anchor": "created_at"}, "expires_after.seconds", "missing"),
+        ({"seconds": "3600"}, "expires_after.anchor", "missing"),
+        ({"anchor": "last_active_at", "seconds": "3600"}, "expires_after.anchor", "'created_at'"),
+        ({"anchor": "created_at", "seconds": "3599"}, "expires_after.seconds", "at least 3600"),
+        ({"anchor": "created_at", "seconds": "2592001"}, "expires_after.seconds", "at most 2592000"),
+        ({"anchor": "created_at", "seconds": "soon"}, "expires_after.seconds", "a whole number"),
+    ],
+)
+def test_a_lifetime_that_can_not_be_obeyed_is_refused(
+    client: TestClient, services: Services, given: dict[str, str], param: str, says: str
+) -> None:
+    fields = {f"expires_after[{name}]": value for name, value in given.items()}
+
+    response = client.post(
+        "/v1/files", data={"purpose": "fine-tune", **fields}, files={"file": ("a.jsonl", chat_lines(1))}
+    )
+
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], says in error["message"]) == (param, True), error
+    assert nothing_is_left(services, client)

@@ -154,9 +154,10 @@ def test_a_database_that_fails_shows_no_file(upload: Uploader, db: Database, mon
     def fail(session: Any) -> float:
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Try again.")
 
-    monkeypatch.setattr(files, "read_clock", fail)
-    with pytest.raises(Unavailable):
-        upload()
+    with monkeypatch.context() as failing:
+        failing.setattr(files, "read_clock", fail)
+        with pytest.raises(Unavailable):
+            upload()
 
     assert files.list_page(db, project_id="ours").items == []
 

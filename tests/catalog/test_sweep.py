@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from catalog import adapters, claims, files, jobs, sweep
+from catalog.errors import NotFound
 from catalog.tables import File
 from tests.catalog.world import World, manifest, sha
 
@@ -72,3 +75,69 @@ def test_tokens_go_with_the_last_file_of_their_content_that_somebody_needs(world
     assert {tokens, needed_tokens} <= with_twin
     assert tokens not in without
     assert needed_tokens in without
+
+
+def expiring(world: World, *, seconds: float = 3600.0) -> str:
+    file_id = world.file()
+    with world.db.write() as session:
+        file = session.get_one(File, file_id)
+        file.expires_at = file.created_at + seconds
+    return file_id
+
+
+def listed(world: World) -> set[str]:
+    return {file.id for file in files.list_page(world.db, project_id=world.caller.project_id).items}
+
+
+def test_a_file_past_its_time_is_gone_as_if_it_were_deleted(world: World) -> None:
+    file_id = expiring(world)
+    world.clock.turn(3590)
+    assert file_id in listed(world)
+    assert files.get(world.db, project_id=world.caller.project_id, file_id=file_id)
+
+    world.clock.turn(20)
+
+    assert file_id not in listed(world)
+    with pytest.raises(NotFound):
+        files.get(world.db, project_id=world.caller.project_id, file_id=file_id)
+    with pytest.raises(NotFound):
+        files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
+    with pytest.raises(NotFound, match="id") as refused:
+        world.submit(training_file=file_id)
+    assert "expired" in refused.value.remedy
+    assert sha(file_id) not in live(world)
+
+
+def test_a_file_past_its_time_stays_while_a_job_that_has_not_ended_reads_it(world: World) -> None:
+    training, validation = expiring(world), expiring(world)
+    claim = world.running(training_file=training, validation_file=validation)
+    world.clock.turn(4000)
+
+    kept = live(world)
+
+    assert {sha(training), sha(validation)} <= kept
+    assert {training, validation} <= listed(world)
+    with pytest.raises(NotFound):
+        world.submit(training_file=training)
+    with pytest.raises(NotFound):
+        world.submit(validation_file=training)
+    world.complete(claim.claim_id)
+    assert not {training, validation} & listed(world)
+    assert not {sha(training), sha(validation)} & live(world)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_file_that_a_submission_holds_is_not_let_go(world: World) -> None:
+    """It was in time when it was looked at, and its job is on record a moment later."""
+    file_id = expiring(world)
+    world.clock.turn(4000)
+    with world.db.write() as session:
+        session.get_one(File, file_id, with_for_update={"read": True})
+
+        sweep.let_go(world.db)
+
+    with world.db.read() as session:
+        assert session.get_one(File, file_id).deleted_at is None
+    sweep.let_go(world.db)
+    with world.db.read() as session:
+        assert session.get_one(File, file_id).deleted_at is not None

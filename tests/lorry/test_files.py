@@ -141,3 +141,31 @@ def test_files_of_one_purpose_are_listed_alone_and_a_job_names_its_curves(servic
     assert "file-r" in listed.stdout
     assert "purpose=fine-tune-results" in service.requests("GET", "/v1/files")[0].path
     assert ["curves", "file-r"] in [line.split() for line in shown.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("said", "seconds"), [("90m", b"5400"), ("12h", b"43200"), ("30d", b"2592000")])
+def test_an_upload_may_be_told_when_to_go(service: Script, path: Path, run: Any, said: str, seconds: bytes) -> None:
+    service.on("POST", "/v1/files", {"id": "file-1"})
+
+    assert run("files", "upload", path, "--expires-after", said).exit_code == 0
+
+    body = service.seen[0].body
+    assert b'name="expires_after[anchor]"\r\n\r\ncreated_at\r\n' in body
+    assert b'name="expires_after[seconds]"\r\n\r\n' + seconds + b"\r\n" in body
+
+
+def test_a_lifetime_without_a_unit_is_wrong_usage(service: Script, path: Path, run: Any) -> None:
+    result = run("files", "upload", path, "--expires-after", "30")
+
+    assert (result.exit_code, service.seen) == (2, [])
+    assert "12h" in result.stderr
+
+
+def test_a_list_tells_when_files_go_where_one_does(service: Script, run: Any) -> None:
+    rows = [{"id": "file-1", "expires_at": 1790003600}, {"id": "file-2"}]
+    service.on("GET", "/v1/files", {"data": rows, "has_more": False}, {"data": rows[1:], "has_more": False})
+
+    with_one, without = run("files", "list").stdout, run("files", "list").stdout
+
+    assert "EXPIRES" in with_one.splitlines()[0]
+    assert "EXPIRES" not in without
