@@ -20,6 +20,7 @@ from api.limits import Limits
 from api.openapi import Api
 from api.rate_counters import open_counter
 from api.routes import adapters, api_keys, files, fleet, health, job_history, jobs, models, projects, sign_in
+from api.routes import uploads as part_uploads
 from api.settings import ApiSettings
 from api.strict_json import refuse_loose_json
 from api.telemetry import Telemetry
@@ -39,7 +40,10 @@ A key may do what its scopes say; `x-scopes` names those of an operation, any on
 Every refusal is `{"error": {"message", "type", "param", "code", "remedy"}}`; the message ends with the remedy.
 """
 TAGS = [
-    {"name": "files", "description": "Data sets (chat JSONL, checked line by line), and files for other purposes."},
+    {
+        "name": "files",
+        "description": "Data sets (checked line by line), in one piece or in parts; jobs' curves; others.",
+    },
     {"name": "fine-tuning jobs", "description": "From files and a base model to an adapter."},
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
@@ -79,7 +83,8 @@ def create_app(
         telemetry=services.telemetry,
     )
     error_handlers.install(app)
-    for module in (files, jobs, job_history, models, adapters, fleet, projects, api_keys, sign_in, health):
+    resources = (files, part_uploads, jobs, job_history, models, adapters, fleet, projects, api_keys)
+    for module in (*resources, sign_in, health):
         app.include_router(module.router)
     app.mount("/dashboard", Dashboard())
     return app

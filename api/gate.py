@@ -5,6 +5,7 @@ body, security headers, one line in the log, and the last catch of a crash.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from api.headers import security_headers
 from api.hosts import HostPolicy
 from api.telemetry import Telemetry
 
-UPLOAD_PATH = "/v1/files"
-"""Its body is bounded by the route itself, which counts the file's own bytes."""
+UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
+"""Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
 log = logging.getLogger("lorry.api")
 
 
@@ -108,7 +109,7 @@ class Gate:
 
 
 def _is_bounded(scope: Scope) -> bool:
-    return not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
+    return not (scope["method"] == "POST" and UPLOADS.fullmatch(scope["path"]))
 
 
 def _decorated(send: Send, exchange: _Exchange, body: RequestBody) -> Send:

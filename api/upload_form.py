@@ -20,23 +20,38 @@ MAX_FILENAME_LENGTH = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormShape:
-    """Which fields a form may have: the bytes of `content` are the upload, the others are short texts."""
+    """Which fields a form may have: the bytes of `content` are the upload, a `noun`; the others are short texts."""
 
+    noun: str
     content: str
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     remedy: str
     """How the form is sent."""
+    too_large: str
+    """The code of a refusal for too many bytes of content."""
+    smaller: str
+    """What to do then."""
 
     def fields(self) -> tuple[str, ...]:
         return (*self.needed, self.content, *self.optional)
 
 
 FILE = FormShape(
+    noun="file",
     content="file",
     needed=("purpose",),
     optional=("expires_after[anchor]", "expires_after[seconds]"),
     remedy="Send a form with one 'purpose' and one 'file', as the openai client's files.create does.",
+    too_large="file_too_large",
+    smaller="Split it into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+)
+PART = FormShape(
+    noun="part",
+    content="data",
+    remedy="Send a form with one 'data', as the openai client's uploads.parts.create does.",
+    too_large="part_too_large",
+    smaller="Cut the file into smaller parts.",
 )
 
 

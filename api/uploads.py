@@ -45,10 +45,11 @@ class Upload:
 class Spool:
     """A file of the spool folder that grows to `max_bytes` at most; removed at the end of the block."""
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, shape: FormShape) -> None:
         self.path = folder / f"upload-{secrets.token_hex(12)}"
         self.num_bytes = 0
         self._max_bytes = max_bytes
+        self._shape = shape
         self._hash = hashlib.sha256()
         self._file: BinaryIO | None = None
 
@@ -71,7 +72,7 @@ class Spool:
         """Raises TooLarge, or OutOfSpace where the disk is full."""
         assert self._file is not None
         if self.num_bytes + len(data) > self._max_bytes:
-            raise file_too_large(self._max_bytes)
+            raise _too_large(self._max_bytes, self._shape)
         with full_disk_named():
             self._file.write(data)
         self._hash.update(data)
@@ -93,8 +94,8 @@ async def receive_upload(
     """
     form = UploadForm(shape)
     boundary = _boundary(request, shape)
-    _check_declared_size(request, max_bytes)
-    with Spool(folder, max_bytes=max_bytes) as spool:
+    _check_declared_size(request, max_bytes, shape)
+    with Spool(folder, max_bytes=max_bytes, shape=shape) as spool:
         await _parse(request.stream(), boundary, form, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
         yield Upload(
             fields=form.fields(),
@@ -112,13 +113,9 @@ def remove_stale(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def file_too_large(max_bytes: int) -> TooLarge:
-    return TooLarge(
-        f"The file is larger than {max_bytes} bytes.",
-        code="file_too_large",
-        remedy="Split it into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
-        param="file",
-    )
+def _too_large(max_bytes: int, shape: FormShape) -> TooLarge:
+    message = f"The {shape.noun} is larger than {max_bytes} bytes."
+    return TooLarge(message, code=shape.too_large, remedy=shape.smaller, param=shape.content)
 
 
 async def _parse(
@@ -130,7 +127,7 @@ async def _parse(
         async for chunk in body:
             total += len(chunk)
             if total > max_body_bytes:
-                raise file_too_large(max_body_bytes - FORM_OVERHEAD_BYTES)
+                raise _too_large(max_body_bytes - FORM_OVERHEAD_BYTES, form.shape)
             parser.write(chunk)
             if len(form.pending) >= WRITE_BYTES:
                 await run_in_threadpool(spool.write, form.take())
@@ -152,10 +149,10 @@ def _boundary(request: Request, shape: FormShape) -> bytes:
     return boundary
 
 
-def _check_declared_size(request: Request, max_bytes: int) -> None:
+def _check_declared_size(request: Request, max_bytes: int, shape: FormShape) -> None:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes + FORM_OVERHEAD_BYTES:
-        raise file_too_large(max_bytes)
+        raise _too_large(max_bytes, shape)
 
 
 def _not_a_form(message: str, shape: FormShape) -> InvalidRequest:

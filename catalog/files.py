@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import datasets
-from catalog.artifacts.store import ArtifactStore
+from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.datasets import DatasetCheck
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
@@ -42,35 +42,69 @@ def create(
     spooled: Path,
     num_bytes: int,
     digest: str,
-    expires_after_seconds: int | None = None,
+    lifetime_seconds: int | None = None,
     settings: Settings,
 ) -> File:
     """Check, store and record the bytes in `spooled`, which stays the caller's.
 
-    num_bytes and digest (sha256, hex) are what the upload had; expires_after_seconds within LIFETIME_SECONDS. Raises
+    num_bytes and digest (sha256, hex) are what the upload had; lifetime_seconds within LIFETIME_SECONDS. Raises
     InvalidRequest, TooLarge, OutOfSpace and Unavailable; after any of these no file was made.
     """
-    check_purpose(purpose)
-    check_size(num_bytes, settings)
-    check = _inspect(spooled, settings) if purpose == DATASET else None
-    blob = store.put_file(spooled)
-    if (blob.digest, blob.num_bytes) != (digest, num_bytes):
-        raise Unavailable("The upload arrived damaged.", code="upload_damaged", remedy="Send the file again.")
+    content = Blob(digest=digest, num_bytes=num_bytes)
+    file = stored(
+        store,
+        project_id=project_id,
+        purpose=purpose,
+        filename=filename,
+        spooled=spooled,
+        content=content,
+        settings=settings,
+    )
     with db.write() as session:
-        now = read_clock(session)
-        file = File(
-            id=new_id("file"),
-            project_id=project_id,
-            purpose=purpose,
-            filename=label(filename),
-            num_bytes=num_bytes,
-            num_rows=check.num_rows if check else None,
-            kind=check.kind if check else None,
-            digest=digest,
-            created_at=now,
-            expires_at=None if expires_after_seconds is None else now + expires_after_seconds,
-        )
-        session.add(file)
+        return show(session, file, lifetime_seconds=lifetime_seconds)
+
+
+def stored(
+    store: ArtifactStore,
+    *,
+    project_id: str,
+    purpose: str,
+    filename: str,
+    spooled: Path,
+    content: Blob,
+    settings: Settings,
+) -> File:
+    """Check and store the bytes in `spooled`; its row, which nobody sees before `show`.
+
+    content: what was sent. Raises what create does.
+    """
+    check_purpose(purpose)
+    check_size(content.num_bytes, settings)
+    check = _inspect(spooled, settings) if purpose == DATASET else None
+    put(store, spooled, content)
+    return File(
+        id=new_id("file"),
+        project_id=project_id,
+        purpose=purpose,
+        filename=label(filename),
+        num_bytes=content.num_bytes,
+        num_rows=check.num_rows if check else None,
+        kind=check.kind if check else None,
+        digest=content.digest,
+    )
+
+
+def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
+    """Store the bytes in `spooled`, which must be what was sent. Raises Unavailable, OutOfSpace."""
+    if store.put_file(spooled) != content:
+        raise Unavailable("The upload arrived damaged.", code="upload_damaged", remedy="Send it again.")
+
+
+def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
+    """From now on the file is there."""
+    file.created_at = read_clock(session)
+    file.expires_at = None if lifetime_seconds is None else file.created_at + lifetime_seconds
+    session.add(file)
     return file
 
 
@@ -190,16 +224,16 @@ def check_purpose(purpose: str) -> None:
         )
 
 
-def check_size(num_bytes: int, settings: Settings) -> None:
+def check_size(num_bytes: int, settings: Settings, *, param: str = "file") -> None:
     if num_bytes > settings.max_file_bytes:
         raise TooLarge(
             f"The file has {num_bytes:,} bytes; at most {settings.max_file_bytes:,} are allowed.",
             code="file_too_large",
             remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
-            param="file",
+            param=param,
         )
     if num_bytes == 0:
-        raise InvalidRequest("The file is empty.", code="file_empty", remedy="Send a file with rows.", param="file")
+        raise InvalidRequest("The file is empty.", code="file_empty", remedy="Send a file with rows.", param=param)
 
 
 def _inspect(spooled: Path, settings: Settings) -> DatasetCheck:

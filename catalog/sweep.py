@@ -8,10 +8,10 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, files
+from catalog import artifact_rows, files, part_uploads
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
 from catalog.db import Database, read_clock, serialise, skip_locked
-from catalog.tables import Artifact, Checkpoint, File, Job, Prepared
+from catalog.tables import Artifact, Checkpoint, File, Job, Prepared, UploadPart
 
 EXPIRED_AT_ONCE = 10_000
 """Files past their time that one sweep deletes; the next takes the rest, which nobody sees either."""
@@ -26,12 +26,13 @@ def sweep(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SE
 
 
 def let_go(db: Database) -> None:
-    """Hide what nobody needs: files past their time, checkpoints of jobs that ended a week ago, tokens of deleted
-    files, deleted adapters."""
+    """Hide what nobody needs: files past their time, parts of uploads that are over, checkpoints of jobs that ended a
+    week ago, tokens of deleted files, deleted adapters."""
     with db.write() as session:
         serialise(session, "sweep")  # two at once would lock the same rows, each in its own order
         now = read_clock(session)
         _let_expire(session, now=now)
+        part_uploads.forget(session, now=now)
         ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
         kept = update(Checkpoint).where(Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
         session.execute(kept.values(artifact=None))
@@ -44,11 +45,11 @@ def let_go(db: Database) -> None:
 
 
 def live_digests(db: Database) -> set[str]:
-    """Manifests that are visible, and files that are not deleted or that a job still needs."""
+    """Manifests that are visible, files that are not deleted or that a job still needs, and parts of uploads."""
     with db.read() as session:
         manifests = session.scalars(select(Artifact.digest))
         wanted = session.scalars(select(File.digest).where(_is_wanted()))
-        return {*manifests, *wanted}
+        return {*manifests, *wanted, *session.scalars(select(UploadPart.digest))}
 
 
 def _let_expire(session: Session, *, now: float) -> None:

@@ -12,7 +12,7 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Use
 from api.downloads import attachment
 from api.routes import SIGNED, binary, errors
-from api.schemas.files import DataReport, FileDeleted, FileObject, expires_after_seconds, file_object
+from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds
 from api.schemas.pages import ListPage, page_of
 from api.uploads import receive_upload
 from catalog import data_reports, files
@@ -57,7 +57,7 @@ async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
     nothing is kept."""
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=use.settings.max_file_bytes) as upload:
-        lifetime = expires_after_seconds(upload.fields)
+        lifetime = lifetime_seconds(upload.fields)
         row = await run_in_threadpool(
             files.create,
             use.db,
@@ -68,7 +68,7 @@ async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
             spooled=upload.path,
             num_bytes=upload.num_bytes,
             digest=upload.digest,
-            expires_after_seconds=lifetime,
+            lifetime_seconds=lifetime,
             settings=use.settings,
         )
     return file_object(row, same_content_as=await run_in_threadpool(files.same_content, use.db, row))

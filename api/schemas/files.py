@@ -86,7 +86,7 @@ class DataReport(BaseModel):
     report: dict[str, Any] | None = Field(description="Null until a worker has prepared the file.")
 
 
-def expires_after_seconds(form: Mapping[str, str]) -> int | None:
+def lifetime_seconds(form: Mapping[str, str]) -> int | None:
     """As the fields `expires_after[…]` of a form say it. Raises RequestValidationError."""
     prefix = "expires_after["
     given = {name.removeprefix(prefix)[:-1]: value for name, value in form.items() if name.startswith(prefix)}

@@ -9,6 +9,7 @@ from catalog.tables.jobs import IdempotencyKey, Job
 from catalog.tables.owners import ApiKey, Project, SignIn
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
 from catalog.tables.table import Json, Table, new_id
+from catalog.tables.uploads import Upload, UploadPart
 
 __all__ = [
     "NOT_METRICS",
@@ -30,6 +31,8 @@ __all__ = [
     "SignIn",
     "Table",
     "Trainer",
+    "Upload",
+    "UploadPart",
     "Worker",
     "new_id",
 ]

@@ -68,7 +68,11 @@ def test_openai_headers_are_accepted_and_another_project_is_refused(client: Test
 
 def test_what_is_another_projects_is_not_found(stranger: TestClient, client: TestClient, world: World) -> None:
     job = world.submit()
+    announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
+    upload_id = client.post("/v1/uploads", json=announced).json()["id"]
     theirs = [
+        ("POST", f"/v1/uploads/{upload_id}/parts"),
+        ("POST", f"/v1/uploads/{upload_id}/cancel"),
         ("GET", f"/v1/files/{world.file_id}"),
         ("GET", f"/v1/files/{world.file_id}/content"),
         ("GET", f"/v1/files/{world.file_id}/report?model=smol"),

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import select
+from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from api.deps import Services
 from catalog import claims
 from catalog.db import Database
-from catalog.tables import Table
+from catalog.tables import Table, UploadPart
 from tests.api.site import chat_lines
 from tests.api.test_openapi import operations
 from tests.api.trained import BASE, trained
@@ -30,14 +30,20 @@ SHARED = frozenset({"get_health", "get_readiness", "get_prometheus_metrics", "si
 """What they answer is of no project."""
 NAMELESS = frozenset(
     {
-        *("upload_file", "add_model", "create_project"),
+        *("upload_file", "create_upload", "add_model", "create_project"),
         *("create_sign_in_link", "create_browser_session", "delete_browser_session"),
     }
 )
 """Changes that name nothing of a project, neither in their path nor in their body."""
 GIVEN = {"model": BASE, "path": "README.md"}
 """What a request needs beside the name of what it is about."""
-SENT: dict[str, dict[str, Any]] = {"rename_project": {"json": {"name": "renamed"}}, "limit_api_key": {"json": {}}}
+PART = "part-of-the-upload"
+SENT: dict[str, dict[str, Any]] = {
+    "rename_project": {"json": {"name": "renamed"}},
+    "limit_api_key": {"json": {}},
+    "add_upload_part": {"files": {"data": ("a", b"more")}},
+    "complete_upload": {"json": {"part_ids": [PART]}},
+}
 """What goes with a request that needs a body, by its operation."""
 AS_A_RETRY = {"x-stainless-retry-count": "1"}
 SENT_ANEW = frozenset({"x-request-id", "content-length", "date"})
@@ -91,12 +97,18 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
     waiting = world.submit(metadata={"team": "secret-label"})
     file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", chat_lines(2))}).json()["id"]
+    announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
+    upload_id = client.post("/v1/uploads", json=announced).json()["id"]
+    client.post(f"/v1/uploads/{upload_id}/parts", files={"data": ("a", b"x")})
+    with world.db.write() as session:
+        session.execute(update(UploadPart).values(id=PART))
     name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
     stem = adapter.name.rpartition(":")[0]
     named = Pair(ours=adapter.name, absent=f"{stem}:{'0' * 8}")
     return Ours(
         pairs={
             "file_id": [_pair(file_id), _pair(world.file_id)],
+            "upload_id": [_pair(upload_id)],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named],
             "api_key_id": [_pair(world.caller.api_key_id)],

@@ -19,15 +19,33 @@ from catalog import (
     job_records,
     jobs,
     keys,
+    part_uploads,
     queue,
     recovery,
+    result_files,
     watching,
     workers,
 )
 from catalog import files as catalog_files
+from catalog.artifacts.store import Blob
 from catalog.db import Database
-from catalog.tables import Adapter, ApiKey, Artifact, Attempt, Checkpoint, File, Job, JobEvent, Metric, Prepared, Table
-from tests.catalog.world import LEASE, PEPPER, World, manifest
+from catalog.settings import Settings
+from catalog.tables import (
+    Adapter,
+    ApiKey,
+    Artifact,
+    Attempt,
+    Checkpoint,
+    File,
+    Job,
+    JobEvent,
+    Metric,
+    Prepared,
+    Table,
+    Upload,
+    UploadPart,
+)
+from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
 
 MANY = 2000
 """Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
@@ -43,6 +61,8 @@ COPIED: dict[type[Table], Changes] = {
     Metric: lambda n: {"job_id": f"ftjob-{n}"},
     Checkpoint: lambda n: {"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
+    Upload: lambda n: {"id": f"upload-{n}"},
+    UploadPart: lambda n: {"id": f"part-{n}", "upload_id": f"upload-{n}"},
 }
 """What differs in the copies of one row of each table that grows."""
 GROWING = {table.__tablename__ for table in COPIED}
@@ -91,6 +111,7 @@ def lived_in(world: World) -> dict[str, str]:
     claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
     claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("checkpoint", kind="checkpoint"))
     adapter = world.complete(claim.claim_id)
+    upload = _add_parts(world)
     _fill(world.db)
     running = world.running()
     waiting = [world.queued() for _ in range(2)]
@@ -100,9 +121,22 @@ def lived_in(world: World) -> dict[str, str]:
         "running": running.job.id,
         "claim": running.claim_id,
         "file": world.file_id,
+        "upload": upload,
         "first": waiting[0].id,
         "second": waiting[1].id,
     }
+
+
+def _add_parts(world: World, upload_id: str | None = None) -> str:
+    """One part of an upload, which is begun where none is named; the upload's id."""
+    owner, settings = world.caller.project_id, Settings()
+    if upload_id is None:
+        told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "lifetime_seconds": None}
+        begun = part_uploads.create(world.db, project_id=owner, num_bytes=9, **told, settings=settings)
+        upload_id = begun.upload.id
+    content = Blob(digest=sha(f"part at {world.clock.now}"), num_bytes=9)
+    part_uploads.record_part(world.db, project_id=owner, upload_id=upload_id, content=content, settings=settings)
+    return upload_id
 
 
 def _fill(db: Database) -> None:
@@ -131,6 +165,11 @@ ACTS: dict[str, Act] = {
     "its checkpoints": lambda w, ids: job_records.checkpoints_page(w.db, **w.of(ids["ended"])),
     "their numbers": lambda w, ids: job_records.points_at(w.db, **w.of(ids["ended"]), steps=[1]),
     "its curve": lambda w, ids: job_records.metrics(w.db, **w.of(ids["ended"]), kind="train"),
+    "its curves as a file": lambda w, ids: list(result_files.lines(w.db, ids["ended"])),
+    "a part of an upload": lambda w, ids: _add_parts(w, ids["upload"]),
+    "a cancel of an upload": lambda w, ids: part_uploads.cancel(
+        w.db, project_id=w.caller.project_id, upload_id=ids["upload"]
+    ),
     "its attempts": lambda w, ids: job_records.attempts(w.db, **w.of(ids["ended"])),
     "its packmates": lambda w, ids: job_records.packmates(w.db, **w.of(ids["ended"])),
     "its seconds": lambda w, ids: job_records.seconds_running(w.db, [ids["ended"], ids["running"]]),

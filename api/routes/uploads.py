@@ -1,0 +1,110 @@
+"""/v1/uploads: a file that comes in parts of at most 64 MiB."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from api.auth import Signed
+from api.deps import IsRetry, Use
+from api.routes import SIGNED, errors
+from api.schemas.uploads import (
+    UploadCompletion,
+    UploadObject,
+    UploadPartObject,
+    UploadRequest,
+    part_object,
+    upload_object,
+)
+from api.upload_form import PART
+from api.uploads import receive_upload
+from catalog import part_uploads
+from catalog.artifacts.store import Blob
+
+router = APIRouter(prefix="/v1/uploads", tags=["files"], responses=SIGNED)
+
+PART_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "additionalProperties": False,
+                    "properties": {"data": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", operation_id="create_upload", responses=errors(413))
+def create_upload(body: UploadRequest, use: Use, caller: Signed) -> UploadObject:
+    """Announce a file that comes in parts. It has an hour for that; what is not completed by then is dropped."""
+    view = part_uploads.create(
+        use.db,
+        project_id=caller.project_id,
+        purpose=body.purpose,
+        filename=body.filename,
+        num_bytes=body.bytes,
+        lifetime_seconds=body.expires_after.seconds if body.expires_after else None,
+        settings=use.settings,
+    )
+    return upload_object(view)
+
+
+@router.post(
+    "/{upload_id}/parts",
+    operation_id="add_upload_part",
+    responses=errors(404, 409, 413, 507),
+    openapi_extra=PART_FORM,
+)
+async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Signed) -> UploadPartObject:
+    """Some of the file's bytes, in any order; the same bytes twice are one part."""
+    await run_in_threadpool(
+        part_uploads.check_open, use.db, project_id=caller.project_id, upload_id=upload_id
+    )  # before its bytes are read
+    folder = use.settings.data_dir / "spool"
+    async with receive_upload(request, folder=folder, max_bytes=part_uploads.MAX_PART_BYTES, shape=PART) as part:
+        row = await run_in_threadpool(
+            part_uploads.add_part,
+            use.db,
+            use.store,
+            project_id=caller.project_id,
+            upload_id=upload_id,
+            spooled=part.path,
+            content=Blob(digest=part.digest, num_bytes=part.num_bytes),
+            settings=use.settings,
+        )
+    return part_object(row)
+
+
+@router.post("/{upload_id}/complete", operation_id="complete_upload", responses=errors(404, 409, 413, 507))
+def complete_upload(
+    upload_id: str, body: UploadCompletion, use: Use, caller: Signed, is_retry: IsRetry
+) -> UploadObject:
+    """Make the file of its parts, in the order of `part_ids`. One to train on is checked line by line; where it is
+    refused, the upload stays open."""
+    view = part_uploads.complete(
+        use.db,
+        use.store,
+        project_id=caller.project_id,
+        upload_id=upload_id,
+        part_ids=body.part_ids,
+        md5=body.md5,
+        folder=use.settings.data_dir / "spool",
+        settings=use.settings,
+        is_client_retry=is_retry,
+    )
+    return upload_object(view)
+
+
+@router.post("/{upload_id}/cancel", operation_id="cancel_upload", responses=errors(404, 409))
+def cancel_upload(upload_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> UploadObject:
+    """Take no more parts, and drop those that came."""
+    view = part_uploads.cancel(use.db, project_id=caller.project_id, upload_id=upload_id, is_client_retry=is_retry)
+    return upload_object(view)

@@ -1,0 +1,90 @@
+"""Files that come in parts, as OpenAI's client sends and reads them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.schemas.files import ExpiresAfter, FileObject, file_object
+from catalog.part_uploads import MAX_PARTS, Status, UploadView
+from catalog.strict import Strict
+from catalog.tables import UploadPart
+
+EXAMPLE: dict[str, Any] = {
+    "id": "upload-7d0c2f51a9b84e63c1d2e3f4",
+    "object": "upload",
+    "bytes": 134217728,
+    "created_at": 1790000000,
+    "expires_at": 1790003600,
+    "filename": "train.jsonl",
+    "purpose": "fine-tune",
+    "status": "pending",
+    "file": None,
+}
+
+
+class UploadRequest(Strict):
+    """A file that will come in parts."""
+
+    bytes: int = Field(description="Of the whole file.")
+    filename: Annotated[str, Field(min_length=1, max_length=1024)]
+    mime_type: Annotated[str, Field(max_length=255, description="Taken and not needed: the rows themselves tell.")]
+    purpose: Annotated[str, Field(max_length=64)]
+    expires_after: ExpiresAfter | None = None
+
+
+class UploadCompletion(Strict):
+    """The parts of the file, in its order."""
+
+    part_ids: Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=1, max_length=MAX_PARTS)]
+    md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$", description="Of the whole file, in hex.")] | None = None
+
+
+class UploadObject(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
+
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int = Field(description="Until then parts may come.")
+    filename: str
+    purpose: str
+    status: Status
+    file: FileObject | None = Field(description="What the parts became.")
+
+
+class UploadPartObject(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "part-0b1c2d3e4f5a69788796a5b4",
+                "object": "upload.part",
+                "created_at": 1790000007,
+                "upload_id": EXAMPLE["id"],
+            }
+        }
+    )
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+def upload_object(view: UploadView) -> UploadObject:
+    row = view.upload
+    return UploadObject(
+        id=row.id,
+        bytes=row.num_bytes,
+        created_at=int(row.created_at),
+        expires_at=int(row.expires_at),
+        filename=row.filename,
+        purpose=row.purpose,
+        status=view.status,
+        file=None if view.file is None else file_object(view.file),
+    )
+
+
+def part_object(row: UploadPart) -> UploadPartObject:
+    return UploadPartObject(id=row.id, created_at=int(row.created_at), upload_id=row.upload_id)

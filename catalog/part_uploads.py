@@ -1,0 +1,301 @@
+"""Files that come in parts: an upload is announced, its parts are stored one by one, and completing it makes the file.
+
+Every verb may be sent again: the same bytes are the same part, and one file is made of an upload at most. One that is
+announced twice is two, of which the one without parts goes after its hour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import delete, func, or_, select
+from sqlalchemy.orm import Session
+
+from catalog import files
+from catalog.artifacts.store import ArtifactStore, Blob
+from catalog.db import Database, read_clock
+from catalog.disk import full_disk_named
+from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from catalog.settings import Settings
+from catalog.tables import File, Upload, UploadPart, new_id
+
+MAX_PART_BYTES = 64 * 2**20
+"""OpenAI's, and what its client cuts a file into."""
+MAX_PARTS = 10_000
+OPEN_SECONDS = 3600.0
+"""So long parts may come, OpenAI's."""
+KEPT_SECONDS = 24 * 3600.0
+"""So long after that an upload still tells what became of it."""
+Status = Literal["pending", "completed", "cancelled", "expired"]
+_BEGIN_ANEW = "Begin a new upload, and send its parts again."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UploadView:
+    """An upload as it is now; `file` once it is completed."""
+
+    upload: Upload
+    status: Status
+    file: File | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Whole:
+    """The parts of an upload, joined."""
+
+    path: Path
+    content: Blob
+    md5: str
+
+
+def create(
+    db: Database,
+    *,
+    project_id: str,
+    purpose: str,
+    filename: str,
+    num_bytes: int,
+    lifetime_seconds: int | None,
+    settings: Settings,
+) -> UploadView:
+    """Announce a file of so many bytes. Raises InvalidRequest, TooLarge for one that would be refused at its end."""
+    files.check_purpose(purpose)
+    files.check_size(num_bytes, settings, param="bytes")
+    with db.write() as session:
+        now = read_clock(session)
+        upload = Upload(
+            id=new_id("upload"),
+            project_id=project_id,
+            purpose=purpose,
+            filename=files.label(filename),
+            num_bytes=num_bytes,
+            lifetime_seconds=lifetime_seconds,
+            created_at=now,
+            expires_at=now + OPEN_SECONDS,
+        )
+        session.add(upload)
+    return UploadView(upload=upload, status="pending")
+
+
+def check_open(db: Database, *, project_id: str, upload_id: str) -> None:
+    """Raises NotFound, and Conflict for an upload that takes nothing more."""
+    with db.read() as session:
+        _open(session, project_id, upload_id)
+
+
+def add_part(
+    db: Database,
+    store: ArtifactStore,
+    *,
+    project_id: str,
+    upload_id: str,
+    spooled: Path,
+    content: Blob,
+    settings: Settings,
+) -> UploadPart:
+    """Store the bytes in `spooled`, which stays the caller's, as a part. content: what was sent.
+
+    Raises what check_open does, InvalidRequest, TooLarge, OutOfSpace and Unavailable.
+    """
+    files.put(store, spooled, content)
+    return record_part(db, project_id=project_id, upload_id=upload_id, content=content, settings=settings)
+
+
+def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob, settings: Settings) -> UploadPart:
+    """A part whose content is stored; the one that is there where the same bytes came before."""
+    if content.num_bytes == 0:
+        raise InvalidRequest("The part is empty.", code="part_empty", remedy="Send some bytes.", param="data")
+    with db.write() as session:
+        upload = _open(session, project_id, upload_id, lock=True)
+        of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
+        there = session.scalar(of_upload.where(UploadPart.digest == content.digest))
+        if there is not None:
+            return there
+        _check_room(session, upload, content, settings)
+        part = UploadPart(id=new_id("part"), upload_id=upload.id, num_bytes=content.num_bytes, digest=content.digest)
+        part.created_at = read_clock(session)
+        session.add(part)
+        return part
+
+
+def complete(
+    db: Database,
+    store: ArtifactStore,
+    *,
+    project_id: str,
+    upload_id: str,
+    part_ids: Sequence[str],
+    md5: str | None,
+    folder: Path,
+    settings: Settings,
+    is_client_retry: bool = False,
+) -> UploadView:
+    """Join the parts in that order in a file of `folder`, check them as any upload, and make the file.
+
+    md5: of the whole, in hex. Raises what files.create does, NotFound, and Conflict for an upload that takes nothing
+    more; where the client says that it sends this again, having had no reply, one that is completed is its answer.
+    """
+    with db.read() as session:
+        upload = _find(session, project_id, upload_id)
+        if is_client_retry and upload.file_id is not None:
+            return _completed(session, upload)
+        _check_open(upload, now=read_clock(session))
+        parts = _named(session, upload, part_ids)
+    with _joined(store, parts, folder) as whole:
+        _check_md5(whole.md5, md5)
+        file = files.stored(
+            store,
+            project_id=project_id,
+            purpose=upload.purpose,
+            filename=upload.filename,
+            spooled=whole.path,
+            content=whole.content,
+            settings=settings,
+        )
+    with db.write() as session:
+        upload = _find(session, project_id, upload_id, lock=True)
+        if is_client_retry and upload.file_id is not None:  # both were under way at once
+            return _completed(session, upload)
+        _check_not_over(upload)
+        files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
+        session.flush()  # the file's row goes first: the upload refers to it
+        upload.file_id = file.id
+        return UploadView(upload=upload, status="completed", file=file)
+
+
+def cancel(db: Database, *, project_id: str, upload_id: str, is_client_retry: bool = False) -> UploadView:
+    """Take no more parts. One that has expired stays so; a repeated request is answered as the first was."""
+    with db.write() as session:
+        upload = _find(session, project_id, upload_id, lock=True)
+        now = read_clock(session)
+        if not (is_client_retry and upload.cancelled_at is not None):
+            _check_not_over(upload)
+        if status(upload, now=now) == "pending":
+            upload.cancelled_at = now
+        return UploadView(upload=upload, status=status(upload, now=now))
+
+
+def forget(session: Session, *, now: float) -> None:
+    """Drop the parts of uploads that take no more of them, and after a day the uploads."""
+    ended = or_(Upload.file_id.is_not(None), Upload.cancelled_at.is_not(None), Upload.expires_at <= now)
+    session.execute(delete(UploadPart).where(UploadPart.upload_id.in_(select(Upload.id).where(ended))))
+    session.execute(delete(Upload).where(Upload.expires_at <= now - KEPT_SECONDS))
+
+
+def status(upload: Upload, *, now: float) -> Status:
+    if upload.file_id is not None:
+        return "completed"
+    if upload.cancelled_at is not None:
+        return "cancelled"
+    return "expired" if upload.expires_at <= now else "pending"
+
+
+def _open(session: Session, project_id: str, upload_id: str, *, lock: bool = False) -> Upload:
+    upload = _find(session, project_id, upload_id, lock=lock)
+    _check_open(upload, now=read_clock(session))
+    return upload
+
+
+def _find(session: Session, project_id: str, upload_id: str, *, lock: bool = False) -> Upload:
+    owned = select(Upload).where(Upload.id == upload_id, Upload.project_id == project_id)
+    upload = session.scalar(owned.with_for_update() if lock else owned)
+    if upload is None:
+        raise NotFound("upload", upload_id, param="upload_id")
+    return upload
+
+
+def _completed(session: Session, upload: Upload) -> UploadView:
+    return UploadView(upload=upload, status="completed", file=session.get_one(File, upload.file_id))
+
+
+def _check_open(upload: Upload, *, now: float) -> None:
+    _check_not_over(upload)
+    if status(upload, now=now) == "expired":
+        message = f"The upload {upload.id} has expired: its parts had an hour to come."
+        raise Conflict(message, code="upload_expired", remedy=_BEGIN_ANEW, param="upload_id")
+
+
+def _check_not_over(upload: Upload) -> None:
+    if upload.file_id is not None:
+        message = f"The upload {upload.id} is completed already, as {upload.file_id}."
+        remedy = "Use that file, or begin a new upload."
+        raise Conflict(message, code="upload_completed", remedy=remedy, param="upload_id")
+    if upload.cancelled_at is not None:
+        message = f"The upload {upload.id} was cancelled."
+        raise Conflict(message, code="upload_cancelled", remedy=_BEGIN_ANEW, param="upload_id")
+
+
+def _check_room(session: Session, upload: Upload, content: Blob, settings: Settings) -> None:
+    """All parts of an upload together, those included that will not be named at its end."""
+    sums = select(func.count(), func.coalesce(func.sum(UploadPart.num_bytes), 0))
+    num_parts, num_bytes = session.execute(sums.where(UploadPart.upload_id == upload.id)).one()
+    if num_parts >= MAX_PARTS:
+        message = f"The upload has {MAX_PARTS:,} parts, which is the most."
+        raise TooLarge(message, code="too_many_parts", remedy=f"{_BEGIN_ANEW} Make them larger.", param="data")
+    if num_bytes + content.num_bytes > settings.max_file_bytes:
+        raise TooLarge(
+            f"With this part the upload would hold more than {settings.max_file_bytes:,} bytes.",
+            code="upload_too_large",
+            remedy=f"{_BEGIN_ANEW} Or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+            param="data",
+        )
+
+
+def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
+    """The parts in that order. The same bytes twice are one part, which is named twice then."""
+    of_upload = session.scalars(select(UploadPart).where(UploadPart.upload_id == upload.id))
+    known = {part.id: part for part in of_upload}
+    unknown = next((part_id for part_id in part_ids if part_id not in known), None)
+    if unknown is not None:
+        raise InvalidRequest(
+            f"The upload {upload.id} has no part {unknown[:64]!a}.",
+            code="part_not_found",
+            remedy="Name the ids that its parts were answered with, in the order of the file.",
+            param="part_ids",
+        )
+    num_bytes = sum(known[part_id].num_bytes for part_id in part_ids)
+    if num_bytes != upload.num_bytes:
+        raise InvalidRequest(
+            f"The parts have {num_bytes:,} bytes together, and {upload.num_bytes:,} were announced.",
+            code="upload_incomplete",
+            remedy="Name every part, in the order of the file, or begin a new upload with the right number of bytes.",
+            param="part_ids",
+        )
+    return [known[part_id] for part_id in part_ids]
+
+
+@contextmanager
+def _joined(store: ArtifactStore, parts: Sequence[UploadPart], folder: Path) -> Generator[_Whole]:
+    """One file of all; gone after the block. Its name is that of any spooled upload, which a later start removes."""
+    path = folder / f"upload-{secrets.token_hex(12)}"
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    try:
+        with full_disk_named():
+            folder.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                for chunk in chain.from_iterable(store.open_blob(part.digest) for part in parts):
+                    out.write(chunk)
+                    sha256.update(chunk)
+                    md5.update(chunk)
+        content = Blob(digest=sha256.hexdigest(), num_bytes=path.stat().st_size)
+        yield _Whole(path=path, content=content, md5=md5.hexdigest())
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _check_md5(joined: str, sent: str | None) -> None:
+    if sent is not None and joined != sent.lower():
+        raise InvalidRequest(
+            "The md5 of the joined parts is not the one that was sent with them.",
+            code="md5_mismatch",
+            remedy="Name the parts in the order of the file; if they are, begin a new upload and send them again.",
+            param="md5",
+        )

@@ -1,0 +1,40 @@
+"""Files that come in parts."""
+
+from __future__ import annotations
+
+from sqlalchemy import ForeignKey, Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from catalog.tables.table import Table
+
+
+class Upload(Table):
+    """A file that was announced. Its row goes a day after its hour, whatever became of it."""
+
+    __tablename__ = "uploads"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    num_bytes: Mapped[int]
+    """That were announced: its parts must hold so many."""
+    lifetime_seconds: Mapped[int | None]
+    """Of the file; None: it stays until it is deleted."""
+    file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    """The file that its parts became."""
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    cancelled_at: Mapped[float | None]
+
+
+class UploadPart(Table):
+    """The same bytes twice are one part."""
+
+    __tablename__ = "upload_parts"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"))
+    num_bytes: Mapped[int]
+    digest: Mapped[str]
+    """sha256 of the content, which is a blob of the artifact store."""
+    created_at: Mapped[float]
+    __table_args__ = (Index(None, "upload_id", "digest", unique=True),)
