@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api import not_offered
 from api.limits import retry_headers
 from api.validation import AGAIN, explain
 from catalog.disk import is_full, out_of_space
@@ -126,6 +127,9 @@ def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
 
 def _unknown_route(request: Request) -> Response:
     path = request.url.path
+    known_elsewhere = not_offered.find(path)
+    if known_elsewhere is not None:
+        return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_offered")
     near = difflib.get_close_matches(path, known_paths(request.app), n=1, cutoff=0.75)
     remedy = f"Did you mean {near[0]}?" if near else "The routes are listed in /openapi.json."
     message = f"There is no route {request.method} {_quoted(path)}."

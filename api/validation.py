@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
+from api.not_offered import INSTEAD_OF_INTEGRATIONS, INSTEAD_OF_REINFORCEMENT
 from api.other_names import known_elsewhere
 from catalog.errors import InvalidRequest
 from catalog.lora_spec import INITIAL_PATTERN, MODULE_PATTERN, TARGET_PATTERN
@@ -128,7 +129,11 @@ def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tup
             "Send one JSON object, in UTF-8, with Content-Type: application/json.",
             _code(kind),
         )
-    return f"{name} {_expectation(group)}{_it_was(path, first)}.", "", _code(kind)
+    if path == "integrations" and kind == "too_long":
+        return "A job has no integrations.", f"Leave them out. {INSTEAD_OF_INTEGRATIONS}", _code(kind)
+    is_reinforcement = path == "method.type" and first.get("input") == "reinforcement"
+    remedy = f"Reinforcement isn't offered. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
+    return f"{name} {_expectation(group)}{_it_was(path, first)}.", remedy, _code(kind)
 
 
 def _code(kind: str) -> str:

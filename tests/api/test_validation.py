@@ -40,7 +40,13 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 pairs"),
         ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "the name of a layer"),
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "'supervised', 'dpo', 'orpo', 'simpo' or 'kto'"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations", "A job has no integrations. Leave them out."),
+        ({"method": {"type": "reinforced"}}, "method.type", "'supervised', 'dpo', 'orpo', 'simpo' or 'kto'"),
+        (
+            {"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "multi"}}}},
+            "method.type",
+            "Reinforcement isn't offered. Learn from preferences",
+        ),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "its type is 'dpo'"),
         (
             {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
@@ -75,7 +81,6 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"max_length": True}, "max_length", "a whole number or 'auto'"),
         ({"hyperparameters": {"learning_rate_multiplier": 5001}}, MULTIPLIER, "at most 5000 or 'auto'"),
         ({"priority": "now"}, "priority", "'urgent', 'normal' or 'batch'"),
-        ({"integrations": [{"type": "wandb"}]}, "integrations", "at most 0 items"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place_and_what_it_must_be(

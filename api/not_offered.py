@@ -1,0 +1,40 @@
+"""What OpenAI's API has and Lorry has not, of what its client asks for: told as such, with what to do instead."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotOffered:
+    """Routes that are not there, by their paths."""
+
+    paths: re.Pattern[str]
+    message: str
+    remedy: str
+
+
+INSTEAD_OF_INTEGRATIONS = "Curves are in a job's events, in its result file and on the dashboard."
+INSTEAD_OF_REINFORCEMENT = "Learn from preferences (dpo, orpo, simpo, kto); evaluation.samples shows a job's answers."
+ALL = (
+    NotOffered(
+        paths=re.compile(r"/v1/fine_tuning/checkpoints/.+/permissions(/[^/]*)?"),
+        message="Checkpoints and adapters can't be shared with other projects.",
+        remedy="Pass on what `lorry adapters pull NAME` downloads, or train in the project that needs it.",
+    ),
+    NotOffered(
+        paths=re.compile(r"/v1/fine_tuning/alpha/graders/[^/]*"),
+        message="Graders are of reinforcement fine-tuning, which isn't offered.",
+        remedy=INSTEAD_OF_REINFORCEMENT,
+    ),
+    NotOffered(
+        paths=re.compile(r"/v1/(chat/completions|completions|responses|embeddings)(/.*)?"),
+        message="Models are trained here and don't answer.",
+        remedy="Download the adapter with `lorry adapters pull NAME`, and have PEFT or a server such as vLLM load it.",
+    ),
+)
+
+
+def find(path: str) -> NotOffered | None:
+    return next((one for one in ALL if one.paths.fullmatch(path)), None)

@@ -1,0 +1,273 @@
+"""Every public method of the openai client for what Lorry speaks, sync and async, strict about every answer.
+
+A method that a newer client brings fails here until it is called, or told to be not offered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+import pytest
+from openai._base_client import AsyncPaginator, BaseSyncPage
+from openai._resource import AsyncAPIResource, SyncAPIResource
+
+from api.deps import Services
+from catalog import claims, part_uploads
+from tests.api.site import Site, chat_lines
+from tests.catalog.world import World, manifest
+
+RESOURCES = ("files", "uploads", "fine_tuning", "models")
+DATA = chat_lines(3)
+UPLOAD = {"bytes": len(DATA), "filename": "u.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
+
+
+@dataclass(kw_only=True)
+class Have:
+    """What there is to ask for, and what the calls so far were answered with."""
+
+    job: str
+    model: str
+    checkpoint: str
+    upload: str
+    """One that is open, for cancelling."""
+    answers: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def id(self, method: str) -> str:
+        return self.answers[method].id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a method is called with, and what must hold of its answer."""
+
+    given: Callable[[Have], dict[str, Any]]
+    holds: Callable[[Any, Have], object]
+    raises: type[Exception] | None = None
+
+
+CALLS: dict[str, Call] = {
+    "files.create": Call(
+        given=lambda _: {
+            "file": ("a.jsonl", DATA),
+            "purpose": "fine-tune",
+            "expires_after": {"anchor": "created_at", "seconds": 3600},
+        },
+        holds=lambda file, _: file.expires_at == file.created_at + 3600,
+    ),
+    "files.retrieve": Call(
+        given=lambda have: {"file_id": have.id("files.create")},
+        holds=lambda file, have: file == have.answers["files.create"],
+    ),
+    "files.list": Call(
+        given=lambda _: {"limit": 1, "order": "asc", "purpose": "fine-tune"},
+        holds=lambda files, have: have.id("files.create") in [file.id for file in files],
+    ),
+    "files.content": Call(
+        given=lambda have: {"file_id": have.id("files.create")}, holds=lambda answer, _: answer.content == DATA
+    ),
+    "files.retrieve_content": Call(
+        given=lambda have: {"file_id": have.id("files.create")}, holds=lambda text, _: text == DATA.decode()
+    ),
+    "files.wait_for_processing": Call(
+        given=lambda have: {"id": have.id("files.create")}, holds=lambda file, _: file.status == "processed"
+    ),
+    "uploads.create": Call(given=lambda _: dict(UPLOAD), holds=lambda upload, _: upload.status == "pending"),
+    "uploads.parts.create": Call(
+        given=lambda have: {"upload_id": have.id("uploads.create"), "data": DATA},
+        holds=lambda part, have: part.upload_id == have.id("uploads.create"),
+    ),
+    "uploads.complete": Call(
+        given=lambda have: {
+            "upload_id": have.id("uploads.create"),
+            "part_ids": [have.id("uploads.parts.create")],
+            "md5": hashlib.md5(DATA).hexdigest(),
+        },
+        holds=lambda upload, _: (upload.status, upload.file.bytes) == ("completed", len(DATA)),
+    ),
+    "uploads.cancel": Call(
+        given=lambda have: {"upload_id": have.upload}, holds=lambda upload, _: upload.status == "cancelled"
+    ),
+    "uploads.upload_file_chunked": Call(
+        given=lambda _: {"file": DATA, **UPLOAD, "part_size": 100},
+        holds=lambda upload, _: (upload.status, upload.file.bytes) == ("completed", len(DATA)),
+    ),
+    "fine_tuning.jobs.create": Call(
+        given=lambda have: {
+            "model": "smol",
+            "training_file": have.id("files.create"),
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}},
+            "metadata": {"team": "search"},
+        },
+        holds=lambda job, _: job.hyperparameters.n_epochs == 3,
+    ),
+    "fine_tuning.jobs.retrieve": Call(
+        given=lambda have: {"fine_tuning_job_id": have.job},
+        holds=lambda job, have: (job.fine_tuned_model, len(job.result_files)) == (have.model, 1),
+    ),
+    "fine_tuning.jobs.list": Call(
+        given=lambda _: {"limit": 1, "metadata": {"team": "search"}},
+        holds=lambda jobs, have: [job.id for job in jobs] == [have.id("fine_tuning.jobs.create")],
+    ),
+    "fine_tuning.jobs.list_events": Call(
+        given=lambda have: {"fine_tuning_job_id": have.job, "limit": 2},
+        holds=lambda events, _: {event.type for event in events} == {"message", "metrics"},
+    ),
+    "fine_tuning.jobs.checkpoints.list": Call(
+        given=lambda have: {"fine_tuning_job_id": have.job},
+        holds=lambda found, have: [one.fine_tuned_model_checkpoint for one in found] == [have.checkpoint],
+    ),
+    "fine_tuning.jobs.pause": Call(
+        given=lambda have: {"fine_tuning_job_id": have.id("fine_tuning.jobs.create")},
+        holds=lambda error, _: "paused" in str(error.body),
+        raises=openai.APIResponseValidationError,  # the client's own list of statuses has no `paused`
+    ),
+    "fine_tuning.jobs.resume": Call(
+        given=lambda have: {"fine_tuning_job_id": have.id("fine_tuning.jobs.create")},
+        holds=lambda job, _: job.status == "validating_files",
+    ),
+    "fine_tuning.jobs.cancel": Call(
+        given=lambda have: {"fine_tuning_job_id": have.id("fine_tuning.jobs.create")},
+        holds=lambda job, _: job.status == "cancelled",
+    ),
+    "files.delete": Call(
+        given=lambda have: {"file_id": have.id("files.create")}, holds=lambda answer, _: answer.deleted is True
+    ),
+    "models.retrieve": Call(
+        given=lambda have: {"model": have.checkpoint}, holds=lambda model, have: model.id == have.checkpoint
+    ),
+    "models.list": Call(
+        given=lambda _: {}, holds=lambda models, have: {"smol", have.model} <= {model.id for model in models}
+    ),
+    "models.delete": Call(given=lambda have: {"model": have.model}, holds=lambda answer, have: answer.id == have.model),
+}
+OF_A_CHECKPOINT: Callable[[Have], dict[str, Any]] = lambda have: {"fine_tuned_model_checkpoint": have.checkpoint}  # noqa: E731
+GRADER = {"type": "string_check", "name": "n", "input": "a", "reference": "a", "operation": "eq"}
+NOT_OFFERED: dict[str, Callable[[Have], dict[str, Any]]] = {
+    "fine_tuning.checkpoints.permissions.create": lambda have: {**OF_A_CHECKPOINT(have), "project_ids": ["p"]},
+    "fine_tuning.checkpoints.permissions.retrieve": OF_A_CHECKPOINT,
+    "fine_tuning.checkpoints.permissions.list": OF_A_CHECKPOINT,
+    "fine_tuning.checkpoints.permissions.delete": lambda have: {**OF_A_CHECKPOINT(have), "permission_id": "x"},
+    "fine_tuning.alpha.graders.run": lambda _: {"grader": GRADER, "model_sample": "a"},
+    "fine_tuning.alpha.graders.validate": lambda _: {"grader": GRADER},
+}
+
+
+class Client:
+    """A client whose methods are called by name and waited for, lists to their end."""
+
+    def __init__(self, client: openai.OpenAI | openai.AsyncOpenAI, run: Callable[[Any], Any]) -> None:
+        self.client, self._run = client, run
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        return {
+            name: method
+            for resource in RESOURCES
+            for name, method in _methods(getattr(self.client, resource), resource)
+        }
+
+    def call(self, name: str, given: dict[str, Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of what the client keeps for older programs
+            answer = self.methods()[name](**given)
+        if isinstance(answer, AsyncPaginator) or inspect.isawaitable(answer):
+            return self._run(_waited_for(answer))
+        return list(answer) if isinstance(answer, BaseSyncPage) else answer
+
+
+async def _waited_for(answer: Any) -> Any:
+    return [item async for item in answer] if isinstance(answer, AsyncPaginator) else await answer
+
+
+def _methods(resource: object, path: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for name in dir(type(resource)):
+        if name.startswith(("_", "with_raw_", "with_streaming_")):
+            continue
+        value = getattr(resource, name)
+        if isinstance(value, SyncAPIResource | AsyncAPIResource):
+            yield from _methods(value, f"{path}.{name}")
+        elif callable(value):
+            yield f"{path}.{name}", value
+
+
+@pytest.fixture(params=["sync", "async"])
+def client(request: pytest.FixtureRequest, site: Site) -> Iterator[Client]:
+    given: dict[str, Any] = {"base_url": f"{site.url}/v1", "api_key": site.key, "max_retries": 0}
+    if request.param == "sync":
+        with openai.OpenAI(**given, _strict_response_validation=True) as strict:
+            yield Client(strict, lambda _: None)
+        return
+    with asyncio.Runner() as runner:
+        strict = openai.AsyncOpenAI(**given, _strict_response_validation=True)
+        yield Client(strict, runner.run)
+        runner.run(strict.close())
+
+
+@pytest.fixture
+def have(world: World, services: Services) -> Have:
+    world.worker()
+    claim = world.running()
+    point = {"kind": "train", "step": 1, "loss": 2.0, "token_accuracy": 0.5}
+    claims.record_metrics(world.db, claim.claim_id, [point])
+    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("c", kind="checkpoint"))
+    model = world.complete(claim.claim_id).name
+    upload = part_uploads.create(
+        world.db,
+        project_id=world.caller.project_id,
+        purpose="user_data",
+        filename="a",
+        num_bytes=1,
+        lifetime_seconds=None,
+        settings=services.settings,
+    )
+    return Have(job=claim.job.id, model=model, checkpoint=f"{model}:ckpt-step-1", upload=upload.upload.id)
+
+
+def outcome(client: Client, name: str, call: Call, have: Have) -> Any:
+    """The answer, or the error that is expected."""
+    if call.raises is None:
+        return client.call(name, call.given(have))
+    with pytest.raises(call.raises) as raised:
+        client.call(name, call.given(have))
+    return raised.value
+
+
+def test_every_method_of_the_client_is_answered_to_the_letter_or_told_to_be_not_offered(
+    client: Client, have: Have
+) -> None:
+    for name, call in CALLS.items():
+        have.answers[name] = answer = outcome(client, name, call, have)
+        assert call.holds(answer, have), (name, answer)
+    for name, given in NOT_OFFERED.items():
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.call(name, given(have))
+        assert refused.value.code == "not_offered", name
+
+    assert set(client.methods()) == CALLS.keys() | NOT_OFFERED.keys()
+
+
+def test_answers_may_be_had_raw_and_as_streams(site: Site, have: Have) -> None:
+    with openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key, _strict_response_validation=True) as client:
+        raw = client.fine_tuning.jobs.with_raw_response.retrieve(have.job)
+        made = client.files.create(file=("a.jsonl", DATA), purpose="fine-tune")
+        with client.files.with_streaming_response.content(made.id) as streamed:
+            pieces = list(streamed.iter_bytes(50))
+
+    assert raw.headers["x-request-id"].startswith("req_")
+    assert raw.parse().id == have.job
+    assert b"".join(pieces) == DATA
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "embeddings", "responses/x/cancel"])
+def test_whoever_asks_a_model_here_is_told_where_to_ask(site: Site, path: str) -> None:
+    with site.http() as http:
+        refused = http.post(f"/v1/{path}", json={}).json()["error"]
+
+    assert refused["code"] == "not_offered"
+    assert "vLLM" in refused["remedy"]
