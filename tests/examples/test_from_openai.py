@@ -1,0 +1,162 @@
+"""An OpenAI job's settings come over as they are meant, and what can't is said."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.spec import JobRequest
+from tests.lorry.scripted_server import Reply, Script, serving
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import from_openai  # pyright: ignore[reportMissingImports]
+
+DATA = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+JOB: dict[str, Any] = {
+    "id": "ftjob-1",
+    "object": "fine_tuning.job",
+    "created_at": 1700000000,
+    "model": "gpt-4o-mini-2024-07-18",
+    "fine_tuned_model": "ft:gpt-4o-mini-2024-07-18:acme:support bot:Abc123",
+    "organization_id": "org-1",
+    "result_files": ["file-results"],
+    "status": "succeeded",
+    "seed": 42,
+    "training_file": "file-theirs",
+    "validation_file": None,
+    "hyperparameters": {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.8},
+    "method": {
+        "type": "supervised",
+        "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.8}},
+    },
+    "metadata": {"team": "search"},
+    "integrations": [{"type": "wandb", "wandb": {"project": "p"}}],
+}
+
+
+def test_what_means_the_same_is_kept_and_the_rest_is_told() -> None:
+    body, left_out = from_openai.translated(JOB, model="smol")
+
+    assert body == {
+        "model": "smol",
+        "seed": 42,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 8}}},
+        "suffix": "support-bot",
+        "metadata": {"team": "search"},
+    }
+    assert [line.partition(":")[0] for line in left_out] == [
+        "learning_rate_multiplier=1.8",
+        "suffix 'support bot'",
+        "integrations",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto"}}}},
+            {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}},
+        ),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}}, {"type": "dpo"}),
+        (
+            {"method": None, "hyperparameters": {"n_epochs": 2, "batch_size": "auto"}},
+            {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        ),
+        (
+            {"method": None, "hyperparameters": {"n_epochs": 2, "batch_size": 2048}},
+            {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        ),
+        ({"method": {"type": "supervised", "supervised": None}, "hyperparameters": {}}, {"type": "supervised"}),
+    ],
+)
+def test_the_numbers_of_a_method_are_those_that_were_said(changes: dict[str, Any], method: dict[str, Any]) -> None:
+    body, _ = from_openai.translated({**JOB, **changes}, model="smol")
+
+    assert body["method"] == method
+    JobRequest.model_validate({**body, "training_file": "file-1"})
+
+
+def test_a_rate_is_kept_where_that_is_asked() -> None:
+    body, left_out = from_openai.translated(JOB, model="smol", keep_rate=True)
+
+    assert body["method"]["supervised"]["hyperparameters"]["learning_rate_multiplier"] == 1.8
+    assert not any("learning_rate" in line for line in left_out)
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Script, Script]]:
+    """OpenAI and Lorry, scripted."""
+    with serving() as theirs, serving() as ours:
+        for name, value in {
+            "OPENAI_BASE_URL": f"{theirs.url}/v1",
+            "OPENAI_API_KEY": "sk-x",
+            "LORRY_URL": ours.url,
+            "LORRY_API_KEY": "k",
+        }.items():
+            monkeypatch.setenv(name, value)
+        theirs.on("GET", "/v1/fine_tuning/jobs/ftjob-1", JOB)
+        theirs.on("GET", "/v1/files/file-theirs", {"id": "file-theirs", "filename": "chats.jsonl"})
+        ours.on("POST", "/v1/files", {"id": "file-ours"})
+        ours.on("POST", "/v1/fine_tuning/jobs", {"id": "ftjob-new"})
+        yield theirs, ours
+
+
+def test_a_job_and_its_data_come_over(servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]) -> None:
+    theirs, ours = servers
+    theirs.on("GET", "/v1/files/file-theirs/content", Reply(body=DATA))
+
+    assert from_openai.main(["ftjob-1", "--model", "smol"]) == 0
+
+    told = capsys.readouterr()
+    assert told.out == "ftjob-new\n"
+    assert "Left out: integrations" in told.err
+    (uploaded,) = ours.requests("POST", "/v1/files")
+    assert DATA in uploaded.body
+    assert b'filename="chats.jsonl"' in uploaded.body
+    (created,) = ours.requests("POST", "/v1/fine_tuning/jobs")
+    body = json.loads(created.body)
+    assert (body["training_file"], body["seed"], body["metadata"]) == ("file-ours", 42, {"team": "search"})
+    JobRequest.model_validate(body)
+
+
+def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(
+    servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, ours = servers
+
+    assert from_openai.main(["ftjob-1", "--model", "smol", "--validation", "file-v", "--dry-run"]) == 0
+
+    body = json.loads(capsys.readouterr().out)
+    assert (body["training_file"], body["validation_file"]) == ("a copy of file-theirs", "file-v")
+    assert ours.seen == []
+
+
+@pytest.mark.parametrize("case", ["reinforcement", "not downloadable", "refused here", "unknown job"])
+def test_what_can_not_be_done_is_a_sentence(
+    servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    theirs, ours = servers
+    error = {"message": "Not allowed.", "type": "x", "param": None, "code": "c"}
+    job_id = "ftjob-1"
+    if case == "reinforcement":
+        job_id = "ftjob-2"
+        theirs.on("GET", "/v1/fine_tuning/jobs/ftjob-2", {**JOB, "method": {"type": "reinforcement"}})
+    elif case == "unknown job":
+        job_id = "ftjob-3"
+    elif case == "not downloadable":
+        theirs.on("GET", "/v1/files/file-theirs/content", Reply(status=400, body={"error": error}))
+    else:
+        theirs.on("GET", "/v1/files/file-theirs/content", Reply(body=DATA))
+        ours._replies["POST", "/v1/files"] = [Reply(status=400, body={"error": error})]
+
+    assert from_openai.main([job_id, "--model", "smol"]) == 1
+
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Error: ")
+    assert ours.requests("POST", "/v1/fine_tuning/jobs") == []
