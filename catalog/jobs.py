@@ -30,7 +30,7 @@ from catalog.job_records import (
 from catalog.moves import move
 from catalog.pages import Page, paginate
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb
-from catalog.submission import create
+from catalog.submission import create, made_before
 from catalog.tables import Job, Prepared
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "first_step",
     "get",
     "list_page",
+    "made_before",
     "metrics",
     "packmates",
     "pause",

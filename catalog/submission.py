@@ -83,6 +83,15 @@ def create(
         return job
 
 
+def made_before(
+    db: Database, *, caller: Caller, idempotency_key: str | None, body_digest: str, is_client_retry: bool
+) -> Job | None:
+    """The job that `create` would return without making one. Raises Conflict for a key that had another body."""
+    with db.read() as session:
+        now = read_clock(session)
+        return _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
+
+
 def _same_submission(
     session: Session,
     caller: Caller,

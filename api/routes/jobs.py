@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 from fastapi import APIRouter, Body, Header, Request
 from fastapi.openapi.models import Example
@@ -22,6 +22,15 @@ from catalog.spec import JobRequest
 from catalog.tables import Job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
+
+
+class _Sent(TypedDict):
+    """What tells one submission from another."""
+
+    idempotency_key: str | None
+    body_digest: str
+    is_client_retry: bool
+
 
 REQUEST_EXAMPLES: dict[str, Example] = {
     "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
@@ -50,15 +59,12 @@ def create_job(
     is_retry: IsRetry,
 ) -> FineTuningJob:
     """Queue a job. It is validated and trained by a worker; follow its events, or its stream."""
-    with use.limits.counting_jobs(caller):
-        job = jobs.create(
-            use.db,
-            caller=caller,
-            request=body,
-            idempotency_key=idempotency_key,
-            body_digest=body_digest(body),
-            is_client_retry=is_retry,
-        )
+    sent: _Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
+    may_repeat = is_retry or idempotency_key is not None
+    job = jobs.made_before(use.db, caller=caller, **sent) if may_repeat else None
+    if job is None:  # else it was counted already, and the limit may be reached by it
+        with use.limits.counting_jobs(caller):
+            job = jobs.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
     return _shown(use, job)
 

@@ -102,6 +102,20 @@ def test_jobs_of_a_day_are_counted_without_those_that_were_refused(
     assert client.post(JOBS, json={**body, "seed": 3}).status_code == 200
 
 
+@pytest.mark.parametrize("says_so", [{"x-stainless-retry-count": "1"}, {"idempotency-key": "once"}])
+def test_a_repetition_is_counted_once_and_answered_though_the_limit_is_reached(
+    client: TestClient, operator: TestClient, key: str, world: World, says_so: dict[str, str]
+) -> None:
+    operator.post(f"/v1/api_keys/{key.split('_')[1]}/limits", json={"requests_per_minute": 0, "jobs_per_day": 1})
+    body = {"model": "smol", "training_file": world.file_id}
+
+    first = client.post(JOBS, json=body, headers=says_so)
+    again = [client.post(JOBS, json=body, headers=says_so) for _ in range(2)]
+
+    assert {answer.json()["id"] for answer in again} == {first.json()["id"]}
+    assert client.post(JOBS, json={**body, "seed": 1}).status_code == 429
+
+
 def test_a_key_has_the_limits_that_an_operator_gave_it_and_hands_them_on(
     app: FastAPI, client: TestClient, operator: TestClient, key: str
 ) -> None:

@@ -186,6 +186,18 @@ def test_nothing_of_ours_can_be_named_in_a_body(app: FastAPI, stranger: TestClie
                 assert answers[0][0] in (400, 404), (operation_id, field, answers[0])
 
 
+def test_a_part_of_ours_completes_no_upload_of_a_strangers(stranger: TestClient, ours: Ours) -> None:
+    announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
+    path = f"/v1/uploads/{stranger.post('/v1/uploads', json=announced).json()['id']}/complete"
+
+    found, absent = (
+        _told(stranger.post(path, json={"part_ids": [name]}), name) for name in (PART, "part-of-none-known")
+    )
+
+    assert found == absent
+    assert found[0] in (400, 404)
+
+
 def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]]]:
     """By operation: a field that names something, what else is sent, and what is tried."""
     job = {"model": BASE, "training_file": ours.their_file}

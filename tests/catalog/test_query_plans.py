@@ -198,6 +198,10 @@ ACTS: dict[str, Act] = {
     "a worker that left": lambda w, _: workers.end_worker(w.db, "w2"),
     "a worker that is lost": lambda w, _: workers.declare_lost(w.db, "w1"),
     "files that are let go": lambda w, _: _hide(w),
+    "a repeated submission": lambda w, _: (
+        w.clock.turn(3600),
+        jobs.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),
+    ),
 }
 
 
