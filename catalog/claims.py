@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, events, fleet, packing, queue, recovery, result_files
+from catalog import artifact_rows, events, pictures, recovery, result_files, usage
 from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
-from catalog.db import Database, read_clock, skip_locked
+from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.endings import close_attempt, end_attempt
 from catalog.errors import StaleClaim
 from catalog.fencing import hold
 from catalog.moves import move
-from catalog.packing import Choice, Room
 from catalog.preparation import Unprepared, next_unprepared, prepared, refused, release_preparation
 from catalog.records import (
     Course,
@@ -32,7 +31,10 @@ from catalog.records import (
     record_progress,
     resumable,
 )
-from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
+from catalog.scheduling.decide import Decision, Nothing, decide
+from catalog.scheduling.packs import Choice
+from catalog.scheduling.picture import USUAL, Policy, Room
+from catalog.states import EndReason, JobState, Verb
 from catalog.tables import Adapter, Attempt, Checkpoint, Job, Json, Project, Worker, new_id
 from catalog.workers import WorkerOrders, end_trainer, end_worker, register_trainer, register_worker, worker_beat
 
@@ -65,7 +67,11 @@ __all__ = [
 ]
 
 MAX_TRIES = 5
-"""Looks at the queue in one call, where other workers take what this one chose."""
+"""Looks at the queue in one call, where people cancel or pause what was chosen."""
+TAKING = "take jobs off the queue"
+"""Shared by workers that take what they have chosen; by one alone that chooses and takes in one transaction."""
+
+LEAVING = Decision(action=Nothing(reason="the worker is to leave"), trace={})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +99,17 @@ class Orders:
     """The job is another's now: stop, and write nothing."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ask:
+    """What a worker asks for."""
+
+    worker_id: str
+    trainer_id: str
+    room: Room
+    live_key: str | None
+    policy: Policy
+
+
 def claim_pack(
     db: Database,
     *,
@@ -101,6 +118,7 @@ def claim_pack(
     room: Room,
     lease_seconds: float,
     pack_key: str | None = None,
+    policy: Policy = USUAL,
 ) -> list[Claim]:
     """Jobs to train, best turn first; [] where none fits.
 
@@ -108,29 +126,42 @@ def claim_pack(
     `trainer_id` of that key.
     """
     recovery.expire(db, grace_seconds=lease_seconds)
-    for _ in range(MAX_TRIES):
-        with db.read() as session:  # the whole queue is looked at without keeping anybody from writing
-            choices = _choose(session, worker_id, trainer_id, room, pack_key)
-        if not choices:
-            return []
+    ask = _Ask(worker_id=worker_id, trainer_id=trainer_id, room=room, live_key=pack_key, policy=policy)
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        decision = _decide(session, ask)
+    if not decision.action.choices:
+        return []
+    with db.write() as session:
+        serialise(session, TAKING, shared=True)
+        claims = _take(session, decision, ask, lease_seconds=lease_seconds)
+    if claims:
+        return claims
+    for _ in range(MAX_TRIES):  # another worker was quicker: from here on none is, only people may be
         with db.write() as session:
-            claims = _take(session, choices, worker_id, trainer_id, room, lease_seconds=lease_seconds)
-        if claims:
+            serialise(session, TAKING)
+            decision = _decide(session, ask)
+            claims = _take(session, decision, ask, lease_seconds=lease_seconds, is_alone=True)
+        if claims or not decision.action.choices:
             return claims
     return []
 
 
-def heartbeat(db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float) -> dict[str, Orders]:
-    """Renew the leases of those claims that are still held, of training or preparing, and tell what is asked."""
+def heartbeat(
+    db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float, policy: Policy = USUAL
+) -> dict[str, Orders]:
+    """Renew the leases of those claims that are still held, of training or preparing, charge what has trained, and tell
+    what is asked."""
     recovery.observe(db, grace_seconds=lease_seconds)
     with db.write() as session:
         now = read_clock(session)
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
         mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
         orders = dict.fromkeys(claim_ids, Orders(stale=True))
-        for job in session.scalars(mine):
+        held = list(session.scalars(mine))
+        for job in held:
             job.lease_expires_at, job.lease_extended = now + lease_seconds, False
             orders[job.claim_id or ""] = Orders(cancel=job.cancel_requested, pause=job.pause_requested)
+        usage.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
         return orders
 
 
@@ -187,6 +218,7 @@ def complete(
             created_at=now,
         )
         session.add(adapter)
+        usage.charge_end(session, job, now=now)
         close_attempt(session, job, reason=EndReason.COMPLETED, detail=course.stopped_early, now=now)
         record_course(session, job, course, now=now)
         result_files.record(session, job, curves, now=now)
@@ -202,71 +234,56 @@ def end(db: Database, claim_id: str, *, reason: EndReason, detail: str, error: J
     """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned."""
     with db.write() as session:
         job = hold(session, claim_id)
-        return end_attempt(session, job, reason=reason, detail=detail, error=error, now=read_clock(session))
+        now = read_clock(session)
+        usage.charge_end(session, job, now=now)
+        return end_attempt(session, job, reason=reason, detail=detail, error=error, now=now)
 
 
-def _choose(session: Session, worker_id: str, trainer_id: str, room: Room, pack_key: str | None) -> list[Choice]:
-    worker = session.get(Worker, worker_id)
+def _decide(session: Session, ask: _Ask) -> Decision:
+    worker = session.get(Worker, ask.worker_id)
     if worker is not None and worker.is_leaving:
-        return []
-    turns = queue.turns(session, now=read_clock(session))
-    can_hold = fleet.quantisations_of(worker) if worker is not None else frozenset({"none"})
-    turns = [turn for turn in turns if packing.quantisation_of(turn.candidate.pack_key) in can_hold]
-    if pack_key is None:
-        return packing.choose_pack(turns, room)
-    if _holds_suspect(session, trainer_id):
-        return []
-    worker_bytes = worker.memory_bytes if worker else room.memory_bytes_free
-    return packing.choose_joiners(turns, room, pack_key, worker_bytes=worker_bytes)
+        return LEAVING
+    picture = pictures.of_worker(
+        session, worker, trainer_id=ask.trainer_id, room=ask.room, live_key=ask.live_key, policy=ask.policy
+    )
+    return decide(picture, ask.policy)
 
 
 def _take(
-    session: Session,
-    choices: list[Choice],
-    worker_id: str,
-    trainer_id: str,
-    room: Room,
-    *,
-    lease_seconds: float,
+    session: Session, decision: Decision, ask: _Ask, *, lease_seconds: float, is_alone: bool = False
 ) -> list[Claim]:
-    """Lock what was chosen, pass over what another worker was quicker to take, and claim the rest.
+    """Lock what was chosen, pass over what is taken or stopped since, and claim the rest.
 
     Without its anchor a pack is not taken: the choice is made anew. Nor by a worker that was asked to drain
-    since the choice; its row is locked, so that nobody asks before this is done.
+    since the choice; its row is locked, so that nobody asks before this is done. is_alone: no other worker takes
+    anything meanwhile, so that whoever has a row locked is waited for.
     """
-    worker = session.get(Worker, worker_id, with_for_update={"read": True})
-    if worker is not None and worker.is_leaving:
+    worker = session.get(Worker, ask.worker_id, with_for_update={"read": True}, populate_existing=True)
+    choices = decision.action.choices
+    if not choices or (worker is not None and worker.is_leaving):
         return []
     chosen = {choice.turn.candidate.job_id: choice for choice in choices}
     now = read_clock(session)
     is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-    free = select(Job).where(Job.id.in_(chosen), Job.state == JobState.QUEUED, is_due)
-    jobs = {job.id: job for job in session.scalars(skip_locked(free))}
+    free = select(Job).where(Job.id.in_(chosen), Job.state == JobState.QUEUED, is_due).order_by(Job.id)
+    locked = free.with_for_update() if is_alone else skip_locked(free)
+    jobs = {job.id: job for job in session.scalars(locked)}
     if choices[0].role == "anchor" and choices[0].turn.candidate.job_id not in jobs:
         return []
     for job_id, job in jobs.items():
         job.claim_id = new_id("claim")
         job.attempt += 1
-        job.worker_id, job.trainer_id = worker_id, trainer_id
+        job.claimed_at = job.charged_at = now
+        job.worker_id, job.trainer_id = ask.worker_id, ask.trainer_id
         job.lease_expires_at, job.lease_extended, job.run_after = now + lease_seconds, False, None
-        _open_attempt(session, job, chosen[job_id], room, now=now)
+        _open_attempt(session, job, decision, chosen[job_id], now=now)
     ordered = [jobs[job_id] for job_id in chosen if job_id in jobs]
     return [_claim(session, job) for job in ordered]
 
 
-def _open_attempt(session: Session, job: Job, choice: Choice, room: Room, *, now: float) -> None:
-    turn = choice.turn
-    why = {
-        "role": choice.role,
-        "reason": choice.reason,
-        "position": turn.position,
-        "turn": turn.reason,
-        "waited_seconds": turn.waited_seconds,
-        "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free},
-        "resident_key": room.resident_key,
-    }
+def _open_attempt(session: Session, job: Job, decision: Decision, choice: Choice, *, now: float) -> None:
     attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
-    attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, why
+    attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
     message = f"Attempt {job.attempt} begins on worker {job.worker_id} ({choice.role})"
     move(session, job, Verb.CLAIM, now=now, message=message)
@@ -276,11 +293,6 @@ def _claim(session: Session, job: Job) -> Claim:
     assert job.claim_id is not None
     candidates = resumable(session, job.id)
     return Claim(job=job, claim_id=job.claim_id, attempt=job.attempt, resume_candidates=candidates)
-
-
-def _holds_suspect(session: Session, trainer_id: str) -> bool:
-    suspect = (Job.state == JobState.RUNNING, Job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1)
-    return session.scalar(select(Job.id).where(Job.trainer_id == trainer_id, *suspect).limit(1)) is not None
 
 
 def _adapter_name(session: Session, job: Job) -> str:

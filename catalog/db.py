@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, Float, Select, create_engine, event, make_url, select, text
+from sqlalchemy import Connection, Engine, Float, FromClause, Select, create_engine, event, make_url, select, text, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -136,17 +136,37 @@ def skip_locked(statement: SelectT) -> SelectT:
     return statement.with_for_update(skip_locked=True)
 
 
+def is_sqlite(session: Session) -> bool:
+    return session.get_bind().dialect.name == "sqlite"
+
+
+def each_of(
+    groups: FromClause, ids: Select[Any], table: type[DeclarativeBase], *columns: Any, for_sqlite: bool
+) -> Select[*tuple[Any, ...]]:
+    """Columns of those rows of `table` whose ids the query `ids`, which is limited, finds for each line of `groups`.
+
+    PostgreSQL asks it for a line by a lateral join, which SQLite does not know; there it is asked by `in`.
+    """
+    key = table.__table__.c.id
+    if for_sqlite:
+        return select(*columns).select_from(groups.join(table, key.in_(ids)))
+    found = ids.lateral("found_of_each")
+    return select(*columns).select_from(groups.join(found, true()).join(table, key == found.c.id))
+
+
 def read_clock(session: Session) -> float:
     """The database's time, in seconds since 1970."""
     clock: Callable[[], float] | None = session.info.get("clock")
     return clock() if clock else session.scalar(select(now())) or 0.0
 
 
-def serialise(session: Session, name: str) -> None:
-    """Until this transaction ends, others that name the same thing wait. SQLite has one writer anyway."""
+def serialise(session: Session, name: str, *, shared: bool = False) -> None:
+    """Until this transaction ends, others that name the same thing wait; those that share it wait only for one that
+    does not. SQLite has one writer anyway."""
     if session.get_bind().dialect.name == "postgresql":
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-        session.execute(text("select pg_advisory_xact_lock(:number)"), {"number": number})
+        lock = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
+        session.execute(text(f"select {lock}(:number)"), {"number": number})
 
 
 def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -162,6 +182,12 @@ def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mappin
             session.execute(insert.on_conflict_do_update(index_elements=key, set_=changed))
         else:
             session.execute(insert.on_conflict_do_nothing(index_elements=key))
+
+
+def add_if_missing(session: Session, table: type[DeclarativeBase], row: Mapping[str, Any]) -> None:
+    """Insert the row, unless one with its primary key is there or is being inserted: that is waited for."""
+    module = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    session.execute(module.insert(table).values(dict(row)).on_conflict_do_nothing())
 
 
 def _engine(url: str) -> Engine:

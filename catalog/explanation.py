@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, select
+from dataclasses import asdict
+
+from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import fleet, memory, packing, queue, saturation
+from catalog import fleet, memory, packing, queue, saturation, usage
 from catalog.db import Database, read_clock
-from catalog.fair_share import Turn
 from catalog.fleet import Resident
 from catalog.job_records import find
-from catalog.packing import PATIENCE_SECONDS
+from catalog.scheduling import shares
+from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Policy, Room
+from catalog.scheduling.turns import Turn
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
 from catalog.submission import INSTALL_QUANT
@@ -20,7 +23,7 @@ MAX_NAMED = 20
 """Jobs that are named of those ahead."""
 
 
-def explain(db: Database, *, project_id: str, job_id: str) -> Json:
+def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUAL) -> Json:
     """`explanation` (a sentence), `state`, and facts that depend on the state."""
     with db.read() as session:
         job = find(session, project_id, job_id)
@@ -29,7 +32,7 @@ def explain(db: Database, *, project_id: str, job_id: str) -> Json:
             case JobState.VALIDATING_FILES:
                 sentence, facts = _validating(session, job, now=now)
             case JobState.QUEUED:
-                sentence, facts = _queued(session, job, now=now)
+                sentence, facts = _queued(session, job, now=now, policy=policy)
             case JobState.RUNNING:
                 sentence, facts = _running(session, job)
             case JobState.PAUSED:
@@ -54,14 +57,19 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         return f"Worker {job.worker_id} is preparing its files.", facts
     if job.run_after is not None and job.run_after > now:
         return f"Its files are prepared again in {job.run_after - now:.0f} s.", facts
-    earlier = select(func.count()).select_from(Job).where(Job.state == JobState.VALIDATING_FILES)
-    facts["ahead"] = session.scalar(earlier.where(Job.created_at < job.created_at, Job.claim_id.is_(None))) or 0
+    unheld = (Job.state == JobState.VALIDATING_FILES, Job.claim_id.is_(None))
+    is_earlier = or_(Job.priority < job.priority, and_(Job.priority == job.priority, Job.created_at < job.created_at))
+    own = select(func.count()).where(*unheld, Job.project_id == job.project_id, is_earlier)
+    others = select(Job.project_id).where(*unheld, Job.project_id != job.project_id).limit(1)
+    facts["ahead"] = session.scalar(own) or 0
+    facts["takes_turns"] = session.scalar(others) is not None
     if not facts["live_workers"]:
         return "Its files wait to be prepared, but no worker is running. Start one.", facts
-    return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it.", facts
+    turns = " in its project, which takes turns with others" if facts["takes_turns"] else ""
+    return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{turns}.", facts
 
 
-def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+def _queued(session: Session, job: Job, *, now: float, policy: Policy) -> tuple[str, Json]:
     residents = fleet.residents(session, now=now)
     facts: Json = {
         "run_after": job.run_after,
@@ -77,18 +85,20 @@ def _queued(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     if job.run_after is not None and job.run_after > now:
         wait = job.run_after - now
         return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", facts
-    turns = queue.turns(session, now=now)
+    turns = queue.turns(session, now=now, policy=policy)
     mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
     if mine is None:
         return "It stands behind more jobs than one decision looks at.", facts
     ahead = [turn for turn in turns if turn.position < mine.position]
-    facts |= _place(mine, ahead, job)
+    share = shares.described(usage.shares_of_waiting(session, now=now, policy=policy), job.project_id, policy)
+    facts |= {**_place(mine, ahead, job), "share": share, "policy": asdict(policy)}
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
     hindrance = _unquantised(session, job, now=now) or _too_large(session, mine, now=now)
     if hindrance:
         return hindrance, facts
-    return _queue_sentence(job, mine, ahead, residents), facts
+    parts = (_queue_sentence(job, mine, ahead, residents), shares.sentence(share))
+    return " ".join(part for part in parts if part), facts
 
 
 def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
@@ -100,6 +110,8 @@ def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
         "ahead_of_this_project": own[:MAX_NAMED],
         "waited_seconds": mine.waited_seconds,
         "turn": mine.reason,
+        "counts_as": mine.counts_as,
+        "level": mine.level,
     }
 
 
@@ -151,7 +163,7 @@ def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
 
 def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:
     found = [
-        (packing.Room(max_jobs=1, memory_bytes_free=held, recomputes=recomputes).alone(mine.candidate), held)
+        (Room(max_jobs=1, memory_bytes_free=held, recomputes=recomputes).alone(mine.candidate), held)
         for held, recomputes in fleet.memories(session, now=now) or [(0, False)]
     ]
     if any(need <= held for need, held in found):

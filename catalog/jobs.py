@@ -11,7 +11,7 @@ from typing import Literal
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from catalog import events
+from catalog import events, needs
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict
 from catalog.explanation import explain
@@ -164,6 +164,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
         job.counted_attempts = job.lost_preparations = 0
         if _is_prepared(session, job):
+            needs.note(session, job)
             session.flush()
             move(session, job, Verb.PREPARED, now=now, message="Its files are prepared: the job is queued.")
         return job

@@ -33,6 +33,7 @@ def move(
             remedy="Look at its state and at its events.",
         )
     job.state = after
+    job.queued_at = now if after is JobState.QUEUED else None
     if after is not JobState.RUNNING:
         _let_go(job, after)
     if reason is not None:

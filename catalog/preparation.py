@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Select, or_, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import evaluations, events
-from catalog.db import Database, read_clock, skip_locked
+from catalog import evaluations, events, heads, needs
+from catalog.db import Database, read_clock, serialise
 from catalog.fencing import hold
 from catalog.moves import move
 from catalog.spec import JobSpec
 from catalog.states import EndReason, JobState, Verb
-from catalog.tables import BaseModelRow, File, Job, Json, Worker, new_id
+from catalog.tables import BaseModelRow, File, Job, Json, Project, Worker, new_id
 
 VALIDATING = JobState.VALIDATING_FILES
 MAX_LOST_PREPARATIONS = 5
@@ -37,16 +37,18 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float) -> Un
     Renew the lease with `claims.heartbeat`, as any other.
     """
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
-        if session.scalar(_first_waiting(now=read_clock(session))) is None:
+        if heads.first_to_prepare(session, now=read_clock(session)) is None:
             return None
     with db.write() as session:
+        serialise(session, "take files to prepare")
         now = read_clock(session)
         worker = session.get(Worker, worker_id)
         if worker is not None and worker.is_leaving:
             return None
-        job = session.scalar(skip_locked(_first_waiting(now=now)))
+        job = _take_first(session, now=now)
         if job is None:
             return None
+        session.get_one(Project, job.project_id).preparing_at = now
         job.claim_id = claim_id = new_id("prep")
         job.worker_id = worker_id
         job.lease_expires_at = now + lease_seconds
@@ -60,10 +62,13 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float) -> Un
         )
 
 
-def _first_waiting(*, now: float) -> Select[Job]:
-    is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-    waiting = select(Job).where(Job.state == VALIDATING, Job.claim_id.is_(None), is_due)
-    return waiting.order_by(Job.priority, Job.created_at, Job.id).limit(1)
+def _take_first(session: Session, *, now: float) -> Job | None:
+    """Locked. Only people can be quicker here: what they cancel or pause is passed over."""
+    while (job_id := heads.first_to_prepare(session, now=now)) is not None:
+        job = session.scalar(select(Job).where(Job.id == job_id, *heads.is_unprepared(Job, now)).with_for_update())
+        if job is not None:
+            return job
+    return None
 
 
 def prepared(
@@ -82,6 +87,7 @@ def prepared(
         job.train_prepared, job.valid_prepared, job.num_steps = train_key, valid_key, num_steps
         job.longest_example = longest_example
         job.lost_preparations = 0
+        needs.note(session, job)
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
         spec = JobSpec.model_validate(job.spec)
         if evaluations.decide(spec) and evaluations.come_too_late(spec, num_steps):

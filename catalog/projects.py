@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
@@ -139,3 +141,20 @@ def _check_name(name: str) -> None:
             remedy="Use letters, digits, dot, underscore and hyphen; at most 64, the first a letter or digit.",
             param="name",
         )
+
+
+def set_weight(db: Database, name: str, weight: float) -> Project:
+    """Give the project that part of the devices, beside the weights of others whose jobs wait."""
+    if not (math.isfinite(weight) and weight > 0):
+        raise InvalidRequest(
+            f"{weight} cannot be a project's weight.",
+            code="invalid_weight",
+            remedy="Use a number above 0; 1 is the weight of a project that was given none.",
+            param="weight",
+        )
+    with db.write() as session:
+        project = session.scalar(select(Project).where(Project.name == name).with_for_update())
+        if project is None:
+            raise NotFound("project", name)
+        project.weight = weight
+        return project

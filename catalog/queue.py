@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Row, and_, func, or_, select
+from sqlalchemy import Row, and_, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import fair_share, fleet, memory, packing
+from catalog import fleet, heads, usage
 from catalog.db import Database, read_clock
-from catalog.fair_share import Candidate, Turn
-from catalog.methods import compares_with_start
+from catalog.scheduling.picture import USUAL, Policy
+from catalog.scheduling.turns import Turn, order
 from catalog.spec import PriorityClass
-from catalog.states import MAX_COUNTED_ATTEMPTS, UNFINISHED_STATES, JobState
+from catalog.states import UNFINISHED_STATES, JobState
 from catalog.tables import BaseModelRow, Job, Json, Project
 
-MAX_CANDIDATES = 5000
-"""Jobs looked at in one decision; the rest wait until these have gone."""
+MAX_SHOWN = 5000
+"""Jobs that people are shown, and that the place of one of them is reckoned from."""
 SHOWN = (
     "state",
     "base_model",
@@ -33,91 +34,23 @@ SHOWN = (
 """Columns of a job that an entry of the queue shows as they are."""
 
 
-def turns(session: Session, *, now: float, limit: int = MAX_CANDIDATES) -> list[Turn]:
-    """The jobs that may be claimed now, first turn first."""
-    is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-    rows = session.execute(
-        select(
-            Job.id,
-            Job.project_id,
-            Job.base_model,
-            Job.base_digest,
-            Job.pack_key,
-            Job.priority,
-            Job.created_at,
-            Job.adapter_parameters,
-            Job.spec["lora"]["dropout"].as_float().label("dropout"),
-            Job.spec["keep"].as_string().label("keep"),
-            Job.spec["lora"]["init_lora_weights"].as_string().label("start"),
-            Job.spec["lora"].label("lora"),
-            Job.spec["optimizer"]["type"].as_string().label("optimizer"),
-            Job.spec["method"].as_string().label("method"),
-            Job.parent_adapter,
-            Job.longest_example,
-            Job.spec["lora"]["use_dora"].as_boolean().label("use_dora"),
-            Job.spec["batch_size"].as_integer().label("batch_size"),
-            Job.spec["samples"].label("samples"),
-            Job.counted_attempts,
-        )
-        .where(Job.state == JobState.QUEUED, is_due)
-        .order_by(Job.priority, Job.created_at)
-        .limit(limit)
-    ).all()
-    if not rows:
-        return []
-    described = _descriptions(session, {row.base_model for row in rows})
-    kinds = {(row.base_model, row.pack_key) for row in rows}
-    needs = {kind: _needs(described[kind[0]], kind[1]) for kind in kinds}
-    candidates = [_candidate(row, described[row.base_model], needs[row.base_model, row.pack_key]) for row in rows]
-    return fair_share.order(candidates, now, running_by_project=_running(session))
+def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[Turn]:
+    """The jobs that may be claimed now, first turn first: MAX_SHOWN at most or a little more, of each project and class
+    as many."""
+    per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
+    candidates = heads.waiting(session, heads.Such(), now=now, per_group=per_group)
+    shares = usage.shares_of_waiting(session, now=now, policy=policy)
+    return order(candidates, now, shares=shares, served_at=usage.served_at(session), policy=policy)
 
 
-def _candidate(row: Row[*tuple[Any, ...]], description: Json, needs: tuple[int, int]) -> Candidate:
-    """description: its base's. needs: bytes of a trainer of its kind, and of a slice."""
-    trainer_bytes, slice_bytes = needs
-    own_bytes = _own_bytes(row, description)
-    return Candidate(
-        job_id=row.id,
-        project_id=row.project_id,
-        base_digest=row.base_digest,
-        pack_key=row.pack_key,
-        priority=row.priority,
-        created_at=row.created_at,
-        own_bytes=own_bytes,
-        saved_bytes=own_bytes - _own_bytes(row, description, recomputes=True),
-        trainer_bytes=trainer_bytes,
-        slice_bytes=slice_bytes,
-        is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
-    )
-
-
-def _own_bytes(row: Row[*tuple[Any, ...]], description: Json, *, recomputes: bool = False) -> int:
-    return memory.own_bytes(
-        description,
-        packing.precision_of(row.pack_key),
-        num_parameters=row.adapter_parameters,
-        dropout=row.dropout,
-        keeps_best=row.keep == "best",
-        use_dora=bool(row.use_dora),
-        init_lora_weights=row.start,
-        batch_size=row.batch_size,
-        keeps_parent=row.parent_adapter is not None and compares_with_start(row.method or "supervised"),
-        longest_example=row.longest_example,
-        samples=row.samples,
-        optimizer=row.optimizer or "adamw",
-        lowest_rank=memory.lowest_rank(row.lora),
-        recomputes=recomputes,
-    )
-
-
-def snapshot(db: Database, *, project_id: str | None) -> Json:
+def snapshot(db: Database, *, project_id: str | None, policy: Policy = USUAL) -> Json:
     """The queue as people see it: counts, the waiting in order, the running. `project_id` None: every project's.
 
     Positions are those in the whole queue, so a project sees how many stand before it, not who.
     """
     with db.read() as session:
         now = read_clock(session)
-        places = {turn.candidate.job_id: turn for turn in turns(session, now=now)}
+        places = {turn.candidate.job_id: turn for turn in turns(session, now=now, policy=policy)}
         entries = [_entry(row, places.get(row.id), now=now) for row in _unfinished(session, project_id)]
         entries.sort(key=lambda entry: (entry["position"] is None, entry["position"] or 0))
         return {
@@ -142,12 +75,12 @@ def has_work(db: Database) -> bool:
 
 
 def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
-    columns = [getattr(Job, name) for name in ("id", "created_at", *SHOWN)]
+    columns = [getattr(Job, name) for name in ("id", "created_at", "queued_at", *SHOWN)]
     rows = select(*columns, Project.name.label("project")).join(Project, Project.id == Job.project_id)
     rows = rows.where(Job.state.in_(UNFINISHED_STATES))
     if project_id is not None:
         rows = rows.where(Job.project_id == project_id)
-    return session.execute(rows.order_by(Job.created_at, Job.id).limit(MAX_CANDIDATES)).all()
+    return session.execute(rows.order_by(Job.created_at, Job.id).limit(MAX_SHOWN)).all()
 
 
 def _entry(row: Row[*tuple[Any, ...]], turn: Turn | None, *, now: float) -> Json:
@@ -158,23 +91,11 @@ def _entry(row: Row[*tuple[Any, ...]], turn: Turn | None, *, now: float) -> Json
         "project": row.project,
         "priority": PriorityClass(row.priority).name,
         "created_at": row.created_at,
-        "waited_seconds": max(0.0, now - row.created_at),
+        "waited_seconds": max(0.0, now - _waits_since(row)),
         "position": turn.position if turn else None,
         "reason": turn.reason if turn else None,
     }
 
 
-def _running(session: Session) -> dict[str, int]:
-    counted = select(Job.project_id, func.count()).where(Job.state == JobState.RUNNING).group_by(Job.project_id)
-    return {row[0]: row[1] for row in session.execute(counted)}
-
-
-def _descriptions(session: Session, names: set[str]) -> dict[str, Json]:
-    rows = session.scalars(select(BaseModelRow).where(BaseModelRow.name.in_(names)))
-    return {row.name: row.description or {} for row in rows}
-
-
-def _needs(description: Json, pack_key: str) -> tuple[int, int]:
-    """Bytes of (a trainer with its first slice, a further slice)."""
-    precision, quantisation = packing.precision_of(pack_key), packing.quantisation_of(pack_key)
-    return memory.trainer_bytes(description, precision, quantisation), memory.slice_bytes(description, precision)
+def _waits_since(row: Row[*tuple[Any, ...]]) -> float:
+    return row.queued_at if row.state == JobState.QUEUED and row.queued_at is not None else row.created_at

@@ -7,6 +7,9 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+HALF_LIFE_SECONDS = 86_400.0
+PROMOTE_AFTER_SECONDS = 3_600.0
+
 
 class Settings(BaseSettings):
     """Everything has a default that suits one machine; a cluster names a database, a broker and a store."""
@@ -38,6 +41,14 @@ class Settings(BaseSettings):
     )
     max_slowdown: float = Field(
         default=4, ge=1, description="How many times as slow as alone a job may become for the sake of jobs that join."
+    )
+    share_half_life_seconds: float = Field(
+        default=HALF_LIFE_SECONDS, ge=60, description="After how long what a project has used of devices counts half."
+    )
+    promote_after_seconds: float = Field(
+        default=PROMOTE_AFTER_SECONDS,
+        ge=60,
+        description="How long a class waits with none of it claimed until its first job counts as a class higher.",
     )
     max_jobs_per_trainer: int = Field(default=16, ge=1, description="Adapters trained together at most.")
     prefix_disk_bytes: int = Field(

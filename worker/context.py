@@ -17,6 +17,7 @@ from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.doorbell import FileDoorbell
 from catalog.errors import LorryError
+from catalog.scheduling.picture import Policy
 from catalog.settings import Settings
 from worker import node, scratch
 from worker.pulse import Pulse
@@ -76,7 +77,8 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     db = Database(settings.resolved_database_url())
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
-    pulse = Pulse(db, worker_id, lease_seconds=settings.lease_seconds, heartbeat_seconds=settings.heartbeat_seconds)
+    beats = {"lease_seconds": settings.lease_seconds, "heartbeat_seconds": settings.heartbeat_seconds}
+    pulse = Pulse(db, worker_id, policy=Policy.of(settings), **beats)
     bell = FileDoorbell(settings.bell_path())
     context = WorkerContext(
         settings=settings, db=db, store=store, worker_id=worker_id, device=device, pulse=pulse, bell=bell

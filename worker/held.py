@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from catalog import memory, packing
+from catalog import needs
 from catalog.claims import Claim
-from catalog.methods import compares_with_start
 from catalog.records import KEPT_CHECKPOINTS
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
 from catalog.tables import Checkpoint, Json
@@ -58,24 +57,7 @@ class Held:
 
     def own_bytes(self, description: Json, *, recomputes: bool) -> int:
         """What it takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""
-        job = self.claim.job
-        lora = job.spec["lora"]
-        return memory.own_bytes(
-            description,
-            packing.precision_of(job.pack_key),
-            num_parameters=job.adapter_parameters,
-            dropout=float(lora["dropout"]),
-            keeps_best=job.spec.get("keep") == "best",
-            use_dora=bool(lora.get("use_dora")),
-            init_lora_weights=lora.get("init_lora_weights"),
-            batch_size=int(job.spec["batch_size"]),
-            keeps_parent=job.parent_adapter is not None and compares_with_start(job.spec.get("method", "supervised")),
-            longest_example=job.longest_example,
-            samples=job.spec.get("samples"),
-            optimizer=job.spec["optimizer"].get("type", "adamw"),
-            lowest_rank=memory.lowest_rank(lora),
-            recomputes=recomputes,
-        )
+        return needs.own_bytes(self.claim.job, description, recomputes=recomputes)
 
     def outdated(self) -> list[Json]:
         """Take those checkpoints out of the news that newer ones have made needless."""

@@ -16,6 +16,7 @@ from catalog import claims, workers
 from catalog.claims import Orders
 from catalog.db import Database
 from catalog.errors import LorryError
+from catalog.scheduling.picture import USUAL, Policy
 
 log = logging.getLogger(__name__)
 WATCH_SECONDS = 0.1
@@ -24,11 +25,20 @@ WATCH_SECONDS = 0.1
 class Pulse:
     """Beats for one worker and for the claims that it holds."""
 
-    def __init__(self, db: Database, worker_id: str, *, lease_seconds: float, heartbeat_seconds: float) -> None:
+    def __init__(
+        self,
+        db: Database,
+        worker_id: str,
+        *,
+        lease_seconds: float,
+        heartbeat_seconds: float,
+        policy: Policy = USUAL,
+    ) -> None:
         self._db = db
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
+        self._policy = policy
         self._lock = threading.Lock()
         self._renewed_at: dict[str, float] = {}
         self._orders: dict[str, Orders] = {}
@@ -99,7 +109,8 @@ class Pulse:
             self._on_beat()
 
     def _renewal(self, held: list[str]) -> dict[str, Any]:
-        return {"worker_id": self._worker_id, "claim_ids": held, "lease_seconds": self._lease_seconds}
+        told = {"lease_seconds": self._lease_seconds, "policy": self._policy}
+        return {"worker_id": self._worker_id, "claim_ids": held, **told}
 
     def _note(self, answers: dict[str, Orders], began: float) -> None:
         with self._lock:

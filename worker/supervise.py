@@ -17,7 +17,7 @@ from catalog import bases as catalog_bases
 from catalog import claims, memory, packing, queue, saturation, workers
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
-from catalog.packing import Room
+from catalog.scheduling.picture import Policy, Room
 from catalog.states import EndReason, JobState
 from catalog.tables import Job, new_id
 from worker import bases, node, scratch
@@ -308,6 +308,7 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
         room=room,
         lease_seconds=context.settings.lease_seconds,
         pack_key=pack_key,
+        policy=Policy.of(context.settings),
     )
     context.pulse.hold((claim.claim_id for claim in claimed), since=since)
     return claimed

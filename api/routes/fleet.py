@@ -19,6 +19,7 @@ from api.sse import event_stream, message
 from catalog import fleet, queue
 from catalog.db import Database
 from catalog.keys import Caller
+from catalog.scheduling.picture import Policy
 
 router = APIRouter(prefix="/v1", tags=["queue and workers"], responses={**SIGNED, **errors(403)})
 All = Annotated[bool, Query(alias="all", description="Every project's jobs; for operators.")]
@@ -27,7 +28,9 @@ All = Annotated[bool, Query(alias="all", description="Every project's jobs; for 
 @router.get("/queue", operation_id="get_queue")
 def get_queue(use: Use, caller: Signed, everything: All = False) -> QueueObject:
     """The project's unfinished jobs, those with a turn first. Positions are those in the whole queue."""
-    return QueueObject.model_validate(queue.snapshot(use.db, project_id=_scope(caller, everything)))
+    return QueueObject.model_validate(
+        queue.snapshot(use.db, project_id=_scope(caller, everything), policy=Policy.of(use.settings))
+    )
 
 
 @router.get(
@@ -38,7 +41,7 @@ def get_queue(use: Use, caller: Signed, everything: All = False) -> QueueObject:
 )
 async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: All = False) -> StreamingResponse:
     """The queue whenever it changes."""
-    watch = _QueueWatch(use.db, _scope(caller, everything))
+    watch = _QueueWatch(use.db, _scope(caller, everything), Policy.of(use.settings))
     first = await run_in_threadpool(watch.look)
     return event_stream(use.feed.stream(first, while_signed(watch.look, recheck)))
 
@@ -54,13 +57,14 @@ def list_workers(use: Use, caller: Signed) -> ListPage[WorkerObject]:
 
 
 class _QueueWatch:
-    def __init__(self, db: Database, project_id: str | None) -> None:
+    def __init__(self, db: Database, project_id: str | None, policy: Policy) -> None:
+        self._policy = policy
         self._db = db
         self._project_id = project_id
         self._told: str | None = None
 
     def look(self) -> Found:
-        snapshot = queue.snapshot(self._db, project_id=self._project_id)
+        snapshot = queue.snapshot(self._db, project_id=self._project_id, policy=self._policy)
         gist = json.dumps(_without_clock(snapshot), sort_keys=True)
         if gist == self._told:
             return Found()

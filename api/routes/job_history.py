@@ -31,6 +31,7 @@ from api.sse import event_stream, last_event_id
 from catalog import adapters, data_reports, jobs
 from catalog.errors import InvalidRequest
 from catalog.events import ShownType
+from catalog.scheduling.picture import Policy
 
 router = APIRouter(
     prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"], responses={**SIGNED, **errors(404)}
@@ -87,7 +88,9 @@ def get_job_metrics(
 @router.get("/why", operation_id="explain_job")
 def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
     """Why the job is where it is, and what it waits for."""
-    return WhyObject.model_validate(jobs.explain(use.db, project_id=caller.project_id, job_id=job_id))
+    return WhyObject.model_validate(
+        jobs.explain(use.db, project_id=caller.project_id, job_id=job_id, policy=Policy.of(use.settings))
+    )
 
 
 @router.get("/data_report", operation_id="get_job_data_report")

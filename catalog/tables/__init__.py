@@ -6,7 +6,7 @@ Migrations under migrations/ must agree with these files: `alembic check` says s
 from catalog.tables.fleet import Pulse, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, Metric
 from catalog.tables.jobs import IdempotencyKey, Job
-from catalog.tables.owners import ApiKey, Project, SignIn
+from catalog.tables.owners import ApiKey, Project, ProjectUsage, SignIn
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
 from catalog.tables.table import Json, Table, new_id
 from catalog.tables.uploads import Upload, UploadPart
@@ -27,6 +27,7 @@ __all__ = [
     "Metric",
     "Prepared",
     "Project",
+    "ProjectUsage",
     "Pulse",
     "SignIn",
     "Table",

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, ForeignKey, Index, Integer
+from typing import Any
+
+from sqlalchemy import Boolean, ForeignKey, Index, Integer, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
+
+IN_QUEUE = text("queued_at IS NOT NULL")
+of_the_queue: dict[str, Any] = {"sqlite_where": IN_QUEUE, "postgresql_where": IN_QUEUE}
+"""Of an index of the jobs in the queue alone: a query that is to use it says the same, and nothing of the state."""
 
 
 class Job(Table):
@@ -40,6 +46,19 @@ class Job(Table):
     num_steps: Mapped[int | None]
     longest_example: Mapped[int | None]
     """Tokens of the longest row of its files, as cut to max_length, or of the longest pair of rows."""
+    own_bytes: Mapped[int | None]
+    """This and the next three: what choosing needs of memory, by catalog/needs.py, since its files were prepared."""
+    saved_bytes: Mapped[int | None]
+    trainer_bytes: Mapped[int | None]
+    slice_bytes: Mapped[int | None]
+    queued_at: Mapped[float | None]
+    """When it came into the queue, while it is there: what its waiting is reckoned from, and others' patience."""
+    claimed_at: Mapped[float | None]
+    """When it was last claimed to train."""
+    charged_at: Mapped[float | None]
+    """Until when its training is charged to its project."""
+    device_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Charged so far, over all attempts: seconds of a device, divided among the jobs that trained on it together."""
 
     attempt: Mapped[int]
     counted_attempts: Mapped[int]
@@ -71,8 +90,10 @@ class Job(Table):
     """code, message, param: as on the wire."""
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
-        Index(None, "state", "priority", "created_at"),
+        Index("ix_jobs_heads", "state", "project_id", "priority", "created_at", "id"),
+        Index("ix_jobs_alike", "pack_key", "project_id", "priority", "created_at", "id", **of_the_queue),
         Index(None, "state", "lease_expires_at"),
+        Index(None, "priority", "claimed_at"),
         Index(None, "created_by", "created_at"),
         Index(None, "training_file"),
         Index(None, "validation_file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, ForeignKey, Index
+from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Table
@@ -17,6 +17,21 @@ class Project(Table):
     created_at: Mapped[float]
     archived_at: Mapped[float | None]
     """Since then its keys open nothing. All that it has stays."""
+    weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    """Its part of the devices beside others', within a class."""
+    preparing_at: Mapped[float | None]
+    """When a worker last took files of one of its jobs to prepare them: projects take turns."""
+
+
+class ProjectUsage(Table):
+    """What a project has used of devices, decayed: its rows together, each decayed from its own `as_of`."""
+
+    __tablename__ = "project_usage"
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    slot: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Of those who charge it: so that they don't wait for each other."""
+    device_seconds: Mapped[float]
+    as_of: Mapped[float]
 
 
 class ApiKey(Table):

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog import claims, jobs, packing, recovery, workers
+from catalog import claims, jobs, recovery, workers
 from catalog.claims import Orders
 from catalog.errors import StaleClaim
-from catalog.packing import Room
+from catalog.scheduling.decide import Decision, decide
+from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
 from catalog.tables import Adapter, Artifact, Attempt, Job
 from tests.catalog.world import LEASE, WIDE, World, manifest, sha
@@ -217,7 +218,7 @@ def test_projects_that_train_together_do_not_learn_of_each_other(world: World) -
     assert names == []
     for claim in together:
         (other,) = (each.job.id for each in together if each is not claim)
-        told_of = {"project_id": claim.job.project_id, "job_id": claim.job.id}
+        told_of: dict[str, Any] = {"project_id": claim.job.project_id, "job_id": claim.job.id}
         told = [attempt.why for attempt in jobs.attempts(world.db, **told_of)]
         assert other not in str([told, jobs.explain(world.db, **told_of)])
 
@@ -284,13 +285,12 @@ def test_a_worker_that_is_asked_to_drain_while_it_chooses_takes_nothing(
 ) -> None:
     job = world.queued()
     world.worker()
-    choose_pack = packing.choose_pack
 
-    def choose_then_drain(*given: Any) -> list[packing.Choice]:
+    def decide_then_drain(*given: Any) -> Decision:
         workers.request_drain(world.db, "w1")
-        return choose_pack(*given)
+        return decide(*given)
 
-    monkeypatch.setattr(packing, "choose_pack", choose_then_drain)
+    monkeypatch.setattr(claims, "decide", decide_then_drain)
 
     assert world.claim() == []
     assert world.job(job.id).state == JobState.QUEUED

@@ -8,16 +8,19 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.fair_share import Candidate, order
+from catalog.scheduling.picture import Candidate, Share
+from catalog.scheduling.turns import order
 
 
 def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priority: int = 1, **more: Any) -> Candidate:
     told: dict[str, Any] = {"base_digest": "b", "pack_key": "b:bfloat16:causal-lm", "own_bytes": 1, "trainer_bytes": 10}
+    told["queued_at"] = created_at
     return Candidate(job_id=job_id, created_at=created_at, project_id=project_id, priority=priority, **{**told, **more})
 
 
 def ids(candidates: list[Candidate], now: float = 100, **running: int) -> list[str]:
-    return [turn.candidate.job_id for turn in order(candidates, now, running_by_project=running)]
+    shares = {project_id: Share(num_running=number) for project_id, number in running.items()}
+    return [turn.candidate.job_id for turn in order(candidates, now, shares=shares)]
 
 
 def test_priority_comes_before_age() -> None:

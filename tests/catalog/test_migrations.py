@@ -120,3 +120,24 @@ def test_checkpoints_stay_where_their_copies_of_the_curves_come_and_go(empty_url
         assert [row.step for row in session.scalars(select(Checkpoint))] == [3]
     command.check(alembic_config(empty_url))
     database.close()
+
+
+def test_jobs_that_wait_are_dated_by_when_they_came_into_the_queue(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    world = World(database, Clock())
+    queued, submitted = world.queued(), world.submit()
+    undated = world.submit(suffix="old")
+    with database.schema_connection() as connection:
+        connection.exec_driver_sql(f"update jobs set state = 'queued', created_at = 7 where id = '{undated.id}'")
+
+    command.downgrade(alembic_config(empty_url), "0012")
+    with database.schema_connection() as connection:
+        assert not {"queued_at", "own_bytes"} & {column["name"] for column in inspect(connection).get_columns("jobs")}
+    database.migrate()
+
+    assert queued.queued_at is not None
+    dated = {job.id: job.queued_at for job in map(world.job, (queued.id, submitted.id, undated.id))}
+    assert dated == {queued.id: queued.queued_at, submitted.id: None, undated.id: 7}
+    command.check(alembic_config(empty_url))
+    database.close()

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from catalog.fair_share import Candidate, Turn, order
 from catalog.memory import JOB_TOKENS, TICK_TOKENS
-from catalog.packing import (
-    PATIENCE_SECONDS,
-    Room,
-    choose_anchor,
-    choose_joiners,
-    choose_pack,
-    pack_key,
-    precision_of,
-    quantisation_of,
-    weights_of,
-)
+from catalog.packing import pack_key, precision_of, quantisation_of, weights_of
+from catalog.scheduling.packs import choose_anchor, choose_joiners, choose_pack
+from catalog.scheduling.picture import PATIENCE_SECONDS, Candidate, Room
+from catalog.scheduling.turns import Turn, order
 from tests.catalog.test_fair_share import candidate
 
 ROOM = Room(max_jobs=4, memory_bytes_free=100)
@@ -52,7 +44,7 @@ def test_a_device_that_computes_blocks_again_takes_what_it_does_without() -> Non
 
 
 def joined(*candidates: Candidate, room: Room = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:
-    chosen = choose_joiners(turns(*candidates, now=now), room, "b:bfloat16:causal-lm", worker_bytes=worker_bytes)
+    chosen, _ = choose_joiners(turns(*candidates, now=now), room, "b:bfloat16:causal-lm", worker_bytes=worker_bytes)
     return [choice.turn.candidate.job_id for choice in chosen]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import event, insert, select
@@ -45,8 +46,9 @@ from catalog.tables import (
     Upload,
     UploadPart,
 )
-from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
+from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest, sha
 
+ONE = replace(WIDE, max_jobs=1)
 MANY = 2000
 """Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
 Changes = Callable[[str], dict[str, Any]]
@@ -114,7 +116,7 @@ def lived_in(world: World) -> dict[str, str]:
     upload = _add_parts(world)
     _fill(world.db)
     running = world.running()
-    waiting = [world.queued() for _ in range(2)]
+    waiting = [world.queued() for _ in range(4)]
     return {
         "ended": claim.job.id,
         "adapter": adapter.id,
@@ -177,6 +179,8 @@ ACTS: dict[str, Act] = {
         w.db, watching.start(w.db, **w.of(ids["running"]), last_seen=None)
     ),
     "why it waits": lambda w, ids: jobs.explain(w.db, **w.of(ids["first"])),
+    "why it runs": lambda w, ids: jobs.explain(w.db, **w.of(ids["running"])),
+    "why its files wait": lambda w, _: jobs.explain(w.db, **w.of(w.submit().id)),
     "the queue": lambda w, _: queue.snapshot(w.db, project_id=w.caller.project_id),
     "the queue of all": lambda w, _: queue.snapshot(w.db, project_id=None),
     "whether there is work": lambda w, _: queue.has_work(w.db),
@@ -192,6 +196,10 @@ ACTS: dict[str, Act] = {
     "a cancel at once": lambda w, ids: jobs.cancel(w.db, **w.of(ids["first"])),
     "a pause": lambda w, ids: jobs.pause(w.db, **w.of(ids["second"])),
     "a resume": lambda w, ids: jobs.resume(w.db, **w.of(ids["second"])),
+    "a claim of one that joins": lambda w, ids: w.claim("w1", ONE, pack_key=w.job(ids["running"]).pack_key),
+    "a claim for a base that is loaded": lambda w, ids: w.claim(
+        "w2", replace(ONE, resident_key=w.job(ids["running"]).pack_key)
+    ),
     "a claim": lambda w, _: w.claim("w2"),
     "leases that are past": lambda w, _: recovery.expire(w.db, grace_seconds=LEASE),
     "leases after an outage": lambda w, _: (w.clock.turn(10 * LEASE), recovery.expire(w.db, grace_seconds=LEASE)),

@@ -8,11 +8,10 @@ import pytest
 
 from catalog import bases, claims, jobs, packing, queue, saturation, workers
 from catalog.errors import InvalidRequest
-from catalog.packing import Room
 from catalog.saturation import Speeds
+from catalog.scheduling.picture import Room
 from catalog.settings import Settings
 from catalog.states import EndReason
-from catalog.tables import Job
 from tests.catalog.world import LEASE, World, sha
 
 
@@ -199,9 +198,8 @@ def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
 
 def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(world: World) -> None:
     world.base("deep", hidden_size=64, num_layers=100, linear_shapes={"q_proj": [[64, 64], 100]})
-    job = world.queued(model="deep", lora={"target_modules": ["q_proj"]})
-    with world.db.write() as session:
-        session.get_one(Job, job.id).longest_example = 50_000
+    job = world.submit(model="deep", lora={"target_modules": ["q_proj"]})
+    world.prepare_all(longest_example=50_000)
     world.worker("small", memory_bytes=10**9)
 
     on_a_cpu = explained(world, job.id)["explanation"]

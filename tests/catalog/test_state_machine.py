@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 from catalog import claims, jobs, recovery, workers
 from catalog.db import Database
 from catalog.errors import LorryError, StaleClaim
-from catalog.packing import Room
+from catalog.scheduling.picture import Room
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb, next_state
 from catalog.tables import Adapter, Attempt, Job, JobEvent
 from tests.catalog.world import LEASE, Clock, World, manifest

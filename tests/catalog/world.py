@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from typing import Any
+from typing import cast as cast_to
+
+from sqlalchemy import String, Table, cast, insert, literal, select, true
 
 from catalog import bases, claims, jobs, keys, prepared, projects
 from catalog.artifacts.manifest import Manifest, ManifestFile
@@ -11,7 +14,7 @@ from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.db import Database, read_clock
 from catalog.keys import Caller
-from catalog.packing import Room
+from catalog.scheduling.picture import Room
 from catalog.spec import JobRequest
 from catalog.tables import File, Job, new_id
 
@@ -112,18 +115,32 @@ class World:
         )
         return worker_id
 
-    def prepare_all(self, num_steps: int = 10) -> None:
+    def prepare_all(self, num_steps: int = 10, longest_example: int | None = None) -> None:
         while unprepared := claims.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
             tokens = manifest(f"tokens {unprepared.training_file.digest}", kind="tokens")
             key = prepared.key(unprepared.training_file.digest, "tokenizer", 512)
             digest = unprepared.training_file.digest
             prepared.put(self.db, key, file_digest=digest, artifact=tokens, report={"rows": 1})
-            claims.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, num_steps=num_steps)
+            found = {"num_steps": num_steps, "longest_example": longest_example}
+            claims.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
 
     def queued(self, **fields: Any) -> Job:
         job = self.submit(**fields)
         self.prepare_all()
         return self.job(job.id)
+
+    def flood(self, job: Job, number: int) -> None:
+        """So many more jobs like this one, each submitted and queued a millisecond after the one before."""
+        numbers = select(literal(1).label("n")).cte("numbers", recursive=True)
+        numbers = numbers.union_all(select(numbers.c.n + 1).where(numbers.c.n < number))
+        table = cast_to(Table, Job.__table__)
+        copied: dict[str, Any] = {column.name: column for column in table.c}
+        copied["id"] = table.c.id + "-" + cast(numbers.c.n, String)
+        for name in ("created_at", "queued_at"):
+            copied[name] = table.c[name] + numbers.c.n / 1000.0
+        copies = select(*copied.values()).where(table.c.id == job.id).select_from(table.join(numbers, true()))
+        with self.db.write() as session:
+            session.execute(insert(table).from_select(list(copied), copies))
 
     def claim(self, worker_id: str = "w1", room: Room = WIDE, *, lease: float = LEASE, **given: Any) -> list[Claim]:
         given = {"trainer_id": f"trainer-{worker_id}", **given}

@@ -16,7 +16,8 @@ from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import ArtifactStore, Blob, open_store
 from catalog.db import Database
 from catalog.lineage import AttemptRecord, DataSource
-from catalog.packing import Room, pack_key
+from catalog.packing import pack_key
+from catalog.scheduling.picture import Room
 from catalog.settings import Settings
 from catalog.spec import JobRequest
 from catalog.states import EndReason

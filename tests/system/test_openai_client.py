@@ -17,7 +17,7 @@ import pytest
 from catalog import bases, claims, prepared, result_files
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
-from catalog.packing import Room
+from catalog.scheduling.picture import Room
 from catalog.settings import Settings
 from tests.catalog.world import DESCRIPTION, manifest, sha
 from tests.system.api_process import Service, api_process

@@ -12,7 +12,7 @@ from catalog.db import Database
 from catalog.doorbell import FileDoorbell
 from catalog.errors import Unavailable
 from catalog.jobs import attempts
-from catalog.packing import Room
+from catalog.scheduling.picture import Room
 from catalog.settings import Settings
 from catalog.states import EndReason
 from catalog.tables import Checkpoint, Job

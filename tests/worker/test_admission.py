@@ -7,7 +7,7 @@ import pytest
 from catalog import claims, jobs
 from catalog.artifacts.store import blob_key
 from catalog.claims import Claim
-from catalog.packing import Room
+from catalog.scheduling.picture import Room
 from catalog.spec import JobSpec
 from catalog.states import EndReason
 from catalog.tables import Adapter

@@ -7,7 +7,7 @@ import pytest
 from catalog import adapters, claims, workers
 from catalog.claims import Claim
 from catalog.lineage import AttemptRecord
-from catalog.packing import Room
+from catalog.scheduling.picture import Room
 from catalog.states import EndReason
 from catalog.tables import Attempt
 from tests.worker.pack_site import PASSED, PackSite, tell

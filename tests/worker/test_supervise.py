@@ -14,7 +14,7 @@ from catalog.artifacts.store import ArtifactStore
 from catalog.claims import Orders
 from catalog.doorbell import FileDoorbell
 from catalog.errors import OutOfSpace
-from catalog.packing import Room
+from catalog.scheduling.picture import Room
 from catalog.states import EndReason
 from catalog.tables import Job
 from tests.catalog.world import DESCRIPTION

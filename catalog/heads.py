@@ -1,0 +1,162 @@
+"""The jobs that a decision looks at: the first of each project and class, however many wait behind them.
+
+Each is found by an index. What is read grows with the projects that have something waiting, not with the queue. The
+questions are made once and kept, for making one takes longer than its answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Row,
+    Select,
+    bindparam,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    union_all,
+)
+from sqlalchemy.orm import Session, aliased
+
+from catalog import needs
+from catalog.db import each_of, is_sqlite
+from catalog.scheduling.picture import Candidate
+from catalog.spec import PriorityClass
+from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
+from catalog.tables import Job, Project
+
+NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Such:
+    """Which jobs of the queue are looked for. With neither `alone` nor `alike`: any that may be claimed now."""
+
+    alone: bool = False
+    """Those that fit with a trainer to themselves."""
+    alike: bool = False
+    """Of one pack key, those that fit beside others, or if `alone` by themselves; none that must train alone."""
+    recomputes: bool = False
+    """On a device that computes blocks again where memory is short."""
+    not_held_as: tuple[str, ...] = ()
+    """None whose base is to be quantised in one of these ways."""
+
+
+def waiting(
+    session: Session, such: Such, *, now: float, per_group: int, num_bytes: int = 0, key: str | None = None
+) -> list[Candidate]:
+    """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order."""
+    asked = {"now": now, "per_group": per_group, "num_bytes": num_bytes, "key": key}
+    rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked)
+    return [_candidate(session, row) for row in rows]
+
+
+def first_to_prepare(session: Session, *, now: float) -> str | None:
+    """The highest class first; in it the project whose turn it is, which is the one that had none for the longest;
+    of its jobs the oldest."""
+    return session.scalar(_first_to_prepare(for_sqlite=is_sqlite(session)), {"now": now, "per_group": 1})
+
+
+def is_unprepared(job: type[Job], now: float | ColumnElement[float]) -> tuple[ColumnElement[bool], ...]:
+    """Its files wait to be prepared, and nobody does so."""
+    is_free = func.coalesce(job.claim_id, "") == ""  # of an index of claims, SQLite would read all that have none
+    return (job.state == JobState.VALIDATING_FILES, is_free, is_due(job, now))
+
+
+def is_due(job: type[Job], now: float | ColumnElement[float]) -> ColumnElement[bool]:
+    """It does not wait after a bad end."""
+    return or_(job.run_after.is_(None), job.run_after <= now)
+
+
+def num_groups(session: Session) -> int:
+    """Projects with a class of which something is in the queue."""
+    return session.scalar(_num_groups()) or 0
+
+
+def projects(state: JobState) -> CTE:
+    """Those that have a job in `state`, and at the end a line that is null: one look at the index for each."""
+    found = select(func.min(Job.project_id).label("project_id")).where(Job.state == state).cte("found", recursive=True)
+    job = aliased(Job)
+    following = select(func.min(job.project_id)).where(job.state == state, job.project_id > found.c.project_id)
+    return found.union_all(select(following.scalar_subquery()).where(found.c.project_id.is_not(None)))
+
+
+@cache
+def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
+    groups, job = _groups(JobState.QUEUED), aliased(Job)
+    conditions = [is_due(job, bindparam("now"))]
+    if such.alike:  # found by the index of those in the queue, which says nothing of the state
+        is_suspect = job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
+        conditions += [job.queued_at.is_not(None), job.pack_key == bindparam("key"), ~is_suspect]
+    else:
+        conditions += [job.state == JobState.QUEUED]
+    if such.alone or such.alike:
+        conditions += [_fits(job, such)]
+    conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
+    columns = (Job.id, Job.project_id, Job.base_digest, Job.pack_key, Job.priority, Job.created_at, Job.queued_at)
+    kept = (Job.counted_attempts, *(getattr(Job, name) for name in NEEDS))
+    return each_of(groups, _firsts(groups, job, conditions), Job, *columns, *kept, for_sqlite=for_sqlite)
+
+
+@cache
+def _first_to_prepare(*, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
+    groups, job = _groups(JobState.VALIDATING_FILES), aliased(Job)
+    firsts = _firsts(groups, job, [*is_unprepared(job, bindparam("now"))])
+    found = each_of(groups, firsts, Job, Job.id, for_sqlite=for_sqlite).join(Project, Project.id == Job.project_id)
+    turn = (Job.priority, func.coalesce(Project.preparing_at, 0.0), Job.created_at, Job.id)
+    return found.order_by(*turn).limit(1)
+
+
+@cache
+def _num_groups() -> Select[int]:
+    groups, job = _groups(JobState.QUEUED), aliased(Job)
+    some = _firsts(groups, job, [job.state == JobState.QUEUED]).limit(1)
+    return select(func.count()).select_from(groups).where(some.exists())
+
+
+def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) -> Select[str]:
+    """Of one of the groups, the ids of the first jobs of which all this is true."""
+    mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority)
+    firsts = select(job.id).where(*conditions, *mine).order_by(job.created_at, job.id)
+    return firsts.limit(bindparam("per_group")).correlate(groups)
+
+
+def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
+    """What it needs may be not on its row yet: it is reckoned with the answer."""
+    own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
+    need = own + job.trainer_bytes if such.alone else own
+    return or_(job.own_bytes.is_(None), need <= bindparam("num_bytes"))
+
+
+def _groups(state: JobState) -> CTE:
+    """Every class of every project that has a job in `state`."""
+    found = projects(state)
+    each_class = (select(literal(int(priority)).label("priority")) for priority in PriorityClass)
+    classes = union_all(*each_class).cte("classes")
+    both = select(found.c.project_id, classes.c.priority).join(classes, true())
+    return both.where(found.c.project_id.is_not(None)).cte("project_classes")
+
+
+def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
+    kept = {name: getattr(row, name) for name in NEEDS}
+    if row.own_bytes is None:  # prepared before needs were kept
+        found = needs.of(session, session.get_one(Job, row.id))
+        kept = {name: getattr(found, name) for name in NEEDS}
+    return Candidate(
+        job_id=row.id,
+        project_id=row.project_id,
+        base_digest=row.base_digest,
+        pack_key=row.pack_key,
+        priority=row.priority,
+        created_at=row.created_at,
+        queued_at=row.created_at if row.queued_at is None else row.queued_at,
+        is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
+        **kept,
+    )

@@ -1,0 +1,70 @@
+"""What a job and a trainer of its base take of memory: reckoned once, when its files are prepared, and kept on its row.
+
+The arithmetic is in memory.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from catalog import memory, packing
+from catalog.methods import compares_with_start
+from catalog.tables import BaseModelRow, Job, Json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """In bytes."""
+
+    own_bytes: int
+    """What it takes wherever it trains, beside its part of a tick."""
+    saved_bytes: int
+    """What it does without of that on a device that computes blocks again."""
+    trainer_bytes: int
+    """What a trainer of its base needs before its first job."""
+    slice_bytes: int
+    """What it adds to a tick beside other jobs, where the tick has not reached its size."""
+
+
+def note(session: Session, job: Job) -> None:
+    """Keep on the job's row what it needs, once its longest example is known."""
+    needs = of(session, job)
+    job.own_bytes, job.saved_bytes = needs.own_bytes, needs.saved_bytes
+    job.trainer_bytes, job.slice_bytes = needs.trainer_bytes, needs.slice_bytes
+
+
+def of(session: Session, job: Job) -> Needs:
+    """As reckoned now."""
+    description = session.get_one(BaseModelRow, job.base_model).description or {}
+    precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
+    own = own_bytes(job, description)
+    return Needs(
+        own_bytes=own,
+        saved_bytes=own - own_bytes(job, description, recomputes=True),
+        trainer_bytes=memory.trainer_bytes(description, precision, quantisation),
+        slice_bytes=memory.slice_bytes(description, precision),
+    )
+
+
+def own_bytes(job: Job, description: Json, *, recomputes: bool = False) -> int:
+    """What the job takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""
+    spec = job.spec
+    lora = spec["lora"]
+    return memory.own_bytes(
+        description,
+        packing.precision_of(job.pack_key),
+        num_parameters=job.adapter_parameters,
+        dropout=float(lora.get("dropout") or 0),
+        keeps_best=spec.get("keep") == "best",
+        use_dora=bool(lora.get("use_dora")),
+        init_lora_weights=lora.get("init_lora_weights"),
+        batch_size=int(spec["batch_size"]),
+        keeps_parent=job.parent_adapter is not None and compares_with_start(spec.get("method", "supervised")),
+        longest_example=job.longest_example,
+        samples=spec.get("samples"),
+        optimizer=spec["optimizer"].get("type", "adamw"),
+        lowest_rank=memory.lowest_rank(lora),
+        recomputes=recomputes,
+    )

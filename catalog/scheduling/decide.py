@@ -1,0 +1,115 @@
+"""Start reading here. `decide` says what a worker does with what it has free, and why: the rule of the whole queue."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from catalog.scheduling import shares
+from catalog.scheduling.packs import Choice, choose_anchor, choose_joiners, choose_pack
+from catalog.scheduling.picture import Picture, Policy
+from catalog.scheduling.turns import Turn, order
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """A new trainer, or one that is empty, begins with these: the anchor first."""
+
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Join:
+    """These come to the jobs that train already."""
+
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nothing:
+    """Nothing is taken."""
+
+    reason: str
+    choices: tuple[Choice, ...] = ()
+
+
+Action = Start | Join | Nothing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What is done, and all that decided it which is nobody else's business: no job of another project, no name."""
+
+    action: Action
+    trace: Json
+
+    def why(self, choice: Choice) -> Json:
+        """Of one job that was chosen: for its record, and for who asks."""
+        turn = choice.turn
+        return {
+            "role": choice.role,
+            "reason": choice.reason,
+            "position": turn.position,
+            "turn": turn.reason,
+            "waited_seconds": turn.waited_seconds,
+            "counts_as": turn.counts_as,
+            "level": turn.level,
+            "share": self.trace["shares"][turn.candidate.project_id],
+            **{name: value for name, value in self.trace.items() if name != "shares"},
+        }
+
+
+def leading(picture: Picture, policy: Policy) -> Turn | None:
+    """The job that a new trainer would be started for: its packmates are worth looking for before `decide`."""
+    anchor = choose_anchor(turns_of(picture, policy), picture.room, patience_seconds=policy.patience_seconds)
+    return None if anchor is None else anchor.turn
+
+
+def decide(picture: Picture, policy: Policy) -> Decision:
+    """What the worker of `picture` does now."""
+    turns = turns_of(picture, policy)
+    action, waits_for = _action(picture, policy, turns)
+    room = picture.room
+    trace: Json = {
+        "as_of": picture.now,
+        "looked_at": len(turns),
+        "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free, "num_jobs": room.num_jobs},
+        "resident_key": room.resident_key,
+        "is_let_run_empty": waits_for is not None,
+        "policy": asdict(policy),
+        "shares": {
+            project_id: shares.described(picture.shares, project_id, policy)
+            for project_id in {choice.turn.candidate.project_id for choice in action.choices}
+        },
+    }
+    return Decision(action=action, trace=trace)
+
+
+def turns_of(picture: Picture, policy: Policy) -> list[Turn]:
+    """Each candidate once, first turn first."""
+    once = {candidate.job_id: candidate for candidate in picture.candidates}
+    return order(once.values(), picture.now, shares=picture.shares, served_at=picture.served_at, policy=policy)
+
+
+def _action(picture: Picture, policy: Policy, turns: list[Turn]) -> tuple[Action, Turn | None]:
+    """And for which job the trainer is let run empty."""
+    if picture.has_suspect:
+        return Nothing(reason="a job in the trainer ended badly twice and trains alone"), None
+    patience = policy.patience_seconds
+    if picture.live_key is None:
+        chosen = choose_pack(turns, picture.room, patience_seconds=patience)
+        return (Start(choices=tuple(chosen)) if chosen else _nothing(turns)), None
+    chosen, waits_for = choose_joiners(
+        turns, picture.room, picture.live_key, worker_bytes=picture.worker_bytes, patience_seconds=patience
+    )
+    if chosen:
+        return Join(choices=tuple(chosen)), waits_for
+    if waits_for is not None:
+        return Nothing(reason="a job that can't join has waited too long: the trainer is let run empty"), waits_for
+    return _nothing(turns), None
+
+
+def _nothing(turns: list[Turn]) -> Nothing:
+    return Nothing(reason="none of the jobs that wait fits" if turns else "no job waits")

@@ -1,0 +1,87 @@
+"""Which jobs train together: the anchor is whose turn it is, packmates fill what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from catalog.scheduling.picture import PATIENCE_SECONDS, Room
+from catalog.scheduling.turns import Turn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A job that is let in, and why."""
+
+    turn: Turn
+    role: str
+    """anchor, packmate or joiner."""
+    reason: str
+
+
+def choose_pack(turns: Sequence[Turn], room: Room, *, patience_seconds: float = PATIENCE_SECONDS) -> list[Choice]:
+    """A new trainer's first jobs: an anchor and its packmates; [] where nothing fits."""
+    anchor = choose_anchor(turns, room, patience_seconds=patience_seconds)
+    return [] if anchor is None else [anchor, *choose(anchor, turns, room)]
+
+
+def choose_anchor(turns: Sequence[Turn], room: Room, *, patience_seconds: float = PATIENCE_SECONDS) -> Choice | None:
+    """Whose turn it is. A job for the resident trainer goes first while the head of the queue has not waited long."""
+    if room.max_jobs < 1:
+        return None
+    fitting = [turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free]
+    if not fitting:
+        return None
+    head = fitting[0]
+    if head.waited_seconds < patience_seconds:
+        for turn in fitting:
+            same_class = turn.candidate.priority == head.candidate.priority
+            if same_class and turn.candidate.pack_key == room.resident_key:
+                of_loaded = "first of its class for the base and dtype that are loaded"
+                why = of_loaded if turn is not head else "first in the queue"
+                return Choice(turn=turn, role="anchor", reason=why)
+    return Choice(turn=head, role="anchor", reason="first in the queue of those that fit this worker")
+
+
+def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choice]:
+    """Packmates for the anchor, in their own order. A suspect neither has nor becomes one."""
+    if anchor.turn.candidate.is_suspect:
+        return []
+    left = room.memory_bytes_free - room.alone(anchor.turn.candidate)
+    chosen: list[Choice] = []
+    for turn in candidates:
+        mate = turn.candidate
+        if len(chosen) >= room.max_jobs - 1:
+            break
+        if turn is anchor.turn or mate.is_suspect or mate.pack_key != anchor.turn.candidate.pack_key:
+            continue
+        cost = room.cost(mate, num_before=len(chosen) + 1)
+        if cost <= left:
+            left -= cost
+            reason = "same base and dtype as the anchor, and fits beside it"  # it may be another project's: no name
+            chosen.append(Choice(turn=turn, role="packmate", reason=reason))
+    return chosen
+
+
+def choose_joiners(
+    turns: Sequence[Turn], room: Room, key: str, *, worker_bytes: int, patience_seconds: float = PATIENCE_SECONDS
+) -> tuple[list[Choice], Turn | None]:
+    """Jobs that may join a live trainer of pack key `key`, and the one for whose sake no further ones do.
+
+    None joins that stands behind a job which can't, has waited past the patience and would fit the worker
+    (`worker_bytes` in all): the trainer is let run empty then, and that job is the next anchor.
+    """
+    left = room.memory_bytes_free
+    chosen: list[Choice] = []
+    for turn in turns:
+        mate = turn.candidate
+        if len(chosen) >= room.max_jobs:
+            break
+        cost = room.cost(mate, num_before=room.num_jobs + len(chosen))
+        if mate.pack_key == key and not mate.is_suspect and cost <= left:
+            left -= cost
+            reason = "its base is loaded and there is room beside the rest"
+            chosen.append(Choice(turn=turn, role="joiner", reason=reason))
+        elif room.alone(mate) <= worker_bytes and turn.waited_seconds >= patience_seconds:
+            return chosen, turn
+    return chosen, None

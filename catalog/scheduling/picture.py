@@ -1,0 +1,129 @@
+"""What a decision is made from: the jobs that wait, what their projects have had, what a worker has free; and Policy,
+the numbers of the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from catalog.memory import TICK_TOKENS, widens_tick
+from catalog.settings import HALF_LIFE_SECONDS, PROMOTE_AFTER_SECONDS, Settings
+
+PATIENCE_SECONDS = 60.0
+"""How long a job for another base may be passed over for the sake of a base that is loaded already."""
+ADVANCE_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """The numbers of the rules: an operator's, the same in every process."""
+
+    patience_seconds: float = PATIENCE_SECONDS
+    half_life_seconds: float = HALF_LIFE_SECONDS
+    """After so long, what a project has used counts half."""
+    promote_after_seconds: float = PROMOTE_AFTER_SECONDS
+    """For each such time that a class has waited with none of it claimed, its first job counts as a class higher."""
+    advance_seconds: float = ADVANCE_SECONDS
+    """Device-seconds that a job counts for from its claim on, beside what it is charged: so that two workers who ask
+    at once don't both serve one project."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Policy:
+        return cls(
+            half_life_seconds=settings.share_half_life_seconds, promote_after_seconds=settings.promote_after_seconds
+        )
+
+
+USUAL = Policy()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A queued job, as far as deciding needs it."""
+
+    job_id: str
+    project_id: str
+    base_digest: str
+    pack_key: str
+    priority: int
+    created_at: float
+    """Its place among its project's jobs of its class."""
+    queued_at: float
+    """What its waiting is reckoned from."""
+    own_bytes: int
+    """What it takes wherever it trains: its row, and the mask of its dropout."""
+    trainer_bytes: int
+    """What a trainer of its base needs before its first job."""
+    saved_bytes: int = 0
+    """What it does without of that on a device that computes blocks again."""
+    slice_bytes: int = 0
+    """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
+    is_suspect: bool = False
+    """One more bad end and it is quarantined: it trains alone, so that no packmate is blamed or hurt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What a project is due, and what it has had of late."""
+
+    weight: float = 1.0
+    device_seconds: float = 0.0
+    """Charged so far, decayed to now."""
+    num_running: int = 0
+
+    def level(self, policy: Policy, *, num_before: int = 0) -> float:
+        """Device-seconds for each unit of weight; the lowest goes first. num_before: its jobs that go before."""
+        in_advance = (self.num_running + num_before) * policy.advance_seconds
+        return (self.device_seconds + in_advance) / self.weight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What a worker has free."""
+
+    max_jobs: int
+    """Jobs that it can take now."""
+    memory_bytes_free: int
+    """On the device. The base of an empty trainer is counted: a job needs it, or it is unloaded for another."""
+    resident_key: str | None = None
+    """Pack key of its trainer, if it has one. A trainer holds its base in one dtype and takes no job of another."""
+    num_jobs: int = 0
+    """Jobs that are in its trainer already."""
+    tick_tokens: int = TICK_TOKENS["cpu"]
+    """What a tick grows to on its device."""
+    recomputes: bool = False
+    """Whether its device computes blocks again where memory is short."""
+
+    def own(self, job: Candidate) -> int:
+        """Bytes that the job takes beside its part of a tick."""
+        return job.own_bytes - (job.saved_bytes if self.recomputes else 0)
+
+    def alone(self, job: Candidate) -> int:
+        """Bytes that the job takes with a trainer to itself."""
+        return job.trainer_bytes + self.own(job)
+
+    def cost(self, job: Candidate, *, num_before: int) -> int:
+        """Bytes of a job that joins `num_before` others: its row, and its slice while the tick still grows.
+
+        The first job's slice is in what its trainer needs.
+        """
+        return self.own(job) + (job.slice_bytes if widens_tick(num_before, tick_tokens=self.tick_tokens) else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """All that one decision looks at. Candidates stand in no order, and may stand there twice."""
+
+    now: float
+    candidates: tuple[Candidate, ...]
+    shares: Mapping[str, Share]
+    """By project, of all that wait; one that is not there has weight 1 and has had nothing."""
+    served_at: Mapping[int, float]
+    """By class, when a job of it was last claimed."""
+    room: Room
+    live_key: str | None = None
+    """Pack key of a trainer that has jobs and may take more; None: the decision is about a trainer's first jobs."""
+    worker_bytes: int = 0
+    """Memory of the whole worker: what could be held there, once the trainer has gone."""
+    has_suspect: bool = False
+    """A job in the live trainer is to train alone."""

@@ -1,0 +1,140 @@
+"""Whose turn it is: priority class, then what each project has had for its weight, then waiting. It explains itself.
+
+A class that waits rises: see `_promoted`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from catalog.scheduling.picture import USUAL, Candidate, Policy, Share
+from catalog.spec import PriorityClass
+
+NUM_CLASSES = len(PriorityClass)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A candidate's place in the queue, from 1, and why it has it."""
+
+    candidate: Candidate
+    position: int
+    waited_seconds: float
+    project_rank: int
+    """Jobs of its project that run, and those that wait before it in its class."""
+    counts_as: int
+    """The class that it stands in: its own or, of the first of a class that has waited, a higher one, which may be
+    above `urgent`."""
+    level: float
+    """Of its project, with those of its jobs that go before: device-seconds for each unit of weight."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ranked:
+    job: Candidate
+    share: Share
+    num_before: int
+    """Jobs of its project and class that go before it."""
+    counts_as: int
+    level: float
+
+    @property
+    def key(self) -> tuple[int, float, float, str]:
+        return self.counts_as, self.level, self.job.queued_at, self.job.job_id
+
+
+def order(
+    candidates: Iterable[Candidate],
+    now: float,
+    *,
+    shares: Mapping[str, Share] | None = None,
+    served_at: Mapping[int, float] | None = None,
+    policy: Policy = USUAL,
+) -> list[Turn]:
+    """The queue, first turn first. Of one project and class, jobs keep the order in which they were submitted.
+
+    Within a class the project goes first that has had the least for its weight. A job that runs or goes before
+    counts in advance, so where nobody has had anything yet, projects take turns, however many jobs one brings.
+    served_at: by class, when a job of it was last claimed.
+    """
+    ranked = sorted(_ranked(candidates, shares or {}, policy), key=lambda row: row.key)
+    for priority in {row.job.priority for row in ranked}:
+        of_class = [number for number, row in enumerate(ranked) if row.job.priority == priority]
+        came = min(ranked[number].job.queued_at for number in of_class)
+        since = max(came, (served_at or {}).get(priority, -math.inf))
+        first = ranked[of_class[0]]
+        ranked[of_class[0]] = replace(first, counts_as=_promoted(priority, now - since, policy))
+    ranked.sort(key=lambda row: row.key)
+    return [_turn(row, position, now=now) for position, row in enumerate(ranked, start=1)]
+
+
+def most_before(priority: int, policy: Policy = USUAL) -> tuple[float, int]:
+    """The bound on a class's waiting: (seconds, jobs). Once jobs of it have waited for so long with none of them
+    claimed, no more jobs than these go before the next of them, on workers that it fits: one of each other class.
+
+    Which of its projects that is, their shares decide; docs/SCHEDULING.md has the bound of that.
+    """
+    return (priority + 1) * policy.promote_after_seconds, NUM_CLASSES - 1
+
+
+def _ranked(candidates: Iterable[Candidate], shares: Mapping[str, Share], policy: Policy) -> Iterator[_Ranked]:
+    seen: Counter[tuple[str, int]] = Counter()
+    for job in sorted(candidates, key=lambda c: (c.created_at, c.job_id)):
+        share, num_before = shares.get(job.project_id, Share()), seen[job.project_id, job.priority]
+        seen[job.project_id, job.priority] += 1
+        level = share.level(policy, num_before=num_before)
+        yield _Ranked(job=job, share=share, num_before=num_before, counts_as=job.priority, level=level)
+
+
+def _promoted(priority: int, waited_seconds: float, policy: Policy) -> int:
+    """What the first of a class counts as: a class higher for each `promote_after_seconds` since the oldest of the
+    class came, or since one of the class was claimed.
+
+    There is no highest class, so of two that have both risen, the one goes first that was served earlier. Only one
+    job rises at a time: shares between projects stay what they are.
+    """
+    return priority - math.floor(max(0.0, waited_seconds) / policy.promote_after_seconds)
+
+
+def _turn(row: _Ranked, position: int, *, now: float) -> Turn:
+    waited = max(0.0, now - row.job.queued_at)
+    parts = (_class(row), _of_its_project(row.share.num_running, row.num_before), *_used(row.share))
+    return Turn(
+        candidate=row.job,
+        position=position,
+        waited_seconds=waited,
+        project_rank=row.share.num_running + row.num_before,
+        counts_as=row.counts_as,
+        level=row.level,
+        reason="; ".join((*parts, f"waited {waited:.0f} s")),
+    )
+
+
+def _class(row: _Ranked) -> str:
+    name = f"priority {PriorityClass(row.job.priority).name}"
+    if row.counts_as == row.job.priority:
+        return name
+    above = f"as if {PriorityClass(row.counts_as).name}" if row.counts_as >= 0 else "above urgent"
+    return f"{name}, {above} for the waiting of its class"
+
+
+def _used(share: Share) -> Iterator[str]:
+    if share.device_seconds or share.weight != 1:
+        yield f"its project has had {share.device_seconds:.0f} device-seconds of late, at weight {share.weight:g}"
+
+
+def _of_its_project(num_running: int, num_before: int) -> str:
+    """Those that run are no longer in the queue: a job may be first in it and have many of them."""
+    run = "run" if num_running != 1 else "runs"
+    wait = "wait" if num_before != 1 else "waits"
+    if num_running and num_before:
+        return f"{num_running} of its project's jobs {run} and {num_before} of its class {wait} before it"
+    if num_running:
+        return f"{num_running} of its project's jobs {run}, none of its class waits before it"
+    if num_before:
+        return f"{num_before} of its project's jobs of its class {wait} before it"
+    return "none of its project's jobs runs or, in its class, waits before it"

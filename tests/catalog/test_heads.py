@@ -1,0 +1,175 @@
+"""A decision reads the first of each project and class, and finds what there is to find."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from catalog import claims, jobs, queue
+from catalog.scheduling.picture import Room
+from catalog.states import EndReason
+from catalog.tables import Job
+from tests.catalog.reading import rows_read
+from tests.catalog.world import LEASE, World
+
+ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+
+
+def theirs(world: World, **fields: Any) -> Job:
+    """A stranger's job, prepared and queued."""
+    job = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), **fields)
+    world.prepare_all()
+    return job
+
+
+def test_a_claim_reads_a_part_of_the_queue(world: World) -> None:
+    world.worker()
+    held, first, submitted = world.running().job, world.queued(), world.submit()
+    looks = {
+        "a new trainer": lambda: world.claim(room=ONE),
+        "a trainer that is loaded": lambda: world.claim(room=replace(ONE, resident_key=held.pack_key)),
+        "jobs that join": lambda: world.claim(pack_key=held.pack_key, room=ONE),
+        "files to prepare": lambda: claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE),
+    }
+
+    for job in (first, submitted):
+        world.flood(job, 2000)
+    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+
+    assert {name: number for name, number in found.items() if not 0 < number < 1000} == {}
+
+
+def test_a_project_with_more_jobs_than_are_ever_looked_at_hides_nobody(world: World) -> None:
+    world.flood(world.queued(), queue.MAX_SHOWN + 10)
+    world.claim(room=ONE)
+    other = theirs(world)
+
+    shown = queue.snapshot(world.db, project_id=world.stranger.project_id)["jobs"]
+    (claim,) = world.claim("w2", room=ONE)
+
+    assert [(entry["job_id"], entry["position"]) for entry in shown] == [(other.id, 1)]
+    assert claim.job.id == other.id
+
+
+def test_jobs_that_are_too_large_do_not_hide_the_one_behind_them(world: World) -> None:
+    world.base("large", num_parameters=10**11)
+    world.flood(world.queued(model="large"), 40)
+    small = world.queued()
+
+    claimed = world.claim(room=Room(max_jobs=2, memory_bytes_free=10**10))
+
+    assert [claim.job.id for claim in claimed] == [small.id]
+
+
+def test_packmates_are_found_however_deep_they_stand(world: World) -> None:
+    world.base("other")
+    first = world.queued()
+    world.flood(world.queued(model="other"), 60)
+    mate = world.queued()
+
+    claimed = world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12))
+
+    assert [claim.job.id for claim in claimed] == [first.id, mate.id]
+
+
+def test_fifty_workers_at_once_each_get_a_job_of_their_own(world: World) -> None:
+    world.flood(world.queued(), 49)
+    start = Barrier(50)
+
+    def work(number: int) -> list[str]:
+        start.wait(60)
+        return [claim.job.id for claim in world.claim(f"w{number}", ONE)]
+
+    with ThreadPoolExecutor(50) as pool:
+        got = list(pool.map(work, range(50)))
+
+    assert [len(mine) for mine in got] == [1] * 50
+    assert len({job_id for mine in got for job_id in mine}) == 50
+
+
+def test_a_worker_whose_choice_others_took_gets_the_next_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.flood(world.queued(), 20)
+    decide: Any = claims._decide
+    taken: list[str] = []
+
+    def decide_too_slowly(*given: Any) -> Any:
+        decision = decide(*given)
+        monkeypatch.setattr(claims, "_decide", decide)
+        taken.extend(claim.job.id for _ in range(10) for claim in world.claim("quicker", ONE))
+        return decision
+
+    monkeypatch.setattr(claims, "_decide", decide_too_slowly)
+
+    (claim,) = world.claim("slower", ONE)
+
+    assert len({*taken, claim.job.id}) == 11
+
+
+def test_a_job_that_was_prepared_before_its_needs_were_kept_is_claimed_by_what_it_needs(world: World) -> None:
+    job = world.queued()
+    needed = world.job(job.id)
+    with world.db.write() as session:
+        old = session.get_one(Job, job.id)
+        old.own_bytes = old.saved_bytes = old.trainer_bytes = old.slice_bytes = None
+    enough = (needed.own_bytes or 0) + (needed.trainer_bytes or 0)
+
+    assert world.claim(room=Room(max_jobs=1, memory_bytes_free=enough - 1)) == []
+    assert len(world.claim(room=Room(max_jobs=1, memory_bytes_free=enough))) == 1
+
+
+def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(world: World) -> None:
+    job = world.submit()
+    world.pass_time(100)
+    world.prepare_all()
+    world.pass_time(20)
+    assert round(jobs.explain(world.db, **world.of(job.id))["waited_seconds"]) == 20
+
+    (claim,) = world.claim()
+    world.pass_time(100, claim.claim_id)
+    jobs.pause(world.db, **world.of(job.id))
+    claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
+    world.pass_time(100)
+    jobs.resume(world.db, **world.of(job.id))
+    world.pass_time(30)
+
+    why = jobs.explain(world.db, **world.of(job.id))
+    assert (round(why["waited_seconds"]), why["state"]) == (30, "queued")
+    (entry,) = queue.snapshot(world.db, project_id=None)["jobs"]
+    assert round(entry["waited_seconds"]) == 30
+
+
+def test_a_job_that_lost_its_worker_keeps_its_place_among_its_projects_jobs(world: World) -> None:
+    drained = world.running()
+    world.queued()
+    world.pass_time(30, drained.claim_id)
+
+    claims.end(world.db, drained.claim_id, reason=EndReason.DRAINED, detail="")
+
+    (again,) = world.claim(room=ONE)
+    assert again.job.id == drained.job.id
+
+
+def test_projects_take_turns_in_having_their_files_prepared(world: World) -> None:
+    ours = [world.submit() for _ in range(3)]
+    their_file = world.file(caller=world.stranger)
+    foreign = [world.submit(caller=world.stranger, training_file=their_file) for _ in range(2)]
+    pressing = world.submit(priority="urgent")
+
+    order = [claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) for _ in range(6)]
+
+    expected = [pressing, foreign[0], ours[0], foreign[1], ours[1], ours[2]]
+    assert [found.job.id for found in order if found] == [job.id for job in expected]
+
+
+def test_a_submission_says_that_projects_take_turns_where_others_have_files_to_prepare(world: World) -> None:
+    world.worker()
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    job = world.submit()
+
+    assert jobs.explain(world.db, **world.of(job.id))["explanation"] == (
+        "Its files wait to be prepared; no job is ahead of it in its project, which takes turns with others."
+    )
