@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         folder.mkdir(parents=True, exist_ok=True)
         scratch.sweep(folder)
     context.workers_dir().mkdir(exist_ok=True)
-    with scratch.owned(context.workers_dir() / worker_id):
+    with closing(db), scratch.owned(context.workers_dir() / worker_id):
         for dead_id in scratch.sweep(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
         with _registered(context), _standby(context):
@@ -128,4 +128,3 @@ def _registered(context: WorkerContext) -> Generator[None]:
         context.pulse.close()
         with suppress(LorryError):
             workers.end_worker(db, worker_id)
-        db.close()

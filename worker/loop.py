@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import FrameType
 
 from catalog import logs
@@ -25,6 +26,7 @@ from worker.context import WorkerContext, open_worker
 from worker.supervise import supervise
 
 log = logging.getLogger("worker")
+RETRY_SECONDS = 1.0
 BELL_SECONDS = 0.05
 """Between two looks at the bell of a worker that waits."""
 
@@ -32,11 +34,25 @@ BELL_SECONDS = 0.05
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logs.configure("info")
-    with open_worker(Settings(), device=node.choose_device(options.device)) as context:
+    with ExitStack() as stack:
+        context = _opened(stack, node.choose_device(options.device))
         leave_on_signal(context.leave)
         log.info("Worker %s on %s.", context.worker_id, context.device.name)
         run(context, once=options.once)
     return 0
+
+
+def _opened(stack: ExitStack, device: node.Device) -> WorkerContext:
+    """Waits for a database that does not answer yet, for the two may come up in any order. It says so once."""
+    told = ""
+    while True:
+        try:
+            return stack.enter_context(open_worker(Settings(), device=device))
+        except Unavailable as error:
+            if error.message != told:
+                told = error.message
+                log.warning("%s The worker waits for it.", told)
+            time.sleep(RETRY_SECONDS)
 
 
 def run(context: WorkerContext, *, once: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from catalog import jobs
+from catalog.errors import Unavailable
 from catalog.states import EndReason, JobState
 from catalog.tables import Checkpoint, Trainer
 from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
@@ -177,7 +179,7 @@ def test_a_worker_that_was_stopped_for_two_leases_finds_its_work_taken_and_write
     stopped = site.start_worker(FAILPOINT="step_15:hang")
     site.wait_until(lambda: checkpoint_steps(site, job_id) == [10])
     pid = trainer_pid(site, job_id)
-    stopped.send_signal(signal.SIGSTOP)
+    stop_between_writes(site, stopped)
     site.start_worker()
     site.wait_for_end(job_id)
     assert not is_running(pid), "the trainer of a silent worker ends by itself"
@@ -190,6 +192,21 @@ def test_a_worker_that_was_stopped_for_two_leases_finds_its_work_taken_and_write
     assert [event.seq for event in site.events(job_id)] == events_before
     assert reasons(site, job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED]
     assert len(site.adapters()) == 1
+
+
+def stop_between_writes(site: WorkerSite, worker: subprocess.Popen[bytes]) -> None:
+    """SQLite has one writer: a process that stood still amid its own write would stop the whole service."""
+
+    def others_may_write() -> bool:
+        worker.send_signal(signal.SIGSTOP)
+        try:
+            with site.db.write_briefly():
+                return True
+        except Unavailable:
+            worker.send_signal(signal.SIGCONT)
+            return False
+
+    site.wait_until(others_may_write)
 
 
 def is_running(pid: int) -> bool:

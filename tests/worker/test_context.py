@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 from catalog.db import Database
 from catalog.settings import Settings
 from catalog.tables import Worker
 from tests.catalog.world import Clock, World
-from worker import node, scratch
+from worker import loop, node, scratch
 from worker.context import open_worker
 
 
@@ -48,6 +51,31 @@ def test_a_worker_that_lives_keeps_what_it_holds_when_another_comes(tmp_path: Pa
     with world.db.read() as session:
         left = session.get_one(Worker, newcomer.worker_id)
     assert left.ended_at is not None
+
+
+def test_a_worker_that_comes_up_before_its_database_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(data_dir=tmp_path)
+    waited: list[float] = []
+
+    def pass_time(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            a_world(settings)
+
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(loop.time, "sleep", pass_time)
+
+    with ExitStack() as stack:
+        context = loop._opened(stack, node.choose_device("cpu"))  # pyright: ignore[reportPrivateUsage]
+        with context.db.read() as session:
+            assert session.get_one(Worker, context.worker_id).ended_at is None
+
+    assert len(waited) == 3
+    assert [record.message for record in caplog.records if "waits" in record.message] == [
+        "The database has not been set up. The worker waits for it."
+    ]
 
 
 def a_world(settings: Settings) -> World:
