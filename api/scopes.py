@@ -56,6 +56,7 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "get_project": ANY_KEY,
     "create_project": ("projects:write",),
     "rename_project": ("projects:write",),
+    "weigh_project": ("projects:write",),
     "archive_project": ("projects:write",),
     "restore_project": ("projects:write",),
     "create_sign_in_link": ANY_KEY,

@@ -143,7 +143,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def set_weight(db: Database, name: str, weight: float) -> Project:
+def weigh(db: Database, *, caller: Caller, project: str, weight: float) -> Project:
     """Give the project that part of the devices, beside the weights of others whose jobs wait."""
     if not (math.isfinite(weight) and weight > 0):
         raise InvalidRequest(
@@ -153,8 +153,6 @@ def set_weight(db: Database, name: str, weight: float) -> Project:
             param="weight",
         )
     with db.write() as session:
-        project = session.scalar(select(Project).where(Project.name == name).with_for_update())
-        if project is None:
-            raise NotFound("project", name)
-        project.weight = weight
-        return project
+        row = find(session, caller=caller, project=project)
+        row.weight = weight
+        return row

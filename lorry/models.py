@@ -298,6 +298,8 @@ class Project(View):
     id: str = ""
     name: str = ""
     status: str = ""
+    weight: float = 1.0
+    """Its part of the devices, beside those of others whose jobs wait."""
     created_at: int = 0
     archived_at: int | None = None
 

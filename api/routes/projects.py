@@ -10,7 +10,7 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
 from api.schemas.pages import ListPage, page_of
-from api.schemas.projects import ProjectObject, ProjectRequest, project_object
+from api.schemas.projects import ProjectObject, ProjectRequest, ProjectWeight, project_object
 from catalog import projects
 
 router = APIRouter(prefix="/v1/projects", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
@@ -42,6 +42,12 @@ def get_project(project: str, use: Use, caller: Signed) -> ProjectObject:
 def rename_project(project: str, body: ProjectRequest, use: Use, caller: Signed) -> ProjectObject:
     """For operators. Adapters that it has keep their names."""
     return project_object(projects.rename(use.db, caller=caller, project=project, name=body.name))
+
+
+@router.post("/{project}/weight", operation_id="weigh_project", responses=errors(404))
+def weigh_project(project: str, body: ProjectWeight, use: Use, caller: Signed) -> ProjectObject:
+    """For operators: its part of the devices, beside the weights of other projects whose jobs wait."""
+    return project_object(projects.weigh(use.db, caller=caller, project=project, weight=body.weight))
 
 
 @router.post("/{project}/archive", operation_id="archive_project", responses=errors(404, 409))

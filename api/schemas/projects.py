@@ -13,6 +13,7 @@ _EXAMPLE: dict[str, Any] = {
     "id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
     "name": "search",
     "status": "active",
+    "weight": 1.0,
     "created_at": 1790000000,
     "archived_at": None,
 }
@@ -25,6 +26,13 @@ class ProjectRequest(BaseModel):
     name: str = Field(min_length=1, max_length=64, description="Letters, digits, '.', '_' and '-'.")
 
 
+class ProjectWeight(BaseModel):
+    """A project's part of the devices."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"weight": 2}})
+    weight: float = Field(gt=0, le=1e6, allow_inf_nan=False, description="1 is that of a project that was given none.")
+
+
 class ProjectObject(BaseModel):
     """Whose files, jobs and adapters are whose."""
 
@@ -33,6 +41,7 @@ class ProjectObject(BaseModel):
     id: str
     name: str
     status: Literal["active", "archived"] = Field(description="archived: its keys open nothing.")
+    weight: float = Field(description="Its part of the devices, beside those of others whose jobs wait.")
     created_at: int
     archived_at: int | None
 
@@ -42,6 +51,7 @@ def project_object(row: Project) -> ProjectObject:
         id=row.id,
         name=row.name,
         status="active" if row.archived_at is None else "archived",
+        weight=row.weight,
         created_at=int(row.created_at),
         archived_at=None if row.archived_at is None else int(row.archived_at),
     )

@@ -146,8 +146,8 @@ def list_projects(
     found = list(client().projects.list(archived=archived))
     if as_json:
         return output.print_json([project.raw for project in found])
-    rows = [(p.name, p.id, p.status, output.briefly(p.created_at)) for p in found]
-    titles = ("NAME", "ID", "STATUS", "CREATED")
+    rows = [(p.name, p.id, p.status, f"{p.weight:g}", output.briefly(p.created_at)) for p in found]
+    titles = ("NAME", "ID", "STATUS", "WEIGHT", "CREATED")
     return table([Column(title=title) for title in titles], rows, empty="There is no project.")
 
 
@@ -158,6 +158,17 @@ def rename_project(
     """Give a project another name (an operator's key only). Its adapters keep theirs."""
     renamed = client().projects.rename(project, name)
     _told(renamed, f"{output.clean(project)} is {renamed.name} now.", as_json)
+
+
+@projects.command("weigh")
+def weigh_project(
+    project: ProjectName,
+    weight: Annotated[float, typer.Argument(help="Above 0; 1 is that of a project that was given none.")],
+    as_json: AsJson = False,
+) -> None:
+    """Give a project its part of the devices, beside others whose jobs wait (an operator's key only)."""
+    weighed = client().projects.weigh(project, weight)
+    _told(weighed, f"{weighed.name} has the weight {weighed.weight:g} now.", as_json)
 
 
 @projects.command("archive")

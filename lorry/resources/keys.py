@@ -89,6 +89,10 @@ class Projects:
         """For operators."""
         return Project.of(self._transport.request("POST", _project(project), body={"name": name}))
 
+    def weigh(self, project: str, weight: float) -> Project:
+        """For operators: its part of the devices, beside the weights of others whose jobs wait."""
+        return Project.of(self._transport.request("POST", f"{_project(project)}/weight", body={"weight": weight}))
+
     def archive(self, project: str) -> Project:
         """For operators: its keys open nothing from now on; what it has stays."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/archive"))

@@ -89,6 +89,7 @@ def test_an_operator_makes_a_project_and_gives_it_a_key_by_the_sdk(
         project = lorry.projects.create("search")
         key = lorry.keys.create("first", project="search", scopes=["files:read", "keys:write"])
         renamed = lorry.projects.rename(project.id, "find")
+        assert (project.weight, lorry.projects.weigh("find", 2.5).weight) == (1, 2.5)
 
         with Lorry(site.url, key.value) as theirs:
             assert [one.name for one in theirs.projects.list()] == ["find"]

@@ -40,6 +40,7 @@ GIVEN = {"model": BASE, "path": "README.md"}
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
     "rename_project": {"json": {"name": "renamed"}},
+    "weigh_project": {"json": {"weight": 2}},
     "limit_api_key": {"json": {}},
     "add_upload_part": {"files": {"data": ("a", b"more")}},
     "complete_upload": {"json": {"part_ids": [PART]}},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from catalog import claims, jobs, projects, queue, recovery, usage
 from catalog.errors import InvalidRequest, NotFound
+from catalog.keys import Caller
 from catalog.scheduling.picture import HALF_LIFE_SECONDS, PROMOTE_AFTER_SECONDS, USUAL, Room
 from catalog.states import EndReason
 from catalog.tables import Job
@@ -28,6 +30,10 @@ def used(world: World) -> dict[str, float]:
     with world.db.read() as session:
         found = usage.used(session, names, now=world.clock.now, policy=USUAL)
     return {name: round(found[project_id], 1) for project_id, name in names.items()}
+
+
+def operator(world: World) -> Caller:
+    return replace(world.caller, is_operator=True)
 
 
 def train(world: World, seconds: float, claim: claims.Claim) -> None:
@@ -102,18 +108,19 @@ def test_the_project_that_has_had_less_for_its_weight_goes_first(world: World) -
     assert claim.job.id == foreign.id
     theirs(world)
     assert first() == ours.id, "the one that runs counts for 300 device-seconds"
-    projects.set_weight(world.db, "theirs", 10)
+    projects.weigh(world.db, caller=operator(world), project="theirs", weight=10)
     assert first() != ours.id
 
 
 def test_a_weight_is_a_positive_number_of_a_project_that_exists(world: World) -> None:
-    assert projects.set_weight(world.db, "ours", 2.5).weight == 2.5
+    asked: dict[str, Any] = {"caller": operator(world), "project": "ours"}
+    assert projects.weigh(world.db, **asked, weight=2.5).weight == 2.5
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InvalidRequest) as refusal:
-            projects.set_weight(world.db, "ours", weight)
+            projects.weigh(world.db, **asked, weight=weight)
         assert (refusal.value.code, refusal.value.param) == ("invalid_weight", "weight")
     with pytest.raises(NotFound):
-        projects.set_weight(world.db, "nobody", 1)
+        projects.weigh(world.db, caller=world.caller, project="theirs", weight=1)
 
 
 def test_batch_is_claimed_though_there_is_always_something_urgent(world: World) -> None:

@@ -110,6 +110,7 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
     service.on("POST", "/v1/projects", PROJECT)
     service.on("GET", "/v1/projects", {"data": [PROJECT], "has_more": False})
     service.on("POST", "/v1/projects/search", {**PROJECT, "name": "find"})
+    service.on("POST", "/v1/projects/find/weight", {**PROJECT, "name": "find", "weight": 2.5})
     for verb in ("archive", "restore"):
         service.on("POST", f"/v1/projects/find/{verb}", {**PROJECT, "name": "find"})
 
@@ -117,12 +118,20 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
         run("projects", "create", "search").stderr,
         run("projects", "list").stdout,
         run("projects", "rename", "search", "find").stderr,
+        run("projects", "weigh", "find", "2.5").stderr,
         run("projects", "archive", "find", "--yes").stderr,
         run("projects", "restore", "find").stderr,
     ]
 
-    words = ("lorry keys create NAME --project search", "proj-1", "search is find now", "restore find", "open again")
-    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 5
+    words = (
+        "lorry keys create NAME --project search",
+        "proj-1",
+        "search is find now",
+        "weight 2.5 now",
+        "restore find",
+        "open again",
+    )
+    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 6
     assert run("projects", "archive", "find").exit_code != 0  # nobody is there to be asked
 
 
