@@ -291,7 +291,7 @@ def _open_attempt(session: Session, job: Job, decision: Decision, choice: Choice
 
 def _claim(session: Session, job: Job) -> Claim:
     assert job.claim_id is not None
-    candidates = resumable(session, job.id)
+    candidates = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt it has none
     return Claim(job=job, claim_id=job.claim_id, attempt=job.attempt, resume_candidates=candidates)
 
 
