@@ -88,16 +88,12 @@ def revoke(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
     with db.write() as session:
         serialise(session, "operators' keys")
         key = _find(session, caller, api_key_id)
-        _check_may_change(caller, key)
+        _check_may_change(session, caller, key)
         now = read_clock(session)
         if key.revoked_at is not None:
             return key
-        if [lasting.id for lasting in lasting_operators(session, now=now)] == [key.id]:
-            raise Conflict(
-                f"The key {key.name!r} is the last operator's key that opens this service.",
-                code="last_operator_key",
-                remedy="Make another first, lorry keys create NAME --operator, or rotate this one.",
-            )
+        if _is_last_operator(session, key, now=now):
+            raise _last_operator(key)
         key.revoked_at = now
         return key
 
@@ -113,19 +109,25 @@ def rotate(
 ) -> tuple[ApiKey, str]:
     """A key with the same name and rights, and its text; the old one is good for `overlap_seconds` more.
 
-    `expires_at` None: the new one ends when the old one would have. Raises Conflict for a key that is not live, or
-    whose place another has taken.
+    `expires_at` None: the new one ends when the old one would have, and of another's key no later than the caller's.
+    A caller whose own limits are the tighter ones can't rid himself of them so: the new one has his. Raises Conflict
+    for a key that is not live, or whose place another has taken, and where the last operator's key would end.
     """
     with db.write() as session:
         serialise(session, "operators' keys")
         old = _find(session, caller, api_key_id)
-        _check_may_change(caller, old)
+        refuse_browsers(caller)
+        _check_may_change(session, caller, old)
         now = read_clock(session)
         _check_rotatable(old, now)
         key, secret = new_key(old.project_id, old.name, pepper)
         key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
-        key.expires_at = old.expires_at if expires_at is None else _expiry(caller, expires_at, None, now=now)
+        key.expires_at = _end(caller, old) if expires_at is None else _expiry(caller, expires_at, None, now=now)
+        if key.expires_at is not None and _is_last_operator(session, old, now=now):
+            raise _last_operator(old)
         key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
+        if old.id != caller.api_key_id and not caller.is_operator:
+            key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
         session.add(key)
         old.replaced_by = key.id
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
@@ -140,6 +142,9 @@ def limit(db: Database, *, caller: Caller, api_key_id: str, limits: Mapping[str,
     with db.write() as session:
         key = _find(session, caller, api_key_id)
         _check_limits(caller, limits)
+        _check_may_change(session, caller, key)
+        if key.id == caller.api_key_id and caller.is_limited:
+            raise _exceeds("take what it likes", "api_key_id")
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
         return key
@@ -172,12 +177,48 @@ def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool) 
         raise _exceeds(f"have {', '.join(beyond)}", "scopes")
 
 
-def _check_may_change(caller: Caller, key: ApiKey) -> None:
+def _check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
+    """One's own always. Another's only who could have made it, and not with a key that is being replaced: it may be
+    replaced because it leaked."""
     if key.id == caller.api_key_id:
         return
+    if session.get_one(ApiKey, caller.api_key_id).replaced_by is not None:
+        raise Forbidden(
+            "Another key has taken the place of yours, which can change no other key any more.",
+            code="key_replaced",
+            remedy="Use the key that took its place.",
+        )
     _check_rights(caller, held(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
     if key.scopes is None and caller.is_limited:
         raise _exceeds("have every scope", "scopes")
+
+
+def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
+    return [lasting.id for lasting in lasting_operators(session, now=now)] == [key.id]
+
+
+def _last_operator(key: ApiKey) -> Conflict:
+    return Conflict(
+        f"The key {key.name!r} is the last operator's key with every scope that never ends.",
+        code="last_operator_key",
+        remedy="Make another first, lorry keys create NAME --operator, or rotate this one to one without an end.",
+    )
+
+
+def refuse_browsers(caller: Caller) -> None:
+    """Of what would outlive a browser session. Raises Forbidden."""
+    if caller.is_browser:
+        raise Forbidden(
+            "A browser session can't do this: what comes of it would be good after the session's end.",
+            code="api_key_required",
+            remedy="Do it with the API key itself, by the lorry command for example.",
+        )
+
+
+def _end(caller: Caller, old: ApiKey) -> float | None:
+    """Of a key that takes the place of `old`, where none was asked for."""
+    ends = [old.expires_at, None if old.id == caller.api_key_id else caller.expires_at]
+    return min((end for end in ends if end is not None), default=None)
 
 
 def _check_limits(caller: Caller, limits: Mapping[str, int | None]) -> None:

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import Select, delete, select, update
@@ -39,6 +39,9 @@ class Caller:
     is_limited: bool = False
     """Its scopes were named, so that none is added to them later."""
     expires_at: float | None = None
+    """Of a browser session, its own end."""
+    is_browser: bool = False
+    """Asks by the cookie of a browser session."""
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
     """Of both: None: the service's; 0: without limit."""
@@ -90,9 +93,12 @@ def an_operator(db: Database) -> str:
 
 
 def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
-    """Operators' keys that open the service, can make further keys, and are not being replaced by another."""
+    """Operators' keys that carry the service: they open it, have every scope, never end, and none takes their place.
+    Where none is like that, those that can make further keys."""
     keys = [key for key in session.scalars(_operators()) if is_live(key, now) and key.replaced_by is None]
-    return [key for key in keys if "keys:write" in held(key.scopes, is_operator=True)]
+    every = held(None, is_operator=True)
+    lasting = [key for key in keys if key.expires_at is None and held(key.scopes, is_operator=True) == every]
+    return lasting or [key for key in keys if "keys:write" in held(key.scopes, is_operator=True)]
 
 
 def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
@@ -169,10 +175,12 @@ def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
     with db.read() as session:
         now = read_clock(session)
         live = (SignIn.browser_digest == _digest(secret, pepper), SignIn.expires_at > now)
-        key = session.scalar(select(ApiKey).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live))
-        if key is None or not is_live(key, now):
+        sign_in = session.scalar(select(SignIn).where(*live))
+        key = session.get(ApiKey, sign_in.api_key_id) if sign_in is not None else None
+        if sign_in is None or key is None or not is_live(key, now):
             raise _refused("You are signed out.", "Open a new sign-in link, or sign in with an API key.")
-        return _caller(session, key)
+        end = min(sign_in.expires_at, key.expires_at or sign_in.expires_at)
+        return replace(_caller(session, key), is_browser=True, expires_at=end)
 
 
 def end_browser(db: Database, *, secret: str, pepper: bytes) -> None:

@@ -105,25 +105,34 @@ def add_part(
 
     Raises what check_open does, InvalidRequest, TooLarge, OutOfSpace and Unavailable.
     """
+    with db.read() as session:  # what would be refused isn't stored
+        _check_addable(session, _open(session, project_id, upload_id), content, settings)
     files.put(store, spooled, content)
     return record_part(db, project_id=project_id, upload_id=upload_id, content=content, settings=settings)
 
 
 def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob, settings: Settings) -> UploadPart:
     """A part whose content is stored; the one that is there where the same bytes came before."""
-    if content.num_bytes == 0:
-        raise InvalidRequest("The part is empty.", code="part_empty", remedy="Send some bytes.", param="data")
     with db.write() as session:
         upload = _open(session, project_id, upload_id, lock=True)
-        of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
-        there = session.scalar(of_upload.where(UploadPart.digest == content.digest))
+        there = _check_addable(session, upload, content, settings)
         if there is not None:
             return there
-        _check_room(session, upload, content, settings)
         part = UploadPart(id=new_id("part"), upload_id=upload.id, num_bytes=content.num_bytes, digest=content.digest)
         part.created_at = read_clock(session)
         session.add(part)
         return part
+
+
+def _check_addable(session: Session, upload: Upload, content: Blob, settings: Settings) -> UploadPart | None:
+    """The part that has these bytes already. Raises InvalidRequest and TooLarge for bytes that can be none."""
+    if content.num_bytes == 0:
+        raise InvalidRequest("The part is empty.", code="part_empty", remedy="Send some bytes.", param="data")
+    of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
+    there = session.scalar(of_upload.where(UploadPart.digest == content.digest))
+    if there is None:
+        _check_room(session, upload, content, settings)
+    return there
 
 
 def complete(

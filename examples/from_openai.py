@@ -70,6 +70,8 @@ def _move(asked: argparse.Namespace, source: openai.OpenAI, lorry: Lorry) -> int
     body, left_out = translated(job, model=asked.model, keep_rate=asked.keep_rate)
     for line in left_out:
         sys.stderr.write(f"Left out: {line}\n")
+    if not asked.dry_run:
+        lorry.models.get(body["model"])  # refused before anything is copied
     wanted = {"training_file": asked.training, "validation_file": asked.validation}
     for field, given in wanted.items():
         theirs = job.get(field)

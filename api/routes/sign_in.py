@@ -12,7 +12,7 @@ from api.auth import COOKIE, Signed, require_same_origin
 from api.deps import Services, Use
 from api.routes import SIGNED, errors
 from api.schemas.sign_in import BrowserSession, BrowserSessionRequest, SignedOut, SignInLink, browser_session
-from catalog import keys
+from catalog import issuing, keys
 from catalog.errors import Unauthorized
 
 router = APIRouter(tags=["sign-in"])
@@ -28,7 +28,9 @@ async def to_dashboard() -> RedirectResponse:
 
 @router.post("/v1/sign_in_links", operation_id="create_sign_in_link", responses=SIGNED)
 def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLink:
-    """A link that signs one browser in, once, within 15 minutes, with the rights of the key that asks."""
+    """A link that signs one browser in, once, within 15 minutes, with the rights of the key that asks. Not for a
+    browser session, which would never end then."""
+    issuing.refuse_browsers(caller)
     token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=LINK_SECONDS)
     return SignInLink(url=sign_in_url(_address(request, use), token), expires_at=int(time.time()) + LINK_SECONDS)
 

@@ -27,7 +27,7 @@ EXAMPLE: dict[str, Any] = {
 class UploadRequest(Strict):
     """A file that will come in parts."""
 
-    bytes: int = Field(description="Of the whole file.")
+    bytes: int = Field(ge=1, description="Of the whole file.")
     filename: Annotated[str, Field(min_length=1, max_length=1024)]
     mime_type: Annotated[str, Field(max_length=255, description="Taken and not needed: the rows themselves tell.")]
     purpose: Annotated[str, Field(max_length=64)]

@@ -105,8 +105,8 @@ def rotate(
     _show_once(key, as_json=as_json)
     _note_own(lorry, key_id, key)
     if not as_json:
-        end = output.when(lorry.keys.get(key_id).expires_at)
-        output.say(f"The old key, {key_id}, is good until {end}.")
+        still = "a day" if overlap is None else f"{overlap} s"
+        output.say(f"The old key, {key_id}, is good for {still} more at most.")
 
 
 @app.command()

@@ -192,9 +192,10 @@ def test_the_last_operators_key_is_not_revoked(world: World) -> None:
     with pytest.raises(Conflict) as refusal:
         revoke(operator.api_key_id)
     assert refusal.value.code == "last_operator_key"
-    new, _ = rotate(world, operator, operator.api_key_id)
+    new, secret = rotate(world, operator, operator.api_key_id)
+    successor = keys.authenticate(world.db, secret=secret, pepper=PEPPER)
     with pytest.raises(Conflict):
-        revoke(new.id)
+        issuing.revoke(world.db, caller=successor, api_key_id=new.id)
     ended = revoke(operator.api_key_id)
 
     assert ended.revoked_at is not None

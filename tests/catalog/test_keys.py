@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,10 @@ def test_a_sign_in_link_opens_one_browser_session_once(world: World) -> None:
         opened = [secret for secret in pool.map(exchange, range(8)) if secret]
 
     assert len(opened) == 1
-    assert keys.authenticate_browser(world.db, secret=opened[0], pepper=PEPPER) == world.caller
+    visitor = keys.authenticate_browser(world.db, secret=opened[0], pepper=PEPPER)
+    assert visitor.is_browser
+    assert visitor.expires_at == pytest.approx(world.clock.now + 12 * 3600, abs=1)
+    assert replace(visitor, is_browser=False, expires_at=None) == world.caller
     keys.end_browser(world.db, secret=opened[0], pepper=PEPPER)
     with pytest.raises(Unauthorized):
         keys.authenticate_browser(world.db, secret=opened[0], pepper=PEPPER)

@@ -103,6 +103,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Script, Script]]:
             monkeypatch.setenv(name, value)
         theirs.on("GET", "/v1/fine_tuning/jobs/ftjob-1", JOB)
         theirs.on("GET", "/v1/files/file-theirs", {"id": "file-theirs", "filename": "chats.jsonl"})
+        ours.on("GET", "/v1/models/smol", {"id": "smol", "object": "model", "created": 1, "owned_by": "lorry"})
         ours.on("POST", "/v1/files", {"id": "file-ours"})
         ours.on("POST", "/v1/fine_tuning/jobs", {"id": "ftjob-new"})
         yield theirs, ours
@@ -136,6 +137,19 @@ def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(
     body = json.loads(capsys.readouterr().out)
     assert (body["training_file"], body["validation_file"]) == ("a copy of file-theirs", "file-v")
     assert ours.seen == []
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_is_copied(
+    servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, ours = servers
+    error = {"message": "No model with the id 'large'.", "type": "x", "param": None, "code": "model_not_found"}
+    ours.on("GET", "/v1/models/large", Reply(status=404, body={"error": error}))
+
+    assert from_openai.main(["ftjob-1", "--model", "large"]) == 1
+
+    assert "No model with the id 'large'." in capsys.readouterr().err
+    assert ours.requests("POST", "/v1/files") == []
 
 
 @pytest.mark.parametrize("case", ["reinforcement", "not downloadable", "refused here", "unknown job"])
