@@ -38,6 +38,6 @@ export function SignInPage() {
       <button type="submit" class="primary" disabled=${busy}>${busy ? "Signing in…" : "Sign in"}</button>
     </form>
     <p class="soft">Or ask the machine that runs Lorry for a one-time link:</p>
-    <${Command} text="python -m api sign-in-link" />
+    <${Command} text="lorry sign-in-link" />
   </div>`;
 }
