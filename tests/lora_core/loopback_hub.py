@@ -57,9 +57,12 @@ def hub_that_serves(folder: Path, commit: str, asked: list[str]):
     return serving(Serving)
 
 
-def hub_that_answers(status, header):
+def hub_that_refuses(answers):
+    """answers: (status, X-Error-Code or None) by the name of a repository of `org`."""
+
     class Refusing(Hub):
         def do_GET(self):
+            status, header = next(answer for name, answer in answers.items() if f"/org/{name}" in self.path)
             self.answer(status, **({"X_Error_Code": header} if header else {}))
 
         do_HEAD = do_GET

@@ -23,7 +23,7 @@ from lora_core.base_model import describe_base, load_base
 from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
 from lora_core.licence import licence_of_folder
 from lora_core.model_folder import load_with_transformers
-from tests.lora_core.loopback_hub import hub_that_answers, hub_that_serves
+from tests.lora_core.loopback_hub import hub_that_refuses, hub_that_serves
 from tests.lora_core.test_longrope import longrope
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -318,40 +318,41 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
     assert asked == ["main", "b" * 40]
 
 
-@pytest.mark.parametrize(
-    ("status", "header", "reason"),
-    [
-        (403, "GatedRepo", "gated"),
-        (404, "RepoNotFound", "none, or it is private"),
-        (404, "RevisionNotFound", "no such revision"),
-        (503, None, "can't be reached"),
-    ],
-)
-def test_why_the_hub_gives_nothing_is_said(status, header, reason, tmp_path):
-    with hub_that_answers(status, header) as endpoint:
-        told = import_in_child(tmp_path, endpoint)
+def test_why_the_hub_gives_nothing_is_said(tmp_path):
+    cases = {
+        "closed": (403, "GatedRepo", "gated"),
+        "absent": (404, "RepoNotFound", "none, or it is private"),
+        "other": (404, "RevisionNotFound", "no such revision"),
+        "down": (503, None, "can't be reached"),
+    }
 
-    assert reason in told.stdout, told.stderr
+    with hub_that_refuses({name: case[:2] for name, case in cases.items()}) as endpoint:
+        told = import_in_child(tmp_path, endpoint, *cases)
+
+    assert [reason in line for (*_, reason), line in zip(cases.values(), told.stdout.splitlines(), strict=True)] == [
+        True
+    ] * 4, told.stdout + told.stderr
     assert not (tmp_path / "base").exists()
 
 
-def import_in_child(folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
-    """Import org/model at main into `folder`/base; it prints the commit, or why not. The hub's client reads the
-    address of the hub when it is imported, so it is imported by a process of its own."""
+def import_in_child(folder: Path, endpoint: str, *names: str) -> subprocess.CompletedProcess[str]:
+    """Import org/NAME (org/model where none is named) at main into `folder`/base; of each the commit is printed, or why
+    not. The hub's client reads the address of the hub when it is imported, so a process of its own imports it."""
     code = textwrap.dedent("""
         import sys
         from pathlib import Path
         from lora_core.base_import import import_base
         from lora_core.errors import LoraCoreError
-        try:
-            target = Path(sys.argv[1]) / "base"
-            imported = import_base(source="org/model", kind="hub", revision="main", target_dir=target)
-            print(imported.commit, imported.licence)
-        except LoraCoreError as error:
-            print(error, error.remedy)
+        for name in sys.argv[2:]:
+            try:
+                target = Path(sys.argv[1]) / "base"
+                imported = import_base(source=f"org/{name}", kind="hub", revision="main", target_dir=target)
+                print(imported.commit, imported.licence)
+            except LoraCoreError as error:
+                print(error, error.remedy)
     """)
     return subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
+        [sys.executable, "-c", code, str(folder), *(names or ["model"])],
         check=False,
         env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "0"},
         capture_output=True,
