@@ -21,7 +21,7 @@ def refuse_unknown_query(request: Request) -> None:
     route = request.scope.get("route")
     if not request.query_params or not isinstance(route, APIRoute) or not route.include_in_schema:
         return
-    operation: dict[str, Any] = request.app.openapi()["paths"][route.path].get(request.method.lower(), {})
+    operation: dict[str, Any] = request.app.openapi()["paths"][route.path_format].get(request.method.lower(), {})
     known = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "query"}
     has_labels = route.operation_id in FILTERED_BY_LABELS
     for name in request.query_params:
