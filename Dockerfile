@@ -17,7 +17,7 @@ COPY dashboard dashboard
 COPY api api
 
 FROM code AS api
-# psutil: the sweep imports the worker's parents, which need it and no more.
+# psutil: celery beat imports the worker's parents, which need it and no more.
 RUN pip install --constraint requirements.lock --editable '.[server]' psutil
 USER lorry
 EXPOSE 8000

@@ -10,13 +10,13 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services
 from catalog import queue, recovery
+from catalog.cleaning import clean
 from catalog.errors import LorryError
-from catalog.sweep import sweep
 
 log = logging.getLogger("lorry.api")
 
-FIRST_SWEEP_SECONDS = 600.0
-SWEEP_SECONDS = 24 * 3600.0
+FIRST_CLEANING_SECONDS = 600.0
+CLEANING_SECONDS = 24 * 3600.0
 
 
 async def keep_order(services: Services) -> None:
@@ -27,11 +27,11 @@ async def keep_order(services: Services) -> None:
 
 
 async def keep_clean(services: Services) -> None:
-    """Sweep the store soon after the start, then once a day. Several apis sweeping at once do no harm."""
-    await asyncio.sleep(FIRST_SWEEP_SECONDS)
+    """Clean the store soon after the start, then once a day. Several apis cleaning at once do no harm."""
+    await asyncio.sleep(FIRST_CLEANING_SECONDS)
     while True:
-        await run_in_threadpool(sweep_once, services)
-        await asyncio.sleep(SWEEP_SECONDS)
+        await run_in_threadpool(clean_once, services)
+        await asyncio.sleep(CLEANING_SECONDS)
 
 
 def look_once(services: Services) -> None:
@@ -47,11 +47,11 @@ def look_once(services: Services) -> None:
         log.exception("crash in recovery")
 
 
-def sweep_once(services: Services) -> None:
+def clean_once(services: Services) -> None:
     try:
-        num_deleted = sweep(services.db, services.store)
-        log.info("swept objects=%d", num_deleted)
+        num_deleted = clean(services.db, services.store)
+        log.info("cleaned objects=%d", num_deleted)
     except LorryError as error:
-        log.warning("sweep code=%s: %s", error.code, error)
+        log.warning("cleaning code=%s: %s", error.code, error)
     except Exception:  # nothing was lost; the next one tries again
-        log.exception("crash in the sweep")
+        log.exception("crash in the cleaning")

@@ -28,7 +28,7 @@ def lock(session: Session, digest: str) -> Artifact | None:
 
 
 def hide_unused(session: Session, digest: str) -> bool:
-    """Drop the row where nothing refers to it any more: the store's sweep may then delete its files."""
+    """Drop the row where nothing refers to it any more: the store's cleaning may then delete its files."""
     session.flush()
     row = lock(session, digest)
     if row is None or session.scalar(select(Artifact.digest).where(Artifact.digest == digest, _is_used())):

@@ -56,7 +56,7 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
     What was trained on it stays as it is: an adapter has its own files, and its lineage those of the base by
     digest. The row stays too, since finished jobs refer to it, until another base is added under the name. An
     import that runs meanwhile is ended by its worker, and what it finds is not recorded. The base's files on
-    each node (`bases_dir/DIGEST`) go with the worker's next sweep: see `deleted`. is_client_retry: the client says
+    each node (`bases_dir/DIGEST`) go with the worker's next cleaning: see `deleted`. is_client_retry: the client says
     that it sends this again, having had no reply; then a name that is free again is its answer.
     """
     with db.write() as session:

@@ -114,8 +114,8 @@ class RedisDoorbell:
             try:
                 app.send_task(TASK, queue=QUEUE, retry=False, ignore_result=True)
                 wait_seconds = self._first_wait_seconds
-            except Exception as error:  # noqa: BLE001  (whatever it is, work is found by the sweep)
-                log.warning("The broker took no ring (%s). Workers find work by their sweep.", type(error).__name__)
+            except Exception as error:  # noqa: BLE001  (whatever it is, a later look finds the work)
+                log.warning("The broker took no ring (%s). They find work by looking.", type(error).__name__)
                 self._put_back(wait_seconds)
                 wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
         app.close()

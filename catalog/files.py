@@ -1,6 +1,6 @@
 """Uploaded files: a row for who, when and what, and a blob of the store for the bytes.
 
-Nothing shows until the row is there. A blob whose row could not be written is swept by the store later:
+Nothing shows until the row is there. A blob whose row could not be written is cleaned from the store later:
 another upload of the same bytes may rely on it by then, so it is not deleted here.
 """
 

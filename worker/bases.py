@@ -100,7 +100,7 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
     return folder
 
 
-def sweep(context: WorkerContext) -> list[str]:
+def clean(context: WorkerContext) -> list[str]:
     """Remove the folders of bases that were deleted; returns their digests. What is needed later is imported again."""
     folders = {path.name: path for path in context.settings.bases_dir().iterdir() if DIGEST.fullmatch(path.name)}
     gone = sorted(bases.deleted(context.db, folders.keys()))

@@ -29,14 +29,14 @@ from worker.context import WorkerContext, open_worker
 from worker.tether import die_with_parent
 
 QUEUE = "lorry"
-SWEEP_SECONDS = 15.0
+LOOK_SECONDS = 15.0
 BROKER_OF_NOBODY = "memory://"
 """Where no broker is set: the module can be imported, and a worker finds nothing."""
 
 app = Celery("lorry", broker=Settings().redis_url or BROKER_OF_NOBODY, include=["worker.tasks"])
 app.conf.update(
     # Acknowledged on receipt: with late acknowledgement, a Redis restart ended the worker, and a task longer
-    # than the visibility timeout ran again. What a lost message costs, the sweep repays.
+    # than the visibility timeout ran again. What a lost message costs, the next look repays.
     task_acks_late=False,
     task_reject_on_worker_lost=False,  # else a poison job is a loop without end
     worker_disable_prefetch=True,  # a busy worker must not sit on a ring that an idle one could answer
@@ -59,8 +59,8 @@ app.conf.update(
     },
     worker_hijack_root_logger=False,
     beat_schedule={
-        # Expires before the next one: while every worker is busy, sweeps must not pile up.
-        "sweep": {"task": "lorry.sweep", "schedule": SWEEP_SECONDS, "options": {"expires": SWEEP_SECONDS}}
+        # Expires before the next one: while every worker is busy, looks must not pile up.
+        "look": {"task": "lorry.look", "schedule": LOOK_SECONDS, "options": {"expires": LOOK_SECONDS}}
     },
 )
 

@@ -1,4 +1,4 @@
-"""What a worker does beside training, one thing at a time on a thread: import bases, prepare files, sweep."""
+"""What a worker does beside training, one thing at a time on a thread: import bases, prepare files, clean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker import bases, preparation
 from worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
-SWEEP_SECONDS = 3600.0
+CLEANING_SECONDS = 3600.0
 """Between two looks for files of deleted bases."""
 BACK_OFF_SECONDS = 10.0
 """After a chore that went wrong."""
@@ -70,7 +70,7 @@ class Chores:
             if found:
                 self._context.bell.ring()  # what was prepared may be trained now
             else:
-                self._sweep_when_due()
+                self._clean_when_due()
             return found
         except StaleClaim:
             log.info("Another worker has taken over what was being prepared here.")
@@ -82,9 +82,9 @@ class Chores:
         self._went_wrong = True
         return False
 
-    def _sweep_when_due(self) -> None:
+    def _clean_when_due(self) -> None:
         """Once an hour, where nothing else is to be done."""
         context = self._context
-        if time.monotonic() - context.swept_at >= SWEEP_SECONDS:
-            context.swept_at = time.monotonic()
-            bases.sweep(context)
+        if time.monotonic() - context.cleaned_at >= CLEANING_SECONDS:
+            context.cleaned_at = time.monotonic()
+            bases.clean(context)

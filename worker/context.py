@@ -48,7 +48,7 @@ class WorkerContext:
     drain_seconds: float = 20
     """How long the trainer has for saving every job when the worker leaves."""
 
-    swept_at: float = -math.inf
+    cleaned_at: float = -math.inf
     """When the files of deleted bases were last looked for, by the monotonic clock."""
 
     @property
@@ -85,10 +85,10 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     )
     for folder in (context.trainers_dir(), context.scratch_dir(), settings.bases_dir()):
         folder.mkdir(parents=True, exist_ok=True)
-        scratch.sweep(folder)
+        scratch.clean(folder)
     context.workers_dir().mkdir(exist_ok=True)
     with closing(db), scratch.owned(context.workers_dir() / worker_id):
-        for dead_id in scratch.sweep(context.workers_dir()):
+        for dead_id in scratch.clean(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
         with _registered(context), _standby(context):
             yield context

@@ -1,6 +1,6 @@
 """Folders that live no longer than their owner: a lock on a file beside each tells whether it does.
 
-A killed worker leaves its folders behind; the next one to start sweeps those whose lock is free.
+A killed worker leaves its folders behind; the next one to start clears those away whose lock is free.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def owned(path: Path) -> Generator[Path]:
         os.close(descriptor)
 
 
-def sweep(parent: Path) -> list[str]:
+def clean(parent: Path) -> list[str]:
     """Delete the folders in `parent` whose owner has gone. Returns their names."""
-    return [lock_path.stem for lock_path in parent.glob(f"*{SUFFIX}") if _sweep_one(lock_path)]
+    return [lock_path.stem for lock_path in parent.glob(f"*{SUFFIX}") if _clean_one(lock_path)]
 
 
-def _sweep_one(lock_path: Path) -> bool:
+def _clean_one(lock_path: Path) -> bool:
     try:
         descriptor = os.open(lock_path, os.O_RDWR)
     except FileNotFoundError:

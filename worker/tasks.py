@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from catalog import recovery
-from worker.celery_app import SWEEP_SECONDS, app, context
+from worker.celery_app import LOOK_SECONDS, app, context
 from worker.supervise import anything_waits, supervise
 
 
@@ -17,9 +17,9 @@ def work(*_ignored: Any, **_also_ignored: Any) -> None:
     context().stand_by()
 
 
-@app.task(name="lorry.sweep")
-def sweep(*_ignored: Any, **_also_ignored: Any) -> None:
+@app.task(name="lorry.look")
+def look(*_ignored: Any, **_also_ignored: Any) -> None:
     """Free what a dead worker held, and ring if anything waits."""
     recovery.expire(context().db, grace_seconds=context().settings.lease_seconds)
     if anything_waits(context()):
-        app.send_task("lorry.work", expires=SWEEP_SECONDS)
+        app.send_task("lorry.work", expires=LOOK_SECONDS)

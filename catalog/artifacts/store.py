@@ -160,7 +160,7 @@ class ArtifactStore:
         """Delete what no digest in `live` (manifests and blobs) leads to and is older than the grace.
 
         Returns the number of objects deleted. A live manifest keeps its blobs; one that can't be read stops
-        the sweep before anything is deleted. What writers put or put again meanwhile is young, and stays; only
+        the cleaning before anything is deleted. What writers put or put again meanwhile is young, and stays; only
         an old object that is put again between the last look at its age and its deletion, one call, is lost.
         """
         oldest = self.clock() - grace_seconds

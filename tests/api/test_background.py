@@ -9,7 +9,7 @@ import os
 import pytest
 from starlette.testclient import TestClient
 
-from api.background import look_once, sweep_once
+from api.background import clean_once, look_once
 from api.deps import Services
 from catalog import recovery
 from catalog.artifacts.manifest import DamagedArtifact
@@ -108,7 +108,7 @@ def test_what_nothing_names_is_deleted_once_it_is_old_and_what_is_named_stays(se
     for path in (services.settings.data_dir / "store").rglob("*"):
         os.utime(path, (1.0, 1.0))
 
-    sweep_once(services)
+    clean_once(services)
 
     assert b"".join(services.store.open_blob(named.digest)) == b"named"
     with pytest.raises(DamagedArtifact):

@@ -192,7 +192,7 @@ def test_a_fetch_does_not_touch_a_folder_that_holds_something(
     assert tree(tmp_path / "copy") == {"mine": b"kept"}
 
 
-def test_the_sweep_keeps_what_is_named_and_what_is_young(
+def test_cleaning_keeps_what_is_named_and_what_is_young(
     store: ArtifactStore, folder: Path, clock: Clock, tmp_path: Path
 ) -> None:
     kept = store.put_folder(folder, kind="adapter")
@@ -221,7 +221,7 @@ def test_a_blob_that_is_put_again_is_young_again(store: ArtifactStore, clock: Cl
     assert store.objects.head(blob_key(blob.digest)).written_at > first
 
 
-def test_the_sweep_looks_again_before_it_deletes(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaning_looks_again_before_it_deletes(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     blob = store.put_bytes(b"listed while old, then put again")
     listed = store.objects.list_all
 
@@ -234,7 +234,7 @@ def test_the_sweep_looks_again_before_it_deletes(store: ArtifactStore, monkeypat
     assert b"".join(store.open_blob(blob.digest)) == b"listed while old, then put again"
 
 
-def test_the_sweep_deletes_nothing_where_a_live_manifest_cannot_be_read(
+def test_cleaning_deletes_nothing_where_a_live_manifest_cannot_be_read(
     store: ArtifactStore, folder: Path, clock: Clock
 ) -> None:
     manifest = store.put_folder(folder, kind="adapter")
@@ -288,7 +288,7 @@ def test_a_fetch_onto_a_full_disk_is_named_and_keeps_nothing(tmp_path: Path, fol
         assert list(disk.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_swept_from_a_folder(tmp_path: Path) -> None:
+def test_what_a_killed_writer_left_is_cleaned_from_a_folder(tmp_path: Path) -> None:
     clock = Clock()
     store = ArtifactStore(Objects((tmp_path / "store").as_uri()), clock=clock)
     blob = store.put_bytes(b"x")

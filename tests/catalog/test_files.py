@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog import files, sweep
+from catalog import cleaning, files
 from catalog.artifacts import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLarge, Unavailable
@@ -222,7 +222,7 @@ def test_a_file_is_kept_while_a_job_that_has_not_ended_reads_it(
     assert caught.value.code == "file_in_use"
 
 
-def test_the_sweep_keeps_what_the_record_names(upload: Uploader, db: Database, store: ArtifactStore) -> None:
+def test_cleaning_keeps_what_the_record_names(upload: Uploader, db: Database, store: ArtifactStore) -> None:
     kept, deleted, needed = upload(), upload(ROW + b"\n"), upload(ROW + b"\n\n")
     shown, hidden = (store.put_bytes(content) for content in (b"shown", b"hidden"))
     add_job(db, training_file=needed.id, validation_file=None, state=JobState.PAUSED)
@@ -234,9 +234,9 @@ def test_the_sweep_keeps_what_the_record_names(upload: Uploader, db: Database, s
         session.get_one(File, needed.id).deleted_at = 1.0
     files.delete(db, project_id="ours", file_id=deleted.id)
 
-    assert sweep.live_digests(db) == {kept.digest, needed.digest, shown.digest}
-    assert sweep.sweep(db, store) == 0
-    assert sweep.sweep(db, store, grace_seconds=-60) == 2
+    assert cleaning.live_digests(db) == {kept.digest, needed.digest, shown.digest}
+    assert cleaning.clean(db, store) == 0
+    assert cleaning.clean(db, store, grace_seconds=-60) == 2
     left = {entry.key.rsplit("/", 1)[-1] for entry in store.objects.list_all("blobs")}
     assert left == {kept.digest, needed.digest, shown.digest}
     assert hidden.digest not in left

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog import files, part_uploads, sweep
+from catalog import cleaning, files, part_uploads
 from catalog.artifacts.store import ArtifactStore, Blob, open_store
 from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, OutOfSpace, TooLarge
 from catalog.part_uploads import UploadView
@@ -292,7 +292,7 @@ def test_a_file_of_parts_goes_by_itself_so_long_after_it_was_completed(sender: S
     assert file.expires_at == file.created_at + 7200 > sender.world.clock.now + 7100
 
 
-def test_the_sweep_keeps_the_parts_of_open_uploads_and_drops_those_of_others(sender: Sender) -> None:
+def test_cleaning_keeps_the_parts_of_open_uploads_and_drops_those_of_others(sender: Sender) -> None:
     open_id, cancelled_id, done_id = (sender.begin(len(ONE)) for _ in range(3))
     sender.part(open_id, b"open")
     sender.part(cancelled_id, b"cancelled")
@@ -301,15 +301,15 @@ def test_the_sweep_keeps_the_parts_of_open_uploads_and_drops_those_of_others(sen
     sender.cancel(cancelled_id)
     sender.complete(done_id, done)
 
-    sweep.sweep(sender.world.db, sender.store, grace_seconds=-60)
+    cleaning.clean(sender.world.db, sender.store, grace_seconds=-60)
 
     assert blobs(sender) == {sha(b"open"), sha(ONE)}
     sender.world.clock.turn(part_uploads.OPEN_SECONDS)
-    sweep.sweep(sender.world.db, sender.store, grace_seconds=-60)
+    cleaning.clean(sender.world.db, sender.store, grace_seconds=-60)
     assert blobs(sender) == {sha(ONE)}
     assert (rows(sender, UploadPart), rows(sender, Upload)) == (0, 3)
     sender.world.clock.turn(part_uploads.KEPT_SECONDS)
-    sweep.let_go(sender.world.db)
+    cleaning.let_go(sender.world.db)
     assert rows(sender, Upload) == 0
     assert len(sender.made()) == 1
 

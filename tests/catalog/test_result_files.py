@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from catalog import claims, files, result_files, sweep
+from catalog import claims, cleaning, files, result_files
 from catalog.errors import NotFound, StaleClaim
 from catalog.tables import File
 from tests.catalog.world import World, curves
@@ -52,11 +52,11 @@ def test_the_file_of_a_job_that_has_succeeded_is_its_projects_and_can_be_deleted
     assert (file.filename, file.num_rows, file.kind) == ("step_metrics.csv", None, None)
     assert (file.digest, file.num_bytes) == (content.digest, content.num_bytes)
     assert files.list_page(world.db, project_id=theirs, purpose=result_files.PURPOSE).items == []
-    assert content.digest in sweep.live_digests(world.db)
+    assert content.digest in cleaning.live_digests(world.db)
     files.delete(world.db, project_id=ours, file_id=file.id)
     with pytest.raises(NotFound):
         files.get(world.db, project_id=ours, file_id=file.id)
-    assert content.digest not in sweep.live_digests(world.db)
+    assert content.digest not in cleaning.live_digests(world.db)
 
 
 def test_a_worker_that_lost_its_claim_leaves_no_result_file(world: World) -> None:

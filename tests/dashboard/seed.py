@@ -219,9 +219,9 @@ def fill(data_dir: Path) -> Seeded:
     claims.end(seeded.db, held[done[2].id], reason=EndReason.DIVERGED, detail="loss nan at step 38", error=DIVERGED)
     _stop_two(seeded)
     running = [
-        submit(seeded, "titles-r8", lora={"rank": 8}, metadata={"team": "search", "sweep": "rank"}),
+        submit(seeded, "titles-r8", lora={"rank": 8}, metadata={"team": "search", "study": "rank"}),
         submit(seeded, "titles-r16", lora={"rank": 16, "alpha": 16}, seed=7, optimizer={"learning_rate": 1e-4}),
-        submit(seeded, "titles-r32", lora={"rank": 32}, metadata={"team": "search", "sweep": "rank"}),
+        submit(seeded, "titles-r32", lora={"rank": 32}, metadata={"team": "search", "study": "rank"}),
     ]
     prepare(seeded)
     held = claim(seeded)

@@ -51,7 +51,7 @@ def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launch
         assert list((site.settings.work_dir() / "trainers").iterdir()) == []
 
 
-def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_sweeps_its_folder(tmp_path: Path) -> None:
+def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_clears_its_folder(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         worker = site.start_worker(**WANTED)
         site.wait_until(site.standing_by)

@@ -111,7 +111,7 @@ def test_an_outage_of_the_database_does_not_end_an_import(context: Any, sleeper:
     assert asked.is_set()
 
 
-def test_the_sweep_removes_the_files_of_a_deleted_base_and_nothing_else(context: Any) -> None:
+def test_cleaning_removes_the_files_of_a_deleted_base_and_nothing_else(context: Any) -> None:
     record.add(context.db, name="old", kind="folder", source="/old")
     added_at = record.get(context.db, "old").created_at
     told: dict[str, Any] = {"manifest": {"files": []}, "description": {}, "added_at": added_at}
@@ -119,9 +119,9 @@ def test_the_sweep_removes_the_files_of_a_deleted_base_and_nothing_else(context:
     names = ["a" * 64, "b" * 64, "tmp-1"]
     for name in names:
         (context.settings.bases_dir() / name).mkdir()
-    assert bases.sweep(context) == []
+    assert bases.clean(context) == []
 
     record.delete(context.db, "old")
 
-    assert bases.sweep(context) == ["a" * 64]
+    assert bases.clean(context) == ["a" * 64]
     assert sorted(path.name for path in context.settings.bases_dir().iterdir()) == sorted(names[1:])

@@ -56,14 +56,14 @@ def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Pat
         assert list((site.settings.work_dir() / "trainers").iterdir()) == []
 
 
-def test_the_sweep_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis_url: str) -> None:
+def test_the_next_look_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         job_id = site.submit(site.upload(12), max_steps=3)
         site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
 
-        ring(site, "lorry.sweep")
+        ring(site, "lorry.look")
 
         site.wait_for_end(job_id)
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()

@@ -25,7 +25,7 @@ def looks(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[bool | Unavai
         return answer
 
     monkeypatch.setattr(bases, "import_next", lambda _context: False)
-    monkeypatch.setattr(bases, "sweep", lambda _context: None)
+    monkeypatch.setattr(bases, "clean", lambda _context: None)
     monkeypatch.setattr(preparation, "prepare_next", look)
     site.settings = site.settings.model_copy(update={"poll_seconds": 3600})
     site.context.settings = site.settings

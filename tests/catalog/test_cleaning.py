@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catalog import adapters, claims, files, jobs, sweep
+from catalog import adapters, claims, cleaning, files, jobs
 from catalog.errors import NotFound
 from catalog.tables import File
 from tests.catalog.world import World, manifest, sha
@@ -19,8 +19,8 @@ def checkpointed(world: World) -> claims.Claim:
 
 
 def live(world: World) -> set[str]:
-    sweep.let_go(world.db)
-    return sweep.live_digests(world.db)
+    cleaning.let_go(world.db)
+    return cleaning.live_digests(world.db)
 
 
 def test_a_deleted_adapters_files_go_unless_another_adapter_has_the_same(world: World) -> None:
@@ -44,7 +44,7 @@ def test_the_last_checkpoints_of_a_job_go_a_week_after_its_end(world: World) -> 
     )
     world.complete(ended.claim_id)
 
-    world.clock.turn(sweep.CHECKPOINT_SECONDS - 60)
+    world.clock.turn(cleaning.CHECKPOINT_SECONDS - 60)
     before = live(world)
     world.clock.turn(120)
     after = live(world)
@@ -134,10 +134,10 @@ def test_a_file_that_a_submission_holds_is_not_let_go(world: World) -> None:
     with world.db.write() as session:
         session.get_one(File, file_id, with_for_update={"read": True})
 
-        sweep.let_go(world.db)
+        cleaning.let_go(world.db)
 
     with world.db.read() as session:
         assert session.get_one(File, file_id).deleted_at is None
-    sweep.let_go(world.db)
+    cleaning.let_go(world.db)
     with world.db.read() as session:
         assert session.get_one(File, file_id).deleted_at is not None

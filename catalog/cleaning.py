@@ -14,12 +14,12 @@ from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.tables import Artifact, Checkpoint, File, Job, Prepared, UploadPart
 
 EXPIRED_AT_ONCE = 10_000
-"""Files past their time that one sweep deletes; the next takes the rest, which nobody sees either."""
+"""Files past their time that one cleaning deletes; the next takes the rest, which nobody sees either."""
 CHECKPOINT_SECONDS = 7 * 24 * 3600.0
 """The last checkpoints of a job are kept this long after it has ended."""
 
 
-def sweep(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
+def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
     """Delete blobs and manifests that nothing names. Returns how many. Raises Unavailable, DamagedArtifact."""
     let_go(db)
     return store.delete_unreferenced(live_digests(db), grace_seconds=grace_seconds)
@@ -29,7 +29,7 @@ def let_go(db: Database) -> None:
     """Hide what nobody needs: files past their time, parts of uploads that are over, checkpoints of jobs that ended a
     week ago, tokens of deleted files, deleted adapters."""
     with db.write() as session:
-        serialise(session, "sweep")  # two at once would lock the same rows, each in its own order
+        serialise(session, "clean")  # two at once would lock the same rows, each in its own order
         now = read_clock(session)
         _let_expire(session, now=now)
         part_uploads.forget(session, now=now)
