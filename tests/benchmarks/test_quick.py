@@ -35,6 +35,7 @@ def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(tmp_path: Pa
     assert "lorry over peft_loop, 1 thread" in table
 
 
+@pytest.mark.slow
 def test_kept_prefixes_give_the_losses_of_those_that_are_computed_again(tmp_path: Path) -> None:
     table = quick_bench(tmp_path, "frozen_prefix")
 

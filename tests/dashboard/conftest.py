@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,15 +36,18 @@ def browser(chromium_path: Path) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def filled(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Service]:
     """Jobs in every state. Tests that share it only look."""
-    with serving(seed.fill(tmp_path_factory.mktemp("filled"))) as service:
+    data_dir = tmp_path_factory.mktemp("filled")
+    shutil.copy(migrated_database, data_dir / "lorry.db")
+    with serving(seed.fill(data_dir)) as service:
         yield service
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[Service]:
+def fresh(tmp_path: Path, migrated_database: Path) -> Iterator[Service]:
     """A service of this test's own: a base model, two files and a worker, but no job."""
+    shutil.copy(migrated_database, tmp_path / "lorry.db")
     with serving(seed.start(tmp_path)) as service:
         yield service
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from torch import Tensor
 
 from lora_core.base_model import BaseModel
@@ -22,6 +23,8 @@ from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
 
 VOCAB = 320
+DTYPES = ("float32", pytest.param("bfloat16", marks=pytest.mark.slow))
+"""For tests that are dear twice, where others hold bfloat16 to the same law in each run."""
 
 
 def dataset(seed: int, lengths: list[int]) -> TokenDataset:

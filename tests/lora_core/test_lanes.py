@@ -12,7 +12,16 @@ from lora_core import lanes as lanes_module
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.lanes import MIN_LANE_TOKENS, Lanes, split
-from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, run_elastically, submissions
+from tests.lora_core.scenarios import (
+    DTYPES,
+    Submission,
+    admit,
+    config,
+    dataset,
+    run_alone,
+    run_elastically,
+    submissions,
+)
 
 
 @given(st.lists(st.integers(1, 2048), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 5))
@@ -61,7 +70,7 @@ def test_a_lane_that_fails_is_told_when_all_have_ended(bad: int) -> None:
     assert sorted(ended) == [part for part in (0, 1, 2) if part != bad]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_equals_solo_with_three_lanes(load, monkeypatch, family, dtype):
     monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)

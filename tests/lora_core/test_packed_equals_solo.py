@@ -10,6 +10,7 @@ from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import JobFinished, JobStepped
 from tests.lora_core.scenarios import (
+    DTYPES,
     Outcome,
     Submission,
     config,
@@ -71,7 +72,7 @@ def test_each_of_these_jobs_has_a_gradient_at_every_step_and_ends_by_itself(alon
         assert min(event.grad_norm for event in others if isinstance(event, JobStepped)) > 0, name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_equals_solo_with_two_threads_where_sizes_are_multiples_of_64(load, dtype):
     torch.set_num_threads(2)
     base = load("llama", dtype)

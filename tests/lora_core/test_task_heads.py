@@ -45,7 +45,11 @@ def trained(base, job: Submission) -> Engine:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, "float32") for family in FAMILIES), ("bert", "bfloat16"), ("modernbert", "bfloat16")],
+    [
+        *((family, "float32") for family in FAMILIES),
+        ("bert", "bfloat16"),
+        pytest.param("modernbert", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_classifiers_and_rewards_are_packed_as_alone_to_the_bit(folders, family, dtype):
     base = classifier(family, folders[family], dtype)
