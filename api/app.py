@@ -19,7 +19,19 @@ from api.known_query import refuse_unknown_query
 from api.limits import Limits
 from api.openapi import Api
 from api.rate_counters import open_counter
-from api.routes import adapters, api_keys, files, fleet, health, job_history, jobs, models, projects, sign_in
+from api.routes import (
+    adapters,
+    api_keys,
+    audit_events,
+    files,
+    fleet,
+    health,
+    job_history,
+    jobs,
+    models,
+    projects,
+    sign_in,
+)
 from api.routes import uploads as part_uploads
 from api.settings import ApiSettings
 from api.strict_json import refuse_loose_json
@@ -49,6 +61,7 @@ TAGS = [
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
     {"name": "queue and workers", "description": "What waits, what runs, and where."},
     {"name": "projects and keys", "description": "Whose things are whose, and who may do what."},
+    {"name": "audit log", "description": "Who changed what, sealed into a chain."},
     {"name": "sign-in", "description": "The dashboard's door."},
     {"name": "health", "description": "Alive, ready, and numbers."},
 ]
@@ -83,7 +96,7 @@ def create_app(
         telemetry=services.telemetry,
     )
     error_handlers.install(app)
-    resources = (files, part_uploads, jobs, job_history, models, adapters, fleet, projects, api_keys)
+    resources = (files, part_uploads, jobs, job_history, models, adapters, fleet, projects, api_keys, audit_events)
     for module in (*resources, sign_in, health):
         app.include_router(module.router)
     app.mount("/dashboard", Dashboard())

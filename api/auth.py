@@ -11,7 +11,8 @@ from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBea
 
 from api.deps import Services, Use
 from api.scopes import check_operation, operator_required
-from catalog import keys
+from catalog import audit, keys
+from catalog.audit import Actor
 from catalog.errors import Forbidden, Unauthorized
 from catalog.keys import Caller
 
@@ -41,6 +42,7 @@ def caller_of(
     request.state.rate_headers = use.limits.count_request(caller)
     check_operation(caller, getattr(request.scope.get("route"), "operation_id", None))
     request.state.caller = caller
+    audit.actor_is(Actor(type="browser" if caller.is_browser else "api_key", id=caller.api_key_id, name=caller.name))
     return caller
 
 

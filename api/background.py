@@ -1,5 +1,5 @@
-"""What the api does besides answering: it ends expired leases, rings where something waits, and deletes what
-nothing names any more."""
+"""What the api does besides answering: it ends expired leases, seals the audit log, rings where something waits, and
+deletes what nothing names any more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services
-from catalog import queue, recovery
+from catalog import audit_chain, queue, recovery
 from catalog.cleaning import clean
 from catalog.errors import LorryError
 
@@ -39,6 +39,7 @@ def look_once(services: Services) -> None:
         num_ended = recovery.expire(services.db, grace_seconds=services.settings.lease_seconds)
         if num_ended:
             log.warning("recovered jobs=%d", num_ended)
+        audit_chain.seal(services.db)
         if queue.has_work(services.db):
             services.doorbell.ring()
     except LorryError as error:

@@ -19,6 +19,7 @@ from api.error_handlers import error_response, internal_error
 from api.headers import security_headers
 from api.hosts import HostPolicy
 from api.telemetry import Telemetry
+from catalog import audit
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
@@ -61,7 +62,8 @@ class Gate:
             if refused is not None:
                 await refused(scope, receive, sender)
             else:
-                await self._app(scope, body.receive, sender)
+                with audit.coming_from(audit.Origin(request_id=exchange.request_id, address=_address(scope))):
+                    await self._app(scope, body.receive, sender)
         except Exception:  # the one place where a crash becomes a 500
             log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
             if exchange.status:  # the answer has begun: all that is left is to cut it off
@@ -106,6 +108,12 @@ class Gate:
             exchange.status,
             seconds,
         )
+
+
+def _address(scope: Scope) -> str | None:
+    """Of who is connected: before a reverse proxy that is the proxy, whose word on it anybody could forge."""
+    client: tuple[str, int] | None = scope.get("client")
+    return client[0] if client else None
 
 
 def _is_bounded(scope: Scope) -> bool:

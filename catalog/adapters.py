@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from catalog import audit
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
@@ -82,7 +83,15 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
                 remedy="Wait until the job ends, or cancel it; then delete the adapter.",
                 param="adapter",
             )
-        adapter.deleted_at = read_clock(session)
+        adapter.deleted_at = now = read_clock(session)
+        audit.note(
+            session,
+            "adapter.deleted",
+            now=now,
+            object_id=adapter.id,
+            project_id=adapter.project_id,
+            details={"name": adapter.name},
+        )
         return adapter
 
 

@@ -10,6 +10,8 @@ import rfc8785
 from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
+from catalog import audit
+from catalog.audit import AuditType
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec import LABEL
@@ -47,6 +49,10 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             )
         elif row.state == "failed":
             row.state, row.error, row.importing_until = "importing", None, None
+        else:
+            return row
+        told = {"kind": kind, "source": source, "revision": revision}
+        _note(session, "model.added", name, details=told)
         return row
 
 
@@ -72,6 +78,7 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
                 remedy="Wait until every job on it ends, or cancel them; then delete the model.",
                 param="model",
             )
+        _note(session, "model.deleted", name, details={"digest": row.digest})
         row.state = "deleted"
         row.manifest = row.description = row.error = row.importing_until = None
 
@@ -183,6 +190,11 @@ def fail_import(db: Database, name: str, *, error: Json, added_at: float) -> Non
 def files_digest(manifest: Json) -> str:
     """A base's digest: sha256 over the RFC 8785 form of its files, whatever they came from."""
     return hashlib.sha256(rfc8785.dumps(manifest["files"])).hexdigest()
+
+
+def _note(session: Session, type: AuditType, name: str, *, details: Json) -> None:  # noqa: A002
+    """A base model is of no project."""
+    audit.note(session, type, now=read_clock(session), object_id=name, project_id=None, details=details)
 
 
 def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revision: str | None) -> None:

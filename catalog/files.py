@@ -13,15 +13,16 @@ from pathlib import Path, PurePosixPath
 from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import datasets
+from catalog import audit, datasets
 from catalog.artifacts.store import ArtifactStore, Blob
+from catalog.audit import AuditType
 from catalog.datasets import DatasetCheck
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
 from catalog.pages import Order, Page, paginate
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, UNFINISHED_STATES
-from catalog.tables import File, Job, new_id
+from catalog.tables import File, Job, Json, new_id
 
 DATASET = "fine-tune"
 """Purpose of a training or validation file: only these are checked, and only these can be trained on."""
@@ -105,6 +106,8 @@ def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
     file.created_at = read_clock(session)
     file.expires_at = None if lifetime_seconds is None else file.created_at + lifetime_seconds
     session.add(file)
+    details = {"filename": file.filename, "purpose": file.purpose, "bytes": file.num_bytes, "digest": file.digest}
+    _note(session, "file.created", file, now=file.created_at, details=details)
     return file
 
 
@@ -170,7 +173,8 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
                 remedy="Wait until the job ends, or cancel it; then delete the file.",
                 param="file_id",
             )
-        file.deleted_at = read_clock(session)
+        file.deleted_at = now = read_clock(session)
+        _note(session, "file.deleted", file, now=now, details={"filename": file.filename})
     return file
 
 
@@ -234,6 +238,10 @@ def check_size(num_bytes: int, settings: Settings, *, param: str = "file") -> No
         )
     if num_bytes == 0:
         raise InvalidRequest("The file is empty.", code="file_empty", remedy="Send a file with rows.", param=param)
+
+
+def _note(session: Session, type: AuditType, file: File, *, now: float, details: Json) -> None:  # noqa: A002
+    audit.note(session, type, now=now, object_id=file.id, project_id=file.project_id, details=details)
 
 
 def _inspect(spooled: Path, settings: Settings) -> DatasetCheck:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import projects
+from catalog import keys, projects
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from catalog.keys import Caller, is_live, lasting_operators, new_key
@@ -58,7 +58,7 @@ def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) 
         key.expires_at = _expiry(caller, request.expires_at, caller.expires_at, now=now)
         key.requests_per_minute = given.get("requests_per_minute", caller.requests_per_minute)
         key.jobs_per_day = given.get("jobs_per_day", caller.jobs_per_day)
-        session.add(key)
+        keys.add(session, key)
     return key, secret
 
 
@@ -95,6 +95,7 @@ def revoke(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
         if _is_last_operator(session, key, now=now):
             raise _last_operator(key)
         key.revoked_at = now
+        keys.note(session, "api_key.revoked", key, now=now)
         return key
 
 
@@ -128,9 +129,10 @@ def rotate(
         key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
         if old.id != caller.api_key_id and not caller.is_operator:
             key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
-        session.add(key)
+        keys.add(session, key)
         old.replaced_by = key.id
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
+        keys.note(session, "api_key.rotated", old, now=now, details={"by": key.id, "expires_at": old.expires_at})
     return key, secret
 
 
@@ -147,6 +149,7 @@ def limit(db: Database, *, caller: Caller, api_key_id: str, limits: Mapping[str,
             raise _exceeds("take what it likes", "api_key_id")
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
+        keys.note(session, "api_key.updated", key, now=read_clock(session), details=dict(limits))
         return key
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from catalog import events, needs
+from catalog import audit, events, needs
+from catalog.audit import AuditType
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict
 from catalog.explanation import explain
@@ -62,6 +63,7 @@ class Stop:
     """A wish that a job stops: how it is done at once, and how its worker is asked."""
 
     verb: Verb
+    audited: AuditType
     reason: EndReason
     flag: Literal["cancel_requested", "pause_requested"]
     done: str
@@ -70,6 +72,7 @@ class Stop:
 
 CANCEL = Stop(
     verb=Verb.CANCEL,
+    audited="job.cancelled",
     reason=EndReason.CANCELLED_BY_USER,
     flag="cancel_requested",
     done="The job was cancelled.",
@@ -77,6 +80,7 @@ CANCEL = Stop(
 )
 PAUSE = Stop(
     verb=Verb.PAUSE,
+    audited="job.paused",
     reason=EndReason.PAUSED_BY_USER,
     flag="pause_requested",
     done="The job was paused.",
@@ -152,6 +156,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         if job.state == JobState.RUNNING and job.pause_requested and not job.cancel_requested:
             job.pause_requested = False
             events.add(session, job.id, now=now, message="The pause was withdrawn.")
+            _note(session, "job.resumed", job, now=now)
             return job
         if job.state != JobState.PAUSED:
             if is_client_retry and not job.cancel_requested:
@@ -161,6 +166,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
                 code="job_not_paused",
                 remedy="Only a paused job can be resumed.",
             )
+        _note(session, "job.resumed", job, now=now)
         move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
         job.counted_attempts = job.lost_preparations = 0
         if _is_prepared(session, job):
@@ -175,11 +181,18 @@ def _stop(session: Session, job: Job, stop: Stop) -> None:
     now = read_clock(session)
     if job.state in FINAL_STATES:
         raise _already_final(job)
+    if job.state == JobState.RUNNING and getattr(job, stop.flag):
+        return
+    _note(session, stop.audited, job, now=now)
     if job.state != JobState.RUNNING:
         move(session, job, stop.verb, now=now, message=stop.done, reason=stop.reason)
-    elif not getattr(job, stop.flag):
+    else:
         setattr(job, stop.flag, True)
         events.add(session, job.id, now=now, message=stop.asked)
+
+
+def _note(session: Session, type: AuditType, job: Job, *, now: float) -> None:  # noqa: A002
+    audit.note(session, type, now=now, object_id=job.id, project_id=job.project_id, details={"from": job.state})
 
 
 def _page(session: Session, scope: Select[Job], after: str | None, limit: int) -> Page[Job]:

@@ -8,43 +8,25 @@ import os
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
+from catalog import audit
+from catalog.audit import Actor, AuditType
+from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, Unauthorized, Unavailable
 from catalog.scopes import held
 from catalog.settings import Settings
-from catalog.tables import ApiKey, Project, SignIn, new_id
+from catalog.tables import ApiKey, Json, Project, SignIn, new_id
 
 ENDING_CHARACTERS = 4
 LAST_USED_SECONDS = 60
 """`last_used_at` is this coarse, so that reading does not become writing."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caller:
-    """Who asks, and what they may see."""
-
-    api_key_id: str
-    project_id: str
-    project_name: str
-    is_operator: bool
-    name: str
-    scopes: frozenset[str] = frozenset()
-    """What the key may do; see catalog.scopes."""
-    is_limited: bool = False
-    """Its scopes were named, so that none is added to them later."""
-    expires_at: float | None = None
-    """Of a browser session, its own end."""
-    is_browser: bool = False
-    """Asks by the cookie of a browser session."""
-    requests_per_minute: int | None = None
-    jobs_per_day: int | None = None
-    """Of both: None: the service's; 0: without limit."""
 
 
 def create(
@@ -65,7 +47,7 @@ def create(
     with db.write() as session:
         key.is_operator, key.created_at, key.expires_at = is_operator, read_clock(session), expires_at
         key.scopes = None if scopes is None else list(scopes)
-        session.add(key)
+        add(session, key)
     return key, secret
 
 
@@ -77,8 +59,30 @@ def create_first(db: Database, *, project_id: str, name: str, pepper: bytes) -> 
         if session.scalar(select(ApiKey.id).limit(1)) is not None:
             return None
         key.is_operator, key.created_at = True, read_clock(session)
-        session.add(key)
+        add(session, key)
     return secret
+
+
+def add(session: Session, key: ApiKey) -> None:
+    """From now on the key is there."""
+    key.created_by = audit.actor_id()
+    session.add(key)
+    details = {"name": key.name, "is_operator": key.is_operator, "scopes": key.scopes, "expires_at": key.expires_at}
+    limits = {"requests_per_minute": key.requests_per_minute, "jobs_per_day": key.jobs_per_day}
+    note(session, "api_key.created", key, now=key.created_at, details={**details, **limits})
+
+
+def note(
+    session: Session,
+    type: AuditType,  # noqa: A002
+    key: ApiKey,
+    *,
+    now: float,
+    details: Json | None = None,
+    by: Actor | None = None,
+) -> None:
+    """What was done about a key, or with it where nobody else is known: `by` is the key itself then."""
+    audit.note(session, type, now=now, object_id=key.id, project_id=key.project_id, details=details, actor=by)
 
 
 def an_operator(db: Database) -> str:
@@ -121,7 +125,10 @@ def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
     """The key and every browser session made from it end now."""
     with db.write() as session:
         owned = (ApiKey.id == api_key_id, ApiKey.project_id == project_id, ApiKey.revoked_at.is_(None))
-        session.execute(update(ApiKey).where(*owned).values(revoked_at=read_clock(session)))
+        key = session.scalar(select(ApiKey).where(*owned).with_for_update())
+        if key is not None:
+            key.revoked_at = now = read_clock(session)
+            note(session, "api_key.revoked", key, now=now)
 
 
 def new_key(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
@@ -152,6 +159,7 @@ def create_sign_in_link(db: Database, *, api_key_id: str, pepper: bytes, seconds
                 expires_at=now + seconds,
             )
         )
+        note(session, "sign_in_link.created", session.get_one(ApiKey, api_key_id), now=now)
     return token
 
 
@@ -161,12 +169,13 @@ def exchange_sign_in(db: Database, *, token: str, pepper: bytes, seconds: float 
     with db.write() as session:
         now = read_clock(session)
         unused = (SignIn.link_digest == _digest(token, pepper), SignIn.expires_at > now)
-        row_id = session.scalar(select(SignIn.id).where(*unused).with_for_update())
-        if row_id is None:
+        sign_in = session.scalar(select(SignIn).where(*unused).with_for_update())
+        if sign_in is None:
             remedy = "Make a new one: python -m api sign-in-link, or POST /v1/sign_in_links with an API key."
             raise _refused("This sign-in link was used already or has expired.", remedy)
-        values = {"link_digest": None, "browser_digest": _digest(browser, pepper), "expires_at": now + seconds}
-        session.execute(update(SignIn).where(SignIn.id == row_id).values(values))
+        sign_in.link_digest, sign_in.browser_digest = None, _digest(browser, pepper)
+        sign_in.expires_at = now + seconds
+        _note_sign_in(session, "login.succeeded", sign_in, now=now)
     return browser
 
 
@@ -186,7 +195,10 @@ def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
 def end_browser(db: Database, *, secret: str, pepper: bytes) -> None:
     """Sign out."""
     with db.write() as session:
-        session.execute(delete(SignIn).where(SignIn.browser_digest == _digest(secret, pepper)))
+        sign_in = session.scalar(select(SignIn).where(SignIn.browser_digest == _digest(secret, pepper)))
+        if sign_in is not None:
+            _note_sign_in(session, "logout.succeeded", sign_in, now=read_clock(session))
+            session.delete(sign_in)
 
 
 def load_pepper(settings: Settings) -> bytes:
@@ -218,6 +230,18 @@ def _create_once(path: Path, content: bytes) -> None:
         pass
     finally:
         draft.unlink()
+
+
+def _note_sign_in(
+    session: Session,
+    type: Literal["login.succeeded", "logout.succeeded"],  # noqa: A002
+    sign_in: SignIn,
+    *,
+    now: float,
+) -> None:
+    """The browser acts by the key that signed it in."""
+    key = session.get_one(ApiKey, sign_in.api_key_id)
+    note(session, type, key, now=now, by=Actor(type="browser", id=key.id, name=key.name))
 
 
 def _note_use(db: Database, key_id: str, *, now: float) -> None:

@@ -19,7 +19,7 @@ from typing import Literal
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import files
+from catalog import audit, files
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.db import Database, read_clock
 from catalog.disk import full_disk_named
@@ -82,6 +82,7 @@ def create(
             expires_at=now + OPEN_SECONDS,
         )
         session.add(upload)
+        _note(session, "upload.created", upload, now=now)
     return UploadView(upload=upload, status="pending")
 
 
@@ -189,6 +190,7 @@ def cancel(db: Database, *, project_id: str, upload_id: str, is_client_retry: bo
             _check_not_over(upload)
         if status(upload, now=now) == "pending":
             upload.cancelled_at = now
+            _note(session, "upload.cancelled", upload, now=now)
         return UploadView(upload=upload, status=status(upload, now=now))
 
 
@@ -205,6 +207,17 @@ def status(upload: Upload, *, now: float) -> Status:
     if upload.cancelled_at is not None:
         return "cancelled"
     return "expired" if upload.expires_at <= now else "pending"
+
+
+def _note(
+    session: Session,
+    type: Literal["upload.created", "upload.cancelled"],  # noqa: A002
+    upload: Upload,
+    *,
+    now: float,
+) -> None:
+    details = {"filename": upload.filename, "purpose": upload.purpose, "bytes": upload.num_bytes}
+    audit.note(session, type, now=now, object_id=upload.id, project_id=upload.project_id, details=details)
 
 
 def _open(session: Session, project_id: str, upload_id: str, *, lock: bool = False) -> Upload:

@@ -7,12 +7,14 @@ import math
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from catalog import audit
+from catalog.audit import AuditType
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller, lasting_operators
 from catalog.pages import Page, paginate
 from catalog.spec import LABEL
-from catalog.tables import Project, new_id
+from catalog.tables import Json, Project, new_id
 
 
 def ensure(db: Database, name: str = "default") -> Project:
@@ -72,6 +74,7 @@ def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
         other = _named(session, name)
         if other is not None and other.id != row.id:
             raise _taken(name)
+        _note(session, "project.updated", row, now=read_clock(session), details={"name": name, "was": row.name})
         row.name = name
         return row
 
@@ -94,6 +97,7 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
                     "--project OTHER.",
                 )
             row.archived_at = now
+            _note(session, "project.archived", row, now=now)
         return row
 
 
@@ -101,7 +105,9 @@ def restore(db: Database, *, caller: Caller, project: str) -> Project:
     """Its keys open it again."""
     with db.write() as session:
         row = find(session, caller=caller, project=project)
-        row.archived_at = None
+        if row.archived_at is not None:
+            row.archived_at = None
+            _note(session, "project.restored", row, now=read_clock(session))
         return row
 
 
@@ -119,9 +125,14 @@ def _named(session: Session, name: str) -> Project | None:
 
 
 def _add(session: Session, name: str) -> Project:
-    row = Project(id=new_id("proj"), name=name, created_at=read_clock(session))
+    row = Project(id=new_id("proj"), name=name, created_at=read_clock(session), created_by=audit.actor_id())
     session.add(row)
+    _note(session, "project.created", row, now=row.created_at, details={"name": name})
     return row
+
+
+def _note(session: Session, type: AuditType, row: Project, *, now: float, details: Json | None = None) -> None:  # noqa: A002
+    audit.note(session, type, now=now, object_id=row.id, project_id=row.id, details=details)
 
 
 def _taken(name: str) -> Conflict:
@@ -154,5 +165,6 @@ def weigh(db: Database, *, caller: Caller, project: str, weight: float) -> Proje
         )
     with db.write() as session:
         row = find(session, caller=caller, project=project)
+        _note(session, "project.updated", row, now=read_clock(session), details={"weight": weight, "was": row.weight})
         row.weight = weight
         return row

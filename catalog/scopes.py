@@ -14,6 +14,7 @@ Scope = Literal[
     "adapters:write",
     "keys:read",
     "keys:write",
+    "audit:read",
     "models:write",
     "projects:write",
 ]

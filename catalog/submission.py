@@ -10,7 +10,7 @@ from typing import get_args
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import bases, continuing, evaluations, events, files, fleet, linears, memory
+from catalog import audit, bases, continuing, evaluations, events, files, fleet, linears, memory
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.db import Database, read_clock, serialise
@@ -157,6 +157,8 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     session.add(job)
     session.flush()
     move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
+    told = {"model": job.base_model, "training_file": training.id, "method": request.method_type}
+    audit.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
     for warning in _surprises(request, spec, training, validation):
         events.add(session, job.id, now=now, level="warn", message=warning)
     return job

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         ServerFailed,
         WaitTimeout,
     )
-    from lorry.models import Adapter, ApiKey, File, Job, JobEvent, JobUpdate, Model, Project
+    from lorry.models import Adapter, ApiKey, AuditEvent, File, Job, JobEvent, JobUpdate, Model, Project
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "APIError",
     "Adapter",
     "ApiKey",
+    "AuditEvent",
     "AuthenticationFailed",
     "BadDownload",
     "Conflict",

@@ -12,6 +12,7 @@ import httpx
 
 from lorry import connection
 from lorry.resources.adapters import Adapters
+from lorry.resources.audit import Audit
 from lorry.resources.files import Files
 from lorry.resources.fleet import Queue, Workers
 from lorry.resources.jobs import Jobs
@@ -48,6 +49,7 @@ class Lorry:
         self.workers = Workers(self._transport)
         self.keys = Keys(self._transport)
         self.projects = Projects(self._transport)
+        self.audit = Audit(self._transport)
         self.sign_in_links = SignInLinks(self._transport)
 
     @property

@@ -281,6 +281,8 @@ class ApiKey(View):
     scopes: list[str] = field(default_factory=list[str])
     is_operator: bool = False
     created_at: int = 0
+    created_by: str | None = None
+    """The key that made it."""
     expires_at: int | None = None
     last_used_at: int | None = None
     revoked_at: int | None = None
@@ -301,7 +303,49 @@ class Project(View):
     weight: float = 1.0
     """Its part of the devices, beside those of others whose jobs wait."""
     created_at: int = 0
+    created_by: str | None = None
     archived_at: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditEvent(View):
+    """Who changed what. `link`, `previous` and `digest` are its place in the chain, once it is sealed."""
+
+    id: str = ""
+    type: str = ""
+    effective_at: float = 0.0
+    actor: dict[str, Any] = field(default_factory=dict[str, Any])
+    """type: api_key, browser or server; id and name of the key."""
+    project_id: str | None = None
+    object_id: str | None = None
+    request_id: str | None = None
+    address: str | None = None
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+    link: int | None = None
+    previous: str | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditMisfit(View):
+    """Where the chain breaks. fault: changed, missing or misplaced."""
+
+    link: int = 0
+    id: str | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditVerification(View):
+    """What looking at the chain found."""
+
+    is_sound: bool = False
+    num_events: int = 0
+    last_link: int = 0
+    last_digest: str = ""
+    has_more: bool = False
+    misfit: AuditMisfit | None = field(default=None, metadata={"view": AuditMisfit})
+    num_unsealed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ CONNECT_SECONDS = 5.0
 READ_SECONDS = 120.0
 _LONGEST_ERROR_BODY = 64 * 2**10
 
-Params = Mapping[str, str | int | bool | None]
+Params = Mapping[str, str | int | float | bool | list[str] | None]
+"""A list is sent as one parameter for each item."""
 
 
 class Transport:
@@ -151,7 +152,7 @@ def _is_refusal(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _given(params: Params | None) -> dict[str, str | int | bool]:
+def _given(params: Params | None) -> dict[str, str | int | float | bool | list[str]]:
     return {name: value for name, value in (params or {}).items() if value is not None}
 
 

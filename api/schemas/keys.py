@@ -24,6 +24,7 @@ _EXAMPLE: dict[str, Any] = {
     "scopes": ["files:write", "jobs:read", "jobs:write"],
     "is_operator": False,
     "created_at": 1790000000,
+    "created_by": "key-0c9d8e7f6a5b4c3d2e1f0a9b",
     "expires_at": 1797776000,
     "last_used_at": 1790003600,
     "revoked_at": None,
@@ -91,6 +92,7 @@ class ApiKeyObject(BaseModel):
     scopes: list[str] = Field(description="What it may do.")
     is_operator: bool
     created_at: int
+    created_by: str | None = Field(description="The key that made it; null: a command on the server itself.")
     expires_at: int | None
     last_used_at: int | None = Field(description="To the minute.")
     revoked_at: int | None
@@ -127,6 +129,7 @@ def _fields(row: ApiKey, now: float) -> dict[str, Any]:
         "scopes": sorted(held(row.scopes, is_operator=row.is_operator)),
         "is_operator": row.is_operator,
         "created_at": int(row.created_at),
+        "created_by": row.created_by,
         "expires_at": _second(row.expires_at),
         "last_used_at": _second(row.last_used_at),
         "revoked_at": _second(row.revoked_at),

@@ -15,6 +15,7 @@ _EXAMPLE: dict[str, Any] = {
     "status": "active",
     "weight": 1.0,
     "created_at": 1790000000,
+    "created_by": "key-0c9d8e7f6a5b4c3d2e1f0a9b",
     "archived_at": None,
 }
 
@@ -43,6 +44,7 @@ class ProjectObject(BaseModel):
     status: Literal["active", "archived"] = Field(description="archived: its keys open nothing.")
     weight: float = Field(description="Its part of the devices, beside those of others whose jobs wait.")
     created_at: int
+    created_by: str | None = Field(description="The key that made it; null: a command on the server itself.")
     archived_at: int | None
 
 
@@ -53,5 +55,6 @@ def project_object(row: Project) -> ProjectObject:
         status="active" if row.archived_at is None else "archived",
         weight=row.weight,
         created_at=int(row.created_at),
+        created_by=row.created_by,
         archived_at=None if row.archived_at is None else int(row.archived_at),
     )

@@ -3,6 +3,7 @@
 Migrations under migrations/ must agree with these files: `alembic check` says so in CI.
 """
 
+from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tables.fleet import Pulse, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, Metric
 from catalog.tables.jobs import IdempotencyKey, Job
@@ -17,6 +18,8 @@ __all__ = [
     "ApiKey",
     "Artifact",
     "Attempt",
+    "AuditEvent",
+    "AuditHead",
     "BaseModelRow",
     "Checkpoint",
     "File",

@@ -15,6 +15,8 @@ class Project(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
+    created_by: Mapped[str | None]
+    """The key; None where it was made on the server itself."""
     archived_at: Mapped[float | None]
     """Since then its keys open nothing. All that it has stays."""
     weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
@@ -49,6 +51,8 @@ class ApiKey(Table):
     ending: Mapped[str | None]
     """The last characters of the key, to tell it from others by; unknown of the oldest ones."""
     created_at: Mapped[float]
+    created_by: Mapped[str | None]
+    """The key; None where it was made on the server itself."""
     last_used_at: Mapped[float | None]
     expires_at: Mapped[float | None]
     revoked_at: Mapped[float | None]

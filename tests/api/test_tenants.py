@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import claims
+from catalog import audit_chain, claims
 from catalog.db import Database
 from catalog.tables import Table, UploadPart
 from tests.api.site import chat_lines
@@ -26,7 +26,9 @@ from tests.api.trained import BASE, trained
 from tests.catalog.world import World, manifest
 
 ABSENT = "0" * 24
-SHARED = frozenset({"get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers"})
+SHARED = frozenset(
+    {"get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers", "verify_audit_events"}
+)
 """What they answer is of no project."""
 NAMELESS = frozenset(
     {
@@ -103,6 +105,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     client.post(f"/v1/uploads/{upload_id}/parts", files={"data": ("a", b"x")})
     with world.db.write() as session:
         session.execute(update(UploadPart).values(id=PART))
+    audit_chain.seal(world.db)
     name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
     stem = adapter.name.rpartition(":")[0]
     named = Pair(ours=adapter.name, absent=f"{stem}:{'0' * 8}")

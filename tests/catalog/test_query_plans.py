@@ -14,6 +14,8 @@ from sqlalchemy import event, insert, select
 from catalog import (
     adapters,
     artifact_rows,
+    audit,
+    audit_chain,
     claims,
     fleet,
     issuing,
@@ -29,6 +31,8 @@ from catalog import (
 )
 from catalog import files as catalog_files
 from catalog.artifacts.store import Blob
+from catalog.audit import Filters
+from catalog.callers import Caller
 from catalog.db import Database
 from catalog.settings import Settings
 from catalog.tables import (
@@ -36,6 +40,7 @@ from catalog.tables import (
     ApiKey,
     Artifact,
     Attempt,
+    AuditEvent,
     Checkpoint,
     File,
     Job,
@@ -49,6 +54,8 @@ from catalog.tables import (
 from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest, sha
 
 ONE = replace(WIDE, max_jobs=1)
+FAR = 10_000
+"""Beyond the places in the chain that the test itself comes to."""
 MANY = 2000
 """Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
 Changes = Callable[[str], dict[str, Any]]
@@ -64,6 +71,7 @@ COPIED: dict[type[Table], Changes] = {
     Checkpoint: lambda n: {"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     Upload: lambda n: {"id": f"upload-{n}"},
+    AuditEvent: lambda n: {"id": f"audit-{n}", "link": int(n) + FAR, "project_id": f"proj-{n}", "actor_id": f"key-{n}"},
     UploadPart: lambda n: {"id": f"part-{n}", "upload_id": f"upload-{n}"},
 }
 """What differs in the copies of one row of each table that grows."""
@@ -145,7 +153,7 @@ def _fill(db: Database) -> None:
     with db.write() as session:
         connection = session.connection()
         for table, changes in COPIED.items():
-            columns = [column for column in table.__table__.columns if column.name != "seq"]
+            columns = [column for column in table.__table__.columns if column.name != "seq"]  # numbered by itself
             one = connection.execute(select(*columns)).mappings().first()
             assert one is not None, table
             connection.execute(insert(table), [{**one, **changes(f"{number:05}")} for number in range(MANY)])
@@ -205,6 +213,15 @@ ACTS: dict[str, Act] = {
     "leases after an outage": lambda w, _: (w.clock.turn(10 * LEASE), recovery.expire(w.db, grace_seconds=LEASE)),
     "a worker that left": lambda w, _: workers.end_worker(w.db, "w2"),
     "a worker that is lost": lambda w, _: workers.declare_lost(w.db, "w1"),
+    "a page of the audit log": lambda w, _: audit.list_page(w.db, caller=w.caller, filters=Filters()),
+    "a page of all of it": lambda w, _: audit.list_page(w.db, caller=_operator(w), filters=Filters(since=1.0)),
+    "what a key did": lambda w, _: audit.list_page(w.db, caller=_operator(w), filters=Filters(actor_ids=["key-00007"])),
+    "what was cancelled": lambda w, _: audit.list_page(
+        w.db, caller=_operator(w), filters=Filters(types=["job.cancelled"])
+    ),
+    "whether the log is whole": lambda w, _: audit_chain.check(w.db, after=FAR + 9, limit=5),
+    "sealing": lambda w, _: audit_chain.seal(w.db),
+    "a second sealing": lambda w, _: audit_chain.seal(w.db),
     "files that are let go": lambda w, _: _hide(w),
     "a repeated submission": lambda w, _: (
         w.clock.turn(3600),
@@ -215,6 +232,10 @@ ACTS: dict[str, Act] = {
 
 def _new_secret(world: World) -> str:
     return keys.create(world.db, project_id=world.caller.project_id, name="new", pepper=PEPPER)[1]
+
+
+def _operator(world: World) -> Caller:
+    return replace(world.caller, is_operator=True)
 
 
 def _hide(world: World) -> None:

@@ -1,0 +1,85 @@
+"""/v1/audit_events: who changed what; for operators also the whole chain, to look at anew and to keep elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from starlette.responses import StreamingResponse
+
+from api.auth import Operator, Signed
+from api.deps import After, Limit, Use
+from api.routes import SIGNED, errors
+from api.schemas.audit import AuditEventObject, AuditVerification, audit_event_object, verification
+from api.schemas.pages import ListPage, page_of
+from catalog import audit, audit_chain
+from catalog.audit import AuditType, Filters
+from catalog.db import Database
+
+router = APIRouter(prefix="/v1/audit_events", tags=["audit log"], responses={**SIGNED, **errors(403)})
+MOST_NAMED = 50
+LAST_SECOND = 253402300799
+Ids = list[Annotated[str, Query(max_length=64)]]
+Types = Annotated[list[AuditType] | None, Query(alias="event_types[]", max_length=MOST_NAMED)]
+Actors = Annotated[Ids | None, Query(alias="actor_ids[]", max_length=MOST_NAMED, description="Ids of API keys.")]
+Projects = Annotated[Ids | None, Query(alias="project_ids[]", max_length=MOST_NAMED)]
+Moment = float | None
+
+
+@router.get("", operation_id="list_audit_events")
+def list_audit_events(
+    use: Use,
+    caller: Signed,
+    *,
+    after: After = None,
+    limit: Limit = 20,
+    event_types: Types = None,
+    actor_ids: Actors = None,
+    project_ids: Projects = None,
+    gt: Annotated[Moment, Query(alias="effective_at[gt]", ge=0, le=LAST_SECOND)] = None,
+    gte: Annotated[Moment, Query(alias="effective_at[gte]", ge=0, le=LAST_SECOND)] = None,
+    lt: Annotated[Moment, Query(alias="effective_at[lt]", ge=0, le=LAST_SECOND)] = None,
+    lte: Annotated[Moment, Query(alias="effective_at[lte]", ge=0, le=LAST_SECOND)] = None,
+) -> ListPage[AuditEventObject]:
+    """Newest first: your project's, and for operators everybody's."""
+    filters = Filters(
+        types=event_types or (),
+        actor_ids=actor_ids or (),
+        project_ids=project_ids or (),
+        after=gt,
+        since=gte,
+        before=lt,
+        until=lte,
+    )
+    page = audit.list_page(use.db, caller=caller, filters=filters, after=after, limit=limit)
+    return page_of([audit_event_object(event) for event in page.items], has_more=page.has_more)
+
+
+@router.get("/verify", operation_id="verify_audit_events")
+def verify_audit_events(
+    use: Use,
+    _caller: Operator,
+    after: Annotated[int, Query(ge=0, le=2**53, description="A place in the chain.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=audit_chain.CHECKED_AT_ONCE)] = audit_chain.CHECKED_AT_ONCE,
+) -> AuditVerification:
+    """For operators: compute the digests behind `after` anew, some thousands at a time."""
+    return verification(audit_chain.check(use.db, after=after, limit=limit))
+
+
+@router.get(
+    "/export",
+    operation_id="export_audit_events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/jsonl": {}}, "description": "An event a line, in the chain's order."}},
+)
+def export_audit_events(use: Use, _caller: Operator) -> StreamingResponse:
+    """For operators: every sealed event, as a file whose chain can be looked at without this service."""
+    headers = {"content-disposition": 'attachment; filename="audit.jsonl"'}
+    return StreamingResponse(_lines(use.db), media_type="application/jsonl", headers=headers)
+
+
+def _lines(db: Database) -> Iterator[bytes]:
+    for told in audit_chain.lines(db):
+        yield json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

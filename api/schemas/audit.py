@@ -1,0 +1,106 @@
+"""The audit log."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.audit import ActorType
+from catalog.audit_chain import Checked, Fault, content
+from catalog.tables import AuditEvent
+
+_EXAMPLE: dict[str, Any] = {
+    "object": "audit_event",
+    "id": "audit-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "type": "job.cancelled",
+    "effective_at": 1790000000.25,
+    "actor": {"type": "api_key", "id": "key-5b7d1c0e9f3a4c2b8d6e7f01", "name": "ci"},
+    "project_id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "object_id": "ftjob-9a1e4f5a6b7c8d9e3f2b8c9d",
+    "request_id": "req_0a1e4f5a6b7c8d9e3f2b8c9d",
+    "address": "192.0.2.7",
+    "details": {"from": "running"},
+    "link": 42,
+    "previous": "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+    "digest": "b1ac6b4b2a5a5e1d9e7c66a3f4f1f8e0a5f8d8f2a9a2d8d3b0d6f1b6a7c5e4d3",
+}
+
+
+class AuditActor(BaseModel):
+    """Who did it."""
+
+    type: ActorType = Field(description="server: a command on the machine itself, which came over no API.")
+    id: str | None = Field(description="The API key; of a browser the one that signed it in.")
+    name: str | None
+
+
+class AuditEventObject(BaseModel):
+    """One change. It never changes itself; `link`, `previous` and `digest` are null until it is sealed."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
+    object: Literal["audit_event"] = "audit_event"
+    id: str
+    type: str
+    effective_at: float = Field(description="Seconds since 1970, with their fraction: the digest covers them so.")
+    actor: AuditActor
+    project_id: str | None = Field(description="null: of no project, such as a base model.")
+    object_id: str | None = Field(description="What was changed.")
+    request_id: str | None = Field(description="The x-request-id of the answer.")
+    address: str | None = Field(description="Who was connected; before a reverse proxy, the proxy.")
+    details: dict[str, Any]
+    link: int | None = Field(description="Its place in the chain, from 1.")
+    previous: str | None = Field(description="Digest of the event before.")
+    digest: str | None = Field(description="sha256 of the RFC 8785 form of the rest, without what is null.")
+
+
+class AuditMisfit(BaseModel):
+    """Where the chain breaks."""
+
+    link: int
+    id: str | None
+    fault: Fault
+
+
+class AuditVerification(BaseModel):
+    """What a look at a part of the chain found. Go on with `after` = `last_link` while `has_more`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "audit_verification",
+                "is_sound": True,
+                "num_events": 42,
+                "last_link": 42,
+                "last_digest": _EXAMPLE["digest"],
+                "has_more": False,
+                "misfit": None,
+                "num_unsealed": 0,
+            }
+        }
+    )
+    object: Literal["audit_verification"] = "audit_verification"
+    is_sound: bool
+    num_events: int = Field(description="Whose digests were computed anew, and fit.")
+    last_link: int = Field(description="The last of those. Note it with its digest elsewhere, to compare with later.")
+    last_digest: str
+    has_more: bool
+    misfit: AuditMisfit | None = Field(description="The first event that doesn't fit; its id is null where it is gone.")
+    num_unsealed: int = Field(description="Written lately, and not in the chain yet.")
+
+
+def audit_event_object(event: AuditEvent) -> AuditEventObject:
+    return AuditEventObject.model_validate({**content(event), "digest": event.digest})
+
+
+def verification(found: Checked) -> AuditVerification:
+    misfit = found.misfit
+    return AuditVerification(
+        is_sound=misfit is None,
+        num_events=found.num_events,
+        last_link=found.last_link,
+        last_digest=found.last_digest,
+        has_more=found.has_more,
+        misfit=misfit and AuditMisfit(link=misfit.link, id=misfit.id, fault=misfit.fault),
+        num_unsealed=found.num_unsealed,
+    )

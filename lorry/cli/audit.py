@@ -1,0 +1,145 @@
+"""`lorry audit`: who changed what, and whether the log of it is whole."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorry.cli import output
+from lorry.cli.app import EXIT_REFUSED, client, group
+from lorry.cli.keys import seconds
+from lorry.cli.output import AsJson
+from lorry.cli.tables import Column, table
+
+if TYPE_CHECKING:
+    from lorry.models import AuditEvent, AuditVerification
+
+app = group("The audit log: who changed what.")
+
+
+@app.command("list")
+def list_(
+    *,
+    kind: Annotated[
+        list[str] | None, typer.Option("--type", help="Such as job.cancelled; may be repeated.", metavar="TYPE")
+    ] = None,
+    actor: Annotated[list[str] | None, typer.Option(help="Id of a key; may be repeated.")] = None,
+    project: Annotated[list[str] | None, typer.Option(help="Id of a project; may be repeated.")] = None,
+    since: Annotated[int | None, typer.Option(help="How far back: 12h, 30d. Left out: all.", parser=seconds)] = None,
+    limit: Annotated[int, typer.Option(help="How many at most.", min=1)] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """What was changed of late: of your project; for operators, of all."""
+    started = None if since is None else time.time() - since
+    found = client().audit.list(types=kind or (), actor_ids=actor or (), project_ids=project or (), since=started)
+    events = list(islice(found, limit))
+    if as_json:
+        return output.print_json([event.raw for event in events])
+    columns = (
+        Column(title="WHEN"),
+        Column(title="WHAT"),
+        Column(title="ABOUT", narrowest=16),
+        Column(title="BY", goes=1, narrowest=12),
+        Column(title="FROM", goes=3),
+        Column(title="DETAILS", goes=2, narrowest=16),
+    )
+    return table(columns, map(_row, events), empty="Nothing was changed, or not by whom and when you say.")
+
+
+@app.command()
+def verify(
+    file: Annotated[Path | None, typer.Argument(help="An exported log. Left out: the service's own.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="PLACE:DIGEST as an earlier verify printed it, which must be there still.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether every event of the log fits the one before (the service's own: an operator's key only)."""
+    noted = _head(head)
+    found = client().audit.verify(head=noted) if file is None else _of_file(file, noted)
+    if as_json:
+        output.print_json({**found.raw, "is_sound": found.is_sound, "num_events": found.num_events})
+    elif found.misfit is None:
+        output.say(f"{found.num_events} events fit; {found.num_unsealed} of late are not in the chain yet.")
+        output.console().print(f"{found.last_link}:{found.last_digest}", soft_wrap=True)
+    else:
+        output.say(_misfit_told(found))
+    if not found.is_sound:
+        raise typer.Exit(EXIT_REFUSED)
+
+
+@app.command()
+def export() -> None:
+    """Write every sealed event to stdout, one a line (an operator's key only). `lorry audit verify FILE` reads it."""
+    for event in client().audit.export():
+        sys.stdout.write(json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def _of_file(path: Path, noted: tuple[int, str] | None) -> AuditVerification:
+    from dataclasses import replace
+
+    from lorry import audit_chain
+    from lorry.models import AuditMisfit
+
+    seen: dict[int, str] = {}
+    found = audit_chain.check(_noting(_lines(path), noted, seen))
+    if noted is None or found.misfit is not None or seen.get(noted[0]) == noted[1]:
+        return found
+    fault = "changed" if noted[0] in seen else "missing"
+    return replace(found, is_sound=False, misfit=AuditMisfit(link=noted[0], fault=fault))
+
+
+def _noting(
+    events: Iterator[dict[str, Any]], noted: tuple[int, str] | None, seen: dict[int, str]
+) -> Iterator[dict[str, Any]]:
+    for event in events:
+        if noted is not None and event.get("link") == noted[0]:
+            seen[noted[0]] = str(event.get("digest"))
+        yield event
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if not isinstance(event, dict):
+                raise typer.BadParameter(f"line {number} of {path} is no event: give what `lorry audit export` wrote.")
+            yield event
+
+
+def _head(text: str | None) -> tuple[int, str] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,15}):([0-9a-f]{64})", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no place in the chain: give what `lorry audit verify` printed.")
+    return int(found[1]), found[2]
+
+
+def _misfit_told(found: AuditVerification) -> str:
+    assert found.misfit is not None
+    what = {
+        "changed": "is not what was sealed: its content or its digest was changed",
+        "missing": "is missing",
+        "misplaced": "does not follow the one before it: events were exchanged, or the end was cut off",
+    }
+    named = f" ({found.misfit.id})" if found.misfit.id else ""
+    told = what.get(found.misfit.fault, found.misfit.fault)
+    return f"Event {found.misfit.link}{named} {told}. {found.num_events} before it fit."
+
+
+def _row(event: AuditEvent) -> tuple[object, ...]:
+    by = event.actor.get("name") or event.actor.get("type")
+    details = " ".join(f"{name}={output.cell(value)}" for name, value in event.details.items() if value is not None)
+    return output.briefly(int(event.effective_at)), event.type, event.object_id, by, event.address, details

@@ -1,0 +1,104 @@
+"""`lorry audit`: the log, its chain, and an export that is looked at without the service."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from lorry import audit_chain
+from tests.lorry.scripted_server import Reply, Script
+
+Run = Callable[..., Result]
+PATH = "/v1/audit_events"
+ACTOR = {"type": "api_key", "id": "key-1", "name": "ci"}
+
+
+def _log(number: int = 4) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    for link in range(1, number + 1):
+        event: dict[str, Any] = {"object": "audit_event", "id": f"audit-{link}", "type": "job.cancelled"}
+        event |= {"effective_at": 1790000000.5, "actor": ACTOR, "object_id": f"ftjob-{link}", "address": None}
+        event |= {"details": {"from": "running"}, "link": link}
+        event["previous"] = events[-1]["digest"] if events else audit_chain.GENESIS
+        events.append({**event, "digest": audit_chain.digest_of(event)})
+    return events
+
+
+def _found(**fields: Any) -> dict[str, Any]:
+    return {"is_sound": True, "num_events": 4, "last_link": 4, "last_digest": "d" * 64, "has_more": False, **fields}
+
+
+def test_the_log_is_listed_by_who_did_what_to_what(service: Script, run: Run) -> None:
+    service.on("GET", PATH, {"data": _log(2), "has_more": False})
+
+    listed = run("audit", "list", "--type", "job.cancelled", "--type", "job.paused", "--actor", "key-1").stdout
+
+    _, first, *_ = listed.splitlines()
+    assert [word in first for word in ("job.cancelled", "ftjob-1", "ci", "from=running")] == [True] * 4
+    (asked,) = service.requests("GET", PATH)
+    assert "event_types%5B%5D=job.cancelled&event_types%5B%5D=job.paused&actor_ids%5B%5D=key-1" in asked.path
+
+
+def test_a_sound_log_is_told_with_the_place_to_note(service: Script, run: Run) -> None:
+    first, last = _found(has_more=True), _found(num_events=2, last_link=6, num_unsealed=1)
+    service.on("GET", f"{PATH}/verify", first, last)
+
+    result = run("audit", "verify")
+
+    assert result.exit_code == 0
+    assert result.stdout == f"6:{'d' * 64}\n"
+    assert "6 events fit; 1 of late are not in the chain yet." in result.stderr
+
+
+def test_the_first_event_that_does_not_fit_is_named(service: Script, run: Run) -> None:
+    misfit = {"link": 5, "id": "audit-5", "fault": "changed"}
+    service.on("GET", f"{PATH}/verify", _found(is_sound=False, misfit=misfit))
+
+    result = run("audit", "verify")
+
+    assert result.exit_code == 1
+    assert "Event 5 (audit-5) is not what was sealed" in result.stderr
+
+
+def test_a_place_that_was_noted_must_be_in_the_chain_still(service: Script, run: Run) -> None:
+    service.on("GET", f"{PATH}/verify", _found(last_link=3))
+
+    kept = run("audit", "verify", "--head", f"3:{'d' * 64}")
+    lost = run("audit", "verify", "--head", f"3:{'e' * 64}")
+    wrong = run("audit", "verify", "--head", "3")
+
+    assert (kept.exit_code, lost.exit_code, wrong.exit_code) == (0, 1, 2)
+    assert "Event 3 is not what was sealed" in lost.stderr
+
+
+@pytest.mark.parametrize("head", [None, 3])
+def test_an_export_is_looked_at_without_the_service(
+    service: Script, run: Run, tmp_path: Path, head: int | None
+) -> None:
+    log = _log()
+    lines = "".join(f"{json.dumps(event)}\n" for event in log)
+    service.on("GET", f"{PATH}/export", Reply(body=lines.encode()))
+    exported = run("audit", "export").stdout
+    (tmp_path / "audit.jsonl").write_text(exported)
+    (tmp_path / "edited.jsonl").write_text(exported.replace("ftjob-3", "ftjob-2"))
+    noted = ("--head", f"{head}:{log[head - 1]['digest']}") if head else ()
+
+    sound, edited = (run("audit", "verify", tmp_path / name, *noted) for name in ("audit.jsonl", "edited.jsonl"))
+    cut = run("audit", "verify", tmp_path / "audit.jsonl", "--head", f"9:{'e' * 64}")
+
+    assert (sound.exit_code, edited.exit_code, cut.exit_code) == (0, 1, 1)
+    assert sound.stdout == f"4:{log[3]['digest']}\n"
+    assert "Event 3 (audit-3) is not what was sealed" in edited.stderr
+    assert "Event 9 is missing" in cut.stderr
+    assert len(service.seen) == 1
+
+
+def test_what_is_no_export_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("[]\n")
+
+    assert "line 1 of" in run("audit", "verify", tmp_path / "a").stderr
