@@ -31,6 +31,7 @@ from api.routes import (
     models,
     projects,
     sign_in,
+    sweeps,
 )
 from api.routes import uploads as part_uploads
 from api.settings import ApiSettings
@@ -57,6 +58,7 @@ TAGS = [
         "description": "Data sets (checked line by line), in one piece or in parts; jobs' curves; others.",
     },
     {"name": "fine-tuning jobs", "description": "From files and a base model to an adapter."},
+    {"name": "sweeps", "description": "Several jobs that differ in stated fields, and which of them is best."},
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
     {"name": "queue and workers", "description": "What waits, what runs, and where."},
@@ -96,7 +98,7 @@ def create_app(
         telemetry=services.telemetry,
     )
     error_handlers.install(app)
-    resources = (files, part_uploads, jobs, job_history, models, adapters, fleet, projects, api_keys, audit_events)
+    resources = (files, part_uploads, jobs, job_history, sweeps, models, adapters, fleet, projects, api_keys, audit_events)
     for module in (*resources, sign_in, health):
         app.include_router(module.router)
     app.mount("/dashboard", Dashboard())

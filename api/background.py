@@ -1,5 +1,5 @@
-"""What the api does besides answering: it ends expired leases, seals the audit log, rings where something waits, and
-deletes what nothing names any more."""
+"""What the api does besides answering: it ends expired leases, advances sweeps, seals the audit log, rings where
+something waits, and deletes what nothing names any more."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from api.deps import Services
 from catalog import audit_chain, queue, recovery
 from catalog.cleaning import clean
 from catalog.errors import LorryError
+from catalog.sweeps import controller
 
 log = logging.getLogger("lorry.api")
 
 FIRST_CLEANING_SECONDS = 600.0
 CLEANING_SECONDS = 24 * 3600.0
+MAX_STEPS = 20
+"""Of sweeps, in one look."""
 
 
 async def keep_order(services: Services) -> None:
@@ -39,6 +42,9 @@ def look_once(services: Services) -> None:
         num_ended = recovery.expire(services.db, grace_seconds=services.settings.lease_seconds)
         if num_ended:
             log.warning("recovered jobs=%d", num_ended)
+        for _ in range(MAX_STEPS):
+            if not controller.advance(services.db):
+                break
         audit_chain.seal(services.db)
         if queue.has_work(services.db):
             services.doorbell.ring()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from api.schemas.jobs import FineTuningJob, job_object
 from catalog import adapters, jobs
 from catalog.db import Database
+from catalog.sweeps import reading
 from catalog.tables import Job
 
 
@@ -14,6 +15,13 @@ def job_objects(db: Database, rows: Sequence[Job]) -> list[FineTuningJob]:
     """In the order of `rows`."""
     adapter_ids = adapters.ids_by_job(db, [row.id for row in rows if row.adapter_name])
     seconds = jobs.seconds_running(db, [row.id for row in rows if row.attempt])
+    trials = reading.trials_by_job(db, [row.id for row in rows if row.sweep_id])
     return [
-        job_object(row, adapter_id=adapter_ids.get(row.id), seconds_running=seconds.get(row.id, 0.0)) for row in rows
+        job_object(
+            row,
+            adapter_id=adapter_ids.get(row.id),
+            seconds_running=seconds.get(row.id, 0.0),
+            trial=trials.get(row.id),
+        )
+        for row in rows
     ]

@@ -14,7 +14,7 @@ from catalog.db import Database, read_clock
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
 from catalog.states import UNFINISHED_STATES
-from catalog.tables import Adapter, Artifact, Checkpoint, Job
+from catalog.tables import Adapter, Artifact, Checkpoint, Job, Sweep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +58,9 @@ def list_all(db: Database, *, project_id: str) -> list[Adapter]:
 
 
 def get(db: Database, *, project_id: str, name: str) -> AdapterView:
-    """By id or by name. Raises NotFound."""
+    """By id or by name, or by the id of a sweep that has ended: its best. Raises NotFound."""
     with db.read() as session:
-        return _view(session, _find(session, project_id, name))
+        return _view(session, _find(session, project_id, _named(session, project_id, name)))
 
 
 def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = False) -> Adapter:
@@ -126,6 +126,18 @@ def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
         made = select(Adapter).join(Job, Job.id == Adapter.job_id).where(Job.parent_adapter == parent.id)
         kept = made.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
         return list(session.scalars(kept.order_by(Adapter.created_at, Adapter.id)))
+
+
+def _named(session: Session, project_id: str, name: str) -> str:
+    """The adapter's own name, of a sweep's that of its best trial."""
+    if not name.startswith("sweep-"):
+        return name
+    mine = select(Adapter.id).join(Sweep, Sweep.best_job == Adapter.job_id)
+    found = session.scalar(mine.where(Sweep.id == name, Sweep.project_id == project_id, Adapter.deleted_at.is_(None)))
+    if found is None:
+        remedy = "A sweep has one once all its trials have ended and one has succeeded: GET /v1/sweeps/{id} tells."
+        raise NotFound("adapter", name, remedy=remedy)
+    return found
 
 
 def _find(session: Session, project_id: str, name: str, *, lock: bool = False, even_deleted: bool = False) -> Adapter:

@@ -41,6 +41,10 @@ AuditType = Literal[
     "job.cancelled",
     "job.paused",
     "job.resumed",
+    "sweep.created",
+    "sweep.cancelled",
+    "sweep.closed",
+    "trial.stopped",
     "adapter.deleted",
 ]
 AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)

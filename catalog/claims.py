@@ -24,6 +24,7 @@ from catalog.preparation import Unprepared, next_unprepared, prepared, refused, 
 from catalog.records import (
     Course,
     distrust_checkpoint,
+    held_out_point,
     record_checkpoint,
     record_course,
     record_event,
@@ -35,6 +36,7 @@ from catalog.scheduling.decide import Decision, Nothing, decide
 from catalog.scheduling.packs import Choice
 from catalog.scheduling.picture import USUAL, Policy, Room
 from catalog.states import EndReason, JobState, Verb
+from catalog.sweeps import observing
 from catalog.tables import Adapter, Attempt, Checkpoint, Job, Json, Project, Worker, new_id
 from catalog.workers import WorkerOrders, end_trainer, end_worker, register_trainer, register_worker, worker_beat
 
@@ -221,6 +223,7 @@ def complete(
         usage.charge_end(session, job, now=now)
         close_attempt(session, job, reason=EndReason.COMPLETED, detail=course.stopped_early, now=now)
         record_course(session, job, course, now=now)
+        observing.completed(session, job, held_out_point(session, job, course.kept_step))
         result_files.record(session, job, curves, now=now)
         job.adapter_name, job.trained_tokens, job.error = adapter.name, trained_tokens, None
         message = f"New fine-tuned model created: {adapter.name}"

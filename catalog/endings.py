@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from catalog.moves import move
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
+from catalog.sweeps.observing import ended_for
 from catalog.tables import Attempt, Job, Json
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
@@ -44,7 +45,7 @@ def decide(reason: EndReason, *, cancel_requested: bool, pause_requested: bool, 
 
 def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
     """What a person asked for, where this ending leaves the choice."""
-    if reason is EndReason.CANCELLED_BY_USER:
+    if reason in (EndReason.CANCELLED_BY_USER, EndReason.PRUNED):
         return Verb.OBEY_CANCEL
     is_pause = reason is EndReason.PAUSED_BY_USER
     if not is_pause and not ENDINGS[reason].retryable:
@@ -61,6 +62,7 @@ def end_attempt(
 ) -> JobState:
     """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion."""
     assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
+    reason = ended_for(session, job, reason)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
     verdict = decide(
         reason,
@@ -114,7 +116,7 @@ def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str) -> str:
         case Verb.FAIL:
             return f"The job failed. {(job.error or {}).get('message', why)}"
         case Verb.OBEY_CANCEL:
-            return "The job was cancelled."
+            return "The trial was stopped." if reason is EndReason.PRUNED else "The job was cancelled."
         case Verb.OBEY_PAUSE:
             return "The job was paused; its last checkpoint is kept."
         case Verb.RELEASE:

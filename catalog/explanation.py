@@ -17,6 +17,7 @@ from catalog.scheduling.turns import Turn
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
 from catalog.submission import INSTALL_QUANT
+from catalog.sweeps.observing import trial_of
 from catalog.tables import Attempt, Job, Json
 
 MAX_NAMED = 20
@@ -44,7 +45,19 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
                 sentence, facts = f"It failed. {error.get('message', '')}".strip(), {"error": error}
             case JobState.CANCELLED:
                 sentence, facts = "It was cancelled.", {}
-        return {"job_id": job.id, "state": job.state, "reason": job.reason, "explanation": sentence, **facts}
+        trial, told = _as_a_trial(session, job)
+        told = f"{sentence} {told}" if told else sentence
+        where = {"job_id": job.id, "state": job.state, "reason": job.reason}
+        return {**where, "explanation": told, "sweep": trial, **facts}
+
+
+def _as_a_trial(session: Session, job: Job) -> tuple[Json | None, str]:
+    trial = trial_of(session, job)
+    if trial is None:
+        return None, ""
+    facts: Json = {"id": trial.sweep_id, "trial": trial.number, "parameters": trial.parameters}
+    stopped = f", and was stopped: {trial.stopped[0].lower()}{trial.stopped[1:]}" if trial.stopped else ""
+    return {**facts, "stopped": trial.stopped}, f"It is trial {trial.number} of the sweep {trial.sweep_id}{stopped}."
 
 
 def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sqlalchemy import ColumnElement, and_, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from catalog import audit, datasets
 from catalog.artifacts.store import ArtifactStore, Blob
@@ -22,7 +22,7 @@ from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavail
 from catalog.pages import Order, Page, paginate
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, UNFINISHED_STATES
-from catalog.tables import File, Job, Json, new_id
+from catalog.tables import File, Job, Json, Sweep, new_id
 
 DATASET = "fine-tune"
 """Purpose of a training or validation file: only these are checked, and only these can be trained on."""
@@ -167,12 +167,10 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
             .limit(1)
         )
         if user is not None:
-            raise Conflict(
-                f"The file {file_id} is used by the job {user}, which has not ended.",
-                code="file_in_use",
-                remedy="Wait until the job ends, or cancel it; then delete the file.",
-                param="file_id",
-            )
+            raise _in_use(file_id, f"job {user}")
+        sweep = session.scalar(select(Sweep.id).where(_makes_trials(), _of_sweep(file_id)).limit(1))
+        if sweep is not None:
+            raise _in_use(file_id, f"sweep {sweep}")
         file.deleted_at = now = read_clock(session)
         _note(session, "file.deleted", file, now=now, details={"filename": file.filename})
     return file
@@ -200,10 +198,29 @@ def is_visible(now: float) -> ColumnElement[bool]:
 
 
 def is_read() -> ColumnElement[bool]:
-    """A job that has not ended reads the file."""
+    """A job that has not ended reads the file, or one that a sweep is still to make will."""
     ended = [state.value for state in FINAL_STATES]
     reads_it = or_(Job.training_file == File.id, Job.validation_file == File.id)
-    return select(Job.id).where(reads_it, Job.state.not_in(ended)).exists()
+    of_a_job = select(Job.id).where(reads_it, Job.state.not_in(ended)).exists()
+    return or_(of_a_job, select(Sweep.id).where(_makes_trials(), _of_sweep(File.id)).exists())
+
+
+def _makes_trials() -> ColumnElement[bool]:
+    return and_(Sweep.finished_at.is_(None), Sweep.is_closed.is_(False), Sweep.num_created < Sweep.num_trials)
+
+
+def _of_sweep(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    return or_(Sweep.training_file == file_id, Sweep.validation_file == file_id)
+
+
+def _in_use(file_id: str, user: str) -> Conflict:
+    what = user.partition(" ")[0]
+    return Conflict(
+        f"The file {file_id} is used by the {user}, which has not ended.",
+        code="file_in_use",
+        remedy=f"Wait until the {what} ends, or cancel it; then delete the file.",
+        param="file_id",
+    )
 
 
 def has_expired(file: File, *, now: float) -> bool:

@@ -52,6 +52,7 @@ __all__ = [
     "points_at",
     "resume",
     "seconds_running",
+    "stop",
 ]
 
 SCAN_ROWS = 500
@@ -77,6 +78,14 @@ CANCEL = Stop(
     flag="cancel_requested",
     done="The job was cancelled.",
     asked="Cancellation was requested; the worker stops the job.",
+)
+PRUNE = Stop(
+    verb=Verb.CANCEL,
+    audited="trial.stopped",
+    reason=EndReason.PRUNED,
+    flag="cancel_requested",
+    done="The trial was stopped.",
+    asked="The trial is to stop; the worker ends it.",
 )
 PAUSE = Stop(
     verb=Verb.PAUSE,
@@ -124,7 +133,7 @@ def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         if not (is_client_retry and job.state == JobState.CANCELLED):
-            _stop(session, job, CANCEL)
+            stop(session, job, CANCEL)
         return job
 
 
@@ -139,7 +148,7 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
                 remedy="It can't be paused any more. Create a new job to train again.",
             )
         if job.state != JobState.PAUSED:
-            _stop(session, job, PAUSE)
+            stop(session, job, PAUSE)
         return job
 
 
@@ -176,19 +185,19 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         return job
 
 
-def _stop(session: Session, job: Job, stop: Stop) -> None:
+def stop(session: Session, job: Job, wish: Stop) -> None:
     """At once where no worker trains the job; else its worker is asked, once. Raises Conflict where it has ended."""
     now = read_clock(session)
     if job.state in FINAL_STATES:
         raise _already_final(job)
-    if job.state == JobState.RUNNING and getattr(job, stop.flag):
+    if job.state == JobState.RUNNING and getattr(job, wish.flag):
         return
-    _note(session, stop.audited, job, now=now)
+    _note(session, wish.audited, job, now=now)
     if job.state != JobState.RUNNING:
-        move(session, job, stop.verb, now=now, message=stop.done, reason=stop.reason)
+        move(session, job, wish.verb, now=now, message=wish.done, reason=wish.reason)
     else:
-        setattr(job, stop.flag, True)
-        events.add(session, job.id, now=now, message=stop.asked)
+        setattr(job, wish.flag, True)
+        events.add(session, job.id, now=now, message=wish.asked)
 
 
 def _note(session: Session, type: AuditType, job: Job, *, now: float) -> None:  # noqa: A002

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from catalog import events
 from catalog.errors import Conflict
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
+from catalog.sweeps import observing
 from catalog.tables import Job
 
 
@@ -42,6 +43,7 @@ def move(
         job.finished_at = now
     data = {"from": before, "to": after, "verb": verb, "reason": reason}
     events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
+    observing.moved(session, job, now=now)
     return after
 
 

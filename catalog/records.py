@@ -14,6 +14,7 @@ from catalog import artifact_rows, events
 from catalog.artifacts.manifest import Manifest
 from catalog.db import Database, read_clock, upsert
 from catalog.fencing import hold
+from catalog.sweeps import observing
 from catalog.tables import Checkpoint, Job, Json, Metric, new_id
 
 KEPT_CHECKPOINTS = 2
@@ -59,12 +60,13 @@ def record_progress(db: Database, claim_id: str, progress: Json) -> None:
         job.progress = {**evaluated, **progress}
 
 
-def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> None:
+def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:
     """Points of the curves: kind (train, valid), step, loss, and where known token_accuracy, learning_rate,
     grad_norm, num_tokens, rewards (chosen, rejected, margin, accuracy). A replayed step overwrites. A point whose
     loss is not finite is left out.
 
-    One event of type `metrics` is written for the last point of each kind.
+    One event of type `metrics` is written for the last point of each kind. True where the job is to stop, as a trial
+    that its sweep is better without; the next heartbeats say so too.
     """
     with db.write() as session:
         job = hold(session, claim_id)
@@ -76,6 +78,7 @@ def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> None:
             _show_evaluation(session, job, evaluations[-1]["loss"])
         for row in {row["kind"]: row for row in rows}.values():
             _tell(session, job, row, now=now)
+        return observing.observe(session, job, rows, now=now)
 
 
 def record_checkpoint(db: Database, claim_id: str, *, step: int, artifact: Manifest) -> list[str]:
@@ -122,6 +125,15 @@ def record_course(session: Session, job: Job, course: Course, *, now: float) -> 
     kept = select(Metric.loss).where(Metric.job_id == job.id, Metric.kind == "valid", Metric.step == course.kept_step)
     progress["kept_valid_loss"] = session.scalar(kept)
     job.progress = {**(job.progress or {}), **progress, "seconds_left": 0.0}
+
+
+def held_out_point(session: Session, job: Job, step: int) -> Json | None:
+    """What was measured on held-out data at this step."""
+    point = session.get(Metric, (job.id, "valid", step))
+    if point is None:
+        return None
+    told = {"kind": "valid", "step": point.step, "loss": point.loss}
+    return {**told, "token_accuracy": point.token_accuracy, "rewards": point.rewards}
 
 
 def resumable(session: Session, job_id: str) -> tuple[Checkpoint, ...]:

@@ -25,7 +25,7 @@ class JobState(StrEnum):
     FAILED = "failed"
     """Ended for the reason on its record."""
     CANCELLED = "cancelled"
-    """Ended by a person."""
+    """Ended by a person, or as a trial that its sweep has stopped."""
 
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
@@ -80,6 +80,7 @@ class EndReason(StrEnum):
 
     COMPLETED = "completed"
     CANCELLED_BY_USER = "cancelled_by_user"
+    PRUNED = "pruned"
     PAUSED_BY_USER = "paused_by_user"
     USER_ERROR = "user_error"
     DIVERGED = "diverged"
@@ -106,6 +107,7 @@ class Ending:
 ENDINGS: dict[EndReason, Ending] = {
     EndReason.COMPLETED: Ending(state=JobState.SUCCEEDED, retryable=False),
     EndReason.CANCELLED_BY_USER: Ending(state=JobState.CANCELLED, retryable=False),
+    EndReason.PRUNED: Ending(state=JobState.CANCELLED, retryable=False),
     EndReason.PAUSED_BY_USER: Ending(state=JobState.PAUSED, retryable=False, counts=False),
     EndReason.USER_ERROR: Ending(state=JobState.FAILED, retryable=False),
     EndReason.DIVERGED: Ending(state=JobState.FAILED, retryable=False),

@@ -61,20 +61,14 @@ def create(
     idempotency_key: one per submission, for ever; with another body it is a Conflict. is_client_retry: the
     client says that it sends this again, having had no reply.
     """
-    if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_KEY_CHARS:
-        raise InvalidRequest(
-            f"The Idempotency-Key has {len(idempotency_key)} characters.",
-            code="invalid_idempotency_key",
-            remedy=f"Use between 1 and {MAX_KEY_CHARS}, for example a UUID.",
-            param="Idempotency-Key",
-        )
+    check_idempotency_key(idempotency_key)
     with db.write() as session:
         serialise(session, f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
         now = read_clock(session)
         earlier = _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
         if earlier is not None:
             return earlier
-        job = _accept(session, caller, request, body_digest, now=now)
+        job = submit(session, caller, request, body_digest=body_digest, now=now)
         if idempotency_key is not None:
             key = IdempotencyKey(project_id=caller.project_id, key=idempotency_key, job_id=job.id)
             key.body_digest, key.created_at = body_digest, now
@@ -92,6 +86,24 @@ def made_before(
         return _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
 
 
+def check_idempotency_key(key: str | None) -> None:
+    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
+        raise InvalidRequest(
+            f"The Idempotency-Key has {len(key)} characters.",
+            code="invalid_idempotency_key",
+            remedy=f"Use between 1 and {MAX_KEY_CHARS}, for example a UUID.",
+            param="Idempotency-Key",
+        )
+
+
+def key_reused(key: str, made: str) -> Conflict:
+    return Conflict(
+        f"The Idempotency-Key {key!r} was used for another request.",
+        code="idempotency_key_reused",
+        remedy=f"It made {made}. Use a new key for another one.",
+    )
+
+
 def _same_submission(
     session: Session,
     caller: Caller,
@@ -106,11 +118,7 @@ def _same_submission(
         if used is None:
             return None
         if used.body_digest != body_digest:
-            raise Conflict(
-                f"The Idempotency-Key {idempotency_key!r} was used for another request.",
-                code="idempotency_key_reused",
-                remedy=f"It made {used.job_id}. Use a new key for a new job.",
-            )
+            raise key_reused(idempotency_key, used.job_id)
         return session.get_one(Job, used.job_id)
     if not is_client_retry:
         return None
@@ -123,7 +131,16 @@ def _same_submission(
     return session.scalar(same.order_by(Job.created_at.desc()).limit(1))
 
 
-def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: str, *, now: float) -> Job:
+def submit(
+    session: Session,
+    caller: Caller,
+    request: JobRequest,
+    *,
+    body_digest: str | None,
+    now: float,
+    sweep_id: str | None = None,
+) -> Job:
+    """Accept a job within a transaction. body_digest: None of one that no client asks for again by itself."""
     asked, parent = request, continuing.parent_of(session, request, project_id=caller.project_id)
     is_base_named = not request.model.startswith(continuing.NAME_PREFIX)
     base = _usable_base(session, caller, request.model if is_base_named or parent is None else parent.base_model)
@@ -153,11 +170,12 @@ def _accept(session: Session, caller: Caller, request: JobRequest, body_digest: 
     )
     evaluations.check_in_time(spec, evaluations.most_steps(spec, training.num_rows or 0))
     job = _row(caller, asked, spec, base=base, training=training, validation=validation, now=now)
-    job.body_digest = body_digest
+    job.body_digest, job.sweep_id = body_digest, sweep_id
     session.add(job)
     session.flush()
     move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
     told = {"model": job.base_model, "training_file": training.id, "method": request.method_type}
+    told |= {"sweep": sweep_id} if sweep_id else {}
     audit.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
     for warning in _surprises(request, spec, training, validation):
         events.add(session, job.id, now=now, level="warn", message=warning)

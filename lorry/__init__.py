@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from lorry.models import Adapter, ApiKey, AuditEvent, File, Job, JobEvent, JobUpdate, Model, Project
+    from lorry.sweep_models import Sweep, Trial
 
 __version__ = "0.1.0"
 
@@ -54,13 +55,15 @@ __all__ = [
     "Project",
     "RateLimited",
     "ServerFailed",
+    "Sweep",
+    "Trial",
     "WaitTimeout",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in ("lorry.errors", "lorry.models", "lorry.client"):
+        for home in ("lorry.errors", "lorry.models", "lorry.sweep_models", "lorry.client"):
             found = vars(import_module(home))
             if name in found:
                 globals()[name] = found[name]

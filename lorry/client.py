@@ -19,6 +19,7 @@ from lorry.resources.jobs import Jobs
 from lorry.resources.keys import Keys, Projects
 from lorry.resources.models import Models
 from lorry.resources.sign_in import SignInLinks
+from lorry.resources.sweeps import Sweeps
 from lorry.retries import RetryPolicy
 from lorry.transport import Transport
 
@@ -43,6 +44,7 @@ class Lorry:
         self._transport = Transport(found, retries=retries, sleep=sleep, transport=transport)
         self.files = Files(self._transport)
         self.jobs = Jobs(self._transport)
+        self.sweeps = Sweeps(self._transport)
         self.adapters = Adapters(self._transport)
         self.models = Models(self._transport)
         self.queue = Queue(self._transport)

@@ -129,6 +129,8 @@ class Job(View):
     method: dict[str, Any] = field(default_factory=dict[str, Any])
     hyperparameters: dict[str, Any] = field(default_factory=dict[str, Any])
     metadata: dict[str, str] | None = None
+    sweep: dict[str, Any] | None = None
+    """Of a trial: id of its sweep, trial, parameters."""
     progress: Progress = field(default_factory=Progress, metadata={"view": Progress})
     error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
 

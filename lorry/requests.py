@@ -1,8 +1,8 @@
-"""What a job may ask for beyond OpenAI's fields, typed for editors. Limits are the service's to check."""
+"""What a job or a sweep may ask for beyond OpenAI's fields, typed for editors. Limits are the service's to check."""
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 Auto = Literal["auto"]
 Priority = Literal["urgent", "normal", "batch"]
@@ -118,3 +118,47 @@ AnyHyperparameters = (
     | SimpoHyperparameters
     | KtoHyperparameters
 )
+
+
+SearchType = Literal["grid", "random", "asha", "ask_tell"]
+KeepAdapters = Literal["all", "best"]
+
+
+class Parameter(TypedDict, total=False):
+    """What a field of a sweep's trials may be: one of `values`, or a number from `min` to `max`."""
+
+    values: list[Any]
+    min: float
+    max: float
+    scale: Literal["linear", "log"]
+    points: int
+    """Of a range in a grid."""
+
+
+class _SearchType(TypedDict):
+    type: SearchType
+
+
+class Search(_SearchType, total=False):
+    """`trials` of all but a grid; the last three of asha."""
+
+    trials: int
+    seed: int
+    reduction_factor: int
+    min_steps: int
+    max_rungs: int
+
+
+Metric = Literal[
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "valid_reward_accuracy",
+    "valid_reward_margin",
+    "train_loss",
+    "train_mean_token_accuracy",
+]
+
+
+class Objective(TypedDict, total=False):
+    metric: Metric
+    goal: Literal["auto", "minimize", "maximize"]

@@ -1,4 +1,5 @@
-"""What a worker does beside training, one thing at a time on a thread: import bases, prepare files, clean."""
+"""What a worker does beside training, one thing at a time on a thread: advance sweeps, import
+bases, prepare files, clean."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
+from catalog.sweeps import controller
 from worker import bases, preparation
 from worker.context import WorkerContext
 
@@ -66,7 +68,7 @@ class Chores:
         if self._context.draining:
             return False
         try:
-            found = bases.import_next(self._context) or preparation.prepare_next(self._context)
+            found = self._next_chore()
             if found:
                 self._context.bell.ring()  # what was prepared may be trained now
             else:
@@ -81,6 +83,11 @@ class Chores:
             log.exception("An import or a preparation went wrong.")
         self._went_wrong = True
         return False
+
+    def _next_chore(self) -> bool:
+        """Sweeps first: what they make has to be prepared."""
+        context = self._context
+        return controller.advance(context.db) or bases.import_next(context) or preparation.prepare_next(context)
 
     def _clean_when_due(self) -> None:
         """Once an hour, where nothing else is to be done."""

@@ -43,6 +43,8 @@ class Held:
     """Its files are with the trainer, and the message that says so."""
     is_admitted: bool = False
     """The trainer has made room for it."""
+    is_to_stop: bool = False
+    """By what it has measured: a trial that its sweep is better without."""
     told: set[Verb] = field(default_factory=set[Verb])
     """Since it was handed over."""
     news: deque[Json] = field(default_factory=deque[Json])

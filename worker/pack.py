@@ -197,6 +197,8 @@ class Pack:
                 held.news.popleft()
         if self._holds(held) and held.curve.is_due(time.monotonic()):
             self._flush(held)
+        if self._holds(held) and held.is_to_stop:
+            self._stop(held, "cancel")
 
     def _hear_of(self, held: Held, event: Json) -> None:
         if event["type"] == "stepped":
@@ -218,7 +220,7 @@ class Pack:
         if not points:
             return
         claim_id = held.claim.claim_id
-        claims.record_metrics(self._context.db, claim_id, points)
+        held.is_to_stop = claims.record_metrics(self._context.db, claim_id, points) or held.is_to_stop
         claims.record_progress(self._context.db, claim_id, held.curve.progress())
         held.curve.written(len(points), time.monotonic())
 

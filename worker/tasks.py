@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from catalog import recovery
+from catalog.sweeps import controller
 from worker.celery_app import LOOK_SECONDS, app, context
 from worker.supervise import anything_waits, supervise
 
@@ -19,7 +20,9 @@ def work(*_ignored: Any, **_also_ignored: Any) -> None:
 
 @app.task(name="lorry.look")
 def look(*_ignored: Any, **_also_ignored: Any) -> None:
-    """Free what a dead worker held, and ring if anything waits."""
+    """Free what a dead worker held, take sweeps further, and ring if anything waits."""
     recovery.expire(context().db, grace_seconds=context().settings.lease_seconds)
+    while controller.advance(context().db):
+        pass
     if anything_waits(context()):
         app.send_task("lorry.work", expires=LOOK_SECONDS)

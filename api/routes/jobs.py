@@ -24,7 +24,7 @@ from catalog.tables import Job
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
 
 
-class _Sent(TypedDict):
+class Sent(TypedDict):
     """What tells one submission from another."""
 
     idempotency_key: str | None
@@ -59,7 +59,7 @@ def create_job(
     is_retry: IsRetry,
 ) -> FineTuningJob:
     """Queue a job. It is validated and trained by a worker; follow its events, or its stream."""
-    sent: _Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
+    sent: Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
     job = jobs.made_before(use.db, caller=caller, **sent) if may_repeat else None
     if job is None:  # else it was counted already, and the limit may be reached by it

@@ -12,7 +12,7 @@ from catalog.methods import MethodType, method_object
 from catalog.sample_spec import Samples
 from catalog.spec import JobSpec, PriorityClass
 from catalog.states import JobState
-from catalog.tables import Job
+from catalog.tables import Job, Trial
 
 JOB_EXAMPLE: dict[str, Any] = {
     "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
@@ -141,6 +141,14 @@ class Progress(BaseModel):
     stopped_early: str | None = Field(default=None, description="Why the job ended before its last step.")
 
 
+class TrialOf(BaseModel):
+    """Which trial of which sweep a job is."""
+
+    id: str = Field(description="Of the sweep.")
+    trial: int = Field(description="Its number, from 0.")
+    parameters: dict[str, Any]
+
+
 class FineTuningJob(BaseModel):
     model_config = ConfigDict(json_schema_extra={"example": JOB_EXAMPLE})
 
@@ -158,6 +166,7 @@ class FineTuningJob(BaseModel):
     reason: str | None = Field(description="Why the last attempt ended.")
     model: str
     base_digest: str
+    sweep: TrialOf | None = Field(description="Of a trial; null of any other job.")
     parent_adapter: str | None = Field(description="Name of the adapter that it continues.")
     fine_tuned_model: str | None
     adapter_id: str | None
@@ -201,7 +210,9 @@ class FineTuningJob(BaseModel):
     pause_requested: bool
 
 
-def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> FineTuningJob:
+def job_object(
+    row: Job, *, adapter_id: str | None, seconds_running: float, trial: Trial | None = None
+) -> FineTuningJob:
     spec = JobSpec.model_validate(row.spec)
     numbers = ResolvedHyperparameters(
         batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
@@ -211,6 +222,7 @@ def job_object(row: Job, *, adapter_id: str | None, seconds_running: float) -> F
             **_identity(row),
             **_run(row),
             "adapter_id": adapter_id,
+            "sweep": trial and TrialOf(id=trial.sweep_id, trial=trial.number, parameters=trial.parameters),
             "seconds_running": seconds_running,
             "parent_adapter": spec.parent.name if spec.parent else None,
             "seed": spec.seed,

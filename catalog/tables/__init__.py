@@ -9,6 +9,7 @@ from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, M
 from catalog.tables.jobs import IdempotencyKey, Job
 from catalog.tables.owners import ApiKey, Project, ProjectUsage, SignIn
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
+from catalog.tables.sweeps import RungValue, Sweep, Trial
 from catalog.tables.table import Json, Table, new_id
 from catalog.tables.uploads import Upload, UploadPart
 
@@ -32,9 +33,12 @@ __all__ = [
     "Project",
     "ProjectUsage",
     "Pulse",
+    "RungValue",
     "SignIn",
+    "Sweep",
     "Table",
     "Trainer",
+    "Trial",
     "Upload",
     "UploadPart",
     "Worker",

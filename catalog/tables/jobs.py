@@ -35,6 +35,8 @@ class Job(Table):
     """Id of the adapter that it continues, whose row is kept for ever; more of it is in the spec."""
     adapter_parameters: Mapped[int] = mapped_column(default=0)
     """Numbers that the adapter trains: what memory arithmetic starts from."""
+    sweep_id: Mapped[str | None]
+    """Of a trial; what it is a trial of is kept in `trials`."""
     suffix: Mapped[str | None]
     labels: Mapped[Json | None]
     """The wire's `metadata`."""
@@ -98,6 +100,7 @@ class Job(Table):
         Index(None, "training_file"),
         Index(None, "validation_file"),
         Index(None, "parent_adapter"),
+        Index(None, "sweep_id", "state"),
     )
 
 

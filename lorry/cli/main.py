@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorry.cli import adapters, audit, files, fleet, jobs, keys, models, up
+from lorry.cli import adapters, audit, files, fleet, jobs, keys, models, sweeps, up
 from lorry.cli.app import group, run
 
 app = group(
@@ -18,6 +18,7 @@ app.command("up")(up.up)
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(sweeps.app, name="sweep")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
 app.add_typer(keys.projects, name="projects")

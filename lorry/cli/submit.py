@@ -5,9 +5,6 @@ Each option stands for one field of the service, by its dotted path; limits are 
 
 from __future__ import annotations
 
-import json
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,12 +13,13 @@ from lorry.cli import output, watching
 from lorry.cli.app import client
 from lorry.cli.choices import Keep, Loss, Method, Optimizer, Overflow, Precision, Priority, Quantisation, Schedule
 from lorry.cli.field_names import FIELDS, NAMES, in_typed_words
-from lorry.cli.files import upload_with_bar
 from lorry.cli.output import AsJson
-from lorry.errors import APIError, LorryError
+from lorry.cli.typed import json_or_text, nested, pair
+from lorry.cli.uploading import send_with_files
+from lorry.errors import APIError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lorry.client import Lorry
     from lorry.models import Job
@@ -158,10 +156,10 @@ def submit(
 ) -> None:
     """Start a job; files that are paths are uploaded first. What is not said is the service's default."""
     fields = _fields(ctx.params, method or Method.supervised)
-    others = [_pair(given, "--set", "PATH=VALUE") for given in other or []]
+    others = [pair(given, "--set", "PATH=VALUE") for given in other or []]
     files = {"training_file"} if valid is None else {"training_file", "validation_file"}
     _check_said_once({"model", *files, *fields}, [path for path, _ in others])
-    body = _nested([*fields.items(), *((path, _json_or_text(text)) for path, text in others)])
+    body = nested([*fields.items(), *((path, json_or_text(text)) for path, text in others)])
     lorry = client()
     given_files = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
     typed = {**{path: f"--set {path}" for path, _ in others}, **{path: NAMES[path] for path in fields}}
@@ -174,17 +172,14 @@ def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
     given = {path: (name, params[name]) for name, path in FIELDS.items() if _is_given(params[name])}
     fields = {path.replace("METHOD", method): _value(name, value) for path, (name, value) in given.items()}
     metadata: list[str] = params["metadata"] or []
-    pairs = _by_key([_pair(entry, "--metadata", "KEY=VALUE") for entry in metadata], "--metadata")
+    pairs = _by_key([pair(entry, "--metadata", "KEY=VALUE") for entry in metadata], "--metadata")
     return fields | ({"metadata": pairs} if pairs else {})
 
 
 def _send(
     lorry: Lorry, model: str, given_files: Mapping[str, str], body: Mapping[str, Any], *, typed: Mapping[str, str]
 ) -> Job:
-    sources = {name: _path_or_id(given, name) for name, given in given_files.items()}
-    if any(isinstance(source, Path) for source in sources.values()):
-        _check_model(lorry, model)
-    with _uploaded(lorry, sources) as ids:
+    with send_with_files(lorry, model, given_files) as ids:
         return _create(lorry, model, ids, body, typed=typed)
 
 
@@ -227,21 +222,7 @@ def _entry(given: str, option: str) -> tuple[str, Any]:
     key, equals, value = given.rpartition("=")
     if not (key and equals):
         raise typer.BadParameter(f"{given!r} is not of the form KEY=NUMBER.", param_hint=option)
-    return key, _json_or_text(value)
-
-
-def _pair(given: str, option: str, form: str) -> tuple[str, str]:
-    name, equals, value = given.partition("=")
-    if not (name and equals):
-        raise typer.BadParameter(f"{given!r} is not of the form {form}.", param_hint=option)
-    return name, value
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    return key, json_or_text(value)
 
 
 def _check_said_once(by_option: Iterable[str], by_set: Iterable[str]) -> None:
@@ -253,79 +234,6 @@ def _check_said_once(by_option: Iterable[str], by_set: Iterable[str]) -> None:
                 message = f"{name} and --set {path} say the same field. Say it once."
                 raise typer.BadParameter(message, param_hint="--set")
         said.append((path, f"--set {path}"))
-
-
-def _nested(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Dotted paths as objects in objects. No path is another one or lies in it."""
-    body: dict[str, Any] = {}
-    for path, value in fields:
-        *groups, name = path.split(".")
-        place = body
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = value
-    return body
-
-
-def _path_or_id(given: str, name: str) -> Path | str:
-    """A path that is there wins over an id that looks like it."""
-    path = Path(given).expanduser()
-    if path.is_file():
-        return path
-    if given.startswith("file-") and "/" not in given:
-        return given
-    raise typer.BadParameter(
-        f"{given!r} is neither a file here nor the id of an uploaded one (file-…).", param_hint=name
-    )
-
-
-def _check_model(lorry: Lorry, name: str) -> None:
-    """A misspelt name must not cost an upload; what else may be wrong with a model is the service's to say."""
-    try:
-        lorry.models.get(name)
-    except APIError as error:
-        error.param = "MODEL"
-        raise
-
-
-@contextmanager
-def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapping[str, str]]:
-    """The ids of the files. What was uploaded for a job that the service refuses is deleted again.
-
-    Where the connection is lost, or the service fails, the job may be there all the same: then they stay.
-    """
-    uploaded: list[str] = []
-    ids: dict[str, str] = {}
-    try:
-        for name, source in sources.items():
-            if isinstance(source, Path):
-                ids[name] = _upload(lorry, source, name)
-                uploaded.append(ids[name])
-            else:
-                ids[name] = source
-        yield ids
-    except APIError as error:
-        if 400 <= error.status < 500 and error.status != 408:
-            for file_id in uploaded:
-                _delete_again(lorry, file_id)
-        raise
-
-
-def _upload(lorry: Lorry, path: Path, name: str) -> str:
-    try:
-        return upload_with_bar(lorry, path).id
-    except APIError as error:
-        error.param = name
-        raise
-
-
-def _delete_again(lorry: Lorry, file_id: str) -> None:
-    try:
-        lorry.files.delete(file_id)
-    except LorryError as error:
-        output.say(f"{file_id} was uploaded for this job and stays: {error.message}")
-    else:
-        output.say(f"{file_id}, uploaded for this job, is deleted again.")
 
 
 def _create(

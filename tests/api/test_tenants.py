@@ -37,7 +37,7 @@ NAMELESS = frozenset(
     }
 )
 """Changes that name nothing of a project, neither in their path nor in their body."""
-GIVEN = {"model": BASE, "path": "README.md"}
+GIVEN = {"model": BASE, "path": "README.md", "number": "0"}
 """What a request needs beside the name of what it is about."""
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
@@ -46,6 +46,7 @@ SENT: dict[str, dict[str, Any]] = {
     "limit_api_key": {"json": {}},
     "add_upload_part": {"files": {"data": ("a", b"more")}},
     "complete_upload": {"json": {"part_ids": [PART]}},
+    "add_trial": {"json": {"parameters": {"lora.rank": 4}}},
 }
 """What goes with a request that needs a body, by its operation."""
 AS_A_RETRY = {"x-stainless-retry-count": "1"}
@@ -105,6 +106,10 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     client.post(f"/v1/uploads/{upload_id}/parts", files={"data": ("a", b"x")})
     with world.db.write() as session:
         session.execute(update(UploadPart).values(id=PART))
+    asked = {"model": BASE, "training_file": world.file_id, "search": {"type": "ask_tell", "trials": 9}}
+    measured = {"objective": {"metric": "train_loss"}}
+    sweep_id = client.post("/v1/sweeps", json={**asked, **measured}).json()["id"]
+    client.post(f"/v1/sweeps/{sweep_id}/trials", json={"parameters": {"lora.rank": 8}})
     audit_chain.seal(world.db)
     name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
     stem = adapter.name.rpartition(":")[0]
@@ -113,6 +118,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
         pairs={
             "file_id": [_pair(file_id), _pair(world.file_id)],
             "upload_id": [_pair(upload_id)],
+            "sweep_id": [_pair(sweep_id)],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named],
             "api_key_id": [_pair(world.caller.api_key_id)],
@@ -205,13 +211,11 @@ def test_a_part_of_ours_completes_no_upload_of_a_strangers(stranger: TestClient,
 def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]]]:
     """By operation: a field that names something, what else is sent, and what is tried."""
     job = {"model": BASE, "training_file": ours.their_file}
+    named = {"training_file": "file_id", "validation_file": "file_id", "parent_adapter": "adapter", "model": "model"}
+    sweep = {**job, "search": {"type": "ask_tell", "trials": 1}, "objective": {"metric": "train_loss"}}
     return {
-        "create_job": [
-            ("training_file", job, ours.pairs["file_id"]),
-            ("validation_file", job, ours.pairs["file_id"]),
-            ("parent_adapter", job, ours.pairs["adapter"]),
-            ("model", job, ours.pairs["model"]),
-        ],
+        "create_job": [(field, job, ours.pairs[kind]) for field, kind in named.items()],
+        "create_sweep": [(field, sweep, ours.pairs[kind]) for field, kind in named.items()],
         "create_api_key": [("project", {"name": "x"}, ours.pairs["project"])],
     }
 

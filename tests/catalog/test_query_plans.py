@@ -33,8 +33,12 @@ from catalog import files as catalog_files
 from catalog.artifacts.store import Blob
 from catalog.audit import Filters
 from catalog.callers import Caller
+from catalog.claims import Claim
 from catalog.db import Database
 from catalog.settings import Settings
+from catalog.states import EndReason
+from catalog.sweeps import controller, creation, reading, verbs
+from catalog.sweeps.spec import SweepRequest
 from catalog.tables import (
     Adapter,
     ApiKey,
@@ -47,7 +51,10 @@ from catalog.tables import (
     JobEvent,
     Metric,
     Prepared,
+    RungValue,
+    Sweep,
     Table,
+    Trial,
     Upload,
     UploadPart,
 )
@@ -73,6 +80,9 @@ COPIED: dict[type[Table], Changes] = {
     Upload: lambda n: {"id": f"upload-{n}"},
     AuditEvent: lambda n: {"id": f"audit-{n}", "link": int(n) + FAR, "project_id": f"proj-{n}", "actor_id": f"key-{n}"},
     UploadPart: lambda n: {"id": f"part-{n}", "upload_id": f"upload-{n}"},
+    Sweep: lambda n: {"id": f"sweep-{n}", "training_file": f"file-{n}", "validation_file": f"file-{n}"},
+    Trial: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
+    RungValue: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
 }
 """What differs in the copies of one row of each table that grows."""
 GROWING = {table.__tablename__ for table in COPIED}
@@ -117,6 +127,7 @@ def lived_in(world: World) -> dict[str, str]:
     """A database with many jobs that ended, one that runs and two that wait. Ids of what is asked for."""
     world.worker()
     world.worker("w2")
+    _search(world)
     claim = world.running()
     claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
     claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("checkpoint", kind="checkpoint"))
@@ -124,6 +135,7 @@ def lived_in(world: World) -> dict[str, str]:
     upload = _add_parts(world)
     _fill(world.db)
     running = world.running()
+    sweep_id, trials = _sweep(world)
     waiting = [world.queued() for _ in range(4)]
     return {
         "ended": claim.job.id,
@@ -134,7 +146,39 @@ def lived_in(world: World) -> dict[str, str]:
         "upload": upload,
         "first": waiting[0].id,
         "second": waiting[1].id,
+        "sweep": sweep_id,
+        "trial": trials[0].claim_id,
+        "another trial": trials[1].claim_id,
     }
+
+
+def _search(world: World) -> None:
+    """A sweep that has ended."""
+    sweep_id, trials = _sweep(world)
+    for claim in trials:
+        claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+    while controller.advance(world.db):
+        pass
+    assert reading.get(world.db, project_id=world.caller.project_id, sweep_id=sweep_id).sweep.finished_at is not None
+
+
+def _sweep(world: World) -> tuple[str, list[Claim]]:
+    """Of two trials that train, and have come to a rung."""
+    search = {"type": "asha", "trials": 2, "min_steps": 1}
+    body = {"model": "smol", "training_file": world.file_id, "validation_file": world.file_id, "search": search}
+    request = SweepRequest.model_validate({**body, "parameters": {"lora.rank": {"min": 1, "max": 8}}})
+    made = creation.create(world.db, caller=world.caller, request=request, body_digest="a sweep")
+    world.prepare_all(num_steps=100)
+    trials = [claim for claim in world.claim() if claim.job.sweep_id == made.id]
+    numbers = reading.trials_by_job(world.db, [claim.job.id for claim in trials])
+    trials.sort(key=lambda claim: numbers[claim.job.id].number)
+    for claim in trials:
+        claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": 1, "loss": 1.0}])
+    return made.id, trials
+
+
+def _of_sweep(world: World, ids: dict[str, str]) -> dict[str, Any]:
+    return {"project_id": world.caller.project_id, "sweep_id": ids["sweep"]}
 
 
 def _add_parts(world: World, upload_id: str | None = None) -> str:
@@ -196,6 +240,26 @@ ACTS: dict[str, Act] = {
     "the same upload": lambda w, ids: catalog_files.same_content(
         w.db, catalog_files.get(w.db, project_id=w.caller.project_id, file_id=ids["file"])
     ),
+    "a page of sweeps": lambda w, ids: reading.list_page(w.db, project_id=w.caller.project_id, after=ids["sweep"]),
+    "a sweep": lambda w, ids: reading.get(w.db, **_of_sweep(w, ids)),
+    "its leaderboard": lambda w, ids: reading.leaderboard(w.db, **_of_sweep(w, ids)),
+    "a trial": lambda w, ids: reading.trial(w.db, **_of_sweep(w, ids), number=0),
+    "what a trial has at a rung": lambda w, ids: claims.record_metrics(
+        w.db, ids["trial"], [{"kind": "valid", "step": 3, "loss": 1.0}]
+    ),
+    "the end of a trial": lambda w, ids: w.complete(ids["trial"], "of a trial"),
+    "a trial that is to stop": lambda w, ids: verbs.stop_trial(w.db, **_of_sweep(w, ids), number=1),
+    "a cancel of a sweep": lambda w, ids: verbs.cancel(w.db, **_of_sweep(w, ids)),
+    "a step of a sweep": lambda w, _: controller.advance(w.db),
+    "its last step": lambda w, ids: (
+        claims.end(w.db, ids["another trial"], reason=EndReason.CANCELLED_BY_USER, detail="Cancelled."),
+        controller.advance(w.db),
+    ),
+    "a look for sweeps": lambda w, _: controller.advance(w.db),
+    "a repeated sweep": lambda w, _: creation.made_before(
+        w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True
+    ),
+    "an adapter by its sweep": lambda w, ids: adapters.get(w.db, project_id=w.caller.project_id, name=ids["sweep"]),
     "a submission": lambda w, _: w.submit(),
     "a preparation": lambda w, _: w.prepare_all(),
     "a heartbeat": lambda w, ids: w.beat(ids["claim"]),

@@ -1,0 +1,183 @@
+"""Sweeps, and their trials as the leaderboard shows them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.strict import Strict
+from catalog.sweeps.reading import SweepView, TrialView
+from catalog.sweeps.spec import Goal, Metric, Objective, SearchType, SweepState
+
+TRIAL_EXAMPLE: dict[str, Any] = {
+    "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+    "object": "sweep.trial",
+    "sweep_id": "sweep-8a0b1c2d3e4f5a6b7c8d9e0f",
+    "number": 7,
+    "parameters": {"lora.rank": 16, "optimizer.learning_rate": 0.000412},
+    "status": "succeeded",
+    "reason": "completed",
+    "value": 1.183,
+    "step": 120,
+    "rung": 1,
+    "stopped": None,
+    "progress": {"step": 120, "num_steps": 120},
+    "fine_tuned_model": "ft:smollm2-135m:search:docs:e5f60718",
+}
+SWEEP_EXAMPLE: dict[str, Any] = {
+    "id": "sweep-8a0b1c2d3e4f5a6b7c8d9e0f",
+    "object": "sweep",
+    "created_at": 1790000000,
+    "finished_at": None,
+    "status": "running",
+    "model": "smollm2-135m",
+    "suffix": "docs",
+    "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "validation_file": "file-4a3b8c9d0a1e4f5a6b7c8d9e",
+    "parameters": {"lora.rank": {"values": [4, 8, 16]}},
+    "search": {"type": "asha", "trials": 20, "seed": 7, "min_steps": 10, "reduction_factor": 3, "max_rungs": None},
+    "objective": {"metric": "valid_loss", "goal": "minimize"},
+    "keep_adapters": "all",
+    "max_concurrent": None,
+    "num_trials": 20,
+    "num_created": 20,
+    "counts": {"succeeded": 3, "running": 5, "cancelled": 12},
+    "is_closed": False,
+    "cancel_requested": False,
+    "best_trial": TRIAL_EXAMPLE,
+    "best_adapter": None,
+    "fine_tuned_model": None,
+    "error": None,
+    "requested": {"model": "smollm2-135m"},
+}
+
+
+class TrialRequest(Strict):
+    """A trial of an ask_tell sweep."""
+
+    parameters: dict[str, Any] = Field(
+        max_length=64, description="Values of fields of a job, by their dotted paths; {}: the sweep's job as it stands."
+    )
+
+
+class TrialObject(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": TRIAL_EXAMPLE})
+
+    id: str = Field(description="Of its job.")
+    object: Literal["sweep.trial"] = "sweep.trial"
+    sweep_id: str
+    number: int = Field(description="From 0.")
+    parameters: dict[str, Any]
+    status: str = Field(description="The job's.")
+    reason: str | None = Field(description="Why the job ended; pruned: the sweep, or its client, has stopped it.")
+    value: float | None = Field(description="Of the objective, as measured last; null before that.")
+    step: int | None = Field(description="At which it was measured.")
+    rung: int | None = Field(description="The last rung to which it came, from 0.")
+    stopped: str | None = Field(description="Why it was ended before its last step.")
+    progress: dict[str, Any] | None = Field(description="The job's.")
+    fine_tuned_model: str | None
+
+
+class SearchObject(BaseModel):
+    """How parameters are chosen, with every number known."""
+
+    type: SearchType
+    trials: int
+    seed: int
+    min_steps: int | None = Field(description="The first rung; null where no trial is stopped. So are the next two.")
+    reduction_factor: int | None
+    max_rungs: int | None
+
+
+class ObjectiveObject(BaseModel):
+    metric: Metric
+    goal: Goal
+
+
+class SweepError(BaseModel):
+    """Why no further trial could be made."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class SweepObject(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": SWEEP_EXAMPLE})
+
+    id: str
+    object: Literal["sweep"] = "sweep"
+    created_at: int
+    finished_at: int | None
+    status: SweepState = Field(
+        description="succeeded: all trials have ended, one at least with an adapter; failed: none with one."
+    )
+    model: str
+    suffix: str | None
+    training_file: str
+    validation_file: str | None
+    parameters: dict[str, Any]
+    search: SearchObject
+    objective: ObjectiveObject
+    keep_adapters: Literal["all", "best"]
+    max_concurrent: int | None
+    num_trials: int = Field(description="That there are to be; of ask_tell at most.")
+    num_created: int
+    counts: dict[str, int] = Field(description="Trials that there are, by status.")
+    is_closed: bool = Field(description="No further trial is made.")
+    cancel_requested: bool
+    best_trial: TrialObject | None = Field(description="Of those that have succeeded so far.")
+    best_adapter: str | None = Field(description="Id of the best trial's adapter, once the sweep has ended.")
+    fine_tuned_model: str | None = Field(
+        description="Name of that adapter. The sweep's own id names it too, at /v1/adapters."
+    )
+    error: SweepError | None
+    requested: dict[str, Any] = Field(description="The request as it came.")
+
+
+def sweep_object(view: SweepView) -> SweepObject:
+    row, best = view.sweep, view.best
+    asked: dict[str, Any] = row.requested
+    objective = Objective.model_validate(asked.get("objective") or {})
+    rungs: dict[str, Any] = row.rungs or {"min_steps": None, "reduction_factor": None, "max_rungs": None}
+    is_kept = row.finished_at is not None and view.best_adapter is not None
+    return SweepObject.model_validate(
+        {
+            "id": row.id,
+            "created_at": int(row.created_at),
+            "finished_at": None if row.finished_at is None else int(row.finished_at),
+            "status": row.state,
+            **{name: asked.get(name) for name in ("model", "suffix", "training_file", "validation_file")},
+            "parameters": asked.get("parameters") or {},
+            "search": {"type": asked["search"]["type"], "trials": row.num_trials, "seed": row.seed, **rungs},
+            "objective": {"metric": objective.metric, "goal": objective.resolved_goal()},
+            "keep_adapters": asked.get("keep_adapters") or "all",
+            "max_concurrent": asked.get("max_concurrent"),
+            **{name: getattr(row, name) for name in ("num_trials", "num_created", "is_closed", "cancel_requested")},
+            "counts": view.counts,
+            "best_trial": None if best is None else trial_object(best),
+            "best_adapter": view.best_adapter if is_kept else None,
+            "fine_tuned_model": best.job.adapter_name if is_kept and best is not None else None,
+            "error": row.error,
+            "requested": asked,
+        }
+    )
+
+
+def trial_object(view: TrialView) -> TrialObject:
+    row, job = view.trial, view.job
+    return TrialObject(
+        id=job.id,
+        sweep_id=row.sweep_id,
+        number=row.number,
+        parameters=row.parameters,
+        status=job.state,
+        reason=job.reason,
+        value=view.value,
+        step=row.step,
+        rung=row.rung,
+        stopped=row.stopped,
+        progress=job.progress,
+        fine_tuned_model=job.adapter_name,
+    )

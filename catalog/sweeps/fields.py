@@ -1,0 +1,111 @@
+"""The fields of a job that a sweep may vary, by dotted path, and what kind of number each holds. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel
+
+from catalog.errors import InvalidRequest
+from catalog.spec import JobRequest
+
+Kind = Literal["integer", "number", "other"]
+FIXED: dict[str, str] = {
+    "model": "the trials of a sweep train on one base model",
+    "training_file": "the trials of a sweep are compared on the same data",
+    "validation_file": "the trials of a sweep are compared on the same data",
+    "suffix": "it names adapters, and changes none",
+    "metadata": "it labels jobs, and changes none",
+    "integrations": "they change no adapter",
+    "priority": "it decides when a job trains, and changes no adapter",
+}
+"""What a sweep can't vary, and why."""
+
+
+def check_path(path: str, *, param: str) -> None:
+    """Raises InvalidRequest where no field of a job has the path, or it is one that all trials share."""
+    known = dict(_fields(JobRequest))
+    reason = FIXED.get(path.split(".", 1)[0])
+    if path in known and reason is None:
+        return
+    if reason is not None:
+        raise InvalidRequest(
+            f"A sweep can't vary {path!r}: {reason}.",
+            code="fixed_in_a_sweep",
+            remedy="Give it once, beside `parameters`; or make a sweep for each.",
+            param=param,
+        )
+    near = _nearest(path, [name for name in known if name.split(".", 1)[0] not in FIXED])
+    raise InvalidRequest(
+        f"A job has no field {path[:80]!a}.",
+        code="unknown_parameter",
+        remedy=f"Did you mean {near!r}?" if near else "Name a field of a job by its dotted path, as 'lora.rank'.",
+        param=param,
+    )
+
+
+def kind_of(path: str) -> Kind:
+    """Of a path that exists: what its numbers are; `other` where it holds none."""
+    annotation = dict(_fields(JobRequest))[path]
+    plain = set(_plain_types(annotation))
+    return "number" if float in plain else "integer" if int in plain else "other"
+
+
+def with_values(body: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a job's body in which each path has its value; what was not there around it is made."""
+    changed = dict(body)
+    for path, value in values.items():
+        *groups, name = path.split(".")
+        place = changed
+        for group in groups:
+            inner: Any = place.get(group)
+            copied: dict[str, Any] = dict(cast(Mapping[str, Any], inner)) if isinstance(inner, Mapping) else {}
+            place[group] = copied
+            place = copied
+        place[name] = value
+    return changed
+
+
+def value_at(body: Mapping[str, Any], path: str) -> Any:
+    """None where nothing is said."""
+    found: Any = body
+    for name in path.split("."):
+        found = cast(Mapping[str, Any], found).get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths with their annotations, those of an object before those in it."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field.annotation
+        for inner in _models_in(field.annotation):
+            yield from _fields(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    return (part for part in _plain_types(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
+
+
+def _plain_types(annotation: Any) -> Iterator[Any]:
+    """The parts of a union, without what they are annotated with. What lists and objects hold is not looked at."""
+    if get_origin(annotation) is Annotated:
+        yield from _plain_types(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _plain_types(part)
+    else:
+        yield annotation
+
+
+def _nearest(path: str, known: list[str]) -> str | None:
+    """The same last name wherever it belongs, else the most alike."""
+    name = path.rpartition(".")[2]
+    same = [item for item in known if item.rpartition(".")[2] == name]
+    alike = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    by_name = difflib.get_close_matches(name, [item.rpartition(".")[2] for item in known], n=1, cutoff=0.7)
+    ends = [item for item in known if by_name and item.rpartition(".")[2] == by_name[0]]
+    found = same or alike or ends
+    return found[0] if found else None

@@ -1,0 +1,89 @@
+"""The files that a command names, uploaded for what it makes of them, and deleted again where that is refused."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorry.cli import output
+from lorry.cli.files import upload_with_bar
+from lorry.errors import APIError, LorryError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from lorry.client import Lorry
+
+
+@contextmanager
+def send_with_files(lorry: Lorry, model: str, given: Mapping[str, str]) -> Generator[Mapping[str, str]]:
+    """The ids of what is given, paths or ids, by what a person typed them for. model: looked at before an upload."""
+    sources = {name: _path_or_id(path_or_id, name) for name, path_or_id in given.items()}
+    if any(isinstance(source, Path) for source in sources.values()):
+        _check_model(lorry, model)
+    with _uploaded(lorry, sources) as ids:
+        yield ids
+
+
+def _path_or_id(given: str, name: str) -> Path | str:
+    """A path that is there wins over an id that looks like it."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    if given.startswith("file-") and "/" not in given:
+        return given
+    raise typer.BadParameter(
+        f"{given!r} is neither a file here nor the id of an uploaded one (file-…).", param_hint=name
+    )
+
+
+def _check_model(lorry: Lorry, name: str) -> None:
+    """A misspelt name must not cost an upload; what else may be wrong with a model is the service's to say."""
+    try:
+        lorry.models.get(name)
+    except APIError as error:
+        error.param = "MODEL"
+        raise
+
+
+@contextmanager
+def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapping[str, str]]:
+    """The ids of the files. What was uploaded for a job that the service refuses is deleted again.
+
+    Where the connection is lost, or the service fails, the job may be there all the same: then they stay.
+    """
+    uploaded: list[str] = []
+    ids: dict[str, str] = {}
+    try:
+        for name, source in sources.items():
+            if isinstance(source, Path):
+                ids[name] = _upload(lorry, source, name)
+                uploaded.append(ids[name])
+            else:
+                ids[name] = source
+        yield ids
+    except APIError as error:
+        if 400 <= error.status < 500 and error.status != 408:
+            for file_id in uploaded:
+                _delete_again(lorry, file_id)
+        raise
+
+
+def _upload(lorry: Lorry, path: Path, name: str) -> str:
+    try:
+        return upload_with_bar(lorry, path).id
+    except APIError as error:
+        error.param = name
+        raise
+
+
+def _delete_again(lorry: Lorry, file_id: str) -> None:
+    try:
+        lorry.files.delete(file_id)
+    except LorryError as error:
+        output.say(f"{file_id} was uploaded for this job and stays: {error.message}")
+    else:
+        output.say(f"{file_id}, uploaded for this job, is deleted again.")

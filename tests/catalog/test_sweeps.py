@@ -1,0 +1,386 @@
+"""Sweeps on record: accepted whole or not at all, made and ended by whoever looks, and stopped at rungs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog import adapters, bases, claims, files, jobs
+from catalog.claims import Claim
+from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound
+from catalog.records import Course
+from catalog.states import EndReason, JobState
+from catalog.sweeps import controller, creation, reading, verbs
+from catalog.sweeps.spec import SweepRequest
+from catalog.tables import Sweep
+from tests.catalog.world import World, sha
+
+FOUR = {"lora.rank": {"values": [2, 4, 8, 16]}}
+
+
+def asked(world: World, **fields: Any) -> SweepRequest:
+    usual = {"model": "smol", "training_file": world.file_id, "validation_file": world.file_id, "parameters": FOUR}
+    return SweepRequest.model_validate({**usual, "search": {"type": "grid"}, **fields})
+
+
+def make(world: World, **fields: Any) -> str:
+    return send(world, asked(world, **fields)).id
+
+
+def send(world: World, request: SweepRequest, **given: Any) -> Sweep:
+    return creation.create(
+        world.db, caller=world.caller, request=request, **{"body_digest": sha(request.model_dump_json()), **given}
+    )
+
+
+def advance(world: World) -> int:
+    """Until nothing is to be done. Returns in how many steps."""
+    steps = 0
+    while controller.advance(world.db):
+        steps += 1
+        assert steps < 100
+    return steps
+
+
+def of(world: World, sweep_id: str) -> dict[str, Any]:
+    return {"project_id": world.caller.project_id, "sweep_id": sweep_id}
+
+
+def view(world: World, sweep_id: str) -> reading.SweepView:
+    return reading.get(world.db, **of(world, sweep_id))
+
+
+def board(world: World, sweep_id: str, **page: Any) -> list[reading.TrialView]:
+    return reading.leaderboard(world.db, **of(world, sweep_id), **page).items
+
+
+def train(world: World, num_steps: int = 10) -> dict[int, Claim]:
+    """All trials that wait are claimed; by number."""
+    world.worker()
+    world.prepare_all(num_steps=num_steps)
+    claimed = world.claim()
+    trials = reading.trials_by_job(world.db, [claim.job.id for claim in claimed])
+    return {trials[claim.job.id].number: claim for claim in claimed}
+
+
+def measure(world: World, claim: Claim, step: int, loss: float) -> bool:
+    point = {"kind": "valid", "step": step, "loss": loss}
+    return claims.record_metrics(world.db, claim.claim_id, [point])
+
+
+def finish(world: World, claim: Claim, loss: float, *, steps: int = 10) -> None:
+    measure(world, claim, steps, loss)
+    course = Course(steps=steps, kept_step=steps, stopped_early=None)
+    world.complete(claim.claim_id, f"adapter of {claim.job.id}", course=course)
+
+
+def test_each_trial_is_a_job_of_its_own_and_all_pack_together(world: World) -> None:
+    sweep_id = make(world)
+
+    claimed = train(world)
+
+    assert view(world, sweep_id).counts == {"running": 4}
+    assert [claimed[number].job.spec["lora"]["rank"] for number in range(4)] == [2, 4, 8, 16]
+    assert len({claim.job.trainer_id for claim in claimed.values()}) == 1
+    assert len({claim.job.spec["seed"] for claim in claimed.values()}) == 1
+
+
+def test_when_all_have_ended_the_best_is_promoted_and_its_adapter_found_by_the_sweeps_id(world: World) -> None:
+    sweep_id = make(world)
+    claimed = train(world)
+    for number, loss in enumerate((1.5, 1.2, 1.4, 1.9)):
+        assert view(world, sweep_id).sweep.state == "running"
+        with pytest.raises(NotFound):
+            adapters.get(world.db, project_id=world.caller.project_id, name=sweep_id)
+        finish(world, claimed[number], loss)
+        advance(world)
+
+    ended = view(world, sweep_id)
+
+    assert ended.sweep.state == "succeeded"
+    assert ended.best is not None
+    assert (ended.best.trial.number, ended.best.value) == (1, 1.2)
+    assert [each.trial.number for each in board(world, sweep_id)] == [1, 2, 0, 3]
+    found = adapters.get(world.db, project_id=world.caller.project_id, name=sweep_id)
+    assert (found.adapter.id, found.adapter.job_id) == (ended.best_adapter, claimed[1].job.id)
+    with pytest.raises(NotFound):
+        adapters.get(world.db, project_id=world.stranger.project_id, name=sweep_id)
+
+
+def test_where_only_the_best_is_kept_the_others_adapters_go_but_not_one_that_is_continued(world: World) -> None:
+    sweep_id = make(world, keep_adapters="best")
+    claimed = train(world)
+    for number in (1, 2, 3):
+        finish(world, claimed[number], float(number))
+    adapter_of = adapters.ids_by_job(world.db, [claimed[number].job.id for number in (1, 2, 3)])
+    child = world.submit(parent_adapter=adapter_of[claimed[3].job.id])
+    finish(world, claimed[0], 5.0)
+
+    advance(world)
+
+    kept = adapters.list_all(world.db, project_id=world.caller.project_id)
+    assert {adapter.job_id for adapter in kept} == {claimed[1].job.id, claimed[3].job.id}
+    assert world.job(child.id).state == JobState.VALIDATING_FILES
+    assert view(world, sweep_id).sweep.best_job == claimed[1].job.id
+
+
+def test_a_trial_that_is_worse_than_the_best_third_at_a_rung_is_stopped_and_ends_as_pruned(world: World) -> None:
+    search = {"type": "asha", "trials": 4, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+
+    told = [measure(world, claimed[number], 2, loss) for number, loss in enumerate((1.0, 2.0, 0.9, 3.0))]
+
+    assert told == [False, True, False, True]
+    worker_hears = world.beat(*(claim.claim_id for claim in claimed.values()))
+    assert [worker_hears[claimed[number].claim_id].cancel for number in range(4)] == told
+    claims.end(world.db, claimed[1].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+    pruned = world.job(claimed[1].job.id)
+    assert (pruned.state, pruned.reason) == (JobState.CANCELLED, EndReason.PRUNED)
+    trial = reading.trial(world.db, **of(world, sweep_id), number=1)
+    assert (trial.trial.rung, trial.value) == (0, 2.0)
+    assert "rung 0" in str(trial.trial.stopped)
+    assert f"trial 1 of the sweep {sweep_id}" in jobs.explain(world.db, **world.of(pruned.id))["explanation"]
+    assert measure(world, claimed[2], 4, 1.5) is False  # the only one so far at rung 1
+
+
+def test_a_rung_that_is_measured_again_after_a_resume_decides_nothing_anew(world: World) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+    assert measure(world, claimed[0], 2, 1.0) is False
+    assert measure(world, claimed[1], 2, 0.5) is False
+
+    assert measure(world, claimed[0], 2, 1.0) is False
+
+    assert not world.job(claimed[0].job.id).cancel_requested
+
+
+def test_a_trial_that_was_done_before_its_worker_heard_that_it_is_to_stop_has_succeeded(world: World) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=10)
+    measure(world, claimed[0], 2, 1.0)
+    assert measure(world, claimed[1], 2, 2.0) is True
+
+    finish(world, claimed[1], 0.1)
+
+    first = board(world, sweep_id)[0]
+    assert (first.job.state, first.trial.stopped, first.value) == (JobState.SUCCEEDED, None, 0.1)
+
+
+def test_trials_are_compared_by_a_mean_of_training_steps_where_that_is_the_objective(world: World) -> None:
+    objective = {"metric": "train_mean_token_accuracy"}
+    sweep_id = make(world, objective=objective, validation_file=None, parameters={"lora.rank": {"values": [2, 4]}})
+    claimed = train(world)
+    for number, accuracies in ((0, (0.2, 0.4)), (1, (0.9, 0.1))):
+        for step, accuracy in enumerate(accuracies, start=1):
+            point = {"kind": "train", "step": step, "loss": 1.0, "token_accuracy": accuracy}
+            claims.record_metrics(world.db, claimed[number].claim_id, [point])
+
+    assert [(each.trial.number, each.value) for each in board(world, sweep_id)] == [(1, 0.5), (0, pytest.approx(0.3))]
+
+
+def test_a_refused_trial_leaves_nothing_of_the_sweep(world: World) -> None:
+    with pytest.raises(InvalidRequest):
+        make(world, parameters={"lora.target_modules": {"values": [["q_proj"], ["no_such_layer"]]}})
+
+    assert jobs.list_page(world.db, project_id=world.caller.project_id).items == []
+    assert reading.list_page(world.db, project_id=world.caller.project_id).items == []
+
+
+def test_what_does_not_fit_into_one_transaction_is_made_by_whoever_looks_next(world: World) -> None:
+    search = {"type": "random", "trials": 2 * creation.AT_ONCE + 1, "seed": 0}
+    sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    assert view(world, sweep_id).sweep.num_created == creation.AT_ONCE
+
+    assert advance(world) == 2
+
+    made = view(world, sweep_id)
+    assert made.counts == {"validating_files": 2 * creation.AT_ONCE + 1}
+    assert advance(world) == 0
+
+
+def test_no_more_trials_than_asked_for_are_unfinished_at_one_time(world: World) -> None:
+    sweep_id = make(world, max_concurrent=2)
+    advance(world)
+    claimed = train(world)
+    assert claimed.keys() == {0, 1}
+
+    finish(world, claimed[0], 1.0)
+    advance(world)
+
+    assert view(world, sweep_id).counts == {"running": 1, "succeeded": 1, "validating_files": 1}
+
+
+def test_a_file_stays_while_a_sweep_is_still_to_make_trials_that_read_it(world: World) -> None:
+    sweep_id = make(world, max_concurrent=1)
+    (claim,) = train(world).values()
+    finish(world, claim, 1.0)
+
+    with pytest.raises(Conflict, match=f"sweep {sweep_id}"):
+        files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
+
+    verbs.close(world.db, **of(world, sweep_id))
+    files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
+
+
+def test_where_no_further_trial_can_be_made_the_sweep_tells_why_and_ends_with_those_it_has(world: World) -> None:
+    sweep_id = make(world, max_concurrent=1)
+    claimed = train(world)
+    finish(world, claimed[0], 1.0)
+    bases.delete(world.db, "smol")
+
+    advance(world)
+
+    ended = view(world, sweep_id)
+    assert ended.sweep.error is not None
+    assert (ended.sweep.state, ended.sweep.num_created) == ("succeeded", 1)
+    assert ended.sweep.error["code"] == "model_not_found"
+
+
+def test_a_cancelled_sweep_cancels_what_has_not_ended_and_keeps_what_has(world: World) -> None:
+    sweep_id = make(world, max_concurrent=3)
+    claimed = train(world)
+    finish(world, claimed[0], 1.0)
+
+    verbs.cancel(world.db, **of(world, sweep_id))
+    advance(world)
+
+    assert {world.job(claimed[number].job.id).cancel_requested for number in (1, 2)} == {True}
+    assert view(world, sweep_id).sweep.state == "running"
+    for number in (1, 2):
+        claims.end(world.db, claimed[number].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+    advance(world)
+    ended = view(world, sweep_id)
+    assert (ended.sweep.state, ended.counts) == ("cancelled", {"succeeded": 1, "cancelled": 2})
+    assert ended.best is not None
+    assert ended.best.trial.number == 0
+    with pytest.raises(Conflict):
+        verbs.cancel(world.db, **of(world, sweep_id))
+    assert verbs.cancel(world.db, **of(world, sweep_id), is_client_retry=True).state == "cancelled"
+
+
+def test_a_sweep_without_an_adapter_has_failed(world: World) -> None:
+    sweep_id = make(world, parameters={"lora.rank": {"values": [4]}})
+    (claim,) = train(world).values()
+    claims.end(world.db, claim.claim_id, reason=EndReason.DIVERGED, detail="Its loss is not finite.")
+
+    advance(world)
+
+    assert (view(world, sweep_id).sweep.state, view(world, sweep_id).best) == ("failed", None)
+
+
+def test_the_leaderboard_goes_from_page_to_page_the_unmeasured_last(world: World) -> None:
+    sweep_id = make(world)
+    claimed = train(world)
+    measure(world, claimed[3], 1, 1.0)
+    measure(world, claimed[2], 1, 2.0)
+
+    first = board(world, sweep_id, limit=3)
+    rest = board(world, sweep_id, after=first[-1].job.id)
+
+    assert [each.trial.number for each in [*first, *rest]] == [3, 2, 0, 1]
+    assert [each.value for each in [*first, *rest]] == [1.0, 2.0, None, None]
+    with pytest.raises(InvalidRequest):
+        board(world, sweep_id, after="ftjob-gone")
+
+
+def test_the_same_submission_twice_is_one_sweep(world: World) -> None:
+    request = asked(world)
+
+    sweep = send(world, request, idempotency_key="one")
+
+    assert send(world, request, idempotency_key="one").id == sweep.id
+    assert send(world, request, is_client_retry=True).id == sweep.id
+    assert send(world, request).id != sweep.id
+    with pytest.raises(Conflict, match="another request"):
+        send(world, asked(world, seed=3), idempotency_key="one")
+    assert len(jobs.list_page(world.db, project_id=world.caller.project_id).items) == 8
+
+
+# Trials of the client's own choice
+
+
+def add(world: World, sweep_id: str, rank: int, **given: Any) -> int:
+    parameters = {"lora.rank": rank}
+    trial, job = creation.add_trial(world.db, caller=world.caller, sweep_id=sweep_id, parameters=parameters, **given)
+    assert job.spec["lora"]["rank"] == rank
+    return trial.number
+
+
+def test_a_client_gives_each_trial_its_parameters_and_stops_those_it_is_done_with(world: World) -> None:
+    sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
+    assert add(world, sweep_id, 4) == 0
+    assert add(world, sweep_id, 8) == 1
+    assert add(world, sweep_id, 8, is_client_retry=True) == 1
+    claimed = train(world)
+
+    _, job = verbs.stop_trial(world.db, **of(world, sweep_id), number=1)
+
+    assert job.cancel_requested
+    claims.end(world.db, claimed[1].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+    assert world.job(claimed[1].job.id).reason == EndReason.PRUNED
+    finish(world, claimed[0], 1.0)
+    advance(world)
+    assert view(world, sweep_id).sweep.state == "running"  # its client may ask for another
+    verbs.close(world.db, **of(world, sweep_id))
+    advance(world)
+    assert view(world, sweep_id).sweep.state == "succeeded"
+    with pytest.raises(Conflict, match="no more trials"):
+        add(world, sweep_id, 2)
+
+
+def test_a_trial_that_waits_is_stopped_at_once(world: World) -> None:
+    sweep_id = make(world, search={"type": "ask_tell", "trials": 1}, parameters={})
+    add(world, sweep_id, 4)
+
+    _, job = verbs.stop_trial(world.db, **of(world, sweep_id), number=0)
+
+    assert (job.state, job.reason) == (JobState.CANCELLED, EndReason.PRUNED)
+    with pytest.raises(Conflict):
+        verbs.stop_trial(world.db, **of(world, sweep_id), number=0)
+    verbs.stop_trial(world.db, **of(world, sweep_id), number=0, is_client_retry=True)
+    advance(world)
+    assert view(world, sweep_id).sweep.state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code"),
+    [
+        ({"lora.rank": 1000}, "invalid_value"),
+        ({"lora.rnak": 4}, "unknown_parameter"),
+        ({"model": "x"}, "fixed_in_a_sweep"),
+    ],
+)
+def test_a_clients_parameters_are_checked_as_a_sweeps_are(world: World, parameters: Any, code: str) -> None:
+    sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
+
+    with pytest.raises(LorryError) as refused:
+        creation.add_trial(world.db, caller=world.caller, sweep_id=sweep_id, parameters=parameters)
+
+    assert refused.value.code == code
+    assert view(world, sweep_id).sweep.num_created == 0
+
+
+def test_a_sweep_that_chooses_for_itself_takes_no_trials_of_others(world: World) -> None:
+    sweep_id = make(world)
+
+    with pytest.raises(Conflict) as refused:
+        add(world, sweep_id, 4)
+
+    assert refused.value.code == "not_an_ask_tell_sweep"
+
+
+def test_anothers_sweep_does_not_exist(world: World) -> None:
+    sweep_id = make(world)
+    theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "sweep_id": sweep_id}
+
+    for look in (reading.get, reading.leaderboard, verbs.cancel, verbs.close):
+        with pytest.raises(NotFound):
+            look(world.db, **theirs)
+    with pytest.raises(NotFound):
+        verbs.stop_trial(world.db, **theirs, number=0)
+    with pytest.raises(NotFound):
+        reading.trial(world.db, **of(world, sweep_id), number=4)
