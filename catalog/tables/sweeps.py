@@ -47,8 +47,7 @@ class Sweep(Table):
         Index(None, "project_id", "created_at", "id"),
         Index(None, "project_id", "idempotency_key", unique=True),
         Index(None, "created_by", "created_at"),
-        Index(None, "training_file"),
-        Index(None, "validation_file"),
+        Index(None, "finished_at"),
         Index("ix_sweeps_due", "due_at", sqlite_where=IS_DUE, postgresql_where=IS_DUE),
     )
 

@@ -42,9 +42,8 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["validation_file"], ["files.id"], name=op.f("fk_sweeps_validation_file_files")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_sweeps")),
     )
-    for columns in (["project_id", "created_at", "id"], ["created_by", "created_at"], ["training_file"]):
+    for columns in (["project_id", "created_at", "id"], ["created_by", "created_at"], ["finished_at"]):
         op.create_index(f"ix_sweeps_{'_'.join(columns)}", "sweeps", columns)
-    op.create_index("ix_sweeps_validation_file", "sweeps", ["validation_file"])
     keys = ["project_id", "idempotency_key"]
     op.create_index("ix_sweeps_project_id_idempotency_key", "sweeps", keys, unique=True)
     op.create_index("ix_sweeps_due", "sweeps", ["due_at"], sqlite_where=IS_DUE, postgresql_where=IS_DUE)

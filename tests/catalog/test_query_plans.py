@@ -71,7 +71,10 @@ COPIED: dict[type[Table], Changes] = {
     Artifact: lambda n: {"digest": f"artifact {n}"},
     File: lambda n: {"id": f"file-{n}", "digest": f"bytes {n}"},
     Prepared: lambda n: {"key": f"key {n}", "file_digest": f"bytes {n}", "artifact": f"artifact {n}"},
-    Job: lambda n: {"id": f"ftjob-{n}", "training_file": f"file-{n}", "worker_id": f"w-{n}", "trainer_id": f"t-{n}"},
+    Job: lambda n: {
+        **{"id": f"ftjob-{n}", "worker_id": f"w-{n}", "trainer_id": f"t-{n}", "sweep_id": f"sweep-{n}"},
+        **{"training_file": f"file-{n}", "validation_file": f"file-{n}"},
+    },
     Attempt: lambda n: {"claim_id": f"claim-{n}", "job_id": f"ftjob-{n}", "trainer_id": f"t-{n}"},
     JobEvent: lambda n: {"job_id": f"ftjob-{n}"},
     Metric: lambda n: {"job_id": f"ftjob-{n}"},
@@ -256,9 +259,6 @@ ACTS: dict[str, Act] = {
         controller.advance(w.db),
     ),
     "a look for sweeps": lambda w, _: controller.advance(w.db),
-    "a repeated sweep": lambda w, _: creation.made_before(
-        w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True
-    ),
     "an adapter by its sweep": lambda w, ids: adapters.get(w.db, project_id=w.caller.project_id, name=ids["sweep"]),
     "a submission": lambda w, _: w.submit(),
     "a preparation": lambda w, _: w.prepare_all(),
@@ -290,6 +290,9 @@ ACTS: dict[str, Act] = {
     "a repeated submission": lambda w, _: (
         w.clock.turn(3600),
         jobs.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),
+    ),
+    "a repeated sweep": lambda w, _: creation.made_before(
+        w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True
     ),
 }
 
