@@ -98,7 +98,19 @@ def create_app(
         telemetry=services.telemetry,
     )
     error_handlers.install(app)
-    resources = (files, part_uploads, jobs, job_history, sweeps, models, adapters, fleet, projects, api_keys, audit_events)
+    resources = (
+        files,
+        part_uploads,
+        jobs,
+        job_history,
+        sweeps,
+        models,
+        adapters,
+        fleet,
+        projects,
+        api_keys,
+        audit_events,
+    )
     for module in (*resources, sign_in, health):
         app.include_router(module.router)
     app.mount("/dashboard", Dashboard())

@@ -10,9 +10,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from catalog import jobs
+from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import LorryError
-from catalog.callers import Caller
 from catalog.states import UNFINISHED_STATES, JobState
 from catalog.sweeps.creation import AT_ONCE, make_trials
 from catalog.sweeps.designs import design_of

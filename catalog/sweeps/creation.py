@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 
 from catalog import submission
 from catalog.audit import note
+from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict
-from catalog.callers import Caller
 from catalog.spec import JobRequest
 from catalog.submission import CLIENT_RETRY_SECONDS, check_idempotency_key, key_reused
 from catalog.sweeps.design import Design, check_given, checked, designed, fewest_steps, rungs

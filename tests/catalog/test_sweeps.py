@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from catalog import adapters, bases, claims, files, jobs
 from catalog.claims import Claim
@@ -13,7 +14,7 @@ from catalog.records import Course
 from catalog.states import EndReason, JobState
 from catalog.sweeps import controller, creation, reading, verbs
 from catalog.sweeps.spec import SweepRequest
-from catalog.tables import Sweep
+from catalog.tables import AuditEvent, Sweep
 from tests.catalog.world import World, sha
 
 FOUR = {"lora.rank": {"values": [2, 4, 8, 16]}}
@@ -371,6 +372,22 @@ def test_a_sweep_that_chooses_for_itself_takes_no_trials_of_others(world: World)
         add(world, sweep_id, 4)
 
     assert refused.value.code == "not_an_ask_tell_sweep"
+
+
+def test_what_a_person_asks_of_a_sweep_is_in_the_audit_log_once(world: World) -> None:
+    sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
+    add(world, sweep_id, 4)
+    for _ in range(2):
+        verbs.close(world.db, **of(world, sweep_id))
+    verbs.stop_trial(world.db, **of(world, sweep_id), number=0)
+    for _ in range(2):
+        verbs.cancel(world.db, **of(world, sweep_id))
+
+    with world.db.read() as session:
+        told = session.scalars(select(AuditEvent.type).order_by(AuditEvent.effective_at)).all()
+
+    about_it = [each for each in told if each.startswith(("sweep", "trial", "job"))]
+    assert about_it == ["sweep.created", "job.created", "sweep.closed", "trial.stopped", "sweep.cancelled"]
 
 
 def test_anothers_sweep_does_not_exist(world: World) -> None:
