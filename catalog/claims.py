@@ -133,6 +133,8 @@ def claim_pack(
         decision = _decide(session, ask)
     if not decision.action.choices:
         return []
+    if pack_key is not None:
+        usage.settle(db, trainer_id, policy=policy)
     with db.write() as session:
         serialise(session, TAKING, shared=True)
         claims = _take(session, decision, ask, lease_seconds=lease_seconds)
@@ -160,10 +162,10 @@ def heartbeat(
         mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
         orders = dict.fromkeys(claim_ids, Orders(stale=True))
         held = list(session.scalars(mine))
+        usage.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
         for job in held:
             job.lease_expires_at, job.lease_extended = now + lease_seconds, False
             orders[job.claim_id or ""] = Orders(cancel=job.cancel_requested, pause=job.pause_requested)
-        usage.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
         return orders
 
 
@@ -196,11 +198,13 @@ def complete(
     curves: Blob,
     lineage: Json,
     lineage_id: str,
+    policy: Policy = USUAL,
 ) -> Adapter:
     """The job has succeeded: its adapter becomes visible in the same transaction. A cancel that came later lost.
 
     curves: the stored content of its result file, which becomes visible too.
     """
+    _settle(db, claim_id, policy)
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
@@ -220,7 +224,7 @@ def complete(
             created_at=now,
         )
         session.add(adapter)
-        usage.charge_end(session, job, now=now)
+        usage.charge_end(session, job, now=now, policy=policy)
         close_attempt(session, job, reason=EndReason.COMPLETED, detail=course.stopped_early, now=now)
         record_course(session, job, course, now=now)
         observing.completed(session, job, held_out_point(session, job, course.kept_step))
@@ -233,13 +237,30 @@ def complete(
         return adapter
 
 
-def end(db: Database, claim_id: str, *, reason: EndReason, detail: str, error: Json | None = None) -> JobState:
+def end(
+    db: Database,
+    claim_id: str,
+    *,
+    reason: EndReason,
+    detail: str,
+    error: Json | None = None,
+    policy: Policy = USUAL,
+) -> JobState:
     """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned."""
+    _settle(db, claim_id, policy)
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
-        usage.charge_end(session, job, now=now)
+        usage.charge_end(session, job, now=now, policy=policy)
         return end_attempt(session, job, reason=reason, detail=detail, error=error, now=now)
+
+
+def _settle(db: Database, claim_id: str, policy: Policy) -> None:
+    """Who trained beside the job pays for his part until now, before he is one of fewer."""
+    with db.read() as session:
+        trainer_id = session.scalar(select(Attempt.trainer_id).where(Attempt.claim_id == claim_id))
+    if trainer_id is not None:
+        usage.settle(db, trainer_id, policy=policy)
 
 
 def _decide(session: Session, ask: _Ask) -> Decision:
@@ -261,7 +282,7 @@ def _take(
     since the choice; its row is locked, so that nobody asks before this is done. is_alone: no other worker takes
     anything meanwhile, so that whoever has a row locked is waited for.
     """
-    worker = session.get(Worker, ask.worker_id, with_for_update={"read": True}, populate_existing=True)
+    worker = session.get(Worker, ask.worker_id, with_for_update=True, populate_existing=True)
     choices = decision.action.choices
     if not choices or (worker is not None and worker.is_leaving):
         return []
@@ -280,6 +301,9 @@ def _take(
         job.worker_id, job.trainer_id = ask.worker_id, ask.trainer_id
         job.lease_expires_at, job.lease_extended, job.run_after = now + lease_seconds, False, None
         _open_attempt(session, job, decision, chosen[job_id], now=now)
+    turns = {str(job.priority): now for job_id, job in jobs.items() if chosen[job_id].turn.is_first_of_class}
+    if worker is not None and turns:
+        worker.served_at = {**(worker.served_at or {}), **turns}
     ordered = [jobs[job_id] for job_id in chosen if job_id in jobs]
     return [_claim(session, job) for job in ordered]
 

@@ -24,8 +24,9 @@ MAX_NAMED = 20
 """Jobs that are named of those ahead."""
 
 
-def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUAL) -> Json:
-    """`explanation` (a sentence), `state`, and facts that depend on the state."""
+def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUAL, sees_all: bool = False) -> Json:
+    """`explanation` (a sentence), `state`, and facts that depend on the state. sees_all: other projects' weights and
+    use too, which are an operator's business."""
     with db.read() as session:
         job = find(session, project_id, job_id)
         now = read_clock(session)
@@ -33,7 +34,7 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
             case JobState.VALIDATING_FILES:
                 sentence, facts = _validating(session, job, now=now)
             case JobState.QUEUED:
-                sentence, facts = _queued(session, job, now=now, policy=policy)
+                sentence, facts = _queued(session, job, now=now, policy=policy, sees_all=sees_all)
             case JobState.RUNNING:
                 sentence, facts = _running(session, job)
             case JobState.PAUSED:
@@ -82,7 +83,7 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{turns}.", facts
 
 
-def _queued(session: Session, job: Job, *, now: float, policy: Policy) -> tuple[str, Json]:
+def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
     residents = fleet.residents(session, now=now)
     facts: Json = {
         "run_after": job.run_after,
@@ -100,11 +101,15 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy) -> tuple[
         return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", facts
     turns = queue.turns(session, now=now, policy=policy)
     mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
+    had = usage.shares_of_waiting(session, now=now, policy=policy)
+    share = shares.described(had, job.project_id, policy)
+    facts |= {"share": share, "policy": asdict(policy)}
+    facts |= {"shares": shares.of_everybody(had, policy)} if sees_all else {}
     if mine is None:
-        return "It stands behind more jobs than one decision looks at.", facts
+        facts |= {"ahead_at_least": len(turns), "ahead_of_this_project_in_all": _own_ahead(session, job)}
+        return _far_behind(facts), facts
     ahead = [turn for turn in turns if turn.position < mine.position]
-    share = shares.described(usage.shares_of_waiting(session, now=now, policy=policy), job.project_id, policy)
-    facts |= {**_place(mine, ahead, job), "share": share, "policy": asdict(policy)}
+    facts |= _place(mine, ahead, job)
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
     hindrance = _unquantised(session, job, now=now) or _too_large(session, mine, now=now)
@@ -112,6 +117,21 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy) -> tuple[
         return hindrance, facts
     parts = (_queue_sentence(job, mine, ahead, residents), shares.sentence(share))
     return " ".join(part for part in parts if part), facts
+
+
+def _own_ahead(session: Session, job: Job) -> int:
+    """Of its project and class."""
+    is_before = or_(Job.created_at < job.created_at, and_(Job.created_at == job.created_at, Job.id < job.id))
+    mine = (Job.state == job.state, Job.project_id == job.project_id, Job.priority == job.priority)
+    return session.scalar(select(func.count()).where(*mine, is_before)) or 0
+
+
+def _far_behind(facts: Json) -> str:
+    own = _jobs(facts["ahead_of_this_project_in_all"]).lower()
+    return (
+        f"It stands far behind: more than {facts['ahead_at_least']} jobs are ahead of it. "
+        f"Of its own project and class {own} ahead of it."
+    )
 
 
 def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:

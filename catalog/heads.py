@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session, aliased
 
 from catalog import needs
 from catalog.db import each_of, is_sqlite
-from catalog.scheduling.picture import Candidate
+from catalog.scheduling.picture import Candidate, Unprepared
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
 from catalog.tables import Job, Project
@@ -58,10 +58,11 @@ def waiting(
     return [_candidate(session, row) for row in rows]
 
 
-def first_to_prepare(session: Session, *, now: float) -> str | None:
-    """The highest class first; in it the project whose turn it is, which is the one that had none for the longest;
-    of its jobs the oldest."""
-    return session.scalar(_first_to_prepare(for_sqlite=is_sqlite(session)), {"now": now, "per_group": 1})
+def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
+    """Of each project and class the first job whose files wait to be prepared, in no order."""
+    rows = session.execute(_to_prepare(for_sqlite=is_sqlite(session)), {"now": now, "per_group": 1})
+    names = ("job_id", "priority", "created_at", "preparing_at")
+    return [Unprepared(**{name: getattr(row, name) for name in names}) for row in rows]
 
 
 def is_unprepared(job: type[Job], now: float | ColumnElement[float]) -> tuple[ColumnElement[bool], ...]:
@@ -92,13 +93,14 @@ def projects(state: JobState) -> CTE:
 def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
     groups, job = _groups(JobState.QUEUED), aliased(Job)
     conditions = [is_due(job, bindparam("now"))]
-    if such.alike:  # found by the index of those in the queue, which says nothing of the state
+    if such.alike:
         is_suspect = job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
-        conditions += [job.queued_at.is_not(None), job.pack_key == bindparam("key"), ~is_suspect]
+        conditions += [*_in_queue(job), job.pack_key == bindparam("key"), ~is_suspect]
     else:
         conditions += [job.state == JobState.QUEUED]
     if such.alone or such.alike:
         conditions += [_fits(job, such)]
+        groups = _where_some_fit(groups, such)
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
     columns = (Job.id, Job.project_id, Job.base_digest, Job.pack_key, Job.priority, Job.created_at, Job.queued_at)
     kept = (Job.counted_attempts, *(getattr(Job, name) for name in NEEDS))
@@ -106,12 +108,12 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _first_to_prepare(*, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
+def _to_prepare(*, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
     groups, job = _groups(JobState.VALIDATING_FILES), aliased(Job)
     firsts = _firsts(groups, job, [*is_unprepared(job, bindparam("now"))])
-    found = each_of(groups, firsts, Job, Job.id, for_sqlite=for_sqlite).join(Project, Project.id == Job.project_id)
-    turn = (Job.priority, func.coalesce(Project.preparing_at, 0.0), Job.created_at, Job.id)
-    return found.order_by(*turn).limit(1)
+    preparing_at = func.coalesce(Project.preparing_at, 0.0).label("preparing_at")
+    columns = (Job.id.label("job_id"), Job.priority, Job.created_at, preparing_at)
+    return each_of(groups, firsts, Job, *columns, for_sqlite=for_sqlite).join(Project, Project.id == Job.project_id)
 
 
 @cache
@@ -119,6 +121,24 @@ def _num_groups() -> Select[int]:
     groups, job = _groups(JobState.QUEUED), aliased(Job)
     some = _firsts(groups, job, [job.state == JobState.QUEUED]).limit(1)
     return select(func.count()).select_from(groups).where(some.exists())
+
+
+def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
+    """Found by an index of those in the queue. A worker of an older version leaves jobs there that run; their state is
+    asked so that no index of states is thought to be a better one."""
+    return job.queued_at.is_not(None), func.coalesce(job.state, "") == JobState.QUEUED
+
+
+def _where_some_fit(groups: CTE, such: Such) -> CTE:
+    """Those of the groups whose smallest job fits: of the others, however many wait, one is read."""
+    job = aliased(Job)
+    mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
+    need = job.least_bytes if such.alone else func.coalesce(job.least_bytes - job.trainer_bytes, 0)
+    smallest = select(need).where(*mine).order_by(job.least_bytes).limit(1).correlate(groups)
+    if such.alike:
+        smallest = smallest.where(job.pack_key == bindparam("key"))
+    fitting = select(groups).where(smallest.scalar_subquery() <= bindparam("num_bytes"))
+    return fitting.cte("fitting_groups")
 
 
 def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) -> Select[str]:

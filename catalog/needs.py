@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from catalog import memory, packing
+from catalog.db import Database
 from catalog.methods import compares_with_start
+from catalog.states import JobState
 from catalog.tables import BaseModelRow, Job, Json
 
 
@@ -33,6 +36,20 @@ def note(session: Session, job: Job) -> None:
     needs = of(session, job)
     job.own_bytes, job.saved_bytes = needs.own_bytes, needs.saved_bytes
     job.trainer_bytes, job.slice_bytes = needs.trainer_bytes, needs.slice_bytes
+    job.least_bytes = needs.trainer_bytes + needs.own_bytes - needs.saved_bytes
+
+
+def note_all(db: Database, *, batch: int = 500) -> int:
+    """Of those in the queue since before needs were kept, in short transactions. Returns how many there were."""
+    unknown = (Job.state == JobState.QUEUED, or_(Job.own_bytes.is_(None), Job.least_bytes == 0))
+    with db.read() as session:
+        ids = sorted(session.scalars(select(Job.id).where(*unknown)))
+    for start in range(0, len(ids), batch):
+        with db.write() as session:
+            waiting = select(Job).where(Job.id.in_(ids[start : start + batch]), *unknown).order_by(Job.id)
+            for job in session.scalars(waiting.with_for_update()):
+                note(session, job)
+    return len(ids)
 
 
 def of(session: Session, job: Job) -> Needs:

@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 from catalog import fleet, heads, usage
 from catalog.db import read_clock
 from catalog.heads import Such
-from catalog.scheduling.decide import leading
+from catalog.scheduling.decide import decide
+from catalog.scheduling.packs import spare_bytes
 from catalog.scheduling.picture import Candidate, Picture, Policy, Room
 from catalog.spec import Quantisation
 from catalog.states import MAX_COUNTED_ATTEMPTS
@@ -28,14 +29,15 @@ def of_worker(
     """For a worker that has this room: beside the jobs of its trainer `trainer_id`, whose pack key is `live_key`, or
     (None) for a trainer's first jobs."""
     now = read_clock(session)
+    whole = worker.memory_bytes if worker else room.memory_bytes_free
     picture = Picture(
         now=now,
         candidates=(),
         shares=usage.shares_of_waiting(session, now=now, policy=policy),
-        served_at=usage.served_at(session),
+        served=usage.served(session, now=now),
         room=room,
         live_key=live_key,
-        worker_bytes=worker.memory_bytes if worker else room.memory_bytes_free,
+        worker_bytes=whole if room.memory_bytes_when_empty is None else min(whole, room.memory_bytes_when_empty),
         has_suspect=live_key is not None and _holds_suspect(session, trainer_id),
     )
     if picture.has_suspect:
@@ -44,36 +46,58 @@ def of_worker(
     picture = _with(picture, _firsts(session, picture, can_load))
     for_whom = live_key or room.resident_key
     if for_whom is not None:
-        picture = _with(picture, _alike(session, picture, for_whom))
-    lead = leading(picture, policy) if live_key is None else None
-    if lead is None or lead.candidate.pack_key == for_whom:
-        return picture
-    return _with(picture, _alike(session, picture, lead.candidate.pack_key))
+        picture = _with(picture, _alike(session, picture, for_whom, room.memory_bytes_free))
+    return _with_mates(session, picture, policy)
 
 
 def _with(picture: Picture, found: list[Candidate]) -> Picture:
     return replace(picture, candidates=(*picture.candidates, *found))
 
 
+def _with_mates(session: Session, picture: Picture, policy: Policy) -> Picture:
+    """And those of the anchor's kind that may be let in beside what is chosen already: the first of those that fit into
+    what is left, again and again until there is none. So larger ones that wait before them hide nobody."""
+    for _ in range(picture.room.max_jobs):
+        choices = decide(picture, policy).action.choices
+        if not choices or len(choices) >= picture.room.max_jobs or choices[0].turn.candidate.is_suspect:
+            break
+        key = choices[0].turn.candidate.pack_key
+        found = _alike(session, picture, key, spare_bytes(choices, picture.room), is_beside=True)
+        seen = {candidate.job_id for candidate in picture.candidates}
+        if all(candidate.job_id in seen for candidate in found):
+            break
+        picture = _with(picture, found)
+    return picture
+
+
 def _firsts(session: Session, picture: Picture, can_load: Collection[str]) -> list[Candidate]:
     """Of each project and class those that stand first of what the worker holds, each with a trainer to itself.
 
-    Of those that may come before one that joins, as many as can.
+    Of those that may come before one that joins, as many as can. For a new trainer also the first that fit into what is
+    free: the others are there because the worker holds them, so that who goes before them takes no turn of theirs.
     """
     room, is_live = picture.room, picture.live_key is not None
     missing = tuple(name for name in get_args(Quantisation) if name not in can_load)
     such = Such(alone=True, recomputes=room.recomputes, not_held_as=missing)
-    num_bytes = picture.worker_bytes if is_live else room.memory_bytes_free
-    per_group = room.max_jobs + 1 if is_live else 1
-    return heads.waiting(session, such, now=picture.now, per_group=per_group, num_bytes=num_bytes)
+
+    def look(per_group: int, num_bytes: int) -> list[Candidate]:
+        return heads.waiting(session, such, now=picture.now, per_group=per_group, num_bytes=num_bytes)
+
+    if is_live:
+        return look(room.max_jobs + 1, picture.worker_bytes)
+    found = look(1, max(picture.worker_bytes, room.memory_bytes_free))
+    if all(room.alone(candidate) <= room.memory_bytes_free for candidate in found):
+        return found
+    return [*found, *look(1, room.memory_bytes_free)]
 
 
-def _alike(session: Session, picture: Picture, key: str) -> list[Candidate]:
-    """Of each project and class as many of that pack key as there is room for, the first of those that fit."""
+def _alike(session: Session, picture: Picture, key: str, num_bytes: int, *, is_beside: bool = False) -> list[Candidate]:
+    """Of each project and class as many of that pack key as there is room for, the first of those that fit: beside
+    others, or by themselves."""
     room = picture.room
-    such = Such(alike=True, alone=picture.live_key is None, recomputes=room.recomputes)
-    looked = {"per_group": room.max_jobs, "num_bytes": room.memory_bytes_free}
-    return heads.waiting(session, such, now=picture.now, key=key, **looked)
+    is_alone = picture.live_key is None and not is_beside
+    such = Such(alike=True, alone=is_alone, recomputes=room.recomputes)
+    return heads.waiting(session, such, now=picture.now, key=key, per_group=room.max_jobs, num_bytes=num_bytes)
 
 
 def _holds_suspect(session: Session, trainer_id: str) -> bool:

@@ -11,6 +11,8 @@ from catalog import evaluations, events, heads, needs
 from catalog.db import Database, read_clock, serialise
 from catalog.fencing import hold
 from catalog.moves import move
+from catalog.scheduling.picture import USUAL, Policy
+from catalog.scheduling.turns import first_to_prepare
 from catalog.spec import JobSpec
 from catalog.states import EndReason, JobState, Verb
 from catalog.tables import BaseModelRow, File, Job, Json, Project, Worker, new_id
@@ -31,23 +33,25 @@ class Unprepared:
     base: BaseModelRow
 
 
-def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float) -> Unprepared | None:
+def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, policy: Policy = USUAL) -> Unprepared | None:
     """The first job whose files wait to be prepared, leased to this worker; None where there is none.
 
     Renew the lease with `claims.heartbeat`, as any other.
     """
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
-        if heads.first_to_prepare(session, now=read_clock(session)) is None:
+        if not heads.to_prepare(session, now=read_clock(session)):
             return None
     with db.write() as session:
         serialise(session, "take files to prepare")
         now = read_clock(session)
-        worker = session.get(Worker, worker_id)
+        worker = session.get(Worker, worker_id, with_for_update=True)
         if worker is not None and worker.is_leaving:
             return None
-        job = _take_first(session, now=now)
+        job, is_turn = _take_first(session, now=now, policy=policy)
         if job is None:
             return None
+        if worker is not None and is_turn:
+            worker.prepared_at = {**(worker.prepared_at or {}), str(job.priority): now}
         session.get_one(Project, job.project_id).preparing_at = now
         job.claim_id = claim_id = new_id("prep")
         job.worker_id = worker_id
@@ -62,13 +66,27 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float) -> Un
         )
 
 
-def _take_first(session: Session, *, now: float) -> Job | None:
-    """Locked. Only people can be quicker here: what they cancel or pause is passed over."""
-    while (job_id := heads.first_to_prepare(session, now=now)) is not None:
-        job = session.scalar(select(Job).where(Job.id == job_id, *heads.is_unprepared(Job, now)).with_for_update())
+def _take_first(session: Session, *, now: float, policy: Policy) -> tuple[Job | None, bool]:
+    """Locked, and whether it is its class's turn. Only people can be quicker here: what they cancel or pause is passed
+    over."""
+    while found := heads.to_prepare(session, now=now):
+        first, is_turn = first_to_prepare(found, now, last_turns=_last_turns(session, now=now), policy=policy)
+        job = session.scalar(
+            select(Job).where(Job.id == first.job_id, *heads.is_unprepared(Job, now)).with_for_update()
+        )
         if job is not None:
-            return job
-    return None
+            return job, is_turn
+    return None, False
+
+
+def _last_turns(session: Session, *, now: float) -> dict[int, float]:
+    """By class, when any worker that lives took files of its first job."""
+    rows = session.scalars(select(Worker.prepared_at).where(Worker.ended_at.is_(None), Worker.prepared_at.is_not(None)))
+    latest: dict[int, float] = {}
+    for priority, at in ((int(name), at) for row in rows for name, at in (row or {}).items()):
+        if at <= now:
+            latest[priority] = max(at, latest.get(priority, at))
+    return latest
 
 
 def prepared(

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog import fleet, heads, usage
 from catalog.db import Database, read_clock
-from catalog.scheduling.picture import USUAL, Policy
+from catalog.scheduling.picture import USUAL, Candidate, Policy
 from catalog.scheduling.turns import Turn, order
 from catalog.spec import PriorityClass
 from catalog.states import UNFINISHED_STATES, JobState
@@ -35,12 +35,23 @@ SHOWN = (
 
 
 def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[Turn]:
-    """The jobs that may be claimed now, first turn first: MAX_SHOWN at most or a little more, of each project and class
-    as many."""
-    per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
-    candidates = heads.waiting(session, heads.Such(), now=now, per_group=per_group)
+    """The jobs that may be claimed now, first turn first: MAX_SHOWN or a little more where there are so many. Projects
+    and classes that have less than their part of these leave it to the others."""
     shares = usage.shares_of_waiting(session, now=now, policy=policy)
-    return order(candidates, now, shares=shares, served_at=usage.served_at(session), policy=policy)
+    candidates = _evenly(session, now=now)
+    return order(candidates, now, shares=shares, served=usage.served(session, now=now), policy=policy)
+
+
+def _evenly(session: Session, *, now: float) -> list[Candidate]:
+    per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
+    while True:
+        found = heads.waiting(session, heads.Such(), now=now, per_group=per_group)
+        sizes = Counter((candidate.project_id, candidate.priority) for candidate in found)
+        full = [size for size in sizes.values() if size == per_group]
+        left = MAX_SHOWN - len(found)
+        if left <= 0 or not full:
+            return found
+        per_group += math.ceil(left / len(full))
 
 
 def snapshot(db: Database, *, project_id: str | None, policy: Policy = USUAL) -> Json:

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 HALF_LIFE_SECONDS = 86_400.0
 PROMOTE_AFTER_SECONDS = 3_600.0
+LEASE_SECONDS = 60.0
 
 
 class Settings(BaseSettings):
@@ -30,7 +31,9 @@ class Settings(BaseSettings):
     max_line_bytes: int = Field(default=8 * 2**20, description="Longest line of a data set.")
     max_rows: int = Field(default=5_000_000, description="Most rows of a data set.")
 
-    lease_seconds: float = Field(default=60, gt=1, description="How long a claim is good for without a heartbeat.")
+    lease_seconds: float = Field(
+        default=LEASE_SECONDS, gt=1, description="How long a claim is good for without a heartbeat."
+    )
     heartbeat_seconds: float = Field(default=10, gt=0, description="Between two heartbeats of a worker.")
     poll_seconds: float = Field(
         default=1, gt=0, description="Between two looks at the queue of a worker that no doorbell wakes."

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -23,7 +23,8 @@ from catalog import saturation
 from catalog.saturation import Speeds
 from catalog.scheduling import shares
 from catalog.scheduling.decide import Join, Start, decide, leading
-from catalog.scheduling.picture import USUAL, Candidate, Picture, Policy, Room, Share
+from catalog.scheduling.packs import Choice
+from catalog.scheduling.picture import USUAL, Candidate, Picture, Policy, Room, Service, Share
 from catalog.spec import PriorityClass
 
 PLENTY = 10**12
@@ -101,7 +102,8 @@ class Simulation:
         self._workers = [_Worker() for _ in range(cluster.num_workers)]
         self._used: dict[str, tuple[float, float]] = {}
         self._running: defaultdict[str, int] = defaultdict(int)
-        self._served_at: dict[int, float] = {}
+        self._served = Service(at=(served_at := dict[int, float]()), memory_bytes=PLENTY)
+        self._served_at = served_at
 
     def run(self, *, until: float = float("inf")) -> list[Record]:
         """Until every job has ended, or until that moment."""
@@ -174,7 +176,7 @@ class Simulation:
             return
         action = decide(self._picture(worker, places), self.cluster.policy).action
         if isinstance(action, Start | Join):
-            self._take(worker, [choice.turn.candidate for choice in action.choices])
+            self._take(worker, action.choices)
 
     def _picture(self, worker: _Worker, places: int) -> Picture:
         room = Room(max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs))
@@ -183,7 +185,7 @@ class Simulation:
             now=self.now,
             candidates=tuple(self._queue.firsts(places + 1 if live else 1, worker.key, places)),
             shares={project: self._share(project) for project in self._queue.projects()},
-            served_at=self._served_at,
+            served=(self._served,),
             room=room,
             live_key=live,
             worker_bytes=PLENTY,
@@ -196,19 +198,30 @@ class Simulation:
 
     def _share(self, project: str) -> Share:
         weight = self.cluster.weights.get(project, 1.0)
-        return Share(weight=weight, device_seconds=self._left_of(project), num_running=self._running[project])
+        return Share(weight=weight, device_seconds=self._left_of(project), **self._held(project))
 
-    def _take(self, worker: _Worker, chosen: list[Candidate]) -> None:
+    def _held(self, project: str) -> dict[str, Any]:
+        parts = [
+            sum(record.arrival.project == project for record in worker.jobs.values()) / len(worker.jobs)
+            for worker in self._workers
+            if worker.jobs
+        ]
+        return {"num_running": self._running[project], "devices_held": sum(parts)}
+
+    def _take(self, worker: _Worker, choices: Sequence[Choice]) -> None:
+        chosen = [choice.turn.candidate for choice in choices]
         self._advance(worker)
         if worker.key != chosen[0].pack_key:
             worker.key, worker.num_loads = chosen[0].pack_key, worker.num_loads + 1
             worker.as_of = self.now + self.cluster.load_seconds
+        for choice in choices:
+            if choice.turn.is_first_of_class:
+                self._served_at[choice.turn.candidate.priority] = self.now
         for candidate in chosen:
             record = self._queue.take(candidate.job_id)
             record.started_at = self.now
             worker.jobs[record.job_id] = record
             self._running[record.arrival.project] += 1
-            self._served_at[record.arrival.priority] = self.now
         self._foresee(worker)
 
 

@@ -10,17 +10,19 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from functools import cache
+from typing import Any
 
-from sqlalchemy import CompoundSelect, Select, func, literal, select, union_all
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
 
 from catalog import heads
-from catalog.db import add_if_missing
+from catalog.db import Database, add_if_missing, read_clock
+from catalog.fleet import is_gpu, quantisations_of
 from catalog.scheduling import shares
-from catalog.scheduling.picture import Policy, Share
-from catalog.spec import PriorityClass
+from catalog.scheduling.picture import Policy, Service, Share
 from catalog.states import JobState
 from catalog.tables import Attempt, Job, Project, ProjectUsage, Worker
+from catalog.workers import is_live
 
 SLOTS = 16
 
@@ -31,45 +33,96 @@ def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *,
     beside = Counter(job.trainer_id for job in training)
     owed: defaultdict[str, float] = defaultdict(float)
     for job in training:
-        owed[job.project_id] += _take_stock(job, worker, num_jobs=beside[job.trainer_id], now=now)
+        owed[job.project_id] += _take_stock(job, worker, num_jobs=beside[job.trainer_id], now=now, policy=policy)
     for project_id in sorted(owed):  # in one order, so that nobody waits in a circle
         row = _locked(session, project_id, worker, now=now)
         row.device_seconds = _left(row, now=now, policy=policy) + owed[project_id]
         row.as_of = now
 
 
-def charge_end(session: Session, job: Job, *, now: float) -> None:
-    """Charge a job whose attempt is about to end, and whose row is locked, for the seconds since the last heartbeat.
+def settle(db: Database, trainer_id: str, *, policy: Policy) -> None:
+    """Charge all that the trainer holds until now: before one joins or leaves, so that each second is divided among
+    those who were there.
 
-    Of a worker that is lost or leaves these are not charged to anybody.
+    In a transaction of its own: it locks the jobs by id, as a heartbeat does.
     """
-    beside = select(func.count()).select_from(Attempt)
-    beside = beside.where(Attempt.trainer_id == job.trainer_id, Attempt.ended_at.is_(None))
+    with db.write() as session:
+        now = read_clock(session)
+        running = (Job.state == JobState.RUNNING, Job.trainer_id == trainer_id)
+        beside = select(Job).where(Job.id.in_(_held_by(trainer_id)), *running)
+        held = list(session.scalars(beside.order_by(Job.id).with_for_update()))
+        if held:
+            charge_beat(session, held, session.get(Worker, held[0].worker_id), now=now, policy=policy)
+
+
+def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> None:
+    """Charge a job whose attempt is about to end, and whose row is locked, for what is left since `settle`.
+
+    Of a worker that is lost or leaves the seconds since its last heartbeat are not charged to anybody.
+    """
+    num_jobs = session.scalar(select(func.count()).select_from(_held_by(job.trainer_id).subquery())) or 1
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
-    owed = _take_stock(job, worker, num_jobs=session.scalar(beside) or 1, now=now)
-    _locked(session, job.project_id, worker, now=now).device_seconds += owed
+    owed = _take_stock(job, worker, num_jobs=num_jobs, now=now, policy=policy)
+    row = _locked(session, job.project_id, worker, now=now)
+    row.device_seconds, row.as_of = _left(row, now=now, policy=policy) + owed, now
 
 
 def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
     """The share of each project that has something in the queue."""
     standing = session.execute(_standings()).all()
-    used_by = used(session, {row.project_id for row in standing}, now=now, policy=policy)
+    waiting = {row.project_id for row in standing}
+    used_by = used(session, waiting, now=now, policy=policy)
+    running, held = _running(session, waiting)
     return {
-        row.project_id: Share(weight=row.weight, device_seconds=used_by[row.project_id], num_running=row.num_running)
+        row.project_id: Share(
+            weight=row.weight,
+            device_seconds=used_by[row.project_id],
+            num_running=running[row.project_id],
+            devices_held=held[row.project_id],
+        )
         for row in standing
     }
 
 
-def served_at(session: Session) -> dict[int, float]:
-    """By class, when a job of it was last claimed; a class that never was is not there."""
-    rows = ((row[0], row[1]) for row in session.execute(_latest_claims()))
-    return {priority: at for priority, at in rows if at is not None}
+def served(session: Session, *, now: float) -> list[Service]:
+    """What each worker that lives has served."""
+    live = session.scalars(select(Worker).where(is_live(now=now)))
+    return [
+        Service(
+            at=worker.last_served,
+            memory_bytes=worker.memory_bytes,
+            recomputes=is_gpu(worker),
+            can_load=quantisations_of(worker),
+        )
+        for worker in live
+    ]
 
 
-def _take_stock(job: Job, worker: Worker | None, *, num_jobs: int, now: float) -> float:
+def _held_by(trainer_id: str | None) -> Select[str]:
+    """Ids of the jobs that the trainer holds."""
+    return select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
+
+
+def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], defaultdict[str, float]]:
+    """Of those projects: how many jobs run, and of how many devices they have their part."""
+    rows = session.execute(_packs()).all()
+    beside: Counter[str | None] = Counter()
+    for row in rows:
+        beside[row.trainer_id] += row.number
+    running: Counter[str] = Counter()
+    held: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        if row.project_id in waiting:
+            running[row.project_id] += row.number
+            held[row.project_id] += len(row.devices or (None,)) * row.number / beside[row.trainer_id]
+    return running, held
+
+
+def _take_stock(job: Job, worker: Worker | None, *, num_jobs: int, now: float, policy: Policy) -> float:
     """What the job owes since it was charged last; noted on its row."""
     since = now if job.charged_at is None else job.charged_at
-    owed = shares.charge(now - since, num_devices=len(worker.devices) if worker else 1, num_jobs=num_jobs)
+    elapsed = min(now - since, policy.lease_seconds)
+    owed = shares.charge(elapsed, num_devices=len(worker.devices) if worker else 1, num_jobs=num_jobs)
     job.charged_at, job.device_seconds = now, job.device_seconds + owed
     return owed
 
@@ -96,18 +149,16 @@ def used(session: Session, project_ids: Collection[str], *, now: float, policy: 
 
 
 @cache
-def _latest_claims() -> CompoundSelect[int, float | None]:
-    classes = [int(priority) for priority in PriorityClass]
-    return union_all(
-        *(select(literal(number), func.max(Job.claimed_at)).where(Job.priority == number) for number in classes)
-    )
+def _standings() -> Select[str, float]:
+    """Each project that has something in the queue, and its weight."""
+    found = heads.projects(JobState.QUEUED)
+    return select(Project.id.label("project_id"), Project.weight).join(found, found.c.project_id == Project.id)
 
 
 @cache
-def _standings() -> Select[str, float, int]:
-    """Of each project that has something in the queue its weight, and how many of its jobs run."""
-    found, running = heads.projects(JobState.QUEUED), aliased(Job)
-    runs = select(func.count()).select_from(running)
-    runs = runs.where(running.state == JobState.RUNNING, running.project_id == found.c.project_id).correlate(found)
-    columns = (Project.id.label("project_id"), Project.weight, runs.scalar_subquery().label("num_running"))
-    return select(*columns).join(found, found.c.project_id == Project.id)
+def _packs() -> Select[*tuple[Any, ...]]:
+    """How many jobs each project has in each trainer."""
+    number = func.count().label("number")
+    packs = select(Job.project_id, Job.trainer_id, Job.worker_id, number).where(Job.state == JobState.RUNNING)
+    found = packs.group_by(Job.project_id, Job.trainer_id, Job.worker_id).subquery()
+    return select(found, Worker.devices).outerjoin(Worker, Worker.id == found.c.worker_id)

@@ -49,6 +49,7 @@ def register_worker(
         worker.version, worker.memory_bytes = version, memory_bytes
         worker.started_at = worker.heartbeat_at = now
         worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
+        worker.served_at = worker.prepared_at = None
         worker.drain_requested = False
         return worker
 

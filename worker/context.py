@@ -52,6 +52,11 @@ class WorkerContext:
     """When the files of deleted bases were last looked for, by the monotonic clock."""
 
     @property
+    def policy(self) -> Policy:
+        """The numbers by which is decided and charged."""
+        return Policy.of(self.settings)
+
+    @property
     def draining(self) -> bool:
         return self.leave.is_set() or self.pulse.drain or self.has_asked_to_leave()
 

@@ -63,6 +63,7 @@ class Pack:
         self._listener = Listener(context, directory, trainer_id)
         self._held: dict[str, Held] = {}
         self._is_ready_recorded = False
+        self._memory: Json = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -87,6 +88,13 @@ class Pack:
             total += held.own_bytes(self._description, recomputes=self._context.device.recomputes)
             total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
         return total
+
+    def held_bytes(self) -> int:
+        """What would be free without the trainer, of what it has said that it holds. A GPU's allocator gives back
+        nothing of its largest tick; a CPU's gives back what it can."""
+        held = self._memory
+        whole = int(held.get("base_bytes", 0)) + int(held.get("rows_bytes", 0))
+        return max(whole, int(held.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
 
     def _trainer_bytes_to_come(self) -> int:
         """Of its base and its first tick, before any job is admitted. One that is ready and empty waits for none."""
@@ -183,8 +191,9 @@ class Pack:
                 for dropped in held.outdated():
                     shutil.rmtree(self.directory.path / dropped["folder"], ignore_errors=True)
             elif event["type"] == "ready":
-                self.ready = event
+                self.ready, self._memory = event, event["memory"]
             elif event["type"] == "memory":
+                self._memory = event
                 self.speeds = Speeds.of_report(event.get("tick_speeds"))
                 self._context.pulse.status["report"] |= _without(event, "type", "seconds")
             elif event["type"] == "load_refused":
@@ -253,7 +262,14 @@ class Pack:
 
     def _end(self, held: Held, end: End) -> None:
         try:
-            claims.end(self._context.db, held.claim.claim_id, reason=end.reason, detail=end.detail, error=end.error)
+            claims.end(
+                self._context.db,
+                held.claim.claim_id,
+                reason=end.reason,
+                detail=end.detail,
+                error=end.error,
+                policy=self._context.policy,
+            )
         except StaleClaim:
             self._drop(held)
         else:

@@ -33,7 +33,9 @@ def prepare_next(context: WorkerContext) -> bool:
     """Prepare the files of one job that waits for it; False where none does. Raises StaleClaim."""
     since = time.monotonic()
     lease_seconds = context.settings.lease_seconds
-    unprepared = record.next_unprepared(context.db, worker_id=context.worker_id, lease_seconds=lease_seconds)
+    unprepared = record.next_unprepared(
+        context.db, worker_id=context.worker_id, lease_seconds=lease_seconds, policy=context.policy
+    )
     if unprepared is None:
         return False
     context.pulse.hold([unprepared.claim_id], since=since)

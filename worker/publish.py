@@ -67,6 +67,7 @@ def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, 
         curves=curves,
         lineage=lineage,
         lineage_id=lineage_id,
+        policy=context.policy,
     )
     failpoints.pass_by("after_complete")
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from catalog import bases as catalog_bases
 from catalog import claims, memory, packing, queue, saturation, workers
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
-from catalog.scheduling.picture import Policy, Room
+from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
 from catalog.tables import Job, new_id
 from worker import bases, node, scratch
@@ -308,7 +309,7 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
         room=room,
         lease_seconds=context.settings.lease_seconds,
         pack_key=pack_key,
-        policy=Policy.of(context.settings),
+        policy=context.policy,
     )
     context.pulse.hold((claim.claim_id for claim in claimed), since=since)
     return claimed
@@ -328,11 +329,13 @@ def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
             tick_tokens=tick_tokens,
             recomputes=context.device.recomputes,
         )
+    when_empty = free + pack.held_bytes()
     if not len(pack) and pack.ready is not None:
         free += int(pack.ready["memory"]["base_bytes"])
     return Room(
         max_jobs=max_jobs,
         memory_bytes_free=max(0, free - pack.bytes_to_come()),
+        memory_bytes_when_empty=when_empty,
         resident_key=pack.pack_key,
         num_jobs=len(pack),
         tick_tokens=tick_tokens,
@@ -360,7 +363,11 @@ def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None
     """Give back what no trainer has seen."""
     for claim in claimed:
         context.pulse.release(claim.claim_id)
-        _try(lambda claim_id=claim.claim_id: claims.end(context.db, claim_id, reason=end.reason, detail=end.detail))
+        _try(partial(_end, context, claim.claim_id, end))
+
+
+def _end(context: WorkerContext, claim_id: str, end: End) -> None:
+    claims.end(context.db, claim_id, reason=end.reason, detail=end.detail, policy=context.policy)
 
 
 def _try(record: Callable[[], object]) -> None:

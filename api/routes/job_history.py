@@ -89,7 +89,13 @@ def get_job_metrics(
 def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
     """Why the job is where it is, and what it waits for."""
     return WhyObject.model_validate(
-        jobs.explain(use.db, project_id=caller.project_id, job_id=job_id, policy=Policy.of(use.settings))
+        jobs.explain(
+            use.db,
+            project_id=caller.project_id,
+            job_id=job_id,
+            policy=Policy.of(use.settings),
+            sees_all=caller.is_operator,
+        )
     )
 
 

@@ -90,7 +90,7 @@ def decide(picture: Picture, policy: Policy) -> Decision:
 def turns_of(picture: Picture, policy: Policy) -> list[Turn]:
     """Each candidate once, first turn first."""
     once = {candidate.job_id: candidate for candidate in picture.candidates}
-    return order(once.values(), picture.now, shares=picture.shares, served_at=picture.served_at, policy=policy)
+    return order(once.values(), picture.now, shares=picture.shares, served=picture.served, policy=policy)
 
 
 def _action(picture: Picture, policy: Policy, turns: list[Turn]) -> tuple[Action, Turn | None]:

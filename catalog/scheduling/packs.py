@@ -63,6 +63,17 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
     return chosen
 
 
+def spare_bytes(choices: Sequence[Choice], room: Room) -> int:
+    """Of its own that one more job of their kind may have beside all these; below 0: none fits, however small."""
+    jobs = [choice.turn.candidate for choice in choices]
+    num_before = room.num_jobs if choices[0].role == "joiner" else 0
+    used = sum(room.cost(job, num_before=number) for number, job in enumerate(jobs, start=num_before))
+    if choices[0].role == "anchor":
+        used += room.alone(jobs[0]) - room.cost(jobs[0], num_before=0)
+    width = room.cost(jobs[0], num_before=num_before + len(jobs)) - room.own(jobs[0])
+    return room.memory_bytes_free - used - width
+
+
 def choose_joiners(
     turns: Sequence[Turn], room: Room, key: str, *, worker_bytes: int, patience_seconds: float = PATIENCE_SECONDS
 ) -> tuple[list[Choice], Turn | None]:

@@ -3,11 +3,12 @@ the numbers of the rules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from catalog import packing
 from catalog.memory import TICK_TOKENS, widens_tick
-from catalog.settings import HALF_LIFE_SECONDS, PROMOTE_AFTER_SECONDS, Settings
+from catalog.settings import HALF_LIFE_SECONDS, LEASE_SECONDS, PROMOTE_AFTER_SECONDS, Settings
 
 PATIENCE_SECONDS = 60.0
 """How long a job for another base may be passed over for the sake of a base that is loaded already."""
@@ -22,15 +23,19 @@ class Policy:
     half_life_seconds: float = HALF_LIFE_SECONDS
     """After so long, what a project has used counts half."""
     promote_after_seconds: float = PROMOTE_AFTER_SECONDS
-    """For each such time that a class has waited with none of it claimed, its first job counts as a class higher."""
+    """For each such time that a class has waited without its turn, its first job counts as a class higher."""
     advance_seconds: float = ADVANCE_SECONDS
-    """Device-seconds that a job counts for from its claim on, beside what it is charged: so that two workers who ask
-    at once don't both serve one project."""
+    """Device-seconds that a job which goes before counts for, and a device that is held, beside what is charged: so
+    that two workers who ask at once don't both serve one project."""
+    lease_seconds: float = LEASE_SECONDS
+    """No more is charged at a time, for nobody trains longer without a heartbeat: a clock that jumps costs no more."""
 
     @classmethod
     def of(cls, settings: Settings) -> Policy:
         return cls(
-            half_life_seconds=settings.share_half_life_seconds, promote_after_seconds=settings.promote_after_seconds
+            half_life_seconds=settings.share_half_life_seconds,
+            promote_after_seconds=settings.promote_after_seconds,
+            lease_seconds=settings.lease_seconds,
         )
 
 
@@ -63,6 +68,17 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Unprepared:
+    """A job whose files wait to be prepared: the first of its project and class."""
+
+    job_id: str
+    priority: int
+    created_at: float
+    preparing_at: float
+    """When its project last had files prepared; 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
     """What a project is due, and what it has had of late."""
 
@@ -70,10 +86,12 @@ class Share:
     device_seconds: float = 0.0
     """Charged so far, decayed to now."""
     num_running: int = 0
+    devices_held: float = 0.0
+    """By its running jobs: of a device that several share each has its part, as it is charged."""
 
     def level(self, policy: Policy, *, num_before: int = 0) -> float:
         """Device-seconds for each unit of weight; the lowest goes first. num_before: its jobs that go before."""
-        in_advance = (self.num_running + num_before) * policy.advance_seconds
+        in_advance = (self.devices_held + num_before) * policy.advance_seconds
         return (self.device_seconds + in_advance) / self.weight
 
 
@@ -85,6 +103,8 @@ class Room:
     """Jobs that it can take now."""
     memory_bytes_free: int
     """On the device. The base of an empty trainer is counted: a job needs it, or it is unloaded for another."""
+    memory_bytes_when_empty: int | None = None
+    """What would be free were its trainer gone. None: all that its worker has."""
     resident_key: str | None = None
     """Pack key of its trainer, if it has one. A trainer holds its base in one dtype and takes no job of another."""
     num_jobs: int = 0
@@ -111,6 +131,24 @@ class Room:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """When a worker last gave each class its turn."""
+
+    at: Mapping[int, float]
+    """By class: when the job was claimed whose turn it was, of those that the worker holds."""
+    memory_bytes: int
+    recomputes: bool = False
+    can_load: Collection[str] | None = None
+    """How it can hold a base; None: in every way."""
+
+    def holds(self, job: Candidate) -> bool:
+        """Whether the job could have had that turn. One that could not was passed over, and waits on."""
+        room = Room(max_jobs=1, memory_bytes_free=self.memory_bytes, recomputes=self.recomputes)
+        is_loadable = self.can_load is None or packing.quantisation_of(job.pack_key) in self.can_load
+        return is_loadable and room.alone(job) <= self.memory_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
     """All that one decision looks at. Candidates stand in no order, and may stand there twice."""
 
@@ -118,12 +156,12 @@ class Picture:
     candidates: tuple[Candidate, ...]
     shares: Mapping[str, Share]
     """By project, of all that wait; one that is not there has weight 1 and has had nothing."""
-    served_at: Mapping[int, float]
-    """By class, when a job of it was last claimed."""
+    served: Collection[Service]
+    """What each worker that lives has served."""
     room: Room
     live_key: str | None = None
     """Pack key of a trainer that has jobs and may take more; None: the decision is about a trainer's first jobs."""
     worker_bytes: int = 0
-    """Memory of the whole worker: what could be held there, once the trainer has gone."""
+    """What could be held there, once the trainer has gone."""
     has_suspect: bool = False
     """A job in the live trainer is to train alone."""

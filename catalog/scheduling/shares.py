@@ -40,26 +40,43 @@ def longest_wait(
 
 
 def described(shares: Mapping[str, Share], project_id: str, policy: Policy) -> dict[str, Any]:
-    """One project's share as data, among all whose jobs wait."""
+    """A project's own share as data; of the others whose jobs wait no more than how many there are and go first."""
     mine = shares.get(project_id, Share())
-    everybody = [*shares.values()] if project_id in shares else [*shares.values(), mine]
-    used = sum(share.device_seconds for share in everybody)
+    others = [share for name, share in shares.items() if name != project_id]
+    level = mine.level(policy)
     return {
         "weight": mine.weight,
-        "due": round(mine.weight / sum(share.weight for share in everybody), 4),
         "device_seconds": round(mine.device_seconds, 1),
-        "part_of_use": round(mine.device_seconds / used, 4) if used else None,
         "num_running": mine.num_running,
-        "level": round(mine.level(policy), 1),
-        "num_projects": len(everybody),
+        "devices_held": round(mine.devices_held, 4),
+        "level": round(level, 1),
+        "num_projects": 1 + len(others),
+        "projects_ahead": sum(share.level(policy) < level for share in others),
     }
+
+
+def of_everybody(shares: Mapping[str, Share], policy: Policy) -> list[dict[str, Any]]:
+    """For an operator: the share of each project whose jobs wait, and what it is due of all, the lowest level first."""
+    weights = sum(share.weight for share in shares.values())
+    used = sum(share.device_seconds for share in shares.values())
+    rows = [
+        {
+            "project_id": project_id,
+            **described(shares, project_id, policy),
+            "due": round(share.weight / weights, 4),
+            "part_of_use": round(share.device_seconds / used, 4) if used else None,
+        }
+        for project_id, share in shares.items()
+    ]
+    return sorted(rows, key=lambda row: (row["level"], row["project_id"]))
 
 
 def sentence(share: Mapping[str, Any]) -> str | None:
     """For who asks why a job waits; None where no other project's job waits."""
     if share["num_projects"] < 2:
         return None
-    due = f"Of the {share['num_projects']} projects whose jobs wait, its own is due {share['due']:.0%} by weight"
-    if share["part_of_use"] is None:
-        return f"{due}; none of them has trained of late."
-    return f"{due}, and has had {share['part_of_use']:.0%} of what they trained of late."
+    among = f"Of the {share['num_projects']} projects whose jobs wait"
+    if not share["projects_ahead"]:
+        return f"{among}, none has had less of late for its weight than its own."
+    have, go = ("has", "goes") if share["projects_ahead"] == 1 else ("have", "go")
+    return f"{among}, {share['projects_ahead']} {have} had less of late for the weight given, and {go} first."

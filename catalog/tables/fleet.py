@@ -26,6 +26,15 @@ class Worker(Table):
     trainer_id: Mapped[str | None]
     report: Mapped[Json | None]
     """Tokens a second, memory in use, versions."""
+    served_at: Mapped[Json | None]
+    """By class, as text: when it last claimed the job whose class's turn it was, of those that it holds."""
+    prepared_at: Mapped[Json | None]
+    """By class, as text: when it last took files to prepare of the job whose class's turn it was."""
+
+    @property
+    def last_served(self) -> dict[int, float]:
+        """`served_at` by number of the class."""
+        return {int(priority): at for priority, at in (self.served_at or {}).items()}
 
     @property
     def is_leaving(self) -> bool:

@@ -53,6 +53,9 @@ class Job(Table):
     saved_bytes: Mapped[int | None]
     trainer_bytes: Mapped[int | None]
     slice_bytes: Mapped[int | None]
+    least_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
+    """With a trainer to itself on a device that computes blocks again: where not even that fits, no look is taken.
+    0: not reckoned yet."""
     queued_at: Mapped[float | None]
     """When it came into the queue, while it is there: what its waiting is reckoned from, and others' patience."""
     claimed_at: Mapped[float | None]
@@ -95,7 +98,8 @@ class Job(Table):
         Index("ix_jobs_heads", "state", "project_id", "priority", "created_at", "id"),
         Index("ix_jobs_alike", "pack_key", "project_id", "priority", "created_at", "id", **of_the_queue),
         Index(None, "state", "lease_expires_at"),
-        Index(None, "priority", "claimed_at"),
+        Index("ix_jobs_smallest", "project_id", "priority", "least_bytes", "id", **of_the_queue),
+        Index("ix_jobs_smallest_alike", "pack_key", "project_id", "priority", "least_bytes", "id", **of_the_queue),
         Index(None, "created_by", "created_at"),
         Index(None, "training_file"),
         Index(None, "validation_file"),

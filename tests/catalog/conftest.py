@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import text
 
 from catalog.db import Database
 from catalog.tables import Table
 from tests.catalog.world import Clock, World
 from tests.services.postgres import empty_database
+
+settings.register_profile("lorry", deadline=None)
+settings.load_profile("lorry")  # a deadline would be an assertion on elapsed time
 
 
 @pytest.fixture(scope="session")

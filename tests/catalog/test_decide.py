@@ -18,7 +18,7 @@ LIVE = "b:bfloat16:causal-lm"
 
 def picture(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> Picture:
     room = Room(max_jobs=max_jobs, memory_bytes_free=100)
-    told: dict[str, Any] = {"shares": {}, "served_at": {}, "room": room, "worker_bytes": 100, **given}
+    told: dict[str, Any] = {"shares": {}, "served": (), "room": room, "worker_bytes": 100, **given}
     return Picture(now=now, candidates=candidates, **told)
 
 
@@ -71,7 +71,7 @@ def test_why_has_every_input_of_the_decision_and_nothing_of_another_project() ->
 
     assert (why["role"], why["position"], why["looked_at"]) == ("packmate", 2, 2)
     assert why["turn"].startswith("priority normal; 1 of its project's jobs runs")
-    assert (why["share"]["num_projects"], why["share"]["due"], why["share"]["num_running"]) == (2, 0.5, 1)
+    assert (why["share"]["num_projects"], why["share"]["projects_ahead"], why["share"]["num_running"]) == (2, 0, 1)
     assert why["room"] == {"max_jobs": 4, "memory_bytes_free": 100, "num_jobs": 0}
     assert why["policy"]["patience_seconds"] == PATIENCE_SECONDS
     assert "theirs" not in str(why)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from catalog import claims, jobs, queue
-from catalog.scheduling.picture import Room
+from catalog import claims, jobs, needs, queue
+from catalog.scheduling.picture import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Room
 from catalog.states import EndReason
 from catalog.tables import Job
 from tests.catalog.reading import rows_read
@@ -63,6 +63,86 @@ def test_jobs_that_are_too_large_do_not_hide_the_one_behind_them(world: World) -
     claimed = world.claim(room=Room(max_jobs=2, memory_bytes_free=10**10))
 
     assert [claim.job.id for claim in claimed] == [small.id]
+
+
+def test_a_worker_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(world: World) -> None:
+    world.worker()
+    held, first = world.running().job, world.queued()
+    world.flood(first, 2000)
+    full = Room(max_jobs=4, memory_bytes_free=1)
+    looks = {
+        "a new trainer": lambda: world.claim("w2", full),
+        "a trainer that is loaded": lambda: world.claim("w2", replace(full, resident_key=held.pack_key)),
+        "jobs that join": lambda: world.claim(pack_key=held.pack_key, room=replace(full, memory_bytes_when_empty=1)),
+    }
+
+    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+
+    assert {name: number for name, number in found.items() if number >= 1000} == {}
+    assert world.job(first.id).state == "queued"
+
+
+def test_smaller_packmates_are_seen_behind_more_that_do_not_fit_than_there_are_places(world: World) -> None:
+    first = world.queued()
+    world.flood(world.queued(lora={"rank": 32}), 20)
+    small = world.queued()
+    room = Room(max_jobs=3, memory_bytes_free=alone(world, first) + alone(world, small) - (first.trainer_bytes or 0))
+
+    claimed = world.claim(room=room)
+    more = world.claim("w2", pack_key=first.pack_key, room=replace(room, memory_bytes_free=own(world, first)))
+
+    assert [claim.job.id for claim in claimed] == [first.id, small.id]
+    assert more == []
+
+
+def alone(world: World, job: Job) -> int:
+    return own(world, job) + (world.job(job.id).trainer_bytes or 0)
+
+
+def own(world: World, job: Job) -> int:
+    return world.job(job.id).own_bytes or 0
+
+
+def test_a_job_that_a_worker_of_an_older_version_left_in_the_queue_as_it_took_it_hides_nobody(world: World) -> None:
+    world.worker()
+    ghost = world.running()
+    with world.db.write() as session:
+        session.get_one(Job, ghost.job.id).queued_at = 1.0
+    job = world.queued()
+
+    claimed = world.claim(pack_key=ghost.job.pack_key, room=ONE)
+
+    assert [claim.job.id for claim in claimed] == [job.id]
+
+
+def test_a_trainer_is_not_let_run_empty_for_a_job_that_would_not_even_then_fit(world: World) -> None:
+    world.worker()
+    world.base("large", num_parameters=10**10)
+    live = world.running().job.pack_key
+    world.queued(model="large")
+    mate = world.queued()
+    world.clock.turn(2 * PATIENCE_SECONDS)
+
+    stopped = world.claim(pack_key=live, room=ONE)
+    joined = world.claim(pack_key=live, room=replace(ONE, memory_bytes_when_empty=10**9))
+
+    assert (stopped, [claim.job.id for claim in joined]) == ([], [mate.id])
+
+
+def test_what_a_job_of_long_ago_needs_is_reckoned_once_for_all(world: World) -> None:
+    jobs_of_before = [world.queued() for _ in range(3)]
+    large = world.queued(model=world.base("large", num_parameters=10**12))
+    with world.db.write() as session:
+        for job in session.query(Job):
+            job.own_bytes = job.saved_bytes = job.trainer_bytes = job.slice_bytes = None
+            job.least_bytes = 0
+
+    assert needs.note_all(world.db, batch=2) == 4
+    assert needs.note_all(world.db) == 0
+
+    again = world.job(jobs_of_before[0].id)
+    assert (again.own_bytes, again.least_bytes) == (jobs_of_before[0].own_bytes, jobs_of_before[0].least_bytes)
+    assert world.job(large.id).least_bytes > 10**12
 
 
 def test_packmates_are_found_however_deep_they_stand(world: World) -> None:
@@ -163,6 +243,25 @@ def test_projects_take_turns_in_having_their_files_prepared(world: World) -> Non
 
     expected = [pressing, foreign[0], ours[0], foreign[1], ours[1], ours[2]]
     assert [found.job.id for found in order if found] == [job.id for job in expected]
+
+
+def test_a_class_that_waits_to_be_prepared_rises(world: World) -> None:
+    world.worker()
+    patient, pressing = world.submit(priority="batch"), world.submit(priority="urgent")
+    world.flood(pressing, 5)
+
+    def next_one() -> str:
+        found = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+        assert found is not None
+        return found.job.id
+
+    first = next_one()
+    world.clock.turn(3 * PROMOTE_AFTER_SECONDS)
+    second, third = next_one(), next_one()
+
+    assert first == pressing.id
+    assert patient.id in (second, third)
+    assert next_one() not in (patient.id, pressing.id)
 
 
 def test_a_submission_says_that_projects_take_turns_where_others_have_files_to_prepare(world: World) -> None:

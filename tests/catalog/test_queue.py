@@ -45,6 +45,39 @@ def test_a_project_sees_how_many_stand_before_it_and_not_who(world: World) -> No
     assert theirs.id not in str(why)
 
 
+def test_a_project_with_many_jobs_is_shown_what_others_leave_of_the_queue(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "MAX_SHOWN", 40)
+    last = world.queued()
+    world.flood(last, 29)
+    world.queued(priority="urgent")
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+
+    shown = queue.snapshot(world.db, project_id=world.caller.project_id)
+
+    assert shown["waiting_in_all"] == 32
+    assert [entry["position"] for entry in shown["jobs"] if entry["position"] is None] == []
+
+
+def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker()
+    monkeypatch.setattr(queue, "MAX_SHOWN", 10)
+    world.flood(world.queued(), 30)
+    world.clock.turn(1)
+    last = world.queued()
+
+    why = jobs.explain(world.db, **world.of(last.id))
+
+    assert (why["ahead_at_least"], why["ahead_of_this_project_in_all"]) == (10, 31)
+    assert why["explanation"] == (
+        "It stands far behind: more than 10 jobs are ahead of it. Of its own project and class 31 jobs are ahead of it."
+    )
+
+
 def test_whether_there_is_work_is_whether_anything_can_be_claimed_now(world: World) -> None:
     assert not queue.has_work(world.db)
     job = world.submit()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog.scheduling import shares
-from catalog.scheduling.picture import Policy, Share
+from catalog.scheduling.picture import Policy, Service, Share
 from catalog.scheduling.turns import Turn, most_before, order
 from tests.catalog.test_fair_share import candidate
 
@@ -72,14 +72,17 @@ def test_batch_is_passed_by_what_is_urgent_only_for_so_long() -> None:
         return firsts(order(waiting, now, shares={"a": Share(device_seconds=1)}, **given))[0]
 
     assert [first(3 * P - 1), first(3 * P)] == ["new", "old"]
-    assert first(3 * P, served_at={2: 1.0}) == "new", "one of its class was claimed since it came"
+    turn = Service(at={2: 1.0}, memory_bytes=11)
+    assert first(3 * P, served=[turn]) == "new", "its class had a turn since it came"
+    assert first(3 * P, served=[replace(turn, memory_bytes=10)]) == "old", "on a worker that can't hold it"
+    assert first(3 * P, served=[Service(at={2: 3 * P + 9}, memory_bytes=11)]) == "old", "by a clock that was set back"
 
 
 def test_of_a_class_that_has_waited_one_job_rises() -> None:
     waiting = [candidate("b1", 0, "a", 2), candidate("b2", 0, "b", 2), candidate("new", 4 * P, "c", 1)]
 
     assert firsts(order(waiting, 4 * P)) == ["b1", "new", "b2"]
-    assert firsts(order(waiting, 4 * P, shares={"a": Share(num_running=1)})) == ["b2", "new", "b1"]
+    assert firsts(order(waiting, 4 * P, shares={"a": Share(devices_held=1)})) == ["b2", "new", "b1"]
 
 
 PAUSES = st.lists(st.floats(0, 2 * P), min_size=30, max_size=40)
@@ -93,7 +96,7 @@ def test_no_class_waits_longer_than_is_stated(pauses: list[float], charges: list
     for pause, charged in zip(pauses, charges, strict=False):
         now += pause
         waiting = [candidate(f"{name}{c}", came[c], name, c) for name in had for c in range(3)]
-        chosen = order(waiting, now, shares=had, served_at=served)[0].candidate
+        chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate
         for other in set(came) - {chosen.priority}:
             seconds, most = most_before(other)
             passed[other] += now - max(came[other], served.get(other, 0.0)) >= seconds
@@ -110,7 +113,7 @@ def a_day(had: dict[str, Share], lengths: list[float]) -> Iterator[tuple[float, 
     served: dict[int, float] = {}
     while now < DAY:
         waiting = [candidate(name, 0, name) for name in had]
-        chosen = order(waiting, now, shares=had, served_at=served)[0].candidate.project_id
+        chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate.project_id
         served[1] = now
         seconds = next(ends)
         now += seconds
@@ -156,10 +159,31 @@ def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
 
     told = shares.described(had, "mine", POLICY)
 
-    assert (told["due"], told["part_of_use"], told["num_projects"], told["level"]) == (0.25, 0.75, 2, 300)
+    assert (told["weight"], told["num_projects"], told["projects_ahead"], told["level"]) == (1, 2, 1, 300)
     assert shares.sentence(told) == (
-        "Of the 2 projects whose jobs wait, its own is due 25% by weight, and has had 75% of what they trained of late."
+        "Of the 2 projects whose jobs wait, 1 has had less of late for the weight given, and goes first."
     )
     assert shares.sentence(shares.described({"mine": had["mine"]}, "mine", POLICY)) is None
-    fresh = shares.described({"mine": Share(), "other": Share()}, "mine", POLICY)
-    assert (shares.sentence(fresh) or "").endswith("its own is due 50% by weight; none of them has trained of late.")
+    assert shares.sentence(shares.described(had, "other", POLICY)) == (
+        "Of the 2 projects whose jobs wait, none has had less of late for its weight than its own."
+    )
+
+
+def test_what_a_project_is_told_of_shares_does_not_depend_on_others_weights_or_use() -> None:
+    """Where one other waits, what is told of the whole would tell of that one."""
+    mine = Share(device_seconds=300)
+
+    told = [shares.described({"mine": mine, "other": other}, "mine", POLICY) for other in (Share(), Share(weight=7))]
+
+    assert told[0] == told[1]
+    everybody = shares.of_everybody({"mine": mine, "other": Share(device_seconds=100, weight=3)}, POLICY)
+    assert [(row["project_id"], row["due"], row["part_of_use"]) for row in everybody] == [
+        ("other", 0.75, 0.25),
+        ("mine", 0.25, 0.75),
+    ]
+
+
+def test_jobs_that_share_a_device_count_in_advance_as_one_device() -> None:
+    packed = Share(num_running=16, devices_held=1)
+
+    assert packed.level(POLICY) == Share(num_running=1, devices_held=1).level(POLICY) == POLICY.advance_seconds

@@ -37,8 +37,10 @@ def operator(world: World) -> Caller:
 
 
 def train(world: World, seconds: float, claim: claims.Claim) -> None:
-    world.clock.turn(seconds)
-    world.beat(claim.claim_id)
+    while seconds > 0:
+        world.clock.turn(min(seconds, LEASE))
+        world.beat(claim.claim_id)
+        seconds -= LEASE
 
 
 def test_those_that_train_together_are_charged_their_parts_of_each_device(world: World) -> None:
@@ -71,6 +73,90 @@ def test_the_last_seconds_are_charged_with_the_end(world: World) -> None:
     assert used(world)["ours"] == 30
 
 
+def test_what_is_charged_with_the_end_is_as_of_the_end(world: World) -> None:
+    """Though the last charge on its worker was long ago."""
+    world.worker()
+    claim = world.running()
+    train(world, 40, claim)
+    world.complete(claim.claim_id)
+    world.clock.turn(HALF_LIFE_SECONDS)
+
+    again = world.running()
+    world.clock.turn(40)
+    claims.end(world.db, again.claim_id, reason=EndReason.DRAINED, detail="")
+
+    assert used(world)["ours"] == pytest.approx(40 / 2 + 40, abs=0.1)
+
+
+def test_each_second_is_divided_among_those_who_were_there(world: World) -> None:
+    """Though one joins and another leaves between two heartbeats."""
+    world.worker()
+    first = world.running()
+    world.clock.turn(20)
+    theirs(world)
+
+    (joined,) = world.claim(pack_key=first.job.pack_key, trainer_id="trainer-w1")
+    world.clock.turn(20)
+    claims.end(world.db, first.claim_id, reason=EndReason.DRAINED, detail="")
+    world.clock.turn(10)
+    world.beat(joined.claim_id)
+
+    assert used(world) == {"ours": 30, "theirs": 20}
+
+
+def test_a_clock_that_jumps_ahead_charges_no_more_than_a_lease(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    train(world, 10, claim)
+
+    world.clock.turn(10 * HALF_LIFE_SECONDS)
+    world.beat(claim.claim_id)
+
+    assert used(world)["ours"] == pytest.approx(LEASE, abs=0.1)
+
+
+def test_a_packmate_takes_no_turn_of_its_class(world: World) -> None:
+    """Batch jobs ride along with each trainer of a popular base, and one for a rare base waits: it still rises."""
+    world.base("rare")
+    world.worker()
+    patient = world.queued(model="rare", priority="batch")
+    world.flood(world.queued(), 10)
+    world.flood(world.queued(priority="batch"), 10)
+    live = world.claim(room=ONE)[0].job.pack_key
+
+    for _ in range(3):
+        world.clock.turn(PROMOTE_AFTER_SECONDS)
+        world.beat()
+        world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12), pack_key=live)
+    (claim,) = world.claim("w2", room=ONE)
+
+    assert claim.job.id == patient.id
+
+
+def test_a_turn_on_a_worker_that_could_not_hold_a_job_was_none_of_that_job(world: World) -> None:
+    world.base("large", num_parameters=10**10)
+    world.worker("small", 10**9)
+    world.worker("wide", 10**12)
+    patient = world.queued(model="large", priority="batch")
+    pressing, rides = world.queued(priority="urgent"), world.queued(priority="batch")
+    world.flood(pressing, 10)
+    world.flood(rides, 10)
+    small = Room(max_jobs=1, memory_bytes_free=10**9)
+
+    world.clock.turn(3 * PROMOTE_AFTER_SECONDS - 60)
+    for worker_id in ("small", "wide"):
+        world.beat(worker_id=worker_id)
+    assert [claim.job.id for claim in world.claim("wide", room=ONE)] == [pressing.id]
+    (first,) = world.claim("small", room=small)
+    world.clock.turn(120)
+    for worker_id in ("small", "wide"):
+        world.beat(worker_id=worker_id)
+    assert world.claim("small", room=small)[0].job.priority == 2, "its class has risen there as well"
+    (claim,) = world.claim("wide", room=ONE)
+
+    assert (first.job.priority, claim.job.id) == (0, patient.id)
+
+
 def test_a_worker_that_is_lost_costs_nothing_after_its_last_heartbeat(world: World) -> None:
     world.worker()
     claim = world.running()
@@ -85,11 +171,11 @@ def test_a_worker_that_is_lost_costs_nothing_after_its_last_heartbeat(world: Wor
 
 def test_what_was_used_long_ago_counts_less(world: World) -> None:
     world.worker()
-    train(world, 1000, world.running())
+    train(world, 50, world.running())
 
     world.clock.turn(HALF_LIFE_SECONDS)
 
-    assert used(world)["ours"] == pytest.approx(500, abs=0.1)
+    assert used(world)["ours"] == pytest.approx(25, abs=0.1)
 
 
 def test_the_project_that_has_had_less_for_its_weight_goes_first(world: World) -> None:
@@ -124,6 +210,7 @@ def test_a_weight_is_a_positive_number_of_a_project_that_exists(world: World) ->
 
 
 def test_batch_is_claimed_though_there_is_always_something_urgent(world: World) -> None:
+    world.worker()
     patient = world.queued(priority="batch")
     pressing = world.queued(priority="urgent")
     world.flood(pressing, 20)
@@ -135,6 +222,7 @@ def test_batch_is_claimed_though_there_is_always_something_urgent(world: World) 
 
     assert claimed() == pressing.id
     world.clock.turn(3 * PROMOTE_AFTER_SECONDS)
+    world.beat()
     first_two = [claimed(), claimed()]
     world.flood(world.queued(priority="batch"), 1)
 
@@ -153,12 +241,18 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
     why = jobs.explain(world.db, **world.of(mine.id))
 
     share = why["share"]
-    assert (share["due"], share["part_of_use"], share["num_projects"], share["weight"]) == (0.5, 1.0, 2, 1)
+    assert (share["projects_ahead"], share["num_projects"], share["weight"]) == (1, 2, 1)
     assert share["device_seconds"] == pytest.approx(75, abs=0.1)
     assert why["explanation"] == (
-        "1 job is ahead of it. Of the 2 projects whose jobs wait, its own is due 50% by weight, and has had 100% of "
-        "what they trained of late."
+        "1 job is ahead of it. "
+        "Of the 2 projects whose jobs wait, 1 has had less of late for the weight given, and goes first."
     )
+    assert "shares" not in why
+    seen = jobs.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]
+    assert [(row["project_id"], row["due"]) for row in seen] == [
+        (world.stranger.project_id, 0.5),
+        (world.caller.project_id, 0.5),
+    ]
     assert why["policy"]["promote_after_seconds"] == PROMOTE_AFTER_SECONDS
     for secret in (foreign.id, world.stranger.project_id, "theirs"):
         assert secret not in str(why)
@@ -166,4 +260,5 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
     assert claim.job.id == foreign.id
     (attempt,) = jobs.attempts(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
     assert attempt.why is not None
-    assert attempt.why["share"]["due"] == 0.5
+    assert attempt.why["share"]["num_projects"] == 2
+    assert world.caller.project_id not in str(attempt.why)
