@@ -1,8 +1,8 @@
 # What a person does with this repository. `make` alone lists it.
-# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… BENCH_ARGS=…
+# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FUZZ_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow bench bench-gpu check lock clean \
+.PHONY: help demo up test test-slow fuzz bench bench-gpu check lock clean \
 	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
@@ -24,6 +24,7 @@ help:
 	@echo "make up          start Lorry on this machine: api, dashboard and one worker, until Ctrl-C"
 	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
+	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: some ten minutes"
 	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
 	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
 	@echo "make check       lint, format, types, import rules, migrations, documents"
@@ -41,6 +42,9 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+fuzz: .venv/.installed
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 bench: .venv/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

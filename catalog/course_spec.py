@@ -109,7 +109,9 @@ class ScheduleRequest(Strict):
 class EvaluationRequest(Strict):
     """When the validation file is read, and what follows. It always is at the start (the base's loss) and the end."""
 
-    every_steps: int | Auto = Field(default="auto", description="auto: ten times over the job.")
+    every_steps: Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": 1_000_000})] | Auto = Field(
+        default="auto", description="auto: ten times over the job."
+    )
     keep: Keep | Auto = Field(
         default="auto",
         description=(

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import regex
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from catalog.strict import Auto, PositiveFloat, Strict
 
@@ -46,6 +47,13 @@ TargetExpression = Annotated[str, StringConstraints(pattern=TARGET_PATTERN), Aft
 PatternKey = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATTERN_CHARS), AfterValidator(_expression)]
 InitialWeights = Annotated[str, StringConstraints(pattern=INITIAL_PATTERN)]
 Layer = Annotated[int, Field(ge=0, le=10_000)]
+Modules = Annotated[list[ModuleName], Field(json_schema_extra={"minItems": 1, "maxItems": 64})]
+Layers = Annotated[list[Layer], Field(json_schema_extra={"minItems": 1, "maxItems": 1024})]
+_FEW_KEYS: JsonDict = {
+    "maxProperties": MAX_KEYS,
+    "propertyNames": {"minLength": 1, "maxLength": MAX_PATTERN_CHARS, "format": "regex", "pattern": r"^[^{]+$"},
+}
+"""Limits that are checked with words of their own, as the OpenAPI document tells them."""
 
 
 class LoraRequest(Strict):
@@ -54,20 +62,24 @@ class LoraRequest(Strict):
     rank: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank r of B·A.")
     alpha: PositiveFloat | Auto = Field(default="auto", description="The update is scaled by alpha/rank. auto: 2·rank.")
     dropout: float = Field(default=0.0, ge=0, le=0.9, description="Probability of dropping an input of A.")
-    target_modules: Literal["all-linear"] | TargetExpression | list[ModuleName] = Field(
+    target_modules: Literal["all-linear"] | TargetExpression | Modules = Field(
         default="all-linear",
         description=(
             "Names of the linear layers to adapt, 're:' and a regular expression of their whole paths, or all but the "
             "output head."
         ),
     )
-    layers_to_transform: list[Layer] | None = Field(
+    layers_to_transform: Layers | None = Field(
         default=None, description="Only in the blocks of these numbers, from 0; null: in all."
     )
     rank_pattern: dict[PatternKey, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
-        default={}, description="Other ranks by layer: a path's end, or a regular expression for it, and the rank."
+        default={},
+        description="Other ranks by layer: a path's end, or a regular expression for it, and the rank.",
+        json_schema_extra=_FEW_KEYS,
     )
-    alpha_pattern: dict[PatternKey, PositiveFloat] = Field(default={}, description="Other alphas, in the same way.")
+    alpha_pattern: dict[PatternKey, PositiveFloat] = Field(
+        default={}, description="Other alphas, in the same way.", json_schema_extra=_FEW_KEYS
+    )
     use_rslora: bool = Field(default=False, description="Scale by alpha/sqrt(rank) (arXiv 2312.03732).")
     use_dora: bool = Field(
         default=False, description="Learn the length of each output's weights beside A and B (arXiv 2402.09353)."

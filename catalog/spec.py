@@ -45,8 +45,9 @@ Precision = Literal["bfloat16", "float32"]
 Quantisation = Literal["none", "nf4", "int8"]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
-
-
+LabelValue = Annotated[str, Field(json_schema_extra={"maxLength": 512})]
+Length = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": 131_072})]
+"""Limits that `JobRequest` checks with words of its own are told to the OpenAPI document in this way."""
 Priority = Literal["urgent", "normal", "batch"]
 
 
@@ -72,7 +73,9 @@ class JobRequest(Strict):
     )
     suffix: Suffix | None = Field(default=None, description="Becomes part of the adapter's name.")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, LabelValue] | None = Field(
+        default=None, json_schema_extra={"maxProperties": 16, "propertyNames": {"minLength": 1, "maxLength": 64}}
+    )
     integrations: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
 
     parent_adapter: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
@@ -102,7 +105,7 @@ class JobRequest(Strict):
             "adapter is verified on the base so held."
         ),
     )
-    max_length: int | Auto = Field(
+    max_length: Length | Auto = Field(
         default="auto", description="Tokens of a row that are kept. auto: the base's, at most 4096."
     )
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
@@ -265,5 +268,6 @@ def auto_batch_size(num_rows: int) -> int:
     return min(32, max(4, 2 ** round(math.log2(max(1.0, num_rows * 0.005)))))
 
 
-LABEL = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+LABEL = re.compile(LABEL_PATTERN.replace("$", r"\Z"))
 """What names chosen by people must look like (base models, projects, keys)."""

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Auto = Literal["auto"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+EXACT = 2**53
+"""Below it a float holds every whole number."""
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, and no value is coerced, save that a whole number may stand for any number."""
+    """Unknown fields are refused, and no value is coerced, save that a whole number may stand for any number, and 3.0
+    for 3, which JSON does not tell apart."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, given: Any) -> Any:
+        return _whole(given) if isinstance(given, dict) else given
+
+
+def _whole(value: Any) -> Any:
+    """Floats without a fraction as integers; a field that takes any number makes floats of them again."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < EXACT else value
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in cast(list[Any], value)]
+    return value

@@ -29,6 +29,10 @@ UPLOAD_FORM: dict[str, Any] = {
                     "type": "object",
                     "required": ["purpose", "file"],
                     "additionalProperties": False,
+                    "dependentRequired": {
+                        "expires_after[anchor]": ["expires_after[seconds]"],
+                        "expires_after[seconds]": ["expires_after[anchor]"],
+                    },
                     "properties": {
                         "purpose": {"type": "string", "enum": list(files.PURPOSES)},
                         "file": {

@@ -40,7 +40,7 @@ def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLin
     operation_id="sign_in",
     response_class=RedirectResponse,
     status_code=303,
-    responses={303: {"description": "To the dashboard, with the cookie set."}, **errors(401)},
+    responses={303: {"description": "To the dashboard, with the cookie set."}, **errors(400, 401)},
 )
 def sign_in(request: Request, use: Use, token: Annotated[str, Query(max_length=256)]) -> Response:
     """Opens a one-time link. A link that is used up leads a browser to the dashboard's own sign-in."""

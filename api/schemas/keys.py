@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.keys import is_live
 from catalog.scopes import SCOPES, Scope, held
+from catalog.strict import Strict
 from catalog.tables import ApiKey
 
 LAST_SECOND = 253402300799
@@ -37,11 +38,10 @@ _REQUESTS = "Requests a minute. null: the service's; 0: without limit."
 _JOBS = "Jobs that it may create in a day. null: the service's; 0: without limit."
 
 
-class ApiKeyRequest(BaseModel):
+class ApiKeyRequest(Strict):
     """A key can't have more than the one that asks for it."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"example": {"name": "ci", "scopes": _EXAMPLE["scopes"], "expires_at": 1797776000}},
     )
     name: str = Field(min_length=1, max_length=64, pattern=NAME, description="What it is for.")
@@ -61,20 +61,20 @@ class ApiKeyRequest(BaseModel):
     jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="The same, of jobs that it creates.")
 
 
-class RotateRequest(BaseModel):
+class RotateRequest(Strict):
     """How one key takes the place of another."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"overlap_seconds": DAY}})
+    model_config = ConfigDict(json_schema_extra={"example": {"overlap_seconds": DAY}})
     overlap_seconds: int = Field(default=DAY, ge=0, le=90 * DAY, description="How long the old key is still good.")
     expires_at: int | None = Field(
         default=None, gt=0, le=LAST_SECOND, description="Of the new key. null: when the old one would have ended."
     )
 
 
-class LimitsRequest(BaseModel):
+class LimitsRequest(Strict):
     """What is left out stays as it is."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"requests_per_minute": 600}})
+    model_config = ConfigDict(json_schema_extra={"example": {"requests_per_minute": 600}})
     requests_per_minute: int | None = Field(default=None, ge=0, le=MOST, description=_REQUESTS)
     jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description=_JOBS)
 

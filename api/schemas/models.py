@@ -6,17 +6,23 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.spec import LABEL_PATTERN
+from catalog.strict import Strict
 from catalog.tables import Adapter, BaseModelRow
 
 
-class AddModelRequest(BaseModel):
+class AddModelRequest(Strict):
     """A base model to import. The source is on the service's side."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"example": {"name": "smollm2-135m", "kind": "folder", "source": "/models/smollm2-135m"}},
     )
-    name: str = Field(min_length=1, max_length=64, description="A label of letters, digits, '.', '_' and '-'.")
+    name: str = Field(
+        min_length=1,
+        max_length=64,
+        description="A label of letters, digits, '.', '_' and '-'.",
+        json_schema_extra={"pattern": LABEL_PATTERN},
+    )
     kind: Literal["hub", "folder", "gguf"]
     source: str = Field(min_length=1, max_length=4096, description="Hub id, folder of safetensors, or GGUF file.")
     revision: str | None = Field(default=None, max_length=255, description="Commit of a hub id.")

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.spec import LABEL_PATTERN
+from catalog.strict import Strict
 from catalog.tables import Project
 
 _EXAMPLE: dict[str, Any] = {
@@ -20,17 +22,22 @@ _EXAMPLE: dict[str, Any] = {
 }
 
 
-class ProjectRequest(BaseModel):
+class ProjectRequest(Strict):
     """A project to make, or its new name."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"name": "search"}})
-    name: str = Field(min_length=1, max_length=64, description="Letters, digits, '.', '_' and '-'.")
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "search"}})
+    name: str = Field(
+        min_length=1,
+        max_length=64,
+        description="Letters, digits, '.', '_' and '-'.",
+        json_schema_extra={"pattern": LABEL_PATTERN},
+    )
 
 
-class ProjectWeight(BaseModel):
+class ProjectWeight(Strict):
     """A project's part of the devices."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"weight": 2}})
+    model_config = ConfigDict(json_schema_extra={"example": {"weight": 2}})
     weight: float = Field(gt=0, le=1e6, allow_inf_nan=False, description="1 is that of a project that was given none.")
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.keys import Caller
+from catalog.strict import Strict
 
 
 class SignInLink(BaseModel):
@@ -24,8 +25,8 @@ class SignInLink(BaseModel):
     expires_at: int
 
 
-class BrowserSessionRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"api_key": "lorry_key-…"}})
+class BrowserSessionRequest(Strict):
+    model_config = ConfigDict(json_schema_extra={"example": {"api_key": "lorry_key-…"}})
     api_key: str = Field(min_length=1, max_length=512)
 
 

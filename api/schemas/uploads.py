@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.files import ExpiresAfter, FileObject, file_object
+from catalog.files import PURPOSES
 from catalog.part_uploads import MAX_PARTS, Status, UploadView
 from catalog.strict import Strict
 from catalog.tables import UploadPart
@@ -30,7 +31,7 @@ class UploadRequest(Strict):
     bytes: int = Field(ge=1, description="Of the whole file.")
     filename: Annotated[str, Field(min_length=1, max_length=1024)]
     mime_type: Annotated[str, Field(max_length=255, description="Taken and not needed: the rows themselves tell.")]
-    purpose: Annotated[str, Field(max_length=64)]
+    purpose: Annotated[str, Field(max_length=64, json_schema_extra={"enum": list(PURPOSES)})]
     expires_after: ExpiresAfter | None = None
 
 

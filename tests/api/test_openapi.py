@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from catalog import files
+from catalog.strict import Strict
 from tests.api.site import chat_lines
 from tests.api.test_auth import OPEN_PATHS
+
+REFERENCE = re.compile(r'"#/components/schemas/(\w+)"')
 
 
 def operations(app: FastAPI) -> list[tuple[str, str, dict[str, Any]]]:
@@ -72,3 +77,12 @@ def test_every_object_of_the_wire_has_an_example(app: FastAPI) -> None:
     ]
 
     assert without == []
+
+
+def test_every_json_body_is_read_strictly(app: FastAPI) -> None:
+    """Unknown fields are refused, and `false` is no 0."""
+    bodies = [told["requestBody"]["content"] for _, _, told in operations(app) if "requestBody" in told]
+    named = {name for body in bodies for name in REFERENCE.findall(json.dumps(body.get("application/json", {})))}
+
+    assert len(named) >= 9
+    assert named - {model.__name__ for model in Strict.__subclasses__()} == set()

@@ -300,3 +300,13 @@ def test_prompts_need_held_out_data_and_are_bounded(world: World) -> None:
     for wrong in ({"prompts": []}, {"prompts": ["a"] * 9}, {"prompts": [" "]}, {"prompts": ["a"], "max_tokens": 129}):
         with pytest.raises(ValidationError):
             request(evaluation={"samples": wrong})
+
+
+def test_a_whole_number_may_be_written_with_a_point_and_nothing_else_is_taken_for_one() -> None:
+    asked = request(training_file="f", lora={"rank": 8.0, "alpha": 4, "layers_to_transform": [1.0]}, max_length=64.0)
+
+    assert (asked.lora.rank, asked.lora.alpha, asked.lora.layers_to_transform, asked.max_length) == (8, 4.0, [1], 64)
+    assert isinstance(asked.lora.alpha, float)
+    for rank in (8.5, "8", True, 1e300):
+        with pytest.raises(ValidationError):
+            request(training_file="f", lora={"rank": rank})

@@ -1,0 +1,179 @@
+"""Two projects with one of everything, a mark in each of their names: what neither must ever see of the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+
+from api.deps import Services
+from catalog import claims, files, jobs, keys, part_uploads
+from catalog.artifacts.store import Blob
+from catalog.claims import Claim
+from catalog.db import Database
+from catalog.keys import Caller
+from catalog.states import EndReason
+from catalog.tables import Adapter, ApiKey, File, Job, Upload, UploadPart
+from tests.api.trained import BASE, trained
+from tests.catalog.world import PEPPER, Clock, World, manifest
+
+MARKS = ("kestrel", "osprey")
+"""One for each project: in its name, and in all that it has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """Who asks."""
+
+    mark: str
+    name: str
+    project_id: str
+    id: str
+    secret: str
+    is_operator: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planted:
+    """A key of each project, and an operator's in the first."""
+
+    keys: tuple[Key, Key]
+    operator: Key
+
+
+class MarkedWorld(World):
+    """Its projects are named by their marks, and its files have bytes that can be read back."""
+
+    def __init__(self, services: Services) -> None:
+        self.services, self.mark = services, MARKS[0]
+        super().__init__(services.db, Clock())
+        self.worker()
+
+    def new_caller(self, project: str) -> Caller:
+        return super().new_caller(MARKS[0] if project == "ours" else MARKS[1])
+
+    def file(
+        self,
+        *,
+        caller: Caller | None = None,
+        purpose: str = "fine-tune",
+        num_rows: int | None = 12,
+        kind: str | None = None,
+    ) -> str:
+        assert kind is None, "rows are chats"
+        said = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": f"A {self.mark}."}]
+        content = (json.dumps({"messages": said}) + "\n").encode() * (num_rows or 1)
+        spooled = self.services.settings.data_dir / "spooled"
+        spooled.write_bytes(content)
+        made = files.create(
+            self.db,
+            self.services.store,
+            project_id=(caller or self.caller).project_id,
+            purpose=purpose,
+            filename=f"{self.mark}.jsonl",
+            spooled=spooled,
+            num_bytes=len(content),
+            digest=hashlib.sha256(content).hexdigest(),
+            settings=self.services.settings,
+        )
+        return made.id
+
+    def running(self, **fields: Any) -> Claim:
+        """The claim of this job, whatever else was taken with it."""
+        job = self.queued(**fields)
+        return next(claim for claim in self.claim() if claim.job.id == job.id)
+
+    def turn_over(self) -> None:
+        """From now on it is the other project's things that are made."""
+        self.caller, self.stranger = self.stranger, self.caller
+        self.mark = MARKS[1]
+        self.file_id = self.file()
+
+
+def plant(services: Services, folder: Path) -> Planted:
+    """Both projects, each with files, uploads, keys, an adapter, and jobs in every state."""
+    world = MarkedWorld(services)
+    operator = _key(world, is_operator=True)
+    _fill(world, folder / world.mark)
+    first = _key(world)
+    world.turn_over()
+    _fill(world, folder / world.mark)
+    return Planted(keys=(first, _key(world)), operator=operator)
+
+
+def _key(world: MarkedWorld, *, is_operator: bool = False) -> Key:
+    name = f"{world.mark}-operator" if is_operator else world.mark
+    project_id = world.caller.project_id
+    row, secret = keys.create(world.db, project_id=project_id, name=name, pepper=PEPPER, is_operator=is_operator)
+    return Key(mark=world.mark, name=name, project_id=project_id, id=row.id, secret=secret, is_operator=is_operator)
+
+
+def _fill(world: MarkedWorld, folder: Path) -> None:
+    mark, db = world.mark, world.db
+    named = {"model": BASE, "metadata": {"team": mark}}
+    trained(world.services, world, folder, suffix=mark)
+    failed = world.running(suffix=f"{mark}-failed", **named)
+    claims.end(db, failed.claim_id, reason=EndReason.USER_ERROR, detail=f"{mark} can't be read")
+    cancelled = world.queued(suffix=f"{mark}-cancelled", **named)
+    jobs.cancel(db, **world.of(cancelled.id))
+    running = world.running(suffix=f"{mark}-running", **named)
+    claims.record_checkpoint(db, running.claim_id, step=5, artifact=manifest(mark, kind="checkpoint"))
+    claims.record_metrics(db, running.claim_id, [{"kind": "train", "step": 5, "loss": 1.0}])
+    claims.record_event(db, running.claim_id, level="info", message=f"{mark} goes on")
+    paused = world.queued(suffix=f"{mark}-paused", **named)
+    jobs.pause(db, **world.of(paused.id))
+    for number in range(3):
+        world.submit(suffix=f"{mark}-{number}", **named)
+        world.file(num_rows=10 + number)
+    for _ in range(3):
+        keys.create(db, project_id=world.caller.project_id, name=mark, pepper=PEPPER)
+        _upload(world)
+
+
+def _upload(world: MarkedWorld) -> None:
+    """One that is open, with a part in it."""
+    settings, project_id = world.services.settings, world.caller.project_id
+    content = Blob(digest=hashlib.sha256(world.mark.encode()).hexdigest(), num_bytes=len(world.mark))
+    view = part_uploads.create(
+        world.db,
+        project_id=project_id,
+        purpose="user_data",
+        filename=world.mark,
+        num_bytes=len(world.mark),
+        lifetime_seconds=None,
+        settings=settings,
+    )
+    world.services.store.put_bytes(world.mark.encode())
+    part_uploads.record_part(
+        world.db, project_id=project_id, upload_id=view.upload.id, content=content, settings=settings
+    )
+
+
+def names_by_parameter(db: Database, project_id: str) -> dict[str, list[str]]:
+    """What the project has now, by the parameter of a path or the field of a body that names it."""
+    with db.read() as session:
+        found = {
+            parameter: [*session.scalars(select(table.id).where(table.project_id == project_id))]
+            for parameter, table in (
+                ("file_id", File),
+                ("job_id", Job),
+                ("upload_id", Upload),
+                ("api_key_id", ApiKey),
+                ("adapter", Adapter),
+            )
+        }
+        adapters = [*session.scalars(select(Adapter.name).where(Adapter.project_id == project_id))]
+        uploads = select(UploadPart.id).join(Upload, Upload.id == UploadPart.upload_id)
+        parts = [*session.scalars(uploads.where(Upload.project_id == project_id))]
+    return {**found, "model": adapters, "adapter": found["adapter"] + adapters, "part_ids": parts}
+
+
+def parts_by_upload(db: Database, project_id: str) -> dict[str, list[str]]:
+    parts = select(UploadPart.upload_id, UploadPart.id).join(Upload, Upload.id == UploadPart.upload_id)
+    with db.read() as session:
+        found = [*session.execute(parts.where(Upload.project_id == project_id))]
+    return {upload_id: [part for of, part in found if of == upload_id] for upload_id, _ in found}

@@ -1,0 +1,43 @@
+"""The api as a process of its own, over a database that another process has filled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from catalog.settings import Settings
+from tests.catalog.world import PEPPER
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def serving(settings: Settings, log: Path) -> Iterator[str]:
+    """Its URL; the service ends with the block. Its log goes to `log`."""
+    environment = {
+        **os.environ,
+        "LORRY_DATA_DIR": str(settings.data_dir),
+        "LORRY_DATABASE_URL": settings.resolved_database_url(),
+        "LORRY_PEPPER": PEPPER.decode(),
+        "LORRY_LOOK_SECONDS": "0.05",
+        "LORRY_SHUTDOWN_SECONDS": "2",
+        "LORRY_PUBLIC_URL": "http://127.0.0.1",  # else /metrics is open to this machine
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", "0"]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            yield json.loads(child.stdout.readline())["url"]
+        finally:
+            child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0, "the service did not end well"
