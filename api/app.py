@@ -15,9 +15,11 @@ from api.deps import Services
 from api.feed import Feed
 from api.gate import Gate
 from api.hosts import HostPolicy, host_policy
+from api.job_stream import JobSource
 from api.known_query import refuse_unknown_query
 from api.limits import Limits
 from api.openapi import Api
+from api.queue_stream import QueueSource
 from api.rate_counters import open_counter
 from api.routes import (
     adapters,
@@ -41,6 +43,7 @@ from catalog import keys
 from catalog.artifacts.store import open_store
 from catalog.db import Database
 from catalog.doorbell import open_doorbell
+from catalog.scheduling.picture import Policy
 from catalog.settings import Settings
 
 DESCRIPTION = """Trains many LoRA adapters at once on the GPUs you own, and speaks the OpenAI fine-tuning API.
@@ -121,14 +124,17 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     feed = Feed(look_seconds=api_settings.look_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds)
     telemetry = Telemetry()
     telemetry.count_streams(feed.num_listeners)
+    db = Database(settings.resolved_database_url())
     return Services(
         settings=settings,
         api_settings=api_settings,
-        db=Database(settings.resolved_database_url()),
+        db=db,
         store=open_store(settings),
         doorbell=open_doorbell(settings),
         pepper=keys.load_pepper(settings),
         feed=feed,
+        job_source=JobSource(db),
+        queue_source=QueueSource(db, Policy.of(settings)),
         limits=Limits(api_settings, open_counter(settings.redis_url)),
         telemetry=telemetry,
     )

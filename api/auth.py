@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -27,6 +28,16 @@ cookie = APIKeyCookie(
     scheme_name="browser",
     description="The dashboard's session. Unsafe methods need `X-Lorry-Csrf: 1` and a same-origin request too.",
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Asks again, later, whose request this is: for answers that last."""
+
+    who: Hashable = field(repr=False)
+    """Equal for requests that come with the same key or session. It is one, so it is never logged."""
+    identify: Callable[[], Caller] = field(repr=False)
+    """Raises Unauthorized."""
 
 
 def caller_of(
@@ -56,9 +67,9 @@ def recheck_of(
     use: Use,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     session: Annotated[str | None, Security(cookie)],
-) -> Callable[[], Caller]:
-    """Asks again, later, whose request this is: for answers that last. It raises Unauthorized."""
-    return lambda: _identify(request, use, credentials, session)
+) -> Identity:
+    given = credentials.credentials if credentials is not None else None
+    return Identity(who=(given, session), identify=lambda: _identify(request, use, credentials, session))
 
 
 def require_operator(caller: Caller) -> None:
@@ -68,7 +79,7 @@ def require_operator(caller: Caller) -> None:
 
 Signed = Annotated[Caller, Depends(caller_of)]
 Operator = Annotated[Caller, Depends(operator_of)]
-Recheck = Annotated[Callable[[], Caller], Depends(recheck_of)]
+Recheck = Annotated[Identity, Depends(recheck_of)]
 
 
 def require_same_origin(request: Request) -> None:

@@ -16,7 +16,9 @@ from catalog.settings import Settings
 
 if TYPE_CHECKING:
     from api.feed import Feed
+    from api.job_stream import JobSource
     from api.limits import Limits
+    from api.queue_stream import QueueSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,8 @@ class Services:
     doorbell: Doorbell
     pepper: bytes
     feed: Feed
+    job_source: JobSource
+    queue_source: QueueSource
     limits: Limits
     telemetry: Telemetry
 

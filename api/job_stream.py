@@ -1,19 +1,26 @@
-"""One watcher's view of a job, look by look, in wire form."""
+"""What watchers of a job are told, in wire form: one who catches up, and all who go with it."""
 
 from __future__ import annotations
 
-from api.feed import Found
+from collections.abc import Hashable, Mapping, Sequence
+from typing import cast
+
+from api.feed import Found, Topic
 from api.job_objects import job_objects
 from api.schemas.job_history import event_object, metric_point
 from api.schemas.jobs import FineTuningJob, job_object
 from api.sse import message
 from catalog import watching
 from catalog.db import Database
+from catalog.points import Point
 from catalog.states import FINAL_STATES
-from catalog.tables import Job
+from catalog.tables import Job, JobEvent
+from catalog.watching import Seen
 
 
 class JobWatch:
+    """One watcher's own looks, page by page."""
+
     def __init__(self, db: Database, mark: watching.Mark) -> None:
         self._db = db
         self._mark = mark
@@ -26,23 +33,72 @@ class JobWatch:
         return cls(db, watching.start(db, project_id=project_id, job_id=job_id, last_seen=last_seen))
 
     def look(self) -> Found:
-        """Points, then events, then the job if it has changed: a final job comes after all that led to it, and who
-        has an event's id has the points that were written before it."""
+        """Points and events as they were written, then the job if it has changed: a final job comes after all that
+        led to it, and who has an event's id has the points that were written before it."""
         news = watching.look(self._db, self._mark)
         self.told_events += len(news.events)
-        messages = [message("metric", metric_point(row).model_dump_json()) for row in news.points]
-        messages += [message("event", event_object(row).model_dump_json(), ident=row.seq) for row in news.events]
+        parts = _messages(news.items)
         if news.has_more:
-            return Found(messages=messages)
-        return Found(messages=messages + self._job_if_changed(news.job), is_last=news.job.state in FINAL_STATES)
+            return Found(seq=self._mark.seq, parts=parts, has_more=True)
+        told, shown = b"", _of_its_row(news.job)
+        if shown != self._shown:
+            self._shown = shown
+            told = _whole(self._db, [news.job])[news.job.id]
+        is_last = news.job.state in FINAL_STATES
+        return Found(seq=self._mark.seq, parts=parts, view=shown, told_view=told, is_last=is_last)
 
-    def _job_if_changed(self, row: Job) -> list[bytes]:
-        shown = _of_its_row(row)
-        if shown == self._shown:
-            return []
-        self._shown = shown
-        (whole,) = job_objects(self._db, [row])
-        return [message("job", whole.model_dump_json())]
+
+class JobSource:
+    """Looks at every job that is watched, together. Keys are (project, job)."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+        watched = {cast(tuple[str, str], key): topic for key, topic in topics.items()}
+        changes = watching.look_at_many(self._db, {key: _seen(topic) for key, topic in watched.items()})
+        views: dict[str, FineTuningJob] = {}
+        to_tell: list[Job] = []
+        for key, change in changes.items():
+            if change is None or change.has_more:
+                continue
+            view = views[change.job.id] = _of_its_row(change.job)
+            if watched[key].mark is None or view != watched[key].view:
+                to_tell.append(change.job)
+        told = _whole(self._db, to_tell)
+        found: dict[Hashable, Found] = {}
+        for key, change in changes.items():
+            if change is None:
+                found[key] = Found(seq=watched[key].seq, is_last=True)
+                continue
+            found[key] = Found(
+                seq=change.seen.seq,
+                mark=change.seen,
+                parts=_messages(change.items),
+                view=views.get(change.job.id),
+                told_view=told.get(change.job.id, b""),
+                is_last=not change.has_more and change.job.state in FINAL_STATES,
+            )
+        return found
+
+
+def _seen(topic: Topic) -> Seen:
+    return topic.mark if isinstance(topic.mark, Seen) else Seen(seq=topic.seq)
+
+
+def _messages(items: Sequence[JobEvent | Point]) -> list[tuple[int, bytes]]:
+    return [(item.seq, _message(item)) for item in items]
+
+
+def _message(item: JobEvent | Point) -> bytes:
+    if isinstance(item, Point):
+        return message("metric", metric_point(item).model_dump_json())
+    return message("event", event_object(item).model_dump_json(), ident=item.seq)
+
+
+def _whole(db: Database, rows: Sequence[Job]) -> dict[str, bytes]:
+    shown = job_objects(db, rows) if rows else []
+    return {row.id: message("job", job.model_dump_json()) for row, job in zip(rows, shown, strict=True)}
 
 
 def _of_its_row(row: Job) -> FineTuningJob:

@@ -20,7 +20,7 @@ class ApiSettings(BaseSettings):
     max_body_bytes: int = Field(default=2**20, ge=1024, description="Largest body of a request that uploads no file.")
     requests_per_minute: int = Field(default=0, ge=0, description="Of each API key without a limit of its own. 0: any.")
     jobs_per_day: int = Field(default=0, ge=0, description="Created by each API key, as above. 0: any number.")
-    look_seconds: float = Field(default=0.75, gt=0, description="Between two looks at the database for live streams.")
+    look_seconds: float = Field(default=0.25, gt=0, description="Between two looks at the database for live streams.")
     stream_heartbeat_seconds: float = Field(default=15, gt=0, description="Between two comments on a silent stream.")
     shutdown_seconds: int = Field(
         default=10, ge=1, description="How long running requests may take to end at shutdown."

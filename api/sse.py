@@ -1,12 +1,9 @@
-"""Server-sent events: their form on the wire (WHATWG HTML, section 9.2), and the response that carries them."""
+"""Server-sent events: their form on the wire (WHATWG HTML, section 9.2)."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-from starlette.responses import StreamingResponse
-
 COMMENT = b": still here\n\n"
+HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def message(event: str, data: str, *, ident: int | None = None) -> bytes:
@@ -15,11 +12,6 @@ def message(event: str, data: str, *, ident: int | None = None) -> bytes:
     assert "\r" not in data
     head = f"event: {event}\n" + ("" if ident is None else f"id: {ident}\n")
     return f"{head}data: {data}\n\n".encode()
-
-
-def event_stream(body: AsyncIterator[bytes]) -> StreamingResponse:
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
 
 def last_event_id(header: str | None) -> int | None:

@@ -25,9 +25,11 @@ def add(
     level: Level = "info",
     type: EventType = "message",  # noqa: A002  (the wire's word)
     data: Json | None = None,
-) -> None:
-    """Append one event to the job's log."""
-    session.add(JobEvent(job_id=job_id, created_at=now, level=level, type=type, message=message, data=data))
+) -> JobEvent:
+    """Append one event to the job's log. It has its number once the session is flushed."""
+    event = JobEvent(job_id=job_id, created_at=now, level=level, type=type, message=message, data=data)
+    session.add(event)
+    return event
 
 
 def answered_steps(db: Database, job_id: str) -> list[int]:

@@ -7,12 +7,13 @@ from collections.abc import Collection
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import curves
+from catalog import curve_blocks
 from catalog.db import Database, read_clock
 from catalog.errors import NotFound
 from catalog.events import ShownType
 from catalog.pages import Page, paginate, unknown_cursor
-from catalog.tables import NOT_METRICS, Attempt, Checkpoint, Job, JobEvent, Metric
+from catalog.points import Point
+from catalog.tables import NOT_METRICS, Attempt, Checkpoint, Job, JobEvent
 
 
 def find(session: Session, project_id: str, job_id: str, *, locked: bool = False) -> Job:
@@ -66,29 +67,31 @@ def checkpoints_page(
         return paginate(session, scope, created=Checkpoint.created_at, ident=Checkpoint.id, after=after, limit=limit)
 
 
-def points_at(db: Database, *, project_id: str, job_id: str, steps: Collection[int]) -> dict[tuple[str, int], Metric]:
+def points_at(db: Database, *, project_id: str, job_id: str, steps: Collection[int]) -> dict[tuple[str, int], Point]:
     """What was measured at these steps, by kind (`train` or `valid`) and step."""
     with db.read() as session:
         find(session, project_id, job_id)
-        points = select(Metric).where(Metric.job_id == job_id, Metric.kind.in_(("train", "valid")))
-        return {(row.kind, row.step): row for row in session.scalars(points.where(Metric.step.in_(steps)))}
+        return {
+            (kind, step): point
+            for kind in ("train", "valid")
+            for step, point in curve_blocks.at(session, job_id, kind, steps).items()
+        }
 
 
-def metrics(db: Database, *, project_id: str, job_id: str, kind: str, max_points: int | None = None) -> list[Metric]:
+def metrics(db: Database, *, project_id: str, job_id: str, kind: str, max_points: int | None = None) -> list[Point]:
     """A curve (`train` or `valid`) by step, thinned to `max_points` with its peaks kept."""
     with db.read() as session:
         find(session, project_id, job_id)
-        curve = select(Metric).where(Metric.job_id == job_id, Metric.kind == kind).order_by(Metric.step)
-        points = list(session.scalars(curve))
-    return points if max_points is None else curves.thin(points, max_points, value=lambda point: point.loss)
+        if max_points is None:
+            return list(curve_blocks.walk(session, job_id, kind))
+        return curve_blocks.thinned(session, job_id, kind, max_points)
 
 
 def first_step(db: Database, *, project_id: str, job_id: str) -> tuple[int, float] | None:
     """(step, loss) of the first training step on record, whichever attempt took it."""
     with db.read() as session:
         find(session, project_id, job_id)
-        curve = select(Metric.step, Metric.loss).where(Metric.job_id == job_id, Metric.kind == "train")
-        found = session.execute(curve.order_by(Metric.step).limit(1)).first()
+        found = curve_blocks.first(session, job_id, "train")
         return None if found is None else (found.step, found.loss)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, events
+from catalog import artifact_rows, curve_blocks, events
 from catalog.artifacts.manifest import Manifest
-from catalog.db import Database, read_clock, upsert
+from catalog.db import Database, read_clock
 from catalog.fencing import hold
+from catalog.points import Point
 from catalog.sweeps import observing
-from catalog.tables import Checkpoint, Job, Json, Metric, new_id
+from catalog.tables import Checkpoint, Job, JobEvent, Json, new_id
 
 KEPT_CHECKPOINTS = 2
 """Those whose files are kept: the newest, and one to fall back on."""
@@ -71,14 +71,10 @@ def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
-        rows = [_metric(job.id, point, now) for point in points if math.isfinite(point["loss"])]
-        upsert(session, Metric, rows)
-        evaluations = [row for row in rows if row["kind"] == "valid"]
-        if evaluations:
-            _show_evaluation(session, job, evaluations[-1]["loss"])
-        for row in {row["kind"]: row for row in rows}.values():
-            _tell(session, job, row, now=now)
-        return observing.observe(session, job, rows, now=now)
+        measured = [_measured(point, now) for point in points if math.isfinite(point["loss"])]
+        if measured:
+            _keep(session, job, measured, now=now)
+        return observing.observe(session, job, [point._asdict() for point in measured], now=now)
 
 
 def record_checkpoint(db: Database, claim_id: str, *, step: int, artifact: Manifest) -> list[str]:
@@ -122,18 +118,15 @@ def record_course(session: Session, job: Job, course: Course, *, now: float) -> 
         message = f"The weights of step {course.kept_step} are kept, whose held-out loss was the lowest"
         events.add(session, job.id, now=now, message=message, data=data)
     progress: Json = {"step": course.steps, "kept_step": course.kept_step, "stopped_early": course.stopped_early}
-    kept = select(Metric.loss).where(Metric.job_id == job.id, Metric.kind == "valid", Metric.step == course.kept_step)
-    progress["kept_valid_loss"] = session.scalar(kept)
+    kept = curve_blocks.at(session, job.id, "valid", [course.kept_step]).get(course.kept_step)
+    progress["kept_valid_loss"] = None if kept is None else kept.loss
     job.progress = {**(job.progress or {}), **progress, "seconds_left": 0.0}
 
 
 def held_out_point(session: Session, job: Job, step: int) -> Json | None:
     """What was measured on held-out data at this step."""
-    point = session.get(Metric, (job.id, "valid", step))
-    if point is None:
-        return None
-    told = {"kind": "valid", "step": point.step, "loss": point.loss}
-    return {**told, "token_accuracy": point.token_accuracy, "rewards": point.rewards}
+    point = curve_blocks.at(session, job.id, "valid", [step]).get(step)
+    return None if point is None else point._asdict()
 
 
 def resumable(session: Session, job_id: str) -> tuple[Checkpoint, ...]:
@@ -142,35 +135,56 @@ def resumable(session: Session, job_id: str) -> tuple[Checkpoint, ...]:
     return tuple(session.scalars(kept.order_by(Checkpoint.step.desc())))
 
 
-def _metric(job_id: str, point: Json, now: float) -> dict[str, Any]:
+def _measured(point: Json, now: float) -> Point:
+    """Numbered once its event is."""
     assert point["kind"] in ("train", "valid")
-    row = {"job_id": job_id, "kind": point["kind"], "step": point["step"], "created_at": now, "loss": point["loss"]}
-    for name in _OPTIONAL:
-        value = point.get(name)
-        row[name] = value if value is not None and math.isfinite(value) else None
+    known = {name: value for name in _OPTIONAL if (value := point.get(name)) is not None and math.isfinite(value)}
     rewards: Json | None = point.get("rewards")
     is_known = rewards is not None and all(math.isfinite(value) for value in rewards.values())
-    return {**row, "num_tokens": point.get("num_tokens"), "rewards": rewards if is_known else None}
+    return Point(
+        kind=point["kind"],
+        step=point["step"],
+        seq=0,
+        created_at=now,
+        loss=float(point["loss"]),
+        num_tokens=point.get("num_tokens"),
+        rewards=rewards if is_known else None,
+        **{name: float(value) for name, value in known.items()},
+    )
+
+
+def _keep(session: Session, job: Job, measured: Sequence[Point], *, now: float) -> None:
+    """Onto the curves, with the events that tell of them."""
+    told = [_tell(session, job, point, now=now) for point in {point.kind: point for point in measured}.values()]
+    session.flush()  # numbers the events
+    seq = min(event.seq for event in told)
+    for kind in ("train", "valid"):
+        by_step = {point.step: point._replace(seq=seq) for point in measured if point.kind == kind}
+        curve_blocks.put(session, job.id, kind, [by_step[step] for step in sorted(by_step)])
+    evaluations = [point for point in measured if point.kind == "valid"]
+    if evaluations:
+        _show_evaluation(session, job, evaluations[-1].loss)
 
 
 def _show_evaluation(session: Session, job: Job, loss: float) -> None:
     """The best is read from the curve: a point that was trained again after a resume counts as it is now."""
-    best = select(func.min(Metric.loss)).where(Metric.job_id == job.id, Metric.kind == "valid")
-    job.progress = {**(job.progress or {}), "valid_loss": loss, "best_valid_loss": session.scalar(best)}
+    best = curve_blocks.least_loss(session, job.id, "valid")
+    job.progress = {**(job.progress or {}), "valid_loss": loss, "best_valid_loss": best}
 
 
-def _tell(session: Session, job: Job, row: dict[str, Any], *, now: float) -> None:
+def _tell(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
     """The same words and data that watchers of the OpenAI API know."""
-    kind, step, loss = row["kind"], row["step"], row["loss"]
+    kind, step, loss = point.kind, point.step, point.loss
     of_all = f"{step}/{job.num_steps}" if job.num_steps else f"{step}"
-    data = {"step": step, "total_steps": job.num_steps, f"{kind}_loss": loss}
-    data[f"{kind}_mean_token_accuracy"] = row["token_accuracy"]
+    data: Json = {"step": step, "total_steps": job.num_steps, f"{kind}_loss": loss}
+    data[f"{kind}_mean_token_accuracy"] = point.token_accuracy
     if kind == "train":
-        data |= {"learning_rate": row["learning_rate"], "grad_norm": row["grad_norm"]}
-    if row["rewards"] is not None:
-        data[f"{kind}_rewards"] = row["rewards"]
+        data |= {"learning_rate": point.learning_rate, "grad_norm": point.grad_norm}
+    if point.rewards is not None:
+        data[f"{kind}_rewards"] = point.rewards
     word = "training" if kind == "train" else "validation"
-    events.add(session, job.id, now=now, type="metrics", message=f"Step {of_all}: {word} loss={loss:.4f}", data=data)
+    message = f"Step {of_all}: {word} loss={loss:.4f}"
+    return events.add(session, job.id, now=now, type="metrics", message=message, data=data)
 
 
 def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, now: float) -> None:

@@ -12,20 +12,18 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from catalog import curve_blocks
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.db import Database
 from catalog.disk import full_disk_named
-from catalog.tables import File, Job, Metric, new_id
+from catalog.tables import File, Job, new_id
 
 PURPOSE = "fine-tune-results"
 """OpenAI's, of files that nobody uploads."""
 NAME = "step_metrics.csv"
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-POINTS_A_LOOK = 5_000
-"""Points read in one transaction: memory holds so many, however long the job."""
 NOT_MEASURED = (None, None)
 Point = tuple[int, str, float, float | None]
 """Step, kind, loss, token accuracy."""
@@ -72,14 +70,11 @@ def record(session: Session, job: Job, content: Blob, *, now: float) -> File:
 
 def _curve(db: Database, job_id: str, kind: str) -> Iterator[Point]:
     """By step. Only the claim's holder, who asks, writes points: they stay as they are between two looks."""
-    of_kind = select(Metric.step, Metric.kind, Metric.loss, Metric.token_accuracy)
-    of_kind = of_kind.where(Metric.job_id == job_id, Metric.kind == kind).order_by(Metric.step).limit(POINTS_A_LOOK)
     last_step = -1
     while True:
         with db.read() as session:
-            found = session.execute(of_kind.where(Metric.step > last_step))
-            points: list[Point] = [(row.step, row.kind, row.loss, row.token_accuracy) for row in found]
-        yield from points
-        if len(points) < POINTS_A_LOOK:
+            points = curve_blocks.some(session, job_id, kind, after_step=last_step)
+        if not points:
             return
-        last_step = points[-1][0]
+        yield from ((point.step, kind, point.loss, point.token_accuracy) for point in points)
+        last_step = points[-1].step

@@ -9,8 +9,9 @@ from pathlib import Path
 from catalog import claims, jobs, result_files
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace
+from catalog.points import Point
 from catalog.records import Course
-from catalog.tables import Json, Metric
+from catalog.tables import Json
 from worker import failpoints, provenance
 from worker.context import WorkerContext
 
@@ -93,7 +94,7 @@ def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | 
     }
 
 
-def _of_the_method(first: Metric, last: Metric, began: str) -> Json:
+def _of_the_method(first: Point, last: Point, began: str) -> Json:
     """A loss that compares answers has no perplexity, but rewards."""
     if last.rewards is not None:
         return {"rewards": last.rewards}

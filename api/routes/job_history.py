@@ -10,8 +10,9 @@ from starlette.responses import Response, StreamingResponse
 
 from api.auth import Recheck, Signed
 from api.deps import After, Limit, Use
-from api.feed import while_signed
+from api.feed import Listener
 from api.job_stream import JobWatch
+from api.live import LiveStream
 from api.routes import SIGNED, errors
 from api.schemas.job_history import (
     EVENT_PREFIX,
@@ -27,7 +28,7 @@ from api.schemas.job_history import (
     metric_point,
 )
 from api.schemas.pages import ListPage, page_of
-from api.sse import event_stream, last_event_id
+from api.sse import last_event_id
 from catalog import adapters, data_reports, jobs
 from catalog.errors import InvalidRequest
 from catalog.events import ShownType
@@ -139,7 +140,9 @@ async def stream_job(
     first = await run_in_threadpool(watch.look)
     if seen is not None and first.is_last and not watch.told_events:
         return Response(status_code=204)
-    return event_stream(use.feed.stream(first, while_signed(watch.look, recheck)))
+    key = (caller.project_id, job_id)
+    listener = Listener(source=use.job_source, key=key, look=watch.look, signed=recheck.who)
+    return LiveStream(use.feed, listener, first, recheck.identify)
 
 
 def event_seq(after: str | None) -> int | None:

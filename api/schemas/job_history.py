@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.tables import Attempt, Checkpoint, JobEvent, Metric
+from catalog.points import Point
+from catalog.tables import Attempt, Checkpoint, JobEvent
 
 EVENT_PREFIX = "ftevent-"
 
@@ -187,7 +188,7 @@ def event_object(row: JobEvent) -> FineTuningJobEvent:
 
 
 def checkpoint_object(
-    row: Checkpoint, *, name: str, train: Metric | None, valid: Metric | None
+    row: Checkpoint, *, name: str, train: Point | None, valid: Point | None
 ) -> FineTuningJobCheckpoint:
     """`train`, `valid`: the points of the curves at its step."""
     return FineTuningJobCheckpoint(
@@ -203,14 +204,14 @@ def checkpoint_object(
     )
 
 
-def _measured(name: str, point: Metric | None) -> dict[str, Any]:
+def _measured(name: str, point: Point | None) -> dict[str, Any]:
     if point is None:
         return {}
     accuracy = point.token_accuracy
     return {f"{name}_loss": point.loss, f"{name}_mean_token_accuracy": accuracy, f"{name}_rewards": point.rewards}
 
 
-def metric_point(row: Metric) -> MetricPoint:
+def metric_point(row: Point) -> MetricPoint:
     return MetricPoint.model_validate(
         {
             "kind": row.kind,

@@ -5,7 +5,7 @@ Migrations under migrations/ must agree with these files: `alembic check` says s
 
 from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tables.fleet import Pulse, Trainer, Worker
-from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, Metric
+from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, MetricBlock
 from catalog.tables.jobs import IdempotencyKey, Job
 from catalog.tables.owners import ApiKey, Project, ProjectUsage, SignIn
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
@@ -28,7 +28,7 @@ __all__ = [
     "Job",
     "JobEvent",
     "Json",
-    "Metric",
+    "MetricBlock",
     "Prepared",
     "Project",
     "ProjectUsage",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Index, String, Text, text
+from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import AutoKey, Json, Table
@@ -47,22 +47,25 @@ class JobEvent(Table):
     )
 
 
-class Metric(Table):
-    """One point of a curve. A replayed step (after a resume) overwrites its point."""
+class MetricBlock(Table):
+    """Some points of a curve that follow each other, as catalog/points.py packs them."""
 
-    __tablename__ = "metrics"
+    __tablename__ = "metric_blocks"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     kind: Mapped[str] = mapped_column(String(8), primary_key=True)
     """train or valid."""
-    step: Mapped[int] = mapped_column(primary_key=True)
-    created_at: Mapped[float]
-    loss: Mapped[float]
-    token_accuracy: Mapped[float | None]
-    learning_rate: Mapped[float | None]
-    grad_norm: Mapped[float | None]
-    num_tokens: Mapped[int | None]
-    rewards: Mapped[Json | None]
-    """Of a job that learns from pairs: chosen, rejected, margin, accuracy."""
+    first_step: Mapped[int] = mapped_column(primary_key=True)
+    last_step: Mapped[int]
+    num_points: Mapped[int] = mapped_column(Integer)
+    last_seq: Mapped[int]
+    """Greatest of its points': who has seen that event has seen them all."""
+    least_loss: Mapped[float]
+    sketch: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Of a full block, its ends and peaks in a few points: small columns stand before the large one."""
+    outline: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """The same in some more."""
+    points: Mapped[bytes] = mapped_column(LargeBinary)
+    __table_args__ = (Index(None, "job_id", "last_seq"),)
 
 
 class Checkpoint(Table):

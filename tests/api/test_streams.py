@@ -142,15 +142,16 @@ def test_a_crash_in_one_stream_ends_that_stream_alone(
     job = world.queued()
     with opened(site, "/v1/queue/stream") as queue, opened(site, stream_path(job.id)) as stream:
         next(queue)
-        look, calls = watching.look, []
+        next(stream)
+        look, calls = watching.look_at_many, []
 
         def crash(*given: object) -> object:
             calls.append(given)
             raise RuntimeError("inside")
 
-        monkeypatch.setattr(watching, "look", crash)
+        monkeypatch.setattr(watching, "look_at_many", crash)
         list(stream)
-        monkeypatch.setattr(watching, "look", look)
+        monkeypatch.setattr(watching, "look_at_many", look)
         world.submit()
 
         assert calls
@@ -184,17 +185,6 @@ def test_a_stream_ends_when_its_key_is_revoked(
     assert services.feed.num_listeners() == 0
 
 
-def test_who_listens_is_asked_once_a_minute() -> None:
-    now, asked = [0.0], list[float]()
-    look = feeds.while_signed(feeds.Found, lambda: asked.append(now[0]), clock=lambda: now[0])
-
-    for second in range(0, 200, 10):
-        now[0] = float(second)
-        look()
-
-    assert asked == [60.0, 120.0, 180.0]
-
-
 def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
     world.worker()
     claim = world.running()
@@ -216,7 +206,7 @@ def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
 def test_a_new_watcher_is_told_the_messages_of_old_and_no_old_metrics(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "CLOCK_OVERLAP_SECONDS", 0.0)
+    monkeypatch.setattr(watching, "RECENT_SECONDS", 0.0)
     world.worker()
     claim = world.running()
     claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 3.0}])
@@ -250,34 +240,35 @@ def test_a_watcher_that_comes_back_is_told_no_point_again_and_misses_none(world:
     assert [event.type for event in news.events] == ["metrics"]
 
 
-def test_an_event_is_told_only_after_every_point_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "MAX_ROWS", 100)
+def test_an_event_is_told_right_after_the_points_that_came_with_it(world: World) -> None:
     world.worker()
     claim = world.running()
     mark = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
     watching.look(world.db, mark)
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 1.0} for s in range(150)])
+    for first in (1, 3):
+        points = [{"kind": "train", "step": step, "loss": 1.0} for step in (first, first + 1)]
+        claims.record_metrics(world.db, claim.claim_id, points)
 
-    first, second = (watching.look(world.db, mark) for _ in range(2))
+    news = watching.look(world.db, mark)
 
-    assert (len(first.points), first.events) == (100, [])
-    assert (len(second.points), [event.type for event in second.events]) == (50, ["metrics"])
+    assert [getattr(item, "step", "event") for item in news.items] == [1, 2, "event", 3, 4, "event"]
 
 
 def test_more_than_one_look_can_hold_is_told_in_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "MAX_ROWS", 100)
+    monkeypatch.setattr(watching, "MAX_ROWS", 10)
     world.worker()
     claim = world.running()
     mark = watching.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
-    for kind, num in (("train", 250), ("valid", 30)):
-        points = [{"kind": kind, "step": step, "loss": 1.0} for step in range(1, num + 1)]
-        claims.record_metrics(world.db, claim.claim_id, points)
+    for step in range(1, 31):
+        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
 
-    looks = [watching.look(world.db, mark) for _ in range(4)]
+    looks = [watching.look(world.db, mark)]
+    while looks[-1].has_more:
+        looks.append(watching.look(world.db, mark))
 
-    told = [(point.kind, point.step) for news in looks for point in news.points]
-    assert sorted(told) == sorted([("train", s) for s in range(1, 251)] + [("valid", s) for s in range(1, 31)])
-    assert [news.has_more for news in looks] == [True, True, False, False]
+    assert [point.step for news in looks for point in news.points] == list(range(1, 31))
+    assert len(looks) > 3
+    assert max(len(news.events) for news in looks) == 10
 
 
 def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
@@ -300,7 +291,7 @@ def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
     claims.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
     news = watch.look()
 
-    assert (quiet.messages, len(news.messages)) == ([], 1)
+    assert (quiet.parts, quiet.told_view, news.parts) == ([], b"", [])
     assert asked == [1, 1]
     shown = jobs.seconds_running(world.db, [claim.job.id])[claim.job.id]
-    assert 0 < json.loads(news.messages[0].decode().partition("data: ")[2])["seconds_running"] <= shown
+    assert 0 < json.loads(news.told_view.decode().partition("data: ")[2])["seconds_running"] <= shown

@@ -12,7 +12,7 @@ from sqlalchemy import select, text
 from catalog import projects
 from catalog.db import Database, read_clock, serialise, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
-from catalog.tables import Metric, Project, Pulse
+from catalog.tables import MetricBlock, Project, Pulse
 from tests.catalog.world import World, request
 
 
@@ -74,16 +74,16 @@ def test_what_is_serialised_by_name_runs_one_after_another(db: Database) -> None
 
 def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World) -> None:
     job = world.submit()
-    point = {"job_id": job.id, "kind": "train", "created_at": 1.0}
+    block = {"job_id": job.id, "kind": "train", "last_step": 9, "num_points": 1, "last_seq": 1, "points": b"some"}
 
     with world.db.write() as session:
-        upsert(session, Metric, [{**point, "step": step, "loss": 3.0, "num_tokens": 9} for step in (1, 2)])
-        upsert(session, Metric, [{**point, "step": 2, "loss": 1.0}])
-        upsert(session, Metric, [])
+        upsert(session, MetricBlock, [{**block, "first_step": step, "least_loss": 3.0} for step in (1, 2)])
+        upsert(session, MetricBlock, [{**block, "first_step": 2, "least_loss": 1.0}])
+        upsert(session, MetricBlock, [])
 
     with world.db.read() as session:
-        rows = session.scalars(select(Metric).order_by(Metric.step)).all()
-        assert [(row.step, row.loss, row.num_tokens) for row in rows] == [(1, 3.0, 9), (2, 1.0, 9)]
+        rows = session.scalars(select(MetricBlock).order_by(MetricBlock.first_step)).all()
+        assert [(row.first_step, row.least_loss, row.points) for row in rows] == [(1, 3.0, b"some"), (2, 1.0, b"some")]
 
 
 def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:

@@ -9,15 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from alembic import command
 from sqlalchemy import inspect, select
 
-from catalog import claims
+from catalog import claims, jobs
 from catalog.db import Database, alembic_config
 from catalog.tables import Checkpoint, Job, Table
 from tests.catalog.world import Clock, World, manifest
 
 ROOT = Path(__file__).parents[2]
+BEFORE_BLOCKS = "0016"
+OLD_METRICS = sa.table(
+    "metrics",
+    *map(sa.column, ("job_id", "kind", "step", "created_at", "loss")),
+    *map(sa.column, ("token_accuracy", "learning_rate", "grad_norm", "num_tokens")),
+    sa.column("rewards", sa.JSON(none_as_null=True)),
+)
 TABLES = {table.name for table in Table.metadata.sorted_tables}
 
 
@@ -139,5 +147,38 @@ def test_jobs_that_wait_are_dated_by_when_they_came_into_the_queue(empty_url: st
     assert queued.queued_at is not None
     dated = {job.id: job.queued_at for job in map(world.job, (queued.id, submitted.id, undated.id))}
     assert dated == {queued.id: queued.queued_at, submitted.id: None, undated.id: 7}
+    command.check(alembic_config(empty_url))
+    database.close()
+
+
+def test_points_of_curves_are_packed_on_the_way_up_and_are_rows_again_on_the_way_down(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    world = World(database, Clock())
+    job = world.submit()
+    points = [{"kind": "train", "step": step, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 601)]
+    points += [{"kind": "valid", "step": 7, "loss": 0.1 + 0.2, "num_tokens": 9, "rewards": {"margin": 1}}]
+
+    command.downgrade(alembic_config(empty_url), BEFORE_BLOCKS)
+    with database.schema_connection() as connection:
+        for point in points:
+            connection.execute(OLD_METRICS.insert().values(job_id=job.id, created_at=1.5, **point))
+    database.migrate()
+
+    of_job = world.of(job.id)
+    train = jobs.metrics(database, **of_job, kind="train")
+    assert [(p.step, p.loss, p.learning_rate, p.grad_norm, p.created_at) for p in train] == [
+        (step, 1 / step, 1e-4, None, 1.5) for step in range(1, 601)
+    ]
+    (valid,) = jobs.metrics(database, **of_job, kind="valid")
+    assert (valid.loss, valid.num_tokens, valid.rewards) == (0.1 + 0.2, 9, {"margin": 1})
+    assert {point.step for point in jobs.metrics(database, **of_job, kind="train", max_points=20)} >= {1, 600}
+    command.downgrade(alembic_config(empty_url), BEFORE_BLOCKS)
+    with database.schema_connection() as connection:
+        rows = connection.execute(select(OLD_METRICS)).mappings().all()
+    nothing = dict.fromkeys(("token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards"))
+    expected = [{"job_id": job.id, "created_at": 1.5, **nothing, **point} for point in points]
+    assert sorted(map(dict, rows), key=lambda row: (row["kind"], row["step"])) == expected
+    database.migrate()
     command.check(alembic_config(empty_url))
     database.close()

@@ -49,7 +49,7 @@ from catalog.tables import (
     File,
     Job,
     JobEvent,
-    Metric,
+    MetricBlock,
     Prepared,
     RungValue,
     Sweep,
@@ -77,7 +77,7 @@ COPIED: dict[type[Table], Changes] = {
     },
     Attempt: lambda n: {"claim_id": f"claim-{n}", "job_id": f"ftjob-{n}", "trainer_id": f"t-{n}"},
     JobEvent: lambda n: {"job_id": f"ftjob-{n}"},
-    Metric: lambda n: {"job_id": f"ftjob-{n}"},
+    MetricBlock: lambda n: {"job_id": f"ftjob-{n}"},
     Checkpoint: lambda n: {"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     Upload: lambda n: {"id": f"upload-{n}"},
@@ -222,6 +222,13 @@ ACTS: dict[str, Act] = {
     "its checkpoints": lambda w, ids: job_records.checkpoints_page(w.db, **w.of(ids["ended"])),
     "their numbers": lambda w, ids: job_records.points_at(w.db, **w.of(ids["ended"]), steps=[1]),
     "its curve": lambda w, ids: job_records.metrics(w.db, **w.of(ids["ended"]), kind="train"),
+    "its curve in few points": lambda w, ids: job_records.metrics(
+        w.db, **w.of(ids["ended"]), kind="train", max_points=100
+    ),
+    "how its curve begins": lambda w, ids: job_records.first_step(w.db, **w.of(ids["ended"])),
+    "points of its curve": lambda w, ids: claims.record_metrics(
+        w.db, ids["claim"], [{"kind": kind, "step": 3, "loss": 1.0} for kind in ("train", "valid")]
+    ),
     "its curves as a file": lambda w, ids: list(result_files.lines(w.db, ids["ended"])),
     "a part of an upload": lambda w, ids: _add_parts(w, ids["upload"]),
     "a cancel of an upload": lambda w, ids: part_uploads.cancel(
@@ -233,6 +240,10 @@ ACTS: dict[str, Act] = {
     "what is new of it": lambda w, ids: watching.look(
         w.db, watching.start(w.db, **w.of(ids["running"]), last_seen=None)
     ),
+    "what is new of many": lambda w, ids: watching.look_at_many(
+        w.db, {(w.caller.project_id, ids[name]): watching.Seen(seq=0) for name in ("ended", "running", "first")}
+    ),
+    "whether anything is new": lambda w, _: watching.newest_event(w.db),
     "why it waits": lambda w, ids: jobs.explain(w.db, **w.of(ids["first"])),
     "why it runs": lambda w, ids: jobs.explain(w.db, **w.of(ids["running"])),
     "why its files wait": lambda w, _: jobs.explain(w.db, **w.of(w.submit().id)),

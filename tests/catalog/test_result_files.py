@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from catalog import claims, cleaning, files, result_files
+from catalog import claims, cleaning, curve_blocks, files, result_files
 from catalog.errors import NotFound, StaleClaim
 from catalog.tables import File
 from tests.catalog.world import World, curves
@@ -25,12 +25,13 @@ def result_rows(world: World) -> list[File]:
         return list(session.scalars(select(File).where(File.purpose == result_files.PURPOSE)))
 
 
-@pytest.mark.parametrize("points_a_look", [1, 3, 5_000])
+@pytest.mark.parametrize(("points_a_block", "blocks_a_look"), [(1, 1), (2, 1), (256, 64)])
 def test_both_curves_are_one_line_a_step_however_many_points_are_read_at_once(
-    world: World, points_a_look: int, monkeypatch: pytest.MonkeyPatch
+    world: World, points_a_block: int, blocks_a_look: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim, other = world.running(), world.running(seed=2)
-    monkeypatch.setattr(result_files, "POINTS_A_LOOK", points_a_look)
+    monkeypatch.setattr(curve_blocks, "BLOCK_POINTS", points_a_block)
+    monkeypatch.setattr(curve_blocks, "BLOCKS_A_LOOK", blocks_a_look)
     valid = [{"kind": "valid", "step": step, "loss": 4.0 - step, "token_accuracy": 0.25} for step in (0, 3)]
     train = [{"kind": "train", "step": step, "loss": 3.0 / step, "token_accuracy": None} for step in (3, 1, 2)]
     claims.record_metrics(world.db, claim.claim_id, [*valid, *train])

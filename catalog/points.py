@@ -1,0 +1,100 @@
+"""Points of a job's curves, and how many of them are packed into one value of bytes. Pure.
+
+A packed value is compressed columns: each number is as it was, bit for bit, and a column that nobody measured takes
+nothing. No number says what code to run: what is read is numbers and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise, repeat
+from typing import Any, NamedTuple
+
+Json = dict[str, Any]
+VERSION = 1
+HEAD = struct.Struct("<BBI")
+"""Version, which of OPTIONAL are there (bit by bit), how many points."""
+OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards")
+NO_NUMBER = -(2**63)
+FAST = 1
+"""zlib's level: others take longer and save little."""
+
+
+class Point(NamedTuple):
+    """What was measured at one step."""
+
+    kind: str
+    """train or valid."""
+    step: int
+    seq: int
+    """Number of the first event of the write that it came with: later points have greater ones. 0: of before that was
+    kept."""
+    created_at: float
+    loss: float
+    token_accuracy: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    num_tokens: int | None = None
+    rewards: Json | None = None
+    """Of a job that learns from pairs: chosen, rejected, margin, accuracy."""
+
+
+def pack(points: Sequence[Point]) -> bytes:
+    """At least one point, of one kind, by step. The kind is not kept."""
+    count = len(points)
+    _, steps, seqs, times, losses, *optional = zip(*points, strict=True)
+    measured = [any(value is not None for value in column) for column in optional]
+    parts = [HEAD.pack(VERSION, sum(1 << place for place, is_there in enumerate(measured) if is_there), count)]
+    parts += [_whole(_gaps(steps)), _whole(_gaps(seqs)), _real(times), _real(losses)]
+    for name, column, is_there in zip(OPTIONAL, optional, measured, strict=True):
+        if not is_there:
+            continue
+        if name == "rewards":
+            parts.append(json.dumps(column, allow_nan=False, separators=(",", ":")).encode())
+        elif name == "num_tokens":
+            parts.append(_whole([NO_NUMBER if value is None else value for value in column]))
+        else:
+            parts.append(_real([math.nan if value is None else value for value in column]))
+    return zlib.compress(b"".join(parts), FAST)
+
+
+def unpack(kind: str, packed: bytes) -> list[Point]:
+    content = zlib.decompress(packed)
+    version, measured, count = HEAD.unpack_from(content)
+    assert version == VERSION, version
+    place = HEAD.size
+
+    def column(letter: str) -> tuple[Any, ...]:
+        nonlocal place
+        values = struct.unpack_from(f"<{count}{letter}", content, place)
+        place += 8 * count
+        return values
+
+    columns: list[Iterable[Any]] = [accumulate(column("q")), accumulate(column("q")), column("d"), column("d")]
+    for bit, name in enumerate(OPTIONAL):
+        if not measured & (1 << bit):
+            columns.append(repeat(None, count))
+        elif name == "rewards":
+            columns.append(json.loads(content[place:]))
+        elif name == "num_tokens":
+            columns.append([None if value == NO_NUMBER else value for value in column("q")])
+        else:
+            columns.append([None if math.isnan(value) else value for value in column("d")])
+    return list(map(Point, repeat(kind, count), *columns))
+
+
+def _gaps(values: Sequence[int]) -> list[int]:
+    """The first, and by how much each is more than the one before: nearly always the same, and so packed to nothing."""
+    return [values[0], *(after - before for before, after in pairwise(values))]
+
+
+def _whole(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def _real(values: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(values)}d", *values)
