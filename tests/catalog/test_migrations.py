@@ -19,7 +19,7 @@ from catalog.tables import Checkpoint, Job, Table
 from tests.catalog.world import Clock, World, manifest
 
 ROOT = Path(__file__).parents[2]
-BEFORE_BLOCKS = "0016"
+BEFORE_BLOCKS = "0017"
 OLD_METRICS = sa.table(
     "metrics",
     *map(sa.column, ("job_id", "kind", "step", "created_at", "loss")),
