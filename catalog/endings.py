@@ -62,7 +62,8 @@ def end_attempt(
 ) -> JobState:
     """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion."""
     assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
-    reason = ended_for(session, job, reason)
+    if reason is EndReason.CANCELLED_BY_USER:
+        reason = ended_for(session, job, reason)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
     verdict = decide(
         reason,
@@ -76,6 +77,8 @@ def end_attempt(
             _quarantined(session, job, reason, detail) if verdict.is_quarantine else _failed(reason, detail, error)
         )
     level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
+    if verdict.verb is Verb.OBEY_CANCEL:
+        reason = ended_for(session, job, reason)
     message = _message(job, verdict, reason, detail)
     state = move(session, job, verdict.verb, now=now, message=message, reason=reason, level=level)
     if verdict.wait_seconds:

@@ -23,24 +23,27 @@ FIXED: dict[str, str] = {
     "priority": "it decides when a job trains, and changes no adapter",
 }
 """What a sweep can't vary, and why."""
+MAX_SHOWN = 80
+"""Characters of a path that nobody knows; it may be any text of any length."""
 
 
 def check_path(path: str, *, param: str) -> None:
     """Raises InvalidRequest where no field of a job has the path, or it is one that all trials share."""
     known = dict(_fields(JobRequest))
+    shown, param = path[:MAX_SHOWN], param[: MAX_SHOWN + len(param) - len(path)]
     reason = FIXED.get(path.split(".", 1)[0])
     if path in known and reason is None:
         return
     if reason is not None:
         raise InvalidRequest(
-            f"A sweep can't vary {path!r}: {reason}.",
+            f"A sweep can't vary {shown!a}: {reason}.",
             code="fixed_in_a_sweep",
             remedy="Give it once, beside `parameters`; or make a sweep for each.",
             param=param,
         )
-    near = _nearest(path, [name for name in known if name.split(".", 1)[0] not in FIXED])
+    near = _nearest(shown, [name for name in known if name.split(".", 1)[0] not in FIXED])
     raise InvalidRequest(
-        f"A job has no field {path[:80]!a}.",
+        f"A job has no field {shown!a}.",
         code="unknown_parameter",
         remedy=f"Did you mean {near!r}?" if near else "Name a field of a job by its dotted path, as 'lora.rank'.",
         param=param,

@@ -91,9 +91,7 @@ def completed(session: Session, job: Job, point: Mapping[str, Any] | None) -> No
 
 
 def ended_for(session: Session, job: Job, reason: EndReason) -> EndReason:
-    """Why a job really ended that was told to stop."""
-    if reason is not EndReason.CANCELLED_BY_USER:
-        return reason
+    """Why a job really ended that was cancelled, whoever or whatever made it end then."""
     trial = trial_of(session, job)
     return EndReason.PRUNED if trial is not None and trial.stopped is not None else reason
 

@@ -48,28 +48,27 @@ def test_a_sweep_is_made_listed_and_cancelled(client: TestClient, world: World) 
     assert client.get(f"/v1/sweeps/{made['id']}/trials/0").json()["status"] == "cancelled"
 
 
-@pytest.mark.parametrize(
-    ("change", "param", "words"),
-    [
-        ({"parameters": {"lora.rnak": {"values": [4]}}}, "parameters.lora.rnak", "Did you mean 'lora.rank'?"),
-        ({"parameters": {"lora.rank": {"values": [4, 1000]}}}, "parameters.lora.rank", "1000"),
-        ({"parameters": {"lora.rank": {"value": [4]}}}, "parameters.lora.rank.value", "no field"),
-        ({"search": {"type": "grid", "trials": 3}}, "search", "leave it out"),
-        ({"search": {"type": "gird"}}, "search.type", "'grid'"),
-        ({"parametres": {}}, "parametres", "'parameters'"),
-        ({"model": "gone"}, "model", "gone"),
-        ({"training_file": "file-gone"}, "training_file", "file-gone"),
-    ],
-)
-def test_a_refusal_names_what_is_at_fault_and_makes_no_job(
-    client: TestClient, world: World, change: dict[str, Any], param: str, words: str
-) -> None:
-    response = client.post("/v1/sweeps", json=asked(world, **change))
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"parameters": {"lora.rnak": {"values": [4]}}}, "parameters.lora.rnak", "Did you mean 'lora.rank'?"),
+    ({"parameters": {"lora.rank": {"values": [4, 1000]}}}, "parameters.lora.rank", "1000"),
+    ({"parameters": {"lora.rank": {"value": [4]}}}, "parameters.lora.rank.value", "no field"),
+    ({"search": {"type": "grid", "trials": 3}}, "search", "leave it out"),
+    ({"search": {"type": "gird"}}, "search.type", "'grid'"),
+    ({"parametres": {}}, "parametres", "'parameters'"),
+    ({"model": "gone"}, "model", "gone"),
+    ({"training_file": "file-gone"}, "training_file", "file-gone"),
+]
+"""A change of the body, the field at fault, and what is said of it."""
 
-    assert response.status_code in (400, 404)
-    error = error_of(response)
-    assert error["param"] == param
-    assert words in error["message"]
+
+def test_a_refusal_names_what_is_at_fault_and_makes_no_job(client: TestClient, world: World) -> None:
+    for change, param, words in REFUSED:
+        response = client.post("/v1/sweeps", json=asked(world, **change))
+
+        assert response.status_code in (400, 404), change
+        error = error_of(response)
+        assert error["param"] == param
+        assert words in error["message"]
     assert client.get("/v1/fine_tuning/jobs").json()["data"] == []
 
 
@@ -119,9 +118,9 @@ class Fleet:
 
 
 def test_a_study_of_optuna_drives_a_sweep_and_its_pruner_ends_trials(site: Site, world: World) -> None:
-    fleet = Fleet(world, num_steps=4)
+    fleet = Fleet(world, num_steps=3)
     study = optuna.create_study(direction="minimize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
-    for rank in (24, 18, 28, 60, 21, 1, 40):
+    for rank in (24, 18, 60, 21, 1):
         study.enqueue_trial({"rank": rank})
 
     def choose(trial: optuna.Trial) -> dict[str, Any]:
@@ -129,14 +128,14 @@ def test_a_study_of_optuna_drives_a_sweep_and_its_pruner_ends_trials(site: Site,
 
     with Lorry(site.url, site.key, sleep=fleet.work) as lorry:
         sweep = optimize(
-            study, choose, lorry, trials=8, at_once=3, model="smol", training_file=world.file_id,
+            study, choose, lorry, trials=5, at_once=2, model="smol", training_file=world.file_id,
             validation_file=world.file_id, lora={"alpha": 8.0},
         )  # fmt: skip
         board = list(lorry.sweeps.trials(sweep.id))
 
-    assert (sweep.status, sweep.num_created, sum(sweep.counts.values())) == ("succeeded", 8, 8)
+    assert (sweep.status, sweep.num_created, sum(sweep.counts.values())) == ("succeeded", 5, 5)
     pruned = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.PRUNED]
-    assert 0 < len(pruned) == sum(trial.reason == "pruned" for trial in board) < 8
+    assert 0 < len(pruned) == sum(trial.reason == "pruned" for trial in board) < 5
     assert {trial.user_attrs["job_id"] for trial in pruned} == {t.id for t in board if t.reason == "pruned"}
     best = next(trial for trial in board if trial.status == "succeeded")
     assert study.best_value == best.value

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.pruners._successive_halving import _is_trial_promotable_to_next_rung
 from optuna.study import StudyDirection
@@ -52,6 +52,7 @@ def test_a_grid_holds_every_combination_once() -> None:
     assert dict(made[-1]) == {"lora.rank": 16, "optimizer.learning_rate": 1e-2, "lora.use_dora": False}
 
 
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(0, MAX_TRIALS - 1))
 def test_what_is_drawn_lies_within_its_limits_and_follows_from_seed_and_number_alone(seed: int, number: int) -> None:
     named = {
@@ -83,6 +84,7 @@ def test_draws_are_spread_evenly_over_their_scale() -> None:
     assert all(200 <= number <= 300 for number in by_rank)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(), min_size=1, max_size=4, unique=True), min_size=1, max_size=4))
 def test_a_grids_numbers_are_its_combinations(values: list[list[int]]) -> None:
     paths = ["lora.rank", "max_steps", "seed", "lora.alpha"]
@@ -224,6 +226,7 @@ def test_rungs_that_no_trial_comes_to_or_is_evaluated_at_are_refused() -> None:
     assert fewest_steps(checked(asha()), num_rows=100) == 75
 
 
+@settings(max_examples=40)
 @given(
     values=st.lists(st.floats(-10, 10), min_size=1, max_size=40),
     factor=st.integers(2, 6),

@@ -17,6 +17,8 @@ from catalog.sweeps.spec import SweepRequest
 from catalog.tables import AuditEvent, Sweep
 from tests.catalog.world import World, sha
 
+ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""Of what no statement decides: both take the ways that the others go."""
 FOUR = {"lora.rank": {"values": [2, 4, 8, 16]}}
 
 
@@ -76,6 +78,7 @@ def finish(world: World, claim: Claim, loss: float, *, steps: int = 10) -> None:
     world.complete(claim.claim_id, f"adapter of {claim.job.id}", course=course)
 
 
+@ON_ONE_DATABASE
 def test_each_trial_is_a_job_of_its_own_and_all_pack_together(world: World) -> None:
     sweep_id = make(world)
 
@@ -109,6 +112,7 @@ def test_when_all_have_ended_the_best_is_promoted_and_its_adapter_found_by_the_s
         adapters.get(world.db, project_id=world.stranger.project_id, name=sweep_id)
 
 
+@ON_ONE_DATABASE
 def test_where_only_the_best_is_kept_the_others_adapters_go_but_not_one_that_is_continued(world: World) -> None:
     sweep_id = make(world, keep_adapters="best")
     claimed = train(world)
@@ -146,6 +150,23 @@ def test_a_trial_that_is_worse_than_the_best_third_at_a_rung_is_stopped_and_ends
     assert measure(world, claimed[2], 4, 1.5) is False  # the only one so far at rung 1
 
 
+@ON_ONE_DATABASE
+def test_a_trial_that_is_stopped_while_its_worker_is_lost_was_pruned_all_the_same(world: World) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+    measure(world, claimed[0], 2, 1.0)
+    measure(world, claimed[1], 2, 2.0)
+
+    claims.end(world.db, claimed[1].claim_id, reason=EndReason.TRAINER_CRASHED, detail="It crashed.")
+
+    job = world.job(claimed[1].job.id)
+    assert (job.state, job.reason) == (JobState.CANCELLED, EndReason.PRUNED)
+    (attempt,) = jobs.attempts(world.db, **world.of(job.id))
+    assert attempt.reason == EndReason.TRAINER_CRASHED
+
+
+@ON_ONE_DATABASE
 def test_a_rung_that_is_measured_again_after_a_resume_decides_nothing_anew(world: World) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
@@ -158,6 +179,7 @@ def test_a_rung_that_is_measured_again_after_a_resume_decides_nothing_anew(world
     assert not world.job(claimed[0].job.id).cancel_requested
 
 
+@ON_ONE_DATABASE
 def test_a_trial_that_was_done_before_its_worker_heard_that_it_is_to_stop_has_succeeded(world: World) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
@@ -171,6 +193,7 @@ def test_a_trial_that_was_done_before_its_worker_heard_that_it_is_to_stop_has_su
     assert (first.job.state, first.trial.stopped, first.value) == (JobState.SUCCEEDED, None, 0.1)
 
 
+@ON_ONE_DATABASE
 def test_trials_are_compared_by_a_mean_of_training_steps_where_that_is_the_objective(world: World) -> None:
     objective = {"metric": "train_mean_token_accuracy"}
     sweep_id = make(world, objective=objective, validation_file=None, parameters={"lora.rank": {"values": [2, 4]}})
@@ -183,6 +206,7 @@ def test_trials_are_compared_by_a_mean_of_training_steps_where_that_is_the_objec
     assert [(each.trial.number, each.value) for each in board(world, sweep_id)] == [(1, 0.5), (0, pytest.approx(0.3))]
 
 
+@ON_ONE_DATABASE
 def test_a_refused_trial_leaves_nothing_of_the_sweep(world: World) -> None:
     with pytest.raises(InvalidRequest):
         make(world, parameters={"lora.target_modules": {"values": [["q_proj"], ["no_such_layer"]]}})
@@ -203,6 +227,7 @@ def test_what_does_not_fit_into_one_transaction_is_made_by_whoever_looks_next(wo
     assert advance(world) == 0
 
 
+@ON_ONE_DATABASE
 def test_no_more_trials_than_asked_for_are_unfinished_at_one_time(world: World) -> None:
     sweep_id = make(world, max_concurrent=2)
     advance(world)
@@ -215,6 +240,7 @@ def test_no_more_trials_than_asked_for_are_unfinished_at_one_time(world: World) 
     assert view(world, sweep_id).counts == {"running": 1, "succeeded": 1, "validating_files": 1}
 
 
+@ON_ONE_DATABASE
 def test_a_file_stays_while_a_sweep_is_still_to_make_trials_that_read_it(world: World) -> None:
     sweep_id = make(world, max_concurrent=1)
     (claim,) = train(world).values()
@@ -227,6 +253,7 @@ def test_a_file_stays_while_a_sweep_is_still_to_make_trials_that_read_it(world: 
     files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
 
 
+@ON_ONE_DATABASE
 def test_where_no_further_trial_can_be_made_the_sweep_tells_why_and_ends_with_those_it_has(world: World) -> None:
     sweep_id = make(world, max_concurrent=1)
     claimed = train(world)
@@ -263,6 +290,7 @@ def test_a_cancelled_sweep_cancels_what_has_not_ended_and_keeps_what_has(world: 
     assert verbs.cancel(world.db, **of(world, sweep_id), is_client_retry=True).state == "cancelled"
 
 
+@ON_ONE_DATABASE
 def test_a_sweep_without_an_adapter_has_failed(world: World) -> None:
     sweep_id = make(world, parameters={"lora.rank": {"values": [4]}})
     (claim,) = train(world).values()
@@ -333,6 +361,7 @@ def test_a_client_gives_each_trial_its_parameters_and_stops_those_it_is_done_wit
         add(world, sweep_id, 2)
 
 
+@ON_ONE_DATABASE
 def test_a_trial_that_waits_is_stopped_at_once(world: World) -> None:
     sweep_id = make(world, search={"type": "ask_tell", "trials": 1}, parameters={})
     add(world, sweep_id, 4)
@@ -347,6 +376,7 @@ def test_a_trial_that_waits_is_stopped_at_once(world: World) -> None:
     assert view(world, sweep_id).sweep.state == "failed"
 
 
+@ON_ONE_DATABASE
 @pytest.mark.parametrize(
     ("parameters", "code"),
     [
@@ -365,6 +395,7 @@ def test_a_clients_parameters_are_checked_as_a_sweeps_are(world: World, paramete
     assert view(world, sweep_id).sweep.num_created == 0
 
 
+@ON_ONE_DATABASE
 def test_a_sweep_that_chooses_for_itself_takes_no_trials_of_others(world: World) -> None:
     sweep_id = make(world)
 
@@ -374,6 +405,7 @@ def test_a_sweep_that_chooses_for_itself_takes_no_trials_of_others(world: World)
     assert refused.value.code == "not_an_ask_tell_sweep"
 
 
+@ON_ONE_DATABASE
 def test_what_a_person_asks_of_a_sweep_is_in_the_audit_log_once(world: World) -> None:
     sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
     add(world, sweep_id, 4)
@@ -390,6 +422,7 @@ def test_what_a_person_asks_of_a_sweep_is_in_the_audit_log_once(world: World) ->
     assert about_it == ["sweep.created", "job.created", "sweep.closed", "trial.stopped", "sweep.cancelled"]
 
 
+@ON_ONE_DATABASE
 def test_anothers_sweep_does_not_exist(world: World) -> None:
     sweep_id = make(world)
     theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "sweep_id": sweep_id}

@@ -1,0 +1,70 @@
+"""Sweeps of the real service, by the command line and by a study of Optuna: from a line to a verified adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from lorry import Lorry
+from lorry.optuna import optimize
+from tests import tiny_base
+from tests.lorry.test_up import up
+from tests.services.running import free_port
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+FLAGS = "--over lora.rank=2,4 --over optimizer.learning_rate=1e-4..1e-2:log --set precision=float32 --max-steps 12"
+
+
+def test_one_line_searches_and_the_best_adapter_is_pulled_by_the_sweeps_id(tmp_path: Path) -> None:
+    base = tiny_base.make(tmp_path / "base")
+    train = tiny_base.write_chat(tmp_path / "train.jsonl", 40)
+    valid = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=1)
+    data_dir = tmp_path / "service" / "data"
+    data_dir.parent.mkdir()
+
+    def run(*arguments: object, code: int = 0) -> str:
+        argv = [sys.executable, "-P", "-m", "lorry", *map(str, arguments)]
+        env = {**os.environ, "LORRY_DATA_DIR": str(data_dir)}
+        done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    with up(data_dir, "--port", str(free_port())), Lorry(data_dir=data_dir) as client:
+        run("models", "add", "tiny", base)
+        search = "--asha --trials 5 --min-steps 3 --reduction-factor 2 --seed 1 --watch --json"
+        lines = run("sweep", "run", "tiny", train, "--valid", valid, *FLAGS.split(), *search.split()).splitlines()
+        sweep = client.sweeps.get(json.loads(lines[-1])["id"])
+
+        board = list(client.sweeps.trials(sweep.id))
+        assert (sweep.status, len(board)) == ("succeeded", 5)
+        assert any(trial.reason == "pruned" for trial in board)
+        assert len({client.jobs.get(trial.id).trainer_id for trial in board}) == 1
+        assert sweep.fine_tuned_model == next(trial for trial in board if trial.status == "succeeded").fine_tuned_model
+        assert f"{board[0].value:.4g}" in run("sweep", "show", sweep.id)
+        folder = tmp_path / run("adapters", "pull", sweep.id, "best").strip()
+        assert json.loads(run("adapters", "verify", folder, "--json"))["passed"] is True
+        assert "lora.rnak" in run("sweep", "run", "tiny", train, "--over", "lora.rnak=1,2", code=1)
+        _drive(client, client.jobs.get(board[0].id).raw)
+
+
+def _drive(client: Lorry, job: dict[str, Any]) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=2), pruner=optuna.pruners.MedianPruner())
+    files = {name: job[name] for name in ("model", "training_file", "validation_file")}
+
+    def choose(trial: optuna.Trial) -> dict[str, Any]:
+        return {"optimizer.learning_rate": trial.suggest_float("rate", 1e-4, 1e-2, log=True)}
+
+    sweep = optimize(study, choose, client, trials=3, at_once=3, **files, precision="float32", max_steps=6)
+
+    best = sweep.best_trial
+    assert best is not None
+    assert study.best_value == best.value
+    assert study.best_trial.user_attrs["fine_tuned_model"] == sweep.fine_tuned_model
+    assert study.best_trial.intermediate_values.keys() <= set(range(1, 7))

@@ -1,0 +1,50 @@
+"""A sweep on the real trainer: its trials ride in one pack, and bad ones leave it at rungs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog import adapters
+from catalog.states import EndReason, JobState
+from catalog.sweeps import creation, reading
+from catalog.sweeps.spec import SweepRequest
+from tests.worker_site import BASE, WorkerSite, worker_site
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+
+
+def make(site: WorkerSite, **fields: Any) -> str:
+    files = {"training_file": site.upload(60), "validation_file": site.upload(12, seed=5)}
+    shared = {"model": BASE, "precision": "float32", "max_steps": 24, "hyperparameters": {"batch_size": 8}, "seed": 1}
+    request = SweepRequest.model_validate({**shared, **files, **fields})
+    return creation.create(site.db, caller=site.caller, request=request, body_digest=os.urandom(8).hex()).id
+
+
+def test_trials_train_in_one_pack_and_bad_ones_are_stopped_at_rungs(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        search = {"type": "asha", "trials": 6, "min_steps": 4, "reduction_factor": 2, "seed": 3}
+        rates = {"min": 1e-7, "max": 1e-2, "scale": "log"}
+        sweep_id = make(site, search=search, parameters={"optimizer.learning_rate": rates})
+
+        site.work_until_done()
+
+        mine: dict[str, Any] = {"project_id": site.caller.project_id, "sweep_id": sweep_id}
+        view = reading.get(site.db, **mine)
+        board = reading.leaderboard(site.db, **mine).items
+        assert view.sweep.state == "succeeded", site.log()
+        assert len({each.job.trainer_id for each in board}) == 1
+        pruned = [each for each in board if each.job.reason == EndReason.PRUNED]
+        assert {each.job.state for each in pruned} == {JobState.CANCELLED}
+        assert len(pruned) >= 2
+        assert all((each.job.progress or {})["step"] < 24 for each in pruned)
+        assert view.best is not None
+        learnt = {each.trial.number: each.trial.parameters["optimizer.learning_rate"] for each in board}
+        assert learnt[view.best.trial.number] == max(learnt.values())
+        assert board[0].job.id == view.best.job.id
+        found = adapters.get(site.db, project_id=site.caller.project_id, name=sweep_id)
+        assert found.adapter.job_id == view.best.job.id
+        assert len(site.adapters()) == len(board) - len(pruned)
