@@ -50,7 +50,7 @@ def test_one_line_searches_and_the_best_adapter_is_pulled_by_the_sweeps_id(tmp_p
         assert f"{board[0].value:.4g}" in run("sweep", "show", sweep.id)
         folder = tmp_path / run("adapters", "pull", sweep.id, "best").strip()
         assert json.loads(run("adapters", "verify", folder, "--json"))["passed"] is True
-        assert "lora.rnak" in run("sweep", "run", "tiny", train, "--over", "lora.rnak=1,2", code=1)
+        assert "lora.rnak" in run("sweep", "run", "tiny", train, "--valid", valid, "--over", "lora.rnak=1,2", code=1)
         _drive(client, client.jobs.get(board[0].id).raw)
 
 
