@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FUZZ_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow fuzz bench bench-gpu check lock clean \
+.PHONY: help demo up test test-slow test-postgres fuzz bench bench-gpu check lock clean \
 	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
@@ -24,6 +24,7 @@ help:
 	@echo "make up          start Lorry on this machine: api, dashboard and one worker, until Ctrl-C"
 	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
+	@echo "make test-postgres    run the tests of api, catalog and clients with PostgreSQL in SQLite's place"
 	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: some ten minutes"
 	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
 	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
@@ -42,6 +43,10 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-postgres: .venv/.installed
+	LORRY_TEST_DATABASE=postgresql $(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS) \
+		tests/api tests/catalog tests/lorry tests/system/test_openai_client.py
 
 fuzz: .venv/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -19,7 +19,7 @@ import pytest
 from catalog.db import Database
 from tests.services.chromium import chromium_program
 from tests.services.gguf import real_model
-from tests.services.postgres import empty_database, postgres_server
+from tests.services.postgres import ON_POSTGRESQL, empty_database, postgres_server
 from tests.services.programs import Missing
 from tests.services.redis import redis_server
 from tests.services.s3 import s3_server
@@ -53,6 +53,37 @@ def new_postgres_url(postgres_url: str) -> Iterator[str]:
     """An empty database on that server, for one test."""
     with empty_database(postgres_url, f"test_{secrets.token_hex(6)}") as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_url: str) -> Iterator[str]:
+    """The name of a database on that server with every table and no row, to copy."""
+    with empty_database(postgres_url, "migrated") as url:
+        database = Database(url)
+        database.migrate()
+        database.close()
+        yield "migrated"
+
+
+@pytest.fixture
+def migrated_postgres_url(postgres_url: str, postgres_template: str) -> Iterator[str]:
+    """A database with every table and no row, for one test."""
+    with empty_database(postgres_url, f"test_{secrets.token_hex(6)}", template=postgres_template) as url:
+        yield url
+
+
+@pytest.fixture
+def service_database(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Services that the test starts as processes have the database that the tests are to run on."""
+    with _service_database(request):
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_database(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for all tests of a module together."""
+    with _service_database(request):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +130,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped for want of a server")
         for reason, number in missing.most_common():
             terminalreporter.line(f"{number} tests: {reason}")
+
+
+@contextmanager
+def _service_database(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not ON_POSTGRESQL:
+        yield
+        return
+    server, template = (request.getfixturevalue(name) for name in ("postgres_url", "postgres_template"))
+    name = f"service_{secrets.token_hex(6)}"
+    with empty_database(server, name, template=template) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORRY_DATABASE_URL", url)
+        yield
 
 
 @contextmanager

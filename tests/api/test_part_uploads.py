@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ ANNOUNCED = {"bytes": len(CONTENT), "filename": "a.jsonl", "mime_type": "applica
 
 
 @pytest.fixture
-def app(settings: Settings) -> FastAPI:
-    return create_app(settings, ApiSettings(max_body_bytes=BODY_BYTES))
+def app(settings: Settings) -> Iterator[FastAPI]:
+    app = create_app(settings, ApiSettings(max_body_bytes=BODY_BYTES))
+    yield app
+    app.state.services.db.close()
 
 
 def begin(client: TestClient, **fields: Any) -> Any:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from fastapi import FastAPI
-from pydantic import SecretStr
 
-from api.app import create_app
-from api.settings import ApiSettings
-from catalog.db import Database
-from catalog.settings import Settings
 from tests.api.conftest import new_key, with_key
-from tests.api.site import PEPPER, chat_lines, error_of
+from tests.api.site import chat_lines, error_of
 from tests.catalog.world import Clock, World
 
 
 @pytest.fixture
-def app(tmp_path: Path, new_postgres_url: str) -> FastAPI:
-    """Takes the place of the app over SQLite."""
-    database = Database(new_postgres_url)
-    database.migrate()
-    database.close()
-    settings = Settings(data_dir=tmp_path, database_url=new_postgres_url, pepper=SecretStr(PEPPER.decode()))
-    return create_app(settings, ApiSettings())
+def database() -> str:
+    return "postgresql"
 
 
 def test_a_job_goes_its_way_over_postgresql(app: FastAPI) -> None:

@@ -127,7 +127,7 @@ def test_a_file_over_the_limit_is_refused_while_it_comes(client: TestClient, ser
     assert nothing_is_left(services, client)
 
 
-def test_a_file_at_the_limit_is_taken(client: TestClient, services: Services) -> None:
+def test_a_file_at_the_limit_is_taken_and_one_byte_more_is_not(client: TestClient, services: Services) -> None:
     row = chat_lines(1)
     rows = row * (services.settings.max_file_bytes // len(row) - 1)
     last = json.dumps({"messages": [*CHAT["messages"], {"role": "user", "content": ""}]}).encode()
@@ -135,6 +135,8 @@ def test_a_file_at_the_limit_is_taken(client: TestClient, services: Services) ->
     assert len(content) == services.settings.max_file_bytes
 
     assert upload(client, content).status_code == 200
+    one_more = upload(client, content + b" ")
+    assert (one_more.status_code, error_of(one_more)["code"]) == (413, "file_too_large")
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,10 @@ def _leads_somewhere(target: Path, anchor: str) -> bool:
         return True
     headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
     return anchor[1:] in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_test_that_the_security_page_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / "SECURITY.md").read_text("utf-8"))
+
+    assert len(named) > 20
+    assert [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text("utf-8")] == []

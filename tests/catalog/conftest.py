@@ -20,7 +20,7 @@ settings.load_profile("lorry")  # a deadline would be an assertion on elapsed ti
 
 
 @pytest.fixture(scope="session")
-def migrated_postgres_url(postgres_url: str) -> Iterator[str]:
+def shared_postgres_url(postgres_url: str) -> Iterator[str]:
     """A database that each test leaves empty."""
     with empty_database(postgres_url, "catalog") as url:
         database = Database(url)
@@ -36,7 +36,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         shutil.copy(request.getfixturevalue("migrated_database"), path)
         yield f"sqlite:///{path}"
         return
-    url = request.getfixturevalue("migrated_postgres_url")
+    url = request.getfixturevalue("shared_postgres_url")
     yield url
     database = Database(url)
     names = ", ".join(f'"{table.name}"' for table in Table.metadata.sorted_tables)

@@ -15,7 +15,7 @@ from tests import tiny_base
 from tests.lorry.test_up import up
 from tests.services.running import free_port
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("service_database")]
 
 
 def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:

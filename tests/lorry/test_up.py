@@ -20,7 +20,7 @@ import pytest
 from lorry import Lorry, connection
 from tests.lorry.test_local import is_alive, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("module_database")]
 UP = [sys.executable, "-P", "-m", "lorry", "up", "--devices", "cpu", "--json"]
 
 

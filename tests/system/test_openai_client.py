@@ -29,22 +29,21 @@ DATA = b"".join(json.dumps(CHAT).encode() + b"\n" for _ in range(20))
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    data_dir = tmp_path_factory.mktemp("service")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def database(data_dir: Path, module_database: None) -> Iterator[Database]:
     db = Database(Settings(data_dir=data_dir).resolved_database_url())
     db.migrate()
     yield db
     db.close()
 
 
-def data_folder(database: Database) -> Path:
-    assert database.engine.url.database is not None
-    return Path(database.engine.url.database).parent
-
-
 @pytest.fixture(scope="module")
-def service(database: Database) -> Iterator[Service]:
-    with api_process(data_folder(database)) as service:
+def service(data_dir: Path, database: Database) -> Iterator[Service]:
+    with api_process(data_dir) as service:
         added_at = bases.add(database, name="smol", kind="folder", source="/models/smol").created_at
         told = {"manifest": {"files": []}, "description": DESCRIPTION, "added_at": added_at}
         bases.finish_import(database, "smol", digest=sha("smol"), **told)
@@ -52,8 +51,8 @@ def service(database: Database) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def store(database: Database) -> ArtifactStore:
-    return open_store(Settings(data_dir=data_folder(database)))
+def store(data_dir: Path) -> ArtifactStore:
+    return open_store(Settings(data_dir=data_dir))
 
 
 @pytest.fixture
@@ -70,9 +69,8 @@ def prepare(db: Database) -> None:
         claims.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
 
 
-def train(db: Database, store: ArtifactStore) -> None:
-    """Every queued job, to its end."""
-    folder = data_folder(db)
+def train(db: Database, store: ArtifactStore, folder: Path) -> None:
+    """Every queued job, to its end. `folder`: for what is stored."""
     prepare(db)
     claims.register_worker(
         db, worker_id="w", host="h", pid=1, devices=[{"kind": "cpu"}], version="1", memory_bytes=10**12
@@ -101,7 +99,7 @@ def train(db: Database, store: ArtifactStore) -> None:
 
 
 def test_openai_client_goes_from_files_to_a_deleted_model(
-    client: openai.OpenAI, database: Database, store: ArtifactStore
+    client: openai.OpenAI, database: Database, store: ArtifactStore, tmp_path: Path
 ) -> None:
     training = client.files.create(file=("train.jsonl", DATA), purpose="fine-tune")
     validation = client.files.create(file=("valid.jsonl", DATA), purpose="fine-tune")
@@ -119,7 +117,7 @@ def test_openai_client_goes_from_files_to_a_deleted_model(
     assert (job.status, job.seed, job.hyperparameters.n_epochs) == ("validating_files", 7, 2)
     assert job.fine_tuned_model is None
 
-    train(database, store)
+    train(database, store, tmp_path)
     done = client.fine_tuning.jobs.retrieve(job.id)
 
     assert (done.status, done.trained_tokens) == ("succeeded", 100)
