@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from catalog.settings import Settings
 from tests.catalog.world import PEPPER
 
@@ -37,7 +39,10 @@ def serving(settings: Settings, log: Path) -> Iterator[str]:
     ):
         assert child.stdout is not None
         try:
-            yield json.loads(child.stdout.readline())["url"]
+            url = json.loads(child.stdout.readline())["url"]
+            # made at the first request: on a busy machine that takes longer than schemathesis waits
+            httpx.get(f"{url}/openapi.json", timeout=120, trust_env=False).raise_for_status()
+            yield url
         finally:
             child.send_signal(signal.SIGTERM)
         assert child.wait(30) == 0, "the service did not end well"
