@@ -34,11 +34,14 @@ from api.routes import (
     projects,
     sign_in,
     sweeps,
+    webhooks,
 )
 from api.routes import uploads as part_uploads
 from api.settings import ApiSettings
 from api.strict_json import refuse_loose_json
 from api.telemetry import Telemetry
+from api.webhook_deliverer import WebhookDeliverer
+from api.webhook_sender import WebhookSender
 from catalog import keys
 from catalog.artifacts.store import open_store
 from catalog.db import Database
@@ -67,6 +70,7 @@ TAGS = [
     {"name": "queue and workers", "description": "What waits, what runs, and where."},
     {"name": "projects and keys", "description": "Whose things are whose, and who may do what."},
     {"name": "audit log", "description": "Who changed what, sealed into a chain."},
+    {"name": "webhooks", "description": "Who is told when a job has ended, and what was sent."},
     {"name": "sign-in", "description": "The dashboard's door."},
     {"name": "health", "description": "Alive, ready, and numbers."},
 ]
@@ -113,6 +117,7 @@ def create_app(
         projects,
         api_keys,
         audit_events,
+        webhooks,
     )
     for module in (*resources, sign_in, health):
         app.include_router(module.router)
@@ -124,19 +129,22 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     feed = Feed(look_seconds=api_settings.look_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds)
     telemetry = Telemetry()
     telemetry.count_streams(feed.num_listeners)
-    db = Database(settings.resolved_database_url())
+    db, pepper = Database(settings.resolved_database_url()), keys.load_pepper(settings)
+    sender = WebhookSender(api_settings.webhook_rules())
     return Services(
         settings=settings,
         api_settings=api_settings,
         db=db,
         store=open_store(settings),
         doorbell=open_doorbell(settings),
-        pepper=keys.load_pepper(settings),
+        pepper=pepper,
         feed=feed,
         job_source=JobSource(db),
         queue_source=QueueSource(db, Policy.of(settings)),
         limits=Limits(api_settings, open_counter(settings.redis_url)),
         telemetry=telemetry,
+        webhooks=sender,
+        deliverer=WebhookDeliverer(db, sender, pepper=pepper),
     )
 
 
@@ -148,7 +156,8 @@ def _hosts(api_settings: ApiSettings, bound_host: str, further: Iterable[str]) -
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
     uploads.remove_stale(services.settings.data_dir / "spool")
-    tasks = [asyncio.create_task(work) for work in (services.feed.run(), keep_order(services), keep_clean(services))]
+    works = (services.feed.run(), keep_order(services), keep_clean(services), services.deliverer.run())
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from catalog import audit_chain, queue, recovery
 from catalog.cleaning import clean
 from catalog.errors import LorryError
 from catalog.sweeps import controller
+from catalog.webhooks import deliveries
 
 log = logging.getLogger("lorry.api")
 
@@ -57,6 +58,7 @@ def look_once(services: Services) -> None:
 def clean_once(services: Services) -> None:
     try:
         num_deleted = clean(services.db, services.store)
+        deliveries.forget(services.db)
         log.info("cleaned objects=%d", num_deleted)
     except LorryError as error:
         log.warning("cleaning code=%s: %s", error.code, error)

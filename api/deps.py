@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from api.job_stream import JobSource
     from api.limits import Limits
     from api.queue_stream import QueueSource
+    from api.webhook_deliverer import WebhookDeliverer
+    from api.webhook_sender import WebhookSender
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,8 @@ class Services:
     queue_source: QueueSource
     limits: Limits
     telemetry: Telemetry
+    webhooks: WebhookSender
+    deliverer: WebhookDeliverer
 
 
 def services_of(request: Request) -> Services:

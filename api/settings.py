@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from catalog.webhooks.addresses import Rules, networks_of
 
 
 class ApiSettings(BaseSettings):
@@ -20,11 +22,24 @@ class ApiSettings(BaseSettings):
     max_body_bytes: int = Field(default=2**20, ge=1024, description="Largest body of a request that uploads no file.")
     requests_per_minute: int = Field(default=0, ge=0, description="Of each API key without a limit of its own. 0: any.")
     jobs_per_day: int = Field(default=0, ge=0, description="Created by each API key, as above. 0: any number.")
+    webhook_allowed_networks: str = Field(
+        default="", description="Networks, separated by commas, that webhooks may go to although they are not public."
+    )
+    webhook_allow_http: bool = Field(default=False, description="Webhooks may go to http:// addresses too.")
     look_seconds: float = Field(default=0.25, gt=0, description="Between two looks at the database for live streams.")
     stream_heartbeat_seconds: float = Field(default=15, gt=0, description="Between two comments on a silent stream.")
     shutdown_seconds: int = Field(
         default=10, ge=1, description="How long running requests may take to end at shutdown."
     )
+
+    @field_validator("webhook_allowed_networks")
+    @classmethod
+    def _are_networks(cls, text: str) -> str:
+        networks_of(text)
+        return text
+
+    def webhook_rules(self) -> Rules:
+        return Rules(networks=networks_of(self.webhook_allowed_networks), allow_http=self.webhook_allow_http)
 
     def named_hosts(self) -> list[str]:
         return [name for name in (part.strip().lower() for part in self.allowed_hosts.split(",")) if name]

@@ -8,6 +8,7 @@ import sys
 
 SECRETS = re.compile(
     r"(lorry_key-[0-9a-f]+_)[\w-]+"
+    r"|(whsec_)[\w+/=-]+"
     r"|((?:token|api_key|secret|authorization|pepper)\W{1,4}(?:bearer )?)[\w.-]{8,}"
     r"|(://[^\s:/@]*:)[^\s/@]+(?=@)",  # the password in the address of a database or a broker
     re.I,
@@ -22,7 +23,7 @@ class Redacted(logging.Formatter):
 
 
 def redact(text: str) -> str:
-    return SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3]}…", text)
+    return SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3] or found[4]}…", text)
 
 
 def redact_handlers(logger: logging.Logger) -> None:

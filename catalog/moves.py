@@ -1,4 +1,5 @@
-"""The one place that writes a job's state: by the table of transitions, with an event in the same transaction.
+"""The one place that writes a job's state: by the table of transitions, with an event in the same transaction, and of
+an end with what webhooks are to tell.
 
 Only jobs (a person's verbs), claims and preparation (a worker's) and endings call it.
 """
@@ -12,6 +13,7 @@ from catalog.errors import Conflict
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
 from catalog.sweeps import observing
 from catalog.tables import Job
+from catalog.webhooks import outbox
 
 
 def move(
@@ -44,6 +46,8 @@ def move(
     data = {"from": before, "to": after, "verb": verb, "reason": reason}
     events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
     observing.moved(session, job, now=now)
+    if after in FINAL_STATES:
+        outbox.job_ended(session, job, after, now=now)
     return after
 
 

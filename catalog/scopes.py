@@ -15,6 +15,8 @@ Scope = Literal[
     "keys:read",
     "keys:write",
     "audit:read",
+    "webhooks:read",
+    "webhooks:write",
     "models:write",
     "projects:write",
 ]

@@ -12,6 +12,7 @@ from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepare
 from catalog.tables.sweeps import RungValue, Sweep, Trial
 from catalog.tables.table import Json, Table, new_id
 from catalog.tables.uploads import Upload, UploadPart
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 
 __all__ = [
     "NOT_METRICS",
@@ -41,6 +42,9 @@ __all__ = [
     "Trial",
     "Upload",
     "UploadPart",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookTry",
     "Worker",
     "new_id",
 ]

@@ -1,0 +1,211 @@
+"""/v1/webhook_endpoints, /v1/webhook_deliveries and /v1/webhook_event_types: who is told of what, and the log of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from starlette.concurrency import run_in_threadpool
+
+from api.auth import Signed
+from api.deps import After, IsRetry, Limit, Services, Use
+from api.routes import SIGNED, errors
+from api.schemas.pages import ListPage, page_of
+from api.schemas.webhooks import (
+    Replayed,
+    ReplayRequest,
+    SecretRotation,
+    WebhookDeliveryObject,
+    WebhookEndpointChange,
+    WebhookEndpointDeleted,
+    WebhookEndpointObject,
+    WebhookEndpointRequest,
+    WebhookEndpointWithSecret,
+    WebhookEventTypes,
+    WebhookTestRequest,
+    WebhookTestResult,
+    delivery_object,
+    endpoint_object,
+    with_secret,
+)
+from catalog.db import read_clock
+from catalog.errors import InvalidRequest
+from catalog.tables import WebhookDelivery
+from catalog.webhooks import deliveries, endpoints, sending, signing
+from catalog.webhooks.addresses import target_of
+from catalog.webhooks.deliveries import Status
+from catalog.webhooks.event_types import EVENT_TYPES, SAMPLE_IDS
+from catalog.webhooks.sending import Outcome
+
+router = APIRouter(prefix="/v1", tags=["webhooks"], responses=SIGNED)
+ENDPOINT = "/webhook_endpoints/{webhook_endpoint_id}"
+DELIVERY = "/webhook_deliveries/{webhook_delivery_id}"
+WithStatus = Annotated[Status | None, Query(description="Those alone.")]
+
+
+@router.get("/webhook_event_types", operation_id="list_webhook_event_types")
+def list_webhook_event_types(_caller: Signed) -> WebhookEventTypes:
+    """What an endpoint can ask for."""
+    return WebhookEventTypes(data=list(EVENT_TYPES))
+
+
+@router.post("/webhook_endpoints", operation_id="create_webhook_endpoint", responses=errors(409))
+def create_webhook_endpoint(
+    body: WebhookEndpointRequest, use: Use, caller: Signed, is_retry: IsRetry
+) -> WebhookEndpointWithSecret:
+    """Its secret is in this answer, and in that of a rotation, alone."""
+    target_of(body.url, use.webhooks.rules)
+    row, secret = endpoints.create(
+        use.db,
+        project_id=caller.project_id,
+        name=body.name,
+        url=body.url,
+        event_types=body.event_types,
+        pepper=use.pepper,
+        is_client_retry=is_retry,
+    )
+    return with_secret(row, secret, now=_now(use))
+
+
+@router.get("/webhook_endpoints", operation_id="list_webhook_endpoints")
+def list_webhook_endpoints(
+    use: Use, caller: Signed, after: After = None, limit: Limit = 20
+) -> ListPage[WebhookEndpointObject]:
+    """The project's, newest first."""
+    page = endpoints.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
+    now = _now(use)
+    return page_of([endpoint_object(row, now=now) for row in page.items], has_more=page.has_more)
+
+
+@router.get(ENDPOINT, operation_id="get_webhook_endpoint", responses=errors(404))
+def get_webhook_endpoint(webhook_endpoint_id: str, use: Use, caller: Signed) -> WebhookEndpointObject:
+    row = endpoints.get(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id)
+    return endpoint_object(row, now=_now(use))
+
+
+@router.post(ENDPOINT, operation_id="change_webhook_endpoint", responses=errors(404))
+def change_webhook_endpoint(
+    webhook_endpoint_id: str, body: WebhookEndpointChange, use: Use, caller: Signed
+) -> WebhookEndpointObject:
+    """What waits to be sent goes to the new address."""
+    if body.url is not None:
+        target_of(body.url, use.webhooks.rules)
+    changes = endpoints.EndpointChange(name=body.name, url=body.url, event_types=body.event_types, enabled=body.enabled)
+    row = endpoints.change(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, changes=changes)
+    return endpoint_object(row, now=_now(use))
+
+
+@router.delete(ENDPOINT, operation_id="delete_webhook_endpoint", responses=errors(404))
+def delete_webhook_endpoint(
+    webhook_endpoint_id: str, use: Use, caller: Signed, is_retry: IsRetry
+) -> WebhookEndpointDeleted:
+    """Nothing is sent there from now on."""
+    endpoints.delete(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, is_client_retry=is_retry)
+    return WebhookEndpointDeleted(id=webhook_endpoint_id)
+
+
+@router.post(f"{ENDPOINT}/rotate_secret", operation_id="rotate_webhook_secret", responses=errors(404, 409))
+def rotate_webhook_secret(
+    webhook_endpoint_id: str, use: Use, caller: Signed, is_retry: IsRetry, body: SecretRotation | None = None
+) -> WebhookEndpointWithSecret:
+    """A new secret. While the old one is good too, every message has a signature by each."""
+    row, secret = endpoints.rotate(
+        use.db,
+        project_id=caller.project_id,
+        endpoint_id=webhook_endpoint_id,
+        overlap_seconds=(body or SecretRotation()).seconds(),
+        pepper=use.pepper,
+        is_client_retry=is_retry,
+    )
+    return with_secret(row, secret, now=_now(use))
+
+
+@router.post(f"{ENDPOINT}/test", operation_id="test_webhook_endpoint", responses=errors(404, 409))
+async def test_webhook_endpoint(
+    webhook_endpoint_id: str, body: WebhookTestRequest, use: Use, caller: Signed
+) -> WebhookTestResult:
+    """Send a sample now, once, whatever types the endpoint asked for. It is about something that doesn't exist."""
+    endpoint = await run_in_threadpool(
+        endpoints.get, use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id
+    )
+    now = await run_in_threadpool(_now, use)
+    delivery = sending.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
+    outcome = await _sent(use, endpoint.url, delivery, signing.good(endpoint, use.pepper, now=now))
+    await run_in_threadpool(sending.record_test, use.db, endpoint, delivery, outcome)
+    if outcome.status_code is None:
+        raise InvalidRequest(
+            f"The endpoint did not answer. {outcome.error}",
+            code="webhook_endpoint_unreachable",
+            remedy="Check its address, and that it can be reached from this service.",
+        )
+    return WebhookTestResult(
+        webhook_endpoint_id=endpoint.id,
+        event_type=body.event_type,
+        status_code=outcome.status_code,
+        delivery_id=delivery.id,
+        reply=outcome.reply or "",
+    )
+
+
+@router.post(f"{ENDPOINT}/replay", operation_id="replay_webhook_endpoint", responses=errors(404, 409))
+def replay_webhook_endpoint(webhook_endpoint_id: str, body: ReplayRequest, use: Use, caller: Signed) -> Replayed:
+    """Send again, with the same ids, whatever has failed since then."""
+    number = deliveries.replay_failed(
+        use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, since=body.since
+    )
+    use.deliverer.wake()
+    return Replayed(webhook_endpoint_id=webhook_endpoint_id, replayed=number)
+
+
+@router.get(f"{ENDPOINT}/deliveries", operation_id="list_webhook_deliveries", responses=errors(404))
+def list_webhook_deliveries(
+    webhook_endpoint_id: str,
+    use: Use,
+    caller: Signed,
+    *,
+    after: After = None,
+    limit: Limit = 20,
+    status: WithStatus = None,
+) -> ListPage[WebhookDeliveryObject]:
+    """Newest first, for 30 days."""
+    page = deliveries.list_page(
+        use.db,
+        project_id=caller.project_id,
+        endpoint_id=webhook_endpoint_id,
+        status=status,
+        after=after,
+        limit=limit,
+    )
+    return page_of(_delivery_objects(use, page.items), has_more=page.has_more)
+
+
+@router.get(DELIVERY, operation_id="get_webhook_delivery", responses=errors(404))
+def get_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
+    row = deliveries.get(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
+    return _delivery_objects(use, [row])[0]
+
+
+@router.post(f"{DELIVERY}/replay", operation_id="replay_webhook_delivery", responses=errors(404, 409))
+def replay_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
+    """Send it again now, with the same id. It has all its tries again."""
+    row = deliveries.replay(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
+    use.deliverer.wake()
+    return _delivery_objects(use, [row])[0]
+
+
+async def _sent(use: Services, url: str, delivery: WebhookDelivery, secrets: list[str]) -> Outcome:
+    body = signing.body_of(delivery)
+    headers = signing.headers(body, message_id=delivery.event_id, at=time.time(), signed_with=secrets)
+    async with use.webhooks.tests:
+        return await use.webhooks.send(url, body=body, headers=headers)
+
+
+def _delivery_objects(use: Services, rows: list[WebhookDelivery]) -> list[WebhookDeliveryObject]:
+    tries = deliveries.tries(use.db, [row.id for row in rows])
+    return [delivery_object(row, tries[row.id]) for row in rows]
+
+
+def _now(use: Services) -> float:
+    with use.db.read() as session:
+        return read_clock(session)

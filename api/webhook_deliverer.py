@@ -1,0 +1,98 @@
+"""Sends what the outbox holds: looks for what is due, a few of each endpoint at a time, and notes how each try went.
+
+Every api process has one; they share the work by claims. No transaction is open while a request is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from contextlib import suppress
+
+from starlette.concurrency import run_in_threadpool
+
+from api.webhook_sender import WebhookSender
+from catalog.db import Database
+from catalog.errors import LorryError
+from catalog.webhooks import sending, signing
+from catalog.webhooks.sending import Outcome, Outgoing
+
+LOOK_SECONDS = 1.0
+MAX_IN_FLIGHT = 64
+CLOSE_SECONDS = 5.0
+"""What requests that are under way have at the end of the process. Those that are cut off are sent again."""
+log = logging.getLogger("lorry.api")
+
+
+class WebhookDeliverer:
+    def __init__(self, db: Database, sender: WebhookSender, *, pepper: bytes) -> None:
+        self._db, self._sender, self._pepper = db, sender, pepper
+        self._in_flight: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wakened = asyncio.Event()
+
+    def wake(self) -> None:
+        """There may be something to send. From any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wakened.set)
+
+    async def run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._look()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wakened.wait(), LOOK_SECONDS)
+                self._wakened.clear()
+        finally:
+            await self._end()
+
+    async def _look(self) -> None:
+        room = MAX_IN_FLIGHT - len(self._tasks)
+        if room <= 0:
+            return
+        try:
+            claimed = await run_in_threadpool(
+                sending.claim, self._db, pepper=self._pepper, room=room, in_flight=dict(self._in_flight)
+            )
+        except LorryError as error:
+            log.warning("webhooks code=%s", error.code)
+            return
+        except Exception:  # this loop outlives whatever one look meets
+            log.exception("crash in webhooks")
+            return
+        for outgoing in claimed:
+            self._in_flight[outgoing.endpoint_id] += 1
+            task = asyncio.create_task(self._deliver(outgoing))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _deliver(self, outgoing: Outgoing) -> None:
+        try:
+            outcome = await self._try(outgoing)
+            await run_in_threadpool(sending.record, self._db, outgoing, outcome)
+        except LorryError as error:  # it is sent again when its claim has run out
+            log.warning("webhooks delivery=%s code=%s", outgoing.delivery_id, error.code)
+        except Exception:
+            log.exception("crash in the webhook delivery %s", outgoing.delivery_id)
+        finally:
+            self._in_flight -= Counter({outgoing.endpoint_id: 1})
+            self._wakened.set()
+
+    async def _try(self, outgoing: Outgoing) -> Outcome:
+        if not outgoing.signed_with:
+            return Outcome(started_at=time.time(), seconds=0.0, error=signing.SecretLost().sentence())
+        headers = signing.headers(
+            outgoing.body, message_id=outgoing.message_id, at=time.time(), signed_with=outgoing.signed_with
+        )
+        return await self._sender.send(outgoing.url, body=outgoing.body, headers=headers)
+
+    async def _end(self) -> None:
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)

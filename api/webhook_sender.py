@@ -1,0 +1,161 @@
+"""One webhook request: to an address that was checked, with no redirect and no proxy, in bounded time and memory.
+
+The host is resolved here, every address of it is checked, and the connection goes to a checked one: a name that
+resolves otherwise a moment later changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+
+import httpx
+
+from catalog.errors import InvalidRequest
+from catalog.webhooks.addresses import OPENED, Rules, Target, target_of, why_shut
+from catalog.webhooks.sending import Outcome
+
+TRY_SECONDS = 15.0
+"""For all of a try: name, connection, request and reply."""
+REPLY_BYTES = 500
+MAX_ADDRESSES = 3
+"""Of a host, that are tried until one takes a connection."""
+MAX_TESTS = 16
+"""That people ask for, at the same time; further ones wait."""
+USER_AGENT = "lorry-webhooks/0.1.0"
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+class NotSent(Exception):
+    """Why no request was made, as a sentence."""
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a host, by the system."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+class WebhookSender:
+    """`lookup` and `trusted` stand in for the system's names and certificates, in tests."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        lookup: Resolve = resolve,
+        trusted: ssl.SSLContext | None = None,
+        try_seconds: float = TRY_SECONDS,
+    ) -> None:
+        self.rules = rules
+        self._lookup = lookup
+        self._trusted = trusted or httpx.create_ssl_context()
+        self._try_seconds = try_seconds
+        self.tests = asyncio.Semaphore(MAX_TESTS)
+
+    async def send(self, url: str, *, body: bytes, headers: Mapping[str, str]) -> Outcome:
+        """Never raises for what the other side, or the network, does."""
+        started_at, begun = time.time(), time.monotonic()
+        try:
+            async with asyncio.timeout(self._try_seconds):
+                status_code, reply, retry_after = await self._request(url, body, headers)
+            return Outcome(
+                started_at=started_at,
+                seconds=time.monotonic() - begun,
+                status_code=status_code,
+                reply=escaped(reply),
+                retry_after=retry_after,
+            )
+        except TimeoutError:
+            error = f"There was no whole answer within {self._try_seconds:g} seconds."
+        except NotSent as refusal:
+            error = str(refusal)
+        except InvalidRequest as refusal:
+            error = refusal.sentence()
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as failure:
+            error = f"The request failed: {str(failure) or type(failure).__name__}."
+        return Outcome(started_at=started_at, seconds=time.monotonic() - begun, error=escaped(error.encode()))
+
+    async def _request(self, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes, float | None]:
+        target = target_of(url, self.rules)
+        addresses = await self._checked_addresses(target)
+        last = len(addresses) - 1
+        for number, address in enumerate(addresses):
+            try:
+                return await self._ask(target, address, body, headers)
+            except httpx.ConnectError:
+                if number == last:
+                    raise
+        raise AssertionError("there is an address")
+
+    async def _checked_addresses(self, target: Target) -> list[str]:
+        """Raises NotSent where one of them is shut: who has such a one among others is trying something."""
+        try:
+            found = [ip_address(text) for text in await self._lookup(target.host, target.port)]
+        except (OSError, UnicodeError):
+            raise NotSent(f"The host {target.host} has no address.") from None
+        if not found:
+            raise NotSent(f"The host {target.host} has no address.")
+        for address in found:
+            if why := why_shut(address, self.rules):
+                raise NotSent(f"The host {target.host} {why}, so nothing was sent. {OPENED}")
+        return [str(address) for address in found[:MAX_ADDRESSES]]
+
+    async def _ask(
+        self, target: Target, address: str, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[int, bytes, float | None]:
+        """A connection of its own: a shared one would be known by its address alone, whatever its certificate says."""
+        shown = f"[{address}]" if ":" in address else address
+        sent = {"host": target.authority, "user-agent": USER_AGENT, "accept-encoding": "identity", **headers}
+        transport = httpx.AsyncHTTPTransport(verify=self._trusted, trust_env=False, retries=0)
+        async with httpx.AsyncClient(
+            transport=transport, trust_env=False, follow_redirects=False, timeout=self._try_seconds
+        ) as client:
+            request = client.build_request(
+                "POST",
+                f"{target.scheme}://{shown}:{target.port}{target.path}",
+                content=body,
+                headers=sent,
+                extensions={"sni_hostname": target.host},
+            )
+            response = await client.send(request, stream=True)
+            try:
+                return response.status_code, await _beginning(response), _retry_after(response.headers)
+            finally:
+                await response.aclose()
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    """The first bytes, as they came: what is compressed stays so."""
+    begun = b""
+    async for chunk in response.aiter_raw():
+        begun += chunk[:REPLY_BYTES]
+        if len(begun) >= REPLY_BYTES:
+            break
+    return begun[:REPLY_BYTES]
+
+
+def escaped(text: bytes) -> str:
+    """Printable text, whatever the bytes are."""
+    told = text.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in told)
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Seconds, from a number or a date; None where it is neither."""
+    text = headers.get("retry-after", "").strip()
+    if text.isdecimal() and len(text) < 10:
+        return float(text)
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,178 @@
+"""Endpoints as people make, change, rotate and delete them. Whoever locks an endpoint and its deliveries locks the
+endpoint first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from catalog.db import Database, read_clock, serialise
+from catalog.errors import Conflict, NotFound
+from catalog.pages import Page, paginate
+from catalog.tables import WebhookDelivery, WebhookEndpoint, new_id
+from catalog.webhooks import signing
+from catalog.webhooks.event_types import EventType
+
+MAX_ENDPOINTS = 20
+"""Of a project: each event is written once for each of them."""
+REPEAT_SECONDS = 600.0
+"""How long a client's retry is answered as its first request was."""
+DAY = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndpointChange:
+    """What is None stays as it is."""
+
+    name: str | None = None
+    url: str | None = None
+    event_types: Sequence[EventType] | None = None
+    enabled: bool | None = None
+
+
+def create(
+    db: Database,
+    *,
+    project_id: str,
+    name: str,
+    url: str,
+    event_types: Sequence[EventType],
+    pepper: bytes,
+    is_client_retry: bool = False,
+) -> tuple[WebhookEndpoint, str]:
+    """The endpoint, and its secret, which is not shown again. Raises Conflict where the project has too many."""
+    wanted = _distinct(event_types)
+    with db.write() as session:
+        serialise(session, f"webhook endpoints of {project_id}")
+        now = read_clock(session)
+        mine = (WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
+        if is_client_retry:
+            recent = select(WebhookEndpoint).where(*mine, WebhookEndpoint.created_at > now - REPEAT_SECONDS)
+            for row in session.scalars(recent):
+                if (row.name, row.url, row.event_types) == (name, url, wanted):
+                    return row, signing.current(row, pepper)
+        if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0) >= MAX_ENDPOINTS:
+            raise _too_many()
+        secret = signing.new(pepper)
+        row = WebhookEndpoint(
+            id=new_id("webhook"),
+            project_id=project_id,
+            name=name,
+            url=url,
+            event_types=wanted,
+            salt=secret.salt,
+            ending=secret.ending,
+            secret_made_at=now,
+            created_at=now,
+            updated_at=now,
+        )
+        session.add(row)
+    return row, secret.text
+
+
+def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[WebhookEndpoint]:
+    """Newest first."""
+    with db.read() as session:
+        return paginate(
+            session,
+            select(WebhookEndpoint).where(WebhookEndpoint.project_id == project_id),
+            created=WebhookEndpoint.created_at,
+            ident=WebhookEndpoint.id,
+            after=after,
+            limit=limit,
+            visible=(WebhookEndpoint.deleted_at.is_(None),),
+        )
+
+
+def get(db: Database, *, project_id: str, endpoint_id: str) -> WebhookEndpoint:
+    """Raises NotFound."""
+    with db.read() as session:
+        return find(session, project_id=project_id, endpoint_id=endpoint_id)
+
+
+def change(db: Database, *, project_id: str, endpoint_id: str, changes: EndpointChange) -> WebhookEndpoint:
+    """What waits to be sent goes to the new address. Raises NotFound."""
+    with db.write() as session:
+        row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
+        before = (row.name, row.url, row.event_types, row.disabled_at)
+        row.name = row.name if changes.name is None else changes.name
+        row.url = row.url if changes.url is None else changes.url
+        row.event_types = row.event_types if changes.event_types is None else _distinct(changes.event_types)
+        if changes.enabled is True:
+            row.disabled_at = row.disabled_reason = row.failing_since = None
+        if changes.enabled is False and row.disabled_at is None:
+            shut(session, row, reason="by_request", now=read_clock(session))
+        if before != (row.name, row.url, row.event_types, row.disabled_at):
+            row.updated_at = read_clock(session)
+        return row
+
+
+def rotate(
+    db: Database,
+    *,
+    project_id: str,
+    endpoint_id: str,
+    overlap_seconds: float,
+    pepper: bytes,
+    is_client_retry: bool = False,
+) -> tuple[WebhookEndpoint, str]:
+    """A new secret. For `overlap_seconds` messages are signed with the old one too. Raises NotFound."""
+    with db.write() as session:
+        row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
+        now = read_clock(session)
+        was_answered = row.secret_made_at > max(row.created_at, now - REPEAT_SECONDS)
+        if is_client_retry and was_answered:  # another rotation would end the overlap of the first
+            return row, signing.current(row, pepper)
+        secret = signing.new(pepper)
+        overlaps = overlap_seconds > 0
+        row.previous_salt, row.previous_ending = (row.salt, row.ending) if overlaps else (None, None)
+        row.previous_until = now + overlap_seconds if overlaps else None
+        row.salt, row.ending, row.secret_made_at, row.updated_at = secret.salt, secret.ending, now, now
+        return row, secret.text
+
+
+def delete(db: Database, *, project_id: str, endpoint_id: str, is_client_retry: bool = False) -> None:
+    """Nothing is sent there from now on. Raises NotFound."""
+    with db.write() as session:
+        row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True, deleted_too=is_client_retry)
+        if row.deleted_at is None:
+            row.deleted_at = now = read_clock(session)
+            give_up_waiting(session, row.id, now=now)
+
+
+def shut(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: float) -> None:
+    """Of an endpoint that is locked: nothing is sent there until somebody enables it. What waits can be replayed."""
+    endpoint.disabled_at, endpoint.disabled_reason = now, reason
+    give_up_waiting(session, endpoint.id, now=now)
+
+
+def give_up_waiting(session: Session, endpoint_id: str, *, now: float) -> None:
+    waiting = (WebhookDelivery.endpoint_id == endpoint_id, WebhookDelivery.next_try_at.is_not(None))
+    ended = {"status": "failed", "next_try_at": None, "claim_id": None, "ended_at": now}
+    session.execute(update(WebhookDelivery).where(*waiting).values(ended))
+
+
+def find(
+    session: Session, *, project_id: str, endpoint_id: str, lock: bool = False, deleted_too: bool = False
+) -> WebhookEndpoint:
+    """Raises NotFound. A lock is no obstacle to who writes a delivery for the endpoint."""
+    wanted = select(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.project_id == project_id)
+    row = session.scalar(wanted.with_for_update(key_share=True) if lock else wanted)
+    if row is None or (row.deleted_at is not None and not deleted_too):
+        raise NotFound("webhook endpoint", endpoint_id, remedy="`lorry webhooks list` shows those of your project.")
+    return row
+
+
+def _distinct(event_types: Sequence[EventType]) -> list[EventType]:
+    return sorted(set(event_types))
+
+
+def _too_many() -> Conflict:
+    return Conflict(
+        f"The project has {MAX_ENDPOINTS} webhook endpoints, and can have no more.",
+        code="too_many_webhook_endpoints",
+        remedy="Delete one that is not needed: lorry webhooks remove ID.",
+    )

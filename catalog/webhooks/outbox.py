@@ -1,0 +1,53 @@
+"""Events for the endpoints of a project, written in the transaction of what they tell of: never without it."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.states import JobState
+from catalog.tables import Job, Json, WebhookDelivery, WebhookEndpoint, new_id
+from catalog.webhooks.event_types import OF_JOBS, EventType
+
+
+def job_ended(session: Session, job: Job, state: JobState, *, now: float) -> None:
+    add(session, project_id=job.project_id, event_type=OF_JOBS[state], data={"id": job.id}, now=now)
+
+
+def endpoint_disabled(session: Session, endpoint: WebhookEndpoint, *, now: float) -> None:
+    """Its project's other endpoints are told."""
+    told = {"id": endpoint.id}
+    add(session, project_id=endpoint.project_id, event_type="webhook_endpoint.disabled", data=told, now=now)
+
+
+def add(session: Session, *, project_id: str, event_type: EventType, data: Json, now: float) -> None:
+    """One delivery for each endpoint that asked for such events. For one that is disabled it is only kept, as failed:
+    so it can be replayed."""
+    mine = select(WebhookEndpoint).where(WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
+    with session.no_autoflush:
+        asked = [endpoint for endpoint in session.scalars(mine) if _asks(endpoint, event_type, data)]
+    event_id = new_id("evt")
+    for endpoint in asked:
+        is_open = endpoint.disabled_at is None
+        session.add(
+            WebhookDelivery(
+                id=new_id("delivery"),
+                endpoint_id=endpoint.id,
+                event_id=event_id,
+                event_type=event_type,
+                event_at=now,
+                data=data,
+                created_at=now,
+                status="pending" if is_open else "failed",
+                is_test=False,
+                num_tries=0,
+                num_tries_before=0,
+                next_try_at=now if is_open else None,
+                ended_at=None if is_open else now,
+            )
+        )
+
+
+def _asks(endpoint: WebhookEndpoint, event_type: EventType, data: Json) -> bool:
+    """It wants such events, and this one isn't about itself."""
+    return event_type in endpoint.event_types and data.get("id") != endpoint.id
