@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from lorry.models import Adapter, ApiKey, AuditEvent, File, Job, JobEvent, JobUpdate, Model, Project
     from lorry.sweep_models import Sweep, Trial
+    from lorry.webhook_models import WebhookDelivery, WebhookEndpoint
 
 __version__ = "0.1.0"
 
@@ -58,12 +59,14 @@ __all__ = [
     "Sweep",
     "Trial",
     "WaitTimeout",
+    "WebhookDelivery",
+    "WebhookEndpoint",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in ("lorry.errors", "lorry.models", "lorry.sweep_models", "lorry.client"):
+        for home in ("lorry.errors", "lorry.models", "lorry.sweep_models", "lorry.webhook_models", "lorry.client"):
             found = vars(import_module(home))
             if name in found:
                 globals()[name] = found[name]

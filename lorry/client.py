@@ -20,6 +20,7 @@ from lorry.resources.keys import Keys, Projects
 from lorry.resources.models import Models
 from lorry.resources.sign_in import SignInLinks
 from lorry.resources.sweeps import Sweeps
+from lorry.resources.webhooks import Webhooks
 from lorry.retries import RetryPolicy
 from lorry.transport import Transport
 
@@ -52,6 +53,7 @@ class Lorry:
         self.keys = Keys(self._transport)
         self.projects = Projects(self._transport)
         self.audit = Audit(self._transport)
+        self.webhooks = Webhooks(self._transport)
         self.sign_in_links = SignInLinks(self._transport)
 
     @property

@@ -30,7 +30,7 @@ from api.schemas.webhooks import (
     with_secret,
 )
 from catalog.db import read_clock
-from catalog.errors import InvalidRequest
+from catalog.errors import Conflict
 from catalog.tables import WebhookDelivery
 from catalog.webhooks import deliveries, endpoints, sending, signing
 from catalog.webhooks.addresses import target_of
@@ -134,7 +134,7 @@ async def test_webhook_endpoint(
     outcome = await _sent(use, endpoint.url, delivery, signing.good(endpoint, use.pepper, now=now))
     await run_in_threadpool(sending.record_test, use.db, endpoint, delivery, outcome)
     if outcome.status_code is None:
-        raise InvalidRequest(
+        raise Conflict(
             f"The endpoint did not answer. {outcome.error}",
             code="webhook_endpoint_unreachable",
             remedy="Check its address, and that it can be reached from this service.",

@@ -17,9 +17,10 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import audit_chain, claims
+from catalog import audit_chain, claims, jobs
 from catalog.db import Database
 from catalog.tables import Table, UploadPart
+from catalog.webhooks.event_types import EVENT_TYPES
 from tests.api.site import chat_lines
 from tests.api.test_openapi import operations
 from tests.api.trained import BASE, trained
@@ -27,12 +28,15 @@ from tests.catalog.world import World, manifest
 
 ABSENT = "0" * 24
 SHARED = frozenset(
-    {"get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers", "verify_audit_events"}
+    {
+        *("get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers", "verify_audit_events"),
+        "list_webhook_event_types",
+    }
 )
 """What they answer is of no project."""
 NAMELESS = frozenset(
     {
-        *("upload_file", "create_upload", "add_model", "create_project"),
+        *("upload_file", "create_upload", "add_model", "create_project", "create_webhook_endpoint"),
         *("create_sign_in_link", "create_browser_session", "delete_browser_session"),
     }
 )
@@ -45,6 +49,9 @@ SENT: dict[str, dict[str, Any]] = {
     "weigh_project": {"json": {"weight": 2}},
     "limit_api_key": {"json": {}},
     "add_upload_part": {"files": {"data": ("a", b"more")}},
+    "change_webhook_endpoint": {"json": {}},
+    "test_webhook_endpoint": {"json": {"event_type": "fine_tuning.job.succeeded"}},
+    "replay_webhook_endpoint": {"json": {"since": 0}},
     "complete_upload": {"json": {"part_ids": [PART]}},
     "add_trial": {"json": {"parameters": {"lora.rank": 4}}},
 }
@@ -97,6 +104,9 @@ class Ours:
 def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -> Ours:
     """One of everything; a job has succeeded, one runs and has a checkpoint, and one waits."""
     adapter = trained(services, world, tmp_path / "made")
+    hook = {"name": "secret-label", "url": "https://hooks.invalid/", "event_types": list(EVENT_TYPES)}
+    hook_id = client.post("/v1/webhook_endpoints", json=hook).json()["id"]
+    client.post(f"/v1/webhook_endpoints/{hook_id}", json={"enabled": False})  # so that nothing changes by itself
     claim = world.running(suffix="two", model=BASE)
     claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
     waiting = world.submit(metadata={"team": "secret-label"})
@@ -110,6 +120,8 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     measured = {"objective": {"metric": "train_loss"}}
     sweep_id = client.post("/v1/sweeps", json={**asked, **measured}).json()["id"]
     client.post(f"/v1/sweeps/{sweep_id}/trials", json={"parameters": {"lora.rank": 8}})
+    jobs.cancel(world.db, **world.of(world.submit().id))
+    (delivery,) = client.get(f"/v1/webhook_endpoints/{hook_id}/deliveries").json()["data"]
     audit_chain.seal(world.db)
     name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
     stem = adapter.name.rpartition(":")[0]
@@ -117,6 +129,8 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     return Ours(
         pairs={
             "file_id": [_pair(file_id), _pair(world.file_id)],
+            "webhook_endpoint_id": [_pair(hook_id)],
+            "webhook_delivery_id": [_pair(delivery["id"])],
             "upload_id": [_pair(upload_id)],
             "sweep_id": [_pair(sweep_id)],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],

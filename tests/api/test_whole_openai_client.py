@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,15 +16,22 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi import FastAPI
 from openai._base_client import AsyncPaginator, BaseSyncPage
 from openai._resource import AsyncAPIResource, SyncAPIResource
 
+from api.app import create_app
 from api.deps import Services
+from api.settings import ApiSettings
 from catalog import claims, part_uploads
+from catalog.settings import Settings
+from catalog.webhooks import signing
+from catalog.webhooks.event_types import EVENT_TYPES
+from tests.api.hook_receiver import Receiver, receiving
 from tests.api.site import Site, chat_lines
 from tests.catalog.world import World, manifest
 
-RESOURCES = ("files", "uploads", "fine_tuning", "models")
+RESOURCES = ("files", "uploads", "fine_tuning", "models", "webhooks")
 DATA = chat_lines(3)
 UPLOAD = {"bytes": len(DATA), "filename": "u.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
 
@@ -35,6 +43,8 @@ class Have:
     job: str
     model: str
     checkpoint: str
+    hook: str
+    """Where webhooks are taken."""
     upload: str
     """One that is open, for cancelling."""
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -50,6 +60,14 @@ class Call:
     given: Callable[[Have], dict[str, Any]]
     holds: Callable[[Any, Have], object]
     raises: type[Exception] | None = None
+
+
+def signed(have: Have) -> dict[str, Any]:
+    """A message by the secret that a rotation gave."""
+    secret = have.answers["webhooks.rotate_secret"].signing_secret
+    body = b'{"object":"event","id":"evt-1","type":"fine_tuning.job.failed","created_at":1,"data":{"id":"j"}}'
+    headers = signing.headers(body, message_id="evt-1", at=time.time(), signed_with=[secret])
+    return {"payload": body, "headers": headers, "secret": secret}
 
 
 CALLS: dict[str, Call] = {
@@ -146,6 +164,43 @@ CALLS: dict[str, Call] = {
         given=lambda _: {}, holds=lambda models, have: {"smol", have.model} <= {model.id for model in models}
     ),
     "models.delete": Call(given=lambda have: {"model": have.model}, holds=lambda answer, have: answer.id == have.model),
+    "webhooks.event_types.list": Call(given=lambda _: {}, holds=lambda types, _: types.data == list(EVENT_TYPES)),
+    "webhooks.create": Call(
+        given=lambda have: {"event_types": ["fine_tuning.job.failed"], "name": "ops", "url": have.hook},
+        holds=lambda hook, have: hook.signing_secret.startswith("whsec_") and hook.url == have.hook,
+    ),
+    "webhooks.retrieve": Call(
+        given=lambda have: {"webhook_endpoint_id": have.id("webhooks.create")},
+        holds=lambda hook, have: hook.id == have.id("webhooks.create") and hook.signing_secret_hint,
+    ),
+    "webhooks.list": Call(
+        given=lambda _: {"limit": 1},
+        holds=lambda hooks, have: [hook.id for hook in hooks] == [have.id("webhooks.create")],
+    ),
+    "webhooks.update": Call(
+        given=lambda have: {"webhook_endpoint_id": have.id("webhooks.create"), "name": "new"},
+        holds=lambda hook, _: (hook.name, hook.event_types) == ("new", ["fine_tuning.job.failed"]),
+    ),
+    "webhooks.rotate_secret": Call(
+        given=lambda have: {
+            "webhook_endpoint_id": have.id("webhooks.create"),
+            "keep_old_secret_active_for_24_hours": True,
+        },
+        holds=lambda hook, have: hook.signing_secret != have.answers["webhooks.create"].signing_secret,
+    ),
+    "webhooks.test": Call(
+        given=lambda have: {
+            "webhook_endpoint_id": have.id("webhooks.create"),
+            "event_type": "fine_tuning.job.succeeded",
+        },
+        holds=lambda result, _: result.status_code == 204,
+    ),
+    "webhooks.verify_signature": Call(given=signed, holds=lambda answer, _: answer is None),
+    "webhooks.unwrap": Call(given=signed, holds=lambda event, _: event.type == "fine_tuning.job.failed"),
+    "webhooks.delete": Call(
+        given=lambda have: {"webhook_endpoint_id": have.id("webhooks.create")},
+        holds=lambda answer, _: answer.deleted is True,
+    ),
 }
 OF_A_CHECKPOINT: Callable[[Have], dict[str, Any]] = lambda have: {"fine_tuned_model_checkpoint": have.checkpoint}  # noqa: E731
 GRADER = {"type": "string_check", "name": "n", "input": "a", "reference": "a", "operation": "eq"}
@@ -210,7 +265,18 @@ def client(request: pytest.FixtureRequest, site: Site) -> Iterator[Client]:
 
 
 @pytest.fixture
-def have(world: World, services: Services) -> Have:
+def app(settings: Settings) -> FastAPI:
+    return create_app(settings, ApiSettings(webhook_allowed_networks="127.0.0.1/32", webhook_allow_http=True))
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def have(world: World, services: Services, receiver: Receiver) -> Have:
     world.worker()
     claim = world.running()
     point = {"kind": "train", "step": 1, "loss": 2.0, "token_accuracy": 0.5}
@@ -226,7 +292,13 @@ def have(world: World, services: Services) -> Have:
         lifetime_seconds=None,
         settings=services.settings,
     )
-    return Have(job=claim.job.id, model=model, checkpoint=f"{model}:ckpt-step-1", upload=upload.upload.id)
+    return Have(
+        job=claim.job.id,
+        model=model,
+        checkpoint=f"{model}:ckpt-step-1",
+        upload=upload.upload.id,
+        hook=f"{receiver.url}/",
+    )
 
 
 def outcome(client: Client, name: str, call: Call, have: Have) -> Any:

@@ -57,7 +57,11 @@ from catalog.tables import (
     Trial,
     Upload,
     UploadPart,
+    WebhookDelivery,
+    WebhookTry,
 )
+from catalog.webhooks import deliveries, endpoints, sending
+from catalog.webhooks.event_types import EVENT_TYPES
 from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest, sha
 
 ONE = replace(WIDE, max_jobs=1)
@@ -86,6 +90,8 @@ COPIED: dict[type[Table], Changes] = {
     Sweep: lambda n: {"id": f"sweep-{n}", "training_file": f"file-{n}", "validation_file": f"file-{n}"},
     Trial: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
     RungValue: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
+    WebhookDelivery: lambda n: {"id": f"delivery-{n}"},
+    WebhookTry: lambda n: {"delivery_id": f"delivery-{n}"},
 }
 """What differs in the copies of one row of each table that grows."""
 GROWING = {table.__tablename__ for table in COPIED}
@@ -134,8 +140,13 @@ def lived_in(world: World) -> dict[str, str]:
     claim = world.running()
     claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
     claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("checkpoint", kind="checkpoint"))
+    hook = endpoints.create(
+        world.db, **_owner(world), name="a", url="https://a/", event_types=EVENT_TYPES, pepper=PEPPER
+    )[0]
     adapter = world.complete(claim.claim_id)
+    _send(world, status_code=204)
     upload = _add_parts(world)
+    _send(world, status_code=204)
     _fill(world.db)
     running = world.running()
     sweep_id, trials = _sweep(world)
@@ -152,6 +163,8 @@ def lived_in(world: World) -> dict[str, str]:
         "sweep": sweep_id,
         "trial": trials[0].claim_id,
         "another trial": trials[1].claim_id,
+        "hook": hook.id,
+        "delivery": _newest_delivery(world, hook.id),
     }
 
 
@@ -182,6 +195,19 @@ def _sweep(world: World) -> tuple[str, list[Claim]]:
 
 def _of_sweep(world: World, ids: dict[str, str]) -> dict[str, Any]:
     return {"project_id": world.caller.project_id, "sweep_id": ids["sweep"]}
+
+
+def _owner(world: World) -> dict[str, Any]:
+    return {"project_id": world.caller.project_id}
+
+
+def _send(world: World, *, status_code: int) -> None:
+    for claimed in sending.claim(world.db, pepper=PEPPER, room=9, in_flight={}):
+        sending.record(world.db, claimed, sending.Outcome(started_at=1.0, seconds=0.1, status_code=status_code))
+
+
+def _newest_delivery(world: World, hook: str) -> str:
+    return deliveries.list_page(world.db, **_owner(world), endpoint_id=hook, limit=1).items[0].id
 
 
 def _add_parts(world: World, upload_id: str | None = None) -> str:
@@ -298,6 +324,18 @@ ACTS: dict[str, Act] = {
     "sealing": lambda w, _: audit_chain.seal(w.db),
     "a second sealing": lambda w, _: audit_chain.seal(w.db),
     "files that are let go": lambda w, _: _hide(w),
+    "a page of deliveries": lambda w, ids: deliveries.list_page(
+        w.db, **_owner(w), endpoint_id=ids["hook"], after=ids["delivery"]
+    ),
+    "a delivery and its tries": lambda w, ids: deliveries.tries(
+        w.db, [deliveries.get(w.db, **_owner(w), delivery_id=ids["delivery"]).id]
+    ),
+    "a replay": lambda w, ids: deliveries.replay(w.db, **_owner(w), delivery_id=ids["delivery"]),
+    "deliveries that are due, and a try": lambda w, _: _send(w, status_code=503),
+    "whether a delivery is due": lambda w, _: sending.claim(w.db, pepper=PEPPER, room=9, in_flight={}),
+    "replays since a time": lambda w, ids: deliveries.replay_failed(
+        w.db, **_owner(w), endpoint_id=ids["hook"], since=w.clock.now
+    ),
     "a repeated submission": lambda w, _: (
         w.clock.turn(3600),
         jobs.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),

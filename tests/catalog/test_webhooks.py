@@ -351,7 +351,7 @@ def test_a_deleted_endpoint_is_gone_and_is_sent_nothing(hooks: Hooks, world: Wor
 
     assert hooks.claim() == []
     for gone in (
-        lambda: hooks.all(),
+        hooks.all,
         lambda: endpoints.delete(world.db, **hooks.ident),
         lambda: deliveries.get(world.db, **hooks.owner, delivery_id=delivery.id),
     ):

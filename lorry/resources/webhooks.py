@@ -1,0 +1,88 @@
+"""Webhook endpoints, and the log of what was sent to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from lorry.resources import pages
+from lorry.transport import Transport
+from lorry.webhook_models import WebhookDelivery, WebhookEndpoint, WebhookTest
+
+JOB_ENDS = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
+
+
+class Webhooks:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, url: str, *, name: str, event_types: Sequence[str] = JOB_ENDS) -> WebhookEndpoint:
+        """An endpoint whose `signing_secret` is told this once."""
+        body = {"url": url, "name": name, "event_types": list(event_types)}
+        return WebhookEndpoint.of(self._transport.request("POST", "webhook_endpoints", body=body))
+
+    def list(self) -> Iterator[WebhookEndpoint]:
+        """Newest first."""
+        return (WebhookEndpoint.of(wire) for wire in pages.follow(self._transport, "webhook_endpoints"))
+
+    def event_types(self) -> Iterator[str]:
+        """What an endpoint can ask for."""
+        yield from self._transport.get("webhook_event_types").get("data") or []
+
+    def get(self, endpoint_id: str) -> WebhookEndpoint:
+        return WebhookEndpoint.of(self._transport.get(_endpoint(endpoint_id)))
+
+    def change(
+        self,
+        endpoint_id: str,
+        *,
+        url: str | None = None,
+        name: str | None = None,
+        event_types: Sequence[str] | None = None,
+        enabled: bool | None = None,
+    ) -> WebhookEndpoint:
+        """What is None stays as it is. enabled: False keeps events without sending them, True sends again."""
+        types = None if event_types is None else [*event_types]
+        given: dict[str, Any] = {"url": url, "name": name, "event_types": types, "enabled": enabled}
+        body = {field: value for field, value in given.items() if value is not None}
+        return WebhookEndpoint.of(self._transport.request("POST", _endpoint(endpoint_id), body=body))
+
+    def delete(self, endpoint_id: str) -> None:
+        self._transport.request("DELETE", _endpoint(endpoint_id))
+
+    def rotate_secret(self, endpoint_id: str, *, overlap_seconds: int = 86_400) -> WebhookEndpoint:
+        """A new `signing_secret`, told this once. For `overlap_seconds` messages are signed with the old one too."""
+        body = {"overlap_seconds": overlap_seconds}
+        answer = self._transport.request("POST", f"{_endpoint(endpoint_id)}/rotate_secret", body=body)
+        return WebhookEndpoint.of(answer)
+
+    def test(self, endpoint_id: str, *, event_type: str = JOB_ENDS[0]) -> WebhookTest:
+        """Send a sample now, once. Raises Conflict where nothing answers."""
+        answer = self._transport.request("POST", f"{_endpoint(endpoint_id)}/test", body={"event_type": event_type})
+        return WebhookTest.of(answer)
+
+    def deliveries(self, endpoint_id: str, *, status: str | None = None) -> Iterator[WebhookDelivery]:
+        """Newest first. status: pending, delivered or failed."""
+        found = pages.follow(self._transport, f"{_endpoint(endpoint_id)}/deliveries", params={"status": status})
+        return (WebhookDelivery.of(wire) for wire in found)
+
+    def delivery(self, delivery_id: str) -> WebhookDelivery:
+        return WebhookDelivery.of(self._transport.get(_delivery(delivery_id)))
+
+    def replay(self, delivery_id: str) -> WebhookDelivery:
+        """Send it again now, with the same id."""
+        return WebhookDelivery.of(self._transport.request("POST", f"{_delivery(delivery_id)}/replay"))
+
+    def replay_failed(self, endpoint_id: str, *, since: int) -> int:
+        """Send again what has failed since then, in seconds since 1970. How many deliveries that are."""
+        answer = self._transport.request("POST", f"{_endpoint(endpoint_id)}/replay", body={"since": since})
+        return int(answer.get("replayed") or 0)
+
+
+def _endpoint(endpoint_id: str) -> str:
+    return f"webhook_endpoints/{quote(endpoint_id, safe='')}"
+
+
+def _delivery(delivery_id: str) -> str:
+    return f"webhook_deliveries/{quote(delivery_id, safe='')}"
