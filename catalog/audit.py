@@ -46,6 +46,14 @@ AuditType = Literal[
     "sweep.closed",
     "trial.stopped",
     "adapter.deleted",
+    "webhook_endpoint.created",
+    "webhook_endpoint.updated",
+    "webhook_endpoint.secret_rotated",
+    "webhook_endpoint.deleted",
+    "webhook_endpoint.disabled",
+    "webhook_endpoint.tested",
+    "webhook_endpoint.replayed",
+    "webhook_delivery.replayed",
 ]
 AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)
 ActorType = Literal["api_key", "browser", "server"]

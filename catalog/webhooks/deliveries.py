@@ -8,6 +8,7 @@ from typing import Literal
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from catalog import audit
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
@@ -73,13 +74,23 @@ def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDeliver
         if row.claim_id is None or (row.next_try_at or 0.0) <= now:
             row.status, row.next_try_at, row.ended_at, row.claim_id = "pending", now, None, None
             row.num_tries_before = row.num_tries
+            told = {"webhook_endpoint_id": endpoint.id, "event_id": row.event_id}
+            audit.note(
+                session,
+                "webhook_delivery.replayed",
+                now=now,
+                object_id=row.id,
+                project_id=project_id,
+                details=told,
+            )
         return row
 
 
 def replay_failed(db: Database, *, project_id: str, endpoint_id: str, since: float) -> int:
     """Send again what has failed since then, tests left out. How many that are. Raises NotFound; Conflict."""
     with db.write() as session:
-        _check_open(endpoints.find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True))
+        endpoint = endpoints.find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
+        _check_open(endpoint)
         now = read_clock(session)
         failed = (
             WebhookDelivery.endpoint_id == endpoint_id,
@@ -90,7 +101,9 @@ def replay_failed(db: Database, *, project_id: str, endpoint_id: str, since: flo
         again = {"status": "pending", "next_try_at": now, "ended_at": None, "claim_id": None}
         statement = update(WebhookDelivery).where(*failed)
         done = session.execute(statement.values(**again, num_tries_before=WebhookDelivery.num_tries))
-        return int(getattr(done, "rowcount", 0))
+        number = int(getattr(done, "rowcount", 0))
+        endpoints.note(session, endpoint, "webhook_endpoint.replayed", now=now, since=since, replayed=number)
+        return number
 
 
 def forget(db: Database) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from catalog import audit
+from catalog.audit import AuditType
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
@@ -70,6 +73,7 @@ def create(
             updated_at=now,
         )
         session.add(row)
+        note(session, row, "webhook_endpoint.created", now=now)
     return row, secret.text
 
 
@@ -106,7 +110,8 @@ def change(db: Database, *, project_id: str, endpoint_id: str, changes: Endpoint
         if changes.enabled is False and row.disabled_at is None:
             shut(session, row, reason="by_request", now=read_clock(session))
         if before != (row.name, row.url, row.event_types, row.disabled_at):
-            row.updated_at = read_clock(session)
+            row.updated_at = now = read_clock(session)
+            note(session, row, "webhook_endpoint.updated", now=now, enabled=row.disabled_at is None)
         return row
 
 
@@ -131,6 +136,7 @@ def rotate(
         row.previous_salt, row.previous_ending = (row.salt, row.ending) if overlaps else (None, None)
         row.previous_until = now + overlap_seconds if overlaps else None
         row.salt, row.ending, row.secret_made_at, row.updated_at = secret.salt, secret.ending, now, now
+        note(session, row, "webhook_endpoint.secret_rotated", now=now, overlap_seconds=overlap_seconds)
         return row, secret.text
 
 
@@ -141,6 +147,13 @@ def delete(db: Database, *, project_id: str, endpoint_id: str, is_client_retry: 
         if row.deleted_at is None:
             row.deleted_at = now = read_clock(session)
             give_up_waiting(session, row.id, now=now)
+            note(session, row, "webhook_endpoint.deleted", now=now)
+
+
+def note(session: Session, row: WebhookEndpoint, type: AuditType, *, now: float, **more: object) -> None:  # noqa: A002
+    """In the audit log: of the address the host alone, for what follows may be a secret."""
+    about = {"name": row.name, "host": urlsplit(row.url).hostname, "event_types": row.event_types, **more}
+    audit.note(session, type, now=now, object_id=row.id, project_id=row.project_id, details=about)
 
 
 def shut(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: float) -> None:

@@ -116,6 +116,7 @@ def record_test(db: Database, endpoint: WebhookEndpoint, delivery: WebhookDelive
         session.add(delivery)
         session.flush()
         add_try(session, delivery.id, outcome)
+        endpoints.note(session, endpoint, "webhook_endpoint.tested", now=now, status_code=outcome.status_code)
 
 
 def new_test(endpoint: WebhookEndpoint, event_type: EventType, *, subject: str, now: float) -> WebhookDelivery:
@@ -209,3 +210,4 @@ def _judge(session: Session, endpoint: WebhookEndpoint, outcome: Outcome, *, now
     if endpoint.disabled_at is None and endpoint.deleted_at is None:
         endpoints.shut(session, endpoint, reason="gone" if is_gone else "failing", now=now)
         outbox.endpoint_disabled(session, endpoint, now=now)
+        endpoints.note(session, endpoint, "webhook_endpoint.disabled", now=now, reason=endpoint.disabled_reason)

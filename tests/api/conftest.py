@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
+from api import webhook_deliverer
 from api.app import create_app
 from api.deps import Services
 from api.settings import ApiSettings
@@ -43,6 +44,13 @@ def settings(tmp_path: Path, database: str, request: pytest.FixtureRequest) -> S
         max_file_bytes=2**20,
         max_line_bytes=2**16,
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_looks_for_webhooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what a test asks for, unless it is about them: a look is some statements more."""
+    if "receiver" not in request.fixturenames:
+        monkeypatch.setattr(webhook_deliverer, "LOOK_SECONDS", 3600.0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from standardwebhooks import Webhook
 from catalog import claims, events, jobs
 from catalog.errors import Conflict, NotFound
 from catalog.states import EndReason
-from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry
+from catalog.tables import AuditEvent, WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import deliveries, endpoints, retries, sending, signing
 from catalog.webhooks.endpoints import EndpointChange
 from catalog.webhooks.event_types import EVENT_TYPES, EventType
@@ -388,3 +388,38 @@ def test_the_log_is_kept_for_a_month_and_what_waits_for_longer(hooks: Hooks, wor
     with world.db.read() as session:
         assert session.scalars(select(WebhookTry)).all() == []
         assert session.get(WebhookEndpoint, gone.id) is None
+
+
+def test_each_change_of_an_endpoint_is_in_the_audit_log_without_its_secret_and_its_address(
+    hooks: Hooks, world: World
+) -> None:
+    hooks.end_job()
+    hooks.fail_until_it_ends()
+    (delivery,) = hooks.all()
+    row, secret = hooks.more(url="https://example.com/t0ken")
+    mine: dict[str, Any] = {**hooks.owner, "endpoint_id": row.id}
+
+    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"))
+    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"))
+    endpoints.rotate(world.db, **mine, overlap_seconds=5, pepper=PEPPER)
+    test = sending.new_test(row, "fine_tuning.job.failed", subject="ftjob-x", now=world.clock.now)
+    sending.record_test(world.db, row, test, OK)
+    deliveries.replay_failed(world.db, **mine, since=0)
+    deliveries.replay(world.db, **hooks.owner, delivery_id=delivery.id)
+    endpoints.delete(world.db, **mine)
+
+    with world.db.read() as session:
+        found = list(
+            session.scalars(select(AuditEvent).where(AuditEvent.type.like("webhook%")).order_by(AuditEvent.seq))
+        )
+    told = [(event.type.partition(".")[2], event.object_id) for event in found]
+    verbs = ("created", "updated", "secret_rotated", "tested", "replayed")
+    assert told == [
+        ("created", hooks.row.id),
+        *((verb, row.id) for verb in verbs),
+        ("replayed", delivery.id),
+        ("deleted", row.id),
+    ]
+    text = str([event.details for event in found])
+    assert "example.com" in text
+    assert not [part for part in ("t0ken", secret[6:], row.salt) if part in text]
