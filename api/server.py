@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -40,6 +41,7 @@ class Server(uvicorn.Server):
 
 def serve(settings: Settings, *, host: str, port: int) -> int:
     """Until SIGTERM or SIGINT. `port` 0: any that is free. Returns the exit status."""
+    _allow_many_connections()
     own = ApiSettings()
     app = create_app(settings, own, bound_host=host)
     config = uvicorn.Config(
@@ -52,6 +54,7 @@ def serve(settings: Settings, *, host: str, port: int) -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=own.shutdown_seconds,
         h11_max_incomplete_event_size=64 * 1024,
+        backlog=4096,
     )
     for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has ended well
         signal.signal(name, _ended)
@@ -63,6 +66,17 @@ def address_of(host: str, port: int) -> str:
     """The URL of a bound address; an address of every interface is told as this machine's own."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _allow_many_connections() -> None:
+    """As many open files as this process may ask for: each live stream is one."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS calls without limit what it does not give
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _ended(_number: int, _frame: FrameType | None) -> None:

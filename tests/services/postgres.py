@@ -6,7 +6,7 @@ import importlib.util
 import os
 import pwd
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,19 @@ INSTALLS = (partial(install_debian, "postgresql"), partial(install_wheel, "embed
 
 ON_POSTGRESQL = os.environ.get("LORRY_TEST_DATABASE") == "postgresql"
 """Tests of the api, and of services that they start, run on PostgreSQL: on SQLite where nobody asks for this."""
-FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
 @contextmanager
-def postgres_server(port: int | None = None) -> Iterator[str]:
+def postgres_server(port: int | None = None, *, settings: Sequence[str] = FORGETFUL) -> Iterator[str]:
     """Gives postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
     program = find_or_install(find, name="PostgreSQL server", installs=INSTALLS)
     user = unprivileged_user()
     port = port or free_port()
     with server_folder("postgres", owner=user) as folder:
         _initialise(program, folder / "data", user)
-        settings = [*FORGETFUL, f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1"]
-        options = [part for setting in settings for part in ("-c", setting)]
+        given = [*settings, "max_connections=200", f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1"]
+        options = [part for setting in given for part in ("-c", setting)]
         argv = [str(program), "-D", str(folder / "data"), "-p", str(port), *options]
         with running(argv, log=folder / "log.txt", is_ready=lambda: _answers(port), user=user):
             yield f"postgresql+psycopg://lorry@127.0.0.1:{port}/postgres"

@@ -1,0 +1,168 @@
+"""Ten thousand listeners on one api process: how long after an event was committed the last of them has it.
+
+`python -m benchmarks.api.listeners` is the process that listens, told by lines of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from benchmarks.api.plan import ApiPlan
+from benchmarks.api.service import Served, api, place, servers
+from benchmarks.results import Result, median_of
+from benchmarks.workload import ROOT
+from catalog import claims
+from tests.catalog.world import World
+
+GOAL_SECONDS = 1.0
+TOGETHER = 100
+"""Connections that are opened at one time."""
+PATIENCE_SECONDS = 240.0
+HOURS = 6 * 3600.0
+
+
+def run(plan: ApiPlan) -> Result:
+    """All of them on one job; and on a hundred jobs, of which one has the event."""
+    result = Result(theme="api_listeners", settings=plan.settings())
+    with servers(plan.databases) as server:
+        for kind in plan.databases:
+            with place(kind, server, plan.folder, "listeners") as where:
+                world = where.world()
+                world.worker()
+                world.queued()
+                (running,) = world.claim(lease=HOURS)  # the api looks for leases that are past
+                others = [world.submit().id for _ in range(min(99, plan.listeners // 2))]
+                with api(where, world, core=plan.core) as served:
+                    for name, jobs in (("one job", [running.job.id]), ("many jobs", [running.job.id, *others])):
+                        report = _listen(plan, served, world, running.claim_id, jobs)
+                        result.repeats[f"{kind}, {name}"] = report["marks"]
+                        result.repeats[f"{kind}, {name}, opening"] = [report["opening"]]
+                        last = median_of(report["marks"], "last_seconds")
+                        what = f"{kind}, {plan.listeners} listeners of {name}: the last one has it after"
+                        result.find(what, last, "s", at_most=GOAL_SECONDS)
+    return result
+
+
+def _listen(plan: ApiPlan, served: Served, world: World, claim_id: str, jobs: list[str]) -> dict[str, Any]:
+    told = {"url": served.url, "key": served.key, "jobs": jobs, "listeners": plan.listeners}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.api.listeners"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    answers = process.stdout
+
+    def say(message: dict[str, Any]) -> dict[str, Any]:
+        print(json.dumps(message), file=process.stdin, flush=True)
+        return json.loads(answers.readline())
+
+    try:
+        opening = say(told) | {"api_memory_bytes": _memory(served.pid)}
+        marks: list[dict[str, Any]] = []
+        for number in range(plan.marks):
+            mark = f"mark {number} of {os.getpid()} {len(jobs)}"
+            began = time.time()
+            claims.record_event(world.db, claim_id, "info", mark)
+            committed = time.time()
+            marks.append(say({"mark": mark, "committed": committed}) | {"write_seconds": committed - began})
+        return {"opening": opening, "marks": marks}
+    finally:
+        process.stdin.close()
+        process.wait(PATIENCE_SECONDS)
+
+
+def _memory(pid: int) -> int:
+    import psutil
+
+    return psutil.Process(pid).memory_info().rss
+
+
+class _Ear(asyncio.Protocol):
+    """One connection, and when it heard the newest mark."""
+
+    def __init__(self, hall: _Hall, path: str) -> None:
+        self.hall, self.path = hall, path
+        self.last = b""
+        self.is_open = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        head = f"GET {self.path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {self.hall.key}\r\n\r\n"
+        transport.write(head.encode())
+        self.hall.transports.append(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_open and b"event: job" in data:
+            self.is_open = True
+            self.hall.opened.release()
+        if b"mark" in data:
+            self.hall.heard.append((time.time(), data))
+            self.hall.news.set()
+
+
+class _Hall:
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.key: str = told["key"]
+        self.told = told
+        self.opened = asyncio.Semaphore(0)
+        self.heard: list[tuple[float, bytes]] = []
+        self.news = asyncio.Event()
+        self.transports: list[asyncio.Transport] = []
+
+    async def open(self) -> dict[str, Any]:
+        began, address, jobs = time.time(), urlsplit(self.told["url"]), self.told["jobs"]
+        loop = asyncio.get_running_loop()
+        for first in range(0, self.told["listeners"], TOGETHER):
+            numbers = range(first, min(first + TOGETHER, self.told["listeners"]))
+            for number in numbers:
+                path = f"/v1/fine_tuning/jobs/{jobs[number % len(jobs)]}/stream"
+                await loop.create_connection(lambda path=path: _Ear(self, path), address.hostname, address.port)
+            for _ in numbers:
+                await asyncio.wait_for(self.opened.acquire(), PATIENCE_SECONDS)
+        return {"listeners": len(self.transports), "seconds": time.time() - began}
+
+    async def hear(self, mark: str, committed: float) -> dict[str, Any]:
+        """Seconds from the commit until the first, the middle and the last of those who listen to that job have it."""
+        wanted = len(range(0, self.told["listeners"], len(self.told["jobs"])))
+        times: list[float] = []
+        while len(times) < wanted:
+            await asyncio.wait_for(self.news.wait(), PATIENCE_SECONDS)
+            await asyncio.sleep(0)
+            self.news.clear()
+            heard, self.heard = self.heard, []
+            times += [at - committed for at, data in heard if mark.encode() in data]
+        times.sort()
+        return {
+            "listeners": len(times),
+            "first_seconds": times[0],
+            "middle_seconds": times[len(times) // 2],
+            "last_seconds": times[-1],
+        }
+
+
+async def main() -> None:
+    loop = asyncio.get_running_loop()
+    hall = _Hall(json.loads(await loop.run_in_executor(None, sys.stdin.readline)))
+    print(json.dumps(await hall.open()), flush=True)
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        print(json.dumps(await hall.hear(**json.loads(line))), flush=True)
+    for transport in hall.transports:
+        transport.abort()
+
+
+if __name__ == "__main__":
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    asyncio.run(main())

@@ -1,0 +1,62 @@
+"""What the measures of the api are taken with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.api.service import DATABASES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiPlan:
+    folder: Path
+    databases: tuple[str, ...] = DATABASES
+    repeats: int = 3
+    seconds: float = 5.0
+    """Of each turn of a load."""
+    connections: int = 16
+    few_jobs: int = 10_000
+    many_jobs: int = 1_000_000
+    points_a_job: int = 50
+    long_steps: int = 100_000
+    listeners: int = 10_000
+    marks: int = 10
+    """Events that are told to all listeners, one after the other."""
+    workers: int = 50
+    waiting: int = 2_000
+    """Jobs that those workers claim."""
+    looks: int = 25
+    """Of each page, on each database."""
+
+    @property
+    def core(self) -> int | None:
+        """The one that the api may use: the last, for others begin at the first."""
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        return cores[-1] if len(cores) > 1 else None
+
+    def settings(self) -> dict[str, Any]:
+        names = ("databases", "repeats", "seconds", "connections", "few_jobs", "many_jobs", "points_a_job")
+        names += ("long_steps", "listeners", "marks", "workers", "waiting", "looks")
+        return {name: getattr(self, name) for name in names} | {"api_core": self.core}
+
+
+def quick(folder: Path, databases: tuple[str, ...]) -> ApiPlan:
+    return ApiPlan(
+        folder=folder,
+        databases=databases,
+        repeats=1,
+        seconds=0.3,
+        connections=2,
+        few_jobs=20,
+        many_jobs=60,
+        points_a_job=5,
+        long_steps=600,
+        listeners=20,
+        marks=2,
+        workers=3,
+        waiting=9,
+        looks=2,
+    )

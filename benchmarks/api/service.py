@@ -1,0 +1,104 @@
+"""A database with something in it, and an api process over it that is reached by loopback alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.workload import ROOT
+from catalog import keys
+from catalog.db import Database
+from tests.catalog.world import PEPPER, Clock, World
+from tests.services.postgres import empty_database, postgres_server
+
+DATABASES = ("postgresql", "sqlite")
+DURABLE = ("fsync=on", "synchronous_commit=on", "full_page_writes=on", "shared_buffers=512MB", "max_wal_size=4GB")
+"""What PostgreSQL is by itself, with memory as for a server: what was accepted outlives a power cut."""
+STOP_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A migrated database, and the folder of the service that is over it."""
+
+    kind: str
+    url: str
+    folder: Path
+
+    def world(self) -> World:
+        """Two projects, a base and a file, by the catalog's own verbs, at the database's own time."""
+        return World(Database(self.url), Clock())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    url: str
+    key: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system
+
+
+@contextmanager
+def servers(kinds: Sequence[str]) -> Generator[str | None]:
+    """A PostgreSQL server of its own where one is wanted; gives its address."""
+    if "postgresql" not in kinds:
+        yield None
+        return
+    with postgres_server(settings=DURABLE) as url:
+        yield url
+
+
+@contextmanager
+def place(kind: str, server: str | None, folder: Path, name: str) -> Generator[Place]:
+    """An empty database, made and removed."""
+    own = folder / f"{name}-{kind}"
+    own.mkdir(parents=True)
+    if kind == "sqlite":
+        made = Place(kind=kind, url=f"sqlite:///{own}/lorry.db", folder=own)
+        Database(made.url).migrate()
+        yield made
+        return
+    assert server is not None
+    with empty_database(server, name) as url:
+        Database(url).migrate()
+        yield Place(kind=kind, url=url, folder=own)
+
+
+@contextmanager
+def api(place: Place, world: World, *, core: int | None = None) -> Generator[Served]:
+    """`python -m api serve` over the database, and a key of the world's project. `core`: the only one it may use."""
+    _, key = keys.create(world.db, project_id=world.caller.project_id, name="bench", pepper=PEPPER)
+    environment = {
+        **os.environ,
+        "LORRY_DATABASE_URL": place.url,
+        "LORRY_DATA_DIR": str(place.folder),
+        "LORRY_PEPPER": PEPPER.decode(),
+    }
+    argv = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", "0"]
+    with (place.folder / "api.log").open("wb") as log:
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line:
+            raise RuntimeError(f"the api did not start:\n{(place.folder / 'api.log').read_text('utf-8', 'replace')}")
+        if core is not None:
+            psutil.Process(process.pid).cpu_affinity([core])
+        yield Served(url=json.loads(line)["url"], key=key, pid=process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,118 @@
+"""Pages and claims with a million jobs stored, beside the same with ten thousand: how many times as long they take."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from statistics import median
+from urllib.parse import urlsplit
+
+from benchmarks.api.plan import ApiPlan
+from benchmarks.api.seeding import fill
+from benchmarks.api.service import Served, api, place, servers
+from benchmarks.results import Result
+from catalog import claims, fleet
+from tests.catalog.world import WIDE, World
+
+GOAL_RATIO = 2.0
+ONE = replace(WIDE, max_jobs=1)
+WAITING = 300
+NO_GOAL = ("the counts that are exposed",)
+"""Counted one by one for who watches the service, at most a few times a minute."""
+JOBS = "/v1/fine_tuning/jobs"
+
+
+def run(plan: ApiPlan) -> Result:
+    result = Result(theme="api_size", settings=plan.settings())
+    sizes = {"few": plan.few_jobs, "many": plan.many_jobs}
+    with servers(plan.databases) as server:
+        for kind in plan.databases:
+            with ExitStack() as stack:
+                places = {name: stack.enter_context(place(kind, server, plan.folder, name)) for name in sizes}
+                worlds = {name: where.world() for name, where in places.items()}
+                ids = {name: _filled(plan, result, kind, worlds[name], number) for name, number in sizes.items()}
+                served = {name: stack.enter_context(api(places[name], worlds[name], core=plan.core)) for name in sizes}
+                _compare(plan, result, kind, {name: Side(worlds[name], served[name], ids[name]) for name in sizes})
+    return result
+
+
+class Side:
+    """One of two databases, and a client of the api over it."""
+
+    def __init__(self, world: World, served: Served, ids: dict[str, str]) -> None:
+        self.world, self._ids = world, ids
+        address = urlsplit(served.url)
+        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=120)
+        self._headers = {"authorization": f"Bearer {served.key}"}
+
+    def ask(self, path: str) -> None:
+        self._connection.request("GET", path.format(**self._ids), headers=self._headers)
+        answer = self._connection.getresponse()
+        content = answer.read()
+        assert answer.status == 200, (path, answer.status, content[:300])
+        assert json.loads(content)
+
+
+def _filled(plan: ApiPlan, result: Result, kind: str, world: World, num_jobs: int) -> dict[str, str]:
+    began = time.perf_counter()
+    ids = fill(world, num_jobs=num_jobs, num_points=num_jobs * plan.points_a_job)
+    report = {"jobs": num_jobs, "seconds": time.perf_counter() - began}
+    result.repeats.setdefault(f"{kind}, filling", []).append(report)
+    long = _long(world, plan.long_steps)
+    world.flood(world.queued(), WAITING)
+    return ids | {"long": long}
+
+
+def _long(world: World, num_steps: int) -> str:
+    """A job with a long curve, which runs."""
+    claim = world.running(suffix="long")
+    for first in range(1, num_steps + 1, 5000):
+        steps = range(first, min(first + 5000, num_steps + 1))
+        points = [{"kind": "train", "step": step, "loss": 1 + 1 / step, "learning_rate": 1e-4} for step in steps]
+        claims.record_metrics(world.db, claim.claim_id, points)
+    return claim.job.id
+
+
+def _acts(side: Side) -> dict[str, Callable[[], object]]:
+    def page(path: str) -> Callable[[], object]:
+        return lambda: side.ask(path)
+
+    return {
+        "jobs, first page": page(f"{JOBS}?limit=20"),
+        "jobs, a page in the middle": page(f"{JOBS}?limit=20&after={{job}}"),
+        "files": page("/v1/files?limit=20"),
+        "adapters": page("/v1/adapters?limit=20"),
+        "a job": page(f"{JOBS}/{{job}}"),
+        "its events": page(f"{JOBS}/{{job}}/events"),
+        "its checkpoints": page(f"{JOBS}/{{job}}/checkpoints"),
+        "its curve": page(f"{JOBS}/{{job}}/metrics"),
+        "a long curve": page(f"{JOBS}/{{long}}/metrics?max_points=2000"),
+        "why a job waits": page(f"{JOBS}/{{long}}/why"),
+        "the queue": page("/v1/queue"),
+        "the workers": page("/v1/workers"),
+        "a claim": lambda: side.world.claim("w1", ONE),
+        "the counts that are exposed": lambda: fleet.count(side.world.db),
+    }
+
+
+def _compare(plan: ApiPlan, result: Result, kind: str, sides: dict[str, Side]) -> None:
+    """In turn on the one and on the other; a ratio is of medians, for one look may meet a check-point of the server."""
+    acts = {name: _acts(side) for name, side in sides.items()}
+    for what in acts["few"]:
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for look in range(plan.looks + 2):
+            for name in sides:
+                began = time.perf_counter()
+                acts[name][what]()
+                if look > 1:  # the first ones read from the disk, and make plans
+                    seconds[name].append(time.perf_counter() - began)
+        result.repeats[f"{kind}, {what}"] = [
+            {name: took[i] for name, took in seconds.items()} for i in range(plan.looks)
+        ]
+        few, many = median(seconds["few"]), median(seconds["many"])
+        at_most = None if what in NO_GOAL else GOAL_RATIO
+        result.find(f"{kind}, {what}: many over few", many / few, f"x of {few * 1000:.1f} ms", at_most=at_most)

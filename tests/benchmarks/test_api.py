@@ -1,0 +1,23 @@
+"""`make bench-api` runs from end to end at toy sizes; what it measures there means nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.api.__main__ import main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_every_measure_of_the_api_is_taken(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+
+    main(["--quick", "--databases", database, "--folder", str(tmp_path), "--out", str(out)])
+
+    reports = [json.loads(path.read_text("utf-8")) for path in out.iterdir()]
+    assert {report["theme"] for report in reports} == {"api_rates", "api_listeners", "api_claims", "api_size"}
+    assert all(report["findings"] and report["repeats"] for report in reports)
+    assert f"{database}, creations a second" in capsys.readouterr().out
