@@ -31,6 +31,7 @@ from api.routes import (
     job_history,
     jobs,
     models,
+    plans,
     projects,
     sign_in,
     sweeps,
@@ -65,6 +66,7 @@ TAGS = [
     },
     {"name": "fine-tuning jobs", "description": "From files and a base model to an adapter."},
     {"name": "sweeps", "description": "Several jobs that differ in stated fields, and which of them is best."},
+    {"name": "plans", "description": "What a job would come to, before it is submitted."},
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
     {"name": "queue and workers", "description": "What waits, what runs, and where."},
@@ -108,6 +110,7 @@ def create_app(
     resources = (
         files,
         part_uploads,
+        plans,
         jobs,
         job_history,
         sweeps,

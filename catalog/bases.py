@@ -19,6 +19,16 @@ from catalog.states import UNFINISHED_STATES
 from catalog.tables import BaseModelRow, Job, Json
 
 KINDS = ("hub", "folder", "gguf")
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
+)
+"""What decides how a conversation becomes tokens."""
 IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
@@ -185,6 +195,13 @@ def fail_import(db: Database, name: str, *, error: Json, added_at: float) -> Non
         row = _wanted(session, name, added_at)
         if row is not None and row.state == "importing":
             row.state, row.error, row.importing_until = "failed", error, None
+
+
+def tokenizer_digest(row: BaseModelRow) -> str:
+    """Digest of the files that decide tokens and template; bases that share them share token caches."""
+    assert row.manifest is not None, "the base is ready"
+    files = [file for file in row.manifest["files"] if file["path"] in TOKENIZER_FILES]
+    return files_digest({"files": files})
 
 
 def files_digest(manifest: Json) -> str:

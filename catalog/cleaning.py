@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from catalog import artifact_rows, files, part_uploads
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
 from catalog.db import Database, read_clock, serialise, skip_locked
-from catalog.tables import Artifact, Checkpoint, File, Job, Prepared, UploadPart
+from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, Plan, Prepared, UploadPart
 
 EXPIRED_AT_ONCE = 10_000
 """Files past their time that one cleaning deletes; the next takes the rest, which nobody sees either."""
@@ -27,7 +27,7 @@ def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SE
 
 def let_go(db: Database) -> None:
     """Hide what nobody needs: files past their time, parts of uploads that are over, checkpoints of jobs that ended a
-    week ago, tokens of deleted files, deleted adapters."""
+    week ago, tokens of deleted files, plans past their time, deleted adapters."""
     with db.write() as session:
         serialise(session, "clean")  # two at once would lock the same rows, each in its own order
         now = read_clock(session)
@@ -37,6 +37,10 @@ def let_go(db: Database) -> None:
         kept = update(Checkpoint).where(Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
         session.execute(kept.values(artifact=None))
         session.execute(delete(Prepared).where(Prepared.file_digest.not_in(select(File.digest).where(_is_wanted()))))
+        session.execute(delete(Plan).where(Plan.expires_at <= now))
+        there = select(Prepared.key)
+        is_of_gone = or_(FileOverlap.train_key.not_in(there), FileOverlap.valid_key.not_in(there))
+        session.execute(delete(FileOverlap).where(is_of_gone))
     with db.read() as session:
         unused = artifact_rows.unused(session)
     for digest in unused:

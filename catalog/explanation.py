@@ -8,6 +8,7 @@ from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import fleet, memory, packing, queue, saturation, usage
+from catalog.acceptance import INSTALL_QUANT
 from catalog.db import Database, read_clock
 from catalog.fleet import Resident
 from catalog.job_records import find
@@ -16,7 +17,6 @@ from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Policy, Room
 from catalog.scheduling.turns import Turn
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
-from catalog.submission import INSTALL_QUANT
 from catalog.sweeps.observing import trial_of
 from catalog.tables import Attempt, Job, Json
 

@@ -72,7 +72,7 @@ def lowest_rank(lora: Mapping[str, Any]) -> int:
     return min([int(lora["rank"]), *by_pattern.values()])
 
 
-def own_bytes(
+def own_parts(
     description: Mapping[str, Any],
     precision: str,
     *,
@@ -88,8 +88,8 @@ def own_bytes(
     optimizer: str = "adamw",
     lowest_rank: int = 1,
     recomputes: bool = False,
-) -> int:
-    """What a job takes wherever it trains, beside its part of a tick. precision: the base's.
+) -> dict[str, int]:
+    """What a job takes wherever it trains, beside its part of a tick, by what it is for. precision: the base's.
 
     Its row; the best weights where it keeps them; with DoRA norm and factor of each output, as if of every linear;
     the start that PiSSA and OLoRA subtract, in the base's precision; where a step may have two slices or more, the
@@ -104,23 +104,25 @@ def own_bytes(
     GPU; there a long row keeps what enters the blocks, one block at a time, and what DoRA and dropout keep even so.
     """
     shapes: Shapes = description.get("linear_shapes", {})
-    subtracts_start = begins_with_the_base(init_lora_weights)
-    kept = row_bytes(num_parameters, precision, optimizer=optimizer, lowest_rank=lowest_rank)
-    kept += 4 * num_parameters if keeps_best else 0
-    kept += (4 if precision == "float32" else 4 + BYTES_PER_NUMBER[precision]) * num_parameters if keeps_parent else 0
-    kept += 2 * 4 * _output_features(shapes) if use_dora else 0
-    kept += 2 * num_parameters * BYTES_PER_NUMBER[precision] if subtracts_start else 0
+    width, subtracts_start = BYTES_PER_NUMBER[precision], begins_with_the_base(init_lora_weights)
     is_one_slice = bool(longest_example) and batch_size * (longest_example or 0) <= SLICE_TOKENS
-    kept += 0 if is_one_slice else FURTHER_SLICES * 4 * num_parameters
     slice_tokens, usual = max(JOB_TOKENS, longest_example or 0), slice_bytes(description, precision)
     even_so = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
-    even_so += slice_tokens * _output_features(shapes) * BYTES_PER_NUMBER[precision] if use_dora else 0
+    even_so += slice_tokens * _output_features(shapes) * width if use_dora else 0
     largest = slice_tokens * activation_bytes_per_token(shapes, precision) + even_so
     if recomputes and slice_tokens > JOB_TOKENS:
         recomputed = slice_tokens * _recomputed_bytes_per_token(description, precision)
         largest = max(usual + even_so, min(largest, recomputed + even_so))
     start = _start_bytes(description, precision) if subtracts_start else 0
-    return kept + max(largest, start, samples_bytes(description, precision, samples)) - usual
+    return {
+        "row": row_bytes(num_parameters, precision, optimizer=optimizer, lowest_rank=lowest_rank),
+        "best_weights": 4 * num_parameters if keeps_best else 0,
+        "parent": (4 if precision == "float32" else 4 + width) * num_parameters if keeps_parent else 0,
+        "dora": 2 * 4 * _output_features(shapes) if use_dora else 0,
+        "subtracted_start": 2 * num_parameters * width if subtracts_start else 0,
+        "slice_gradients": 0 if is_one_slice else FURTHER_SLICES * 4 * num_parameters,
+        "beyond_a_slice": max(largest, start, samples_bytes(description, precision, samples)) - usual,
+    }
 
 
 def samples_bytes(description: Mapping[str, Any], precision: str, samples: Mapping[str, Any] | None) -> int:
@@ -188,19 +190,28 @@ def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) 
     return entering + math.ceil(of_all / num_layers)
 
 
-def tick_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int) -> int:
+def tick_parts(
+    description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int
+) -> dict[str, int]:
     """Activations and one chunk of logits (fp32, with their gradient) of a tick of `num_tokens`.
 
     Of a quantised base also one linear's weights in the dtype: they are restored for each product.
     """
     shapes: Shapes = description.get("linear_shapes", {})
-    activations = num_tokens * activation_bytes_per_token(shapes, precision)
-    logits = 2 * 4 * LOGIT_CHUNK_ROWS * int(description.get("vocab_size", 0))
     restored = 0
     if quantisation != "none":
         largest = max((rows * columns for rows, columns in _matrices(description)), default=0)
         restored = largest * BYTES_PER_NUMBER[precision]
-    return activations + logits + restored
+    return {
+        "activations": num_tokens * activation_bytes_per_token(shapes, precision),
+        "logits": 2 * 4 * LOGIT_CHUNK_ROWS * int(description.get("vocab_size", 0)),
+        "restored_weights": restored,
+    }
+
+
+def tick_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int) -> int:
+    """All of `tick_parts`."""
+    return sum(tick_parts(description, precision, quantisation, num_tokens=num_tokens).values())
 
 
 def slice_bytes(description: Mapping[str, Any], precision: str) -> int:

@@ -67,9 +67,14 @@ def of(session: Session, job: Job) -> Needs:
 
 def own_bytes(job: Job, description: Json, *, recomputes: bool = False) -> int:
     """What the job takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""
+    return sum(own_parts(job, description, recomputes=recomputes).values())
+
+
+def own_parts(job: Job, description: Json, *, recomputes: bool = False) -> dict[str, int]:
+    """The same by what it is for."""
     spec = job.spec
     lora = spec["lora"]
-    return memory.own_bytes(
+    return memory.own_parts(
         description,
         packing.precision_of(job.pack_key),
         num_parameters=job.adapter_parameters,

@@ -11,6 +11,7 @@ from catalog import evaluations, events, heads, needs
 from catalog.db import Database, read_clock, serialise
 from catalog.fencing import hold
 from catalog.moves import move
+from catalog.planning import cautions
 from catalog.scheduling.picture import USUAL, Policy
 from catalog.scheduling.turns import first_to_prepare
 from catalog.spec import JobSpec
@@ -23,6 +24,17 @@ MAX_LOST_PREPARATIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FilesToPrepare:
+    """Of a job, or of a plan of one."""
+
+    base: BaseModelRow
+    base_digest: str
+    spec: JobSpec
+    training: File
+    validation: File | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Unprepared:
     """A job to prepare, and what that takes."""
 
@@ -31,6 +43,16 @@ class Unprepared:
     training_file: File
     validation_file: File | None
     base: BaseModelRow
+
+    @property
+    def files(self) -> FilesToPrepare:
+        return FilesToPrepare(
+            base=self.base,
+            base_digest=self.job.base_digest,
+            spec=JobSpec.model_validate(self.job.spec),
+            training=self.training_file,
+            validation=self.validation_file,
+        )
 
 
 def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, policy: Policy = USUAL) -> Unprepared | None:
@@ -111,6 +133,8 @@ def prepared(
         if evaluations.decide(spec) and evaluations.come_too_late(spec, num_steps):
             # Fewer rows are usable than were thought at submission, or it would have been refused.
             events.add(session, job.id, now=now, level="warn", message=evaluations.too_late(spec, num_steps))
+        if (few := cautions.few_steps(spec, num_steps)) is not None:
+            events.add(session, job.id, now=now, level="warn", message=few.sentence())
 
 
 def refused(

@@ -30,12 +30,21 @@ def get(db: Database, key: str) -> Prepared | None:
         return session.get(Prepared, key)
 
 
-def put(db: Database, key: str, *, file_digest: str, artifact: Manifest | None, report: Json) -> Prepared:
+def put(
+    db: Database,
+    key: str,
+    *,
+    file_digest: str,
+    artifact: Manifest | None,
+    report: Json,
+    details: Json | None = None,
+) -> Prepared:
     """Record a cache whose files are stored; `artifact` None where the report tells why there is none."""
     with db.write() as session:
         now = read_clock(session)
         digest = artifact_rows.show(session, artifact, now=now) if artifact else None
-        row = {"key": key, "file_digest": file_digest, "artifact": digest, "report": report, "created_at": now}
+        row: Json = {"key": key, "file_digest": file_digest, "artifact": digest, "report": report, "created_at": now}
+        row["details"] = details
         upsert(session, Prepared, [row])
         return session.get_one(Prepared, key, populate_existing=True)
 

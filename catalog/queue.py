@@ -10,13 +10,13 @@ from typing import Any
 from sqlalchemy import Row, and_, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import fleet, heads, usage
+from catalog import fleet, heads, usage, waiting_plans
 from catalog.db import Database, read_clock
 from catalog.scheduling.picture import USUAL, Candidate, Policy
 from catalog.scheduling.turns import Turn, order
 from catalog.spec import PriorityClass
 from catalog.states import UNFINISHED_STATES, JobState
-from catalog.tables import BaseModelRow, Job, Json, Project
+from catalog.tables import BaseModelRow, Job, Json, Plan, Project
 
 MAX_SHOWN = 5000
 """Jobs that people are shown, and that the place of one of them is reckoned from."""
@@ -38,11 +38,11 @@ def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[Turn]
     """The jobs that may be claimed now, first turn first: MAX_SHOWN or a little more where there are so many. Projects
     and classes that have less than their part of these leave it to the others."""
     shares = usage.shares_of_waiting(session, now=now, policy=policy)
-    candidates = _evenly(session, now=now)
-    return order(candidates, now, shares=shares, served=usage.served(session, now=now), policy=policy)
+    return order(candidates(session, now=now), now, shares=shares, served=usage.served(session, now=now), policy=policy)
 
 
-def _evenly(session: Session, *, now: float) -> list[Candidate]:
+def candidates(session: Session, *, now: float) -> list[Candidate]:
+    """Those that `turns` orders, in no order."""
     per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
     while True:
         found = heads.waiting(session, heads.Such(), now=now, per_group=per_group)
@@ -82,7 +82,8 @@ def has_work(db: Database) -> bool:
         is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
         jobs = select(Job.id).where(untouched, is_due).limit(1)
         imports = select(BaseModelRow.name).where(BaseModelRow.state == "importing", is_free).limit(1)
-        return session.scalar(jobs) is not None or session.scalar(imports) is not None
+        plans = select(Plan.id).where(waiting_plans.is_waiting(now=now)).limit(1)
+        return any(session.scalar(some) is not None for some in (jobs, imports, plans))
 
 
 def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:

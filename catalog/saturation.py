@@ -51,6 +51,12 @@ def slowdown(num_jobs: int, speeds: Speeds) -> float:
     return num_jobs * alone / _rate_at(num_jobs * tokens, known)
 
 
+def rate_alone(speeds: Speeds, num_tokens: float) -> float | None:
+    """Tokens a second of one job whose step has so many tokens; None where no tick of one job was seen yet."""
+    known = sorted(speeds.alone)
+    return _rate_at(max(num_tokens, known[0][0]), known) if known else None
+
+
 def free_places(num_jobs: int, speeds: Speeds, *, max_slowdown: float, at_most: int) -> int:
     """Jobs that may join `num_jobs` others, at most `at_most`, so that none is slower than `max_slowdown` times. The
     first always may."""

@@ -11,7 +11,7 @@ import re
 from enum import IntEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from catalog.course_spec import (
     BASE_LEARNING_RATE,
@@ -149,6 +149,13 @@ class JobRequest(Strict):
     @property
     def method_type(self) -> MethodType:
         return "supervised" if self.method is None else self.method.type
+
+
+class PlannedJob(Strict):
+    """The other body of POST /v1/fine_tuning/jobs: the job that a plan has planned. Other fields must say the same."""
+
+    model_config = ConfigDict(extra="allow")  # they are read with the plan, and refused there as anywhere
+    plan: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="A plan's id.")
 
 
 class ParentSpec(Strict):

@@ -1,57 +1,33 @@
-"""Accepting a job: every refusal that needs the database, then one row. The same submission twice is one job."""
+"""Submitting a job: accepted (acceptance.py), it is one row. The same submission twice is one job."""
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Iterator
-from typing import get_args
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, bases, continuing, evaluations, events, files, fleet, linears, memory
-from catalog.course_spec import BASE_LEARNING_RATE
-from catalog.data_spec import check_data
+from catalog import audit, events
+from catalog.acceptance import accept, job_row
 from catalog.db import Database, read_clock, serialise
-from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.errors import Conflict, InvalidRequest
 from catalog.keys import Caller
-from catalog.lora_spec import begins_with_the_base
-from catalog.methods import MethodType, compared_kind
 from catalog.moves import move
-from catalog.packing import pack_key
-from catalog.row_kinds import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
-from catalog.spec import JobRequest, JobSpec, PriorityClass, resolve
+from catalog.planned import accept_planned
+from catalog.spec import JobRequest, PlannedJob
 from catalog.states import Verb
-from catalog.tables import BaseModelRow, File, IdempotencyKey, Job, new_id
+from catalog.tables import IdempotencyKey, Job
 
 CLIENT_RETRY_SECONDS = 600
 """An identical body, marked by the client as a retry, is the same submission for so long."""
 MAX_KEY_CHARS = 255
-PURPOSE = "fine-tune"
-NO_USUAL_RATE = {
-    "sgd": ("SGD", "ten to a thousand times that of adamw is common"),
-    "adafactor": (
-        "Adafactor",
-        "it is the largest share of its own size by which a matrix moves in a step: 0.1 to 1 suits adapters",
-    ),
-}
-"""By the type of the optimizer: its name, and what helps to choose."""
-_READS: dict[DataKind | None, tuple[str, str]] = {
-    None: ("does not learn from these", "a file of neither pairs nor labelled answers"),
-    "preference": ("learns from pairs of answers", f"a file of pairs: on each line {PREFERENCE.form}"),
-    "unpaired": ("learns from answers with labels", f"a file of those: on each line {UNPAIRED.form}"),
-}
-"""By what a method compares: how it reads, and which file would do."""
-INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry[quant]'), and start that worker again."
-"""The remedy where no worker has bitsandbytes."""
 
 
 def create(
     db: Database,
     *,
     caller: Caller,
-    request: JobRequest,
+    request: JobRequest | PlannedJob,
     idempotency_key: str | None = None,
     body_digest: str,
     is_client_retry: bool = False,
@@ -134,251 +110,28 @@ def _same_submission(
 def submit(
     session: Session,
     caller: Caller,
-    request: JobRequest,
+    request: JobRequest | PlannedJob,
     *,
     body_digest: str | None,
     now: float,
     sweep_id: str | None = None,
 ) -> Job:
     """Accept a job within a transaction. body_digest: None of one that no client asks for again by itself."""
-    asked, parent = request, continuing.parent_of(session, request, project_id=caller.project_id)
-    is_base_named = not request.model.startswith(continuing.NAME_PREFIX)
-    base = _usable_base(session, caller, request.model if is_base_named or parent is None else parent.base_model)
-    if parent is not None:
-        continuing.check_base(parent, base)
-        request = continuing.completed(session, request, parent)
-    training = _usable_file(session, caller, request.training_file, "training_file", now=now)
-    validation = None
-    if request.validation_file is not None:
-        validation = _usable_file(session, caller, request.validation_file, "validation_file", now=now)
-    for file, param in ((training, "training_file"), (validation, "validation_file")):
-        if file is not None:
-            _check_kind(file, request.method_type, param)
-    _check_rates(request)
-    _check_quantisation(session, request, now=now)
-    for file in (training, validation):
-        if file is not None:
-            check_data(request.data, known_kind(file.kind), file_id=file.id)
-    _check_held_out(request)
-    spec = resolve(
-        request,
-        num_rows=training.num_rows or 0,
-        max_positions=(base.description or {}).get("max_positions"),
-        seed=secrets.randbelow(2**31),
-        auto_precision=fleet.auto_precision(session, now=now),
-        parent=parent and continuing.parent_spec(parent),
-    )
-    evaluations.check_in_time(spec, evaluations.most_steps(spec, training.num_rows or 0))
-    job = _row(caller, asked, spec, base=base, training=training, validation=validation, now=now)
+    if isinstance(request, PlannedJob):
+        accepted = accept_planned(session, caller, request, now=now)
+    else:
+        accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
+    job = job_row(accepted, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id = body_digest, sweep_id
     session.add(job)
     session.flush()
     move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
-    told = {"model": job.base_model, "training_file": training.id, "method": request.method_type}
+    told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
+    told |= {"plan": request.plan} if isinstance(request, PlannedJob) else {}
     told |= {"sweep": sweep_id} if sweep_id else {}
     audit.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
-    for warning in _surprises(request, spec, training, validation):
-        events.add(session, job.id, now=now, level="warn", message=warning)
+    if isinstance(request, PlannedJob):
+        events.add(session, job.id, now=now, message=f"It is just as {request.plan} has planned it.")
+    for surprise in accepted.surprises:
+        events.add(session, job.id, now=now, level="warn", message=surprise.sentence())
     return job
-
-
-def _surprises(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[str]:
-    """What is done as it was asked, and hardly meant so."""
-    if validation is not None and validation.digest == training.digest:
-        yield (
-            "The validation file and the training file hold the same rows: the held-out loss tells nothing about "
-            "data that the job doesn't learn from"
-        )
-    if request.max_length != "auto" and spec.max_length < request.max_length:
-        yield (
-            f"max_length is {spec.max_length} tokens, the most that the base model was made for, and not the "
-            f"{request.max_length} that were asked for"
-        )
-    num_steps = evaluations.most_steps(spec, training.num_rows or 0)
-    if num_steps is not None and evaluations.come_too_late(spec, num_steps):
-        yield evaluations.too_late(spec, num_steps)
-
-
-def _row(
-    caller: Caller,
-    request: JobRequest,
-    spec: JobSpec,
-    *,
-    base: BaseModelRow,
-    training: File,
-    validation: File | None,
-    now: float,
-) -> Job:
-    assert base.digest is not None
-    targets = linears.adapted(base.description or {}, spec.lora, base_name=base.name)
-    return Job(
-        id=new_id("ftjob"),
-        project_id=caller.project_id,
-        created_at=now,
-        created_by=caller.api_key_id,
-        state="",
-        base_model=base.name,
-        base_digest=base.digest,
-        pack_key=pack_key(base.digest, spec.precision, spec.quantisation),
-        priority=PriorityClass[request.priority],
-        requested=request.model_dump(mode="json", exclude_unset=True),
-        spec=spec.model_dump(mode="json"),
-        parent_adapter=spec.parent.adapter if spec.parent else None,
-        adapter_parameters=memory.adapter_parameters(targets, use_dora=spec.lora.use_dora),
-        suffix=request.suffix,
-        labels=request.metadata,
-        training_file=training.id,
-        validation_file=validation.id if validation else None,
-        attempt=0,
-        counted_attempts=0,
-        lost_preparations=0,
-        lease_extended=False,
-        cancel_requested=False,
-        pause_requested=False,
-    )
-
-
-def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
-    """Locked against deletion until the job that names it exists."""
-    base = bases.find(session, name, lock="share")
-    if base.state == "importing":
-        raise InvalidRequest(
-            f"The base model {name!r} is still being imported.",
-            code="model_not_ready",
-            remedy="Submit the job again once the model's state is ready; GET /v1/models shows it.",
-            param="model",
-        )
-    if base.state != "ready":
-        raise _import_failed(base, is_operator=caller.is_operator)
-    return base
-
-
-def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
-    """Its message and remedy are for operators: they may quote folders and logs of a machine."""
-    error = base.error or {}
-    reason = error.get("code", "import_failed")
-    remedy = "Have an operator look at its error in GET /v1/models and add it again, or choose another model."
-    if is_operator:
-        reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
-        remedy = f"{told} Or choose another model." if (told := error.get("remedy")) else "Choose another model."
-    return InvalidRequest(
-        f"The import of the base model {base.name!r} failed: {reason}.",
-        code="model_import_failed",
-        remedy=remedy,
-        param="model",
-    )
-
-
-def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, now: float) -> File:
-    """Locked against deletion until the job that uses it exists."""
-    file = session.get(File, file_id, with_for_update={"read": True})
-    if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
-        remedy = "Upload it with this project's key, and use the id that the upload returned."
-        raise NotFound("file", file_id, param=param, remedy=remedy)
-    if files.has_expired(file, now=now):
-        remedy = "It has expired, as its expires_after said. Upload it again."
-        raise NotFound("file", file_id, param=param, remedy=remedy)
-    if file.purpose != PURPOSE:
-        raise InvalidRequest(
-            f"The file {file_id} was uploaded with the purpose {file.purpose!r}.",
-            code="wrong_file_purpose",
-            remedy=f"Upload the data with purpose {PURPOSE!r} and use that file as {param}.",
-            param=param,
-        )
-    if not file.num_rows:
-        raise InvalidRequest(
-            f"The file {file_id} has no rows.",
-            code="empty_file",
-            remedy="Upload a file with at least one row.",
-            param=param,
-        )
-    return file
-
-
-def _check_kind(file: File, method: MethodType, param: str) -> None:
-    """A method learns from pairs of answers, from answers with labels, or from rows that are neither."""
-    kind, wanted = row_kind(known_kind(file.kind)), compared_kind(method)
-    if wanted == _compared(kind):
-        return
-    reads, instead = _READS[wanted]
-    methods = [name for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
-    raise InvalidRequest(
-        f"Each row of the file {file.id} is {kind.noun}, and the method {method} {reads}.",
-        code="wrong_file_kind",
-        remedy=f"Use method {' or '.join(', '.join(methods).rsplit(', ', 1))}, or {instead}.",
-        param=param,
-    )
-
-
-def _compared(kind: RowKind) -> DataKind | None:
-    return kind.name if kind in (PREFERENCE, UNPAIRED) else None
-
-
-def _check_quantisation(session: Session, request: JobRequest, *, now: float) -> None:
-    """Where no worker lives, the job waits for one that can."""
-    if request.quantisation == "none":
-        return
-    if request.lora.use_dora:
-        raise InvalidRequest(
-            "DoRA reads the base's weights as plain numbers, which a quantised base does not have.",
-            code="dora_on_quantised_base",
-            remedy="Leave out lora.use_dora or quantisation.",
-            param="lora.use_dora",
-        )
-    if begins_with_the_base(request.lora.init_lora_weights):
-        raise InvalidRequest(
-            f"{request.lora.init_lora_weights} decomposes the base's weights, which a quantised base does not have.",
-            code="start_on_quantised_base",
-            remedy="Leave out lora.init_lora_weights or quantisation.",
-            param="lora.init_lora_weights",
-        )
-    found = fleet.quantisations(session, now=now)
-    if found is None or request.quantisation in found:
-        return
-    raise InvalidRequest(
-        f"No worker can hold a base model as {request.quantisation}: none has bitsandbytes.",
-        code="quantisation_unavailable",
-        remedy=f"{INSTALL_QUANT} Or leave out quantisation.",
-        param="quantisation",
-    )
-
-
-def _check_rates(request: JobRequest) -> None:
-    """The rate may be given twice where both say the same, as in a copy of a job's own numbers."""
-    multiplier, rate = request.numbers().learning_rate_multiplier, request.optimizer.learning_rate
-    optimizer = request.optimizer.type
-    if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
-        name, hint = NO_USUAL_RATE[optimizer]
-        raise InvalidRequest(
-            f"{name} has no usual learning rate.",
-            code="learning_rate_required",
-            remedy=f"Give optimizer.learning_rate; {hint}.",
-            param="optimizer.learning_rate",
-        )
-    if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
-        return
-    raise InvalidRequest(
-        f"The learning rate is given twice: {rate:g}, and {multiplier:g} times {BASE_LEARNING_RATE:g}.",
-        code="conflicting_learning_rates",
-        remedy="Give either optimizer.learning_rate or learning_rate_multiplier; leave the other out, or say 'auto'.",
-        param="optimizer.learning_rate",
-    )
-
-
-def _check_held_out(request: JobRequest) -> None:
-    """What evaluations decide needs a file to evaluate on."""
-    if request.validation_file is not None:
-        return
-    for field, is_asked in (
-        ("early_stopping", request.early_stopping is not None),
-        ("evaluation.keep", request.evaluation.keep == "best"),
-        ("evaluation.every_steps", request.evaluation.every_steps != "auto"),
-        ("evaluation.samples", request.evaluation.samples is not None),
-    ):
-        if is_asked:
-            raise InvalidRequest(
-                f"{field} belongs to evaluations on held-out data, and the job has none.",
-                code="validation_file_required",
-                remedy=f"Give a validation_file, or leave {field} out.",
-                param=field,
-            )

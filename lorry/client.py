@@ -18,6 +18,7 @@ from lorry.resources.fleet import Queue, Workers
 from lorry.resources.jobs import Jobs
 from lorry.resources.keys import Keys, Projects
 from lorry.resources.models import Models
+from lorry.resources.plans import Plans
 from lorry.resources.sign_in import SignInLinks
 from lorry.resources.sweeps import Sweeps
 from lorry.resources.webhooks import Webhooks
@@ -45,6 +46,7 @@ class Lorry:
         self._transport = Transport(found, retries=retries, sleep=sleep, transport=transport)
         self.files = Files(self._transport)
         self.jobs = Jobs(self._transport)
+        self.plans = Plans(self._transport)
         self.sweeps = Sweeps(self._transport)
         self.adapters = Adapters(self._transport)
         self.models = Models(self._transport)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 Auto = Literal["auto"]
@@ -162,3 +163,41 @@ Metric = Literal[
 class Objective(TypedDict, total=False):
     metric: Metric
     goal: Literal["auto", "minimize", "maximize"]
+
+
+class JobFields(TypedDict, total=False):
+    """What may be said of a job beside its model and its training file. None: the service's default."""
+
+    validation_file: str | None
+    suffix: str | None
+    seed: int | None
+    metadata: Mapping[str, str] | None
+    method: MethodType | None
+    hyperparameters: AnyHyperparameters | None
+    """Of the method, "supervised" where none is named."""
+    parent_adapter: str | None
+    """Id or name of one to continue."""
+    lora: Lora | None
+    optimizer: Optimizer | None
+    schedule: Schedule | None
+    evaluation: EvaluationRule | None
+    data: Data | None
+    early_stopping: EarlyStopping | None
+    precision: Precision | None
+    quantisation: Quantisation | None
+    max_length: int | Auto | None
+    max_steps: int | None
+    checkpoint_every_steps: int | Auto | None
+    priority: Priority | None
+    extra_body: Mapping[str, Any] | None
+    """Fields of the body as they go over the wire, in place of the others."""
+
+
+def job_body(fields: JobFields, **named: str | None) -> dict[str, Any]:
+    """The body of a request for a job, or for a plan of one."""
+    body: dict[str, Any] = {**named, **fields}
+    extra, method, numbers = (body.pop(name, None) for name in ("extra_body", "method", "hyperparameters"))
+    if method or numbers:
+        chosen = method or "supervised"
+        body["method"] = {"type": chosen, **({chosen: {"hyperparameters": numbers}} if numbers else {})}
+    return {name: value for name, value in body.items() if value is not None} | dict(extra or {})

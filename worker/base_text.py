@@ -108,6 +108,20 @@ class BaseText:
         """Without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def pieces(self, row: Rendered, *, num_tokens: int) -> list[str]:
+        """The text of each token as `encode` gave them: joined they are the row's text, and around it what the
+        tokenizer has added. A character of several tokens stands with its first."""
+        encoding = self._tokenizer.encode(row.text, add_special_tokens=row.is_plain)
+        found: list[str] = []
+        upto = 0
+        for ident, (_, end), is_added in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True):
+            added = self._tokenizer.id_to_token(ident) or "" if is_added and end <= upto else ""
+            found.append(row.text[upto:end] if end > upto else added)
+            upto = max(upto, end)
+        if len(found) < num_tokens and self.eos is not None:
+            found.append(self.eos[1])
+        return found
+
     def _turns(self, row: Rendered, encoding: Encoding) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         ids = np.array(encoding.ids, dtype=np.int64)
         return ids, _mask(ids, encoding, row, self.special, trims=not self.template.marks_spans)

@@ -37,16 +37,6 @@ STALL_SECONDS = 900.0
 """A child that has used no processor time for so long waits for something that does not come."""
 LIMIT_SECONDS = 12 * 3600.0
 """The longest that a child may take."""
-TOKENIZER_FILES = frozenset(
-    {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    }
-)
-"""What decides how a conversation becomes tokens."""
 
 
 class ImportRefused(LorryError):
@@ -108,13 +98,6 @@ def clean(context: WorkerContext) -> list[str]:
         shutil.rmtree(folders[digest], ignore_errors=True)
         log.info("The files of a deleted base model were removed: %s.", digest)
     return gone
-
-
-def tokenizer_digest(row: BaseModelRow) -> str:
-    """Digest of the files that decide tokens and template; bases that share them share token caches."""
-    assert row.manifest is not None, "the base is ready"
-    files = [file for file in row.manifest["files"] if file["path"] in TOKENIZER_FILES]
-    return bases.files_digest({"files": files})
 
 
 def _import(

@@ -53,6 +53,8 @@ class Rendered:
     """No chat template wrote it, so it lacks the tokens that begin and end a text."""
     is_desirable: bool | None = None
     """Of a single answer with a label."""
+    line: int = 0
+    """Of the file, from 1; 0 where it came from none."""
 
 
 class ChatTemplate:

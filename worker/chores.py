@@ -10,7 +10,7 @@ from types import TracebackType
 
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
 from catalog.sweeps import controller
-from worker import bases, preparation
+from worker import bases, planning, preparation
 from worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ class Chores:
         self._current: Future[bool] | None = None
         self._looks_again_at = 0.0
         self._went_wrong = False
+        self._was_job = False
+        """What was prepared last was of a job."""
 
     def __enter__(self) -> Chores:
         return self
@@ -87,7 +89,16 @@ class Chores:
     def _next_chore(self) -> bool:
         """Sweeps first: what they make has to be prepared."""
         context = self._context
-        return controller.advance(context.db) or bases.import_next(context) or preparation.prepare_next(context)
+        return controller.advance(context.db) or bases.import_next(context) or self._prepare_one()
+
+    def _prepare_one(self) -> bool:
+        """Files of a job, or a plan. Where both wait they take turns: before a plan sits a person."""
+        acts = [preparation.prepare_next, planning.compute_next]
+        for act in reversed(acts) if self._was_job else acts:
+            if act(self._context):
+                self._was_job = act is preparation.prepare_next
+                return True
+        return False
 
     def _clean_when_due(self) -> None:
         """Once an hour, where nothing else is to be done."""

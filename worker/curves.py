@@ -14,6 +14,8 @@ WINDOW_STEPS = 50
 LAST_STEPS = 5
 """Whose mean loss tells how a training ended: one batch by itself may be a hard one."""
 RISEN = 1.2
+LEAPT = 1.5
+"""Of fewer steps than it takes for their mean to say something: batches differ."""
 TRAIN_FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards")
 
 
@@ -65,14 +67,19 @@ class Curve:
         self._flushed_at = now
 
     def risen(self, began: tuple[int, float] | None) -> tuple[float, float] | None:
-        """(the first loss, the mean of the last ones) where that is clearly higher after steps enough to learn in.
+        """(the first loss, the mean of the last ones) where that is clearly higher.
 
-        began: step and loss of the job's first step on record, which an earlier attempt may have taken.
+        began: step and loss of the job's first step on record, which an earlier attempt may have taken. However few
+        the steps are, a loss that has leapt is told.
         """
-        if began is None or self.step - began[0] < 2 * LAST_STEPS or len(self._last_losses) < LAST_STEPS:
+        if began is None or self.step <= began[0]:
             return None
-        first, last = began[1], sum(self._last_losses) / len(self._last_losses)
-        return (first, last) if last > RISEN * first else None
+        losses = list(self._last_losses)[-min(LAST_STEPS, self.step - began[0]) :]
+        if not losses:
+            return None
+        first, last = began[1], sum(losses) / len(losses)
+        is_long = self.step - began[0] >= 2 * LAST_STEPS and len(losses) == LAST_STEPS
+        return (first, last) if last > (RISEN if is_long else LEAPT) * first else None
 
     def progress(self) -> Json:
         """For the job's row: its own speed over the last steps, and the time that this leaves."""

@@ -6,26 +6,35 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from catalog.row_kinds import RowKind
+from worker.chat_template import Rendered
+
+Flaw = Literal["too_long", "empty", "duplicate"]
+"""What a person will want to know of a row: more tokens than are kept, nothing learnt in it or a piece of it, equal to
+an earlier one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRow:
     """ids int64 [T]; mask uint8 [T], 1 where the token is learnt. Before any cut."""
 
-    text: str
+    rendered: Rendered
     ids: NDArray[np.int64]
     mask: NDArray[np.uint8]
-    is_desirable: bool | None = None
+
+    @property
+    def text(self) -> str:
+        return self.rendered.text
 
     @property
     def label(self) -> float | None:
         """As a trainer reads it; None where the row has none."""
-        return None if self.is_desirable is None else float(self.is_desirable)
+        return None if self.rendered.is_desirable is None else float(self.rendered.is_desirable)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,15 +52,19 @@ class Counts:
     longest_example: int = 0
     """Tokens of the longest row that is kept, as cut, or of the longest pair of rows."""
 
-    def count(self, rows: Sequence[EncodedRow], *, max_length: int) -> None:
-        """One row, or the two of a pair."""
+    def count(self, rows: Sequence[EncodedRow], *, max_length: int) -> set[Flaw]:
+        """One row, or the two of a pair. Returns what is the matter with it."""
         length = max(len(row.ids) for row in rows)
         self.lengths.append(length)
-        self.too_long += length > max_length
+        is_too_long = length > max_length
+        self.too_long += is_too_long
         said = [row.text if row.label is None else f"{row.text}\0{row.label}" for row in rows]
         digest = blake2b("\0".join(said).encode(), digest_size=16).digest()
-        self.duplicates += digest in self.seen
+        is_duplicate = digest in self.seen
+        self.duplicates += is_duplicate
         self.seen.add(digest)
+        flaws: dict[Flaw, bool] = {"too_long": is_too_long, "duplicate": is_duplicate}
+        return {flaw for flaw, is_there in flaws.items() if is_there}
 
     def keep(self, num_tokens: int, *, label: float | None = None) -> None:
         """A row or pair of so many tokens is trained on."""

@@ -1,17 +1,20 @@
-"""Gets a job's files tokenised in a child process, and the token caches into the store and the record."""
+"""Gets files tokenised in a child process, and the token caches into the store and the record: a job's, or a plan's."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 
 from catalog import files, prepared
 from catalog import preparation as record
 from catalog.artifacts.manifest import DamagedArtifact
+from catalog.bases import tokenizer_digest
 from catalog.errors import LorryError, OutOfSpace, Unavailable
-from catalog.preparation import Unprepared
+from catalog.preparation import FilesToPrepare, Unprepared
 from catalog.spec import JobSpec
 from catalog.tables import File, Job, Json, Prepared
 from worker import bases, scratch
@@ -49,7 +52,7 @@ def prepare_next(context: WorkerContext) -> bool:
 def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
     claim_id = unprepared.claim_id
     try:
-        train, valid = _both_files(context, unprepared)
+        train, valid = both_files(context, unprepared.files)
     except (FileRefused, bases.ImportRefused) as error:
         refusal = {"code": error.code, "message": error.sentence(), "param": error.param}
         valid_file = unprepared.validation_file
@@ -57,8 +60,8 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
             context.db,
             claim_id=claim_id,
             error=refusal,
-            train_key=_key(unprepared, unprepared.training_file),
-            valid_key=_key(unprepared, valid_file) if valid_file else None,
+            train_key=_key(unprepared.files, unprepared.training_file),
+            valid_key=_key(unprepared.files, valid_file) if valid_file else None,
         )
     except bases.Abandoned:
         record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
@@ -88,7 +91,7 @@ def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prep
         context.store.delete_damaged(damaged.artifact)
     file = files.get(context.db, project_id=job.project_id, file_id=file_id)
     base_dir = bases.ensure(context, job.base_model, job.base_digest)
-    return _make(context, base_dir, file, key, JobSpec.model_validate(job.spec))
+    return _make(context, base_dir, file, key, JobSpec.model_validate(job.spec), is_unwanted=lambda: False)
 
 
 def num_rows(report: Json) -> int:
@@ -102,46 +105,72 @@ def _longest_example(*files: Prepared | None) -> int | None:
     return max((int(tokens) for tokens in found if tokens is not None), default=None)
 
 
-def _both_files(context: WorkerContext, unprepared: Unprepared) -> tuple[Prepared, Prepared | None]:
-    train = _tokens(context, unprepared, unprepared.training_file, "training_file")
-    if unprepared.validation_file is None:
-        return train, None
-    return train, _tokens(context, unprepared, unprepared.validation_file, "validation_file")
+def both_files(
+    context: WorkerContext,
+    wanted: FilesToPrepare,
+    *,
+    with_details: bool = False,
+    is_unwanted: Callable[[], bool] = lambda: False,
+) -> tuple[Prepared, Prepared | None]:
+    """The token caches of both, made before, by whomever, or made now. with_details: those of before there were any
+    are made again. is_unwanted: asked several times a second.
+
+    Raises FileRefused, bases.ImportRefused, bases.Abandoned, DamagedArtifact, OutOfSpace, Unavailable.
+    """
+    made = _Making(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
+    train = _tokens(made, wanted.training, "training_file")
+    return train, None if wanted.validation is None else _tokens(made, wanted.validation, "validation_file")
 
 
-def _key(unprepared: Unprepared, file: File) -> str:
-    spec = JobSpec.model_validate(unprepared.job.spec)
-    return prepared.key(file.digest, bases.tokenizer_digest(unprepared.base), spec.max_length, spec.data)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Making:
+    context: WorkerContext
+    wanted: FilesToPrepare
+    with_details: bool
+    is_unwanted: Callable[[], bool]
 
 
-def _tokens(context: WorkerContext, unprepared: Unprepared, file: File, param: str) -> Prepared:
-    """The token cache of one file: made before, by whomever, or made now. Raises FileRefused."""
-    key = _key(unprepared, file)
-    row = prepared.get(context.db, key)
-    if row is None or (row.artifact is None and "refusal" not in row.report):
-        base_dir = bases.ensure(context, unprepared.base.name, unprepared.job.base_digest)
-        row = _make(context, base_dir, file, key, JobSpec.model_validate(unprepared.job.spec))
+def _key(wanted: FilesToPrepare, file: File) -> str:
+    return prepared.key(file.digest, tokenizer_digest(wanted.base), wanted.spec.max_length, wanted.spec.data)
+
+
+def _tokens(made: _Making, file: File, param: str) -> Prepared:
+    """The token cache of one file. Raises FileRefused."""
+    wanted, key = made.wanted, _key(made.wanted, file)
+    row = prepared.get(made.context.db, key)
+    if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(made, row):
+        base_dir = bases.ensure(made.context, wanted.base.name, wanted.base_digest, is_unwanted=made.is_unwanted)
+        row = _make(made.context, base_dir, file, key, wanted.spec, is_unwanted=made.is_unwanted)
     if row.artifact is None:
         refusal = row.report["refusal"]
         raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
     return row
 
 
-def _make(context: WorkerContext, base_dir: Path, file: File, key: str, spec: JobSpec) -> Prepared:
+def _lacks_details(made: _Making, row: Prepared) -> bool:
+    return made.with_details and row.details is None
+
+
+def _make(
+    context: WorkerContext, base_dir: Path, file: File, key: str, spec: JobSpec, *, is_unwanted: Callable[[], bool]
+) -> Prepared:
     with scratch.owned(context.scratch_dir() / f"prepare-{token_hex(8)}") as work:
         work.mkdir()
         source = work / "source.jsonl"
         with source.open("wb") as target:
             for chunk in context.store.open_blob(file.digest):
                 target.write(chunk)
-        report = _run(context, work, source, base_dir, spec)
+        report = _run(context, work, source, base_dir, spec, is_unwanted=is_unwanted)
         artifact = None
         if "refusal" not in report:
             artifact = context.store.put_folder(work / "tokens", kind="tokens")
-        return prepared.put(context.db, key, file_digest=file.digest, artifact=artifact, report=report)
+        details = read_json(path) if (path := work / "details.json").exists() else None
+        return prepared.put(context.db, key, file_digest=file.digest, artifact=artifact, report=report, details=details)
 
 
-def _run(context: WorkerContext, work: Path, source: Path, base_dir: Path, spec: JobSpec) -> Json:
+def _run(
+    context: WorkerContext, work: Path, source: Path, base_dir: Path, spec: JobSpec, *, is_unwanted: Callable[[], bool]
+) -> Json:
     """The child's report."""
     arguments, tokens, report = work / "arguments.json", work / "tokens", work / "report.json"
     tokens.mkdir()
@@ -154,10 +183,11 @@ def _run(context: WorkerContext, work: Path, source: Path, base_dir: Path, spec:
             "data": spec.data.model_dump(),
             "out": str(tokens / "tokens.safetensors"),
             "report": str(report),
+            "details": str(work / "details.json"),
         },
     )
     child = run_child("worker.prepare", str(arguments), log_path=work / "log.txt")
-    bases.wait_renewing(child, context, lambda: None)  # the heartbeat renews this claim with the others
+    bases.wait_renewing(child, context, lambda: None, is_unwanted)  # the heartbeat renews a job's claim
     if child.returncode == EXIT_DISK_FULL:
         remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
         raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)

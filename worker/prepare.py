@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -29,6 +30,7 @@ from worker.encoded_rows import Counts, EncodedRow
 from worker.labelled import refuse_one_label, render_labelled
 from worker.overflow import fit
 from worker.pairs import are_equal, nothing_to_compare, render_pair
+from worker.shown_rows import Details, ShownRows
 from worker.token_file import TokenFile
 
 FORMAT = 1
@@ -98,26 +100,43 @@ class DatasetReport(TypedDict):
     refusal: NotRequired[Refusal]
 
 
-def prepare(*, source: Path, base_dir: Path, max_length: int, out: Path, data: DataSpec | None = None) -> DatasetReport:
+def prepare(
+    *,
+    source: Path,
+    base_dir: Path,
+    max_length: int,
+    out: Path,
+    data: DataSpec | None = None,
+    shown: ShownRows | None = None,
+) -> DatasetReport:
     """Tokenise the checked file `source` into `out`, which is not written where the report has a refusal.
 
-    No row keeps more than `max_length` tokens. data: what is learnt, and what becomes of longer rows.
-    Raises OutOfSpace.
+    No row keeps more than `max_length` tokens. data: what is learnt, and what becomes of longer rows. shown: is told
+    of each row. Raises OutOfSpace.
     """
-    counts, data = Counts(), data or DataSpec()
+    counts, data, shown = Counts(), data or DataSpec(), shown or ShownRows()
     base = BaseText(base_dir)
     with full_disk_named(), TokenFile(out) as tokens:
         try:
-            _fill(tokens, counts, base, source=source, max_length=max_length, data=data)
+            _fill(tokens, counts, base, shown, source=source, max_length=max_length, data=data)
         except Refused as error:
             return _report(tokens, counts, base, max_length=max_length, data=data, refused=error)
         tokens.finish()
     return _report(tokens, counts, base, max_length=max_length, data=data)
 
 
-def _fill(tokens: TokenFile, counts: Counts, base: BaseText, *, source: Path, max_length: int, data: DataSpec) -> None:
+def _fill(
+    tokens: TokenFile,
+    counts: Counts,
+    base: BaseText,
+    shown: ShownRows,
+    *,
+    source: Path,
+    max_length: int,
+    data: DataSpec,
+) -> None:
     for example in _examples(source, base, counts, data):
-        counts.count(example, max_length=max_length)
+        flaws = counts.count(example, max_length=max_length)
         fitting = [fit((row.ids, row.mask), max_length=max_length, overflow=data.overflow) for row in example]
         for rows in zip(*fitting, strict=False):  # the pieces of a row, one by one; a pair whole, or not at all
             if all(learnt.any() for _, learnt in rows) and not are_equal(rows):
@@ -126,6 +145,8 @@ def _fill(tokens: TokenFile, counts: Counts, base: BaseText, *, source: Path, ma
                 counts.keep(sum(len(ids) for ids, _ in rows), label=example[0].label)
             else:
                 counts.empty += 1
+                flaws.add("empty")
+        shown.see(base, example, fitting, flaws)
     if tokens.num_rows == 0:
         raise _nothing_to_learn(counts, max_length, data)
     if counts.kind is UNPAIRED:
@@ -142,14 +163,14 @@ def _examples(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> I
 def _encoded(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[EncodedRow]:
     for batch in _batches(_rendered(source, base, counts, data)):
         for rendered, (ids, mask) in zip(batch, base.encode(batch), strict=True):
-            yield EncodedRow(text=rendered.text, ids=ids, mask=mask, is_desirable=rendered.is_desirable)
+            yield EncodedRow(rendered=rendered, ids=ids, mask=mask)
 
 
 def _rendered(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[Rendered]:
     with source.open("rb") as lines:
         try:
             for number, line in read_rows(lines, max_line_bytes=MAX_LINE_BYTES):
-                yield from _render(base, counts, data, number, line)
+                yield from (replace(row, line=number) for row in _render(base, counts, data, number, line))
         except InvalidRequest as error:
             raise Refused(error.code, error.message, error.remedy) from error
 
@@ -257,8 +278,9 @@ def _report(
 
 
 def main(arguments_path: Path) -> int:
-    """Read {source, base_dir, max_length, data, out, report}, write the report. Returns the exit status."""
+    """Read {source, base_dir, max_length, data, out, report, details}, write the last two. Returns the exit status."""
     arguments = json.loads(arguments_path.read_text("utf-8"))
+    shown = ShownRows()
     try:
         report = prepare(
             source=Path(arguments["source"]),
@@ -266,8 +288,10 @@ def main(arguments_path: Path) -> int:
             max_length=int(arguments["max_length"]),
             out=Path(arguments["out"]),
             data=DataSpec.model_validate(arguments["data"]),
+            shown=shown,
         )
         with full_disk_named():
+            _write_json(Path(arguments["details"]), shown.details())
             _write_json(Path(arguments["report"]), report)
     except OutOfSpace as error:
         sys.stderr.write(error.sentence() + "\n")
@@ -275,7 +299,7 @@ def main(arguments_path: Path) -> int:
     return 0
 
 
-def _write_json(path: Path, report: DatasetReport) -> None:
+def _write_json(path: Path, report: DatasetReport | Details) -> None:
     """Whole or not at all: whoever waits for it may look at any time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

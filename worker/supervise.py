@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, memory, packing, queue, saturation, workers
+from catalog import claims, memory, packing, queue, saturation, waiting_plans, workers
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
 from catalog.scheduling.picture import Room
@@ -71,9 +71,9 @@ def anything_waits(context: WorkerContext) -> bool:
     """Whether a worker that is free would find something to do now, or soon."""
     counts = queue.snapshot(context.db, project_id=None)["counts"]
     waiting = (JobState.QUEUED, JobState.VALIDATING_FILES)
-    return any(counts.get(state) for state in waiting) or any(
-        row.state == "importing" for row in catalog_bases.list_all(context.db)
-    )
+    if any(counts.get(state) for state in waiting) or waiting_plans.any_waits(context.db):
+        return True
+    return any(row.state == "importing" for row in catalog_bases.list_all(context.db))
 
 
 def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tuple[int, list[Claim]]:
@@ -173,8 +173,14 @@ def _announced(context: WorkerContext, trainer: TrainerProcess, pack: Pack, base
     finally:
         context.pulse.guard(on_beat=None, on_lost=None)
         context.pulse.status |= {"resident_base": None, "trainer_id": None}
-        exit_report = {"exit_status": trainer.returncode}
+        exit_report = {"exit_status": trainer.returncode, **_speeds(context)}
         _try(lambda: workers.end_trainer(context.db, trainer_id, report=exit_report))
+
+
+def _speeds(context: WorkerContext) -> Json:
+    """What the trainer has learnt of its ticks: for plans of jobs on its base."""
+    told = context.pulse.status["report"].get("tick_speeds")
+    return {"tick_speeds": told} if told else {}
 
 
 def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: Pack) -> list[Claim]:

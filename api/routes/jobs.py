@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, TypedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Annotated, Any, TypedDict
 
 from fastapi import APIRouter, Body, Header, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.models import Example
+from pydantic import BaseModel, Discriminator, Tag, ValidationError
 from starlette.datastructures import QueryParams
 
 from api.auth import Signed
@@ -18,7 +22,7 @@ from api.schemas.jobs import FineTuningJob
 from api.schemas.pages import ListPage, page_of
 from catalog import jobs
 from catalog.errors import InvalidRequest
-from catalog.spec import JobRequest
+from catalog.spec import JobRequest, PlannedJob
 from catalog.tables import Job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
@@ -44,12 +48,23 @@ REQUEST_EXAMPLES: dict[str, Example] = {
             "lora": {"rank": 32},
         }
     },
+    "planned": {"value": {"plan": "plan-5e1f0a9b8c7d6e5f4a3b2c1d"}},
 }
+
+
+def _which_body(body: Any) -> str:
+    """A job of its own, or one that was planned: told by whether there is a `plan`."""
+    return "planned" if isinstance(body, PlannedJob) or (isinstance(body, dict) and "plan" in body) else "job"
+
+
+JobBody = Annotated[
+    Annotated[JobRequest, Tag("job")] | Annotated[PlannedJob, Tag("planned")], Discriminator(_which_body)
+]
 
 
 @router.post("", operation_id="create_job", responses=errors(404, 409, 413))
 def create_job(
-    body: Annotated[JobRequest, Body(openapi_examples=REQUEST_EXAMPLES)],
+    body: Annotated[JobBody, Body(openapi_examples=REQUEST_EXAMPLES)],
     use: Use,
     caller: Signed,
     idempotency_key: Annotated[
@@ -58,12 +73,13 @@ def create_job(
     *,
     is_retry: IsRetry,
 ) -> FineTuningJob:
-    """Queue a job. It is validated and trained by a worker; follow its events, or its stream."""
+    """Queue a job, or with `plan` the one that was planned. It is validated and trained by a worker; follow its
+    events, or its stream."""
     sent: Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
     job = jobs.made_before(use.db, caller=caller, **sent) if may_repeat else None
     if job is None:  # else it was counted already, and the limit may be reached by it
-        with use.limits.counting_jobs(caller):
+        with use.limits.counting_jobs(caller), _fields_named(body):
             job = jobs.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
     return _shown(use, job)
@@ -115,7 +131,17 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
     return _shown(use, job)
 
 
-def body_digest(request: JobRequest) -> str:
+@contextmanager
+def _fields_named(body: BaseModel) -> Generator[None]:
+    """What a job from a plan says beside it is read with the plan, and refused as any other field."""
+    try:
+        yield
+    except ValidationError as error:
+        problems = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+        raise RequestValidationError(problems, body=body.model_dump(mode="json", exclude_unset=True)) from error
+
+
+def body_digest(request: BaseModel) -> str:
     """Equal for equal requests, however their JSON was written."""
     given = request.model_dump(mode="json", exclude_unset=True)
     return hashlib.sha256(json.dumps(given, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -214,9 +214,6 @@ def job_object(
     row: Job, *, adapter_id: str | None, seconds_running: float, trial: Trial | None = None
 ) -> FineTuningJob:
     spec = JobSpec.model_validate(row.spec)
-    numbers = ResolvedHyperparameters(
-        batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
-    )
     return FineTuningJob.model_validate(
         {
             **_identity(row),
@@ -224,23 +221,33 @@ def job_object(
             "adapter_id": adapter_id,
             "sweep": trial and TrialOf(id=trial.sweep_id, trial=trial.number, parameters=trial.parameters),
             "seconds_running": seconds_running,
-            "parent_adapter": spec.parent.name if spec.parent else None,
-            "seed": spec.seed,
-            "hyperparameters": numbers,
-            "method": method_object(spec.method, numbers.model_dump(), spec.method_numbers),
-            "lora": spec.lora.model_dump(),
-            "optimizer": spec.optimizer.model_dump(),
-            "schedule": spec.schedule.model_dump(),
-            "data": spec.data.model_dump(),
-            "evaluation": {"every_steps": spec.evaluate_every_steps, "keep": spec.keep, "samples": spec.samples},
-            "early_stopping": spec.early_stopping,
-            "precision": spec.precision,
-            "quantisation": spec.quantisation,
-            "max_length": spec.max_length,
-            "max_steps": spec.max_steps,
-            "checkpoint_every_steps": spec.checkpoint_every_steps,
+            **configuration(spec),
         }
     )
+
+
+def configuration(spec: JobSpec) -> dict[str, Any]:
+    """What a job is to do, with every number known, as fields of the wire."""
+    numbers = ResolvedHyperparameters(
+        batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
+    )
+    return {
+        "parent_adapter": spec.parent.name if spec.parent else None,
+        "seed": spec.seed,
+        "hyperparameters": numbers,
+        "method": method_object(spec.method, numbers.model_dump(), spec.method_numbers),
+        "lora": spec.lora.model_dump(),
+        "optimizer": spec.optimizer.model_dump(),
+        "schedule": spec.schedule.model_dump(),
+        "data": spec.data.model_dump(),
+        "evaluation": {"every_steps": spec.evaluate_every_steps, "keep": spec.keep, "samples": spec.samples},
+        "early_stopping": spec.early_stopping,
+        "precision": spec.precision,
+        "quantisation": spec.quantisation,
+        "max_length": spec.max_length,
+        "max_steps": spec.max_steps,
+        "checkpoint_every_steps": spec.checkpoint_every_steps,
+    }
 
 
 def _identity(row: Job) -> dict[str, Any]:

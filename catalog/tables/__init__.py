@@ -8,6 +8,7 @@ from catalog.tables.fleet import Pulse, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, MetricBlock
 from catalog.tables.jobs import IdempotencyKey, Job
 from catalog.tables.owners import ApiKey, Project, ProjectUsage, SignIn
+from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
 from catalog.tables.sweeps import RungValue, Sweep, Trial
 from catalog.tables.table import Json, Table, new_id
@@ -25,11 +26,13 @@ __all__ = [
     "BaseModelRow",
     "Checkpoint",
     "File",
+    "FileOverlap",
     "IdempotencyKey",
     "Job",
     "JobEvent",
     "Json",
     "MetricBlock",
+    "Plan",
     "Prepared",
     "Project",
     "ProjectUsage",

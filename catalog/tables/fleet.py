@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Boolean, Integer
+from sqlalchemy import Boolean, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
@@ -53,7 +53,8 @@ class Trainer(Table):
     started_at: Mapped[float]
     ended_at: Mapped[float | None]
     report: Mapped[Json | None]
-    """What it said at start and end: dtype, device, determinism class, versions, memory, exit."""
+    """What it said at start and end: dtype, device, determinism class, versions, memory, exit, speeds of ticks."""
+    __table_args__ = (Index(None, "pack_key", "started_at"),)
 
 
 class Pulse(Table):

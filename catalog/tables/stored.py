@@ -74,6 +74,9 @@ class Prepared(Table):
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
     """None where the file can't be trained on: `report["refusal"]` says why."""
     report: Mapped[Json]
+    details: Mapped[Json | None]
+    """Sample rows and the lines of odd ones, which hold the data itself: for plans, and nobody who may not read the
+    file. None of files that were prepared before there were plans."""
     created_at: Mapped[float]
 
 

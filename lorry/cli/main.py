@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from lorry.cli import adapters, audit, files, fleet, jobs, keys, models, sweeps, up, webhooks
-from lorry.cli.app import group, run
+from lorry.cli.app import Sectioned, group, run
+from lorry.cli.plan import plan
 
 app = group(
     "Trains many LoRA adapters at once on the GPUs you own.\n\n"
@@ -17,6 +18,7 @@ app = group(
 app.command("up")(up.up)
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
+app.command("plan", cls=Sectioned)(plan)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(sweeps.app, name="sweep")
 app.add_typer(adapters.app, name="adapters")

@@ -5,166 +5,161 @@ Each option stands for one field of the service, by its dotted path; limits are 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from lorry.cli import output, watching
 from lorry.cli.app import client
-from lorry.cli.choices import Keep, Loss, Method, Optimizer, Overflow, Precision, Priority, Quantisation, Schedule
+from lorry.cli.choices import Method, Optimizer, Precision, Priority, Schedule
 from lorry.cli.field_names import FIELDS, NAMES, in_typed_words
+from lorry.cli.job_options import (
+    ADAPTER,
+    RUN,
+    TRAINING,
+    WATCHING,
+    AlphaPattern,
+    Base,
+    EvaluateEvery,
+    Held,
+    KeepOption,
+    Layers,
+    LossOption,
+    Metadata,
+    Methods,
+    Neftune,
+    Others,
+    OverflowOption,
+    Parent,
+    Patience,
+    Planned,
+    RankPattern,
+    Smoothing,
+    Targets,
+    Training,
+    Warmup,
+    option,
+)
 from lorry.cli.output import AsJson
 from lorry.cli.typed import json_or_text, nested, pair
 from lorry.cli.uploading import send_with_files
 from lorry.errors import APIError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lorry.client import Lorry
     from lorry.models import Job
 
 
-ADAPTER, TRAINING, WATCHING, RUN = "Adapter", "Training", "Evaluation and checkpoints", "The job"
-
-
-def _option(group: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=group, metavar=metavar)
-
-
-Training = Annotated[str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.")]
-Methods = Annotated[
-    Method | None,
-    _option(
-        TRAINING,
-        "Learn from answers (supervised, the default), from pairs of a better and a worse one, or from labels (kto).",
-    ),
-]
-Held = Annotated[
-    Quantisation | None,
-    _option(TRAINING, "Hold the base model in 4 or 8 bits.", "--quantisation", "--quantization"),
-]
-Parent = Annotated[
-    str | None,
-    _option(
-        ADAPTER,
-        "Continue this adapter of the same base model: its id or name. Its shape is then the parent's.",
-        metavar="ADAPTER",
-    ),
-]
-Targets = Annotated[
-    list[str] | None,
-    _option(
-        ADAPTER,
-        "Linear layer to adapt; may be repeated. Or one re:PATTERN, for paths. Default: all but the output head.",
-        metavar="NAME",
-    ),
-]
-Layers = Annotated[
-    list[int] | None, _option(ADAPTER, "Only in the block of this number, from 0; may be repeated.", metavar="NUMBER")
-]
-RankPattern = Annotated[
-    list[str] | None,
-    _option(ADAPTER, "Another rank for layers whose path ends in KEY; may be repeated.", metavar="KEY=RANK"),
-]
-AlphaPattern = Annotated[
-    list[str] | None, _option(ADAPTER, "Another alpha, in the same way; may be repeated.", metavar="KEY=ALPHA")
-]
-Smoothing = Annotated[
-    float | None, _option(TRAINING, "Of labels, or of dpo the part of swapped pairs; from 0 to below 0.5.")
-]
-Neftune = Annotated[
-    float | None, _option(TRAINING, "Scale of noise on input embeddings, of supervised; 5 is common, 0 is none.")
-]
-LossOption = Annotated[
-    Loss | None, _option(TRAINING, "Of a chat: learn every answer (assistant, the default), or only the last one.")
-]
-OverflowOption = Annotated[
-    Overflow | None,
-    _option(TRAINING, "What becomes of a row above --max-length; only plain texts are split. Default: truncate."),
-]
-Warmup = Annotated[float | None, _option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")]
-EvaluateEvery = Annotated[
-    int | None, _option(WATCHING, "Steps between two readings of the held-out file. Default: a tenth of the job.")
-]
-KeepOption = Annotated[
-    Keep | None, _option(WATCHING, "Whose weights become the adapter. Default: best with --patience, else last.")
-]
-Patience = Annotated[
-    int | None, _option(WATCHING, "End early after so many readings in a row without a fall of the loss.")
-]
-Metadata = Annotated[list[str] | None, _option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
-Others = Annotated[
-    list[str] | None,
-    _option(
-        RUN,
-        "Any other field, such as optimizer.beta1=0.95; the value is JSON or text. May be repeated.",
-        "--set",
-        metavar="PATH=VALUE",
-    ),
-]
+Made = TypeVar("Made")
+OF_THE_COMMAND = frozenset({"plan", "watch", "as_json"})
+"""Parameters of `submit` that say nothing of the job."""
 
 
 def submit(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's name, or an adapter's to continue.")],
-    training: Training,
+    model: Base = None,
+    training: Training = None,
     *,
     parent: Parent = None,
-    rank: Annotated[int | None, _option(ADAPTER, "Rank of the adapter.")] = None,
-    alpha: Annotated[float | None, _option(ADAPTER, "The update is scaled by alpha/rank. Default: 2 * rank.")] = None,
-    rslora: Annotated[bool, _option(ADAPTER, "Scale by alpha/sqrt(rank).", "--rslora")] = False,
-    dropout: Annotated[float | None, _option(ADAPTER, "Probability of dropping an input of A.")] = None,
+    rank: Annotated[int | None, option(ADAPTER, "Rank of the adapter.")] = None,
+    alpha: Annotated[float | None, option(ADAPTER, "The update is scaled by alpha/rank. Default: 2 * rank.")] = None,
+    rslora: Annotated[bool, option(ADAPTER, "Scale by alpha/sqrt(rank).", "--rslora")] = False,
+    dropout: Annotated[float | None, option(ADAPTER, "Probability of dropping an input of A.")] = None,
     target: Targets = None,
     layer: Layers = None,
     rank_pattern: RankPattern = None,
     alpha_pattern: AlphaPattern = None,
-    dora: Annotated[bool, _option(ADAPTER, "Learn the length of each output's weights as well.", "--dora")] = False,
-    init: Annotated[str | None, _option(ADAPTER, "default, gaussian, pissa, pissa_niter_N or olora.")] = None,
+    dora: Annotated[bool, option(ADAPTER, "Learn the length of each output's weights as well.", "--dora")] = False,
+    init: Annotated[str | None, option(ADAPTER, "default, gaussian, pissa, pissa_niter_N or olora.")] = None,
     method: Methods = None,
-    beta: Annotated[float | None, _option(TRAINING, "Strength of the preference; of all but supervised.")] = None,
-    gamma: Annotated[float | None, _option(TRAINING, "Margin that is asked for; of simpo.")] = None,
+    beta: Annotated[float | None, option(TRAINING, "Strength of the preference; of all but supervised.")] = None,
+    gamma: Annotated[float | None, option(TRAINING, "Margin that is asked for; of simpo.")] = None,
     label_smoothing: Smoothing = None,
     neftune_alpha: Neftune = None,
     loss: LossOption = None,
-    learning_rate: Annotated[float | None, _option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
-    lora_plus_ratio: Annotated[float | None, _option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
-    schedule: Annotated[Schedule | None, _option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
+    learning_rate: Annotated[float | None, option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
+    lora_plus_ratio: Annotated[float | None, option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
+    schedule: Annotated[Schedule | None, option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
     warmup: Warmup = None,
-    decay: Annotated[float | None, _option(TRAINING, "Of wsd: part of all steps in which the rate falls.")] = None,
-    optimizer: Annotated[Optimizer | None, _option(TRAINING, "sgd and adafactor need a --learning-rate.")] = None,
-    weight_decay: Annotated[float | None, _option(TRAINING, "Of the optimizer.")] = None,
-    epochs: Annotated[int | None, _option(TRAINING, "Passes over the training file.")] = None,
-    max_steps: Annotated[int | None, _option(TRAINING, "End after so many optimizer steps.")] = None,
-    batch_size: Annotated[int | None, _option(TRAINING, "Sequences, or pairs of them, per optimizer step.")] = None,
-    max_length: Annotated[int | None, _option(TRAINING, "Tokens of a row that are kept.")] = None,
+    decay: Annotated[float | None, option(TRAINING, "Of wsd: part of all steps in which the rate falls.")] = None,
+    optimizer: Annotated[Optimizer | None, option(TRAINING, "sgd and adafactor need a --learning-rate.")] = None,
+    weight_decay: Annotated[float | None, option(TRAINING, "Of the optimizer.")] = None,
+    epochs: Annotated[int | None, option(TRAINING, "Passes over the training file.")] = None,
+    max_steps: Annotated[int | None, option(TRAINING, "End after so many optimizer steps.")] = None,
+    batch_size: Annotated[int | None, option(TRAINING, "Sequences, or pairs of them, per optimizer step.")] = None,
+    max_length: Annotated[int | None, option(TRAINING, "Tokens of a row that are kept.")] = None,
     overflow: OverflowOption = None,
-    precision: Annotated[Precision | None, _option(TRAINING, "Of the base model.")] = None,
+    precision: Annotated[Precision | None, option(TRAINING, "Of the base model.")] = None,
     quantisation: Held = None,
-    seed: Annotated[int | None, _option(TRAINING, "Same seed, same adapter.")] = None,
-    valid: Annotated[str | None, _option(WATCHING, "Held-out file: a path or an id.")] = None,
+    seed: Annotated[int | None, option(TRAINING, "Same seed, same adapter.")] = None,
+    valid: Annotated[str | None, option(WATCHING, "Held-out file: a path or an id.")] = None,
     evaluate_every: EvaluateEvery = None,
     keep: KeepOption = None,
     patience: Patience = None,
-    checkpoint_every: Annotated[int | None, _option(WATCHING, "Steps between two checkpoints.")] = None,
-    suffix: Annotated[str | None, _option(RUN, "Becomes part of the adapter's name.")] = None,
-    priority: Annotated[Priority | None, _option(RUN, "Class in the queue.")] = None,
+    checkpoint_every: Annotated[int | None, option(WATCHING, "Steps between two checkpoints.")] = None,
+    suffix: Annotated[str | None, option(RUN, "Becomes part of the adapter's name.")] = None,
+    priority: Annotated[Priority | None, option(RUN, "Class in the queue.")] = None,
     metadata: Metadata = None,
+    plan: Planned = None,
     other: Others = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and draw its progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a job; files that are paths are uploaded first. What is not said is the service's default."""
-    fields = _fields(ctx.params, method or Method.supervised)
-    others = [pair(given, "--set", "PATH=VALUE") for given in other or []]
-    files = {"training_file"} if valid is None else {"training_file", "validation_file"}
-    _check_said_once({"model", *files, *fields}, [path for path, _ in others])
-    body = nested([*fields.items(), *((path, json_or_text(text)) for path, text in others)])
+    if plan is not None:
+        _check_alone(ctx)
+        return _tell(client(), client().jobs.create(plan=plan), watch=watch, as_json=as_json)
+    asked = read(ctx)
     lorry = client()
-    given_files = {"TRAIN": training} if valid is None else {"TRAIN": training, "--valid": valid}
-    typed = {**{path: f"--set {path}" for path, _ in others}, **{path: NAMES[path] for path in fields}}
-    job = _send(lorry, model, given_files, body, typed=typed)
-    _tell(lorry, job, watch=watch, as_json=as_json)
+    job = asked.send(lorry, lorry.jobs.create)
+    return _tell(lorry, job, watch=watch, as_json=as_json)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a person has asked for, on the command line of a job or of a plan."""
+
+    model: str
+    files: Mapping[str, str]
+    """By what they were typed for, paths or ids."""
+    body: Mapping[str, Any]
+    typed: Mapping[str, str]
+    """What set each field."""
+
+    def send(self, lorry: Lorry, create: Callable[..., Made], *, kept_seconds: int | None = None) -> Made:
+        """With the files uploaded that are paths. kept_seconds: so long, if they are; None: until they are deleted."""
+        with send_with_files(lorry, self.model, self.files, kept_seconds=kept_seconds) as ids:
+            return _create(create, self.model, ids, self.body, typed=self.typed)
+
+
+def read(ctx: typer.Context) -> Asked:
+    """Of what was typed, by the parameters of `submit`. Exits where something is missing, or said twice."""
+    params = ctx.params
+    for name, metavar in (("model", "MODEL"), ("training", "TRAIN")):
+        if params[name] is None:
+            ctx.fail(f"Missing argument '{metavar}'.")
+    valid: str | None = params["valid"]
+    fields = _fields(params, params["method"] or Method.supervised)
+    said: list[str] = params["other"] or []
+    others = [pair(given, "--set", "PATH=VALUE") for given in said]
+    named = {"training_file"} if valid is None else {"training_file", "validation_file"}
+    _check_said_once({"model", *named, *fields}, [path for path, _ in others])
+    return Asked(
+        model=params["model"],
+        files={"TRAIN": params["training"]} | ({} if valid is None else {"--valid": valid}),
+        body=nested([*fields.items(), *((path, json_or_text(text)) for path, text in others)]),
+        typed={**{path: f"--set {path}" for path, _ in others}, **{path: NAMES[path] for path in fields}},
+    )
+
+
+def _check_alone(ctx: typer.Context) -> None:
+    """A plan says all of a job."""
+    said = [name for name, value in ctx.params.items() if name not in OF_THE_COMMAND and _is_given(value)]
+    if said:
+        ctx.fail(f"--plan says all of the job: leave out {', '.join(sorted(said))}, or plan anew with that.")
 
 
 def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -174,13 +169,6 @@ def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
     metadata: list[str] = params["metadata"] or []
     pairs = _by_key([pair(entry, "--metadata", "KEY=VALUE") for entry in metadata], "--metadata")
     return fields | ({"metadata": pairs} if pairs else {})
-
-
-def _send(
-    lorry: Lorry, model: str, given_files: Mapping[str, str], body: Mapping[str, Any], *, typed: Mapping[str, str]
-) -> Job:
-    with send_with_files(lorry, model, given_files) as ids:
-        return _create(lorry, model, ids, body, typed=typed)
 
 
 def _tell(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:
@@ -237,13 +225,16 @@ def _check_said_once(by_option: Iterable[str], by_set: Iterable[str]) -> None:
 
 
 def _create(
-    lorry: Lorry, model: str, ids: Mapping[str, str], body: Mapping[str, Any], *, typed: Mapping[str, str]
-) -> Job:
+    create: Callable[..., Made],
+    model: str,
+    ids: Mapping[str, str],
+    body: Mapping[str, Any],
+    *,
+    typed: Mapping[str, str],
+) -> Made:
     """A refusal names the option where the service names the field."""
     try:
-        return lorry.jobs.create(
-            model=model, training_file=ids["TRAIN"], validation_file=ids.get("--valid"), extra_body=body
-        )
+        return create(model=model, training_file=ids["TRAIN"], validation_file=ids.get("--valid"), extra_body=body)
     except APIError as error:
         in_typed_words(error, typed)
         raise

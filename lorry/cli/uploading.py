@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def send_with_files(lorry: Lorry, model: str, given: Mapping[str, str]) -> Generator[Mapping[str, str]]:
-    """The ids of what is given, paths or ids, by what a person typed them for. model: looked at before an upload."""
+def send_with_files(
+    lorry: Lorry, model: str, given: Mapping[str, str], *, kept_seconds: int | None = None
+) -> Generator[Mapping[str, str]]:
+    """The ids of what is given, paths or ids, by what a person typed them for. model: looked at before an upload.
+
+    kept_seconds: so long, what is uploaded; None: until somebody deletes it.
+    """
     sources = {name: _path_or_id(path_or_id, name) for name, path_or_id in given.items()}
     if any(isinstance(source, Path) for source in sources.values()):
         _check_model(lorry, model)
-    with _uploaded(lorry, sources) as ids:
+    with _uploaded(lorry, sources, kept_seconds) as ids:
         yield ids
 
 
@@ -50,7 +55,9 @@ def _check_model(lorry: Lorry, name: str) -> None:
 
 
 @contextmanager
-def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapping[str, str]]:
+def _uploaded(
+    lorry: Lorry, sources: Mapping[str, Path | str], kept_seconds: int | None
+) -> Generator[Mapping[str, str]]:
     """The ids of the files. What was uploaded for a job that the service refuses is deleted again.
 
     Where the connection is lost, or the service fails, the job may be there all the same: then they stay.
@@ -60,7 +67,7 @@ def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapp
     try:
         for name, source in sources.items():
             if isinstance(source, Path):
-                ids[name] = _upload(lorry, source, name)
+                ids[name] = _upload(lorry, source, name, kept_seconds)
                 uploaded.append(ids[name])
             else:
                 ids[name] = source
@@ -72,9 +79,9 @@ def _uploaded(lorry: Lorry, sources: Mapping[str, Path | str]) -> Generator[Mapp
         raise
 
 
-def _upload(lorry: Lorry, path: Path, name: str) -> str:
+def _upload(lorry: Lorry, path: Path, name: str, kept_seconds: int | None) -> str:
     try:
-        return upload_with_bar(lorry, path).id
+        return upload_with_bar(lorry, path, expires_after_seconds=kept_seconds).id
     except APIError as error:
         error.param = name
         raise

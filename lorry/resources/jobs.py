@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Unpack
 from urllib.parse import quote
 
 from lorry import requests
@@ -26,61 +26,20 @@ class Jobs:
     def create(
         self,
         *,
-        model: str,
-        training_file: str,
-        validation_file: str | None = None,
-        suffix: str | None = None,
-        seed: int | None = None,
-        metadata: Mapping[str, str] | None = None,
-        method: requests.MethodType | None = None,
-        hyperparameters: requests.AnyHyperparameters | None = None,
-        parent_adapter: str | None = None,
-        lora: requests.Lora | None = None,
-        optimizer: requests.Optimizer | None = None,
-        schedule: requests.Schedule | None = None,
-        evaluation: requests.EvaluationRule | None = None,
-        data: requests.Data | None = None,
-        early_stopping: requests.EarlyStopping | None = None,
-        precision: requests.Precision | None = None,
-        quantisation: requests.Quantisation | None = None,
-        max_length: int | requests.Auto | None = None,
-        max_steps: int | None = None,
-        checkpoint_every_steps: int | requests.Auto | None = None,
-        priority: requests.Priority | None = None,
-        extra_body: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        training_file: str | None = None,
+        plan: str | None = None,
         idempotency_key: str | None = None,
+        **fields: Unpack[requests.JobFields],
     ) -> Job:
         """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job.
 
         hyperparameters: of the method, "supervised" where none is named; the others compare answers. parent_adapter:
-        id or name of one to continue. extra_body: fields of the body as they go over the wire, for a service newer than
-        this client, in place of the arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
+        id or name of one to continue. plan: id of one; the job is then just as planned, and nothing else need be said.
+        extra_body: fields of the body as they go over the wire, for a service newer than this client, in place of the
+        arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
         """
-        chosen = method or "supervised"
-        numbers = {chosen: {"hyperparameters": hyperparameters}} if hyperparameters else {}
-        fields: dict[str, Any] = {
-            "model": model,
-            "training_file": training_file,
-            "validation_file": validation_file,
-            "suffix": suffix,
-            "seed": seed,
-            "metadata": metadata,
-            "method": {"type": chosen, **numbers} if method or numbers else None,
-            "parent_adapter": parent_adapter,
-            "lora": lora,
-            "optimizer": optimizer,
-            "schedule": schedule,
-            "evaluation": evaluation,
-            "data": data,
-            "early_stopping": early_stopping,
-            "precision": precision,
-            "quantisation": quantisation,
-            "max_length": max_length,
-            "max_steps": max_steps,
-            "checkpoint_every_steps": checkpoint_every_steps,
-            "priority": priority,
-        }
-        body = {name: value for name, value in fields.items() if value is not None} | dict(extra_body or {})
+        body = requests.job_body(fields, model=model, training_file=training_file, plan=plan)
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
         return Job.of(self._transport.request("POST", _PATH, body=body, headers=headers))
 

@@ -59,9 +59,9 @@ def test_a_running_job_tells_whether_it_loads_trains_or_verifies(client: TestCli
     (claim,) = world.claim()
     assert phase() == "loading"
     claims.started(world.db, claim.claim_id, trainer_id="t", resumed_from_step=None)
-    claims.record_progress(world.db, claim.claim_id, {"step": 9, "num_steps": 10})
+    claims.record_progress(world.db, claim.claim_id, {"step": 59, "num_steps": 60})
     assert phase() == "training"
-    claims.record_progress(world.db, claim.claim_id, {"step": 10, "num_steps": 10})
+    claims.record_progress(world.db, claim.claim_id, {"step": 60, "num_steps": 60})
     assert phase() == "verifying"
     claims.record_progress(world.db, claim.claim_id, {"step": 6, "num_steps": 10, "stopped_early": "No progress."})
     assert phase() == "verifying"

@@ -24,6 +24,7 @@ from catalog.webhooks.event_types import EVENT_TYPES
 from tests.api.site import chat_lines
 from tests.api.test_openapi import operations
 from tests.api.trained import BASE, trained
+from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import World, manifest
 
 ABSENT = "0" * 24
@@ -110,6 +111,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     claim = world.running(suffix="two", model=BASE)
     claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
     waiting = world.submit(metadata={"team": "secret-label"})
+    planned = ready_plan(world, model=BASE, metadata={"team": "secret-label"})
     file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", chat_lines(2))}).json()["id"]
     announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
     upload_id = client.post("/v1/uploads", json=announced).json()["id"]
@@ -133,6 +135,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "webhook_delivery_id": [_pair(delivery["id"])],
             "upload_id": [_pair(upload_id)],
             "sweep_id": [_pair(sweep_id)],
+            "plan_id": [_pair(planned.id)],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named],
             "api_key_id": [_pair(world.caller.api_key_id)],
@@ -228,7 +231,11 @@ def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]
     named = {"training_file": "file_id", "validation_file": "file_id", "parent_adapter": "adapter", "model": "model"}
     sweep = {**job, "search": {"type": "ask_tell", "trials": 1}, "objective": {"metric": "train_loss"}}
     return {
-        "create_job": [(field, job, ours.pairs[kind]) for field, kind in named.items()],
+        "create_job": [
+            *((field, job, ours.pairs[kind]) for field, kind in named.items()),
+            ("plan", {}, ours.pairs["plan_id"]),
+        ],
+        "create_plan": [(field, job, ours.pairs[kind]) for field, kind in named.items()],
         "create_sweep": [(field, sweep, ours.pairs[kind]) for field, kind in named.items()],
         "create_api_key": [("project", {"name": "x"}, ours.pairs["project"])],
     }

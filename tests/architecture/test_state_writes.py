@@ -42,7 +42,7 @@ def test_a_job_is_made_in_one_place() -> None:
         if isinstance(node, ast.Call) and dotted(node.func) in ("Job", "tables.Job")
     }
 
-    assert makers == {"catalog/submission.py"}
+    assert makers == {"catalog/acceptance.py"}
 
 
 def _services() -> Iterator[SourceFile]:

@@ -152,7 +152,8 @@ def test_an_adapter_tells_its_children(world: World, parent: Adapter) -> None:
 
 def test_a_parent_that_is_compared_with_is_reckoned_beside_the_job() -> None:
     def taken(precision: str, *, keeps_parent: bool = False) -> int:
-        return memory.own_bytes(DESCRIPTION, precision, num_parameters=1000, dropout=0.0, keeps_parent=keeps_parent)
+        given: dict[str, Any] = {"num_parameters": 1000, "dropout": 0.0, "keeps_parent": keeps_parent}
+        return sum(memory.own_parts(DESCRIPTION, precision, **given).values())
 
     assert taken("float32", keeps_parent=True) - taken("float32") == 4000
     assert taken("bfloat16", keeps_parent=True) - taken("bfloat16") == 6000

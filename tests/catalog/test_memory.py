@@ -23,12 +23,11 @@ def test_an_adapter_has_rank_times_in_plus_out_numbers_per_target() -> None:
 
 
 def own_bytes(
-    description: dict[str, Any], precision: str = "float32", *, longest_example: int = 1, **options: Any
+    description: dict[str, Any], precision: str = "float32", *, longest_example: int | None = 1, **options: Any
 ) -> int:
     """Of 1,000 parameters, and steps of one slice."""
-    return memory.own_bytes(
-        description, precision, num_parameters=1000, longest_example=longest_example, **{"dropout": 0.0, **options}
-    )
+    given: dict[str, Any] = {"dropout": 0.0, "longest_example": longest_example, **options}
+    return sum(memory.own_parts(description, precision, num_parameters=1000, **given).values())
 
 
 def test_a_row_is_four_vectors_of_fp32_and_one_more_in_the_dtype_of_a_base_that_is_not() -> None:
@@ -43,7 +42,7 @@ def test_a_job_that_keeps_its_best_weights_has_one_vector_more() -> None:
 def test_a_step_that_may_have_two_slices_has_a_gradient_more() -> None:
     assert own_bytes({}, batch_size=4, longest_example=128) == 16_000
     assert own_bytes({}, batch_size=4, longest_example=129) == 24_000
-    assert memory.own_bytes({}, "float32", num_parameters=1000, dropout=0.0) == 24_000, "lengths are not known yet"
+    assert own_bytes({}, longest_example=None) == 24_000, "lengths are not known yet"
 
 
 def test_a_start_and_the_answers_take_their_own_only_where_that_is_more_than_a_slice() -> None:

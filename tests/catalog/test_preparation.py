@@ -37,11 +37,11 @@ def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> N
     assert second.job.id == job.id
 
 
-@pytest.mark.parametrize(("num_steps", "num_warnings"), [(9, 1), (10, 0)])
+@pytest.mark.parametrize(("num_steps", "num_warnings"), [(39, 1), (40, 0)])
 def test_a_job_whose_usable_rows_leave_no_evaluation_in_time_trains_and_its_events_tell(
     world: World, num_steps: int, num_warnings: int
 ) -> None:
-    job = world.submit(validation_file=world.file(), evaluation={"every_steps": 10, "keep": "best"})
+    job = world.submit(validation_file=world.file(), evaluation={"every_steps": 40, "keep": "best"})
     unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
 

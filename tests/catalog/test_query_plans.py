@@ -23,6 +23,8 @@ from catalog import (
     jobs,
     keys,
     part_uploads,
+    plan_claims,
+    plans,
     queue,
     recovery,
     result_files,
@@ -47,13 +49,16 @@ from catalog.tables import (
     AuditEvent,
     Checkpoint,
     File,
+    FileOverlap,
     Job,
     JobEvent,
     MetricBlock,
+    Plan,
     Prepared,
     RungValue,
     Sweep,
     Table,
+    Trainer,
     Trial,
     Upload,
     UploadPart,
@@ -62,6 +67,8 @@ from catalog.tables import (
 )
 from catalog.webhooks import deliveries, endpoints, sending
 from catalog.webhooks.event_types import EVENT_TYPES
+from tests.catalog.plan_data import plan
+from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest, sha
 
 ONE = replace(WIDE, max_jobs=1)
@@ -84,6 +91,9 @@ COPIED: dict[type[Table], Changes] = {
     MetricBlock: lambda n: {"job_id": f"ftjob-{n}"},
     Checkpoint: lambda n: {"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
+    Plan: lambda n: {"id": f"plan-{n}", "state": "ready", "claim_id": f"planning-{n}"},
+    FileOverlap: lambda n: {"train_key": f"train {n}", "valid_key": f"valid {n}"},
+    Trainer: lambda n: {"id": f"trainer-{n}", "worker_id": f"w-{n}", "pack_key": f"key {n}"},
     Upload: lambda n: {"id": f"upload-{n}"},
     AuditEvent: lambda n: {"id": f"audit-{n}", "link": int(n) + FAR, "project_id": f"proj-{n}", "actor_id": f"key-{n}"},
     UploadPart: lambda n: {"id": f"part-{n}", "upload_id": f"upload-{n}"},
@@ -147,6 +157,10 @@ def lived_in(world: World) -> dict[str, str]:
     _send(world, status_code=204)
     upload = _add_parts(world)
     _send(world, status_code=204)
+    planned = ready_plan(world, validation_file=world.file())
+    pack_key = claim.job.pack_key
+    workers.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=sha("smol"), pack_key=pack_key)
+    workers.end_trainer(world.db, "t")
     _fill(world.db)
     running = world.running()
     sweep_id, trials = _sweep(world)
@@ -158,6 +172,7 @@ def lived_in(world: World) -> dict[str, str]:
         "claim": running.claim_id,
         "file": world.file_id,
         "upload": upload,
+        "plan": planned.id,
         "first": waiting[0].id,
         "second": waiting[1].id,
         "sweep": sweep_id,
@@ -277,6 +292,14 @@ ACTS: dict[str, Act] = {
     "the queue of all": lambda w, _: queue.snapshot(w.db, project_id=None),
     "whether there is work": lambda w, _: queue.has_work(w.db),
     "the workers": lambda w, _: fleet.workers(w.db),
+    "a plan that is made": lambda w, _: plan(w),
+    "a plan that is at hand": lambda w, _: ready_plan(w, lora={"rank": 4}),
+    "a plan that is looked at": lambda w, ids: plans.details(
+        w.db, plans.get(w.db, project_id=w.caller.project_id, plan_id=ids["plan"])
+    ),
+    "a page of plans": lambda w, ids: plans.list_page(w.db, project_id=w.caller.project_id, after=ids["plan"]),
+    "a claim of a plan": lambda w, _: plan_claims.claim(w.db, worker_id="w1", lease_seconds=LEASE),
+    "a plan that is deleted": lambda w, ids: plans.delete(w.db, project_id=w.caller.project_id, plan_id=ids["plan"]),
     "the same upload": lambda w, ids: catalog_files.same_content(
         w.db, catalog_files.get(w.db, project_id=w.caller.project_id, file_id=ids["file"])
     ),

@@ -115,7 +115,7 @@ class World:
         )
         return worker_id
 
-    def prepare_all(self, num_steps: int = 10, longest_example: int | None = None) -> None:
+    def prepare_all(self, num_steps: int = 60, longest_example: int | None = None) -> None:
         while unprepared := claims.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
             tokens = manifest(f"tokens {unprepared.training_file.digest}", kind="tokens")
             key = prepared.key(unprepared.training_file.digest, "tokenizer", 512)

@@ -88,7 +88,7 @@ def test_a_job_is_counted_with_all_that_it_keeps(
     while engine.progress("job")[0] < 1:
         engine.tick()
 
-    counted = memory.own_bytes(
+    parts = memory.own_parts(
         {},
         str(base.dtype).removeprefix("torch."),
         num_parameters=engine.num_parameters("job"),
@@ -98,7 +98,7 @@ def test_a_job_is_counted_with_all_that_it_keeps(
         batch_size=len(lengths),
         longest_example=max(lengths),
     )
-    assert counted == max(held) + num_spare * 4 * engine.num_parameters("job")
+    assert sum(parts.values()) == max(held) + num_spare * 4 * engine.num_parameters("job")
 
 
 def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -336,7 +336,7 @@ def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
     assert site.store.verify(site.store.get_manifest(again.artifact or "")) == []
 
 
-def tokenise(_context: object, work: Path, source: Path, _base_dir: Path, _spec: object) -> dict[str, Any]:
+def tokenise(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
     """In place of the child process."""
     assert source.read_bytes() == b"the data file"
     (work / "tokens").mkdir()

@@ -21,7 +21,7 @@ Child = Callable[..., dict[str, Any]]
 def child(*, refuses: str) -> Child:
     """Refuses the file of this content; of any other it makes tokens."""
 
-    def run(_context: object, work: Path, source: Path, *_: object) -> dict[str, Any]:
+    def run(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
         if source.read_text() == refuses:
             return {"rows": 1, "usable_rows": 0, "refusal": REFUSAL}
         (work / "tokens").mkdir(exist_ok=True)

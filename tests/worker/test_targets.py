@@ -55,7 +55,7 @@ def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_
     assert spec.lora.begins_with_the_base == lora.subtracts_start
     num_parameters = memory.adapter_parameters(counted, use_dora=spec.lora.use_dora)
     assert num_parameters == row.num_parameters
-    counted_bytes = memory.own_bytes(
+    parts = memory.own_parts(
         describe_base(tmp_path),
         "float32",
         num_parameters=num_parameters,
@@ -64,6 +64,7 @@ def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_
         init_lora_weights=spec.lora.init_lora_weights,
         longest_example=1,
     )
+    counted_bytes = sum(parts.values())
     outputs = sum(
         out_features * count for (out_features, _), count in describe_base(tmp_path)["linear_shapes"].values()
     )

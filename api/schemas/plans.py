@@ -1,0 +1,251 @@
+"""Plans on the wire: what a job would come to."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.schemas.jobs import (
+    DataObject,
+    EvaluationObject,
+    JobError,
+    LoraObject,
+    MethodObject,
+    OptimizerObject,
+    ResolvedHyperparameters,
+    ScheduleObject,
+    configuration,
+)
+from catalog.course_spec import EarlyStopping
+from catalog.plans import Details
+from catalog.spec import JobSpec
+from catalog.tables import Plan
+
+EXAMPLE: dict[str, Any] = {
+    "id": "plan-5e1f0a9b8c7d6e5f4a3b2c1d",
+    "object": "plan",
+    "created_at": 1790000000,
+    "expires_at": 1790604800,
+    "status": "ready",
+    "model": "smollm2-135m",
+    "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "num_steps": 60,
+    "trainable_parameters": 4884480,
+    "training_time": {
+        "seconds": 160.0,
+        "basis_kind": "measured",
+        "basis": "Measured on worker w1 (CPU, 2 cores) with this base.",
+        "tokens_per_second": 480.0,
+        "worker_id": "w1",
+    },
+    "warnings": [{"code": "no_held_out", "message": "There is no validation file.", "remedy": "Hold back some rows."}],
+}
+
+
+class PlanConfiguration(BaseModel):
+    """As the job would have it, with every `auto` resolved."""
+
+    parent_adapter: str | None
+    seed: int
+    hyperparameters: ResolvedHyperparameters
+    method: MethodObject
+    lora: LoraObject
+    optimizer: OptimizerObject
+    schedule: ScheduleObject
+    evaluation: EvaluationObject
+    data: DataObject
+    early_stopping: EarlyStopping | None
+    precision: str
+    quantisation: str
+    max_length: int
+    max_steps: int | None
+    checkpoint_every_steps: int
+
+
+class ShownToken(BaseModel):
+    text: str
+    id: int
+    learnt: bool = Field(description="It has loss.")
+
+
+class Segment(BaseModel):
+    """Tokens that follow each other; of a long row there are two."""
+
+    start: int
+    tokens: list[ShownToken]
+
+
+class ShownRow(BaseModel):
+    part: str | None = Field(description="Of a pair: chosen or rejected.")
+    num_tokens: int = Field(description="As trained: after the cut.")
+    whole_tokens: int = Field(description="Before it.")
+    learnt_tokens: int
+    segments: list[Segment]
+
+
+class SampleRow(BaseModel):
+    line: int
+    flaws: list[str] = Field(description="too_long, empty, duplicate.")
+    rows: list[ShownRow] = Field(description="One; of a pair two.")
+
+
+class PlannedFile(BaseModel):
+    """What preparation found in a file; see GET /v1/files/{file_id}/report."""
+
+    model_config = ConfigDict(extra="allow")
+    rows: int
+    usable_rows: int
+    tokens: int
+    supervised_tokens: int
+    truncated_rows: int
+    dropped_rows: int
+    split_rows: int
+    empty_rows: int
+    duplicate_rows: int
+    longest_row: int
+    lines: dict[str, list[int]] | None = Field(
+        default=None, description="The first lines that are too_long, empty or duplicate. Null without files:read."
+    )
+    samples: list[SampleRow] | None = Field(
+        default=None, description="Sample rows, token by token. Null without files:read, and in lists."
+    )
+
+
+class Overlap(BaseModel):
+    rows: int = Field(description="Of the validation file, that are in the training file too.")
+    of_rows: int
+
+
+class PlannedData(BaseModel):
+    training: PlannedFile
+    validation: PlannedFile | None
+    overlap: Overlap | None = Field(description="Null without a validation file.")
+
+
+class MemoryPart(BaseModel):
+    part: str
+    bytes: int
+    description: str
+
+
+class PlannedMemory(BaseModel):
+    """Of one device, with a trainer to itself. Beside other jobs, theirs comes on top, and the base is shared."""
+
+    kind: Literal["cuda", "cpu"]
+    total_bytes: int
+    parts: list[MemoryPart]
+
+
+class GpuSize(BaseModel):
+    gigabytes: int
+    memory_bytes: int
+    examples: str
+
+
+class FittingWorker(BaseModel):
+    worker_id: str
+    name: str
+    kind: str
+    memory_bytes: int
+
+
+class PlannedDevices(BaseModel):
+    smallest_gpu: GpuSize | None = Field(description="Of common sizes; null where none holds it.")
+    workers_that_fit: list[FittingWorker] = Field(description="Of those that run now, smallest first.")
+    live_workers: int
+
+
+class PlanEstimate(BaseModel):
+    """No number is without its basis; where there is none, `basis` says why."""
+
+    seconds: float | None
+    basis_kind: Literal["measured", "scaled", "guess", "none"]
+    basis: str
+    tokens_per_second: float | None
+    worker_id: str | None
+
+
+class PlannedUse(BaseModel):
+    verdict: Literal["yes", "with_settings", "no"]
+    reasons: list[str]
+
+
+class PlannedUses(BaseModel):
+    peft: PlannedUse
+    vllm: PlannedUse
+    merge: PlannedUse
+
+
+class PlanWarning(BaseModel):
+    code: str
+    message: str
+    remedy: str
+
+
+class PlanObject(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
+
+    id: str
+    object: Literal["plan"] = "plan"
+    created_at: int
+    expires_at: int
+    status: Literal["computing", "ready", "failed"]
+    model: str
+    base_digest: str
+    training_file: str
+    validation_file: str | None
+    requested: dict[str, Any] = Field(description="The request as it came.")
+    configuration: PlanConfiguration
+    error: JobError | None = Field(description="Why no job could train on these files.")
+    computed_at: int | None = Field(description="As of when the rest holds; null, like all of it, until it is ready.")
+    data: PlannedData | None = None
+    num_steps: int | None = None
+    trainable_parameters: int | None = None
+    adapted_layers: int | None = None
+    memory: list[PlannedMemory] | None = None
+    devices: PlannedDevices | None = None
+    training_time: PlanEstimate | None = Field(
+        default=None, description="Of training alone: not of waiting, loading the base and verifying."
+    )
+    expected_start: PlanEstimate | None = Field(default=None, description="Seconds from computed_at.")
+    servable: PlannedUses | None = Field(default=None, description="Where the adapter could be used.")
+    warnings: list[PlanWarning] | None = None
+
+
+class PlanDeleted(BaseModel):
+    id: str
+    object: Literal["plan"] = "plan"
+    deleted: bool = True
+
+
+def plan_object(row: Plan, details: Details | None = None) -> PlanObject:
+    """details: where they may be shown."""
+    found = dict(row.found or {})
+    if found:
+        reports: dict[str, Any] = found["data"]
+        known = {"training": details.training, "validation": details.validation} if details else {}
+        files = {
+            name: report and {**report, **(known.get(name) or {})}
+            for name, report in reports.items()
+            if name != "overlap"
+        }
+        found["data"] = {**files, "overlap": reports["overlap"]}
+        found["computed_at"] = int(found["computed_at"])
+    return PlanObject.model_validate(
+        {
+            "id": row.id,
+            "created_at": int(row.created_at),
+            "expires_at": int(row.expires_at),
+            "status": row.state,
+            "model": row.base_model,
+            "base_digest": row.base_digest,
+            "training_file": row.training_file,
+            "validation_file": row.validation_file,
+            "requested": row.requested,
+            "configuration": configuration(JobSpec.model_validate(row.spec)),
+            "error": row.error,
+            "computed_at": None,
+            **found,
+        }
+    )

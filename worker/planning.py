@@ -1,0 +1,99 @@
+"""Computes what plans wait for: their files as tokens, with details, and how many rows both files share."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from secrets import token_hex
+
+from catalog import plan_claims
+from catalog.artifacts.manifest import DamagedArtifact
+from catalog.errors import OutOfSpace, Unavailable
+from catalog.plan_claims import PlanClaim
+from catalog.tables import Json, Prepared
+from worker import bases, scratch
+from worker.context import WorkerContext
+from worker.launch import run_child
+from worker.preparation import RETRY_SECONDS, FileRefused, both_files
+from worker.trainer_directory import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+def compute_next(context: WorkerContext) -> bool:
+    """Compute one plan that waits; False where none does. Raises StaleClaim."""
+    claim = plan_claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
+    if claim is None:
+        return False
+    try:
+        _bring(context, claim, _unwanted(context, claim.claim_id))
+        plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
+    except FileRefused:  # which its report tells
+        plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
+    except bases.ImportRefused as error:
+        refusal: Json = {"code": error.code, "message": error.sentence(), "param": error.param}
+        plan_claims.fail(context.db, claim.claim_id, error=refusal)
+    except bases.Abandoned:
+        plan_claims.release(context.db, claim.claim_id)
+    except (DamagedArtifact, OutOfSpace, Unavailable) as error:
+        log.warning("%s", error)
+        plan_claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
+    return True
+
+
+def _unwanted(context: WorkerContext, claim_id: str) -> Callable[[], bool]:
+    """Whether nobody wants the plan any more: asked several times a second, it renews the lease at every heartbeat."""
+    renewed_at = time.monotonic()
+
+    def is_unwanted() -> bool:
+        nonlocal renewed_at
+        if time.monotonic() - renewed_at < context.settings.heartbeat_seconds:
+            return False
+        renewed_at = time.monotonic()
+        try:
+            return not plan_claims.renew(context.db, claim_id, lease_seconds=context.settings.lease_seconds)
+        except Unavailable as error:
+            log.warning("%s The plan goes on.", error)
+            return False
+
+    return is_unwanted
+
+
+def _bring(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
+    """Both files, and their overlap, on record. Raises what `both_files` does."""
+    train, valid = both_files(context, claim.files, with_details=True, is_unwanted=is_unwanted)
+    if valid is None:
+        return
+    keys = {"train_key": train.key, "valid_key": valid.key}
+    if plan_claims.find_overlap(context.db, **keys) is None:
+        found = _compare(context, train, valid, is_unwanted)
+        plan_claims.record_overlap(context.db, **keys, num_rows=int(found["rows"]), of_rows=int(found["of_rows"]))
+
+
+def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwanted: Callable[[], bool]) -> Json:
+    """The child's answer."""
+    with scratch.owned(context.scratch_dir() / f"overlap-{token_hex(8)}") as work:
+        work.mkdir()
+        paths = {"train": _fetched(context, train, work / "train"), "valid": _fetched(context, valid, work / "valid")}
+        arguments, result = work / "arguments.json", work / "result.json"
+        in_pairs = train.report.get("kind") == "preference"
+        told = {name: str(path) for name, path in (*paths.items(), ("result", result))}
+        write_json(arguments, {**told, "in_pairs": in_pairs})
+        child = run_child("worker.overlap", str(arguments), log_path=work / "log.txt")
+        bases.wait_renewing(child, context, lambda: None, is_unwanted)
+        if not result.exists():
+            tail = (work / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            raise bases.ImportRefused(
+                f"Comparing the files ended with exit status {child.returncode}: {' '.join(tail)[:300]}",
+                code="comparison_failed",
+                remedy="Plan again without the validation file, and report this.",
+            )
+        return read_json(result)
+
+
+def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:
+    assert row.artifact is not None
+    context.store.fetch(context.store.get_manifest(row.artifact), into)
+    return next(into.glob("*.safetensors"))
