@@ -22,7 +22,7 @@ ID = re.compile(r"[a-z]+-[0-9a-f]{24}")
 THEIR_IDS = frozenset(name for name in BRIEF["their_names"] if ID.fullmatch(name))
 THEIR_WORDS = (*(name for name in BRIEF["their_names"] if name not in THEIR_IDS), BRIEF["their_mark"])
 """Names of adapters, which hold the mark, and then the mark alone."""
-SHOWN_TO_OPERATORS = re.compile(r"/v1/(projects|api_keys|queue)")
+SHOWN_TO_OPERATORS = re.compile(r"/v1/(projects|api_keys|queue|audit)")
 """Where an operator sees every project, as documented."""
 DEPENDS_ON_WHAT_IS_STORED = frozenset(
     {

@@ -17,7 +17,9 @@ from catalog.claims import Claim
 from catalog.db import Database
 from catalog.keys import Caller
 from catalog.states import EndReason
-from catalog.tables import Adapter, ApiKey, File, Job, Upload, UploadPart
+from catalog.sweeps import creation
+from catalog.sweeps.spec import SweepRequest
+from catalog.tables import Adapter, ApiKey, File, Job, Sweep, Upload, UploadPart
 from tests.api.trained import BASE, trained
 from tests.catalog.world import PEPPER, Clock, World, manifest
 
@@ -132,6 +134,19 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
     for _ in range(3):
         keys.create(db, project_id=world.caller.project_id, name=mark, pepper=PEPPER)
         _upload(world)
+    _sweep(world)
+
+
+def _sweep(world: MarkedWorld) -> None:
+    fields = {
+        "model": BASE,
+        "training_file": world.file_id,
+        "suffix": world.mark,
+        "objective": {"metric": "train_loss"},
+    }
+    search = {"search": {"type": "grid"}, "parameters": {"lora.rank": {"values": [4, 8]}}}
+    asked = SweepRequest.model_validate({**fields, **search})
+    creation.create(world.db, caller=world.caller, request=asked, body_digest=world.mark)
 
 
 def _upload(world: MarkedWorld) -> None:
@@ -164,6 +179,7 @@ def names_by_parameter(db: Database, project_id: str) -> dict[str, list[str]]:
                 ("upload_id", Upload),
                 ("api_key_id", ApiKey),
                 ("adapter", Adapter),
+                ("sweep_id", Sweep),
             )
         }
         adapters = [*session.scalars(select(Adapter.name).where(Adapter.project_id == project_id))]
