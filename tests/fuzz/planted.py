@@ -114,6 +114,15 @@ def _key(world: MarkedWorld, *, is_operator: bool = False) -> Key:
     return Key(mark=world.mark, name=name, project_id=project_id, id=row.id, secret=secret, is_operator=is_operator)
 
 
+def _search(world: MarkedWorld, job: dict[str, Any]) -> None:
+    """A sweep that takes trials of its client's choice, and has two."""
+    search = {"search": {"type": "ask_tell", "trials": 100}, "objective": {"metric": "train_loss"}}
+    request = SweepRequest.model_validate({**job, **search})
+    made = creation.create(world.db, caller=world.caller, request=request, body_digest=world.mark)
+    for rank in (4, 8):
+        creation.add_trial(world.db, caller=world.caller, sweep_id=made.id, parameters={"lora.rank": rank})
+
+
 def _fill(world: MarkedWorld, folder: Path) -> None:
     mark, db = world.mark, world.db
     named = {"model": BASE, "metadata": {"team": mark}}
@@ -132,6 +141,7 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
         world.submit(suffix=f"{mark}-{number}", **named)
         world.file(num_rows=10 + number)
     for _ in range(3):
+        _search(world, {"suffix": f"{mark}-trial", "training_file": world.file_id, **named})
         keys.create(db, project_id=world.caller.project_id, name=mark, pepper=PEPPER)
         _upload(world)
     _sweep(world)
@@ -177,6 +187,7 @@ def names_by_parameter(db: Database, project_id: str) -> dict[str, list[str]]:
                 ("file_id", File),
                 ("job_id", Job),
                 ("upload_id", Upload),
+                ("sweep_id", Sweep),
                 ("api_key_id", ApiKey),
                 ("adapter", Adapter),
                 ("sweep_id", Sweep),
