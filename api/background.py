@@ -9,7 +9,7 @@ import logging
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services
-from catalog import audit_chain, queue, recovery
+from catalog import audit_chain, deadlines, queue, recovery
 from catalog.cleaning import clean
 from catalog.errors import LorryError
 from catalog.sweeps import controller
@@ -47,6 +47,7 @@ def look_once(services: Services) -> None:
             if not controller.advance(services.db):
                 break
         audit_chain.seal(services.db)
+        deadlines.tell_late(services.db)
         if queue.has_work(services.db):
             services.doorbell.ring()
     except LorryError as error:

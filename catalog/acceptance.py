@@ -9,7 +9,7 @@ from typing import get_args
 
 from sqlalchemy.orm import Session
 
-from catalog import bases, continuing, evaluations, files, fleet, linears, memory
+from catalog import bases, continuing, evaluations, files, fleet, linears, memory, places
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.errors import InvalidRequest, NotFound
@@ -115,6 +115,8 @@ def job_row(accepted: Accepted, *, project_id: str, created_by: str, now: float)
         base_digest=base.digest,
         pack_key=pack_key(base.digest, spec.precision, spec.quantisation),
         priority=PriorityClass[request.priority],
+        place=places.of_new(now, request.deadline),
+        deadline=request.deadline,
         requested=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"),
         parent_adapter=spec.parent.adapter if spec.parent else None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, events, pictures, recovery, result_files, usage
+from catalog import artifact_rows, events, pictures, preemption, recovery, result_files, usage
 from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
 from catalog.db import Database, read_clock, serialise, skip_locked
@@ -97,6 +97,8 @@ class Orders:
 
     cancel: bool = False
     pause: bool = False
+    preempt: bool = False
+    """Save it and give it back: an urgent job needs the room."""
     stale: bool = False
     """The job is another's now: stop, and write nothing."""
 
@@ -156,6 +158,7 @@ def heartbeat(
     """Renew the leases of those claims that are still held, of training or preparing, charge what has trained, and tell
     what is asked."""
     recovery.observe(db, grace_seconds=lease_seconds)
+    preemption.look(db, policy=policy)
     with db.write() as session:
         now = read_clock(session)
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
@@ -165,8 +168,13 @@ def heartbeat(
         usage.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
         for job in held:
             job.lease_expires_at, job.lease_extended = now + lease_seconds, False
-            orders[job.claim_id or ""] = Orders(cancel=job.cancel_requested, pause=job.pause_requested)
+            orders[job.claim_id or ""] = _orders(job)
         return orders
+
+
+def _orders(job: Job) -> Orders:
+    is_preempted = job.preempted_for is not None
+    return Orders(cancel=job.cancel_requested, pause=job.pause_requested, preempt=is_preempted)
 
 
 def started(db: Database, claim_id: str, *, trainer_id: str, resumed_from_step: int | None) -> None:
@@ -289,7 +297,8 @@ def _take(
     chosen = {choice.turn.candidate.job_id: choice for choice in choices}
     now = read_clock(session)
     is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-    free = select(Job).where(Job.id.in_(chosen), Job.state == JobState.QUEUED, is_due).order_by(Job.id)
+    waits = (Job.state == JobState.QUEUED, Job.is_held.is_(False), is_due)
+    free = select(Job).where(Job.id.in_(chosen), *waits).order_by(Job.id)
     locked = free.with_for_update() if is_alone else skip_locked(free)
     jobs = {job.id: job for job in session.scalars(locked)}
     if choices[0].role == "anchor" and choices[0].turn.candidate.job_id not in jobs:

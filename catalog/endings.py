@@ -72,6 +72,7 @@ def end_attempt(
         counted_attempts=job.counted_attempts,
     )
     job.counted_attempts = verdict.counted_attempts
+    job.num_preemptions += reason is EndReason.PREEMPTED
     if verdict.verb is Verb.FAIL:
         job.error = (
             _quarantined(session, job, reason, detail) if verdict.is_quarantine else _failed(reason, detail, error)
@@ -122,6 +123,8 @@ def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str) -> str:
             return "The trial was stopped." if reason is EndReason.PRUNED else "The job was cancelled."
         case Verb.OBEY_PAUSE:
             return "The job was paused; its last checkpoint is kept."
+        case Verb.RELEASE if reason is EndReason.PREEMPTED:
+            return f"The job made room for an urgent one and goes back to its place in the queue. {detail}".strip()
         case Verb.RELEASE:
             return f"The job goes back to the queue ({why}). This attempt does not count."
         case _:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import fleet, memory, packing, queue, saturation, usage
+from catalog import deadlines, fleet, memory, packing, queue, saturation, usage
 from catalog.acceptance import INSTALL_QUANT
 from catalog.db import Database, read_clock
 from catalog.fleet import Resident
@@ -16,7 +16,7 @@ from catalog.scheduling import shares
 from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Policy, Room
 from catalog.scheduling.turns import Turn
 from catalog.spec import PriorityClass
-from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
+from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState
 from catalog.sweeps.observing import trial_of
 from catalog.tables import Attempt, Job, Json
 
@@ -36,7 +36,7 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
             case JobState.QUEUED:
                 sentence, facts = _queued(session, job, now=now, policy=policy, sees_all=sees_all)
             case JobState.RUNNING:
-                sentence, facts = _running(session, job)
+                sentence, facts = _running(session, job, now=now)
             case JobState.PAUSED:
                 sentence, facts = "It is paused. Resume it to let it go on from its last checkpoint.", {}
             case JobState.SUCCEEDED:
@@ -96,6 +96,9 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         "quantisation": packing.quantisation_of(job.pack_key),
         "priority": PriorityClass(job.priority).name,
     }
+    facts |= {"is_held": job.is_held, **deadlines.facts(job, now)}
+    if job.is_held:
+        return "It is held, and isn't chosen before it is released: lorry jobs release.", facts
     if job.run_after is not None and job.run_after > now:
         wait = job.run_after - now
         return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", facts
@@ -110,19 +113,57 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         return _far_behind(facts), facts
     ahead = [turn for turn in turns if turn.position < mine.position]
     facts |= _place(mine, ahead, job)
+    facts |= _made_room(session, job) | {"room_asked_at": job.room_asked_at}
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
     hindrance = _unquantised(session, job, now=now) or _too_large(session, mine, now=now)
     if hindrance:
         return hindrance, facts
-    parts = (_queue_sentence(job, mine, ahead, residents), shares.sentence(share))
+    parts = (
+        _left_for(facts["preemption"]),
+        _queue_sentence(job, mine, ahead, residents),
+        _room_is_made(job, now=now, policy=policy),
+        deadlines.sentence(job, now),
+        shares.sentence(share),
+    )
     return " ".join(part for part in parts if part), facts
+
+
+def _made_room(session: Session, job: Job) -> Json:
+    """How its last attempt made room for another job, where it did."""
+    last = select(Attempt).where(Attempt.job_id == job.id).order_by(Attempt.number.desc()).limit(1)
+    attempt = session.scalar(last) if job.reason == EndReason.PREEMPTED else None
+    preemption = attempt.preemption if attempt is not None else None
+    return {"preemption": preemption, "num_preemptions": job.num_preemptions}
+
+
+def _left_for(preemption: Json | None) -> str | None:
+    """A sentence of what was decided; the job for which it left may be another project's."""
+    if preemption is None:
+        return None
+    above = PriorityClass(preemption["for_class"]).name
+    return (
+        f"It made room for a job of the class {above} that had waited for {preemption['for_waited_seconds']:.0f} s: "
+        f"itself it had trained for {preemption['trained_seconds']:.0f} s, counted as "
+        f"{_class_name(preemption['counts_as'])}. It goes on from the checkpoint that it saved."
+    )
+
+
+def _class_name(counts_as: int) -> str:
+    return PriorityClass(counts_as).name if counts_as >= 0 else "above urgent"
+
+
+def _room_is_made(job: Job, *, now: float, policy: Policy) -> str | None:
+    if job.room_asked_at is None or now - job.room_asked_at > policy.ask_again_seconds:
+        return None
+    return "Jobs of lower classes were asked to make room for it: they save a checkpoint first."
 
 
 def _own_ahead(session: Session, job: Job) -> int:
     """Of its project and class."""
-    is_before = or_(Job.created_at < job.created_at, and_(Job.created_at == job.created_at, Job.id < job.id))
-    mine = (Job.state == job.state, Job.project_id == job.project_id, Job.priority == job.priority)
+    is_before = or_(Job.place < job.place, and_(Job.place == job.place, Job.id < job.id))
+    alike = (Job.project_id == job.project_id, Job.priority == job.priority)
+    mine = (Job.state == job.state, *alike, Job.is_held.is_(False))
     return session.scalar(select(func.count()).where(*mine, is_before)) or 0
 
 
@@ -208,7 +249,7 @@ def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:
     )
 
 
-def _running(session: Session, job: Job) -> tuple[str, Json]:
+def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     attempt = session.get(Attempt, job.claim_id)
     facts: Json = {
         "worker_id": job.worker_id,
@@ -216,12 +257,18 @@ def _running(session: Session, job: Job) -> tuple[str, Json]:
         "attempt": job.attempt,
         "why": attempt.why if attempt else None,
         "progress": job.progress,
+        "preemption": attempt.preemption if attempt and job.preempted_for else None,
+        **deadlines.facts(job, now),
     }
     if job.cancel_requested:
         return f"Its worker {job.worker_id} was asked to stop it.", facts
     if job.pause_requested:
         return f"Its worker {job.worker_id} was asked to store a checkpoint and pause it.", facts
-    return f"It trains on worker {job.worker_id}, attempt {job.attempt}.", facts
+    if job.preempted_for is not None:
+        told = "to store a checkpoint and to make room for an urgent job"
+        return f"Its worker {job.worker_id} was asked {told}; it goes back to its place in the queue.", facts
+    due = deadlines.sentence(job, now)
+    return " ".join(filter(None, (f"It trains on worker {job.worker_id}, attempt {job.attempt}.", due))), facts
 
 
 def _jobs(number: int) -> str:

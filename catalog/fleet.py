@@ -12,9 +12,10 @@ from sqlalchemy.orm import Session
 
 from catalog import bases
 from catalog.db import Database, read_clock
+from catalog.scheduling.picture import Room
 from catalog.spec import Precision
 from catalog.states import JobState
-from catalog.tables import Adapter, BaseModelRow, Job, JobEvent, Trainer, Worker
+from catalog.tables import Adapter, BaseModelRow, Job, JobEvent, Json, Trainer, Worker
 from catalog.workers import SILENT_SECONDS, is_live, list_workers
 
 WorkerState = Literal["idle", "busy", "draining", "lost", "ended"]
@@ -117,6 +118,12 @@ def memories(session: Session, *, now: float) -> list[tuple[int, bool]]:
     """Of each live worker's device its bytes, and whether it computes blocks again where they are short."""
     live = session.scalars(select(Worker).where(is_live(now=now)))
     return [(worker.memory_bytes, is_gpu(worker)) for worker in live]
+
+
+def room_told(worker: Worker) -> Room:
+    """What it had free beside its jobs when it last looked; none where it did not say."""
+    told: Json = (worker.report or {}).get("room") or {}
+    return Room(max_jobs=int(told.get("max_jobs", 0)), memory_bytes_free=int(told.get("memory_bytes_free", 0)))
 
 
 def is_gpu(worker: Worker) -> bool:

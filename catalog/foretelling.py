@@ -270,7 +270,7 @@ def _num_ahead(session: Session, job: Job, *, now: float, policy: Policy) -> int
         base_digest=job.base_digest,
         pack_key=job.pack_key,
         priority=job.priority,
-        created_at=now,
+        place=now,
         queued_at=now,
         **asdict(wanted),
     )

@@ -45,6 +45,8 @@ class Such:
     """Of one pack key, those that fit beside others, or if `alone` by themselves; none that must train alone."""
     recomputes: bool = False
     """On a device that computes blocks again where memory is short."""
+    priority: int | None = None
+    """Of this class alone."""
     not_held_as: tuple[str, ...] = ()
     """None whose base is to be quantised in one of these ways."""
 
@@ -91,7 +93,7 @@ def projects(state: JobState) -> CTE:
 
 @cache
 def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
-    groups, job = _groups(JobState.QUEUED), aliased(Job)
+    groups, job = _groups(JobState.QUEUED, such.priority), aliased(Job)
     conditions = [is_due(job, bindparam("now"))]
     if such.alike:
         is_suspect = job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
@@ -102,8 +104,8 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
         conditions += [_fits(job, such)]
         groups = _where_some_fit(groups, such)
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
-    columns = (Job.id, Job.project_id, Job.base_digest, Job.pack_key, Job.priority, Job.created_at, Job.queued_at)
-    kept = (Job.counted_attempts, *(getattr(Job, name) for name in NEEDS))
+    columns = (Job.id, Job.project_id, Job.base_digest, Job.pack_key, Job.priority, Job.place, Job.queued_at)
+    kept = (Job.created_at, Job.counted_attempts, *(getattr(Job, name) for name in NEEDS))
     return each_of(groups, _firsts(groups, job, conditions), Job, *columns, *kept, for_sqlite=for_sqlite)
 
 
@@ -144,7 +146,8 @@ def _where_some_fit(groups: CTE, such: Such) -> CTE:
 def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) -> Select[str]:
     """Of one of the groups, the ids of the first jobs of which all this is true."""
     mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority)
-    firsts = select(job.id).where(*conditions, *mine).order_by(job.created_at, job.id)
+    mine = (*mine, job.is_held == groups.c.is_held)
+    firsts = select(job.id).where(*conditions, *mine).order_by(job.place, job.id)
     return firsts.limit(bindparam("per_group")).correlate(groups)
 
 
@@ -155,12 +158,19 @@ def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
     return or_(job.own_bytes.is_(None), need <= bindparam("num_bytes"))
 
 
-def _groups(state: JobState) -> CTE:
-    """Every class of every project that has a job in `state`."""
+def _groups(state: JobState, only: int | None = None) -> CTE:
+    """Every class, or one, of every project that has a job in `state`; of the queue without those that are held, whose
+    files are prepared all the same."""
     found = projects(state)
-    each_class = (select(literal(int(priority)).label("priority")) for priority in PriorityClass)
+    wanted = PriorityClass if only is None else (only,)
+    ways = (False,) if state == JobState.QUEUED else (False, True)
+    each_class = (
+        select(literal(int(priority)).label("priority"), literal(is_held).label("is_held"))
+        for priority in wanted
+        for is_held in ways
+    )
     classes = union_all(*each_class).cte("classes")
-    both = select(found.c.project_id, classes.c.priority).join(classes, true())
+    both = select(found.c.project_id, classes.c.priority, classes.c.is_held).join(classes, true())
     return both.where(found.c.project_id.is_not(None)).cte("project_classes")
 
 
@@ -175,7 +185,7 @@ def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
         base_digest=row.base_digest,
         pack_key=row.pack_key,
         priority=row.priority,
-        created_at=row.created_at,
+        place=row.place,
         queued_at=row.created_at if row.queued_at is None else row.queued_at,
         is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
         **kept,

@@ -30,11 +30,13 @@ from catalog.job_records import (
 )
 from catalog.moves import move
 from catalog.pages import Page, paginate
+from catalog.places import Target, hold, move_to, release
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb
 from catalog.submission import create, made_before
 from catalog.tables import Job, Prepared
 
 __all__ = [
+    "Target",
     "attempts",
     "cancel",
     "checkpoints_page",
@@ -44,12 +46,15 @@ __all__ = [
     "explain",
     "first_step",
     "get",
+    "hold",
     "list_page",
     "made_before",
     "metrics",
+    "move_to",
     "packmates",
     "pause",
     "points_at",
+    "release",
     "resume",
     "seconds_running",
     "stop",

@@ -36,7 +36,9 @@ def move(
             remedy="Look at its state and at its events.",
         )
     job.state = after
-    job.queued_at = now if after is JobState.QUEUED else None
+    job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
+    job.queued_at = now if after is JobState.QUEUED and not job.is_held else None
+    job.room_asked_at = None
     if after is not JobState.RUNNING:
         _let_go(job, after)
     if reason is not None:
@@ -59,6 +61,7 @@ def _let_go(job: Job, after: JobState) -> None:
     job.run_after = None
     job.cancel_requested = False
     job.pause_requested = False
+    job.preempted_for = None
     if after not in FINAL_STATES:
         job.worker_id = None
         job.trainer_id = None

@@ -49,6 +49,7 @@ def note_all(db: Database, *, batch: int = 500) -> int:
             waiting = select(Job).where(Job.id.in_(ids[start : start + batch]), *unknown).order_by(Job.id)
             for job in session.scalars(waiting.with_for_update()):
                 note(session, job)
+                job.place = job.place or job.created_at
     return len(ids)
 
 

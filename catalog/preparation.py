@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import evaluations, events, heads, needs
+from catalog import evaluations, events, heads, needs, places
 from catalog.db import Database, read_clock, serialise
 from catalog.fencing import hold
 from catalog.moves import move
@@ -128,6 +128,7 @@ def prepared(
         job.longest_example = longest_example
         job.lost_preparations = 0
         needs.note(session, job)
+        places.settle(session, job)
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
         spec = JobSpec.model_validate(job.spec)
         if evaluations.decide(spec) and evaluations.come_too_late(spec, num_steps):

@@ -30,6 +30,7 @@ SHOWN = (
     "trainer_id",
     "progress",
     "suffix",
+    "is_held",
 )
 """Columns of a job that an entry of the queue shows as they are."""
 
@@ -80,7 +81,7 @@ def has_work(db: Database) -> bool:
         is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
         untouched = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
         is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
-        jobs = select(Job.id).where(untouched, is_due).limit(1)
+        jobs = select(Job.id).where(untouched, is_due, or_(~Job.is_held, Job.state != JobState.QUEUED)).limit(1)
         imports = select(BaseModelRow.name).where(BaseModelRow.state == "importing", is_free).limit(1)
         plans = select(Plan.id).where(waiting_plans.is_waiting(now=now)).limit(1)
         return any(session.scalar(some) is not None for some in (jobs, imports, plans))

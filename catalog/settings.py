@@ -10,6 +10,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 HALF_LIFE_SECONDS = 86_400.0
 PROMOTE_AFTER_SECONDS = 3_600.0
 LEASE_SECONDS = 60.0
+PREEMPT_AFTER_SECONDS = 30.0
+SPARED_SECONDS = 300.0
+MAX_PREEMPTIONS = 3
 
 
 class Settings(BaseSettings):
@@ -52,6 +55,17 @@ class Settings(BaseSettings):
         default=PROMOTE_AFTER_SECONDS,
         ge=60,
         description="How long a class waits with none of it claimed until its first job counts as a class higher.",
+    )
+    preempt_after_seconds: float = Field(
+        default=PREEMPT_AFTER_SECONDS,
+        ge=0,
+        description="How long an urgent job waits before jobs of lower classes are asked to leave for it.",
+    )
+    preempt_spared_seconds: float = Field(
+        default=SPARED_SECONDS, ge=0, description="A job that trains for less is not asked to leave for an urgent one."
+    )
+    max_preemptions: int = Field(
+        default=MAX_PREEMPTIONS, ge=0, description="How often a job is asked to leave for urgent ones. 0: never."
     )
     max_jobs_per_trainer: int = Field(default=16, ge=1, description="Adapters trained together at most.")
     prefix_disk_bytes: int = Field(

@@ -12,36 +12,26 @@ import heapq
 import json
 import math
 import sys
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from catalog import saturation
 from catalog.saturation import Speeds
-from catalog.scheduling import shares
+from catalog.scheduling import preempt, shares
 from catalog.scheduling.decide import Join, Start, decide, leading
 from catalog.scheduling.packs import Choice
-from catalog.scheduling.picture import USUAL, Candidate, Picture, Policy, Room, Service, Share
+from catalog.scheduling.picture import USUAL, Picture, Policy, Room, Service, Share
+from catalog.scheduling.preempt import Holder, Training
+from catalog.simulated_queue import Arrival, Record, Waiting, as_candidate
 from catalog.spec import PriorityClass
 
 PLENTY = 10**12
 SPEEDS = Speeds(alone=((1024.0, 1.0),), together=((2048.0, 1.9), (4096.0, 3.4), (8192.0, 4.0)))
 """Of a device with a plateau at four times the speed of a job by itself; see saturation.py."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Arrival:
-    """A job that comes into the queue."""
-
-    at: float
-    project: str
-    priority: int
-    base: str
-    seconds: float
-    """That it trains by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,23 +45,6 @@ class Cluster:
     """For a base that the worker has not loaded."""
     weights: Mapping[str, float] = field(default_factory=dict[str, float])
     policy: Policy = USUAL
-
-
-@dataclass(kw_only=True, slots=True)
-class Record:
-    """How it went for one job."""
-
-    arrival: Arrival
-    job_id: str
-    left: float
-    """Seconds of training by itself that are still to do."""
-    started_at: float | None = None
-    ended_at: float | None = None
-    device_seconds: float = 0.0
-
-    @property
-    def waited(self) -> float:
-        return (self.started_at or 0.0) - self.arrival.at
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,7 +71,7 @@ class Simulation:
             record = Record(arrival=arrival, job_id=f"job-{number:07}", left=arrival.seconds)
             self.records.append(record)
             self._push(arrival.at, record)
-        self._queue = _Queue()
+        self._queue = Waiting()
         self._workers = [_Worker() for _ in range(cluster.num_workers)]
         self._used: dict[str, tuple[float, float]] = {}
         self._running: defaultdict[str, int] = defaultdict(int)
@@ -109,8 +82,13 @@ class Simulation:
         """Until every job has ended, or until that moment."""
         while self._events and self._events[0][0] <= until:
             self.now, _, what, version = heapq.heappop(self._events)
-            if isinstance(what, Record):
+            if isinstance(what, Record) and version:
+                self._press(what)
+            elif isinstance(what, Record):
+                what.waits_since = self.now
                 self._queue.add(what)
+                if what.arrival.priority == PriorityClass.urgent and self.cluster.policy.max_preemptions:
+                    self._push(self.now + self.cluster.policy.preempt_after_seconds, what, 1)
                 for worker in self._workers:
                     if not worker.jobs or worker.key == what.arrival.base:  # to others it makes no difference yet
                         self._look(worker)
@@ -137,6 +115,56 @@ class Simulation:
         self._look(worker)
         self._foresee(worker)
 
+    def _press(self, record: Record) -> None:
+        """It has waited: others leave for it, if it waits still; and others later, if it waits on."""
+        if record not in self._queue:
+            return
+        policy, waiting = self.cluster.policy, as_candidate(record)
+        holders = [self._holder(number, worker) for number, worker in enumerate(self._workers) if worker.jobs]
+        chosen = preempt.choose(waiting, holders, now=self.now, policy=policy)
+        if chosen is not None and chosen.victims:
+            worker = self._workers[int(chosen.worker_id)]
+            self._advance(worker)
+            for victim in chosen.victims:
+                self._send_back(worker, worker.jobs[victim.job_id])
+            self._look(worker)
+            self._foresee(worker)
+        self._push(self.now + policy.ask_again_seconds, record, 1)
+
+    def _send_back(self, worker: _Worker, record: Record) -> None:
+        del worker.jobs[record.job_id]
+        self._running[record.arrival.project] -= 1
+        record.num_preemptions += 1
+        record.waits_since = self.now
+        self._queue.add(record)
+
+    def _holder(self, number: int, worker: _Worker) -> Holder:
+        slower = saturation.slowdown(len(worker.jobs), SPEEDS)
+        jobs = tuple(
+            Training(
+                job_id=record.job_id,
+                counts_as=record.counts_as,
+                own_bytes=1,
+                began_at=record.began_at,
+                num_beside=len(worker.jobs),
+                num_preemptions=record.num_preemptions,
+                seconds_left=record.left * slower,
+            )
+            for record in worker.jobs.values()
+        )
+        return Holder(
+            worker_id=str(number),
+            pack_key=worker.key or "",
+            service=self._served,
+            jobs=jobs,
+            memory_bytes_free=PLENTY,
+            places=self._places(worker),
+        )
+
+    def _places(self, worker: _Worker) -> int:
+        at_most = self.cluster.max_jobs - len(worker.jobs)
+        return saturation.free_places(len(worker.jobs), SPEEDS, max_slowdown=self.cluster.max_slowdown, at_most=at_most)
+
     def _advance(self, worker: _Worker) -> None:
         """Its jobs train until now, and are charged."""
         elapsed = self.now - worker.as_of
@@ -148,6 +176,7 @@ class Simulation:
         slower = saturation.slowdown(len(worker.jobs), SPEEDS)
         for record in worker.jobs.values():
             record.left -= elapsed / slower
+            record.trained += elapsed / slower
             owed = shares.charge(elapsed, num_devices=1, num_jobs=len(worker.jobs))
             record.device_seconds += owed
             self._used[record.arrival.project] = (self._left_of(record.arrival.project) + owed, self.now)
@@ -166,12 +195,7 @@ class Simulation:
 
     def _look(self, worker: _Worker) -> None:
         """As a worker does: take what is decided for the room that it has."""
-        places = saturation.free_places(
-            len(worker.jobs),
-            SPEEDS,
-            max_slowdown=self.cluster.max_slowdown,
-            at_most=self.cluster.max_jobs - len(worker.jobs),
-        )
+        places = self._places(worker)
         if not places or not len(self._queue):
             return
         action = decide(self._picture(worker, places), self.cluster.policy).action
@@ -210,6 +234,10 @@ class Simulation:
 
     def _take(self, worker: _Worker, choices: Sequence[Choice]) -> None:
         chosen = [choice.turn.candidate for choice in choices]
+        counted = {
+            choice.turn.candidate.job_id: min(choice.turn.counts_as, choice.turn.candidate.priority)
+            for choice in choices
+        }
         self._advance(worker)
         if worker.key != chosen[0].pack_key:
             worker.key, worker.num_loads = chosen[0].pack_key, worker.num_loads + 1
@@ -219,63 +247,11 @@ class Simulation:
                 self._served_at[choice.turn.candidate.priority] = self.now
         for candidate in chosen:
             record = self._queue.take(candidate.job_id)
-            record.started_at = self.now
+            record.started_at = self.now if record.started_at is None else record.started_at
+            record.began_at, record.counts_as = self.now, counted[candidate.job_id]
             worker.jobs[record.job_id] = record
             self._running[record.arrival.project] += 1
         self._foresee(worker)
-
-
-class _Queue:
-    """The first of each project and class, and of each kind, as the database gives them."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, Record] = {}
-        self._groups: defaultdict[tuple[str, int], deque[Record]] = defaultdict(deque)
-        self._alike: defaultdict[tuple[str, str, int], deque[Record]] = defaultdict(deque)
-        self._keys: defaultdict[str, set[tuple[str, str, int]]] = defaultdict(set)
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, record: Record) -> None:
-        arrival = record.arrival
-        self._waiting[record.job_id] = record
-        self._groups[arrival.project, arrival.priority].append(record)
-        alike = (arrival.base, arrival.project, arrival.priority)
-        self._alike[alike].append(record)
-        self._keys[arrival.base].add(alike)
-
-    def take(self, job_id: str) -> Record:
-        return self._waiting.pop(job_id)
-
-    def projects(self) -> set[str]:
-        return {project for (project, _), group in self._groups.items() if self._first(group, 1)}
-
-    def firsts(self, per_group: int, key: str | None, per_key: int) -> Iterator[Candidate]:
-        """Of each project and class so many, and so many of that kind."""
-        found = [self._first(group, per_group) for group in self._groups.values()]
-        found += [self._first(self._alike[alike], per_key) for alike in self._keys.get(key or "", ())]
-        return (_candidate(record) for records in found for record in records)
-
-    def _first(self, group: deque[Record], number: int) -> list[Record]:
-        while group and group[0].job_id not in self._waiting:
-            group.popleft()
-        return list(islice((record for record in group if record.job_id in self._waiting), number))
-
-
-def _candidate(record: Record) -> Candidate:
-    arrival = record.arrival
-    return Candidate(
-        job_id=record.job_id,
-        project_id=arrival.project,
-        base_digest=arrival.base,
-        pack_key=arrival.base,
-        priority=arrival.priority,
-        created_at=arrival.at,
-        queued_at=arrival.at,
-        own_bytes=1,
-        trainer_bytes=1,
-    )
 
 
 def read_trace(lines: Iterable[str]) -> list[Arrival]:
@@ -323,6 +299,7 @@ def summary(simulation: Simulation) -> dict[str, Any]:
         "jobs": len(records),
         "ended": sum(record.ended_at is not None for record in records),
         "loads": simulation.num_loads,
+        "preemptions": sum(record.num_preemptions for record in records),
         "busy": total / max(1e-9, simulation.now * simulation.cluster.num_workers),
         "projects": {name: _of(group, total) for name, group in _by(records, _project)},
         "classes": {name: _of(group, total) for name, group in _by(records, _class)},
@@ -362,6 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=8, help="of one device each")
     parser.add_argument("--load-seconds", type=float, default=60.0, help="to load a base")
     parser.add_argument("--weight", action="append", default=[], metavar="PROJECT=WEIGHT")
+    parser.add_argument("--max-preemptions", type=int, default=USUAL.max_preemptions, help="of one job; 0: none")
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds of simulated time")
     given = parser.parse_args(argv)
     try:
@@ -370,7 +348,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1
-    cluster = Cluster(num_workers=given.workers, load_seconds=given.load_seconds, weights=weights)
+    policy = replace(USUAL, max_preemptions=given.max_preemptions)
+    cluster = Cluster(num_workers=given.workers, load_seconds=given.load_seconds, weights=weights, policy=policy)
     simulation = Simulation(arrivals, cluster)
     simulation.run(until=given.until)
     print(json.dumps(summary(simulation), indent=2))  # noqa: T201

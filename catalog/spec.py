@@ -115,6 +115,13 @@ class JobRequest(Strict):
         default="auto", description="auto: 50."
     )
     priority: Priority = "normal"
+    deadline: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = Field(
+        default=None,
+        description=(
+            "When the job should have ended, in seconds since 1970. Of the project's jobs of its class, those with a "
+            "deadline go first, that first which must start first; one that can't meet it is told so and goes on."
+        ),
+    )
 
     @field_validator("metadata")
     @classmethod

@@ -91,6 +91,7 @@ class EndReason(StrEnum):
     VERIFICATION_FAILED = "verification_failed"
     INFRA_LOST = "infra_lost"
     DRAINED = "drained"
+    PREEMPTED = "preempted"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +102,8 @@ class Ending:
     retryable: bool
     """The job goes back to the queue instead, while it has attempts left."""
     counts: bool = True
-    """The attempt counts towards quarantine. A drain or a pause is nobody's fault; a lost worker may be the job's."""
+    """The attempt counts towards quarantine. A drain, a preemption or a pause is nobody's fault; a lost worker may be
+    the job's."""
 
 
 ENDINGS: dict[EndReason, Ending] = {
@@ -118,6 +120,7 @@ ENDINGS: dict[EndReason, Ending] = {
     EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED, retryable=False),
     EndReason.INFRA_LOST: Ending(state=JobState.FAILED, retryable=True),
     EndReason.DRAINED: Ending(state=JobState.FAILED, retryable=True, counts=False),
+    EndReason.PREEMPTED: Ending(state=JobState.FAILED, retryable=True, counts=False),
 }
 
 MAX_COUNTED_ATTEMPTS = 3

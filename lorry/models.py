@@ -110,6 +110,10 @@ class Job(View):
     trained_tokens: int | None = None
     seed: int | None = None
     priority: str | None = None
+    deadline: int | None = None
+    """Seconds since 1970. A job that can't meet it is told so, and goes on."""
+    is_held: bool = False
+    """It waits, and isn't chosen before it is released."""
     attempt: int = 0
     trainer_id: str | None = None
     worker_id: str | None = None

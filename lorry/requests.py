@@ -189,6 +189,8 @@ class JobFields(TypedDict, total=False):
     max_steps: int | None
     checkpoint_every_steps: int | Auto | None
     priority: Priority | None
+    deadline: int | None
+    """Seconds since 1970. A job that can't meet it is told so, and goes on."""
     extra_body: Mapping[str, Any] | None
     """Fields of the body as they go over the wire, in place of the others."""
 

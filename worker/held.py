@@ -27,8 +27,9 @@ class End:
 STOPPED: dict[Verb, End] = {
     "cancel": End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled."),
     "pause": End(reason=EndReason.PAUSED_BY_USER, detail="Paused before it trained here."),
+    "preempt": End(reason=EndReason.PREEMPTED, detail="It had not begun to train here."),
 }
-"""What a person's wish means for a job of which the trainer has nothing to save."""
+"""What being asked to leave means for a job of which the trainer has nothing to save."""
 
 
 @dataclass(kw_only=True, slots=True)

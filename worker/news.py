@@ -128,6 +128,8 @@ class Listener:
             self._checkpointed(held, event)
         if "pause" in held.told:
             return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
+        if "preempt" in held.told:
+            return End(reason=EndReason.PREEMPTED, detail=f"Saved at step {event['step']}.")
         return End(reason=EndReason.DRAINED, detail=f"The worker left; saved at step {event['step']}.")
 
     def _cancelled(self, held: Held, event: Json) -> End:

@@ -146,6 +146,8 @@ class Pack:
                 self._guarded(held, partial(self._stop, verb="cancel"))
             elif order.pause:
                 self._guarded(held, partial(self._stop, verb="pause"))
+            elif order.preempt:
+                self._guarded(held, partial(self._stop, verb="preempt"))
 
     def _stop(self, held: Held, verb: Verb) -> None:
         """By the trainer, unless it has nothing of the job, or what it says can't be put on record now."""

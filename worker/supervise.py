@@ -28,7 +28,7 @@ from worker.exits import classify_exit
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
 from worker.pack import OUTAGES, Pack
-from worker.trainer_directory import Json, TrainerDirectory
+from worker.trainer_directory import Json, TrainerDirectory, Verb
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.05
@@ -105,9 +105,12 @@ def _are_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
     """Obey what people have asked for while nothing runs yet; True once nobody waits any more."""
     for claim_id, order in context.pulse.take_orders().items():
         for claim in [claim for claim in waiting if claim.claim_id == claim_id]:
-            if order.cancel or order.pause:
-                _release(context, [claim], STOPPED["cancel" if order.cancel else "pause"])
-            if order.cancel or order.pause or order.stale:
+            asked: Verb | None = (
+                "cancel" if order.cancel else "pause" if order.pause else "preempt" if order.preempt else None
+            )
+            if asked is not None:
+                _release(context, [claim], STOPPED[asked])
+            if asked is not None or order.stale:
                 waiting.remove(claim)
     return not waiting
 
@@ -239,6 +242,8 @@ def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
     if pack.has_suspect:
         return []
     room = _room(context, pack)
+    told = {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free}
+    context.pulse.status["report"] |= {"room": told}
     if len(pack):
         for claim in _claim(context, pack.trainer_id, room=room, pack_key=pack.pack_key):
             pack.admit(claim)

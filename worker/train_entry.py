@@ -146,7 +146,7 @@ class Trainer:
         elif message.verb == "cancel":
             self._evict(message.body["claim_id"])
             self._events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
-        elif message.verb == "pause" and message.body["claim_id"] in self._residents:
+        elif message.verb in ("pause", "preempt") and message.body["claim_id"] in self._residents:
             self._pause(message.body["claim_id"])
 
     def _admit(self, body: Json) -> None:

@@ -17,9 +17,9 @@ from typing import Any, Literal, cast
 from catalog.disk import full_disk_named
 
 Json = dict[str, Any]
-Verb = Literal["admit", "cancel", "pause", "drain", "unload"]
-"""admit: train a job. cancel: forget it. pause: save its checkpoint, then forget it. drain: pause all, then
-exit. unload: exit if no job is held."""
+Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
+"""admit: train a job. cancel: forget it. pause, preempt: save its checkpoint, then forget it. drain:
+pause all, then exit. unload: exit if no job is held."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
 from api.job_objects import job_objects
 from api.routes import SIGNED, errors
-from api.schemas.jobs import FineTuningJob
+from api.schemas.jobs import FineTuningJob, JobMove
 from api.schemas.pages import ListPage, page_of
 from catalog import jobs
 from catalog.errors import InvalidRequest
@@ -129,6 +129,27 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
     job = jobs.resume(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
     use.doorbell.ring()
     return _shown(use, job)
+
+
+@router.post("/{job_id}/hold", operation_id="hold_job", responses=errors(404, 409))
+def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+    """Keep it in the queue and out of every trainer, until it is released. Its files are prepared meanwhile."""
+    return _shown(use, jobs.hold(use.db, project_id=caller.project_id, job_id=job_id))
+
+
+@router.post("/{job_id}/release", operation_id="release_job", responses=errors(404, 409))
+def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+    """Let a held job be chosen again, in its old place."""
+    job = jobs.release(use.db, project_id=caller.project_id, job_id=job_id)
+    use.doorbell.ring()
+    return _shown(use, job)
+
+
+@router.post("/{job_id}/move", operation_id="move_job", responses=errors(404, 409))
+def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
+    """Give it another place among the project's jobs of its class that wait. Other projects' turns stay as they are."""
+    target = jobs.Target(before=body.before, after=body.after, to=body.to)
+    return _shown(use, jobs.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from catalog.methods import MethodType, method_object
 from catalog.sample_spec import Samples
 from catalog.spec import JobSpec, PriorityClass
 from catalog.states import JobState
+from catalog.strict import Strict
 from catalog.tables import Job, Trial
 
 JOB_EXAMPLE: dict[str, Any] = {
@@ -149,6 +150,15 @@ class TrialOf(BaseModel):
     parameters: dict[str, Any]
 
 
+class JobMove(Strict):
+    """Where a job is to stand among its project's jobs of its class that wait: one of the three."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"to": "first"}})
+    before: str | None = Field(default=None, max_length=64, description="Id of the job that it goes before.")
+    after: str | None = Field(default=None, max_length=64, description="Id of the job that it goes behind.")
+    to: Literal["first", "last"] | None = None
+
+
 class FineTuningJob(BaseModel):
     model_config = ConfigDict(json_schema_extra={"example": JOB_EXAMPLE})
 
@@ -197,6 +207,8 @@ class FineTuningJob(BaseModel):
     checkpoint_every_steps: int
     requested: dict[str, Any] = Field(description="The request as it came: what it left out is not there.")
     priority: Literal["urgent", "normal", "batch"]
+    deadline: int | None = Field(description="When it should have ended. One that can't is told so, and goes on.")
+    is_held: bool = Field(description="It waits, and isn't chosen before it is released.")
     seconds_running: float = Field(
         description="Seconds under a worker's claim, over all attempts: without waiting and pauses."
     )
@@ -264,6 +276,7 @@ def _identity(row: Job) -> dict[str, Any]:
         "metadata": row.labels,
         "requested": row.requested,
         "priority": PriorityClass(row.priority).name,
+        "deadline": _seconds(row.deadline),
     }
 
 
@@ -288,6 +301,7 @@ def _run(row: Job) -> dict[str, Any]:
         "run_after": _seconds(row.run_after),
         "cancel_requested": row.cancel_requested,
         "pause_requested": row.pause_requested,
+        "is_held": row.is_held,
     }
 
 

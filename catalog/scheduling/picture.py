@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from catalog import packing
 from catalog.memory import TICK_TOKENS, widens_tick
-from catalog.settings import HALF_LIFE_SECONDS, LEASE_SECONDS, PROMOTE_AFTER_SECONDS, Settings
+from catalog.settings import (
+    HALF_LIFE_SECONDS,
+    LEASE_SECONDS,
+    MAX_PREEMPTIONS,
+    PREEMPT_AFTER_SECONDS,
+    PROMOTE_AFTER_SECONDS,
+    SPARED_SECONDS,
+    Settings,
+)
 
 PATIENCE_SECONDS = 60.0
 """How long a job for another base may be passed over for the sake of a base that is loaded already."""
@@ -27,6 +35,14 @@ class Policy:
     advance_seconds: float = ADVANCE_SECONDS
     """Device-seconds that a job which goes before counts for, and a device that is held, beside what is charged: so
     that two workers who ask at once don't both serve one project."""
+    preempt_after_seconds: float = PREEMPT_AFTER_SECONDS
+    """How long an urgent job waits before others are asked to leave for it."""
+    spared_seconds: float = SPARED_SECONDS
+    """Who trains for less is not asked to leave."""
+    max_preemptions: int = MAX_PREEMPTIONS
+    """Nor who has left so often; 0: nobody is."""
+    ask_again_seconds: float = 120.0
+    """So long a job waits for those who were asked before others are."""
     lease_seconds: float = LEASE_SECONDS
     """No more is charged at a time, for nobody trains longer without a heartbeat: a clock that jumps costs no more."""
 
@@ -35,6 +51,9 @@ class Policy:
         return cls(
             half_life_seconds=settings.share_half_life_seconds,
             promote_after_seconds=settings.promote_after_seconds,
+            preempt_after_seconds=settings.preempt_after_seconds,
+            spared_seconds=settings.preempt_spared_seconds,
+            max_preemptions=settings.max_preemptions,
             lease_seconds=settings.lease_seconds,
         )
 
@@ -51,8 +70,8 @@ class Candidate:
     base_digest: str
     pack_key: str
     priority: int
-    created_at: float
-    """Its place among its project's jobs of its class."""
+    place: float
+    """Among its project's jobs of its class."""
     queued_at: float
     """What its waiting is reckoned from."""
     own_bytes: int

@@ -58,7 +58,7 @@ def order(
     served: Collection[Service] = (),
     policy: Policy = USUAL,
 ) -> list[Turn]:
-    """The queue, first turn first. Of one project and class, jobs keep the order in which they were submitted.
+    """The queue, first turn first. Of one project and class, jobs keep their places.
 
     Within a class the project goes first that has had the least for its weight. A job that runs or goes before
     counts in advance, so where nobody has had anything yet, projects take turns, however many jobs one brings.
@@ -113,7 +113,7 @@ def most_before(priority: int, policy: Policy = USUAL) -> tuple[float, int]:
 
 def _ranked(candidates: Iterable[Candidate], shares: Mapping[str, Share], policy: Policy) -> Iterator[_Ranked]:
     seen: Counter[tuple[str, int]] = Counter()
-    for job in sorted(candidates, key=lambda c: (c.created_at, c.job_id)):
+    for job in sorted(candidates, key=lambda c: (c.place, c.job_id)):
         share, num_before = shares.get(job.project_id, Share()), seen[job.project_id, job.priority]
         seen[job.project_id, job.priority] += 1
         level = share.level(policy, num_before=num_before)

@@ -26,6 +26,8 @@ class Attempt(Table):
     resumed_from_step: Mapped[int | None]
     why: Mapped[Json | None]
     """The inputs of the decision that let it run."""
+    preemption: Mapped[Json | None]
+    """And of the one that asked it to leave for an urgent job, if one did."""
 
 
 class JobEvent(Table):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Boolean, ForeignKey, Index, Integer, text
+from sqlalchemy import Boolean, ForeignKey, Index, Integer, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
 
 IN_QUEUE = text("queued_at IS NOT NULL")
+WITH_DEADLINE = text("deadline IS NOT NULL AND finished_at IS NULL")
 of_the_queue: dict[str, Any] = {"sqlite_where": IN_QUEUE, "postgresql_where": IN_QUEUE}
 """Of an index of the jobs in the queue alone: a query that is to use it says the same, and nothing of the state."""
 
@@ -57,7 +58,16 @@ class Job(Table):
     """With a trainer to itself on a device that computes blocks again: where not even that fits, no look is taken.
     0: not reckoned yet."""
     queued_at: Mapped[float | None]
-    """When it came into the queue, while it is there: what its waiting is reckoned from, and others' patience."""
+    """When it came into the queue, while it is there and not held: what its waiting is reckoned from."""
+    place: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Among its project's jobs of its class; the lowest goes first. See catalog/places.py."""
+    is_held: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """It waits and isn't chosen, until it is released."""
+    deadline: Mapped[float | None]
+    """When it should have ended. It is told where it can't; nothing ends it."""
+    needed_start: Mapped[float | None]
+    """When it must start for that, by what was known when its files were prepared."""
+    is_told_late: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     claimed_at: Mapped[float | None]
     """When it was last claimed to train."""
     charged_at: Mapped[float | None]
@@ -81,6 +91,12 @@ class Job(Table):
     run_after: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(Boolean)
     pause_requested: Mapped[bool] = mapped_column(Boolean)
+    preempted_for: Mapped[str | None]
+    """Id of the urgent job, of whichever project, for which this one is asked to leave."""
+    num_preemptions: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Times that it has left for others."""
+    room_asked_at: Mapped[float | None]
+    """When others were last asked to leave so that it can train."""
 
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
@@ -95,8 +111,9 @@ class Job(Table):
     """code, message, param: as on the wire."""
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
-        Index("ix_jobs_heads", "state", "project_id", "priority", "created_at", "id"),
-        Index("ix_jobs_alike", "pack_key", "project_id", "priority", "created_at", "id", **of_the_queue),
+        Index("ix_jobs_heads", "state", "project_id", "priority", "is_held", "place", "id"),
+        Index("ix_jobs_alike", "pack_key", "project_id", "priority", "place", "id", **of_the_queue),
+        Index("ix_jobs_deadlines", "deadline", sqlite_where=WITH_DEADLINE, postgresql_where=WITH_DEADLINE),
         Index(None, "state", "lease_expires_at"),
         Index("ix_jobs_smallest", "project_id", "priority", "least_bytes", "id", **of_the_queue),
         Index("ix_jobs_smallest_alike", "pack_key", "project_id", "priority", "least_bytes", "id", **of_the_queue),

@@ -53,6 +53,7 @@ FIELDS = {
     "checkpoint_every": "checkpoint_every_steps",
     "suffix": "suffix",
     "priority": "priority",
+    "deadline": "deadline",
 }
 """The field that each option stands for, by the option's name in `submit`."""
 NAMES = {

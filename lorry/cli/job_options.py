@@ -87,6 +87,10 @@ Patience = Annotated[
     int | None, option(WATCHING, "End early after so many readings in a row without a fall of the loss.")
 ]
 Metadata = Annotated[list[str] | None, option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
+Deadline = Annotated[
+    str | None,
+    option(RUN, "When it should have ended: 12h from now, or a local time such as 2026-12-01T08:00.", metavar="WHEN"),
+]
 Others = Annotated[
     list[str] | None,
     option(

@@ -31,6 +31,8 @@ def status(job: Job) -> str:
             return f"running, and will be {verb} within some seconds"
     if job.status == "running" and job.phase in _PHASES:
         return f"running: {_PHASES[job.phase]}"
+    if job.is_held and not job.is_final:
+        return f"{job.status}, held: lorry jobs release {job.id}"
     return watching.how_to_resume(job) if job.status == "paused" else job.status
 
 
@@ -96,6 +98,7 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield "suffix", job.suffix
     yield "seed", job.seed
     yield "priority", job.priority
+    yield "deadline", job.deadline and output.when(job.deadline)
     yield "precision", job.precision
     yield "quantisation", job.quantisation
     yield "max length", job.max_length and f"{job.max_length} tokens"

@@ -112,6 +112,35 @@ def resume(job_id: JobId, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def hold(job_id: JobId, as_json: AsJson = False) -> None:
+    """Keep a job in the queue, and out of every trainer, until it is released."""
+    _told(client().jobs.hold(job_id), as_json=as_json)
+
+
+@app.command()
+def release(job_id: JobId, as_json: AsJson = False) -> None:
+    """Let a held job train when its turn comes."""
+    _told(client().jobs.release(job_id), as_json=as_json)
+
+
+@app.command()
+def move(
+    job_id: JobId,
+    *,
+    before: Annotated[str | None, typer.Option("--before", metavar="JOB", help="Go before this one.")] = None,
+    after: Annotated[str | None, typer.Option("--after", metavar="JOB", help="Go behind this one.")] = None,
+    first: Annotated[bool, typer.Option("--first", help="Go before all.")] = False,
+    last: Annotated[bool, typer.Option("--last", help="Go behind all.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give a job another place among the project's jobs of its class that wait."""
+    if sum((before is not None, after is not None, first, last)) != 1:
+        raise typer.BadParameter("say one of --before JOB, --after JOB, --first and --last.")
+    to = "first" if first else "last" if last else None
+    _told(client().jobs.move(job_id, before=before, after=after, to=to), as_json=as_json)
+
+
+@app.command()
 def logs(
     job_id: JobId,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="The last so many. Default: all.")] = None,
@@ -161,7 +190,7 @@ def _told(job: Job, *, as_json: bool) -> None:
     if as_json:
         output.print_json(job.raw)
     else:
-        end = "" if job.status == "paused" else "."  # a dot would be taken for part of the command
+        end = "" if job.status == "paused" or job.is_held else "."  # a dot would be taken for part of the command
         output.say(f"{job.id} is {job_sheet.status(job)}{end}")
 
 

@@ -5,7 +5,10 @@ Each option stands for one field of the service, by its dotted path; limits are 
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -21,6 +24,7 @@ from lorry.cli.job_options import (
     WATCHING,
     AlphaPattern,
     Base,
+    Deadline,
     EvaluateEvery,
     Held,
     KeepOption,
@@ -41,6 +45,7 @@ from lorry.cli.job_options import (
     Warmup,
     option,
 )
+from lorry.cli.keys import UNITS
 from lorry.cli.output import AsJson
 from lorry.cli.typed import json_or_text, nested, pair
 from lorry.cli.uploading import send_with_files
@@ -102,6 +107,7 @@ def submit(
     checkpoint_every: Annotated[int | None, option(WATCHING, "Steps between two checkpoints.")] = None,
     suffix: Annotated[str | None, option(RUN, "Becomes part of the adapter's name.")] = None,
     priority: Annotated[Priority | None, option(RUN, "Class in the queue.")] = None,
+    deadline: Deadline = None,
     metadata: Metadata = None,
     plan: Planned = None,
     other: Others = None,
@@ -187,12 +193,26 @@ def _is_given(value: object) -> bool:
 
 def _value(name: str, given: Any) -> Any:
     """What the service reads, from what was typed."""
+    if name == "deadline":
+        return _moment(given)
     if name in ("rank_pattern", "alpha_pattern"):
         option = f"--{name.replace('_', '-')}"
         return _by_key([_entry(each, option) for each in given], option)
     if name == "target" and len(given) == 1 and (given[0] == "all-linear" or given[0].startswith("re:")):
         return given[0]
     return given
+
+
+def _moment(given: str) -> int:
+    """Seconds since 1970."""
+    if match := re.fullmatch(r"(\d+)([smhd])", given):
+        return int(time.time()) + int(match[1]) * UNITS[match[2]]
+    try:
+        return int(datetime.fromisoformat(given).timestamp())
+    except ValueError:
+        raise typer.BadParameter(
+            f"{given!r} is no time: write 12h, or 2026-12-01T08:00.", param_hint="--deadline"
+        ) from None
 
 
 def _by_key(pairs: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:

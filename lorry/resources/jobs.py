@@ -60,6 +60,25 @@ class Jobs:
     def resume(self, job_id: str) -> Job:
         return self._verb(job_id, "resume")
 
+    def hold(self, job_id: str) -> Job:
+        """Keep it in the queue, and out of every trainer, until it is released."""
+        return self._verb(job_id, "hold")
+
+    def release(self, job_id: str) -> Job:
+        return self._verb(job_id, "release")
+
+    def move(
+        self,
+        job_id: str,
+        *,
+        before: str | None = None,
+        after: str | None = None,
+        to: Literal["first", "last"] | None = None,
+    ) -> Job:
+        """Give it another place among the project's jobs of its class that wait: exactly one of the three."""
+        target = {name: value for name, value in {"before": before, "after": after, "to": to}.items() if value}
+        return Job.of(self._transport.request("POST", _of(job_id, "move"), body=target))
+
     def events(
         self,
         job_id: str,

@@ -79,7 +79,10 @@ def test_what_is_another_projects_is_not_found(stranger: TestClient, client: Tes
         ("DELETE", f"/v1/files/{world.file_id}"),
         *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("", "/events", "/checkpoints", "/metrics")),
         *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("/why", "/data_report", "/attempts", "/stream")),
-        *(("POST", f"/v1/fine_tuning/jobs/{job.id}/{verb}") for verb in ("cancel", "pause", "resume")),
+        *(
+            ("POST", f"/v1/fine_tuning/jobs/{job.id}/{verb}")
+            for verb in ("cancel", "pause", "resume", "hold", "release")
+        ),
     ]
 
     for method, path in theirs:

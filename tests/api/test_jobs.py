@@ -195,6 +195,33 @@ def test_a_job_is_paused_and_resumed(client: TestClient, world: World) -> None:
     assert error_of(refused)["code"] == "job_not_paused"
 
 
+def test_a_project_holds_releases_and_moves_its_jobs(client: TestClient, world: World) -> None:
+    first, second = world.queued(), world.queued()
+
+    held = client.post(f"{JOBS}/{first.id}/hold").json()
+    why = client.get(f"{JOBS}/{first.id}/why").json()
+    released = client.post(f"{JOBS}/{first.id}/release").json()
+    moved = client.post(f"{JOBS}/{second.id}/move", json={"before": first.id})
+    unknown = client.post(f"{JOBS}/{second.id}/move", json={"befor": first.id})
+    queue = client.get("/v1/queue").json()["jobs"]
+
+    assert (held["status"], held["is_held"], released["is_held"]) == ("queued", True, False)
+    assert why["explanation"].startswith("It is held")
+    assert moved.status_code == 200
+    assert "before" in error_of(unknown)["message"]
+    assert [entry["job_id"] for entry in queue] == [second.id, first.id]
+
+
+def test_a_deadline_is_shown_as_it_was_given(client: TestClient, world: World) -> None:
+    body = {"model": "smol", "training_file": world.file_id, "deadline": 1_900_000_000}
+
+    job = client.post(JOBS, json=body).json()
+    refused = client.post(JOBS, json={**body, "deadline": "tomorrow"})
+
+    assert job["deadline"] == 1_900_000_000
+    assert error_of(refused)["param"] == "deadline"
+
+
 def test_a_resume_whose_reply_was_lost_may_be_sent_again(client: TestClient, world: World) -> None:
     job_id = world.queued().id
     client.post(f"{JOBS}/{job_id}/pause")

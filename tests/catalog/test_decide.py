@@ -107,7 +107,7 @@ def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Can
     """The anchor is the same whatever else of its kind waits behind it, and alone."""
     whole = picture(*jobs, now=100)
     lead = leading(whole, USUAL)
-    behind = [replace(job, created_at=200, queued_at=200.0, priority=2) for job in more]
+    behind = [replace(job, place=200, queued_at=200.0, priority=2) for job in more]
 
     decision = decide(whole, USUAL)
 
@@ -144,6 +144,6 @@ def test_the_first_of_each_project_and_class_decide_the_anchor_as_all_that_fit_d
 
 def _firsts(jobs: list[Candidate], per_group: int) -> list[Candidate]:
     seen: dict[tuple[str, int], list[Candidate]] = {}
-    for job in sorted(jobs, key=lambda each: (each.created_at, each.job_id)):
+    for job in sorted(jobs, key=lambda each: (each.place, each.job_id)):
         seen.setdefault((job.project_id, job.priority), []).append(job)
     return [job for group in seen.values() for job in group[:per_group]]

@@ -15,7 +15,7 @@ from catalog.scheduling.turns import order
 def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priority: int = 1, **more: Any) -> Candidate:
     told: dict[str, Any] = {"base_digest": "b", "pack_key": "b:bfloat16:causal-lm", "own_bytes": 1, "trainer_bytes": 10}
     told["queued_at"] = created_at
-    return Candidate(job_id=job_id, created_at=created_at, project_id=project_id, priority=priority, **{**told, **more})
+    return Candidate(job_id=job_id, place=created_at, project_id=project_id, priority=priority, **{**told, **more})
 
 
 def ids(candidates: list[Candidate], now: float = 100, **running: int) -> list[str]:
@@ -76,4 +76,4 @@ def test_within_a_project_and_class_age_decides(jobs: list[Candidate]) -> None:
             later.candidate.project_id,
             later.candidate.priority,
         )
-        assert not same or turn.candidate.created_at <= later.candidate.created_at
+        assert not same or turn.candidate.place <= later.candidate.place

@@ -17,6 +17,7 @@ from catalog import (
     audit,
     audit_chain,
     claims,
+    deadlines,
     fleet,
     issuing,
     job_records,
@@ -25,6 +26,7 @@ from catalog import (
     part_uploads,
     plan_claims,
     plans,
+    preemption,
     queue,
     recovery,
     result_files,
@@ -37,6 +39,7 @@ from catalog.audit import Filters
 from catalog.callers import Caller
 from catalog.claims import Claim
 from catalog.db import Database
+from catalog.scheduling.picture import USUAL
 from catalog.settings import Settings
 from catalog.states import EndReason
 from catalog.sweeps import controller, creation, reading, verbs
@@ -328,6 +331,15 @@ ACTS: dict[str, Act] = {
     "a cancel at once": lambda w, ids: jobs.cancel(w.db, **w.of(ids["first"])),
     "a pause": lambda w, ids: jobs.pause(w.db, **w.of(ids["second"])),
     "a resume": lambda w, ids: jobs.resume(w.db, **w.of(ids["second"])),
+    "a hold": lambda w, ids: jobs.hold(w.db, **w.of(ids["second"])),
+    "a release": lambda w, ids: jobs.release(w.db, **w.of(ids["second"])),
+    "a move": lambda w, ids: jobs.move_to(w.db, **w.of(ids["second"]), target=jobs.Target(to="last")),
+    "deadlines that can't be met": lambda w, _: deadlines.tell_late(w.db),
+    "a look for whom to preempt": lambda w, _: (
+        w.queued(priority="urgent"),
+        w.clock.turn(60),
+        preemption.look(w.db, policy=USUAL),
+    ),
     "a claim of one that joins": lambda w, ids: w.claim("w1", ONE, pack_key=w.job(ids["running"]).pack_key),
     "a claim for a base that is loaded": lambda w, ids: w.claim(
         "w2", replace(ONE, resident_key=w.job(ids["running"]).pack_key)

@@ -152,6 +152,7 @@ class Service(RuleBasedStateMachine):
                 if job.state != JobState.RUNNING:
                     assert not job.cancel_requested
                     assert not job.pause_requested
+                    assert job.preempted_for is None
                 assert (job.finished_at is not None) == (job.state in FINAL_STATES)
                 if job.state == JobState.QUEUED:
                     assert job.counted_attempts < MAX_COUNTED_ATTEMPTS

@@ -253,6 +253,29 @@ def test_a_verb_says_what_came_of_it(service: Script, run: Run, verb: str) -> No
     assert json.loads(run("jobs", verb, "j", "--json").stdout)["id"] == "j"
 
 
+@pytest.mark.parametrize("verb", ["hold", "release"])
+def test_a_hold_and_a_release_say_what_came_of_it(service: Script, run: Run, verb: str) -> None:
+    service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "status": "queued", "is_held": verb == "hold"})
+
+    said = run("jobs", verb, "j").stderr
+
+    assert said == ("j is queued, held: lorry jobs release j\n" if verb == "hold" else "j is queued.\n")
+
+
+def test_a_job_is_moved_to_one_place(service: Script, run: Run) -> None:
+    service.on("POST", f"{JOBS}/j/move", {**JOB, "id": "j", "status": "queued"})
+
+    assert run("jobs", "move", "j", "--before", "k").stderr == "j is queued.\n"
+    assert run("jobs", "move", "j", "--last").stderr == "j is queued.\n"
+    refused = run("jobs", "move", "j", "--last", "--first")
+
+    assert [json.loads(seen.body) for seen in service.requests("POST", f"{JOBS}/j/move")] == [
+        {"before": "k"},
+        {"to": "last"},
+    ]
+    assert (refused.exit_code, "--before JOB" in refused.stderr) == (2, True)
+
+
 def test_a_cancel_takes_the_yes_of_a_script(service: Script, run: Run) -> None:
     service.on("POST", f"{JOBS}/j/cancel", {**JOB, "id": "j", "status": "cancelled"})
 

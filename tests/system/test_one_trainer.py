@@ -89,6 +89,33 @@ def test_a_paused_job_leaves_the_trainer_and_resumes_from_where_it_was(tmp_path:
         assert len(jobs.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
 
 
+def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_that_was_left_alone(
+    tmp_path: Path,
+) -> None:
+    with worker_site(
+        tmp_path,
+        LORRY_MAX_JOBS_PER_TRAINER="1",
+        LORRY_PREEMPT_AFTER_SECONDS="0",
+        LORRY_PREEMPT_SPARED_SECONDS="0",
+    ) as site:
+        rows, same = site.upload(40), {"checkpoint_every_steps": 1000, "max_steps": 14, "priority": "batch"}
+        preempted, twin = site.submit(rows, **same), site.submit(rows, **same)
+        site.start_worker(FAILPOINT=f"step_10:wait={site.gate('preempt')}")
+        site.wait_for_step(10, preempted)
+        urgent = site.submit(rows, max_steps=2, priority="urgent")
+        site.wait_for_message("preempt")
+
+        site.gate("preempt").touch()
+
+        site.wait_for_end(preempted, twin, urgent)
+        states = [site.job(job_id).state for job_id in (preempted, twin, urgent)]
+        assert states == [JobState.SUCCEEDED] * 3, site.log()
+        first, second = site.attempts(preempted)
+        assert (first.reason, second.resumed_from_step) == ("preempted", 10)
+        assert first.ended_at <= site.attempts(urgent)[0].started_at <= second.started_at
+        assert site.weights_digest(preempted) == site.weights_digest(twin)
+
+
 def test_a_file_with_nothing_to_learn_is_refused_by_name_and_harms_nobody(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         good = site.submit(site.upload(12), max_steps=2)

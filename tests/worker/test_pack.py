@@ -186,11 +186,30 @@ def test_a_claim_that_is_stale_while_its_mishap_is_recorded_is_dropped(
     assert "cancel" in told(pack)
 
 
-@pytest.mark.parametrize(("wish", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_who_is_preempted_saves_a_checkpoint_and_goes_back_to_the_queue(site: PackSite) -> None:
+    claim = site.claim(priority="batch")
+    pack = site.pack(claim)
+
+    for _ in range(2):
+        pack.obey(asked(claim, preempt=True))
+    messages = told(pack)
+    tell(pack, claim, "paused", step=5, folder=site.checkpoint(pack, claim, 5))
+    pack.hear()
+
+    assert messages == ["preempt"]
+    job = site.world.job(claim.job.id)
+    assert (job.state, job.num_preemptions, site.reason(claim)) == ("queued", 1, EndReason.PREEMPTED)
+    assert [row.step for row in site.checkpoints(claim)] == [5]
+    assert site.held() == set()
+
+
+@pytest.mark.parametrize(("wish", "state"), [("cancel", "cancelled"), ("pause", "paused"), ("preempt", "queued")])
 def test_a_wish_is_obeyed_at_once_while_the_base_loads(site: PackSite, wish: str, state: str) -> None:
     claim = site.claim()
     pack = site.loading_pack(claim)
-    {"cancel": jobs.cancel, "pause": jobs.pause}[wish](site.db, **site.world.of(claim.job.id))
+    verbs: dict[str, Any] = {"cancel": jobs.cancel, "pause": jobs.pause}
+    if wish in verbs:
+        verbs[wish](site.db, **site.world.of(claim.job.id))
 
     pack.obey(asked(claim, **{wish: True}))
 

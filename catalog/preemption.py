@@ -1,0 +1,176 @@
+"""Room for what is urgent: jobs that train are asked to leave, by the rule of scheduling/preempt.py.
+
+A look costs one question while nothing urgent waits. Who is asked is told by its worker's next heartbeat, saves a
+checkpoint at a tick's boundary and goes back to its place in the queue.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from catalog import events, fleet, heads, usage
+from catalog.db import Database, read_clock, serialise
+from catalog.fleet import is_gpu, quantisations_of
+from catalog.scheduling import preempt
+from catalog.scheduling.picture import Candidate, Policy, Service
+from catalog.scheduling.preempt import Holder, Preemption, Training
+from catalog.scheduling.turns import order
+from catalog.spec import PriorityClass
+from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
+from catalog.tables import Attempt, Job, Trainer, Worker
+from catalog.workers import is_live
+
+AT_ONCE = 8
+"""Urgent jobs of a project that are looked at, and for which room is made in one look."""
+PRESSING = PriorityClass.urgent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """For whom somebody is asked to leave."""
+
+    job: Candidate
+    preemption: Preemption
+
+
+def look(db: Database, *, policy: Policy) -> int:
+    """Ask whom it takes to leave; take it back of those who are not needed any more. Returns how many were asked."""
+    if not policy.max_preemptions:
+        return 0
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        now = read_clock(session)
+        if not _pressing(session, now=now, policy=policy) and not list(session.scalars(_asked())):
+            return 0
+    with db.write() as session:
+        serialise(session, "ask jobs to leave")
+        now = read_clock(session)
+        _take_back(session, now=now)
+        decided = _decide(session, now=now, policy=policy)
+        return _ask(session, decided, now=now, policy=policy)
+
+
+def _pressing(session: Session, *, now: float, policy: Policy) -> list[Candidate]:
+    """Urgent jobs that have waited for long enough and for which no room is being made, first turn first."""
+    waiting = heads.waiting(session, heads.Such(priority=PRESSING), now=now, per_group=AT_ONCE)
+    late = [job for job in waiting if now - job.queued_at >= policy.preempt_after_seconds]
+    asked = select(Job.id, Job.room_asked_at).where(Job.id.in_([job.job_id for job in late]))
+    asked_at = {row.id: row.room_asked_at for row in session.execute(asked)} if late else {}
+    again = [job for job in late if now - (asked_at.get(job.job_id) or -1e18) >= policy.ask_again_seconds]
+    shares = usage.shares_of_waiting(session, now=now, policy=policy) if again else {}
+    return [turn.candidate for turn in order(again, now, shares=shares, policy=policy)][:AT_ONCE]
+
+
+def _asked() -> Select[str]:
+    """Ids of those that were asked to leave and train still."""
+    return select(Job.id).where(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
+
+
+def _take_back(session: Session, *, now: float) -> None:
+    """Of those whose urgent job has found room elsewhere, or waits no more. Who has been told already leaves."""
+    asked = select(Job).where(Job.id.in_(_asked())).order_by(Job.id).with_for_update()
+    for job in session.scalars(asked):
+        state = session.scalar(select(Job.state).where(Job.id == job.preempted_for))
+        if state != JobState.QUEUED:
+            job.preempted_for = None
+            events.add(session, job.id, now=now, message="The room is not needed any more: the job may stay.")
+
+
+def _decide(session: Session, *, now: float, policy: Policy) -> list[Asked]:
+    pressing = _pressing(session, now=now, policy=policy)
+    holders = _holders(session, now=now) if pressing else []
+    decided: list[Asked] = []
+    for job in pressing:
+        chosen = preempt.choose(job, holders, now=now, policy=policy)
+        if chosen is None:
+            continue
+        decided.append(Asked(job=job, preemption=chosen))
+        holders = [_without(holder, chosen) for holder in holders]
+    return [one for one in decided if one.preemption.victims]
+
+
+def _without(holder: Holder, chosen: Preemption) -> Holder:
+    """Its room is spoken for: the next job needs others to leave."""
+    if holder.worker_id != chosen.worker_id:
+        return holder
+    gone = {victim.job_id for victim in chosen.victims}
+    left = tuple(job for job in holder.jobs if job.job_id not in gone and not job.is_leaving)
+    return replace(holder, jobs=left, memory_bytes_free=0, places=0)
+
+
+def _ask(session: Session, decided: Sequence[Asked], *, now: float, policy: Policy) -> int:
+    named = {one.job.job_id for one in decided} | {v.job_id for one in decided for v in one.preemption.victims}
+    locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
+    jobs = {job.id: job for job in session.scalars(locked.execution_options(populate_existing=True))} if named else {}
+    number = 0
+    for one in decided:
+        victims = [jobs[victim.job_id] for victim in one.preemption.victims if victim.job_id in jobs]
+        is_as_seen = all(job.state == JobState.RUNNING and job.preempted_for is None for job in victims)
+        if not is_as_seen or jobs[one.job.job_id].state != JobState.QUEUED:
+            continue
+        jobs[one.job.job_id].room_asked_at = now
+        for job, victim in zip(victims, one.preemption.victims, strict=True):
+            _ask_one(session, job, one, victim, now=now, policy=policy)
+            number += 1
+        _tell_who_waits(session, one, now=now)
+    return number
+
+
+def _ask_one(session: Session, job: Job, one: Asked, victim: Training, *, now: float, policy: Policy) -> None:
+    job.preempted_for = one.job.job_id
+    data = preempt.told(one.job, one.preemption, victim, now=now, policy=policy)
+    attempt = session.get(Attempt, job.claim_id)
+    if attempt is not None:
+        attempt.preemption = data
+    message = "An urgent job needs the room: this one saves a checkpoint and goes back to its place in the queue."
+    events.add(session, job.id, now=now, message=message, data=data)
+
+
+def _tell_who_waits(session: Session, one: Asked, *, now: float) -> None:
+    number = len(one.preemption.victims)
+    jobs = "1 job of a lower class is" if number == 1 else f"{number} jobs of lower classes are"
+    data = {"worker_id": one.preemption.worker_id, "num_leaving": number, "makes": one.preemption.makes}
+    events.add(session, one.job.job_id, now=now, message=f"{jobs} asked to make room for this one.", data=data)
+
+
+def _holders(session: Session, *, now: float) -> list[Holder]:
+    """Workers that live, take jobs and hold some."""
+    running = select(Job, Attempt).join(Attempt, Attempt.claim_id == Job.claim_id)
+    held: defaultdict[str | None, list[tuple[Job, Attempt]]] = defaultdict(list)
+    for job, attempt in session.execute(running.where(Job.state == JobState.RUNNING)):
+        held[job.worker_id].append((job, attempt))
+    live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
+    rows = session.execute(live.where(is_live(now=now))).all()
+    return [_holder(worker, key, held[worker.id]) for worker, key in rows if held[worker.id] and not worker.is_leaving]
+
+
+def _holder(worker: Worker, key: str | None, held: list[tuple[Job, Attempt]]) -> Holder:
+    recomputes, room = is_gpu(worker), fleet.room_told(worker)
+    can_load = quantisations_of(worker)
+    return Holder(
+        worker_id=worker.id,
+        pack_key=key or held[0][0].pack_key,
+        service=Service(at={}, memory_bytes=worker.memory_bytes, recomputes=recomputes, can_load=can_load),
+        jobs=tuple(_training(job, attempt, len(held), recomputes=recomputes) for job, attempt in held),
+        memory_bytes_free=room.memory_bytes_free,
+        places=room.max_jobs,
+        has_suspect=any(job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1 for job, _ in held),
+    )
+
+
+def _training(job: Job, attempt: Attempt, num_beside: int, *, recomputes: bool) -> Training:
+    own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)
+    return Training(
+        job_id=job.id,
+        counts_as=min(job.priority, int((attempt.why or {}).get("counts_as", job.priority))),
+        own_bytes=own,
+        began_at=attempt.started_at,
+        num_beside=num_beside,
+        num_preemptions=job.num_preemptions,
+        is_leaving=job.cancel_requested or job.pause_requested or job.preempted_for is not None,
+        seconds_left=(job.progress or {}).get("seconds_left"),
+    )

@@ -1,0 +1,177 @@
+"""An urgent job that waits has others leave for it: on the record, by heartbeats, within bounds, and told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from catalog import claims, jobs, preemption
+from catalog.claims import Claim
+from catalog.scheduling.picture import USUAL, Room
+from catalog.states import EndReason
+from catalog.tables import Job
+from tests.catalog.world import World
+
+ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+SPARED = USUAL.spared_seconds
+LATE = USUAL.preempt_after_seconds + 1
+
+
+@pytest.fixture
+def batch(world: World) -> Claim:
+    """A batch job that has trained for long enough to be asked, on the only worker, which is full."""
+    world.worker()
+    claim = world.running(priority="batch")
+    world.pass_time(SPARED, claim.claim_id)
+    world.beat(claim.claim_id)
+    return claim
+
+
+def test_an_urgent_job_that_waits_has_a_lower_one_leave_for_it(world: World, batch: Claim) -> None:
+    urgent = world.queued(priority="urgent")
+    assert not world.beat(batch.claim_id)[batch.claim_id].preempt, "it has not waited yet"
+
+    world.clock.turn(LATE)
+    orders = world.beat(batch.claim_id)
+    state = claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="Saved at step 5.")
+    (next_one,) = world.claim(room=ONE)
+
+    assert orders[batch.claim_id].preempt
+    assert (state, next_one.job.id) == ("queued", urgent.id)
+    left = world.job(batch.job.id)
+    assert (left.counted_attempts, left.num_preemptions, left.preempted_for) == (0, 1, None)
+    assert world.job(urgent.id).room_asked_at is None
+
+
+def test_it_goes_back_to_its_place_among_its_projects_jobs(world: World, batch: Claim) -> None:
+    world.queued(priority="batch")
+    urgent = world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+    claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
+
+    order = [claim.job.id for _ in range(2) for claim in world.claim(room=ONE)]
+
+    assert order == [urgent.id, batch.job.id]
+
+
+def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(world: World, batch: Claim) -> None:
+    foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), priority="urgent")
+    world.prepare_all()
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+
+    asked = jobs.explain(world.db, **world.of(batch.job.id))
+    waiting = jobs.explain(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
+    claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="Saved at step 5.")
+    left = jobs.explain(world.db, **world.of(batch.job.id))
+
+    assert asked["explanation"] == (
+        "Its worker w1 was asked to store a checkpoint and to make room for an urgent job; "
+        "it goes back to its place in the queue."
+    )
+    assert "Jobs of lower classes were asked to make room for it" in waiting["explanation"]
+    assert left["explanation"].startswith("It made room for a job of the class urgent that had waited for 31 s")
+    told = left["preemption"]
+    assert (told["for_class"], told["makes"], told["num_leaving"], told["counts_as"]) == (0, "a place", 1, 2)
+    assert (told["num_preemptions_before"], told["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
+    assert told["trained_seconds"] > SPARED
+    events = jobs.events_since(world.db, **world.of(batch.job.id), seq=0)
+    assert [event.message for event in events][-2:] == [
+        "An urgent job needs the room: this one saves a checkpoint and goes back to its place in the queue.",
+        "The job made room for an urgent one and goes back to its place in the queue. Saved at step 5.",
+    ]
+    for secret in (foreign.id, world.stranger.project_id, "theirs"):
+        assert secret not in str((asked, left, [(event.message, event.data) for event in events]))
+
+
+def test_for_one_job_no_more_are_asked_while_the_first_leave(world: World, batch: Claim) -> None:
+    world.worker("w2")
+    world.queued(priority="batch")
+    (other,) = world.claim("w2", ONE)
+    both = (batch.claim_id, other.claim_id)
+    world.pass_time(SPARED, *both)
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    for worker_id in ("w1", "w2"):
+        world.beat(worker_id=worker_id)
+
+    for _ in range(3):
+        world.beat(*both)
+        world.clock.turn(1)
+
+    assert sum(order.preempt for order in world.beat(*both).values()) == 1
+
+
+def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(world: World, batch: Claim) -> None:
+    urgent = world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    preemption.look(world.db, policy=USUAL)
+    world.worker("w2")
+    (claim,) = world.claim("w2", ONE)
+
+    orders = world.beat(batch.claim_id)
+
+    assert claim.job.id == urgent.id
+    assert orders[batch.claim_id] == claims.Orders()
+
+
+def test_a_job_is_asked_only_so_often_and_trains_on(world: World, batch: Claim) -> None:
+    held = batch
+    for _ in range(USUAL.max_preemptions):
+        assert leaves(world, held)
+        (held,) = world.claim(room=ONE)
+        assert held.job.id == batch.job.id
+        world.pass_time(SPARED, held.claim_id)
+
+    assert not leaves(world, held)
+
+
+def leaves(world: World, held: Claim) -> bool:
+    """Whether the job is asked to leave for an urgent one; if so, it does, and the urgent one trains and ends."""
+    urgent = world.queued(priority="urgent")
+    world.beat(held.claim_id)
+    world.clock.turn(LATE)
+    if not world.beat(held.claim_id)[held.claim_id].preempt:
+        return False
+    claims.end(world.db, held.claim_id, reason=EndReason.PREEMPTED, detail="")
+    (claim,) = world.claim(room=ONE)
+    assert claim.job.id == urgent.id
+    world.complete(claim.claim_id, claim.claim_id)
+    return True
+
+
+def test_what_has_risen_is_not_asked_by_the_class_above_which_it_rose(world: World) -> None:
+    world.worker()
+    world.queued(priority="batch")
+    world.clock.turn(3 * USUAL.promote_after_seconds)
+    (risen,) = world.claim(room=ONE)
+    world.pass_time(SPARED, risen.claim_id)
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+
+    assert not world.beat(risen.claim_id)[risen.claim_id].preempt
+
+
+def test_an_operator_may_have_nobody_preempted(world: World, batch: Claim) -> None:
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+
+    assert preemption.look(world.db, policy=replace(USUAL, max_preemptions=0)) == 0
+    assert preemption.look(world.db, policy=USUAL) == 1
+
+
+def test_what_a_person_asks_for_goes_before_a_preemption(world: World, batch: Claim) -> None:
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+    jobs.pause(world.db, **world.of(batch.job.id))
+
+    state = claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
+
+    assert state == "paused"
+    with world.db.read() as session:
+        job: Any = session.get_one(Job, batch.job.id)
+        assert job.preempted_for is None
