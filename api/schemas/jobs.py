@@ -153,7 +153,14 @@ class TrialOf(BaseModel):
 class JobMove(Strict):
     """Where a job is to stand among its project's jobs of its class that wait: one of the three."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"to": "first"}})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"to": "first"},
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": "string"}}} for name in ("before", "after", "to")
+            ],
+        }
+    )
     before: str | None = Field(default=None, max_length=64, description="Id of the job that it goes before.")
     after: str | None = Field(default=None, max_length=64, description="Id of the job that it goes behind.")
     to: Literal["first", "last"] | None = None
