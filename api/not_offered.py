@@ -15,7 +15,6 @@ class NotOffered:
     remedy: str
 
 
-INSTEAD_OF_INTEGRATIONS = "Curves are in a job's events, in its result file and on the dashboard."
 INSTEAD_OF_REINFORCEMENT = "Learn from preferences (dpo, orpo, simpo, kto); evaluation.samples shows a job's answers."
 ALL = (
     NotOffered(

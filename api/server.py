@@ -50,6 +50,9 @@ def serve(settings: Settings, *, host: str, port: int) -> int:
         port=port,
         log_config=None,
         access_log=False,
+        loop="asyncio",  # not what happens to be installed beside: its limits and its log are others
+        http="h11",
+        ws="none",
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=own.shutdown_seconds,

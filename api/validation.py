@@ -14,9 +14,10 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
-from api.not_offered import INSTEAD_OF_INTEGRATIONS, INSTEAD_OF_REINFORCEMENT
+from api.not_offered import INSTEAD_OF_REINFORCEMENT
 from api.other_names import known_elsewhere
 from catalog.errors import InvalidRequest
+from catalog.integrations import NAME_PATTERN
 from catalog.lora_spec import INITIAL_PATTERN, MODULE_PATTERN, TARGET_PATTERN
 
 MAX_LISTED = 5
@@ -33,6 +34,7 @@ _PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": _LABEL,
     r"^[A-Za-z0-9][\w.-]{0,63}$": _LABEL,
     r"^[^\x00-\x1f\x7f]+$": "a text without control characters",
+    NAME_PATTERN: "a name without control characters and without any of / \\ # ? % :",
     INITIAL_PATTERN: "'default', 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'",
     MODULE_PATTERN: (
         "the name of a layer, of letters, digits, '_' and '.' ('all-linear', and 're:' with an expression, "
@@ -129,8 +131,6 @@ def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tup
             "Send one JSON object, in UTF-8, with Content-Type: application/json.",
             _code(kind),
         )
-    if path == "integrations" and kind == "too_long":
-        return "A job has no integrations.", f"Leave them out. {INSTEAD_OF_INTEGRATIONS}", _code(kind)
     is_reinforcement = path == "method.type" and first.get("input") == "reinforcement"
     remedy = f"Reinforcement isn't offered. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
     return f"{name} {_expectation(group)}{_it_was(path, first)}.", remedy, _code(kind)

@@ -13,6 +13,7 @@ from catalog import bases, continuing, evaluations, files, fleet, linears, memor
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.errors import InvalidRequest, NotFound
+from catalog.integrations import INSTALL
 from catalog.keys import Caller
 from catalog.lora_spec import begins_with_the_base
 from catalog.methods import MethodType, compared_kind
@@ -83,6 +84,7 @@ def accept(
             _check_kind(file, request.method_type, param)
     _check_rates(request)
     _check_quantisation(session, request, now=now)
+    _check_integrations(session, request, now=now)
     for file in (training, validation):
         if file is not None:
             check_data(request.data, known_kind(file.kind), file_id=file.id)
@@ -261,6 +263,21 @@ def _check_quantisation(session: Session, request: JobRequest, *, now: float) ->
         remedy=f"{INSTALL_QUANT} Or leave out quantisation.",
         param="quantisation",
     )
+
+
+def _check_integrations(session: Session, request: JobRequest, *, now: float) -> None:
+    """Where no worker lives, the job waits for one, and its curves for one that can write them."""
+    if not request.integrations:
+        return
+    found = fleet.integrations(session, now=now)
+    for number, one in enumerate(request.integrations):
+        if found is not None and one.type not in found:
+            raise InvalidRequest(
+                f"No worker can write to {one.type}.",
+                code="integration_unavailable",
+                remedy=f"{INSTALL} Or leave it out.",
+                param=f"integrations.{number}.type",
+            )
 
 
 def _check_rates(request: JobRequest) -> None:

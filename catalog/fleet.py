@@ -109,6 +109,12 @@ def quantisations_of(worker: Worker) -> frozenset[str]:
     return frozenset({"none"}).union(*(device.get("quantisations", ()) for device in worker.devices))
 
 
+def integrations(session: Session, *, now: float) -> frozenset[str] | None:
+    """Trackers that some live worker can write to; None where no worker lives."""
+    live = list(session.scalars(select(Worker.integrations).where(is_live(now=now))))
+    return frozenset[str]().union(*(found or () for found in live)) if live else None
+
+
 def count_live(session: Session, *, now: float) -> int:
     """Workers."""
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0

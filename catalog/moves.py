@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from catalog import events
+from catalog import events, exports
 from catalog.errors import Conflict
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
 from catalog.sweeps import observing
@@ -48,6 +48,8 @@ def move(
     data = {"from": before, "to": after, "verb": verb, "reason": reason}
     events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
     observing.moved(session, job, now=now)
+    if after is JobState.RUNNING or after in FINAL_STATES:
+        exports.wake(session, job, now=now)
     if after in FINAL_STATES:
         outbox.job_ended(session, job, after, now=now)
     return after

@@ -72,6 +72,16 @@ class Settings(BaseSettings):
         default=2 * 2**30, ge=0, description="Disk of a trainer for what frozen blocks gave. 0: nothing is kept."
     )
 
+    integrations: str = Field(
+        default="wandb,mlflow,tensorboard,trackio",
+        description="Trackers, separated by commas, that jobs may have their curves written to, where installed.",
+    )
+    mlflow_tracking_uri: SecretStr | None = Field(
+        default=None, description="MLflow's server or database. Default: SQLite in the data folder."
+    )
+    tensorboard_dir: Path | None = Field(default=None, description="Of event files. Default: in the data folder.")
+    trackio_dir: Path | None = Field(default=None, description="Of Trackio's databases. Default: in the data folder.")
+
     exact_products: bool = Field(
         default=True, description="On a CPU with AMX: have bf16 products that packmates can't change, a tenth slower."
     )
@@ -81,6 +91,13 @@ class Settings(BaseSettings):
 
     def resolved_store_url(self) -> str:
         return self.store_url or (self.data_dir / "store").absolute().as_uri()
+
+    def named_integrations(self) -> frozenset[str]:
+        return frozenset(part.strip() for part in self.integrations.split(",") if part.strip())
+
+    def resolved_mlflow_tracking_uri(self) -> str:
+        named = self.mlflow_tracking_uri
+        return named.get_secret_value() if named else f"sqlite:///{(self.data_dir / 'mlflow.db').absolute()}"
 
     def bases_dir(self) -> Path:
         """Folder of imported base models: one per digest."""

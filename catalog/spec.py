@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from enum import IntEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -26,6 +26,7 @@ from catalog.course_spec import (
     resolve_schedule,
 )
 from catalog.data_spec import DataRequest, DataSpec
+from catalog.integrations import INTEGRATION_TYPES, Integration, checked
 from catalog.lora_spec import LoraRequest, LoraSpec, resolve_lora
 from catalog.methods import (
     PREFERENCE_MULTIPLIER,
@@ -76,7 +77,9 @@ class JobRequest(Strict):
     metadata: dict[str, LabelValue] | None = Field(
         default=None, json_schema_extra={"maxProperties": 16, "propertyNames": {"minLength": 1, "maxLength": 64}}
     )
-    integrations: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=len(INTEGRATION_TYPES))] | None = Field(
+        default=None, description="Trackers that the job's curves are written to, beside the record."
+    )
 
     parent_adapter: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
         default=None,
@@ -133,6 +136,11 @@ class JobRequest(Strict):
         if any(not 1 <= len(k) <= 64 or len(v) > 512 for k, v in value.items()):
             raise ValueError("a key has 1 to 64 characters and a value at most 512")
         return value
+
+    @field_validator("integrations")
+    @classmethod
+    def _each_tracker_once(cls, value: list[Integration] | None) -> list[Integration] | None:
+        return checked(value)
 
     @field_validator("max_length")
     @classmethod

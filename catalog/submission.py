@@ -7,7 +7,7 @@ import secrets
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, events
+from catalog import audit, events, exports
 from catalog.acceptance import accept, job_row
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest
@@ -130,6 +130,7 @@ def submit(
     told |= {"plan": request.plan} if isinstance(request, PlannedJob) else {}
     told |= {"sweep": sweep_id} if sweep_id else {}
     audit.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
+    exports.add(session, job, accepted.request.integrations or ())
     if isinstance(request, PlannedJob):
         events.add(session, job.id, now=now, message=f"It is just as {request.plan} has planned it.")
     for surprise in accepted.surprises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,15 @@ def is_live(*, now: float) -> ColumnElement[bool]:
 
 
 def register_worker(
-    db: Database, *, worker_id: str, host: str, pid: int, devices: list[Any], version: str, memory_bytes: int
+    db: Database,
+    *,
+    worker_id: str,
+    host: str,
+    pid: int,
+    devices: list[Any],
+    version: str,
+    memory_bytes: int,
+    integrations: Sequence[str] = (),
 ) -> Worker:
     """A worker has started. One that had the same id before is gone: what it held is freed at once."""
     with db.write() as session:
@@ -47,6 +56,7 @@ def register_worker(
             _close_trainers(session, worker_id, now=now)
         worker.host, worker.pid, worker.devices = host, pid, devices
         worker.version, worker.memory_bytes = version, memory_bytes
+        worker.integrations = list(integrations)
         worker.started_at = worker.heartbeat_at = now
         worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
         worker.served_at = worker.prepared_at = None

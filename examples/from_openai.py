@@ -50,7 +50,9 @@ def translated(job: Json, *, model: str, keep_rate: bool = False) -> tuple[Json,
     body["suffix"] = _suffix(job.get("fine_tuned_model"), left_out)
     body["metadata"] = job.get("metadata") or None
     if job.get("integrations"):
-        left_out.append("integrations: curves are in the job's events, in its result file and on the dashboard.")
+        left_out.append(
+            "integrations: say them here yourself, where a worker has them; docs/INTEGRATIONS.md tells how."
+        )
     return {name: value for name, value in body.items() if value is not None}, left_out
 
 

@@ -135,6 +135,7 @@ class Job(View):
     metadata: dict[str, str] | None = None
     sweep: dict[str, Any] | None = None
     """Of a trial: id of its sweep, trial, parameters."""
+    integrations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     progress: Progress = field(default_factory=Progress, metadata={"view": Progress})
     error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Required, TypedDict
 
 Auto = Literal["auto"]
 Priority = Literal["urgent", "normal", "batch"]
@@ -76,6 +76,38 @@ class Data(TypedDict, total=False):
     """Of a chat: every answer, or only the last one."""
     overflow: Literal["truncate", "drop", "split"]
     """What becomes of rows of more than `max_length` tokens; only plain texts are split."""
+
+
+class Wandb(TypedDict, total=False):
+    project: Required[str]
+    name: str
+    entity: str
+    tags: list[str]
+
+
+class Mlflow(TypedDict, total=False):
+    experiment: str
+    run_name: str
+    tags: dict[str, str]
+
+
+class TensorBoard(TypedDict, total=False):
+    name: str
+
+
+class Trackio(TypedDict, total=False):
+    project: str
+    name: str
+
+
+class Integration(TypedDict, total=False):
+    """A tracker that the job's curves are written to, and what is said to it under its own name."""
+
+    type: Required[Literal["wandb", "mlflow", "tensorboard", "trackio"]]
+    wandb: Wandb
+    mlflow: Mlflow
+    tensorboard: TensorBoard
+    trackio: Trackio
 
 
 class Hyperparameters(TypedDict, total=False):
@@ -191,6 +223,8 @@ class JobFields(TypedDict, total=False):
     priority: Priority | None
     deadline: int | None
     """Seconds since 1970. A job that can't meet it is told so, and goes on."""
+    integrations: Sequence[Integration] | None
+    """Trackers that the curves are written to, beside the record."""
     extra_body: Mapping[str, Any] | None
     """Fields of the body as they go over the wire, in place of the others."""
 

@@ -20,6 +20,8 @@ from catalog.errors import LorryError
 from catalog.scheduling.picture import Policy
 from catalog.settings import Settings
 from worker import node, scratch
+from worker.export_session import available
+from worker.exports import exporting
 from worker.pulse import Pulse
 from worker.standby import Standby
 
@@ -95,7 +97,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     with closing(db), scratch.owned(context.workers_dir() / worker_id):
         for dead_id in scratch.clean(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
-        with _registered(context), _standby(context):
+        with _registered(context), _standby(context), exporting(db, settings):
             yield context
 
 
@@ -124,6 +126,7 @@ def _registered(context: WorkerContext) -> Generator[None]:
         pid=os.getpid(),
         devices=[device.as_json()],
         version=node.versions()["lorry"],
+        integrations=available(context.settings),
         memory_bytes=device.memory_bytes,
     )
     context.pulse.start()

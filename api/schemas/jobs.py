@@ -199,7 +199,7 @@ class FineTuningJob(BaseModel):
     method: MethodObject
     suffix: str | None
     error: JobError | None
-    integrations: list[Any] = []
+    integrations: list[dict[str, Any]] = Field(description="Trackers that its curves are written to.")
     metadata: dict[str, str] | None
     lora: LoraObject
     optimizer: OptimizerObject
@@ -282,6 +282,7 @@ def _identity(row: Job) -> dict[str, Any]:
         "suffix": row.suffix,
         "metadata": row.labels,
         "requested": row.requested,
+        "integrations": row.requested.get("integrations") or [],
         "priority": PriorityClass(row.priority).name,
         "deadline": _seconds(row.deadline),
     }

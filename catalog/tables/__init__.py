@@ -4,6 +4,7 @@ Migrations under migrations/ must agree with these files: `alembic check` says s
 """
 
 from catalog.tables.audit import AuditEvent, AuditHead
+from catalog.tables.exports import JobExport
 from catalog.tables.fleet import Pulse, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, MetricBlock
 from catalog.tables.jobs import IdempotencyKey, Job
@@ -30,6 +31,7 @@ __all__ = [
     "IdempotencyKey",
     "Job",
     "JobEvent",
+    "JobExport",
     "Json",
     "MetricBlock",
     "Plan",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Boolean, Index, Integer
+from sqlalchemy import JSON, Boolean, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
@@ -16,6 +16,8 @@ class Worker(Table):
     host: Mapped[str]
     pid: Mapped[int]
     devices: Mapped[list[Any]]
+    integrations: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Trackers that it can write to; None of workers that said nothing of it."""
     version: Mapped[str]
     memory_bytes: Mapped[int]
     started_at: Mapped[float]

@@ -40,7 +40,8 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 pairs"),
         ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "the name of a layer"),
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
-        ({"integrations": [{"type": "wandb"}]}, "integrations", "A job has no integrations. Leave them out."),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0", "the type 'wandb' needs 'wandb' with its 'project'"),
+        ({"integrations": [{"type": "comet"}]}, "integrations.0.type", "'wandb', 'mlflow', 'tensorboard' or 'trackio'"),
         ({"method": {"type": "reinforced"}}, "method.type", "'supervised', 'dpo', 'orpo', 'simpo' or 'kto'"),
         (
             {"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "multi"}}}},

@@ -18,6 +18,7 @@ from catalog import (
     audit_chain,
     claims,
     deadlines,
+    exports,
     fleet,
     issuing,
     job_records,
@@ -55,6 +56,7 @@ from catalog.tables import (
     FileOverlap,
     Job,
     JobEvent,
+    JobExport,
     MetricBlock,
     Plan,
     Prepared,
@@ -91,6 +93,7 @@ COPIED: dict[type[Table], Changes] = {
     },
     Attempt: lambda n: {"claim_id": f"claim-{n}", "job_id": f"ftjob-{n}", "trainer_id": f"t-{n}"},
     JobEvent: lambda n: {"job_id": f"ftjob-{n}"},
+    JobExport: lambda n: {"job_id": f"ftjob-{n}"},
     MetricBlock: lambda n: {"job_id": f"ftjob-{n}"},
     Checkpoint: lambda n: {"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
@@ -147,16 +150,17 @@ def _in_plan(node: dict[str, Any]) -> Generator[str]:
 
 def lived_in(world: World) -> dict[str, str]:
     """A database with many jobs that ended, one that runs and two that wait. Ids of what is asked for."""
-    world.worker()
+    world.worker(integrations=("tensorboard",))
     world.worker("w2")
     _search(world)
-    claim = world.running()
+    claim = world.running(integrations=[{"type": "tensorboard"}])
     claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
     claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("checkpoint", kind="checkpoint"))
     hook = endpoints.create(
         world.db, **_owner(world), name="a", url="https://a/", event_types=EVENT_TYPES, pepper=PEPPER
     )[0]
     adapter = world.complete(claim.claim_id)
+    _export(world)
     _send(world, status_code=204)
     upload = _add_parts(world)
     _send(world, status_code=204)
@@ -165,7 +169,7 @@ def lived_in(world: World) -> dict[str, str]:
     workers.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=sha("smol"), pack_key=pack_key)
     workers.end_trainer(world.db, "t")
     _fill(world.db)
-    running = world.running()
+    running = world.running(integrations=[{"type": "tensorboard"}])
     sweep_id, trials = _sweep(world)
     waiting = [world.queued() for _ in range(4)]
     return {
@@ -222,6 +226,11 @@ def _owner(world: World) -> dict[str, Any]:
 def _send(world: World, *, status_code: int) -> None:
     for claimed in sending.claim(world.db, pepper=PEPPER, room=9, in_flight={}):
         sending.record(world.db, claimed, sending.Outcome(started_at=1.0, seconds=0.1, status_code=status_code))
+
+
+def _export(world: World) -> None:
+    for export in exports.claim(world.db, types=["tensorboard"], limit=9):
+        exports.record(world.db, export, exports.look(world.db, export), run_id="run")
 
 
 def _newest_delivery(world: World, hook: str) -> str:
@@ -371,6 +380,8 @@ ACTS: dict[str, Act] = {
     "replays since a time": lambda w, ids: deliveries.replay_failed(
         w.db, **_owner(w), endpoint_id=ids["hook"], since=w.clock.now
     ),
+    "exports that are due, and what is written": lambda w, _: _export(w),
+    "a look for exports": lambda w, _: exports.claim(w.db, types=["tensorboard"], limit=9),
     "a repeated submission": lambda w, _: (
         w.clock.turn(3600),
         jobs.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),

@@ -108,11 +108,11 @@ class World:
         *,
         kind: str = "cpu",
         quantisations: tuple[str, ...] = (),
+        integrations: tuple[str, ...] = (),
     ) -> str:
         devices = [{"kind": kind, "quantisations": list(quantisations)}]
-        claims.register_worker(
-            self.db, worker_id=worker_id, host="here", pid=1, devices=devices, version="1", memory_bytes=memory_bytes
-        )
+        about = {"host": "here", "pid": 1, "devices": devices, "version": "1", "integrations": integrations}
+        claims.register_worker(self.db, worker_id=worker_id, memory_bytes=memory_bytes, **about)  # pyright: ignore
         return worker_id
 
     def prepare_all(self, num_steps: int = 60, longest_example: int | None = None) -> None:

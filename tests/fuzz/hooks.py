@@ -31,13 +31,17 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("model_not_ready", "model_import_failed", "invalid_metadata_filter"),
         *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
         *("dora_on_quantised_base", "start_on_quantised_base", "quantisation_unavailable"),
+        "integration_unavailable",
         *("invalid_webhook_url", "webhook_address_not_allowed"),  # what is allowed is the operator's to say
     }
 )
 """Codes of refusals of what is well formed, but does not go with what there is, or with another field beside it. No
 JSON schema says these: that they are sent is no failure of `positive_data_acceptance`, and of no other check."""
 RULES_BETWEEN_FIELDS = frozenset(
-    {"optimizer", "schedule", "method", "lora", "method.dpo.hyperparameters", "search", None}
+    {
+        *("optimizer", "schedule", "method", "lora", "method.dpo.hyperparameters", "search", None),
+        *("integrations", *(f"integrations.{number}" for number in range(4))),
+    }
 )
 """Objects whose fields must go together: the same of the refusals of these."""
 SENT: set[str] = set()

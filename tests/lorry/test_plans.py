@@ -201,7 +201,7 @@ def test_the_client_names_every_field_of_a_request() -> None:
 
     fields = set(get_type_hints(JobFields))
 
-    assert fields - {"extra_body"} == set(JobRequest.model_fields) - {"model", "training_file", "integrations"}
+    assert fields - {"extra_body"} == set(JobRequest.model_fields) - {"model", "training_file"}
 
 
 def test_a_file_is_looked_for_before_anything_is_sent(service: Script, run: Run, tmp_path: Path) -> None:
