@@ -35,6 +35,7 @@ from api.routes import (
     projects,
     sign_in,
     sweeps,
+    usage,
     webhooks,
 )
 from api.routes import uploads as part_uploads
@@ -71,6 +72,7 @@ TAGS = [
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
     {"name": "queue and workers", "description": "What waits, what runs, and where."},
     {"name": "projects and keys", "description": "Whose things are whose, and who may do what."},
+    {"name": "usage", "description": "What was used, by day."},
     {"name": "audit log", "description": "Who changed what, sealed into a chain."},
     {"name": "webhooks", "description": "Who is told when a job has ended, and what was sent."},
     {"name": "sign-in", "description": "The dashboard's door."},
@@ -119,6 +121,7 @@ def create_app(
         fleet,
         projects,
         api_keys,
+        usage,
         audit_events,
         webhooks,
     )

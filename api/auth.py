@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -48,7 +48,7 @@ def caller_of(
 ) -> Caller:
     """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
     scope that the route needs."""
-    caller = _identify(request, use, credentials, session)
+    caller = replace(_identify(request, use, credentials, session), service_jobs_per_day=use.limits.jobs_per_day)
     _check_project(request, caller)
     request.state.rate_headers = use.limits.count_request(caller)
     check_operation(caller, getattr(request.scope.get("route"), "operation_id", None))

@@ -54,6 +54,10 @@ def is_client_retry(x_stainless_retry_count: RetryCount = 0) -> bool:
     return x_stainless_retry_count > 0
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One for each thing: again is the same thing."),
+]
 Use = Annotated[Services, Depends(services_of)]
 IsRetry = Annotated[bool, Depends(is_client_retry)]
 After = Annotated[str | None, Query(description="Start after the item with this id.", max_length=128)]

@@ -21,7 +21,7 @@ from api import not_offered
 from api.limits import retry_headers
 from api.validation import AGAIN, explain
 from catalog.disk import is_full, out_of_space
-from catalog.errors import LorryError, RateLimited, Unauthorized, Unavailable
+from catalog.errors import LorryError, QuotaExceeded, RateLimited, Unauthorized, Unavailable
 
 log = logging.getLogger("lorry.api")
 
@@ -35,11 +35,14 @@ def error_response(
     param: str | None = None,
     remedy: str,
     headers: Mapping[str, str] | None = None,
+    quota: Mapping[str, Any] | None = None,
 ) -> Response:
     """The shape on the wire. Only ASCII leaves, because a message may quote a lone surrogate."""
     told = f"{message} {remedy}".strip()
-    body = {"error": {"message": told, "remedy": remedy, "type": type, "param": param, "code": code}}
-    content = json.dumps(body).encode("ascii")
+    error: dict[str, Any] = {"message": told, "remedy": remedy, "type": type, "param": param, "code": code}
+    if quota is not None:
+        error["quota"] = quota
+    content = json.dumps({"error": error}).encode("ascii")
     return Response(content, status_code=status, media_type="application/json", headers=dict(headers or {}))
 
 
@@ -62,6 +65,7 @@ def refusal(error: LorryError) -> Response:
         param=error.param,
         code=error.code,
         headers=headers,
+        quota=error.quota if isinstance(error, QuotaExceeded) else None,
     )
 
 

@@ -1,10 +1,9 @@
-"""How often a key may ask, and how many jobs it may create: told in the OpenAI client's headers, refused with 429."""
+"""How often a key may ask: told in the OpenAI client's headers, refused with 429."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from api.rate_counters import RateCounter
 from api.settings import ApiSettings
@@ -12,7 +11,7 @@ from api.token_bucket import Rate, Standing
 from catalog.errors import RateLimited
 from catalog.keys import Caller
 
-MINUTE, DAY = 60.0, 86_400.0
+MINUTE = 60.0
 
 
 class Limits:
@@ -33,22 +32,10 @@ class Limits:
             raise _refused(standing, f"{limit} requests a minute")
         return headers(standing)
 
-    @contextmanager
-    def counting_jobs(self, caller: Caller, num_jobs: int = 1) -> Generator[None]:
-        """Around what creates them. Raises RateLimited; jobs that are refused in the end are not counted."""
-        limit = _own(caller.jobs_per_day, self._settings.jobs_per_day)
-        if limit == 0:
-            yield
-            return
-        rate, name = Rate(limit=limit, period_seconds=DAY), f"jobs:{caller.api_key_id}"
-        standing = self._counter.take(name, rate, cost=num_jobs)
-        if not standing.is_allowed:
-            raise _refused(standing, f"{limit} jobs a day")
-        try:
-            yield
-        except BaseException:
-            self._counter.take(name, rate, cost=-num_jobs)
-            raise
+    @property
+    def jobs_per_day(self) -> int:
+        """Of a key without a number of its own; counted with the jobs themselves, by catalog.quotas."""
+        return self._settings.jobs_per_day
 
 
 def headers(standing: Standing) -> dict[str, str]:
@@ -94,5 +81,5 @@ def _refused(standing: Standing, what: str) -> RateLimited:
         code="rate_limit_exceeded",
         remedy=f"{remedy} An operator can give the key a higher limit: lorry keys limit.",
         retry_after_seconds=after,
-        headers=headers(standing) if standing.rate.period_seconds == MINUTE else {},
+        headers=headers(standing),
     )

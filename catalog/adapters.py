@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from catalog import audit
+from catalog import audit, daily
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
@@ -84,6 +84,7 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
                 param="adapter",
             )
         adapter.deleted_at = now = read_clock(session)
+        daily.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
         audit.note(
             session,
             "adapter.deleted",

@@ -25,3 +25,5 @@ class Caller:
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
     """Of both: None: the service's; 0: without limit."""
+    service_jobs_per_day: int = 0
+    """What the service says; 0: without limit."""

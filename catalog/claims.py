@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, events, pictures, preemption, recovery, result_files, usage
+from catalog import artifact_rows, daily, events, pictures, preemption, quotas, recovery, result_files, usage
 from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
 from catalog.db import Database, read_clock, serialise, skip_locked
@@ -240,6 +240,8 @@ def complete(
         job.adapter_name, job.trained_tokens, job.error = adapter.name, trained_tokens, None
         message = f"New fine-tuned model created: {adapter.name}"
         events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})
+        daily.add(session, job, "trained_tokens", trained_tokens, now=now)
+        daily.store(session, job.project_id, artifact.num_bytes + curves.num_bytes, now=now)
         done = "The job has successfully completed"
         move(session, job, Verb.COMPLETE, now=now, message=done, reason=EndReason.COMPLETED)
         return adapter
@@ -300,7 +302,9 @@ def _take(
     waits = (Job.state == JobState.QUEUED, Job.is_held.is_(False), is_due)
     free = select(Job).where(Job.id.in_(chosen), *waits).order_by(Job.id)
     locked = free.with_for_update() if is_alone else skip_locked(free)
-    jobs = {job.id: job for job in session.scalars(locked)}
+    found = {job.id: job for job in session.scalars(locked)}
+    may_begin = quotas.beginnable(session, {job_id: found[job_id] for job_id in chosen if job_id in found})
+    jobs = {job_id: job for job_id, job in found.items() if job_id in may_begin}
     if choices[0].role == "anchor" and choices[0].turn.candidate.job_id not in jobs:
         return []
     for job_id, job in jobs.items():

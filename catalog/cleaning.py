@@ -8,7 +8,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, files, part_uploads
+from catalog import artifact_rows, daily, files, part_uploads
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, Plan, Prepared, UploadPart
@@ -61,7 +61,9 @@ def _let_expire(session: Session, *, now: float) -> None:
     past = select(File.id).where(File.deleted_at.is_(None), File.expires_at <= now, ~files.is_read())
     locked = list(session.scalars(skip_locked(past.order_by(File.expires_at).limit(EXPIRED_AT_ONCE))))
     gone = update(File).where(File.id.in_(locked), ~files.is_read()).values(deleted_at=now)
-    session.execute(gone, execution_options={"synchronize_session": False})
+    gone = gone.returning(File.project_id, File.num_bytes)
+    for row in session.execute(gone, execution_options={"synchronize_session": False}):
+        daily.store(session, row.project_id, -row.num_bytes, now=now)
 
 
 def _is_wanted() -> ColumnElement[bool]:

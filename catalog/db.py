@@ -29,6 +29,8 @@ BUSY_SECONDS = 30
 NO_SUCH_TABLE, READ_ONLY, INTERVENED = "42P01", "25006", "57"
 """SQLSTATEs of PostgreSQL; 57 is the class of what its operator does, such as shutting it down."""
 BRIEF_MILLISECONDS = 100
+LAST = "last"
+"""In a session's `info`: what is called with the session before a writing transaction ends well."""
 SelectT = TypeVar("SelectT", bound=Select[Any])
 
 
@@ -79,6 +81,8 @@ class Database:
         with _translated(), self._writers.begin() as session:
             session.connection()  # begins now, not at the first statement
             yield session
+            if LAST in session.info:
+                session.info[LAST](session)
 
     @contextmanager
     def write_briefly(self) -> Generator[Session]:
@@ -182,6 +186,17 @@ def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mappin
             session.execute(insert.on_conflict_do_update(index_elements=key, set_=changed))
         else:
             session.execute(insert.on_conflict_do_nothing(index_elements=key))
+
+
+def add_to(
+    session: Session, table: type[DeclarativeBase], key: Mapping[str, Any], amounts: Mapping[str, float]
+) -> None:
+    """Add the amounts, not all of them 0, to the row with this primary key, which is made where there is none."""
+    module = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    insert = module.insert(table).values({**key, **amounts})
+    columns = table.__table__.c
+    sums = {name: columns[name] + insert.excluded[name] for name, amount in amounts.items() if amount}
+    session.execute(insert.on_conflict_do_update(index_elements=list(key), set_=sums))
 
 
 def add_if_missing(session: Session, table: type[DeclarativeBase], row: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ The api turns these into the OpenAI error shape; the CLI prints them. Our own mi
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class LorryError(Exception):
@@ -82,6 +82,16 @@ class RateLimited(LorryError):
         super().__init__(message, code=code, remedy=remedy)
         self.retry_after_seconds = retry_after_seconds
         self.headers = headers
+
+
+class QuotaExceeded(RateLimited):
+    """A project has what it may have. `quota` tells name, limit, used and resets_at; waiting helps only after that."""
+
+    def __init__(
+        self, message: str, *, code: str, remedy: str, retry_after_seconds: float, quota: dict[str, Any]
+    ) -> None:
+        super().__init__(message, code=code, remedy=remedy, retry_after_seconds=retry_after_seconds, headers={})
+        self.quota = quota
 
 
 class OutOfSpace(LorryError):

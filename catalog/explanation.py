@@ -7,11 +7,12 @@ from dataclasses import asdict
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import deadlines, fleet, memory, packing, queue, saturation, usage
+from catalog import deadlines, fleet, memory, packing, queue, quotas, saturation, usage
 from catalog.acceptance import INSTALL_QUANT
 from catalog.db import Database, read_clock
 from catalog.fleet import Resident
 from catalog.job_records import find
+from catalog.quotas import Standing
 from catalog.scheduling import shares
 from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Policy, Room
 from catalog.scheduling.turns import Turn
@@ -102,6 +103,9 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     if job.run_after is not None and job.run_after > now:
         wait = job.run_after - now
         return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", facts
+    held = quotas.holds(session, now=now, project_ids=[job.project_id]).get(job.project_id)
+    if held is not None:
+        return _held(held), {**facts, "quota": asdict(held)}
     turns = queue.turns(session, now=now, policy=policy)
     mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
     had = usage.shares_of_waiting(session, now=now, policy=policy)
@@ -173,6 +177,12 @@ def _far_behind(facts: Json) -> str:
         f"It stands far behind: more than {facts['ahead_at_least']} jobs are ahead of it. "
         f"Of its own project and class {own} ahead of it."
     )
+
+
+def _held(quota: Standing) -> str:
+    ends = {"concurrent_jobs": "It waits until one of them has ended"}
+    until = ends.get(quota.name, "It waits until the month is over")
+    return f"Its project may have {quota.said()}, and has them. {until}, or an operator raises the limit."
 
 
 def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:

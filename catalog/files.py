@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from catalog import audit, datasets
+from catalog import audit, daily, datasets, quotas
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.audit import AuditType
 from catalog.datasets import DatasetCheck
@@ -102,10 +102,12 @@ def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
 
 
 def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
-    """From now on the file is there."""
+    """From now on the file is there. Raises QuotaExceeded."""
     file.created_at = read_clock(session)
     file.expires_at = None if lifetime_seconds is None else file.created_at + lifetime_seconds
+    quotas.check_stored(session, file.project_id, file.num_bytes, now=file.created_at)
     session.add(file)
+    daily.store(session, file.project_id, file.num_bytes, now=file.created_at)
     details = {"filename": file.filename, "purpose": file.purpose, "bytes": file.num_bytes, "digest": file.digest}
     _note(session, "file.created", file, now=file.created_at, details=details)
     return file
@@ -172,6 +174,7 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
         if sweep is not None:
             raise _in_use(file_id, f"sweep {sweep}")
         file.deleted_at = now = read_clock(session)
+        daily.store(session, file.project_id, -file.num_bytes, now=now)
         _note(session, "file.deleted", file, now=now, details={"filename": file.filename})
     return file
 

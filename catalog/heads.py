@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session, aliased
 
-from catalog import needs
+from catalog import needs, quotas
 from catalog.db import each_of, is_sqlite
 from catalog.scheduling.picture import Candidate, Unprepared
 from catalog.spec import PriorityClass
@@ -54,10 +54,12 @@ class Such:
 def waiting(
     session: Session, such: Such, *, now: float, per_group: int, num_bytes: int = 0, key: str | None = None
 ) -> list[Candidate]:
-    """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order."""
+    """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
+    project that has reached a limit."""
     asked = {"now": now, "per_group": per_group, "num_bytes": num_bytes, "key": key}
     rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked)
-    return [_candidate(session, row) for row in rows]
+    held = quotas.holds(session, now=now)
+    return [_candidate(session, row) for row in rows if row.project_id not in held]
 
 
 def to_prepare(session: Session, *, now: float) -> list[Unprepared]:

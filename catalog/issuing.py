@@ -16,6 +16,7 @@ from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from catalog.keys import Caller, is_live, lasting_operators, new_key
 from catalog.pages import Page, paginate
+from catalog.repeated_keys import Sent, made_before, remember
 from catalog.scopes import OPERATORS, held
 from catalog.tables import ApiKey
 
@@ -37,8 +38,13 @@ class KeyRequest:
     """Of both: None: the caller's; another number is an operator's to give."""
 
 
-def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) -> tuple[ApiKey, str]:
-    """The key, and its text, which can't be shown again. Raises Forbidden for more than the caller has."""
+def create(
+    db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes, sent: Sent | None = None
+) -> tuple[ApiKey, str]:
+    """The key, and its text, which can't be shown again. Raises Forbidden for more than the caller has.
+
+    sent: by what the same request is known where it is repeated; see repeated_keys.
+    """
     able = held(None, is_operator=request.is_operator)
     wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
     _check_kind(wanted, is_operator=request.is_operator)
@@ -49,6 +55,9 @@ def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) 
     takes_all = request.scopes is None and not caller.is_limited
     with db.write() as session:
         now = read_clock(session)
+        before = made_before(session, caller, sent, pepper=pepper, now=now) if sent else None
+        if before is not None:
+            return before
         project_id = caller.project_id
         if request.project is not None:
             project_id = projects.find(session, caller=caller, project=request.project, param="project").id
@@ -59,6 +68,7 @@ def create(db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes) 
         key.requests_per_minute = given.get("requests_per_minute", caller.requests_per_minute)
         key.jobs_per_day = given.get("jobs_per_day", caller.jobs_per_day)
         keys.add(session, key)
+        remember(key, caller, sent)
     return key, secret
 
 
@@ -107,19 +117,24 @@ def rotate(
     overlap_seconds: float,
     expires_at: float | None = None,
     pepper: bytes,
+    sent: Sent | None = None,
 ) -> tuple[ApiKey, str]:
     """A key with the same name and rights, and its text; the old one is good for `overlap_seconds` more.
 
     `expires_at` None: the new one ends when the old one would have, and of another's key no later than the caller's.
     A caller whose own limits are the tighter ones can't rid himself of them so: the new one has his. Raises Conflict
-    for a key that is not live, or whose place another has taken, and where the last operator's key would end.
+    for a key that is not live, or whose place another has taken, and where the last operator's key would end. sent: as
+    of `create`.
     """
     with db.write() as session:
         serialise(session, "operators' keys")
         old = _find(session, caller, api_key_id)
         refuse_browsers(caller)
-        _check_may_change(session, caller, old)
         now = read_clock(session)
+        before = made_before(session, caller, sent, pepper=pepper, now=now) if sent else None
+        if before is not None:
+            return before
+        _check_may_change(session, caller, old)
         _check_rotatable(old, now)
         key, secret = new_key(old.project_id, old.name, pepper)
         key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
@@ -130,6 +145,7 @@ def rotate(
         if old.id != caller.api_key_id and not caller.is_operator:
             key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
         keys.add(session, key)
+        remember(key, caller, sent)
         old.replaced_by = key.id
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
         keys.note(session, "api_key.rotated", old, now=now, details={"by": key.id, "expires_at": old.expires_at})

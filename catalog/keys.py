@@ -133,10 +133,15 @@ def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
 
 def new_key(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
     """A row that is not stored yet, and the key's text."""
-    key_id = new_id("key")
-    secret = f"lorry_{key_id}_{secrets.token_urlsafe(32)}"
-    ending = secret[-ENDING_CHARACTERS:]
-    return ApiKey(id=key_id, project_id=project_id, name=name, digest=_digest(secret, pepper), ending=ending), secret
+    key = ApiKey(id=new_id("key"), project_id=project_id, name=name)
+    return key, renew(key, pepper)
+
+
+def renew(key: ApiKey, pepper: bytes) -> str:
+    """A new text for the key; the one that it had opens nothing any more."""
+    secret = f"lorry_{key.id}_{secrets.token_urlsafe(32)}"
+    key.digest, key.ending = _digest(secret, pepper), secret[-ENDING_CHARACTERS:]
+    return secret
 
 
 def is_live(key: ApiKey, now: float) -> bool:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from catalog import events, exports
+from catalog import daily, events, exports
 from catalog.errors import Conflict
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
 from catalog.sweeps import observing
 from catalog.tables import Job
 from catalog.webhooks import outbox
+
+ENDED: dict[JobState, daily.Amount] = {
+    JobState.SUCCEEDED: "num_succeeded",
+    JobState.FAILED: "num_failed",
+    JobState.CANCELLED: "num_cancelled",
+}
 
 
 def move(
@@ -45,6 +51,7 @@ def move(
         job.reason = reason
     if after in FINAL_STATES:
         job.finished_at = now
+        daily.add(session, job, ENDED[after], 1, now=now)
     data = {"from": before, "to": after, "verb": verb, "reason": reason}
     events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
     observing.moved(session, job, now=now)

@@ -6,24 +6,21 @@ announced twice is two, of which the one without parts goes after its hour.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import secrets
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import audit, files
+from catalog import audit, files, quotas
 from catalog.artifacts.store import ArtifactStore, Blob
-from catalog.db import Database, read_clock
-from catalog.disk import full_disk_named
-from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from catalog.db import Database, read_clock, serialise
+from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, QuotaExceeded, TooLarge, Unavailable
+from catalog.joining import joined, one_of_few
 from catalog.settings import Settings
 from catalog.tables import File, Upload, UploadPart, new_id
 
@@ -34,6 +31,9 @@ OPEN_SECONDS = 3600.0
 """So long parts may come, OpenAI's."""
 KEPT_SECONDS = 24 * 3600.0
 """So long after that an upload still tells what became of it."""
+SPARE_BYTES = 2**20
+"""What an upload may hold in parts in any case: twice what was announced, else. Parts may come cut in another way."""
+JOIN_LEASE_SECONDS = 900.0
 Status = Literal["pending", "completed", "cancelled", "expired"]
 _BEGIN_ANEW = "Begin a new upload, and send its parts again."
 
@@ -45,15 +45,6 @@ class UploadView:
     upload: Upload
     status: Status
     file: File | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Whole:
-    """The parts of an upload, joined."""
-
-    path: Path
-    content: Blob
-    md5: str
 
 
 def create(
@@ -71,6 +62,8 @@ def create(
     files.check_size(num_bytes, settings, param="bytes")
     with db.write() as session:
         now = read_clock(session)
+        _check_open_ones(session, project_id, num_bytes, settings, now=now)
+        quotas.check_stored(session, project_id, num_bytes, now=now)
         upload = Upload(
             id=new_id("upload"),
             project_id=project_id,
@@ -153,32 +146,69 @@ def complete(
     md5: of the whole, in hex. Raises what files.create does, NotFound, and Conflict for an upload that takes nothing
     more; where the client says that it sends this again, having had no reply, one that is completed is its answer.
     """
-    with db.read() as session:
-        upload = _find(session, project_id, upload_id)
-        if is_client_retry and upload.file_id is not None:
-            return _completed(session, upload)
-        _check_open(upload, now=read_clock(session))
-        parts = _named(session, upload, part_ids)
-    with _joined(store, parts, folder) as whole:
+    with one_of_few():
+        with db.write() as session:
+            upload = _find(session, project_id, upload_id, lock=True)
+            if is_client_retry and upload.file_id is not None:
+                return _completed(session, upload)
+            now = read_clock(session)
+            _check_open(upload, now=now)
+            parts = _named(session, upload, part_ids)
+            _lease(upload, now=now)
+        try:
+            file = _whole_file(store, upload, parts, md5=md5, folder=folder, settings=settings)
+            with db.write() as session:
+                upload = _find(session, project_id, upload_id, lock=True)
+                if is_client_retry and upload.file_id is not None:  # both were under way, and one outlived its lease
+                    return _completed(session, upload)
+                _check_not_over(upload)
+                files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
+                session.flush()  # the file's row goes first: the upload refers to it
+                upload.file_id, upload.completing_until = file.id, None
+                return UploadView(upload=upload, status="completed", file=file)
+        except LorryError:
+            _end_lease(db, upload_id)
+            raise
+
+
+def _whole_file(
+    store: ArtifactStore,
+    upload: Upload,
+    parts: Sequence[UploadPart],
+    *,
+    md5: str | None,
+    folder: Path,
+    settings: Settings,
+) -> File:
+    """The parts joined, checked and stored; nobody sees its row yet."""
+    with joined(store, parts, folder) as whole:
         _check_md5(whole.md5, md5)
-        file = files.stored(
+        return files.stored(
             store,
-            project_id=project_id,
+            project_id=upload.project_id,
             purpose=upload.purpose,
             filename=upload.filename,
             spooled=whole.path,
             content=whole.content,
             settings=settings,
         )
-    with db.write() as session:
-        upload = _find(session, project_id, upload_id, lock=True)
-        if is_client_retry and upload.file_id is not None:  # both were under way at once
-            return _completed(session, upload)
-        _check_not_over(upload)
-        files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
-        session.flush()  # the file's row goes first: the upload refers to it
-        upload.file_id = file.id
-        return UploadView(upload=upload, status="completed", file=file)
+
+
+def _lease(upload: Upload, *, now: float) -> None:
+    """So that nobody else joins the same parts meanwhile. Raises Unavailable where somebody does: ask again."""
+    if upload.completing_until is not None and upload.completing_until > now:
+        raise Unavailable(
+            f"The upload {upload.id} is being completed.",
+            code="upload_completing",
+            remedy="Ask again in a few seconds: it is answered with the file.",
+        )
+    upload.completing_until = now + JOIN_LEASE_SECONDS
+
+
+def _end_lease(db: Database, upload_id: str) -> None:
+    """What was refused may be tried again at once; where that can't be noted, after the lease."""
+    with suppress(LorryError), db.write() as session:
+        session.execute(update(Upload).where(Upload.id == upload_id).values(completing_until=None))
 
 
 def cancel(db: Database, *, project_id: str, upload_id: str, is_client_retry: bool = False) -> UploadView:
@@ -255,6 +285,26 @@ def _check_not_over(upload: Upload) -> None:
         raise Conflict(message, code="upload_cancelled", remedy=_BEGIN_ANEW, param="upload_id")
 
 
+def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings: Settings, *, now: float) -> None:
+    """Raises QuotaExceeded for one upload more than may be open at once, by number and by announced bytes."""
+    serialise(session, f"uploads {project_id}")
+    is_open = (Upload.project_id == project_id, Upload.file_id.is_(None), Upload.cancelled_at.is_(None))
+    sums = select(func.count(), func.coalesce(func.sum(Upload.num_bytes), 0), func.min(Upload.expires_at))
+    count, announced, first_end = session.execute(sums.where(*is_open, Upload.expires_at > now)).one()
+    for name, used, more, most in (
+        ("open_uploads", count, 1, settings.max_open_uploads),
+        ("open_upload_bytes", announced, num_bytes, settings.max_open_upload_bytes),
+    ):
+        if used + more > most:
+            raise QuotaExceeded(
+                f"The project may have {most:,} {name.replace('_', ' ')} at once, and has {used:,}.",
+                code="too_many_open_uploads",
+                remedy="Complete or cancel some; an upload that is left alone ends an hour after it was announced.",
+                retry_after_seconds=(first_end or math.inf) - now,
+                quota={"name": name, "limit": most, "used": used, "resets_at": first_end and int(first_end)},
+            )
+
+
 def _check_room(session: Session, upload: Upload, content: Blob, settings: Settings) -> None:
     """All parts of an upload together, those included that will not be named at its end."""
     sums = select(func.count(), func.coalesce(func.sum(UploadPart.num_bytes), 0))
@@ -262,11 +312,12 @@ def _check_room(session: Session, upload: Upload, content: Blob, settings: Setti
     if num_parts >= MAX_PARTS:
         message = f"The upload has {MAX_PARTS:,} parts, which is the most."
         raise TooLarge(message, code="too_many_parts", remedy=f"{_BEGIN_ANEW} Make them larger.", param="data")
-    if num_bytes + content.num_bytes > settings.max_file_bytes:
+    most = min(settings.max_file_bytes, max(2 * upload.num_bytes, SPARE_BYTES))
+    if num_bytes + content.num_bytes > most:
         raise TooLarge(
-            f"With this part the upload would hold more than {settings.max_file_bytes:,} bytes.",
+            f"With this part the upload would hold more than {most:,} bytes; {upload.num_bytes:,} were announced.",
             code="upload_too_large",
-            remedy=f"{_BEGIN_ANEW} Or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+            remedy=f"{_BEGIN_ANEW} The most of all is LORRY_MAX_FILE_BYTES, which an operator can raise.",
             param="data",
         )
 
@@ -292,25 +343,6 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
             param="part_ids",
         )
     return [known[part_id] for part_id in part_ids]
-
-
-@contextmanager
-def _joined(store: ArtifactStore, parts: Sequence[UploadPart], folder: Path) -> Generator[_Whole]:
-    """One file of all; gone after the block. Its name is that of any spooled upload, which a later start removes."""
-    path = folder / f"upload-{secrets.token_hex(12)}"
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    try:
-        with full_disk_named():
-            folder.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-                for chunk in chain.from_iterable(store.open_blob(part.digest) for part in parts):
-                    out.write(chunk)
-                    sha256.update(chunk)
-                    md5.update(chunk)
-        content = Blob(digest=sha256.hexdigest(), num_bytes=path.stat().st_size)
-        yield _Whole(path=path, content=content, md5=md5.hexdigest())
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _check_md5(joined: str, sent: str | None) -> None:

@@ -17,6 +17,7 @@ Scope = Literal[
     "audit:read",
     "webhooks:read",
     "webhooks:write",
+    "usage:read",
     "models:write",
     "projects:write",
 ]

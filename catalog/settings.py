@@ -33,6 +33,10 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(default=512 * 2**20, description="Largest uploaded file.")
     max_line_bytes: int = Field(default=8 * 2**20, description="Longest line of a data set.")
     max_rows: int = Field(default=5_000_000, description="Most rows of a data set.")
+    max_open_uploads: int = Field(default=100, ge=1, description="Of a project: uploads whose parts may still come.")
+    max_open_upload_bytes: int = Field(
+        default=16 * 2**30, ge=1, description="Of a project: bytes that its open uploads were announced with."
+    )
 
     lease_seconds: float = Field(
         default=LEASE_SECONDS, gt=1, description="How long a claim is good for without a heartbeat."

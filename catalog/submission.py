@@ -7,7 +7,7 @@ import secrets
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, events, exports
+from catalog import audit, daily, events, exports, quotas
 from catalog.acceptance import accept, job_row
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest
@@ -117,6 +117,7 @@ def submit(
     sweep_id: str | None = None,
 ) -> Job:
     """Accept a job within a transaction. body_digest: None of one that no client asks for again by itself."""
+    quotas.check_submission(session, caller, now=now)
     if isinstance(request, PlannedJob):
         accepted = accept_planned(session, caller, request, now=now)
     else:
@@ -126,6 +127,7 @@ def submit(
     session.add(job)
     session.flush()
     move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
+    daily.add(session, job, "num_created", 1, now=now)
     told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
     told |= {"plan": request.plan} if isinstance(request, PlannedJob) else {}
     told |= {"sweep": sweep_id} if sweep_id else {}

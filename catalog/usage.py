@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from catalog import heads
+from catalog import daily, heads
 from catalog.db import Database, add_if_missing, read_clock
 from catalog.fleet import is_gpu, quantisations_of
 from catalog.scheduling import shares
@@ -33,7 +33,9 @@ def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *,
     beside = Counter(job.trainer_id for job in training)
     owed: defaultdict[str, float] = defaultdict(float)
     for job in training:
-        owed[job.project_id] += _take_stock(job, worker, num_jobs=beside[job.trainer_id], now=now, policy=policy)
+        owed[job.project_id] += _take_stock(
+            session, job, worker, num_jobs=beside[job.trainer_id], now=now, policy=policy
+        )
     for project_id in sorted(owed):  # in one order, so that nobody waits in a circle
         row = _locked(session, project_id, worker, now=now)
         row.device_seconds = _left(row, now=now, policy=policy) + owed[project_id]
@@ -62,7 +64,7 @@ def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> Non
     """
     num_jobs = session.scalar(select(func.count()).select_from(_held_by(job.trainer_id).subquery())) or 1
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
-    owed = _take_stock(job, worker, num_jobs=num_jobs, now=now, policy=policy)
+    owed = _take_stock(session, job, worker, num_jobs=num_jobs, now=now, policy=policy)
     row = _locked(session, job.project_id, worker, now=now)
     row.device_seconds, row.as_of = _left(row, now=now, policy=policy) + owed, now
 
@@ -118,12 +120,15 @@ def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], 
     return running, held
 
 
-def _take_stock(job: Job, worker: Worker | None, *, num_jobs: int, now: float, policy: Policy) -> float:
+def _take_stock(
+    session: Session, job: Job, worker: Worker | None, *, num_jobs: int, now: float, policy: Policy
+) -> float:
     """What the job owes since it was charged last; noted on its row."""
     since = now if job.charged_at is None else job.charged_at
     elapsed = min(now - since, policy.lease_seconds)
     owed = shares.charge(elapsed, num_devices=len(worker.devices) if worker else 1, num_jobs=num_jobs)
     job.charged_at, job.device_seconds = now, job.device_seconds + owed
+    daily.add(session, job, "device_seconds", owed, now=now)
     return owed
 
 

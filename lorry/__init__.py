@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorry.accounts import ApiKey, AuditEvent, Project
     from lorry.client import Lorry
     from lorry.errors import (
         APIError,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         ServerFailed,
         WaitTimeout,
     )
-    from lorry.models import Adapter, ApiKey, AuditEvent, File, Job, JobEvent, JobUpdate, Model, Project
+    from lorry.models import Adapter, File, Job, JobEvent, JobUpdate, Model
     from lorry.sweep_models import Sweep, Trial
     from lorry.webhook_models import WebhookDelivery, WebhookEndpoint
 
@@ -66,7 +67,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in ("lorry.errors", "lorry.models", "lorry.sweep_models", "lorry.webhook_models", "lorry.client"):
+        for home in (
+            "lorry.errors",
+            "lorry.models",
+            "lorry.accounts",
+            "lorry.sweep_models",
+            "lorry.webhook_models",
+            "lorry.client",
+        ):
             found = vars(import_module(home))
             if name in found:
                 globals()[name] = found[name]

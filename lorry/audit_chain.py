@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorry import canonical_json
-from lorry.models import AuditMisfit, AuditVerification
+from lorry.accounts import AuditMisfit, AuditVerification
 
 GENESIS = "0" * 64
 

@@ -21,6 +21,7 @@ from lorry.resources.models import Models
 from lorry.resources.plans import Plans
 from lorry.resources.sign_in import SignInLinks
 from lorry.resources.sweeps import Sweeps
+from lorry.resources.usage import Usage
 from lorry.resources.webhooks import Webhooks
 from lorry.retries import RetryPolicy
 from lorry.transport import Transport
@@ -54,6 +55,7 @@ class Lorry:
         self.workers = Workers(self._transport)
         self.keys = Keys(self._transport)
         self.projects = Projects(self._transport)
+        self.usage = Usage(self._transport)
         self.audit = Audit(self._transport)
         self.webhooks = Webhooks(self._transport)
         self.sign_in_links = SignInLinks(self._transport)

@@ -78,8 +78,8 @@ def create_job(
     sent: Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
     job = jobs.made_before(use.db, caller=caller, **sent) if may_repeat else None
-    if job is None:  # else it was counted already, and the limit may be reached by it
-        with use.limits.counting_jobs(caller), _fields_named(body):
+    if job is None:
+        with _fields_named(body):
             job = jobs.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
     return _shown(use, job)

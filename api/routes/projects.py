@@ -10,8 +10,16 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
 from api.schemas.pages import ListPage, page_of
-from api.schemas.projects import ProjectObject, ProjectRequest, ProjectWeight, project_object
-from catalog import projects
+from api.schemas.projects import (
+    ProjectLimits,
+    ProjectLimitsObject,
+    ProjectObject,
+    ProjectRequest,
+    ProjectWeight,
+    limits_object,
+    project_object,
+)
+from catalog import projects, quotas
 
 router = APIRouter(prefix="/v1/projects", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 Archived = Annotated[bool, Query(description="Those that were archived, too.")]
@@ -48,6 +56,19 @@ def rename_project(project: str, body: ProjectRequest, use: Use, caller: Signed)
 def weigh_project(project: str, body: ProjectWeight, use: Use, caller: Signed) -> ProjectObject:
     """For operators: its part of the devices, beside the weights of other projects whose jobs wait."""
     return project_object(projects.weigh(use.db, caller=caller, project=project, weight=body.weight))
+
+
+@router.get("/{project}/limits", operation_id="get_project_limits", responses=errors(404))
+def get_project_limits(project: str, use: Use, caller: Signed) -> ProjectLimitsObject:
+    """What the project may use at most, and what it has used."""
+    return limits_object(*quotas.standings(use.db, caller=caller, project=project))
+
+
+@router.post("/{project}/limits", operation_id="limit_project", responses=errors(404))
+def limit_project(project: str, body: ProjectLimits, use: Use, caller: Signed) -> ProjectLimitsObject:
+    """For operators: what the project may use at most. What it has already stays."""
+    quotas.limit(use.db, caller=caller, project=project, limits=body.model_dump(exclude_unset=True))  # pyright: ignore
+    return limits_object(*quotas.standings(use.db, caller=caller, project=project))
 
 
 @router.post("/{project}/archive", operation_id="archive_project", responses=errors(404, 409))

@@ -14,7 +14,6 @@ from api.routes.jobs import Sent, body_digest
 from api.schemas.pages import ListPage, page_of
 from api.schemas.sweeps import SweepObject, TrialObject, TrialRequest, sweep_object, trial_object
 from catalog.sweeps import controller, creation, reading, verbs
-from catalog.sweeps.design import designed
 from catalog.sweeps.spec import MAX_TRIALS, SweepRequest
 
 router = APIRouter(prefix="/v1/sweeps", tags=["sweeps"], responses=SIGNED)
@@ -52,10 +51,8 @@ def create_sweep(
     sent: Sent = {"idempotency_key": idempotency_key, "body_digest": digest, "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
     sweep = creation.made_before(use.db, caller=caller, **sent) if may_repeat else None
-    if sweep is None:  # else its trials were counted already
-        num_trials = 0 if body.search.type == "ask_tell" else designed(body, seed=0).num_trials
-        with use.limits.counting_jobs(caller, num_trials):
-            sweep = creation.create(use.db, caller=caller, request=body, **sent)
+    if sweep is None:
+        sweep = creation.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
     return sweep_object(reading.get(use.db, project_id=caller.project_id, sweep_id=sweep.id))
 
@@ -100,10 +97,9 @@ def list_trials(
 @router.post("/{sweep_id}/trials", operation_id="add_trial", responses=errors(404, 409))
 def add_trial(body: TrialRequest, sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
     """To an ask_tell sweep, with parameters of the client's own choice."""
-    with use.limits.counting_jobs(caller):
-        trial, job = creation.add_trial(
-            use.db, caller=caller, sweep_id=sweep_id, parameters=body.parameters, is_client_retry=is_retry
-        )
+    trial, job = creation.add_trial(
+        use.db, caller=caller, sweep_id=sweep_id, parameters=body.parameters, is_client_retry=is_retry
+    )
     use.doorbell.ring()
     return trial_object(reading.view_of(use.db, trial, job))
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.quotas import Limit, Standing
 from catalog.spec import LABEL_PATTERN
 from catalog.strict import Strict
 from catalog.tables import Project
@@ -65,3 +66,55 @@ def project_object(row: Project) -> ProjectObject:
         created_by=row.created_by,
         archived_at=None if row.archived_at is None else int(row.archived_at),
     )
+
+
+_LIMITS: dict[str, Any] = {
+    "object": "project.limits",
+    "project_id": _EXAMPLE["id"],
+    "limits": [{"name": "device_hours_per_month", "limit": 100.0, "used": 12.5, "resets_at": 1790812800}],
+}
+MOST = 2**53
+
+
+class ProjectLimits(Strict):
+    """What is left out stays as it is; null: without limit."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"device_hours_per_month": 100}})
+    concurrent_jobs: int | None = Field(default=None, ge=0, le=MOST, description="That train at once; more wait.")
+    queued_jobs: int | None = Field(default=None, ge=0, le=MOST, description="That wait, or whose files are prepared.")
+    jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="Created in a day of UTC.")
+    device_hours_per_month: float | None = Field(
+        default=None, ge=0, le=1e9, allow_inf_nan=False, description="Of a calendar month of UTC; then jobs wait."
+    )
+    stored_bytes: int | None = Field(default=None, ge=0, le=MOST, description="Of files and adapters.")
+
+
+class ProjectLimit(BaseModel):
+    """One of them, and how much of it is used."""
+
+    name: Limit
+    limit: float | None = Field(description="null: without.")
+    used: float
+    resets_at: int | None = Field(description="When `used` begins anew; null where it goes down by itself, or never.")
+
+
+class ProjectLimitsObject(BaseModel):
+    """What a project may use at most, and what it has used."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _LIMITS})
+    object: Literal["project.limits"] = "project.limits"
+    project_id: str
+    limits: list[ProjectLimit]
+
+
+def limits_object(row: Project, standings: list[Standing]) -> ProjectLimitsObject:
+    told = [
+        ProjectLimit(
+            name=one.name,
+            limit=one.limit,
+            used=one.used,
+            resets_at=None if one.resets_at is None else int(one.resets_at),
+        )
+        for one in standings
+    ]
+    return ProjectLimitsObject(project_id=row.id, limits=told)

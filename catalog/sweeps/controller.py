@@ -9,10 +9,10 @@ from __future__ import annotations
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from catalog import jobs
+from catalog import daily, jobs
 from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
-from catalog.errors import LorryError
+from catalog.errors import LorryError, QuotaExceeded
 from catalog.states import UNFINISHED_STATES, JobState
 from catalog.sweeps.creation import AT_ONCE, make_trials
 from catalog.sweeps.designs import design_of
@@ -20,6 +20,8 @@ from catalog.sweeps.finding import find_sweep
 from catalog.tables import Adapter, Job, Sweep, Trial
 
 CANCELLED_AT_ONCE = 100
+HELD_SECONDS = 60.0
+"""After so long a sweep whose project has reached a limit tries again to make its next trials."""
 
 
 def advance(db: Database, sweep_id: str | None = None) -> bool:
@@ -62,25 +64,36 @@ def _go_on(session: Session, sweep: Sweep, *, now: float) -> None:
         limit = sweep.requested.get("max_concurrent") or sweep.num_trials
         room = min(AT_ONCE, limit - unfinished)
         if room > 0:
-            _make(session, sweep, room, now=now)
+            if not _make(session, sweep, room, now=now):
+                sweep.due_at = now + HELD_SECONDS
+                return
             may_go_on = sweep.num_created < sweep.num_trials and room == AT_ONCE
             sweep.due_at = now if may_go_on or sweep.is_closed else None
     elif not unfinished:
         _finish(session, sweep, now=now)
 
 
-def _make(session: Session, sweep: Sweep, number: int, *, now: float) -> None:
-    """Where no more can be made, as when the base was deleted, those that there are go on, and the sweep tells why."""
+def _make(session: Session, sweep: Sweep, number: int, *, now: float) -> bool:
+    """Where no more can be made, as when the base was deleted, those that there are go on, and the sweep tells why.
+
+    False where the project has reached a limit: then it is tried again later.
+    """
     caller = Caller(
         api_key_id=sweep.created_by, project_id=sweep.project_id, project_name="", is_operator=False, name=""
     )
+    design = design_of(sweep)
     try:
-        with session.begin_nested():
-            make_trials(session, caller, sweep, design_of(sweep), at_most=number, now=now)
+        for _ in range(number):
+            with daily.savepoint(session):
+                make_trials(session, caller, sweep, design, at_most=1, now=now)
+    except QuotaExceeded:
+        session.refresh(sweep, with_for_update=True)
+        return False
     except LorryError as error:
         session.refresh(sweep, with_for_update=True)
         sweep.is_closed = True
         sweep.error = {"code": error.code, "message": error.sentence(), "param": error.param}
+    return True
 
 
 def _finish(session: Session, sweep: Sweep, *, now: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import submission
+from catalog import daily, quotas, submission
 from catalog.audit import note
 from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
@@ -53,6 +53,8 @@ def create(
         if earlier is not None:
             return earlier
         is_chosen_here = design.search != "ask_tell"
+        if is_chosen_here:
+            quotas.check_key(session, caller, num_jobs=design.num_trials, now=now)
         _try(session, caller, design.request_of(design.parameters_of(0) if is_chosen_here else {}), now=now)
         sweep = _row(caller, request, design, now=now)
         sweep.idempotency_key, sweep.body_digest = idempotency_key, body_digest
@@ -142,7 +144,7 @@ def _whole_design(db: Database, request: SweepRequest) -> Design:
 
 def _try(session: Session, caller: Caller, request: JobRequest, *, now: float) -> None:
     """Whether such a job would be accepted; it is not made."""
-    with session.begin_nested() as attempt:
+    with daily.savepoint(session) as attempt:
         submission.submit(session, caller, request, body_digest=None, now=now)
         attempt.rollback()
 

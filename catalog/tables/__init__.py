@@ -14,6 +14,7 @@ from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepare
 from catalog.tables.sweeps import RungValue, Sweep, Trial
 from catalog.tables.table import Json, Table, new_id
 from catalog.tables.uploads import Upload, UploadPart
+from catalog.tables.usage import StoredBytes, StoredDay, UsageDay, UsageMonth
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 
 __all__ = [
@@ -41,12 +42,16 @@ __all__ = [
     "Pulse",
     "RungValue",
     "SignIn",
+    "StoredBytes",
+    "StoredDay",
     "Sweep",
     "Table",
     "Trainer",
     "Trial",
     "Upload",
     "UploadPart",
+    "UsageDay",
+    "UsageMonth",
     "WebhookDelivery",
     "WebhookEndpoint",
     "WebhookTry",

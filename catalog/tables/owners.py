@@ -21,6 +21,12 @@ class Project(Table):
     """Since then its keys open nothing. All that it has stays."""
     weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
     """Its part of the devices beside others', within a class."""
+    max_concurrent_jobs: Mapped[int | None]
+    """This and the next four: see quotas. None: without limit."""
+    max_queued_jobs: Mapped[int | None]
+    max_jobs_per_day: Mapped[int | None]
+    max_device_hours_per_month: Mapped[float | None]
+    max_stored_bytes: Mapped[int | None]
     preparing_at: Mapped[float | None]
     """When a worker last took files of one of its jobs to prepare them: projects take turns."""
 
@@ -61,7 +67,10 @@ class ApiKey(Table):
     requests_per_minute: Mapped[int | None]
     jobs_per_day: Mapped[int | None]
     """Of both: None: the service's; 0: without limit."""
-    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
+    idempotency_key: Mapped[str | None]
+    """Of the request that made it, and the digest of what that asked for: to know it again when it is repeated."""
+    request_digest: Mapped[str | None]
+    __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "created_by", "created_at"))
 
 
 class SignIn(Table):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index, Text
+from sqlalchemy import ForeignKey, Index, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
+
+EXPIRING = text("expires_at IS NOT NULL")
 
 
 class File(Table):
@@ -27,7 +29,11 @@ class File(Table):
     expires_at: Mapped[float | None]
     """From then on it is gone, once no unfinished job reads it; None: it stays until somebody deletes it."""
     deleted_at: Mapped[float | None]
-    __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "project_id", "digest"))
+    __table_args__ = (
+        Index(None, "project_id", "created_at", "id"),
+        Index(None, "project_id", "digest"),
+        Index("ix_files_expiring", "expires_at", sqlite_where=EXPIRING, postgresql_where=EXPIRING),
+    )
 
 
 class BaseModelRow(Table):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Index
+from typing import Any
+
+from sqlalchemy import ForeignKey, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Table
+
+OPEN = text("file_id IS NULL AND cancelled_at IS NULL")
+of_the_open: dict[str, Any] = {"sqlite_where": OPEN, "postgresql_where": OPEN}
 
 
 class Upload(Table):
@@ -25,6 +30,9 @@ class Upload(Table):
     created_at: Mapped[float]
     expires_at: Mapped[float]
     cancelled_at: Mapped[float | None]
+    completing_until: Mapped[float | None]
+    """Lease of who joins its parts."""
+    __table_args__ = (Index("ix_uploads_open", "project_id", "expires_at", **of_the_open),)
 
 
 class UploadPart(Table):

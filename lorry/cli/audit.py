@@ -20,7 +20,7 @@ from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
-    from lorry.models import AuditEvent, AuditVerification
+    from lorry.accounts import AuditEvent, AuditVerification
 
 app = group("The audit log: who changed what.")
 
@@ -87,7 +87,7 @@ def _of_file(path: Path, noted: tuple[int, str] | None) -> AuditVerification:
     from dataclasses import replace
 
     from lorry import audit_chain
-    from lorry.models import AuditMisfit
+    from lorry.accounts import AuditMisfit
 
     seen: dict[int, str] = {}
     found = audit_chain.check(_noting(_lines(path), noted, seen))

@@ -1,4 +1,4 @@
-"""`lorry keys` and `lorry projects`: who may do what, and whose things are whose."""
+"""`lorry keys`: who may do what."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.tables import Column, table
 
 if TYPE_CHECKING:
+    from lorry.accounts import ApiKey
     from lorry.client import Lorry
-    from lorry.models import ApiKey, Project
 
 app = group("API keys: who may do what.")
-projects = group("Projects: whose files, jobs and adapters are whose.")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 KeyId = Annotated[str, typer.Argument(help="The key's id, such as key-3f2b….")]
-ProjectName = Annotated[str, typer.Argument(help="The project's name or id.")]
 
 
 def seconds(text: str) -> int:
@@ -128,68 +126,6 @@ def limit(
     return output.say(f"{key.id} ({key.name}): {', '.join(told)}.")
 
 
-@projects.command("create")
-def create_project(
-    name: Annotated[str, typer.Argument(help="Letters, digits, dot, underscore and hyphen.")], as_json: AsJson = False
-) -> None:
-    """Make a project (an operator's key only)."""
-    project = client().projects.create(name)
-    _told(project, f"{project.name} is made. Give it a key: lorry keys create NAME --project {project.name}", as_json)
-
-
-@projects.command("list")
-def list_projects(
-    archived: Annotated[bool, typer.Option("--archived", help="Those that were archived, too.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Your project; for operators, all."""
-    found = list(client().projects.list(archived=archived))
-    if as_json:
-        return output.print_json([project.raw for project in found])
-    rows = [(p.name, p.id, p.status, f"{p.weight:g}", output.briefly(p.created_at)) for p in found]
-    titles = ("NAME", "ID", "STATUS", "WEIGHT", "CREATED")
-    return table([Column(title=title) for title in titles], rows, empty="There is no project.")
-
-
-@projects.command("rename")
-def rename_project(
-    project: ProjectName, name: Annotated[str, typer.Argument(help="Its new name.")], as_json: AsJson = False
-) -> None:
-    """Give a project another name (an operator's key only). Its adapters keep theirs."""
-    renamed = client().projects.rename(project, name)
-    _told(renamed, f"{output.clean(project)} is {renamed.name} now.", as_json)
-
-
-@projects.command("weigh")
-def weigh_project(
-    project: ProjectName,
-    weight: Annotated[float, typer.Argument(help="Above 0; 1 is that of a project that was given none.")],
-    as_json: AsJson = False,
-) -> None:
-    """Give a project its part of the devices, beside others whose jobs wait (an operator's key only)."""
-    weighed = client().projects.weigh(project, weight)
-    _told(weighed, f"{weighed.name} has the weight {weighed.weight:g} now.", as_json)
-
-
-@projects.command("archive")
-def archive_project(
-    project: ProjectName,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Put a project away (an operator's key only): its keys open nothing, and what it has stays."""
-    output.confirm(f"Archive {project}, so that none of its keys opens anything?", yes=yes)
-    archived = client().projects.archive(project)
-    _told(archived, f"{archived.name} is archived. Bring it back: lorry projects restore {archived.name}", as_json)
-
-
-@projects.command("restore")
-def restore_project(project: ProjectName, _yes: YesTaken = False, as_json: AsJson = False) -> None:
-    """Bring a project back (an operator's key only)."""
-    restored = client().projects.restore(project)
-    _told(restored, f"{restored.name} is open again.", as_json)
-
-
 def _show_once(key: ApiKey, *, as_json: bool) -> None:
     if as_json:
         return output.print_json(key.raw)
@@ -233,10 +169,3 @@ def _number(text: str | None) -> int | Literal["service"] | None:
 
 def _limit_told(limit: int | None, what: str) -> str:
     return f"{what} as the service says" if limit is None else f"{limit} {what}" if limit else f"any {what}"
-
-
-def _told(project: Project, sentence: str, as_json: bool) -> None:
-    if as_json:
-        output.print_json(project.raw)
-    else:
-        output.say(sentence)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorry.models import AuditEvent, AuditMisfit, AuditVerification
+from lorry.accounts import AuditEvent, AuditMisfit, AuditVerification
 from lorry.resources import pages
 from lorry.transport import Transport
 

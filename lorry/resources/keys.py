@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 from urllib.parse import quote
+from uuid import uuid4
 
-from lorry.models import ApiKey, Project
+from lorry.accounts import ApiKey, Project, ProjectLimit
 from lorry.resources import pages
 from lorry.transport import Transport
 
@@ -32,7 +33,7 @@ class Keys:
         body: dict[str, Any] = {"name": name, "is_operator": is_operator}
         given = {"scopes": None if scopes is None else list(scopes), "expires_at": expires_at, "project": project}
         body |= {field: value for field, value in given.items() if value is not None}
-        return ApiKey.of(self._transport.request("POST", "api_keys", body=body))
+        return ApiKey.of(self._transport.request("POST", "api_keys", body=body, headers=_once()))
 
     def list(self, *, project: str | None = None) -> Iterator[ApiKey]:
         """Newest first, those that open nothing any more too."""
@@ -50,7 +51,7 @@ class Keys:
         `overlap_seconds` more: a day where nothing is said."""
         given = {"overlap_seconds": overlap_seconds, "expires_at": expires_at}
         body = {field: value for field, value in given.items() if value is not None}
-        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body))
+        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body, headers=_once()))
 
     def limit(
         self,
@@ -93,6 +94,31 @@ class Projects:
         """For operators: its part of the devices, beside the weights of others whose jobs wait."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/weight", body={"weight": weight}))
 
+    def limits(self, project: str) -> dict[str, ProjectLimit]:
+        """What it may use at most and what it has used, by the names that `limit` takes."""
+        return _limits(self._transport.get(f"{_project(project)}/limits"))
+
+    def limit(
+        self,
+        project: str,
+        *,
+        concurrent_jobs: int | Literal["none"] | None = None,
+        queued_jobs: int | Literal["none"] | None = None,
+        jobs_per_day: int | Literal["none"] | None = None,
+        device_hours_per_month: float | Literal["none"] | None = None,
+        stored_bytes: int | Literal["none"] | None = None,
+    ) -> dict[str, ProjectLimit]:
+        """For operators. None: as it was; "none": without limit."""
+        asked = {
+            "concurrent_jobs": concurrent_jobs,
+            "queued_jobs": queued_jobs,
+            "jobs_per_day": jobs_per_day,
+            "device_hours_per_month": device_hours_per_month,
+            "stored_bytes": stored_bytes,
+        }
+        body = {name: None if value == "none" else value for name, value in asked.items() if value is not None}
+        return _limits(self._transport.request("POST", f"{_project(project)}/limits", body=body))
+
     def archive(self, project: str) -> Project:
         """For operators: its keys open nothing from now on; what it has stays."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/archive"))
@@ -100,6 +126,15 @@ class Projects:
     def restore(self, project: str) -> Project:
         """For operators: its keys open it again."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/restore"))
+
+
+def _once() -> dict[str, str]:
+    """Where the answer is lost, the repetition is answered with the same key."""
+    return {"idempotency-key": str(uuid4())}
+
+
+def _limits(wire: dict[str, Any]) -> dict[str, ProjectLimit]:
+    return {limit.name: limit for limit in map(ProjectLimit.of, wire.get("limits") or ())}
 
 
 def _key(key_id: str) -> str:

@@ -111,3 +111,17 @@ def test_an_operator_makes_a_project_and_gives_it_a_key_by_the_sdk(
         with pytest.raises(APIError) as last:
             lorry.keys.revoke(operator_key.split("_")[1])
     assert (last.value.status, last.value.code) == (409, "last_operator_key")
+
+
+@pytest.mark.parametrize("says_so", [{"x-stainless-retry-count": "1"}, {"idempotency-key": "once"}])
+def test_a_key_that_is_asked_for_again_is_the_same_key(client: TestClient, says_so: dict[str, str]) -> None:
+    first = client.post("/v1/api_keys", json={"name": "ci"}, headers=says_so).json()
+
+    again = client.post("/v1/api_keys", json={"name": "ci"}, headers=says_so).json()
+    rotated = client.post(f"/v1/api_keys/{first['id']}/rotate", headers={**says_so, "idempotency-key": "r"}).json()
+    twice = client.post(f"/v1/api_keys/{first['id']}/rotate", headers={**says_so, "idempotency-key": "r"}).json()
+
+    assert again["id"] == first["id"]
+    assert again["value"] != first["value"]
+    assert twice["id"] == rotated["id"] != first["id"]
+    assert len(client.get("/v1/api_keys").json()["data"]) == 4

@@ -60,6 +60,7 @@ TOLD_AS: dict[str, str] = {
     "create_project": "project.created",
     "rename_project": "project.updated",
     "weigh_project": "project.updated",
+    "limit_project": "project.updated",
     "archive_project": "project.archived",
     "restore_project": "project.restored",
     "create_sign_in_link": "sign_in_link.created",

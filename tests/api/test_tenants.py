@@ -49,6 +49,7 @@ SENT: dict[str, dict[str, Any]] = {
     "rename_project": {"json": {"name": "renamed"}},
     "weigh_project": {"json": {"weight": 2}},
     "limit_api_key": {"json": {}},
+    "limit_project": {"json": {"queued_jobs": 5}},
     "move_job": {"json": {"to": "first"}},
     "add_upload_part": {"files": {"data": ("a", b"more")}},
     "change_webhook_endpoint": {"json": {}},

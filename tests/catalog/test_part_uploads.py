@@ -5,15 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
-from catalog import cleaning, files, part_uploads
+from catalog import cleaning, files, joining, part_uploads
 from catalog.artifacts.store import ArtifactStore, Blob, open_store
-from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, OutOfSpace, TooLarge
+from catalog.errors import (
+    Conflict,
+    InvalidRequest,
+    LorryError,
+    NotFound,
+    OutOfSpace,
+    QuotaExceeded,
+    TooLarge,
+    Unavailable,
+)
 from catalog.part_uploads import UploadView
 from catalog.settings import Settings
 from catalog.tables import File, Upload, UploadPart
@@ -192,8 +202,11 @@ def test_what_is_sent_again_for_want_of_a_reply_is_answered_as_the_first_was(sen
 
 
 @pytest.mark.parametrize("is_retry", [True, False])
-def test_two_completions_at_once_make_one_file(sender: Sender, monkeypatch: pytest.MonkeyPatch, is_retry: bool) -> None:
+def test_a_completion_that_outlives_its_lease_makes_no_second_file(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch, is_retry: bool
+) -> None:
     """As where the client gave up waiting for the first: it ends while the second joins the parts."""
+    monkeypatch.setattr(part_uploads, "JOIN_LEASE_SECONDS", 0.0)
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
     as_it_was = files.stored
@@ -211,6 +224,88 @@ def test_two_completions_at_once_make_one_file(sender: Sender, monkeypatch: pyte
             sender.complete(upload_id, part)
 
     assert len(sender.made()) == 1
+
+
+def test_two_completions_at_once_join_the_parts_once(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    as_it_was, refused = files.stored, list[str]()
+
+    def meanwhile(*arguments: Any, **given: Any) -> File:
+        with pytest.raises(Unavailable) as refusal:
+            sender.complete(upload_id, part, again=True)
+        refused.append(refusal.value.code)
+        return as_it_was(*arguments, **given)
+
+    monkeypatch.setattr(files, "stored", meanwhile)
+    first = sender.complete(upload_id, part)
+
+    assert refused == ["upload_completing"]
+    assert first.file is not None
+    monkeypatch.setattr(files, "stored", as_it_was)
+    assert len(sender.made()) == 1
+    again = sender.complete(upload_id, part, again=True).file
+    assert again is not None
+    assert again.id == first.file.id
+
+
+def test_a_completion_that_was_refused_may_be_tried_again_at_once(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    with pytest.raises(InvalidRequest):
+        sender.complete(upload_id, part, md5="0" * 32)
+
+    assert sender.complete(upload_id, part).file is not None
+
+
+def test_only_a_few_uploads_are_joined_at_once(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    monkeypatch.setattr(joining, "JOIN_WAIT_SECONDS", 0.0)
+
+    with ExitStack() as others:
+        for _ in range(joining.JOINS_AT_ONCE):
+            others.enter_context(joining.one_of_few())
+        with pytest.raises(Unavailable) as refused:
+            sender.complete(upload_id, part)
+
+    assert refused.value.code == "completions_busy"
+    assert sender.complete(upload_id, part).file is not None
+
+
+def test_a_project_has_so_many_uploads_open_at_once_and_so_many_bytes(sender: Sender) -> None:
+    sender.settings = Settings(data_dir=sender.folder, max_open_uploads=2, max_open_upload_bytes=500)
+    first, _ = sender.begin(200), sender.begin(200)
+
+    refused: list[QuotaExceeded] = []
+    for num_bytes in (1, 101):
+        with pytest.raises(QuotaExceeded) as refusal:
+            sender.begin(num_bytes)
+        refused.append(refusal.value)
+        if num_bytes == 1:
+            sender.cancel(first)
+            sender.begin(200)
+            sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
+
+    assert [error.quota["name"] for error in refused] == ["open_uploads", "open_upload_bytes"]
+    assert refused[0].retry_after_seconds == pytest.approx(3600, abs=1)
+    sender.project_id = sender.world.stranger.project_id
+    sender.begin(200)
+    sender.project_id = sender.world.caller.project_id
+    sender.world.clock.turn(3601)
+    sender.begin(500)
+
+
+def test_an_upload_holds_no_more_than_twice_what_was_announced(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_uploads, "SPARE_BYTES", 0)
+    upload_id = sender.begin(10)
+    sender.part(upload_id, b"x" * 12)
+
+    with pytest.raises(TooLarge) as refused:
+        sender.part(upload_id, b"y" * 9)
+
+    assert "more than 20 bytes; 10 were announced" in refused.value.message
+    sender.part(upload_id, b"y" * 8)
 
 
 def test_another_projects_upload_looks_like_none(sender: Sender) -> None:

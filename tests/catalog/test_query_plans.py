@@ -17,6 +17,7 @@ from catalog import (
     audit,
     audit_chain,
     claims,
+    cleaning,
     deadlines,
     exports,
     fleet,
@@ -31,6 +32,7 @@ from catalog import (
     queue,
     recovery,
     result_files,
+    usage_report,
     watching,
     workers,
 )
@@ -40,6 +42,7 @@ from catalog.audit import Filters
 from catalog.callers import Caller
 from catalog.claims import Claim
 from catalog.db import Database
+from catalog.repeated_keys import Sent, made_before
 from catalog.scheduling.picture import USUAL
 from catalog.settings import Settings
 from catalog.states import EndReason
@@ -61,12 +64,14 @@ from catalog.tables import (
     Plan,
     Prepared,
     RungValue,
+    StoredDay,
     Sweep,
     Table,
     Trainer,
     Trial,
     Upload,
     UploadPart,
+    UsageDay,
     WebhookDelivery,
     WebhookTry,
 )
@@ -81,6 +86,7 @@ FAR = 10_000
 """Beyond the places in the chain that the test itself comes to."""
 MANY = 2000
 """Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
+BY_KEY, BY_RETRY = Sent(digest="d", idempotency_key="i"), Sent(digest="d", is_client_retry=True)
 Changes = Callable[[str], dict[str, Any]]
 COPIED: dict[type[Table], Changes] = {
     ApiKey: lambda n: {"id": f"key-{n}", "digest": f"hmac {n}"},
@@ -101,7 +107,10 @@ COPIED: dict[type[Table], Changes] = {
     FileOverlap: lambda n: {"train_key": f"train {n}", "valid_key": f"valid {n}"},
     Trainer: lambda n: {"id": f"trainer-{n}", "worker_id": f"w-{n}", "pack_key": f"key {n}"},
     Upload: lambda n: {"id": f"upload-{n}"},
+    Upload: lambda n: {"id": f"upload-{n}", "cancelled_at": 1.0},
     AuditEvent: lambda n: {"id": f"audit-{n}", "link": int(n) + FAR, "project_id": f"proj-{n}", "actor_id": f"key-{n}"},
+    UsageDay: lambda n: {"day": int(n)},
+    StoredDay: lambda n: {"day": int(n)},
     UploadPart: lambda n: {"id": f"part-{n}", "upload_id": f"upload-{n}"},
     Sweep: lambda n: {"id": f"sweep-{n}", "training_file": f"file-{n}", "validation_file": f"file-{n}"},
     Trial: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
@@ -367,6 +376,15 @@ ACTS: dict[str, Act] = {
     "whether the log is whole": lambda w, _: audit_chain.check(w.db, after=FAR + 9, limit=5),
     "sealing": lambda w, _: audit_chain.seal(w.db),
     "a second sealing": lambda w, _: audit_chain.seal(w.db),
+    "what was used": lambda w, _: usage_report.report(
+        w.db, caller=w.caller, asked=usage_report.Asked(start_time=w.clock.now - 9)
+    ),
+    "what all used": lambda w, _: usage_report.report(
+        w.db, caller=_operator(w), asked=usage_report.Asked(start_time=w.clock.now - 9, group_by=("model",))
+    ),
+    "a new upload": lambda w, _: _add_parts(w),
+    "files past their time": lambda w, _: _let_expire(w),
+    "a key that is asked for again": lambda w, _: [_ask_for_key(w, sent) for sent in (BY_KEY, BY_RETRY)],
     "files that are let go": lambda w, _: _hide(w),
     "a page of deliveries": lambda w, ids: deliveries.list_page(
         w.db, **_owner(w), endpoint_id=ids["hook"], after=ids["delivery"]
@@ -394,6 +412,16 @@ ACTS: dict[str, Act] = {
 
 def _new_secret(world: World) -> str:
     return keys.create(world.db, project_id=world.caller.project_id, name="new", pepper=PEPPER)[1]
+
+
+def _let_expire(world: World) -> None:
+    with world.db.write() as session:
+        cleaning._let_expire(session, now=1.0)  # pyright: ignore[reportPrivateUsage]
+
+
+def _ask_for_key(world: World, sent: Sent) -> None:
+    with world.db.write() as session:
+        made_before(session, world.caller, sent, pepper=PEPPER, now=world.clock.now)
 
 
 def _operator(world: World) -> Caller:

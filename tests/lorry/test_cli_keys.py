@@ -154,3 +154,27 @@ def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, ru
     sent = [json.loads(request.body) for request in service.requests("POST", path)]
     assert sent == [{"requests_per_minute": 600}, {"requests_per_minute": None, "jobs_per_day": 0}]
     assert wrong.exit_code == 2
+
+
+def test_a_project_is_limited_and_its_limits_are_shown(service: Script, run: Run) -> None:
+    path = "/v1/projects/search/limits"
+    hours = {"name": "device_hours_per_month", "limit": 100, "used": 12.5, "resets_at": 1790812800}
+    found = {"limits": [hours, {"name": "stored_bytes", "limit": None, "used": 2_000_000}]}
+    service.on("POST", path, found)
+    service.on("GET", path, found)
+
+    given = ("--device-hours", "100", "--stored-bytes", "1.5GB", "--queued-jobs", "none")
+    set_, shown = run("projects", "limit", "search", *given), run("projects", "limit", "search")
+    wrong = [run("projects", "limit", "search", *one) for one in (("--stored-bytes", "much"), ("--queued-jobs", "-1"))]
+
+    (sent,) = service.requests("POST", path)
+    assert json.loads(sent.body) == {
+        "queued_jobs": None,
+        "device_hours_per_month": 100.0,
+        "stored_bytes": 1_500_000_000,
+    }
+    assert set_.stdout == shown.stdout
+    _, first, second = shown.stdout.splitlines()
+    assert first.split()[:5] == ["device-hours", "a", "month", "100", "12.5"]
+    assert second.split() == ["stored", "bytes", "any", "2.00", "MB", "-"]
+    assert [one.exit_code for one in wrong] == [2, 2]

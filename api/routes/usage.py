@@ -1,0 +1,52 @@
+"""/v1/usage: device-seconds, tokens, jobs and stored bytes by day, in the shape of OpenAI's usage API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from api.auth import Signed
+from api.deps import Use
+from api.routes import SIGNED
+from api.schemas.usage import UsagePage, usage_page
+from catalog import usage_report
+from catalog.daily import DAY_SECONDS
+from catalog.db import read_clock
+from catalog.usage_report import MOST_DAYS, Asked, GroupBy
+
+router = APIRouter(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
+LAST_SECOND = 253402300799
+USUAL_DAYS = 7
+Moment = Annotated[int | None, Query(ge=0, le=LAST_SECOND, description="Seconds since 1970.")]
+Names = list[Annotated[str, Query(max_length=256)]]
+
+
+@router.get("", operation_id="get_usage")
+def get_usage(
+    use: Use,
+    caller: Signed,
+    *,
+    start_time: Moment = None,
+    end_time: Moment = None,
+    bucket_width: Literal["1d"] = "1d",
+    group_by: Annotated[list[GroupBy] | None, Query(alias="group_by[]", max_length=2)] = None,
+    project_ids: Annotated[Names | None, Query(alias="project_ids[]", max_length=100)] = None,
+    models: Annotated[Names | None, Query(max_length=100, alias="models[]")] = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_DAYS, description="Days of a page.")] = USUAL_DAYS,
+    page: Annotated[str | None, Query(pattern=r"^\d{1,7}$", description="`next_page` of the page before.")] = None,
+) -> UsagePage:
+    """Your project's; for operators everybody's. Without a start_time: the last seven days. Days are UTC's; one that
+    is asked for in part is told whole. Grouped by project, unless `group_by[]` says otherwise."""
+    if start_time is None:
+        with use.db.read() as session:
+            start_time = max(0, int(end_time or read_clock(session)) - (USUAL_DAYS - 1) * DAY_SECONDS)
+    asked = Asked(
+        start_time=start_time if page is None else max(start_time, int(page) * DAY_SECONDS),
+        end_time=end_time,
+        group_by=group_by or ("project_id",),
+        project_ids=project_ids or (),
+        models=models or (),
+        num_days=limit,
+    )
+    return usage_page(usage_report.report(use.db, caller=caller, asked=asked))

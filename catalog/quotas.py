@@ -1,0 +1,225 @@
+"""What a project may use at most, and a key may submit in a day: an operator says so, and None is without limit.
+
+Refused at submission: too many jobs that wait, too many in a day, the month's device-hours used up. Held in the queue:
+the jobs of a project that trains as many as it may, or has used up its month. Refused at upload: too many bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from catalog import audit, daily, projects
+from catalog.callers import Caller
+from catalog.daily import DAY_SECONDS
+from catalog.db import Database, read_clock, serialise
+from catalog.errors import QuotaExceeded, RateLimited
+from catalog.states import JobState
+from catalog.tables import Job, Json, Project
+
+Limit = Literal["concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes"]
+COLUMNS: dict[Limit, str] = {
+    "concurrent_jobs": "max_concurrent_jobs",
+    "queued_jobs": "max_queued_jobs",
+    "jobs_per_day": "max_jobs_per_day",
+    "device_hours_per_month": "max_device_hours_per_month",
+    "stored_bytes": "max_stored_bytes",
+}
+SAID: dict[Limit, str] = {
+    "concurrent_jobs": "{limit:,.0f} jobs that train at once",
+    "queued_jobs": "{limit:,.0f} jobs that wait",
+    "jobs_per_day": "{limit:,.0f} jobs a day",
+    "device_hours_per_month": "{limit:,.4g} device-hours a month",
+    "stored_bytes": "{limit:,.0f} stored bytes",
+}
+REMEDIES: dict[Limit, str] = {
+    "concurrent_jobs": "Wait until one of them has ended.",
+    "queued_jobs": "Wait until some of them train, or cancel some.",
+    "jobs_per_day": "Submit it after that time.",
+    "device_hours_per_month": "Submit it after that time.",
+    "stored_bytes": "Delete files or adapters that you don't need.",
+}
+WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """A limit of a project, and how much of it is used."""
+
+    name: Limit
+    limit: float | None
+    used: float
+    resets_at: float | None
+    """When `used` begins anew; None where it goes down by itself or never."""
+
+    @property
+    def is_reached(self) -> bool:
+        return self.limit is not None and self.used >= self.limit
+
+    def said(self) -> str:
+        return SAID[self.name].format(limit=self.limit or 0)
+
+
+def standings(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[Standing]]:
+    """All that can be limited of a project, by id or name. Raises NotFound."""
+    with db.read() as session:
+        row = projects.find(session, caller=caller, project=project)
+        now = read_clock(session)
+        return row, [_standing(session, row, name, now=now) for name in COLUMNS]
+
+
+def limit(db: Database, *, caller: Caller, project: str, limits: Mapping[Limit, float | None]) -> Project:
+    """Change those limits that are given; None: without limit. What is there already stays. Raises NotFound."""
+    with db.write() as session:
+        row = projects.find(session, caller=caller, project=project)
+        for name, value in limits.items():
+            setattr(row, COLUMNS[name], value)
+        told: Json = {"limits": dict(limits)}
+        audit.note(
+            session, "project.updated", now=read_clock(session), object_id=row.id, project_id=row.id, details=told
+        )
+        return row
+
+
+def check_submission(session: Session, caller: Caller, *, now: float) -> None:
+    """One more job, in the transaction that accepts it: nobody else of the project is counted meanwhile.
+
+    Raises QuotaExceeded, and RateLimited for the key's own jobs a day.
+    """
+    check_key(session, caller, now=now)
+    project = session.get_one(Project, caller.project_id)
+    names: list[Limit] = ["queued_jobs", "jobs_per_day", "device_hours_per_month"]
+    limited: list[Limit] = [name for name in names if getattr(project, COLUMNS[name]) is not None]
+    if limited:
+        serialise(session, f"quota {project.id}")
+    for name in limited:
+        standing = _standing(session, project, name, now=now)
+        if standing.is_reached:
+            raise _exceeded(project, standing, now=now)
+
+
+def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
+    """So many bytes more, in the transaction that stores them. Raises QuotaExceeded."""
+    project = session.get_one(Project, project_id)
+    if project.max_stored_bytes is None:
+        return
+    serialise(session, f"quota {project.id}")
+    standing = _standing(session, project, "stored_bytes", now=now)
+    if standing.used + num_bytes > project.max_stored_bytes:
+        raise _exceeded(project, standing, now=now, num_more=num_bytes)
+
+
+def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, Standing]:
+    """By project the limit for which none of its jobs is begun now. None: of all projects."""
+    is_limited = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hours_per_month.is_not(None))
+    limited = select(Project).where(is_limited)
+    if project_ids is not None:
+        limited = limited.where(Project.id.in_(project_ids))
+    found: dict[str, Standing] = {}
+    for project in session.scalars(limited):
+        names: tuple[Limit, ...] = ("concurrent_jobs", "device_hours_per_month")
+        reached = (_standing(session, project, name, now=now) for name in names)
+        held = next((standing for standing in reached if standing.is_reached), None)
+        if held is not None:
+            found[project.id] = held
+    return found
+
+
+def beginnable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
+    """Of jobs that are to be claimed, best first and by id, those that their projects' limits let begin.
+
+    Until this transaction ends, nobody else begins one of such a project.
+    """
+    of_project = {job.project_id for job in jobs.values()}
+    capped = select(Project.id, Project.max_concurrent_jobs).where(
+        Project.id.in_(of_project), Project.max_concurrent_jobs.is_not(None)
+    )
+    free: dict[str, float] = {}
+    for row in session.execute(capped.order_by(Project.id)):
+        serialise(session, f"begin {row.id}")
+        free[row.id] = row.max_concurrent_jobs - _count(session, row.id, JobState.RUNNING)
+    begun: set[str] = set()
+    for job_id, job in jobs.items():
+        free[job.project_id] = free.get(job.project_id, math.inf) - 1
+        begun |= {job_id} if free[job.project_id] >= 0 else set()
+    return begun
+
+
+def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float) -> None:
+    """So many jobs more than those of the last 24 hours, whatever became of these. Raises RateLimited."""
+    most = caller.service_jobs_per_day if caller.jobs_per_day is None else caller.jobs_per_day
+    if most == 0:
+        return
+    serialise(session, f"jobs a day {caller.api_key_id}")
+    since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
+    raised = "An operator can give the key a higher limit: lorry keys limit."
+    message, code = f"The API key has reached its limit of {most} jobs a day.", "rate_limit_exceeded"
+    if num_jobs > most:
+        remedy = f"Ask for fewer at once. {raised}"
+        raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=math.inf, headers={})
+    latest = select(Job.created_at).where(*since).order_by(Job.created_at.desc())
+    earliest = session.scalar(latest.offset(most - num_jobs).limit(1))
+    if earliest is not None:
+        again = earliest + DAY_SECONDS
+        remedy = f"Try again at {_moment(again)}. {raised}"
+        raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=again - now, headers={})
+
+
+def _standing(session: Session, project: Project, name: Limit, *, now: float) -> Standing:
+    most: float | None = getattr(project, COLUMNS[name])
+    used, resets_at = 0.0, None
+    match name:
+        case "concurrent_jobs":
+            used = _count(session, project.id, JobState.RUNNING, most=most)
+        case "queued_jobs":
+            used = _count(session, project.id, *WAITING, most=most)
+        case "jobs_per_day":
+            today = daily.day_of(now)
+            used, resets_at = (
+                daily.total(session, project.id, "num_created", first_day=today),
+                (today + 1) * DAY_SECONDS,
+            )
+        case "device_hours_per_month":
+            used, resets_at = daily.month_seconds(session, project.id, now=now) / 3600, daily.next_month(now)
+        case "stored_bytes":
+            used = daily.stored_bytes(session, project.id)
+    return Standing(name=name, limit=most, used=used, resets_at=resets_at)
+
+
+def _count(session: Session, project_id: str, *states: JobState, most: float | None = None) -> int:
+    """Jobs of the project in these states; no further than needed."""
+    found = 0
+    for state in states:
+        some = select(Job.id).where(Job.state == state, Job.project_id == project_id)
+        if most is not None:
+            some = some.limit(int(most) + 1)
+        found += session.scalar(select(func.count()).select_from(some.subquery())) or 0
+    return found
+
+
+def _exceeded(project: Project, standing: Standing, *, now: float, num_more: int = 0) -> QuotaExceeded:
+    used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
+    more = f", and this would be {num_more:,} more" if num_more else ""
+    resets = f" It begins anew at {_moment(standing.resets_at)}." if standing.resets_at is not None else ""
+    return QuotaExceeded(
+        f"The project {project.name!r} may have {standing.said()}; it has {used}{more}.{resets}",
+        code="quota_exceeded",
+        remedy=f"{REMEDIES[standing.name]} An operator can raise the limit: lorry projects limit {project.name}.",
+        retry_after_seconds=math.inf if standing.resets_at is None else standing.resets_at - now,
+        quota={
+            "name": standing.name,
+            "limit": standing.limit,
+            "used": standing.used,
+            "resets_at": None if standing.resets_at is None else int(standing.resets_at),
+        },
+    )
+
+
+def _moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(math.ceil(seconds), UTC):%Y-%m-%d %H:%M:%S} UTC"

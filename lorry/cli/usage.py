@@ -1,0 +1,62 @@
+"""`lorry usage`: what was used, by day."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorry.cli import output
+from lorry.cli.app import client
+from lorry.cli.keys import seconds
+from lorry.cli.output import AsJson
+from lorry.cli.tables import Column, table
+
+if TYPE_CHECKING:
+    from lorry.accounts import UsageBucket, UsageResult
+
+
+def usage(
+    *,
+    since: Annotated[int, typer.Option(help="How far back: 7d, 30d.", parser=seconds)] = "7d",  # pyright: ignore
+    by: Annotated[str, typer.Option(help="project, model, or both.")] = "project",
+    project: Annotated[list[str] | None, typer.Option(help="Name or id; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A base model; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What was used on each day (UTC): by your project; for operators, by all."""
+    groups = {"project": ("project_id",), "model": ("model",), "both": ("project_id", "model")}
+    if by not in groups:
+        raise typer.BadParameter(f"{by!r} is none of project, model and both.")
+    lorry = client()
+    begin = int(time.time()) - since
+    asked = {"start_time": begin, "project_ids": project or (), "models": model or ()}
+    found = list(lorry.usage.list(group_by=groups[by], **asked))  # pyright: ignore[reportArgumentType]
+    if as_json:
+        return output.print_json([bucket.raw for bucket in found])
+    names = {one.id: one.name for one in lorry.projects.list(archived=True)}
+    columns = (
+        Column(title="DAY"),
+        Column(title="PROJECT", narrowest=8),
+        Column(title="MODEL", narrowest=8),
+        Column(title="DEVICE-HOURS"),
+        Column(title="TOKENS", goes=2),
+        Column(title="CREATED", goes=3),
+        Column(title="SUCCEEDED"),
+        Column(title="FAILED", goes=1),
+        Column(title="CANCELLED", goes=4),
+        Column(title="STORED"),
+    )
+    rows = [_row(bucket, result, names) for bucket in found for result in bucket.results]
+    return table(columns, rows, empty="Nothing was used in that time.")
+
+
+def _row(bucket: UsageBucket, result: UsageResult, names: dict[str, str]) -> tuple[object, ...]:
+    day = f"{datetime.fromtimestamp(bucket.start_time, UTC):%Y-%m-%d}"
+    project = names.get(result.project_id or "", result.project_id)
+    jobs = [result.num_jobs.get(name, 0) for name in ("created", "succeeded", "failed", "cancelled")]
+    hours = f"{result.device_seconds / 3600:.2f}"
+    stored = None if result.stored_bytes is None else output.size(result.stored_bytes)
+    return day, project, result.model, hours, result.trained_tokens, *jobs, stored

@@ -1,0 +1,43 @@
+"""What was used, by day."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from lorry.accounts import UsageBucket
+from lorry.transport import Transport
+
+
+class Usage:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(
+        self,
+        *,
+        start_time: int | None = None,
+        end_time: int | None = None,
+        group_by: Sequence[Literal["project_id", "model"]] = ("project_id",),
+        project_ids: Sequence[str] = (),
+        models: Sequence[str] = (),
+    ) -> Iterator[UsageBucket]:
+        """A bucket for each day, the earliest first: of your project, and for operators of all.
+
+        Times are seconds since 1970, days UTC's. Without a start_time: the last seven days.
+        """
+        params: dict[str, str | int | list[str] | None] = {
+            "start_time": start_time,
+            "end_time": end_time,
+            "group_by[]": [*group_by],
+            "project_ids[]": list(project_ids) or None,
+            "models[]": list(models) or None,
+            "limit": 31,
+        }
+        page: str | None = None
+        while True:
+            found = self._transport.get("usage", {**params, "page": page})
+            yield from (UsageBucket.of(wire) for wire in found.get("data") or ())
+            page = found.get("next_page")
+            if not found.get("has_more") or page is None:
+                return

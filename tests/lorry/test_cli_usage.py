@@ -1,0 +1,36 @@
+"""`lorry usage`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from typer.testing import Result
+
+from tests.lorry.scripted_server import Script
+
+Run = Callable[..., Result]
+RESULT: dict[str, Any] = {
+    "project_id": "proj-1",
+    "model": "m",
+    "device_seconds": 5400.0,
+    "trained_tokens": 7,
+    "num_jobs": {"created": 4, "succeeded": 3, "failed": 2, "cancelled": 1},
+    "stored_bytes": 2_000_000,
+}
+DAY = {"start_time": 1789948800, "end_time": 1790035200, "results": [RESULT]}
+
+
+def test_each_day_is_a_line_with_the_projects_name(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/projects", {"data": [{"id": "proj-1", "name": "search"}], "has_more": False})
+    service.on("GET", "/v1/usage", {"data": [DAY], "has_more": False, "next_page": None})
+
+    _, line = run("usage", "--since", "30d", "--by", "both", "--project", "search").stdout.splitlines()
+
+    assert line.split() == ["2026-09-21", "search", "m", "1.50", "7", "4", "3", "2", "1", "2.00", "MB"]
+    (asked,) = service.requests("GET", "/v1/usage")
+    assert "group_by%5B%5D=project_id&group_by%5B%5D=model&project_ids%5B%5D=search" in asked.path
+
+
+def test_what_it_can_not_be_told_by_is_refused(run: Run) -> None:
+    assert run("usage", "--by", "person").exit_code == 2
