@@ -16,6 +16,8 @@ from catalog.db import Database
 from catalog.errors import QuotaExceeded, RateLimited
 from catalog.keys import Caller
 from catalog.quotas import Standing
+from catalog.sweeps import controller, creation, reading
+from catalog.sweeps.spec import SweepRequest
 from catalog.tables import File
 from tests.catalog.world import World
 
@@ -193,6 +195,43 @@ def test_limits_are_set_one_by_one_taken_back_and_noted(world: World) -> None:
     world.submit()
 
 
+def test_a_sweep_whose_project_has_reached_a_limit_waits_with_its_next_trials(world: World) -> None:
+    parameters = {"lora.rank": {"values": [2, 4, 8]}}
+    body = {"model": "smol", **_files(world), "search": {"type": "grid"}, "parameters": parameters}
+    request = SweepRequest.model_validate({**body, "max_concurrent": 1})
+    sweep = creation.create(world.db, caller=world.caller, request=request, body_digest="d")
+    limit(world, jobs_per_day=2)
+
+    def train() -> None:
+        world.prepare_all()
+        for claim in world.claim():
+            world.complete(claim.claim_id, claim.claim_id)
+        while controller.advance(world.db):
+            pass
+
+    train()
+    train()
+    held = reading.get(world.db, project_id=world.caller.project_id, sweep_id=sweep.id).sweep
+    world.clock.now = MIDNIGHT + DAY_SECONDS
+    train()
+    done = reading.get(world.db, project_id=world.caller.project_id, sweep_id=sweep.id).sweep
+
+    assert (held.num_created, held.is_closed, held.error) == (2, False, None)
+    assert (done.num_created, done.error) == (3, None)
+
+
+def test_a_sweep_counts_whole_against_its_keys_jobs_of_a_day(world: World) -> None:
+    parameters = {"lora.rank": {"values": [2, 4, 8]}}
+    body = {"model": "smol", **_files(world), "search": {"type": "grid"}, "parameters": parameters}
+    request = SweepRequest.model_validate({**body, "max_concurrent": 1})
+    caller = replace(world.caller, service_jobs_per_day=2)
+
+    with pytest.raises(RateLimited) as refusal:
+        creation.create(world.db, caller=caller, request=request, body_digest="d")
+
+    assert refusal.value.retry_after_seconds == math.inf
+
+
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_submissions_at_once_do_not_pass_a_limit_together(db: Database, world: World) -> None:
     limit(world, queued_jobs=3)
@@ -241,3 +280,7 @@ def _upload(world: World, num_bytes: int) -> str:
     file.filename, file.num_bytes, file.digest = "a", num_bytes, "d"
     with world.db.write() as session:
         return files.show(session, file, lifetime_seconds=None).id
+
+
+def _files(world: World) -> dict[str, str]:
+    return {"training_file": world.file_id, "validation_file": world.file_id}
