@@ -17,7 +17,7 @@ from catalog.states import UNFINISHED_STATES, JobState
 from catalog.sweeps.creation import AT_ONCE, make_trials
 from catalog.sweeps.designs import design_of
 from catalog.sweeps.finding import find_sweep
-from catalog.tables import Adapter, Job, Sweep, Trial
+from catalog.tables import Adapter, Artifact, Job, Sweep, Trial
 
 CANCELLED_AT_ONCE = 100
 HELD_SECONDS = 60.0
@@ -119,6 +119,9 @@ def _delete_others(session: Session, sweep: Sweep, best: Trial, *, now: float) -
     locked = list(session.scalars(others.order_by(Adapter.id).with_for_update(of=Adapter)))
     continued = select(Job.parent_adapter).where(Job.parent_adapter.in_(locked), Job.state.in_(UNFINISHED_STATES))
     gone = set(locked) - set(session.scalars(continued))
+    held = select(func.coalesce(func.sum(Artifact.num_bytes), 0)).select_from(Adapter)
+    held = held.join(Artifact, Artifact.digest == Adapter.artifact).where(Adapter.id.in_(gone))
+    daily.store(session, sweep.project_id, -(session.scalar(held) or 0), now=now)
     session.execute(update(Adapter).where(Adapter.id.in_(gone)).values(deleted_at=now))
 
 
