@@ -98,14 +98,9 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         "priority": PriorityClass(job.priority).name,
     }
     facts |= {"is_held": job.is_held, **deadlines.facts(job, now)}
-    if job.is_held:
-        return "It is held, and isn't chosen before it is released: lorry jobs release.", facts
-    if job.run_after is not None and job.run_after > now:
-        wait = job.run_after - now
-        return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", facts
-    held = quotas.holds(session, now=now, project_ids=[job.project_id]).get(job.project_id)
-    if held is not None:
-        return _held(held), {**facts, "quota": asdict(held)}
+    kept_back = _kept_back(session, job, now=now)
+    if kept_back is not None:
+        return kept_back[0], facts | kept_back[1]
     turns = queue.turns(session, now=now, policy=policy)
     mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
     had = usage.shares_of_waiting(session, now=now, policy=policy)
@@ -131,6 +126,17 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         shares.sentence(share),
     )
     return " ".join(part for part in parts if part), facts
+
+
+def _kept_back(session: Session, job: Job, *, now: float) -> tuple[str, Json] | None:
+    """Why the job is not looked at, wherever it stands."""
+    if job.is_held:
+        return "It is held, and isn't chosen before it is released: lorry jobs release.", {}
+    if job.run_after is not None and job.run_after > now:
+        wait = job.run_after - now
+        return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", {}
+    reached = quotas.holds(session, now=now, project_ids=[job.project_id]).get(job.project_id)
+    return None if reached is None else (_limited(reached), {"quota": asdict(reached)})
 
 
 def _made_room(session: Session, job: Job) -> Json:
@@ -179,7 +185,7 @@ def _far_behind(facts: Json) -> str:
     )
 
 
-def _held(quota: Standing) -> str:
+def _limited(quota: Standing) -> str:
     ends = {"concurrent_jobs": "It waits until one of them has ended"}
     until = ends.get(quota.name, "It waits until the month is over")
     return f"Its project may have {quota.said()}, and has them. {until}, or an operator raises the limit."

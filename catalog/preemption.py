@@ -6,14 +6,15 @@ checkpoint at a tick's boundary and goes back to its place in the queue.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from catalog import events, fleet, heads, usage
+from catalog import events, fleet, heads, quotas, usage
 from catalog.db import Database, read_clock, serialise
 from catalog.fleet import is_gpu, quantisations_of
 from catalog.scheduling import preempt
@@ -55,14 +56,26 @@ def look(db: Database, *, policy: Policy) -> int:
 
 
 def _pressing(session: Session, *, now: float, policy: Policy) -> list[Candidate]:
-    """Urgent jobs that have waited for long enough and for which no room is being made, first turn first."""
+    """Urgent jobs that have waited for long enough and for which no room is being made, first turn first; of a project
+    no more than it may begin."""
     waiting = heads.waiting(session, heads.Such(priority=PRESSING), now=now, per_group=AT_ONCE)
     late = [job for job in waiting if now - job.queued_at >= policy.preempt_after_seconds]
     asked = select(Job.id, Job.room_asked_at).where(Job.id.in_([job.job_id for job in late]))
     asked_at = {row.id: row.room_asked_at for row in session.execute(asked)} if late else {}
     again = [job for job in late if now - (asked_at.get(job.job_id) or -1e18) >= policy.ask_again_seconds]
     shares = usage.shares_of_waiting(session, now=now, policy=policy) if again else {}
-    return [turn.candidate for turn in order(again, now, shares=shares, policy=policy)][:AT_ONCE]
+    ordered = [turn.candidate for turn in order(again, now, shares=shares, policy=policy)]
+    return _beginnable(session, ordered, late)[:AT_ONCE]
+
+
+def _beginnable(session: Session, ordered: Sequence[Candidate], late: Collection[Candidate]) -> list[Candidate]:
+    """Those that their projects' limits let begin beside the late ones for which room is being made already."""
+    free = quotas.free_places(session, {job.project_id for job in ordered}) if ordered else {}
+    again, begun = {job.job_id for job in ordered}, list[Candidate]()
+    for job in (*(job for job in late if job.job_id not in again), *ordered):
+        free[job.project_id] = free.get(job.project_id, math.inf) - 1
+        begun += [job] if job.job_id in again and free[job.project_id] >= 0 else []
+    return begun
 
 
 def _asked() -> Select[str]:
@@ -71,13 +84,19 @@ def _asked() -> Select[str]:
 
 
 def _take_back(session: Session, *, now: float) -> None:
-    """Of those whose urgent job has found room elsewhere, or waits no more. Who has been told already leaves."""
+    """Of those whose urgent job has found room elsewhere, waits no more, is held, or has a project that has reached a
+    limit. Who has been told already leaves."""
     asked = select(Job).where(Job.id.in_(_asked())).order_by(Job.id).with_for_update()
     for job in session.scalars(asked):
-        state = session.scalar(select(Job.state).where(Job.id == job.preempted_for))
-        if state != JobState.QUEUED:
+        if not _may_begin(session, job.preempted_for, now=now):
             job.preempted_for = None
             events.add(session, job.id, now=now, message="The room is not needed any more: the job may stay.")
+
+
+def _may_begin(session: Session, job_id: str | None, *, now: float) -> bool:
+    waits = (Job.id == job_id, Job.state == JobState.QUEUED, Job.is_held.is_(False))
+    project_id = session.scalar(select(Job.project_id).where(*waits))
+    return project_id is not None and not quotas.holds(session, now=now, project_ids=[project_id])
 
 
 def _decide(session: Session, *, now: float, policy: Policy) -> list[Asked]:

@@ -136,19 +136,28 @@ def beginnable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
 
     Until this transaction ends, nobody else begins one of such a project.
     """
-    of_project = {job.project_id for job in jobs.values()}
-    capped = select(Project.id, Project.max_concurrent_jobs).where(
-        Project.id.in_(of_project), Project.max_concurrent_jobs.is_not(None)
-    )
-    free: dict[str, float] = {}
-    for row in session.execute(capped.order_by(Project.id)):
-        serialise(session, f"begin {row.id}")
-        free[row.id] = row.max_concurrent_jobs - _count(session, row.id, JobState.RUNNING)
+    free = free_places(session, {job.project_id for job in jobs.values()}, is_claim=True)
     begun: set[str] = set()
     for job_id, job in jobs.items():
         free[job.project_id] = free.get(job.project_id, math.inf) - 1
         begun |= {job_id} if free[job.project_id] >= 0 else set()
     return begun
+
+
+def free_places(session: Session, project_ids: Collection[str], *, is_claim: bool = False) -> dict[str, float]:
+    """Of those of the projects that may train only so many jobs at once: how many more they may begin.
+
+    is_claim: nobody else begins one of theirs until this transaction ends.
+    """
+    capped = select(Project.id, Project.max_concurrent_jobs).where(
+        Project.id.in_(project_ids), Project.max_concurrent_jobs.is_not(None)
+    )
+    free: dict[str, float] = {}
+    for row in session.execute(capped.order_by(Project.id)):
+        if is_claim:
+            serialise(session, f"begin {row.id}")
+        free[row.id] = row.max_concurrent_jobs - _count(session, row.id, JobState.RUNNING)
+    return free
 
 
 def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float) -> None:

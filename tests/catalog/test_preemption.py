@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from catalog import claims, jobs, preemption
+from catalog import claims, jobs, places, preemption, quotas
 from catalog.claims import Claim
 from catalog.scheduling.picture import USUAL, Room
 from catalog.states import EndReason
@@ -118,6 +118,36 @@ def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(wor
     assert orders[batch.claim_id] == claims.Orders()
 
 
+@pytest.mark.parametrize("kept_back", ["held", "limited"])
+def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin(world: World, batch: Claim, kept_back: str) -> None:
+    urgent = world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    assert preemption.look(world.db, policy=USUAL) == 1
+
+    if kept_back == "held":
+        places.hold(world.db, **world.of(urgent.id))
+    else:
+        limit(world, concurrent_jobs=1)
+
+    assert world.beat(batch.claim_id)[batch.claim_id] == claims.Orders()
+
+
+@pytest.mark.parametrize(("may_train", "before", "after"), [(2, 1, 0), (3, 2, 1)])
+def test_for_a_project_no_more_room_is_made_than_it_may_use(
+    world: World, batch: Claim, may_train: int, before: int, after: int
+) -> None:
+    limit(world, concurrent_jobs=may_train)
+    for _ in range(2):
+        world.queued(priority="urgent")
+    world.clock.turn(LATE)
+
+    found = [num_pressing(world)]
+    world.beat(batch.claim_id)
+    found.append(num_pressing(world))
+
+    assert found == [before, after]
+
+
 def test_a_job_is_asked_only_so_often_and_trains_on(world: World, batch: Claim) -> None:
     held = batch
     for _ in range(USUAL.max_preemptions):
@@ -175,3 +205,14 @@ def test_what_a_person_asks_for_goes_before_a_preemption(world: World, batch: Cl
     with world.db.read() as session:
         job: Any = session.get_one(Job, batch.job.id)
         assert job.preempted_for is None
+
+
+def num_pressing(world: World) -> int:
+    with world.db.read() as session:
+        found = preemption._pressing(session, now=world.clock.now, policy=USUAL)  # pyright: ignore[reportPrivateUsage]
+    return len(found)
+
+
+def limit(world: World, *, concurrent_jobs: int) -> None:
+    operator = replace(world.caller, is_operator=True)
+    quotas.limit(world.db, caller=operator, project="ours", limits={"concurrent_jobs": concurrent_jobs})
