@@ -90,7 +90,7 @@ def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: 
     curve = jobs.metrics(world.db, **of_job, kind="train")
     assert [(p.step, p.loss, p.grad_norm) for p in curve] == [(1, 3.0, None), (2, 1.5, None)]
     told = jobs.events_page(world.db, **of_job).items[0]
-    assert (told.type, told.message) == ("metrics", "Step 2/10: training loss=1.5000")
+    assert (told.type, told.message) == ("metrics", "Step 2/60: training loss=1.5000")
     assert told.data is not None
     assert told.data["train_loss"] == 1.5
     assert told.data["train_mean_token_accuracy"] == 0.5
