@@ -18,11 +18,6 @@ class NotOffered:
 INSTEAD_OF_REINFORCEMENT = "Learn from preferences (dpo, orpo, simpo, kto); evaluation.samples shows a job's answers."
 ALL = (
     NotOffered(
-        paths=re.compile(r"/v1/fine_tuning/checkpoints/.+/permissions(/[^/]*)?"),
-        message="Checkpoints and adapters can't be shared with other projects.",
-        remedy="Pass on what `lorry adapters pull NAME` downloads, or train in the project that needs it.",
-    ),
-    NotOffered(
         paths=re.compile(r"/v1/fine_tuning/alpha/graders/[^/]*"),
         message="Graders are of reinforcement fine-tuning, which isn't offered.",
         remedy=INSTEAD_OF_REINFORCEMENT,

@@ -125,6 +125,7 @@ def job_row(accepted: Accepted, *, project_id: str, created_by: str, now: float)
         adapter_parameters=memory.adapter_parameters(targets, use_dora=spec.lora.use_dora),
         suffix=request.suffix,
         labels=request.metadata,
+        tags=request.tags,
         training_file=accepted.training.id,
         validation_file=validation.id if validation else None,
         attempt=0,

@@ -1,4 +1,7 @@
-"""Trained adapters as people read them. `complete` in claims makes them; here they are found, listed and hidden."""
+"""Trained adapters as people read them. `complete` in claims makes them; here they are found, listed and hidden.
+
+A checkpoint that can be used as a model is found by its name or id as well, and so is what is shared with the project.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from catalog import audit, daily
+from catalog import audit, checkpoint_models, daily, sharing
 from catalog.db import Database, read_clock
-from catalog.errors import Conflict, NotFound
+from catalog.errors import Conflict, NoLongerKept, NotFound
 from catalog.pages import Page, paginate
 from catalog.states import UNFINISHED_STATES
-from catalog.tables import Adapter, Artifact, Checkpoint, Job, Sweep
+from catalog.tables import Adapter, Artifact, Checkpoint, Job, ModelPermission, Sweep
+
+LIST_THEM = "lorry adapters list, or GET /v1/adapters, shows those of the key's project."
+LIST_CHECKPOINTS = "lorry jobs checkpoints ID, or GET /v1/fine_tuning/jobs/ID/checkpoints, shows those of a job."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,66 +40,66 @@ class CheckpointView:
     job: Job
 
 
-def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[AdapterView]:
-    """Newest first."""
-    scope = select(Adapter).where(Adapter.project_id == project_id)
+def list_page(
+    db: Database, *, project_id: str, after: str | None = None, limit: int = 20, shared: bool = False
+) -> Page[AdapterView]:
+    """Newest first: the project's own, or those that others share with it, by when that was allowed."""
+    own = select(Adapter).where(Adapter.project_id == project_id)
+    scope, created, ident = own, Adapter.created_at, Adapter.id
+    if shared:
+        scope, created, ident = sharing.shared_with(project_id), ModelPermission.created_at, ModelPermission.model_id
+    visible = (Adapter.deleted_at.is_(None),)
     with db.read() as session:
-        page = paginate(
-            session,
-            scope,
-            created=Adapter.created_at,
-            ident=Adapter.id,
-            after=after,
-            limit=limit,
-            visible=(Adapter.deleted_at.is_(None),),
-        )
+        page = paginate(session, scope, created=created, ident=ident, after=after, limit=limit, visible=visible)
         return Page(items=[_view(session, row) for row in page.items], has_more=page.has_more)
 
 
 def list_all(db: Database, *, project_id: str) -> list[Adapter]:
-    """Every adapter of the project, newest first."""
+    """Every adapter of the project and every one that is shared with it, each newest first."""
     mine = select(Adapter).where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+    newest_first = Adapter.created_at.desc(), Adapter.id
     with db.read() as session:
-        return list(session.scalars(mine.order_by(Adapter.created_at.desc(), Adapter.id)))
+        own = session.scalars(mine.order_by(*newest_first)).all()
+        shared = sharing.shared_with(project_id).where(Adapter.deleted_at.is_(None))
+        return [*own, *session.scalars(shared.order_by(*newest_first))]
 
 
 def get(db: Database, *, project_id: str, name: str) -> AdapterView:
-    """By id or by name, or by the id of a sweep that has ended: its best. Raises NotFound."""
+    """By id or by name, or by the id of a sweep that has ended: its best. Raises NotFound, and NoLongerKept for a
+    checkpoint."""
     with db.read() as session:
-        return _view(session, _find(session, project_id, _named(session, project_id, name)))
+        return _view(session, find(session, project_id, _named(session, project_id, name)))
 
 
 def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = False) -> Adapter:
-    """Hide the adapter. Its row stays, for the records of what was made from it.
+    """Hide the adapter. Its row stays, for the records of what was made from it. Of a checkpoint its files go.
 
     is_client_retry: the client says that it sends this again, having had no reply; then one that is deleted is its
-    answer. Raises Conflict while a job that has not ended continues it: its files are read at each attempt.
+    answer. Raises Conflict while a job that has not ended continues it: its files are read at each attempt. What is
+    shared with the project is not for it to delete, and not found.
     """
     with db.write() as session:
-        adapter = _find(session, project_id, name, lock=True, even_deleted=is_client_retry)
+        if checkpoint_models.is_named(name):
+            return _delete_checkpoint(session, project_id, name, is_client_retry=is_client_retry)
+        adapter = _own(session, project_id, name, even_deleted=is_client_retry)
         if adapter.deleted_at is not None:
             return adapter
         child = session.scalar(
-            select(Job.id).where(Job.parent_adapter == adapter.id).where(Job.state.in_(UNFINISHED_STATES)).limit(1)
+            select(Job).where(Job.parent_adapter == adapter.id).where(Job.state.in_(UNFINISHED_STATES)).limit(1)
         )
         if child is not None:
+            by = (
+                f"the job {child.id}" if child.project_id == project_id else "a job of a project that it is shared with"
+            )
             raise Conflict(
-                f"The adapter {adapter.name!r} is continued by the job {child}, which has not ended.",
+                f"The adapter {adapter.name!r} is continued by {by}, which has not ended.",
                 code="adapter_in_use",
                 remedy="Wait until the job ends, or cancel it; then delete the adapter.",
                 param="adapter",
             )
         adapter.deleted_at = now = read_clock(session)
         daily.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
-        audit.note(
-            session,
-            "adapter.deleted",
-            now=now,
-            object_id=adapter.id,
-            project_id=adapter.project_id,
-            details={"name": adapter.name},
-        )
-        return adapter
+        return _note_deleted(session, adapter)
 
 
 def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
@@ -106,24 +112,41 @@ def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
 
 
 def kept_checkpoints(db: Database, *, project_id: str) -> list[CheckpointView]:
-    """Checkpoints of the project's jobs that still have their files, newest first."""
-    kept = select(Checkpoint, Job).join(Job, Job.id == Checkpoint.job_id)
-    mine = kept.where(Job.project_id == project_id, Checkpoint.artifact.is_not(None))
+    """Checkpoints that can be used as models: of the project's jobs, then those shared with it, each newest first."""
+    own = checkpoint_models.kept().where(Job.project_id == project_id)
+    newest_first = Checkpoint.created_at.desc(), Checkpoint.id
     with db.read() as session:
-        rows = session.execute(mine.order_by(Checkpoint.created_at.desc(), Checkpoint.id)).all()
+        rows = [
+            row
+            for kept in (own, sharing.checkpoints_shared_with(project_id))
+            for row in session.execute(kept.order_by(*newest_first)).all()
+        ]
         return [CheckpointView(checkpoint=checkpoint, job=job) for checkpoint, job in rows]
 
 
-def checkpoint_name(job: Job, checkpoint: Checkpoint, *, project_name: str) -> str:
-    """The wire's fine_tuned_model_checkpoint: the adapter's name, or the one that it will have, and the step."""
-    stem = job.adapter_name or f"ft:{job.base_model}:{project_name}:{job.suffix or ''}:{job.id[-8:]}"
-    return f"{stem}:ckpt-step-{checkpoint.step}"
+def find(session: Session, project_id: str, name: str, *, locked: bool = False, param: str | None = None) -> Adapter:
+    """What the project may read by that name or id: its adapter, its checkpoint's, or one that is shared with it.
+
+    `locked` keeps it from being deleted until the transaction ends. Raises NotFound, NoLongerKept.
+    """
+    if checkpoint_models.is_named(name):
+        is_visible = sharing.may_read_checkpoint(project_id)
+        checkpoint = checkpoint_models.row(session, is_visible, name, locked=locked)
+        if checkpoint is None:
+            raise NotFound("checkpoint", name, param=param, remedy=LIST_CHECKPOINTS)
+        return checkpoint_models.as_adapter(session, checkpoint, param=param)
+    named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
+    readable = named.where(sharing.may_read_adapter(project_id))
+    adapter = session.scalar(readable.with_for_update(read=True) if locked else readable)
+    if adapter is None:
+        raise NotFound("adapter", name, param=param, remedy=LIST_THEM)
+    return adapter
 
 
 def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
     """The adapters that continue one, the oldest first. Raises NotFound for it."""
     with db.read() as session:
-        parent = _find(session, project_id, name)
+        parent = find(session, project_id, name)
         made = select(Adapter).join(Job, Job.id == Adapter.job_id).where(Job.parent_adapter == parent.id)
         kept = made.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
         return list(session.scalars(kept.order_by(Adapter.created_at, Adapter.id)))
@@ -141,15 +164,36 @@ def _named(session: Session, project_id: str, name: str) -> str:
     return found
 
 
-def _find(session: Session, project_id: str, name: str, *, lock: bool = False, even_deleted: bool = False) -> Adapter:
-    """`lock` keeps new jobs from continuing it."""
+def _own(session: Session, project_id: str, name: str, *, even_deleted: bool = False) -> Adapter:
+    """Locked, which keeps new jobs from continuing it."""
     named = or_(Adapter.id == name, Adapter.name == name)
     mine = select(Adapter).where(named, Adapter.project_id == project_id)
     if not even_deleted:
         mine = mine.where(Adapter.deleted_at.is_(None))
-    adapter = session.scalar(mine.with_for_update() if lock else mine)
+    adapter = session.scalar(mine.with_for_update())
     if adapter is None:
-        raise NotFound("adapter", name)
+        raise NotFound("adapter", name, remedy=LIST_THEM)
+    return adapter
+
+
+def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_client_retry: bool) -> Adapter:
+    checkpoint = checkpoint_models.row(session, Job.project_id == project_id, name, locked=True)
+    if checkpoint is None:
+        raise NotFound("checkpoint", name, remedy=LIST_CHECKPOINTS)
+    try:
+        adapter = checkpoint_models.as_adapter(session, checkpoint)
+    except NoLongerKept:
+        if is_client_retry:
+            return Adapter(id=checkpoint.id, name=checkpoint.name)
+        raise
+    checkpoint_models.delete(session, checkpoint)
+    return _note_deleted(session, adapter)
+
+
+def _note_deleted(session: Session, adapter: Adapter) -> Adapter:
+    owner, told = adapter.project_id, {"name": adapter.name}
+    now = read_clock(session)
+    audit.note(session, "adapter.deleted", now=now, object_id=adapter.id, project_id=owner, details=told)
     return adapter
 
 

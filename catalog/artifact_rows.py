@@ -45,4 +45,9 @@ def unused(session: Session) -> list[str]:
 def _is_used() -> ColumnElement[bool]:
     """A deleted adapter keeps the digest, and not the files."""
     of_adapter = exists().where(Adapter.artifact == Artifact.digest, Adapter.deleted_at.is_(None))
-    return or_(of_adapter, *(exists().where(owner.artifact == Artifact.digest) for owner in (Checkpoint, Prepared)))
+    of_checkpoint = exists().where(Checkpoint.adapter == Artifact.digest)
+    return or_(
+        of_adapter,
+        of_checkpoint,
+        *(exists().where(owner.artifact == Artifact.digest) for owner in (Checkpoint, Prepared)),
+    )

@@ -57,6 +57,8 @@ AuditType = Literal[
     "webhook_endpoint.tested",
     "webhook_endpoint.replayed",
     "webhook_delivery.replayed",
+    "permission.created",
+    "permission.deleted",
 ]
 AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)
 ActorType = Literal["api_key", "browser", "server"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection
 from typing import Literal
 
@@ -124,15 +125,20 @@ def find(session: Session, name: str, *, lock: Literal["share", "update"] | None
     """`get`, within a transaction. `lock`: "share" keeps it from being deleted until the transaction ends."""
     row = session.get(BaseModelRow, name, with_for_update={"read": lock == "share"} if lock else None)
     if row is None or row.state == "deleted":
-        raise NotFound("model", name, param="model", remedy=_known(session))
+        raise NotFound("model", name, param="model", remedy=_known(session, name))
     return row
 
 
-def _known(session: Session) -> str:
-    """What could have been meant: bases that can be trained on, or will be able to."""
+def _known(session: Session, wanted: str) -> str:
+    """What could have been meant: bases that can be trained on, or will be able to. A name with a slash is a hub's."""
     usable = select(BaseModelRow).where(BaseModelRow.state.in_(("ready", "importing"))).order_by(BaseModelRow.name)
     known = [row.name if row.state == "ready" else f"{row.name} (importing)" for row in session.scalars(usable)]
-    return f"Base models here: {', '.join(known)}." if known else "Add one first: lorry models add NAME SOURCE."
+    told = f"Base models here: {', '.join(known)}." if known else ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted):
+        short = wanted.rpartition("/")[2].lower()[:64]
+        how = f"A hub's model gets a name here from an operator: lorry models add {short} {wanted}."
+        return f"{how} {told}".rstrip()
+    return told or "Add one first: lorry models add NAME SOURCE."
 
 
 def claim_import(db: Database, *, lease_seconds: float) -> BaseModelRow | None:

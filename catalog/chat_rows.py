@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict, cast
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id"})
 UNSUPPORTED = frozenset({"tools", "parallel_tool_calls", "functions", "tool_calls", "function_call", "audio"})
+PART_FORM = 'Write {"type": "text", "text": "..."}.'
 MAX_DIGITS = 19
 """As many as a 64-bit integer has."""
 MAX_NAMED_CHARS = 40
@@ -76,7 +77,7 @@ def _parse_json(line: bytes) -> Any:
         reason = f"not valid JSON at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
         raise BadRow("invalid_json", reason, "Write each row with a JSON library, on one line.") from error
     except RecursionError as error:
-        remedy = "A row needs no more than three levels: object, list of messages, message."
+        remedy = "A row needs no more than five levels: object, list of messages, message, list of parts, part."
         raise BadRow("json_too_deep", "the JSON is nested too deep", remedy) from error
 
 
@@ -138,7 +139,7 @@ def _check_row_keys(row: dict[str, Any]) -> None:
 
 
 def check_message(place: str, message: Any) -> None:
-    """`place` is how a refusal names it. Raises BadRow."""
+    """`place` is how a refusal names it. Content in parts of text becomes one text. Raises BadRow."""
     if not isinstance(message, dict):
         reason = f"{place} is {kind_of(message)}, not an object"
         raise BadRow("message_not_object", reason, 'Write {"role": ..., "content": ...}.')
@@ -149,12 +150,33 @@ def check_message(place: str, message: Any) -> None:
     if role not in ROLES:
         reason = f"{place}.role is {quoted(role) if isinstance(role, str) else kind_of(role)}"
         raise BadRow("invalid_role", reason, f"Use one of {', '.join(ROLES)}.")
+    if isinstance(fields.get("content"), list):
+        fields["content"] = _joined(f"{place}.content", fields["content"])
     if not isinstance(fields.get("content"), str):
         given = kind_of(fields["content"]) if "content" in fields else "missing"
-        remedy = "Give text as one string; parts, images and audio are not supported."
+        remedy = 'Give text as one string, or as parts: [{"type": "text", "text": "..."}].'
         raise BadRow("content_not_text", f"{place}.content is {given}", remedy)
     if len(fields) > 2:
         _check_extras(place, role, fields)
+
+
+def _joined(place: str, parts: list[Any]) -> str:
+    """Parts of text, one after the other with nothing between: as a template would write them. Raises BadRow."""
+    if not parts:
+        raise BadRow("content_not_text", f"{place} is an empty list", "Give a string, or one part of text at least.")
+    for index, part in enumerate(parts):
+        where = f"{place}[{index}]"
+        if not isinstance(part, dict):
+            raise BadRow("content_not_text", f"{where} is {kind_of(part)}, not an object", PART_FORM)
+        fields = cast(dict[str, Any], part)
+        kind = fields.get("type")
+        if kind != "text":
+            told = quoted(kind) if isinstance(kind, str) else "missing" if kind is None else kind_of(kind)
+            remedy = f"Only text is learnt: take images, audio and files out. {PART_FORM}"
+            raise BadRow("content_not_text", f"{where}.type is {told}", remedy)
+        if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
+            raise BadRow("content_not_text", f"{where} is not a part of text", PART_FORM)
+    return "".join(part["text"] for part in parts)
 
 
 def _refuse_key(place: str, key: str) -> None:

@@ -23,6 +23,7 @@ from catalog.moves import move
 from catalog.preparation import Unprepared, next_unprepared, prepared, refused, release_preparation
 from catalog.records import (
     Course,
+    Exported,
     distrust_checkpoint,
     held_out_point,
     record_checkpoint,
@@ -42,6 +43,7 @@ from catalog.workers import WorkerOrders, end_trainer, end_worker, register_trai
 
 __all__ = [
     "Claim",
+    "Exported",
     "Orders",
     "Room",
     "StaleClaim",
@@ -73,6 +75,12 @@ MAX_TRIES = 5
 TAKING = "take jobs off the queue"
 """Shared by workers that take what they have chosen; by one alone that chooses and takes in one transaction."""
 
+AS = {
+    "anchor": "in a trainer that starts for it",
+    "packmate": "with the job that a trainer starts for",
+    "joiner": "in a trainer that runs already",
+}
+"""By the role that the decision gave it, for people."""
 LEAVING = Decision(action=Nothing(reason="the worker is to leave"), trace={})
 
 
@@ -325,7 +333,7 @@ def _open_attempt(session: Session, job: Job, decision: Decision, choice: Choice
     attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
-    message = f"Attempt {job.attempt} begins on worker {job.worker_id} ({choice.role})"
+    message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {AS[choice.role]}"
     move(session, job, Verb.CLAIM, now=now, message=message)
 
 

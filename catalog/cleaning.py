@@ -8,7 +8,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, daily, files, part_uploads
+from catalog import artifact_rows, checkpoint_models, daily, files, part_uploads
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, Plan, Prepared, UploadPart
@@ -35,7 +35,8 @@ def let_go(db: Database) -> None:
         part_uploads.forget(session, now=now)
         ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
         kept = update(Checkpoint).where(Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
-        session.execute(kept.values(artifact=None))
+        session.execute(kept.values(artifact=None), execution_options={"synchronize_session": False})
+        checkpoint_models.expire(session)
         session.execute(delete(Prepared).where(Prepared.file_digest.not_in(select(File.digest).where(_is_wanted()))))
         session.execute(delete(Plan).where(Plan.expires_at <= now))
         there = select(Prepared.key)

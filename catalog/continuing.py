@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from catalog.errors import InvalidRequest, NotFound
+from catalog import adapters
+from catalog.errors import InvalidRequest
 from catalog.lora_spec import LoraSpec
 from catalog.spec import JobRequest, JobSpec, ParentSpec
 from catalog.tables import Adapter, BaseModelRow, Job
@@ -21,18 +21,18 @@ NAME_PREFIX = "ft:"
 """Of an adapter's name; a base model's holds no colon."""
 OF_TRAINING = frozenset({"dropout"})
 """Fields of `lora` that say nothing about an adapter's numbers."""
-LIST_THEM = "lorry adapters list, or GET /v1/adapters, shows those of the key's project."
 
 
 def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adapter | None:
     """The adapter that the request continues, by `parent_adapter` or as its `model`, locked against deletion until
-    the job that names it exists. Raises NotFound, also for another project's; InvalidRequest where the two differ."""
+    the job that names it exists. It may be a checkpoint, or shared by another project. Raises NotFound, also for what
+    the project may not read; NoLongerKept for a checkpoint; InvalidRequest where the two differ."""
     named = None
     if request.model.startswith(NAME_PREFIX):
-        named = _find(session, request.model, param="model", project_id=project_id)
+        named = adapters.find(session, project_id, request.model, locked=True, param="model")
     if request.parent_adapter is None:
         return named
-    parent = _find(session, request.parent_adapter, param="parent_adapter", project_id=project_id)
+    parent = adapters.find(session, project_id, request.parent_adapter, locked=True, param="parent_adapter")
     if named is not None and named.id != parent.id:
         raise InvalidRequest(
             f"The model is the adapter {named.name!r}, and parent_adapter is {parent.name!r}: a job continues one.",
@@ -86,15 +86,6 @@ def as_exported(lora: LoraSpec) -> LoraSpec:
             "init_lora_weights": "default",
         }
     )
-
-
-def _find(session: Session, name: str, *, param: str, project_id: str) -> Adapter:
-    named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name))
-    mine = named.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
-    parent = session.scalar(mine.with_for_update(read=True))
-    if parent is None:
-        raise NotFound("adapter", name, param=param, remedy=f"{LIST_THEM} A checkpoint can't be continued.")
-    return parent
 
 
 def _check_lora(request: JobRequest, theirs: LoraSpec) -> None:

@@ -44,6 +44,16 @@ class NotFound(LorryError):
         )
 
 
+class NoLongerKept(LorryError):
+    """It was there, and the caller might see it; its files are gone, as the remedy says."""
+
+    status = 404
+
+    def __init__(self, what: str, ident: str, *, remedy: str, param: str | None = None) -> None:
+        message = f"The files of the {what} {ident!r} are no longer kept."
+        super().__init__(message, code=f"{what}_expired", remedy=remedy, param=param)
+
+
 class Conflict(LorryError):
     """The thing exists but is not in a state in which this can be done."""
 

@@ -5,13 +5,14 @@ Accepting is in submission, reading in job_records, "why does it wait" in explan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import Select, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, events, needs
+from catalog import audit, events, labels, needs
 from catalog.audit import AuditType
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict
@@ -33,7 +34,7 @@ from catalog.pages import Page, paginate
 from catalog.places import Target, hold, move_to, release
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb
 from catalog.submission import create, made_before
-from catalog.tables import Job, Prepared
+from catalog.tables import WITHOUT_METADATA, Job, JobLabel, Prepared
 
 __all__ = [
     "Target",
@@ -59,9 +60,6 @@ __all__ = [
     "seconds_running",
     "stop",
 ]
-
-SCAN_ROWS = 500
-"""Rows looked at in one go where a list is filtered by labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,19 +113,17 @@ def list_page(
     after: str | None = None,
     limit: int = 20,
     metadata: dict[str, str] | None = None,
+    tags: Sequence[str] = (),
 ) -> Page[Job]:
-    """Newest first. `metadata`: only jobs whose labels hold all these pairs; {} means those without labels."""
-    scope = select(Job).where(Job.project_id == project_id)
+    """Newest first. `metadata`: only jobs whose metadata hold all these pairs; {} means those without any. `tags`: only
+    jobs with all of these. `after` is then one of the chosen jobs."""
+    wanted = labels.digests(metadata or {}, tags)
+    scope, created, ident = select(Job).where(Job.project_id == project_id), Job.created_at, Job.id
+    if wanted:
+        scope, created, ident = labels.jobs_with(project_id, wanted), JobLabel.created_at, JobLabel.job_id
+    scope = scope.where(WITHOUT_METADATA) if metadata == {} else scope
     with db.read() as session:
-        if metadata is None:
-            return _page(session, scope, after, limit)
-        found: list[Job] = []
-        while True:
-            page = _page(session, scope, after, SCAN_ROWS)
-            found += [job for job in page.items if _is_labelled(job, metadata)]
-            if len(found) > limit or not page.has_more:
-                return Page(items=found[:limit], has_more=len(found) > limit)
-            after = page.items[-1].id
+        return paginate(session, scope, created=created, ident=ident, after=after, limit=limit)
 
 
 def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool = False) -> Job:
@@ -207,15 +203,6 @@ def stop(session: Session, job: Job, wish: Stop) -> None:
 
 def _note(session: Session, type: AuditType, job: Job, *, now: float) -> None:  # noqa: A002
     audit.note(session, type, now=now, object_id=job.id, project_id=job.project_id, details={"from": job.state})
-
-
-def _page(session: Session, scope: Select[Job], after: str | None, limit: int) -> Page[Job]:
-    return paginate(session, scope, created=Job.created_at, ident=Job.id, after=after, limit=limit)
-
-
-def _is_labelled(job: Job, metadata: dict[str, str]) -> bool:
-    labels = job.labels or {}
-    return all(labels.get(key) == value for key, value in metadata.items()) if metadata else not labels
 
 
 def _is_prepared(session: Session, job: Job) -> bool:

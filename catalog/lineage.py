@@ -23,7 +23,7 @@ FORMAT = "lorry.lineage/1"
 MAX_SAFE_INTEGER = 2**53 - 1
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 HOST_PATH = re.compile(r"(?:^|[\s'\"(=:,])(?:file:/+|~?/[\w.-]+/|[A-Za-z]:\\|\\\\\w)")
-PRIVATE = frozenset({"metadata"})
+PRIVATE = frozenset({"metadata", "tags"})
 """What a request holds that made no difference to the adapter."""
 
 
@@ -64,7 +64,8 @@ def build(
 ) -> Json:
     """The record of an adapter.
 
-    attempts: all of the job's, in order; the last made the adapter, and ends at finished_at. results: final step,
+    attempts: all of the job's, in order; the last made the adapter, and ends at finished_at (None: it goes on, and
+    the adapter is a checkpoint's). results: final step,
     tokens, evaluation, verification, digest of the loss log. code: versions by name. parents: ids of the
     records of adapters that this one continues. Raises ValueError where a value has no canonical form.
     """
@@ -156,7 +157,7 @@ def _data(source: DataSource) -> Json:
 def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) -> Json:
     """Not `detail`, which may quote a log."""
     attempt = entry.attempt
-    completes = is_last and attempt.ended_at is None
+    completes = is_last and attempt.ended_at is None and finished_at is not None
     return {
         "number": attempt.number,
         "worker": attempt.worker_id,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, curve_blocks, events
+from catalog import artifact_rows, checkpoint_models, curve_blocks, events
 from catalog.artifacts.manifest import Manifest
 from catalog.db import Database, read_clock
 from catalog.fencing import hold
@@ -57,7 +57,7 @@ def record_progress(db: Database, claim_id: str, progress: Json) -> None:
     with db.write() as session:
         job = hold(session, claim_id)
         evaluated = {name: value for name, value in (job.progress or {}).items() if name in EVALUATED}
-        job.progress = {**evaluated, **progress}
+        job.progress = {**evaluated, **progress, "told_at": read_clock(session)}
 
 
 def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:
@@ -77,8 +77,21 @@ def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:
         return observing.observe(session, job, [point._asdict() for point in measured], now=now)
 
 
-def record_checkpoint(db: Database, claim_id: str, *, step: int, artifact: Manifest) -> list[str]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """The weights of a checkpoint as an adapter's stored files, with the record of where they come from."""
+
+    artifact: Manifest
+    lineage: Json
+    lineage_id: str
+
+
+def record_checkpoint(
+    db: Database, claim_id: str, *, step: int, artifact: Manifest, exported: Exported | None = None
+) -> list[str]:
     """A checkpoint whose files are stored. Returns the manifests that nothing needs any more.
+
+    exported: what it is used by as a model; None where that could not be written.
 
     One that is further than any before is progress: bad ends are counted from 0 again.
     """
@@ -89,7 +102,11 @@ def record_checkpoint(db: Database, claim_id: str, *, step: int, artifact: Manif
         if furthest is None or step > furthest:
             job.counted_attempts = 0
         digest = artifact_rows.show(session, artifact, now=now)
-        _put_checkpoint(session, job, step=step, digest=digest, now=now)
+        checkpoint = _put_checkpoint(session, job, step=step, digest=digest, now=now)
+        if exported is not None:
+            checkpoint.adapter = artifact_rows.show(session, exported.artifact, now=now)
+            checkpoint.lineage, checkpoint.lineage_id = exported.lineage, exported.lineage_id
+            session.flush()
         events.add(session, job.id, now=now, message=f"Checkpoint created at step {step}", data={"step": step})
         return _drop_older(session, job)
 
@@ -102,7 +119,9 @@ def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, prob
         if checkpoint is None or checkpoint.job_id != job.id or checkpoint.artifact is None:
             return
         digest, checkpoint.artifact = checkpoint.artifact, None
-        artifact_rows.hide_unused(session, digest)
+        for unused in (digest, checkpoint_models.let_go(session, checkpoint)):
+            if unused is not None:
+                artifact_rows.hide_unused(session, unused)
         message = f"The checkpoint of step {checkpoint.step} can't be used: {problem}"
         events.add(session, job.id, now=read_clock(session), level="warn", message=message)
 
@@ -187,14 +206,16 @@ def _tell(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
     return events.add(session, job.id, now=now, type="metrics", message=message, data=data)
 
 
-def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, now: float) -> None:
+def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, now: float) -> Checkpoint:
     same_step = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
     checkpoint = session.scalar(same_step)
     if checkpoint is None:
-        checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now)
+        name = checkpoint_models.new_name(session, job, step=step)
+        checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now, name=name)
         session.add(checkpoint)
     checkpoint.artifact = digest
     session.flush()
+    return checkpoint
 
 
 def _drop_older(session: Session, job: Job) -> list[str]:
@@ -202,4 +223,6 @@ def _drop_older(session: Session, job: Job) -> list[str]:
     digests = {checkpoint.artifact for checkpoint in stale if checkpoint.artifact}
     for checkpoint in stale:
         checkpoint.artifact = None
+        if (adapter := checkpoint_models.let_go(session, checkpoint)) is not None:
+            digests.add(adapter)
     return [digest for digest in sorted(digests) if artifact_rows.hide_unused(session, digest)]

@@ -49,6 +49,7 @@ Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0
 LabelValue = Annotated[str, Field(json_schema_extra={"maxLength": 512})]
 Length = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": 131_072})]
 """Limits that `JobRequest` checks with words of its own are told to the OpenAPI document in this way."""
+Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Priority = Literal["urgent", "normal", "batch"]
 
 
@@ -58,6 +59,20 @@ class PriorityClass(IntEnum):
     urgent = 0
     normal = 1
     batch = 2
+
+
+class ResourcesRequest(Strict):
+    """What a job may say of devices. Its memory is reckoned from what it trains, and needn't be said."""
+
+    devices: int = Field(default=1, description="1: every job trains on one device.")
+    strategy: Literal["auto", "single"] = Field(default="auto", description="auto: single.")
+
+    @field_validator("devices")
+    @classmethod
+    def _one_device(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("must be 1: a job trains on one device, which others may share")
+        return value
 
 
 class JobRequest(Strict):
@@ -81,6 +96,10 @@ class JobRequest(Strict):
         default=None, description="Trackers that the job's curves are written to, beside the record."
     )
 
+    tags: Annotated[list[Tag], Field(max_length=16)] | None = Field(
+        default=None, description="What jobs are found by, beside metadata: GET /v1/fine_tuning/jobs?tag=NAME."
+    )
+    resources: ResourcesRequest | None = Field(default=None, description="Where it trains: on one device.")
     parent_adapter: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
         default=None,
         description=(

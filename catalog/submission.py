@@ -7,7 +7,7 @@ import secrets
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, daily, events, exports, quotas
+from catalog import audit, daily, events, exports, labels, quotas
 from catalog.acceptance import accept, job_row
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest
@@ -126,6 +126,7 @@ def submit(
     job.body_digest, job.sweep_id = body_digest, sweep_id
     session.add(job)
     session.flush()
+    labels.note(session, job)
     move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
     daily.add(session, job, "num_created", 1, now=now)
     told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}

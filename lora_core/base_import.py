@@ -99,7 +99,10 @@ def _not_given(repository: str, revision: str | None, error: Exception) -> Unrea
         (RevisionNotFoundError, "it has no such revision", "Name a commit, branch or tag that it has."),
         (HFValidationError, "that is no name of a repository", "Write it as OWNER/NAME."),
     )
-    unreachable = "the hub can't be reached from the worker", "Check its network or HF_ENDPOINT, or give a folder."
+    unreachable = (
+        "the hub can't be reached from the worker",
+        "Check its network or HF_ENDPOINT, or give a folder or a GGUF file.",
+    )
     found = next(((why, remedy) for kind, why, remedy in reasons if isinstance(error, kind)), unreachable)
     return UnreachableSource(
         f"The hub doesn't give {repository!r} at {revision or 'its newest commit'}: {found[0]}.", remedy=found[1]

@@ -217,11 +217,14 @@ class Engine:
         """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""
         checkpoint.save_checkpoint(self._started(job), self.base, directory)
 
-    def export(self, job: str, directory: Path, *, base_name: str, between: Between = silent) -> ExportReport:
+    def export(
+        self, job: str, directory: Path, *, base_name: str, between: Between = silent, has_evidence: bool = True
+    ) -> ExportReport:
         """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into
         a directory that must not exist. `between` is called after each linear of the two passes that give evidence."""
         with shortage_of(job), told_at_linears(self.base, between):
-            return export_adapter(self.base, self._started(job).row, directory, base_name=base_name)
+            row = self._started(job).row
+            return export_adapter(self.base, row, directory, base_name=base_name, has_evidence=has_evidence)
 
     def generation(self, asked: Mapping[str, Prompts]) -> Generation:
         """Greedy answers of resident jobs by the weights that they have now; none of them may be ticked before the

@@ -48,9 +48,14 @@ class ExportReport:
     quantisation: Quantisation = "none"
 
 
-def export_adapter(base: BaseModel, row: AdapterRow, directory: Path, *, base_name: str) -> ExportReport:
-    """Write adapter_config.json, adapter_model and probe.safetensors; `directory` must not exist."""
-    write_directory(directory, lambda temporary: _write(base, row, temporary, base_name))
+def export_adapter(
+    base: BaseModel, row: AdapterRow, directory: Path, *, base_name: str, has_evidence: bool = True
+) -> ExportReport:
+    """Write adapter_config.json, adapter_model and probe.safetensors; `directory` must not exist.
+
+    has_evidence: false leaves the probe out, which costs passes: of a checkpoint, which nobody verifies.
+    """
+    write_directory(directory, lambda temporary: _write(base, row, temporary, base_name, has_evidence=has_evidence))
     content = (directory / "adapter_model.safetensors").read_bytes()
     return ExportReport(
         num_parameters=row.num_parameters,
@@ -61,10 +66,11 @@ def export_adapter(base: BaseModel, row: AdapterRow, directory: Path, *, base_na
     )
 
 
-def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str) -> None:
+def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str, *, has_evidence: bool) -> None:
     save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata=_metadata(base))
     write_json(directory / "adapter_config.json", peft_config(base, row, base_name))
-    save_file(_probe(base, row), directory / "probe.safetensors")
+    if has_evidence:
+        save_file(_probe(base, row), directory / "probe.safetensors")
 
 
 def _metadata(base: BaseModel) -> dict[str, str]:

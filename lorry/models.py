@@ -136,6 +136,7 @@ class Job(View):
     sweep: dict[str, Any] | None = None
     """Of a trial: id of its sweep, trial, parameters."""
     integrations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    tags: list[str] = field(default_factory=list[str])
     progress: Progress = field(default_factory=Progress, metadata={"view": Progress})
     error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
 
@@ -177,6 +178,17 @@ class Checkpoint(View):
     fine_tuned_model_checkpoint: str = ""
     step_number: int = 0
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    available: bool = False
+    """It can be used as a model, by its fine_tuned_model_checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permission(View):
+    """A project may read an adapter, or a checkpoint, of another."""
+
+    id: str = ""
+    created_at: int = 0
+    project_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +271,10 @@ class Adapter(View):
     name: str = ""
     created_at: int = 0
     job_id: str = ""
+    owned_by: str = ""
+    """The project that trained it; another than yours where it is shared with you."""
+    checkpoint_step: int | None = None
+    """Of a checkpoint, which is read like an adapter."""
     base_model: str = ""
     base_digest: str = ""
     parent: str | None = None

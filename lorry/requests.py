@@ -153,6 +153,13 @@ AnyHyperparameters = (
 )
 
 
+class Resources(TypedDict, total=False):
+    """Where a job trains: on one device."""
+
+    devices: Literal[1]
+    strategy: Literal["auto", "single"]
+
+
 SearchType = Literal["grid", "random", "asha", "ask_tell"]
 KeepAdapters = Literal["all", "best"]
 
@@ -204,6 +211,8 @@ class JobFields(TypedDict, total=False):
     suffix: str | None
     seed: int | None
     metadata: Mapping[str, str] | None
+    tags: list[str] | None
+    resources: Resources | None
     method: MethodType | None
     hyperparameters: AnyHyperparameters | None
     """Of the method, "supervised" where none is named."""

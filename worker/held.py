@@ -69,3 +69,8 @@ class Held:
         for event in dropped:
             self.news.remove(event)
         return dropped
+
+
+def folders_of(checkpointed: Json) -> list[str]:
+    """Those of the trainer's directory that its event of a checkpoint names."""
+    return [folder for name in ("folder", "adapter") if (folder := checkpointed.get(name)) is not None]

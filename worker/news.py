@@ -14,7 +14,7 @@ from catalog.states import EndReason
 from catalog.tables import Json
 from worker import admission, publish
 from worker.context import WorkerContext
-from worker.held import End, Held
+from worker.held import End, Held, folders_of
 from worker.trainer_directory import TrainerDirectory
 
 RETRYABLE_CODES = {
@@ -42,14 +42,18 @@ class Listener:
         self._context = context
         self._directory = directory
         self._trainer_id = trainer_id
+        self._publishers: dict[str, Callable[[Held, Json, Json], End | Next]] = {
+            "checkpointed": self._checkpointed,
+            "paused": self._paused,
+            "exported": self._exported,
+        }
         self._followers: dict[str, Callable[[Held, Json], End | Next]] = {
             "admitted": self._admitted,
-            "checkpointed": self._checkpointed,
             "checkpoint_failed": self._checkpoint_failed,
+            "checkpoint_unexported": self._checkpoint_unexported,
             "finished": self._finished,
             "sampled": self._sampled,
             "unsampled": self._unsampled,
-            "paused": self._paused,
             "cancelled": self._cancelled,
             "diverged": self._diverged,
             "refused": self._refused,
@@ -57,9 +61,10 @@ class Listener:
 
     def follow(self, held: Held, event: Json, *, ready: Json | None) -> End | Next:
         """Raises StaleClaim, OutOfSpace, Unavailable. ready: what the trainer said when it was."""
-        if event["type"] == "exported":
+        publisher = self._publishers.get(event["type"])
+        if publisher is not None:
             assert ready is not None, "a trainer is ready before it trains"
-            return self._exported(held, event, ready)
+            return publisher(held, event, ready)
         follower = self._followers.get(event["type"])
         return follower(held, event) if follower else Next.GO_ON
 
@@ -80,17 +85,22 @@ class Listener:
         held.is_admitted = True
         return Next.GO_ON
 
-    def _checkpointed(self, held: Held, event: Json) -> Next:
-        """The trainer's copy goes once the checkpoint is on record, never before."""
-        folder = self._directory.path / event["folder"]
+    def _checkpointed(self, held: Held, event: Json, ready: Json) -> Next:
+        """The trainer's copies go once the checkpoint is on record, never before."""
         if held.recorded_step < event["step"]:
-            publish.checkpoint(self._context, held.claim, folder, step=event["step"])
+            publish.checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
             held.recorded_step = event["step"]
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders_of(event):
+            shutil.rmtree(self._directory.path / folder, ignore_errors=True)
         return Next.GO_ON
 
     def _checkpoint_failed(self, held: Held, event: Json) -> Next:
         message = f"{event['error']['message']} No checkpoint was written."
+        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        return Next.GO_ON
+
+    def _checkpoint_unexported(self, held: Held, event: Json) -> Next:
+        message = f"The checkpoint of step {event['step']} can't be used as a model. {event['error']['message']}"
         claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
         return Next.GO_ON
 
@@ -123,9 +133,9 @@ class Listener:
         claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
         return Next.GO_ON
 
-    def _paused(self, held: Held, event: Json) -> End:
+    def _paused(self, held: Held, event: Json, ready: Json) -> End:
         if event["folder"] is not None:
-            self._checkpointed(held, event)
+            self._checkpointed(held, event, ready)
         if "pause" in held.told:
             return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
         if "preempt" in held.told:
@@ -137,7 +147,7 @@ class Listener:
 
     def _diverged(self, held: Held, event: Json) -> End:
         remedy = f"Lower the learning rate, or look at the data around that step. {self._left_of(held, event)}"
-        error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "learning_rate"}
+        error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "optimizer.learning_rate"}
         return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
 
     def _left_of(self, held: Held, event: Json) -> str:

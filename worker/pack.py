@@ -23,7 +23,7 @@ from worker import admission, failpoints, node, publish
 from worker.bases import Abandoned
 from worker.context import WorkerContext
 from worker.curves import Curve
-from worker.held import STOPPED, End, Held
+from worker.held import STOPPED, End, Held, folders_of
 from worker.news import Listener, Next
 from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
 
@@ -190,8 +190,8 @@ class Pack:
             held = self._held.get(event.get("claim_id", ""))
             if held is not None:
                 held.news.append(event)
-                for dropped in held.outdated():
-                    shutil.rmtree(self.directory.path / dropped["folder"], ignore_errors=True)
+                for folder in [folder for dropped in held.outdated() for folder in folders_of(dropped)]:
+                    shutil.rmtree(self.directory.path / folder, ignore_errors=True)
             elif event["type"] == "ready":
                 self.ready, self._memory = event, event["memory"]
             elif event["type"] == "memory":

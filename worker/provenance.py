@@ -18,15 +18,23 @@ from worker.context import WorkerContext
 
 
 def record(
-    context: WorkerContext, claim: Claim, adapter: Manifest, *, num_parameters: int, trainer: Json, results: Json
+    context: WorkerContext,
+    claim: Claim,
+    adapter: Manifest,
+    *,
+    num_parameters: int,
+    trainer: Json,
+    results: Json,
+    is_final: bool = True,
 ) -> tuple[Json, str]:
-    """(record, its id). trainer: what the one that made the adapter said when it was ready.
+    """(record, its id). trainer: what the one that made the adapter said when it was ready. is_final: false of a
+    checkpoint, whose job goes on: then nothing has finished, and the curves are not digested.
 
     How exact the arithmetic was is said of all steps: the weakest word of the trainers that computed some.
     """
     job = jobs.get(context.db, project_id=claim.job.project_id, job_id=claim.job.id)
     with context.db.read() as session:
-        finished_at = read_clock(session)
+        finished_at = read_clock(session) if is_final else None
     attempts = _attempts(context, job)
     built = lineage.build(
         job=job,
@@ -37,7 +45,7 @@ def record(
         attempts=attempts,
         results={
             **results,
-            "loss_log": _loss_log_digest(context, job),
+            **({"loss_log": _loss_log_digest(context, job)} if is_final else {}),
             "determinism": weakest([trainer["invariance"], *words_of_earlier_steps(attempts)]),
         },
         code=trainer["versions"],

@@ -14,20 +14,44 @@ from catalog.records import Course
 from catalog.tables import Json
 from worker import failpoints, provenance
 from worker.context import WorkerContext
+from worker.trainer_directory import TrainerDirectory
 
 MAX_EXPONENT = 700.0
 """exp of more is no float."""
 
 
-def checkpoint(context: WorkerContext, claim: Claim, folder: Path, *, step: int) -> None:
-    """Store a checkpoint's files, then its row. A full store costs the checkpoint, not the job."""
+def checkpoint(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, *, trainer: Json
+) -> None:
+    """Store a checkpoint's files, then its row. A full store costs the checkpoint, not the job.
+
+    saved: the trainer's event. trainer: what it said when it was ready.
+    """
     failpoints.pass_by("uploading")
+    step = saved["step"]
     try:
-        manifest = context.store.put_folder(folder, kind="checkpoint")
-        claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest)
+        manifest = context.store.put_folder(directory.path / saved["folder"], kind="checkpoint")
+        folder = saved.get("adapter")
+        exported = folder and _exported(context, claim, directory.path / folder, saved, trainer)
+        claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, exported=exported)
     except OutOfSpace as error:
         message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
         claims.record_event(context.db, claim.claim_id, "warn", message)
+
+
+def _exported(context: WorkerContext, claim: Claim, folder: Path, saved: Json, trainer: Json) -> claims.Exported:
+    """The checkpoint's weights as an adapter's files, with their record: of the job as far as it has come."""
+    manifest = context.store.put_folder(folder, kind="adapter")
+    lineage, lineage_id = provenance.record(
+        context,
+        claim,
+        manifest,
+        num_parameters=saved["num_parameters"],
+        trainer=trainer,
+        results={"steps": saved["step"], "kept_step": saved["step"], "stopped_early": None, "is_checkpoint": True},
+        is_final=False,
+    )
+    return claims.Exported(artifact=manifest, lineage=lineage, lineage_id=lineage_id)
 
 
 def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, *, trainer: Json) -> None:

@@ -38,6 +38,7 @@ from worker.sampling import Asked, ask, told
 from worker.standby import stand_by
 from worker.trainer_directory import EventWriter, InboxReader, Json, Message, TrainerDirectory
 from worker.wire_errors import described, disk_error
+from worker.wire_errors import told as told_error
 
 IDLE_LOOK_SECONDS = 0.03
 """Of an idle trainer at its inbox: waking up is what it costs, at 50 times a second up to 2.3% of a slow core."""
@@ -220,10 +221,10 @@ class Trainer:
         return None if relative is None else self._directory.path / relative
 
     def _pause(self, claim_id: str) -> None:
-        folder = self._save(claim_id)
+        saved = self._save(claim_id)
         step, _ = self._engine.progress(claim_id)
         self._evict(claim_id)
-        self._write(claim_id, "paused", step=step, folder=folder)
+        self._write(claim_id, "paused", step=step, **saved)
 
     def _evict(self, claim_id: str) -> None:
         if self._residents.pop(claim_id, None) is not None:
@@ -280,28 +281,32 @@ class Trainer:
             self._events.write(_as_json(event))
 
     def _checkpoint(self, claim_id: str) -> None:
-        folder = self._save(claim_id)
-        if folder is not None:
+        saved = self._save(claim_id)
+        if saved["folder"] is not None:
             failpoints.pass_by("in_checkpoint")
-            self._write(claim_id, "checkpointed", step=self._residents[claim_id].saved_step, folder=folder)
+            self._write(claim_id, "checkpointed", step=self._residents[claim_id].saved_step, **saved)
 
-    def _save(self, claim_id: str) -> str | None:
-        """The folder of a new checkpoint, relative; None where the newest is of this step, the disk failed, or its
-        update broke off."""
+    def _save(self, claim_id: str) -> Json:
+        """`folder` of a new checkpoint and `adapter`, its weights in PEFT's layout, relative. None where the newest is
+        of this step, the disk failed, or its update broke off."""
         step, _ = self._engine.progress(claim_id)
-        if step == self._residents[claim_id].saved_step:
-            return None
+        resident = self._residents[claim_id]
+        saved: Json = {"folder": None, "adapter": None}
+        if step == resident.saved_step:
+            return saved
         folder = self._directory.job_path(claim_id) / "checkpoints" / f"step-{step}"
+        adapter = folder.with_name(f"{folder.name}-adapter")
         try:
             self._engine.save_checkpoint(claim_id, folder)
-        except OSError as error:
-            self._write(claim_id, "checkpoint_failed", step=step, error=disk_error(error))
-            return None
-        except BadCheckpoint as error:  # it is told to leave before it could be told that its memory ran out
-            self._write(claim_id, "checkpoint_failed", step=step, error=described(error))
-            return None
-        self._residents[claim_id].saved_step = step
-        return str(folder.relative_to(self._directory.path))
+            resident.saved_step = step
+            saved["folder"] = str(folder.relative_to(self._directory.path))
+            self._engine.export(claim_id, adapter, base_name=resident.base_name, has_evidence=False)
+            saved["adapter"] = str(adapter.relative_to(self._directory.path))
+            saved["num_parameters"] = self._engine.num_parameters(claim_id)
+        except (OSError, BadCheckpoint, OutOfMemory) as error:  # torn: told to leave before its shortage could be told
+            what = "checkpoint_failed" if saved["folder"] is None else "checkpoint_unexported"
+            self._write(claim_id, what, step=step, error=told_error(error))
+        return saved
 
     def _export(self, finished: JobFinished) -> None:
         from lora_core.verify import unverifiable, verify_export  # brings PEFT, a second: not before the first job

@@ -24,3 +24,8 @@ def disk_error(error: OSError) -> dict[str, str]:
         return {"code": "out_of_space", "message": "The worker's disk is full.", "remedy": remedy}
     remedy = "Look at the worker's disk; the job continues from its last checkpoint."
     return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
+
+
+def told(error: OSError | ToldError) -> dict[str, str]:
+    """Of either kind."""
+    return disk_error(error) if isinstance(error, OSError) else described(error)

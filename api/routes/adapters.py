@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from starlette.responses import StreamingResponse
 
 from api.archive import Member, inline, tar_chunks, tar_size
@@ -30,14 +31,17 @@ from catalog.artifacts.store import ArtifactStore
 from catalog.errors import NotFound
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
+Shared = Annotated[bool, Query(description="Those that other projects share with this one, instead of its own.")]
 BYTES = binary("application/octet-stream", "The bytes, as an attachment.")
 TAR = binary("application/x-tar", "A tar, as an attachment.")
 
 
 @router.get("", operation_id="list_adapters")
-def list_adapters(use: Use, caller: Signed, after: After = None, limit: Limit = 20) -> ListPage[AdapterObject]:
-    """Newest first."""
-    page = adapters.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
+def list_adapters(
+    use: Use, caller: Signed, after: After = None, limit: Limit = 20, shared: Shared = False
+) -> ListPage[AdapterObject]:
+    """Newest first. Checkpoints are not listed here; each is found by its name, in the same places."""
+    page = adapters.list_page(use.db, project_id=caller.project_id, after=after, limit=limit, shared=shared)
     return page_of([_shown(view) for view in page.items], has_more=page.has_more)
 
 
@@ -49,7 +53,7 @@ def get_adapter(adapter: str, use: Use, caller: Signed) -> AdapterObject:
 
 @router.delete("/{adapter}", operation_id="delete_adapter", responses=errors(404, 409))
 def delete_adapter(adapter: str, use: Use, caller: Signed, is_retry: IsRetry) -> AdapterDeleted:
-    """Not while a job that has not ended continues it."""
+    """Not while a job that has not ended continues it. A checkpoint's name deletes its weights; its job goes on."""
     row = adapters.delete(use.db, project_id=caller.project_id, name=adapter, is_client_retry=is_retry)
     return AdapterDeleted(id=row.id)
 

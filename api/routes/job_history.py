@@ -29,7 +29,7 @@ from api.schemas.job_history import (
 )
 from api.schemas.pages import ListPage, page_of
 from api.sse import last_event_id
-from catalog import adapters, data_reports, jobs
+from catalog import checkpoint_models, data_reports, jobs
 from catalog.errors import InvalidRequest
 from catalog.events import ShownType
 from catalog.scheduling.picture import Policy
@@ -65,7 +65,7 @@ def list_job_checkpoints(
     page = jobs.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
     steps = [row.step for row in page.items]
     points = jobs.points_at(use.db, project_id=caller.project_id, job_id=job_id, steps=steps)
-    names = [adapters.checkpoint_name(job, row, project_name=caller.project_name) for row in page.items]
+    names = [checkpoint_models.shown_name(job, row, project_name=caller.project_name) for row in page.items]
     shown = [
         checkpoint_object(row, name=name, train=points.get(("train", row.step)), valid=points.get(("valid", row.step)))
         for row, name in zip(page.items, names, strict=True)

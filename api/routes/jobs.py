@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypedDict
 
-from fastapi import APIRouter, Body, Header, Request
+from fastapi import APIRouter, Body, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.models import Example
 from pydantic import BaseModel, Discriminator, Tag, ValidationError
@@ -36,6 +36,7 @@ class Sent(TypedDict):
     is_client_retry: bool
 
 
+Tags = Annotated[list[str] | None, Query(description="Jobs with this tag. It may be said several times.")]
 REQUEST_EXAMPLES: dict[str, Example] = {
     "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
     "more": {
@@ -87,15 +88,17 @@ def create_job(
 
 @router.get("", operation_id="list_jobs")
 def list_jobs(
-    request: Request, use: Use, caller: Signed, after: After = None, limit: Limit = 20
+    request: Request, use: Use, caller: Signed, *, after: After = None, limit: Limit = 20, tag: Tags = None
 ) -> ListPage[FineTuningJob]:
-    """The project's jobs, newest first. `metadata[k]=v` chooses by label; `metadata=null` those without any."""
+    """The project's jobs, newest first. `metadata[k]=v` chooses by a pair, `metadata=null` those without any, and
+    `tag=NAME` by a tag; of several, those with all of them."""
     page = jobs.list_page(
         use.db,
         project_id=caller.project_id,
         after=after,
         limit=limit,
         metadata=metadata_filter(request.query_params),
+        tags=tag or (),
     )
     return page_of(job_objects(use.db, page.items), has_more=page.has_more)
 

@@ -12,7 +12,6 @@ from api.schemas.pages import ListPage, page_of
 from api.scopes import require_scope
 from catalog import adapters, bases
 from catalog.adapters import CheckpointView
-from catalog.errors import Forbidden, NotFound
 from catalog.keys import Caller
 from catalog.tables import BaseModelRow
 
@@ -21,10 +20,11 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses=SIGNED)
 
 @router.get("", operation_id="list_models")
 def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
-    """Every base model (see its `state`), then the project's adapters and the checkpoints that are kept."""
+    """Every base model (see its `state`), then adapters and the checkpoints that are kept: the project's own, and what
+    is shared with it."""
     shown = [_base(use, caller, row) for row in bases.list_all(use.db)]
     shown += [adapter_model(row) for row in adapters.list_all(use.db, project_id=caller.project_id)]
-    shown += [_checkpoint(caller, view) for view in adapters.kept_checkpoints(use.db, project_id=caller.project_id)]
+    shown += [_checkpoint(view) for view in adapters.kept_checkpoints(use.db, project_id=caller.project_id)]
     return page_of(shown)
 
 
@@ -36,32 +36,21 @@ def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
     return _base(use, caller, row)
 
 
-@router.get("/{model}", operation_id="get_model", responses=errors(404))
+@router.get("/{model:path}", operation_id="get_model", responses=errors(404))
 def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
     """By name: a base's, an adapter's or a checkpoint's."""
     if not model.startswith("ft:"):
         return _base(use, caller, bases.get(use.db, model))
-    if ":ckpt-step-" in model:
-        views = adapters.kept_checkpoints(use.db, project_id=caller.project_id)
-        found = [shown for shown in (_checkpoint(caller, view) for view in views) if shown.id == model]
-        if not found:
-            raise NotFound("model", model, param="model")
-        return found[0]
     return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model).adapter)
 
 
-@router.delete("/{model}", operation_id="delete_model", responses=errors(403, 404, 409))
+@router.delete("/{model:path}", operation_id="delete_model", responses=errors(403, 404, 409))
 def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> ModelDeleted:
-    """An adapter, or for operators a base model, by its name. A base frees its name: what was trained on it stays.
+    """An adapter, a checkpoint, or for operators a base model, by its name. A base frees its name: what was trained on
+    it stays. What a job goes on from stays when its checkpoint is deleted here.
 
     A base is kept while an unfinished job names it. Its files stay on the nodes until someone removes the folder.
     """
-    if ":ckpt-step-" in model:
-        raise Forbidden(
-            "A checkpoint can't be deleted here.",
-            code="not_deletable",
-            remedy="Give the name of an adapter or of a base model. Checkpoints go by themselves.",
-        )
     require_scope(caller, "adapters:write" if model.startswith("ft:") else "models:write")
     if model.startswith("ft:"):
         adapters.delete(use.db, project_id=caller.project_id, name=model, is_client_retry=is_retry)
@@ -76,12 +65,13 @@ def _base(use: Services, caller: Caller, row: BaseModelRow) -> ModelObject:
     return base_object(row, local_path=local_path, shows_paths=caller.is_operator)
 
 
-def _checkpoint(caller: Caller, view: CheckpointView) -> ModelObject:
+def _checkpoint(view: CheckpointView) -> ModelObject:
+    assert view.checkpoint.name is not None, "one that has an adapter has a name"
     return ModelObject(
-        id=adapters.checkpoint_name(view.job, view.checkpoint, project_name=caller.project_name),
+        id=view.checkpoint.name,
         created=int(view.checkpoint.created_at),
         owned_by=view.job.project_id,
         kind="checkpoint",
         base=view.job.base_model,
-        digest=view.checkpoint.artifact,
+        digest=view.checkpoint.adapter,
     )

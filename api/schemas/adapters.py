@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.job_history import Rewards
+from catalog import checkpoint_models
 from catalog.tables import Adapter, Artifact
 
 
@@ -50,6 +51,8 @@ class AdapterObject(BaseModel):
                 "name": "ft:smollm2-135m:default:docs:1c0ffee0",
                 "created_at": 1790000200,
                 "job_id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+                "owned_by": "proj-5e1f0a",
+                "checkpoint_step": None,
                 "base_model": "smollm2-135m",
                 "rank": 16,
                 "precision": "bfloat16",
@@ -66,6 +69,8 @@ class AdapterObject(BaseModel):
     name: str
     created_at: int
     job_id: str
+    owned_by: str = Field(description="The project that trained it; another than yours where it is shared with you.")
+    checkpoint_step: int | None = Field(description="Of a checkpoint: its step. Null of what a job ended with.")
     base_model: str
     base_digest: str
     parent: str | None = Field(description="Name of the adapter that it continues.")
@@ -170,6 +175,8 @@ def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> Adapter
             "name": row.name,
             "created_at": int(row.created_at),
             "job_id": row.job_id,
+            "owned_by": row.project_id,
+            "checkpoint_step": checkpoint_models.step_of(row),
             "base_model": row.base_model,
             "base_digest": row.base_digest,
             "parent": resolved["parent"]["name"] if resolved.get("parent") else None,

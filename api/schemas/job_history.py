@@ -91,7 +91,9 @@ class FineTuningJobCheckpoint(BaseModel):
     fine_tuning_job_id: str
     step_number: int
     metrics: CheckpointMetrics
-    available: bool = Field(description="Its files are still kept; the newest two are.")
+    available: bool = Field(
+        description="It can be used as a model: the newest two of a job can, until seven days after its end."
+    )
 
 
 class MetricPoint(BaseModel):
@@ -200,7 +202,7 @@ def checkpoint_object(
         metrics=CheckpointMetrics.model_validate(
             {"step": row.step, **_measured("train", train), **_measured("full_valid", valid)}
         ),
-        available=row.artifact is not None,
+        available=row.adapter is not None,
     )
 
 

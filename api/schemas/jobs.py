@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +33,8 @@ JOB_EXAMPLE: dict[str, Any] = {
     "error": None,
     "integrations": [],
     "metadata": {"team": "search"},
+    "tags": ["nightly"],
+    "resources": {"devices": 1, "strategy": "single"},
     "priority": "normal",
     "attempt": 1,
     "seconds_running": 41.5,
@@ -44,6 +45,7 @@ JOB_EXAMPLE: dict[str, Any] = {
         "loss": 1.83,
         "tokens_per_second": 480.0,
         "seconds_left": 160.0,
+        "told_at": 1790000000.0,
         "valid_loss": 1.91,
         "best_valid_loss": 1.91,
     },
@@ -121,6 +123,13 @@ class DataObject(BaseModel):
     overflow: str
 
 
+class ResourcesObject(BaseModel):
+    """What it trains on."""
+
+    devices: int = 1
+    strategy: Literal["single"] = "single"
+
+
 class Progress(BaseModel):
     """How far the job is. Times are estimates."""
 
@@ -130,7 +139,8 @@ class Progress(BaseModel):
     epoch: float | None = None
     loss: float | None = None
     tokens_per_second: float | None = None
-    seconds_left: float | None = None
+    seconds_left: float | None = Field(default=None, description="From told_at on.")
+    told_at: float | None = Field(default=None, description="When all this was so, by the database's clock.")
     valid_loss: float | None = Field(
         default=None, description="Loss of the latest evaluation on held-out data; null before the first."
     )
@@ -201,6 +211,8 @@ class FineTuningJob(BaseModel):
     error: JobError | None
     integrations: list[dict[str, Any]] = Field(description="Trackers that its curves are written to.")
     metadata: dict[str, str] | None
+    tags: list[str]
+    resources: ResourcesObject = ResourcesObject()
     lora: LoraObject
     optimizer: OptimizerObject
     schedule: ScheduleObject
@@ -281,6 +293,7 @@ def _identity(row: Job) -> dict[str, Any]:
         "validation_file": row.validation_file,
         "suffix": row.suffix,
         "metadata": row.labels,
+        "tags": row.tags or [],
         "requested": row.requested,
         "integrations": row.requested.get("integrations") or [],
         "priority": PriorityClass(row.priority).name,
@@ -314,10 +327,12 @@ def _run(row: Job) -> dict[str, Any]:
 
 
 def _estimated_finish(row: Job) -> int | None:
-    seconds_left = (row.progress or {}).get("seconds_left")
-    if row.state != "running" or not isinstance(seconds_left, int | float):
+    """Reckoned when the progress was told, so that it stands still in between. What was stored before has no time."""
+    progress = row.progress or {}
+    seconds_left, told_at = progress.get("seconds_left"), progress.get("told_at")
+    if row.state != "running" or seconds_left is None or told_at is None:
         return None
-    return int(time.time() + seconds_left)
+    return int(told_at + seconds_left)
 
 
 def _phase(row: Job) -> str | None:

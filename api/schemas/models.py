@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog import checkpoint_models
 from catalog.spec import LABEL_PATTERN
 from catalog.strict import Strict
 from catalog.tables import Adapter, BaseModelRow
@@ -109,7 +110,7 @@ def adapter_model(row: Adapter) -> ModelObject:
         id=row.name,
         created=int(row.created_at),
         owned_by=row.project_id,
-        kind="adapter",
+        kind="checkpoint" if checkpoint_models.step_of(row) is not None else "adapter",
         base=row.base_model,
         digest=row.artifact,
     )

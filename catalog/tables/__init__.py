@@ -7,8 +7,8 @@ from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tables.exports import JobExport
 from catalog.tables.fleet import Pulse, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, MetricBlock
-from catalog.tables.jobs import IdempotencyKey, Job
-from catalog.tables.owners import ApiKey, Project, ProjectUsage, SignIn
+from catalog.tables.jobs import WITHOUT_METADATA, IdempotencyKey, Job, JobLabel
+from catalog.tables.owners import ApiKey, ModelPermission, Project, ProjectUsage, SignIn
 from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
 from catalog.tables.sweeps import RungValue, Sweep, Trial
@@ -19,6 +19,7 @@ from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 
 __all__ = [
     "NOT_METRICS",
+    "WITHOUT_METADATA",
     "Adapter",
     "ApiKey",
     "Artifact",
@@ -33,8 +34,10 @@ __all__ = [
     "Job",
     "JobEvent",
     "JobExport",
+    "JobLabel",
     "Json",
     "MetricBlock",
+    "ModelPermission",
     "Plan",
     "Prepared",
     "Project",

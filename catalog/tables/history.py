@@ -76,6 +76,13 @@ class Checkpoint(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     step: Mapped[int]
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
-    """None once its files were dropped; the newest two are kept."""
+    """What a job goes on from. None once its files were dropped; the newest two are kept."""
     created_at: Mapped[float]
+    name: Mapped[str | None] = mapped_column(index=True)
+    """The wire's fine_tuned_model_checkpoint."""
+    adapter: Mapped[str | None] = mapped_column(index=True)
+    """Digest of the manifest of its weights in PEFT's layout. None where they were never written, or are dropped."""
+    lineage: Mapped[Json | None]
+    """The record of that adapter, and its id. They stay where a job continues it."""
+    lineage_id: Mapped[str | None]
     __table_args__ = (Index(None, "job_id", "step", unique=True),)

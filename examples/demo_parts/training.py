@@ -15,7 +15,7 @@ from typing import Any
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from demo_parts.report import DemoFailed, bars, console, draw
+from demo_parts.report import DemoFailed, bars, console, draw, waiting
 from lorry import Conflict, Lorry, LorryError
 from lorry.models import Adapter, Job, Model
 
@@ -103,7 +103,7 @@ def check(lorry: Lorry, base: Model, best: Outcome, questions: list[str], root: 
     script = Path(__file__).parent.parent / "check_adapter.py"
     argv = [sys.executable, "-I", str(script), base.local_path, str(folder), str(asked)]
     try:
-        with console.status("Asking the base and the best adapter, with PEFT alone"):
+        with waiting("Asking the base and the best adapter, with PEFT alone"):
             done = subprocess.run(argv, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
     except subprocess.TimeoutExpired as late:
         raise DemoFailed(f"check_adapter.py had not answered after {_CHECK_SECONDS} s.") from late

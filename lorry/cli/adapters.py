@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli import output
+from lorry.cli import output, sharing
 from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.files import byte_bar
 from lorry.cli.output import AsJson
@@ -24,8 +24,13 @@ if TYPE_CHECKING:
     from lorry.models import Adapter
 
 app = group("Trained adapters.")
+for command in (sharing.share, sharing.shares, sharing.unshare):
+    app.command()(command)
 
 Name = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's name or id.")]
+LOOKED_AT = 500
+"""Of the newest adapters, for one whose name has a part that was given."""
+NONE_YET = "There is no adapter yet. A job that succeeds makes one."
 NameOrFolder = Annotated[
     str, typer.Argument(metavar="ADAPTER|FOLDER", help="A name or id, or a pulled folder (offline).")
 ]
@@ -34,10 +39,11 @@ NameOrFolder = Annotated[
 @app.command("list")
 def list_(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    shared: Annotated[bool, typer.Option("--shared", help="Those that other projects share with yours.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Newest first."""
-    adapters = list(client().adapters.list(limit=limit))
+    adapters = list(client().adapters.list(limit=limit, shared=shared))
     if as_json:
         return output.print_json([adapter.raw for adapter in adapters])
     rows = [
@@ -61,13 +67,14 @@ def list_(
         Column(title="LOSS", goes=1),
         Column(title="VERIFIED", goes=2),
     )
-    return table(columns, rows, empty="There is no adapter yet. A job that succeeds makes one.")
+    none = "No adapter is shared with your project." if shared else NONE_YET
+    return table(columns, rows, empty=none)
 
 
 @app.command()
 def show(adapter: Name, as_json: AsJson = False) -> None:
     """One adapter, with what its verification measured."""
-    found = client().adapters.get(adapter)
+    found = _get(client(), adapter)
     if as_json:
         output.print_json(found.raw)
     else:
@@ -82,7 +89,7 @@ def pull(
 ) -> None:
     """Download, checking every digest; PEFT loads the folder as it is."""
     lorry = client()
-    found = lorry.adapters.get(adapter)
+    found = _get(lorry, adapter)
     target = directory or Path(folder_name(found.name))
     with byte_bar(f"Pulling {adapter}") as on_progress:
         path = lorry.adapters.pull(adapter, target, on_progress=on_progress)
@@ -166,6 +173,18 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "base digest", adapter.base_digest
     yield "artifact", adapter.artifact
     yield "lineage", adapter.lineage_id
+
+
+def _get(lorry: Lorry, adapter: str) -> Adapter:
+    """A part of a name, such as a job's suffix, is no name: then those that have it are told."""
+    try:
+        return lorry.adapters.get(adapter)
+    except NotFound as error:
+        names = [a.name for a in lorry.adapters.list(limit=LOOKED_AT) if adapter in (*a.name.split(":"), a.job_id)]
+        if names:
+            error.message = error.message.removesuffix(error.remedy).rstrip()
+            error.remedy = f"Did you mean {' or '.join(names[:3])}?"
+        raise
 
 
 def _folder(adapter: str) -> Path | None:

@@ -55,7 +55,11 @@ class Sectioned(TyperCommand):
             takes_one = param.param_type_name == "option" and not param.multiple and not param.is_flag
             if takes_one and order.count(param) > 1:
                 ctx.fail(f"{param.opts[0]} is given {order.count(param)} times. Say it once.")
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = _in_plain_words(error.message)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
@@ -68,6 +72,12 @@ class Sectioned(TyperCommand):
         for title, records in {**sections, "Options": rest}.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def _in_plain_words(message: str) -> str:
+    """Of a value that is no number: what the parser says of it is for programmers."""
+    message = re.sub(r"Input should be a valid number\b.*", "that is not a number.", message)
+    return re.sub(r"Input should be a valid integer\b.*", "that is not a whole number.", message)
 
 
 def group(help_text: str) -> typer.Typer:

@@ -61,6 +61,7 @@ NAMES = {
     "training_file": "TRAIN",
     "validation_file": "--valid",
     "metadata": "--metadata",
+    "tags": "--tag",
     **{
         path.replace("METHOD", method): f"--{name.replace('_', '-')}"
         for name, path in FIELDS.items()
@@ -89,9 +90,15 @@ def _said(param: str, typed: Mapping[str, str]) -> str:
 
 
 def _told(text: str, words: Mapping[str, str]) -> str:
-    """A field's name is one where it stands in quotes, or can be no other word."""
-    for field, name in words.items():
-        text = text.replace(f"'{field}'", name)
-        if "_" in field or "." in field:
-            text = re.sub(rf"(?<![\w.'-]){re.escape(field)}(?![\w'-]|\.\w)", lambda _, name=name: name, text)
-    return text
+    """A field's name is one where it stands in quotes, or can be no other word. All in one look: what was typed for it
+    may hold the name itself."""
+    if not words:
+        return text
+    patterns = [_pattern(field) for field in sorted(words, key=len, reverse=True)]
+    return re.sub("|".join(patterns), lambda found: words[found[0].strip("'")], text)
+
+
+def _pattern(field: str) -> str:
+    name = re.escape(field)
+    is_no_word = "_" in field or "." in field
+    return f"'{name}'" + (rf"|(?<![\w.'-]){name}(?![\w'-]|\.\w)" if is_no_word else "")

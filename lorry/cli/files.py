@@ -136,14 +136,20 @@ def delete(
 
 
 def upload_with_bar(
-    lorry: Lorry, path: Path, *, purpose: str = "fine-tune", expires_after_seconds: int | None = None
+    lorry: Lorry,
+    path: Path,
+    *,
+    purpose: str = "fine-tune",
+    expires_after_seconds: int | None = None,
+    reuses: bool = False,
 ) -> File:
-    """Uploads with a bar on stderr, where that is a terminal."""
+    """Uploads with a bar on stderr, where that is a terminal. reuses: the caller takes an earlier one of the same
+    content, and says so."""
     with byte_bar(f"Uploading {path.name}") as on_progress:
         file = lorry.files.upload(
             path, purpose=purpose, expires_after_seconds=expires_after_seconds, on_progress=on_progress
         )
-    if file.same_content_as is not None:
+    if file.same_content_as is not None and not reuses:
         output.say(f"{path.name} was there already, as {file.same_content_as}; it is kept a second time, as {file.id}.")
     return file
 

@@ -86,6 +86,7 @@ KeepOption = Annotated[
 Patience = Annotated[
     int | None, option(WATCHING, "End early after so many readings in a row without a fall of the loss.")
 ]
+Tags = Annotated[list[str] | None, option(RUN, "Find the job by it: `lorry jobs list --tag`. Again for more.")]
 Metadata = Annotated[list[str] | None, option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
 Deadline = Annotated[
     str | None,

@@ -119,6 +119,7 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield from flatten({"early_stopping": job.early_stopping or {}})
     yield from flatten({"data": job.data, "lora": job.lora, "optimizer": job.optimizer, "schedule": job.schedule})
     yield from flatten({"metadata": job.metadata or {}})
+    yield "tags", ", ".join(job.tags)
 
 
 def _numbers_of_the_method(job: Job) -> Iterator[tuple[str, object]]:

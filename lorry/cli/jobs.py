@@ -11,6 +11,7 @@ from lorry.cli.app import Sectioned, client, group
 from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.submit import submit
 from lorry.cli.tables import Column, table
+from lorry.cli.typed import pair
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
@@ -40,10 +41,13 @@ app.command(cls=Sectioned)(submit)
 @app.command("list")
 def list_(
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    tag: Annotated[list[str] | None, typer.Option(help="Only those with this tag. Again for more.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help="Only those with KEY=VALUE. Again for more.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Newest first."""
-    jobs = list(client().jobs.list(limit=limit))
+    pairs = dict(pair(entry, "--metadata", "KEY=VALUE") for entry in metadata or [])
+    jobs = list(client().jobs.list(limit=limit, tags=tag or (), metadata=pairs))
     if as_json:
         return output.print_json([job.raw for job in jobs])
     rows = [
@@ -65,7 +69,8 @@ def list_(
         at = [column.title for column in columns].index(_SUFFIX)
         columns = columns[:at] + columns[at + 1 :]
         rows = [row[:at] + row[at + 1 :] for row in rows]
-    table(columns, rows, empty="There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`.")
+    none = "There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`."
+    table(columns, rows, empty="No job has all of these." if tag or pairs else none)
     if any(job.status == "paused" for job in jobs):
         output.say("A paused job goes on with: lorry jobs resume ID")
     return None
@@ -138,6 +143,32 @@ def move(
         raise typer.BadParameter("say one of --before JOB, --after JOB, --first and --last.")
     to = "first" if first else "last" if last else None
     _told(client().jobs.move(job_id, before=before, after=after, to=to), as_json=as_json)
+
+
+@app.command()
+def checkpoints(job: JobId, as_json: AsJson = False) -> None:
+    """Newest first. One that is kept can be pulled, and continued, by its name."""
+    found = list(client().jobs.checkpoints(job))
+    if as_json:
+        return output.print_json([checkpoint.raw for checkpoint in found])
+    rows = [
+        (
+            c.fine_tuned_model_checkpoint,
+            c.step_number,
+            c.metrics.get("train_loss"),
+            c.available,
+            output.briefly(c.created_at),
+        )
+        for c in found
+    ]
+    columns = (
+        Column(title="NAME"),
+        Column(title="STEP"),
+        Column(title="LOSS", goes=2),
+        Column(title="KEPT"),
+        Column(title="CREATED", goes=1),
+    )
+    return table(columns, rows, empty="The job has no checkpoint yet.")
 
 
 @app.command()

@@ -40,6 +40,7 @@ from lorry.cli.job_options import (
     Planned,
     RankPattern,
     Smoothing,
+    Tags,
     Targets,
     Training,
     Warmup,
@@ -109,6 +110,7 @@ def submit(
     priority: Annotated[Priority | None, option(RUN, "Class in the queue.")] = None,
     deadline: Deadline = None,
     metadata: Metadata = None,
+    tag: Tags = None,
     plan: Planned = None,
     other: Others = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and draw its progress.")] = False,
@@ -174,7 +176,8 @@ def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
     fields = {path.replace("METHOD", method): _value(name, value) for path, (name, value) in given.items()}
     metadata: list[str] = params["metadata"] or []
     pairs = _by_key([pair(entry, "--metadata", "KEY=VALUE") for entry in metadata], "--metadata")
-    return fields | ({"metadata": pairs} if pairs else {})
+    labels = {"metadata": pairs, "tags": params["tag"]}
+    return fields | {name: given for name, given in labels.items() if given}
 
 
 def _tell(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:

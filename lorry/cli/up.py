@@ -42,6 +42,8 @@ def up(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with DataLock(folder):
         chosen_port = ports.choose(host, port)
+        if (told := ports.moved(chosen_port, port)) is not None:
+            output.say(told)
         running = service.Service(folder, host=host, port=chosen_port)
         running.logs.mkdir(mode=0o700, exist_ok=True)
         known = _bootstrap(running, ports.url(host, chosen_port))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
     from lorry.client import Lorry
+    from lorry.models import File
 
 
 @contextmanager
@@ -67,8 +68,9 @@ def _uploaded(
     try:
         for name, source in sources.items():
             if isinstance(source, Path):
-                ids[name] = _upload(lorry, source, name, kept_seconds)
-                uploaded.append(ids[name])
+                file = _upload(lorry, source, name, kept_seconds)
+                uploaded.append(file.id)
+                ids[name] = _earlier(lorry, file, source, uploaded) or file.id
             else:
                 ids[name] = source
         yield ids
@@ -79,12 +81,28 @@ def _uploaded(
         raise
 
 
-def _upload(lorry: Lorry, path: Path, name: str, kept_seconds: int | None) -> str:
+def _upload(lorry: Lorry, path: Path, name: str, kept_seconds: int | None) -> File:
     try:
-        return upload_with_bar(lorry, path, expires_after_seconds=kept_seconds).id
+        return upload_with_bar(lorry, path, expires_after_seconds=kept_seconds, reuses=True)
     except APIError as error:
         error.param = name
         raise
+
+
+def _earlier(lorry: Lorry, file: File, path: Path, uploaded: list[str]) -> str | None:
+    """The id of a file that holds the same and stays, instead of which no second is kept."""
+    if file.same_content_as is None:
+        return None
+    try:
+        earlier = lorry.files.get(file.same_content_as)
+        if earlier.purpose != file.purpose or earlier.expires_at is not None:
+            return None
+        lorry.files.delete(file.id)
+    except APIError:
+        return None
+    uploaded.remove(file.id)
+    output.say(f"{path.name} was uploaded before, as {earlier.id}: that is used.")
+    return earlier.id
 
 
 def _delete_again(lorry: Lorry, file_id: str) -> None:

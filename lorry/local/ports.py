@@ -31,6 +31,13 @@ def choose(host: str, port: int | None) -> int:
     )
 
 
+def moved(port: int, asked: int | None) -> str | None:
+    """The sentence for a person who finds the service elsewhere than usual; None where it is where it always is."""
+    if asked is not None or port == DEFAULT_PORT:
+        return None
+    return f"Port {DEFAULT_PORT} is in use by another program, perhaps another Lorry: this one listens on {port}."
+
+
 def url(host: str, port: int) -> str:
     """Where a client on this machine finds it; every interface includes the loopback."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from lorry import archive, folder
-from lorry.models import Adapter
+from lorry.models import Adapter, Permission
 from lorry.resources import pages
 from lorry.resources.files import OnBytes
 from lorry.transport import Transport
 
 
 class Adapters:
-    """Everywhere an adapter's id or its name will do."""
+    """Everywhere an adapter's id or its name will do, a checkpoint's too, and what another project shares."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def list(self, *, limit: int | None = None) -> Iterator[Adapter]:
-        """Newest first."""
-        return (Adapter.of(wire) for wire in itertools.islice(pages.follow(self._transport, "adapters"), limit))
+    def list(self, *, limit: int | None = None, shared: bool = False) -> Iterator[Adapter]:
+        """Newest first. shared: those that other projects share with this one, instead of its own."""
+        params = {"shared": "true"} if shared else None
+        found = pages.follow(self._transport, "adapters", params=params)
+        return (Adapter.of(wire) for wire in itertools.islice(found, limit))
 
     def get(self, name: str) -> Adapter:
         return Adapter.of(self._transport.get(_of(name)))
@@ -39,6 +42,19 @@ class Adapters:
     def verify(self, name: str) -> dict[str, Any]:
         """The service reads every stored byte again and compares: `passed` and `problems`."""
         return self._transport.request("POST", _of(name, "verify"))
+
+    def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
+        """For operators: let other projects, by id or name, read it, download it and continue it."""
+        answer = self._transport.request("POST", _permissions(name), body={"project_ids": [*projects]})
+        return [Permission.of(wire) for wire in answer["data"]]
+
+    def permissions(self, name: str) -> Iterator[Permission]:
+        """For operators: who else may read it, newest first."""
+        return (Permission.of(wire) for wire in pages.follow(self._transport, _permissions(name)))
+
+    def unshare(self, name: str, permission_id: str) -> None:
+        """For operators. What the other project has begun with it goes on."""
+        self._transport.request("DELETE", _permissions(name, permission_id))
 
     def pull(self, name: str, directory: Path | str, *, on_progress: OnBytes | None = None) -> Path:
         """Downloads the adapter into `directory`, which must not exist, be empty or hold this very adapter.
@@ -59,3 +75,7 @@ class Adapters:
 
 def _of(name: str, *rest: str) -> str:
     return "/".join(("adapters", quote(name, safe=""), *rest))
+
+
+def _permissions(name: str, *rest: str) -> str:
+    return "/".join(("fine_tuning/checkpoints", quote(name, safe=""), "permissions", *rest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Unpack
 from urllib.parse import quote
 
@@ -46,9 +46,18 @@ class Jobs:
     def get(self, job_id: str) -> Job:
         return Job.of(self._transport.get(_of(job_id)))
 
-    def list(self, *, limit: int | None = None) -> Iterator[Job]:
-        """Newest first."""
-        return (Job.of(wire) for wire in itertools.islice(pages.follow(self._transport, _PATH), limit))
+    def list(
+        self,
+        *,
+        limit: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        tags: Sequence[str] = (),
+    ) -> Iterator[Job]:
+        """Newest first. metadata, tags: only jobs that have all of these."""
+        params: dict[str, Any] = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        params |= {"tag": [*tags]} if tags else {}
+        found = pages.follow(self._transport, _PATH, params=params)
+        return (Job.of(wire) for wire in itertools.islice(found, limit))
 
     def cancel(self, job_id: str) -> Job:
         """At once where it waits; a running one is marked, and its worker obeys within some seconds."""

@@ -52,6 +52,8 @@ TOLD_AS: dict[str, str] = {
     "replay_webhook_endpoint": "webhook_endpoint.replayed",
     "replay_webhook_delivery": "webhook_delivery.replayed",
     "delete_model": "model.deleted",
+    "create_model_permissions": "permission.created",
+    "delete_model_permission": "permission.deleted",
     "add_model": "model.added",
     "create_api_key": "api_key.created",
     "revoke_api_key": "api_key.revoked",

@@ -75,7 +75,9 @@ def test_curves_checkpoints_and_attempts_are_shown(client: TestClient, world: Wo
     claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=0)
     points = [{"kind": "train", "step": step, "loss": 3.0 / step, "num_tokens": 10} for step in range(1, 6)]
     claims.record_metrics(world.db, claim.claim_id, [*points, {"kind": "valid", "step": 5, "loss": 0.5}])
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
+    exported = claims.Exported(artifact=manifest("weights"), lineage={}, lineage_id="1" * 64)
+    files = manifest("c", kind="checkpoint")
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
 
     train = client.get(f"{JOBS}/{first.id}/metrics").json()["data"]
     valid = client.get(f"{JOBS}/{first.id}/metrics", params={"kind": "valid"}).json()["data"]

@@ -334,3 +334,50 @@ def test_a_longer_list_takes_no_more_queries(client: TestClient, world: World, s
         world.complete(world.running(seed=number).claim_id, content=f"adapter {number}")
 
     assert count() == few
+
+
+def test_tags_and_resources_are_on_the_job_and_tags_find_it(client: TestClient, world: World) -> None:
+    body = {"model": "smol", "training_file": world.file_id, "tags": ["nightly", "q 3"], "metadata": {"team": "a"}}
+    job = client.post(JOBS, json={**body, "resources": {"devices": 1, "strategy": "auto"}}).json()
+    client.post(JOBS, json={**body, "tags": ["nightly"]})
+
+    found = client.get(JOBS, params={"tag": ["nightly", "q 3"], "metadata[team]": "a"}).json()["data"]
+
+    assert [one["id"] for one in found] == [job["id"]]
+    assert job["tags"] == ["nightly", "q 3"]
+    assert job["resources"] == {"devices": 1, "strategy": "single"}
+    assert client.get(JOBS, params={"tag": "none"}).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "told"),
+    [
+        ({"tags": ["a"] * 17}, "tags", "at most 16"),
+        ({"tags": [""]}, "tags.0", "at least 1"),
+        ({"tags": ["a\nb"]}, "tags.0", "control characters"),
+        ({"resources": {"devices": 2}}, "resources.devices", "one device"),
+        ({"resources": {"strategy": "fsdp"}}, "resources.strategy", "single"),
+        ({"resources": {"min_memory_bytes": 1}}, "resources.min_memory_bytes", "Known"),
+    ],
+)
+def test_what_cannot_be_honoured_of_tags_and_resources_is_refused(
+    client: TestClient, world: World, wrong: dict[str, Any], param: str, told: str
+) -> None:
+    refused = error_of(client.post(JOBS, json={"model": "smol", "training_file": world.file_id, **wrong}))
+
+    assert refused["param"] == param
+    assert told in refused["message"]
+
+
+def test_the_estimated_finish_stands_still_between_two_reports_of_progress(client: TestClient, world: World) -> None:
+    world.worker()
+    claim = world.running()
+    claims.record_progress(world.db, claim.claim_id, {"step": 2, "seconds_left": 100.0})
+    path = f"{JOBS}/{claim.job.id}"
+
+    first = client.get(path).json()
+    world.clock.turn(50)
+    second = client.get(path).json()
+
+    assert first["estimated_finish"] == second["estimated_finish"]
+    assert first["estimated_finish"] == int(first["progress"]["told_at"] + 100)

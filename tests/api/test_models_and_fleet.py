@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from api.deps import Services
 from catalog import claims
 from catalog.errors import Unavailable
 from tests.api.site import error_of
+from tests.api.trained import CONTENT, stored_weights
 from tests.catalog.world import World, manifest
 
 
@@ -86,23 +88,29 @@ def test_a_base_is_deleted_by_an_operator_once_no_job_waits_for_it(
     assert client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["model"] == "smol"
 
 
-def test_a_checkpoint_is_not_deleted_by_a_person(operator: TestClient, world: World) -> None:
-    response = operator.delete("/v1/models/ft:smol:ours:docs:1c0ffee0:ckpt-step-5")
-
-    assert response.status_code == 403
-    assert error_of(response)["code"] == "not_deletable"
-
-
-def test_a_kept_checkpoint_is_a_model(client: TestClient, world: World) -> None:
+def test_a_kept_checkpoint_is_a_model_with_files_until_it_is_deleted(
+    client: TestClient, services: Services, world: World, tmp_path: Path
+) -> None:
     world.worker()
     claim = world.running(suffix="docs")
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
+    files, exported = manifest("c", kind="checkpoint"), stored_weights(services, tmp_path / "weights")
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
     name = f"ft:smol:ours:docs:{claim.job.id[-8:]}:ckpt-step-5"
 
-    model = client.get(f"/v1/models/{name}").json()
+    model, adapter = (client.get(f"/v1/{kind}/{name}").json() for kind in ("models", "adapters"))
+    content = client.get(f"/v1/adapters/{name}/files/README.md").content
+    listed = client.get("/v1/models").json()["data"]
+    deleted = client.delete(f"/v1/models/{name}").json()
+    gone = [error_of(client.get(f"/v1/{kind}/{name}")) for kind in ("models", "adapters")]
 
     assert (model["kind"], model["base"]) == ("checkpoint", "smol")
-    assert model in client.get("/v1/models").json()["data"]
+    assert (adapter["checkpoint_step"], adapter["verification"]["passed"], content) == (5, None, CONTENT["README.md"])
+    assert model in listed
+    assert client.get("/v1/adapters").json()["data"] == []
+    assert deleted == {"id": name, "object": "model", "deleted": True}
+    assert {error["code"] for error in gone} == {"checkpoint_expired"}
+    (shown,) = client.get(f"/v1/fine_tuning/jobs/{claim.job.id}/checkpoints").json()["data"]
+    assert (shown["fine_tuned_model_checkpoint"], shown["available"]) == (name, False)
 
 
 def test_the_queue_shows_places_and_a_worker_what_it_holds(
@@ -216,3 +224,19 @@ def test_behind_a_public_address_numbers_need_a_key_on_this_machine_too(
 
     assert anonymous.get("/metrics").status_code == 401
     assert operator.get("/metrics").status_code == 200
+
+
+def test_a_hubs_id_in_a_models_place_tells_how_it_is_added(operator: TestClient, world: World) -> None:
+    wanted = "HuggingFaceTB/SmolLM2-135M"
+    job = {"model": wanted, "training_file": world.file_id}
+
+    refused = [
+        error_of(operator.get(f"/v1/models/{wanted}")),
+        error_of(operator.delete(f"/v1/models/{wanted}")),
+        error_of(operator.post("/v1/fine_tuning/jobs", json=job)),
+    ]
+
+    for error in refused:
+        assert error["code"] == "model_not_found"
+        assert "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M." in error["remedy"]
+        assert "Base models here: smol." in error["remedy"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import audit_chain, claims, jobs
+from catalog import audit_chain, claims, jobs, sharing
 from catalog.db import Database
-from catalog.tables import Table, UploadPart
+from catalog.tables import ModelPermission, Table, UploadPart
 from catalog.webhooks.event_types import EVENT_TYPES
 from tests.api.site import chat_lines
 from tests.api.test_openapi import operations
-from tests.api.trained import BASE, trained
+from tests.api.trained import BASE, stored_weights, trained
 from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import World, manifest
 
@@ -42,7 +42,8 @@ NAMELESS = frozenset(
     }
 )
 """Changes that name nothing of a project, neither in their path nor in their body."""
-GIVEN = {"model": BASE, "path": "README.md", "number": "0"}
+PERMISSION = "cp-of-the-checkpoint"
+GIVEN = {"model": BASE, "path": "README.md", "number": "0", "permission_id": PERMISSION}
 """What a request needs beside the name of what it is about."""
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
@@ -51,6 +52,7 @@ SENT: dict[str, dict[str, Any]] = {
     "limit_api_key": {"json": {}},
     "limit_project": {"json": {"queued_jobs": 5}},
     "move_job": {"json": {"to": "first"}},
+    "create_model_permissions": {"json": {"project_ids": ["theirs"]}},
     "add_upload_part": {"files": {"data": ("a", b"more")}},
     "change_webhook_endpoint": {"json": {}},
     "test_webhook_endpoint": {"json": {"event_type": "fine_tuning.job.succeeded"}},
@@ -100,7 +102,7 @@ class Ours:
 
     def marks(self) -> list[str]:
         """No answer to a stranger holds any of these."""
-        return [*(pair.ours for pair in self.all()), self.project_id, '"ours"', "secret-label"]
+        return [*(pair.ours for pair in self.all()), self.project_id, PERMISSION, '"ours"', "secret-label"]
 
 
 @pytest.fixture
@@ -111,7 +113,9 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     hook_id = client.post("/v1/webhook_endpoints", json=hook).json()["id"]
     client.post(f"/v1/webhook_endpoints/{hook_id}", json={"enabled": False})  # so that nothing changes by itself
     claim = world.running(suffix="two", model=BASE)
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"))
+    exported = stored_weights(services, tmp_path / "exported")
+    files = manifest("c", kind="checkpoint")
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
     waiting = world.submit(metadata={"team": "secret-label"})
     planned = ready_plan(world, model=BASE, metadata={"team": "secret-label"})
     file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", chat_lines(2))}).json()["id"]
@@ -128,6 +132,12 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     (delivery,) = client.get(f"/v1/webhook_endpoints/{hook_id}/deliveries").json()["data"]
     audit_chain.seal(world.db)
     name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
+    third = world.new_caller("third").project_id
+    operator = replace(world.caller, is_operator=True)
+    sharing.grant(world.db, caller=operator, model=name, projects_named=[third])
+    with world.db.write() as session:
+        session.execute(update(ModelPermission).values(id=PERMISSION))
+    checkpoint = Pair(ours=name, absent=f"ft:{BASE}:ours:two:{'0' * 8}:ckpt-step-5")
     stem = adapter.name.rpartition(":")[0]
     named = Pair(ours=adapter.name, absent=f"{stem}:{'0' * 8}")
     return Ours(
@@ -139,10 +149,11 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "sweep_id": [_pair(sweep_id)],
             "plan_id": [_pair(planned.id)],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
-            "adapter": [_pair(adapter.id), named],
+            "adapter": [_pair(adapter.id), named, checkpoint],
             "api_key_id": [_pair(world.caller.api_key_id)],
             "project": [_pair(world.caller.project_id)],
-            "model": [named, Pair(ours=name, absent=f"ft:{BASE}:ours:two:{'0' * 8}:ckpt-step-5")],
+            "model": [named, checkpoint],
+            "fine_tuned_model": [checkpoint, named],
         },
         project_id=world.caller.project_id,
         their_file=world.file(caller=world.stranger),

@@ -184,7 +184,7 @@ def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:
     ("path", "name", "says"),
     [
         ("/v1/fine_tuning/jobs?limt=2", "limt", "Did you mean 'limit'?"),
-        ("/v1/fine_tuning/jobs?status=failed", "status", "Known here: after, limit, metadata."),
+        ("/v1/fine_tuning/jobs?status=failed", "status", "Known here: after, limit, metadata, tag."),
         ("/v1/models?metadata[team]=search", "metadata[team]", "Known here: none."),
         ("/v1/fine_tuning/jobs?metadata[]=search", "metadata[]", "Did you mean 'metadata'?"),
         ("/v1/adapters/adapter-1/files/a/b.bin?part=2", "part", "Known here: none."),

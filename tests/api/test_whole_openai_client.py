@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -29,6 +30,7 @@ from catalog.webhooks import signing
 from catalog.webhooks.event_types import EVENT_TYPES
 from tests.api.hook_receiver import Receiver, receiving
 from tests.api.site import Site, chat_lines
+from tests.api.trained import stored_weights
 from tests.catalog.world import World, manifest
 
 RESOURCES = ("files", "uploads", "fine_tuning", "models", "webhooks")
@@ -47,6 +49,8 @@ class Have:
     """Where webhooks are taken."""
     upload: str
     """One that is open, for cancelling."""
+    other: str
+    """Another project."""
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def id(self, method: str) -> str:
@@ -60,6 +64,8 @@ class Call:
     given: Callable[[Have], dict[str, Any]]
     holds: Callable[[Any, Have], object]
     raises: type[Exception] | None = None
+    is_operators: bool = False
+    """Called with an operator's key, as OpenAI wants an admin's."""
 
 
 def signed(have: Have) -> dict[str, Any]:
@@ -70,6 +76,12 @@ def signed(have: Have) -> dict[str, Any]:
     return {"payload": body, "headers": headers, "secret": secret}
 
 
+def permission(have: Have) -> Any:
+    """That which was given."""
+    return have.answers["fine_tuning.checkpoints.permissions.create"][0]
+
+
+OF_A_CHECKPOINT: Callable[[Have], dict[str, Any]] = lambda have: {"fine_tuned_model_checkpoint": have.checkpoint}  # noqa: E731
 CALLS: dict[str, Call] = {
     "files.create": Call(
         given=lambda _: {
@@ -157,6 +169,26 @@ CALLS: dict[str, Call] = {
     "files.delete": Call(
         given=lambda have: {"file_id": have.id("files.create")}, holds=lambda answer, _: answer.deleted is True
     ),
+    "fine_tuning.checkpoints.permissions.create": Call(
+        given=lambda have: {**OF_A_CHECKPOINT(have), "project_ids": [have.other]},
+        holds=lambda given, _: [one.object for one in given] == ["checkpoint.permission"],
+        is_operators=True,
+    ),
+    "fine_tuning.checkpoints.permissions.retrieve": Call(
+        given=lambda have: {**OF_A_CHECKPOINT(have), "limit": 1, "order": "ascending"},
+        holds=lambda page, have: [one.id for one in page.data] == [permission(have).id],
+        is_operators=True,
+    ),
+    "fine_tuning.checkpoints.permissions.list": Call(
+        given=lambda have: {**OF_A_CHECKPOINT(have), "project_id": permission(have).project_id},
+        holds=lambda found, have: [one.id for one in found] == [permission(have).id],
+        is_operators=True,
+    ),
+    "fine_tuning.checkpoints.permissions.delete": Call(
+        given=lambda have: {**OF_A_CHECKPOINT(have), "permission_id": permission(have).id},
+        holds=lambda answer, _: answer.deleted is True,
+        is_operators=True,
+    ),
     "models.retrieve": Call(
         given=lambda have: {"model": have.checkpoint}, holds=lambda model, have: model.id == have.checkpoint
     ),
@@ -202,13 +234,8 @@ CALLS: dict[str, Call] = {
         holds=lambda answer, _: answer.deleted is True,
     ),
 }
-OF_A_CHECKPOINT: Callable[[Have], dict[str, Any]] = lambda have: {"fine_tuned_model_checkpoint": have.checkpoint}  # noqa: E731
 GRADER = {"type": "string_check", "name": "n", "input": "a", "reference": "a", "operation": "eq"}
 NOT_OFFERED: dict[str, Callable[[Have], dict[str, Any]]] = {
-    "fine_tuning.checkpoints.permissions.create": lambda have: {**OF_A_CHECKPOINT(have), "project_ids": ["p"]},
-    "fine_tuning.checkpoints.permissions.retrieve": OF_A_CHECKPOINT,
-    "fine_tuning.checkpoints.permissions.list": OF_A_CHECKPOINT,
-    "fine_tuning.checkpoints.permissions.delete": lambda have: {**OF_A_CHECKPOINT(have), "permission_id": "x"},
     "fine_tuning.alpha.graders.run": lambda _: {"grader": GRADER, "model_sample": "a"},
     "fine_tuning.alpha.graders.validate": lambda _: {"grader": GRADER},
 }
@@ -220,17 +247,16 @@ class Client:
     def __init__(self, client: openai.OpenAI | openai.AsyncOpenAI, run: Callable[[Any], Any]) -> None:
         self.client, self._run = client, run
 
-    def methods(self) -> dict[str, Callable[..., Any]]:
+    def methods(self, key: str | None = None) -> dict[str, Callable[..., Any]]:
+        client = self.client if key is None else self.client.with_options(api_key=key)
         return {
-            name: method
-            for resource in RESOURCES
-            for name, method in _methods(getattr(self.client, resource), resource)
+            name: method for resource in RESOURCES for name, method in _methods(getattr(client, resource), resource)
         }
 
-    def call(self, name: str, given: dict[str, Any]) -> Any:
+    def call(self, name: str, given: dict[str, Any], key: str | None = None) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of what the client keeps for older programs
-            answer = self.methods()[name](**given)
+            answer = self.methods(key)[name](**given)
         if isinstance(answer, AsyncPaginator) or inspect.isawaitable(answer):
             return self._run(_waited_for(answer))
         return list(answer) if isinstance(answer, BaseSyncPage) else answer
@@ -276,12 +302,13 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture
-def have(world: World, services: Services, receiver: Receiver) -> Have:
+def have(world: World, services: Services, receiver: Receiver, tmp_path: Path) -> Have:
     world.worker()
     claim = world.running()
     point = {"kind": "train", "step": 1, "loss": 2.0, "token_accuracy": 0.5}
     claims.record_metrics(world.db, claim.claim_id, [point])
-    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("c", kind="checkpoint"))
+    files, exported = manifest("c", kind="checkpoint"), stored_weights(services, tmp_path / "weights")
+    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
     model = world.complete(claim.claim_id).name
     upload = part_uploads.create(
         world.db,
@@ -297,24 +324,25 @@ def have(world: World, services: Services, receiver: Receiver) -> Have:
         model=model,
         checkpoint=f"{model}:ckpt-step-1",
         upload=upload.upload.id,
+        other="theirs",
         hook=f"{receiver.url}/",
     )
 
 
-def outcome(client: Client, name: str, call: Call, have: Have) -> Any:
+def outcome(client: Client, name: str, call: Call, have: Have, operator_key: str) -> Any:
     """The answer, or the error that is expected."""
     if call.raises is None:
-        return client.call(name, call.given(have))
+        return client.call(name, call.given(have), operator_key if call.is_operators else None)
     with pytest.raises(call.raises) as raised:
         client.call(name, call.given(have))
     return raised.value
 
 
 def test_every_method_of_the_client_is_answered_to_the_letter_or_told_to_be_not_offered(
-    client: Client, have: Have
+    client: Client, have: Have, operator_key: str
 ) -> None:
     for name, call in CALLS.items():
-        have.answers[name] = answer = outcome(client, name, call, have)
+        have.answers[name] = answer = outcome(client, name, call, have, operator_key)
         assert call.holds(answer, have), (name, answer)
     for name, given in NOT_OFFERED.items():
         with pytest.raises(openai.NotFoundError) as refused:

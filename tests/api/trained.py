@@ -22,6 +22,16 @@ def solid_base(world: World) -> None:
     bases.finish_import(world.db, BASE, digest=digest, manifest=files, description=DESCRIPTION, added_at=added_at)
 
 
+def stored_weights(services: Services, folder: Path) -> claims.Exported:
+    """A checkpoint's weights as an adapter, with the files in the store."""
+    folder.mkdir()
+    for name, content in CONTENT.items():
+        (folder / name).write_bytes(content)
+    files = services.store.put_folder(folder, kind="adapter")
+    record = {"outputs": {"num_parameters": 10, "artifact": files.digest}}
+    return claims.Exported(artifact=files, lineage=record, lineage_id="1" * 64)
+
+
 def trained(services: Services, world: World, folder: Path, *, suffix: str = "docs") -> Adapter:
     world.worker()
     solid_base(world)

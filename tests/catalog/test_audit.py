@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, insert, select, update
 
-from catalog import adapters, audit, audit_chain, bases, files, issuing, jobs, keys, projects
+from catalog import adapters, audit, audit_chain, bases, files, issuing, jobs, keys, projects, sharing
 from catalog.audit import Actor, Filters, Origin
 from catalog.db import Database
 from catalog.errors import Conflict
@@ -90,6 +90,8 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
     operator, mine = _operator(world), world.caller.project_id
     audit_before = len(events(world.db))
 
+    (permission,) = sharing.grant(world.db, caller=operator, model=adapter.name, projects_named=["theirs"])
+    sharing.revoke(world.db, model=adapter.name, permission_id=permission.id)
     adapters.delete(world.db, project_id=mine, name=adapter.id)
     files.delete(world.db, project_id=mine, file_id=world.file_id)
     bases.delete(world.db, "smol")
@@ -106,6 +108,8 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
     keys.end_browser(world.db, secret=browser, pepper=PEPPER)
 
     assert told(world)[audit_before:] == [
+        ("permission.created", permission.id),
+        ("permission.deleted", permission.id),
         ("adapter.deleted", adapter.id),
         ("file.deleted", world.file_id),
         ("model.deleted", "smol"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from catalog.chat_rows import BadRow, check_chat, parse_object
 from catalog.datasets import DatasetCheck, inspect, read_rows
 from catalog.errors import InvalidRequest
+from catalog.preference_rows import check_pair
 from catalog.row_kinds import kind_of_row
 
 MIB = 2**20
@@ -123,7 +124,13 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "a role that is a list": (b'{"messages": [{"role": [], "content": "hi"}]}', "invalid_role"),
     "no content": (b'{"messages": [{"role": "user"}]}', "content_not_text"),
     "null content": (b'{"messages": [{"role": "assistant", "content": null}]}', "content_not_text"),
-    "parts": (b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "content_not_text"),
+    "no part": (b'{"messages": [{"role": "user", "content": []}]}', "content_not_text"),
+    "an image": (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content_not_text"),
+    "a part of two": (
+        b'{"messages": [{"content": [{"type": "text", "text": "a", "x": 1}], "role": "user"}]}',
+        "content_not_text",
+    ),
+    "a bare part": (b'{"messages": [{"role": "user", "content": ["a"]}]}', "content_not_text"),
     "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "tools_unsupported"),
     "a misspelt key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "unknown_key"),
     "weight 0.5": (row(weight=0.5), "invalid_weight"),
@@ -274,3 +281,27 @@ def test_whatever_the_bytes_a_row_is_parsed_or_refused(content: bytes) -> None:
     with suppress(BadRow):
         found = parse_object(content)
         assert kind_of_row(found, before=None).check(found)
+
+
+def test_content_in_parts_of_text_is_one_text() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1], "weight": 1}]}
+    pair = {
+        "input": {"messages": [{"role": "user", "content": parts}]},
+        "preferred_output": [{"role": "assistant", "content": [{"type": "text", "text": "2"}]}],
+        "non_preferred_output": [{"role": "assistant", "content": "3"}],
+    }
+
+    assert [message["content"] for message in check_chat(chat)] == ["What is 1+1?", "What is "]
+    checked = check_pair(pair)
+    assert (checked["prompt"][0]["content"], checked["preferred"]["content"]) == ("What is 1+1?", "2")
+
+
+def test_what_is_no_text_in_a_message_is_told_with_its_place() -> None:
+    image = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://x"}}]
+
+    with pytest.raises(BadRow) as raised:
+        check_chat({"messages": [{"role": "user", "content": image}]})
+
+    assert raised.value.reason == "messages[0].content[1].type is 'image_url'"
+    assert "take images" in raised.value.remedy

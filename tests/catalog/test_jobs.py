@@ -118,8 +118,7 @@ def test_pages_follow_one_another_without_gap_or_repeat(world: World) -> None:
     assert refusal.value.code == "unknown_cursor"
 
 
-def test_a_list_can_be_narrowed_by_labels(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "SCAN_ROWS", 2)
+def test_a_list_can_be_narrowed_by_labels(world: World) -> None:
     labels = [{"a": "1"}, None, {"a": "1", 'odd"key': "x"}, {"a": "2"}, {"a": "1"}]
     made = [world.submit(metadata=each).id for each in labels]
 

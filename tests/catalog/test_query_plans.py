@@ -32,6 +32,7 @@ from catalog import (
     queue,
     recovery,
     result_files,
+    sharing,
     usage_report,
     watching,
     workers,
@@ -60,7 +61,9 @@ from catalog.tables import (
     Job,
     JobEvent,
     JobExport,
+    JobLabel,
     MetricBlock,
+    ModelPermission,
     Plan,
     Prepared,
     RungValue,
@@ -101,8 +104,13 @@ COPIED: dict[type[Table], Changes] = {
     JobEvent: lambda n: {"job_id": f"ftjob-{n}"},
     JobExport: lambda n: {"job_id": f"ftjob-{n}"},
     MetricBlock: lambda n: {"job_id": f"ftjob-{n}"},
-    Checkpoint: lambda n: {"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
+    JobLabel: lambda n: {"job_id": f"ftjob-{n}", "label": f"label {int(n) % 40}"},
+    Checkpoint: lambda n: {
+        **{"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "name": f"ft:{n}:ckpt-step-1"},
+        **{"artifact": f"artifact {n}", "adapter": f"artifact {n}"},
+    },
     Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
+    ModelPermission: lambda n: {"id": f"cp-{n}", "model_id": f"adapter-{n}"},
     Plan: lambda n: {"id": f"plan-{n}", "state": "ready", "claim_id": f"planning-{n}"},
     FileOverlap: lambda n: {"train_key": f"train {n}", "valid_key": f"valid {n}"},
     Trainer: lambda n: {"id": f"trainer-{n}", "worker_id": f"w-{n}", "pack_key": f"key {n}"},
@@ -161,15 +169,22 @@ def lived_in(world: World) -> dict[str, str]:
     world.worker(integrations=("tensorboard",))
     world.worker("w2")
     _search(world)
-    claim = world.running(integrations=[{"type": "tensorboard"}])
+    claim = world.running(metadata={"team": "search"}, tags=["nightly"], integrations=[{"type": "tensorboard"}])
     claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
-    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("checkpoint", kind="checkpoint"))
+    exported = claims.Exported(
+        artifact=manifest("weights"), lineage={"outputs": {"num_parameters": 1}}, lineage_id="1" * 64
+    )
+    files = manifest("checkpoint", kind="checkpoint")
+    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
+    (checkpoint,) = jobs.checkpoints_page(world.db, **world.of(claim.job.id)).items
     hook = endpoints.create(
         world.db, **_owner(world), name="a", url="https://a/", event_types=EVENT_TYPES, pepper=PEPPER
     )[0]
     adapter = world.complete(claim.claim_id)
     _export(world)
     _send(world, status_code=204)
+    operator = replace(world.caller, is_operator=True)
+    sharing.grant(world.db, caller=operator, model=adapter.name, projects_named=["theirs"])
     upload = _add_parts(world)
     _send(world, status_code=204)
     planned = ready_plan(world, validation_file=world.file())
@@ -183,6 +198,7 @@ def lived_in(world: World) -> dict[str, str]:
     return {
         "ended": claim.job.id,
         "adapter": adapter.id,
+        "checkpoint": checkpoint.name or "",
         "running": running.job.id,
         "claim": running.claim_id,
         "file": world.file_id,
@@ -274,8 +290,23 @@ def _fill(db: Database) -> None:
 Act = Callable[[World, dict[str, str]], object]
 ACTS: dict[str, Act] = {
     "a page of jobs": lambda w, ids: jobs.list_page(w.db, project_id=w.caller.project_id, after=ids["ended"]),
+    "jobs with a pair and a tag": lambda w, _: jobs.list_page(
+        w.db, project_id=w.caller.project_id, metadata={"team": "search"}, tags=["nightly"]
+    ),
+    "jobs without metadata": lambda w, _: jobs.list_page(w.db, project_id=w.caller.project_id, metadata={}),
     "a page of files": lambda w, ids: catalog_files.list_page(w.db, project_id=w.caller.project_id, after=ids["file"]),
     "a page of adapters": lambda w, ids: adapters.list_page(w.db, project_id=w.caller.project_id, after=ids["adapter"]),
+    "adapters shared with a project": lambda w, _: adapters.list_page(
+        w.db, project_id=w.stranger.project_id, shared=True
+    ),
+    "one of them": lambda w, ids: adapters.get(w.db, project_id=w.stranger.project_id, name=ids["adapter"]),
+    "a checkpoint as a model": lambda w, ids: adapters.get(
+        w.db, project_id=w.caller.project_id, name=ids["checkpoint"]
+    ),
+    "who may read a model": lambda w, ids: sharing.list_page(w.db, model=ids["checkpoint"]),
+    "checkpoints that are stored": lambda w, ids: [
+        claims.record_checkpoint(w.db, ids["claim"], step=step, artifact=manifest(f"c{step}")) for step in (1, 2, 3)
+    ],
     "a page of keys": lambda w, _: issuing.list_page(w.db, caller=w.caller, after=w.caller.api_key_id),
     "who asks": lambda w, _: keys.authenticate(w.db, secret=_new_secret(w), pepper=PEPPER),
     "a job": lambda w, ids: jobs.get(w.db, **w.of(ids["ended"])),

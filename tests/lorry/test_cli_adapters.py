@@ -105,3 +105,32 @@ def test_pulling_an_adapter_of_a_quantised_base_tells_how_transformers_holds_it_
         'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
         "bnb_4bit_compute_dtype=torch.float32))"
     )
+
+
+def test_an_adapter_is_shared_and_the_permission_taken_back(service: Script, run: Run) -> None:
+    path = "/v1/fine_tuning/checkpoints/adapter-1/permissions"
+    given = {"id": "cp-1", "created_at": 1790000000, "project_id": "proj-2"}
+    service.on("POST", path, {"data": [given]})
+    service.on("GET", path, {"data": [given], "has_more": False})
+    service.on("DELETE", f"{path}/cp-1", {"deleted": True})
+
+    run("adapters", "share", "adapter-1", "search", "proj-3")
+    shown = run("adapters", "shares", "adapter-1").stdout
+    run("adapters", "unshare", "adapter-1", "cp-1")
+
+    (sent,) = service.requests("POST", path)
+    assert json.loads(sent.body) == {"project_ids": ["search", "proj-3"]}
+    assert "cp-1" in shown
+    assert len(service.requests("DELETE", f"{path}/cp-1")) == 1
+
+
+def test_a_part_of_a_name_tells_the_names_that_have_it(service: Script, run: Run) -> None:
+    error = {"message": "No adapter with the id 'docs'. Check it.", "remedy": "Check it.", "code": "adapter_not_found"}
+    service.on("GET", "/v1/adapters/docs", Reply(status=404, body={"error": error}))
+    found = [{"id": "a-1", "name": "ft:m:ours:docs:1"}, {"id": "a-2", "name": "ft:m:ours:other:2"}]
+    service.on("GET", "/v1/adapters", {"data": found, "has_more": False})
+
+    assert run("adapters", "pull", "docs").stderr.splitlines() == [
+        "Error: No adapter with the id 'docs'.",
+        "Did you mean ft:m:ours:docs:1?",
+    ]

@@ -80,6 +80,13 @@ def test_a_port_that_was_asked_for_and_is_taken_is_refused_and_the_default_goes_
         assert number < ports.choose("127.0.0.1", None) < number + 50
 
 
+def test_whoever_finds_the_service_on_another_port_than_usual_is_told_so() -> None:
+    assert ports.moved(8473, None) == (
+        "Port 8472 is in use by another program, perhaps another Lorry: this one listens on 8473."
+    )
+    assert ports.moved(8472, None) is ports.moved(9000, 9000) is None
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
 def test_a_host_that_is_not_this_machine_is_a_sentence(host: str) -> None:
     with pytest.raises(LorryError, match="Nothing can listen") as refused:

@@ -23,6 +23,7 @@ JOB = {"id": "ftjob-1", "status": "queued"}
 NUMBERS = "method.supervised.hyperparameters"
 NO_OPTION = {
     "evaluation.samples",
+    "resources",
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "momentum", "max_grad_norm")),
     *(f"optimizer.{name}" for name in ("beta2_decay", "clip_threshold", "scale_floor")),
     "early_stopping.min_delta",

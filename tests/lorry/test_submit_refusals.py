@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,52 @@ def test_files_stay_where_the_job_may_have_been_made(service: Script, submit: Ru
 
     assert submit("m", "train.jsonl").exit_code == 1
     assert deleted(service) == []
+
+
+def test_what_was_typed_is_told_once_though_it_holds_the_fields_name(service: Script, submit: Run) -> None:
+    told = "'optimizer.beta1' must be less than 1. Correct optimizer.beta1."
+    service.on("POST", JOBS, refusal(400, "optimizer.beta1", told))
+
+    result = submit("m", "file-9", "--set", "optimizer.beta1=3")
+
+    assert "--set optimizer.beta1 must be less than 1. Correct --set optimizer.beta1." in result.stderr
+    assert "--set --set" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [(("--lr", "fast"), "'--lr': that is not a number."), (("--rank", "4.5"), "'--rank': that is not a whole number.")],
+)
+def test_a_word_in_a_numbers_place_is_told_in_plain_words(submit: Run, typed: tuple[str, str], said: str) -> None:
+    result = submit("m", "train.jsonl", *typed)
+
+    assert (result.exit_code, said in result.stderr) == (2, True)
+
+
+def submitted_again(service: Script, run: Run, folder: Path, **earlier: Any) -> tuple[str, str]:
+    """(the file that the job reads, what is said) where the service has had the bytes as file-1."""
+    (folder / "train.jsonl").write_text("{}\n")
+    service.on("GET", "/v1/models/m", {"id": "m", "state": "ready"})
+    service.on("POST", "/v1/files", {"id": "file-2", "purpose": "fine-tune", "same_content_as": "file-1"})
+    service.on("GET", "/v1/files/file-1", {"id": "file-1", "purpose": "fine-tune", **earlier})
+    service.on("DELETE", "/v1/files/file-2", {})
+    service.on("POST", JOBS, {"id": "ftjob-1"})
+    result = run("jobs", "submit", "m", str(folder / "train.jsonl"))
+    (sent,) = service.requests("POST", JOBS)
+    return json.loads(sent.body)["training_file"], result.stderr
+
+
+def test_a_file_that_was_uploaded_before_is_used_again(service: Script, run: Run, tmp_path: Path) -> None:
+    used, said = submitted_again(service, run, tmp_path)
+
+    assert (used, deleted(service)) == ("file-1", ["file-2"])
+    assert "train.jsonl was uploaded before, as file-1: that is used." in said
+
+
+@pytest.mark.parametrize("earlier", [{"expires_at": 1790000000}, {"purpose": "user_data"}])
+def test_a_file_that_is_to_expire_or_is_for_something_else_is_not_used_again(
+    service: Script, run: Run, tmp_path: Path, earlier: dict[str, Any]
+) -> None:
+    used, _ = submitted_again(service, run, tmp_path, **earlier)
+
+    assert (used, deleted(service)) == ("file-2", [])

@@ -43,4 +43,14 @@ def test_a_child_begins_where_its_parent_ended_and_a_pause_changes_no_byte(tmp_p
         assert adapter.evaluation["loss"] < adapter.evaluation["parent_loss"]
         assert adapter.lineage["graph"] == {"parents": [parent.lineage_id]}
         assert adapter.lineage["config"]["resolved"]["lora"]["rank"] == 8
+        (paused_at,) = jobs.checkpoints_page(site.db, project_id=site.caller.project_id, job_id=twin).items
+        third = site.submit(rows, **{**fields, "max_steps": 1}, model=paused_at.name)
+        site.wait_for_end(third)
+        assert site.job(third).state == JobState.SUCCEEDED, site.log()
+        points = jobs.metrics(site.db, project_id=site.caller.project_id, job_id=twin, kind="valid")
+        (loss_then,) = [point.loss for point in points if point.step == paused_at.step]
+        evaluation = site.adapter(third).evaluation
+        assert evaluation is not None
+        assert evaluation["parent_loss"] == pytest.approx(loss_then, abs=1e-6)
+        assert site.adapter(third).lineage["graph"] == {"parents": [paused_at.lineage_id]}
         assert verify_record(adapter.lineage, adapter.lineage_id, site.store.get_manifest(adapter.artifact)) == []

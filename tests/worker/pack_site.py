@@ -120,6 +120,16 @@ class PackSite:
         (folder / "row").write_text(f"{claim.claim_id} at step {step}")
         return str(folder.relative_to(pack.directory.path))
 
+    def exported(self, pack: Pack, claim: Claim, step: int) -> dict[str, Any]:
+        """What the trainer says of a checkpoint that can be a model, its files in place."""
+        folder = pack.directory.path / self.checkpoint(pack, claim, step)
+        adapter = folder.with_name(f"step-{step}-adapter")
+        adapter.mkdir()
+        (adapter / "adapter_model.safetensors").write_text(f"weights of step {step}")
+        folders = {"folder": folder, "adapter": adapter}
+        told = {name: str(path.relative_to(pack.directory.path)) for name, path in folders.items()}
+        return {"step": step, **told, "num_parameters": 24}
+
     def checkpoints(self, claim: Claim) -> list[Checkpoint]:
         with self.db.read() as session:
             rows = session.query(Checkpoint).where(Checkpoint.job_id == claim.job.id)

@@ -47,7 +47,7 @@ def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkp
         "code": "diverged",
         "message": "The loss of train slice 1 is not finite. "
         f"Lower the learning rate, or look at the data around that step. {left}",
-        "param": "learning_rate",
+        "param": "optimizer.learning_rate",
     }
     kept = {row.step: row.artifact for row in site.checkpoints(bad) if row.artifact is not None}
     assert tuple(kept) == kept_steps

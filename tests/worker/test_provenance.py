@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from catalog import adapters, claims, workers
+from catalog import adapters, claims, jobs, workers
 from catalog.claims import Claim
-from catalog.lineage import AttemptRecord
+from catalog.lineage import AttemptRecord, lineage_id
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason
 from catalog.tables import Attempt
@@ -106,3 +106,41 @@ def test_those_count_from_whose_steps_the_last_attempt_went_on(
     ]
 
     assert words_of_earlier_steps(records) == counted
+
+
+def test_a_checkpoint_is_a_model_with_a_record_of_its_own(site: PackSite) -> None:
+    claim = site.claim()
+    workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
+    pack = site.pack(claim)
+    saved = site.exported(pack, claim, 5)
+
+    tell(pack, claim, "checkpointed", **saved)
+    pack.hear()
+
+    (row,) = site.checkpoints(claim)
+    view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
+    manifest = site.store.get_manifest(view.adapter.artifact)
+    record = view.adapter.lineage
+    assert [file.path for file in manifest.files] == ["adapter_model.safetensors"]
+    assert (view.adapter.num_parameters, record["results"]["is_checkpoint"], record["results"]["steps"]) == (
+        24,
+        True,
+        5,
+    )
+    assert record["people"]["finished_at"] is None
+    assert [(one["end"], one["ended_at"]) for one in record["attempts"]] == [(None, None)]
+    assert record["outputs"]["artifact"] == manifest.digest
+    assert lineage_id(record) == view.adapter.lineage_id
+    assert not (pack.directory.path / saved["folder"]).exists()
+    assert not (pack.directory.path / saved["adapter"]).exists()
+
+
+def test_a_checkpoint_that_is_no_model_is_told_in_the_jobs_events(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+
+    tell(pack, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."})
+    pack.hear()
+
+    events = jobs.events_page(site.db, **site.world.of(claim.job.id)).items
+    assert events[0].message == "The checkpoint of step 5 can't be used as a model. The disk failed."

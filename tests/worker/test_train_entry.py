@@ -217,6 +217,12 @@ class DivergingEngine(FullEngine):
     def save_checkpoint(self, job: str, directory: Path) -> None:
         directory.mkdir(parents=True)
 
+    def export(self, job: str, *given: Any, **_: object) -> None:
+        given[0].mkdir()
+
+    def num_parameters(self, job: str) -> int:
+        return 24
+
     def tick(self) -> list[Any]:
         return [JobDiverged(job="claim-1", step=7, good_step=self._good_step, message="The update is not finite.")]
 
@@ -231,8 +237,26 @@ def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_othe
     saved, diverged = said(directory)
     assert (saved["type"], saved["claim_id"], saved["step"]) == ("checkpointed", "claim-1", 7)
     assert (directory.path / saved["folder"]).is_dir()
+    assert (directory.path / saved["adapter"]).is_dir()
+    assert saved["num_parameters"] == 24
     assert (diverged["type"], diverged["claim_id"], diverged["step"]) == ("diverged", "claim-1", 7)
     assert set(trainer._residents) == {"claim-0"}
+
+
+def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint_all_the_same(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(trainer._engine, "export", fail)
+
+    trainer._checkpoint("claim-1")
+
+    unexported, saved = said(directory)
+    assert (unexported["type"], unexported["error"]["code"]) == ("checkpoint_unexported", "out_of_space")
+    assert (saved["type"], saved["step"], saved["adapter"]) == ("checkpointed", 7, None)
 
 
 def test_weights_that_a_step_has_ruined_are_not_saved(trainer: Trainer, directory: TrainerDirectory) -> None:

@@ -24,8 +24,8 @@ export function groups(job, rows) {
     ["Run", [
       row("method", asked.method?.type, type),
       ...each({ ...resolved, n_epochs: passesOf(job, rows) }, numbers),
-      { label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" },
-      ...(job.evaluation?.keep ? [{ label: "kept weights", asked: given(asked.evaluation?.keep), resolved: job.evaluation.keep }] : []),
+      ...(job.validation_file ? [{ label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" }] : []),
+      ...(job.validation_file && job.evaluation?.keep ? [{ label: "kept weights", asked: given(asked.evaluation?.keep), resolved: job.evaluation.keep }] : []),
       ...(job.evaluation?.samples ? each(prompted(job.evaluation.samples), prompted(asked.evaluation?.samples)) : []),
       ...(job.early_stopping ? each(job.early_stopping, asked.early_stopping) : []),
       { label: "checkpoint", asked: every(asked.checkpoint_every_steps), resolved: every(job.checkpoint_every_steps) },

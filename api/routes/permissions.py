@@ -1,0 +1,67 @@
+"""/v1/fine_tuning/checkpoints/{model}/permissions: which other projects may read an adapter or a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from api.auth import Signed
+from api.deps import After, IsRetry, Use
+from api.routes import SIGNED, errors
+from api.schemas.pages import ListPage, page_of
+from api.schemas.permissions import PermissionDeleted, PermissionObject, PermissionRequest, permission_object
+from catalog import sharing
+
+router = APIRouter(
+    prefix="/v1/fine_tuning/checkpoints/{fine_tuned_model}/permissions",
+    tags=["permissions"],
+    responses={**SIGNED, **errors(404)},
+)
+Order = Annotated[Literal["ascending", "descending"], Query(description="By when they were given.")]
+OfProject = Annotated[str | None, Query(description="Only that of the project with this id.", max_length=128)]
+Limit = Annotated[int, Query(description="How many items at most.", ge=1, le=100)]
+
+
+@router.get("", operation_id="list_model_permissions")
+def list_model_permissions(
+    fine_tuned_model: str,
+    use: Use,
+    _caller: Signed,
+    *,
+    after: After = None,
+    limit: Limit = 10,
+    order: Order = "descending",
+    project_id: OfProject = None,
+) -> ListPage[PermissionObject]:
+    """For operators: who else may read the model, an adapter or a checkpoint by its name."""
+    page = sharing.list_page(
+        use.db,
+        model=fine_tuned_model,
+        project_id=project_id,
+        after=after,
+        limit=limit,
+        order="asc" if order == "ascending" else "desc",
+    )
+    return page_of([permission_object(row) for row in page.items], has_more=page.has_more)
+
+
+@router.post("", operation_id="create_model_permissions")
+def create_model_permissions(
+    fine_tuned_model: str, body: PermissionRequest, use: Use, caller: Signed
+) -> ListPage[PermissionObject]:
+    """For operators: let other projects read the model, download it and continue it. They see nothing else of its job.
+
+    A project that may already keeps its permission. All are given, or none.
+    """
+    rows = sharing.grant(use.db, caller=caller, model=fine_tuned_model, projects_named=body.project_ids)
+    return page_of([permission_object(row) for row in rows])
+
+
+@router.delete("/{permission_id}", operation_id="delete_model_permission")
+def delete_model_permission(
+    fine_tuned_model: str, permission_id: str, use: Use, _caller: Signed, is_retry: IsRetry
+) -> PermissionDeleted:
+    """For operators. Jobs that have begun with the model go on; no new one can."""
+    sharing.revoke(use.db, model=fine_tuned_model, permission_id=permission_id, is_client_retry=is_retry)
+    return PermissionDeleted(id=permission_id)

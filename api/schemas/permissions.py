@@ -1,0 +1,53 @@
+"""Permissions of other projects to read a model, in OpenAI's form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.strict import Strict
+from catalog.tables import ModelPermission
+
+ProjectName = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class PermissionRequest(Strict):
+    """Projects that may read the model from now on."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"project_ids": ["proj-3f2b8c9d0a1e"]}})
+    project_ids: Annotated[list[ProjectName], Field(min_length=1, max_length=100, description="By id or by name.")]
+
+
+class PermissionObject(BaseModel):
+    """One project's."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "checkpoint.permission",
+                "id": "cp-0a1b2c3d4e5f60718293a4b5",
+                "created_at": 1790000300,
+                "project_id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
+            }
+        }
+    )
+    object: Literal["checkpoint.permission"] = "checkpoint.permission"
+    id: str
+    created_at: int
+    project_id: str = Field(description="Who may read the model.")
+
+
+class PermissionDeleted(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"object": "checkpoint.permission", "id": "cp-0a1b2c3d4e5f60718293a4b5", "deleted": True}
+        }
+    )
+    object: Literal["checkpoint.permission"] = "checkpoint.permission"
+    id: str
+    deleted: bool = True
+
+
+def permission_object(row: ModelPermission) -> PermissionObject:
+    return PermissionObject(id=row.id, created_at=int(row.created_at), project_id=row.project_id)
