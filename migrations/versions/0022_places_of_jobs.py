@@ -22,8 +22,9 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("needed_start", sa.Float(53), nullable=True))
     op.add_column("jobs", sa.Column("is_told_late", sa.Boolean(), nullable=False, server_default=sa.false()))
     _index(heads=["is_held", "place"], alike="place")
-    where = {"sqlite_where": WITH_DEADLINE, "postgresql_where": WITH_DEADLINE}
-    op.create_index("ix_jobs_deadlines", "jobs", ["deadline"], **where)
+    op.create_index(
+        "ix_jobs_deadlines", "jobs", ["deadline"], sqlite_where=WITH_DEADLINE, postgresql_where=WITH_DEADLINE
+    )
 
 
 def _index(*, heads: list[str], alike: str) -> None:
