@@ -132,6 +132,7 @@ def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_
     cancelled = site.submit(rows, **long, lora={"rank": 2}, seed=4)
     site.start_worker(FAILPOINT=f"step_12:wait={site.gate('join')},step_24:wait={site.gate('kill')}")
     site.wait_for_end(packed["leaves"])
+    site.wait_for_step(12, packed["stays"], cancelled)  # from here on the trainer reads no message until it may go on
     packed["joins"] = site.submit(files["joins"], **kinds["joins"])
     site.wait_until(lambda: site.job(cancelled).state == JobState.RUNNING)  # else it ends at once, and nobody is told
     jobs.cancel(site.db, project_id=site.caller.project_id, job_id=cancelled)
