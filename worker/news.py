@@ -100,8 +100,7 @@ class Listener:
         return Next.GO_ON
 
     def _checkpoint_unexported(self, held: Held, event: Json) -> Next:
-        message = f"The checkpoint of step {event['step']} can't be used as a model. {event['error']['message']}"
-        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        publish.no_model(self._context, held.claim, step=event["step"], reason=event["error"]["message"])
         return Next.GO_ON
 
     def _finished(self, held: Held, event: Json) -> Next:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict
 from pathlib import Path
 
 from catalog import claims, jobs, result_files
 from catalog.claims import Claim
-from catalog.errors import LorryError, OutOfSpace
+from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.points import Point
 from catalog.records import Course
 from catalog.tables import Json
@@ -16,6 +17,7 @@ from worker import failpoints, provenance
 from worker.context import WorkerContext
 from worker.trainer_directory import TrainerDirectory
 
+log = logging.getLogger(__name__)
 MAX_EXPONENT = 700.0
 """exp of more is no float."""
 
@@ -31,12 +33,34 @@ def checkpoint(
     step = saved["step"]
     try:
         manifest = context.store.put_folder(directory.path / saved["folder"], kind="checkpoint")
-        folder = saved.get("adapter")
-        exported = folder and _exported(context, claim, directory.path / folder, saved, trainer)
+        exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
         claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, exported=exported)
     except OutOfSpace as error:
         message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
         claims.record_event(context.db, claim.claim_id, "warn", message)
+
+
+def no_model(context: WorkerContext, claim: Claim, *, step: int, reason: str) -> None:
+    """Tell why a checkpoint that stands has no weights to be used as a model."""
+    message = f"The checkpoint of step {step} can't be used as a model. {reason}"
+    claims.record_event(context.db, claim.claim_id, "warn", message)
+
+
+def _exported_if_it_can_be(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
+) -> claims.Exported | None:
+    """None where the trainer wrote no adapter, or it can't be published, which costs the checkpoint's model alone."""
+    if saved.get("adapter") is None:
+        return None
+    try:
+        return _exported(context, claim, directory.path / saved["adapter"], saved, trainer)
+    except (StaleClaim, Unavailable):
+        raise
+    except Exception as error:  # whatever is wrong with a model on the way, the job needs none to go on
+        log.exception("%s", claim.job.id)
+        reason = error.sentence() if isinstance(error, LorryError) else f"{type(error).__name__}: {error}"
+        no_model(context, claim, step=saved["step"], reason=reason)
+        return None
 
 
 def _exported(context: WorkerContext, claim: Claim, folder: Path, saved: Json, trainer: Json) -> claims.Exported:

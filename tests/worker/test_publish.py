@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
-from catalog import adapters, claims, files
+from catalog import adapters, claims, files, jobs
 from catalog.artifacts.manifest import DamagedArtifact
-from tests.worker.pack_site import PackSite
+from catalog.errors import OutOfSpace, StaleClaim
+from tests.worker.pack_site import OUTAGE, PackSite, tell
 from worker import provenance, publish
 
 
@@ -73,3 +75,53 @@ def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch
     assert b"".join(content).splitlines()[1:] == [b"1,2.5,0.5,,"]
     adapter = adapters.get(site.db, project_id=job.project_id, name=job.adapter_name or "")
     assert [file["path"] for file in adapter.artifact.files] == ["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OutOfSpace("The disk is full.", code="disk_full", remedy="Free some space."),
+            "The disk is full. Free some space.",
+        ),
+        (KeyError("invariance"), "KeyError: 'invariance'"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_made_a_model_is_kept_and_costs_the_job_nothing(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    monkeypatch.setattr(provenance, "record", raises(error))
+
+    tell(pack, claim, "checkpointed", **site.exported(pack, claim, 5))
+    pack.hear()
+
+    (kept,) = site.checkpoints(claim)
+    assert (kept.step, kept.adapter) == (5, None)
+    assert kept.artifact is not None
+    assert site.world.job(claim.job.id).state == "running"
+    events = jobs.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning == f"The checkpoint of step 5 can't be used as a model. {reason}"
+
+
+@pytest.mark.parametrize("error", [StaleClaim(), OUTAGE])
+def test_a_stale_claim_and_an_outage_are_no_fault_of_the_model_and_go_up(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    monkeypatch.setattr(provenance, "record", raises(error))
+
+    with pytest.raises(type(error)):
+        publish.checkpoint(site.context, claim, pack.directory, site.exported(pack, claim, 5), trainer={})
+
+    assert site.checkpoints(claim) == []
+
+
+def raises(error: Exception) -> Callable[..., object]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
