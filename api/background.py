@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from api.deps import Services
 from catalog import audit_chain, deadlines, queue, recovery
 from catalog.cleaning import clean
-from catalog.errors import LorryError
+from catalog.errors import LorryError, Unavailable
 from catalog.sweeps import controller
 from catalog.webhooks import deliveries
 
@@ -39,21 +39,39 @@ async def keep_clean(services: Services) -> None:
 
 
 def look_once(services: Services) -> None:
-    try:
-        num_ended = recovery.expire(services.db, grace_seconds=services.settings.lease_seconds)
-        if num_ended:
-            log.warning("recovered jobs=%d", num_ended)
-        for _ in range(MAX_STEPS):
-            if not controller.advance(services.db):
-                break
-        audit_chain.seal(services.db)
-        deadlines.tell_late(services.db)
-        if queue.has_work(services.db):
-            services.doorbell.ring()
-    except LorryError as error:
-        log.warning("recovery code=%s", error.code)
-    except Exception:  # this loop outlives whatever one look meets
-        log.exception("crash in recovery")
+    """One act that fails keeps none of the others from running."""
+    for act in (_recover, _advance_sweeps, _seal, _tell_late, _ring):
+        try:
+            act(services)
+        except Unavailable as error:
+            log.warning("%s code=%s", act.__name__.strip("_"), error.code)
+        except Exception:  # the loop outlives whatever one look meets
+            log.exception("crash in %s", act.__name__.strip("_"))
+
+
+def _recover(services: Services) -> None:
+    num_ended = recovery.expire(services.db, grace_seconds=services.settings.lease_seconds)
+    if num_ended:
+        log.warning("recovered jobs=%d", num_ended)
+
+
+def _advance_sweeps(services: Services) -> None:
+    for _ in range(MAX_STEPS):
+        if not controller.advance(services.db):
+            break
+
+
+def _seal(services: Services) -> None:
+    audit_chain.seal(services.db)
+
+
+def _tell_late(services: Services) -> None:
+    deadlines.tell_late(services.db)
+
+
+def _ring(services: Services) -> None:
+    if queue.has_work(services.db):
+        services.doorbell.ring()
 
 
 def clean_once(services: Services) -> None:

@@ -247,11 +247,12 @@ class Feed:
         for topic in topics.values():
             if topic.is_doubted:
                 topic.mark, topic.is_doubted = None, False
-        if topics:
-            found = await run_in_threadpool(_look_at, source, dict(topics))
+        looked_at = dict(topics)
+        if looked_at:
+            found = await run_in_threadpool(_look_at, source, looked_at)
             for key, news in found.items():
-                if key in topics:  # else everybody left meanwhile
-                    _deliver(topics[key], news)
+                if topics.get(key) is looked_at[key]:  # else everybody left, and one who came meanwhile is elsewhere
+                    _deliver(looked_at[key], news)
 
     async def _recheck(self) -> None:
         now = time.monotonic()

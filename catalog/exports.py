@@ -115,7 +115,7 @@ def record(db: Database, export: Export, news: News, *, run_id: str) -> tuple[Ex
         row = _held(session, export)
         if row is None:
             return export, Follows.STALE
-        state = JobState(session.scalars(select(Job.state).where(Job.id == export.job_id)).one())
+        state = session.get_one(Job, export.job_id).state
         row.run_id, row.num_failures = run_id, 0
         row.train_step = max([row.train_step, *_steps(news, "train")])
         row.valid_step = max([row.valid_step, *_steps(news, "valid")])
@@ -123,7 +123,7 @@ def record(db: Database, export: Export, news: News, *, run_id: str) -> tuple[Ex
         follows = Follows.GO_ON
         if news.end is not None:
             follows, row.finished_at, row.next_at, row.claim_id = Follows.DONE, now, None, None
-        elif state is not JobState.RUNNING and state not in FINAL_STATES and not news.has_more:
+        elif state != JobState.RUNNING and state not in FINAL_STATES and not news.has_more:
             follows, row.next_at, row.claim_id = Follows.SLEEP, None, None
         return _export(row, claim_id=export.claim_id), follows
 
@@ -167,6 +167,8 @@ def _export(row: JobExport, *, claim_id: str | None = None) -> Export:
 
 
 def _held(session: Session, export: Export) -> JobExport | None:
+    """Locked, and before it the job: who lets that train again waits until this is done, and then wakes it."""
+    session.get_one(Job, export.job_id, with_for_update=True)
     mine = (
         JobExport.job_id == export.job_id,
         JobExport.type == export.type,

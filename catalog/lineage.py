@@ -23,7 +23,7 @@ FORMAT = "lorry.lineage/1"
 MAX_SAFE_INTEGER = 2**53 - 1
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 HOST_PATH = re.compile(r"(?:^|[\s'\"(=:,])(?:file:/+|~?/[\w.-]+/|[A-Za-z]:\\|\\\\\w)")
-PRIVATE = frozenset({"metadata", "tags"})
+PRIVATE = frozenset({"metadata", "tags", "integrations"})
 """What a request holds that made no difference to the adapter."""
 
 

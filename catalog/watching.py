@@ -17,6 +17,7 @@ from catalog import curve_blocks
 from catalog.db import Database, read_clock
 from catalog.job_records import find
 from catalog.points import Point
+from catalog.states import FINAL_STATES
 from catalog.tables import Job, JobEvent
 
 RECENT_SECONDS = 10.0
@@ -137,7 +138,9 @@ def _changes(session: Session, seen: Mapping[tuple[str, str], Seen]) -> dict[tup
     moved = {key: row for key, row in found.items() if row is not None and row != seen[key].row}
     jobs = _jobs(session, [job_id for _, job_id in moved])
     since = {job_id: seen[project_id, job_id].seq for project_id, job_id in moved}
-    events, cut = _events(session, {job_id: seq for job_id, seq in since.items() if rows[job_id][1] > seq})
+    # A job that ended after the first question has its last events since then: nobody looks again.
+    asked = {id_: seq for id_, seq in since.items() if rows[id_][1] > seq or jobs[id_].state in FINAL_STATES}
+    events, cut = _events(session, asked)
     known = {job_id: _last_of(events.get(job_id, []), seq) for job_id, seq in since.items()}
     points: dict[str, list[Point]] = {}
     for job_id, point in curve_blocks.written(session, {job_id: since[job_id] for job_id in events}):

@@ -73,7 +73,8 @@ _LIMITS: dict[str, Any] = {
     "project_id": _EXAMPLE["id"],
     "limits": [{"name": "device_hours_per_month", "limit": 100.0, "used": 12.5, "resets_at": 1790812800}],
 }
-MOST = 2**53
+MOST = 2**53 - 1
+"""The audit log, which tells of it, is sealed in a form that has no larger integer."""
 
 
 class ProjectLimits(Strict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, skip_locked
@@ -65,7 +65,7 @@ def claim(db: Database, *, pepper: bytes, room: int, in_flight: Mapping[str, int
         now = read_clock(session)
         if session.scalar(_any_due(now, full)) is None:
             return []
-        turns = list(session.execute(_whose_turn(now, full).limit(room)))
+        turns = list(session.execute(_whose_turn(now, full, busy=list(in_flight)).limit(room)))
     found: list[Outgoing] = []
     for endpoint_id, is_failing in turns:
         free = (1 if is_failing else AT_ONCE) - in_flight.get(endpoint_id, 0)
@@ -141,12 +141,14 @@ def _any_due(now: float, full: list[str]) -> Select[str]:
     return due.where(WebhookDelivery.endpoint_id.not_in(full)).limit(1)
 
 
-def _whose_turn(now: float, full: list[str]) -> Select[str, bool]:
-    """Endpoints that something is due for, the one that waits longest first, and whether they fail."""
+def _whose_turn(now: float, full: list[str], *, busy: list[str]) -> Select[str, bool]:
+    """Endpoints that something is due for, the one that waits longest first, and whether they fail: one that does takes
+    no turn while something is sent to it."""
     waiting = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, WebhookDelivery.next_try_at.is_not(None))
     first = select(func.min(WebhookDelivery.next_try_at)).where(*waiting).scalar_subquery()
     turns = select(WebhookEndpoint.id, WebhookEndpoint.failing_since.is_not(None)).where(first <= now)
-    return turns.where(WebhookEndpoint.id.not_in(full)).order_by(first)
+    has_room = or_(WebhookEndpoint.failing_since.is_(None), WebhookEndpoint.id.not_in(busy))
+    return turns.where(WebhookEndpoint.id.not_in(full), has_room).order_by(first)
 
 
 def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: bytes) -> list[Outgoing]:

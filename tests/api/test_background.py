@@ -11,9 +11,10 @@ from starlette.testclient import TestClient
 
 from api.background import clean_once, look_once
 from api.deps import Services
-from catalog import recovery
+from catalog import audit_chain, deadlines, recovery
 from catalog.artifacts.manifest import DamagedArtifact
-from catalog.errors import Unavailable
+from catalog.errors import InvalidRequest, Unavailable
+from catalog.sweeps import controller
 from catalog.tables import File, Job, Pulse
 from tests.catalog.world import World
 
@@ -84,6 +85,29 @@ def test_an_absent_database_does_not_end_the_watch(
 
     assert "database_unavailable" in caplog.text
     assert "odd" in caplog.text
+
+
+def test_an_act_that_fails_keeps_no_other_from_running(
+    belled: Services,
+    bell: Bell,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def crash(*_: object, **__: object) -> int:
+        raise InvalidRequest("odd", code="odd", remedy="")
+
+    world.submit()
+    for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "tell_late")):
+        monkeypatch.setattr(module, act, crash)
+    with caplog.at_level(logging.WARNING):
+        look_once(belled)
+
+    assert bell.rings == 1
+    assert audit_chain.check(world.db).num_unsealed == 0
+    named = ("recover", "advance_sweeps", "tell_late")
+    assert [record.message for record in caplog.records] == [f"crash in {act}" for act in named]
+    assert caplog.text.count("Traceback") == 3
 
 
 def test_a_new_job_and_a_resumed_one_ring_at_once(

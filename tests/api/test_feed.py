@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -112,6 +113,37 @@ def test_one_who_joined_ahead_of_the_topic_is_not_told_again_and_one_behind_it_l
         running.cancel()
 
         assert [held(listener) for listener in (first, ahead, behind)] == [[1, 2, 3, 4, 5]] * 3
+
+    asyncio.run(scenario())
+
+
+def test_a_topic_that_was_begun_anew_during_a_look_is_not_told_what_was_found_for_the_one_before() -> None:
+    class Slow(Log):
+        def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+            found = super().look(topics)
+            looked.set()
+            assert go_on.wait(20)
+            return found
+
+    looked, go_on = threading.Event(), threading.Event()
+
+    async def scenario() -> None:
+        feed, log = a_feed(), Slow()
+        log.write("job", 6)
+        early, late = log.listener("job", page=5), log.listener("job", page=2)
+        feed.enter(early, early.look(), welcome)
+        feed.enter(late, late.look(), welcome)
+        early.is_behind = late.is_behind = False  # as if nothing more had been written then
+        assert await feed.catch_up(early)
+        running = asyncio.create_task(feed.run())
+        await until(looked.is_set)
+        feed.leave(early)
+        assert await feed.catch_up(late)
+        go_on.set()
+        await until(lambda: held(late)[-1:] == [6])
+        running.cancel()
+
+        assert held(late) == [1, 2, 3, 4, 5, 6]
 
     asyncio.run(scenario())
 

@@ -10,7 +10,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import quotas
+from api.schemas.projects import MOST
+from catalog import audit_chain, quotas
 from tests.api.site import Site, chat_lines, error_of
 from tests.catalog.world import World
 
@@ -42,6 +43,19 @@ def test_limits_are_an_operators_to_set_and_shown_with_what_is_used(
         "stored_bytes": (100, 0),
     }
     assert "Did you mean 'queued_jobs'?" in error_of(wrong)["message"]
+
+
+@pytest.mark.parametrize("name", ["stored_bytes", "jobs_per_day"])
+def test_the_largest_limit_can_be_sealed_in_the_audit_log_and_a_larger_one_is_refused(
+    services: Services, operator: TestClient, world: World, name: str
+) -> None:
+    path = f"/v1/projects/{world.caller.project_id}/limits"
+
+    answers = [operator.post(path, json={name: most}) for most in (MOST, MOST + 1)]
+    audit_chain.seal(services.db)
+
+    assert [answer.status_code for answer in answers] == [200, 400]
+    assert audit_chain.check(services.db).num_unsealed == 0
 
 
 def test_what_is_reached_is_told_with_its_numbers_and_not_tried_again(

@@ -139,7 +139,13 @@ def test_a_connection_that_is_refused_is_told_and_the_next_address_is_tried(rece
 
 @pytest.mark.parametrize(
     ("text", "low", "high"),
-    [("120", 120, 120), ("soon", None, None), ("-5", None, None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0)],
+    [
+        ("120", 120, 120),
+        ("soon", None, None),
+        ("-5", None, None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Mon, 01 Jan 2024 00:00:00 +9999999999999999", None, None),
+    ],
 )
 def test_a_retry_after_is_read_as_seconds_or_a_date(
     receiver: Receiver, text: str, low: float | None, high: float | None

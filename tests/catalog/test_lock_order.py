@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, claims, prepared
+from catalog import artifact_rows, claims, exports, prepared
 from catalog.artifacts.manifest import Manifest
 from catalog.db import Database
 from catalog.tables import Artifact, Job, Prepared, Worker
@@ -116,6 +116,30 @@ def test_leases_are_extended_after_an_outage_without_holding_the_workers_row(wor
 
     assert orders == {mine.claim_id: claims.Orders()}
     assert world.job(other.job.id).lease_extended
+
+
+def test_a_run_that_falls_asleep_while_its_job_begins_to_train_is_woken(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker(integrations=("tensorboard",))
+    job = world.queued(integrations=[{"type": "tensorboard"}])
+    with world.db.write() as session:
+        exports.wake(session, session.get_one(Job, job.id), now=world.clock())
+    (export,) = exports.claim(world.db, types=["tensorboard"], limit=1)
+    news = exports.look(world.db, export)
+
+    with ThreadPoolExecutor(1) as pool:
+        recording: list[Any] = []
+
+        def record_meanwhile() -> None:
+            recording.append(pool.submit(exports.record, world.db, export, news, run_id="r"))
+            wait_for_one_in_line(world.db)
+
+        monkeypatch.setattr(exports, "wake", after_the_first_call(exports.wake, record_meanwhile))
+        world.claim()
+        _, follows = recording[0].result()
+
+    assert follows is exports.Follows.GO_ON
 
 
 def lock(session: Session, job_id: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import logging
 
+import httpx
 import pytest
 
-from catalog.logs import Redacted, redact, redact_handlers
+from catalog.logs import Redacted, configure, redact, redact_handlers
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,24 @@ def test_handlers_that_a_library_set_up_are_redacted_in_their_own_form() -> None
     logger.warning("token=canary-123456")
 
     assert out.getvalue() == "[WARNING] token=…\n"
+
+
+def test_no_address_that_is_asked_gets_into_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = root.level, root.handlers
+    answering = httpx.MockTransport(lambda _: httpx.Response(204))
+    try:
+        configure("debug")
+        with httpx.Client(transport=answering) as client:
+            client.post("https://hooks.example.com/canary-123456")
+        logging.getLogger("lorry.api").info("the log is open")
+    finally:
+        root.setLevel(before[0])
+        root.handlers = before[1]
+
+    told = capfd.readouterr().err
+    assert "the log is open" in told
+    assert "canary-123456" not in told
 
 
 def test_plain_words_stay() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from catalog import claims, events, jobs, watching
 from catalog.db import Database
@@ -23,6 +26,7 @@ class Watcher:
     def __init__(self, world: World, jobs_watched: list[Job]) -> None:
         self.world = world
         self.seen: Keys = {(job.project_id, job.id): Seen(seq=0) for job in jobs_watched}
+        self.jobs = {job.id: job for job in jobs_watched}
         self.told: dict[str, list[JobEvent | Point]] = {job.id: [] for job in jobs_watched}
 
     def look(self) -> set[str]:
@@ -31,6 +35,7 @@ class Watcher:
         for key, change in changes.items():
             assert change is not None
             self.seen[key] = change.seen
+            self.jobs[key[1]] = change.job
             self.told[key[1]] += change.items
         return {job_id for _, job_id in changes}
 
@@ -121,6 +126,34 @@ def test_a_job_about_which_nothing_is_new_costs_no_question(world: World) -> Non
 
     assert sum("SELECT" in statement for statement, _ in quiet) == 1
     assert sum("SELECT" in statement for statement, _ in busy) == 4  # how they look; the one, its events, its points
+
+
+def test_the_events_of_an_end_that_comes_in_the_middle_of_a_look_are_told_with_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker()
+    claim = world.running()
+    watcher = Watcher(world, [claim.job])
+    watcher.look()
+    with world.db.write() as session:
+        session.get_one(Job, claim.job.id).place = 0.5  # a change without an event
+    rows = watching._rows  # pyright: ignore[reportPrivateUsage]
+
+    def rows_and_then_the_end(session: Session, job_ids: Sequence[str]) -> Any:
+        found = rows(session, job_ids)
+        if not world.db.is_sqlite:  # there all of a look sees one moment
+            world.complete(claim.claim_id)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watching, "_rows", rows_and_then_the_end)
+        watcher.look()
+    if world.db.is_sqlite:
+        world.complete(claim.claim_id)
+        watcher.look()
+
+    assert watcher.jobs[claim.job.id].state == "succeeded"
+    assert watcher.numbers(claim.job.id) == all_numbers(world, claim.job.id)
 
 
 def test_what_is_told_of_a_job_is_its_projects(world: World) -> None:

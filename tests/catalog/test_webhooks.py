@@ -227,6 +227,19 @@ def test_a_failing_endpoint_is_tried_by_one_message_at_a_time(hooks: Hooks, worl
     assert len(hooks.claim()) == 1
 
 
+def test_a_failing_endpoint_that_is_being_sent_to_takes_no_others_turn(hooks: Hooks, world: World) -> None:
+    for _ in range(2):
+        hooks.end_job()
+    sending.record(world.db, hooks.claim()[0], BAD)
+    other, _ = hooks.more()
+    hooks.end_job()
+    world.clock.turn(sending.CLAIM_SECONDS)
+
+    (claimed,) = sending.claim(world.db, pepper=PEPPER, room=1, in_flight={hooks.row.id: 1})
+
+    assert claimed.endpoint_id == other.id
+
+
 def test_a_delivery_is_tried_for_a_day_with_one_id_and_then_given_up(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     begun = world.clock.now
