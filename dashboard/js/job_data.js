@@ -27,6 +27,7 @@ function watchJob(id, show) {
   const held = { job: null, log: new EventLog(at(id)), train: new Map(), valid: new Map(), attempts: [], names: {}, report: null, error: null };
   let timer = null;
   let closed = false;
+  let [begun, taken, heard] = [0, 0, 0]; // reads, the newest of them that is shown, and what the stream told of the job
   const draw = () => { if (!closed) timer ??= setTimeout(() => { timer = null; show(drawn(held)); }, DRAW_MS); };
   const reading = async (look) => {
     try {
@@ -37,12 +38,19 @@ function watchJob(id, show) {
     draw();
   };
   const reload = async () => {
-    const all = async () => { take(held, await readAll(id, held.names)); draw(); };
+    const all = async () => {
+      const [number, heardBefore] = [++begun, heard];
+      const found = await readAll(id, held.names);
+      if (number < taken) return;
+      taken = number;
+      take(held, heard === heardBefore ? found : { ...found, job: held.job }); // the stream's is newer than what was read
+      draw();
+    };
     await reading(async () => { await Promise.all([all(), held.log.refresh()]); held.error = null; });
     if (FINAL.has(held.job?.status) || held.error?.status === 404) stop();
   };
   const stop = listen(`${at(id)}/stream`, {
-    job: (job) => { const was = held.job; held.job = job; draw(); if (moved(was, job)) { tell(job); reload(); } },
+    job: (job) => { const was = held.job; held.job = job; heard += 1; draw(); if (moved(was, job)) { tell(job); reload(); } },
     event: (event) => { held.log.take(event); draw(); },
     metric: (point) => { held[point.kind].set(point.step, point); draw(); },
   }, reload);

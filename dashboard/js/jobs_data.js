@@ -19,13 +19,16 @@ export function useJobs() {
   const [state, setState] = useState(NOTHING);
   const held = useRef(NOTHING);
   const pages = useRef(1);
+  const heard = useRef(null);
   const put = (next) => { held.current = next; setState(next); };
 
   const reload = useCallback(async () => {
+    const heardBefore = heard.current;
     try {
       const [{ jobs, hasMore }, snapshot] = await Promise.all([readPages(pages.current), read("/v1/queue")]);
       tellChanges(held.current.jobs, jobs);
-      put({ jobs, queue: byId(snapshot), hasMore, error: null, loading: false, readAt: Date.now() });
+      const found = { jobs, queue: byId(snapshot), hasMore, error: null, loading: false, readAt: Date.now() };
+      put(heard.current === heardBefore ? found : withProgress(found, heard.current)); // the stream's is newer than what was read
     } catch (error) {
       put({ ...held.current, error, loading: false });
     }
@@ -35,6 +38,7 @@ export function useJobs() {
     const soon = throttle(reload, RELOAD_MS);
     soon();
     const moved = (snapshot) => {
+      heard.current = snapshot;
       if (Date.now() - held.current.readAt > OLDEST_MS || isOutdated(held.current, snapshot)) soon();
       else put(withProgress(held.current, snapshot));
     };

@@ -7,14 +7,19 @@ export function useResource(path) {
   const [state, setState] = useState({ data: null, error: null, loading: Boolean(path), path });
   const current = useRef(path);
   current.current = path;
+  const reads = useRef({ begun: 0, taken: 0 });
 
   const reload = useCallback(async () => {
     if (!path) return;
+    const number = ++reads.current.begun;
+    const isOverdue = () => current.current !== path || number < reads.current.taken; // a later read came back first
     try {
       const data = await read(path);
-      if (current.current === path) setState({ data, error: null, loading: false, path });
+      if (isOverdue()) return;
+      reads.current.taken = number;
+      setState({ data, error: null, loading: false, path });
     } catch (error) {
-      if (current.current === path) setState((was) => ({ ...was, error, loading: false, path }));
+      if (!isOverdue()) setState((was) => ({ ...was, error, loading: false, path }));
     }
   }, [path]);
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from playwright.sync_api import expect
+from playwright.sync_api import APIResponse, Route, expect
 
 from catalog import claims
 from tests.dashboard import seed
@@ -52,6 +52,26 @@ def test_curves_events_and_state_of_a_job_move_on_its_page(fresh: Service, visit
     visitor.page.get_by_role("img", name="at step 120.").first.wait_for()
     visitor.page.get_by_text("step 120 of 240").wait_for()
     visitor.page.get_by_text("The learning rate is high for this data.").wait_for()
+
+
+def test_an_answer_that_comes_late_does_not_take_a_job_back_to_where_it_was(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "moving")
+    seed.prepare(fresh.seeded)
+    claim_id = seed.claim(fresh.seeded)[job.id]
+    seed.train(fresh.seeded, claim_id, until=40)
+    visitor = visit(fresh)
+    late: list[tuple[Route, APIResponse]] = []
+    visitor.page.route(f"**/v1/fine_tuning/jobs/{job.id}", lambda route: late.append((route, route.fetch())))
+    visitor.open(f"#/jobs/{job.id}")
+    visitor.page.get_by_text("step 40 of 240").wait_for()
+
+    seed.train(fresh.seeded, claim_id, since=40, until=120)
+    visitor.page.get_by_text("step 120 of 240").wait_for()
+    for route, response in late:
+        route.fulfill(response=response)
+
+    visitor.page.get_by_role("table", name="Every attempt").wait_for()  # comes with the answer
+    expect(visitor.page.get_by_text("step 120 of 240")).to_be_visible()
 
 
 def test_a_finished_job_offers_its_adapter_without_a_reload(fresh: Service, visit: Visit) -> None:
