@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from catalog import artifact_rows, checkpoint_models, curve_blocks, events
@@ -104,11 +104,18 @@ def record_checkpoint(
         digest = artifact_rows.show(session, artifact, now=now)
         checkpoint = _put_checkpoint(session, job, step=step, digest=digest, now=now)
         if exported is not None:
-            checkpoint.adapter = artifact_rows.show(session, exported.artifact, now=now)
-            checkpoint.lineage, checkpoint.lineage_id = exported.lineage, exported.lineage_id
-            session.flush()
+            _put_model(session, checkpoint, exported, now=now)
         events.add(session, job.id, now=now, message=f"Checkpoint created at step {step}", data={"step": step})
         return _drop_older(session, job)
+
+
+def record_checkpoint_model(db: Database, claim_id: str, *, step: int, exported: Exported) -> None:
+    """What a checkpoint on record is used by as a model; nothing where that one could not be stored."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        checkpoint = session.scalar(_of_step(job, step).where(Checkpoint.artifact.is_not(None)))
+        if checkpoint is not None:
+            _put_model(session, checkpoint, exported, now=read_clock(session))
 
 
 def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, problem: str) -> None:
@@ -207,8 +214,7 @@ def _tell(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
 
 
 def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, now: float) -> Checkpoint:
-    same_step = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
-    checkpoint = session.scalar(same_step)
+    checkpoint = session.scalar(_of_step(job, step))
     if checkpoint is None:
         name = checkpoint_models.new_name(session, job, step=step)
         checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now, name=name)
@@ -216,6 +222,16 @@ def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, now: 
     checkpoint.artifact = digest
     session.flush()
     return checkpoint
+
+
+def _of_step(job: Job, step: int) -> Select[Checkpoint]:
+    return select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
+
+
+def _put_model(session: Session, checkpoint: Checkpoint, exported: Exported, *, now: float) -> None:
+    checkpoint.adapter = artifact_rows.show(session, exported.artifact, now=now)
+    checkpoint.lineage, checkpoint.lineage_id = exported.lineage, exported.lineage_id
+    session.flush()
 
 
 def _drop_older(session: Session, job: Job) -> list[str]:

@@ -133,8 +133,7 @@ class Listener:
         return Next.GO_ON
 
     def _paused(self, held: Held, event: Json, ready: Json) -> End:
-        if event["folder"] is not None:
-            self._checkpointed(held, event, ready)
+        publish.model_of_checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
         if "pause" in held.told:
             return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
         if "preempt" in held.told:

@@ -6,11 +6,13 @@ Imported by train_entry alone: beside it only import_entry knows lora_core.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from catalog.course_spec import ScheduleSpec
 from catalog.lora_spec import LoraSpec
 from catalog.memory import SLICE_TOKENS, tick_tokens
 from catalog.spec import JobSpec
+from catalog.tables import Json
 from lora_core.config import (
     EarlyStoppingConfig,
     JobConfig,
@@ -25,13 +27,23 @@ TICKS_ALONE = 3
 """Of each size, so that the trainer knows what jobs cost each other; see catalog/saturation.py."""
 
 
-def engine_config(device: str, *, num_threads: int) -> EngineConfig:
-    """num_threads: cores that the trainer may use. On a CPU each is a lane of its own."""
-    kind = "cpu" if device == "cpu" else "cuda"
-    budget = tick_tokens(kind, num_lanes=num_threads)
-    if kind == "cpu":
-        return EngineConfig(token_budget=budget, max_tick_seconds=1.0, num_lanes=num_threads, ticks_alone=TICKS_ALONE)
-    return EngineConfig(token_budget=budget, max_tick_seconds=0.3, ticks_alone=TICKS_ALONE)
+def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineConfig:
+    """settings: the trainer's. num_threads: cores that it may use. On a CPU each is a lane of its own.
+
+    Frozen prefixes are kept in files of `folder`: the kernel's cache holds those that are read, so no memory is taken
+    that placement doesn't know.
+    """
+    is_cpu = settings["device"] == "cpu"
+    num_lanes = num_threads if is_cpu else 1
+    return EngineConfig(
+        token_budget=tick_tokens("cpu" if is_cpu else "cuda", num_lanes=num_threads),
+        max_tick_seconds=1.0 if is_cpu else 0.3,
+        num_lanes=num_lanes,
+        ticks_alone=TICKS_ALONE,
+        prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)),
+        prefix_folder=folder,
+        exact_products=bool(settings.get("exact_products", True)),
+    )
 
 
 def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:

@@ -40,6 +40,18 @@ def checkpoint(
         claims.record_event(context.db, claim.claim_id, "warn", message)
 
 
+def model_of_checkpoint(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, *, trainer: Json
+) -> None:
+    """Store the weights of a checkpoint that is on record already, where the trainer wrote them.
+
+    saved: the trainer's event. trainer: what it said when it was ready.
+    """
+    exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
+    if exported is not None:
+        claims.record_checkpoint_model(context.db, claim.claim_id, step=saved["step"], exported=exported)
+
+
 def no_model(context: WorkerContext, claim: Claim, *, step: int, reason: str) -> None:
     """Tell why a checkpoint that stands has no weights to be used as a model."""
     message = f"The checkpoint of step {step} can't be used as a model. {reason}"

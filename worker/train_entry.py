@@ -16,7 +16,9 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import os
 import traceback
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,7 +27,6 @@ from lora_core.base_model import BaseModel, load_base
 from lora_core.data import TokenDataset
 from lora_core.device_faults import is_device_fault
 from lora_core.engine import Engine
-from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts, check_prompts
@@ -34,6 +35,7 @@ from lora_core.warm_up import warm_up
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.plan import engine_config, job_config
+from worker.resident import Resident
 from worker.sampling import Asked, ask, told
 from worker.standby import stand_by
 from worker.trainer_directory import EventWriter, InboxReader, Json, Message, TrainerDirectory
@@ -43,20 +45,9 @@ from worker.wire_errors import told as told_error
 IDLE_LOOK_SECONDS = 0.03
 """Of an idle trainer at its inbox: waking up is what it costs, at 50 times a second up to 2.3% of a slow core."""
 REPORT_SECONDS = 5.0
+LEAVING = ("pause", "preempt", "drain")
+NO_MODEL: Json = {"adapter": None}
 EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
-
-
-@dataclass(kw_only=True, slots=True)
-class Resident:
-    """What the trainer knows of a job beyond what the engine holds."""
-
-    checkpoint_every_steps: int
-    base_name: str
-    num_steps: int
-    asked: Asked | None = None
-    """What it answers at each evaluation."""
-    saved_step: int
-    """Step of the newest checkpoint that our parent was told of, or of the resume point; 0: none."""
 
 
 class Trainer:
@@ -86,8 +77,7 @@ class Trainer:
 
     def _train(self) -> None:
         while not self._leaving:
-            for message in self._inbox.take():
-                self._obey(message)
+            self._listen()
             if self._engine.idle:
                 self._rest()
             else:
@@ -105,7 +95,8 @@ class Trainer:
             Path(self._settings["base_dir"]), dtype=dtype, device=device, quantisation=quantisation
         )
         loaded = time.monotonic()
-        self._engine = Engine(self._base, self._engine_config(device))
+        config = engine_config(self._settings, num_threads=node.num_threads(), folder=self._directory.path)
+        self._engine = Engine(self._base, config)
         ready = {
             "type": "ready",
             "pid": os.getpid(),
@@ -121,50 +112,58 @@ class Trainer:
         }
         self._events.write(ready)
 
-    def _engine_config(self, device: str) -> EngineConfig:
-        """Frozen prefixes are kept in files of the directory: the kernel's cache holds those that are read, so no
-        memory is taken that placement doesn't know."""
-        config = engine_config(device, num_threads=node.num_threads())
-        budget = int(self._settings.get("prefix_disk_bytes", 0))
-        return replace(
-            config,
-            prefix_disk_bytes=budget,
-            prefix_folder=self._directory.path,
-            exact_products=bool(self._settings.get("exact_products", True)),
-        )
-
     # What the parent says
 
+    def _listen(self) -> None:
+        """Obey what has come, in its order; jobs that are told one after the other to leave do so together."""
+        for are_to_leave, messages in groupby(self._inbox.take(), lambda message: message.verb in LEAVING):
+            if are_to_leave:
+                self._leave(messages)
+            else:
+                for message in messages:
+                    self._obey(message)
+
+    def _leave(self, messages: Iterable[Message]) -> None:
+        """All checkpoints are written and told of before any of them is made a model, which takes its time."""
+        told = list(messages)
+        self._leaving |= any(message.verb == "drain" for message in told)
+        named = {message.body.get("claim_id") for message in told}
+        jobs = [claim_id for claim_id in self._residents if self._leaving or claim_id in named]
+        new: set[str] = set()
+        for claim_id in jobs:
+            if (saved := self._save(claim_id)) is not None:
+                self._write(claim_id, "checkpointed", **saved, **NO_MODEL)
+                new.add(claim_id)
+        for claim_id in jobs:
+            step, _ = self._engine.progress(claim_id)
+            model = self._model(claim_id) if claim_id in new else NO_MODEL
+            self._evict(claim_id)
+            self._write(claim_id, "paused", step=step, **model)
+
     def _obey(self, message: Message) -> None:
-        if message.verb == "drain":
-            for claim_id in self._engine.jobs():
-                self._pause(claim_id)
-            self._leaving = True
-        elif message.verb == "unload":
+        if message.verb == "unload":
             self._leaving = not self._residents
         elif message.verb == "admit":
             self._admit(message.body)
         elif message.verb == "cancel":
             self._evict(message.body["claim_id"])
             self._events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
-        elif message.verb in ("pause", "preempt") and message.body["claim_id"] in self._residents:
-            self._pause(message.body["claim_id"])
 
     def _admit(self, body: Json) -> None:
         claim_id = str(body["claim_id"])
-        resume = self._inside(body["resume"])
+        resume = self._directory.inside(body["resume"])
         try:
             config = job_config(
                 JobSpec.model_validate(body["spec"]),
                 num_steps=body["num_steps"],
                 evaluate_every_steps=body["evaluate_every_steps"],
             )
-            train_path, valid_path = self._inside(body["train"]), self._inside(body["valid"])
+            train_path, valid_path = self._directory.inside(body["train"]), self._directory.inside(body["valid"])
             assert train_path is not None
             with shortage_of(claim_id, part="data"):
                 train = TokenDataset.load(train_path)
                 valid = TokenDataset.load(valid_path) if valid_path else None
-            parent = self._inside(body["parent"])
+            parent = self._directory.inside(body["parent"])
             self._engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent)
         except LoraCoreError as error:
             self._refuse(claim_id, error, is_checkpoint=isinstance(error, BadCheckpoint))
@@ -216,16 +215,6 @@ class Trainer:
         self._residents[claim_id].asked = asked
         return True
 
-    def _inside(self, relative: str | None) -> Path | None:
-        """A path of a message, which is relative to the trainer's directory."""
-        return None if relative is None else self._directory.path / relative
-
-    def _pause(self, claim_id: str) -> None:
-        saved = self._save(claim_id)
-        step, _ = self._engine.progress(claim_id)
-        self._evict(claim_id)
-        self._write(claim_id, "paused", step=step, **saved)
-
     def _evict(self, claim_id: str) -> None:
         if self._residents.pop(claim_id, None) is not None:
             self._engine.evict(claim_id)
@@ -256,8 +245,7 @@ class Trainer:
             except OutOfMemory as error:
                 generation.drop(error.job)
                 self._write(error.job, "unsampled", step=step_of[error.job], error=described(error))
-            for message in self._inbox.take():
-                self._obey(message)
+            self._listen()
             for job in generation.answers():
                 if job not in self._residents:
                     generation.drop(job)
@@ -269,8 +257,7 @@ class Trainer:
     def _follow(self, event: Event) -> None:
         if isinstance(event, JobStepped):
             failpoints.pass_by(f"step_{event.step}")
-            resident = self._residents[event.job]
-            if event.step % resident.checkpoint_every_steps == 0 and event.step < resident.num_steps:
+            if self._residents[event.job].is_checkpoint_due(event.step):
                 self._checkpoint(event.job)
         elif isinstance(event, JobFinished):
             self._export(event)
@@ -282,31 +269,42 @@ class Trainer:
 
     def _checkpoint(self, claim_id: str) -> None:
         saved = self._save(claim_id)
-        if saved["folder"] is not None:
+        if saved is not None:
+            model = self._model(claim_id)
             failpoints.pass_by("in_checkpoint")
-            self._write(claim_id, "checkpointed", step=self._residents[claim_id].saved_step, **saved)
+            self._write(claim_id, "checkpointed", **saved, **model)
 
-    def _save(self, claim_id: str) -> Json:
-        """`folder` of a new checkpoint and `adapter`, its weights in PEFT's layout, relative. None where the newest is
-        of this step, the disk failed, or its update broke off."""
+    def _save(self, claim_id: str) -> Json | None:
+        """`step` and `folder`, relative, of a new checkpoint. None where the newest is of this step, the disk failed,
+        or its update broke off."""
         step, _ = self._engine.progress(claim_id)
         resident = self._residents[claim_id]
-        saved: Json = {"folder": None, "adapter": None}
         if step == resident.saved_step:
-            return saved
-        folder = self._directory.job_path(claim_id) / "checkpoints" / f"step-{step}"
-        adapter = folder.with_name(f"{folder.name}-adapter")
+            return None
+        folder = self._directory.checkpoint_path(claim_id, step)
         try:
             self._engine.save_checkpoint(claim_id, folder)
-            resident.saved_step = step
-            saved["folder"] = str(folder.relative_to(self._directory.path))
-            self._engine.export(claim_id, adapter, base_name=resident.base_name, has_evidence=False)
-            saved["adapter"] = str(adapter.relative_to(self._directory.path))
-            saved["num_parameters"] = self._engine.num_parameters(claim_id)
         except (OSError, BadCheckpoint, OutOfMemory) as error:  # torn: told to leave before its shortage could be told
-            what = "checkpoint_failed" if saved["folder"] is None else "checkpoint_unexported"
-            self._write(claim_id, what, step=step, error=told_error(error))
-        return saved
+            self._write(claim_id, "checkpoint_failed", step=step, error=told_error(error))
+            return None
+        resident.saved_step = step
+        return {"step": step, "folder": self._directory.named(folder)}
+
+    def _model(self, claim_id: str) -> Json:
+        """`adapter`, relative: the weights of the step that was saved in PEFT's layout, with `num_parameters`. None
+        where the disk failed, or the row holds those of the step that a finished job keeps."""
+        step, _ = self._engine.progress(claim_id)
+        if self._engine.evaluated_step(claim_id) not in (None, step):
+            return NO_MODEL
+        folder = self._directory.checkpoint_path(claim_id, step)
+        adapter = folder.with_name(f"{folder.name}-adapter")
+        base_name = self._residents[claim_id].base_name
+        try:
+            self._engine.export(claim_id, adapter, base_name=base_name, has_evidence=False)
+        except (OSError, BadCheckpoint, OutOfMemory) as error:
+            self._write(claim_id, "checkpoint_unexported", step=step, error=told_error(error))
+            return NO_MODEL
+        return {"adapter": self._directory.named(adapter), "num_parameters": self._engine.num_parameters(claim_id)}
 
     def _export(self, finished: JobFinished) -> None:
         from lora_core.verify import unverifiable, verify_export  # brings PEFT, a second: not before the first job
@@ -334,7 +332,7 @@ class Trainer:
             "step": finished.step,
             "kept_step": finished.kept_step,
             "stopped_early": finished.stopped_early,
-            "folder": str(folder.relative_to(self._directory.path)),
+            "folder": self._directory.named(folder),
             "num_parameters": self._engine.num_parameters(claim_id),
             "trained_tokens": self._engine.trained_tokens(claim_id),
             "report": asdict(report),

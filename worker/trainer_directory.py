@@ -63,6 +63,17 @@ class TrainerDirectory:
     def job_path(self, claim_id: str) -> Path:
         return self.path / "jobs" / claim_id
 
+    def checkpoint_path(self, claim_id: str, step: int) -> Path:
+        return self.job_path(claim_id) / "checkpoints" / f"step-{step}"
+
+    def inside(self, relative: str | None) -> Path | None:
+        """A path that a message names."""
+        return None if relative is None else self.path / relative
+
+    def named(self, path: Path) -> str:
+        """As messages name a path in it."""
+        return str(path.relative_to(self.path))
+
     def log_tail(self, max_bytes: int = 4000) -> str:
         """The last of what the trainer printed, since it was told its base model where it was."""
         try:

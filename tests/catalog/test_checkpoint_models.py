@@ -49,6 +49,23 @@ def test_a_checkpoint_is_read_like_an_adapter_by_its_name_and_by_its_id(world: W
         adapters.get(world.db, project_id=world.stranger.project_id, name=name)
 
 
+def test_a_checkpoint_is_a_model_from_when_its_weights_come_and_none_where_its_files_are_not_kept(
+    world: World,
+) -> None:
+    claim = world.running()
+    for step in (1, 2, 3):
+        files = manifest(f"c{step}", kind="checkpoint")
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=files)
+
+    for step in (1, 3, 4):
+        claims.record_checkpoint_model(world.db, claim.claim_id, step=step, exported=exported(f"{step}"))
+
+    page = jobs.checkpoints_page(world.db, **world.of(claim.job.id))
+    usable = {row.step: row.adapter for row in page.items}
+    assert usable == {1: None, 2: None, 3: manifest("weights 3").digest}
+    assert get(world, page.items[0].name or "").adapter.num_parameters == 7
+
+
 def test_a_checkpoint_keeps_its_name_after_its_jobs_end_and_when_its_project_is_renamed(world: World) -> None:
     claim = world.running()
     (name,) = save(world, claim, 5)

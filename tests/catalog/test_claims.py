@@ -73,6 +73,7 @@ def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
     world.clock.turn(3)
     (fresh,) = world.claim("w2")
     before = world.job(stale.job.id)
+    exported = claims.Exported(artifact=manifest("m"), lineage={}, lineage_id="l")
 
     writes: list[Callable[[], Any]] = [
         lambda: claims.started(world.db, stale.claim_id, trainer_id="t", resumed_from_step=None),
@@ -80,6 +81,7 @@ def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
         lambda: claims.record_progress(world.db, stale.claim_id, {"step": 9}),
         lambda: claims.record_metrics(world.db, stale.claim_id, [{"kind": "train", "step": 1, "loss": 1.0}]),
         lambda: claims.record_checkpoint(world.db, stale.claim_id, step=1, artifact=manifest("c")),
+        lambda: claims.record_checkpoint_model(world.db, stale.claim_id, step=1, exported=exported),
         lambda: claims.distrust_checkpoint(world.db, stale.claim_id, checkpoint_id="c", problem="x"),
         lambda: claims.end(world.db, stale.claim_id, reason=EndReason.USER_ERROR, detail=""),
         lambda: claims.prepared(world.db, claim_id=stale.claim_id, train_key="", valid_key=None, num_steps=1),

@@ -115,10 +115,10 @@ class PackSite:
 
     def checkpoint(self, pack: Pack, claim: Claim, step: int) -> str:
         """A checkpoint as the trainer leaves it; its folder relative to the trainer's directory."""
-        folder = pack.directory.job_path(claim.claim_id) / "checkpoints" / f"step-{step}"
+        folder = pack.directory.checkpoint_path(claim.claim_id, step)
         folder.mkdir(parents=True)
         (folder / "row").write_text(f"{claim.claim_id} at step {step}")
-        return str(folder.relative_to(pack.directory.path))
+        return pack.directory.named(folder)
 
     def exported(self, pack: Pack, claim: Claim, step: int) -> dict[str, Any]:
         """What the trainer says of a checkpoint that can be a model, its files in place."""

@@ -75,8 +75,9 @@ def test_answers_that_a_pause_cut_off_are_given_after_the_resume_and_only_those(
     trainer: Trainer, directory: TrainerDirectory, step: int
 ) -> None:
     before = paused_amid(trainer, directory, step=step)
-    saved = before[-1]
-    assert (saved["type"], saved["step"]) == ("paused", step)
+    saved, paused = before[-2:]
+    assert (saved["type"], saved["step"]) == ("checkpointed", step)
+    assert (paused["type"], paused["step"]) == ("paused", step)
     assert answered(before) == list(range(step))
 
     trainer._admit(body(resume=saved["folder"], answered_steps=answered(before)))

@@ -44,7 +44,8 @@ def test_a_pause_in_an_outage_keeps_the_checkpoint_that_it_stored(
     pack = site.pack(claim)
     jobs.pause(site.db, **site.world.of(claim.job.id))
     pack.obey(asked(claim, pause=True))
-    tell(pack, claim, "paused", step=5, folder=site.checkpoint(pack, claim, 5))
+    tell(pack, claim, "checkpointed", step=5, folder=site.checkpoint(pack, claim, 5))
+    tell(pack, claim, "paused", step=5, adapter=None)
     monkeypatch.setattr(claims, "end", fails(1, error, claims.end))
     with pytest.raises(type(error)):
         pack.hear()
@@ -193,7 +194,8 @@ def test_who_is_preempted_saves_a_checkpoint_and_goes_back_to_the_queue(site: Pa
     for _ in range(2):
         pack.obey(asked(claim, preempt=True))
     messages = told(pack)
-    tell(pack, claim, "paused", step=5, folder=site.checkpoint(pack, claim, 5))
+    tell(pack, claim, "checkpointed", step=5, folder=site.checkpoint(pack, claim, 5))
+    tell(pack, claim, "paused", step=5, adapter=None)
     pack.hear()
 
     assert messages == ["preempt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,8 +13,11 @@ from catalog.memory import JOB_TOKENS, TICK_TOKENS
 from catalog.methods import MethodType, compares_with_start
 from catalog.spec import JobRequest, JobSpec, resolve
 from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
+from lora_core.engine_config import EngineConfig
 from lora_core.optim import learning_rate_at
 from worker.plan import engine_config, job_config
+
+FOLDER = Path(__file__).parent
 
 
 def request(**fields: object) -> JobRequest:
@@ -167,15 +171,29 @@ def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_w
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
 
     slice_tokens = job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens
-    cpu, gpu = engine_config("cpu", num_threads=2), engine_config("cuda:0", num_threads=2)
+    cpu, gpu = engine_of("cpu", num_threads=2), engine_of("cuda:0", num_threads=2)
 
     assert 2 * slice_tokens == cpu.job_tokens == gpu.job_tokens == JOB_TOKENS
     assert (cpu.token_budget, gpu.token_budget) == (2 * TICK_TOKENS["cpu"], TICK_TOKENS["cuda"])
 
 
 def test_every_core_of_a_cpu_is_a_lane_and_a_gpu_has_one() -> None:
-    assert engine_config("cpu", num_threads=3).num_lanes == 3
-    assert engine_config("cuda:0", num_threads=3).num_lanes == 1
+    assert engine_of("cpu", num_threads=3).num_lanes == 3
+    assert engine_of("cuda:0", num_threads=3).num_lanes == 1
+
+
+@pytest.mark.parametrize(("told", "kept"), [({"prefix_disk_bytes": 7}, 7), ({"prefix_disk_bytes": 0}, 0), ({}, 0)])
+def test_prefixes_are_kept_in_the_trainers_directory_within_the_operators_budget_and_take_no_memory(
+    told: dict[str, int], kept: int
+) -> None:
+    config = engine_of("cpu", num_threads=1, **told)
+
+    assert (config.prefix_disk_bytes, config.prefix_memory_bytes) == (kept, 0)
+    assert config.prefix_folder == FOLDER
+
+
+def engine_of(device: str, *, num_threads: int, **settings: int) -> EngineConfig:
+    return engine_config({"device": device, **settings}, num_threads=num_threads, folder=FOLDER)
 
 
 @pytest.mark.parametrize("method", get_args(MethodType))

@@ -135,6 +135,27 @@ def test_a_checkpoint_is_a_model_with_a_record_of_its_own(site: PackSite) -> Non
     assert not (pack.directory.path / saved["adapter"]).exists()
 
 
+def test_a_job_that_leaves_has_its_checkpoint_on_record_first_and_then_as_a_model(site: PackSite) -> None:
+    claim = site.claim()
+    workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
+    pack = site.pack(claim)
+    saved = site.exported(pack, claim, 5)
+    tell(pack, claim, "checkpointed", **saved | {"adapter": None})
+    pack.hear()
+    (on_record,) = site.checkpoints(claim)
+
+    tell(pack, claim, "paused", **{name: saved[name] for name in ("step", "adapter", "num_parameters")})
+    pack.hear()
+
+    (row,) = site.checkpoints(claim)
+    assert (on_record.artifact, on_record.adapter) == (row.artifact, None)
+    view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
+    assert (view.adapter.num_parameters, view.adapter.lineage["results"]["steps"]) == (24, 5)
+    assert site.reason(claim) == "drained"
+    events = jobs.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    assert [event.message for event in events].count("Checkpoint created at step 5") == 1
+
+
 def test_a_checkpoint_that_is_no_model_is_told_in_the_jobs_events(site: PackSite) -> None:
     claim = site.claim()
     pack = site.pack(claim)

@@ -222,7 +222,7 @@ def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
         site.context.leave.set()
         yield from trainer.listen("drain")
         monkeypatch.setattr(ArtifactStore, "put_folder", lambda _, *given, **named: put_folder(*given, **named))
-        trainer.say("paused", claim_id=claim_id, step=5, folder=None)
+        trainer.say("paused", claim_id=claim_id, step=5, adapter=None)
         yield
 
     run(outage)

@@ -18,8 +18,9 @@ from lora_core.errors import OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from tests.worker.pack_site import said
 from worker import import_entry, train_entry
-from worker.train_entry import Resident, Trainer
-from worker.trainer_directory import TrainerDirectory, read_json, write_json
+from worker.resident import Resident
+from worker.train_entry import Trainer
+from worker.trainer_directory import InboxWriter, TrainerDirectory, Verb, read_json, write_json
 
 
 class FullEngine:
@@ -80,20 +81,6 @@ def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
     assert refused["type"] == "load_refused"
     assert refused["error"]["code"]
     assert refused["error"]["remedy"]
-
-
-@pytest.mark.parametrize(("told", "kept"), [({"prefix_disk_bytes": 7}, 7), ({"prefix_disk_bytes": 0}, 0), ({}, 0)])
-def test_a_trainer_keeps_prefixes_in_its_own_directory_within_the_operators_budget_and_takes_no_memory_for_them(
-    tmp_path: Path, told: dict[str, int], kept: int
-) -> None:
-    directory = TrainerDirectory.create(tmp_path / "keeper", told)
-    trainer = Trainer(directory)
-
-    config = trainer._engine_config("cpu")
-
-    trainer._events.close()
-    assert (config.prefix_disk_bytes, config.prefix_memory_bytes) == (kept, 0)
-    assert config.prefix_folder == directory.path
 
 
 def test_an_import_tells_the_commit_and_the_licence_of_its_source(
@@ -214,6 +201,9 @@ class DivergingEngine(FullEngine):
     def progress(self, job: str) -> tuple[int, int]:
         return 7, 10
 
+    def evaluated_step(self, job: str) -> int | None:
+        return None
+
     def save_checkpoint(self, job: str, directory: Path) -> None:
         directory.mkdir(parents=True)
 
@@ -257,6 +247,65 @@ def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint
     unexported, saved = said(directory)
     assert (unexported["type"], unexported["error"]["code"]) == ("checkpoint_unexported", "out_of_space")
     assert (saved["type"], saved["step"], saved["adapter"]) == ("checkpointed", 7, None)
+
+
+def leave(trainer: Trainer, directory: TrainerDirectory, *verbs: tuple[Verb, str | None]) -> list[dict[str, Any]]:
+    """What is said of messages that have come together: verb, and whom it is about."""
+    inbox = InboxWriter(directory)
+    for verb, claim_id in verbs:
+        inbox.send(verb, **({} if claim_id is None else {"claim_id": claim_id}))
+    trainer._listen()
+    return said(directory)
+
+
+@pytest.mark.parametrize("verbs", [[("drain", None)], [("preempt", "claim-0"), ("pause", "claim-1")]])
+def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch, verbs: list[tuple[Verb, str | None]]
+) -> None:
+    engine, told_before = DivergingEngine(good_step=7), []
+    trainer._engine = engine  # pyright: ignore[reportAttributeAccessIssue]
+    export = engine.export
+
+    def note(*given: Any, **named: Any) -> None:
+        told_before.append([event["type"] for event in said(directory)])
+        export(*given, **named)
+
+    monkeypatch.setattr(engine, "export", note)
+
+    events = leave(trainer, directory, *verbs)
+
+    assert told_before[0] == ["checkpointed"] * 2
+    kinds = [(event["type"], event["claim_id"], event["step"]) for event in events]
+    jobs = ("claim-0", "claim-1")
+    assert kinds == [(kind, job, 7) for kind in ("checkpointed", "paused") for job in jobs]
+    assert all((directory.path / event["folder"]).is_dir() and event["adapter"] is None for event in events[:2])
+    assert all((directory.path / event["adapter"]).is_dir() for event in events[2:])
+    assert not trainer._residents
+    assert trainer._leaving == (verbs == [("drain", None)])
+
+
+def test_one_that_leaves_takes_nobody_with_it_and_what_comes_after_is_obeyed_after_it(
+    trainer: Trainer, directory: TrainerDirectory
+) -> None:
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+
+    events = leave(trainer, directory, ("pause", "claim-1"), ("cancel", "claim-0"), ("pause", "claim-9"))
+
+    told = [(event["type"], event["claim_id"]) for event in events]
+    assert told == [("checkpointed", "claim-1"), ("paused", "claim-1"), ("cancelled", "claim-0")]
+
+
+def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(trainer._engine, "evaluated_step", lambda _: 0)
+
+    saved, paused = leave(trainer, directory, ("pause", "claim-1"))
+
+    assert (saved["type"], saved["step"]) == ("checkpointed", 7)
+    assert (paused["type"], paused["adapter"]) == ("paused", None)
+    assert [path.name for path in (directory.path / saved["folder"]).parent.iterdir()] == ["step-7"]
 
 
 def test_weights_that_a_step_has_ruined_are_not_saved(trainer: Trainer, directory: TrainerDirectory) -> None:
