@@ -134,7 +134,8 @@ def _unknown_route(request: Request) -> Response:
     known_elsewhere = not_offered.find(path)
     if known_elsewhere is not None:
         return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_offered")
-    near = difflib.get_close_matches(path, known_paths(request.app), n=1, cutoff=0.75)
+    templates: list[str] = list(request.app.methods)
+    near = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
     remedy = f"Did you mean {near[0]}?" if near else "The routes are listed in /openapi.json."
     message = f"There is no route {request.method} {_quoted(path)}."
     return error_response(404, message=message, remedy=remedy, code="unknown_route")
@@ -143,13 +144,7 @@ def _unknown_route(request: Request) -> Response:
 def _allowed(request: Request) -> str:
     """Every method of the route: the framework names those of one handler only."""
     template = getattr(request.scope.get("route"), "path", "")
-    methods = request.app.openapi()["paths"].get(template, {"get": None})
-    return ", ".join(sorted(method.upper() for method in methods))
-
-
-def known_paths(app: Any) -> list[str]:
-    """Templates of all routes in the OpenAPI document."""
-    return list(app.openapi()["paths"])
+    return ", ".join(sorted(request.app.methods.get(template, {"GET"})))
 
 
 def _quoted(path: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
 
 from fastapi import Request
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from catalog.errors import InvalidRequest
@@ -17,16 +17,21 @@ LABEL = re.compile(r"metadata(\[.+\])?")
 
 
 def refuse_unknown_query(request: Request) -> None:
-    """A dependency of every route, which knows what the OpenAPI document says. Raises InvalidRequest."""
+    """A dependency of every route in the OpenAPI document. Raises InvalidRequest."""
     route = request.scope.get("route")
     if not request.query_params or not isinstance(route, APIRoute) or not route.include_in_schema:
         return
-    operation: dict[str, Any] = request.app.openapi()["paths"][route.path_format].get(request.method.lower(), {})
-    known = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "query"}
+    known = query_parameters(route.dependant)
     has_labels = route.operation_id in FILTERED_BY_LABELS
     for name in request.query_params:
         if name not in known and not (has_labels and LABEL.fullmatch(name)):
             raise _unknown(name, known | {"metadata"} if has_labels else known)
+
+
+def query_parameters(dependant: Dependant) -> set[str]:
+    """Names of the query parameters that a route and its dependencies take."""
+    own = {field.alias for field in dependant.query_params}
+    return own.union(*(query_parameters(each) for each in dependant.dependencies))
 
 
 def _unknown(name: str, known: set[str]) -> InvalidRequest:

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 
 from api.scopes import NEEDED
 
 
 class Api(FastAPI):
-    """Every refusal is an ErrorResponse with a status of its own; 422 is not used."""
+    """Every refusal is an ErrorResponse with a status of its own; 422 is not used.
+
+    The document takes a second of a core to make, which only who asks for it waits for: what requests need to know of
+    routes is asked of the routes.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self._methods: dict[str, set[str]] = {}
+        self._making_document = threading.Lock()
+
+    @property
+    def methods(self) -> Mapping[str, set[str]]:
+        """Those of each path's template in the document."""
+        return self._methods
+
+    def include_router(self, router: APIRouter, **given: Any) -> None:
+        super().include_router(router, **given)
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.include_in_schema:
+                self._methods.setdefault(route.path_format, set()).update(route.methods or ())
 
     def openapi(self) -> dict[str, Any]:
-        if self.openapi_schema is None:
-            self.openapi_schema = _finished(
-                get_openapi(
-                    title=self.title,
-                    version=self.version,
-                    description=self.description,
-                    tags=self.openapi_tags,
-                    routes=self.routes,
+        with self._making_document:
+            if self.openapi_schema is None:
+                self.openapi_schema = _finished(
+                    get_openapi(
+                        title=self.title,
+                        version=self.version,
+                        description=self.description,
+                        tags=self.openapi_tags,
+                        routes=self.routes,
+                    )
                 )
-            )
         return self.openapi_schema
 
 

@@ -6,10 +6,15 @@ import json
 import re
 from typing import Any
 
-from fastapi import FastAPI
+import pytest
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 
+from api.app import create_app
+from api.known_query import query_parameters
+from api.openapi import Api
 from catalog import files
 from catalog.strict import Strict
 from tests.api.site import chat_lines
@@ -38,6 +43,34 @@ def test_every_operation_has_its_own_id_a_tag_and_a_summary(app: FastAPI) -> Non
     assert len(ids) == len(set(ids)) >= 35
     tags = {tag["name"] for tag in app.openapi()["tags"]}
     assert all(set(operation["tags"]) <= tags and operation["summary"] for _, _, operation in found)
+
+
+def test_what_requests_are_told_of_routes_is_what_the_document_tells(app: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, set[str]] = {}
+    include = Api.include_router
+
+    def noting(api: Api, router: APIRouter, **given: Any) -> None:
+        include(api, router, **given)
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.include_in_schema:
+                asked[str(route.operation_id)] = query_parameters(route.dependant)
+
+    monkeypatch.setattr(Api, "include_router", noting)
+    create_app(app.state.services.settings).state.services.db.close()
+
+    told = {path: {method.upper() for method in methods} for path, methods in app.openapi()["paths"].items()}
+    assert app.methods == told
+    for _, _, operation in operations(app):
+        named = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "query"}
+        assert asked[operation["operationId"]] == named, operation["operationId"]
+
+
+def test_only_who_asks_for_the_document_waits_for_it(app: FastAPI, client: TestClient) -> None:
+    answers = [client.get(path).status_code for path in ("/v1/files?limit=1", "/v1/files?limt=1", "/v1/fles")]
+    answers.append(client.put("/v1/files").status_code)
+
+    assert answers == [200, 400, 404, 405]
+    assert app.openapi_schema is None
 
 
 def test_every_refusal_is_in_openais_shape(app: FastAPI) -> None:
