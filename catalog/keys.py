@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from catalog import audit
 from catalog.audit import Actor, AuditType
 from catalog.callers import Caller
-from catalog.db import Database, read_clock, serialise
+from catalog.db import Database, clock_of, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, Unauthorized, Unavailable
 from catalog.scopes import held
 from catalog.settings import Settings
@@ -111,8 +111,8 @@ def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
     parts = secret.split("_", 2)
     key_id = parts[1] if len(parts) == 3 else ""
     with db.read() as session:
-        now = read_clock(session)
-        key = session.get(ApiKey, key_id)
+        named = select(ApiKey, Project, clock_of(session)).join(Project).where(ApiKey.id == key_id)  # once a request
+        key, _, now = session.execute(named).one_or_none() or (None, None, 0.0)
         if not hmac.compare_digest(key.digest if key else "", given) or key is None or not is_live(key, now):
             raise _refused("The API key is not valid.", "Check it for missing characters, or have a new one made.")
         caller = _caller(session, key)

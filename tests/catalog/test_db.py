@@ -169,3 +169,26 @@ def test_a_database_without_tables_says_how_they_are_made(
 def test_a_commit_is_on_the_disk_before_it_is_answered(db: Database) -> None:
     with db.read() as session:
         assert session.scalar(text("pragma synchronous")) == 2
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_connections_that_died_while_idle_are_replaced_before_they_are_used(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("catalog.db.IDLE_SECONDS", 0.0)
+    with db.read(), db.read() as second, db.read() as third:  # as many connections
+        second.execute(text("select 1"))
+        third.execute(text("select 1"))
+    others = "datname = current_database() and pid != pg_backend_pid()"
+    end_all = text(f"select pg_terminate_backend(pid) from pg_stat_activity where {others}")
+    other = Database(db.url)
+    with other.read() as session:
+        session.execute(end_all)
+    other.close()
+
+    with db.write() as session, db.read() as reader:
+        session.add(Project(id="p", name="p", created_at=0))
+        assert reader.scalars(select(Project)).all() == []
+
+    with db.read() as session:
+        assert [project.id for project in session.scalars(select(Project))] == ["p"]
