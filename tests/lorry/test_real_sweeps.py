@@ -19,7 +19,7 @@ from tests.lorry.test_up import up
 from tests.services.running import free_port
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
-FLAGS = "--over lora.rank=2,4 --over optimizer.learning_rate=1e-4..1e-2:log --set precision=float32 --max-steps 12"
+FLAGS = "--over lora.rank=2,4 --over optimizer.learning_rate=1e-4..1e-2:log --set precision=float32 --max-steps 120"
 
 
 def test_one_line_searches_and_the_best_adapter_is_pulled_by_the_sweeps_id(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_tha
         LORRY_PREEMPT_AFTER_SECONDS="0",
         LORRY_PREEMPT_SPARED_SECONDS="0",
     ) as site:
-        rows, same = site.upload(40), {"checkpoint_every_steps": 1000, "max_steps": 14, "priority": "batch"}
+        long_enough = {"checkpoint_every_steps": 1000, "max_steps": 100}  # one that is about to end isn't asked
+        rows, same = site.upload(40), {**long_enough, "priority": "batch"}
         preempted, twin = site.submit(rows, **same), site.submit(rows, **same)
         site.start_worker(FAILPOINT=f"step_10:wait={site.gate('preempt')}")
         site.wait_for_step(10, preempted)

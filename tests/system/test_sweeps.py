@@ -15,11 +15,13 @@ from catalog.sweeps.spec import SweepRequest
 from tests.worker_site import BASE, WorkerSite, worker_site
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+NUM_STEPS = 120
+"""So many that no machine is through with them before its worker has heard of the first rung."""
 
 
 def make(site: WorkerSite, **fields: Any) -> str:
     files = {"training_file": site.upload(60), "validation_file": site.upload(12, seed=5)}
-    shared = {"model": BASE, "precision": "float32", "max_steps": 24, "hyperparameters": {"batch_size": 8}, "seed": 1}
+    shared = {"model": BASE, "precision": "float32", "max_steps": NUM_STEPS, "hyperparameters": {"batch_size": 8}, "seed": 1}
     request = SweepRequest.model_validate({**shared, **files, **fields})
     return creation.create(site.db, caller=site.caller, request=request, body_digest=os.urandom(8).hex()).id
 
@@ -40,7 +42,7 @@ def test_trials_train_in_one_pack_and_bad_ones_are_stopped_at_rungs(tmp_path: Pa
         pruned = [each for each in board if each.job.reason == EndReason.PRUNED]
         assert {each.job.state for each in pruned} == {JobState.CANCELLED}
         assert len(pruned) >= 2
-        assert all((each.job.progress or {})["step"] < 24 for each in pruned)
+        assert all((each.job.progress or {})["step"] < NUM_STEPS for each in pruned)
         assert view.best is not None
         learnt = {each.trial.number: each.trial.parameters["optimizer.learning_rate"] for each in board}
         assert learnt[view.best.trial.number] == max(learnt.values())
