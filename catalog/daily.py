@@ -118,6 +118,7 @@ def _pending(session: Session) -> _Pending:
 
 def _write(session: Session) -> None:
     pending: _Pending = session.info.pop("used", None) or _Pending()
+    session.flush()  # all else is written before: a row of a day is held for a moment only
     for (project_id, day, base_model, slot), amounts in sorted(pending.used.items()):
         key = {"project_id": project_id, "day": day, "base_model": base_model, "slot": slot}
         add_to(session, UsageDay, key, {name: amounts[name] for name in AMOUNTS})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from alembic import command
 from alembic.config import Config
@@ -25,6 +25,7 @@ from sqlalchemy import (
     Float,
     FromClause,
     Select,
+    Table,
     create_engine,
     event,
     literal,
@@ -221,7 +222,7 @@ def add_to(
 ) -> None:
     """Add the amounts, not all of them 0, to the row with this primary key, which is made where there is none."""
     module = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    insert = module.insert(table).values({**key, **amounts})
+    insert = module.insert(cast("Table", table.__table__)).values({**key, **amounts})  # less work than by the class
     columns = table.__table__.c
     sums = {name: columns[name] + insert.excluded[name] for name, amount in amounts.items() if amount}
     session.execute(insert.on_conflict_do_update(index_elements=list(key), set_=sums))
