@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from catalog import simulated_day
 from catalog.saturation import slowdown
 from catalog.scheduling.turns import most_before
 from catalog.simulate import SPEEDS, Arrival, Cluster, Simulation, main, read_trace, summary
@@ -123,3 +124,15 @@ def test_a_weight_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([str(trace), "--weight", "a=-1"]) == 1
     assert "A weight is a number above 0" in capsys.readouterr().err
     assert main([str(trace), "--weight", "a"]) == 1
+
+
+def test_the_day_of_the_documents_is_a_trace_and_the_same_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    simulated_day.main([])
+    lines = capsys.readouterr().out.splitlines()
+
+    arrivals = read_trace(lines)
+    assert arrivals == simulated_day.day()
+    assert simulated_day.day(2) != arrivals
+    assert len(arrivals) == 2616
+    assert (len({job.project for job in arrivals}), len({job.base for job in arrivals})) == (5, 40)
+    assert {job.priority for job in arrivals} == {0, 1, 2}
