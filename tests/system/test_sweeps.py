@@ -21,7 +21,8 @@ NUM_STEPS = 120
 
 def make(site: WorkerSite, **fields: Any) -> str:
     files = {"training_file": site.upload(60), "validation_file": site.upload(12, seed=5)}
-    shared = {"model": BASE, "precision": "float32", "max_steps": NUM_STEPS, "hyperparameters": {"batch_size": 8}, "seed": 1}
+    shared = {"model": BASE, "precision": "float32", "max_steps": NUM_STEPS, "seed": 1}
+    shared |= {"hyperparameters": {"batch_size": 8}}
     request = SweepRequest.model_validate({**shared, **files, **fields})
     return creation.create(site.db, caller=site.caller, request=request, body_digest=os.urandom(8).hex()).id
 
