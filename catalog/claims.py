@@ -6,6 +6,7 @@ Preparing, recording and the workers' own rows are in preparation, records and w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.endings import close_attempt, end_attempt
-from catalog.errors import StaleClaim
+from catalog.errors import LorryError, StaleClaim
 from catalog.fencing import hold
 from catalog.moves import move
 from catalog.preparation import Unprepared, next_unprepared, prepared, refused, release_preparation
@@ -83,6 +84,7 @@ AS = {
     "joiner": "in a trainer that runs already",
 }
 """By the role that the decision gave it, for people."""
+log = logging.getLogger("lorry.catalog")
 LEAVING = Decision(action=Nothing(reason="the worker is to leave"), trace={})
 
 
@@ -166,9 +168,8 @@ def heartbeat(
     db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float, policy: Policy = USUAL
 ) -> dict[str, Orders]:
     """Renew the leases of those claims that are still held, of training or preparing, charge what has trained, and tell
-    what is asked."""
+    what is asked; then see whether anybody is to make room."""
     recovery.observe(db, grace_seconds=lease_seconds)
-    preemption.look(db, policy=policy)
     with db.write() as session:
         now = read_clock(session)
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
@@ -179,7 +180,26 @@ def heartbeat(
         for job in held:
             job.lease_expires_at, job.lease_extended = now + lease_seconds, False
             orders[job.claim_id or ""] = _orders(job)
-        return orders
+    if _make_room(db, policy) or any(each.preempt for each in orders.values()):
+        return _orders_now(db, claim_ids)
+    return orders
+
+
+def _make_room(db: Database, policy: Policy) -> int:
+    """How many were asked to leave. A fault in it costs no lease: they are renewed by then."""
+    try:
+        return preemption.look(db, policy=policy)
+    except LorryError as error:
+        log.warning("preemption code=%s", error.code)
+    except Exception:  # the next heartbeat tries again
+        log.exception("crash in preemption")
+    return 0
+
+
+def _orders_now(db: Database, claim_ids: Collection[str]) -> dict[str, Orders]:
+    with db.read() as session:
+        held = session.scalars(select(Job).where(Job.claim_id.in_(claim_ids)))
+        return dict.fromkeys(claim_ids, Orders(stale=True)) | {job.claim_id or "": _orders(job) for job in held}
 
 
 def _orders(job: Job) -> Orders:

@@ -107,7 +107,7 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
         groups = _where_some_fit(groups, such)
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
     columns = (Job.id, Job.project_id, Job.base_digest, Job.pack_key, Job.priority, Job.place, Job.queued_at)
-    kept = (Job.created_at, Job.counted_attempts, *(getattr(Job, name) for name in NEEDS))
+    kept = (Job.created_at, Job.counted_attempts, Job.room_asked_at, *(getattr(Job, name) for name in NEEDS))
     return each_of(groups, _firsts(groups, job, conditions), Job, *columns, *kept, for_sqlite=for_sqlite)
 
 
@@ -190,5 +190,6 @@ def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
         place=row.place,
         queued_at=row.created_at if row.queued_at is None else row.queued_at,
         is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
+        is_made_room_for=row.room_asked_at is not None,
         **kept,
     )

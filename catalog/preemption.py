@@ -29,6 +29,7 @@ from catalog.workers import is_live
 AT_ONCE = 8
 """Urgent jobs of a project that are looked at, and for which room is made in one look."""
 PRESSING = PriorityClass.urgent
+ASKING = "ask jobs to leave"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +49,11 @@ def look(db: Database, *, policy: Policy) -> int:
         if not _pressing(session, now=now, policy=policy) and not list(session.scalars(_asked())):
             return 0
     with db.write() as session:
-        serialise(session, "ask jobs to leave")
+        serialise(session, ASKING)
+        _take_back(session, now=read_clock(session))
+    with db.write() as session:  # one transaction for both would lock jobs twice, not in one order
+        serialise(session, ASKING)
         now = read_clock(session)
-        _take_back(session, now=now)
         decided = _decide(session, now=now, policy=policy)
         return _ask(session, decided, now=now, policy=policy)
 

@@ -21,7 +21,7 @@ from catalog.daily import DAY_SECONDS
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import QuotaExceeded, RateLimited
 from catalog.states import JobState
-from catalog.tables import Job, Json, Project
+from catalog.tables import Job, Json, Project, Sweep
 
 Limit = Literal["concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes"]
 COLUMNS: dict[Limit, str] = {
@@ -87,12 +87,12 @@ def limit(db: Database, *, caller: Caller, project: str, limits: Mapping[Limit, 
         return row
 
 
-def check_submission(session: Session, caller: Caller, *, now: float) -> None:
+def check_submission(session: Session, caller: Caller, *, now: float, is_promised: bool = False) -> None:
     """One more job, in the transaction that accepts it: nobody else of the project is counted meanwhile.
 
-    Raises QuotaExceeded, and RateLimited for the key's own jobs a day.
+    is_promised: as of check_key. Raises QuotaExceeded, and RateLimited for the key's own jobs a day.
     """
-    check_key(session, caller, now=now)
+    check_key(session, caller, now=now, is_promised=is_promised)
     project = session.get_one(Project, caller.project_id)
     names: list[Limit] = ["queued_jobs", "jobs_per_day", "device_hours_per_month"]
     limited: list[Limit] = [name for name in names if getattr(project, COLUMNS[name]) is not None]
@@ -160,24 +160,38 @@ def free_places(session: Session, project_ids: Collection[str], *, is_claim: boo
     return free
 
 
-def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float) -> None:
-    """So many jobs more than those of the last 24 hours, whatever became of these. Raises RateLimited."""
+def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float, is_promised: bool = False) -> None:
+    """So many jobs more than those of the last 24 hours, whatever became of these, and those that the key's sweeps are
+    still to make. is_promised: they are among the latter. Raises RateLimited."""
     most = caller.service_jobs_per_day if caller.jobs_per_day is None else caller.jobs_per_day
     if most == 0:
         return
     serialise(session, f"jobs a day {caller.api_key_id}")
+    promised = 0 if is_promised else _promised(session, caller.api_key_id)  # read first: they become jobs meanwhile
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
     raised = "An operator can give the key a higher limit: lorry keys limit."
     message, code = f"The API key has reached its limit of {most} jobs a day.", "rate_limit_exceeded"
-    if num_jobs > most:
-        remedy = f"Ask for fewer at once. {raised}"
+    message += f" Its sweeps are still to make {promised:,} of them." if promised else ""
+    num_more = num_jobs + promised
+    if num_more > most:
+        fewer = "Close or cancel one of those sweeps, or ask for fewer" if promised else "Ask for fewer"
+        remedy = f"{fewer} at once. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=math.inf, headers={})
     latest = select(Job.created_at).where(*since).order_by(Job.created_at.desc())
-    earliest = session.scalar(latest.offset(most - num_jobs).limit(1))
+    earliest = session.scalar(latest.offset(most - num_more).limit(1))
     if earliest is not None:
         again = earliest + DAY_SECONDS
         remedy = f"Try again at {_moment(again)}. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=again - now, headers={})
+
+
+def _promised(session: Session, api_key_id: str) -> int:
+    """Trials that the key's sweeps are still to make by themselves."""
+    search = Sweep.requested["search"]["type"].as_string()
+    left = select(func.coalesce(func.sum(Sweep.num_trials - Sweep.num_created), 0)).where(
+        Sweep.created_by == api_key_id, Sweep.finished_at.is_(None), Sweep.is_closed.is_(False), search != "ask_tell"
+    )
+    return int(session.scalar(left) or 0)
 
 
 def _standing(session: Session, project: Project, name: Limit, *, now: float) -> Standing:

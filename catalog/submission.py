@@ -115,9 +115,11 @@ def submit(
     body_digest: str | None,
     now: float,
     sweep_id: str | None = None,
+    is_promised: bool = False,
 ) -> Job:
-    """Accept a job within a transaction. body_digest: None of one that no client asks for again by itself."""
-    quotas.check_submission(session, caller, now=now)
+    """Accept a job within a transaction. body_digest: None of one that no client asks for again by itself.
+    is_promised: it was counted with its sweep."""
+    quotas.check_submission(session, caller, now=now, is_promised=is_promised)
     if isinstance(request, PlannedJob):
         accepted = accept_planned(session, caller, request, now=now)
     else:

@@ -107,7 +107,10 @@ def _action(picture: Picture, policy: Policy, turns: list[Turn]) -> tuple[Action
     if chosen:
         return Join(choices=tuple(chosen)), waits_for
     if waits_for is not None:
-        return Nothing(reason="a job that can't join has waited too long: the trainer is let run empty"), waits_for
+        reason = "a job that can't join has waited too long: the trainer is let run empty"
+        if waits_for.candidate.is_made_room_for:
+            reason = "room is being made for a job, and nobody joins before it"
+        return Nothing(reason=reason), waits_for
     return _nothing(turns), None
 
 

@@ -79,8 +79,9 @@ def choose_joiners(
 ) -> tuple[list[Choice], Turn | None]:
     """Jobs that may join a live trainer of pack key `key`, and the one for whose sake no further ones do.
 
-    None joins that stands behind a job which can't, has waited past the patience and would fit the worker
-    (`worker_bytes` in all): the trainer is let run empty then, and that job is the next anchor.
+    None joins that stands behind a job which can't, would fit the worker (`worker_bytes` in all) and has waited past
+    the patience: the trainer is let run empty then, and that job is the next anchor. Nor behind one for which room is
+    being made: who joined would take it.
     """
     left = room.memory_bytes_free
     chosen: list[Choice] = []
@@ -93,6 +94,6 @@ def choose_joiners(
             left -= cost
             reason = "its base is loaded and there is room beside the rest"
             chosen.append(Choice(turn=turn, role="joiner", reason=reason))
-        elif room.alone(mate) <= worker_bytes and turn.waited_seconds >= patience_seconds:
+        elif room.alone(mate) <= worker_bytes and (mate.is_made_room_for or turn.waited_seconds >= patience_seconds):
             return chosen, turn
     return chosen, None

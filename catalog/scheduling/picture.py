@@ -84,6 +84,8 @@ class Candidate:
     """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
     is_suspect: bool = False
     """One more bad end and it is quarantined: it trains alone, so that no packmate is blamed or hurt."""
+    is_made_room_for: bool = False
+    """Others were asked to leave for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -81,8 +81,8 @@ def _make(session: Session, sweep: Sweep, number: int, *, now: float) -> bool:
     caller = Caller(
         api_key_id=sweep.created_by, project_id=sweep.project_id, project_name="", is_operator=False, name=""
     )
-    design = design_of(sweep)
     try:
+        design = design_of(sweep)
         for _ in range(number):
             with daily.savepoint(session):
                 make_trials(session, caller, sweep, design, at_most=1, now=now)

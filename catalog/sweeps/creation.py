@@ -92,7 +92,13 @@ def make_trial(
 ) -> Trial:
     """The next one, as a job of whoever made the sweep. Raises what submission does."""
     job = submission.submit(
-        session, caller, design.request_of(parameters), body_digest=None, now=now, sweep_id=sweep.id
+        session,
+        caller,
+        design.request_of(parameters),
+        body_digest=None,
+        now=now,
+        sweep_id=sweep.id,
+        is_promised=design.search != "ask_tell",
     )
     trial = Trial(job_id=job.id, sweep_id=sweep.id, number=sweep.num_created, parameters=dict(parameters))
     trial.score, trial.step, trial.recent, trial.rung, trial.stopped = float("inf"), None, None, None, None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pydantic import ValidationError
+
+from catalog.errors import Conflict
 from catalog.sweeps.design import Design, designed
 from catalog.sweeps.halving import Rungs
 from catalog.sweeps.spec import SweepRequest
@@ -11,8 +14,21 @@ from catalog.tables import Sweep
 
 
 def design_of(sweep: Sweep) -> Design:
-    request = SweepRequest.model_validate(sweep.requested)
+    """Raises Conflict for one that an older version took and this one doesn't understand."""
+    try:
+        request = SweepRequest.model_validate(sweep.requested)
+    except ValidationError as error:
+        raise Conflict(
+            f"The sweep {sweep.id} was made by an older version, and makes no further trials: {_first(error)}.",
+            code="sweep_outdated",
+            remedy="Make a new sweep for the trials that are missing.",
+        ) from error
     return replace(designed(request, seed=sweep.seed), rungs=rungs_of(sweep))
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
 
 
 def rungs_of(sweep: Sweep) -> Rungs | None:

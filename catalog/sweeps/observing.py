@@ -65,7 +65,7 @@ def observe(session: Session, job: Job, points: Sequence[Mapping[str, Any]], *, 
         if score is None or point["step"] == 0:  # what the base has is nobody's merit
             continue
         trial.step, trial.score = point["step"], _smoothed(trial, measure, point["step"], score)
-        if rungs is not None and job.num_steps is not None:
+        if rungs is not None and job.num_steps is not None and trial.stopped is None:
             rung = rungs.at(point["step"], num_steps=job.num_steps)
             if rung is not None and not _goes_on(session, trial, rung, rungs):
                 stop(session, job, trial, _at_a_rung(sweep, rung, point["step"]), now=now)
@@ -73,8 +73,8 @@ def observe(session: Session, job: Job, points: Sequence[Mapping[str, Any]], *, 
 
 
 def stop(session: Session, job: Job, trial: Trial, why: str, *, now: float) -> None:
-    """A wish that its worker obeys; once. It ends as `pruned`."""
-    if trial.stopped is None:
+    """A wish that its worker obeys; once. It ends as `pruned`, unless it was being cancelled before."""
+    if trial.stopped is None and not job.cancel_requested:
         trial.stopped, job.cancel_requested = why, True
         events.add(session, job.id, now=now, message=f"The trial is stopped. {why}", data={"step": trial.step})
 

@@ -129,6 +129,17 @@ def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_
     assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1, worker_bytes=60) == ["a"]
 
 
+def test_nobody_joins_into_the_room_that_is_being_made_for_another() -> None:
+    urgent = candidate("urgent", 5, priority=0, own_bytes=80)
+    asked = replace(urgent, is_made_room_for=True)
+    room = Room(max_jobs=4, memory_bytes_free=50)
+
+    assert joined(urgent, candidate("a"), room=room) == ["a"]
+    assert joined(asked, candidate("a"), room=room) == []
+    assert joined(asked, candidate("a"), room=room, worker_bytes=60) == ["a"]
+    assert joined(asked, candidate("a"), room=replace(room, memory_bytes_free=90)) == ["urgent", "a"]
+
+
 def test_a_choice_says_why() -> None:
     waiting = turns(candidate("a"), candidate("b", 1))
 

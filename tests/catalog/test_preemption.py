@@ -9,6 +9,7 @@ import pytest
 
 from catalog import claims, jobs, places, preemption, quotas
 from catalog.claims import Claim
+from catalog.errors import Unavailable
 from catalog.scheduling.picture import USUAL, Room
 from catalog.states import EndReason
 from catalog.tables import Job
@@ -146,6 +147,49 @@ def test_for_a_project_no_more_room_is_made_than_it_may_use(
     found.append(num_pressing(world))
 
     assert found == [before, after]
+
+
+def test_what_one_of_several_leaves_is_not_taken_by_who_joins(world: World) -> None:
+    world.worker()
+    for _ in range(2):
+        world.queued(priority="batch")
+    held = world.claim()
+    key = held[0].job.pack_key
+    world.pass_time(SPARED, *(claim.claim_id for claim in held))
+    urgent = world.queued(priority="urgent")
+    world.queued()
+    world.clock.turn(LATE)
+    world.beat(*(claim.claim_id for claim in held))
+    free_so_far = Room(max_jobs=1, memory_bytes_free=urgent.own_bytes or 0, num_jobs=1)
+    with world.db.write() as session:
+        session.get_one(Job, urgent.id).own_bytes = free_so_far.memory_bytes_free + 1
+
+    assert world.claim(room=free_so_far, pack_key=key) == []
+    with world.db.write() as session:
+        session.get_one(Job, urgent.id).room_asked_at = None
+    assert len(world.claim(room=free_so_far, pack_key=key)) == 1
+
+
+@pytest.mark.parametrize("fault", [Unavailable("Away.", code="database_unavailable", remedy=""), RuntimeError("odd")])
+def test_a_fault_in_asking_costs_nobody_his_lease(
+    world: World,
+    batch: Claim,
+    fault: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise fault
+
+    monkeypatch.setattr(preemption, "look", fail)
+    before = world.job(batch.job.id).lease_expires_at
+    world.clock.turn(10)
+
+    orders = world.beat(batch.claim_id)
+
+    assert orders == {batch.claim_id: claims.Orders()}
+    assert (world.job(batch.job.id).lease_expires_at or 0) >= (before or 0) + 10
+    assert "preemption" in caplog.text
 
 
 def test_a_job_is_asked_only_so_often_and_trains_on(world: World, batch: Claim) -> None:

@@ -30,6 +30,7 @@ from catalog import (
     plans,
     preemption,
     queue,
+    quotas,
     recovery,
     result_files,
     sharing,
@@ -239,6 +240,12 @@ def _sweep(world: World) -> tuple[str, list[Claim]]:
     return made.id, trials
 
 
+def _check_key(world: World) -> None:
+    with world.db.write() as session:
+        caller = replace(world.caller, api_key_id="key-00007", service_jobs_per_day=50)
+        quotas.check_key(session, caller, now=world.clock.now)
+
+
 def _of_sweep(world: World, ids: dict[str, str]) -> dict[str, Any]:
     return {"project_id": world.caller.project_id, "sweep_id": ids["sweep"]}
 
@@ -372,6 +379,7 @@ ACTS: dict[str, Act] = {
     "a look for sweeps": lambda w, _: controller.advance(w.db),
     "an adapter by its sweep": lambda w, ids: adapters.get(w.db, project_id=w.caller.project_id, name=ids["sweep"]),
     "a submission": lambda w, _: w.submit(),
+    "whether a key may submit": lambda w, _: _check_key(w),
     "a preparation": lambda w, _: w.prepare_all(),
     "a heartbeat": lambda w, ids: w.beat(ids["claim"]),
     "a cancel that is asked for": lambda w, ids: jobs.cancel(w.db, **w.of(ids["running"])),

@@ -167,6 +167,39 @@ def test_a_trial_that_is_stopped_while_its_worker_is_lost_was_pruned_all_the_sam
 
 
 @ON_ONE_DATABASE
+def test_a_stopped_trial_competes_at_no_later_rung(world: World) -> None:
+    search = {"type": "asha", "trials": 3, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+    told = [measure(world, claimed[number], 2, loss) for number, loss in enumerate((1.0, 2.0, 0.9))]
+
+    measure(world, claimed[1], 4, 0.1)  # before its worker heard that it is to stop
+
+    assert told == [False, True, False]
+    assert reading.trial(world.db, **of(world, sweep_id), number=1).trial.rung == 0
+    assert measure(world, claimed[2], 4, 0.8) is False
+
+
+@ON_ONE_DATABASE
+@pytest.mark.parametrize("stops", ["its client", "a rung"])
+def test_a_trial_whose_job_is_being_cancelled_ends_as_cancelled(world: World, stops: str) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+    measure(world, claimed[0], 2, 1.0)
+    jobs.cancel(world.db, **world.of(claimed[1].job.id))
+
+    if stops == "its client":
+        verbs.stop_trial(world.db, **of(world, sweep_id), number=1)
+    else:
+        measure(world, claimed[1], 2, 2.0)
+    claims.end(world.db, claimed[1].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+
+    assert world.job(claimed[1].job.id).reason == EndReason.CANCELLED_BY_USER
+    assert reading.trial(world.db, **of(world, sweep_id), number=1).trial.stopped is None
+
+
+@ON_ONE_DATABASE
 def test_a_rung_that_is_measured_again_after_a_resume_decides_nothing_anew(world: World) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
@@ -266,6 +299,32 @@ def test_where_no_further_trial_can_be_made_the_sweep_tells_why_and_ends_with_th
     assert ended.sweep.error is not None
     assert (ended.sweep.state, ended.sweep.num_created) == ("succeeded", 1)
     assert ended.sweep.error["code"] == "model_not_found"
+
+
+@ON_ONE_DATABASE
+@pytest.mark.parametrize("search", [{"type": "grid"}, {"type": "ask_tell", "trials": 3}])
+def test_a_sweep_that_an_older_version_took_makes_no_further_trials_and_says_so(world: World, search: Any) -> None:
+    is_asked = search["type"] == "ask_tell"
+    sweep_id = make(
+        world, search=search, max_concurrent=None if is_asked else 1, **{"parameters": {}} if is_asked else {}
+    )
+    with world.db.write() as session:
+        sweep = session.get_one(Sweep, sweep_id)
+        sweep.requested = {**sweep.requested, "of_old": True}
+
+    if is_asked:
+        with pytest.raises(Conflict, match="older version") as refused:
+            add(world, sweep_id, 4)
+        assert refused.value.code == "sweep_outdated"
+        return
+    finish(world, train(world)[0], 1.0)
+    advance(world)
+    ended = view(world, sweep_id).sweep
+    assert (ended.state, ended.num_created) == ("succeeded", 1)
+    assert ended.error is not None
+    assert ended.error["code"] == "sweep_outdated"
+    assert "of_old" in ended.error["message"]
+    assert "Make a new sweep" in ended.error["message"]
 
 
 def test_a_cancelled_sweep_cancels_what_has_not_ended_and_keeps_what_has(world: World) -> None:
