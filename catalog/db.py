@@ -121,6 +121,8 @@ class Database:
         return self.engine.dialect.name == "sqlite"
 
     def close(self) -> None:
+        """Connections that are in use end when they are given back."""
+        event.listen(self.engine.pool, "checkin", _end)
         self.engine.dispose()
 
     def migrate(self, revision: str = "head") -> None:
@@ -249,6 +251,10 @@ def _engine(url: str) -> Engine:
     event.listen(engine, "checkin", _note_use)
     event.listen(engine, "checkout", partial(_try_idle, engine.dialect))
     return engine
+
+
+def _end(_connection: Any, record: Any) -> None:
+    record.invalidate()
 
 
 def _note_use(_connection: Any, record: Any) -> None:

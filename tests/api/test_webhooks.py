@@ -30,8 +30,10 @@ ENDS = [name for name in EVENT_TYPES if name.startswith("fine_tuning")]
 
 
 @pytest.fixture
-def app(settings: Settings) -> FastAPI:
-    return create_app(settings, ApiSettings(webhook_allowed_networks="127.0.0.1/32", webhook_allow_http=True))
+def app(settings: Settings) -> Iterator[FastAPI]:
+    app = create_app(settings, ApiSettings(webhook_allowed_networks="127.0.0.1/32", webhook_allow_http=True))
+    yield app
+    app.state.services.db.close()
 
 
 @pytest.fixture

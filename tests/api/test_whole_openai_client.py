@@ -291,8 +291,10 @@ def client(request: pytest.FixtureRequest, site: Site) -> Iterator[Client]:
 
 
 @pytest.fixture
-def app(settings: Settings) -> FastAPI:
-    return create_app(settings, ApiSettings(webhook_allowed_networks="127.0.0.1/32", webhook_allow_http=True))
+def app(settings: Settings) -> Iterator[FastAPI]:
+    app = create_app(settings, ApiSettings(webhook_allowed_networks="127.0.0.1/32", webhook_allow_http=True))
+    yield app
+    app.state.services.db.close()
 
 
 @pytest.fixture

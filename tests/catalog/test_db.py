@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import select, text
 
@@ -192,3 +193,13 @@ def test_connections_that_died_while_idle_are_replaced_before_they_are_used(
 
     with db.read() as session:
         assert [project.id for project in session.scalars(select(Project))] == ["p"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_connection_that_is_in_use_at_the_end_is_closed_when_it_is_given_back(db: Database) -> None:
+    with db.read() as session:
+        used: psycopg.Connection = session.connection().connection.driver_connection  # pyright: ignore[reportAssignmentType]
+        db.close()
+        assert session.scalar(text("select 1")) == 1
+
+    assert used.closed
