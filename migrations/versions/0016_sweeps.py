@@ -15,6 +15,13 @@ IS_DUE = sa.text("due_at IS NOT NULL")
 
 
 def upgrade() -> None:
+    _create_sweeps()
+    _create_trials()
+    op.add_column("jobs", sa.Column("sweep_id", TEXT, nullable=True))
+    op.create_index("ix_jobs_sweep_id_state", "jobs", ["sweep_id", "state"])
+
+
+def _create_sweeps() -> None:
     op.create_table(
         "sweeps",
         sa.Column("id", TEXT, nullable=False),
@@ -47,6 +54,10 @@ def upgrade() -> None:
     keys = ["project_id", "idempotency_key"]
     op.create_index("ix_sweeps_project_id_idempotency_key", "sweeps", keys, unique=True)
     op.create_index("ix_sweeps_due", "sweeps", ["due_at"], sqlite_where=IS_DUE, postgresql_where=IS_DUE)
+
+
+def _create_trials() -> None:
+    """With what each had at the rungs."""
     op.create_table(
         "trials",
         sa.Column("job_id", TEXT, nullable=False),
@@ -75,8 +86,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", "rung", name=op.f("pk_rung_values")),
     )
     op.create_index("ix_rung_values_sweep_id_rung_score", "rung_values", ["sweep_id", "rung", "score"])
-    op.add_column("jobs", sa.Column("sweep_id", TEXT, nullable=True))
-    op.create_index("ix_jobs_sweep_id_state", "jobs", ["sweep_id", "state"])
 
 
 def downgrade() -> None:

@@ -13,7 +13,7 @@ from catalog.issuing import KeyRequest
 from catalog.keys import Caller
 from catalog.scopes import OPERATORS, SCOPES, held
 from catalog.tables import ApiKey
-from tests.catalog.world import PEPPER, World
+from tests.catalog.world import PEPPER, World, opens
 
 HOUR = 3600.0
 
@@ -31,14 +31,6 @@ def make(world: World, by: Caller, **asked: Any) -> tuple[ApiKey, str]:
 
 def rotate(world: World, by: Caller, key_id: str, overlap: float = HOUR, **asked: Any) -> tuple[ApiKey, str]:
     return issuing.rotate(world.db, caller=by, api_key_id=key_id, overlap_seconds=overlap, pepper=PEPPER, **asked)
-
-
-def opens(world: World, secret: str) -> bool:
-    try:
-        keys.authenticate(world.db, secret=secret, pepper=PEPPER)
-    except Unauthorized:
-        return False
-    return True
 
 
 def test_a_new_key_can_do_what_was_asked_for_and_no_more(world: World) -> None:

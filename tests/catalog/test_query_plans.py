@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import event, insert, select
+from sqlalchemy import event
 
 from catalog import (
     adapters,
@@ -39,95 +39,21 @@ from catalog import (
     workers,
 )
 from catalog import files as catalog_files
-from catalog.artifacts.store import Blob
 from catalog.audit import Filters
 from catalog.callers import Caller
-from catalog.claims import Claim
 from catalog.db import Database
 from catalog.repeated_keys import Sent, made_before
 from catalog.scheduling.picture import USUAL
-from catalog.settings import Settings
 from catalog.states import EndReason
 from catalog.sweeps import controller, creation, reading, verbs
-from catalog.sweeps.spec import SweepRequest
-from catalog.tables import (
-    Adapter,
-    ApiKey,
-    Artifact,
-    Attempt,
-    AuditEvent,
-    Checkpoint,
-    File,
-    FileOverlap,
-    Job,
-    JobEvent,
-    JobExport,
-    JobLabel,
-    MetricBlock,
-    ModelPermission,
-    Plan,
-    Prepared,
-    RungValue,
-    StoredDay,
-    Sweep,
-    Table,
-    Trainer,
-    Trial,
-    Upload,
-    UploadPart,
-    UsageDay,
-    WebhookDelivery,
-    WebhookTry,
-)
-from catalog.webhooks import deliveries, endpoints, sending
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks import deliveries, sending
+from tests.catalog.lived_in import FAR, GROWING, add_parts, export, lived_in, of_sweep, owner, send
 from tests.catalog.plan_data import plan
 from tests.catalog.plan_data import ready as ready_plan
-from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest, sha
+from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest
 
 ONE = replace(WIDE, max_jobs=1)
-FAR = 10_000
-"""Beyond the places in the chain that the test itself comes to."""
-MANY = 2000
-"""Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
 BY_KEY, BY_RETRY = Sent(digest="d", idempotency_key="i"), Sent(digest="d", is_client_retry=True)
-Changes = Callable[[str], dict[str, Any]]
-COPIED: dict[type[Table], Changes] = {
-    ApiKey: lambda n: {"id": f"key-{n}", "digest": f"hmac {n}"},
-    Artifact: lambda n: {"digest": f"artifact {n}"},
-    File: lambda n: {"id": f"file-{n}", "digest": f"bytes {n}"},
-    Prepared: lambda n: {"key": f"key {n}", "file_digest": f"bytes {n}", "artifact": f"artifact {n}"},
-    Job: lambda n: {
-        **{"id": f"ftjob-{n}", "worker_id": f"w-{n}", "trainer_id": f"t-{n}", "sweep_id": f"sweep-{n}"},
-        **{"training_file": f"file-{n}", "validation_file": f"file-{n}"},
-    },
-    Attempt: lambda n: {"claim_id": f"claim-{n}", "job_id": f"ftjob-{n}", "trainer_id": f"t-{n}"},
-    JobEvent: lambda n: {"job_id": f"ftjob-{n}"},
-    JobExport: lambda n: {"job_id": f"ftjob-{n}"},
-    MetricBlock: lambda n: {"job_id": f"ftjob-{n}"},
-    JobLabel: lambda n: {"job_id": f"ftjob-{n}", "label": f"label {int(n) % 40}"},
-    Checkpoint: lambda n: {
-        **{"id": f"ftckpt-{n}", "job_id": f"ftjob-{n}", "name": f"ft:{n}:ckpt-step-1"},
-        **{"artifact": f"artifact {n}", "adapter": f"artifact {n}"},
-    },
-    Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
-    ModelPermission: lambda n: {"id": f"cp-{n}", "model_id": f"adapter-{n}"},
-    Plan: lambda n: {"id": f"plan-{n}", "state": "ready", "claim_id": f"planning-{n}"},
-    FileOverlap: lambda n: {"train_key": f"train {n}", "valid_key": f"valid {n}"},
-    Trainer: lambda n: {"id": f"trainer-{n}", "worker_id": f"w-{n}", "pack_key": f"key {n}"},
-    Upload: lambda n: {"id": f"upload-{n}", "cancelled_at": 1.0},
-    AuditEvent: lambda n: {"id": f"audit-{n}", "link": int(n) + FAR, "project_id": f"proj-{n}", "actor_id": f"key-{n}"},
-    UsageDay: lambda n: {"day": int(n)},
-    StoredDay: lambda n: {"day": int(n)},
-    UploadPart: lambda n: {"id": f"part-{n}", "upload_id": f"upload-{n}"},
-    Sweep: lambda n: {"id": f"sweep-{n}", "training_file": f"file-{n}", "validation_file": f"file-{n}"},
-    Trial: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
-    RungValue: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
-    WebhookDelivery: lambda n: {"id": f"delivery-{n}"},
-    WebhookTry: lambda n: {"delivery_id": f"delivery-{n}"},
-}
-"""What differs in the copies of one row of each table that grows."""
-GROWING = {table.__tablename__ for table in COPIED}
 Asked = list[tuple[str, Any]]
 
 
@@ -165,135 +91,6 @@ def _in_plan(node: dict[str, Any]) -> Generator[str]:
         yield from _in_plan(below)
 
 
-def lived_in(world: World) -> dict[str, str]:
-    """A database with many jobs that ended, one that runs and two that wait. Ids of what is asked for."""
-    world.worker(integrations=("tensorboard",))
-    world.worker("w2")
-    _search(world)
-    claim = world.running(metadata={"team": "search"}, tags=["nightly"], integrations=[{"type": "tensorboard"}])
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
-    exported = claims.Exported(
-        artifact=manifest("weights"), lineage={"outputs": {"num_parameters": 1}}, lineage_id="1" * 64
-    )
-    files = manifest("checkpoint", kind="checkpoint")
-    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
-    (checkpoint,) = jobs.checkpoints_page(world.db, **world.of(claim.job.id)).items
-    hook = endpoints.create(
-        world.db, **_owner(world), name="a", url="https://a/", event_types=EVENT_TYPES, pepper=PEPPER
-    )[0]
-    adapter = world.complete(claim.claim_id)
-    _export(world)
-    _send(world, status_code=204)
-    operator = replace(world.caller, is_operator=True)
-    sharing.grant(world.db, caller=operator, model=adapter.name, projects_named=["theirs"])
-    upload = _add_parts(world)
-    _send(world, status_code=204)
-    planned = ready_plan(world, validation_file=world.file())
-    pack_key = claim.job.pack_key
-    workers.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=sha("smol"), pack_key=pack_key)
-    workers.end_trainer(world.db, "t")
-    _fill(world.db)
-    running = world.running(integrations=[{"type": "tensorboard"}])
-    sweep_id, trials = _sweep(world)
-    waiting = [world.queued() for _ in range(4)]
-    return {
-        "ended": claim.job.id,
-        "adapter": adapter.id,
-        "checkpoint": checkpoint.name or "",
-        "running": running.job.id,
-        "claim": running.claim_id,
-        "file": world.file_id,
-        "upload": upload,
-        "plan": planned.id,
-        "first": waiting[0].id,
-        "second": waiting[1].id,
-        "sweep": sweep_id,
-        "trial": trials[0].claim_id,
-        "another trial": trials[1].claim_id,
-        "hook": hook.id,
-        "delivery": _newest_delivery(world, hook.id),
-    }
-
-
-def _search(world: World) -> None:
-    """A sweep that has ended."""
-    sweep_id, trials = _sweep(world)
-    for claim in trials:
-        claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
-    while controller.advance(world.db):
-        pass
-    assert reading.get(world.db, project_id=world.caller.project_id, sweep_id=sweep_id).sweep.finished_at is not None
-
-
-def _sweep(world: World) -> tuple[str, list[Claim]]:
-    """Of two trials that train, and have come to a rung."""
-    search = {"type": "asha", "trials": 2, "min_steps": 1}
-    body = {"model": "smol", "training_file": world.file_id, "validation_file": world.file_id, "search": search}
-    request = SweepRequest.model_validate({**body, "parameters": {"lora.rank": {"min": 1, "max": 8}}})
-    made = creation.create(world.db, caller=world.caller, request=request, body_digest="a sweep")
-    world.prepare_all(num_steps=100)
-    trials = [claim for claim in world.claim() if claim.job.sweep_id == made.id]
-    numbers = reading.trials_by_job(world.db, [claim.job.id for claim in trials])
-    trials.sort(key=lambda claim: numbers[claim.job.id].number)
-    for claim in trials:
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": 1, "loss": 1.0}])
-    return made.id, trials
-
-
-def _check_key(world: World) -> None:
-    with world.db.write() as session:
-        caller = replace(world.caller, api_key_id="key-00007", service_jobs_per_day=50)
-        quotas.check_key(session, caller, now=world.clock.now)
-
-
-def _of_sweep(world: World, ids: dict[str, str]) -> dict[str, Any]:
-    return {"project_id": world.caller.project_id, "sweep_id": ids["sweep"]}
-
-
-def _owner(world: World) -> dict[str, Any]:
-    return {"project_id": world.caller.project_id}
-
-
-def _send(world: World, *, status_code: int) -> None:
-    for claimed in sending.claim(world.db, pepper=PEPPER, room=9, in_flight={}):
-        sending.record(world.db, claimed, sending.Outcome(started_at=1.0, seconds=0.1, status_code=status_code))
-
-
-def _export(world: World) -> None:
-    for export in exports.claim(world.db, types=["tensorboard"], limit=9):
-        exports.record(world.db, export, exports.look(world.db, export), run_id="run")
-
-
-def _newest_delivery(world: World, hook: str) -> str:
-    return deliveries.list_page(world.db, **_owner(world), endpoint_id=hook, limit=1).items[0].id
-
-
-def _add_parts(world: World, upload_id: str | None = None) -> str:
-    """One part of an upload, which is begun where none is named; the upload's id."""
-    owner, settings = world.caller.project_id, Settings()
-    if upload_id is None:
-        told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "lifetime_seconds": None}
-        begun = part_uploads.create(world.db, project_id=owner, num_bytes=9, **told, settings=settings)
-        upload_id = begun.upload.id
-    content = Blob(digest=sha(f"part at {world.clock.now}"), num_bytes=9)
-    part_uploads.record_part(world.db, project_id=owner, upload_id=upload_id, content=content, settings=settings)
-    return upload_id
-
-
-def _fill(db: Database) -> None:
-    with db.write() as session:
-        connection = session.connection()
-        for table, changes in COPIED.items():
-            columns = [column for column in table.__table__.columns if column.name != "seq"]  # numbered by itself
-            one = connection.execute(select(*columns)).mappings().first()
-            assert one is not None, table
-            connection.execute(insert(table), [{**one, **changes(f"{number:05}")} for number in range(MANY)])
-    if not db.is_sqlite:  # which nobody has analysed in use either
-        with db.engine.connect() as connection:
-            connection.exec_driver_sql("analyze")
-            connection.commit()
-
-
 Act = Callable[[World, dict[str, str]], object]
 ACTS: dict[str, Act] = {
     "a page of jobs": lambda w, ids: jobs.list_page(w.db, project_id=w.caller.project_id, after=ids["ended"]),
@@ -329,7 +126,7 @@ ACTS: dict[str, Act] = {
         w.db, ids["claim"], [{"kind": kind, "step": 3, "loss": 1.0} for kind in ("train", "valid")]
     ),
     "its curves as a file": lambda w, ids: list(result_files.lines(w.db, ids["ended"])),
-    "a part of an upload": lambda w, ids: _add_parts(w, ids["upload"]),
+    "a part of an upload": lambda w, ids: add_parts(w, ids["upload"]),
     "a cancel of an upload": lambda w, ids: part_uploads.cancel(
         w.db, project_id=w.caller.project_id, upload_id=ids["upload"]
     ),
@@ -362,15 +159,15 @@ ACTS: dict[str, Act] = {
         w.db, catalog_files.get(w.db, project_id=w.caller.project_id, file_id=ids["file"])
     ),
     "a page of sweeps": lambda w, ids: reading.list_page(w.db, project_id=w.caller.project_id, after=ids["sweep"]),
-    "a sweep": lambda w, ids: reading.get(w.db, **_of_sweep(w, ids)),
-    "its leaderboard": lambda w, ids: reading.leaderboard(w.db, **_of_sweep(w, ids)),
-    "a trial": lambda w, ids: reading.trial(w.db, **_of_sweep(w, ids), number=0),
+    "a sweep": lambda w, ids: reading.get(w.db, **of_sweep(w, ids)),
+    "its leaderboard": lambda w, ids: reading.leaderboard(w.db, **of_sweep(w, ids)),
+    "a trial": lambda w, ids: reading.trial(w.db, **of_sweep(w, ids), number=0),
     "what a trial has at a rung": lambda w, ids: claims.record_metrics(
         w.db, ids["trial"], [{"kind": "valid", "step": 3, "loss": 1.0}]
     ),
     "the end of a trial": lambda w, ids: w.complete(ids["trial"], "of a trial"),
-    "a trial that is to stop": lambda w, ids: verbs.stop_trial(w.db, **_of_sweep(w, ids), number=1),
-    "a cancel of a sweep": lambda w, ids: verbs.cancel(w.db, **_of_sweep(w, ids)),
+    "a trial that is to stop": lambda w, ids: verbs.stop_trial(w.db, **of_sweep(w, ids), number=1),
+    "a cancel of a sweep": lambda w, ids: verbs.cancel(w.db, **of_sweep(w, ids)),
     "a step of a sweep": lambda w, _: controller.advance(w.db),
     "its last step": lambda w, ids: (
         claims.end(w.db, ids["another trial"], reason=EndReason.CANCELLED_BY_USER, detail="Cancelled."),
@@ -420,23 +217,23 @@ ACTS: dict[str, Act] = {
     "what all used": lambda w, _: usage_report.report(
         w.db, caller=_operator(w), asked=usage_report.Asked(start_time=w.clock.now - 9, group_by=("model",))
     ),
-    "a new upload": lambda w, _: _add_parts(w),
+    "a new upload": lambda w, _: add_parts(w),
     "files past their time": lambda w, _: _let_expire(w),
     "a key that is asked for again": lambda w, _: [_ask_for_key(w, sent) for sent in (BY_KEY, BY_RETRY)],
     "files that are let go": lambda w, _: _hide(w),
     "a page of deliveries": lambda w, ids: deliveries.list_page(
-        w.db, **_owner(w), endpoint_id=ids["hook"], after=ids["delivery"]
+        w.db, **owner(w), endpoint_id=ids["hook"], after=ids["delivery"]
     ),
     "a delivery and its tries": lambda w, ids: deliveries.tries(
-        w.db, [deliveries.get(w.db, **_owner(w), delivery_id=ids["delivery"]).id]
+        w.db, [deliveries.get(w.db, **owner(w), delivery_id=ids["delivery"]).id]
     ),
-    "a replay": lambda w, ids: deliveries.replay(w.db, **_owner(w), delivery_id=ids["delivery"]),
-    "deliveries that are due, and a try": lambda w, _: _send(w, status_code=503),
+    "a replay": lambda w, ids: deliveries.replay(w.db, **owner(w), delivery_id=ids["delivery"]),
+    "deliveries that are due, and a try": lambda w, _: send(w, status_code=503),
     "whether a delivery is due": lambda w, _: sending.claim(w.db, pepper=PEPPER, room=9, in_flight={}),
     "replays since a time": lambda w, ids: deliveries.replay_failed(
-        w.db, **_owner(w), endpoint_id=ids["hook"], since=w.clock.now
+        w.db, **owner(w), endpoint_id=ids["hook"], since=w.clock.now
     ),
-    "exports that are due, and what is written": lambda w, _: _export(w),
+    "exports that are due, and what is written": lambda w, _: export(w),
     "a look for exports": lambda w, _: exports.claim(w.db, types=["tensorboard"], limit=9),
     "a repeated submission": lambda w, _: (
         w.clock.turn(3600),
@@ -446,6 +243,12 @@ ACTS: dict[str, Act] = {
         w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True
     ),
 }
+
+
+def _check_key(world: World) -> None:
+    with world.db.write() as session:
+        caller = replace(world.caller, api_key_id="key-00007", service_jobs_per_day=50)
+        quotas.check_key(session, caller, now=world.clock.now)
 
 
 def _new_secret(world: World) -> str:

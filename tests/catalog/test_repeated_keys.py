@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from catalog import issuing, keys
-from catalog.errors import Conflict, Unauthorized
+from catalog import issuing
+from catalog.errors import Conflict
 from catalog.issuing import KeyRequest
 from catalog.keys import Caller
 from catalog.repeated_keys import Sent
 from catalog.tables import ApiKey
-from tests.catalog.world import PEPPER, World
+from tests.catalog.world import PEPPER, World, opens
 
 ONCE = Sent(digest="d", idempotency_key="once")
 RETRY = Sent(digest="d", is_client_retry=True)
@@ -27,14 +27,6 @@ def create(world: World, sent: Sent, *, caller: Caller | None = None) -> tuple[A
 def rotate(world: World, key_id: str, sent: Sent, *, caller: Caller | None = None) -> tuple[ApiKey, str]:
     given: dict[str, Any] = {"api_key_id": key_id, "overlap_seconds": 100, "pepper": PEPPER}
     return issuing.rotate(world.db, caller=caller or world.caller, sent=sent, **given)
-
-
-def opens(world: World, secret: str) -> bool:
-    try:
-        keys.authenticate(world.db, secret=secret, pepper=PEPPER)
-    except Unauthorized:
-        return False
-    return True
 
 
 def num_keys(world: World) -> int:

@@ -18,54 +18,12 @@ from catalog.states import EndReason
 from catalog.tables import AuditEvent, WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import deliveries, endpoints, retries, sending, signing
 from catalog.webhooks.endpoints import EndpointChange
-from catalog.webhooks.event_types import EVENT_TYPES, EventType
-from catalog.webhooks.sending import Outcome, Outgoing
+from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.sending import Outcome
+from tests.catalog.hooks import BAD, OK, Hooks
 from tests.catalog.world import PEPPER, World
 
-OK = Outcome(started_at=1.0, seconds=0.1, status_code=204, reply="")
-BAD = Outcome(started_at=1.0, seconds=0.1, status_code=503, reply="busy")
 DAY = 86_400.0
-
-
-class Hooks:
-    """The endpoint of a test, and short ways to what it is about."""
-
-    def __init__(self, world: World, *event_types: EventType) -> None:
-        self.world, self.db = world, world.db
-        self.owner: dict[str, Any] = {"project_id": world.caller.project_id}
-        self.row, self.secret = self.more(*event_types)
-
-    def more(self, *event_types: EventType, url: str = "https://example.com/") -> tuple[WebhookEndpoint, str]:
-        wanted = event_types or EVENT_TYPES
-        return endpoints.create(self.db, **self.owner, name="ops", url=url, event_types=wanted, pepper=PEPPER)
-
-    @property
-    def ident(self) -> dict[str, Any]:
-        return {**self.owner, "endpoint_id": self.row.id}
-
-    def claim(self, **in_flight: int) -> list[Outgoing]:
-        return sending.claim(self.db, pepper=PEPPER, room=100, in_flight=in_flight)
-
-    def end_job(self) -> str:
-        job = self.world.submit()
-        jobs.cancel(self.db, **self.world.of(job.id))
-        return job.id
-
-    def all(self, **asked: Any) -> list[WebhookDelivery]:
-        return deliveries.list_page(self.db, **self.ident, limit=100, **asked).items
-
-    def endpoint(self) -> WebhookEndpoint:
-        return endpoints.get(self.db, **self.ident)
-
-    def fail_until_it_ends(self, outcome: Outcome = BAD) -> list[str]:
-        """The message's id at each try, with the clock turned on to the next one each time."""
-        tried: list[str] = []
-        while any(row.next_try_at for row in self.all()):
-            self.world.clock.now = max(self.world.clock.now, *(row.next_try_at or 0.0 for row in self.all()))
-            for claimed in self.claim():
-                tried.append(claimed.message_id)
-                sending.record(self.db, claimed, outcome)
-        return tried
 
 
 @pytest.fixture

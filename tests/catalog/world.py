@@ -13,6 +13,7 @@ from catalog.artifacts.manifest import Manifest, ManifestFile
 from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.db import Database, read_clock
+from catalog.errors import Unauthorized
 from catalog.keys import Caller
 from catalog.scheduling.picture import Room
 from catalog.spec import JobRequest
@@ -204,3 +205,12 @@ def curves(content: str) -> Blob:
 
 def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def opens(world: World, secret: str) -> bool:
+    """Whether a key with this secret is let in."""
+    try:
+        keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+    except Unauthorized:
+        return False
+    return True

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lorry import Conflict, InvalidRequest, Lorry, NotFound
 from tests import tiny_base
+from tests.lorry.commands import Commands
 from tests.lorry.test_up import up
 from tests.services.running import free_port
 
@@ -24,13 +22,7 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
     valid = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=1)
     data_dir = tmp_path / "service" / "data"
     data_dir.parent.mkdir()
-
-    def run(*arguments: object, code: int = 0) -> str:
-        argv = [sys.executable, "-P", "-m", "lorry", *map(str, arguments)]
-        env = {**os.environ, "LORRY_DATA_DIR": str(data_dir)}
-        done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
-        assert done.returncode == code, done.stderr
-        return done.stdout if code == 0 else done.stderr
+    run = Commands(tmp_path, data_dir, 200).run
 
     port = str(free_port())  # test_up.py may take the usual one in another process at this moment
     with up(data_dir, "--port", port) as (process, _), Lorry(data_dir=data_dir) as client:

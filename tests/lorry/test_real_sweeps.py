@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 from lorry import Lorry
 from lorry.optuna import optimize
 from tests import tiny_base
+from tests.lorry.commands import Commands
 from tests.lorry.test_up import up
 from tests.services.running import free_port
 
@@ -28,13 +26,7 @@ def test_one_line_searches_and_the_best_adapter_is_pulled_by_the_sweeps_id(tmp_p
     valid = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=1)
     data_dir = tmp_path / "service" / "data"
     data_dir.parent.mkdir()
-
-    def run(*arguments: object, code: int = 0) -> str:
-        argv = [sys.executable, "-P", "-m", "lorry", *map(str, arguments)]
-        env = {**os.environ, "LORRY_DATA_DIR": str(data_dir)}
-        done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400)
-        assert done.returncode == code, done.stderr
-        return done.stdout if code == 0 else done.stderr
+    run = Commands(tmp_path, data_dir, 400).run
 
     with up(data_dir, "--port", str(free_port())), Lorry(data_dir=data_dir) as client:
         run("models", "add", "tiny", base)

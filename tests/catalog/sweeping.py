@@ -1,0 +1,75 @@
+"""Short ways to sweeps on record: made, trained, measured and looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog import claims
+from catalog.claims import Claim
+from catalog.records import Course
+from catalog.sweeps import controller, creation, reading
+from catalog.sweeps.spec import SweepRequest
+from catalog.tables import Sweep
+from tests.catalog.world import World, sha
+
+ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""Of what no statement decides: both take the ways that the others go."""
+FOUR = {"lora.rank": {"values": [2, 4, 8, 16]}}
+
+
+def asked(world: World, **fields: Any) -> SweepRequest:
+    usual = {"model": "smol", "training_file": world.file_id, "validation_file": world.file_id, "parameters": FOUR}
+    return SweepRequest.model_validate({**usual, "search": {"type": "grid"}, **fields})
+
+
+def make(world: World, **fields: Any) -> str:
+    return send(world, asked(world, **fields)).id
+
+
+def send(world: World, request: SweepRequest, **given: Any) -> Sweep:
+    return creation.create(
+        world.db, caller=world.caller, request=request, **{"body_digest": sha(request.model_dump_json()), **given}
+    )
+
+
+def advance(world: World) -> int:
+    """Until nothing is to be done. Returns in how many steps."""
+    steps = 0
+    while controller.advance(world.db):
+        steps += 1
+        assert steps < 100
+    return steps
+
+
+def of(world: World, sweep_id: str) -> dict[str, Any]:
+    return {"project_id": world.caller.project_id, "sweep_id": sweep_id}
+
+
+def view(world: World, sweep_id: str) -> reading.SweepView:
+    return reading.get(world.db, **of(world, sweep_id))
+
+
+def board(world: World, sweep_id: str, **page: Any) -> list[reading.TrialView]:
+    return reading.leaderboard(world.db, **of(world, sweep_id), **page).items
+
+
+def train(world: World, num_steps: int = 10) -> dict[int, Claim]:
+    """All trials that wait are claimed; by number."""
+    world.worker()
+    world.prepare_all(num_steps=num_steps)
+    claimed = world.claim()
+    trials = reading.trials_by_job(world.db, [claim.job.id for claim in claimed])
+    return {trials[claim.job.id].number: claim for claim in claimed}
+
+
+def measure(world: World, claim: Claim, step: int, loss: float) -> bool:
+    point = {"kind": "valid", "step": step, "loss": loss}
+    return claims.record_metrics(world.db, claim.claim_id, [point])
+
+
+def finish(world: World, claim: Claim, loss: float, *, steps: int = 10) -> None:
+    measure(world, claim, steps, loss)
+    course = Course(steps=steps, kept_step=steps, stopped_early=None)
+    world.complete(claim.claim_id, f"adapter of {claim.job.id}", course=course)
