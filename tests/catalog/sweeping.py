@@ -34,6 +34,14 @@ def send(world: World, request: SweepRequest, **given: Any) -> Sweep:
     )
 
 
+def add(world: World, sweep_id: str, rank: int, **given: Any) -> int:
+    """A trial of the client's own choice; its number."""
+    parameters = {"lora.rank": rank}
+    trial, job = creation.add_trial(world.db, caller=world.caller, sweep_id=sweep_id, parameters=parameters, **given)
+    assert job.spec["lora"]["rank"] == rank
+    return trial.number
+
+
 def advance(world: World) -> int:
     """Until nothing is to be done. Returns in how many steps."""
     steps = 0

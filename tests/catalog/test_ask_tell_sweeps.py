@@ -12,15 +12,8 @@ from catalog.errors import Conflict, LorryError
 from catalog.states import EndReason, JobState
 from catalog.sweeps import creation, verbs
 from catalog.tables import AuditEvent
-from tests.catalog.sweeping import ON_ONE_DATABASE, advance, finish, make, of, train, view
+from tests.catalog.sweeping import ON_ONE_DATABASE, add, advance, finish, make, of, train, view
 from tests.catalog.world import World
-
-
-def add(world: World, sweep_id: str, rank: int, **given: Any) -> int:
-    parameters = {"lora.rank": rank}
-    trial, job = creation.add_trial(world.db, caller=world.caller, sweep_id=sweep_id, parameters=parameters, **given)
-    assert job.spec["lora"]["rank"] == rank
-    return trial.number
 
 
 def test_a_client_gives_each_trial_its_parameters_and_stops_those_it_is_done_with(world: World) -> None:

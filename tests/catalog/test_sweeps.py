@@ -10,7 +10,21 @@ from catalog import adapters, bases, claims, files, jobs
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.states import EndReason, JobState
 from catalog.sweeps import creation, reading, verbs
-from tests.catalog.sweeping import ON_ONE_DATABASE, advance, asked, board, finish, make, measure, of, send, train, view
+from catalog.tables import Sweep
+from tests.catalog.sweeping import (
+    ON_ONE_DATABASE,
+    add,
+    advance,
+    asked,
+    board,
+    finish,
+    make,
+    measure,
+    of,
+    send,
+    train,
+    view,
+)
 from tests.catalog.world import World
 
 
