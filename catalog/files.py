@@ -52,6 +52,8 @@ def create(
     InvalidRequest, TooLarge, OutOfSpace and Unavailable; after any of these no file was made.
     """
     content = Blob(digest=digest, num_bytes=num_bytes)
+    with db.read() as session:  # what would be refused isn't stored
+        quotas.check_stored(session, project_id, num_bytes, now=read_clock(session))
     file = stored(
         store,
         project_id=project_id,

@@ -1,7 +1,8 @@
 """What an adapter came from, as one canonical record: enough to check it, compare it and make it again.
 
 Pure: `build` takes rows and plain values and reads nothing. A record's id is the sha256 of its RFC 8785 form.
-It never holds a row of data, a secret or a path of a host.
+It never holds a row of data, a secret or a path of a host, nor what is its project's alone: whoever an adapter is
+shared with reads the whole record, since a part of it has no id.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ FORMAT = "lorry.lineage/1"
 MAX_SAFE_INTEGER = 2**53 - 1
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 HOST_PATH = re.compile(r"(?:^|[\s'\"(=:,])(?:file:/+|~?/[\w.-]+/|[A-Za-z]:\\|\\\\\w)")
-PRIVATE = frozenset({"metadata", "tags", "integrations"})
-"""What a request holds that made no difference to the adapter."""
+PRIVATE = frozenset({"metadata", "tags", "integrations", "samples"})
+"""What a request or a spec holds that made no difference to the adapter; `samples` within a request's evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +76,7 @@ def build(
         "outputs": _outputs(adapter, num_parameters),
         "base": {**_base(base), "quantisation": job.spec.get("quantisation", "none")},
         "data": [_data(source) for source in data],
-        "config": {"requested": _without(job.requested, PRIVATE), "resolved": job.spec},
+        "config": {"requested": _requested(job.requested), "resolved": _without(job.spec, PRIVATE)},
         "attempts": [_attempt(entry, finished_at, is_last=entry is attempts[-1]) for entry in attempts],
         "code": dict(code),
         "results": results,
@@ -155,7 +156,7 @@ def _data(source: DataSource) -> Json:
 
 
 def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) -> Json:
-    """Not `detail`, which may quote a log."""
+    """Not `detail`, which may quote a log; packmates are counted, not named."""
     attempt = entry.attempt
     completes = is_last and attempt.ended_at is None and finished_at is not None
     return {
@@ -166,15 +167,19 @@ def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) 
         "ended_at": _time(finished_at if completes else attempt.ended_at),
         "end": "completed" if completes else attempt.reason,
         "resumed_from_step": attempt.resumed_from_step,
-        "packmates": sorted(entry.packmates),
+        "num_packmates": len(entry.packmates),
         "machine": entry.trainer,
     }
+
+
+def _requested(request: Json) -> Json:
+    told, evaluation = _without(request, PRIVATE), request.get("evaluation")
+    return {**told, "evaluation": _without(evaluation, PRIVATE)} if evaluation else told
 
 
 def _people(job: Job, finished_at: float | None) -> Json:
     return {
         "project": job.project_id,
-        "requested_by": job.created_by,
         "requested_at": _time(job.created_at),
         "started_at": _time(job.started_at),
         "finished_at": _time(finished_at),

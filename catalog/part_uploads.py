@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import and_, case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from catalog import audit, files, quotas
@@ -23,6 +23,7 @@ from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, Quota
 from catalog.joining import joined, one_of_few
 from catalog.settings import Settings
 from catalog.tables import File, Upload, UploadPart, new_id
+from catalog.tables.uploads import COUNTED
 
 MAX_PART_BYTES = 64 * 2**20
 """OpenAI's, and what its client cuts a file into."""
@@ -35,6 +36,7 @@ SPARE_BYTES = 2**20
 """What an upload may hold in parts in any case: twice what was announced, else. Parts may come cut in another way."""
 JOIN_LEASE_SECONDS = 900.0
 Status = Literal["pending", "completed", "cancelled", "expired"]
+_KEPT_PARTS = "What was sent in parts counts until it leaves the disk, within two days."
 _BEGIN_ANEW = "Begin a new upload, and send its parts again."
 
 
@@ -70,6 +72,7 @@ def create(
             purpose=purpose,
             filename=files.label(filename),
             num_bytes=num_bytes,
+            part_bytes=0,
             lifetime_seconds=lifetime_seconds,
             created_at=now,
             expires_at=now + OPEN_SECONDS,
@@ -114,6 +117,7 @@ def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob,
             return there
         part = UploadPart(id=new_id("part"), upload_id=upload.id, num_bytes=content.num_bytes, digest=content.digest)
         part.created_at = read_clock(session)
+        upload.part_bytes += part.num_bytes
         session.add(part)
         return part
 
@@ -154,6 +158,7 @@ def complete(
             now = read_clock(session)
             _check_open(upload, now=now)
             parts = _named(session, upload, part_ids)
+            quotas.check_stored(session, project_id, upload.num_bytes, now=now)  # what would be refused isn't stored
             _lease(upload, now=now)
         try:
             file = _whole_file(store, upload, parts, md5=md5, folder=folder, settings=settings)
@@ -165,6 +170,7 @@ def complete(
                 files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
                 session.flush()  # the file's row goes first: the upload refers to it
                 upload.file_id, upload.completing_until = file.id, None
+                upload.part_bytes = max(0, upload.part_bytes - upload.num_bytes)
                 return UploadView(upload=upload, status="completed", file=file)
         except LorryError:
             _end_lease(db, upload_id)
@@ -225,7 +231,8 @@ def cancel(db: Database, *, project_id: str, upload_id: str, is_client_retry: bo
 
 
 def forget(session: Session, *, now: float) -> None:
-    """Drop the parts of uploads that take no more of them, and after a day the uploads."""
+    """Drop the parts of uploads that take no more of them, and after a day the uploads: by then what is left of their
+    parts in the store is old enough to go with this same cleaning."""
     ended = or_(Upload.file_id.is_not(None), Upload.cancelled_at.is_not(None), Upload.expires_at <= now)
     session.execute(delete(UploadPart).where(UploadPart.upload_id.in_(select(Upload.id).where(ended))))
     session.execute(delete(Upload).where(Upload.expires_at <= now - KEPT_SECONDS))
@@ -286,20 +293,28 @@ def _check_not_over(upload: Upload) -> None:
 
 
 def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings: Settings, *, now: float) -> None:
-    """Raises QuotaExceeded for one upload more than may be open at once, by number and by announced bytes."""
+    """Raises QuotaExceeded for one upload more than may be open at once, by number and by bytes: those that were
+    announced, and of an upload that is over those that its parts had, until they are cleaned."""
     serialise(session, f"uploads {project_id}")
-    is_open = (Upload.project_id == project_id, Upload.file_id.is_(None), Upload.cancelled_at.is_(None))
-    sums = select(func.count(), func.coalesce(func.sum(Upload.num_bytes), 0), func.min(Upload.expires_at))
-    count, announced, first_end = session.execute(sums.where(*is_open, Upload.expires_at > now)).one()
+    is_open = and_(Upload.file_id.is_(None), Upload.cancelled_at.is_(None), Upload.expires_at > now)
+    num_bytes_of = case(
+        (and_(is_open, Upload.num_bytes > Upload.part_bytes), Upload.num_bytes), else_=Upload.part_bytes
+    )
+    sums = select(
+        func.count().filter(is_open),
+        func.coalesce(func.sum(num_bytes_of), 0),
+        func.min(Upload.expires_at).filter(is_open),
+    ).where(Upload.project_id == project_id, COUNTED)
+    count, held, first_end = session.execute(sums).one()
     for name, used, more, most in (
         ("open_uploads", count, 1, settings.max_open_uploads),
-        ("open_upload_bytes", announced, num_bytes, settings.max_open_upload_bytes),
+        ("open_upload_bytes", int(held), num_bytes, settings.max_open_upload_bytes),
     ):
         if used + more > most:
             raise QuotaExceeded(
                 f"The project may have {most:,} {name.replace('_', ' ')} at once, and has {used:,}.",
                 code="too_many_open_uploads",
-                remedy="Complete or cancel some; an upload that is left alone ends an hour after it was announced.",
+                remedy=f"Complete or cancel some; one that is left alone ends after an hour. {_KEPT_PARTS}",
                 retry_after_seconds=(first_end or math.inf) - now,
                 quota={"name": name, "limit": most, "used": used, "resets_at": first_end and int(first_end)},
             )
@@ -307,13 +322,12 @@ def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings
 
 def _check_room(session: Session, upload: Upload, content: Blob, settings: Settings) -> None:
     """All parts of an upload together, those included that will not be named at its end."""
-    sums = select(func.count(), func.coalesce(func.sum(UploadPart.num_bytes), 0))
-    num_parts, num_bytes = session.execute(sums.where(UploadPart.upload_id == upload.id)).one()
+    num_parts = session.scalar(select(func.count()).where(UploadPart.upload_id == upload.id)) or 0
     if num_parts >= MAX_PARTS:
         message = f"The upload has {MAX_PARTS:,} parts, which is the most."
         raise TooLarge(message, code="too_many_parts", remedy=f"{_BEGIN_ANEW} Make them larger.", param="data")
     most = min(settings.max_file_bytes, max(2 * upload.num_bytes, SPARE_BYTES))
-    if num_bytes + content.num_bytes > most:
+    if upload.part_bytes + content.num_bytes > most:
         raise TooLarge(
             f"With this part the upload would hold more than {most:,} bytes; {upload.num_bytes:,} were announced.",
             code="upload_too_large",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -21,7 +21,7 @@ from catalog.daily import DAY_SECONDS
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import QuotaExceeded, RateLimited
 from catalog.states import JobState
-from catalog.tables import Job, Json, Project, Sweep
+from catalog.tables import File, Job, Json, Project, Sweep
 
 Limit = Literal["concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes"]
 COLUMNS: dict[Limit, str] = {
@@ -45,6 +45,8 @@ REMEDIES: dict[Limit, str] = {
     "device_hours_per_month": "Submit it after that time.",
     "stored_bytes": "Delete files or adapters that you don't need.",
 }
+LEAVING_SECONDS = 2 * DAY_SECONDS
+"""So long after a deletion bytes may lie in the store: cleanings are a day apart, and spare what is younger."""
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
 
 
@@ -105,7 +107,8 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
 
 
 def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """So many bytes more, in the transaction that stores them. Raises QuotaExceeded."""
+    """So many bytes more, in the transaction that stores them. Deleting makes room at once, though bytes leave the disk
+    later: what is there and what is leaving come to twice the limit at most. Raises QuotaExceeded."""
     project = session.get_one(Project, project_id)
     if project.max_stored_bytes is None:
         return
@@ -113,6 +116,18 @@ def check_stored(session: Session, project_id: str, num_bytes: int, *, now: floa
     standing = _standing(session, project, "stored_bytes", now=now)
     if standing.used + num_bytes > project.max_stored_bytes:
         raise _exceeded(project, standing, now=now, num_more=num_bytes)
+    leaving, until = _leaving(session, project_id, now=now)
+    if standing.used + leaving + num_bytes > 2 * project.max_stored_bytes:
+        raise _exceeded(project, replace(standing, resets_at=until), now=now, num_more=num_bytes, num_leaving=leaving)
+
+
+def _leaving(session: Session, project_id: str, *, now: float) -> tuple[int, float | None]:
+    """Bytes of deleted files that may be on the disk still, and when the first of them are not."""
+    gone = (File.project_id == project_id, File.deleted_at > now - LEAVING_SECONDS)
+    found = select(File.digest, File.num_bytes, func.min(File.deleted_at).label("at")).where(*gone)
+    each = found.group_by(File.digest, File.num_bytes).subquery()
+    row = session.execute(select(func.sum(each.c.num_bytes), func.min(each.c.at))).one()
+    return int(row[0] or 0), None if row[1] is None else row[1] + LEAVING_SECONDS
 
 
 def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, Standing]:
@@ -226,9 +241,12 @@ def _count(session: Session, project_id: str, *states: JobState, most: float | N
     return found
 
 
-def _exceeded(project: Project, standing: Standing, *, now: float, num_more: int = 0) -> QuotaExceeded:
+def _exceeded(
+    project: Project, standing: Standing, *, now: float, num_more: int = 0, num_leaving: int = 0
+) -> QuotaExceeded:
     used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
     more = f", and this would be {num_more:,} more" if num_more else ""
+    more += f" beside {num_leaving:,} of deleted files, which leave the disk within two days" if num_leaving else ""
     resets = f" It begins anew at {_moment(standing.resets_at)}." if standing.resets_at is not None else ""
     return QuotaExceeded(
         f"The project {project.name!r} may have {standing.said()}; it has {used}{more}.{resets}",

@@ -35,7 +35,9 @@ class Settings(BaseSettings):
     max_rows: int = Field(default=5_000_000, description="Most rows of a data set.")
     max_open_uploads: int = Field(default=100, ge=1, description="Of a project: uploads whose parts may still come.")
     max_open_upload_bytes: int = Field(
-        default=16 * 2**30, ge=1, description="Of a project: bytes that its open uploads were announced with."
+        default=16 * 2**30,
+        ge=1,
+        description="Of a project: bytes announced by its open uploads, and in parts of those that are over.",
     )
 
     lease_seconds: float = Field(

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from catalog.tables.table import Json, Table
 
 EXPIRING = text("expires_at IS NOT NULL")
+DELETED = text("deleted_at IS NOT NULL")
 
 
 class File(Table):
@@ -33,6 +34,7 @@ class File(Table):
         Index(None, "project_id", "created_at", "id"),
         Index(None, "project_id", "digest"),
         Index("ix_files_expiring", "expires_at", sqlite_where=EXPIRING, postgresql_where=EXPIRING),
+        Index("ix_files_deleted", "project_id", "deleted_at", sqlite_where=DELETED, postgresql_where=DELETED),
     )
 
 

@@ -9,8 +9,9 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Table
 
-OPEN = text("file_id IS NULL AND cancelled_at IS NULL")
-of_the_open: dict[str, Any] = {"sqlite_where": OPEN, "postgresql_where": OPEN}
+COUNTED = text("(part_bytes > 0 OR (file_id IS NULL AND cancelled_at IS NULL))")
+"""Uploads that count against what a project may have open: a query that is to use their index says the same."""
+of_the_counted: dict[str, Any] = {"sqlite_where": COUNTED, "postgresql_where": COUNTED}
 
 
 class Upload(Table):
@@ -23,6 +24,8 @@ class Upload(Table):
     filename: Mapped[str]
     num_bytes: Mapped[int]
     """That were announced: its parts must hold so many."""
+    part_bytes: Mapped[int] = mapped_column(server_default="0")
+    """Bytes of its parts that lie in the store, where its file is made without those of the file."""
     lifetime_seconds: Mapped[int | None]
     """Of the file; None: it stays until it is deleted."""
     file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
@@ -32,7 +35,7 @@ class Upload(Table):
     cancelled_at: Mapped[float | None]
     completing_until: Mapped[float | None]
     """Lease of who joins its parts."""
-    __table_args__ = (Index("ix_uploads_open", "project_id", "expires_at", **of_the_open),)
+    __table_args__ = (Index("ix_uploads_counted", "project_id", **of_the_counted),)
 
 
 class UploadPart(Table):

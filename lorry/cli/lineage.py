@@ -120,7 +120,7 @@ def _attempt(attempt: Json) -> Pairs:
     yield "from step", attempt.get("resumed_from_step")
     yield "worker", attempt.get("worker")
     yield "trainer", attempt.get("trainer")
-    yield "trained with", _list(attempt.get("packmates")) or "no other job"
+    yield "trained with other jobs", _count(attempt.get("num_packmates"))
     yield "device", machine.get("device")
     yield "dtype", machine.get("dtype")
     yield "packed equals solo", machine.get("invariance")
@@ -146,7 +146,6 @@ def _results(results: Json) -> Pairs:
 
 def _people(people: Json) -> Pairs:
     yield "project", people.get("project")
-    yield "requested by", people.get("requested_by")
     for name in ("requested_at", "started_at", "finished_at"):
         moment = _moment(people.get(name))
         yield name.removesuffix("_at"), moment and output.when(int(moment.timestamp()))

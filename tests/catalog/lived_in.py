@@ -85,7 +85,7 @@ COPIED: dict[type[Table], Changes] = {
     Plan: lambda n: {"id": f"plan-{n}", "state": "ready", "claim_id": f"planning-{n}"},
     FileOverlap: lambda n: {"train_key": f"train {n}", "valid_key": f"valid {n}"},
     Trainer: lambda n: {"id": f"trainer-{n}", "worker_id": f"w-{n}", "pack_key": f"key {n}"},
-    Upload: lambda n: {"id": f"upload-{n}", "cancelled_at": 1.0},
+    Upload: lambda n: {"id": f"upload-{n}", "cancelled_at": 1.0, "part_bytes": 0},
     AuditEvent: lambda n: {"id": f"audit-{n}", "link": int(n) + FAR, "project_id": f"proj-{n}", "actor_id": f"key-{n}"},
     UsageDay: lambda n: {"day": int(n)},
     StoredDay: lambda n: {"day": int(n)},

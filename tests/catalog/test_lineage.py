@@ -138,7 +138,7 @@ def test_the_record_tells_what_the_adapter_came_from() -> None:
         (1, "infra_lost", "2023-11-14T22:13:40.000Z", None),
         (2, "completed", "2023-11-14T22:15:00.000Z", 50),
     ]
-    assert made["attempts"][0]["packmates"] == ["ftjob-3", "ftjob-9"]
+    assert [attempt["num_packmates"] for attempt in made["attempts"]] == [2, 0]
     assert made["attempts"][1]["machine"]["invariance"] == "bitwise"
     assert made["people"]["requested_at"] == "2023-11-14T22:13:20.250Z"
     assert made["people"]["finished_at"] == "2023-11-14T22:15:00.000Z"
@@ -146,6 +146,20 @@ def test_the_record_tells_what_the_adapter_came_from() -> None:
 
 def test_no_secret_row_or_host_path_gets_in() -> None:
     assert CANARY not in json.dumps(record())
+
+
+def test_what_is_the_projects_alone_does_not_get_in_and_what_made_the_adapter_does() -> None:
+    asked = job()
+    samples = {"prompts": [CANARY], "max_tokens": 8}
+    asked.requested = {**asked.requested, "evaluation": {"every_steps": 5, "samples": samples}}
+    asked.spec = {**asked.spec, "evaluate_every_steps": 5, "samples": samples}
+
+    made = record(job=asked)
+
+    told = json.dumps(made)
+    assert [name for name in (CANARY, "ftjob-3", "ftjob-9", "key-1") if name in told] == []
+    assert made["config"]["requested"]["evaluation"] == {"every_steps": 5}
+    assert made["config"]["resolved"]["evaluate_every_steps"] == 5
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from alembic import command
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select
 
 from catalog import files, part_uploads
 from catalog.artifacts.store import Blob
 from catalog.db import Database, alembic_config
 from catalog.settings import Settings
-from catalog.tables import File
+from catalog.tables import File, Upload
 from tests.catalog.world import Clock, World
 
 BEFORE = "0009"
+BEFORE_COUNTED = "0028"
 
 
 def test_files_and_jobs_stay_where_expiry_result_files_and_uploads_in_parts_go_and_come(empty_url: str) -> None:
@@ -37,6 +38,25 @@ def test_files_and_jobs_stay_where_expiry_result_files_and_uploads_in_parts_go_a
     job, file = world.job(claim.job.id), files.get(database, project_id=world.caller.project_id, file_id=world.file_id)
     assert (job.state, job.result_file, file.expires_at) == ("succeeded", None, None)
     _begin_an_upload(world)
+    command.check(alembic_config(empty_url))
+    database.close()
+
+
+def test_parts_of_uploads_that_became_no_file_are_counted_from_then_on(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    world = World(database, Clock())
+    for _ in range(2):
+        _begin_an_upload(world)
+    with database.write() as session:
+        session.scalars(select(Upload).limit(1)).one().file_id = world.file_id
+
+    command.downgrade(alembic_config(empty_url), BEFORE_COUNTED)
+    database.migrate()
+
+    with database.read() as session:
+        found = {upload.file_id: upload.part_bytes for upload in session.scalars(select(Upload))}
+    assert found == {world.file_id: 0, None: 1}
     command.check(alembic_config(empty_url))
     database.close()
 

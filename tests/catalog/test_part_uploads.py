@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
-from catalog import cleaning, files, joining, part_uploads
+from catalog import cleaning, files, joining, part_uploads, quotas
 from catalog.errors import (
     Conflict,
     InvalidRequest,
@@ -220,6 +221,42 @@ def test_a_project_has_so_many_uploads_open_at_once_and_so_many_bytes(sender: Se
     sender.project_id = sender.world.caller.project_id
     sender.world.clock.turn(3601)
     sender.begin(500)
+
+
+def test_parts_count_until_they_are_cleaned_whatever_became_of_their_upload(sender: Sender) -> None:
+    sender.settings = Settings(data_dir=sender.folder, max_open_upload_bytes=1_000)
+    cancelled, done, expired = sender.begin(500), sender.begin(len(ONE)), sender.begin(100)
+    sender.part(cancelled, b"x" * 300)
+    named = sender.part(done, ONE)
+    sender.part(done, b"y" * 250)
+    sender.part(expired, b"z" * 150)
+    sender.cancel(cancelled)
+    sender.complete(done, named)
+    sender.world.clock.turn(part_uploads.OPEN_SECONDS)
+
+    with pytest.raises(QuotaExceeded) as refused:
+        sender.begin(301)
+    sender.cancel(sender.begin(300))
+
+    assert refused.value.quota["used"] == 300 + 250 + 150
+    cleaning.let_go(sender.world.db)
+    with pytest.raises(QuotaExceeded):
+        sender.begin(301)
+    sender.world.clock.turn(part_uploads.KEPT_SECONDS)
+    cleaning.let_go(sender.world.db)
+    sender.begin(1_000)
+
+
+def test_a_completion_beyond_what_the_project_may_store_stores_nothing(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE + TWO))
+    parts = sender.part(upload_id, ONE), sender.part(upload_id, TWO)
+    operator = replace(sender.world.caller, is_operator=True)
+    quotas.limit(sender.world.db, caller=operator, project="ours", limits={"stored_bytes": 1})
+
+    with pytest.raises(QuotaExceeded):
+        sender.complete(upload_id, *parts)
+
+    assert blobs(sender) == {sha(ONE), sha(TWO)}
 
 
 def test_an_upload_holds_no_more_than_twice_what_was_announced(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:

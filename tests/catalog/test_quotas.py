@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from catalog import adapters, audit, files, jobs, queue, quotas
+from catalog.artifacts.store import open_store
 from catalog.audit import Filters
 from catalog.daily import DAY_SECONDS
 from catalog.db import Database
 from catalog.errors import QuotaExceeded, RateLimited
 from catalog.keys import Caller
 from catalog.quotas import Standing
+from catalog.settings import Settings
 from catalog.sweeps import controller, creation, reading, verbs
 from catalog.sweeps.spec import SweepRequest
 from catalog.tables import File, Sweep
@@ -169,6 +172,43 @@ def test_bytes_beyond_what_a_project_may_store_are_refused_and_deleting_makes_ro
     assert "700, and this would be 301 more" in refusal.value.message
     files.delete(world.db, project_id=world.caller.project_id, file_id=first)
     _upload(world, 700)
+
+
+def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(world: World) -> None:
+    limit(world, stored_bytes=1000)
+    for number in range(2):
+        file_id = _upload(world, 700, content=f"content {number}")
+        files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
+
+    with pytest.raises(QuotaExceeded) as refusal:
+        _upload(world, 601)
+    _upload(world, 600)
+
+    assert "beside 1,400 of deleted files" in refusal.value.message
+    assert 0 < refusal.value.retry_after_seconds <= quotas.LEAVING_SECONDS
+    world.clock.turn(quotas.LEAVING_SECONDS)
+    _upload(world, 400)
+
+
+def test_the_same_bytes_deleted_again_and_again_lie_on_the_disk_once(world: World) -> None:
+    limit(world, stored_bytes=1000)
+
+    for _ in range(4):
+        file_id = _upload(world, 1000, content="the same")
+        files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
+
+
+def test_a_file_beyond_what_a_project_may_store_leaves_nothing_in_the_store(world: World, tmp_path: Path) -> None:
+    limit(world, stored_bytes=3)
+    spooled = tmp_path / "spooled"
+    spooled.write_bytes(b"four")
+    store = open_store(Settings(data_dir=tmp_path))
+    told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "num_bytes": 4, "digest": sha("four")}
+
+    with pytest.raises(QuotaExceeded):
+        files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **told)
+
+    assert list(store.objects.list_all("blobs")) == []
 
 
 def test_what_a_job_made_is_stored_though_the_limit_is_reached(world: World) -> None:
@@ -327,9 +367,9 @@ def _of_the_others(world: World) -> str:
     return job.id
 
 
-def _upload(world: World, num_bytes: int) -> str:
+def _upload(world: World, num_bytes: int, *, content: str = "d") -> str:
     file = File(id=f"file-{num_bytes}-{world.clock.now}", project_id=world.caller.project_id, purpose="user_data")
-    file.filename, file.num_bytes, file.digest = "a", num_bytes, "d"
+    file.filename, file.num_bytes, file.digest = "a", num_bytes, sha(content)
     with world.db.write() as session:
         return files.show(session, file, lifetime_seconds=None).id
 

@@ -58,7 +58,7 @@ RECORD: dict[str, Any] = {
             "started_at": "2026-11-24T17:53:04.258Z",
             "ended_at": "2026-11-24T17:54:24.785Z",
             "end": "completed",
-            "packmates": ["ftjob-2", "ftjob-3"],
+            "num_packmates": 2,
             "machine": {"device": "cpu", "memory": {"peak_bytes": 480_481_280}},
         }
     ],
@@ -97,7 +97,7 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
         "epochs, at most 3",
         "max length 256 tokens",
         "took 1:21",
-        "trained with ftjob-2, ftjob-3",
+        "trained with other jobs 2",
         "peak memory 480 MB",
         "held-out loss 5.957 for the base, 2.361 with the adapter",
         "torch 2.13.0+cpu\ufffd[31m",
@@ -136,7 +136,10 @@ def test_as_json_a_record_is_whole(service: Script, run: Run) -> None:
     [
         {},
         {"base": 3, "data": {}, "config": [], "attempts": [None], "results": "x", "outputs": {"files": 1}},
-        {"base": {"digest": 3, "files": [{}], "description": None}, "attempts": [{"started_at": 3, "packmates": 3}]},
+        {
+            "base": {"digest": 3, "files": [{}], "description": None},
+            "attempts": [{"started_at": 3, "num_packmates": "3"}],
+        },
         {"data": [{"role": None, "num_bytes": "x", "preparation": {"rows": []}}], "outputs": {"files": [{}]}},
         {"attempts": [{"started_at": "then", "ended_at": "2026-11-24T17:53:04Z"}], "graph": {"parents": "x"}},
     ],
