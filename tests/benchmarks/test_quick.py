@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import steady_state
+from benchmarks.__main__ import main
 from tests import tiny_base
 from tests.architecture.source_files import ROOT
+from tests.benchmarks.threads import ThreadContender
 
 THEMES = (
     "steady_state",
@@ -24,15 +27,20 @@ THEMES = (
 )
 
 
-def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(tmp_path: Path) -> None:
-    table = quick_bench(tmp_path, "steady_state")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
+def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(steady_state, "Contender", ThreadContender)
+
+    main(quick_arguments(tmp_path, "steady_state"))
 
     (path,) = (tmp_path / "out").glob("steady_state_*.json")
     repeats = json.loads(path.read_text())["repeats"]
     (ours,), (theirs,) = repeats["lorry_1"], repeats["peft_loop_1"]
     assert (ours["tokens"], ours["labels"]) == (theirs["tokens"], theirs["labels"])
     assert abs(ours["loss"] - theirs["loss"]) < 0.01
-    assert "lorry over peft_loop, 1 thread" in table
+    assert "lorry over peft_loop, 1 thread" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -65,6 +73,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
     ):
         assert said in table
     shares = json.loads(next((tmp_path / "out").glob("steady_state_*.json")).read_text())["profile"]
+    assert "lorry over peft_loop, 1 thread" in table
     assert sum(share["share"] for share in shares) == pytest.approx(1, abs=0.01)
     assert {"base products", "LoRA", "attention", "head and loss"} <= {share["part"] for share in shares}
     for theme in ("warm_start", "submission", "frozen_prefix", "eight_jobs"):
@@ -75,10 +84,12 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
 
 
 def quick_bench(folder: Path, *themes: str) -> str:
-    base = tiny_base.make(folder / "base")
-    arguments = ["--quick", "--base", str(base), "--out", str(folder / "out"), "--only", *themes]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    arguments = [sys.executable, "-m", "benchmarks", *quick_arguments(folder, *themes)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def quick_arguments(folder: Path, *themes: str) -> list[str]:
+    base = tiny_base.make(folder / "base")
+    return ["--quick", "--base", str(base), "--out", str(folder / "out"), "--only", *themes]
