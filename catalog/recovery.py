@@ -102,7 +102,8 @@ def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> Non
 
 
 def _lose(session: Session, held: Iterable[Job], *, now: float) -> int:
-    jobs = list(held)
+    """In the order of their sweeps: each end locks that of a trial, and two who recover at once may meet there."""
+    jobs = sorted(held, key=lambda job: (job.sweep_id or "", job.id))
     for job in jobs:
         if job.state == JobState.RUNNING:
             detail = f"Worker {job.worker_id} was not heard from any more."

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from catalog import claims, jobs, recovery, workers
 from catalog.errors import StaleClaim
 from catalog.preparation import MAX_LOST_PREPARATIONS
 from catalog.states import EndReason, JobState
-from catalog.tables import Pulse
+from catalog.sweeps import observing
+from catalog.tables import Job, Pulse
+from tests.catalog.sweeping import make
 from tests.catalog.world import LEASE, World
 
 
@@ -234,3 +237,27 @@ def first_locks(statements: list[str]) -> list[list[str]]:
             table = text.split()[1] if text.startswith("UPDATE") else text.partition(" FROM ")[2].split()[0]
             found[-1] += [table] if table not in found[-1] else []
     return found
+
+
+def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweeps = [make(world, parameters={"lora.rank": {"values": [4]}}) for _ in range(6)]
+    world.worker()
+    world.prepare_all()
+    trials = [claim.job for claim in world.claim()]
+    for job in trials:
+        jobs.cancel(world.db, **world.of(job.id))
+    taken: list[str | None] = []
+    moved = observing.moved
+
+    def noted(session: Session, job: Job, *, now: float) -> None:
+        taken.append(job.sweep_id)
+        moved(session, job, now=now)
+
+    monkeypatch.setattr(observing, "moved", noted)
+    world.pass_time(LEASE + 1)
+    recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert taken == sorted(sweeps)
+    assert {world.job(job.id).state for job in trials} == {JobState.CANCELLED}
