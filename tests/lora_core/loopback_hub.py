@@ -1,11 +1,95 @@
-"""A hub of model repositories on loopback: as much of it as its client asks for."""
+"""A hub of model repositories on loopback, as much of it as its client asks for; and a process that imports from it."""
 
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
 import threading
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+IMPORTS = textwrap.dedent("""
+    import json
+    import sys
+    from pathlib import Path
+    from lora_core.base_import import import_base
+    from lora_core.errors import LoraCoreError
+    for line in sys.stdin:
+        folder, names = json.loads(line)
+        told = []
+        for name in names:
+            try:
+                target = Path(folder) / "base"
+                imported = import_base(source=f"org/{name}", kind="hub", revision="main", target_dir=target)
+                told.append(f"{imported.commit} {imported.licence}")
+            except LoraCoreError as error:
+                told.append(f"{error} {error.remedy}")
+        print("told", json.dumps(told), flush=True)
+""")
+
+
+class Importer:
+    """Imports bases from hubs in one child process: the hub's client reads where the hub is when it is imported, and
+    that takes seconds. So all hubs have one address, and take turns at it."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: for the cache of the hub's client."""
+        self._cache = folder / "hub"
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        surroundings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(self._cache), "HF_HUB_OFFLINE": "0"}
+        self._log = (folder / "log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", IMPORTS],
+            env=os.environ | surroundings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def import_from(self, hub: type["Hub"], folder: Path, *names: str) -> list[str]:
+        """Each org/NAME at main into `folder`/base: commit and licence, or why not. Nothing is cached
+        but what a commit has: name one once."""
+        self._server.RequestHandlerClass = hub
+        shutil.rmtree(self._cache, ignore_errors=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(folder), names]) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("told "):
+                return json.loads(line.removeprefix("told "))
+        raise AssertionError(self.said())
+
+    def said(self) -> str:
+        """What the process printed beside its answers."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._process.wait(60)
+        self._log.close()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def importer(folder: Path) -> Generator[Importer]:
+    opened = Importer(folder)
+    try:
+        yield opened
+    finally:
+        opened.close()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -27,7 +111,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def hub_that_serves(folder: Path, commit: str, asked: list[str]):
+def hub_that_serves(folder: Path, commit: str, asked: list[str]) -> type[Hub]:
     """One repository, org/model, with the files of `folder`; the paths that were asked for are added to `asked`."""
 
     class Serving(Hub):
@@ -54,10 +138,10 @@ def hub_that_serves(folder: Path, commit: str, asked: list[str]):
 
         do_HEAD = do_GET
 
-    return serving(Serving)
+    return Serving
 
 
-def hub_that_refuses(answers):
+def hub_that_refuses(answers) -> type[Hub]:
     """answers: (status, X-Error-Code or None) by the name of a repository of `org`."""
 
     class Refusing(Hub):
@@ -67,12 +151,4 @@ def hub_that_refuses(answers):
 
         do_HEAD = do_GET
 
-    return serving(Refusing)
-
-
-@contextmanager
-def serving(handler):
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    return Refusing

@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import textwrap
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +20,7 @@ from lora_core.base_model import describe_base, load_base
 from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
 from lora_core.licence import licence_of_folder
 from lora_core.model_folder import load_with_transformers
-from tests.lora_core.loopback_hub import hub_that_refuses, hub_that_serves
+from tests.lora_core.loopback_hub import Importer, hub_that_refuses, hub_that_serves, importer
 from tests.lora_core.test_longrope import longrope
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -235,9 +232,15 @@ def test_the_model_read_from_gguf_is_let_go_before_the_written_one_is_tried(sour
     assert held[1:] == [None]
 
 
+@pytest.fixture(scope="module")
+def child(tmp_path_factory) -> Iterator[Importer]:
+    with importer(tmp_path_factory.mktemp("importer")) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path, num_shards):
-    commit, expected = "a" * 40, import_folder(source, tmp_path / "expected")
+def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path, child, num_shards):
+    commit, expected = f"{num_shards}" * 40, import_folder(source, tmp_path / "expected")
     if num_shards > 1:
         split_weights(source, num_shards)
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
@@ -254,22 +257,20 @@ def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path,
         (source / name).write_bytes(b"not what it says")
     asked: list[str] = []
 
-    with hub_that_serves(source, commit, asked) as endpoint:
-        result = import_in_child(tmp_path, endpoint)
+    told = child.import_from(hub_that_serves(source, commit, asked), tmp_path, "model")
 
-    assert result.stdout.splitlines()[-1].split() == [commit, "apache-2.0"], result.stderr
+    assert told == [f"{commit} apache-2.0"], child.said()
     assert {name for name in asked if name in {*needed, *others}} == needed
     assert digests(tmp_path / "base") == digests(expected)
 
 
-def test_of_a_repository_whose_config_is_refused_no_weights_are_fetched(source, tmp_path):
+def test_of_a_repository_whose_config_is_refused_no_weights_are_fetched(source, tmp_path, child):
     edit_json(source / "config.json", vision_config={"hidden_size": 64})
     asked: list[str] = []
 
-    with hub_that_serves(source, "a" * 40, asked) as endpoint:
-        result = import_in_child(tmp_path, endpoint)
+    (told,) = child.import_from(hub_that_serves(source, "a" * 40, asked), tmp_path, "model")
 
-    assert "reads images (vision_config) beside text" in result.stdout, result.stderr
+    assert "reads images (vision_config) beside text" in told, child.said()
     assert "config.json" in asked
     assert not [name for name in asked if name.endswith(".safetensors")]
 
@@ -318,7 +319,7 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
     assert asked == ["main", "b" * 40]
 
 
-def test_why_the_hub_gives_nothing_is_said(tmp_path):
+def test_why_the_hub_gives_nothing_is_said(tmp_path, child):
     cases = {
         "closed": (403, "GatedRepo", "gated"),
         "absent": (404, "RepoNotFound", "none, or it is private"),
@@ -326,39 +327,12 @@ def test_why_the_hub_gives_nothing_is_said(tmp_path):
         "down": (503, None, "can't be reached"),
     }
 
-    with hub_that_refuses({name: case[:2] for name, case in cases.items()}) as endpoint:
-        told = import_in_child(tmp_path, endpoint, *cases)
+    hub = hub_that_refuses({name: case[:2] for name, case in cases.items()})
+    told = child.import_from(hub, tmp_path, *cases)
 
-    assert [reason in line for (*_, reason), line in zip(cases.values(), told.stdout.splitlines(), strict=True)] == [
-        True
-    ] * 4, told.stdout + told.stderr
+    found = [reason in line for (*_, reason), line in zip(cases.values(), told, strict=True)]
+    assert found == [True] * 4, (told, child.said())
     assert not (tmp_path / "base").exists()
-
-
-def import_in_child(folder: Path, endpoint: str, *names: str) -> subprocess.CompletedProcess[str]:
-    """Import org/NAME (org/model where none is named) at main into `folder`/base; of each the commit is printed, or why
-    not. The hub's client reads the address of the hub when it is imported, so a process of its own imports it."""
-    code = textwrap.dedent("""
-        import sys
-        from pathlib import Path
-        from lora_core.base_import import import_base
-        from lora_core.errors import LoraCoreError
-        for name in sys.argv[2:]:
-            try:
-                target = Path(sys.argv[1]) / "base"
-                imported = import_base(source=f"org/{name}", kind="hub", revision="main", target_dir=target)
-                print(imported.commit, imported.licence)
-            except LoraCoreError as error:
-                print(error, error.remedy)
-    """)
-    return subprocess.run(
-        [sys.executable, "-c", code, str(folder), *(names or ["model"])],
-        check=False,
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "0"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_a_model_whose_own_pass_fails_by_its_sizes_is_refused_by_name(tmp_path):
