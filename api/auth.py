@@ -49,8 +49,9 @@ def caller_of(
     """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
     scope that the route needs."""
     caller = replace(_identify(request, use, credentials, session), service_jobs_per_day=use.limits.jobs_per_day)
-    _check_project(request, caller)
-    request.state.rate_headers = use.limits.count_request(caller)
+    _check_owners(request, caller)
+    request.state.headers = {"openai-organization": caller.organization_name}
+    request.state.headers |= use.limits.count_request(caller)
     check_operation(caller, getattr(request.scope.get("route"), "operation_id", None))
     request.state.caller = caller
     audit.actor_is(Actor(type="browser" if caller.is_browser else "api_key", id=caller.api_key_id, name=caller.name))
@@ -114,12 +115,19 @@ def _identify(
     )
 
 
-def _check_project(request: Request, caller: Caller) -> None:
-    """`OpenAI-Organization` is ignored; a project that is named must be the key's own."""
-    named = request.headers.get("openai-project")
-    if named and named not in (caller.project_id, caller.project_name):
-        raise Unauthorized(
-            "The API key belongs to another project than the OpenAI-Project header names.",
-            code="mismatched_project",
-            remedy="Leave the header out, or use a key of that project.",
-        )
+def _check_owners(request: Request, caller: Caller) -> None:
+    """An organization and a project that are named, by id or by name, must be the key's own."""
+    own = {
+        "organization": (caller.organization_id, caller.organization_name),
+        "project": (caller.project_id, caller.project_name),
+    }
+    for kind, names in own.items():
+        named = request.headers.get(f"openai-{kind}")
+        if named and named not in names:
+            variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
+            raise Unauthorized(
+                f"The API key belongs to another {kind} than the OpenAI-{kind.title()} header names.",
+                code=f"mismatched_{kind}",
+                remedy=f"Leave the header out (the openai client sends it for `{kind}` and for {variable}), or use a "
+                f"key of that {kind}.",
+            )

@@ -128,8 +128,8 @@ def _decorated(send: Send, exchange: _Exchange, body: RequestBody) -> Send:
                 await body.drain()
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = exchange.request_id
-            rate_headers: dict[str, str] = exchange.scope["state"].get("rate_headers", {})
-            for name, value in {**rate_headers, **security_headers(exchange.path)}.items():
+            of_caller: dict[str, str] = exchange.scope["state"].get("headers", {})
+            for name, value in {**of_caller, **security_headers(exchange.path)}.items():
                 headers.setdefault(name, value)
         await send(message)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from api.schemas.jobs import FineTuningJob, job_object
-from catalog import adapters, jobs
+from catalog import adapters, jobs, organizations
 from catalog.db import Database
 from catalog.sweeps import reading
 from catalog.tables import Job
@@ -15,10 +15,12 @@ def job_objects(db: Database, rows: Sequence[Job]) -> list[FineTuningJob]:
     """In the order of `rows`."""
     adapter_ids = adapters.ids_by_job(db, [row.id for row in rows if row.adapter_name])
     seconds = jobs.seconds_running(db, [row.id for row in rows if row.attempt])
+    owners = organizations.ids_by_project(db, {row.project_id for row in rows})
     trials = reading.trials_by_job(db, [row.id for row in rows if row.sweep_id])
     return [
         job_object(
             row,
+            organization_id=owners[row.project_id],
             adapter_id=adapter_ids.get(row.id),
             seconds_running=seconds.get(row.id, 0.0),
             trial=trials.get(row.id),

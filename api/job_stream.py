@@ -103,5 +103,5 @@ def _whole(db: Database, rows: Sequence[Job]) -> dict[str, bytes]:
 
 def _of_its_row(row: Job) -> FineTuningJob:
     """To compare, by no query more. What moves with every second is no news: the estimate, the time it has run."""
-    job = job_object(row, adapter_id=None, seconds_running=0.0)
+    job = job_object(row, organization_id="", adapter_id=None, seconds_running=0.0)
     return job.model_copy(update={"estimated_finish": None})

@@ -27,6 +27,8 @@ AuditType = Literal[
     "sign_in_link.created",
     "login.succeeded",
     "logout.succeeded",
+    "organization.created",
+    "organization.updated",
     "project.created",
     "project.updated",
     "project.archived",

@@ -12,6 +12,8 @@ class Caller:
     api_key_id: str
     project_id: str
     project_name: str
+    organization_id: str
+    organization_name: str
     is_operator: bool
     name: str
     scopes: frozenset[str] = frozenset()

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ from catalog.db import Database, clock_of, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, Unauthorized, Unavailable
 from catalog.scopes import held
 from catalog.settings import Settings
-from catalog.tables import ApiKey, Json, Project, SignIn, new_id
+from catalog.tables import ApiKey, Json, Organization, Project, SignIn, new_id
 
 ENDING_CHARACTERS = 4
 LAST_USED_SECONDS = 60
@@ -111,11 +112,13 @@ def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
     parts = secret.split("_", 2)
     key_id = parts[1] if len(parts) == 3 else ""
     with db.read() as session:
-        named = select(ApiKey, Project, clock_of(session)).join(Project).where(ApiKey.id == key_id)  # once a request
-        key, _, now = session.execute(named).one_or_none() or (None, None, 0.0)
-        if not hmac.compare_digest(key.digest if key else "", given) or key is None or not is_live(key, now):
+        named = _owned().add_columns(clock_of(session)).where(ApiKey.id == key_id)  # once a request
+        found = session.execute(named).one_or_none()
+        digest = found[0].digest if found else ""
+        if not hmac.compare_digest(digest, given) or found is None or not is_live(found[0], found[3]):
             raise _refused("The API key is not valid.", "Check it for missing characters, or have a new one made.")
-        caller = _caller(session, key)
+        key, project, organization, now = found
+        caller = _caller(key, project, organization)
     if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS:
         _note_use(db, key.id, now=now)
     return caller
@@ -189,12 +192,12 @@ def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
     with db.read() as session:
         now = read_clock(session)
         live = (SignIn.browser_digest == _digest(secret, pepper), SignIn.expires_at > now)
-        sign_in = session.scalar(select(SignIn).where(*live))
-        key = session.get(ApiKey, sign_in.api_key_id) if sign_in is not None else None
-        if sign_in is None or key is None or not is_live(key, now):
+        signed_in = _owned().add_columns(SignIn.expires_at).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live)
+        found = session.execute(signed_in).one_or_none()
+        if found is None or not is_live(found[0], now):
             raise _refused("You are signed out.", "Open a new sign-in link, or sign in with an API key.")
-        end = min(sign_in.expires_at, key.expires_at or sign_in.expires_at)
-        return replace(_caller(session, key), is_browser=True, expires_at=end)
+        key, project, organization, end = found
+        return replace(_caller(key, project, organization), is_browser=True, expires_at=min(end, key.expires_at or end))
 
 
 def end_browser(db: Database, *, secret: str, pepper: bytes) -> None:
@@ -265,9 +268,15 @@ def _digest(secret: str, pepper: bytes) -> str:
     return hmac.new(pepper, secret.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
-def _caller(session: Session, key: ApiKey) -> Caller:
+@cache
+def _owned() -> Select[ApiKey, Project, Organization]:
+    """Keys, with whose they are."""
+    with_project = select(ApiKey, Project, Organization).join(Project, Project.id == ApiKey.project_id)
+    return with_project.join(Organization, Organization.id == Project.organization_id)
+
+
+def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller:
     """Raises Unauthorized where the project was archived."""
-    project = session.get_one(Project, key.project_id)
     if project.archived_at is not None:
         raise Unauthorized(
             f"The project {project.name!r} of this API key was archived.",
@@ -279,6 +288,8 @@ def _caller(session: Session, key: ApiKey) -> Caller:
         api_key_id=key.id,
         project_id=project.id,
         project_name=project.name,
+        organization_id=organization.id,
+        organization_name=organization.name,
         is_operator=key.is_operator,
         name=key.name,
         scopes=held(key.scopes, is_operator=key.is_operator),

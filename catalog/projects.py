@@ -1,4 +1,7 @@
-"""Projects: whose files, jobs and adapters are whose. Operators make and archive them; others see their own."""
+"""Projects: whose files, jobs and adapters are whose. Operators make and archive them; others see their own.
+
+Their names are unique in the whole service: those of adapters begin with them.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,22 @@ import math
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from catalog import audit
+from catalog import audit, organizations
 from catalog.audit import AuditType
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller, lasting_operators
+from catalog.organizations import check_name
 from catalog.pages import Page, paginate
-from catalog.spec import LABEL
-from catalog.tables import Json, Project, new_id
+from catalog.tables import Json, Organization, Project, new_id
 
 
 def ensure(db: Database, name: str = "default") -> Project:
-    """The project of that name, made if there is none."""
-    _check_name(name)
+    """The project of that name, made in the oldest organization if there is none."""
+    check_name(name, "a project's")
     with db.write() as session:
         serialise(session, "projects")
-        return _named(session, name) or _add(session, name)
+        return _named(session, name) or _add(session, name, organizations.oldest(session))
 
 
 def first(db: Database) -> Project:
@@ -31,18 +34,26 @@ def first(db: Database) -> Project:
         serialise(session, "projects")
         kept = select(Project).where(Project.archived_at.is_(None)).order_by(Project.created_at, Project.id)
         found = session.scalar(kept.limit(1))
-        return found or _named(session, "default") or _add(session, "default")
+        return found or _named(session, "default") or _add(session, "default", organizations.oldest(session))
 
 
-def create(db: Database, name: str, *, is_client_retry: bool = False) -> Project:
-    """Raises Conflict where the name is taken; not where the client sends this again, having had no reply."""
-    _check_name(name)
+def create(db: Database, name: str, *, organization: str | None = None, is_client_retry: bool = False) -> Project:
+    """organization: by id or by name; None: the oldest.
+
+    Raises NotFound for it, and Conflict where the name is taken; not where the client sends this again, having had no
+    reply.
+    """
+    check_name(name, "a project's")
     with db.write() as session:
         serialise(session, "projects")
         found = _named(session, name)
-        if found is not None and not is_client_retry:
+        if organization is None:
+            owner = organizations.oldest(session)
+        else:
+            owner = organizations.find(session, organization=organization, param="organization")
+        if found is not None and not (is_client_retry and found.organization_id == owner.id):
             raise _taken(name)
-        return found or _add(session, name)
+        return found or _add(session, name, owner)
 
 
 def get(db: Database, *, caller: Caller, project: str) -> Project:
@@ -67,7 +78,7 @@ def list_page(
 
 def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
     """Adapters that it has keep their names. Raises NotFound, and Conflict where the name is taken."""
-    _check_name(name)
+    check_name(name, "a project's")
     with db.write() as session:
         serialise(session, "projects")
         row = find(session, caller=caller, project=project)
@@ -111,12 +122,18 @@ def restore(db: Database, *, caller: Caller, project: str) -> Project:
         return row
 
 
-def find(session: Session, *, caller: Caller, project: str, param: str | None = None) -> Project:
-    """As `get`, in a transaction of one's own."""
+def find(
+    session: Session, *, caller: Caller, project: str, param: str | None = None, beside: Project | None = None
+) -> Project:
+    """As `get`, in a transaction of one's own. beside: of this one's organization alone, though an operator asks."""
     named = select(Project).where(or_(Project.id == project, Project.name == project))
+    remedy = "`lorry projects list` shows those that you can see."
+    if beside is not None:
+        named = named.where(Project.organization_id == beside.organization_id)
+        remedy = f"Name one of the organization of {beside.name!r}: `lorry projects list` shows whose each is."
     row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
     if row is None:
-        raise NotFound("project", project, param=param, remedy="`lorry projects list` shows those that you can see.")
+        raise NotFound("project", project, param=param, remedy=remedy)
     return row
 
 
@@ -124,10 +141,12 @@ def _named(session: Session, name: str) -> Project | None:
     return session.scalar(select(Project).where(Project.name == name))
 
 
-def _add(session: Session, name: str) -> Project:
-    row = Project(id=new_id("proj"), name=name, created_at=read_clock(session), created_by=audit.actor_id())
+def _add(session: Session, name: str, owner: Organization) -> Project:
+    row = Project(id=new_id("proj"), organization_id=owner.id, name=name)
+    row.created_at, row.created_by = read_clock(session), audit.actor_id()
     session.add(row)
-    _note(session, "project.created", row, now=row.created_at, details={"name": name})
+    details = {"name": name, "organization_id": owner.id}
+    _note(session, "project.created", row, now=row.created_at, details=details)
     return row
 
 
@@ -142,16 +161,6 @@ def _taken(name: str) -> Conflict:
         remedy="Choose another name. `lorry projects list --archived` shows all of them.",
         param="name",
     )
-
-
-def _check_name(name: str) -> None:
-    if not LABEL.match(name):
-        raise InvalidRequest(
-            f"{name!r} cannot be a project's name.",
-            code="invalid_name",
-            remedy="Use letters, digits, dot, underscore and hyphen; at most 64, the first a letter or digit.",
-            param="name",
-        )
 
 
 def weigh(db: Database, *, caller: Caller, project: str, weight: float) -> Project:

@@ -20,11 +20,14 @@ Scope = Literal[
     "usage:read",
     "models:write",
     "projects:write",
+    "organizations:write",
     "permissions:read",
     "permissions:write",
 ]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-OPERATORS: frozenset[Scope] = frozenset({"models:write", "projects:write", "permissions:read", "permissions:write"})
+OPERATORS: frozenset[Scope] = frozenset(
+    {"models:write", "projects:write", "organizations:write", "permissions:read", "permissions:write"}
+)
 """They reach beyond a project: only an operator's key can hold them."""
 
 

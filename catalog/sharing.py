@@ -1,4 +1,4 @@
-"""Who else may read an adapter or a checkpoint: permissions for other projects, given by operators.
+"""Who else may read an adapter or a checkpoint: permissions for other projects of its organization, given by operators.
 
 Whoever has one may download the model and continue it, and sees nothing else of its job. What it has begun with it goes
 on when the permission is taken back.
@@ -17,7 +17,7 @@ from catalog.db import Database, read_clock
 from catalog.errors import InvalidRequest, NotFound
 from catalog.keys import Caller
 from catalog.pages import Order, Page, paginate
-from catalog.tables import Adapter, Checkpoint, Job, ModelPermission, new_id
+from catalog.tables import Adapter, Checkpoint, Job, ModelPermission, Project, new_id
 
 
 def may_read_adapter(project_id: str) -> ColumnElement[bool]:
@@ -33,11 +33,13 @@ def may_read_checkpoint(project_id: str) -> ColumnElement[bool]:
 def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[str]) -> list[ModelPermission]:
     """Let these projects, by id or name, read the model. One that may already keeps its permission.
 
-    Raises NotFound for a model or a project, InvalidRequest for the model's own project; then none is given.
+    Raises NotFound for a model or a project, one of another organization too, InvalidRequest for the model's own
+    project; then none is given.
     """
     with db.write() as session:
         shared = _model(session, model, locked=True)
-        readers = [projects.find(session, caller=caller, project=one, param="project_ids") for one in projects_named]
+        sought: dict[str, Any] = {"beside": session.get_one(Project, shared.project_id), "param": "project_ids"}
+        readers = [projects.find(session, caller=caller, project=one, **sought) for one in projects_named]
         for reader in readers:
             if reader.id == shared.project_id:
                 raise InvalidRequest(

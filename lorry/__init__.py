@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorry.accounts import ApiKey, AuditEvent, Project
+    from lorry.accounts import ApiKey, AuditEvent, Organization, Project
     from lorry.client import Lorry
     from lorry.errors import (
         APIError,
@@ -53,6 +53,7 @@ __all__ = [
     "Model",
     "NotConfigured",
     "NotFound",
+    "Organization",
     "PermissionDenied",
     "Project",
     "RateLimited",

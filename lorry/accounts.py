@@ -1,4 +1,5 @@
-"""What the service answers about projects and keys: who may do what, who did what, what was used. As in models."""
+"""What the service answers of organizations, projects and keys: who may do what, who did what, what was used. As in
+models."""
 
 from __future__ import annotations
 
@@ -34,10 +35,21 @@ class ApiKey(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Organization(View):
+    """Whose projects are whose."""
+
+    id: str = ""
+    name: str = ""
+    created_at: int = 0
+    created_by: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Project(View):
     """Whose files, jobs and adapters are whose. The keys of an archived one open nothing."""
 
     id: str = ""
+    organization_id: str = ""
     name: str = ""
     status: str = ""
     weight: float = 1.0
@@ -100,8 +112,9 @@ class AuditVerification(View):
 
 @dataclass(frozen=True, kw_only=True)
 class UsageResult(View):
-    """What was used on a day, by a project or of a base model."""
+    """What was used on a day, by an organization or a project, or of a base model."""
 
+    organization_id: str | None = None
     project_id: str | None = None
     model: str | None = None
     device_seconds: float = 0.0

@@ -18,6 +18,7 @@ from lorry.resources.fleet import Queue, Workers
 from lorry.resources.jobs import Jobs
 from lorry.resources.keys import Keys, Projects
 from lorry.resources.models import Models
+from lorry.resources.organizations import Organizations
 from lorry.resources.plans import Plans
 from lorry.resources.sign_in import SignInLinks
 from lorry.resources.sweeps import Sweeps
@@ -54,6 +55,7 @@ class Lorry:
         self.queue = Queue(self._transport)
         self.workers = Workers(self._transport)
         self.keys = Keys(self._transport)
+        self.organizations = Organizations(self._transport)
         self.projects = Projects(self._transport)
         self.usage = Usage(self._transport)
         self.audit = Audit(self._transport)

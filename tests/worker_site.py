@@ -55,7 +55,13 @@ class WorkerSite:
         project = projects.ensure(self.db)
         key, _ = keys.create(self.db, project_id=project.id, name="test", pepper=b"pepper", is_operator=True)
         self.caller = Caller(
-            api_key_id=key.id, project_id=project.id, project_name=project.name, is_operator=True, name="test"
+            api_key_id=key.id,
+            project_id=project.id,
+            project_name=project.name,
+            organization_id=project.organization_id,
+            organization_name="default",
+            is_operator=True,
+            name="test",
         )
         self._processes: list[subprocess.Popen[bytes]] = []
 

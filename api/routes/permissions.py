@@ -50,7 +50,8 @@ def list_model_permissions(
 def create_model_permissions(
     fine_tuned_model: str, body: PermissionRequest, use: Use, caller: Signed
 ) -> ListPage[PermissionObject]:
-    """For operators: let other projects read the model, download it and continue it. They see nothing else of its job.
+    """For operators: let other projects of its organization read the model, download it and continue it. They see
+    nothing else of its job. A project of another organization is not found.
 
     A project that may already keeps its permission. All are given, or none.
     """

@@ -13,6 +13,7 @@ from api.schemas.pages import ListPage, page_of
 from api.schemas.projects import (
     ProjectLimits,
     ProjectLimitsObject,
+    ProjectName,
     ProjectObject,
     ProjectRequest,
     ProjectWeight,
@@ -25,10 +26,11 @@ router = APIRouter(prefix="/v1/projects", tags=["projects and keys"], responses=
 Archived = Annotated[bool, Query(description="Those that were archived, too.")]
 
 
-@router.post("", operation_id="create_project", responses=errors(409))
-def create_project(body: ProjectRequest, use: Use, _caller: Signed, is_retry: IsRetry) -> ProjectObject:
+@router.post("", operation_id="create_project", responses=errors(404, 409))
+def create_project(body: ProjectRequest, use: Use, caller: Signed, is_retry: IsRetry) -> ProjectObject:
     """For operators. Then give it a key: POST /v1/api_keys with its name as `project`."""
-    return project_object(projects.create(use.db, body.name, is_client_retry=is_retry))
+    owner = body.organization or caller.organization_id
+    return project_object(projects.create(use.db, body.name, organization=owner, is_client_retry=is_retry))
 
 
 @router.get("", operation_id="list_projects")
@@ -47,7 +49,7 @@ def get_project(project: str, use: Use, caller: Signed) -> ProjectObject:
 
 
 @router.post("/{project}", operation_id="rename_project", responses=errors(404, 409))
-def rename_project(project: str, body: ProjectRequest, use: Use, caller: Signed) -> ProjectObject:
+def rename_project(project: str, body: ProjectName, use: Use, caller: Signed) -> ProjectObject:
     """For operators. Adapters that it has keep their names."""
     return project_object(projects.rename(use.db, caller=caller, project=project, name=body.name))
 

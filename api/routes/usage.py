@@ -30,8 +30,9 @@ def get_usage(
     start_time: Moment = None,
     end_time: Moment = None,
     bucket_width: Literal["1d"] = "1d",
-    group_by: Annotated[list[GroupBy] | None, Query(alias="group_by[]", max_length=2)] = None,
+    group_by: Annotated[list[GroupBy] | None, Query(alias="group_by[]", max_length=3)] = None,
     project_ids: Annotated[Names | None, Query(alias="project_ids[]", max_length=100)] = None,
+    organization_ids: Annotated[Names | None, Query(alias="organization_ids[]", max_length=100)] = None,
     models: Annotated[Names | None, Query(max_length=100, alias="models[]")] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_DAYS, description="Days of a page.")] = USUAL_DAYS,
     page: Annotated[str | None, Query(pattern=r"^\d{1,7}$", description="`next_page` of the page before.")] = None,
@@ -46,6 +47,7 @@ def get_usage(
         end_time=end_time,
         group_by=group_by or ("project_id",),
         project_ids=project_ids or (),
+        organization_ids=organization_ids or (),
         models=models or (),
         num_days=limit,
     )

@@ -23,7 +23,7 @@ JOB_EXAMPLE: dict[str, Any] = {
     "status": "running",
     "model": "smollm2-135m",
     "fine_tuned_model": None,
-    "organization_id": "proj-5e1f0a",
+    "organization_id": "org-2d4c6b8a0e1f3a5b7c9d0e2f",
     "result_files": [],
     "seed": 42,
     "trained_tokens": None,
@@ -197,7 +197,7 @@ class FineTuningJob(BaseModel):
     parent_adapter: str | None = Field(description="Name of the adapter that it continues.")
     fine_tuned_model: str | None
     adapter_id: str | None
-    organization_id: str = Field(description="The project.")
+    organization_id: str = Field(description="That of the project.")
     result_files: list[str] = Field(
         description="Id of a CSV file with the job's curves: of a job that has succeeded. The file may be deleted."
     )
@@ -242,13 +242,14 @@ class FineTuningJob(BaseModel):
 
 
 def job_object(
-    row: Job, *, adapter_id: str | None, seconds_running: float, trial: Trial | None = None
+    row: Job, *, organization_id: str, adapter_id: str | None, seconds_running: float, trial: Trial | None = None
 ) -> FineTuningJob:
     spec = JobSpec.model_validate(row.spec)
     return FineTuningJob.model_validate(
         {
             **_identity(row),
             **_run(row),
+            "organization_id": organization_id,
             "adapter_id": adapter_id,
             "sweep": trial and TrialOf(id=trial.sweep_id, trial=trial.number, parameters=trial.parameters),
             "seconds_running": seconds_running,
@@ -288,7 +289,6 @@ def _identity(row: Job) -> dict[str, Any]:
         "created_at": int(row.created_at),
         "model": row.base_model,
         "base_digest": row.base_digest,
-        "organization_id": row.project_id,
         "training_file": row.training_file,
         "validation_file": row.validation_file,
         "suffix": row.suffix,

@@ -13,7 +13,7 @@ ProjectName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class PermissionRequest(Strict):
-    """Projects that may read the model from now on."""
+    """Projects that may read the model from now on, of the organization that it belongs to."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"project_ids": ["proj-3f2b8c9d0a1e"]}})
     project_ids: Annotated[list[ProjectName], Field(min_length=1, max_length=100, description="By id or by name.")]

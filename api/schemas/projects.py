@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,7 @@ from catalog.tables import Project
 _EXAMPLE: dict[str, Any] = {
     "object": "project",
     "id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "organization_id": "org-2d4c6b8a0e1f3a5b7c9d0e2f",
     "name": "search",
     "status": "active",
     "weight": 1.0,
@@ -23,16 +24,33 @@ _EXAMPLE: dict[str, Any] = {
 }
 
 
-class ProjectRequest(Strict):
-    """A project to make, or its new name."""
-
-    model_config = ConfigDict(json_schema_extra={"example": {"name": "search"}})
-    name: str = Field(
+OwnerName = Annotated[
+    str,
+    Field(
         min_length=1,
         max_length=64,
         description="Letters, digits, '.', '_' and '-'.",
         json_schema_extra={"pattern": LABEL_PATTERN},
+    ),
+]
+"""Of a project or an organization."""
+
+
+class ProjectRequest(Strict):
+    """A project to make."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "search"}})
+    name: OwnerName
+    organization: str | None = Field(
+        default=None, min_length=1, max_length=64, description="Whose it is, by id or name. null: yours."
     )
+
+
+class ProjectName(Strict):
+    """A project's new name."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "search"}})
+    name: OwnerName
 
 
 class ProjectWeight(Strict):
@@ -48,6 +66,7 @@ class ProjectObject(BaseModel):
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["project"] = "project"
     id: str
+    organization_id: str = Field(description="Whose it is, for good.")
     name: str
     status: Literal["active", "archived"] = Field(description="archived: its keys open nothing.")
     weight: float = Field(description="Its part of the devices, beside those of others whose jobs wait.")
@@ -59,6 +78,7 @@ class ProjectObject(BaseModel):
 def project_object(row: Project) -> ProjectObject:
     return ProjectObject(
         id=row.id,
+        organization_id=row.organization_id,
         name=row.name,
         status="active" if row.archived_at is None else "archived",
         weight=row.weight,

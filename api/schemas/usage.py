@@ -11,6 +11,7 @@ from catalog.usage_report import Day, Report, Used
 
 _RESULT: dict[str, Any] = {
     "object": "usage.result",
+    "organization_id": None,
     "project_id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
     "model": None,
     "device_seconds": 5400.5,
@@ -40,6 +41,7 @@ class UsageResult(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": _RESULT})
     object: Literal["usage.result"] = "usage.result"
+    organization_id: str | None = Field(description="null where it isn't grouped by organization.")
     project_id: str | None = Field(description="null where it isn't grouped by project.")
     model: str | None = Field(description="The base model; null where it isn't grouped by that.")
     device_seconds: float = Field(description="Seconds of a device, divided among the jobs that train on it.")
@@ -89,6 +91,7 @@ def _result(used: Used) -> UsageResult:
     amounts = used.amounts
     ended = {name: int(amounts[f"num_{name}"]) for name in ("created", "succeeded", "failed", "cancelled")}
     return UsageResult(
+        organization_id=used.organization_id,
         project_id=used.project_id,
         model=used.model,
         device_seconds=amounts["device_seconds"],

@@ -79,7 +79,13 @@ def _make(session: Session, sweep: Sweep, number: int, *, now: float) -> bool:
     False where the project has reached a limit: then it is tried again later.
     """
     caller = Caller(
-        api_key_id=sweep.created_by, project_id=sweep.project_id, project_name="", is_operator=False, name=""
+        api_key_id=sweep.created_by,
+        project_id=sweep.project_id,
+        project_name="",
+        organization_id="",
+        organization_name="",
+        is_operator=False,
+        name="",
     )
     try:
         design = design_of(sweep)

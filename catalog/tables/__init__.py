@@ -8,7 +8,7 @@ from catalog.tables.exports import JobExport
 from catalog.tables.fleet import Pulse, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, MetricBlock
 from catalog.tables.jobs import WITHOUT_METADATA, IdempotencyKey, Job, JobLabel
-from catalog.tables.owners import ApiKey, ModelPermission, Project, ProjectUsage, SignIn
+from catalog.tables.owners import ApiKey, ModelPermission, Organization, Project, ProjectUsage, SignIn
 from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
 from catalog.tables.sweeps import RungValue, Sweep, Trial
@@ -38,6 +38,7 @@ __all__ = [
     "Json",
     "MetricBlock",
     "ModelPermission",
+    "Organization",
     "Plan",
     "Prepared",
     "Project",

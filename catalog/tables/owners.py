@@ -1,4 +1,4 @@
-"""Who may do what: projects, their keys, and browsers that were signed in by one."""
+"""Who may do what: organizations, their projects, the keys of those, and browsers that were signed in by one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from sqlalchemy.orm import Mapped, mapped_column
 from catalog.tables.table import Table
 
 
+class Organization(Table):
+    __tablename__ = "organizations"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[float]
+    created_by: Mapped[str | None]
+    """The key; None where it was made on the server itself, or is that of projects of before."""
+
+
 class Project(Table):
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(primary_key=True)
+    organization_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"))
+    """For good: what is shared within an organization stays within it."""
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
     created_by: Mapped[str | None]
@@ -74,7 +85,7 @@ class ApiKey(Table):
 
 
 class ModelPermission(Table):
-    """A project may read an adapter, or a checkpoint, of another."""
+    """A project may read an adapter, or a checkpoint, of another of its organization."""
 
     __tablename__ = "model_permissions"
     id: Mapped[str] = mapped_column(primary_key=True)

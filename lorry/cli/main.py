@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from lorry.cli import adapters, audit, files, fleet, jobs, keys, models, projects, sweeps, up, usage, webhooks
+from lorry.cli import (
+    adapters,
+    audit,
+    files,
+    fleet,
+    jobs,
+    keys,
+    models,
+    organizations,
+    projects,
+    sweeps,
+    up,
+    usage,
+    webhooks,
+)
 from lorry.cli.app import Sectioned, group, run
 from lorry.cli.plan import plan
 
@@ -23,6 +37,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(sweeps.app, name="sweep")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
+app.add_typer(organizations.app, name="organizations")
 app.add_typer(projects.app, name="projects")
 app.add_typer(audit.app, name="audit")
 app.add_typer(webhooks.app, name="webhooks")

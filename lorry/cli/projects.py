@@ -29,10 +29,12 @@ NAMES = {
 
 @app.command("create")
 def create_project(
-    name: Annotated[str, typer.Argument(help="Letters, digits, dot, underscore and hyphen.")], as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="Letters, digits, dot, underscore and hyphen.")],
+    organization: Annotated[str | None, typer.Option(help="Another than yours, by name or id.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a project (an operator's key only)."""
-    project = client().projects.create(name)
+    project = client().projects.create(name, organization=organization)
     _told(project, f"{project.name} is made. Give it a key: lorry keys create NAME --project {project.name}", as_json)
 
 
@@ -42,12 +44,25 @@ def list_projects(
     as_json: AsJson = False,
 ) -> None:
     """Your project; for operators, all."""
-    found = list(client().projects.list(archived=archived))
+    lorry = client()
+    found = list(lorry.projects.list(archived=archived))
     if as_json:
         return output.print_json([project.raw for project in found])
-    rows = [(p.name, p.id, p.status, f"{p.weight:g}", output.briefly(p.created_at)) for p in found]
-    titles = ("NAME", "ID", "STATUS", "WEIGHT", "CREATED")
-    return table([Column(title=title) for title in titles], rows, empty="There is no project.")
+    has_owners = any(project.organization_id for project in found)  # not of an older service
+    owners = {one.id: one.name for one in lorry.organizations.list()} if has_owners else {}
+    rows = [
+        (p.name, p.id, owners.get(p.organization_id), p.status, f"{p.weight:g}", output.briefly(p.created_at))
+        for p in found
+    ]
+    columns = (
+        Column(title="NAME"),
+        Column(title="ID"),
+        Column(title="ORGANIZATION", narrowest=8, goes=1),
+        Column(title="STATUS"),
+        Column(title="WEIGHT"),
+        Column(title="CREATED", goes=2),
+    )
+    return table(columns, rows, empty="There is no project.")
 
 
 @app.command("rename")

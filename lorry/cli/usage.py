@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,29 +17,44 @@ from lorry.cli.tables import Column, table
 if TYPE_CHECKING:
     from lorry.accounts import UsageBucket, UsageResult
 
+GROUPS: dict[str, tuple[Literal["organization_id", "project_id", "model"], ...]] = {
+    "project": ("project_id",),
+    "model": ("model",),
+    "both": ("project_id", "model"),
+    "organization": ("organization_id",),
+}
+
 
 def usage(
     *,
     since: Annotated[int, typer.Option(help="How far back: 7d, 30d.", parser=seconds)] = "7d",  # pyright: ignore
-    by: Annotated[str, typer.Option(help="project, model, or both.")] = "project",
+    by: Annotated[str, typer.Option(help="project, model, or both; or organization.")] = "project",
     project: Annotated[list[str] | None, typer.Option(help="Name or id; may be repeated.")] = None,
+    organization: Annotated[list[str] | None, typer.Option(help="Name or id; may be repeated.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A base model; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What was used on each day (UTC): by your project; for operators, by all."""
-    groups = {"project": ("project_id",), "model": ("model",), "both": ("project_id", "model")}
-    if by not in groups:
-        raise typer.BadParameter(f"{by!r} is none of project, model and both.")
+    if by not in GROUPS:
+        raise typer.BadParameter(f"{by!r} is none of project, model, both and organization.")
     lorry = client()
     begin = int(time.time()) - since
-    asked = {"start_time": begin, "project_ids": project or (), "models": model or ()}
-    found = list(lorry.usage.list(group_by=groups[by], **asked))  # pyright: ignore[reportArgumentType]
+    days = lorry.usage.list(
+        start_time=begin,
+        group_by=GROUPS[by],
+        project_ids=project or (),
+        organization_ids=organization or (),
+        models=model or (),
+    )
+    found = list(days)
     if as_json:
         return output.print_json([bucket.raw for bucket in found])
-    names = {one.id: one.name for one in lorry.projects.list(archived=True)}
+    is_by_organization = by == "organization"
+    owners = lorry.organizations.list() if is_by_organization else lorry.projects.list(archived=True)
+    names = {one.id: one.name for one in owners}
     columns = (
         Column(title="DAY"),
-        Column(title="PROJECT", narrowest=8),
+        Column(title="ORGANIZATION" if is_by_organization else "PROJECT", narrowest=8),
         Column(title="MODEL", narrowest=8),
         Column(title="DEVICE-HOURS"),
         Column(title="TOKENS", goes=2),
@@ -55,8 +70,8 @@ def usage(
 
 def _row(bucket: UsageBucket, result: UsageResult, names: dict[str, str]) -> tuple[object, ...]:
     day = f"{datetime.fromtimestamp(bucket.start_time, UTC):%Y-%m-%d}"
-    project = names.get(result.project_id or "", result.project_id)
+    owner = result.organization_id or result.project_id
     jobs = [result.num_jobs.get(name, 0) for name in ("created", "succeeded", "failed", "cancelled")]
     hours = f"{result.device_seconds / 3600:.2f}"
     stored = None if result.stored_bytes is None else output.size(result.stored_bytes)
-    return day, project, result.model, hours, result.trained_tokens, *jobs, stored
+    return day, names.get(owner or "", owner), result.model, hours, result.trained_tokens, *jobs, stored

@@ -73,9 +73,10 @@ class Projects:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def create(self, name: str) -> Project:
-        """For operators."""
-        return Project.of(self._transport.request("POST", "projects", body={"name": name}))
+    def create(self, name: str, *, organization: str | None = None) -> Project:
+        """For operators. organization: whose it is, by id or by name; None: yours."""
+        body = {"name": name} if organization is None else {"name": name, "organization": organization}
+        return Project.of(self._transport.request("POST", "projects", body=body))
 
     def list(self, *, archived: bool = False) -> Iterator[Project]:
         """Yours, and for operators all. archived: those that were put away, too."""

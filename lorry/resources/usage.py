@@ -18,8 +18,9 @@ class Usage:
         *,
         start_time: int | None = None,
         end_time: int | None = None,
-        group_by: Sequence[Literal["project_id", "model"]] = ("project_id",),
+        group_by: Sequence[Literal["organization_id", "project_id", "model"]] = ("project_id",),
         project_ids: Sequence[str] = (),
+        organization_ids: Sequence[str] = (),
         models: Sequence[str] = (),
     ) -> Iterator[UsageBucket]:
         """A bucket for each day, the earliest first: of your project, and for operators of all.
@@ -31,6 +32,7 @@ class Usage:
             "end_time": end_time,
             "group_by[]": [*group_by],
             "project_ids[]": list(project_ids) or None,
+            "organization_ids[]": list(organization_ids) or None,
             "models[]": list(models) or None,
             "limit": 31,
         }

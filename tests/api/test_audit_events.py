@@ -59,6 +59,8 @@ TOLD_AS: dict[str, str] = {
     "revoke_api_key": "api_key.revoked",
     "rotate_api_key": "api_key.rotated",
     "limit_api_key": "api_key.updated",
+    "create_organization": "organization.created",
+    "rename_organization": "organization.updated",
     "create_project": "project.created",
     "rename_project": "project.updated",
     "weigh_project": "project.updated",

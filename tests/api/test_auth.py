@@ -57,13 +57,15 @@ def test_an_expired_and_a_revoked_key_are_refused(services: Services, world: Wor
         assert response.status_code == 401
 
 
-def test_openai_headers_are_accepted_and_another_project_is_refused(client: TestClient, world: World) -> None:
-    fine = {"openai-organization": "org-1", "openai-project": world.caller.project_name}
+@pytest.mark.parametrize("kind", ["organization", "project"])
+def test_what_openais_headers_name_is_the_keys_own(client: TestClient, world: World, kind: str) -> None:
+    for own in (getattr(world.caller, f"{kind}_id"), getattr(world.caller, f"{kind}_name"), ""):
+        assert client.get("/v1/files", headers={f"openai-{kind}": own}).status_code == 200
 
-    assert client.get("/v1/files", headers=fine).status_code == 200
-    response = client.get("/v1/files", headers={"openai-project": "proj_other"})
-    assert response.status_code == 401
-    assert error_of(response)["code"] == "mismatched_project"
+    response = client.get("/v1/files", headers={f"openai-{kind}": "other"})
+
+    assert (response.status_code, error_of(response)["code"]) == (401, f"mismatched_{kind}")
+    assert "openai-organization" not in response.headers
 
 
 def test_what_is_another_projects_is_not_found(stranger: TestClient, client: TestClient, world: World) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import audit_chain, claims, jobs, sharing
+from catalog import audit_chain, claims, jobs, organizations, sharing
 from catalog.db import Database
 from catalog.tables import ModelPermission, Table, UploadPart
 from catalog.webhooks.event_types import EVENT_TYPES
@@ -37,7 +37,8 @@ SHARED = frozenset(
 """What they answer is of no project."""
 NAMELESS = frozenset(
     {
-        *("upload_file", "create_upload", "add_model", "create_project", "create_webhook_endpoint"),
+        *("upload_file", "create_upload", "add_model", "create_project", "create_organization"),
+        "create_webhook_endpoint",
         *("create_sign_in_link", "create_browser_session", "delete_browser_session"),
     }
 )
@@ -47,6 +48,7 @@ GIVEN = {"model": BASE, "path": "README.md", "number": "0", "permission_id": PER
 """What a request needs beside the name of what it is about."""
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
+    "rename_organization": {"json": {"name": "renamed"}},
     "rename_project": {"json": {"name": "renamed"}},
     "weigh_project": {"json": {"weight": 2}},
     "limit_api_key": {"json": {}},
@@ -151,6 +153,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named, checkpoint],
             "api_key_id": [_pair(world.caller.api_key_id)],
+            "organization": [_pair(organizations.create(world.db, "another").id)],
             "project": [_pair(world.caller.project_id)],
             "model": [named, checkpoint],
             "fine_tuned_model": [checkpoint, named],

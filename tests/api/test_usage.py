@@ -27,6 +27,7 @@ def test_what_a_project_used_today_is_in_the_last_bucket(client: TestClient, wor
     (used,) = page["data"][-1]["results"]
     assert used == {
         "object": "usage.result",
+        "organization_id": None,
         "project_id": world.caller.project_id,
         "model": None,
         "device_seconds": 0.0,

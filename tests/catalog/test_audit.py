@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, insert, select, update
 
-from catalog import adapters, audit, audit_chain, bases, files, issuing, jobs, keys, projects, sharing
+from catalog import adapters, audit, audit_chain, bases, files, issuing, jobs, keys, organizations, projects, sharing
 from catalog.audit import Actor, Filters, Origin
 from catalog.db import Database
 from catalog.errors import Conflict
@@ -95,6 +95,8 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
     adapters.delete(world.db, project_id=mine, name=adapter.id)
     files.delete(world.db, project_id=mine, file_id=world.file_id)
     bases.delete(world.db, "smol")
+    organization = organizations.create(world.db, "new")
+    organizations.rename(world.db, caller=operator, organization="new", name="newer")
     project = projects.create(world.db, "new")
     projects.rename(world.db, caller=operator, project="new", name="newer")
     projects.archive(world.db, caller=operator, project="newer")
@@ -113,6 +115,8 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
         ("adapter.deleted", adapter.id),
         ("file.deleted", world.file_id),
         ("model.deleted", "smol"),
+        ("organization.created", organization.id),
+        ("organization.updated", organization.id),
         ("project.created", project.id),
         ("project.updated", project.id),
         ("project.archived", project.id),
@@ -333,9 +337,9 @@ def test_the_digest_is_that_of_the_canonical_form_without_what_is_null(world: Wo
 
     assert event["previous"] == "0" * 64
     text = (
-        f'{{"actor":{{"type":"server"}},"details":{{"name":"ours"}},"effective_at":{event["effective_at"]!r},'
+        f'{{"actor":{{"type":"server"}},"details":{{"name":"default"}},"effective_at":{event["effective_at"]!r},'
         f'"id":"{event["id"]}","link":1,"object":"audit_event","object_id":"{event["object_id"]}",'
-        f'"previous":"{"0" * 64}","project_id":"{event["project_id"]}","type":"project.created"}}'
+        f'"previous":"{"0" * 64}","type":"organization.created"}}'
     )
     assert event["digest"] == hashlib.sha256(text.encode()).hexdigest()
 

@@ -13,7 +13,7 @@ from sqlalchemy import select, text
 from catalog import projects
 from catalog.db import Database, read_clock, serialise, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
-from catalog.tables import MetricBlock, Project, Pulse
+from catalog.tables import MetricBlock, Organization, Pulse
 from tests.catalog.world import World, request
 
 
@@ -30,7 +30,7 @@ def test_the_clock_is_the_databases_own(database_url: str) -> None:
 def test_a_transaction_that_fails_leaves_nothing(db: Database) -> None:
     def write_half() -> None:
         with db.write() as session:
-            session.add(Project(id="p", name="p", created_at=0))
+            session.add(Organization(id="p", name="p", created_at=0))
             session.flush()
             raise RuntimeError
 
@@ -38,7 +38,7 @@ def test_a_transaction_that_fails_leaves_nothing(db: Database) -> None:
         write_half()
 
     with db.read() as session:
-        assert session.scalars(select(Project)).all() == []
+        assert session.scalars(select(Organization)).all() == []
 
 
 def test_many_writers_at_once_lose_no_write(db: Database) -> None:
@@ -64,7 +64,7 @@ def test_what_is_serialised_by_name_runs_one_after_another(db: Database) -> None
         with db.write() as session:
             serialise(session, "one at a time")
             inside.append("in")
-            session.execute(select(Project))
+            session.execute(select(Organization))
             inside.append("out")
 
     with ThreadPoolExecutor(8) as pool:
@@ -122,13 +122,13 @@ def test_a_full_disk_is_named(tmp_path: Path, migrated_database: Path) -> None:
         with database.write() as session:
             pages = session.scalar(text("pragma page_count"))
             session.execute(text(f"pragma max_page_count={pages}"))
-            session.add_all([Project(id=f"{i:0200d}", name=f"{i:0200d}", created_at=0) for i in range(200)])
+            session.add_all([Organization(id=f"{i:0200d}", name=f"{i:0200d}", created_at=0) for i in range(200)])
 
     with pytest.raises(OutOfSpace, match="full"):
         fill()
 
     with database.read() as session:
-        assert session.scalars(select(Project)).all() == []
+        assert session.scalars(select(Organization)).all() == []
     database.close()
 
 
@@ -144,7 +144,7 @@ def test_a_database_that_only_reads_is_unavailable(db: Database) -> None:
     def write() -> None:
         with db.write() as session:
             session.execute(text("set transaction read only"))
-            session.add(Project(id="p", name="p", created_at=0))
+            session.add(Organization(id="p", name="p", created_at=0))
 
     with pytest.raises(Unavailable):
         write()
@@ -188,11 +188,11 @@ def test_connections_that_died_while_idle_are_replaced_before_they_are_used(
     other.close()
 
     with db.write() as session, db.read() as reader:
-        session.add(Project(id="p", name="p", created_at=0))
-        assert reader.scalars(select(Project)).all() == []
+        session.add(Organization(id="p", name="p", created_at=0))
+        assert reader.scalars(select(Organization)).all() == []
 
     with db.read() as session:
-        assert [project.id for project in session.scalars(select(Project))] == ["p"]
+        assert [row.id for row in session.scalars(select(Organization))] == ["p"]
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

@@ -15,7 +15,7 @@ from catalog.db import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLarge, Unavailable
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables import Artifact, BaseModelRow, File, Job, Prepared, Project, Table
+from catalog.tables import Artifact, BaseModelRow, File, Job, Organization, Prepared, Project, Table
 from tests.services.small_disk import small_disk
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
@@ -28,7 +28,10 @@ def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     database = Database(url)
     Table.metadata.create_all(database.engine)
     with database.write() as session:
-        session.add_all([Project(id=name, name=name, created_at=0) for name in ("ours", "theirs")])
+        session.add(Organization(id="org", name="org", created_at=0))
+        session.flush()
+        for name in ("ours", "theirs"):
+            session.add(Project(id=name, organization_id="org", name=name, created_at=0))
     yield database
     database.close()
 

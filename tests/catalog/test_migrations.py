@@ -67,13 +67,13 @@ def test_a_migration_keeps_the_rows_and_leaves_foreign_keys_enforced(empty_url: 
     database = Database(empty_url)
     database.migrate()
     with database.schema_connection() as connection:
-        connection.exec_driver_sql("insert into projects (id, name, created_at) values ('p', 'p', 0)")
+        connection.exec_driver_sql("insert into organizations (id, name, created_at) values ('p', 'p', 0)")
 
     database.migrate()
 
     with database.read() as session:
         connection = session.connection()
-        assert connection.exec_driver_sql("select count(*) from projects").scalar() == 1
+        assert connection.exec_driver_sql("select count(*) from organizations").scalar() == 1
         if database.is_sqlite:
             assert connection.exec_driver_sql("pragma foreign_keys").scalar() == 1
     database.close()

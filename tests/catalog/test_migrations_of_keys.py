@@ -1,17 +1,17 @@
-"""The migrations of keys and projects, up and down with rows in place, on both databases."""
+"""The migrations of keys, projects and organizations, up and down with rows in place, on both databases."""
 
 from __future__ import annotations
 
 from alembic import command
 from sqlalchemy import select
 
-from catalog import keys
+from catalog import keys, projects
 from catalog.db import Database, alembic_config
 from catalog.scopes import OPERATORS, SCOPES
-from catalog.tables import ApiKey, Project
+from catalog.tables import ApiKey, Organization, Project
 from tests.catalog.world import PEPPER, Clock, World
 
-BEFORE_SCOPES, BEFORE_LIMITS = "0007", "0008"
+BEFORE_SCOPES, BEFORE_LIMITS, BEFORE_ORGANIZATIONS = "0007", "0008", "0029"
 
 
 def test_keys_of_before_scopes_can_do_what_they_could_and_lesser_ones_end_on_the_way_back(empty_url: str) -> None:
@@ -50,5 +50,31 @@ def test_limits_of_keys_come_and_go_and_the_keys_stay(empty_url: str) -> None:
     with database.read() as session:
         kept = session.get_one(ApiKey, key_id)
         assert (kept.jobs_per_day, kept.requests_per_minute, kept.revoked_at) == (None, None, None)
+    command.check(alembic_config(empty_url))
+    database.close()
+
+
+def test_all_projects_of_before_go_into_one_organization(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    world = World(database, Clock())
+    world.caller_of("elsewhere", "away")
+    secret = keys.create(database, project_id=world.caller.project_id, name="key", pepper=PEPPER)[1]
+    with database.read() as session:
+        before = {row.id: (row.name, row.created_at, row.weight) for row in session.scalars(select(Project))}
+
+    command.downgrade(alembic_config(empty_url), BEFORE_ORGANIZATIONS)
+    database.migrate()
+
+    with database.read() as session:
+        after = {row.id: (row.name, row.created_at, row.weight) for row in session.scalars(select(Project))}
+        (organization,) = session.scalars(select(Organization))
+        assert set(session.scalars(select(Project.organization_id))) == {organization.id}
+    assert after == before
+    assert organization.name == "default"
+    assert organization.id.startswith("org-")
+    assert organization.created_at == min(created_at for _, created_at, _ in before.values())
+    assert keys.authenticate(database, secret=secret, pepper=PEPPER).organization_id == organization.id
+    assert projects.create(database, "new").organization_id == organization.id
     command.check(alembic_config(empty_url))
     database.close()

@@ -8,7 +8,7 @@ from typing import cast as cast_to
 
 from sqlalchemy import String, Table, cast, insert, literal, select, true
 
-from catalog import bases, claims, jobs, keys, prepared, projects
+from catalog import bases, claims, jobs, keys, organizations, prepared, projects
 from catalog.artifacts.manifest import Manifest, ManifestFile
 from catalog.artifacts.store import Blob
 from catalog.claims import Claim
@@ -49,9 +49,12 @@ class World:
         self.file_id = self.file()
 
     def new_caller(self, project: str) -> Caller:
-        row = projects.ensure(self.db, project)
-        _, secret = keys.create(self.db, project_id=row.id, name="key", pepper=PEPPER)
-        return keys.authenticate(self.db, secret=secret, pepper=PEPPER)
+        return self._key_of(projects.ensure(self.db, project).id)
+
+    def caller_of(self, organization: str, project: str) -> Caller:
+        """The holder of a key of a new project in a new organization."""
+        organizations.create(self.db, organization)
+        return self._key_of(projects.create(self.db, project, organization=organization).id)
 
     def base(self, name: str = "smol", **description: Any) -> str:
         """A base model that is ready."""
@@ -184,6 +187,10 @@ class World:
 
     def job(self, job_id: str) -> Job:
         return jobs.get(self.db, **self.of(job_id))
+
+    def _key_of(self, project_id: str) -> Caller:
+        _, secret = keys.create(self.db, project_id=project_id, name="key", pepper=PEPPER)
+        return keys.authenticate(self.db, secret=secret, pepper=PEPPER)
 
     def transitions(self, job_id: str) -> list[tuple[str | None, str]]:
         events = jobs.events_since(self.db, **self.of(job_id), seq=0)

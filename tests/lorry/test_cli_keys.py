@@ -135,6 +135,29 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
     assert run("projects", "archive", "find").exit_code != 0  # nobody is there to be asked
 
 
+def test_organizations_are_made_listed_and_renamed_and_projects_say_whose_they_are(service: Script, run: Run) -> None:
+    organization = {"id": "org-1", "name": "research", "created_at": 1790000000}
+    service.on("POST", "/v1/organizations", organization)
+    service.on("GET", "/v1/organizations", {"data": [organization], "has_more": False})
+    service.on("POST", "/v1/organizations/research", {**organization, "name": "science"})
+    project = {**PROJECT, "organization_id": "org-1"}
+    service.on("POST", "/v1/projects", project)
+    service.on("GET", "/v1/projects", {"data": [project], "has_more": False})
+
+    made = run("organizations", "create", "research").stderr
+    _, line = run("organizations", "list").stdout.splitlines()
+    renamed = run("organizations", "rename", "research", "science").stderr
+    run("projects", "create", "search", "--organization", "research")
+    _, listed = run("projects", "list").stdout.splitlines()
+
+    assert "lorry projects create NAME --organization research" in made
+    assert line.split()[:2] == ["research", "org-1"]
+    assert "research is science now" in renamed
+    (sent,) = service.requests("POST", "/v1/projects")
+    assert json.loads(sent.body) == {"name": "search", "organization": "research"}
+    assert listed.split()[:3] == ["search", "proj-1", "research"]
+
+
 def test_a_length_of_time_has_a_unit(run: Run) -> None:
     assert [seconds(text) for text in ("90s", "15m", "12h", "30d")] == [90, 900, 43_200, 2_592_000]
     refused = run("keys", "create", "ci", "--expires-in", "soon")

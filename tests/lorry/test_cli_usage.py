@@ -32,5 +32,17 @@ def test_each_day_is_a_line_with_the_projects_name(service: Script, run: Run) ->
     assert "group_by%5B%5D=project_id&group_by%5B%5D=model&project_ids%5B%5D=search" in asked.path
 
 
+def test_it_is_told_by_organization_too(service: Script, run: Run) -> None:
+    day = {**DAY, "results": [{**RESULT, "project_id": None, "model": None, "organization_id": "org-1"}]}
+    service.on("GET", "/v1/organizations", {"data": [{"id": "org-1", "name": "research"}], "has_more": False})
+    service.on("GET", "/v1/usage", {"data": [day], "has_more": False, "next_page": None})
+
+    head, line = run("usage", "--by", "organization", "--organization", "research").stdout.splitlines()
+
+    assert (head.split()[1], line.split()[1]) == ("ORGANIZATION", "research")
+    (asked,) = service.requests("GET", "/v1/usage")
+    assert "group_by%5B%5D=organization_id&organization_ids%5B%5D=research" in asked.path
+
+
 def test_what_it_can_not_be_told_by_is_refused(run: Run) -> None:
     assert run("usage", "--by", "person").exit_code == 2

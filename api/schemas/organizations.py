@@ -1,0 +1,41 @@
+"""Organizations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.schemas.projects import OwnerName
+from catalog.strict import Strict
+from catalog.tables import Organization
+
+_EXAMPLE: dict[str, Any] = {
+    "object": "organization",
+    "id": "org-2d4c6b8a0e1f3a5b7c9d0e2f",
+    "name": "research",
+    "created_at": 1790000000,
+    "created_by": "key-0c9d8e7f6a5b4c3d2e1f0a9b",
+}
+
+
+class OrganizationRequest(Strict):
+    """An organization to make, or its new name."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "research"}})
+    name: OwnerName
+
+
+class OrganizationObject(BaseModel):
+    """Whose projects are whose."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
+    object: Literal["organization"] = "organization"
+    id: str
+    name: str
+    created_at: int
+    created_by: str | None = Field(description="The key that made it; null: the service itself, or a command on it.")
+
+
+def organization_object(row: Organization) -> OrganizationObject:
+    return OrganizationObject(id=row.id, name=row.name, created_at=int(row.created_at), created_by=row.created_by)

@@ -1,0 +1,35 @@
+"""Organizations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from urllib.parse import quote
+
+from lorry.accounts import Organization
+from lorry.resources import pages
+from lorry.transport import Transport
+
+
+class Organizations:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, name: str) -> Organization:
+        """For operators."""
+        return Organization.of(self._transport.request("POST", "organizations", body={"name": name}))
+
+    def list(self) -> Iterator[Organization]:
+        """Yours, and for operators all."""
+        return (Organization.of(wire) for wire in pages.follow(self._transport, "organizations"))
+
+    def get(self, organization: str) -> Organization:
+        """By id or by name."""
+        return Organization.of(self._transport.get(_path(organization)))
+
+    def rename(self, organization: str, name: str) -> Organization:
+        """For operators."""
+        return Organization.of(self._transport.request("POST", _path(organization), body={"name": name}))
+
+
+def _path(organization: str) -> str:
+    return f"organizations/{quote(organization, safe='')}"
