@@ -143,7 +143,7 @@ def _unknown_route(request: Request) -> Response:
 
 def _allowed(request: Request) -> str:
     """Every method of the route: the framework names those of one handler only."""
-    template = getattr(request.scope.get("route"), "path", "")
+    template = getattr(request.scope.get("route"), "path_format", "")  # as the document spells it
     return ", ".join(sorted(request.app.methods.get(template, {"GET"})))
 
 

@@ -1,4 +1,5 @@
-"""The OpenAPI document: the framework's, less the refusals that are never sent in its own shape, with `x-scopes`."""
+"""The OpenAPI document: the framework's, less the refusals that are never sent in its own shape, with `x-scopes`, and
+with what is true of every address."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from api.scopes import NEEDED
+
+WITHOUT_NUL = r"^[^\x00]*$"
+"""The gate refuses an address that has one, whatever it is for."""
 
 
 class Api(FastAPI):
@@ -55,8 +59,18 @@ def _finished(document: dict[str, Any]) -> dict[str, Any]:
     for methods in document["paths"].values():
         for operation in methods.values():
             operation["responses"].pop("422", None)
+            for parameter in operation.get("parameters", ()):
+                if parameter["in"] in ("path", "query"):
+                    _forbid_nul(parameter["schema"])
             if needed := NEEDED.get(operation["operationId"]):
                 operation["x-scopes"] = list(needed)
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
     return document
+
+
+def _forbid_nul(schema: dict[str, Any]) -> None:
+    for inner in (*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())):
+        _forbid_nul(inner)
+    if schema.get("type") == "string" and schema.keys().isdisjoint(("pattern", "enum", "const")):
+        schema["pattern"] = WITHOUT_NUL

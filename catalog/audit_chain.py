@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import rfc8785
 from sqlalchemy import func, select
@@ -20,6 +20,8 @@ from catalog.tables import AuditEvent, AuditHead, Json
 
 GENESIS = "0" * 64
 """What the first event has for the digest of the one before."""
+LARGEST = 2**53 - 1
+"""Of RFC 8785's whole numbers."""
 SEALED_AT_ONCE = 500
 CHECKED_AT_ONCE = 5_000
 Fault = Literal["changed", "missing", "misplaced"]
@@ -121,6 +123,7 @@ def _seal_some(session: Session) -> int:
     for event in events:
         head.link += 1
         event.link, event.previous = head.link, head.digest
+        event.details = _within_json(event.details)
         event.digest = head.digest = digest(content(event))
     return len(events)
 
@@ -180,3 +183,13 @@ def _without_nulls(told: Json) -> Json:
     """Of an event and of its actor; `details` stay as they are."""
     kept = {name: value for name, value in told.items() if value is not None}
     return {**kept, "actor": {name: value for name, value in told["actor"].items() if value is not None}}
+
+
+def _within_json(value: Any) -> Any:
+    """Numbers as text that RFC 8785 has no form for: whatever was noted can be sealed, and what follows it."""
+    if isinstance(value, dict):
+        return {name: _within_json(inner) for name, inner in cast(Json, value).items()}
+    if isinstance(value, list):
+        return [_within_json(inner) for inner in cast(list[Any], value)]
+    is_beyond = isinstance(value, int) and abs(value) > LARGEST
+    return str(value) if is_beyond else value

@@ -64,7 +64,9 @@ class PriorityClass(IntEnum):
 class ResourcesRequest(Strict):
     """What a job may say of devices. Its memory is reckoned from what it trains, and needn't be said."""
 
-    devices: int = Field(default=1, description="1: every job trains on one device.")
+    devices: int = Field(
+        default=1, description="1: every job trains on one device.", json_schema_extra={"minimum": 1, "maximum": 1}
+    )
     strategy: Literal["auto", "single"] = Field(default="auto", description="auto: single.")
 
     @field_validator("devices")
@@ -188,7 +190,10 @@ class JobRequest(Strict):
 class PlannedJob(Strict):
     """The other body of POST /v1/fine_tuning/jobs: the job that a plan has planned. Other fields must say the same."""
 
-    model_config = ConfigDict(extra="allow")  # they are read with the plan, and refused there as anywhere
+    model_config = ConfigDict(
+        extra="allow",  # they are read with the plan, and refused there as anywhere
+        json_schema_extra={"propertyNames": {"enum": ["plan", *JobRequest.model_fields]}},
+    )
     plan: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="A plan's id.")
 
 

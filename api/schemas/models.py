@@ -11,6 +11,8 @@ from catalog.spec import LABEL_PATTERN
 from catalog.strict import Strict
 from catalog.tables import Adapter, BaseModelRow
 
+NOT_BLANK = r"^[^\x00]*[^\x00-\x20\s][^\x00]*$"
+
 
 class AddModelRequest(Strict):
     """A base model to import. The source is on the service's side."""
@@ -25,7 +27,12 @@ class AddModelRequest(Strict):
         json_schema_extra={"pattern": LABEL_PATTERN},
     )
     kind: Literal["hub", "folder", "gguf"]
-    source: str = Field(min_length=1, max_length=4096, description="Hub id, folder of safetensors, or GGUF file.")
+    source: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="Hub id, folder of safetensors, or GGUF file.",
+        json_schema_extra={"pattern": NOT_BLANK},
+    )
     revision: str | None = Field(default=None, max_length=255, description="Commit of a hub id.")
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.strict import Strict
+from catalog.sweeps.fields import VARIABLE
 from catalog.sweeps.reading import SweepView, TrialView
 from catalog.sweeps.spec import Goal, Metric, Objective, SearchType, SweepState
 
@@ -56,8 +57,11 @@ SWEEP_EXAMPLE: dict[str, Any] = {
 class TrialRequest(Strict):
     """A trial of an ask_tell sweep."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"parameters": {"lora.rank": 8}}})
     parameters: dict[str, Any] = Field(
-        max_length=64, description="Values of fields of a job, by their dotted paths; {}: the sweep's job as it stands."
+        max_length=64,
+        description="Values of fields of a job, by their dotted paths; {}: the sweep's job as it stands.",
+        json_schema_extra={"propertyNames": {"enum": [*VARIABLE]}},
     )
 
 

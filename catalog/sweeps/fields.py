@@ -29,10 +29,9 @@ MAX_SHOWN = 80
 
 def check_path(path: str, *, param: str) -> None:
     """Raises InvalidRequest where no field of a job has the path, or it is one that all trials share."""
-    known = dict(_fields(JobRequest))
     shown, param = path[:MAX_SHOWN], param[: MAX_SHOWN + len(param) - len(path)]
     reason = FIXED.get(path.split(".", 1)[0])
-    if path in known and reason is None:
+    if path in VARIABLE:
         return
     if reason is not None:
         raise InvalidRequest(
@@ -41,7 +40,7 @@ def check_path(path: str, *, param: str) -> None:
             remedy="Give it once, beside `parameters`; or make a sweep for each.",
             param=param,
         )
-    near = _nearest(shown, [name for name in known if name.split(".", 1)[0] not in FIXED])
+    near = _nearest(shown, VARIABLE)
     raise InvalidRequest(
         f"A job has no field {shown!a}.",
         code="unknown_parameter",
@@ -112,3 +111,7 @@ def _nearest(path: str, known: list[str]) -> str | None:
     ends = [item for item in known if by_name and item.rpartition(".")[2] == by_name[0]]
     found = same or alike or ends
     return found[0] if found else None
+
+
+VARIABLE = [path for path, _ in _fields(JobRequest) if path.split(".", 1)[0] not in FIXED]
+"""Paths of the fields that a sweep may vary."""

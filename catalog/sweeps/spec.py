@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from catalog.spec import JobRequest, Priority
 from catalog.strict import Strict
+from catalog.sweeps.fields import VARIABLE
 
 MAX_TRIALS = 1000
 MAX_PARAMETERS = 32
@@ -129,7 +130,9 @@ class SweepRequest(JobRequest):
     """The body of POST /v1/sweeps: a job's fields, which all trials share, and what varies."""
 
     parameters: Annotated[dict[str, Parameter], Field(max_length=MAX_PARAMETERS)] = Field(
-        default={}, description="By the dotted path of a job's field, such as lora.rank."
+        default={},
+        description="By the dotted path of a job's field, such as lora.rank.",
+        json_schema_extra={"propertyNames": {"enum": [*VARIABLE]}},
     )
     search: Search
     objective: Objective = Objective()

@@ -24,12 +24,13 @@ def test_an_unknown_route_names_the_nearest_one(client: TestClient) -> None:
     assert "/v1/fine_tuning/jobs" in error["message"]
 
 
-def test_a_wrong_method_names_every_right_one(client: TestClient) -> None:
-    response = client.patch("/v1/files")
+@pytest.mark.parametrize(("path", "allowed"), [("/v1/files", "GET, POST"), ("/v1/models/smol", "DELETE, GET")])
+def test_a_wrong_method_names_every_right_one(client: TestClient, path: str, allowed: str) -> None:
+    response = client.patch(path)
 
     assert response.status_code == 405
-    assert response.headers["allow"] == "GET, POST"
-    assert "GET, POST" in error_of(response)["message"]
+    assert response.headers["allow"] == allowed
+    assert allowed in error_of(response)["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/files/../../etc/passwd", "/%2e%2e/secret", "/v1/files/a%00b", "/\ud7ff"])

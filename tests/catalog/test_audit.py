@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, insert, select, update
 
-from catalog import adapters, audit, audit_chain, bases, files, issuing, jobs, keys, organizations, projects, sharing
+from catalog import (
+    adapters,
+    audit,
+    audit_chain,
+    bases,
+    files,
+    issuing,
+    jobs,
+    keys,
+    organizations,
+    projects,
+    quotas,
+    sharing,
+)
 from catalog.audit import Actor, Filters, Origin
 from catalog.db import Database
 from catalog.errors import Conflict
@@ -342,6 +355,21 @@ def test_the_digest_is_that_of_the_canonical_form_without_what_is_null(world: Wo
         f'"previous":"{"0" * 64}","type":"organization.created"}}'
     )
     assert event["digest"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_number_that_canonical_json_cannot_hold_is_sealed_as_text_and_keeps_nothing_from_the_chain(
+    world: World,
+) -> None:
+    caller = _operator(world)
+    quotas.limit(world.db, caller=caller, project="ours", limits={"stored_bytes": 2**53, "queued_jobs": 5})
+    projects.weigh(world.db, caller=caller, project="ours", weight=2)
+
+    audit_chain.seal(world.db)
+
+    *_, limited, _ = exported = list(audit_chain.lines(world.db))
+    assert limited["details"] == {"limits": {"stored_bytes": "9007199254740992", "queued_jobs": 5}}
+    assert len(exported) == len(events(world.db))
+    assert (audit_chain.check(world.db).misfit, offline.check(exported).misfit) == (None, None)
 
 
 def _columns(db: Database) -> list[dict[str, Any]]:

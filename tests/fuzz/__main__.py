@@ -15,7 +15,7 @@ from tests.services.postgres import postgres_server
 
 def main() -> int:
     arguments = _parser().parse_args()
-    given = {name: getattr(arguments, name) for name in ("seed", "examples", "phases", "only")}
+    given = {name: getattr(arguments, name) for name in ("seed", "examples", "rounds", "phases", "only")}
     campaign = Campaign(**given)
     is_well = True
     for name in arguments.database:
@@ -38,7 +38,8 @@ def _database(name: str, folder: Path) -> Iterator[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--database", nargs="+", choices=("sqlite", "postgresql"), default=("sqlite", "postgresql"))
-    parser.add_argument("--examples", type=int, default=100, help="Cases of each operation in each phase, at most.")
+    parser.add_argument("--examples", type=int, default=5, help="Cases of each operation in each phase, at most.")
+    parser.add_argument("--rounds", type=int, default=1, help="Of the stateful phase, over each part of the api.")
     parser.add_argument("--phases", default="examples,coverage,fuzzing,stateful")
     parser.add_argument("--only", default="", help="A regular expression of the paths that are asked.")
     parser.add_argument("--seed", type=int, default=1)

@@ -15,33 +15,72 @@ from pydantic import SecretStr
 
 from api.app import open_services
 from api.settings import ApiSettings
+from catalog import keys
 from catalog.db import Database
 from catalog.settings import Settings
+from tests.api.hook_receiver import receiving
 from tests.api.trained import BASE
 from tests.catalog.world import PEPPER
-from tests.fuzz.planted import Key, names_by_parameter, parts_by_upload, plant
+from tests.fuzz.planted import (
+    ID,
+    Key,
+    data_file,
+    ids_of,
+    models_by_permission,
+    names_by_parameter,
+    parts_by_upload,
+    plant,
+)
 from tests.fuzz.service import ROOT, serving
 
+NUM_SIGN_INS = 20
+"""Links that can be opened, each once."""
+EXAMPLE_BASE, EXAMPLE_HOOK = "smollm2-135m", "https://example.com/hooks"
+EXAMPLE_FILES = ("file-3f2b8c9d0a1e4f5a6b7c8d9e", "file-4a3b8c9d0a1e4f5a6b7c8d9e")
+"""What bodies name in the document's examples."""
 CHANCE = 0.7
 """How often a parameter that names something gets a name that one of the projects has."""
 BODY_FIELDS = {
-    "model": "base",
+    "model": "start",
+    "plan": "plan_id",
+    "project": "project",
+    "project_ids[*]": "project",
+    "url": "hook",
     "training_file": "file_id",
     "validation_file": "file_id",
     "parent_adapter": "adapter",
     "part_ids[*]": "part_ids",
 }
 """Fields of bodies, by whose names they take."""
-OPERATORS_PATHS = r"^/v1/(models|projects|api_keys|queue|workers|usage|audit)|^/metrics|^/sign-in"
+STATEFUL = "stateful"
+SCENARIOS, STEPS = 40, 12
+"""Of a round of the stateful phase, at most."""
+PARTS = (
+    r"^/v1/(files|uploads|models)",
+    r"^/v1/(files|fine_tuning/jobs|plans)",
+    r"^/v1/(files|sweeps)",
+    r"^/v1/(adapters|models|fine_tuning)",
+    r"^/v1/webhook",
+    r"^/v1/(projects|api_keys|audit_events|usage)",
+    r"^/",
+)
+"""Of the api, by paths. A round ends, without a word, at the first scenario that goes on otherwise than one that began
+like it, as the service remembers: one over all paths never comes to most of them."""
+OPERATORS_PARTS = PARTS[3], PARTS[5], PARTS[6]
+OPERATORS_PATHS = (
+    r"^/v1/(models|projects|api_keys|queue|workers|usage|audit|fine_tuning/checkpoints)|^/metrics|^/sign-in"
+)
 """Where an operator's key may do more than another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Campaign:
-    """What is run. examples: of each operation in each phase, at most. only: a regular expression of paths."""
+    """What is run. examples: of each operation in each phase, at most. rounds: of the stateful phase over each part of
+    the api. only: a regular expression of paths."""
 
     seed: int = 1
-    examples: int = 100
+    examples: int = 5
+    rounds: int = 1
     phases: str = "examples,coverage,fuzzing,stateful"
     only: str = ""
     is_short: bool = False
@@ -70,6 +109,16 @@ class Outcome:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Site:
+    """What is asked, and where it keeps things. hooks: where webhooks can be sent."""
+
+    folder: Path
+    url: str
+    db: Database
+    hooks: str
+
+
 def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) -> Outcome:
     """Fill a database, serve it, and ask as each project, then as an operator of the first."""
     data_dir = folder / "data"
@@ -77,13 +126,15 @@ def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) ->
     settings = Settings(data_dir=data_dir, database_url=database_url, pepper=SecretStr(PEPPER.decode()))
     services = open_services(settings, ApiSettings())
     services.db.migrate()
-    planted = plant(services, folder)
-    first, second = planted.keys
     outcome, log = Outcome(), folder / "service.log"
-    with serving(settings, log) as url:
+    with receiving() as receiver:
+        planted = plant(services, folder, hooks=receiver.url)
+        first, second = planted.keys
         pairs = ((first, second), (second, first), (planted.operator, second))
-        for me, other in pairs[:1] if campaign.is_short else pairs:
-            _ask(campaign, folder, url, services.db, me, other, echo=echo, outcome=outcome)
+        with serving(settings, log) as url:
+            for me, other in pairs[:1] if campaign.is_short else pairs:
+                site = _Site(folder=folder, url=url, db=services.db, hooks=receiver.url)
+                _ask(campaign, site, me, other, echo=echo, outcome=outcome)
     services.db.close()
     if "crash" in log.read_text():
         outcome.is_well = False
@@ -91,43 +142,80 @@ def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) ->
     return outcome
 
 
-def _ask(
-    campaign: Campaign, folder: Path, url: str, db: Database, me: Key, other: Key, *, echo: TextIO, outcome: Outcome
-) -> None:
-    mine, theirs = (names_by_parameter(db, one.project_id) for one in (me, other))
-    _write(folder / "brief.json", _brief(folder, db, me, other, mine, theirs))
+def _ask(campaign: Campaign, site: _Site, me: Key, other: Key, *, echo: TextIO, outcome: Outcome) -> None:
+    folder, mine, theirs = site.folder, *(names_by_parameter(site.db, one.project_id) for one in (me, other))
+    _write(folder / "brief.json", _brief(site, me, other, mine, theirs))
     _write(folder / "people.json", {"auth": [_person(me), _person(other)]})
-    pools = {name: names + theirs[name][: len(names) // 3 + 1] for name, names in mine.items()}
-    pools |= {"base": [BASE, "smol"], "path": ["README.md", "adapter_config.json"]}
-    pools["project"] = [me.project_id, me.mark, other.project_id, other.mark]
-    config = folder / "schemathesis.toml"
-    config.write_text(_config(campaign, folder, me, other, pools))
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json"]
-    command += ["--phases", campaign.phases]
-    only = campaign.only or (OPERATORS_PATHS if me.is_operator else "")
-    command += ["--include-path-regex", only] if only else []
+    config = _config(campaign, folder, me, other, _pools(site, me, other, mine, theirs))
+    only = campaign.only or (OPERATORS_PATHS if me.is_operator else "^/")
+    phases = [phase for phase in campaign.phases.split(",") if phase != STATEFUL]
+    turns = [(",".join(phases), [only])] if phases else []
+    if STATEFUL in campaign.phases:
+        parts = [part for part in PARTS if not me.is_operator or part in OPERATORS_PARTS]
+        turns += [(STATEFUL, [only, part]) for part in parts * campaign.rounds]
+    for number, (turn, paths) in enumerate(turns):
+        (folder / "schemathesis.toml").write_text(f"seed = {campaign.seed + number}\n{config}")
+        told, is_well = _run(site, turn, paths, outcome)
+        echo.write(f"\n== as {me.mark}{', an operator' if me.is_operator else ''}: {turn} {paths[-1]}\n{told}\n")
+        echo.flush()
+        outcome.is_well = outcome.is_well and is_well
+
+
+def _run(site: _Site, phases: str, paths: list[str], outcome: Outcome) -> tuple[str, bool]:
+    """All that schemathesis says, and whether it found nothing. paths: regular expressions that must all hold."""
+    folder = site.folder
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(folder / "schemathesis.toml")]
+    command += ["run", f"{site.url}/openapi.json", "--phases", phases]
+    command += ["--include-path-regex", "".join(f"(?={path})" for path in paths)]
     environment = {**os.environ, "FUZZ_BRIEF": str(folder / "brief.json"), "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    echo.write(f"\n== as {me.mark}{', an operator' if me.is_operator else ''}\n{done.stdout}\n{done.stderr}\n")
-    echo.flush()
-    outcome.is_well = outcome.is_well and done.returncode == 0
-    for label, status, number in json.loads((folder / "counts.json").read_text()):
+    counts = folder / "counts.json"
+    assert counts.exists(), done.stdout + done.stderr
+    for label, status, number in json.loads(counts.read_text()):
         outcome.counts[label, status] += number
+    counts.unlink()
+    return f"{done.stdout}\n{done.stderr}", done.returncode == 0
 
 
 def _brief(
-    folder: Path, db: Database, me: Key, other: Key, mine: dict[str, list[str]], theirs: dict[str, list[str]]
+    site: _Site, me: Key, other: Key, mine: dict[str, list[str]], theirs: dict[str, list[str]]
 ) -> dict[str, Any]:
-    known = [other.project_id, *(name for names in theirs.values() for name in names)]
+    names = {name for names in theirs.values() for name in names if other.mark in name}
+    data = data_file(site.db, me.project_id)
+    their_ids = ids_of(site.db, other.project_id)
+    assert their_ids.isdisjoint(ids_of(site.db, me.project_id)), "nothing is of both"
     return {
         "is_operator": me.is_operator,
         "my_key": me.id,
+        "my_secret": me.secret,
         "another_key": next(one for one in mine["api_key_id"] if one != me.id),
         "my_project": [me.project_id, me.mark],
-        "parts": parts_by_upload(db, me.project_id),
-        "their_names": known,
+        "parts": parts_by_upload(site.db, me.project_id),
+        "shared": models_by_permission(site.db, me.project_id),
+        "examples": {**dict.fromkeys(EXAMPLE_FILES, data), EXAMPLE_BASE: BASE, EXAMPLE_HOOK: site.hooks},
+        "id_form": ID.pattern,
+        "their_ids": sorted(their_ids),
+        "their_words": [*sorted(names, key=len, reverse=True), other.mark],
         "their_mark": other.mark,
-        "counts": str(folder / "counts.json"),
+        "counts": str(site.folder / "counts.json"),
+    }
+
+
+def _pools(
+    site: _Site, me: Key, other: Key, mine: dict[str, list[str]], theirs: dict[str, list[str]]
+) -> dict[str, list[Any]]:
+    """What parameters and fields may name: all of ours, and some of the other project's."""
+    pools: dict[str, list[Any]] = {name: names + theirs[name][: len(names) // 3 + 1] for name, names in mine.items()}
+    pools["project"] = [me.project_id, me.mark, other.project_id, other.mark]
+    tokens = [keys.create_sign_in_link(site.db, api_key_id=me.id, pepper=PEPPER) for _ in range(NUM_SIGN_INS)]
+    return pools | {
+        "base": [BASE, "smol"],
+        "start": [BASE, BASE, "smol", *pools["model"]],
+        "path": ["README.md", "adapter_config.json"],
+        "number": [0, 1],
+        "tag": [me.mark, other.mark],
+        "hook": [f"{site.hooks}/{me.mark}"],
+        "token": tokens,
     }
 
 
@@ -135,10 +223,9 @@ def _person(key: Key) -> dict[str, Any]:
     return {"name": key.name, "fixedHeaders": [{"name": "Authorization", "value": f"Bearer {key.secret}"}]}
 
 
-def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[str, list[str]]) -> str:
+def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[str, list[Any]]) -> str:
     """An operator is no peer: what others' keys are called is shown to it."""
     lines = [
-        f"seed = {campaign.seed}",
         'hooks = "tests.fuzz.hooks"',
         "continue-on-failure = true",
         "max-stream-events = 2",
@@ -148,6 +235,9 @@ def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[s
         "[generation]",
         f"max-examples = {campaign.examples}",
         'database = "none"',
+        "[phases.stateful]",
+        f"max-steps = {STEPS}",
+        f"generation = {{ max-examples = {SCENARIOS} }}",
         "[checks.negative_data_rejection]",
         # the usual ones, and 413: what is too long is refused before anybody looks what else is wrong with it
         'expected-statuses = ["400", "401", "403", "404", "405", "406", "409", "413", "415", "422", "428", "429"]',
@@ -159,7 +249,7 @@ def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[s
     for name, values in pools.items():
         lines += [f"[dictionaries.{name}]", f"values = {json.dumps(values)}"]
     named = {f"path.{name}": name for name in pools} | {f"body.{name}": pool for name, pool in BODY_FIELDS.items()}
-    named["query.model"] = "base"
+    named |= {"query.model": "base", "query.tag[*]": "tag", "query.token": "token", "query.project": "project"}
     for place, pool in named.items():
         lines += [f"[parameters.{json.dumps(place)}]", f'dictionary = "{pool}"', f"probability = {CHANCE}"]
     return "\n".join(lines) + "\n"

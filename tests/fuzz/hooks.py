@@ -18,12 +18,14 @@ import schemathesis
 from hypothesis import strategies as st
 
 BRIEF: dict[str, Any] = json.loads(Path(os.environ["FUZZ_BRIEF"]).read_text())
-ID = re.compile(r"[a-z]+-[0-9a-f]{24}")
-THEIR_IDS = frozenset(name for name in BRIEF["their_names"] if ID.fullmatch(name))
-THEIR_WORDS = (*(name for name in BRIEF["their_names"] if name not in THEIR_IDS), BRIEF["their_mark"])
-"""Names of adapters, which hold the mark, and then the mark alone."""
-SHOWN_TO_OPERATORS = re.compile(r"/v1/(projects|api_keys|queue|audit)")
-"""Where an operator sees every project, as documented."""
+ID = re.compile(BRIEF["id_form"])
+THEIR_IDS = frozenset[str](BRIEF["their_ids"])
+THEIR_WORDS: tuple[str, ...] = tuple(BRIEF["their_words"])
+"""Names that hold the mark, the longest first, and then the mark alone."""
+SHOWN_TO_OPERATORS = re.compile(
+    r"\w+ /v1/(projects|api_keys|queue|usage|audit|fine_tuning/checkpoints)|DELETE /v1/models/"
+)
+"""Where an operator sees every project, as documented: also which unfinished jobs keep a base."""
 DEPENDS_ON_WHAT_IS_STORED = frozenset(
     {
         *("unknown_cursor", "part_not_found", "expires_in_the_past", "operator_scope", "file_too_large"),
@@ -31,7 +33,7 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("model_not_ready", "model_import_failed", "invalid_metadata_filter"),
         *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
         *("dora_on_quantised_base", "start_on_quantised_base", "quantisation_unavailable"),
-        "integration_unavailable",
+        *("integration_unavailable", "no_rung_in_time"),
         *("invalid_webhook_url", "webhook_address_not_allowed"),  # what is allowed is the operator's to say
     }
 )
@@ -40,6 +42,7 @@ JSON schema says these: that they are sent is no failure of `positive_data_accep
 RULES_BETWEEN_FIELDS = frozenset(
     {
         *("optimizer", "schedule", "method", "lora", "method.dpo.hyperparameters", "search", None),
+        "start_time",
         *("integrations", *(f"integrations.{number}" for number in range(4))),
     }
 )
@@ -56,7 +59,7 @@ class ForeignName(AssertionError):
 @schemathesis.check
 def nothing_of_the_other_project(_ctx: Any, response: Any, case: Any) -> None:
     """What the request itself held is told back in a refusal, and is no news."""
-    if BRIEF["is_operator"] and SHOWN_TO_OPERATORS.match(case.operation.path):
+    if BRIEF["is_operator"] and SHOWN_TO_OPERATORS.match(case.operation.label):
         return
     asked = _asked(response.request) + unquote(str(dict(response.request.headers)))
     told = response.content.decode("utf-8", "replace") + str(dict(response.headers))
@@ -80,17 +83,40 @@ def filter_failure(_context: Any, failure: Any, _case: Any, response: Any) -> bo
 
 @schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
-    """An upload is asked for with the parts that it has. And nobody saws off the branch that he sits on: the key that
-    asks stays good, else nothing more is asked."""
+    """What is well formed is made to fit too, where one thing of it follows from another. And nobody saws off the
+    branch that he sits on: the key that asks stays good, else nothing more is asked."""
     named = case.path_parameters or {}
-    if case.operation.path.endswith("/complete") and case.meta is not None and case.meta.generation.mode.is_positive:
-        case.body = {**case.body, "part_ids": BRIEF["parts"].get(named.get("upload_id"), case.body["part_ids"])}
+    if case.meta is not None and case.meta.generation.mode.is_positive:
+        _make_fit(case, named)
     if case.method == "GET":
         return
     if named.get("api_key_id") == BRIEF["my_key"]:
         case.path_parameters = {**named, "api_key_id": BRIEF["another_key"]}
     if named.get("project") in BRIEF["my_project"] and case.operation.path.endswith("/archive"):
         case.path_parameters = {**named, "project": BRIEF["their_mark"]}
+    if case.operation.path.endswith("/permissions") and isinstance(case.body, dict) and "project_ids" in case.body:
+        case.body = {**case.body, "project_ids": _others(case.body["project_ids"])}
+
+
+def _make_fit(case: Any, named: dict[str, Any]) -> None:
+    """An upload is asked for with the parts that it has, a permission by its own model, and a planned job as the plan
+    has it; webhooks go to nobody but us; a page of the dashboard signs in with a key that is good."""
+    if case.operation.path.endswith("/complete"):
+        case.body = {"part_ids": BRIEF["parts"].get(named.get("upload_id"), case.body["part_ids"])}
+    if named.get("permission_id") in BRIEF["shared"]:
+        case.path_parameters = {**named, "fine_tuned_model": BRIEF["shared"][named["permission_id"]]}
+    if isinstance(case.body, dict) and (fitting := _ours(case.body)) != case.body:
+        case.body = fitting
+    if case.operation.label == "POST /v1/browser_session":
+        case.body = {"api_key": BRIEF["my_secret"]}
+        case.headers = {**(case.headers or {}), "X-Lorry-Csrf": "1", "Sec-Fetch-Site": "same-origin"}
+
+
+def _ours(body: dict[str, Any]) -> dict[str, Any]:
+    """For what an example of the document names, what the project has; beside a plan, nothing."""
+    named = {"plan": body["plan"]} if "plan" in body else body
+    known: dict[str, str] = BRIEF["examples"]
+    return {name: known.get(value, value) if isinstance(value, str) else value for name, value in named.items()}
 
 
 @schemathesis.hook
@@ -99,6 +125,13 @@ def after_call(_context: Any, case: Any, response: Any) -> None:
     if case.method != "GET" and response.status_code < 400:
         asked = _asked(response.request)
         SENT.update(name for name in (*THEIR_IDS, *THEIR_WORDS) if name in asked)
+
+
+def _others(project_ids: Any) -> Any:
+    """Theirs may be shared, but not with us, who would see it then."""
+    if not isinstance(project_ids, list):
+        return project_ids
+    return [BRIEF["their_mark"] if name in BRIEF["my_project"] else name for name in project_ids]
 
 
 @atexit.register
@@ -114,7 +147,7 @@ def _asked(request: Any) -> str:
 
 def _rows() -> st.SearchStrategy[bytes]:
     """Data files: bytes that are no chats are refused, which no JSON schema can say."""
-    text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=40)
+    text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(str.strip)
     said = st.fixed_dictionaries({"role": st.just("assistant"), "content": text})
     asked = st.fixed_dictionaries({"role": st.just("user"), "content": text})
     row = st.tuples(asked, said).map(lambda pair: json.dumps({"messages": list(pair)}).encode() + b"\n")

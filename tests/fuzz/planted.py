@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Column, ColumnElement, select
 
 from api.deps import Services
-from catalog import claims, files, jobs, keys, part_uploads
+from catalog import claims, files, jobs, keys, part_uploads, sharing
 from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.db import Database
+from catalog.integrations import INTEGRATION_TYPES
 from catalog.keys import Caller
 from catalog.states import EndReason
 from catalog.sweeps import creation
 from catalog.sweeps.spec import SweepRequest
-from catalog.tables import Adapter, ApiKey, File, Job, Sweep, Upload, UploadPart
-from tests.api.trained import BASE, trained
+from catalog.tables import (
+    Adapter,
+    ApiKey,
+    Checkpoint,
+    File,
+    Job,
+    ModelPermission,
+    Plan,
+    Sweep,
+    Table,
+    Upload,
+    UploadPart,
+    WebhookDelivery,
+    WebhookEndpoint,
+)
+from catalog.webhooks import endpoints, sending
+from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.sending import Outcome
+from tests.api.trained import BASE, stored_weights, trained
+from tests.catalog import plan_data
 from tests.catalog.world import PEPPER, Clock, World, manifest
 
 MARKS = ("kestrel", "osprey")
 """One for each project: in its name, and in all that it has."""
+ID = re.compile(r"(?:[a-z]+-)+[0-9a-f]{24}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +71,14 @@ class Planted:
 class MarkedWorld(World):
     """Its projects are named by their marks, and its files have bytes that can be read back."""
 
-    def __init__(self, services: Services) -> None:
-        self.services, self.mark = services, MARKS[0]
+    def __init__(self, services: Services, *, hooks: str) -> None:
+        """hooks: where webhooks are sent."""
+        self.services, self.mark, self.hooks = services, MARKS[0], hooks
         super().__init__(services.db, Clock())
-        self.worker()
+        self.worker(integrations=INTEGRATION_TYPES)
 
     def new_caller(self, project: str) -> Caller:
-        return super().new_caller(MARKS[0] if project == "ours" else MARKS[1])
+        return super().new_caller({"ours": MARKS[0], "theirs": MARKS[1]}.get(project, project))
 
     def file(
         self,
@@ -96,9 +118,9 @@ class MarkedWorld(World):
         self.file_id = self.file()
 
 
-def plant(services: Services, folder: Path) -> Planted:
-    """Both projects, each with files, uploads, keys, an adapter, and jobs in every state."""
-    world = MarkedWorld(services)
+def plant(services: Services, folder: Path, *, hooks: str) -> Planted:
+    """Both projects, each with something of every kind, and jobs in every state. hooks: where webhooks are sent."""
+    world = MarkedWorld(services, hooks=hooks)
     operator = _key(world, is_operator=True)
     _fill(world, folder / world.mark)
     first = _key(world)
@@ -125,14 +147,18 @@ def _search(world: MarkedWorld, job: dict[str, Any]) -> None:
 
 def _fill(world: MarkedWorld, folder: Path) -> None:
     mark, db = world.mark, world.db
-    named = {"model": BASE, "metadata": {"team": mark}}
-    trained(world.services, world, folder, suffix=mark)
+    named = {"model": BASE, "metadata": {"team": mark}, "tags": [mark]}
+    _webhooks(world)
+    adapter = trained(world.services, world, folder, suffix=mark)
+    world.worker(integrations=INTEGRATION_TYPES)
     failed = world.running(suffix=f"{mark}-failed", **named)
     claims.end(db, failed.claim_id, reason=EndReason.USER_ERROR, detail=f"{mark} can't be read")
     cancelled = world.queued(suffix=f"{mark}-cancelled", **named)
     jobs.cancel(db, **world.of(cancelled.id))
-    running = world.running(suffix=f"{mark}-running", **named)
-    claims.record_checkpoint(db, running.claim_id, step=5, artifact=manifest(mark, kind="checkpoint"))
+    running = world.running(suffix=f"{mark}-running", integrations=[{"type": "mlflow"}], **named)
+    exported = stored_weights(world.services, folder / "exported")
+    files = manifest(mark, kind="checkpoint")
+    claims.record_checkpoint(db, running.claim_id, step=5, artifact=files, exported=exported)
     claims.record_metrics(db, running.claim_id, [{"kind": "train", "step": 5, "loss": 1.0}])
     claims.record_event(db, running.claim_id, level="info", message=f"{mark} goes on")
     paused = world.queued(suffix=f"{mark}-paused", **named)
@@ -140,11 +166,39 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
     for number in range(3):
         world.submit(suffix=f"{mark}-{number}", **named)
         world.file(num_rows=10 + number)
-    for _ in range(3):
+    for _ in range(6):
         _search(world, {"suffix": f"{mark}-trial", "training_file": world.file_id, **named})
         keys.create(db, project_id=world.caller.project_id, name=mark, pepper=PEPPER)
         _upload(world)
     _sweep(world)
+    plan_data.ready(world, suffix=mark, **named)
+    plan_data.plan(world, suffix=mark, training_file=world.file(num_rows=9), **named)
+    _share(world, adapter)
+    for claimed in sending.claim(db, pepper=PEPPER, room=100, in_flight={}):
+        sending.record(db, claimed, Outcome(started_at=1.0, seconds=0.1, status_code=503, reply=claimed.url))
+
+
+def _webhooks(world: MarkedWorld) -> None:
+    """An endpoint that is told of every job's end, and one that is shut."""
+    project_id = world.caller.project_id
+    for is_enabled in (True, False):
+        row, _ = endpoints.create(
+            world.db,
+            project_id=project_id,
+            name=world.mark,
+            url=f"{world.hooks}/{world.mark}",
+            event_types=EVENT_TYPES,
+            pepper=PEPPER,
+        )
+        changes = endpoints.EndpointChange(enabled=is_enabled)
+        endpoints.change(world.db, project_id=project_id, endpoint_id=row.id, changes=changes)
+
+
+def _share(world: MarkedWorld, adapter: Adapter) -> None:
+    """With a third project, of which the other one knows nothing either."""
+    reader = world.new_caller(f"{world.mark}-reader").project_id
+    operator = replace(world.caller, is_operator=True)
+    sharing.grant(world.db, caller=operator, model=adapter.name, projects_named=[reader])
 
 
 def _sweep(world: MarkedWorld) -> None:
@@ -180,23 +234,69 @@ def _upload(world: MarkedWorld) -> None:
 
 def names_by_parameter(db: Database, project_id: str) -> dict[str, list[str]]:
     """What the project has now, by the parameter of a path or the field of a body that names it."""
+    ours = {
+        parameter: (table.id, table.project_id == project_id)
+        for parameter, table in (
+            ("file_id", File),
+            ("job_id", Job),
+            ("upload_id", Upload),
+            ("sweep_id", Sweep),
+            ("plan_id", Plan),
+            ("api_key_id", ApiKey),
+            ("webhook_endpoint_id", WebhookEndpoint),
+        )
+    }
     with db.read() as session:
-        found = {
-            parameter: [*session.scalars(select(table.id).where(table.project_id == project_id))]
-            for parameter, table in (
-                ("file_id", File),
-                ("job_id", Job),
-                ("upload_id", Upload),
-                ("sweep_id", Sweep),
-                ("api_key_id", ApiKey),
-                ("adapter", Adapter),
-                ("sweep_id", Sweep),
-            )
+
+        def found(column: Any, *conditions: ColumnElement[bool]) -> list[str]:
+            return [*session.scalars(select(column).where(*conditions))]
+
+        names = {parameter: found(*asked) for parameter, asked in ours.items()}
+        adapters = found(Adapter.name, Adapter.project_id == project_id)
+        adapter_ids = found(Adapter.id, Adapter.project_id == project_id)
+        checkpoints = found(Checkpoint.name, Checkpoint.job_id.in_(names["job_id"]), Checkpoint.name.is_not(None))
+        hooks = WebhookDelivery.endpoint_id.in_(names["webhook_endpoint_id"])
+        return names | {
+            "model": adapters + checkpoints,
+            "fine_tuned_model": adapters + checkpoints,
+            "adapter": adapter_ids + adapters + checkpoints,
+            "part_ids": found(UploadPart.id, UploadPart.upload_id.in_(names["upload_id"])),
+            "permission_id": found(ModelPermission.id, ModelPermission.model_id.in_(adapter_ids)),
+            "webhook_delivery_id": found(WebhookDelivery.id, hooks),
         }
-        adapters = [*session.scalars(select(Adapter.name).where(Adapter.project_id == project_id))]
-        uploads = select(UploadPart.id).join(Upload, Upload.id == UploadPart.upload_id)
-        parts = [*session.scalars(uploads.where(Upload.project_id == project_id))]
-    return {**found, "model": adapters, "adapter": found["adapter"] + adapters, "part_ids": parts}
+
+
+def ids_of(db: Database, project_id: str) -> set[str]:
+    """Every id in rows that belong to the project, or to what belongs to it, whatever the table."""
+    with db.read() as session:
+        rows = [
+            {value for value in row if isinstance(value, str) and ID.fullmatch(value)}
+            for table in Table.metadata.sorted_tables
+            if (named := [column for column in table.columns if _names_something(column)])
+            for row in session.execute(select(*named))
+        ]
+    owned, grown = set[str](), {project_id}
+    while grown != owned:
+        owned = grown
+        grown = owned.union(*(row for row in rows if not row.isdisjoint(owned)))
+    return owned
+
+
+def _names_something(column: Column[Any]) -> bool:
+    return column.name == "id" or column.name.endswith("_id") or bool(column.foreign_keys)
+
+
+def data_file(db: Database, project_id: str) -> str:
+    """One that can be trained on."""
+    ours = select(File.id).where(File.project_id == project_id, File.purpose == "fine-tune", File.num_rows >= 9)
+    with db.read() as session:
+        return session.scalars(ours.where(File.deleted_at.is_(None)).order_by(File.created_at)).first() or ""
+
+
+def models_by_permission(db: Database, project_id: str) -> dict[str, str]:
+    given = select(ModelPermission.id, Adapter.name).join(Adapter, Adapter.id == ModelPermission.model_id)
+    with db.read() as session:
+        return {row.id: row.name for row in session.execute(given.where(Adapter.project_id == project_id))}
 
 
 def parts_by_upload(db: Database, project_id: str) -> dict[str, list[str]]:

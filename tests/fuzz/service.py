@@ -30,6 +30,8 @@ def serving(settings: Settings, log: Path) -> Iterator[str]:
         "LORRY_LOOK_SECONDS": "0.05",
         "LORRY_SHUTDOWN_SECONDS": "2",
         "LORRY_PUBLIC_URL": "http://127.0.0.1",  # else /metrics is open to this machine
+        "LORRY_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32",
+        "LORRY_WEBHOOK_ALLOW_HTTP": "true",
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", "0"]
