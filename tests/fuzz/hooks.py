@@ -33,7 +33,12 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("model_not_ready", "model_import_failed", "invalid_metadata_filter"),
         *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
         *("dora_on_quantised_base", "start_on_quantised_base", "quantisation_unavailable"),
-        *("integration_unavailable", "no_rung_in_time"),
+        *("integration_unavailable", "validation_is_training", "max_length_lowered"),
+        *("differs_from_parent", "parent_of_another_base", "two_parents"),
+        *("rank_too_high", "no_target_modules", "unknown_target_modules", "unknown_layers"),
+        *("unknown_pattern_key", "ambiguous_pattern"),
+        *("grid_too_large", "overlapping_parameters", "metric_of_another_method", "min_steps_required"),
+        *("no_rung_in_time", "rung_without_evaluation", "no_evaluation_in_time", "evaluations_too_late"),
         *("invalid_webhook_url", "webhook_address_not_allowed"),  # what is allowed is the operator's to say
     }
 )
