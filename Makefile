@@ -25,7 +25,7 @@ help:
 	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
 	@echo "make test-postgres    run the tests of api, catalog and clients with PostgreSQL in SQLite's place"
-	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: some ten minutes"
+	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: half an hour or more"
 	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
 	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
 	@echo "make bench-api   measure the api and its database: creations, reads, 10,000 listeners, a million jobs; 25 minutes"

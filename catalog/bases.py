@@ -20,6 +20,8 @@ from catalog.states import UNFINISHED_STATES
 from catalog.tables import BaseModelRow, Job, Json
 
 KINDS = ("hub", "folder", "gguf")
+SOURCE_PATTERN = r"^[^\x00-\x1f\x7f]*[^\x00-\x20\x7f\s][^\x00-\x1f\x7f]*$"
+"""Not blank, and without control characters."""
 TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",
@@ -247,9 +249,9 @@ def _check(name: str, kind: str, source: str) -> None:
             remedy="Use hub (a Hugging Face id), folder (of safetensors) or gguf (one file).",
             param="kind",
         )
-    if not source.strip() or "\0" in source:
+    if not re.fullmatch(SOURCE_PATTERN, source):
         raise InvalidRequest(
-            "The source of the base model is empty.",
+            "The source of the base model is blank, or has a control character in it.",
             code="invalid_source",
             remedy="Give a hub id such as org/name, a folder, or a GGUF file.",
             param="source",

@@ -7,11 +7,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog import checkpoint_models
+from catalog.bases import SOURCE_PATTERN
 from catalog.spec import LABEL_PATTERN
 from catalog.strict import Strict
 from catalog.tables import Adapter, BaseModelRow
-
-NOT_BLANK = r"^[^\x00]*[^\x00-\x20\s][^\x00]*$"
 
 
 class AddModelRequest(Strict):
@@ -31,7 +30,7 @@ class AddModelRequest(Strict):
         min_length=1,
         max_length=4096,
         description="Hub id, folder of safetensors, or GGUF file.",
-        json_schema_extra={"pattern": NOT_BLANK},
+        json_schema_extra={"pattern": SOURCE_PATTERN},
     )
     revision: str | None = Field(default=None, max_length=255, description="Commit of a hub id.")
 

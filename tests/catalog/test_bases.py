@@ -30,6 +30,8 @@ def test_adding_the_same_base_again_changes_nothing_and_another_is_refused(world
         ("b\n", "hub", "org/b", "invalid_name"),
         ("b", "pickle", "org/b", "invalid_kind"),
         ("b", "hub", " ", "invalid_source"),
+        ("b", "folder", "\x19", "invalid_source"),
+        ("b", "folder", "/models/a\n", "invalid_source"),
     ],
 )
 def test_a_base_that_cannot_be_named_or_found_is_refused(

@@ -53,8 +53,8 @@ BODY_FIELDS = {
 }
 """Fields of bodies, by whose names they take."""
 STATEFUL = "stateful"
-SCENARIOS, STEPS = 40, 12
-"""Of a round of the stateful phase, at most."""
+SCENARIOS, STEPS = 8, 12
+"""Of a round of the stateful phase, at most: chains of requests for each example, and requests of a chain."""
 PARTS = (
     r"^/v1/(files|uploads|models)",
     r"^/v1/(files|fine_tuning/jobs|plans)",
@@ -84,7 +84,7 @@ class Campaign:
     phases: str = "examples,coverage,fuzzing,stateful"
     only: str = ""
     is_short: bool = False
-    """One project asks, the other is only looked for."""
+    """One project asks, the other is only looked for; a round goes over the whole api."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,7 +151,7 @@ def _ask(campaign: Campaign, site: _Site, me: Key, other: Key, *, echo: TextIO, 
     phases = [phase for phase in campaign.phases.split(",") if phase != STATEFUL]
     turns = [(",".join(phases), [only])] if phases else []
     if STATEFUL in campaign.phases:
-        parts = [part for part in PARTS if not me.is_operator or part in OPERATORS_PARTS]
+        parts = PARTS[-1:] if campaign.is_short else OPERATORS_PARTS if me.is_operator else PARTS
         turns += [(STATEFUL, [only, part]) for part in parts * campaign.rounds]
     for number, (turn, paths) in enumerate(turns):
         (folder / "schemathesis.toml").write_text(f"seed = {campaign.seed + number}\n{config}")
@@ -237,7 +237,7 @@ def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[s
         'database = "none"',
         "[phases.stateful]",
         f"max-steps = {STEPS}",
-        f"generation = {{ max-examples = {SCENARIOS} }}",
+        f"generation = {{ max-examples = {SCENARIOS * campaign.examples} }}",
         "[checks.negative_data_rejection]",
         # the usual ones, and 413: what is too long is refused before anybody looks what else is wrong with it
         'expected-statuses = ["400", "401", "403", "404", "405", "406", "409", "413", "415", "422", "428", "429"]',
