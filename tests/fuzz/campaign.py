@@ -28,8 +28,10 @@ from tests.fuzz.planted import (
     ids_of,
     models_by_permission,
     names_by_parameter,
+    organization_of,
     parts_by_upload,
     plant,
+    reader_of,
 )
 from tests.fuzz.service import ROOT, serving
 
@@ -44,7 +46,8 @@ BODY_FIELDS = {
     "model": "start",
     "plan": "plan_id",
     "project": "project",
-    "project_ids[*]": "project",
+    "project_ids[*]": "reader",
+    "organization": "organization",
     "url": "hook",
     "training_file": "file_id",
     "validation_file": "file_id",
@@ -61,14 +64,15 @@ PARTS = (
     r"^/v1/(files|sweeps)",
     r"^/v1/(adapters|models|fine_tuning)",
     r"^/v1/webhook",
-    r"^/v1/(projects|api_keys|audit_events|usage)",
+    r"^/v1/(organizations|projects|api_keys|audit_events|usage)",
     r"^/",
 )
 """Of the api, by paths. A round ends, without a word, at the first scenario that goes on otherwise than one that began
 like it, as the service remembers: one over all paths never comes to most of them."""
 OPERATORS_PARTS = PARTS[3], PARTS[5], PARTS[6]
 OPERATORS_PATHS = (
-    r"^/v1/(models|projects|api_keys|queue|workers|usage|audit|fine_tuning/checkpoints)|^/metrics|^/sign-in"
+    r"^/v1/(models|organizations|projects|api_keys|queue|workers|usage|audit|fine_tuning/checkpoints)"
+    r"|^/metrics|^/sign-in"
 )
 """Where an operator's key may do more than another."""
 
@@ -213,6 +217,8 @@ def _pools(
         "start": [BASE, BASE, "smol", *pools["model"]],
         "path": ["README.md", "adapter_config.json"],
         "number": [0, 1],
+        "reader": [reader_of(me.mark), reader_of(other.mark)],
+        "organization": [organization_of(me.mark), organization_of(other.mark)],
         "tag": [me.mark, other.mark],
         "hook": [f"{site.hooks}/{me.mark}"],
         "token": tokens,

@@ -23,7 +23,7 @@ THEIR_IDS = frozenset[str](BRIEF["their_ids"])
 THEIR_WORDS: tuple[str, ...] = tuple(BRIEF["their_words"])
 """Names that hold the mark, the longest first, and then the mark alone."""
 SHOWN_TO_OPERATORS = re.compile(
-    r"\w+ /v1/(projects|api_keys|queue|usage|audit|fine_tuning/checkpoints)|DELETE /v1/models/"
+    r"\w+ /v1/(organizations|projects|api_keys|queue|usage|audit|fine_tuning/checkpoints)|DELETE /v1/models/"
 )
 """Where an operator sees every project, as documented: also which unfinished jobs keep a base."""
 DEPENDS_ON_WHAT_IS_STORED = frozenset(
@@ -34,7 +34,7 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
         *("dora_on_quantised_base", "start_on_quantised_base", "quantisation_unavailable"),
         *("integration_unavailable", "validation_is_training", "max_length_lowered"),
-        *("differs_from_parent", "parent_of_another_base", "two_parents"),
+        *("differs_from_parent", "parent_of_another_base", "two_parents", "own_model"),
         *("rank_too_high", "no_target_modules", "unknown_target_modules", "unknown_layers"),
         *("unknown_pattern_key", "ambiguous_pattern"),
         *("grid_too_large", "overlapping_parameters", "metric_of_another_method", "min_steps_required"),
@@ -99,8 +99,6 @@ def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
         case.path_parameters = {**named, "api_key_id": BRIEF["another_key"]}
     if named.get("project") in BRIEF["my_project"] and case.operation.path.endswith("/archive"):
         case.path_parameters = {**named, "project": BRIEF["their_mark"]}
-    if case.operation.path.endswith("/permissions") and isinstance(case.body, dict) and "project_ids" in case.body:
-        case.body = {**case.body, "project_ids": _others(case.body["project_ids"])}
 
 
 def _make_fit(case: Any, named: dict[str, Any]) -> None:
@@ -130,13 +128,6 @@ def after_call(_context: Any, case: Any, response: Any) -> None:
     if case.method != "GET" and response.status_code < 400:
         asked = _asked(response.request)
         SENT.update(name for name in (*THEIR_IDS, *THEIR_WORDS) if name in asked)
-
-
-def _others(project_ids: Any) -> Any:
-    """Theirs may be shared, but not with us, who would see it then."""
-    if not isinstance(project_ids, list):
-        return project_ids
-    return [BRIEF["their_mark"] if name in BRIEF["my_project"] else name for name in project_ids]
 
 
 @atexit.register

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, select
 
 from api.deps import Services
-from catalog import claims, files, jobs, keys, part_uploads, sharing
+from catalog import claims, files, jobs, keys, part_uploads, projects, sharing
 from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.db import Database
@@ -48,6 +48,15 @@ MARKS = ("kestrel", "osprey")
 ID = re.compile(r"(?:[a-z]+-)+[0-9a-f]{24}")
 
 
+def organization_of(mark: str) -> str:
+    return f"{mark}-people"
+
+
+def reader_of(mark: str) -> str:
+    """The project that may read an adapter."""
+    return f"{mark}-reader"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
     """Who asks."""
@@ -78,7 +87,9 @@ class MarkedWorld(World):
         self.worker(integrations=INTEGRATION_TYPES)
 
     def new_caller(self, project: str) -> Caller:
-        return super().new_caller({"ours": MARKS[0], "theirs": MARKS[1]}.get(project, project))
+        """Each in an organization of its own, whose name has the mark too."""
+        mark = {"ours": MARKS[0], "theirs": MARKS[1]}[project]
+        return self.caller_of(organization_of(mark), mark)
 
     def file(
         self,
@@ -195,8 +206,8 @@ def _webhooks(world: MarkedWorld) -> None:
 
 
 def _share(world: MarkedWorld, adapter: Adapter) -> None:
-    """With a third project, of which the other one knows nothing either."""
-    reader = world.new_caller(f"{world.mark}-reader").project_id
+    """With a second project of its organization, of which the other one knows nothing either."""
+    reader = projects.create(world.db, reader_of(world.mark), organization=organization_of(world.mark)).id
     operator = replace(world.caller, is_operator=True)
     sharing.grant(world.db, caller=operator, model=adapter.name, projects_named=[reader])
 
