@@ -64,9 +64,7 @@ class PriorityClass(IntEnum):
 class ResourcesRequest(Strict):
     """What a job may say of devices. Its memory is reckoned from what it trains, and needn't be said."""
 
-    devices: int = Field(
-        default=1, description="1: every job trains on one device.", json_schema_extra={"minimum": 1, "maximum": 1}
-    )
+    devices: int = Field(default=1, description="1: every job trains on one device.", json_schema_extra={"enum": [1]})
     strategy: Literal["auto", "single"] = Field(default="auto", description="auto: single.")
 
     @field_validator("devices")
