@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 import typer.main
 
+from catalog.audit import AuditType
 from catalog.states import ENDINGS, FINAL_STATES, TRANSITIONS
 from lorry.cli.main import app
 from tests.architecture.source_files import ROOT
@@ -115,3 +117,15 @@ def test_every_test_that_the_security_page_names_is_there() -> None:
 
     assert len(named) > 20
     assert [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text("utf-8")] == []
+
+
+def test_the_security_page_names_every_event_of_the_audit_log() -> None:
+    page = (ROOT / "docs/SECURITY.md").read_text("utf-8")
+    named: set[str] = set()
+    for line in page.splitlines():
+        of = ""
+        for name in re.findall(r"`([a-z_]*\.[a-z_]+)`", line.split("|")[1]) if line.startswith("| `") else ():
+            of = name.partition(".")[0] or of
+            named.add(of + "." + name.partition(".")[2])
+
+    assert set(get_args(AuditType)) - named == set()
