@@ -27,6 +27,11 @@ ALL = (
         message="Models are trained here and don't answer.",
         remedy="Download the adapter with `lorry adapters pull NAME`, and have PEFT or a server such as vLLM load it.",
     ),
+    NotOffered(
+        paths=re.compile(r"/v1/organization(/.*)?"),
+        message="OpenAI's administration API isn't offered: Lorry has its own.",
+        remedy="Ask for /v1/projects, /v1/api_keys, /v1/organizations, /v1/usage or /v1/audit_events.",
+    ),
 )
 
 

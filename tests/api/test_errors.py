@@ -182,3 +182,11 @@ def test_no_secret_gets_into_the_log(
     assert "path=/sign-in" in logged
     for secret in (key, token, "wrong-canary", anonymous.cookies["lorry_session"]):
         assert secret not in logged
+
+
+@pytest.mark.parametrize("path", ["organization/audit_logs", "organization/usage/completions", "organization/projects"])
+def test_whoever_asks_for_openais_administration_is_told_of_our_own(client: TestClient, path: str) -> None:
+    answer = client.get(f"/v1/{path}")
+
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_offered")
+    assert "/v1/audit_events" in error_of(answer)["remedy"]
