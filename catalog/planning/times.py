@@ -129,8 +129,9 @@ def _on(work: Work, runner: Runner) -> Estimate:
         return Estimate(seconds=None, basis_kind="none", basis="")
     rate = tflops * 1e12 / (FLOPS_PER_PARAMETER * work.num_parameters)
     basis = (
-        f"A guess: {FLOPS_PER_PARAMETER} FLOPs for each parameter and token, at {tflops:.3g} TFLOP/s of worker "
-        f"{runner.worker_id} ({runner.device}); nothing was trained there yet"
+        f"A guess, and it may take several times as long: nothing has trained on worker {runner.worker_id} "
+        f"({runner.device}) yet, so {FLOPS_PER_PARAMETER} FLOPs are reckoned for each parameter and token, at "
+        f"{tflops:.3g} TFLOP/s"
     )
     return _estimate(work, runner, rate, "guess", basis)
 

@@ -49,9 +49,17 @@ def _sum(plan: Plan) -> Iterator[tuple[str, object]]:
         return
     yield "steps", plan.num_steps
     yield "trainable parameters", f"{plan.trainable_parameters or 0:,} in {plan.adapted_layers} layers"
-    yield "trains", _brief(plan.training_time)
+    yield "trains", _trains(plan.training_time)
     yield "starts", _brief(plan.expected_start)
     yield "warnings", len(plan.warnings) or "none"
+
+
+def _trains(estimate: Estimate) -> str:
+    """A guess at a device's speed is not to be read as a figure."""
+    if estimate.seconds is None or estimate.basis_kind != "guess":
+        return _brief(estimate)
+    reason = "nothing has trained on this device yet"
+    return f"about {output.duration(estimate.seconds)}, or several times more (a guess: {reason})"
 
 
 def _brief(estimate: Estimate) -> str:
@@ -135,7 +143,8 @@ def _devices(devices: Json) -> Iterator[tuple[str, object]]:
 
 def _times(plan: Plan) -> Iterator[tuple[str, object]]:
     for label, estimate in (("trains", plan.training_time), ("starts", plan.expected_start)):
-        told = "" if estimate.seconds is None else f"{output.duration(estimate.seconds)}. "
+        about = "About " if estimate.basis_kind == "guess" else ""
+        told = "" if estimate.seconds is None else f"{about}{output.duration(estimate.seconds)}. "
         yield label, f"{told}{estimate.basis}"
 
 

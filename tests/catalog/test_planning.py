@@ -177,6 +177,12 @@ def test_a_time_comes_with_its_basis_or_not_at_all(found: Runner, kind: str, sec
     assert told.basis
 
 
+def test_a_guess_says_how_far_off_it_may_be() -> None:
+    assert (
+        "may take several times as long: nothing has trained on worker" in times.training_time(WORK, [runner()]).basis
+    )
+
+
 def test_what_was_measured_goes_before_a_faster_guess() -> None:
     fast = runner("fast", device="NVIDIA H200")
 

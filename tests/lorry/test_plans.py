@@ -91,6 +91,15 @@ def test_a_plan_takes_the_options_of_a_job(service: Script, plan: Run) -> None:
     assert [name for name in jobs if name not in mine] == ["plan", "watch"]
 
 
+def test_a_guessed_time_is_told_as_a_rough_one(submit: Run, service: Script, run: Run) -> None:
+    service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, "basis_kind": "guess", "basis": "A guess."}})
+
+    told = run("plan", "m", "file-9").stdout
+
+    assert "about 1:40, or several times more (a guess: nothing has trained on this device yet)" in told
+    assert "About 1:40. A guess." in told
+
+
 def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> None:
     result = plan("m", "file-9")
 
