@@ -18,6 +18,8 @@ class Trial(View):
     number: int = 0
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     status: str = ""
+    phase: str | None = None
+    """Of a running trial: loading, training or verifying."""
     reason: str | None = None
     value: float | None = None
     """Of the objective, as measured last."""

@@ -51,6 +51,8 @@ JOB_EXAMPLE: dict[str, Any] = {
     },
 }
 
+Phase = Literal["loading", "training", "verifying"]
+
 
 class JobError(BaseModel):
     """Why a job failed."""
@@ -186,7 +188,7 @@ class FineTuningJob(BaseModel):
     finished_at: int | None
     estimated_finish: int | None
     status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    phase: Literal["loading", "training", "verifying"] | None = Field(
+    phase: Phase | None = Field(
         description="Of a running job. loading: no trainer has ever taken it yet; verifying: all its steps are done, "
         "or it ended early, and PEFT checks the adapter. Null in any other state."
     )
@@ -305,7 +307,7 @@ def _run(row: Job) -> dict[str, Any]:
     """What has become of it."""
     return {
         "status": row.state,
-        "phase": _phase(row),
+        "phase": phase_of(row),
         "reason": row.reason,
         "started_at": _seconds(row.started_at),
         "finished_at": _seconds(row.finished_at),
@@ -335,7 +337,7 @@ def _estimated_finish(row: Job) -> int | None:
     return int(told_at + seconds_left)
 
 
-def _phase(row: Job) -> str | None:
+def phase_of(row: Job) -> Phase | None:
     if row.state != JobState.RUNNING:
         return None
     if row.started_at is None:

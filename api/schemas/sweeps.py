@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas.jobs import Phase, phase_of
 from catalog.strict import Strict
 from catalog.sweeps.fields import VARIABLE
 from catalog.sweeps.reading import SweepView, TrialView
@@ -18,6 +19,7 @@ TRIAL_EXAMPLE: dict[str, Any] = {
     "number": 7,
     "parameters": {"lora.rank": 16, "optimizer.learning_rate": 0.000412},
     "status": "succeeded",
+    "phase": None,
     "reason": "completed",
     "value": 1.183,
     "step": 120,
@@ -74,6 +76,7 @@ class TrialObject(BaseModel):
     number: int = Field(description="From 0.")
     parameters: dict[str, Any]
     status: str = Field(description="The job's.")
+    phase: Phase | None = Field(description="The job's, while it runs.")
     reason: str | None = Field(description="Why the job ended; pruned: the sweep, or its client, has stopped it.")
     value: float | None = Field(description="Of the objective, as measured last; null before that.")
     step: int | None = Field(description="At which it was measured.")
@@ -177,6 +180,7 @@ def trial_object(view: TrialView) -> TrialObject:
         number=row.number,
         parameters=row.parameters,
         status=job.state,
+        phase=phase_of(job),
         reason=job.reason,
         value=view.value,
         step=row.step,

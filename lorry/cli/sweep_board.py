@@ -35,7 +35,7 @@ def facts(sweep: Sweep) -> Iterator[tuple[str, object]]:
     yield "created", output.when(sweep.created_at or None)
     yield "finished", output.when(sweep.finished_at)
     if sweep.best_trial is not None:
-        yield "best so far" if not sweep.is_final else "best", _best(sweep.best_trial)
+        yield "best finished" if not sweep.is_final else "best", _best(sweep.best_trial)
     yield "adapter", sweep.fine_tuned_model
     if sweep.error is not None:
         yield "no further trial", sweep.error.message
@@ -59,7 +59,7 @@ def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
             *(trial.parameters.get(path) for path in paths),
             trial.value,
             _steps(trial),
-            "pruned" if trial.reason == "pruned" else trial.status,
+            _status(trial),
             trial.rung,
             trial.id,
         )
@@ -138,8 +138,8 @@ def _picture(sweep: Sweep, trials: Sequence[Trial]) -> Any:
     for title in titles:
         drawn.add_column(Text(title), no_wrap=True, overflow="ellipsis")
     for trial in trials:
-        status = "pruned" if trial.reason == "pruned" else trial.status
-        values = (trial.number, *(trial.parameters.get(path) for path in paths), trial.value, _steps(trial), status)
+        parameters = (trial.parameters.get(path) for path in paths)
+        values = (trial.number, *parameters, trial.value, _steps(trial), _status(trial))
         drawn.add_row(*(Text(output.clean(output.cell(value))) for value in values))
     return drawn
 
@@ -148,6 +148,13 @@ def _short(paths: Sequence[str]) -> list[str]:
     """The last name of each, where that tells them apart."""
     names = [path.rpartition(".")[2] for path in paths]
     return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+
+
+def _status(trial: Trial) -> str:
+    """Of one that runs without training, what it does instead."""
+    if trial.status == "running" and trial.phase in ("loading", "verifying"):
+        return trial.phase
+    return "pruned" if trial.reason == "pruned" else trial.status
 
 
 def _steps(trial: Trial) -> str:

@@ -117,6 +117,17 @@ def test_a_sweep_is_shown_with_its_leaderboard(service: Script, run: Run) -> Non
     assert lines[-1].split() == ["0", "4", "-", "-", "pruned", "-", "ftjob-b"]
 
 
+def test_the_best_that_has_ended_is_no_claim_about_those_that_run(service: Script, run: Run) -> None:
+    verifying = {**TRIALS[0], "phase": "verifying", "progress": {"step": 9, "num_steps": 9}}
+    service.on("GET", "/v1/sweeps/sweep-1", {**SWEEP, "best_trial": {**TRIALS[1], "value": 1.75}})
+    service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": [verifying], "has_more": False})
+
+    told = run("sweep", "show", "sweep-1")
+
+    assert "best finished" in told.stdout
+    assert told.stdout.splitlines()[-1].split() == ["1", "8", "1.25", "9/9", "verifying", "0", "ftjob-a"]
+
+
 def test_a_watched_sweep_ends_with_its_best_adapter(service: Script, run: Run) -> None:
     done = {**SWEEP, "status": "succeeded", "fine_tuned_model": "ft:m:p::a", "best_trial": TRIALS[0]}
     service.on("GET", "/v1/sweeps/sweep-1", done)
