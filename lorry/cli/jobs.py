@@ -90,6 +90,16 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def why(job_id: JobId, as_json: AsJson = False) -> None:
+    """What a job waits for, in a sentence."""
+    told = client().jobs.why(job_id)
+    if as_json:
+        output.print_json(told)
+    else:
+        output.console().print(output.clean(str(told.get("explanation", ""))), soft_wrap=True)
+
+
+@app.command()
 def watch(
     job_ids: Annotated[list[str], typer.Argument(metavar="JOB...", help="One or more ids.")],
     as_json: AsJson = False,

@@ -47,10 +47,15 @@ def _path_or_id(given: str, name: str) -> Path | str:
 
 
 def _check_model(lorry: Lorry, name: str) -> None:
-    """A misspelt name must not cost an upload; what else may be wrong with a model is the service's to say."""
+    """A misspelt name must not cost an upload; what else may be wrong with a model is the service's to say.
+
+    So is the name itself, where the key may not look models up: what is sent needs no such scope.
+    """
     try:
         lorry.models.get(name)
     except APIError as error:
+        if error.code == "missing_scope":
+            return
         error.param = "MODEL"
         raise
 

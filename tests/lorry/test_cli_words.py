@@ -105,6 +105,14 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
     assert not any("live_workers" in line for line in told)
 
 
+def test_why_a_job_waits_is_a_sentence_or_all_that_decided_it(service: Script, run: Run) -> None:
+    told = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
+    service.on("GET", f"{JOBS}/j/why", told)
+
+    assert run("jobs", "why", "j").stdout == "No worker lives.\n"
+    assert json.loads(run("jobs", "why", "j", "--json").stdout) == told
+
+
 def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_workers_spent(
     service: Script, run: Run
 ) -> None:

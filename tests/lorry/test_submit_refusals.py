@@ -92,6 +92,34 @@ def deleted(service: Script) -> list[str]:
     return [request.path.removeprefix("/v1/files/") for request in service.seen if request.method == "DELETE"]
 
 
+@pytest.mark.parametrize(("known", "exit_code"), [(True, 0), (False, 1)])
+def test_a_key_that_may_not_look_models_up_submits_and_the_service_judges_the_model(
+    service: Script, run: Run, tmp_path: Path, known: bool, exit_code: int
+) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    lacks = {"message": "The API key lacks the scope adapters:read.", "code": "missing_scope"}
+    service.on("GET", "/v1/models/m", Reply(status=403, body={"error": lacks}))
+    service.on("POST", "/v1/files", {"id": "file-1"})
+    service.on("DELETE", "/v1/files/file-1", {})
+    service.on("POST", JOBS, {"id": "ftjob-1"} if known else refusal(404, "model"))
+
+    result = run("jobs", "submit", "m", "train.jsonl")
+
+    assert (result.exit_code, deleted(service)) == (exit_code, [] if known else ["file-1"])
+    assert result.stdout == ("ftjob-1\n" if known else "")
+    assert known or "No. (at MODEL)" in result.stderr
+
+
+def test_a_key_that_is_refused_for_something_else_uploads_nothing(service: Script, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    service.on("GET", "/v1/models/m", refusal(403, None))
+
+    result = run("jobs", "submit", "m", "train.jsonl")
+
+    assert result.exit_code == 1
+    assert not service.requests("POST", "/v1/files")
+
+
 def test_the_files_that_were_uploaded_for_a_refused_job_are_deleted_again(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, refusal(404, "model"))
     service.on("DELETE", "/v1/files/file-1", {})
