@@ -47,11 +47,13 @@ JSON schema says these: that they are sent is no failure of `positive_data_accep
 RULES_BETWEEN_FIELDS = frozenset(
     {
         *("optimizer", "schedule", "method", "lora", "method.dpo.hyperparameters", "search", None),
-        "start_time",
+        "start_time",  # before the end
+        "lora.target_modules",  # behind `re:` a regular expression
         *("integrations", *(f"integrations.{number}" for number in range(4))),
     }
 )
-"""Objects whose fields must go together: the same of the refusals of these."""
+"""Objects whose fields must go together, and texts of which no schema says what is in them: the same of the refusals of
+these."""
 SENT: set[str] = set()
 """Names of the other project that this run gave to something of its own, such as a key that is called so."""
 COUNTS: Counter[tuple[str, int]] = Counter()
