@@ -19,11 +19,26 @@ if TYPE_CHECKING:
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+ALIKE = (
+    ("remove", "delete", "revoke", "archive", "cancel", "rm"),
+    ("create", "add", "new"),
+    ("show", "get"),
+    ("list", "ls"),
+    ("change", "update", "rename"),
+)
+"""Of commands that do the same to different things, a group has one."""
 _closed_at_the_end: ContextVar[ExitStack] = ContextVar("closed_at_the_end")
 
 
 class Group(TyperGroup):
-    """Runs a command and says what went wrong on stderr."""
+    """Runs a command and says what went wrong on stderr. For a command that another group has, it names its own."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        typed = args[0]
+        if typed not in self.commands and not ctx.resilient_parsing:
+            for own in (word for words in ALIKE if typed in words for word in words if word in self.commands):
+                ctx.fail(f"No such command {typed!r}. Did you mean {own!r}?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         from lorry.errors import LorryError

@@ -15,7 +15,7 @@ import typer
 
 from lorry.cli import output
 from lorry.cli.app import EXIT_REFUSED, client, group
-from lorry.cli.keys import seconds
+from lorry.cli.keys import duration
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
 
@@ -33,7 +33,7 @@ def list_(
     ] = None,
     actor: Annotated[list[str] | None, typer.Option(help="Id of a key; may be repeated.")] = None,
     project: Annotated[list[str] | None, typer.Option(help="Id of a project; may be repeated.")] = None,
-    since: Annotated[int | None, typer.Option(help="How far back: 12h, 30d. Left out: all.", parser=seconds)] = None,
+    since: Annotated[int | None, duration("How far back: 12h, 30d. Left out: all.")] = None,
     limit: Annotated[int, typer.Option(help="How many at most.", min=1)] = 50,
     as_json: AsJson = False,
 ) -> None:

@@ -38,7 +38,7 @@ def upload(
     purpose: Annotated[str, typer.Option(help="fine-tune, unless you know better.")] = "fine-tune",
     expires_after: Annotated[
         int | None,
-        typer.Option(parser=_seconds, metavar="TIME", help="Let it go by itself, such as after 12h or 30d."),
+        typer.Option(parser=_seconds, metavar="<duration>", help="Let it go by itself, such as after 12h or 30d."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 
 app = group("API keys: who may do what.")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+SCOPES = frozenset(
+    {
+        "files:read",
+        "files:write",
+        "jobs:read",
+        "jobs:write",
+        "adapters:read",
+        "adapters:write",
+        "keys:read",
+        "keys:write",
+        "audit:read",
+        "webhooks:read",
+        "webhooks:write",
+        "usage:read",
+    }
+)
+"""What a key of a project can have; an operator's has more."""
+OF_OPERATORS = frozenset(
+    {"models:write", "projects:write", "organizations:write", "permissions:read", "permissions:write"}
+)
 KeyId = Annotated[str, typer.Argument(help="The key's id, such as key-3f2b….")]
 
 
@@ -30,9 +50,12 @@ def seconds(text: str) -> int:
     return int(found[1]) * UNITS[found[2]]
 
 
-ExpiresIn = Annotated[
-    int | None, typer.Option(help="How long it is good for: 12h, 90d. Left out: as long as yours.", parser=seconds)
-]
+def duration(help_text: str, *names: str) -> Any:
+    """An option that takes a length of time."""
+    return typer.Option(*names, help=help_text, parser=seconds, metavar="<duration>")
+
+
+ExpiresIn = Annotated[int | None, duration("How long it is good for: 12h, 90d. Left out: as long as yours.")]
 
 
 @app.command()
@@ -90,9 +113,7 @@ def revoke(key_id: KeyId, _yes: YesTaken = False, as_json: AsJson = False) -> No
 def rotate(
     key_id: KeyId,
     *,
-    overlap: Annotated[
-        int | None, typer.Option(help="How long the old key is still good: 0s, 12h. Left out: 1d.", parser=seconds)
-    ] = None,
+    overlap: Annotated[int | None, duration("How long the old key is still good: 0s, 12h. Left out: 1d.")] = None,
     expires_in: ExpiresIn = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,7 +171,9 @@ def _note_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
 
 
 def _row(key: ApiKey) -> tuple[object, ...]:
-    may = f"{'operator: ' if key.is_operator else ''}{' '.join(key.scopes)}"
+    every = SCOPES | OF_OPERATORS if key.is_operator else SCOPES
+    scopes = "all" if every.issubset(key.scopes) else " ".join(key.scopes)
+    may = f"operator: {scopes}" if key.is_operator else scopes
     ends = f"…{key.redacted_value.rpartition('…')[2]}"
     last = output.briefly(key.last_used_at) or "never"
     expires = output.briefly(key.expires_at) or "never"

@@ -10,7 +10,7 @@ import typer
 
 from lorry.cli import output
 from lorry.cli.app import client
-from lorry.cli.keys import seconds
+from lorry.cli.keys import duration
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
 
@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[Literal["organization_id", "project_id", "model"], ...]]
 
 def usage(
     *,
-    since: Annotated[int, typer.Option(help="How far back: 7d, 30d.", parser=seconds)] = "7d",  # pyright: ignore
+    since: Annotated[int, duration("How far back: 7d, 30d.")] = "7d",  # pyright: ignore
     by: Annotated[str, typer.Option(help="project, model, or both; or organization.")] = "project",
     project: Annotated[list[str] | None, typer.Option(help="Name or id; may be repeated.")] = None,
     organization: Annotated[list[str] | None, typer.Option(help="Name or id; may be repeated.")] = None,

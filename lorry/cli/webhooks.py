@@ -10,7 +10,7 @@ import typer
 
 from lorry.cli import output
 from lorry.cli.app import client, group
-from lorry.cli.keys import seconds
+from lorry.cli.keys import duration
 from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.tables import Column, table
 
@@ -106,9 +106,7 @@ def deliveries(
 def replay(
     ident: Annotated[str, typer.Argument(help="A delivery's id; with --failed-since an endpoint's.")],
     *,
-    failed_since: Annotated[
-        int | None, typer.Option(help="All of an endpoint that failed in the last 30m, 12h, 3d.", parser=seconds)
-    ] = None,
+    failed_since: Annotated[int | None, duration("All of an endpoint that failed in the last 30m, 12h, 3d.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a delivery again, or all of an endpoint that have failed for some time. Their ids stay the same."""
@@ -126,9 +124,7 @@ def replay(
 def rotate(
     endpoint_id: EndpointId,
     *,
-    overlap: Annotated[
-        int, typer.Option(help="How long messages are signed with the old secret too: 0s, 12h.", parser=seconds)
-    ] = "1d",  # pyright: ignore[reportArgumentType] - the parser reads it
+    overlap: Annotated[int, duration("How long messages are signed with the old secret too: 0s, 12h.")] = "1d",  # pyright: ignore[reportArgumentType] - the parser reads it
     as_json: AsJson = False,
 ) -> None:
     """Make a new secret. It is shown this once, alone on stdout."""

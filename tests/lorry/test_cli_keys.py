@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from catalog.scopes import held
 from lorry import connection
 from lorry.cli.keys import seconds
 from lorry.cli.up import keep_key_good
@@ -98,6 +99,29 @@ def test_a_start_replaces_a_key_in_the_connection_file_that_opens_nothing(
     keep_key_good(running, known)
 
     assert connection.read(tmp_path) == Connection(url=service.url, api_key=kept)
+
+
+def test_a_key_that_may_do_all_is_listed_as_such(service: Script, run: Run) -> None:
+    able = [sorted(held(None, is_operator=is_operator)) for is_operator in (True, False)]
+    operators = {**KEY, "name": "first", "is_operator": True, "scopes": able[0]}
+    less = {**KEY, "name": "less", "is_operator": True, "scopes": able[1]}
+    projects = {**KEY, "name": "second", "scopes": able[1]}
+    service.on("GET", "/v1/api_keys", {"data": [operators, less, projects, KEY], "has_more": False})
+
+    lines = run("keys", "list").stdout.splitlines()[1:]
+
+    assert " active  operator: all  " in lines[0]
+    assert " active  operator: adapters:read " in lines[1]
+    assert " active  all  " in lines[2]
+    assert " active  jobs:read  " in lines[3]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["keys create", "keys rotate", "usage", "audit list", "webhooks replay", "webhooks rotate", "files upload"],
+)
+def test_help_shows_a_length_of_time_as_such(run: Run, command: str) -> None:
+    assert "<duration>" in run(*command.split(), "--help").stdout
 
 
 def test_a_key_is_revoked(service: Script, run: Run) -> None:
