@@ -87,8 +87,13 @@ def pull(
     directory: Annotated[Path | None, typer.Argument(help="Where to; a new folder. Default: ./NAME.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download, checking every digest; PEFT loads the folder as it is."""
+    """Download, checking every digest; PEFT loads the folder as it is.
+
+    A job's id will do for its adapter, and a sweep's for its best.
+    """
+    _check_name(adapter)
     lorry = client()
+    adapter = _of_job(lorry, adapter)
     found = _get(lorry, adapter)
     target = directory or Path(folder_name(found.name))
     with byte_bar(f"Pulling {adapter}") as on_progress:
@@ -175,11 +180,42 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "lineage", adapter.lineage_id
 
 
+def _check_name(adapter: str) -> None:
+    """Where it is left out, the folder stands in its place."""
+    if _looks_like_a_path(adapter):
+        raise typer.BadParameter(
+            f"{adapter!r} is no name of an adapter. Write: lorry adapters pull ADAPTER {adapter}", param_hint="ADAPTER"
+        )
+
+
+def _looks_like_a_path(adapter: str) -> bool:
+    """A name of an adapter has no slash and begins with no dot."""
+    return "/" in adapter or adapter.startswith((".", "~"))
+
+
+def _of_job(lorry: Lorry, adapter: str) -> str:
+    """What was given, or the name of the adapter of the job whose id was."""
+    if not adapter.startswith("ftjob-"):
+        return adapter
+    job = lorry.jobs.get(adapter)
+    if job.fine_tuned_model is None:
+        raise LorryError(
+            f"{job.id} has made no adapter: it is {job.status}.",
+            code="adapter_not_found",
+            remedy=f"A job that succeeds makes one: lorry jobs show {job.id}",
+        )
+    return job.fine_tuned_model
+
+
 def _get(lorry: Lorry, adapter: str) -> Adapter:
     """A part of a name, such as a job's suffix, is no name: then those that have it are told."""
     try:
         return lorry.adapters.get(adapter)
     except NotFound as error:
+        if adapter.startswith("sweep-"):
+            error.message = error.message.removesuffix(error.remedy).rstrip()
+            error.remedy = f"A sweep has one when it has ended and a trial has succeeded: lorry sweep show {adapter}"
+            raise
         names = [a.name for a in lorry.adapters.list(limit=LOOKED_AT) if adapter in (*a.name.split(":"), a.job_id)]
         if names:
             error.message = error.message.removesuffix(error.remedy).rstrip()
@@ -188,11 +224,11 @@ def _get(lorry: Lorry, adapter: str) -> Adapter:
 
 
 def _folder(adapter: str) -> Path | None:
-    """The folder that was named, if it was one: a name of an adapter has no slash and begins with no dot."""
+    """The folder that was named, if it was one."""
     path = Path(adapter).expanduser()
     if path.is_dir():
         return path
-    if "/" in adapter or adapter.startswith((".", "~")):
+    if _looks_like_a_path(adapter):
         raise typer.BadParameter(f"there is no folder {adapter!r}.", param_hint="ADAPTER|FOLDER")
     return None
 

@@ -6,7 +6,9 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,10 +20,12 @@ from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.keys import duration
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
+from lorry.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from lorry.accounts import AuditEvent, AuditVerification
 
+DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
 app = group("The audit log: who changed what.")
 
 
@@ -40,7 +44,8 @@ def list_(
     """What was changed of late: of your project; for operators, of all."""
     started = None if since is None else time.time() - since
     found = client().audit.list(types=kind or (), actor_ids=actor or (), project_ids=project or (), since=started)
-    events = list(islice(found, limit))
+    with _types_told(kind or []):
+        events = list(islice(found, limit))
     if as_json:
         return output.print_json([event.raw for event in events])
     columns = (
@@ -81,6 +86,33 @@ def export() -> None:
     """Write every sealed event to stdout, one a line (an operator's key only). `lorry audit verify FILE` reads it."""
     for event in client().audit.export():
         sys.stdout.write(json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+@contextmanager
+def _types_told(typed: Sequence[str]) -> Generator[None]:
+    """A refusal that lists every type there is tells the nearest one instead, or those of the group that was typed."""
+    try:
+        yield
+    except InvalidRequest as error:
+        field, _, index = (error.param or "").rpartition(".")
+        known = re.findall(r"'([a-z_]+\.[a-z_]+)'", error.message)
+        if field == "event_types[]" and index.isdecimal() and int(index) < len(typed) and known:
+            error.message = f"There is no type {typed[int(index)]!r}."
+            error.remedy = _near(typed[int(index)], known)
+            error.param = "--type"
+        raise
+
+
+def _near(typed: str, known: Sequence[str]) -> str:
+    group = typed.partition(".")[0]
+    if typed not in (group, f"{group}.*") and (near := get_close_matches(typed, known, n=1)):
+        return f"Did you mean {near[0]}?"
+    of_group = [name for name in known if name.partition(".")[0] == group]
+    if of_group:
+        return f"Those of {group} are {', '.join(of_group)}."
+    groups = sorted({name.partition(".")[0] for name in known})
+    told = ", ".join(f"{name}.*" for name in groups)
+    return f"Types are named {told}. Those of one: lorry audit list --type {groups[0]}.*"
 
 
 def _of_file(path: Path, noted: tuple[int, str] | None) -> AuditVerification:
@@ -142,4 +174,5 @@ def _misfit_told(found: AuditVerification) -> str:
 def _row(event: AuditEvent) -> tuple[object, ...]:
     by = event.actor.get("name") or event.actor.get("type")
     details = " ".join(f"{name}={output.cell(value)}" for name, value in event.details.items() if value is not None)
+    details = DIGEST.sub(r"\1…", details)
     return output.briefly(int(event.effective_at)), event.type, event.object_id, by, event.address, details

@@ -14,6 +14,7 @@ from lorry.cli.adapters import folder_name
 from tests.lorry.adapter_fixture import serve, tar
 from tests.lorry.scripted_server import Reply, Script
 
+JOBS = "/v1/fine_tuning/jobs"
 Run = Callable[..., Result]
 
 
@@ -59,6 +60,49 @@ def test_pulling_tells_the_bases_folder_where_it_is_on_this_machine(service: Scr
 
     assert f'base is m: AutoModelForCausalLM.from_pretrained("{tmp_path}")\n' in run("adapters", "pull", "a").stderr
     assert run("adapters", "pull", "a", "--json").stderr == ""
+
+
+@pytest.mark.parametrize("typed", ["best/", "./best", "~/best"])
+def test_a_folder_in_the_place_of_a_name_is_told_so(service: Script, run: Run, typed: str) -> None:
+    result = run("adapters", "pull", typed)
+
+    assert result.exit_code == 2
+    assert f"{typed!r} is no name of an adapter. Write: lorry adapters pull ADAPTER {typed}" in result.stderr
+    assert service.seen == []
+
+
+def test_of_a_jobs_id_its_adapter_is_pulled(service: Script, run: Run, tmp_path: Path) -> None:
+    serve(service, tar())
+    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "succeeded", "fine_tuned_model": "a"})
+
+    assert run("adapters", "pull", "ftjob-1", "mine").stdout == "mine\n"
+    assert (tmp_path / "mine" / "adapter_config.json").is_file()
+
+
+def test_of_a_job_without_an_adapter_it_is_told_how_it_stands(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "running", "fine_tuned_model": None})
+
+    result = run("adapters", "pull", "ftjob-1")
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "Error: ftjob-1 has made no adapter: it is running.",
+        "A job that succeeds makes one: lorry jobs show ftjob-1",
+    ]
+
+
+def test_a_sweep_that_has_no_best_yet_is_looked_at_by_a_command(service: Script, run: Run) -> None:
+    error = {
+        "message": "No adapter with the id 'sweep-1'. GET /v1/sweeps/{id} tells.",
+        "remedy": "GET /v1/sweeps/{id} tells.",
+        "code": "adapter_not_found",
+    }
+    service.on("GET", "/v1/adapters/sweep-1", Reply(status=404, body={"error": error}))
+
+    told = run("adapters", "pull", "sweep-1").stderr
+
+    assert "lorry sweep show sweep-1" in told
+    assert "/v1/" not in told
 
 
 def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.testing import Result
 
+from api.validation import explain
+from catalog.audit import AuditType
 from lorry import audit_chain
 from tests.lorry.scripted_server import Reply, Script
 
@@ -42,6 +44,46 @@ def test_the_log_is_listed_by_who_did_what_to_what(service: Script, run: Run) ->
     assert [word in first for word in ("job.cancelled", "ftjob-1", "ci", "from=running")] == [True] * 4
     (asked,) = service.requests("GET", PATH)
     assert "event_types%5B%5D=job.cancelled&event_types%5B%5D=job.paused&actor_ids%5B%5D=key-1" in asked.path
+
+
+def test_digests_are_shortened_for_people_alone(service: Script, run: Run) -> None:
+    event = {**_log(1)[0], "details": {"artifact": "0123456789abcdef" * 4, "hex": "0123456789abcdef"}}
+    service.on("GET", PATH, {"data": [event], "has_more": False})
+
+    assert "artifact=01234567… hex=0123456789abcdef\n" in run("audit", "list").stdout
+    assert json.loads(run("audit", "list", "--json").stdout)[0]["details"] == event["details"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("job.canceled", "Did you mean job.cancelled?"),
+        ("job.*", "Those of job are job.created, job.cancelled,"),
+        ("job", "Those of job are job.created, job.cancelled,"),
+        ("file.x", "Those of file are file.created, file.deleted."),
+        ("nonsense", "Types are named adapter.*, api_key.*,"),
+    ],
+)
+def test_of_an_unknown_type_the_nearest_is_told_or_its_group(service: Script, run: Run, typed: str, told: str) -> None:
+    listed = [{"type": "literal_error", "loc": ("query", "event_types[]", 1), "input": typed}]
+    expected = {"expected": ", ".join(map(repr, get_args(AuditType)))}
+    refused = explain([{**problem, "msg": "", "ctx": expected} for problem in listed], body=None, route=None)
+    error = {"message": refused.message, "remedy": refused.remedy, "param": refused.param, "code": refused.code}
+    service.on("GET", PATH, Reply(status=400, body={"error": error}))
+
+    result = run("audit", "list", "--type", "job.paused", "--type", typed)
+
+    assert result.exit_code == 1
+    first, second = result.stderr.splitlines()
+    assert first == f"Error: There is no type {typed!r}. (at --type)"
+    assert second.startswith(told)
+
+
+def test_another_refusal_of_the_log_stays_as_it_is(service: Script, run: Run) -> None:
+    error = {"message": "'limit' must be less.", "param": "limit", "code": "invalid_value"}
+    service.on("GET", PATH, Reply(status=400, body={"error": error}))
+
+    assert run("audit", "list", "--type", "job.paused").stderr == "Error: 'limit' must be less. (at limit)\n"
 
 
 def test_a_sound_log_is_told_with_the_place_to_note(service: Script, run: Run) -> None:
