@@ -64,8 +64,6 @@ def small_job(**fields: Any) -> dict[str, Any]:
 
 def test_a_killed_worker_takes_its_trainer_along_and_another_finishes_with_the_same_bytes(site: WorkerSite) -> None:
     rows, held_out = site.upload(60), site.upload(12, seed=5)
-    undisturbed = site.submit(rows, validation_file=held_out, **small_job())
-    site.work_until_done()
     disturbed = site.submit(rows, validation_file=held_out, **small_job())
     worker = site.start_worker(FAILPOINT="step_25:hang")
     site.wait_until(lambda: checkpoint_steps(site, disturbed) == [10, 20])
@@ -74,8 +72,9 @@ def test_a_killed_worker_takes_its_trainer_along_and_another_finishes_with_the_s
     worker.kill()
 
     assert is_gone_in_time(pid)
+    undisturbed = site.submit(rows, validation_file=held_out, **small_job())
     site.start_worker()
-    site.wait_for_end(disturbed)
+    site.wait_for_end(disturbed, undisturbed)
     assert site.job(disturbed).state == JobState.SUCCEEDED, site.log()
     assert reasons(site, disturbed) == [EndReason.INFRA_LOST, EndReason.COMPLETED]
     assert site.attempts(disturbed)[1].resumed_from_step == 20
@@ -156,8 +155,6 @@ def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_
 
 def test_resumed_equals_uninterrupted_when_the_worker_leaves_and_that_attempt_is_free(site: WorkerSite) -> None:
     rows = site.upload(40)
-    solo = site.submit(rows, **small_job())
-    site.work_until_done()
     drained = site.submit(rows, **small_job(checkpoint_every_steps=1000))
     worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('drain')}")
     site.wait_for_step(15, drained)
@@ -169,10 +166,11 @@ def test_resumed_equals_uninterrupted_when_the_worker_leaves_and_that_attempt_is
     assert worker.wait(WAIT_SECONDS) == 0, site.log()
     assert site.job(drained).state == JobState.QUEUED
     assert site.job(drained).counted_attempts == 0
+    left_alone = site.submit(rows, **small_job())
     site.work_until_done()
     assert reasons(site, drained) == [EndReason.DRAINED, EndReason.COMPLETED]
     assert site.attempts(drained)[1].resumed_from_step == 15
-    assert site.weights_digest(drained) == site.weights_digest(solo)
+    assert site.weights_digest(drained) == site.weights_digest(left_alone)
 
 
 @pytest.mark.slow

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.timeout(600)
 WORKER = [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle"]
 
 
-def ring(site: WorkerSite, name: str, *arguments: object, times: int = 1) -> None:
-    """Send in a child, as the api does from its own process."""
+def ring(site: WorkerSite, *messages: tuple[object, ...]) -> None:
+    """Send in a child, as the api does from its own process: of each message the name, and its arguments."""
     program = f"""
 from worker.celery_app import app
-for _ in range({times}):
-    app.send_task({name!r}, args={list(arguments)!r})
+for name, *arguments in {messages!r}:
+    app.send_task(name, args=arguments)
 """
     assert site.start([sys.executable, "-c", program]).wait(60) == 0, site.log()
 
@@ -39,9 +39,9 @@ def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Pat
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         job_id = site.submit(site.upload(12), max_steps=3)
-        ring(site, "lorry.work", times=100)
-        ring(site, "lorry.work", "ftjob-forged", {"claim_id": "mine"})
-        ring(site, f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
+        forged = ("lorry.work", "ftjob-forged", {"claim_id": "mine"})
+        unknown = (f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
+        ring(site, *[("lorry.work",)] * 100, forged, unknown)
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"], LORRY_STANDBY_TRAINER="true")
 
         site.wait_for_end(job_id)
@@ -63,7 +63,7 @@ def test_the_next_look_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis
         job_id = site.submit(site.upload(12), max_steps=3)
         site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
 
-        ring(site, "lorry.look")
+        ring(site, ("lorry.look",))
 
         site.wait_for_end(job_id)
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
@@ -76,11 +76,9 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         rows, command = site.upload(20), [*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"]
-        undisturbed = site.submit(rows, max_steps=12, checkpoint_every_steps=1000)
-        site.work_until_done()
         disturbed = site.submit(rows, max_steps=12, checkpoint_every_steps=1000)
         worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
-        ring(site, "lorry.work")
+        ring(site, ("lorry.work",))
         site.wait_for_step(6, disturbed)
         pid = trainer_pid(site, disturbed)
         worker.terminate()
@@ -92,9 +90,10 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         assert not psutil.pid_exists(pid)
         released = site.job(disturbed)
         assert (released.state, released.claim_id, released.counted_attempts) == (JobState.QUEUED, None, 0), site.log()
+        undisturbed = site.submit(rows, max_steps=12, checkpoint_every_steps=1000)
         site.start(command)
-        ring(site, "lorry.work")
-        site.wait_for_end(disturbed)
+        ring(site, ("lorry.work",))
+        site.wait_for_end(disturbed, undisturbed)
         assert site.job(disturbed).state == JobState.SUCCEEDED, site.log()
         assert [attempt.reason for attempt in site.attempts(disturbed)] == [EndReason.DRAINED, EndReason.COMPLETED]
         assert site.attempts(disturbed)[1].resumed_from_step == 6
