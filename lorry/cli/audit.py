@@ -112,7 +112,7 @@ def _near(typed: str, known: Sequence[str]) -> str:
         return f"Those of {group} are {', '.join(of_group)}."
     groups = sorted({name.partition(".")[0] for name in known})
     told = ", ".join(f"{name}.*" for name in groups)
-    return f"Types are named {told}. Those of one: lorry audit list --type {groups[0]}.*"
+    return f"Types are named {told}. Those of one: lorry audit list --type {groups[0]}"
 
 
 def _of_file(path: Path, noted: tuple[int, str] | None) -> AuditVerification:
