@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lorry.cli.field_names import FIELDS
 from lorry.cli.typed import json_or_text, pair
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorry.cli.choices import Method
+
+OTHER_NAMES = {"lr": "learning_rate"}
+"""Of options."""
 FORM = "FIELD=A,B,C or FIELD=LOW..HIGH[:log][:POINTS]"
 
 
@@ -50,6 +58,29 @@ def _range(given: str, text: str) -> dict[str, Any]:
 
 def _number(text: str) -> float:
     return int(text) if text.strip().lstrip("-").isdigit() else float(text)
+
+
+def check_space(varied: Mapping[str, Mapping[str, Any]], *, kind: str, method: Method) -> None:
+    """What needs no service to be refused, so that no file is uploaded for it."""
+    for path, told in varied.items():
+        name = path.lstrip("-").replace("-", "_")
+        field = FIELDS.get(OTHER_NAMES.get(name, name), path).replace("METHOD", method)
+        has_objects = any(isinstance(value, dict) for value in told.get("values", ()))
+        if field != path and not has_objects:
+            raise typer.BadParameter(
+                f"{path!r} is no field of a job by itself: write --over {field}=…", param_hint="--over"
+            )
+        if kind == "grid" and "min" in told and "points" not in told:
+            raise typer.BadParameter(
+                f"a grid takes a number of points of a range, such as 8: --over {path}={_typed(told)}:8. "
+                "Or draw from it: add --random or --asha, with --trials.",
+                param_hint="--over",
+            )
+
+
+def _typed(told: Mapping[str, Any]) -> str:
+    """As a person types a range, without its points."""
+    return f"{told['min']:g}..{told['max']:g}" + (f":{told['scale']}" if "scale" in told else "")
 
 
 def search_of(random: bool, asha: bool, **numbers: int | None) -> dict[str, Any]:

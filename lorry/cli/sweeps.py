@@ -11,7 +11,7 @@ from lorry.cli.app import Sectioned, client, group
 from lorry.cli.choices import Method, Priority
 from lorry.cli.field_names import in_typed_words
 from lorry.cli.output import AsJson, YesTaken
-from lorry.cli.sweep_words import Metric, parameter, search_of
+from lorry.cli.sweep_words import Metric, check_space, parameter, search_of
 from lorry.cli.tables import Column, table
 from lorry.cli.typed import json_or_text, nested, pair
 from lorry.cli.uploading import send_with_files
@@ -100,6 +100,7 @@ def run(
     varied = dict(parameter(given) for given in over)
     if len(varied) < len(over):
         raise typer.BadParameter("a field is given twice. Say it once.", param_hint="--over")
+    check_space(varied, kind=search["type"], method=method or Method.supervised)
     fields = _fields(ctx.params, method or Method.supervised) | _others(other)
     body = {**nested(list(fields.items())), "parameters": varied, "search": search}
     body |= {"keep_adapters": "best"} if keep_best else {}

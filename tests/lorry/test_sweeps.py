@@ -94,6 +94,34 @@ def test_a_refusal_names_what_was_typed_and_takes_the_uploads_back(service: Scri
 
 
 @pytest.mark.parametrize(
+    ("over", "remedy"),
+    [
+        ("lr=1e-4,1e-3", "--over optimizer.learning_rate=…"),
+        ("rank=4,8", "--over lora.rank=…"),
+        ("batch-size=4,8", "--over method.dpo.hyperparameters.batch_size=…"),
+        ("optimizer=adamw,sgd", "--over optimizer.type=…"),
+        ("optimizer.learning_rate=1e-5..1e-3:log", "--over optimizer.learning_rate=1e-05..0.001:log:8"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_before_an_upload(
+    service: Script, run: Run, data: None, over: str, remedy: str
+) -> None:
+    told = run("sweep", "run", "m", "train.jsonl", "--method", "dpo", "--over", over)
+
+    assert told.exit_code == 2
+    assert remedy in " ".join(told.stderr.replace("│", " ").split())
+    assert service.seen == []
+
+
+def test_whole_groups_and_fields_named_like_options_may_vary(service: Script, run: Run, data: None) -> None:
+    service.on("POST", "/v1/sweeps", SWEEP)
+
+    told = run("sweep", "run", "m", "train.jsonl", "--over", 'optimizer=[{"type": "sgd"}]', "--over", "max_steps=4,8")
+
+    assert told.exit_code == 0
+
+
+@pytest.mark.parametrize(
     "flags",
     ["--asha", "--random --asha --trials 2", "--trials 3", "--random --trials 3 --min-steps 4", "--over lora.rank=2"],
 )
