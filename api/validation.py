@@ -17,69 +17,17 @@ from pydantic import BaseModel
 from api.not_offered import INSTEAD_OF_REINFORCEMENT
 from api.other_names import known_elsewhere
 from catalog.errors import InvalidRequest
-from catalog.integrations import NAME_PATTERN
-from catalog.lora_spec import INITIAL_PATTERN, MODULE_PATTERN, TARGET_PATTERN
+from catalog.problems import Location, Problem, by_field, expectation, field_path
 
 MAX_LISTED = 5
 AGAIN = "Correct this and send the request again."
 SECRET_FIELDS = frozenset({"api_key", "token", "secret"})
-Problem = dict[str, Any]
-Location = tuple[int | str, ...]
-
-_LABEL = (
-    "a label: letters, digits, '.', '_' and '-', at most 64 of them, the first a letter or a digit; "
-    "no slash, no space, no control character"
-)
-_PATTERNS = {
-    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": _LABEL,
-    r"^[A-Za-z0-9][\w.-]{0,63}$": _LABEL,
-    r"^[^\x00-\x1f\x7f]+$": "a text without control characters",
-    NAME_PATTERN: "a name without control characters and without any of / \\ # ? % :",
-    INITIAL_PATTERN: "'default', 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'",
-    MODULE_PATTERN: (
-        "the name of a layer, of letters, digits, '_' and '.' ('all-linear', and 're:' with an expression, "
-        "stand alone and in no list)"
-    ),
-    TARGET_PATTERN: "'re:' and a regular expression of at most 256 characters",
-}
-_EXPECTED = {
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "string_unicode": "a text of valid Unicode",
-    "dict_type": "an object",
-    "mapping_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "list_type": "a list",
-}
-_BOUNDS = {
-    "greater_than": "greater than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "string_too_short": "at least {min_length} characters long",
-    "string_too_long": "at most {max_length} characters long",
-    "too_long": "at most {max_length} items long",
-    "too_short": "at least {min_length} items long",
-    "literal_error": "{expected}",
-}
 
 
 def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> InvalidRequest:
     """One refusal for everything that was wrong; `param` and `code` are those of the first."""
     model = _body_model(route)
-    grouped: dict[str, list[Problem]] = {}
-    for problem in problems:
-        grouped.setdefault(_path(problem, body), []).append(problem)
-    for path in [path for path in grouped if any(other.startswith(f"{path}.") for other in grouped)]:
-        del grouped[path]  # another branch of the same union got further
+    grouped = by_field((_path(problem, body), problem) for problem in problems)
     told = [_tell(path, group, model) for path, group in grouped.items()]
     first_path, (message, remedy, code) = next(iter(grouped)), told[0]
     if len(told) > 1:
@@ -96,23 +44,7 @@ def _path(problem: Problem, body: Any) -> str:
         return ""
     if where != "body":
         return ".".join(str(part) for part in rest)
-    absent = problem["type"] == "missing"
-    steps = rest[:-1] if absent and rest else rest
-    found: list[str] = []
-    for step in steps:
-        if _leads_on(body, step):
-            body = body[step]
-            found.append(str(step))
-    if absent and rest:
-        found.append(str(rest[-1]))
-    return ".".join(found)
-
-
-def _leads_on(body: Any, step: int | str) -> bool:
-    """Whether `step` is a field or an item; else it is pydantic's name for a branch of a union."""
-    if isinstance(body, list):
-        return isinstance(step, int) and step < len(cast(list[Any], body))
-    return isinstance(body, dict) and step in body
+    return field_path(rest, body, is_missing=problem["type"] == "missing")
 
 
 def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tuple[str, str, str]:
@@ -121,7 +53,7 @@ def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tup
     kind = first["type"]
     name = f"'{_ascii(path)}'" if path else "The body"
     if kind == "missing":
-        return f"{name if path else 'A JSON body'} is missing.", "", _code(kind)
+        return f"{name if path else 'A JSON body'} is missing.", _types_to_choose(path, model), _code(kind)
     if kind == "extra_forbidden":
         return f"There is no field {name}.", _nearest(path, model), _code(kind)
     if kind == "json_invalid":
@@ -133,7 +65,16 @@ def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tup
         )
     is_reinforcement = path == "method.type" and first.get("input") == "reinforcement"
     remedy = f"Reinforcement isn't offered. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
-    return f"{name} {_expectation(group)}{_it_was(path, first)}.", remedy, _code(kind)
+    return f"{name} {expectation(group)}{_it_was(path, first)}.", remedy, _code(kind)
+
+
+def _types_to_choose(path: str, model: type[BaseModel] | None) -> str:
+    """Where what is missing is an object that a type decides over."""
+    field = model.model_fields.get(path) if model else None
+    for part in _models_in(field.annotation) if field else []:
+        if "type" in part.model_fields and (names := get_args(part.model_fields["type"].annotation)):
+            return f"Give it a type: one of {', '.join(map(repr, names))}."
+    return ""
 
 
 def _code(kind: str) -> str:
@@ -143,28 +84,6 @@ def _code(kind: str) -> str:
         "json_invalid": "invalid_json",
     }
     return names.get(kind, "invalid_value")
-
-
-def _expectation(group: list[Problem]) -> str:
-    for problem in group:
-        if problem["type"] == "value_error":
-            text = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
-            return text if text.startswith("must") else f"is refused: {text}"
-    phrases = dict.fromkeys(_phrase(problem) for problem in group)
-    return "must be " + " or ".join(phrases)
-
-
-def _phrase(problem: Problem) -> str:
-    kind = problem["type"]
-    context: dict[str, Any] = problem.get("ctx") or {}
-    if kind in _EXPECTED:
-        return _EXPECTED[kind]
-    if kind in _BOUNDS:
-        shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
-        return _BOUNDS[kind].format(**shown)
-    if kind == "string_pattern_mismatch":
-        return _PATTERNS.get(context["pattern"], f"a text of the form {context['pattern']}")
-    return f"valid ({problem['msg']})"
 
 
 def _it_was(path: str, problem: Problem) -> str:

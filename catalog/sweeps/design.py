@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from catalog import evaluations
 from catalog.errors import InvalidRequest
+from catalog.problems import Problem, by_field, expectation, field_path
 from catalog.spec import JobRequest, resolve
-from catalog.sweeps.fields import check_path, value_at, with_values
+from catalog.sweeps.fields import check_path, fields_in, value_at, with_values
 from catalog.sweeps.halving import USUAL_FACTOR, Rungs, usual_min_steps
 from catalog.sweeps.space import Dimension, dimension, grid_point, grid_size, random_point
 from catalog.sweeps.spec import MAX_TRIALS, Goal, Metric, Parameter, Search, SearchType, SweepRequest
 
 EVERY_STEPS = "evaluation.every_steps"
 MAX_SHOWN = 160
+GROUP_WANTED = frozenset({"dict_type", "model_type", "model_attributes_type"})
+"""What pydantic says where a value stands for an object."""
 Json = dict[str, Any]
 
 
@@ -55,7 +58,7 @@ class Design:
         try:
             return JobRequest.model_validate(body)
         except ValidationError as error:
-            raise _refused(error, parameters) from error
+            raise _refused(error, body, parameters) from error
 
 
 def designed(request: SweepRequest, *, seed: int) -> Design:
@@ -63,11 +66,11 @@ def designed(request: SweepRequest, *, seed: int) -> Design:
 
     seed: used where the request names none.
     """
-    _check_objective(request)
     for path, parameter in request.parameters.items():
         check_path(path, param=f"parameters.{path}")
         _check_range(path, parameter, request.search.type)
     _check_overlap(list(request.parameters))
+    _check_objective(request)
     dimensions = tuple(dimension(path, parameter) for path, parameter in request.parameters.items())
     return Design(
         template=request.template(),
@@ -224,22 +227,40 @@ def _ends(dimension: Dimension) -> tuple[Any, ...]:
     return tuple(int(end) for end in ends) if dimension.kind == "integer" else ends
 
 
-def _refused(error: ValidationError, parameters: Mapping[str, Any]) -> InvalidRequest:
+def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) -> InvalidRequest:
     """The job's own refusal, with the parameters that it is about; the template itself may be at fault too."""
-    problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    problems = cast(list[Problem], error.errors(include_url=False))
+    grouped = by_field((_place(problem, body), problem) for problem in problems)
+    place, group = next(iter(grouped.items()))
     about = {
         path: value
         for path, value in parameters.items()
         if f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}." if place else "")
     }
-    context = problem.get("ctx") or {}
-    reason = str(context.get("error", problem["msg"])).rstrip(".")
     where = f"With {told(about)}" if about else "As it stands"
-    at = f" at {place!r}" if place and place not in about else ""
+    reason, remedy = _reason(place, group)
     return InvalidRequest(
-        f"{where}, a trial is refused{at}: {reason[:1].lower()}{reason[1:]}.",
-        code="invalid_value" if problem["type"] != "extra_forbidden" else "unknown_parameter",
-        remedy="Leave that value out, or change what the sweep gives every trial.",
+        f"{where}, a trial is refused: {reason}.",
+        code="invalid_value" if group[0]["type"] != "extra_forbidden" else "unknown_parameter",
+        remedy=remedy,
         param=f"parameters.{next(iter(about))}" if about else place or None,
     )
+
+
+def _place(problem: Problem, body: Json) -> str:
+    return field_path(problem["loc"], body, is_missing=problem["type"] == "missing")
+
+
+def _reason(place: str, group: Sequence[Problem]) -> tuple[str, str]:
+    """What is wrong there, and what to do about it."""
+    kind = group[0]["type"]
+    usual = "Leave that value out, or change what the sweep gives every trial."
+    if kind in GROUP_WANTED and (inner := fields_in(place)):
+        return f"{place!r} is a group of fields", f"Vary fields in it, such as {', '.join(map(repr, inner[:3]))}."
+    if kind == "missing":
+        return f"{place!r} is missing", usual
+    if kind == "extra_forbidden":
+        return f"there is no field {place!r}", usual
+    text = expectation(group)
+    whole = text.removeprefix("is refused: ")
+    return f"{place!r} {text}" if place and whole == text else whole, usual

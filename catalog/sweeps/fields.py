@@ -23,6 +23,9 @@ FIXED: dict[str, str] = {
     "priority": "it decides when a job trains, and changes no adapter",
 }
 """What a sweep can't vary, and why."""
+OTHER_NAMES = {"lr": "learning_rate", "epochs": "n_epochs", "r": "rank", "target": "target_modules"}
+"""Last names that people use, and the fields' own."""
+ALIKE = 0.7
 MAX_SHOWN = 80
 """Characters of a path that nobody knows; it may be any text of any length."""
 
@@ -54,6 +57,11 @@ def kind_of(path: str) -> Kind:
     annotation = dict(_fields(JobRequest))[path]
     plain = set(_plain_types(annotation))
     return "number" if float in plain else "integer" if int in plain else "other"
+
+
+def fields_in(path: str) -> list[str]:
+    """Of a group; none of any other field."""
+    return [inner for inner, _ in _fields(JobRequest) if inner.rpartition(".")[0] == path]
 
 
 def with_values(body: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,14 +111,21 @@ def _plain_types(annotation: Any) -> Iterator[Any]:
 
 
 def _nearest(path: str, known: list[str]) -> str | None:
-    """The same last name wherever it belongs, else the most alike."""
-    name = path.rpartition(".")[2]
-    same = [item for item in known if item.rpartition(".")[2] == name]
-    alike = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    by_name = difflib.get_close_matches(name, [item.rpartition(".")[2] for item in known], n=1, cutoff=0.7)
-    ends = [item for item in known if by_name and item.rpartition(".")[2] == by_name[0]]
-    found = same or alike or ends
-    return found[0] if found else None
+    """The same last name wherever it belongs, else the most alike, as a whole or in its last name."""
+    name = path.rpartition(".")[2].lstrip("-").replace("-", "_")
+    name = OTHER_NAMES.get(name, name)
+    same = next((item for item in known if _last(item) == name), None)
+    best = same or max(known, key=lambda item: max(_likeness(path, item), _likeness(name, _last(item))))
+    is_alike = max(_likeness(path, best), _likeness(name, _last(best))) >= ALIKE
+    return best if is_alike else None
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 VARIABLE = [path for path, _ in _fields(JobRequest) if path.split(".", 1)[0] not in FIXED]

@@ -54,6 +54,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parameters": {"lora.rank": {"value": [4]}}}, "parameters.lora.rank.value", "no field"),
     ({"search": {"type": "grid", "trials": 3}}, "search", "leave it out"),
     ({"search": {"type": "gird"}}, "search.type", "'grid'"),
+    ({"search": None}, "search", "one of 'grid', 'random', 'asha', 'ask_tell'"),
     ({"parametres": {}}, "parametres", "'parameters'"),
     ({"model": "gone"}, "model", "gone"),
     ({"training_file": "file-gone"}, "training_file", "file-gone"),
@@ -63,7 +64,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 
 def test_a_refusal_names_what_is_at_fault_and_makes_no_job(client: TestClient, world: World) -> None:
     for change, param, words in REFUSED:
-        response = client.post("/v1/sweeps", json=asked(world, **change))
+        body = {name: value for name, value in asked(world, **change).items() if value is not None}
+        response = client.post("/v1/sweeps", json=body)
 
         assert response.status_code in (400, 404), change
         error = error_of(response)

@@ -123,6 +123,21 @@ def test_numbers_of_a_method_vary_where_the_method_is_named() -> None:
         ({"model": {"values": ["a", "b"]}}, "parameters.model", "one base model"),
         ({"lora.rank": {"values": [8, 1000]}}, "parameters.lora.rank", "lora.rank = 1000"),
         ({"lora.rank": {"values": [8, "many"]}}, "parameters.lora.rank", "lora.rank = 'many'"),
+        ({"lora.rank": {"values": [0, 8]}}, "parameters.lora.rank", "refused: 'lora.rank' must be at least 1."),
+        (
+            {"lora": {"values": [1, 2]}},
+            "parameters.lora",
+            "'lora' is a group of fields. Vary fields in it, such as 'lora.",
+        ),
+        ({"lora": {"values": [{"rnk": 2}]}}, "parameters.lora", "there is no field 'lora.rnk'"),
+        (
+            {"optimizer.learning_rate": {"values": [1e-3, "x"]}},
+            "parameters.optimizer.learning_rate",
+            "refused: 'optimizer.learning_rate' must be a number or 'auto'.",
+        ),
+        ({"lr": RATE}, "parameters.lr", "Did you mean 'optimizer.learning_rate'?"),
+        ({"dropuot": RATE}, "parameters.dropuot", "Did you mean 'lora.dropout'?"),
+        ({"batch-size": RATE}, "parameters.batch-size", "hyperparameters.batch_size'?"),
         ({"optimizer.type": {"min": 0, "max": 1, "points": 2}}, "parameters.optimizer.type", "not a number"),
         ({"lora.rank": {"min": 1.5, "max": 4, "points": 2}}, "parameters.lora.rank", "whole number"),
         ({"optimizer.learning_rate": RATE}, "parameters.optimizer.learning_rate", "points"),
@@ -157,6 +172,7 @@ def test_a_range_that_goes_beyond_its_field_is_refused_though_no_trial_may_have_
 
 def test_held_out_metrics_need_held_out_data_and_rewards_a_method_that_has_them() -> None:
     assert refused(validation_file=None).code == "validation_file_required"
+    assert refused(validation_file=None, parameters={"lora.rnak": RANK}).param == "parameters.lora.rnak"
     assert refused(objective={"metric": "valid_reward_margin"}).code == "metric_of_another_method"
     assert design_of(validation_file=None, objective={"metric": "train_loss"}).goal == "minimize"
     assert design_of(objective={"metric": "valid_mean_token_accuracy"}).goal == "maximize"
