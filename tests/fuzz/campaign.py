@@ -25,6 +25,7 @@ from tests.fuzz.planted import (
     ID,
     Key,
     data_file,
+    first_adapter,
     ids_of,
     models_by_permission,
     names_by_parameter,
@@ -155,7 +156,7 @@ def _ask(campaign: Campaign, site: _Site, me: Key, other: Key, *, echo: TextIO, 
     phases = [phase for phase in campaign.phases.split(",") if phase != STATEFUL]
     turns = [(",".join(phases), [only])] if phases else []
     if STATEFUL in campaign.phases:
-        parts = PARTS[-1:] if campaign.is_short else OPERATORS_PARTS if me.is_operator else PARTS
+        parts = PARTS[-1:] if campaign.is_short or campaign.only else OPERATORS_PARTS if me.is_operator else PARTS
         turns += [(STATEFUL, [only, part]) for part in parts * campaign.rounds]
     for number, (turn, paths) in enumerate(turns):
         (folder / "schemathesis.toml").write_text(f"seed = {campaign.seed + number}\n{config}")
@@ -196,6 +197,7 @@ def _brief(
         "my_project": [me.project_id, me.mark],
         "parts": parts_by_upload(site.db, me.project_id),
         "shared": models_by_permission(site.db, me.project_id),
+        "kept": first_adapter(site.db, me.project_id),
         "examples": {**dict.fromkeys(EXAMPLE_FILES, data), EXAMPLE_BASE: BASE, EXAMPLE_HOOK: site.hooks},
         "id_form": ID.pattern,
         "their_ids": sorted(their_ids),

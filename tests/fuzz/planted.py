@@ -159,8 +159,9 @@ def _search(world: MarkedWorld, job: dict[str, Any]) -> None:
 def _fill(world: MarkedWorld, folder: Path) -> None:
     mark, db = world.mark, world.db
     named = {"model": BASE, "metadata": {"team": mark}, "tags": [mark]}
+    folder.mkdir()
     _webhooks(world)
-    adapter = trained(world.services, world, folder, suffix=mark)
+    adapters = [trained(world.services, world, folder / str(number), suffix=mark) for number in range(3)]
     world.worker(integrations=INTEGRATION_TYPES)
     failed = world.running(suffix=f"{mark}-failed", **named)
     claims.end(db, failed.claim_id, reason=EndReason.USER_ERROR, detail=f"{mark} can't be read")
@@ -184,7 +185,7 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
     _sweep(world)
     plan_data.ready(world, suffix=mark, **named)
     plan_data.plan(world, suffix=mark, training_file=world.file(num_rows=9), **named)
-    _share(world, adapter)
+    _share(world, adapters[0])
     for claimed in sending.claim(db, pepper=PEPPER, room=100, in_flight={}):
         sending.record(db, claimed, Outcome(started_at=1.0, seconds=0.1, status_code=503, reply=claimed.url))
 
@@ -263,8 +264,8 @@ def names_by_parameter(db: Database, project_id: str) -> dict[str, list[str]]:
             return [*session.scalars(select(column).where(*conditions))]
 
         names = {parameter: found(*asked) for parameter, asked in ours.items()}
-        adapters = found(Adapter.name, Adapter.project_id == project_id)
-        adapter_ids = found(Adapter.id, Adapter.project_id == project_id)
+        there = Adapter.project_id == project_id, Adapter.deleted_at.is_(None)
+        adapters, adapter_ids = found(Adapter.name, *there), found(Adapter.id, *there)
         checkpoints = found(Checkpoint.name, Checkpoint.job_id.in_(names["job_id"]), Checkpoint.name.is_not(None))
         hooks = WebhookDelivery.endpoint_id.in_(names["webhook_endpoint_id"])
         return names | {
@@ -302,6 +303,14 @@ def data_file(db: Database, project_id: str) -> str:
     ours = select(File.id).where(File.project_id == project_id, File.purpose == "fine-tune", File.num_rows >= 9)
     with db.read() as session:
         return session.scalars(ours.where(File.deleted_at.is_(None)).order_by(File.created_at)).first() or ""
+
+
+def first_adapter(db: Database, project_id: str) -> list[str]:
+    """Its id and its name."""
+    ours = select(Adapter).where(Adapter.project_id == project_id).order_by(Adapter.created_at)
+    with db.read() as session:
+        found = session.scalars(ours).first()
+        return [] if found is None else [found.id, found.name]
 
 
 def models_by_permission(db: Database, project_id: str) -> dict[str, str]:
