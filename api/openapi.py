@@ -12,9 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from api.scopes import NEEDED
-
-WITHOUT_NUL = r"^[^\x00]*$"
-"""The gate refuses an address that has one, whatever it is for."""
+from catalog.strict import WITHOUT_NUL
 
 
 class Api(FastAPI):
@@ -70,7 +68,8 @@ def _finished(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forbid_nul(schema: dict[str, Any]) -> None:
+    """The gate refuses an address that has one, whatever it is for."""
     for inner in (*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())):
         _forbid_nul(inner)
     if schema.get("type") == "string" and schema.keys().isdisjoint(("pattern", "enum", "const")):
-        schema["pattern"] = WITHOUT_NUL
+        schema |= WITHOUT_NUL

@@ -39,7 +39,7 @@ from catalog.methods import (
     resolve_supervised,
 )
 from catalog.sample_spec import Samples
-from catalog.strict import Auto, Strict
+from catalog.strict import WITHOUT_NUL, Auto, Strict
 
 SPEC_VERSION = 1
 Precision = Literal["bfloat16", "float32"]
@@ -50,6 +50,8 @@ LabelValue = Annotated[str, Field(json_schema_extra={"maxLength": 512})]
 Length = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": 131_072})]
 """Limits that `JobRequest` checks with words of its own are told to the OpenAPI document in this way."""
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Id = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=WITHOUT_NUL)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra=WITHOUT_NUL)]
 Priority = Literal["urgent", "normal", "batch"]
 
 
@@ -78,11 +80,11 @@ class ResourcesRequest(Strict):
 class JobRequest(Strict):
     """The body of POST /v1/fine_tuning/jobs: OpenAI's fields, then Lorry's."""
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] = Field(
+    model: ModelName = Field(
         description="A base model's name; or an adapter's, ft:…, to continue that, as parent_adapter does."
     )
-    training_file: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    validation_file: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    training_file: Id
+    validation_file: Id | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = Field(
         default=None, description="Deprecated by OpenAI; the same as method's."
@@ -100,7 +102,7 @@ class JobRequest(Strict):
         default=None, description="What jobs are found by, beside metadata: GET /v1/fine_tuning/jobs?tag=NAME."
     )
     resources: ResourcesRequest | None = Field(default=None, description="Where it trains: on one device.")
-    parent_adapter: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+    parent_adapter: ModelName | None = Field(
         default=None,
         description=(
             "Id or name of an adapter of the same base model that the job begins with. What `lora` and `quantisation` "
@@ -192,7 +194,7 @@ class PlannedJob(Strict):
         extra="allow",  # they are read with the plan, and refused there as anywhere
         json_schema_extra={"propertyNames": {"enum": ["plan", *JobRequest.model_fields]}},
     )
-    plan: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="A plan's id.")
+    plan: Id = Field(description="A plan's id.")
 
 
 class ParentSpec(Strict):

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Auto = Literal["auto"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+WITHOUT_NUL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
+"""For the OpenAPI document, of a text that names something: a database may not take one that has a NUL."""
 EXACT = 2**53
 """Below it a float holds every whole number."""
 

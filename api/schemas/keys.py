@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.keys import is_live
 from catalog.scopes import SCOPES, Scope, held
-from catalog.strict import Strict
+from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import ApiKey
 
 LAST_SECOND = 253402300799
@@ -53,7 +53,11 @@ class ApiKeyRequest(Strict):
     )
     is_operator: bool = Field(default=False, description="May do what reaches beyond a project. For operators.")
     project: str | None = Field(
-        default=None, min_length=1, max_length=64, description="Id or name. null: yours. Another's: for operators."
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="Id or name. null: yours. Another's: for operators.",
+        json_schema_extra=WITHOUT_NUL,
     )
     requests_per_minute: int | None = Field(
         default=None, ge=0, le=MOST, description="0: without limit. null: as your key's. Else for operators to say."

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.strict import Strict
+from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import ModelPermission
 
-ProjectName = Annotated[str, Field(min_length=1, max_length=128)]
+ProjectName = Annotated[str, Field(min_length=1, max_length=128, json_schema_extra=WITHOUT_NUL)]
 
 
 class PermissionRequest(Strict):

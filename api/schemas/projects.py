@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.quotas import Limit, Standing
 from catalog.spec import LABEL_PATTERN
-from catalog.strict import Strict
+from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import Project
 
 _EXAMPLE: dict[str, Any] = {
@@ -42,7 +42,11 @@ class ProjectRequest(Strict):
     model_config = ConfigDict(json_schema_extra={"example": {"name": "search"}})
     name: OwnerName
     organization: str | None = Field(
-        default=None, min_length=1, max_length=64, description="Whose it is, by id or name. null: yours."
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="Whose it is, by id or name. null: yours.",
+        json_schema_extra=WITHOUT_NUL,
     )
 
 

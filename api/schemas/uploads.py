@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.schemas.files import ExpiresAfter, FileObject, file_object
 from catalog.files import PURPOSES
 from catalog.part_uploads import MAX_PARTS, Status, UploadView
-from catalog.strict import Strict
+from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import UploadPart
 
 EXAMPLE: dict[str, Any] = {
@@ -25,6 +25,9 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
+PartId = Annotated[str, Field(max_length=64, json_schema_extra=WITHOUT_NUL)]
+
+
 class UploadRequest(Strict):
     """A file that will come in parts."""
 
@@ -38,7 +41,7 @@ class UploadRequest(Strict):
 class UploadCompletion(Strict):
     """The parts of the file, in its order."""
 
-    part_ids: Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=1, max_length=MAX_PARTS)]
+    part_ids: Annotated[list[PartId], Field(min_length=1, max_length=MAX_PARTS)]
     md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$", description="Of the whole file, in hex.")] | None = None
 
 

@@ -214,7 +214,7 @@ def _pools(
     pools: dict[str, list[Any]] = {name: names + theirs[name][: len(names) // 3 + 1] for name, names in mine.items()}
     pools["project"] = [me.project_id, me.mark, other.project_id, other.mark]
     tokens = [keys.create_sign_in_link(site.db, api_key_id=me.id, pepper=PEPPER) for _ in range(NUM_SIGN_INS)]
-    return pools | {
+    pools |= {
         "base": [BASE, "smol"],
         "start": [BASE, BASE, "smol", *pools["model"]],
         "path": ["README.md", "adapter_config.json"],
@@ -225,6 +225,7 @@ def _pools(
         "hook": [f"{site.hooks}/{me.mark}"],
         "token": tokens,
     }
+    return {name: values for name, values in pools.items() if values}
 
 
 def _person(key: Key) -> dict[str, Any]:
@@ -258,7 +259,7 @@ def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[s
         lines += [f"[dictionaries.{name}]", f"values = {json.dumps(values)}"]
     named = {f"path.{name}": name for name in pools} | {f"body.{name}": pool for name, pool in BODY_FIELDS.items()}
     named |= {"query.model": "base", "query.tag[*]": "tag", "query.token": "token", "query.project": "project"}
-    for place, pool in named.items():
+    for place, pool in ((place, pool) for place, pool in named.items() if pool in pools):
         lines += [f"[parameters.{json.dumps(place)}]", f'dictionary = "{pool}"', f"probability = {CHANCE}"]
     return "\n".join(lines) + "\n"
 

@@ -108,7 +108,7 @@ def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
         return
     if named.get("api_key_id") == BRIEF["my_key"]:
         case.path_parameters = {**named, "api_key_id": BRIEF["another_key"]}
-    if case.method == "DELETE" and not {named.get("adapter"), named.get("model")}.isdisjoint(BRIEF["kept"]):
+    if case.method == "DELETE" and not {unquote(str(name)) for name in named.values()}.isdisjoint(BRIEF["kept"]):
         case.path_parameters = dict.fromkeys(named, BRIEF["their_mark"])
     if named.get("project") in BRIEF["my_project"] and case.operation.path.endswith("/archive"):
         case.path_parameters = {**named, "project": BRIEF["their_mark"]}
