@@ -12,7 +12,6 @@ from catalog.course_spec import ScheduleSpec
 from catalog.lora_spec import LoraSpec
 from catalog.memory import SLICE_TOKENS, tick_tokens
 from catalog.spec import JobSpec
-from catalog.tables import Json
 from lora_core.config import (
     EarlyStoppingConfig,
     JobConfig,
@@ -22,6 +21,7 @@ from lora_core.config import (
     ScheduleConfig,
 )
 from lora_core.engine_config import EngineConfig
+from worker.trainer_directory import Json
 
 TICKS_ALONE = 3
 """Of each size, so that the trainer knows what jobs cost each other; see catalog/saturation.py."""
