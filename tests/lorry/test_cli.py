@@ -57,24 +57,6 @@ def test_a_list_is_a_table_for_people_and_the_wires_objects_as_json(
     assert json.loads(machine.stdout) == reply["data"]
 
 
-@pytest.mark.parametrize(
-    ("typed", "own"),
-    [
-        ("webhooks delete", "remove"),
-        ("webhooks create", "add"),
-        ("files remove", "delete"),
-        ("keys delete", "revoke"),
-        ("keys add", "create"),
-        ("jobs get", "show"),
-    ],
-)
-def test_a_command_of_another_group_is_answered_with_this_groups_own(run: Run, typed: str, own: str) -> None:
-    result = run(*typed.split(), "x")
-
-    assert result.exit_code == 2
-    assert f"No such command '{typed.split()[1]}'. Did you mean '{own}'?" in result.stderr
-
-
 def test_an_empty_list_says_what_to_do_on_stderr(service: Script, run: Run) -> None:
     service.on("GET", JOBS, {"data": [], "has_more": False})
 

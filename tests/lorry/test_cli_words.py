@@ -357,3 +357,21 @@ def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run:
         "allowed 0.01",
         "why Three roundings.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "own"),
+    [
+        ("webhooks delete", "remove"),
+        ("webhooks create", "add"),
+        ("files remove", "delete"),
+        ("keys delete", "revoke"),
+        ("keys add", "create"),
+        ("jobs get", "show"),
+    ],
+)
+def test_a_command_of_another_group_is_answered_with_this_groups_own(run: Run, typed: str, own: str) -> None:
+    result = run(*typed.split(), "x")
+
+    assert result.exit_code == 2
+    assert f"No such command '{typed.split()[1]}'. Did you mean '{own}'?" in result.stderr
