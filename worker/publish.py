@@ -70,7 +70,8 @@ def _exported_if_it_can_be(
         raise
     except Exception as error:  # whatever is wrong with a model on the way, the job needs none to go on
         log.exception("%s", claim.job.id)
-        reason = error.sentence() if isinstance(error, LorryError) else f"{type(error).__name__}: {error}"
+        unforeseen = f"{type(error).__name__}; the worker's log says more."  # its text may hold paths of the server
+        reason = error.sentence() if isinstance(error, LorryError) else unforeseen
         no_model(context, claim, step=saved["step"], reason=reason)
         return None
 
