@@ -28,6 +28,7 @@ from sqlalchemy import (
     Table,
     create_engine,
     event,
+    inspect,
     literal,
     make_url,
     select,
@@ -170,17 +171,19 @@ def is_sqlite(session: Session) -> bool:
 
 
 def each_of(
-    groups: FromClause, ids: Select[Any], table: type[DeclarativeBase], *columns: Any, for_sqlite: bool
+    groups: FromClause, ids: Select[Any], job: Any, names: Sequence[str], *, for_sqlite: bool
 ) -> Select[*tuple[Any, ...]]:
-    """Columns of those rows of `table` whose ids the query `ids`, which is limited, finds for each line of `groups`.
+    """Columns of the rows whose ids the query `ids` of `job`, an alias of a table, finds for each line of `groups`.
 
-    PostgreSQL asks it for a line by a lateral join, which SQLite does not know; there it is asked by `in`.
+    The query is limited. PostgreSQL asks it for a line by a lateral join, which gives the columns at once: to find the
+    rows by their ids afterwards is planned as a look at all there are where nothing was analysed yet. SQLite knows no
+    such join; there it is asked by `in`.
     """
-    key = table.__table__.c.id
     if for_sqlite:
-        return select(*columns).select_from(groups.join(table, key.in_(ids)))
-    found = ids.lateral("found_of_each")
-    return select(*columns).select_from(groups.join(found, true()).join(table, key == found.c.id))
+        table: Any = inspect(job).mapper.class_
+        return select(*(getattr(table, name) for name in names)).select_from(groups.join(table, table.id.in_(ids)))
+    found = ids.with_only_columns(*(getattr(job, name) for name in names)).lateral("found_of_each")
+    return select(*found.c).select_from(groups.join(found, true()))
 
 
 def read_clock(session: Session) -> float:

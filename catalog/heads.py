@@ -57,8 +57,9 @@ def waiting(
     """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
     project that has reached a limit."""
     asked = {"now": now, "per_group": per_group, "num_bytes": num_bytes, "key": key}
-    rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked)
-    held = quotas.holds(session, now=now)
+    rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
+    limited = {row.project_id for row in rows if row.is_limited}
+    held = quotas.holds(session, now=now, project_ids=limited) if limited else ()
     return [_candidate(session, row) for row in rows if row.project_id not in held]
 
 
@@ -106,18 +107,23 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
         conditions += [_fits(job, such)]
         groups = _where_some_fit(groups, such)
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
-    columns = (Job.id, Job.project_id, Job.base_digest, Job.pack_key, Job.priority, Job.place, Job.queued_at)
-    kept = (Job.created_at, Job.counted_attempts, Job.room_asked_at, *(getattr(Job, name) for name in NEEDS))
-    return each_of(groups, _firsts(groups, job, conditions), Job, *columns, *kept, for_sqlite=for_sqlite)
+    names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
+    names = (*names, "created_at", "counted_attempts", "room_asked_at")
+    rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
+    with_project = rows.join(Project, Project.id == rows.c.project_id)
+    return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
 
 
 @cache
 def _to_prepare(*, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
     groups, job = _groups(JobState.VALIDATING_FILES), aliased(Job)
     firsts = _firsts(groups, job, [*is_unprepared(job, bindparam("now"))])
+    rows = each_of(
+        groups, firsts, job, ("id", "project_id", "priority", "created_at"), for_sqlite=for_sqlite
+    ).subquery()
     preparing_at = func.coalesce(Project.preparing_at, 0.0).label("preparing_at")
-    columns = (Job.id.label("job_id"), Job.priority, Job.created_at, preparing_at)
-    return each_of(groups, firsts, Job, *columns, for_sqlite=for_sqlite).join(Project, Project.id == Job.project_id)
+    with_project = rows.join(Project, Project.id == rows.c.project_id)
+    return select(rows.c.id.label("job_id"), rows.c.priority, rows.c.created_at, preparing_at).select_from(with_project)
 
 
 @cache
@@ -142,7 +148,8 @@ def _where_some_fit(groups: CTE, such: Such) -> CTE:
     if such.alike:
         smallest = smallest.where(job.pack_key == bindparam("key"))
     fitting = select(groups).where(smallest.scalar_subquery() <= bindparam("num_bytes"))
-    return fitting.cte("fitting_groups")
+    # Known before the firsts of a group are looked for: PostgreSQL may think that it is cheaper the other way round.
+    return fitting.cte("fitting_groups").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) -> Select[str]:

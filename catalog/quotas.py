@@ -48,6 +48,8 @@ REMEDIES: dict[Limit, str] = {
 LEAVING_SECONDS = 2 * DAY_SECONDS
 """So long after a deletion bytes may lie in the store: cleanings are a day apart, and spare what is younger."""
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
+CAN_HOLD = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hours_per_month.is_not(None))
+"""In a query: the project has a limit that can hold its jobs in the queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +134,7 @@ def _leaving(session: Session, project_id: str, *, now: float) -> tuple[int, flo
 
 def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, Standing]:
     """By project the limit for which none of its jobs is begun now. None: of all projects."""
-    is_limited = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hours_per_month.is_not(None))
-    limited = select(Project).where(is_limited)
+    limited = select(Project).where(CAN_HOLD)
     if project_ids is not None:
         limited = limited.where(Project.id.in_(project_ids))
     found: dict[str, Standing] = {}
