@@ -58,12 +58,12 @@ def caller_of(
     return caller
 
 
-def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
+async def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
     require_operator(caller)
     return caller
 
 
-def recheck_of(
+async def recheck_of(
     request: Request,
     use: Use,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],

@@ -42,14 +42,14 @@ class Services:
     deliverer: WebhookDeliverer
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     return request.app.state.services
 
 
 RetryCount = Annotated[int, Header(ge=0, include_in_schema=False)]
 
 
-def is_client_retry(x_stainless_retry_count: RetryCount = 0) -> bool:
+async def is_client_retry(x_stainless_retry_count: RetryCount = 0) -> bool:
     """Whether the client says that it has sent this before, having had no reply."""
     return x_stainless_retry_count > 0
 

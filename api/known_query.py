@@ -16,7 +16,7 @@ FILTERED_BY_LABELS = frozenset({"list_jobs"})
 LABEL = re.compile(r"metadata(\[.+\])?")
 
 
-def refuse_unknown_query(request: Request) -> None:
+async def refuse_unknown_query(request: Request) -> None:
     """A dependency of every route in the OpenAPI document. Raises InvalidRequest."""
     route = request.scope.get("route")
     if not request.query_params or not isinstance(route, APIRoute) or not route.include_in_schema:

@@ -11,8 +11,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 from alembic import command
@@ -22,12 +23,14 @@ from sqlalchemy import (
     Connection,
     Dialect,
     Engine,
+    Executable,
     Float,
     FromClause,
     Select,
     Table,
     create_engine,
     event,
+    func,
     inspect,
     literal,
     make_url,
@@ -88,6 +91,7 @@ class Database:
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
         brief = writing.execution_options(lorry_busy_milliseconds=BRIEF_MILLISECONDS)
         self._brief_writers = sessionmaker(brief, expire_on_commit=False, info=info)
+        self._turn = Lock()
 
     @contextmanager
     def read(self) -> Generator[Session]:
@@ -102,7 +106,7 @@ class Database:
 
         Raises Unavailable where the database does not answer or stays locked for 30 s.
         """
-        with _translated(), self._writers.begin() as session:
+        with self._in_turn(BUSY_SECONDS), _translated(), self._writers.begin() as session:
             session.connection()  # begins now, not at the first statement
             yield session
             if LAST in session.info:
@@ -111,11 +115,25 @@ class Database:
     @contextmanager
     def write_briefly(self) -> Generator[Session]:
         """As `write`, for what may as well be left out: waits for no lock longer than a tenth of a second."""
-        with _translated(), self._brief_writers.begin() as session:
+        with self._in_turn(BRIEF_MILLISECONDS / 1000), _translated(), self._brief_writers.begin() as session:
             session.connection()
             if not self.is_sqlite:
                 session.execute(text(f"set local lock_timeout = {BRIEF_MILLISECONDS}"))
             yield session
+
+    @contextmanager
+    def _in_turn(self, seconds: float) -> Generator[None]:
+        """SQLite's writers of one process queue here. By themselves they sleep and try again, for longer each time, so
+        that of many some wait for seconds while others come and go; with those of other processes they still do."""
+        if not self.is_sqlite:
+            yield
+            return
+        if not self._turn.acquire(timeout=seconds):
+            raise _silent()
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     @property
     def is_sqlite(self) -> bool:
@@ -201,10 +219,21 @@ def clock_of(session: Session) -> ColumnElement[float]:
 def serialise(session: Session, name: str, *, shared: bool = False) -> None:
     """Until this transaction ends, others that name the same thing wait; those that share it wait only for one that
     does not. SQLite has one writer anyway."""
-    if session.get_bind().dialect.name == "postgresql":
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+    if not is_sqlite(session):
         lock = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
-        session.execute(text(f"select {lock}(:number)"), {"number": number})
+        session.execute(text(f"select {lock}(:number)"), {"number": _number(name)})
+
+
+def serialised_at(session: Session, name: str) -> float:
+    """As `serialise`, and the database's time once nobody is waited for."""
+    if is_sqlite(session):
+        return read_clock(session)
+    locked = select(func.pg_advisory_xact_lock(_number(name))).cte("locked")
+    return session.execute(select(clock_of(session)).select_from(locked)).scalar_one()
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
 
 
 def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -226,11 +255,16 @@ def add_to(
     session: Session, table: type[DeclarativeBase], key: Mapping[str, Any], amounts: Mapping[str, float]
 ) -> None:
     """Add the amounts, not all of them 0, to the row with this primary key, which is made where there is none."""
-    module = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    insert = module.insert(cast("Table", table.__table__)).values({**key, **amounts})  # less work than by the class
-    columns = table.__table__.c
-    sums = {name: columns[name] + insert.excluded[name] for name, amount in amounts.items() if amount}
-    session.execute(insert.on_conflict_do_update(index_elements=list(key), set_=sums))
+    added = tuple(name for name, amount in amounts.items() if amount)
+    session.execute(_adding(cast("Table", table.__table__), tuple(key), added, is_sqlite(session)), {**key, **amounts})
+
+
+@cache
+def _adding(table: Table, key: tuple[str, ...], added: tuple[str, ...], for_sqlite: bool) -> Executable:
+    """Kept, for making it takes longer than its answer."""
+    insert = sqlite.insert(table) if for_sqlite else postgresql.insert(table)
+    sums = {name: table.c[name] + insert.excluded[name] for name in added}
+    return insert.on_conflict_do_update(index_elements=list(key), set_=sums)
 
 
 def add_if_missing(session: Session, table: type[DeclarativeBase], row: Mapping[str, Any]) -> None:
@@ -344,6 +378,10 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
         is_outage = is_outage or sqlstate == READ_ONLY or sqlstate.startswith(INTERVENED)
         if not is_outage:
             return None
+    return _silent()
+
+
+def _silent() -> Unavailable:
     return Unavailable(
         "The database does not answer.",
         code="database_unavailable",

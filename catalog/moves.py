@@ -22,6 +22,16 @@ ENDED: dict[JobState, daily.Amount] = {
 }
 
 
+def begin(session: Session, job: Job, *, now: float, message: str) -> None:
+    """Store a new job in its first state."""
+    after = next_state(None, Verb.CREATE)
+    assert after is not None
+    job.state = after
+    session.add(job)
+    session.flush()  # what is told of it names it
+    _tell(session, job, Verb.CREATE, before=None, after=after, now=now, message=message)
+
+
 def move(
     session: Session,
     job: Job,
@@ -33,7 +43,7 @@ def move(
     level: events.Level = "info",
 ) -> JobState:
     """Take the job where `verb` leads from its state. Raises Conflict where the table has no such move."""
-    before = JobState(job.state) if job.state else None
+    before = JobState(job.state)
     after = next_state(before, verb)
     if after is None:
         raise Conflict(
@@ -52,14 +62,29 @@ def move(
     if after in FINAL_STATES:
         job.finished_at = now
         daily.add(session, job, ENDED[after], 1, now=now)
-    data = {"from": before, "to": after, "verb": verb, "reason": reason}
-    events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
+    _tell(session, job, verb, before=before, after=after, reason=reason, now=now, message=message, level=level)
     observing.moved(session, job, now=now)
     if after is JobState.RUNNING or after in FINAL_STATES:
         exports.wake(session, job, now=now)
     if after in FINAL_STATES:
         outbox.job_ended(session, job, after, now=now)
     return after
+
+
+def _tell(
+    session: Session,
+    job: Job,
+    verb: Verb,
+    *,
+    before: JobState | None,
+    after: JobState,
+    now: float,
+    message: str,
+    reason: EndReason | None = None,
+    level: events.Level = "info",
+) -> None:
+    data = {"from": before, "to": after, "verb": verb, "reason": reason}
+    events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
 
 
 def _let_go(job: Job, after: JobState) -> None:

@@ -9,13 +9,12 @@ from sqlalchemy.orm import Session
 
 from catalog import audit, daily, events, exports, labels, quotas
 from catalog.acceptance import accept, job_row
-from catalog.db import Database, read_clock, serialise
+from catalog.db import Database, read_clock, serialised_at
 from catalog.errors import Conflict, InvalidRequest
 from catalog.keys import Caller
-from catalog.moves import move
+from catalog.moves import begin
 from catalog.planned import accept_planned
 from catalog.spec import JobRequest, PlannedJob
-from catalog.states import Verb
 from catalog.tables import IdempotencyKey, Job
 
 CLIENT_RETRY_SECONDS = 600
@@ -39,8 +38,8 @@ def create(
     """
     check_idempotency_key(idempotency_key)
     with db.write() as session:
-        serialise(session, f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
-        now = read_clock(session)
+        name = f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}"
+        now = serialised_at(session, name)
         earlier = _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
         if earlier is not None:
             return earlier
@@ -126,10 +125,8 @@ def submit(
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
     job = job_row(accepted, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id = body_digest, sweep_id
-    session.add(job)
-    session.flush()
+    begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
     labels.note(session, job)
-    move(session, job, Verb.CREATE, now=now, message=f"Created fine-tuning job: {job.id}")
     daily.add(session, job, "num_created", 1, now=now)
     told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
     told |= {"plan": request.plan} if isinstance(request, PlannedJob) else {}

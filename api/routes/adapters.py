@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.responses import StreamingResponse
 
 from api.archive import Member, inline, tar_chunks, tar_size
@@ -13,6 +13,7 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.downloads import attachment
 from api.routes import SIGNED, binary, errors
+from api.routing import Router
 from api.schemas.adapters import (
     AdapterDeleted,
     AdapterObject,
@@ -30,7 +31,7 @@ from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import ArtifactStore
 from catalog.errors import NotFound
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
+router = Router(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
 Shared = Annotated[bool, Query(description="Those that other projects share with this one, instead of its own.")]
 BYTES = binary("application/octet-stream", "The bytes, as an attachment.")
 TAR = binary("application/x-tar", "A tar, as an attachment.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.auth import Signed
 from api.deps import After, IdempotencyKey, IsRetry, Limit, Services, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.keys import (
     ApiKeyCreated,
     ApiKeyObject,
@@ -23,7 +24,7 @@ from catalog import issuing, repeated_keys
 from catalog.db import read_clock
 from catalog.repeated_keys import Sent
 
-router = APIRouter(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
+router = Router(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 ProjectName = Annotated[str | None, Query(description="Id or name; another than yours: for operators.", max_length=64)]
 
 

@@ -6,19 +6,20 @@ import json
 from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.responses import StreamingResponse
 
 from api.auth import Operator, Signed
 from api.deps import After, Limit, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.audit import AuditEventObject, AuditVerification, audit_event_object, verification
 from api.schemas.pages import ListPage, page_of
 from catalog import audit, audit_chain
 from catalog.audit import AuditType, Filters
 from catalog.db import Database
 
-router = APIRouter(prefix="/v1/audit_events", tags=["audit log"], responses={**SIGNED, **errors(403)})
+router = Router(prefix="/v1/audit_events", tags=["audit log"], responses={**SIGNED, **errors(403)})
 MOST_NAMED = 50
 LAST_SECOND = 253402300799
 Ids = list[Annotated[str, Query(max_length=64)]]

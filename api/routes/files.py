@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
@@ -12,13 +12,14 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Use
 from api.downloads import attachment
 from api.routes import SIGNED, binary, errors
+from api.routing import Router
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds
 from api.schemas.pages import ListPage, page_of
 from api.uploads import receive_upload
 from catalog import data_reports, files
 from catalog.row_kinds import FORMS
 
-router = APIRouter(prefix="/v1/files", tags=["files"], responses=SIGNED)
+router = Router(prefix="/v1/files", tags=["files"], responses=SIGNED)
 
 UPLOAD_FORM: dict[str, Any] = {
     "requestBody": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
@@ -14,13 +14,14 @@ from api.deps import Use
 from api.feed import Listener
 from api.live import LiveStream
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.fleet import QueueObject, WorkerObject, worker_object
 from api.schemas.pages import ListPage, page_of
 from catalog import fleet, queue
 from catalog.keys import Caller
 from catalog.scheduling.picture import Policy
 
-router = APIRouter(prefix="/v1", tags=["queue and workers"], responses={**SIGNED, **errors(403)})
+router = Router(prefix="/v1", tags=["queue and workers"], responses={**SIGNED, **errors(403)})
 All = Annotated[bool, Query(alias="all", description="Every project's jobs; for operators.")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request, Response, Security
+from fastapi import Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -13,11 +13,12 @@ from api.auth import bearer, require_operator
 from api.deps import Services, Use
 from api.hosts import host_name, is_loopback
 from api.routes import errors
+from api.routing import Router
 from catalog import fleet, keys
 from catalog.db import read_clock
 from catalog.errors import LorryError, Unauthorized
 
-router = APIRouter(tags=["health"])
+router = Router(tags=["health"])
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query
+from fastapi import Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
@@ -14,6 +14,7 @@ from api.feed import Listener
 from api.job_stream import JobWatch
 from api.live import LiveStream
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.job_history import (
     EVENT_PREFIX,
     AttemptObject,
@@ -34,9 +35,7 @@ from catalog.errors import InvalidRequest
 from catalog.events import ShownType
 from catalog.scheduling.picture import Policy
 
-router = APIRouter(
-    prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"], responses={**SIGNED, **errors(404)}
-)
+router = Router(prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"], responses={**SIGNED, **errors(404)})
 
 
 @router.get("/events", operation_id="list_job_events")

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypedDict
 
-from fastapi import APIRouter, Body, Header, Query, Request
+from fastapi import Body, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.models import Example
 from pydantic import BaseModel, Discriminator, Tag, ValidationError
@@ -18,14 +18,16 @@ from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
 from api.job_objects import job_objects
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.jobs import FineTuningJob, JobMove
 from api.schemas.pages import ListPage, page_of
 from catalog import jobs
+from catalog.callers import Caller
 from catalog.errors import InvalidRequest
 from catalog.spec import JobRequest, PlannedJob
 from catalog.tables import Job
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
+router = Router(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
 
 
 class Sent(TypedDict):
@@ -83,7 +85,7 @@ def create_job(
         with _fields_named(body):
             job = jobs.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
-    return _shown(use, job)
+    return _shown(use, caller, job)
 
 
 @router.get("", operation_id="list_jobs")
@@ -100,12 +102,12 @@ def list_jobs(
         metadata=metadata_filter(request.query_params),
         tags=tag or (),
     )
-    return page_of(job_objects(use.db, page.items), has_more=page.has_more)
+    return page_of(job_objects(use.db, page.items, caller=caller), has_more=page.has_more)
 
 
 @router.get("/{job_id}", operation_id="get_job", responses=errors(404))
 def get_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
-    return _shown(use, jobs.get(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, jobs.get(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", responses=errors(404, 409))
@@ -114,13 +116,14 @@ def cancel_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 
     A job that is final already is a conflict, save a cancelled one where the client repeats a lost request.
     """
-    return _shown(use, jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry))
+    job = jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
+    return _shown(use, caller, job)
 
 
 @router.post("/{job_id}/pause", operation_id="pause_job", responses=errors(404, 409))
 def pause_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Stop, with a checkpoint to go on from."""
-    return _shown(use, jobs.pause(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, jobs.pause(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/resume", operation_id="resume_job", responses=errors(404, 409))
@@ -131,13 +134,13 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
     """
     job = jobs.resume(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
     use.doorbell.ring()
-    return _shown(use, job)
+    return _shown(use, caller, job)
 
 
 @router.post("/{job_id}/hold", operation_id="hold_job", responses=errors(404, 409))
 def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Keep it in the queue and out of every trainer, until it is released. Its files are prepared meanwhile."""
-    return _shown(use, jobs.hold(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, jobs.hold(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/release", operation_id="release_job", responses=errors(404, 409))
@@ -145,14 +148,14 @@ def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Let a held job be chosen again, in its old place."""
     job = jobs.release(use.db, project_id=caller.project_id, job_id=job_id)
     use.doorbell.ring()
-    return _shown(use, job)
+    return _shown(use, caller, job)
 
 
 @router.post("/{job_id}/move", operation_id="move_job", responses=errors(404, 409))
 def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
     """Give it another place among the project's jobs of its class that wait. Other projects' turns stay as they are."""
     target = jobs.Target(before=body.before, after=body.after, to=body.to)
-    return _shown(use, jobs.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
+    return _shown(use, caller, jobs.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
 
 
 @contextmanager
@@ -187,5 +190,5 @@ def metadata_filter(query: QueryParams) -> dict[str, str] | None:
     return {}
 
 
-def _shown(use: Services, job: Job) -> FineTuningJob:
-    return job_objects(use.db, [job])[0]
+def _shown(use: Services, caller: Caller, job: Job) -> FineTuningJob:
+    return job_objects(use.db, [job], caller=caller)[0]

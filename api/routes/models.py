@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
 from api.auth import Operator, Signed
 from api.deps import IsRetry, Services, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
 from api.schemas.pages import ListPage, page_of
 from api.scopes import require_scope
@@ -15,7 +14,7 @@ from catalog.adapters import CheckpointView
 from catalog.keys import Caller
 from catalog.tables import BaseModelRow
 
-router = APIRouter(prefix="/v1/models", tags=["models"], responses=SIGNED)
+router = Router(prefix="/v1/models", tags=["models"], responses=SIGNED)
 
 
 @router.get("", operation_id="list_models")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
 from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.organizations import OrganizationObject, OrganizationRequest, organization_object
 from api.schemas.pages import ListPage, page_of
 from catalog import organizations
 
-router = APIRouter(prefix="/v1/organizations", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
+router = Router(prefix="/v1/organizations", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 
 
 @router.post("", operation_id="create_organization", responses=errors(409))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.auth import Signed
 from api.deps import After, IsRetry, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.pages import ListPage, page_of
 from api.schemas.permissions import PermissionDeleted, PermissionObject, PermissionRequest, permission_object
 from catalog import sharing
 
-router = APIRouter(
+router = Router(
     prefix="/v1/fine_tuning/checkpoints/{fine_tuned_model}/permissions",
     tags=["permissions"],
     responses={**SIGNED, **errors(404)},

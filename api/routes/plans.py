@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import Body
 
 from api.auth import Signed
 from api.deps import After, Limit, Use
 from api.routes import SIGNED, errors
 from api.routes.jobs import REQUEST_EXAMPLES
+from api.routing import Router
 from api.schemas.pages import ListPage, page_of
 from api.schemas.plans import PlanDeleted, PlanObject, plan_object
 from catalog import plans
@@ -17,7 +18,7 @@ from catalog.keys import Caller
 from catalog.spec import JobRequest
 from catalog.tables import Plan
 
-router = APIRouter(prefix="/v1/plans", tags=["plans"], responses=SIGNED)
+router = Router(prefix="/v1/plans", tags=["plans"], responses=SIGNED)
 EXAMPLES = {name: example for name, example in REQUEST_EXAMPLES.items() if name != "planned"}
 
 

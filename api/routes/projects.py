@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.pages import ListPage, page_of
 from api.schemas.projects import (
     ProjectLimits,
@@ -22,7 +23,7 @@ from api.schemas.projects import (
 )
 from catalog import projects, quotas
 
-router = APIRouter(prefix="/v1/projects", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
+router = Router(prefix="/v1/projects", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 Archived = Annotated[bool, Query(description="Those that were archived, too.")]
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Cookie, Query, Request, Response
+from fastapi import Cookie, Query, Request, Response
 from starlette.responses import RedirectResponse
 
 from api.auth import COOKIE, Signed, require_same_origin
 from api.deps import Services, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.sign_in import BrowserSession, BrowserSessionRequest, SignedOut, SignInLink, browser_session
 from catalog import issuing, keys
 from catalog.errors import Unauthorized
 
-router = APIRouter(tags=["sign-in"])
+router = Router(tags=["sign-in"])
 LINK_SECONDS = 900
 SESSION_SECONDS = 12 * 3600
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Header, Path
+from fastapi import Body, Header, Path
 from fastapi.openapi.models import Example
 
 from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
 from api.routes.jobs import Sent, body_digest
+from api.routing import Router
 from api.schemas.pages import ListPage, page_of
 from api.schemas.sweeps import SweepObject, TrialObject, TrialRequest, sweep_object, trial_object
 from catalog.sweeps import controller, creation, reading, verbs
 from catalog.sweeps.spec import MAX_TRIALS, SweepRequest
 
-router = APIRouter(prefix="/v1/sweeps", tags=["sweeps"], responses=SIGNED)
+router = Router(prefix="/v1/sweeps", tags=["sweeps"], responses=SIGNED)
 Number = Annotated[int, Path(ge=0, lt=MAX_TRIALS, description="Of the trial, from 0.")]
 EXAMPLES: dict[str, Example] = {
     "asha": {

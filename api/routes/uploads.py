@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import Signed
 from api.deps import IsRetry, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.uploads import (
     UploadCompletion,
     UploadObject,
@@ -23,7 +24,7 @@ from api.uploads import receive_upload
 from catalog import part_uploads
 from catalog.artifacts.store import Blob
 
-router = APIRouter(prefix="/v1/uploads", tags=["files"], responses=SIGNED)
+router = Router(prefix="/v1/uploads", tags=["files"], responses=SIGNED)
 
 PART_FORM: dict[str, Any] = {
     "requestBody": {

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.auth import Signed
 from api.deps import Use
 from api.routes import SIGNED
+from api.routing import Router
 from api.schemas.usage import UsagePage, usage_page
 from catalog import usage_report
 from catalog.daily import DAY_SECONDS
 from catalog.db import read_clock
 from catalog.usage_report import MOST_DAYS, Asked, GroupBy
 
-router = APIRouter(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
+router = Router(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
 LAST_SECOND = 253402300799
 USUAL_DAYS = 7
 Moment = Annotated[int | None, Query(ge=0, le=LAST_SECOND, description="Seconds since 1970.")]

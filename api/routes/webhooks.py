@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
 from api.routes import SIGNED, errors
+from api.routing import Router
 from api.schemas.pages import ListPage, page_of
 from api.schemas.webhooks import (
     Replayed,
@@ -38,7 +39,7 @@ from catalog.webhooks.deliveries import Status
 from catalog.webhooks.event_types import EVENT_TYPES, SAMPLE_IDS
 from catalog.webhooks.sending import Outcome
 
-router = APIRouter(prefix="/v1", tags=["webhooks"], responses=SIGNED)
+router = Router(prefix="/v1", tags=["webhooks"], responses=SIGNED)
 ENDPOINT = "/webhook_endpoints/{webhook_endpoint_id}"
 DELIVERY = "/webhook_deliveries/{webhook_delivery_id}"
 WithStatus = Annotated[Status | None, Query(description="Those alone.")]
