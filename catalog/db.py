@@ -285,6 +285,7 @@ def _engine(url: str) -> Engine:
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     engine = create_engine(parsed, pool_size=10, max_overflow=20, pool_timeout=10)
+    event.listen(engine, "connect", _prepare_postgresql)
     event.listen(engine, "checkin", _note_use)
     event.listen(engine, "checkout", partial(_try_idle, engine.dialect))
     return engine
@@ -314,6 +315,13 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     # FULL: what was accepted outlives a power cut.
     for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    """Compiled, a question takes 0.3 s longer; in a large database it looks worth that, and never is."""
+    connection.autocommit = True
+    connection.execute("set jit = off")
+    connection.autocommit = False
 
 
 def _use_wal(connection: Any) -> None:

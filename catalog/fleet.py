@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from catalog.db import Database, read_clock
 from catalog.scheduling.picture import Room
 from catalog.spec import Precision
 from catalog.states import JobState
-from catalog.tables import Adapter, BaseModelRow, Job, JobEvent, Json, Trainer, Worker
+from catalog.tables import Adapter, Attempt, BaseModelRow, Job, JobEvent, Json, Trainer, Worker
 from catalog.workers import SILENT_SECONDS, is_live, list_workers
 
 WorkerState = Literal["idle", "busy", "draining", "lost", "ended"]
@@ -58,7 +58,8 @@ def workers(db: Database) -> list[WorkerView]:
     with db.read() as session:
         now = read_clock(session)
         held = {row.resident_base for row in rows if row.resident_base}
-        names, training = _names(session, held), _training(session)
+        training = _training(session, {row.trainer_id for row in rows if row.trainer_id})
+        names = _names(session, held)
         return [
             WorkerView(
                 worker=row,
@@ -148,9 +149,12 @@ def count(db: Database) -> Counts:
         )
 
 
-def _training(session: Session) -> set[str | None]:
-    """Ids of the workers that hold a running job."""
-    return set(session.scalars(select(Job.worker_id).where(Job.state == JobState.RUNNING).distinct()))
+def _training(session: Session, trainer_ids: Collection[str]) -> set[str]:
+    """Ids of the workers that hold a running job in one of these trainers."""
+    if not trainer_ids:  # SQLite reads them all to find none
+        return set()
+    live = select(Attempt.worker_id).where(Attempt.trainer_id.in_(trainer_ids), Attempt.ended_at.is_(None))
+    return set(session.scalars(live.distinct()))
 
 
 def _names(session: Session, digests: set[str]) -> dict[str, list[str]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import psycopg
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import QueuePool, select, text
 
 from catalog import projects
 from catalog.db import Database, read_clock, serialise, upsert
@@ -111,6 +112,33 @@ def test_a_database_that_stays_locked_is_unavailable_and_changes_nothing(
 
     assert projects.ensure(database, "new").name == "new"
     holder.close()
+    database.close()
+
+
+def test_sqlites_writers_of_one_process_queue_without_a_connection(tmp_path: Path, migrated_database: Path) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+
+    with ThreadPoolExecutor() as pool:
+        with database.write():
+            waiting = pool.submit(projects.ensure, database, "new")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            taken = cast(QueuePool, database.engine.pool).checkedout()
+            with pytest.raises(Unavailable), database.write_briefly():
+                pass
+        assert waiting.result(timeout=30).name == "new"
+
+    assert taken == 1
+    database.close()
+
+
+def test_postgresql_compiles_no_question(shared_postgres_url: str) -> None:
+    database = Database(shared_postgres_url)
+
+    with database.read() as session:
+        assert session.scalar(text("show jit")) == "off"
+
     database.close()
 
 
