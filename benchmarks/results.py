@@ -17,7 +17,10 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "safetensors", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "peft", "accelerate", "trl", "safetensors", "numpy"),
+    *("fastapi", "starlette", "uvicorn", "pydantic", "sqlalchemy", "psycopg"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +112,10 @@ def write(
         "machine": machine()
         | ({"gpu": gpu} if gpu else {})
         | {"load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2)},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
         **{name: value for name, value in asdict(result).items() if name != "theme"},
     }
     folder.mkdir(parents=True, exist_ok=True)

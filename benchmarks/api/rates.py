@@ -1,16 +1,20 @@
-"""Job creations and reads a second of one api process on one core, and how long a creation takes at half of that."""
+"""Job creations and reads a second of one api process on one core, and how long a creation takes at half of that; and
+what the framework alone takes for as much, in the same turns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from benchmarks.api import load
+from benchmarks.api.bare import A_ROW, CONSTANT, IN_A_THREAD
 from benchmarks.api.plan import ApiPlan
-from benchmarks.api.service import Place, Served, api, place, servers
-from benchmarks.results import Result, median_of, rates
+from benchmarks.api.service import Place, Served, api, peer, place, servers
+from benchmarks.api.wakeups import round_trip_seconds
+from benchmarks.results import Result, median_of, rates, shares
 
 GOAL_CREATIONS, GOAL_READS, GOAL_P99_SECONDS = 1000.0, 3000.0, 0.05
 CREATION = "/v1/fine_tuning/jobs"
+PEERS = {"a constant": CONSTANT, "a constant from a thread": IN_A_THREAD, "a row from a thread": A_ROW}
 
 
 def run(plan: ApiPlan) -> Result:
@@ -19,18 +23,48 @@ def run(plan: ApiPlan) -> Result:
     with servers(plan.databases) as server:
         _run(plan, result, server, list(plan.databases))
     for kind in plan.databases:
-        is_goal = kind == "postgresql"
-        for what, goal in (("creations", GOAL_CREATIONS), ("reads", GOAL_READS), ("lists", None)):
-            reports = result.repeats[f"{kind} {what}"]
-            figure = sorted(rates(reports, amount="requests"))[len(reports) // 2]
-            result.find(f"{kind}, {what} a second", figure, "/s", goal=goal if is_goal or what == "reads" else None)
-            busy = median_of(reports, "api_cpu_seconds") / median_of(reports, "seconds")
-            result.find("  of its core, the api used", busy, "of a core")
-        late = median_of(result.repeats[f"{kind} creations at half"], "p99_seconds")
-        result.find(
-            f"{kind}, p99 of a creation at half that rate", late, "s", at_most=GOAL_P99_SECONDS if is_goal else None
-        )
+        _find(result, kind)
+    if plan.core is not None:
+        for what, cores in {"one core": (plan.core, plan.core), "two cores": (plan.core - 1, plan.core)}.items():
+            seconds = round_trip_seconds(cores)
+            result.find(f"a message between processes on {what} and back", seconds * 1e6, "µs")
     return result
+
+
+def _find(result: Result, kind: str) -> None:
+    is_goal = kind == "postgresql"
+    for what, goal in (("creations", GOAL_CREATIONS), ("reads", GOAL_READS), ("lists", None)):
+        reports = result.repeats[f"{kind} {what}"]
+        figure = sorted(rates(reports, amount="requests"))[len(reports) // 2]
+        result.find(f"{kind}, {what} a second", figure, "/s", goal=goal if is_goal or what == "reads" else None)
+        busy = median_of(reports, "api_cpu_seconds") / median_of(reports, "seconds")
+        result.find("  of its core, the api used", busy, "of a core")
+    late = median_of(result.repeats[f"{kind} creations at half"], "p99_seconds")
+    result.find(
+        f"{kind}, p99 of a creation at half that rate", late, "s", at_most=GOAL_P99_SECONDS if is_goal else None
+    )
+    for what in PEERS:
+        reports = result.repeats[f"{kind} FastAPI alone, {what}"]
+        figure = sorted(rates(reports, amount="requests"))[len(reports) // 2]
+        result.find(f"{kind}, FastAPI alone, {what}, a second", figure, "/s")
+    _profile(result, kind)
+
+
+def _profile(result: Result, kind: str) -> None:
+    """What a read's part of the core goes into, by what the peers take for parts of it."""
+    read, constant, threaded, row = (
+        min(report["api_cpu_seconds"] / report["requests"] for report in result.repeats[f"{kind} {what}"])
+        for what in ("reads", *(f"FastAPI alone, {peer}" for peer in PEERS))
+    )
+    parts = {
+        "FastAPI, a constant": constant,
+        "a way to a thread and back": threaded - constant,
+        "a row by SQLAlchemy": row - threaded,
+        "the key, its limits, another way to a thread, the whole job, headers, the log": read - row,
+    }
+    result.profile += shares(
+        f"{kind}, 1,000 reads", {name: max(0.0, seconds) * 1000 for name, seconds in parts.items()}
+    )
 
 
 def _run(plan: ApiPlan, result: Result, server: str | None, kinds: Sequence[str]) -> None:
@@ -41,32 +75,37 @@ def _run(plan: ApiPlan, result: Result, server: str | None, kinds: Sequence[str]
     with place(kind, server, plan.folder, "rates") as where:
         world = where.world()
         job = world.submit()
-        with api(where, world, core=plan.core) as served:
+        with api(where, world, core=plan.core) as served, peer(where, core=plan.core) as bare:
             for _ in range(plan.repeats):
                 _turn(plan, result, where, served, {"job": job.id, "file": world.file_id})
+                for what, path in PEERS.items():
+                    _measured(plan, result, f"{kind} FastAPI alone, {what}", bare, path.format(job_id=job.id))
     _run(plan, result, server, others)
 
 
 def _turn(plan: ApiPlan, result: Result, where: Place, served: Served, ids: dict[str, str]) -> None:
-    def measured(what: str, method: str, path: str, **given: object) -> dict[str, float]:
-        before = served.cpu_seconds()
-        asked = load.Load(
-            url=served.url,
-            key=served.key,
-            method=method,
-            paths=[path],
-            connections=plan.connections,
-            seconds=plan.seconds,
-            **given,  # pyright: ignore[reportArgumentType]
-        )
-        report = load.run(asked) | {"api_cpu_seconds": served.cpu_seconds() - before}
-        assert not report["refused"], report
-        result.repeats.setdefault(f"{where.kind} {what}", []).append(report)
-        return report
-
     body = {"model": "smol", "training_file": ids["file"]}
-    created = measured("creations", "POST", CREATION, body=body)
+    created = _measured(plan, result, f"{where.kind} creations", served, CREATION, method="POST", body=body)
     half = created["requests"] / created["seconds"] / 2
-    measured("creations at half", "POST", CREATION, body=body, rate=half)
-    measured("reads", "GET", f"{CREATION}/{ids['job']}")
-    measured("lists", "GET", f"{CREATION}?limit=20")
+    _measured(plan, result, f"{where.kind} creations at half", served, CREATION, method="POST", body=body, rate=half)
+    _measured(plan, result, f"{where.kind} reads", served, f"{CREATION}/{ids['job']}")
+    _measured(plan, result, f"{where.kind} lists", served, f"{CREATION}?limit=20")
+
+
+def _measured(
+    plan: ApiPlan, result: Result, what: str, served: Served, path: str, *, method: str = "GET", **given: object
+) -> dict[str, float]:
+    before = served.cpu_seconds()
+    asked = load.Load(
+        url=served.url,
+        key=served.key,
+        method=method,
+        paths=[path],
+        connections=plan.connections,
+        seconds=plan.seconds,
+        **given,  # pyright: ignore[reportArgumentType]
+    )
+    report = load.run(asked) | {"api_cpu_seconds": served.cpu_seconds() - before}
+    assert not report["refused"], report
+    result.repeats.setdefault(what, []).append(report)
+    return report

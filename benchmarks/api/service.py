@@ -85,16 +85,35 @@ def api(place: Place, world: World, *, core: int | None = None) -> Generator[Ser
         "LORRY_DATA_DIR": str(place.folder),
         "LORRY_PEPPER": PEPPER.decode(),
     }
-    argv = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", "0"]
-    with (place.folder / "api.log").open("wb") as log:
-        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+    argv = ["-m", "api", "--log-level", "warning", "serve", "--port", "0"]
+    with _serving(argv, place.folder / "api.log", environment=environment, core=core) as (url, pid):
+        yield Served(url=url, key=key, pid=pid)
+
+
+@contextmanager
+def peer(place: Place, *, core: int | None = None) -> Generator[Served]:
+    """`benchmarks.api.bare` over the same database; it asks for no key."""
+    argv = ["-m", "benchmarks.api.bare", place.url]
+    with _serving(argv, place.folder / "bare.log", environment=dict(os.environ), core=core) as (url, pid):
+        yield Served(url=url, key="none", pid=pid)
+
+
+@contextmanager
+def _serving(
+    argv: Sequence[str], log_file: Path, *, environment: dict[str, str], core: int | None
+) -> Generator[tuple[str, int]]:
+    """A service that tells its address when it is ready: that, and its process."""
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *argv], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
     try:
         line = process.stdout.readline() if process.stdout else ""
         if not line:
-            raise RuntimeError(f"the api did not start:\n{(place.folder / 'api.log').read_text('utf-8', 'replace')}")
+            raise RuntimeError(f"the service did not start:\n{log_file.read_text('utf-8', 'replace')}")
         if core is not None:
             psutil.Process(process.pid).cpu_affinity([core])
-        yield Served(url=json.loads(line)["url"], key=key, pid=process.pid)
+        yield json.loads(line)["url"], process.pid
     finally:
         process.terminate()
         try:
