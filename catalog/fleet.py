@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,8 +58,7 @@ def workers(db: Database) -> list[WorkerView]:
     with db.read() as session:
         now = read_clock(session)
         held = {row.resident_base for row in rows if row.resident_base}
-        training = _training(session, {row.trainer_id for row in rows if row.trainer_id})
-        names = _names(session, held)
+        names, training = _names(session, held), _training(session)
         return [
             WorkerView(
                 worker=row,
@@ -149,12 +148,9 @@ def count(db: Database) -> Counts:
         )
 
 
-def _training(session: Session, trainer_ids: Collection[str]) -> set[str]:
-    """Ids of the workers that hold a running job in one of these trainers."""
-    if not trainer_ids:  # SQLite reads them all to find none
-        return set()
-    live = select(Attempt.worker_id).where(Attempt.trainer_id.in_(trainer_ids), Attempt.ended_at.is_(None))
-    return set(session.scalars(live.distinct()))
+def _training(session: Session) -> set[str]:
+    """Ids of the workers that hold a running job."""
+    return set(session.scalars(select(Attempt.worker_id).where(Attempt.ended_at.is_(None)).distinct()))
 
 
 def _names(session: Session, digests: set[str]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import AutoKey, Json, Table
 
-NOT_METRICS = text("type <> 'metrics'")
+NOT_METRICS, LIVE = text("type <> 'metrics'"), text("ended_at IS NULL")
 
 
 class Attempt(Table):
@@ -28,6 +28,7 @@ class Attempt(Table):
     """The inputs of the decision that let it run."""
     preemption: Mapped[Json | None]
     """And of the one that asked it to leave for an urgent job, if one did."""
+    __table_args__ = (Index("ix_attempts_live", "worker_id", sqlite_where=LIVE, postgresql_where=LIVE),)
 
 
 class JobEvent(Table):
