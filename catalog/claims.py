@@ -1,7 +1,8 @@
 """The worker's verbs. A claim gives one job to one worker: its id is the fencing token of every later write.
 
 Zero rows under that id means StaleClaim: another attempt has the job, and this worker writes nothing more.
-Preparing, recording and the workers' own rows are in preparation, records and workers, under the same fence.
+Claiming itself is in taking; preparing, recording and the workers' own rows are in preparation, records and workers,
+under the same fence.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, daily, events, pictures, preemption, quotas, recovery, result_files, usage
+from catalog import artifact_rows, daily, events, preemption, recovery, result_files, usage
 from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
-from catalog.db import Database, read_clock, serialise, skip_locked
+from catalog.db import Database, read_clock
 from catalog.endings import close_attempt, end_attempt
 from catalog.errors import LorryError, StaleClaim
 from catalog.fencing import hold
@@ -33,14 +34,12 @@ from catalog.records import (
     record_event,
     record_metrics,
     record_progress,
-    resumable,
 )
-from catalog.scheduling.decide import Decision, Nothing, decide
-from catalog.scheduling.packs import Choice
 from catalog.scheduling.picture import USUAL, Policy, Room
 from catalog.states import EndReason, JobState, Verb
 from catalog.sweeps import observing
-from catalog.tables import Adapter, Attempt, Checkpoint, Job, Json, Project, Worker, new_id
+from catalog.tables import Adapter, Attempt, Job, Json, Project, Worker, new_id
+from catalog.taking import Claim, claim_pack
 from catalog.workers import WorkerOrders, end_trainer, end_worker, register_trainer, register_worker, worker_beat
 
 __all__ = [
@@ -73,34 +72,7 @@ __all__ = [
     "worker_beat",
 ]
 
-MAX_TRIES = 5
-"""Looks at the queue in one call, where people cancel or pause what was chosen."""
-TAKING = "take jobs off the queue"
-"""Shared by workers that take what they have chosen; by one alone that chooses and takes in one transaction."""
-
-AS = {
-    "anchor": "in a trainer that starts for it",
-    "packmate": "with the job that a trainer starts for",
-    "joiner": "in a trainer that runs already",
-}
-"""By the role that the decision gave it, for people."""
 log = logging.getLogger("lorry.catalog")
-LEAVING = Decision(action=Nothing(reason="the worker is to leave"), trace={})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """A job that is this worker's now."""
-
-    job: Job
-    claim_id: str
-    attempt: int
-    resume_candidates: tuple[Checkpoint, ...]
-    """Checkpoints to go on from, newest first: the second is for when the first is damaged."""
-
-    @property
-    def resume_from(self) -> Checkpoint | None:
-        return self.resume_candidates[0] if self.resume_candidates else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,55 +85,6 @@ class Orders:
     """Save it and give it back: an urgent job needs the room."""
     stale: bool = False
     """The job is another's now: stop, and write nothing."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Ask:
-    """What a worker asks for."""
-
-    worker_id: str
-    trainer_id: str
-    room: Room
-    live_key: str | None
-    policy: Policy
-
-
-def claim_pack(
-    db: Database,
-    *,
-    worker_id: str,
-    trainer_id: str,
-    room: Room,
-    lease_seconds: float,
-    pack_key: str | None = None,
-    policy: Policy = USUAL,
-) -> list[Claim]:
-    """Jobs to train, best turn first; [] where none fits.
-
-    pack_key None: for a new trainer, an anchor and its packmates. Else: jobs that join the live trainer
-    `trainer_id` of that key.
-    """
-    recovery.expire(db, grace_seconds=lease_seconds)
-    ask = _Ask(worker_id=worker_id, trainer_id=trainer_id, room=room, live_key=pack_key, policy=policy)
-    with db.read() as session:  # most looks find nothing, and keep nobody from writing
-        decision = _decide(session, ask)
-    if not decision.action.choices:
-        return []
-    if pack_key is not None:
-        usage.settle(db, trainer_id, policy=policy)
-    with db.write() as session:
-        serialise(session, TAKING, shared=True)
-        claims = _take(session, decision, ask, lease_seconds=lease_seconds)
-    if claims:
-        return claims
-    for _ in range(MAX_TRIES):  # another worker was quicker: from here on none is, only people may be
-        with db.write() as session:
-            serialise(session, TAKING)
-            decision = _decide(session, ask)
-            claims = _take(session, decision, ask, lease_seconds=lease_seconds, is_alone=True)
-        if claims or not decision.action.choices:
-            return claims
-    return []
 
 
 def heartbeat(
@@ -301,68 +224,6 @@ def _settle(db: Database, claim_id: str, policy: Policy) -> None:
         trainer_id = session.scalar(select(Attempt.trainer_id).where(Attempt.claim_id == claim_id))
     if trainer_id is not None:
         usage.settle(db, trainer_id, policy=policy)
-
-
-def _decide(session: Session, ask: _Ask) -> Decision:
-    worker = session.get(Worker, ask.worker_id)
-    if worker is not None and worker.is_leaving:
-        return LEAVING
-    picture = pictures.of_worker(
-        session, worker, trainer_id=ask.trainer_id, room=ask.room, live_key=ask.live_key, policy=ask.policy
-    )
-    return decide(picture, ask.policy)
-
-
-def _take(
-    session: Session, decision: Decision, ask: _Ask, *, lease_seconds: float, is_alone: bool = False
-) -> list[Claim]:
-    """Lock what was chosen, pass over what is taken or stopped since, and claim the rest.
-
-    Without its anchor a pack is not taken: the choice is made anew. Nor by a worker that was asked to drain
-    since the choice; its row is locked, so that nobody asks before this is done. is_alone: no other worker takes
-    anything meanwhile, so that whoever has a row locked is waited for.
-    """
-    worker = session.get(Worker, ask.worker_id, with_for_update=True, populate_existing=True)
-    choices = decision.action.choices
-    if not choices or (worker is not None and worker.is_leaving):
-        return []
-    chosen = {choice.turn.candidate.job_id: choice for choice in choices}
-    now = read_clock(session)
-    is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-    waits = (Job.state == JobState.QUEUED, Job.is_held.is_(False), is_due)
-    free = select(Job).where(Job.id.in_(chosen), *waits).order_by(Job.id)
-    locked = free.with_for_update() if is_alone else skip_locked(free)
-    found = {job.id: job for job in session.scalars(locked)}
-    may_begin = quotas.beginnable(session, {job_id: found[job_id] for job_id in chosen if job_id in found})
-    jobs = {job_id: job for job_id, job in found.items() if job_id in may_begin}
-    if choices[0].role == "anchor" and choices[0].turn.candidate.job_id not in jobs:
-        return []
-    for job_id, job in jobs.items():
-        job.claim_id = new_id("claim")
-        job.attempt += 1
-        job.claimed_at = job.charged_at = now
-        job.worker_id, job.trainer_id = ask.worker_id, ask.trainer_id
-        job.lease_expires_at, job.lease_extended, job.run_after = now + lease_seconds, False, None
-        _open_attempt(session, job, decision, chosen[job_id], now=now)
-    turns = {str(job.priority): now for job_id, job in jobs.items() if chosen[job_id].turn.is_first_of_class}
-    if worker is not None and turns:
-        worker.served_at = {**(worker.served_at or {}), **turns}
-    ordered = [jobs[job_id] for job_id in chosen if job_id in jobs]
-    return [_claim(session, job) for job in ordered]
-
-
-def _open_attempt(session: Session, job: Job, decision: Decision, choice: Choice, *, now: float) -> None:
-    attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
-    attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
-    session.add(attempt)
-    message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {AS[choice.role]}"
-    move(session, job, Verb.CLAIM, now=now, message=message)
-
-
-def _claim(session: Session, job: Job) -> Claim:
-    assert job.claim_id is not None
-    candidates = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt it has none
-    return Claim(job=job, claim_id=job.claim_id, attempt=job.attempt, resume_candidates=candidates)
 
 
 def _adapter_name(session: Session, job: Job) -> str:

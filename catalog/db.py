@@ -26,8 +26,10 @@ from sqlalchemy import (
     Executable,
     Float,
     FromClause,
+    Integer,
     Select,
     Table,
+    bindparam,
     create_engine,
     event,
     func,
@@ -55,7 +57,7 @@ IDLE_SECONDS = 1.0
 """A connection that was not used for so long is tried before it is."""
 LAST = "last"
 """In a session's `info`: what is called with the session before a writing transaction ends well."""
-SelectT = TypeVar("SelectT", bound=Select[Any])
+SelectT = TypeVar("SelectT", bound="Select[*tuple[Any, ...]]")
 
 
 class now(GenericFunction[float]):  # noqa: N801  (an SQL function's name)
@@ -74,6 +76,24 @@ def _sqlite_now(element: Any, compiler: Any, **_: Any) -> str:
 @compiles(now, "postgresql")
 def _postgresql_now(element: Any, compiler: Any, **_: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
+
+
+class find_in(GenericFunction[int]):  # noqa: N801
+    """Where in a text another begins, from 1."""
+
+    name = "lorry_find_in"
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(find_in, "sqlite")
+def _sqlite_find_in(element: Any, compiler: Any, **given: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **given)})"
+
+
+@compiles(find_in, "postgresql")
+def _postgresql_find_in(element: Any, compiler: Any, **given: Any) -> str:
+    return f"strpos({compiler.process(element.clauses, **given)})"
 
 
 class Database:
@@ -176,12 +196,12 @@ def alembic_config(url: str) -> Config:
     return config
 
 
-def skip_locked(statement: SelectT) -> SelectT:
-    """Lock the rows that `statement` finds and pass over those that another transaction holds.
+def skip_locked(statement: SelectT, of: type[DeclarativeBase] | None = None) -> SelectT:
+    """Lock the rows that `statement` finds, of one table or of all, and pass over those that another transaction holds.
 
     SQLite has one writer at a time and ignores it.
     """
-    return statement.with_for_update(skip_locked=True)
+    return statement.with_for_update(skip_locked=True, of=of)
 
 
 def is_sqlite(session: Session) -> bool:
@@ -214,6 +234,17 @@ def clock_of(session: Session) -> ColumnElement[float]:
     """The database's time as a column, to read it with something else."""
     clock: Callable[[], float] | None = session.info.get("clock")
     return literal(clock(), Float(53)) if clock else now()
+
+
+def clock_given(session: Session) -> dict[str, float]:
+    """What a statement with `clock_column` is to be told: the time, where a test's clock stands in."""
+    clock: Callable[[], float] | None = session.info.get("clock")
+    return {"clock": clock()} if clock else {}
+
+
+def clock_column(*, is_given: bool) -> ColumnElement[float]:
+    """The database's time, in a statement that is made once. is_given: by `clock_given`."""
+    return bindparam("clock", type_=Float(53)) if is_given else now()
 
 
 def serialise(session: Session, name: str, *, shared: bool = False) -> None:

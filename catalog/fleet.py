@@ -106,7 +106,11 @@ def quantisations(session: Session, *, now: float) -> frozenset[str] | None:
 
 def quantisations_of(worker: Worker) -> frozenset[str]:
     """none, and what else the worker said at its start; older workers say nothing."""
-    return frozenset({"none"}).union(*(device.get("quantisations", ()) for device in worker.devices))
+    return quantisations_on(worker.devices)
+
+
+def quantisations_on(devices: list[Any]) -> frozenset[str]:
+    return frozenset({"none"}).union(*(device.get("quantisations", ()) for device in devices))
 
 
 def integrations(session: Session, *, now: float) -> frozenset[str] | None:
@@ -133,7 +137,11 @@ def room_told(worker: Worker) -> Room:
 
 
 def is_gpu(worker: Worker) -> bool:
-    return any(device.get("kind") == "cuda" for device in worker.devices)
+    return has_gpu(worker.devices)
+
+
+def has_gpu(devices: list[Any]) -> bool:
+    return any(device.get("kind") == "cuda" for device in devices)
 
 
 def count(db: Database) -> Counts:

@@ -135,8 +135,9 @@ def _num_groups() -> Select[int]:
 
 def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
     """Found by an index of those in the queue. A worker of an older version leaves jobs there that run; their state is
-    asked so that no index of states is thought to be a better one."""
-    return job.queued_at.is_not(None), func.coalesce(job.state, "") == JobState.QUEUED
+    asked so that no index of states is thought to be a better one, and that it is known how many are in that state."""
+    others = [state for state in JobState if state is not JobState.QUEUED]
+    return job.queued_at.is_not(None), job.state.not_in(others)
 
 
 def _where_some_fit(groups: CTE, such: Such) -> CTE:

@@ -1,7 +1,7 @@
 """The one place that writes a job's state: by the table of transitions, with an event in the same transaction, and of
 an end with what webhooks are to tell.
 
-Only jobs (a person's verbs), claims and preparation (a worker's) and endings call it.
+Only jobs (a person's verbs), taking, claims and preparation (a worker's) and endings call it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ What is read are the first of each project and class, by heads.py: enough to dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from typing import get_args
@@ -13,32 +14,40 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import fleet, heads, usage
-from catalog.db import read_clock
 from catalog.heads import Such
 from catalog.scheduling.decide import decide
 from catalog.scheduling.packs import spare_bytes
 from catalog.scheduling.picture import Candidate, Picture, Policy, Room
+from catalog.scheduling.racing import MAX_TURNS
 from catalog.spec import Quantisation
 from catalog.states import MAX_COUNTED_ATTEMPTS
 from catalog.tables import Attempt, Job, Worker
 
 
 def of_worker(
-    session: Session, worker: Worker | None, *, trainer_id: str, room: Room, live_key: str | None, policy: Policy
+    session: Session,
+    worker: Worker | None,
+    *,
+    trainer_id: str,
+    room: Room,
+    live_key: str | None,
+    now: float,
+    policy: Policy,
 ) -> Picture:
     """For a worker that has this room: beside the jobs of its trainer `trainer_id`, whose pack key is `live_key`, or
     (None) for a trainer's first jobs."""
-    now = read_clock(session)
     whole = worker.memory_bytes if worker else room.memory_bytes_free
+    waiting = usage.shares_of_waiting(session, now=now, policy=policy)
     picture = Picture(
         now=now,
         candidates=(),
-        shares=usage.shares_of_waiting(session, now=now, policy=policy),
+        shares=waiting,
         served=usage.served(session, now=now),
         room=room,
         live_key=live_key,
         worker_bytes=whole if room.memory_bytes_when_empty is None else min(whole, room.memory_bytes_when_empty),
         has_suspect=live_key is not None and _holds_suspect(session, trainer_id),
+        per_group=math.ceil(MAX_TURNS / max(1, len(waiting))),
     )
     if picture.has_suspect:
         return picture
@@ -47,17 +56,17 @@ def of_worker(
     for_whom = live_key or room.resident_key
     if for_whom is not None:
         picture = _with(picture, _alike(session, picture, for_whom, room.memory_bytes_free))
-    return _with_mates(session, picture, policy)
+    return with_mates(session, picture, policy)
 
 
 def _with(picture: Picture, found: list[Candidate]) -> Picture:
     return replace(picture, candidates=(*picture.candidates, *found))
 
 
-def _with_mates(session: Session, picture: Picture, policy: Policy) -> Picture:
+def with_mates(session: Session, picture: Picture, policy: Policy) -> Picture:
     """And those of the anchor's kind that may be let in beside what is chosen already: the first of those that fit into
     what is left, again and again until there is none. So larger ones that wait before them hide nobody."""
-    for _ in range(picture.room.max_jobs):
+    for _ in range(picture.room.max_jobs if picture.room.max_jobs > 1 else 0):
         choices = decide(picture, policy).action.choices
         if not choices or len(choices) >= picture.room.max_jobs or choices[0].turn.candidate.is_suspect:
             break
@@ -74,7 +83,8 @@ def _firsts(session: Session, picture: Picture, can_load: Collection[str]) -> li
     """Of each project and class those that stand first of what the worker holds, each with a trainer to itself.
 
     Of those that may come before one that joins, as many as can. For a new trainer also the first that fit into what is
-    free: the others are there because the worker holds them, so that who goes before them takes no turn of theirs.
+    free: the others are there because the worker holds them, so that who goes before them takes no turn of theirs. And
+    more than one decision needs, for those of which other workers take some meanwhile.
     """
     room, is_live = picture.room, picture.live_key is not None
     missing = tuple(name for name in get_args(Quantisation) if name not in can_load)
@@ -83,12 +93,13 @@ def _firsts(session: Session, picture: Picture, can_load: Collection[str]) -> li
     def look(per_group: int, num_bytes: int) -> list[Candidate]:
         return heads.waiting(session, such, now=picture.now, per_group=per_group, num_bytes=num_bytes)
 
+    per_group = picture.per_group or 1
     if is_live:
-        return look(room.max_jobs + 1, picture.worker_bytes)
-    found = look(1, max(picture.worker_bytes, room.memory_bytes_free))
+        return look(max(room.max_jobs + 1, per_group), picture.worker_bytes)
+    found = look(per_group, max(picture.worker_bytes, room.memory_bytes_free))
     if all(room.alone(candidate) <= room.memory_bytes_free for candidate in found):
         return found
-    return [*found, *look(1, room.memory_bytes_free)]
+    return [*found, *look(per_group, room.memory_bytes_free)]
 
 
 def _alike(session: Session, picture: Picture, key: str, num_bytes: int, *, is_beside: bool = False) -> list[Candidate]:
@@ -97,7 +108,8 @@ def _alike(session: Session, picture: Picture, key: str, num_bytes: int, *, is_b
     room = picture.room
     is_alone = picture.live_key is None and not is_beside
     such = Such(alike=True, alone=is_alone, recomputes=room.recomputes)
-    return heads.waiting(session, such, now=picture.now, key=key, per_group=room.max_jobs, num_bytes=num_bytes)
+    per_group = room.max_jobs + len(picture.taken) if is_beside else max(room.max_jobs, picture.per_group or 1)
+    return heads.waiting(session, such, now=picture.now, key=key, per_group=per_group, num_bytes=num_bytes)
 
 
 def _holds_suspect(session: Session, trainer_id: str) -> bool:

@@ -9,11 +9,12 @@ that was set back looks the same way and is treated alike.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import Select, and_, exists, or_, select
 from sqlalchemy.orm import Session
 
-from catalog.db import Database, read_clock, skip_locked, upsert
+from catalog.db import Database, clock_column, clock_given, read_clock, skip_locked, upsert
 from catalog.endings import end_attempt
 from catalog.preparation import lose_preparation
 from catalog.states import CLAIMED_STATES, EndReason, JobState
@@ -29,7 +30,7 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
     grace_seconds: the length of a lease. Safe to call from anywhere, at any time, as often as one likes.
     """
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
-        if not _is_needed(session, now=read_clock(session), grace_seconds=grace_seconds):
+        if not _is_needed(session, grace_seconds=grace_seconds):
             return 0
     with db.write() as session:
         now = read_clock(session)
@@ -47,7 +48,8 @@ def observe(db: Database, *, grace_seconds: float) -> None:
     In a transaction of its own: it may wait for the rows of any job, and holds nothing that those wait for.
     """
     with db.read() as session:
-        if not _is_old(session.get(Pulse, 1), now=read_clock(session), grace_seconds=grace_seconds):
+        pulse, now = session.get(Pulse, 1), read_clock(session)
+        if pulse is not None and not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
             return
     with db.write() as session:
         _observe(session, now=read_clock(session), grace_seconds=grace_seconds)
@@ -58,7 +60,7 @@ def _observe(session: Session, *, now: float, grace_seconds: float) -> None:
     if pulse is None:
         upsert(session, Pulse, [{"id": 1, "seen_at": now}])
         return
-    if not _is_old(pulse, now=now, grace_seconds=grace_seconds):
+    if not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
         return
     # Whoever holds the row notes the same. He is waited for only after a gap, since no lease may be missed then.
     may_skip = not _is_gap(pulse, now=now, grace_seconds=grace_seconds)
@@ -76,14 +78,24 @@ def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
     return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
 
 
-def _is_needed(session: Session, *, now: float, grace_seconds: float) -> bool:
-    past = select(Job.id).where(*HELD, Job.lease_expires_at <= now).limit(1)
-    return _is_old(session.get(Pulse, 1), now=now, grace_seconds=grace_seconds) or session.scalar(past) is not None
+def _is_needed(session: Session, *, grace_seconds: float) -> bool:
+    given = clock_given(session)
+    now, seen_at, is_past = session.execute(_leases(is_clock_given=bool(given)), given).one()
+    return is_past or _is_old(seen_at, now=now, grace_seconds=grace_seconds)
 
 
-def _is_old(pulse: Pulse | None, *, now: float, grace_seconds: float) -> bool:
+@cache
+def _leases(*, is_clock_given: bool) -> Select[float, float, bool]:
+    """The time, when the database was last seen to answer, and whether a lease is past."""
+    moment = select(clock_column(is_given=is_clock_given).label("now")).cte("moment")
+    seen_at = select(Pulse.seen_at).where(Pulse.id == 1).scalar_subquery()
+    past = exists().where(*HELD, Job.lease_expires_at <= select(moment.c.now).scalar_subquery())
+    return select(moment.c.now, seen_at, past)
+
+
+def _is_old(seen_at: float | None, *, now: float, grace_seconds: float) -> bool:
     """The pulse is written rarely."""
-    return pulse is None or abs(now - pulse.seen_at) > min(5.0, grace_seconds / 20)
+    return seen_at is None or abs(now - seen_at) > min(5.0, grace_seconds / 20)
 
 
 def _is_gap(pulse: Pulse, *, now: float, grace_seconds: float) -> bool:

@@ -6,23 +6,25 @@ charge it at one time don't wait for each other; a row a worker would do as well
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, Text, bindparam, case, cast, func, select
 from sqlalchemy.orm import Session
 
 from catalog import daily, heads
 from catalog.db import Database, add_if_missing, read_clock
-from catalog.fleet import is_gpu, quantisations_of
+from catalog.fleet import has_gpu, quantisations_on
 from catalog.scheduling import shares
 from catalog.scheduling.picture import Policy, Service, Share
+from catalog.spec import PriorityClass
 from catalog.states import JobState
 from catalog.tables import Attempt, Job, Project, ProjectUsage, Worker
-from catalog.workers import is_live
+from catalog.workers import SILENT_SECONDS
 
 SLOTS = 16
 
@@ -72,9 +74,10 @@ def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> Non
 def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
     """The share of each project that has something in the queue."""
     standing = session.execute(_standings()).all()
-    waiting = {row.project_id for row in standing}
-    used_by = used(session, waiting, now=now, policy=policy)
-    running, held = _running(session, waiting)
+    used_by: defaultdict[str, float] = defaultdict(float)
+    for row in standing:
+        used_by[row.project_id] += 0.0 if row.as_of is None else _left(row, now=now, policy=policy)
+    running, held = _running(session, used_by)
     return {
         row.project_id: Share(
             weight=row.weight,
@@ -87,17 +90,15 @@ def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[s
 
 
 def served(session: Session, *, now: float) -> list[Service]:
-    """What each worker that lives has served."""
-    live = session.scalars(select(Worker).where(is_live(now=now)))
-    return [
-        Service(
-            at=worker.last_served,
-            memory_bytes=worker.memory_bytes,
-            recomputes=is_gpu(worker),
-            can_load=quantisations_of(worker),
-        )
-        for worker in live
-    ]
+    """What workers that live have served: of those alike as one, and of those that have served nothing none."""
+    found: list[Service] = []
+    for memory_bytes, told, *latest in session.execute(_turns(), {"now": now, "since": now - SILENT_SECONDS}):
+        turns = {int(priority): at for priority, at in zip(PriorityClass, latest, strict=True) if at is not None}
+        if turns:
+            devices = json.loads(told)
+            can_load, recomputes = quantisations_on(devices), has_gpu(devices)
+            found.append(Service(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load))
+    return found
 
 
 def _held_by(trainer_id: str | None) -> Select[str]:
@@ -116,7 +117,7 @@ def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], 
     for row in rows:
         if row.project_id in waiting:
             running[row.project_id] += row.number
-            held[row.project_id] += len(row.devices or (None,)) * row.number / beside[row.trainer_id]
+            held[row.project_id] += max(1, row.num_devices or 0) * row.number / beside[row.trainer_id]
     return running, held
 
 
@@ -142,7 +143,7 @@ def _locked(session: Session, project_id: str, worker: Worker | None, *, now: fl
     return row
 
 
-def _left(row: ProjectUsage, *, now: float, policy: Policy) -> float:
+def _left(row: Any, *, now: float, policy: Policy) -> float:
     return shares.decay(row.device_seconds, now - row.as_of, half_life_seconds=policy.half_life_seconds)
 
 
@@ -154,10 +155,13 @@ def used(session: Session, project_ids: Collection[str], *, now: float, policy: 
 
 
 @cache
-def _standings() -> Select[str, float]:
-    """Each project that has something in the queue, and its weight."""
+def _standings() -> Select[*tuple[Any, ...]]:
+    """Each project that has something in the queue, its weight, and what it has had: a line for each of its rows."""
     found = heads.projects(JobState.QUEUED)
-    return select(Project.id.label("project_id"), Project.weight).join(found, found.c.project_id == Project.id)
+    had = (ProjectUsage.device_seconds, ProjectUsage.as_of)
+    standing = select(Project.id.label("project_id"), Project.weight, *had)
+    standing = standing.join(found, found.c.project_id == Project.id)
+    return standing.outerjoin(ProjectUsage, ProjectUsage.project_id == Project.id)
 
 
 @cache
@@ -166,4 +170,16 @@ def _packs() -> Select[*tuple[Any, ...]]:
     number = func.count().label("number")
     packs = select(Job.project_id, Job.trainer_id, Job.worker_id, number).where(Job.state == JobState.RUNNING)
     found = packs.group_by(Job.project_id, Job.trainer_id, Job.worker_id).subquery()
-    return select(found, Worker.devices).outerjoin(Worker, Worker.id == found.c.worker_id)
+    num_devices = func.json_array_length(Worker.devices).label("num_devices")
+    return select(found, num_devices).outerjoin(Worker, Worker.id == found.c.worker_id)
+
+
+@cache
+def _turns() -> Select[*tuple[Any, ...]]:
+    """By memory and devices of workers that live, when each class last had its turn. What a clock that was set back
+    makes later than now says nothing."""
+    devices = cast(Worker.devices, Text)
+    at = (Worker.served_at[str(int(priority))].as_float() for priority in PriorityClass)
+    latest = (func.max(case((each <= bindparam("now"), each))) for each in at)
+    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > bindparam("since"))
+    return select(Worker.memory_bytes, devices, *latest).where(*live).group_by(Worker.memory_bytes, devices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from catalog.scheduling import shares
+from catalog.scheduling import racing, shares
 from catalog.scheduling.packs import Choice, choose_anchor, choose_joiners, choose_pack
 from catalog.scheduling.picture import Picture, Policy
 from catalog.scheduling.turns import Turn, order
@@ -44,6 +44,8 @@ class Decision:
 
     action: Action
     trace: Json
+    in_turn: tuple[str, ...] = ()
+    """Ids of the job that is chosen first and of those in its place, were it and those before taken; see racing.py."""
 
     def why(self, choice: Choice) -> Json:
         """Of one job that was chosen: for its record, and for who asks."""
@@ -84,12 +86,13 @@ def decide(picture: Picture, policy: Policy) -> Decision:
             for project_id in {choice.turn.candidate.project_id for choice in action.choices}
         },
     }
-    return Decision(action=action, trace=trace)
+    after = racing.in_turn(picture, turns, action.choices[0].turn, policy) if action.choices else ()
+    return Decision(action=action, trace=trace, in_turn=after)
 
 
 def turns_of(picture: Picture, policy: Policy) -> list[Turn]:
-    """Each candidate once, first turn first."""
-    once = {candidate.job_id: candidate for candidate in picture.candidates}
+    """Each candidate that nobody has taken once, first turn first."""
+    once = {job.job_id: job for job in picture.candidates if job.job_id not in picture.taken}
     return order(once.values(), picture.now, shares=picture.shares, served=picture.served, policy=policy)
 
 

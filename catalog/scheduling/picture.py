@@ -186,3 +186,7 @@ class Picture:
     """What could be held there, once the trainer has gone."""
     has_suspect: bool = False
     """A job in the live trainer is to train alone."""
+    per_group: int | None = None
+    """Of a project and class, the first so many that fit are here, or all; None: all are."""
+    taken: Collection[str] = ()
+    """Ids of candidates that others have taken since."""

@@ -11,7 +11,13 @@ from tests.architecture.source_files import SourceFile, dotted, source_files
 
 WRITER = "catalog/moves.py"
 PERSONS_VERBS = {"catalog/submission.py", "catalog/jobs.py"}
-WORKERS_VERBS = {"catalog/claims.py", "catalog/preparation.py", "catalog/endings.py", "catalog/recovery.py"}
+WORKERS_VERBS = {
+    "catalog/claims.py",
+    "catalog/taking.py",
+    "catalog/preparation.py",
+    "catalog/endings.py",
+    "catalog/recovery.py",
+}
 BASE_STATES = {"importing", "ready", "failed", "deleted"}
 RAW_SQL = re.compile(r"\bupdate\s+jobs\b|\binsert\s+into\s+jobs\b", re.IGNORECASE)
 

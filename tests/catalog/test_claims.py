@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog import claims, jobs, recovery, workers
+from catalog import claims, jobs, recovery, taking, workers
 from catalog.claims import Orders
 from catalog.errors import StaleClaim
 from catalog.scheduling.decide import Decision, decide
@@ -292,7 +292,7 @@ def test_a_worker_that_is_asked_to_drain_while_it_chooses_takes_nothing(
         workers.request_drain(world.db, "w1")
         return decide(*given)
 
-    monkeypatch.setattr(claims, "decide", decide_then_drain)
+    monkeypatch.setattr(taking, "decide", decide_then_drain)
 
     assert world.claim() == []
     assert world.job(job.id).state == JobState.QUEUED

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from catalog import claims, jobs, needs, queue
+from catalog import claims, jobs, needs, queue, taking
 from catalog.db import Database
 from catalog.scheduling.picture import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Room
 from catalog.states import EndReason
@@ -38,10 +38,10 @@ def test_a_claim_reads_a_part_of_the_queue(world: World) -> None:
     }
 
     for job in (first, submitted):
-        world.flood(job, 2000)
+        world.flood(job, 4000)
     found = {name: rows_read(world.db, look) for name, look in looks.items()}
 
-    assert {name: number for name, number in found.items() if not 0 < number < 1000} == {}
+    assert {name: number for name, number in found.items() if not 0 < number < 2000} == {}
 
 
 @pytest.mark.parametrize("empty_url", ["postgresql"], indirect=True)
@@ -188,16 +188,16 @@ def test_fifty_workers_at_once_each_get_a_job_of_their_own(world: World) -> None
 
 def test_a_worker_whose_choice_others_took_gets_the_next_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.flood(world.queued(), 20)
-    decide: Any = claims._decide
+    decide: Any = taking._choose
     taken: list[str] = []
 
     def decide_too_slowly(*given: Any) -> Any:
         decision = decide(*given)
-        monkeypatch.setattr(claims, "_decide", decide)
+        monkeypatch.setattr(taking, "_choose", decide)
         taken.extend(claim.job.id for _ in range(10) for claim in world.claim("quicker", ONE))
         return decision
 
-    monkeypatch.setattr(claims, "_decide", decide_too_slowly)
+    monkeypatch.setattr(taking, "_choose", decide_too_slowly)
 
     (claim,) = world.claim("slower", ONE)
 
