@@ -3,6 +3,7 @@ with what is true of every address."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
 
 from api.scopes import NEEDED
 from catalog.strict import WITHOUT_NUL
@@ -23,7 +27,8 @@ class Api(FastAPI):
     """
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+        super().__init__(**given, openapi_url=None)  # the framework's own route would make it while all others wait
+        self.add_route("/openapi.json", self._answer, include_in_schema=False)
         self._methods: dict[str, set[str]] = {}
         self._making_document = threading.Lock()
 
@@ -51,6 +56,12 @@ class Api(FastAPI):
                     )
                 )
         return self.openapi_schema
+
+    async def _answer(self, _request: Request) -> Response:
+        return Response(await run_in_threadpool(self._as_json), media_type="application/json")
+
+    def _as_json(self) -> bytes:
+        return json.dumps(self.openapi(), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _finished(document: dict[str, Any]) -> dict[str, Any]:

@@ -41,17 +41,14 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.functions import GenericFunction
 
-from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unavailable
+from catalog.outages import silent, translated
 
 BUSY_SECONDS = 30
-NO_SUCH_TABLE, READ_ONLY, INTERVENED = "42P01", "25006", "57"
-"""SQLSTATEs of PostgreSQL; 57 is the class of what its operator does, such as shutting it down."""
 BRIEF_MILLISECONDS = 100
 IDLE_SECONDS = 1.0
 """A connection that was not used for so long is tried before it is."""
@@ -109,15 +106,13 @@ class Database:
         reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._readers = sessionmaker(reading, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
-        brief = writing.execution_options(lorry_busy_milliseconds=BRIEF_MILLISECONDS)
-        self._brief_writers = sessionmaker(brief, expire_on_commit=False, info=info)
         self._turn = Lock()
 
     @contextmanager
     def read(self) -> Generator[Session]:
         """To write nothing: on SQLite a transaction, on PostgreSQL statements each on its own, which saves two ways to
         the server. Rows stay usable after it has closed."""
-        with _translated(), self._readers.begin() as session:
+        with translated(), self._readers.begin() as session:
             yield session
 
     @contextmanager
@@ -126,8 +121,8 @@ class Database:
 
         Raises Unavailable where the database does not answer or stays locked for 30 s.
         """
-        with self._in_turn(BUSY_SECONDS), _translated(), self._writers.begin() as session:
-            session.connection()  # begins now, not at the first statement
+        with self._in_turn(BUSY_SECONDS) as left, translated(), self._writers.begin() as session:
+            session.connection(execution_options=left)  # begins now, not at the first statement
             yield session
             if LAST in session.info:
                 session.info[LAST](session)
@@ -135,23 +130,25 @@ class Database:
     @contextmanager
     def write_briefly(self) -> Generator[Session]:
         """As `write`, for what may as well be left out: waits for no lock longer than a tenth of a second."""
-        with self._in_turn(BRIEF_MILLISECONDS / 1000), _translated(), self._brief_writers.begin() as session:
-            session.connection()
+        with self._in_turn(BRIEF_MILLISECONDS / 1000) as left, translated(), self._writers.begin() as session:
+            session.connection(execution_options=left)
             if not self.is_sqlite:
                 session.execute(text(f"set local lock_timeout = {BRIEF_MILLISECONDS}"))
             yield session
 
     @contextmanager
-    def _in_turn(self, seconds: float) -> Generator[None]:
-        """SQLite's writers of one process queue here. By themselves they sleep and try again, for longer each time, so
-        that of many some wait for seconds while others come and go; with those of other processes they still do."""
+    def _in_turn(self, seconds: float) -> Generator[dict[str, Any]]:
+        """SQLite's writers of one process go one at a time, in no order. By themselves they sleep and try again, for
+        longer each time, so that of many some wait for seconds while others come and go; with those of other processes
+        they still do, for what is left of `seconds`. Gives what the connection is to be told of that."""
         if not self.is_sqlite:
-            yield
+            yield {}
             return
+        until = time.monotonic() + seconds
         if not self._turn.acquire(timeout=seconds):
-            raise _silent()
+            raise silent()
         try:
-            yield
+            yield {"lorry_busy_milliseconds": max(1, int((until - time.monotonic()) * 1000))}
         finally:
             self._turn.release()
 
@@ -167,7 +164,7 @@ class Database:
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to `revision`. Safe to call from several processes at once."""
         config = alembic_config(self.url)
-        with _translated(), self.schema_connection() as connection:
+        with translated(), self.schema_connection() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
 
@@ -272,7 +269,7 @@ def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mappin
     if not rows:
         return
     key = [column.name for column in table.__mapper__.primary_key]
-    module = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    module = sqlite if is_sqlite(session) else postgresql
     for row in rows:
         insert = module.insert(table).values(dict(row))
         changed = {name: insert.excluded[name] for name in row if name not in key}
@@ -300,7 +297,7 @@ def _adding(table: Table, key: tuple[str, ...], added: tuple[str, ...], for_sqli
 
 def add_if_missing(session: Session, table: type[DeclarativeBase], row: Mapping[str, Any]) -> None:
     """Insert the row, unless one with its primary key is there or is being inserted: that is waited for."""
-    module = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    module = sqlite if is_sqlite(session) else postgresql
     session.execute(module.insert(table).values(dict(row)).on_conflict_do_nothing())
 
 
@@ -378,51 +375,3 @@ def _begin_sqlite(connection: Any) -> None:
 def _foreign_keys(connection: Connection, *, enforced: bool) -> None:
     driver: Any = connection.connection.driver_connection  # the pragma does nothing inside a transaction
     driver.execute(f"PRAGMA foreign_keys={'ON' if enforced else 'OFF'}")
-
-
-@contextmanager
-def _translated() -> Generator[None]:
-    try:
-        yield
-    except (DBAPIError, PoolTimeout, UnicodeEncodeError, OverflowError) as error:
-        refusal = _refusal(error)
-        if refusal is None:
-            raise
-        raise refusal from error
-
-
-def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowError) -> LorryError | None:
-    """What a person is told; None where the fault is ours."""
-    if "disk is full" in str(error) or "No space left" in str(error):
-        return OutOfSpace(
-            "The disk that holds the database is full.",
-            code="disk_full",
-            remedy="Nothing was changed. Free some space on the server, then try again.",
-        )
-    sqlstate = str(getattr(error.orig, "sqlstate", None)) if isinstance(error, DBAPIError) else ""
-    if sqlstate == NO_SUCH_TABLE or "no such table" in str(error):
-        return Unavailable(
-            "The database has not been set up.",
-            code="database_not_set_up",
-            remedy="Make its tables: python -m api bootstrap.",
-        )
-    if isinstance(error, DataError | UnicodeEncodeError | OverflowError):
-        return InvalidRequest(
-            "The request holds a value that can't be stored: a NUL or half a character, or a number that is too large.",
-            code="unstorable_value",
-            remedy="Leave that character or number out.",
-        )
-    if isinstance(error, DBAPIError):
-        is_outage = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
-        is_outage = is_outage or sqlstate == READ_ONLY or sqlstate.startswith(INTERVENED)
-        if not is_outage:
-            return None
-    return _silent()
-
-
-def _silent() -> Unavailable:
-    return Unavailable(
-        "The database does not answer.",
-        code="database_unavailable",
-        remedy="Try again in a few seconds; with an Idempotency-Key nothing is done twice.",
-    )

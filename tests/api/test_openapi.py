@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -71,6 +74,28 @@ def test_only_who_asks_for_the_document_waits_for_it(app: FastAPI, client: TestC
 
     assert answers == [200, 400, 404, 405]
     assert app.openapi_schema is None
+
+
+def test_while_the_document_is_made_others_are_answered(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_in: list[threading.Thread] = []
+    make = app.openapi
+
+    def noting() -> dict[str, Any]:
+        made_in.append(threading.current_thread())
+        return make()
+
+    monkeypatch.setattr(app, "openapi", noting)
+
+    async def ask() -> threading.Thread:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            assert (await client.get("/openapi.json")).json()["paths"]
+        return threading.current_thread()
+
+    serving = asyncio.run(ask())
+
+    assert made_in
+    assert serving not in made_in
 
 
 def test_every_refusal_is_in_openais_shape(app: FastAPI) -> None:

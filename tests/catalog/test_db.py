@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psycopg
 import pytest
-from sqlalchemy import QueuePool, select, text
+from sqlalchemy import QueuePool, event, select, text
 
 from catalog import projects
-from catalog.db import Database, read_clock, serialise, upsert
+from catalog.db import Database, read_clock, serialise, serialised_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 from catalog.tables import MetricBlock, Organization, Pulse
 from tests.catalog.world import World, request
@@ -72,6 +72,25 @@ def test_what_is_serialised_by_name_runs_one_after_another(db: Database) -> None
         list(pool.map(enter, range(24)))
 
     assert inside == ["in", "out"] * 24
+
+
+def test_the_time_is_told_once_nobody_is_waited_for(database_url: str) -> None:
+    database = Database(database_url)  # by its own clock
+
+    def enter() -> float:
+        with database.write() as session:
+            return serialised_at(session, "one at a time")
+
+    with ThreadPoolExecutor() as pool:
+        with database.write() as session:
+            serialise(session, "one at a time")
+            waiting = pool.submit(enter)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            last = read_clock(session)
+        assert waiting.result(timeout=30) >= last
+
+    database.close()
 
 
 def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World) -> None:
@@ -139,6 +158,38 @@ def test_postgresql_compiles_no_question(shared_postgres_url: str) -> None:
     with database.read() as session:
         assert session.scalar(text("show jit")) == "off"
 
+    database.close()
+
+
+def test_who_waited_for_the_turn_waits_the_less_for_another_process(
+    tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+    told: list[int] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "busy_timeout" in statement:
+            told.append(int(statement.rpartition("=")[2]))
+
+    event.listen(database.engine, "before_cursor_execute", note)
+
+    def enter() -> None:
+        with database.write():
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        with database.write():
+            waiting = pool.submit(enter)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+        waiting.result(timeout=30)
+    with database.write_briefly():
+        pass
+
+    at_once, after_the_other, briefly = told
+    assert after_the_other < at_once - 400 <= 30_000 - 400
+    assert 0 < briefly <= 100
     database.close()
 
 

@@ -27,14 +27,16 @@ export function Lineage({ record, error, adapter }) {
 /** What a reviewer asks first: from what, on what, by whom, how often, with what result. */
 function summary({ job, base, data, attempts, results, code, people }) {
   const digest = (value) => html`<code class="soft" title=${value}>${format.short(value, DIGEST_LENGTH)}</code>`;
-  const mates = attempts.at(-1)?.num_packmates;
+  const last = attempts.at(-1);
+  const mates = last?.num_packmates ?? last?.packmates?.length; // the latter in older records
+  const beside = mates === undefined ? "" : mates ? `, together with ${format.plural(mates, "other job")}` : ", alone";
   return [
     ["Made by", html`<a href=${link.job(job)}>${job}</a>`],
     ["On the base", html`${base.name}${base.source && `, ${base.source}`}${base.revision && ` at ${base.revision}`} ${digest(base.digest)}`],
     ["Its licence", base.license],
     ...data.map((source) => [source.role === "training" ? "Trained on" : "Measured on", html`<${FileName} id=${source.file} />, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
     ["Asked for", html`<time datetime=${people.requested_at}>${format.absolute(Date.parse(people.requested_at) / 1000)}</time>`],
-    ["Attempts", `${format.count(attempts.length)}, the last on ${attempts.at(-1)?.worker}${mates ? `, together with ${format.plural(mates, "other job")}` : ", alone"}`],
+    ["Attempts", `${format.count(attempts.length)}, the last on ${last?.worker}${beside}`],
     ["Came to", `${format.plural(results.steps, "step")}, ${format.count(results.trained_tokens)} tokens`],
     ["Repeatable", leaf(results.determinism)],
     ["By the code", Object.entries(code).map(([name, version]) => `${name} ${version}`).join(", ")],

@@ -1,0 +1,62 @@
+"""A database's errors in a person's words: an outage, a full disk, a value that can't be stored. Others are ours."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unavailable
+
+NO_SUCH_TABLE, READ_ONLY, INTERVENED = "42P01", "25006", "57"
+"""SQLSTATEs of PostgreSQL; 57 is the class of what its operator does, such as shutting it down."""
+
+
+@contextmanager
+def translated() -> Generator[None]:
+    try:
+        yield
+    except (DBAPIError, PoolTimeout, UnicodeEncodeError, OverflowError) as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowError) -> LorryError | None:
+    """What a person is told; None where the fault is ours."""
+    if "disk is full" in str(error) or "No space left" in str(error):
+        return OutOfSpace(
+            "The disk that holds the database is full.",
+            code="disk_full",
+            remedy="Nothing was changed. Free some space on the server, then try again.",
+        )
+    sqlstate = str(getattr(error.orig, "sqlstate", None)) if isinstance(error, DBAPIError) else ""
+    if sqlstate == NO_SUCH_TABLE or "no such table" in str(error):
+        return Unavailable(
+            "The database has not been set up.",
+            code="database_not_set_up",
+            remedy="Make its tables: python -m api bootstrap.",
+        )
+    if isinstance(error, DataError | UnicodeEncodeError | OverflowError):
+        return InvalidRequest(
+            "The request holds a value that can't be stored: a NUL or half a character, or a number that is too large.",
+            code="unstorable_value",
+            remedy="Leave that character or number out.",
+        )
+    if isinstance(error, DBAPIError):
+        is_outage = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+        is_outage = is_outage or sqlstate == READ_ONLY or sqlstate.startswith(INTERVENED)
+        if not is_outage:
+            return None
+    return silent()
+
+
+def silent() -> Unavailable:
+    return Unavailable(
+        "The database does not answer.",
+        code="database_unavailable",
+        remedy="Try again in a few seconds; with an Idempotency-Key nothing is done twice.",
+    )

@@ -1,0 +1,51 @@
+"""Endpoints that wait run in a thread, and nothing else of their request does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import fastapi.routing
+import httpx
+import pytest
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from api.routing import Router
+from catalog import audit
+from catalog.audit import Actor, Origin
+
+
+class Answer(BaseModel):
+    thread: int
+    actor: str | None
+
+
+def test_an_endpoint_that_waits_costs_one_way_to_a_thread_and_knows_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the framework goes to a thread by itself")
+
+    monkeypatch.setattr(fastapi.routing, "run_in_threadpool", refuse)
+    app, router = FastAPI(), Router(prefix="/things")
+
+    def thing(name: str) -> Answer:
+        return Answer(thread=threading.get_ident(), actor=f"{name} by {audit.actor_id()}")
+
+    async def things() -> Answer:
+        return Answer(thread=threading.get_ident(), actor=None)
+
+    router.add_api_route("/{name}", thing)
+    router.add_api_route("", things)
+    app.include_router(router)
+
+    async def ask(path: str) -> dict[str, Any]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            with audit.coming_from(Origin(request_id="req_1", address=None)):
+                audit.actor_is(Actor(type="api_key", id="key-1", name="one"))
+                return (await client.get(path)).json()
+
+    waiting, quick = asyncio.run(ask("/things/a")), asyncio.run(ask("/things"))
+
+    assert waiting["thread"] != threading.get_ident() == quick["thread"]
+    assert waiting["actor"] == "a by key-1"
