@@ -38,6 +38,5 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("httpx").setLevel(
-        logging.WARNING
-    )  # it would tell each address, and a webhook's may hold a secret
+    # It would tell each address, and a webhook's may hold a secret.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
