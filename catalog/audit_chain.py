@@ -7,6 +7,7 @@ whoever changes anything else. Until then an event is in the table, and not yet 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -186,10 +187,19 @@ def _without_nulls(told: Json) -> Json:
 
 
 def _within_json(value: Any) -> Any:
-    """Numbers as text that RFC 8785 has no form for: whatever was noted can be sealed, and what follows it."""
+    """As text what RFC 8785 has no form for: large numbers, those that are none, and halves of a surrogate pair.
+    Whatever was noted can be sealed, and what follows it."""
     if isinstance(value, dict):
-        return {name: _within_json(inner) for name, inner in cast(Json, value).items()}
+        return {_well_formed(name): _within_json(inner) for name, inner in cast(Json, value).items()}
     if isinstance(value, list):
         return [_within_json(inner) for inner in cast(list[Any], value)]
-    is_beyond = isinstance(value, int) and abs(value) > LARGEST
+    if isinstance(value, str):
+        return _well_formed(value)
+    is_beyond = (isinstance(value, int) and abs(value) > LARGEST) or (
+        isinstance(value, float) and not math.isfinite(value)
+    )
     return str(value) if is_beyond else value
+
+
+def _well_formed(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from catalog import (
 from catalog.audit import Actor, Filters, Origin
 from catalog.db import Database
 from catalog.errors import Conflict
-from catalog.tables import AuditEvent, AuditHead
+from catalog.tables import AuditEvent, AuditHead, Json
 from lorry import audit_chain as offline
 from tests.catalog.world import PEPPER, World
 
@@ -368,6 +369,29 @@ def test_a_number_that_canonical_json_cannot_hold_is_sealed_as_text_and_keeps_no
 
     *_, limited, _ = exported = list(audit_chain.lines(world.db))
     assert limited["details"] == {"limits": {"stored_bytes": "9007199254740992", "queued_jobs": 5}}
+    assert len(exported) == len(events(world.db))
+    assert (audit_chain.check(world.db).misfit, offline.check(exported).misfit) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("noted", "told"),
+    [
+        ({"name": "a\ud83d", "in": [["\udc00b"]]}, {"name": "a\\ud83d", "in": [["\\udc00b"]]}),
+        ({"\ud800": "😀"}, {"\\ud800": "😀"}),
+        ({"weight": math.nan, "in": [math.inf, -math.inf, 1e300]}, {"weight": "nan", "in": ["inf", "-inf", 1e300]}),
+    ],
+)
+def test_no_event_keeps_those_behind_it_from_the_chain(world: World, noted: Json, told: Json) -> None:
+    if "weight" in noted and not world.db.is_sqlite:
+        pytest.skip("PostgreSQL stores no number that is none")
+    with world.db.write() as session:
+        audit.note(session, "project.updated", now=world.clock.now, object_id="x", project_id=None, details=noted)
+    projects.create(world.db, "new")
+
+    audit_chain.seal(world.db)
+
+    *_, bad, _ = exported = list(audit_chain.lines(world.db))
+    assert bad["details"] == told
     assert len(exported) == len(events(world.db))
     assert (audit_chain.check(world.db).misfit, offline.check(exported).misfit) == (None, None)
 
