@@ -246,7 +246,7 @@ def clock_column(*, is_given: bool) -> ColumnElement[float]:
 
 def serialise(session: Session, name: str, *, shared: bool = False) -> None:
     """Until this transaction ends, others that name the same thing wait; those that share it wait only for one that
-    does not. SQLite has one writer anyway."""
+    does not. SQLite has one writer anyway. Within `read` it holds nothing: PostgreSQL's statements are alone there."""
     if not is_sqlite(session):
         lock = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
         session.execute(text(f"select {lock}(:number)"), {"number": _number(name)})

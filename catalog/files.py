@@ -53,7 +53,7 @@ def create(
     """
     content = Blob(digest=digest, num_bytes=num_bytes)
     with db.read() as session:  # what would be refused isn't stored
-        quotas.check_stored(session, project_id, num_bytes, now=read_clock(session))
+        quotas.look_stored(session, project_id, num_bytes, now=read_clock(session))
     file = stored(
         store,
         project_id=project_id,

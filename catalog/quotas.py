@@ -7,12 +7,12 @@ the jobs of a project that trains as many as it may, or has used up its month. R
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import audit, daily, projects
@@ -108,28 +108,50 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
             raise _exceeded(project, standing, now=now)
 
 
+def look_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
+    """Whether so many bytes more would be refused as things are. `check_stored` alone makes sure of it."""
+    project = session.get_one(Project, project_id)
+    if project.max_stored_bytes is not None:
+        _check_stored(session, project, project.max_stored_bytes, num_bytes, now=now)
+
+
 def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
     """So many bytes more, in the transaction that stores them. Deleting makes room at once, though bytes leave the disk
     later: what is there and what is leaving come to twice the limit at most. Raises QuotaExceeded."""
     project = session.get_one(Project, project_id)
-    if project.max_stored_bytes is None:
-        return
-    serialise(session, f"quota {project.id}")
+    if project.max_stored_bytes is not None:
+        serialise(session, f"quota {project.id}")
+        _check_stored(session, project, project.max_stored_bytes, num_bytes, now=now)
+
+
+def _check_stored(session: Session, project: Project, most: int, num_bytes: int, *, now: float) -> None:
     standing = _standing(session, project, "stored_bytes", now=now)
-    if standing.used + num_bytes > project.max_stored_bytes:
+    if standing.used + num_bytes > most:
         raise _exceeded(project, standing, now=now, num_more=num_bytes)
-    leaving, until = _leaving(session, project_id, now=now)
-    if standing.used + leaving + num_bytes > 2 * project.max_stored_bytes:
-        raise _exceeded(project, replace(standing, resets_at=until), now=now, num_more=num_bytes, num_leaving=leaving)
+    each = _leaving(project.id, now=now).subquery()
+    num_leaving = int(session.scalar(select(func.sum(each.c.num_bytes))) or 0)
+    num_beyond = int(standing.used) + num_leaving + num_bytes - 2 * most
+    if num_beyond > 0:
+        leaving = [(row.num_bytes, row.at) for row in session.execute(_leaving(project.id, now=now))]
+        told = replace(standing, resets_at=enough_at(leaving, num_beyond, now=now))
+        raise _too_many_leaving(project, told, now=now, num_more=num_bytes, num_leaving=num_leaving)
 
 
-def _leaving(session: Session, project_id: str, *, now: float) -> tuple[int, float | None]:
-    """Bytes of deleted files that may be on the disk still, and when the first of them are not."""
+def enough_at(leaving: Iterable[tuple[int, float]], num_needed: int, *, now: float) -> float | None:
+    """When so much has left, of what leaves each by a time of its own; None: not by itself, or nobody knows when."""
+    num_left = 0
+    for number, at in sorted(leaving, key=lambda one: one[1]):
+        num_left += number if at > now else 0  # what should have left by now may stay as long again
+        if num_left >= num_needed:
+            return at
+    return None
+
+
+def _leaving(project_id: str, *, now: float) -> Select[int, float]:
+    """Bytes of deleted files that may be on the disk still, and by when they are not."""
     gone = (File.project_id == project_id, File.deleted_at > now - LEAVING_SECONDS)
-    found = select(File.digest, File.num_bytes, func.min(File.deleted_at).label("at")).where(*gone)
-    each = found.group_by(File.digest, File.num_bytes).subquery()
-    row = session.execute(select(func.sum(each.c.num_bytes), func.min(each.c.at))).one()
-    return int(row[0] or 0), None if row[1] is None else row[1] + LEAVING_SECONDS
+    by_when = func.max(File.deleted_at) + LEAVING_SECONDS
+    return select(File.num_bytes, by_when.label("at")).where(*gone).group_by(File.digest, File.num_bytes)
 
 
 def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, Standing]:
@@ -242,17 +264,32 @@ def _count(session: Session, project_id: str, *states: JobState, most: float | N
     return found
 
 
-def _exceeded(
-    project: Project, standing: Standing, *, now: float, num_more: int = 0, num_leaving: int = 0
-) -> QuotaExceeded:
+def _exceeded(project: Project, standing: Standing, *, now: float, num_more: int = 0) -> QuotaExceeded:
     used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
     more = f", and this would be {num_more:,} more" if num_more else ""
-    more += f" beside {num_leaving:,} of deleted files, which leave the disk within two days" if num_leaving else ""
     resets = f" It begins anew at {_moment(standing.resets_at)}." if standing.resets_at is not None else ""
+    message = f"The project {project.name!r} may have {standing.said()}; it has {used}{more}.{resets}"
+    return _refusal(project, standing, message, REMEDIES[standing.name], now=now)
+
+
+def _too_many_leaving(
+    project: Project, standing: Standing, *, now: float, num_more: int, num_leaving: int
+) -> QuotaExceeded:
+    """Bytes that were deleted stand in the way: deleting more would not help."""
+    message = (
+        f"The project {project.name!r} may have {standing.said()}, and twice as many with those that were deleted and "
+        f"are on the disk still; it has {standing.used:,.0f} and {num_leaving:,} of deleted files, and this would be "
+        f"{num_more:,} more."
+    )
+    by_when = "" if standing.resets_at is None else f": by {_moment(standing.resets_at)} enough of them have left"
+    return _refusal(project, standing, message, f"Wait for the daily cleaning{by_when}.", now=now)
+
+
+def _refusal(project: Project, standing: Standing, message: str, remedy: str, *, now: float) -> QuotaExceeded:
     return QuotaExceeded(
-        f"The project {project.name!r} may have {standing.said()}; it has {used}{more}.{resets}",
+        message,
         code="quota_exceeded",
-        remedy=f"{REMEDIES[standing.name]} An operator can raise the limit: lorry projects limit {project.name}.",
+        remedy=f"{remedy} An operator can raise the limit: lorry projects limit {project.name}.",
         retry_after_seconds=math.inf if standing.resets_at is None else standing.resets_at - now,
         quota={
             "name": standing.name,

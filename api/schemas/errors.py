@@ -11,7 +11,9 @@ class QuotaReached(BaseModel):
     name: str
     limit: float
     used: float
-    resets_at: int | None = Field(description="When it begins anew, in seconds since 1970; null: not by itself.")
+    resets_at: int | None = Field(
+        description="When it begins anew or enough of it is free, in seconds since 1970; null: not by itself."
+    )
 
 
 class ErrorBody(BaseModel):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from catalog import adapters, audit, files, jobs, queue, quotas
 from catalog.artifacts.store import open_store
@@ -184,10 +185,31 @@ def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(w
         _upload(world, 601)
     _upload(world, 600)
 
-    assert "beside 1,400 of deleted files" in refusal.value.message
+    assert "it has 0 and 1,400 of deleted files, and this would be 601 more" in refusal.value.message
+    assert "anew" not in refusal.value.message
+    assert refusal.value.remedy.startswith("Wait for the daily cleaning: by ")
     assert 0 < refusal.value.retry_after_seconds <= quotas.LEAVING_SECONDS
     world.clock.turn(quotas.LEAVING_SECONDS)
     _upload(world, 400)
+
+
+def test_a_refusal_for_bytes_that_are_leaving_tells_by_when_enough_have(world: World) -> None:
+    limit(world, stored_bytes=1000)
+    start = world.clock.now
+    for seconds, (num_bytes, content) in enumerate([(900, "a"), (100, "b"), (900, "a"), (300, "c")]):
+        world.clock.now = start + seconds
+        file_id = _upload(world, num_bytes, content=content)
+        files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
+
+    leave_at: list[float] = []
+    for num_bytes in (800, 1000):
+        with pytest.raises(QuotaExceeded) as refusal:
+            _upload(world, num_bytes)
+        leave_at.append(world.clock.now + refusal.value.retry_after_seconds - quotas.LEAVING_SECONDS)
+
+    assert leave_at == pytest.approx(
+        [start + 1, start + 2], rel=0, abs=0.5
+    )  # of b; and of a, which was there once more
 
 
 def test_the_same_bytes_deleted_again_and_again_lie_on_the_disk_once(world: World) -> None:
@@ -209,6 +231,26 @@ def test_a_file_beyond_what_a_project_may_store_leaves_nothing_in_the_store(worl
         files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **told)
 
     assert list(store.objects.list_all("blobs")) == []
+
+
+def test_a_first_look_at_what_is_stored_waits_for_nobody(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PostgreSQL it would hold nothing for its waiting: a lock ends with its statement there."""
+    limit(world, stored_bytes=1000)
+    spooled, locked = tmp_path / "spooled", list[str]()
+    spooled.write_bytes(b"four")
+    store = open_store(Settings(data_dir=tmp_path))
+    told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "num_bytes": 4, "digest": sha("four")}
+
+    def noted(session: Session, name: str) -> None:
+        locked.append(name)
+        assert session.connection().get_execution_options().get("lorry_immediate"), "not in a writing transaction"
+
+    monkeypatch.setattr(quotas, "serialise", noted)
+    files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **told)
+
+    assert locked == [f"quota {world.caller.project_id}"]
 
 
 def test_what_a_job_made_is_stored_though_the_limit_is_reached(world: World) -> None:
