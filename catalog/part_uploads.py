@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from catalog import audit, files, quotas
 from catalog.artifacts.store import ArtifactStore, Blob
+from catalog.daily import DAY_SECONDS
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, QuotaExceeded, TooLarge, Unavailable
 from catalog.joining import joined, one_of_few
@@ -36,6 +37,7 @@ SPARE_BYTES = 2**20
 """What an upload may hold in parts in any case: twice what was announced, else. Parts may come cut in another way."""
 JOIN_LEASE_SECONDS = 900.0
 Status = Literal["pending", "completed", "cancelled", "expired"]
+OpenLimit = Literal["open_uploads", "open_upload_bytes"]
 _KEPT_PARTS = "What was sent in parts counts until it leaves the disk, within two days."
 _BEGIN_ANEW = "Begin a new upload, and send its parts again."
 
@@ -170,7 +172,8 @@ def complete(
                 files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
                 session.flush()  # the file's row goes first: the upload refers to it
                 upload.file_id, upload.completing_until = file.id, None
-                upload.part_bytes = max(0, upload.part_bytes - upload.num_bytes)
+                if file.digest in {part.digest for part in parts}:  # the one part, whose bytes are the file's now
+                    upload.part_bytes -= upload.num_bytes
                 return UploadView(upload=upload, status="completed", file=file)
         except LorryError:
             _end_lease(db, upload_id)
@@ -300,24 +303,39 @@ def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings
     num_bytes_of = case(
         (and_(is_open, Upload.num_bytes > Upload.part_bytes), Upload.num_bytes), else_=Upload.part_bytes
     )
-    sums = select(
-        func.count().filter(is_open),
-        func.coalesce(func.sum(num_bytes_of), 0),
-        func.min(Upload.expires_at).filter(is_open),
-    ).where(Upload.project_id == project_id, COUNTED)
-    count, held, first_end = session.execute(sums).one()
-    for name, used, more, most in (
-        ("open_uploads", count, 1, settings.max_open_uploads),
-        ("open_upload_bytes", int(held), num_bytes, settings.max_open_upload_bytes),
-    ):
-        if used + more > most:
-            raise QuotaExceeded(
-                f"The project may have {most:,} {name.replace('_', ' ')} at once, and has {used:,}.",
-                code="too_many_open_uploads",
-                remedy=f"Complete or cancel some; one that is left alone ends after an hour. {_KEPT_PARTS}",
-                retry_after_seconds=(first_end or math.inf) - now,
-                quota={"name": name, "limit": most, "used": used, "resets_at": first_end and int(first_end)},
-            )
+    sums = select(func.count().filter(is_open), func.coalesce(func.sum(num_bytes_of), 0))
+    count, held = session.execute(sums.where(Upload.project_id == project_id, COUNTED)).one()
+    if count + 1 > settings.max_open_uploads:
+        raise _too_many(
+            session, project_id, "open_uploads", used=count, more=1, most=settings.max_open_uploads, now=now
+        )
+    most = settings.max_open_upload_bytes
+    if held + num_bytes > most:
+        raise _too_many(session, project_id, "open_upload_bytes", used=int(held), more=num_bytes, most=most, now=now)
+
+
+def _too_many(
+    session: Session, project_id: str, name: OpenLimit, *, used: int, more: int, most: int, now: float
+) -> QuotaExceeded:
+    counted = session.scalars(select(Upload).where(Upload.project_id == project_id, COUNTED))
+    leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
+    free_at = quotas.enough_at(leaving, used + more - most, now=now)
+    return QuotaExceeded(
+        f"The project may have {most:,} {name.replace('_', ' ')} at once, and has {used:,}.",
+        code="too_many_open_uploads",
+        remedy=f"Complete or cancel some; one that is left alone ends after an hour. {_KEPT_PARTS}",
+        retry_after_seconds=math.inf if free_at is None else free_at - now,
+        quota={"name": name, "limit": most, "used": used, "resets_at": None if free_at is None else int(free_at)},
+    )
+
+
+def _leaving(upload: Upload, name: OpenLimit, *, now: float) -> list[tuple[int, float]]:
+    """How much of the upload leaves by itself, and by when: its parts with a cleaning, which is a day after another."""
+    is_open = status(upload, now=now) == "pending"
+    if name == "open_uploads":
+        return [(1, upload.expires_at)] if is_open else []
+    parts = (upload.part_bytes, upload.expires_at + KEPT_SECONDS + DAY_SECONDS)
+    return [(max(0, upload.num_bytes - upload.part_bytes), upload.expires_at), parts] if is_open else [parts]
 
 
 def _check_room(session: Session, upload: Upload, content: Blob, settings: Settings) -> None:

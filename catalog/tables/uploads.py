@@ -25,7 +25,7 @@ class Upload(Table):
     num_bytes: Mapped[int]
     """That were announced: its parts must hold so many."""
     part_bytes: Mapped[int] = mapped_column(server_default="0")
-    """Bytes of its parts that lie in the store, where its file is made without those of the file."""
+    """Bytes of its parts that lie in the store, without those of a part that is the whole file."""
     lifetime_seconds: Mapped[int | None]
     """Of the file; None: it stays until it is deleted."""
     file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import select
 
 from catalog import cleaning, files, joining, part_uploads, quotas
+from catalog.daily import DAY_SECONDS
 from catalog.errors import (
     Conflict,
     InvalidRequest,
@@ -247,6 +249,53 @@ def test_parts_count_until_they_are_cleaned_whatever_became_of_their_upload(send
     sender.begin(1_000)
 
 
+def test_parts_that_were_joined_count_beside_their_file_and_the_one_that_is_the_file_does_not(sender: Sender) -> None:
+    joined_id, whole_id, repeated_id = (
+        sender.begin(len(ONE + TWO)),
+        sender.begin(len(THREE)),
+        sender.begin(3 * len(ONE)),
+    )
+    parts = [sender.part(joined_id, content) for content in (ONE, TWO)]
+    whole, repeated = sender.part(whole_id, THREE), sender.part(repeated_id, ONE)
+    sender.part(repeated_id, b"unnamed")
+
+    sender.complete(joined_id, *parts)
+    sender.complete(whole_id, whole)
+    sender.complete(repeated_id, repeated, repeated, repeated)
+
+    held = {upload_id: part_bytes(sender, upload_id) for upload_id in (joined_id, whole_id, repeated_id)}
+    assert held == {joined_id: len(ONE + TWO), whole_id: 0, repeated_id: len(ONE + b"unnamed")}
+
+
+def test_a_refusal_tells_when_enough_leaves_by_itself(sender: Sender) -> None:
+    """Not when the first upload ends, which may free nothing."""
+    start, hour = int(sender.world.clock.now), part_uploads.OPEN_SECONDS
+    cleaned = hour + part_uploads.KEPT_SECONDS + DAY_SECONDS
+    sender.settings = Settings(data_dir=sender.folder, max_open_uploads=4, max_open_upload_bytes=1_000)
+    over = sender.begin(400)
+    sender.part(over, b"x" * 400)
+    sender.cancel(over)
+    sender.world.clock.turn(60)
+    sender.part(sender.begin(300), b"y" * 100)
+    sender.world.clock.turn(60)
+    sender.begin(300)
+
+    assert [resets_at(sender, num_bytes) for num_bytes in (200, 201, 500, 501, 900, 901, 1_001)] == [
+        start + 60 + hour,
+        start + 120 + hour,
+        start + 120 + hour,
+        start + cleaned,
+        start + cleaned,
+        start + 60 + cleaned,
+        None,
+    ]
+    sender.settings = sender.settings.model_copy(update={"max_open_uploads": 1})
+    assert resets_at(sender, 1) == start + 120 + hour, "of two that are open both must end"
+    sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
+    sender.world.clock.turn(cleaned)
+    assert resets_at(sender, 900) is None, "nothing was cleaned in its time"
+
+
 def test_a_completion_beyond_what_the_project_may_store_stores_nothing(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE + TWO))
     parts = sender.part(upload_id, ONE), sender.part(upload_id, TWO)
@@ -370,6 +419,19 @@ def test_cleaning_keeps_the_parts_of_open_uploads_and_drops_those_of_others(send
     cleaning.let_go(sender.world.db)
     assert rows(sender, Upload) == 0
     assert len(sender.made()) == 1
+
+
+def resets_at(sender: Sender, num_bytes: int) -> float | None:
+    with pytest.raises(QuotaExceeded) as refused:
+        sender.begin(num_bytes)
+    told, waits = refused.value.quota["resets_at"], refused.value.retry_after_seconds
+    assert waits == math.inf if told is None else told == int(sender.world.clock.now + waits)
+    return told
+
+
+def part_bytes(sender: Sender, upload_id: str) -> int:
+    with sender.world.db.read() as session:
+        return session.get_one(Upload, upload_id).part_bytes
 
 
 def blobs(sender: Sender) -> set[str]:
