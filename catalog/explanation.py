@@ -121,7 +121,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     parts = (
         _left_for(facts["preemption"]),
         _queue_sentence(job, mine, ahead, residents),
-        _room_is_made(job, now=now, policy=policy),
+        _room_is_made(mine),
         deadlines.sentence(job, now),
         shares.sentence(share),
     )
@@ -163,8 +163,8 @@ def _class_name(counts_as: int) -> str:
     return PriorityClass(counts_as).name if counts_as >= 0 else "above urgent"
 
 
-def _room_is_made(job: Job, *, now: float, policy: Policy) -> str | None:
-    if job.room_asked_at is None or now - job.room_asked_at > policy.ask_again_seconds:
+def _room_is_made(mine: Turn) -> str | None:
+    if not mine.is_made_room_for:
         return None
     return "Jobs of lower classes were asked to make room for it: they save a checkpoint first."
 
@@ -223,10 +223,16 @@ def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], residents: list[Res
     if takers:
         near_plateau = [saturation.explained(resident.saturation) for resident in takers]
         why = near_plateau[0] if all(near_plateau) else None
-        return f"{place} {why or 'Its base is loaded: it joins as soon as there is room.'}"
+        return f"{place} {why or _joins(ahead)}"
     if any(resident.base_digest is None for resident in residents):
         return place if ahead else "It is first in the queue and waits for a worker to have room."
     return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"
+
+
+def _joins(ahead: list[Turn]) -> str:
+    if any(turn.is_made_room_for for turn in ahead):
+        return "Its base is loaded, but room is being made for a job ahead of it, and nobody joins before that one."
+    return "Its base is loaded: it joins as soon as there is room."
 
 
 def _other_trainer(job: Job, of_its_base: list[Resident]) -> str:
@@ -239,6 +245,8 @@ def _other_trainer(job: Job, of_its_base: list[Resident]) -> str:
 
 
 def _patience(mine: Turn) -> str:
+    if mine.is_made_room_for:
+        return "No job behind it joins what is loaded before it trains."
     if mine.waited_seconds < PATIENCE_SECONDS:
         return f"Jobs that can join what is loaded may go first for {PATIENCE_SECONDS:.0f} s at most."
     return "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."

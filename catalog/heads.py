@@ -198,6 +198,6 @@ def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
         place=row.place,
         queued_at=row.created_at if row.queued_at is None else row.queued_at,
         is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
-        is_made_room_for=row.room_asked_at is not None,
+        room_asked_at=row.room_asked_at,
         **kept,
     )

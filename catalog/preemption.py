@@ -63,9 +63,7 @@ def _pressing(session: Session, *, now: float, policy: Policy) -> list[Candidate
     no more than it may begin."""
     waiting = heads.waiting(session, heads.Such(priority=PRESSING), now=now, per_group=AT_ONCE)
     late = [job for job in waiting if now - job.queued_at >= policy.preempt_after_seconds]
-    asked = select(Job.id, Job.room_asked_at).where(Job.id.in_([job.job_id for job in late]))
-    asked_at = {row.id: row.room_asked_at for row in session.execute(asked)} if late else {}
-    again = [job for job in late if now - (asked_at.get(job.job_id) or -1e18) >= policy.ask_again_seconds]
+    again = [job for job in late if not policy.is_making_room(job.room_asked_at, now)]
     shares = usage.shares_of_waiting(session, now=now, policy=policy) if again else {}
     ordered = [turn.candidate for turn in order(again, now, shares=shares, policy=policy)]
     return _beginnable(session, ordered, late)[:AT_ONCE]

@@ -123,6 +123,7 @@ class Simulation:
         holders = [self._holder(number, worker) for number, worker in enumerate(self._workers) if worker.jobs]
         chosen = preempt.choose(waiting, holders, now=self.now, policy=policy)
         if chosen is not None and chosen.victims:
+            record.room_asked_at = self.now
             worker = self._workers[int(chosen.worker_id)]
             self._advance(worker)
             for victim in chosen.victims:

@@ -79,7 +79,8 @@ def decide(picture: Picture, policy: Policy) -> Decision:
         "looked_at": len(turns),
         "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free, "num_jobs": room.num_jobs},
         "resident_key": room.resident_key,
-        "is_let_run_empty": waits_for is not None,
+        "is_let_run_empty": waits_for is not None and waits_for.waited_seconds >= policy.patience_seconds,
+        "is_room_being_made": waits_for is not None and waits_for.is_made_room_for,
         "policy": asdict(policy),
         "shares": {
             project_id: shares.described(picture.shares, project_id, policy)
@@ -97,7 +98,7 @@ def turns_of(picture: Picture, policy: Policy) -> list[Turn]:
 
 
 def _action(picture: Picture, policy: Policy, turns: list[Turn]) -> tuple[Action, Turn | None]:
-    """And for which job the trainer is let run empty."""
+    """And for whose sake no further ones join."""
     if picture.has_suspect:
         return Nothing(reason="a job in the trainer ended badly twice and trains alone"), None
     patience = policy.patience_seconds
@@ -111,7 +112,7 @@ def _action(picture: Picture, policy: Policy, turns: list[Turn]) -> tuple[Action
         return Join(choices=tuple(chosen)), waits_for
     if waits_for is not None:
         reason = "a job that can't join has waited too long: the trainer is let run empty"
-        if waits_for.candidate.is_made_room_for:
+        if waits_for.is_made_room_for:
             reason = "room is being made for a job, and nobody joins before it"
         return Nothing(reason=reason), waits_for
     return _nothing(turns), None

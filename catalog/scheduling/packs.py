@@ -26,21 +26,30 @@ def choose_pack(turns: Sequence[Turn], room: Room, *, patience_seconds: float = 
 
 
 def choose_anchor(turns: Sequence[Turn], room: Room, *, patience_seconds: float = PATIENCE_SECONDS) -> Choice | None:
-    """Whose turn it is. A job for the resident trainer goes first while the head of the queue has not waited long."""
+    """Whose turn it is, or the first that goes before for the sake of what is loaded."""
     if room.max_jobs < 1:
         return None
     fitting = [turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free]
     if not fitting:
         return None
+    head, loaded = fitting[0], for_what_is_loaded(fitting, room, patience_seconds=patience_seconds)
+    if not loaded:
+        return Choice(turn=head, role="anchor", reason="first in the queue of those that fit this worker")
+    is_head = loaded[0] is head
+    why = "first in the queue" if is_head else "first of its class for the base and dtype that are loaded"
+    return Choice(turn=loaded[0], role="anchor", reason=why)
+
+
+def for_what_is_loaded(fitting: Sequence[Turn], room: Room, *, patience_seconds: float) -> list[Turn]:
+    """Jobs for the resident trainer, of the class of the head of the queue, which go before it while it has not waited
+    long. None goes before a job for which room is being made: who began would take it."""
     head = fitting[0]
-    if head.waited_seconds < patience_seconds:
-        for turn in fitting:
-            same_class = turn.candidate.priority == head.candidate.priority
-            if same_class and turn.candidate.pack_key == room.resident_key:
-                of_loaded = "first of its class for the base and dtype that are loaded"
-                why = of_loaded if turn is not head else "first in the queue"
-                return Choice(turn=turn, role="anchor", reason=why)
-    return Choice(turn=head, role="anchor", reason="first in the queue of those that fit this worker")
+    if head.waited_seconds >= patience_seconds:
+        return []
+    waits = (number for number, turn in enumerate(fitting, start=1) if turn.is_made_room_for)
+    before = fitting[: next(waits, None)]
+    alike = (head.candidate.priority, room.resident_key)
+    return [turn for turn in before if (turn.candidate.priority, turn.candidate.pack_key) == alike]
 
 
 def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choice]:
@@ -94,6 +103,6 @@ def choose_joiners(
             left -= cost
             reason = "its base is loaded and there is room beside the rest"
             chosen.append(Choice(turn=turn, role="joiner", reason=reason))
-        elif room.alone(mate) <= worker_bytes and (mate.is_made_room_for or turn.waited_seconds >= patience_seconds):
+        elif room.alone(mate) <= worker_bytes and (turn.is_made_room_for or turn.waited_seconds >= patience_seconds):
             return chosen, turn
     return chosen, None

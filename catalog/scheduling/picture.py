@@ -57,6 +57,10 @@ class Policy:
             lease_seconds=settings.lease_seconds,
         )
 
+    def is_making_room(self, room_asked_at: float | None, now: float) -> bool:
+        """Whether it counts that others were asked then to leave for a job."""
+        return room_asked_at is not None and now - room_asked_at < self.ask_again_seconds
+
 
 USUAL = Policy()
 
@@ -84,8 +88,8 @@ class Candidate:
     """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
     is_suspect: bool = False
     """One more bad end and it is quarantined: it trains alone, so that no packmate is blamed or hurt."""
-    is_made_room_for: bool = False
-    """Others were asked to leave for it."""
+    room_asked_at: float | None = None
+    """When others were last asked to leave for it; see Policy.is_making_room."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+from catalog.scheduling.packs import for_what_is_loaded
 from catalog.scheduling.picture import Candidate, Picture, Policy, Service, Share
 from catalog.scheduling.turns import Turn
 
@@ -50,13 +51,10 @@ def without(picture: Picture, passed: Collection[str]) -> Picture:
 def _like(picture: Picture, turns: Sequence[Turn], first: Turn, policy: Policy) -> Iterable[Candidate]:
     """Of the turns from the first on those that could be chosen first in its place."""
     room, key = picture.room, picture.live_key
-    after = [turn.candidate for turn in turns[first.position - 1 :]]
     if key is not None:
+        after = (turn.candidate for turn in turns[first.position - 1 :])
         fit = (job for job in after if room.cost(job, num_before=room.num_jobs) <= room.memory_bytes_free)
         return (job for job in fit if job.pack_key == key and not job.is_suspect)
-    fitting = (job for job in after if room.alone(job) <= room.memory_bytes_free)
-    head = next(turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free)
-    if first.candidate.pack_key != room.resident_key or head.waited_seconds >= policy.patience_seconds:
-        return fitting
-    same = (first.candidate.priority, room.resident_key)
-    return (job for job in fitting if (job.priority, job.pack_key) == same)
+    fitting = [turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free]
+    loaded = for_what_is_loaded(fitting, room, patience_seconds=policy.patience_seconds)
+    return (turn.candidate for turn in loaded or fitting)

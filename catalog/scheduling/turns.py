@@ -33,6 +33,8 @@ class Turn:
     level: float
     """Of its project, with those of its jobs that go before: device-seconds for each unit of weight."""
     reason: str
+    is_made_room_for: bool
+    """Others leave so that it can train: nobody behind it takes what they leave."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +75,7 @@ def order(
         counts_as = _promoted(priority, now - since, policy)
         ranked[of_class[0]] = replace(first, counts_as=counts_as, is_first_of_class=True)
     ranked.sort(key=lambda row: row.key)
-    return [_turn(row, position, now=now) for position, row in enumerate(ranked, start=1)]
+    return [_turn(row, position, now=now, policy=policy) for position, row in enumerate(ranked, start=1)]
 
 
 def first_to_prepare(
@@ -136,7 +138,7 @@ def _promoted(priority: int, waited_seconds: float, policy: Policy) -> int:
     return priority - math.floor(max(0.0, waited_seconds) / policy.promote_after_seconds)
 
 
-def _turn(row: _Ranked, position: int, *, now: float) -> Turn:
+def _turn(row: _Ranked, position: int, *, now: float, policy: Policy) -> Turn:
     waited = max(0.0, now - row.job.queued_at)
     parts = (_class(row), _of_its_project(row.share.num_running, row.num_before), *_used(row.share))
     return Turn(
@@ -148,6 +150,7 @@ def _turn(row: _Ranked, position: int, *, now: float) -> Turn:
         is_first_of_class=row.is_first_of_class,
         level=row.level,
         reason="; ".join((*parts, f"waited {waited:.0f} s")),
+        is_made_room_for=policy.is_making_room(row.job.room_asked_at, now),
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog.scheduling.decide import Decision, Join, Nothing, Start, decide, leading
-from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Candidate, Picture, Room, Share
+from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Candidate, Picture, Policy, Room, Share
 from tests.catalog.test_fair_share import candidate
 from tests.catalog.test_packing import other
 
@@ -43,6 +43,35 @@ def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -
     assert [decision.trace["is_let_run_empty"] for decision in (soon, late)] == [False, True]
     stopped = decide(picture(other("x"), candidate("a", 1), live_key=LIVE, now=PATIENCE_SECONDS), USUAL)
     assert stopped.action == Nothing(reason="a job that can't join has waited too long: the trainer is let run empty")
+
+
+def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded() -> None:
+    asked, resident = replace(other("asked", priority=0), room_asked_at=30.0), candidate("resident", 40, priority=0)
+    emptied = Room(max_jobs=4, memory_bytes_free=100, resident_key=LIVE)
+    patient = replace(USUAL, patience_seconds=1000)
+    over = 30 + USUAL.ask_again_seconds
+
+    def first(policy: Policy, now: float) -> list[str]:
+        return chosen(decide(picture(asked, resident, room=emptied, now=now), policy))
+
+    assert first(USUAL, 45) == ["asked"]
+    assert [first(patient, now) for now in (over - 1, over)] == [["asked"], ["resident"]]
+
+
+def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_empty() -> None:
+    urgent, joins = other("urgent", 2, priority=0), candidate("joins", 1, priority=0)
+    asked = replace(urgent, room_asked_at=5.0)
+    late = PATIENCE_SECONDS + 2
+
+    def told(job: Candidate, now: float) -> tuple[bool, bool]:
+        decision = decide(picture(joins, job, live_key=LIVE, now=now), USUAL)
+        why = decision.why(decision.action.choices[0])
+        return why["is_room_being_made"], why["is_let_run_empty"]
+
+    assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
+    assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]
+    stopped = decide(picture(asked, candidate("a", 3), live_key=LIVE), USUAL)
+    assert stopped.action == Nothing(reason="room is being made for a job, and nobody joins before it")
 
 
 def test_nothing_is_decided_with_a_reason() -> None:

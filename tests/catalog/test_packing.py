@@ -131,13 +131,26 @@ def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_
 
 def test_nobody_joins_into_the_room_that_is_being_made_for_another() -> None:
     urgent = candidate("urgent", 5, priority=0, own_bytes=80)
-    asked = replace(urgent, is_made_room_for=True)
+    asked = replace(urgent, room_asked_at=8)
     room = Room(max_jobs=4, memory_bytes_free=50)
 
     assert joined(urgent, candidate("a"), room=room) == ["a"]
     assert joined(asked, candidate("a"), room=room) == []
     assert joined(asked, candidate("a"), room=room, worker_bytes=60) == ["a"]
     assert joined(asked, candidate("a"), room=replace(room, memory_bytes_free=90)) == ["urgent", "a"]
+
+
+def test_nobody_goes_before_one_for_which_room_is_being_made_because_his_base_is_loaded() -> None:
+    room = Room(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
+    urgent, resident = other("urgent", priority=0), candidate("resident", 5, priority=0)
+    asked = replace(urgent, room_asked_at=8)
+    third = replace(other("third", priority=0), place=-1, queued_at=-1, pack_key="d:bfloat16:causal-lm")
+
+    assert packed(urgent, resident, room=room) == ["resident"]
+    assert packed(asked, resident, room=room) == ["urgent"]
+    assert packed(third, asked, resident, room=room) == ["third"]
+    assert packed(third, candidate("first", -0.5, priority=0), asked, room=room) == ["first"]
+    assert packed(replace(asked, trainer_bytes=1000), resident, room=room) == ["resident"]
 
 
 def test_a_choice_says_why() -> None:

@@ -46,6 +46,20 @@ def test_an_urgent_job_that_waits_has_a_lower_one_leave_for_it(world: World, bat
     assert world.job(urgent.id).room_asked_at is None
 
 
+def test_what_was_made_free_for_one_is_not_given_to_a_later_one_whose_base_is_loaded(
+    world: World, batch: Claim
+) -> None:
+    urgent = world.queued(model=world.base("another"), priority="urgent")
+    world.clock.turn(LATE)
+    assert world.beat(batch.claim_id)[batch.claim_id].preempt
+    world.queued(priority="urgent")
+    claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
+
+    (claim,) = world.claim(room=replace(ONE, resident_key=batch.job.pack_key))
+
+    assert claim.job.id == urgent.id
+
+
 def test_it_goes_back_to_its_place_among_its_projects_jobs(world: World, batch: Claim) -> None:
     world.queued(priority="batch")
     urgent = world.queued(priority="urgent")
@@ -86,6 +100,26 @@ def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(wor
     ]
     for secret in (foreign.id, world.stranger.project_id, "theirs"):
         assert secret not in str((asked, left, [(event.message, event.data) for event in events]))
+
+
+def test_those_behind_it_are_told_that_room_is_being_made(world: World, batch: Claim) -> None:
+    key, base = batch.job.pack_key, batch.job.base_digest
+    claims.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=base, pack_key=key)
+    claims.worker_beat(world.db, "w1", resident_base=base, trainer_id="t", report=None)
+    urgent, behind = world.queued(model=world.base("another"), priority="urgent"), world.queued()
+
+    def told(job: Job) -> str:
+        return jobs.explain(world.db, **world.of(job.id))["explanation"]
+
+    before = told(urgent), told(behind)
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+    meanwhile = told(urgent), told(behind)
+
+    assert "Jobs that can join what is loaded may go first for 60 s at most." in before[0]
+    assert "Its base is loaded: it joins as soon as there is room." in before[1]
+    assert "No job behind it joins what is loaded before it trains. Jobs of lower classes were asked" in meanwhile[0]
+    assert "room is being made for a job ahead of it, and nobody joins before that one." in meanwhile[1]
 
 
 def test_for_one_job_no_more_are_asked_while_the_first_leave(world: World, batch: Claim) -> None:

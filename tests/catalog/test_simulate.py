@@ -70,6 +70,17 @@ def test_batch_starts_in_time_under_a_load_that_never_ends() -> None:
     assert record.waited <= seconds + (most + 1) * (120 + 60)
 
 
+def test_room_that_is_made_for_an_urgent_job_starts_that_one() -> None:
+    batch = Arrival(at=0, project="a", priority=2, base="x", seconds=1000)
+    urgent = Arrival(at=400, project="a", priority=0, base="y", seconds=60)
+    for_what_is_loaded = Arrival(at=425, project="a", priority=0, base="x", seconds=60)
+    simulation = Simulation([batch, urgent, for_what_is_loaded], Cluster(num_workers=1, max_jobs=1, load_seconds=0))
+
+    started = {record.arrival: record.started_at for record in simulation.run()}
+
+    assert (started[urgent], started[for_what_is_loaded]) == (430, 490)
+
+
 def test_a_job_by_itself_takes_its_time_and_the_load_of_its_base() -> None:
     simulation = Simulation(
         [Arrival(at=5, project="a", priority=1, base="x", seconds=100)], Cluster(num_workers=1, load_seconds=30)
