@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import Select, select
+from sqlalchemy import and_, select, union
 from sqlalchemy.orm import Session
 
 from catalog import events, fleet, heads, quotas, usage
@@ -30,6 +30,8 @@ AT_ONCE = 8
 """Urgent jobs of a project that are looked at, and for which room is made in one look."""
 PRESSING = PriorityClass.urgent
 ASKING = "ask jobs to leave"
+IS_ASKED = and_(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
+"""To leave, and trains still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,7 @@ def look(db: Database, *, policy: Policy) -> int:
         return 0
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
         now = read_clock(session)
-        if not _pressing(session, now=now, policy=policy) and not list(session.scalars(_asked())):
+        if not _pressing(session, now=now, policy=policy) and not list(session.scalars(select(Job.id).where(IS_ASKED))):
             return 0
     with db.write() as session:
         serialise(session, ASKING)
@@ -79,19 +81,18 @@ def _beginnable(session: Session, ordered: Sequence[Candidate], late: Collection
     return begun
 
 
-def _asked() -> Select[str]:
-    """Ids of those that were asked to leave and train still."""
-    return select(Job.id).where(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
-
-
 def _take_back(session: Session, *, now: float) -> None:
     """Of those whose urgent job has found room elsewhere, waits no more, is held, or has a project that has reached a
-    limit. Who has been told already leaves."""
-    asked = select(Job).where(Job.id.in_(_asked())).order_by(Job.id).with_for_update()
-    for job in session.scalars(asked):
-        if not _may_begin(session, job.preempted_for, now=now):
-            job.preempted_for = None
-            events.add(session, job.id, now=now, message="The room is not needed any more: the job may stay.")
+    limit: no room is being made for that one any more. Who has been told already leaves."""
+    named = union(select(Job.id).where(IS_ASKED), select(Job.preempted_for).where(IS_ASKED))
+    locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
+    jobs = {job.id: job for job in session.scalars(locked)}
+    for job in jobs.values():
+        if job.preempted_for is None or _may_begin(session, job.preempted_for, now=now):
+            continue
+        jobs[job.preempted_for].room_asked_at = None
+        job.preempted_for = None
+        events.add(session, job.id, now=now, message="The room is not needed any more: the job may stay.")
 
 
 def _may_begin(session: Session, job_id: str | None, *, now: float) -> bool:

@@ -154,17 +154,23 @@ def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(wor
 
 
 @pytest.mark.parametrize("kept_back", ["held", "limited"])
-def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin(world: World, batch: Claim, kept_back: str) -> None:
-    urgent = world.queued(priority="urgent")
+def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin_and_then_no_room_is_being_made(
+    world: World, batch: Claim, kept_back: str
+) -> None:
+    urgent = world.queued(model=world.base("another"), priority="urgent")
     world.clock.turn(LATE)
     assert preemption.look(world.db, policy=USUAL) == 1
 
-    if kept_back == "held":
-        places.hold(world.db, **world.of(urgent.id))
-    else:
-        limit(world, concurrent_jobs=1)
-
+    keep_back(world, urgent, kept_back)
     assert world.beat(batch.claim_id)[batch.claim_id] == claims.Orders()
+    let_begin(world, urgent, kept_back)
+
+    joiner = world.queued()
+    joined = world.claim(room=replace(ONE, num_jobs=1), pack_key=batch.job.pack_key)
+    assert [claim.job.id for claim in joined] == [joiner.id]
+    world.complete(joined[0].claim_id)
+    world.clock.turn(LATE)
+    assert world.beat(batch.claim_id)[batch.claim_id].preempt, "it is asked for again before the two minutes are over"
 
 
 @pytest.mark.parametrize(("may_train", "before", "after"), [(2, 1, 0), (3, 2, 1)])
@@ -283,6 +289,20 @@ def test_what_a_person_asks_for_goes_before_a_preemption(world: World, batch: Cl
     with world.db.read() as session:
         job: Any = session.get_one(Job, batch.job.id)
         assert job.preempted_for is None
+
+
+def keep_back(world: World, job: Job, how: str) -> None:
+    if how == "held":
+        places.hold(world.db, **world.of(job.id))
+    else:
+        limit(world, concurrent_jobs=1)
+
+
+def let_begin(world: World, job: Job, how: str) -> None:
+    if how == "held":
+        places.release(world.db, **world.of(job.id))
+    else:
+        limit(world, concurrent_jobs=9)
 
 
 def num_pressing(world: World) -> int:
