@@ -20,8 +20,9 @@ from catalog.states import UNFINISHED_STATES
 from catalog.tables import BaseModelRow, Job, Json
 
 KINDS = ("hub", "folder", "gguf")
-SOURCE_PATTERN = r"^[^\x00-\x1f\x7f]*[^\x00-\x20\x7f\s][^\x00-\x1f\x7f]*$"
-"""Not blank, and without control characters."""
+SOURCE_PATTERN = r"^[^\x00-\x1f\x7f\S]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$"
+"""Not blank, and without control characters. The first that is no space is where the middle matches: nothing is tried
+twice."""
 TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",

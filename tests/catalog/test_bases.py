@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import product
 
 import pytest
 
 from catalog import adapters, bases, jobs, prepared
+from catalog.bases import SOURCE_PATTERN
 from catalog.data_spec import DataSpec
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from tests.catalog.world import DESCRIPTION, World, manifest, sha
@@ -41,6 +44,27 @@ def test_a_base_that_cannot_be_named_or_found_is_refused(
         bases.add(world.db, name=name, kind=kind, source=source, revision=None)
 
     assert refusal.value.code == code
+
+
+EDGES = [chr(code) for code in (*range(0x100), 0x1680, 0x2003, 0x2028, 0x2029, 0x202F, 0x3000, 0xFEFF, 0xD800, 0x1F600)]
+
+
+def test_a_source_is_a_text_without_control_characters_that_is_not_blank() -> None:
+    pairs = [one + other for one, other in product(EDGES, repeat=2)]
+    texts = ["", *EDGES, *pairs, *(f" {edge}a" for edge in EDGES), *(f"a{edge} " for edge in EDGES)]
+
+    def is_source(text: str) -> bool:
+        has_control = any(char < " " or char == "\x7f" for char in text)
+        return not has_control and not text.isspace() and text != ""
+
+    assert [text for text in texts if bool(re.fullmatch(SOURCE_PATTERN, text)) != is_source(text)] == []
+
+
+def test_a_source_is_looked_at_once() -> None:
+    """What may come before the first character that is no space can't be that one: the time is linear."""
+    before, first, _ = re.findall(r"\[[^]]+\]", SOURCE_PATTERN)
+
+    assert [char for char in EDGES if re.match(before, char) and re.match(first, char)] == []
 
 
 def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(world: World) -> None:
