@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 
 import sqlalchemy as sa
-from alembic import op
+from alembic import context, op
+from alembic.util import CommandError
 
 revision = "0030"
 down_revision = "0029"
@@ -61,7 +62,17 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Raises CommandError where there are several: on the way up again their projects would all be in one."""
+    if not context.is_offline_mode() and _count() > 1:
+        raise CommandError(
+            f"There are {_count()} organizations, and before revision {revision} there is none: who may see whose "
+            "projects would be lost. Stay at this revision, or go back to a copy of the database from before it."
+        )
     with op.batch_alter_table("projects") as projects:
         projects.drop_constraint(op.f(NAME_OF_KEY), type_="foreignkey")
         projects.drop_column("organization_id")
     op.drop_table("organizations")
+
+
+def _count() -> int:
+    return op.get_bind().scalar(sa.text("SELECT COUNT(*) FROM organizations")) or 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 from alembic import command
+from alembic.util import CommandError
 from sqlalchemy import select
 
 from catalog import keys, projects
@@ -58,7 +60,6 @@ def test_all_projects_of_before_go_into_one_organization(empty_url: str) -> None
     database = Database(empty_url)
     database.migrate()
     world = World(database, Clock())
-    world.caller_of("elsewhere", "away")
     secret = keys.create(database, project_id=world.caller.project_id, name="key", pepper=PEPPER)[1]
     with database.read() as session:
         before = {row.id: (row.name, row.created_at, row.weight) for row in session.scalars(select(Project))}
@@ -77,4 +78,18 @@ def test_all_projects_of_before_go_into_one_organization(empty_url: str) -> None
     assert keys.authenticate(database, secret=secret, pepper=PEPPER).organization_id == organization.id
     assert projects.create(database, "new").organization_id == organization.id
     command.check(alembic_config(empty_url))
+    database.close()
+
+
+def test_several_organizations_do_not_become_one_on_the_way_back(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    away = World(database, Clock()).caller_of("elsewhere", "away")
+
+    with pytest.raises(CommandError, match="There are 2 organizations"):
+        command.downgrade(alembic_config(empty_url), BEFORE_ORGANIZATIONS)
+
+    command.check(alembic_config(empty_url))
+    with database.read() as session:
+        assert session.get_one(Project, away.project_id).organization_id == away.organization_id
     database.close()
