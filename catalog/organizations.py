@@ -20,11 +20,12 @@ from catalog.spec import LABEL
 from catalog.tables import Json, Organization, Project, new_id
 
 FIRST = "default"
+ID_PREFIX = "org"
 
 
 def create(db: Database, name: str, *, is_client_retry: bool = False) -> Organization:
     """Raises Conflict where the name is taken; not where the client sends this again, having had no reply."""
-    check_name(name, "an organization's")
+    check_name(name, "an organization's", id_prefix=ID_PREFIX)
     with db.write() as session:
         serialise(session, "organizations")
         found = _named(session, name)
@@ -51,7 +52,7 @@ def list_page(db: Database, *, caller: Caller, after: str | None = None, limit: 
 
 def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Organization:
     """Raises NotFound, and Conflict where the name is taken."""
-    check_name(name, "an organization's")
+    check_name(name, "an organization's", id_prefix=ID_PREFIX)
     with db.write() as session:
         serialise(session, "organizations")
         row = find(session, caller=caller, organization=organization)
@@ -67,8 +68,9 @@ def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Org
 def find(
     session: Session, *, organization: str, caller: Caller | None = None, param: str | None = None
 ) -> Organization:
-    """As `get`, in a transaction of one's own. caller None: an operator's."""
-    named = select(Organization).where(or_(Organization.id == organization, Organization.name == organization))
+    """As `get`, in a transaction of one's own. caller None: an operator's. One's id goes before another's name."""
+    by_id = Organization.id == organization
+    named = select(Organization).where(or_(by_id, Organization.name == organization)).order_by(by_id.desc()).limit(1)
     if caller is not None and not caller.is_operator:
         named = named.where(Organization.id == caller.organization_id)
     row = session.scalar(named)
@@ -92,13 +94,14 @@ def ids_by_project(db: Database, project_ids: Collection[str]) -> dict[str, str]
         return {row[0]: row[1] for row in session.execute(owners)}
 
 
-def check_name(name: str, whose: str) -> None:
-    """Of an organization or a project. Raises InvalidRequest."""
-    if not LABEL.match(name):
+def check_name(name: str, whose: str, *, id_prefix: str) -> None:
+    """Of an organization or a project, which is found by id or name: a name looks like no id. Raises InvalidRequest."""
+    if not LABEL.match(name) or name.startswith(f"{id_prefix}-"):
         raise InvalidRequest(
             f"{name!r} cannot be {whose} name.",
             code="invalid_name",
-            remedy="Use letters, digits, dot, underscore and hyphen; at most 64, the first a letter or digit.",
+            remedy="Use letters, digits, dot, underscore and hyphen; at most 64, the first a letter or digit, "
+            f"and not beginning with {id_prefix}-, as ids do.",
             param="name",
         )
 
@@ -108,7 +111,7 @@ def _named(session: Session, name: str) -> Organization | None:
 
 
 def _add(session: Session, name: str) -> Organization:
-    row = Organization(id=new_id("org"), name=name, created_at=read_clock(session), created_by=audit.actor_id())
+    row = Organization(id=new_id(ID_PREFIX), name=name, created_at=read_clock(session), created_by=audit.actor_id())
     session.add(row)
     session.flush()  # its projects name it
     _note(session, "organization.created", row, now=row.created_at, details={"name": name})

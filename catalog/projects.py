@@ -19,13 +19,18 @@ from catalog.organizations import check_name
 from catalog.pages import Page, paginate
 from catalog.tables import Json, Organization, Project, new_id
 
+ID_PREFIX = "proj"
+
 
 def ensure(db: Database, name: str = "default") -> Project:
     """The project of that name, made in the oldest organization if there is none."""
-    check_name(name, "a project's")
     with db.write() as session:
         serialise(session, "projects")
-        return _named(session, name) or _add(session, name, organizations.oldest(session))
+        found = _named(session, name)
+        if found is None:
+            _check_name(name)
+            found = _add(session, name, organizations.oldest(session))
+        return found
 
 
 def first(db: Database) -> Project:
@@ -43,7 +48,7 @@ def create(db: Database, name: str, *, organization: str | None = None, is_clien
     Raises NotFound for it, and Conflict where the name is taken; not where the client sends this again, having had no
     reply.
     """
-    check_name(name, "a project's")
+    _check_name(name)
     with db.write() as session:
         serialise(session, "projects")
         found = _named(session, name)
@@ -78,7 +83,7 @@ def list_page(
 
 def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
     """Adapters that it has keep their names. Raises NotFound, and Conflict where the name is taken."""
-    check_name(name, "a project's")
+    _check_name(name)
     with db.write() as session:
         serialise(session, "projects")
         row = find(session, caller=caller, project=project)
@@ -125,8 +130,10 @@ def restore(db: Database, *, caller: Caller, project: str) -> Project:
 def find(
     session: Session, *, caller: Caller, project: str, param: str | None = None, beside: Project | None = None
 ) -> Project:
-    """As `get`, in a transaction of one's own. beside: of this one's organization alone, though an operator asks."""
-    named = select(Project).where(or_(Project.id == project, Project.name == project))
+    """As `get`, in a transaction of one's own; one's id goes before another's name. beside: of this one's organization
+    alone, though an operator asks."""
+    by_id = Project.id == project
+    named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
     remedy = "`lorry projects list` shows those that you can see."
     if beside is not None:
         named = named.where(Project.organization_id == beside.organization_id)
@@ -137,12 +144,16 @@ def find(
     return row
 
 
+def _check_name(name: str) -> None:
+    check_name(name, "a project's", id_prefix=ID_PREFIX)
+
+
 def _named(session: Session, name: str) -> Project | None:
     return session.scalar(select(Project).where(Project.name == name))
 
 
 def _add(session: Session, name: str, owner: Organization) -> Project:
-    row = Project(id=new_id("proj"), organization_id=owner.id, name=name)
+    row = Project(id=new_id(ID_PREFIX), organization_id=owner.id, name=name)
     row.created_at, row.created_by = read_clock(session), audit.actor_id()
     session.add(row)
     details = {"name": name, "organization_id": owner.id}

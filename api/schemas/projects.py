@@ -29,7 +29,7 @@ OwnerName = Annotated[
     Field(
         min_length=1,
         max_length=64,
-        description="Letters, digits, '.', '_' and '-'.",
+        description="Letters, digits, '.', '_' and '-'; not beginning as its ids do, with 'proj-' or 'org-'.",
         json_schema_extra={"pattern": LABEL_PATTERN},
     ),
 ]

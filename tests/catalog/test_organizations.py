@@ -11,6 +11,7 @@ from catalog import keys, organizations, projects, sharing
 from catalog.db import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.keys import Caller
+from catalog.tables import Organization, Project
 from tests.catalog.reading import statements_of
 from tests.catalog.world import PEPPER, World
 
@@ -68,6 +69,38 @@ def test_a_project_is_made_in_the_organization_that_is_named(world: World) -> No
     for organization in ("research", "default"):  # names are the whole service's; and that is no retry of the other
         with pytest.raises(Conflict):
             projects.create(world.db, "search", organization=organization, is_client_retry=organization == "default")
+
+
+def test_a_name_looks_like_no_id(world: World, operator: Caller) -> None:
+    verbs: list[tuple[str, Callable[[str], object]]] = [
+        ("org-", lambda name: organizations.create(world.db, name)),
+        ("org-", lambda name: organizations.rename(world.db, caller=operator, organization="default", name=name)),
+        ("proj-", lambda name: projects.create(world.db, name)),
+        ("proj-", lambda name: projects.rename(world.db, caller=operator, project="ours", name=name)),
+        ("proj-", lambda name: projects.ensure(world.db, name)),
+    ]
+
+    for prefix, verb in verbs:
+        with pytest.raises(InvalidRequest) as refusal:
+            verb(f"{prefix}2d4c")
+        assert f"not beginning with {prefix}, as ids do" in refusal.value.remedy
+    organizations.create(world.db, "proj-2d4c")
+    projects.create(world.db, "orgs")
+
+
+def test_what_is_named_as_another_is_identified_is_found_by_its_own_id_alone(world: World, operator: Caller) -> None:
+    """Such names could be given once."""
+    theirs, others = world.caller_of("elsewhere", "away"), world.caller_of("farther", "aside")
+    for one, other in ((others, world.caller), (world.caller, theirs)):  # PostgreSQL finds what was written last last
+        with world.db.write() as session:
+            session.get_one(Organization, one.organization_id).name = other.organization_id
+            session.get_one(Project, one.project_id).name = other.project_id
+
+    for caller in (world.caller, theirs, others):
+        found = organizations.get(world.db, caller=operator, organization=caller.organization_id)
+        assert found.id == caller.organization_id
+        assert projects.get(world.db, caller=operator, project=caller.project_id).id == caller.project_id
+    assert projects.ensure(world.db, theirs.project_id).id == world.caller.project_id, "which is by name"
 
 
 def test_a_key_and_a_browser_are_known_with_whose_they_are_by_one_statement(world: World) -> None:
