@@ -119,9 +119,9 @@ def table(outcomes: Sequence[Outcome], base: Model) -> None:
     console.print(drawn)
     names = {o.job.id: str(o.job.suffix) for o in outcomes}
     for o in outcomes:
-        for attempt in o.lineage["lineage"]["attempts"]:
-            beside = " and ".join(names.get(str(job), str(job)) for job in attempt["packmates"]) or "no other"
-            console.print(f"{o.job.suffix} trained in {attempt['trainer']} beside {beside}", soft_wrap=True)
+        for attempt in o.attempts:
+            beside = " and ".join(names.get(job, job) for job in attempt.packmates) or "no other"
+            console.print(f"{o.job.suffix} trained in {attempt.trainer_id} beside {beside}", soft_wrap=True)
 
 
 def _column(o: Outcome, base_parameters: int, base_bytes: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from demo_parts.report import DemoFailed, bars, console, draw, waiting
 from lorry import Conflict, Lorry, LorryError
-from lorry.models import Adapter, Job, Model
+from lorry.models import Adapter, Attempt, Job, Model
 
 MAX_STEPS = 48
 BATCH_SIZE = 4
@@ -37,10 +37,11 @@ _CHECK_SECONDS = 900
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """A job that succeeded, its adapter and the adapter's lineage. Losses are means per supervised token of
+    """A job that succeeded, its attempts, its adapter and that one's lineage. Losses are means per supervised token of
     the held-out file."""
 
     job: Job
+    attempts: list[Attempt]
     adapter: Adapter
     lineage: dict[str, Any]
 
@@ -63,8 +64,8 @@ class Outcome:
 
     @property
     def trainers(self) -> set[str]:
-        """All that it trained in, by its record."""
-        return {str(attempt["trainer"]) for attempt in self.lineage["lineage"]["attempts"]}
+        """All that it trained in."""
+        return {str(attempt.trainer_id) for attempt in self.attempts}
 
 
 def train(lorry: Lorry, base: str, train_path: Path, held_out_path: Path) -> list[str]:
@@ -86,8 +87,9 @@ def outcomes(lorry: Lorry, job_ids: list[str]) -> list[Outcome]:
         if job.status != "succeeded" or job.adapter_id is None:
             why = job.error.message if job.error else "see its log"
             raise DemoFailed(f"{job_id} {job.status}: {why}")
-        adapter, lineage = lorry.adapters.get(job.adapter_id), lorry.adapters.lineage(job.adapter_id)
-        found.append(Outcome(job=job, adapter=adapter, lineage=lineage))
+        attempts, adapter = lorry.jobs.attempts(job_id), lorry.adapters.get(job.adapter_id)
+        lineage = lorry.adapters.lineage(job.adapter_id)
+        found.append(Outcome(job=job, attempts=attempts, adapter=adapter, lineage=lineage))
     return found
 
 

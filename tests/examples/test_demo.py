@@ -21,7 +21,7 @@ from demo_parts import base_source, report, service, steps, training  # noqa: E4
 from demo_parts.training import Outcome, problems  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from lorry import Conflict, ConnectionFailed  # noqa: E402
-from lorry.models import Adapter, Job  # noqa: E402
+from lorry.models import Adapter, Attempt, Job  # noqa: E402
 from lorry.retries import RetryPolicy  # noqa: E402
 
 CLEAN = {"agrees": True, "imported_of_lorry": []}
@@ -29,7 +29,8 @@ CLEAN = {"agrees": True, "imported_of_lorry": []}
 
 def outcome(loss: float, *, trainer: str = "t", base_loss: float = 3.0) -> Outcome:
     adapter = Adapter.of({"name": f"a{loss}", "evaluation": {"base_loss": base_loss, "loss": loss}})
-    return Outcome(job=Job(), adapter=adapter, lineage={"lineage": {"attempts": [{"trainer": t} for t in trainer]}})
+    attempts = [Attempt(trainer_id=one) for one in trainer]
+    return Outcome(job=Job(), attempts=attempts, adapter=adapter, lineage={})
 
 
 def test_better_adapters_of_one_trainer_are_a_success() -> None:
@@ -43,7 +44,7 @@ def test_an_adapter_that_moved_once_trained_together_with_the_others_all_the_sam
 def test_the_time_told_is_that_in_trainers() -> None:
     job = Job(created_at=0, started_at=10, finished_at=900, seconds_running=41.5)
 
-    assert Outcome(job=job, adapter=Adapter(), lineage={}).seconds == 41.5
+    assert Outcome(job=job, attempts=[], adapter=Adapter(), lineage={}).seconds == 41.5
 
 
 @pytest.mark.parametrize(
