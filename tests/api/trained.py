@@ -12,6 +12,8 @@ from tests.catalog.world import DESCRIPTION, World, sha
 
 BASE = "solid"
 CONTENT = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 40, "README.md": b"x"}
+EVALUATION = {"base_loss": 2.0, "loss": 1.0, "base_perplexity": 7.4, "perplexity": 2.7}
+VERIFICATION = {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01}
 
 
 def solid_base(world: World) -> None:
@@ -48,7 +50,7 @@ def trained(services: Services, world: World, folder: Path, *, suffix: str = "do
         num_parameters=10,
         data=[],
         attempts=[lineage.AttemptRecord(attempt=attempt, trainer={})],
-        results={"loss": 0.5},
+        results={"evaluation": EVALUATION, "verification": VERIFICATION},
         code={"lorry": "0.1.0"},
     )
     return claims.complete(
@@ -56,8 +58,8 @@ def trained(services: Services, world: World, folder: Path, *, suffix: str = "do
         claim.claim_id,
         artifact=manifest,
         num_parameters=10,
-        verification={"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
-        evaluation={"base_loss": 2.0, "loss": 1.0, "base_perplexity": 7.4, "perplexity": 2.7},
+        verification=VERIFICATION,
+        evaluation=EVALUATION,
         trained_tokens=500,
         course=claims.Course(steps=3, kept_step=3, stopped_early=None),
         curves=services.store.put_bytes(b"step,train_loss\n"),
