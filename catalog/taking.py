@@ -37,6 +37,8 @@ AS = {
     "joiner": "in a trainer that runs already",
 }
 """By the role that the decision gave it, for people."""
+IS_LOADED = "in the trainer that has its base loaded"
+"""Of an anchor, where there is such a trainer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,7 +231,8 @@ def _begin(session: Session, job: Job, decision: Decision, choice: Choice, ask: 
     attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
-    message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {AS[choice.role]}"
+    is_loaded = choice.role == "anchor" and ask.room.resident_key == choice.turn.candidate.pack_key
+    message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {IS_LOADED if is_loaded else AS[choice.role]}"
     move(session, job, Verb.CLAIM, now=now, message=message)
 
 

@@ -89,7 +89,16 @@ def holds(target: Path, contents: Contents) -> bool:
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
-    """`passed` and `problems`, each a sentence, for a pulled folder. Nothing is asked of a service."""
+    """`passed` and `problems`, each a sentence, for a pulled folder. Nothing is asked of a service.
+
+    Raises LorryError for a folder that has neither a manifest nor a record.
+    """
+    if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
+        raise LorryError(
+            f"{folder} holds no pulled adapter: it has neither {MANIFEST} nor {LINEAGE}.",
+            code="no_adapter",
+            remedy="Name the folder that `lorry adapters pull` wrote.",
+        )
     try:
         manifest = _object(folder / MANIFEST)
         lineage = _object(folder / LINEAGE)

@@ -202,7 +202,7 @@ def _of_job(lorry: Lorry, adapter: str) -> str:
         raise LorryError(
             f"{job.id} has made no adapter: it is {job.status}.",
             code="adapter_not_found",
-            remedy=f"A job that succeeds makes one: lorry jobs show {job.id}",
+            remedy=f"A job that succeeds makes one. Checkpoints that can be pulled: lorry jobs checkpoints {job.id}",
         )
     return job.fine_tuned_model
 
@@ -250,7 +250,7 @@ def _say_verdict(adapter: str, result: dict[str, Any], *, as_json: bool = False)
     if not as_json:
         for problem in problems:
             output.say(problem)
-        verdict = "it is what its record says" if result.get("passed") else "NOT what its record says"
+        verdict = "OK, it is what its record says" if result.get("passed") else "NOT what its record says"
         output.say(f"{adapter}: {verdict}.")
     if not result.get("passed"):
         raise typer.Exit(EXIT_REFUSED)

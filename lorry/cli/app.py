@@ -134,7 +134,9 @@ def _bad_lines(message: str) -> list[str]:
 def _say_error(error: Any) -> None:
     from lorry.errors import APIError
 
-    place = f" (at {error.param})" if isinstance(error, APIError) and error.param else ""
+    param = error.param if isinstance(error, APIError) else None
+    is_named = param is not None and (param if param.startswith("--") else f"'{param}'") in error.message
+    place = f" (at {param})" if param and not is_named else ""
     lines = _bad_lines(error.message.removesuffix(error.remedy).rstrip())
     if len(lines) > 1:
         return output.say("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())

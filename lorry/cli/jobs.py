@@ -32,6 +32,9 @@ _COLUMNS = (
     Column(title="CREATED", goes=6),
 )
 
+NO_CHECKPOINT = (
+    "The job has no checkpoint. One is made every 50 steps, or as `lorry jobs submit --checkpoint-every` said."
+)
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
 
 
@@ -178,7 +181,7 @@ def checkpoints(job: JobId, as_json: AsJson = False) -> None:
         Column(title="KEPT"),
         Column(title="CREATED", goes=1),
     )
-    return table(columns, rows, empty="The job has no checkpoint yet.")
+    return table(columns, rows, empty=NO_CHECKPOINT)
 
 
 @app.command()

@@ -201,3 +201,15 @@ def test_a_limit_that_others_reached_meanwhile_is_kept(world: World, monkeypatch
 
     assert claim.job.project_id == world.caller.project_id
     assert len(looks) == 2
+
+
+def test_people_are_told_whether_a_trainer_starts_or_has_the_base_already(world: World) -> None:
+    world.worker()
+    first, second = world.queued(), world.queued()
+
+    world.claim(room=ONE)
+    world.claim(room=replace(ONE, resident_key=second.pack_key))
+
+    for job, told in ((first, "in a trainer that starts for it"), (second, "in the trainer that has its base loaded")):
+        messages = [event.message for event in jobs.events_since(world.db, **world.of(job.id), seq=0)]
+        assert messages[-1] == f"Attempt 1 begins on worker w1, {told}"

@@ -87,7 +87,7 @@ def test_of_a_job_without_an_adapter_it_is_told_how_it_stands(service: Script, r
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         "Error: ftjob-1 has made no adapter: it is running.",
-        "A job that succeeds makes one: lorry jobs show ftjob-1",
+        "A job that succeeds makes one. Checkpoints that can be pulled: lorry jobs checkpoints ftjob-1",
     ]
 
 

@@ -166,7 +166,7 @@ def test_of_a_pulled_folder_the_record_is_read_offline_and_the_files_are_checked
     assert (whole.exit_code, machine.exit_code, changed.exit_code) == (0, 0, 1)
     assert whole.stderr.splitlines() == [
         f"Read from {folder / 'lineage.json'}, without the service.",
-        f"{folder}: it is what its record says.",
+        f"{folder}: OK, it is what its record says.",
     ]
     assert json.loads(machine.stdout) == json.loads((folder / "lineage.json").read_text())
     assert "adapter_config.json is not what its digest stands for." in changed.stderr
@@ -179,6 +179,16 @@ def test_a_folder_without_a_record_is_a_sentence(run: Run, tmp_path: Path) -> No
 
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: lineage.json can't be read")
+
+
+def test_a_folder_of_something_else_is_not_called_a_changed_adapter(run: Run, tmp_path: Path) -> None:
+    result = run("verify", tmp_path)
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"Error: {tmp_path} holds no pulled adapter: it has neither manifest.json nor lineage.json.",
+        "Name the folder that `lorry adapters pull` wrote.",
+    ]
 
 
 @pytest.mark.parametrize("command", ["lineage", "verify"])
