@@ -396,3 +396,16 @@ def test_an_automatic_precision_suits_the_fleet_and_is_settled_with_the_job(
 
     assert automatic.spec["precision"] == packing.precision_of(automatic.pack_key) == expected
     assert packing.precision_of(asked.pack_key) == "float32"
+
+
+@pytest.mark.parametrize(("seen", "expected"), [([True, False], "float32"), ([False, True], "bfloat16")])
+def test_while_no_worker_lives_the_one_that_was_seen_last_settles_an_automatic_precision(
+    world: World, seen: list[bool], expected: str
+) -> None:
+    for index, has in enumerate(seen):
+        given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
+        devices = [{"kind": "cpu", "has_bfloat16": has}]
+        workers.register_worker(world.db, worker_id=f"w{index}", devices=devices, **given)
+        world.clock.turn(3600)
+
+    assert world.submit().spec["precision"] == expected
