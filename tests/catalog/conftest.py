@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from catalog.db import Database
 from catalog.tables import Table
+from tests.catalog.part_sender import Sender
 from tests.catalog.world import Clock, World
 from tests.services.postgres import empty_database
 
@@ -69,3 +70,8 @@ def db(database_url: str, clock: Clock) -> Iterator[Database]:
 def world(db: Database, clock: Clock) -> World:
     """Two projects with a key each, a base model, and a data file of the first project."""
     return World(db, clock)
+
+
+@pytest.fixture
+def sender(world: World, tmp_path: Path) -> Sender:
+    return Sender(world, tmp_path)
