@@ -57,6 +57,7 @@ class _Fleet(Collector):
     def collect(self) -> Iterable[Metric]:
         yield _family("lorry_jobs", "Jobs by state.", "state", self._counts.jobs)
         yield _family("lorry_workers", "Workers by state.", "state", self._counts.workers)
+        yield GaugeMetricFamily("lorry_workers_cordoned", "Cordoned workers.", value=self._counts.num_cordoned)
         yield CounterMetricFamily("lorry_job_events", "Events of jobs recorded.", value=self._counts.num_events)
         yield GaugeMetricFamily("lorry_adapters", "Adapters that are kept.", value=self._counts.adapters)
 

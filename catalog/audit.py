@@ -61,6 +61,9 @@ AuditType = Literal[
     "webhook_delivery.replayed",
     "permission.created",
     "permission.deleted",
+    "worker.cordoned",
+    "worker.uncordoned",
+    "worker.drained",
 ]
 AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)
 ActorType = Literal["api_key", "browser", "server"]

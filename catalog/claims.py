@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, daily, events, preemption, recovery, result_files, usage
+from catalog import artifact_rows, cordons, daily, events, preemption, recovery, result_files, usage
 from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
 from catalog.db import Database, read_clock
@@ -213,9 +213,12 @@ def end(
     _settle(db, claim_id, policy)
     with db.write() as session:
         job = hold(session, claim_id)
-        now = read_clock(session)
+        worker_id, now = job.worker_id, read_clock(session)
         usage.charge_end(session, job, now=now, policy=policy)
-        return end_attempt(session, job, reason=reason, detail=detail, error=error, now=now)
+        state = end_attempt(session, job, reason=reason, detail=detail, error=error, now=now)
+    if reason in cordons.AT_FAULT:
+        cordons.look(db, worker_id)
+    return state
 
 
 def _settle(db: Database, claim_id: str, policy: Policy) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import deadlines, fleet, memory, packing, queue, quotas, saturation, usage
+from catalog import closed_workers, deadlines, fleet, memory, packing, queue, quotas, saturation, usage
 from catalog.acceptance import INSTALL_QUANT
 from catalog.db import Database, read_clock
 from catalog.fleet import Resident
@@ -19,7 +19,7 @@ from catalog.scheduling.turns import Turn
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState
 from catalog.sweeps.observing import trial_of
-from catalog.tables import Attempt, Job, Json
+from catalog.tables import Attempt, Job, Json, Worker
 
 MAX_NAMED = 20
 """Jobs that are named of those ahead."""
@@ -63,10 +63,12 @@ def _as_a_trial(session: Session, job: Job) -> tuple[Json | None, str]:
 
 
 def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+    residents = fleet.residents(session, now=now)
     facts: Json = {
         "worker_id": job.worker_id,
         "run_after": job.run_after,
-        "live_workers": fleet.count_live(session, now=now),
+        "live_workers": len(residents),
+        "closed_workers": closed_workers.facts(residents),
     }
     if job.claim_id is not None:
         return f"Worker {job.worker_id} is preparing its files.", facts
@@ -80,16 +82,20 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     facts["takes_turns"] = session.scalar(others) is not None
     if not facts["live_workers"]:
         return "Its files wait to be prepared, but no worker is running. Start one.", facts
+    if (closed := closed_workers.where_all_are(residents)) is not None:
+        return f"Its files wait to be prepared. {closed}", facts
     turns = " in its project, which takes turns with others" if facts["takes_turns"] else ""
     return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{turns}.", facts
 
 
 def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
-    residents = fleet.residents(session, now=now)
+    live = fleet.residents(session, now=now)
+    residents = closed_workers.open_ones(live)
     facts: Json = {
         "run_after": job.run_after,
         "counted_attempts": job.counted_attempts,
-        "live_workers": len(residents),
+        "live_workers": len(live),
+        "closed_workers": closed_workers.facts(live),
         "resident_bases": sorted({resident.base_digest for resident in residents if resident.base_digest}),
         "resident_precisions": _precisions(residents, job.base_digest),
         "base_digest": job.base_digest,
@@ -115,12 +121,15 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     facts |= _made_room(session, job) | {"room_asked_at": job.room_asked_at}
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
+    if (closed := closed_workers.where_all_are(live)) is not None:
+        return closed, facts
     hindrance = _unquantised(session, job, now=now) or _too_large(session, mine, now=now)
     if hindrance:
         return hindrance, facts
     parts = (
         _left_for(facts["preemption"]),
         _queue_sentence(job, mine, ahead, residents),
+        closed_workers.where_its_base_is(live, job.base_digest),
         _room_is_made(mine),
         deadlines.sentence(job, now),
         shares.sentence(share),
@@ -253,7 +262,7 @@ def _patience(mine: Turn) -> str:
 
 
 def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
-    wanted, found = packing.quantisation_of(job.pack_key), fleet.quantisations(session, now=now)
+    wanted, found = packing.quantisation_of(job.pack_key), fleet.quantisations(session, now=now, only_open=True)
     if found is None or wanted in found:
         return None
     return f"It asks for its base as {wanted}, and no worker that runs has bitsandbytes. {INSTALL_QUANT}"
@@ -291,8 +300,9 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     if job.preempted_for is not None:
         told = "to store a checkpoint and to make room for an urgent job"
         return f"Its worker {job.worker_id} was asked {told}; it goes back to its place in the queue.", facts
-    due = deadlines.sentence(job, now)
-    return " ".join(filter(None, (f"It trains on worker {job.worker_id}, attempt {job.attempt}.", due))), facts
+    around = closed_workers.around(session.get(Worker, job.worker_id) if job.worker_id else None)
+    told = (f"It trains on worker {job.worker_id}, attempt {job.attempt}.", around, deadlines.sentence(job, now))
+    return " ".join(filter(None, told)), facts
 
 
 def _jobs(number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import bases
+from catalog import bases, cordons
 from catalog.db import Database, read_clock
 from catalog.scheduling.picture import Room
 from catalog.spec import Precision
@@ -39,6 +39,9 @@ class Resident:
     """None where the trainer has not said yet."""
     saturation: Any = None
     """What its worker last said of how near to its plateau it is; see saturation.py."""
+    worker_id: str = ""
+    takes_nothing_new: bool = False
+    cordon: Json | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,8 @@ class Counts:
     """By state; every state is there."""
     workers: Mapping[str, int]
     """By state, of those seen in the last hour."""
+    num_cordoned: int
+    """Of those that have not ended."""
     num_events: int
     """Recorded so far: the last number that was given to one, which costs no scan."""
     adapters: int
@@ -54,7 +59,15 @@ class Counts:
 
 def workers(db: Database) -> list[WorkerView]:
     """Those that live, and those that ended or fell silent lately; newest first."""
-    rows = list_workers(db)
+    return _views(db, list_workers(db))
+
+
+def view(db: Database, worker: Worker) -> WorkerView:
+    """Of one."""
+    return _views(db, [worker])[0]
+
+
+def _views(db: Database, rows: list[Worker]) -> list[WorkerView]:
     with db.read() as session:
         now = read_clock(session)
         held = {row.resident_base for row in rows if row.resident_base}
@@ -81,12 +94,18 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
 
 
 def residents(session: Session, *, now: float) -> list[Resident]:
-    """Of every live worker, in no order."""
-    held = select(Worker.resident_base, Trainer.pack_key, Worker.report)
-    held = held.outerjoin(Trainer, Trainer.id == Worker.trainer_id).where(is_live(now=now))
+    """Of every live worker, by its id."""
+    held = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     return [
-        Resident(base_digest=row[0], pack_key=row[1], saturation=(row[2] or {}).get("saturation"))
-        for row in session.execute(held)
+        Resident(
+            base_digest=worker.resident_base,
+            pack_key=pack_key,
+            saturation=(worker.report or {}).get("saturation"),
+            worker_id=worker.id,
+            takes_nothing_new=worker.takes_nothing_new,
+            cordon=worker.cordon,
+        )
+        for worker, pack_key in session.execute(held.where(is_live(now=now)).order_by(Worker.id))
     ]
 
 
@@ -101,9 +120,9 @@ def auto_precision(session: Session, *, now: float) -> Precision:
     return "float32" if is_slow_everywhere else "bfloat16"
 
 
-def quantisations(session: Session, *, now: float) -> frozenset[str] | None:
-    """Those that some live worker can load a base in; None where no worker lives."""
-    live = list(session.scalars(select(Worker).where(is_live(now=now))))
+def quantisations(session: Session, *, now: float, only_open: bool = False) -> frozenset[str] | None:
+    """Those that some live worker can load a base in; None where no worker lives. only_open: that takes new jobs."""
+    live = _live(session, now=now, only_open=only_open)
     return frozenset[str]().union(*(quantisations_of(worker) for worker in live)) if live else None
 
 
@@ -128,9 +147,14 @@ def count_live(session: Session, *, now: float) -> int:
 
 
 def memories(session: Session, *, now: float) -> list[tuple[int, bool]]:
-    """Of each live worker's device its bytes, and whether it computes blocks again where they are short."""
+    """Of the device of each live worker that takes new jobs: its bytes, and whether it computes blocks again where they
+    are short."""
+    return [(worker.memory_bytes, is_gpu(worker)) for worker in _live(session, now=now, only_open=True)]
+
+
+def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
     live = session.scalars(select(Worker).where(is_live(now=now)))
-    return [(worker.memory_bytes, is_gpu(worker)) for worker in live]
+    return [worker for worker in live if not (only_open and worker.takes_nothing_new)]
 
 
 def room_told(worker: Worker) -> Room:
@@ -154,6 +178,7 @@ def count(db: Database) -> Counts:
         return Counts(
             jobs={state.value: by_state.get(state.value, 0) for state in JobState},
             workers=dict(by_worker),
+            num_cordoned=cordons.count(session),
             num_events=session.scalar(select(func.max(JobEvent.seq))) or 0,
             adapters=session.scalar(select(func.count()).select_from(Adapter).where(Adapter.deleted_at.is_(None))) or 0,
         )

@@ -132,7 +132,7 @@ def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
     """Workers that take jobs, and can hold the base as it is to be."""
     quantisation = packing.quantisation_of(job.pack_key)
     live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
-    return [row for row in live if not row.is_leaving and quantisation in fleet.quantisations_of(row)]
+    return [row for row in live if not row.takes_nothing_new and quantisation in fleet.quantisations_of(row)]
 
 
 def _fitting(live: Sequence[Worker], sizes: _Sizes) -> list[Worker]:

@@ -36,7 +36,7 @@ def claim(db: Database, *, worker_id: str, lease_seconds: float) -> PlanClaim | 
     with db.write() as session:
         now = read_clock(session)
         worker = session.get(Worker, worker_id)
-        if worker is not None and worker.is_leaving:
+        if worker is not None and worker.takes_nothing_new:
             return None
         while (plan := session.scalar(skip_locked(waiting_plans.first(now=now)))) is not None:
             plan.num_lost += plan.claim_id is not None

@@ -166,7 +166,8 @@ def _holders(session: Session, *, now: float) -> list[Holder]:
         held[job.worker_id].append((job, attempt))
     live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     rows = session.execute(live.where(is_live(now=now))).all()
-    return [_holder(worker, key, held[worker.id]) for worker, key in rows if held[worker.id] and not worker.is_leaving]
+    open_ones = [(worker, key) for worker, key in rows if held[worker.id] and not worker.takes_nothing_new]
+    return [_holder(worker, key, held[worker.id]) for worker, key in open_ones]
 
 
 def _holder(worker: Worker, key: str | None, held: list[tuple[Job, Attempt]]) -> Holder:

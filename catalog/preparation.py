@@ -67,7 +67,7 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, polic
         serialise(session, "take files to prepare")
         now = read_clock(session)
         worker = session.get(Worker, worker_id, with_for_update=True)
-        if worker is not None and worker.is_leaving:
+        if worker is not None and worker.takes_nothing_new:
             return None
         job, is_turn = _take_first(session, now=now, policy=policy)
         if job is None:

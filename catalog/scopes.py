@@ -23,10 +23,18 @@ Scope = Literal[
     "organizations:write",
     "permissions:read",
     "permissions:write",
+    "workers:write",
 ]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 OPERATORS: frozenset[Scope] = frozenset(
-    {"models:write", "projects:write", "organizations:write", "permissions:read", "permissions:write"}
+    {
+        "models:write",
+        "projects:write",
+        "organizations:write",
+        "permissions:read",
+        "permissions:write",
+        "workers:write",
+    }
 )
 """They reach beyond a project: only an operator's key can hold them."""
 

@@ -90,6 +90,7 @@ class EndReason(StrEnum):
     TIMEOUT = "timeout"
     VERIFICATION_FAILED = "verification_failed"
     INFRA_LOST = "infra_lost"
+    NODE_FAILED = "node_failed"
     DRAINED = "drained"
     PREEMPTED = "preempted"
 
@@ -119,6 +120,7 @@ ENDINGS: dict[EndReason, Ending] = {
     EndReason.TIMEOUT: Ending(state=JobState.FAILED, retryable=True),
     EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED, retryable=False),
     EndReason.INFRA_LOST: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.NODE_FAILED: Ending(state=JobState.FAILED, retryable=True),
     EndReason.DRAINED: Ending(state=JobState.FAILED, retryable=True, counts=False),
     EndReason.PREEMPTED: Ending(state=JobState.FAILED, retryable=True, counts=False),
 }

@@ -83,7 +83,7 @@ class _Chosen:
 
 _Found = dict[str, tuple[Job, bool]]
 """Jobs that are locked, by id, and whether their projects may train only so many."""
-LEAVING = _Chosen(decision=Decision(action=Nothing(reason="the worker is to leave"), trace={}))
+CLOSED = _Chosen(decision=Decision(action=Nothing(reason="the worker is cordoned or to leave"), trace={}))
 
 
 def claim_pack(
@@ -133,8 +133,8 @@ def claim_pack(
 
 def _choose(session: Session, ask: _Ask) -> _Chosen:
     now, worker = _worker(session, ask.worker_id)
-    if worker is not None and worker.is_leaving:
-        return LEAVING
+    if worker is not None and worker.takes_nothing_new:
+        return CLOSED
     picture = pictures.of_worker(
         session, worker, trainer_id=ask.trainer_id, room=ask.room, live_key=ask.live_key, now=now, policy=ask.policy
     )
@@ -144,12 +144,12 @@ def _choose(session: Session, ask: _Ask) -> _Chosen:
 def _take(session: Session, chosen: _Chosen, ask: _Ask, *, is_alone: bool = False) -> list[Claim]:
     """Lock what was chosen, pass over what is taken or stopped since, and claim the rest.
 
-    Without its anchor a pack is not taken: the choice is made anew. Nor by a worker that was asked to drain
-    since the choice; its row is locked, so that nobody asks before this is done. is_alone: no other worker takes
+    Without its anchor a pack is not taken: the choice is made anew. Nor by a worker that was cordoned or asked to
+    drain since the choice; its row is locked, so that nobody asks before this is done. is_alone: no other worker takes
     anything meanwhile, so that whoever has a row locked is waited for.
     """
     now, worker = _worker(session, ask.worker_id, is_to_lock=True)
-    if chosen.picture is None or not chosen.choices or (worker is not None and worker.is_leaving):
+    if chosen.picture is None or not chosen.choices or (worker is not None and worker.takes_nothing_new):
         return []
     if is_alone:
         decision, found = chosen.decision, _all_chosen(session, chosen, now)

@@ -9,10 +9,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import recovery
+from catalog import cordons, recovery
 from catalog.db import Database, read_clock
 from catalog.endings import end_attempt
-from catalog.errors import Conflict, NotFound
 from catalog.preparation import free
 from catalog.states import CLAIMED_STATES, EndReason, JobState
 from catalog.tables import Job, Json, Trainer, Worker
@@ -60,7 +59,8 @@ def register_worker(
         worker.started_at = worker.heartbeat_at = now
         worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
         worker.served_at = worker.prepared_at = None
-        worker.drain_requested = False
+        worker.drain_requested, worker.uncordoned_at = False, None
+        cordons.inherit(session, worker, is_live_after=now - SILENT_SECONDS)
         return worker
 
 
@@ -106,18 +106,6 @@ def declare_lost(db: Database, worker_id: str) -> int:
         worker.resident_base = worker.trainer_id = None
         _close_trainers(session, worker_id, now=now)
         return recovery.lose_worker(session, worker_id, now=now)
-
-
-def request_drain(db: Database, worker_id: str) -> Worker:
-    """Ask a worker to end: it releases its jobs at their last step and takes no more."""
-    with db.write() as session:
-        worker = session.get(Worker, worker_id, with_for_update=True)
-        if worker is None:
-            raise NotFound("worker", worker_id)
-        if worker.ended_at is not None:
-            raise Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy="There is nothing to drain.")
-        worker.drain_requested = True
-        return worker
 
 
 def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Worker]:

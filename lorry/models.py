@@ -292,12 +292,25 @@ class Adapter(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cordon(View):
+    """A worker finishes what it holds and takes nothing new. `by`: operator, or service where jobs failed on it."""
+
+    by: str = ""
+    reason: str | None = None
+    at: float = 0.0
+    evidence: list[dict[str, Any]] | None = None
+    """For operators: how the attempts ended for which the service cordoned it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Worker(View):
     """A process that trains, and what it holds resident."""
 
     id: str = ""
     host: str = ""
     state: str = ""
+    cordon: Cordon | None = field(default=None, metadata={"view": Cordon})
+    """Why it takes nothing new; None: it does."""
     version: str = ""
     devices: list[Any] = field(default_factory=list[Any])
     memory_bytes: int = 0

@@ -19,8 +19,8 @@ from worker.trainer_directory import TrainerDirectory
 
 RETRYABLE_CODES = {
     "out_of_memory": EndReason.CUDA_OOM,
-    "out_of_space": EndReason.INFRA_LOST,
-    "disk_error": EndReason.INFRA_LOST,
+    "out_of_space": EndReason.NODE_FAILED,
+    "disk_error": EndReason.NODE_FAILED,
 }
 
 RUINED = "training ended on its weights."

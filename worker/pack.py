@@ -128,7 +128,7 @@ class Pack:
             self._end(held, End(reason=EndReason.INFRA_LOST, detail=error.sentence()))
         except OutOfSpace as error:
             wire = publish.wire_error(error)
-            self._end(held, End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=wire))
+            self._end(held, End(reason=EndReason.NODE_FAILED, detail=error.sentence(), error=wire))
         else:
             self._inbox.send("admit", **body)
             held.told.clear()
@@ -299,7 +299,7 @@ class Pack:
 def _mishap(error: LorryError | OSError) -> End:
     if isinstance(error, LorryError):
         return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=publish.wire_error(error))
-    return End(reason=EndReason.INFRA_LOST, detail=f"The worker could not use a file: {error}.")
+    return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not use a file: {error}.")
 
 
 def _without(event: Json, *names: str) -> Json:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from catalog import bases as catalog_bases
 from catalog import claims, memory, packing, queue, saturation, waiting_plans, workers
 from catalog.claims import Claim
-from catalog.errors import LorryError, StaleClaim
+from catalog.errors import LorryError, OutOfSpace, StaleClaim
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
 from catalog.tables import Job, new_id
@@ -120,8 +120,9 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
     if context.draining:
         return End(reason=EndReason.DRAINED, detail="The worker left.")
     if isinstance(error, LorryError):
-        return End(reason=EndReason.INFRA_LOST, detail=error.sentence())
-    return End(reason=EndReason.INFRA_LOST, detail=f"The worker could not start a trainer: {error}.")
+        is_own = isinstance(error, OutOfSpace)
+        return End(reason=EndReason.NODE_FAILED if is_own else EndReason.INFRA_LOST, detail=error.sentence())
+    return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not start a trainer: {error}.")
 
 
 def _trainer(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Path) -> TrainerProcess:

@@ -1,4 +1,4 @@
-"""/v1/queue and /v1/workers: what waits, what runs, and where."""
+"""/v1/queue and /v1/workers: what waits, what runs, and where; and which workers take no more."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from api.feed import Listener
 from api.live import LiveStream
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.fleet import QueueObject, WorkerObject, worker_object
+from api.schemas.fleet import CordonRequest, QueueObject, WorkerObject, worker_object
 from api.schemas.pages import ListPage, page_of
-from catalog import fleet, queue
+from catalog import cordons, fleet, queue
 from catalog.keys import Caller
 from catalog.scheduling.picture import Policy
 
@@ -51,11 +51,26 @@ async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: A
 @router.get("/workers", operation_id="list_workers")
 def list_workers(use: Use, caller: Signed) -> ListPage[WorkerObject]:
     """Those that live, and those that went away in the last hour."""
-    shown = [
-        worker_object(view.worker, state=view.state, base_names=view.base_names, shows_host=caller.is_operator)
-        for view in fleet.workers(use.db)
-    ]
-    return page_of(shown)
+    return page_of([worker_object(view, shows_all=caller.is_operator) for view in fleet.workers(use.db)])
+
+
+@router.post("/workers/{worker_id}/cordon", operation_id="cordon_worker", responses=errors(404, 409))
+def cordon_worker(worker_id: str, use: Use, caller: Signed, body: CordonRequest | None = None) -> WorkerObject:
+    """For operators: it finishes what it holds and takes nothing new. So does who registers in its place."""
+    row = cordons.cordon(use.db, worker_id, reason=body.reason if body else None)
+    return worker_object(fleet.view(use.db, row), shows_all=caller.is_operator)
+
+
+@router.post("/workers/{worker_id}/uncordon", operation_id="uncordon_worker", responses=errors(404))
+def uncordon_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
+    """For operators: it takes jobs again."""
+    return worker_object(fleet.view(use.db, cordons.uncordon(use.db, worker_id)), shows_all=caller.is_operator)
+
+
+@router.post("/workers/{worker_id}/drain", operation_id="drain_worker", responses=errors(404, 409))
+def drain_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
+    """For operators: it saves its jobs, gives them back, and ends. Who registers in its place is cordoned."""
+    return worker_object(fleet.view(use.db, cordons.drain(use.db, worker_id)), shows_all=caller.is_operator)
 
 
 def _scope(caller: Caller, everything: bool) -> str | None:

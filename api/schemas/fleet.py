@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.tables import Worker
+from catalog.fleet import WorkerView
+from catalog.strict import Strict
+from catalog.tables import Json
 
 
 class QueueEntry(BaseModel):
@@ -53,6 +55,24 @@ class QueueObject(BaseModel):
     jobs: list[QueueEntry]
 
 
+class CordonRequest(Strict):
+    """Why a worker is to take no more."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"reason": "Its fan is replaced."}})
+    reason: str | None = Field(default=None, min_length=1, max_length=200, description="For whoever asks; all see it.")
+
+
+class CordonObject(BaseModel):
+    """Why a worker takes nothing new."""
+
+    by: Literal["operator", "service"] = Field(description="service: jobs failed on it one after the other.")
+    reason: str | None
+    at: float = Field(description="Seconds since 1970 by the database's clock.")
+    evidence: list[dict[str, Any]] | None = Field(
+        description="The ends of attempts for which the service cordoned it. null but for operators."
+    )
+
+
 class WorkerObject(BaseModel):
     """A process that trains. Where it runs is shown to operators."""
 
@@ -64,6 +84,7 @@ class WorkerObject(BaseModel):
     state: Literal["idle", "busy", "draining", "lost", "ended"] = Field(
         description="busy: it trains a job. A base may stay loaded in an idle one."
     )
+    cordon: CordonObject | None = Field(description="It takes nothing new, and finishes what it holds. null: it does.")
     host: str | None
     pid: int | None
     devices: list[Any]
@@ -78,13 +99,16 @@ class WorkerObject(BaseModel):
     report: dict[str, Any] | None
 
 
-def worker_object(row: Worker, *, state: str, base_names: list[str], shows_host: bool) -> WorkerObject:
+def worker_object(view: WorkerView, *, shows_all: bool) -> WorkerObject:
+    """shows_all: to an operator, also where it runs and what failed there."""
+    row = view.worker
     return WorkerObject.model_validate(
         {
             "id": row.id,
-            "state": state,
-            "host": row.host if shows_host else None,
-            "pid": row.pid if shows_host else None,
+            "state": view.state,
+            "cordon": _cordon(row.cordon, shows_all=shows_all),
+            "host": row.host if shows_all else None,
+            "pid": row.pid if shows_all else None,
             "devices": row.devices,
             "version": row.version,
             "memory_bytes": row.memory_bytes,
@@ -92,8 +116,12 @@ def worker_object(row: Worker, *, state: str, base_names: list[str], shows_host:
             "last_seen_at": int(row.heartbeat_at),
             "ended_at": None if row.ended_at is None else int(row.ended_at),
             "resident_base": row.resident_base,
-            "resident_base_names": base_names,
+            "resident_base_names": view.base_names,
             "trainer_id": row.trainer_id,
-            "report": row.report if shows_host else None,
+            "report": row.report if shows_all else None,
         }
     )
+
+
+def _cordon(cordon: Json | None, *, shows_all: bool) -> Json | None:
+    return None if cordon is None else {**cordon, "evidence": cordon["evidence"] if shows_all else None}

@@ -24,6 +24,10 @@ class Worker(Table):
     heartbeat_at: Mapped[float]
     ended_at: Mapped[float | None]
     drain_requested: Mapped[bool] = mapped_column(Boolean)
+    cordon: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
+    """Why it takes nothing new: by whom, reason, at, and the service's evidence. None: it does."""
+    uncordoned_at: Mapped[float | None]
+    """What failed on it before counts no more."""
     resident_base: Mapped[str | None]
     trainer_id: Mapped[str | None]
     report: Mapped[Json | None]
@@ -39,9 +43,9 @@ class Worker(Table):
         return {int(priority): at for priority, at in (self.served_at or {}).items()}
 
     @property
-    def is_leaving(self) -> bool:
-        """It gets nothing new."""
-        return self.drain_requested or self.ended_at is not None
+    def takes_nothing_new(self) -> bool:
+        """It is cordoned, is to leave, or has left."""
+        return self.cordon is not None or self.drain_requested or self.ended_at is not None
 
 
 class Trainer(Table):

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import AutoKey, Json, Table
 
-NOT_METRICS, LIVE = text("type <> 'metrics'"), text("ended_at IS NULL")
+NOT_METRICS, LIVE, ENDED = text("type <> 'metrics'"), text("ended_at IS NULL"), text("ended_at IS NOT NULL")
 
 
 class Attempt(Table):
@@ -28,7 +28,10 @@ class Attempt(Table):
     """The inputs of the decision that let it run."""
     preemption: Mapped[Json | None]
     """And of the one that asked it to leave for an urgent job, if one did."""
-    __table_args__ = (Index("ix_attempts_live", "worker_id", sqlite_where=LIVE, postgresql_where=LIVE),)
+    __table_args__ = (
+        Index("ix_attempts_live", "worker_id", sqlite_where=LIVE, postgresql_where=LIVE),
+        Index("ix_attempts_ended", "worker_id", "ended_at", sqlite_where=ENDED, postgresql_where=ENDED),
+    )
 
 
 class JobEvent(Table):

@@ -1,4 +1,4 @@
-"""`lorry queue`, `lorry workers` and `lorry sign-in-link`."""
+"""`lorry queue` and `lorry sign-in-link`."""
 
 from __future__ import annotations
 
@@ -36,35 +36,6 @@ def queue(
     return table(columns, rows, empty="Nothing runs and nothing waits.")
 
 
-def workers(as_json: AsJson = False) -> None:
-    """Who trains, and what each holds resident."""
-    found = list(client().workers.list())
-    if as_json:
-        return output.print_json([worker.raw for worker in found])
-    rows = [
-        (
-            worker.id,
-            worker.state,
-            worker.host,
-            ", ".join(map(_device, worker.devices)),
-            ", ".join(worker.resident_base_names) or worker.resident_base,
-            worker.trainer_id,
-            output.briefly(worker.last_seen_at),
-        )
-        for worker in found
-    ]
-    columns = (
-        Column(title="ID"),
-        Column(title="STATE"),
-        Column(title="HOST", goes=4),
-        Column(title="DEVICES", goes=2, narrowest=12),
-        Column(title="HOLDS", goes=1, narrowest=12),
-        Column(title="TRAINER", goes=5),
-        Column(title="SEEN", goes=3),
-    )
-    return table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
-
-
 def sign_in_link(
     open_browser: Annotated[bool, typer.Option("--open", help="Open it in this machine's browser.")] = False,
     as_json: AsJson = False,
@@ -78,8 +49,3 @@ def sign_in_link(
         output.say(f"It works once, until {output.when(link['expires_at'])}; keep it to yourself.")
     if open_browser and not webbrowser.open(link["url"]):
         output.say("There is no browser here to open it in: open the link by hand.")
-
-
-def _device(device: Any) -> str:
-    """A device's name, in whichever form the service tells it."""
-    return str(device.get("name") or device) if isinstance(device, dict) else str(device)  # pyright: ignore

@@ -37,7 +37,14 @@ SCOPES = frozenset(
 )
 """What a key of a project can have; an operator's has more."""
 OF_OPERATORS = frozenset(
-    {"models:write", "projects:write", "organizations:write", "permissions:read", "permissions:write"}
+    {
+        "models:write",
+        "projects:write",
+        "organizations:write",
+        "permissions:read",
+        "permissions:write",
+        "workers:write",
+    }
 )
 KeyId = Annotated[str, typer.Argument(help="The key's id, such as key-3f2b….")]
 

@@ -20,6 +20,7 @@ from lorry.cli import (
     up,
     usage,
     webhooks,
+    workers,
 )
 from lorry.cli.app import Sectioned, group, run
 from lorry.cli.plan import plan
@@ -43,7 +44,7 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("usage")(usage.usage)
 app.command("queue")(fleet.queue)
-app.command("workers")(fleet.workers)
+app.add_typer(workers.app, name="workers")
 app.command("sign-in-link")(fleet.sign_in_link)
 
 

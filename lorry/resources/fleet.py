@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 from lorry import stream
 from lorry.models import Worker
@@ -33,3 +34,18 @@ class Workers:
 
     def list(self) -> Iterator[Worker]:
         return (Worker.of(wire) for wire in pages.whole(self._transport, "workers"))
+
+    def cordon(self, worker_id: str, *, reason: str | None = None) -> Worker:
+        """For operators: it finishes what it holds and takes nothing new, nor does who registers in its place."""
+        return self._do(worker_id, "cordon", {"reason": reason} if reason else {})
+
+    def uncordon(self, worker_id: str) -> Worker:
+        """For operators: it takes jobs again."""
+        return self._do(worker_id, "uncordon")
+
+    def drain(self, worker_id: str) -> Worker:
+        """For operators: it saves its jobs, gives them back and ends. Who registers in its place is cordoned."""
+        return self._do(worker_id, "drain")
+
+    def _do(self, worker_id: str, verb: str, body: dict[str, Any] | None = None) -> Worker:
+        return Worker.of(self._transport.request("POST", f"workers/{quote(worker_id, safe='')}/{verb}", body=body))

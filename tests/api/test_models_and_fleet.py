@@ -158,6 +158,37 @@ def test_a_worker_whose_trainer_holds_no_job_is_idle_for_everybody(
     assert 'lorry_workers{state="idle"} 2.0' in anonymous.get("/metrics").text
 
 
+def test_an_operator_cordons_and_drains_a_worker_and_everybody_sees_why(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    world.worker("w1")
+    world.worker("w2")
+
+    cordoned = operator.post("/v1/workers/w1/cordon", json={"reason": "Its fan is loud."})
+    drained = operator.post("/v1/workers/w2/drain")
+    listed = {one["id"]: one for one in client.get("/v1/workers").json()["data"]}
+
+    assert (cordoned.status_code, cordoned.json()["state"]) == (200, "idle")
+    assert cordoned.json()["cordon"]["evidence"] == []
+    assert drained.json()["state"] == "draining"
+    assert (listed["w1"]["cordon"]["by"], listed["w1"]["cordon"]["reason"]) == ("operator", "Its fan is loud.")
+    assert listed["w1"]["cordon"]["evidence"] is None
+    assert listed["w2"]["cordon"]["reason"] == "It was drained."
+    assert operator.post("/v1/workers/w1/uncordon").json()["cordon"] is None
+    assert "lorry_workers_cordoned 1.0" in operator.get("/metrics").text
+
+
+def test_cordons_are_refused_in_plain_words(client: TestClient, operator: TestClient, world: World) -> None:
+    world.worker("gone")
+    claims.end_worker(world.db, "gone")
+
+    for verb in ("cordon", "uncordon", "drain"):
+        assert error_of(client.post(f"/v1/workers/gone/{verb}"))["code"] == "operator_required"
+        assert error_of(operator.post(f"/v1/workers/nobody/{verb}"))["code"] == "worker_not_found"
+    assert error_of(operator.post("/v1/workers/gone/cordon"))["code"] == "worker_ended"
+    assert error_of(operator.post("/v1/workers/gone/cordon", json={"reason": ""}))["param"] == "reason"
+
+
 def test_readiness_tells_what_does_not_answer(
     anonymous: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

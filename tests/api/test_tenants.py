@@ -100,7 +100,9 @@ class Ours:
     """A file of the stranger's own."""
 
     def all(self) -> list[Pair]:
-        return list(dict.fromkeys(pair for pairs in self.pairs.values() for pair in pairs))
+        """But for workers, which are of no project, and which everybody sees."""
+        own = (pairs for kind, pairs in self.pairs.items() if kind != "worker_id")
+        return list(dict.fromkeys(pair for pairs in own for pair in pairs))
 
     def marks(self) -> list[str]:
         """No answer to a stranger holds any of these."""
@@ -150,6 +152,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "upload_id": [_pair(upload_id)],
             "sweep_id": [_pair(sweep_id)],
             "plan_id": [_pair(planned.id)],
+            "worker_id": [_pair(world.worker("worker-1"))],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named, checkpoint],
             "api_key_id": [_pair(world.caller.api_key_id)],

@@ -13,6 +13,7 @@ from catalog import (
     audit,
     audit_chain,
     bases,
+    cordons,
     files,
     issuing,
     jobs,
@@ -119,6 +120,9 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
     token = keys.create_sign_in_link(world.db, api_key_id=rotated.id, pepper=PEPPER)
     browser = keys.exchange_sign_in(world.db, token=token, pepper=PEPPER)
     keys.end_browser(world.db, secret=browser, pepper=PEPPER)
+    world.worker("w9")
+    for act in (cordons.cordon, cordons.cordon, cordons.uncordon, cordons.uncordon, cordons.drain, cordons.drain):
+        act(world.db, "w9")
 
     assert told(world)[audit_before:] == [
         ("permission.created", permission.id),
@@ -140,6 +144,9 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
         ("sign_in_link.created", rotated.id),
         ("login.succeeded", rotated.id),
         ("logout.succeeded", rotated.id),
+        ("worker.cordoned", "w9"),
+        ("worker.uncordoned", "w9"),
+        ("worker.drained", "w9"),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog import claims, jobs, recovery, taking, workers
+from catalog import claims, cordons, jobs, recovery, taking
 from catalog.claims import Orders
 from catalog.errors import StaleClaim
 from catalog.scheduling.decide import Decision, decide
@@ -272,7 +272,7 @@ def test_a_worker_that_drains_or_has_ended_gets_nothing_new(world: World) -> Non
     world.submit()
     world.worker("draining")
     world.worker("ended")
-    workers.request_drain(world.db, "draining")
+    cordons.drain(world.db, "draining")
     claims.end_worker(world.db, "ended")
 
     for worker_id in ("draining", "ended"):
@@ -289,7 +289,7 @@ def test_a_worker_that_is_asked_to_drain_while_it_chooses_takes_nothing(
     world.worker()
 
     def decide_then_drain(*given: Any) -> Decision:
-        workers.request_drain(world.db, "w1")
+        cordons.drain(world.db, "w1")
         return decide(*given)
 
     monkeypatch.setattr(taking, "decide", decide_then_drain)

@@ -18,6 +18,7 @@ from catalog import (
     audit_chain,
     claims,
     cleaning,
+    cordons,
     deadlines,
     exports,
     fleet,
@@ -156,6 +157,7 @@ ACTS: dict[str, Act] = {
     "the queue of all": lambda w, _: queue.snapshot(w.db, project_id=None),
     "whether there is work": lambda w, _: queue.has_work(w.db),
     "the workers": lambda w, _: fleet.workers(w.db),
+    "whether a node is to blame": lambda w, _: cordons._look(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
     "a plan that is made": lambda w, _: plan(w),
     "a plan that is at hand": lambda w, _: ready_plan(w, lora={"rank": 4}),
     "a plan that is looked at": lambda w, ids: plans.details(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from catalog import cordons
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -42,3 +43,30 @@ def test_a_worker_that_trains_for_another_project_is_training(fresh: Service, vi
     worker = visitor.page.get_by_role("region", name="bay-1")
     worker.get_by_text("training", exact=True).wait_for()
     worker.get_by_text("Tokens per second").wait_for()
+
+
+def test_an_operator_cordons_a_worker_and_takes_it_back(fresh: Service, visit: Visit) -> None:
+    seed.beat(fresh.seeded)
+    visitor = visit(fresh)
+    visitor.open("#/workers")
+    worker = visitor.page.get_by_role("region", name="bay-1")
+
+    worker.get_by_role("button", name="Cordon").click()
+    visitor.page.get_by_role("button", name="Cordon the worker").click()
+
+    worker.get_by_text("idle, base loaded, cordoned").wait_for()
+    worker.get_by_text("it finishes what it holds and takes no new job").wait_for()
+    worker.get_by_role("button", name="Uncordon").click()
+    visitor.page.get_by_role("button", name="Uncordon the worker").click()
+    worker.get_by_text("idle, base loaded", exact=True).wait_for()
+
+
+def test_a_cordoned_worker_says_why(fresh: Service, visit: Visit) -> None:
+    seed.beat(fresh.seeded)
+    cordons.cordon(fresh.seeded.db, seed.WORKER, reason="Its fan is loud.")
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    worker.get_by_text("takes no new job. Its fan is loud.").wait_for()

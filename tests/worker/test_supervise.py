@@ -113,9 +113,15 @@ def reasons(site: PackSite, job_id: str) -> list[str | None]:
     return [attempt.reason for attempt in jobs.attempts(site.db, **site.world.of(job_id))]
 
 
-@pytest.mark.parametrize("error", [OUTAGE, OSError("No such disk")])
+@pytest.mark.parametrize(
+    ("error", "reason"), [(OUTAGE, EndReason.INFRA_LOST), (OSError("No such disk"), EndReason.NODE_FAILED)]
+)
 def test_a_base_that_cannot_be_brought_gives_the_claims_back(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch, error: Exception
+    site: PackSite,
+    run: Callable[[Script], list[FakeTrainer]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: EndReason,
 ) -> None:
     job = site.queued()
     monkeypatch.setattr(bases, "ensure", raising(error))
@@ -123,7 +129,7 @@ def test_a_base_that_cannot_be_brought_gives_the_claims_back(
     assert run(loads_for_ever) == []
 
     assert site.world.job(job.id).state == "queued"
-    assert reasons(site, job.id) == [EndReason.INFRA_LOST]
+    assert reasons(site, job.id) == [reason]
     assert site.held() == set()
 
 

@@ -1,9 +1,12 @@
 // Every worker: its devices, whether it is well, the base model it holds and the jobs aboard.
 import { html, useEffect } from "../html.js";
+import { person } from "../api.js";
+import { useStore } from "../store.js";
 import { useJobs } from "../jobs_data.js";
 import { useResource } from "../resource.js";
 import { Ago, Empty, Facts, Failure, Id, Loading } from "../parts/basics.js";
 import { Bed } from "../parts/bed.js";
+import { WorkerActions } from "./worker_actions.js";
 import * as format from "../format.js";
 
 const READ_MS = 5000;
@@ -20,7 +23,7 @@ export function WorkersPage() {
   return html`
     <div class="title"><h1 tabindex="-1">Workers</h1></div>
     ${error && html`<${Failure} error=${error} retry=${reload} />`}
-    ${loading ? html`<${Loading} />` : workers.length ? html`<div class="workers">${workers.map((worker) => html`<${Worker} key=${worker.id} worker=${worker} jobs=${jobs} />`)}</div>`
+    ${loading ? html`<${Loading} />` : workers.length ? html`<div class="workers">${workers.map((worker) => html`<${Worker} key=${worker.id} worker=${worker} jobs=${jobs} done=${reload} />`)}</div>`
       : !error && html`<${Empty} title="No worker is running." command="lorry up">Jobs wait until one is. This starts a service with one worker on this machine:<//>`}`;
 }
 
@@ -28,14 +31,16 @@ const WORDS = { idle: "idle", busy: "training", draining: "draining", lost: "not
 
 const REPORT = { base_bytes: "Base in memory", rows_bytes: "Adapters in memory", peak_bytes: "Peak memory" };
 
-function Worker({ worker, jobs }) {
+function Worker({ worker, jobs, done }) {
+  const isOperator = Boolean(useStore(person)?.is_operator);
   const aboard = jobs.filter((job) => job.status === "running" && job.worker_id === worker.id);
   const title = worker.host || worker.id;
   const isIdle = worker.state === "idle";
   const facts = Object.entries(worker.report || {}).filter(([name, value]) => value !== null && typeof value !== "object" && !(isIdle && name === "tokens_per_second"));
   return html`<section class="panel worker" aria-labelledby=${`worker-${worker.id}`}>
     <div class="panel-head"><h2 id=${`worker-${worker.id}`}>${title}</h2>
-      <span class=${`state worker-${worker.state}`}><span class="dot" aria-hidden="true"></span>${isIdle && worker.resident_base ? "idle, base loaded" : WORDS[worker.state] || worker.state}</span></div>
+      <span class=${`state worker-${worker.state}`}><span class="dot" aria-hidden="true"></span>${stateWords(worker)}</span></div>
+    ${worker.cordon && worker.state !== "ended" && html`<p class="cordon">${cordonWords(worker.cordon)}</p>`}
     <${Bed} base=${worker.resident_base_names.join(", ") || (worker.resident_base ? format.short(worker.resident_base, 16) : "no base model resident")} jobs=${aboard} />
     <${Facts} rows=${[
       ["Devices", worker.devices.map(device).join(", ")], ["Memory", worker.devices.some(memoryOf) ? null : format.bytes(worker.memory_bytes)],
@@ -46,7 +51,18 @@ function Worker({ worker, jobs }) {
       ["Id", html`<${Id} id=${worker.id} what="worker id" length=${24} />`],
       ...facts.map(([name, value]) => [REPORT[name] || sentenceCase(name), reported(name, value)]),
     ]} />
+    ${isOperator && html`<${WorkerActions} worker=${worker} done=${done} />`}
   </section>`;
+}
+
+function stateWords(worker) {
+  const word = worker.state === "idle" && worker.resident_base ? "idle, base loaded" : WORDS[worker.state] || worker.state;
+  return worker.cordon && (worker.state === "idle" || worker.state === "busy") ? `${word}, cordoned` : word;
+}
+
+function cordonWords(cordon) {
+  const who = cordon.by === "service" ? "The service cordoned it" : "An operator cordoned it";
+  return `${who}: it finishes what it holds and takes no new job. ${cordon.reason || ""}`.trim();
 }
 
 const memoryOf = (one) => one?.memory_bytes ?? one?.total_bytes;

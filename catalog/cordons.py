@@ -1,0 +1,239 @@
+"""Which workers take nothing new: those that a person cordoned, and those that failed one job after another.
+
+A worker finishes what it holds. Its cordon is of its place, a host and the devices on it: who registers there next
+is cordoned as well, so that a restart makes no bad node good. Only a person takes it back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog import audit, events
+from catalog.audit import SERVER, Actor, AuditType
+from catalog.db import Database, read_clock
+from catalog.errors import Conflict, LorryError, NotFound
+from catalog.states import CLAIMED_STATES, EndReason
+from catalog.tables import Attempt, Job, Json, Worker
+
+log = logging.getLogger("lorry.catalog")
+MAX_FAILED_RUNNING = 3
+"""Jobs that a node may fail one after the other before it is cordoned."""
+AT_FAULT = frozenset(
+    {
+        EndReason.CUDA_OOM,
+        EndReason.HOST_OOM,
+        EndReason.TRAINER_CRASHED,
+        EndReason.TIMEOUT,
+        EndReason.NODE_FAILED,
+    }
+)
+"""Ends that may be the node's doing. Not `infra_lost`: in an outage of the database every worker is lost."""
+MAX_LOOKED_AT = 100
+"""Ended attempts of one worker, and earlier workers of one host."""
+OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."
+OF_A_DRAIN = "It was drained."
+By = Literal["operator", "service"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How one attempt ended."""
+
+    job_id: str
+    trainer_id: str | None
+    reason: str
+
+
+def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
+    """It takes nothing new from now on. One that is cordoned stays as it is. Raises NotFound, Conflict."""
+    with db.write() as session:
+        worker = _held(session, worker_id)
+        if worker.ended_at is not None:
+            raise ended(worker_id, "cordon")
+        if worker.cordon is None:
+            now = read_clock(session)
+            _put(worker, by="operator", reason=reason, now=now)
+            _note(session, "worker.cordoned", worker, now=now, details={"reason": reason} if reason else None)
+            _tell_jobs(session, worker, "was cordoned: it finishes what it holds, this job too.", now=now)
+        return worker
+
+
+def uncordon(db: Database, worker_id: str) -> Worker:
+    """It takes jobs again, and what failed on it before counts no more. One that has gone keeps its successor's place
+    free of a cordon. Raises NotFound."""
+    with db.write() as session:
+        worker = _held(session, worker_id)
+        if worker.cordon is not None:
+            now = read_clock(session)
+            details = {"was": {name: worker.cordon[name] for name in ("by", "reason", "at")}}
+            worker.cordon, worker.uncordoned_at = None, now
+            _note(session, "worker.uncordoned", worker, now=now, details=details)
+            _tell_jobs(session, worker, "takes new jobs again.", now=now)
+        return worker
+
+
+def drain(db: Database, worker_id: str) -> Worker:
+    """Ask a worker to end: it releases its jobs at their last step and takes no more, and nor does who comes in its
+    place. Raises NotFound, Conflict."""
+    with db.write() as session:
+        worker = _held(session, worker_id)
+        if worker.ended_at is not None:
+            raise ended(worker_id, "drain")
+        if not worker.drain_requested:
+            now = read_clock(session)
+            worker.drain_requested = True
+            if worker.cordon is None:
+                _put(worker, by="operator", reason=OF_A_DRAIN, now=now)
+            _note(session, "worker.drained", worker, now=now)
+            told = "was asked to leave: it saves this job, which goes on elsewhere. The attempt does not count."
+            _tell_jobs(session, worker, told, now=now)
+        return worker
+
+
+def ended(worker_id: str, verb: str) -> Conflict:
+    return Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy=f"There is nothing to {verb}.")
+
+
+def inherit(session: Session, worker: Worker, *, is_live_after: float) -> None:
+    """A worker that registers is cordoned where the last one at its place was. is_live_after: who was heard from later
+    and has not ended is there still, and keeps its cordon to itself."""
+    of_host = select(Worker).where(Worker.host == worker.host, Worker.id != worker.id)
+    rows = session.scalars(of_host.order_by(Worker.heartbeat_at.desc()).limit(MAX_LOOKED_AT))
+    gone = (row for row in rows if row.ended_at is not None or row.heartbeat_at <= is_live_after)
+    last = next((row for row in gone if place(row.devices) == place(worker.devices)), None)
+    worker.cordon = last.cordon if last is not None else None
+
+
+def place(devices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """What tells the devices of one worker from those of another on the same host."""
+    return [(one.get("kind"), one.get("index"), *(one.get("indices") or ()), one.get("cores")) for one in devices]
+
+
+def look(db: Database, worker_id: str | None) -> bool:
+    """Cordon the worker if what ended on it lately says that the node is bad. True where it was. A fault in it costs
+    nobody anything: the next bad end looks again."""
+    try:
+        return worker_id is not None and _look(db, worker_id)
+    except LorryError as error:
+        log.warning("cordon code=%s", error.code)
+    except Exception:  # an attempt's end is on record by now, and must stay so
+        log.exception("crash in cordoning")
+    return False
+
+
+def _look(db: Database, worker_id: str) -> bool:
+    with db.write() as session:
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.cordon is not None or worker.ended_at is not None:
+            return False
+        since = max(worker.started_at, worker.uncordoned_at or 0.0)
+        mine = (Attempt.worker_id == worker_id, Attempt.ended_at > since)
+        latest = select(Attempt).where(*mine).order_by(Attempt.ended_at.desc(), Attempt.claim_id).limit(MAX_LOOKED_AT)
+        attempts = session.scalars(latest).all()
+        blamed = failed_running([_ended(attempt) for attempt in attempts])
+        if not blamed:
+            return False
+        now = read_clock(session)
+        found = [attempt for attempt in attempts if _ended(attempt) in blamed]
+        _put(worker, by="service", reason=OF_THE_SERVICE, now=now, evidence=[_evidence(one) for one in found])
+        jobs = sorted({attempt.job_id for attempt in found})
+        details = {"reason": OF_THE_SERVICE, "jobs": jobs[:MAX_FAILED_RUNNING]}
+        _note(session, "worker.cordoned", worker, now=now, details=details, actor=SERVER)
+        told = f"was cordoned, for this job and others failed on it one after the other: {_what_next()}"
+        _tell(session, worker, jobs, told, now=now)
+        return True
+
+
+def failed_running(ends: Sequence[Ended]) -> list[Ended]:
+    """The bad ends, newest first, for which a node is to blame; [] where it may be its jobs. Pure.
+
+    ends: newest first; they count back to the last job that succeeded. A job that ends its trainer takes those with it
+    that trained beside it: so the node is to blame only where no two jobs could be, because each trainer that ended
+    badly held one of them.
+    """
+    bad: list[Ended] = []
+    for end in ends:
+        if end.reason == EndReason.COMPLETED:
+            break
+        if end.reason in AT_FAULT:
+            bad.append(end)
+    by_trainer: dict[str | None, set[str]] = {}
+    for end in bad:
+        by_trainer.setdefault(end.trainer_id, set()).add(end.job_id)
+    return [] if _could_be_to_blame(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
+
+
+def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
+    """Whether so many jobs are enough for each pack to hold one of them."""
+    if len(packs) <= number:
+        return True
+    jobs = sorted(set[str]().union(*packs))
+    return any(all(pack.intersection(chosen) for pack in packs) for chosen in combinations(jobs, number))
+
+
+def _ended(attempt: Attempt) -> Ended:
+    return Ended(job_id=attempt.job_id, trainer_id=attempt.trainer_id, reason=attempt.reason or "")
+
+
+def _evidence(attempt: Attempt) -> Json:
+    return {
+        "job_id": attempt.job_id,
+        "attempt": attempt.number,
+        "trainer_id": attempt.trainer_id,
+        "reason": attempt.reason,
+        "detail": attempt.detail,
+        "ended_at": attempt.ended_at,
+    }
+
+
+def _put(worker: Worker, *, by: By, reason: str | None, now: float, evidence: Sequence[Json] = ()) -> None:
+    worker.cordon = {"by": by, "reason": reason, "at": now, "evidence": list(evidence)}
+
+
+def _held(session: Session, worker_id: str) -> Worker:
+    worker = session.get(Worker, worker_id, with_for_update=True)
+    if worker is None:
+        raise NotFound("worker", worker_id, remedy="`lorry workers` shows those that there are.")
+    return worker
+
+
+def _note(
+    session: Session,
+    type: AuditType,  # noqa: A002  (the wire's word)
+    worker: Worker,
+    *,
+    now: float,
+    details: Json | None = None,
+    actor: Actor | None = None,
+) -> None:
+    told = {"host": worker.host, **(details or {})}
+    audit.note(session, type, now=now, object_id=worker.id, project_id=None, details=told, actor=actor)
+
+
+def _tell_jobs(session: Session, worker: Worker, what: str, *, now: float) -> None:
+    """In the events of those that it holds."""
+    held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker.id, Job.claim_id.is_not(None))
+    _tell(session, worker, session.scalars(select(Job.id).where(*held).order_by(Job.id)).all(), what, now=now)
+
+
+def _tell(session: Session, worker: Worker, job_ids: Sequence[str], what: str, *, now: float) -> None:
+    for job_id in job_ids:
+        data = {"worker_id": worker.id}
+        events.add(session, job_id, now=now, level="warn", message=f"Worker {worker.id} {what}", data=data)
+
+
+def _what_next() -> str:
+    return "it takes no new job before an operator has looked at it."
+
+
+def count(session: Session) -> int:
+    """Of the workers that have not ended."""
+    cordoned = (Worker.cordon.is_not(None), Worker.ended_at.is_(None))
+    return session.scalar(select(func.count()).select_from(Worker).where(*cordoned)) or 0

@@ -1,0 +1,277 @@
+"""Workers that take nothing new: by a person's wish, or because one job after another failed there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from catalog import claims, cordons, explanation, fleet, jobs, plan_claims, workers
+from catalog.cordons import Ended, failed_running
+from catalog.errors import Conflict, NotFound
+from catalog.states import EndReason, JobState
+from catalog.tables import AuditEvent, Worker
+from tests.catalog import plan_data
+from tests.catalog.world import LEASE, World
+
+
+def row(world: World, worker_id: str = "w1") -> Worker:
+    with world.db.read() as session:
+        return session.get_one(Worker, worker_id)
+
+
+def fail(world: World, *, worker_id: str = "w1", trainer: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> str:
+    """One more job, which ends badly alone in a trainer of that name."""
+    job = world.queued(seed=len(trainer))
+    (claim,) = [one for one in world.claim(worker_id, trainer_id=trainer) if one.job.id == job.id]
+    claims.end(world.db, claim.claim_id, reason=reason, detail=f"Trainer {trainer} ended.")
+    return job.id
+
+
+def why(world: World, job_id: str) -> dict[str, Any]:
+    return explanation.explain(world.db, **world.of(job_id))
+
+
+def messages(world: World, job_id: str) -> list[str]:
+    return [event.message for event in jobs.events_since(world.db, **world.of(job_id), seq=0)]
+
+
+def test_a_cordoned_worker_finishes_what_it_holds_and_takes_nothing_new(world: World) -> None:
+    world.worker()
+    held = world.running()
+
+    cordons.cordon(world.db, "w1", reason="Its fan is loud.")
+
+    waiting, unprepared = world.queued(), world.submit()
+    plan_data.ready(world)
+    assert world.claim() == []
+    assert world.claim(pack_key=held.job.pack_key, trainer_id="trainer-w1") == []
+    assert claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert not claims.worker_beat(world.db, "w1", resident_base=None, trainer_id=None, report=None).drain
+    assert not world.beat(held.claim_id)[held.claim_id].stale
+    world.complete(held.claim_id)
+    assert world.job(held.job.id).state == JobState.SUCCEEDED
+
+    cordons.uncordon(world.db, "w1")
+
+    assert [claim.job.id for claim in world.claim()] == [waiting.id]
+    prepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert prepared is not None
+    assert prepared.job.id == unprepared.id
+
+
+def test_a_job_is_told_what_becomes_of_its_worker(world: World) -> None:
+    world.worker()
+    held = world.running()
+
+    for act in (cordons.cordon, cordons.uncordon, cordons.drain):
+        act(world.db, "w1")
+
+    assert messages(world, held.job.id)[-3:] == [
+        "Worker w1 was cordoned: it finishes what it holds, this job too.",
+        "Worker w1 takes new jobs again.",
+        "Worker w1 was asked to leave: it saves this job, which goes on elsewhere. The attempt does not count.",
+    ]
+
+
+def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
+    world.worker()
+    held = world.running()
+    waiting, unprepared = world.queued(), world.submit()
+    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+
+    cordons.cordon(world.db, "w1", reason="Its fan is loud.")
+
+    only = (
+        "Worker w1 is cordoned: Its fan is loud. It is the only worker that runs. "
+        "An operator lets one take jobs again: lorry workers uncordon ID."
+    )
+    assert why(world, waiting.id)["explanation"] == only
+    assert why(world, unprepared.id)["explanation"] == f"Its files wait to be prepared. {only}"
+    assert why(world, waiting.id)["closed_workers"] == [
+        {"worker_id": "w1", "by": "operator", "reason": "Its fan is loud."}
+    ]
+    assert "That worker is cordoned: it finishes this job" in why(world, held.job.id)["explanation"]
+
+    world.worker("w2")
+
+    told = why(world, waiting.id)["explanation"]
+    assert told.startswith("It is first in the queue and waits for a worker to have room.")
+    assert told.endswith("Its base is loaded elsewhere too, but: Worker w1 is cordoned: Its fan is loud.")
+    cordons.drain(world.db, "w2")
+    assert "None of the 2 workers that run takes new jobs" in why(world, waiting.id)["explanation"]
+
+
+def test_who_registers_at_the_place_of_a_cordoned_worker_that_has_gone_is_cordoned_too(world: World) -> None:
+    world.worker("first")
+    world.worker("beside")
+    cordons.cordon(world.db, "first", reason="Its fan is loud.")
+
+    world.worker("comes while the first is there")
+    world.worker("gpu", kind="cuda")
+    claims.end_worker(world.db, "first")
+    world.worker("second")
+
+    cordoned = {worker.id for worker in workers.list_workers(world.db) if worker.cordon is not None}
+    assert cordoned == {"first", "second"}
+    cordons.uncordon(world.db, "second")
+    claims.end_worker(world.db, "second")
+    world.worker("third")
+    assert row(world, "third").cordon is None
+
+
+def test_what_follows_a_drained_worker_takes_nothing_before_it_is_uncordoned(world: World) -> None:
+    world.worker("old")
+    cordons.drain(world.db, "old")
+    claims.end_worker(world.db, "old")
+
+    world.worker("new")
+
+    world.queued()
+    assert not row(world, "new").drain_requested
+    assert world.claim("new") == []
+    cordons.uncordon(world.db, "new")
+    assert len(world.claim("new")) == 1
+
+
+def test_a_worker_that_is_not_there_is_refused_by_name(world: World) -> None:
+    world.worker("gone")
+    claims.end_worker(world.db, "gone")
+
+    for act in (cordons.cordon, cordons.drain):
+        with pytest.raises(Conflict, match="Worker gone has ended"):
+            act(world.db, "gone")
+    for act in (cordons.cordon, cordons.uncordon, cordons.drain):
+        with pytest.raises(NotFound, match="nobody"):
+            act(world.db, "nobody")
+
+
+def test_a_node_that_fails_three_jobs_running_is_cordoned_with_the_evidence(world: World) -> None:
+    world.worker()
+    failed = [fail(world, trainer=name) for name in ("t1", "t2")]
+    assert row(world).cordon is None
+
+    failed.append(fail(world, trainer="t3", reason=EndReason.NODE_FAILED))
+
+    found = row(world).cordon
+    assert found is not None
+    assert (found["by"], found["reason"]) == ("service", cordons.OF_THE_SERVICE)
+    assert [(one["job_id"], one["trainer_id"], one["reason"]) for one in found["evidence"]] == [
+        (failed[2], "t3", "node_failed"),
+        (failed[1], "t2", "trainer_crashed"),
+        (failed[0], "t1", "trainer_crashed"),
+    ]
+    assert found["evidence"][0]["detail"] == "Trainer t3 ended."
+    with world.db.read() as session:
+        noted = session.scalars(select(AuditEvent).order_by(AuditEvent.seq.desc())).first()
+    assert noted is not None
+    assert (noted.type, noted.object_id, noted.actor_type) == ("worker.cordoned", "w1", "server")
+    assert sorted(noted.details["jobs"]) == sorted(failed)
+    assert all("failed on it one after the other" in messages(world, job_id)[-1] for job_id in failed)
+    world.clock.turn(60)
+    world.beat(worker_id="w1")
+    assert world.claim() == []
+    world.worker("w2")
+    assert len(world.claim("w2")) == 3  # the others go on
+
+
+def test_what_failed_before_an_operator_uncordoned_it_counts_no_more(world: World) -> None:
+    world.worker()
+    for name in ("t1", "t2", "t3"):
+        fail(world, trainer=name)
+    cordons.uncordon(world.db, "w1")
+
+    fail(world, trainer="t4")
+    fail(world, trainer="t5")
+
+    assert row(world).cordon is None
+    fail(world, trainer="t6")
+    assert row(world).cordon is not None
+
+
+def test_one_job_that_succeeds_in_between_clears_a_node(world: World) -> None:
+    world.worker()
+    fail(world, trainer="t1")
+    fail(world, trainer="t2")
+    world.complete(world.running().claim_id)
+
+    fail(world, trainer="t3")
+
+    assert row(world).cordon is None
+
+
+def test_a_poison_job_and_those_beside_it_are_no_fault_of_the_node(world: World) -> None:
+    world.worker()
+    for _ in range(3):
+        world.queued(seed=7)
+    for _ in range(2):  # until each of them is suspect, and trains alone
+        for claim in world.claim(trainer_id=f"t{world.clock()}"):
+            claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+        world.clock.turn(60)
+
+    (poison,) = world.claim(trainer_id="alone")
+    claims.end(world.db, poison.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+
+    assert world.job(poison.job.id).state == JobState.FAILED
+    assert row(world).cordon is None
+
+
+def test_an_outage_that_loses_every_worker_cordons_none(world: World) -> None:
+    world.worker()
+    for name in ("t1", "t2", "t3", "t4"):
+        fail(world, trainer=name, reason=EndReason.INFRA_LOST)
+
+    assert row(world).cordon is None
+
+
+def test_counts_tell_how_many_are_cordoned(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    cordons.cordon(world.db, "w2")
+
+    assert fleet.count(world.db).num_cordoned == 1
+
+
+def ends(*packs: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> list[Ended]:
+    """One trainer for each text, whose letters are its jobs."""
+    return [
+        Ended(job_id=job, trainer_id=str(number), reason=reason) for number, pack in enumerate(packs) for job in pack
+    ]
+
+
+@pytest.mark.parametrize(
+    ("packs", "is_to_blame"),
+    [
+        (("a", "b", "c"), True),
+        (("a", "b"), False),
+        (("a", "a", "a", "b"), False),
+        (("pab", "pab", "p"), False),
+        (("pab", "pab", "p", "x"), False),
+        (("pab", "pab", "p", "x", "y"), True),
+        (("abc",), False),
+        (("abc", "abc", "a", "b", "c"), True),
+    ],
+)
+def test_a_node_is_to_blame_where_no_two_jobs_could_be(packs: tuple[str, ...], is_to_blame: bool) -> None:
+    assert bool(failed_running(ends(*packs))) is is_to_blame
+
+
+PACKS = st.lists(st.sets(st.sampled_from("abcdef"), min_size=1, max_size=4).map("".join), max_size=6)
+
+
+@given(PACKS, PACKS)
+def test_what_lies_before_a_success_never_counts(after: list[str], before: list[str]) -> None:
+    done = Ended(job_id="z", trainer_id="good", reason=EndReason.COMPLETED)
+
+    assert failed_running([*ends(*after), done, *ends(*before)]) == failed_running(ends(*after))
+
+
+@given(PACKS, st.sampled_from("abcdef"), st.sampled_from("abcdef"))
+def test_two_jobs_in_all_that_failed_never_cordon_a_node(packs: list[str], one: str, other: str) -> None:
+    with_one = [pack + (one if number % 2 else other) for number, pack in enumerate(packs)]
+
+    assert failed_running(ends(*with_one)) == []
