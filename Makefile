@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FUZZ_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-postgres fuzz bench bench-gpu bench-api check lock clean \
+.PHONY: help demo up test test-slow test-postgres test-deepspeed fuzz bench bench-gpu bench-api check lock clean \
 	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
@@ -25,6 +25,7 @@ help:
 	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
 	@echo "make test-postgres    run the tests of api, catalog and clients with PostgreSQL in SQLite's place"
+	@echo "make test-deepspeed   run the tests of bases that DeepSpeed divides; brings it along, and builds a part of it"
 	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: half an hour or more"
 	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
 	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
@@ -48,6 +49,17 @@ test-slow: .venv/.installed
 test-postgres: .venv/.installed
 	LORRY_TEST_DATABASE=postgresql $(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS) \
 		tests/api tests/catalog tests/lorry tests/system/test_openai_client.py
+
+# Beside .venv: where DeepSpeed is installed, transformers imports it each time.
+DEEPSPEED := $(CURDIR)/.venv/deepspeed
+
+test-deepspeed: $(DEEPSPEED)/.installed
+	PYTHONPATH=$(DEEPSPEED) PATH=$(DEEPSPEED)/bin:$$PATH $(PYTEST) -k zero3 $(PYTEST_ARGS) tests/lora_core/test_distributed.py
+
+$(DEEPSPEED)/.installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $(DEEPSPEED) "deepspeed>=0.18" "ninja>=1.11" \
+		einops hjson msgpack py-cpuinfo
+	touch $@
 
 fuzz: .venv/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

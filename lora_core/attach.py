@@ -35,11 +35,12 @@ from lora_core.residual_block import faster_blocks
 from lora_core.rms_norm import faster_norms
 from lora_core.rotary import faster_rotations
 from lora_core.segment_op import SegmentOp
+from lora_core.sharding import is_whole
 from lora_core.sibling_linears import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.swiglu import faster_mlps
 from lora_core.task_heads import task_head_of
 from lora_core.trained_tensors import path_of
-from lora_core.trained_tokens import forward_embedding
+from lora_core.trained_tokens import forward_embedding, forward_embedding_watched
 
 LOGGER = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def target_of(name: str, linear: nn.Module) -> Target:
     if isinstance(linear, Conv1D):
-        return Target(name=name, in_features=linear.weight.shape[0], out_features=linear.weight.shape[1])
+        return Target(name=name, in_features=linear.nx, out_features=linear.nf)
     assert isinstance(linear, nn.Linear)
     return Target(name=name, in_features=linear.in_features, out_features=linear.out_features)
 
@@ -123,8 +124,17 @@ class Attachment:
     change no bit on a CPU.
     """
 
-    def __init__(self, model: PreTrainedModel, kernels: Kernels | None = None, *, exact_products: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kernels: Kernels | None = None,
+        *,
+        exact_products: bool = True,
+        is_divided: bool = False,
+    ) -> None:
+        """is_divided: among ranks; then nothing reads a weight but the module that it belongs to, while it computes."""
         self.model = model
+        self.is_divided = is_divided
         self.exact_products = exact_products
         self.linears = find_linears(model)
         self.kernels = kernels or replace(
@@ -135,9 +145,10 @@ class Attachment:
             LOGGER.warning("%s", reason)
         self.segment_op = SegmentOp(self.kernels.lora)
         self.blocks = find_blocks(model)
-        self._siblings = find_siblings(self.linears)
+        self._siblings = {} if is_divided else find_siblings(self.linears)
         self.leaf = torch.zeros((), device=model.device, requires_grad=True)
-        self._parts = [*_faster_parts(model, self.kernels), *faster_rotations(model), *rotations_by_length(model)]
+        faster = [] if is_divided else _faster_parts(model, self.kernels)
+        self._parts = [*faster, *faster_rotations(model), *rotations_by_length(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
@@ -160,9 +171,8 @@ class Attachment:
         if pooler is not None:
             pooler.forward = partial(forward_pooler, pooler)
         embedding = self.model.get_input_embeddings()
-        embedding.forward = partial(
-            forward_embedding, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.leaf
-        )
+        forward = forward_embedding_watched if self.is_divided else forward_embedding
+        embedding.forward = partial(forward, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.leaf)
 
     def detach(self) -> None:
         patched = [*self.linears.values(), self.model.get_input_embeddings(), *(module for module, _ in self._parts)]
@@ -252,7 +262,11 @@ def frozen_weights(
 
 
 def plain_weight(linear: nn.Module) -> PlainWeight | None:
-    """The weight that a GEMM can read; None for a quantised or sharded linear with a forward of its own."""
+    """The weight that a GEMM can read; None for a quantised linear with a forward of its own, and for one of a divided
+    block that doesn't compute."""
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or not is_whole(weight):
+        return None
     if type(linear) is nn.Linear:
         return PlainWeight(weight_OD=linear.weight, bias_O=linear.bias)
     if type(linear) is Conv1D:

@@ -4,7 +4,7 @@
 A base directory is what base_import.py makes: config.json, safetensors, a tokenizer. Nothing else is read.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
 from lora_core.base_identity import base_digest
+from lora_core.distributed import ALONE, Ranks
 from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.kernels import Kernels
 from lora_core.model_folder import AUTO_MODELS, load_with_transformers, mismatch, read_config, refused, unpackable
 from lora_core.module_names import grouped_by_layer
 from lora_core.objectives import Head
 from lora_core.quantisation import Quantisation, load_quantised, scale_bytes
+from lora_core.sharding import Strategy, shard, with_guests
 from lora_core.task_heads import Task, counts_from_padding, fill_placeholder, refuse_unknown_head, task_head_of
 from lora_core.tensor_files import read_header
 
@@ -38,7 +40,13 @@ class BaseModel:
     quantisation: Quantisation = "none"
     task: Task = "causal-lm"
     digest: str | None = None
+    strategy: Strategy = "replicated"
     attachment: Attachment | None = field(default=None)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether this rank holds a share of the blocks (sharding.py)."""
+        return self.strategy != "replicated"
 
     @property
     def kernels(self) -> Kernels:
@@ -50,7 +58,7 @@ class BaseModel:
             self.attachment.detach()
             self.attachment = None
         if self.attachment is None:
-            self.attachment = Attachment(self.model, exact_products=exact_products)
+            self.attachment = Attachment(self.model, exact_products=exact_products, is_divided=self.is_divided)
         return self.attachment
 
     def linear_names(self) -> tuple[str, ...]:
@@ -87,11 +95,9 @@ class BaseModel:
 
     @contextmanager
     def untouched(self):
-        """The model as transformers built it, whether or not an engine is attached."""
-        if self.attachment is None:
-            yield self.model
-            return
-        with self.attachment.suspended():
+        """The model as transformers built it, whether or not an engine is attached; for passes without gradients."""
+        suspended = nullcontext() if self.attachment is None else self.attachment.suspended()
+        with suspended, with_guests(self.model, self.strategy):
             yield self.model
 
 
@@ -135,18 +141,22 @@ def load_base(
     device: str,
     quantisation: Quantisation = "none",
     task: Task = "causal-lm",
+    strategy: Strategy = "replicated",
+    ranks: Ranks = ALONE,
 ) -> BaseModel:
     """Load frozen weights; on a CPU, in the file's own dtype, they stay memory-mapped and shared.
 
     Quantised ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
     that can't be packed, UnreachableSource where there is no such folder, UnsafeFile for a tensor file over the limits,
     ConfigError for an unknown dtype, quantisation or task, and for a GPU that isn't there. `task` chooses the head: for
-    classification each job brings its own, and what the files hold of one isn't used.
+    classification each job brings its own, and what the files hold of one isn't used. `strategy`: how `ranks` hold it;
+    each of them calls this.
     """
     for name, value, known in (
         ("dtype", dtype, Dtype),
         ("quantisation", quantisation, Quantisation),
         ("task", task, Task),
+        ("strategy", strategy, Strategy),
     ):
         _require_known(name, value, get_args(known))
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -159,16 +169,21 @@ def load_base(
     config = read_config(base_dir, task)
     if quantisation != "none" and task != "causal-lm":
         raise refused("a quantised base can't be trained for classification yet")
+    is_divided = strategy != "replicated"
+    if is_divided and (quantisation != "none" or task != "causal-lm"):
+        raise refused(f"by the strategy {strategy!r} only plain weights of causal language are divided yet")
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     paths = sorted(base_dir.glob("*.safetensors"))
     for path in paths:
         read_header(path)
     empty = _build_empty(config, torch_dtype, task)
     if quantisation == "none":
-        model = _load_plain(empty, base_dir, paths, device=device, task=task)
+        model = _load_plain(empty, base_dir, paths, device="cpu" if is_divided else device, task=task)
     else:
         model = load_quantised(base_dir, quantisation=quantisation, dtype=torch_dtype, device=device)
     model.requires_grad_(False).eval()
+    if is_divided:
+        shard(model, strategy, ranks, device=device)
     return BaseModel(
         model=model,
         dtype=torch_dtype,
@@ -176,6 +191,7 @@ def load_base(
         quantisation=quantisation,
         task=task,
         digest=base_digest(base_dir, paths),
+        strategy=strategy,
     )
 
 

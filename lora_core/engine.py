@@ -7,37 +7,33 @@ A tick is one forward and backward (or an evaluation's forward) over slices of i
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from lora_core import checkpoint
-from lora_core.acceptance import check_job
-from lora_core.adapters import AdapterRow
-from lora_core.attach import choose_targets, frozen_weights
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.config import JobConfig
-from lora_core.data import TokenDataset, data_digest
+from lora_core.data import TokenDataset
+from lora_core.distributed import ALONE, Ranks
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, ConfigError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
 from lora_core.interrupts import interrupts_wait
-from lora_core.job import Job, Progress, SliceScores
-from lora_core.lanes import Lanes, split
-from lora_core.memory_shortage import shortage_named, shortage_of
-from lora_core.pack import SliceInput, build_pack
-from lora_core.packed_pass import run_evaluation, run_training
-from lora_core.parent import begin_from, refuse_other_start
-from lora_core.prefixes import PrefixCounts, Prefixes, by_entry, slices_of
+from lora_core.job import Job, SliceScores
+from lora_core.job_start import job_on
+from lora_core.lanes import Lanes
+from lora_core.memory_shortage import shortage_of
+from lora_core.passes import Passes, TickPlan
+from lora_core.prefixes import PrefixCounts, Prefixes
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
-from lora_core.task_pass import trained_tensors
 from lora_core.tick_speeds import Company, TickSpeeds
-from lora_core.turns import Kind, Turn, choose, widen
+from lora_core.turns import Turn, choose, widen
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
@@ -47,18 +43,23 @@ START_WORK = 2**30  # multiplications of starts in one tick, at least one weight
 class Engine:
     """Trains every admitted job on `base`; one engine a base model. Not thread-safe: one caller ticks."""
 
-    def __init__(self, base: BaseModel, config: EngineConfig) -> None:
+    def __init__(self, base: BaseModel, config: EngineConfig, ranks: Ranks = ALONE) -> None:
+        """ranks: those who train together; each makes an engine, and calls it as the others do (distributed.py)."""
+        if base.is_divided:  # one pass of each rank at a time, and always through all blocks
+            config = replace(config, num_lanes=1, prefix_memory_bytes=0, prefix_disk_bytes=0)
         self.base = base
         self.config = config
+        self.ranks = ranks
         self._jobs: dict[str, Job] = {}
         self._rate = self._lane_rate = 0.0
         self._speeds = TickSpeeds()
-        self._largest_tick = config.token_budget
+        self._token_budget = self._largest_tick = ranks.size * config.token_budget
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
         self._begun: list[Job] = []
         attachment = base.attach(exact_products=config.exact_products)
-        self.invariance: Invariance = measure_invariance(base, self._lanes)
+        verdicts = ranks.gathered(measure_invariance(base, self._lanes))
+        self.invariance: Invariance = "bitwise" if set(verdicts) == {"bitwise"} else "allclose"
         self.activations = ActivationMemory(
             attachment.linears,
             device=base.device,
@@ -66,6 +67,7 @@ class Engine:
             mode=config.checkpoint_blocks,
         )
         self._prefixes = Prefixes(base, config, invariance=self.invariance)
+        self._passes = Passes(base, prefixes=self._prefixes, lanes=self._lanes, ranks=ranks)
 
     def admit(
         self,
@@ -89,63 +91,16 @@ class Engine:
             raise ConfigError(
                 f"A job {job!r} is resident already.", remedy="Give the job another name, or evict that one first."
             )
-        check_job(self.base, config, train, valid)
-        if parent is not None:
-            refuse_other_start(config.lora)
-        with shortage_of(job):
-            row, parent_sha256, progress = self._new_row(config), None, Progress()
-            if parent is not None:
-                row.begin_in_full(config.seed)
-                parent_sha256 = begin_from(row, Path(parent), self.base)
-            reference = self._reference(row, config, has_parent=parent is not None)
-            best = torch.zeros_like(row.p) if config.keep == "best" else None
-            if resume_from is not None:
-                data = data_digest(train, valid)
-                expected = checkpoint.belonging(self.base, config, data_digest=data, parent_sha256=parent_sha256)
-                progress = checkpoint.load_checkpoint(Path(resume_from), row=row, best=best, expected=expected)
-            admitted = Job(
-                job,
-                config,
-                row=row,
-                train=train,
-                valid=valid,
-                progress=progress,
-                best=best,
-                is_started=parent is not None or resume_from is not None,
-                reference=reference,
-                parent_sha256=parent_sha256,
+        with self.ranks.together():
+            admitted = job_on(
+                self.base, job, config, train, valid, resume_from=resume_from, parent=parent, ranks=self.ranks
             )
-            admitted.entry_block = self._prefixes.entry_block(row)
-        with shortage_of(job, part="start"):
-            admitted.go_on_starting(START_WORK)
+            with shortage_of(job):
+                admitted.entry_block = self._prefixes.entry_block(admitted.row)
+            with shortage_of(job, part="start"):
+                admitted.go_on_starting(START_WORK)
         admitted.served = self._least_served()
         self._jobs[job] = admitted
-
-    def _new_row(self, config: JobConfig, *, is_trained: bool = True) -> AdapterRow:
-        assert self.base.attachment is not None
-        linears = self.base.attachment.linears
-        targets = choose_targets(linears, config.lora)
-        return AdapterRow(
-            targets,
-            config.lora,
-            dtype=self.base.dtype,
-            device=self.base.device,
-            frozen=frozen_weights(linears, targets, config.lora),
-            trained=trained_tensors(self.base, config),
-            optimizer=config.optimizer.kind,
-            is_trained=is_trained,
-        )
-
-    def _reference(self, row: AdapterRow, config: JobConfig, *, has_parent: bool) -> AdapterRow | None:
-        """What the objective compares with: the adapter that `row` begins with, or none on the base model."""
-        if not config.objective.needs_reference:
-            return None
-        if not has_parent:
-            return AdapterRow((), config.lora, dtype=self.base.dtype, device=self.base.device, is_trained=False)
-        reference = self._new_row(config, is_trained=False)
-        reference.p.copy_(row.p)
-        reference.refresh_compute()
-        return reference
 
     def tick(self) -> list[Event]:
         """Compute one tick and say what it completed. Without work: [] at once.
@@ -158,17 +113,30 @@ class Engine:
             raise self._too_large.pop(0)
         self._start()
         waiting = self._waiting()
-        budget = self._tick_tokens(waiting)
-        turns = choose(waiting, token_budget=budget)
-        if turns:
+        if waiting:
             try:
-                self._compute(*self._widened(turns, budget))
+                self._compute(self._plan(waiting))
             except BaseException:
                 self._undo()
                 raise
         if self._too_large:
             raise self._too_large.pop(0)
         return self._take_pending()
+
+    def _plan(self, waiting: list[Turn]) -> TickPlan:
+        """The leader's, for it follows from times and memory, which no two ranks have alike."""
+        return TickPlan.of_json(self.ranks.told(self._own_plan(waiting).as_json() if self.ranks.leads else None))
+
+    def _own_plan(self, waiting: list[Turn]) -> TickPlan:
+        budget = self._tick_tokens(waiting)
+        turns, tokens = self._widened(choose(waiting, token_budget=budget), budget)
+        plan = TickPlan(
+            kind=turns[0].kind,
+            tokens={turn.job: own for turn, own in zip(turns, tokens, strict=True)},
+            ranks=tuple(self.ranks.shared_out(list(chain(*tokens)))),
+        )
+        checkpointed = plan.kind == "train" and self.activations.checkpoints(plan.largest_share)
+        return replace(plan, checkpointed=checkpointed)
 
     def _undo(self) -> None:
         """Of a tick that broke off: as if its jobs had not begun their units. Once more before the next tick, for this
@@ -187,9 +155,15 @@ class Engine:
         try:
             with shortage_of(job.name, part="start"):
                 job.go_on_starting(START_WORK)
-        except OutOfMemory:
+        except OutOfMemory as error:
+            self._refuse_alone(error)
             job.quarantine()
             raise
+
+    def _refuse_alone(self, error: OutOfMemory) -> None:
+        """One rank can't give a job up by itself: where the others go on with it, none of them can."""
+        if self.ranks.size > 1:
+            raise torch.OutOfMemoryError(f"Rank {self.ranks.rank}: {error}") from error
 
     def _least_served(self) -> int:
         """Tokens of the one who had the fewest: where a newcomer begins."""
@@ -197,10 +171,11 @@ class Engine:
 
     def _widened(self, turns: list[Turn], budget: int) -> tuple[list[Turn], list[tuple[int, ...]]]:
         """The turns, and the tokens of each one's slices; of the first alone while ticks of it alone are wanted."""
-        first = widen(turns[:1], token_budget=budget, job_tokens=self.config.job_tokens)
+        job_tokens = self.ranks.size * self.config.job_tokens
+        first = widen(turns[:1], token_budget=budget, job_tokens=job_tokens)
         if turns[0].kind == "train" and self._speeds.num_alone(sum(first[0])) < self.config.ticks_alone:
             return turns[:1], first
-        return turns, widen(turns, token_budget=budget, job_tokens=self.config.job_tokens)
+        return turns, widen(turns, token_budget=budget, job_tokens=job_tokens)
 
     def evict(self, job: str) -> None:
         """Forget a job at any tick boundary; its row's memory is free at once, and after the last a GPU's as well."""
@@ -294,57 +269,33 @@ class Engine:
             "peak_bytes": self.activations.peak_bytes(),
         }
 
-    def _compute(self, turns: list[Turn], tokens: list[tuple[int, ...]]) -> None:
-        """`tokens` of each job's slices. Events that it completes are left with their jobs, so that none is lost
-        where a packmate fails."""
-        jobs = [self._jobs[turn.job] for turn in turns]
+    def _compute(self, plan: TickPlan) -> None:
+        """Events that it completes are left with their jobs, so that none is lost where a packmate fails."""
+        jobs = [self._jobs[name] for name in plan.tokens]
         self._begun = list(jobs)
-        sizes = list(chain(*tokens))
-        checkpointed = turns[0].kind == "train" and self.activations.checkpoints(sum(sizes))
         started = time.perf_counter()
         try:
-            with (
-                shortage_named(),
-                self.activations.observed(sum(sizes), kind=turns[0].kind, checkpointed=checkpointed),
-            ):
-                slices = [part for job, own in zip(jobs, tokens, strict=True) for part in slices_of(job, len(own))]
-                costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
-                lanes = split(costs, num_tokens=sum(sizes), num_lanes=self.config.num_lanes)
-                scores = iter(self._run_lanes(lanes, slices, turns[0].kind, checkpointed=checkpointed))
+            with self.activations.observed(plan.largest_share, kind=plan.kind, checkpointed=plan.checkpointed):
+                computed = self._passes.run(plan, self._jobs)
         except torch.OutOfMemoryError as error:
-            if turns[0].kind == "train" and not checkpointed and self.activations.gives_way(sum(sizes)):
+            gives_way = plan.kind == "train" and not plan.checkpointed
+            if gives_way and self.activations.gives_way(plan.largest_share):
                 self._undo()
             else:
-                self._split_after_out_of_memory(jobs, sizes, error)
+                self._split_after_out_of_memory(jobs, plan.sizes, error)
             return
         growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
-        self._largest_tick = min(self.config.token_budget, self._largest_tick + growth)
-        if turns[0].kind == "train":
-            fullest = max(sum(costs[index] for index in lane) for lane in lanes)
+        self._largest_tick = min(self._token_budget, self._largest_tick + growth)
+        if plan.kind == "train" and computed.cost:
             seconds = time.perf_counter() - started
-            self._learn_rates(sum(sizes), fullest, seconds)
-            self._speeds.learn(num_tokens=sum(sizes), cost=sum(costs), num_jobs=len(turns), seconds=seconds)
-        for job, own in zip(jobs, tokens, strict=True):
-            job.served += sum(own)
+            self._learn_rates(plan.num_tokens, computed.fullest_lane, seconds)
+            self._speeds.learn(num_tokens=plan.num_tokens, cost=computed.cost, num_jobs=len(jobs), seconds=seconds)
+        for job, numbers in zip(jobs, plan.by_job().values(), strict=True):
+            job.served += sum(plan.sizes[number] for number in numbers)
             with interrupts_wait():
-                self._book(job, list(islice(scores, len(own))))
+                job.collect([plan.ranks[number] for number in numbers])
+                self._book(job, [computed.scores[number] for number in numbers])
         self._begun = []
-
-    def _run_lanes(
-        self, lanes: list[list[int]], slices: list[SliceInput], kind: Kind, *, checkpointed: bool
-    ) -> list[SliceScores]:
-        """The scores of each slice; `lanes` are indices of `slices`."""
-        run = run_training if kind == "train" else run_evaluation
-
-        def compute(lane: list[int]) -> list[SliceScores]:
-            found: dict[int, SliceScores] = {}
-            for group, parts in by_entry(lane, slices):
-                pack = self._prefixes.entered(build_pack(parts, device=self.base.device), parts)
-                found |= zip(group, run(self.base, replace(pack, is_checkpointed=checkpointed)), strict=True)
-            return [found[index] for index in lane]
-
-        scores = dict(zip(chain(*lanes), chain(*self._lanes.run(compute, lanes)), strict=True))
-        return [scores[index] for index in range(len(slices))]
 
     def _book(self, job: Job, scores: list[SliceScores]) -> None:
         """In the order of slices; what follows one that diverged is left out."""
@@ -353,6 +304,7 @@ class Engine:
                 for score in scores:
                     job.pending += job.receive(score) if job.unit is not None else []
         except OutOfMemory as error:
+            self._refuse_alone(error)
             job.quarantine()
             self._too_large.append(error)
 
@@ -378,8 +330,9 @@ class Engine:
         lasts less than it might.
         """
         lane_tokens = int(self._lane_rate * self.config.max_tick_seconds) or self._largest_tick
-        largest_slice = max((turn.num_tokens for turn in waiting), default=0) if self.config.num_lanes > 1 else 0
-        return min(self._largest_tick, self.config.num_lanes * max(lane_tokens, largest_slice))
+        num_lanes = self.config.num_lanes * self.ranks.size
+        largest_slice = max((turn.num_tokens for turn in waiting), default=0) if num_lanes > 1 else 0
+        return min(self._largest_tick, num_lanes * max(lane_tokens, largest_slice))
 
     def _learn_rates(self, num_tokens: int, fullest_lane: int, seconds: float) -> None:
         self._rate = _averaged(self._rate, num_tokens / seconds)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lora_core.adapters import AdapterRow
 from lora_core.config import JobConfig
-from lora_core.data import TokenDataset, cut_slices, data_digest, rows_of_examples, rows_of_step
+from lora_core.data import TokenDataset, data_digest, rows_of_step
 from lora_core.dead_gradient import is_dead
+from lora_core.distributed import ALONE, Ranks
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
 from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
@@ -23,27 +24,8 @@ from lora_core.pack import DropoutKey, SliceInput
 from lora_core.selection import Selection
 from lora_core.slice_gradients import SliceGradients
 from lora_core.turns import Kind
+from lora_core.units import Unit, make_unit
 from lora_core.unpaired import mismatched
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """A step or an evaluation: its slices (rows of `dataset`), and the labels and tokens of them all.
-
-    The loss is a mean over `num_terms`: labels, pairs, or single answers. Token accuracy is one over
-    `num_accuracy_labels`: all labels, or those of the chosen answers of pairs. `measures_point`: a pass before a step
-    or an evaluation of KTO, over answers to which another's prompt was put (unpaired.py); then no loss is summed.
-    """
-
-    kind: Kind
-    dataset: TokenDataset
-    slices: tuple[tuple[int, ...], ...]
-    tokens_of_slices: tuple[int, ...]
-    num_labels: int
-    num_tokens: int
-    num_terms: int
-    num_accuracy_labels: int
-    measures_point: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,6 +94,7 @@ class Job:
         is_started: bool = True,
         reference: AdapterRow | None = None,
         parent_sha256: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """is_started: the row is filled; else `starting` fills it, in pieces, and is None at its end."""
         self.name = name
@@ -127,7 +110,7 @@ class Job:
         self.reference = reference
         self.parent_sha256 = parent_sha256
         self.is_torn = False
-        self._gradients = SliceGradients(row=row)
+        self._gradients = SliceGradients(row=row, ranks=ranks)
         self.unit: Unit | None = None
         self.tally = Tally()
         self.reference_point: float | None = None
@@ -183,9 +166,9 @@ class Job:
         passes = 1 if self.reference is None else 2
         return tuple(passes * tokens for tokens in self.unit.tokens_of_slices[self.tally.next_slice :])
 
-    def next_slices(self, count: int) -> list[SliceInput]:
-        """The slices to compute now, of one unit; asking twice gives the same ones."""
-        return [self._slice(self.tally.next_slice + offset) for offset in range(count)]
+    def next_slices(self, offsets: Iterable[int]) -> list[SliceInput]:
+        """Slices to compute now, of one unit, counted from the next one; asking twice gives the same ones."""
+        return [self._slice(self.tally.next_slice + offset) for offset in offsets]
 
     def _slice(self, index: int) -> SliceInput:
         unit = self.unit
@@ -221,11 +204,15 @@ class Job:
             return ()
         return tuple(unit.dataset.row_label(row) for row in unit.slices[index])
 
+    def collect(self, ranks_of_slices: Sequence[int]) -> None:
+        """Add up the gradients of the slices of a tick, each from the rank that has computed it."""
+        if self.unit is not None and self.unit.kind == "train":
+            self._gradients.collect(self.tally.next_slice, ranks_of_slices)
+
     def receive(self, scores: SliceScores) -> list[Event]:
-        """Book a slice that was computed; the slices of a tick one by one, in their order."""
+        """Book a slice whose gradient was collected; the slices of a tick one by one, in their order."""
         unit, tally = self.unit, self.tally
         assert unit is not None
-        self._gradients.collect(tally.next_slice)
         if not math.isfinite(scores.loss_sum):
             what = "distance from the base" if unit.measures_point else "loss"
             return self._diverge(f"The {what} of {unit.kind} slice {tally.next_slice + 1} is not finite.")
@@ -250,6 +237,7 @@ class Job:
     def _finish_step(self, unit: Unit) -> list[Event]:
         config, step = self.config.optimizer, self.step + 1
         rate = learning_rate_at(step, peak=config.learning_rate, schedule=self.config.schedule)
+        self._gradients.complete()
         norm = gradient_norm(self.row)
         if not math.isfinite(norm):
             return self._diverge(f"The gradient of step {step} is not finite.")
@@ -375,24 +363,3 @@ class Job:
             return False
         every = self.config.evaluate_every_steps
         return self.step in (0, self.config.num_steps) or (every is not None and self.step % every == 0)
-
-
-def make_unit(kind: Kind, dataset: TokenDataset, examples: Iterable[int], config: JobConfig) -> Unit:
-    """The examples, in their order, as slices; an example is a row, or a pair of rows that stay together."""
-    width = config.objective.rows_per_example
-    lengths, examples = dataset.row_lengths(), list(examples)
-    cuts = cut_slices(examples, lengths.reshape(-1, width).sum(axis=1), slice_tokens=config.slice_tokens)
-    slices = tuple(rows_of_examples(cut, width) for cut in cuts)
-    grades = config.objective.grades_sequences  # then each row is one label
-    labels = [1 if grades else int(dataset.row(row)[1].sum()) for part in slices for row in part]
-    tokens_of_slices = tuple(int(lengths[list(part)].sum()) for part in slices)
-    return Unit(
-        kind=kind,
-        dataset=dataset,
-        slices=slices,
-        tokens_of_slices=tokens_of_slices,
-        num_labels=sum(labels),
-        num_tokens=sum(tokens_of_slices),
-        num_terms=len(examples) if config.objective.is_preference else sum(labels),
-        num_accuracy_labels=sum(labels[::width]),
-    )

@@ -61,7 +61,7 @@ class Lanes:
 
     def run(self, compute: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result]:
         """compute(part) of each, the first in the calling thread. Raises what the first failing part raised."""
-        if self._pool is None or len(parts) == 1:
+        if self._pool is None or len(parts) < 2:
             return [compute(part) for part in parts]
         with interrupts_wait():
             for part in parts[1:]:

@@ -8,7 +8,7 @@ there. Nobody can tell from a result (docs/ENGINE.md). Letters: T tokens of the 
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -172,9 +172,9 @@ class Prefixes:
         return float((got_TD[:count] - expected_TD[:count]).abs().max()) <= 0.05 * largest
 
 
-def slices_of(job: Job, count: int) -> list[SliceInput]:
-    """The next ones of a job, and where they enter."""
-    return [replace(part, entry=entry_of(job)) for part in job.next_slices(count)]
+def slices_of(job: Job, offsets: Iterable[int]) -> list[SliceInput]:
+    """Of a job, counted from the one that comes next, and where they enter."""
+    return [replace(part, entry=entry_of(job)) for part in job.next_slices(offsets)]
 
 
 def entry_of(job: Job) -> Entry | None:

@@ -1,10 +1,11 @@
 # pyright: basic
 """Gradients of a job's slices that are computed side by side: each slice adds to a vector of its own.
 
-The row's gradient is the sum of its slices' in their order, whatever lane or tick each was computed in. So the bits
-don't tell how many lanes there are. The first slice of a step finds the row's vector at zero and may use it itself.
+The row's gradient is the sum of its slices' in their order, whatever process, lane or tick each was computed in. So
+the bits don't tell how many there are. The first slice of a step finds the row's vector at zero and may use it itself.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapters import AdapterRow
+from lora_core.distributed import ALONE, Ranks
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,6 +23,9 @@ class SliceGradients:
     are as many as slices in the widest tick so far, and a resident job that is not in the tick pays for none."""
 
     row: AdapterRow
+    ranks: Ranks = ALONE
+    holder: int | None = None
+    """The rank that has the sum so far; None before the first slice of a step, and once everybody has it."""
     lent: dict[int, AdapterRow] = field(default_factory=dict)
     idle: list[AdapterRow] = field(default_factory=list)
 
@@ -32,17 +37,27 @@ class SliceGradients:
             self.lent[slice_index] = _filled(self.idle.pop()) if self.idle else with_own_gradient(self.row)
         return self.lent[slice_index]
 
-    def collect(self, slice_index: int) -> None:
-        """Add what the slice has computed; to be called in the order of slices."""
-        twin = self.lent.pop(slice_index, None)
-        if twin is not None:
-            self.row.g.add_(twin.g)
+    def collect(self, first: int, ranks_of_slices: Sequence[int]) -> None:
+        """Add what the slices from number `first` on have computed, each on its rank; in the order of slices."""
+        parts: list[tuple[int, Tensor | None]] = []
+        for index, rank in enumerate(ranks_of_slices, start=first):
+            twin = self.lent.pop(index, None)
+            parts.append((rank, None if twin is None else twin.g))
+            if twin is not None:
+                self.idle.append(twin)
+        self.holder = self.ranks.carry(self.row.g, holder=self.holder, parts=parts)
+        for twin in self.idle:
             twin.g.untyped_storage().resize_(0)
-            self.idle.append(twin)
+
+    def complete(self) -> None:
+        """Every rank has the sum of the whole step."""
+        self.ranks.spread(self.row.g, holder=self.holder)
+        self.holder = None
 
     def drop(self) -> None:
         """Forget all gradients, those in the row as well, and give the memory back."""
         self.row.g.zero_()
+        self.holder = None
         self.lent.clear()
         self.idle.clear()
 

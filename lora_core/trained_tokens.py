@@ -42,6 +42,15 @@ def forward_embedding(embedding: nn.Embedding, name: str, leaf: Tensor, input_id
     return with_noise(y_1TD, noisy)
 
 
+def forward_embedding_watched(
+    embedding: nn.Embedding, name: str, leaf: Tensor, input_ids: Tensor, *args: Any
+) -> Tensor:
+    """The same, differentiated down to here: so every rank goes back through all blocks, whichever its slices adapt."""
+    y_1TD = forward_embedding(embedding, name, leaf, input_ids, *args)
+    is_watched = torch.is_grad_enabled() and not y_1TD.requires_grad
+    return y_1TD.requires_grad_() if is_watched else y_1TD
+
+
 def token_pieces(pack: Pack, name: str, *, padding: int | None) -> tuple[TokenPiece, ...]:
     pieces: list[TokenPiece] = []
     for segment in pack.segments:

@@ -28,6 +28,18 @@ CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """GPUs are numbered as NVML numbers them. A fixed workspace makes cuBLAS repeat its sums; that is all we ask of
 determinism by setting: torch's own switch refuses or slows operations that no result of a job depends on, and
 the engine's probe at start-up measures what holds on this machine."""
+LAUNCHED = (
+    "--multi_gpu",  # several processes: also of a CPU, where its own switch would start one alone
+    "--num_machines=1",
+    "--machine_rank=0",
+    "--rdzv_backend=c10d",
+    "--main_process_ip=127.0.0.1",
+    "--main_process_port=0",  # any that is free
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--max_restarts=0",
+)
+"""Said in full, so that nothing is looked for in a configuration file or asked of the GPUs."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -92,14 +104,17 @@ class TrainerProcess:
                 self._process.stdin.close()
 
 
-def launch(directory: TrainerDirectory, device: node.Device, *, silence_seconds: float) -> TrainerProcess:
+def launch(
+    directory: TrainerDirectory, device: node.Device, *, silence_seconds: float, num_processes: int = 1
+) -> TrainerProcess:
     """Start the trainer of `directory` on `device`. Call it from a thread that outlives the trainer.
 
     It imports, and waits for its settings where the directory has none yet.
-    The trainer ends itself when it got no `pulse` for `silence_seconds`.
+    The trainer ends itself when it got no `pulse` for `silence_seconds`. Of `num_processes` each has a GPU of its own,
+    or its share of the cores; when one ends badly, so do all.
     """
-    threads = node.num_threads()
-    argv = trainer_argv(directory.path, silence_seconds=silence_seconds)
+    threads = max(1, node.num_threads() // num_processes)
+    argv = trainer_argv(directory.path, silence_seconds=silence_seconds, num_processes=num_processes)
     with directory.log_path.open("ab") as log:
         process = subprocess.Popen(
             tethered(argv),
@@ -115,10 +130,13 @@ def launch(directory: TrainerDirectory, device: node.Device, *, silence_seconds:
     return TrainerProcess(process, directory)
 
 
-def trainer_argv(path: Path, *, silence_seconds: float) -> list[str]:
+def trainer_argv(path: Path, *, silence_seconds: float, num_processes: int = 1) -> list[str]:
     """One process is started as itself: accelerate's launcher would import torch, which takes seconds and memory,
     to set variables that say no more than ours."""
-    return [sys.executable, "-m", "worker.train_entry", str(path), f"{OPTION}{silence_seconds}"]
+    entry = ["-m", "worker.train_entry", str(path), f"{OPTION}{silence_seconds}"]
+    if num_processes == 1:
+        return [sys.executable, *entry]
+    return [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHED, f"--num_processes={num_processes}", *entry]
 
 
 def trainer_environment(path: Path, device: node.Device, *, num_threads: int) -> dict[str, str]:

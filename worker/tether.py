@@ -33,10 +33,16 @@ def die_with_parent() -> None:
 
 
 def hold_on(argv: Sequence[str]) -> None:
-    """Tie this process to its parent if `argv` says `--tethered=SECONDS`: end after so long without a byte."""
+    """Tie this process to its parent if `argv` says `--tethered=SECONDS`: end after so long without a byte.
+
+    Of several processes that one launcher has started the first reads the pipe, for a byte goes to one reader; the
+    others end with their launcher, which ends when the first does.
+    """
     for argument in argv:
         if argument.startswith(OPTION):
             die_with_parent()
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                continue
             watch_pipe(sys.stdin.fileno(), silence_seconds=float(argument.removeprefix(OPTION)))
 
 

@@ -15,49 +15,55 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     tether.hold_on(sys.argv)
 
 import os
-import traceback
 from collections.abc import Iterable
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog.spec import JobSpec, Quantisation
+from lora_core import distributed
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data import TokenDataset
-from lora_core.device_faults import is_device_fault
+from lora_core.distributed import ALONE, Ranks
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
-from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
-from lora_core.generate import Prompts, check_prompts
+from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
+from lora_core.generate import check_prompts
 from lora_core.memory_shortage import shortage_of
+from lora_core.sharding import Strategy
 from lora_core.warm_up import warm_up
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.plan import engine_config, job_config
 from worker.resident import Resident
-from worker.sampling import Asked, ask, told
+from worker.sampling import ask, told
 from worker.standby import stand_by
-from worker.trainer_directory import EventWriter, InboxReader, Json, Message, TrainerDirectory
+from worker.train_outputs import as_json, exported, prompts_of, steps_to_sample
+from worker.trainer_directory import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory
 from worker.wire_errors import described, disk_error
 from worker.wire_errors import told as told_error
 
 IDLE_LOOK_SECONDS = 0.03
 """Of an idle trainer at its inbox: waking up is what it costs, at 50 times a second up to 2.3% of a slow core."""
 REPORT_SECONDS = 5.0
+SILENCE_SECONDS = 3600.0
+"""For which a rank waits for another, who may be verifying an adapter. Our parent notices a hang sooner."""
 LEAVING = ("pause", "preempt", "drain")
 NO_MODEL: Json = {"adapter": None}
-EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
 
 
 class Trainer:
-    """Reads the inbox at every tick boundary, ticks, and writes events."""
+    """Reads the inbox at every tick boundary, ticks, and writes events.
 
-    def __init__(self, directory: TrainerDirectory) -> None:
+    Several processes (ranks) do all the same: the leader reads the inbox, and alone writes events and files.
+    """
+
+    def __init__(self, directory: TrainerDirectory, ranks: Ranks = ALONE) -> None:
         self._directory = directory
+        self._ranks = ranks
         self._settings = directory.settings()
         self._inbox = InboxReader(directory)
-        self._events = EventWriter(directory)
+        self._events = EventWriter(directory) if ranks.leads else SilentWriter()
         self._residents: dict[str, Resident] = {}
         self._text: BaseText | None = None
         self._leaving = False
@@ -89,14 +95,21 @@ class Trainer:
         started = time.monotonic()
         failpoints.pass_by("loading")
         dtype = cast(Literal["bfloat16", "float32"], self._settings["dtype"])
-        device = str(self._settings["device"])
+        device = self._directory.device()
         quantisation = cast(Quantisation, self._settings["quantisation"])
-        self._base: BaseModel = load_base(
-            Path(self._settings["base_dir"]), dtype=dtype, device=device, quantisation=quantisation
-        )
+        strategy = cast(Strategy, self._settings.get("strategy", "replicated"))
+        with self._ranks.together():
+            self._base: BaseModel = load_base(
+                Path(self._settings["base_dir"]),
+                dtype=dtype,
+                device=device,
+                quantisation=quantisation,
+                strategy=strategy,
+                ranks=self._ranks,
+            )
         loaded = time.monotonic()
         config = engine_config(self._settings, num_threads=node.num_threads(), folder=self._directory.path)
-        self._engine = Engine(self._base, config)
+        self._engine = Engine(self._base, config, self._ranks)
         ready = {
             "type": "ready",
             "pid": os.getpid(),
@@ -105,6 +118,8 @@ class Trainer:
             "quantisation": quantisation,
             "invariance": self._engine.invariance,
             "num_threads": node.num_threads(),
+            "num_processes": self._ranks.size,
+            "strategy": strategy,
             "load_seconds": round(loaded - started, 3),
             "probe_seconds": round(time.monotonic() - loaded, 3),
             "versions": node.versions(),
@@ -116,12 +131,18 @@ class Trainer:
 
     def _listen(self) -> None:
         """Obey what has come, in its order; jobs that are told one after the other to leave do so together."""
-        for are_to_leave, messages in groupby(self._inbox.take(), lambda message: message.verb in LEAVING):
+        for are_to_leave, messages in groupby(self._told(), lambda message: message.verb in LEAVING):
             if are_to_leave:
                 self._leave(messages)
             else:
                 for message in messages:
                     self._obey(message)
+
+    def _told(self) -> list[Message]:
+        """What has come since, on every rank."""
+        taken = self._inbox.take() if self._ranks.leads else []
+        told = self._ranks.told([[message.verb, message.body] for message in taken])
+        return [Message(verb=verb, body=body) for verb, body in told]
 
     def _leave(self, messages: Iterable[Message]) -> None:
         """All checkpoints are written and told of before any of them is made a model, which takes its time."""
@@ -204,7 +225,7 @@ class Trainer:
         self._text = self._text or BaseText(Path(self._settings["base_dir"]))
         try:
             asked = ask(self._text, samples, as_chat=body["asks_as_chat"])
-            check_prompts(_prompts(asked), self._engine.base)
+            check_prompts(prompts_of(asked), self._engine.base)
         except LoraCoreError as error:
             self._refuse(claim_id, error)
             return False
@@ -227,8 +248,8 @@ class Trainer:
         except OutOfMemory as error:
             self._refuse(error.job, error)
             return
-        self._events.write(*(_as_json(event) for event in events if not isinstance(event, JobDiverged)))
-        self._sample(_steps_to_sample(events))
+        self._events.write(*(as_json(event) for event in events if not isinstance(event, JobDiverged)))
+        self._sample(steps_to_sample(events))
         for event in events:
             if event.job in self._residents:  # it may have been told to leave while others answered
                 self._follow(event)
@@ -238,7 +259,7 @@ class Trainer:
         asked = {job: found for job in step_of if (found := self._residents[job].asked) is not None}
         if not asked:
             return
-        generation = self._engine.generation({job: _prompts(prompts) for job, prompts in asked.items()})
+        generation = self._engine.generation({job: prompts_of(prompts) for job, prompts in asked.items()})
         while not generation.is_complete:
             try:
                 generation.advance()
@@ -265,7 +286,7 @@ class Trainer:
             if event.good_step == event.step:
                 self._checkpoint(event.job)
             self._evict(event.job)
-            self._events.write(_as_json(event))
+            self._events.write(as_json(event))
 
     def _checkpoint(self, claim_id: str) -> None:
         saved = self._save(claim_id)
@@ -283,8 +304,8 @@ class Trainer:
             return None
         folder = self._directory.checkpoint_path(claim_id, step)
         try:
-            self._engine.save_checkpoint(claim_id, folder)
-        except (OSError, BadCheckpoint, OutOfMemory) as error:  # torn: told to leave before its shortage could be told
+            self._ranks.by_leader(lambda: self._engine.save_checkpoint(claim_id, folder))
+        except (OSError, LoraCoreError) as error:  # torn: told to leave before its shortage could be told
             self._write(claim_id, "checkpoint_failed", step=step, error=told_error(error))
             return None
         resident.saved_step = step
@@ -300,33 +321,26 @@ class Trainer:
         adapter = folder.with_name(f"{folder.name}-adapter")
         base_name = self._residents[claim_id].base_name
         try:
-            self._engine.export(claim_id, adapter, base_name=base_name, has_evidence=False)
-        except (OSError, BadCheckpoint, OutOfMemory) as error:
+            self._ranks.by_leader(
+                lambda: self._engine.export(claim_id, adapter, base_name=base_name, has_evidence=False)
+            )
+        except (OSError, LoraCoreError) as error:
             self._write(claim_id, "checkpoint_unexported", step=step, error=told_error(error))
             return NO_MODEL
         return {"adapter": self._directory.named(adapter), "num_parameters": self._engine.num_parameters(claim_id)}
 
     def _export(self, finished: JobFinished) -> None:
-        from lora_core.verify import unverifiable, verify_export  # brings PEFT, a second: not before the first job
-
         claim_id = finished.job
         folder = self._directory.job_path(claim_id) / "adapter"
         try:
             base_name = self._residents[claim_id].base_name
-            self._engine.export(claim_id, folder, base_name=base_name, between=self._report)
-            report = verify_export(self._base, folder, between=self._report)
+            report = exported(self._engine, claim_id, folder, base_name=base_name, between=self._report)
         except LoraCoreError as error:
             self._refuse(claim_id, error)
             return
         except OSError as error:
             self._evict(claim_id)
             self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
-            return
-        except Exception as error:  # whatever is wrong with one adapter is no fault of its packmates
-            if is_device_fault(error):
-                raise
-            traceback.print_exc()
-            self._refuse(claim_id, unverifiable(error))
             return
         body = {
             "step": finished.step,
@@ -335,7 +349,7 @@ class Trainer:
             "folder": self._directory.named(folder),
             "num_parameters": self._engine.num_parameters(claim_id),
             "trained_tokens": self._engine.trained_tokens(claim_id),
-            "report": asdict(report),
+            "report": report,
         }
         self._evict(claim_id)
         self._write(claim_id, "exported", **body)
@@ -350,7 +364,7 @@ class Trainer:
             self._events.write({"type": "idle"})
             self._told_idle = True
         limit = self._settings.get("idle_seconds")
-        if limit is not None and time.monotonic() - self._busy_at >= limit:
+        if limit is not None and self._ranks.told(time.monotonic() - self._busy_at >= limit):
             self._leaving = True
             return
         time.sleep(IDLE_LOOK_SECONDS)
@@ -368,29 +382,13 @@ class Trainer:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})
 
 
-def _steps_to_sample(events: list[Event]) -> dict[str, int]:
-    """By job, the step whose weights the row holds now: a finished job may have gone back to its best."""
-    steps = {event.job: event.step for event in events if isinstance(event, JobEvaluated)}
-    kept = {event.job: event.kept_step for event in events if isinstance(event, JobFinished) and event.job in steps}
-    return steps | kept
-
-
-def _prompts(asked: Asked) -> Prompts:
-    return Prompts(prompts=asked.ids, max_tokens=asked.max_tokens, end_ids=asked.end_ids)
-
-
-def _as_json(event: Event) -> Json:
-    body = asdict(event)
-    if body.get("rewards"):
-        body["rewards"] = {name: value for name, value in body["rewards"].items() if value is not None}
-    return {"type": EVENT_TYPES[type(event)], "claim_id": body.pop("job"), **body}
-
-
 def main(arguments: list[str]) -> int:
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)
-    Trainer(directory).run()
+    ranks = distributed.join(directory.device(), silence_seconds=SILENCE_SECONDS)
+    Trainer(directory, ranks).run()
+    distributed.leave()
     return 0
 
 

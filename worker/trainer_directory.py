@@ -60,6 +60,11 @@ class TrainerDirectory:
     def settings(self) -> Json:
         return read_json(self.settings_path)
 
+    def device(self) -> str:
+        """That of this process: of several GPUs, the one of its number among the processes on this machine."""
+        named = str(self.settings()["device"])
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if named.startswith("cuda") else named
+
     def job_path(self, claim_id: str) -> Path:
         return self.path / "jobs" / claim_id
 
@@ -124,6 +129,19 @@ class EventWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+class SilentWriter(EventWriter):
+    """Of a rank whose leader says all there is to say."""
+
+    def __init__(self) -> None:
+        """There is no file."""
+
+    def write(self, *events: Json) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class EventReader:

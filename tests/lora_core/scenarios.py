@@ -18,6 +18,7 @@ from lora_core.config import (
     ScheduleConfig,
 )
 from lora_core.data import TokenDataset
+from lora_core.distributed import ALONE, Ranks
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
@@ -314,13 +315,20 @@ def rename(events: list[Event], job: str) -> tuple[Event, ...]:
 
 
 def run_elastically(
-    base: BaseModel, jobs: dict[str, Submission], *, token_budget: int, seed: int, victim: str, **options
+    base: BaseModel,
+    jobs: dict[str, Submission],
+    *,
+    token_budget: int,
+    seed: int,
+    victim: str,
+    ranks: Ranks = ALONE,
+    **options,
 ) -> dict[str, Outcome]:
     """Shuffled joins at every other tick; the finished leave at once; `victim` is evicted after one step.
 
     options: further ones of the engine.
     """
-    engine = Engine(base, EngineConfig(token_budget=token_budget, **options))
+    engine = Engine(base, EngineConfig(token_budget=token_budget, **options), ranks)
     order = sorted(jobs)
     random.Random(seed).shuffle(order)
     events: list[Event] = []

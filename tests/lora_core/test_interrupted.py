@@ -14,6 +14,7 @@ import torch
 from lora_core import engine as engine_module
 from lora_core import initial, lanes, optim
 from lora_core import job as job_module
+from lora_core import passes as passes_module
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint
@@ -46,7 +47,7 @@ def test_a_tick_that_breaks_off_in_a_lane_changes_no_byte(load, monkeypatch, err
     engine = Engine(base, EngineConfig(num_lanes=num_lanes, token_budget=64))
     for name, job in JOBS.items():
         admit(engine, name, job)
-    run, num_passes = getattr(engine_module, part), itertools.count()
+    run, num_passes = getattr(passes_module, part), itertools.count()
 
     def breaking_off(*arguments):
         scores = run(*arguments)
@@ -54,7 +55,7 @@ def test_a_tick_that_breaks_off_in_a_lane_changes_no_byte(load, monkeypatch, err
             raise error
         return scores
 
-    monkeypatch.setattr(engine_module, part, breaking_off)
+    monkeypatch.setattr(passes_module, part, breaking_off)
     events, num_broken = ticked_to_the_end(engine, error)
 
     assert num_broken == 2

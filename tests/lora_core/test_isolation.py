@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_core import job as job_module
-from lora_core import lanes
+from lora_core import job_start, lanes
 from lora_core.base_model import load_base
 from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.engine import Engine
@@ -220,7 +220,7 @@ def test_a_slice_that_does_not_fit_alone_fails_its_job_and_no_other(load, monkey
 
 def limit_token_memory(monkeypatch, *, num_tokens: int) -> None:
     """A device that fails in the backward, when gradients are partial already, above so many tokens."""
-    from lora_core import engine
+    from lora_core import passes
 
     def limited(run):
         def wrapper(base, pack):
@@ -231,8 +231,8 @@ def limit_token_memory(monkeypatch, *, num_tokens: int) -> None:
 
         return wrapper
 
-    monkeypatch.setattr(engine, "run_training", limited(engine.run_training))
-    monkeypatch.setattr(engine, "run_evaluation", limited(engine.run_evaluation))
+    monkeypatch.setattr(passes, "run_training", limited(passes.run_training))
+    monkeypatch.setattr(passes, "run_evaluation", limited(passes.run_evaluation))
 
 
 def out_of_memory(*_arguments, **_options):
@@ -244,7 +244,7 @@ def test_a_job_whose_row_does_not_fit_is_refused_and_changes_nothing(load, monke
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "good", GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_new_row", out_of_memory)
+        patch.setattr(job_start, "AdapterRow", out_of_memory)
         with pytest.raises(OutOfMemory, match="The adapter of job 'large'") as caught:
             admit(engine, "large", GOOD)
     assert (caught.value.job, engine.jobs()) == ("large", ("good",))

@@ -15,8 +15,8 @@ from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadDataset, ConfigError
 from lora_core.events import Event, JobEvaluated, JobStepped, Rewards
-from lora_core.job import Unit
 from lora_core.kto import SingleAnswers, score_single
+from lora_core.units import Unit
 from lora_core.unpaired import mismatched
 from tests.lora_core.scenarios import (
     Submission,

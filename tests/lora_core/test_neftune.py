@@ -75,4 +75,4 @@ def test_training_is_noisy_and_its_held_out_loss_is_not(load):
     assert len(losses) == 3
     engine = Engine(base, EngineConfig())
     admit(engine, "job", plain)
-    assert engine._jobs["job"].next_slices(1)[0].noise is None
+    assert engine._jobs["job"].next_slices([0])[0].noise is None

@@ -248,7 +248,7 @@ def test_a_tick_that_ran_out_of_memory_is_tried_again_checkpointed_before_it_is_
     monkeypatch.setattr(engine.activations, "gives_way", lambda num_tokens: True)
     monkeypatch.setattr(engine.activations, "checkpoints", lambda num_tokens: len(forwards) > 0)
     attempts: list[bool] = []
-    original = engine._run_lanes
+    original = engine._passes._run_lanes
 
     def short_of_memory(*args, checkpointed: bool, **kwargs):
         attempts.append(checkpointed)
@@ -257,7 +257,7 @@ def test_a_tick_that_ran_out_of_memory_is_tried_again_checkpointed_before_it_is_
             raise torch.OutOfMemoryError
         return result
 
-    monkeypatch.setattr(engine, "_run_lanes", short_of_memory)
+    monkeypatch.setattr(engine._passes, "_run_lanes", short_of_memory)
     forwards.clear()
     events = [event for _ in range(2) for event in engine.tick()]
 

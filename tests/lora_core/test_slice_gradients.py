@@ -57,8 +57,8 @@ def test_gradients_of_slices_add_up_in_their_order_and_leave_their_vectors_empty
 
     for index in (3, 1, 0, 2):
         gradients.row_of(index).sites["a"].grad_b_OR.fill_(parts[index])
-    for index in range(4):
-        gradients.collect(index)
+    gradients.collect(0, [0])
+    gradients.collect(1, [0, 0, 0])
 
     assert torch.all(row.sites["a"].grad_b_OR == ((parts[0] + parts[2]) + 1.0))
     assert torch.all(row.sites["a"].grad_a_RD == 0)

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from catalog import memory
-from lora_core import engine as engine_module
+from lora_core import passes as passes_module
 from lora_core import strip_attention
 from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
@@ -104,13 +104,13 @@ def test_a_job_is_counted_with_all_that_it_keeps(
 def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of all rows at each pass, when the gradients of all its slices are there."""
     held: list[int] = []
-    original = engine_module.run_training
+    original = passes_module.run_training
 
     def spied(base: BaseModel, pack: Pack) -> list[SliceScores]:
         held.append(engine.memory()["rows_bytes"])
         return original(base, pack)
 
-    monkeypatch.setattr(engine_module, "run_training", spied)
+    monkeypatch.setattr(passes_module, "run_training", spied)
     return held
 
 

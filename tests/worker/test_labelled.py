@@ -12,7 +12,7 @@ from lora_core.events import JobStepped, Rewards
 from lora_core.unpaired import check_unpaired
 from tests.worker.chat_bases import MARKED, SMOLLM2, Base, turns
 from worker.plan import objective_config
-from worker.train_entry import _as_json  # pyright: ignore[reportPrivateUsage]
+from worker.train_outputs import as_json
 
 
 @pytest.fixture(params=["by prefixes", "by marks"])
@@ -96,4 +96,4 @@ def test_what_a_batch_has_no_answers_for_is_not_told() -> None:
         rewards=rewards,
     )
 
-    assert _as_json(event)["rewards"] == {"chosen": 0.5, "accuracy": 1.0, "kl": 0.25}
+    assert as_json(event)["rewards"] == {"chosen": 0.5, "accuracy": 1.0, "kl": 0.25}

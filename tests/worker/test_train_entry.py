@@ -14,6 +14,7 @@ import torch
 from catalog.spec import JobRequest, resolve
 from lora_core.base_import import Imported
 from lora_core.data import TokenDataset
+from lora_core.distributed import ALONE
 from lora_core.errors import OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from tests.worker.pack_site import said
@@ -27,6 +28,8 @@ class FullEngine:
     """Stands where torch would be: nothing fits it."""
 
     idle = False
+    ranks = ALONE
+    base = SimpleNamespace(is_divided=False)
 
     def admit(self, job: str, *_: object, **__: object) -> None:
         raise OutOfMemory(job, num_tokens=0)
@@ -151,7 +154,7 @@ def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
     checked: list[object] = []
     monkeypatch.setattr(train_entry, "BaseText", lambda _: None)
     monkeypatch.setattr(train_entry, "ask", lambda *_, **__: "asked")
-    monkeypatch.setattr(train_entry, "_prompts", lambda asked: asked)
+    monkeypatch.setattr(train_entry, "prompts_of", lambda asked: asked)
     monkeypatch.setattr(train_entry, "check_prompts", lambda prompts, base: checked.append((prompts, base)))
     trainer._engine = SimpleNamespace(base="base")  # pyright: ignore[reportAttributeAccessIssue]
     evaluation = {"samples": {"prompts": ["What?"]}}

@@ -1,0 +1,170 @@
+# pyright: basic
+"""The processes of one trainer, and all that they say to each other. Only this and sharding.py know torch.distributed.
+
+Every process (rank) has the same jobs in the same state and makes the same decisions; the passes of a tick alone are
+shared out, slice by slice. What a step adds up is added in the order of its slices, whoever has computed them: so where
+kernels give the same bits everywhere, an adapter doesn't tell how many have trained it. Messages are JSON, no pickle.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from lora_core.errors import LoraCoreError
+
+T = TypeVar("T")
+CARRIED_NUMBERS = 1 << 20
+"""Of a sum that goes from rank to rank: while one piece is added to, the next is on its way."""
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Messages are in the host's memory on either."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """Of one trainer: this process's number among `size`. Each method is called by all of them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that decides, and that speaks to the outside."""
+        return self.rank == 0
+
+    def told(self, value: Any) -> Any:
+        """The leader's `value`, JSON-able, on every rank; that of the others is not looked at."""
+        if self.size == 1:
+            return value
+        content = _encoded(value) if self.leads else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(content)])
+        dist.broadcast(length, src=0)
+        if not self.leads:
+            content = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(content, src=0)
+        return value if self.leads else _decoded(content)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Everybody's `value`, JSON-able, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        content = _encoded(value)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(content)]))
+        longest = max(map(int, lengths))
+        padded = torch.cat([content, torch.zeros(longest - len(content), dtype=torch.uint8)])
+        found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(found, padded)
+        return [_decoded(part[: int(length)]) for part, length in zip(found, lengths, strict=True)]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is raised within on one rank is raised on all of them, so that all have done the same."""
+        if self.size == 1:
+            yield
+            return
+        problem: LoraCoreError | OSError | None = None
+        try:
+            yield
+        except (LoraCoreError, OSError) as error:
+            problem = error
+        told = next((told for told in self.gathered(_told(problem)) if told is not None), None)
+        if problem is not None:
+            raise problem
+        if told is not None:
+            raise LoraCoreError(**told)
+
+    def by_leader(self, act: Callable[[], T]) -> T | None:
+        """What `act` returns, which the leader alone does; what it raises is raised on every rank."""
+        with self.together():
+            return act() if self.leads else None
+
+    def shared_out(self, sizes: Sequence[int]) -> list[int]:
+        """The rank that computes each of `sizes` (tokens of slices, in their order): about as many for each rank, and
+        no rank's slices before those of a lower one."""
+        if self.size == 1:
+            return [0] * len(sizes)
+        ranks: list[int] = []
+        total, before = sum(sizes), 0
+        for size in sizes:
+            ranks.append(min(self.size - 1, (2 * before + size) * self.size // (2 * total)))
+            before += size
+        return ranks
+
+    def carry(self, total: Tensor, *, holder: int | None, parts: Sequence[tuple[int, Tensor | None]]) -> int | None:
+        """Add to `total`, a flat vector whose value `holder` has (None: nobody has begun), each part in its order.
+
+        parts: the rank that has it, and there the vector, or None where it lies in `total` already. Returns the rank
+        that has the sum now; elsewhere `total` is of no use, until `spread`.
+        """
+        runs = [(rank, [part for _, part in run]) for rank, run in groupby(parts, key=lambda part: part[0])]
+        for start in range(0, total.numel() if runs else 0, CARRIED_NUMBERS):
+            piece, at = slice(start, start + CARRIED_NUMBERS), holder
+            for rank, own in runs:
+                self._hand_on(total[piece], at, rank)
+                if rank == self.rank:
+                    for part in own:
+                        if part is not None:
+                            total[piece].add_(part[piece])
+                at = rank
+        return runs[-1][0] if runs else holder
+
+    def _hand_on(self, piece: Tensor, at: int | None, rank: int) -> None:
+        if at is None or at == rank:
+            return
+        if self.rank == at:
+            dist.send(piece, dst=rank)
+        elif self.rank == rank:
+            dist.recv(piece, src=at)
+
+    def spread(self, total: Tensor, *, holder: int | None) -> None:
+        """What `holder` has, on every rank."""
+        if self.size > 1 and holder is not None:
+            dist.broadcast(total, src=holder)
+
+
+ALONE = Ranks()
+
+
+def join(device: str, *, silence_seconds: float) -> Ranks:
+    """The ranks that this process was launched among, by `accelerate launch` or torchrun; ALONE where it was by itself.
+
+    silence_seconds: after which a rank that waits for another one gives up, with an error. Call it once.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=silence_seconds))
+    return Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def leave() -> None:
+    """Of every rank, when all is done."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _told(problem: LoraCoreError | OSError | None) -> dict[str, str] | None:
+    if problem is None:
+        return None
+    if isinstance(problem, OSError):
+        return {"message": f"{problem}.", "remedy": "Look at the disk of that machine.", "code": "disk_error"}
+    return {"message": problem.message, "remedy": problem.remedy, "code": problem.code}
+
+
+def _encoded(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decoded(content: Tensor) -> Any:
+    return json.loads(content.numpy().tobytes())

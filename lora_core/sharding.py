@@ -1,0 +1,161 @@
+# pyright: basic
+"""A base model whose blocks are divided among the ranks of a trainer: of each block a rank holds its share, and all of
+it while the block computes. By FSDP2 (`fully_shard` of torch) or by ZeRO-3 (DeepSpeed).
+
+Embeddings, final norm and head stay whole: the loss reads the head outside any module. Rows are no part of the model.
+A block is put together by collectives, so every rank passes through all blocks as often as the others (passes.py).
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lora_core.blocks import find_blocks
+from lora_core.distributed import Ranks
+from lora_core.errors import ConfigError, UnsupportedModel
+
+Strategy = Literal["replicated", "fsdp2", "zero3"]
+"""Every rank holds the whole base, or a share of each block by one library or the other."""
+
+
+def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: str) -> None:
+    """Divide the blocks, in place; the rest goes to `device`. The weights may be memory-mapped: no rank needs more of a
+    block than its share beyond the time when it is divided.
+
+    Raises UnsupportedModel where no blocks are found, ConfigError where the library is missing or there is one rank.
+    """
+    blocks = find_blocks(model).modules
+    if not blocks:
+        raise UnsupportedModel(
+            f"{type(model).__name__} can't be divided: its blocks were not found.",
+            remedy="Train it with the strategy 'replicated', on devices that hold all of it.",
+        )
+    if ranks.size == 1:
+        raise ConfigError(
+            f"The strategy {strategy!r} divides a base model among several processes, and there is one.",
+            remedy="Give the trainer more devices, or use 'replicated'.",
+        )
+    of_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    for parameter in set(model.parameters()) - of_blocks:
+        parameter.data = parameter.data.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    if strategy == "fsdp2":
+        _by_fsdp2(model, blocks, of_blocks, ranks, device=device)
+    else:
+        _by_zero3(model, blocks, of_blocks, device=device)
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether a rank can read the numbers now: not of a block that is divided and doesn't compute."""
+    return not isinstance(weight, DTensor) and not (hasattr(weight, "ds_id") and weight.numel() == 0)
+
+
+@contextmanager
+def with_guests(model: PreTrainedModel, strategy: Strategy) -> Iterator[None]:
+    """Within, blocks may hold parameters that nobody has divided, as PEFT puts them there. Without gradients.
+
+    DeepSpeed takes all that a block holds for its own, so its hooks are left out; what it has divided is put together
+    by its own means, block by block.
+    """
+    if strategy != "zero3":
+        yield
+        return
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    blocks = find_blocks(model).modules
+    own = {block: [parameter for parameter in block.parameters() if hasattr(parameter, "ds_id")] for block in blocks}
+    hooked = (model.base_model, *blocks)
+    kept = {module: (module._forward_pre_hooks, module._forward_hooks) for module in hooked}
+    gathered: list[Any] = []
+
+    def gather(block: nn.Module, _inputs: Any) -> None:
+        gathered.append(deepspeed.zero.GatheredParameters(own[block]))
+        gathered[-1].__enter__()
+
+    def release(_block: nn.Module, _inputs: Any, _output: Any) -> None:
+        gathered.pop().__exit__(None, None, None)
+
+    try:
+        for module in hooked:
+            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        for block in blocks:
+            block.register_forward_pre_hook(gather)
+            block.register_forward_hook(release)
+        yield
+    finally:
+        while gathered:
+            gathered.pop().__exit__(None, None, None)
+        for module, (before, after) in kept.items():
+            module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def _by_fsdp2(
+    model: PreTrainedModel, blocks: tuple[nn.Module, ...], of_blocks: set[nn.Parameter], ranks: Ranks, *, device: str
+) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(torch.device(device).type, (ranks.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    rest = set(model.parameters()) - of_blocks
+    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
+
+
+def _by_zero3(
+    model: PreTrainedModel, blocks: tuple[nn.Module, ...], of_blocks: set[nn.Parameter], *, device: str
+) -> None:
+    """A block is one leaf: DeepSpeed then gathers all of it at once, before its forward and before its backward."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
+    try:
+        import deepspeed  # pyright: ignore[reportMissingImports]
+        from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            "The strategy 'zero3' needs DeepSpeed, which is not installed here.",
+            remedy="Install lorry[deepspeed] on the worker, or use 'fsdp2'.",
+        ) from error
+    config = _zero3_config(next(iter(of_blocks)).dtype)
+    set_z3_leaf_modules(model, list({type(block) for block in blocks}))
+    for block in blocks:
+        deepspeed.zero.Init(module=block, config_dict_or_path=config)
+    with _hidden(model.base_model, of_blocks):
+        deepspeed.initialize(model=model.base_model, config=config)
+
+
+def _zero3_config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing follows from it
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+
+
+@contextmanager
+def _hidden(model: nn.Module, of_blocks: set[nn.Parameter]) -> Iterator[None]:
+    """Within, the modules of `model` that hold other weights than these are none of its own."""
+    own = [
+        path
+        for path, module in model.named_modules()
+        if path and any(parameter not in of_blocks for parameter in module.parameters(recurse=False))
+    ]
+    kept = {path.rpartition(".")[0]: dict(model.get_submodule(path.rpartition(".")[0])._modules) for path in own}
+    for path in own:
+        parent, _, name = path.rpartition(".")
+        del model.get_submodule(parent)._modules[name]
+    try:
+        yield
+    finally:
+        for parent, modules in kept.items():
+            held = model.get_submodule(parent)._modules
+            held.clear()
+            held.update(modules)

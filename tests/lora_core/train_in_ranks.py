@@ -1,0 +1,99 @@
+"""`python -m tests.lora_core.train_in_ranks BASE OUT STRATEGY JOBS`: one of several processes that train jobs together:
+of all kinds, or a few on a real model.
+
+Each writes OUT/RANK.json: of every job what it ended with, and what PEFT found of an adapter.
+"""
+
+import json
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from lora_core import distributed
+from lora_core import lanes as lanes_module
+from lora_core.base_model import BaseModel, load_base
+from lora_core.distributed import Ranks
+from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import LoraCoreError
+from lora_core.events import JobEvaluated, JobStepped
+from lora_core.generate import Prompts
+from lora_core.sharding import Strategy
+from lora_core.verify import verify_export
+from tests.lora_core.scenarios import Outcome, Submission, admit, run_elastically, submissions
+from tests.lora_core.test_laws_on_a_real_model import mixed_jobs
+
+TOKEN_BUDGET = 120
+"""Of a rank: no tick holds all slices of the widest steps."""
+
+
+def told(outcome: Outcome) -> dict[str, Any]:
+    """Digest of weights and moments, all events as they print, to the last bit of a float, and the losses in them."""
+    return {
+        "vectors": sha256(outcome.vectors).hexdigest(),
+        "events": [repr(event) for event in outcome.events],
+        "losses": [event.loss for event in outcome.events if isinstance(event, (JobStepped, JobEvaluated))],
+    }
+
+
+def jobs_called(name: str, *, is_divided: bool) -> dict[str, Submission]:
+    """On a divided base those that read no weight of it but by computing with it."""
+    jobs = submissions("llama") if name == "kinds" else mixed_jobs()
+    return {
+        name: job
+        for name, job in jobs.items()
+        if not is_divided or not (job.config.lora.use_dora or job.config.lora.subtracts_start)
+    }
+
+
+def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
+    torch.set_num_threads(1)
+    lanes_module.MIN_LANE_TOKENS = 8
+    distributed.CARRIED_NUMBERS = 1000  # so that a sum goes from rank to rank in several pieces
+    ranks = distributed.join("cpu", silence_seconds=120)
+    base = load_base(base_dir, dtype="float32", device="cpu", strategy=strategy, ranks=ranks)
+    jobs = jobs_called(jobs_name, is_divided=base.is_divided)
+    found: dict[str, Any] = {"outcomes": {}}
+    for name, options in {"by_lanes": {"num_lanes": 2, "job_tokens": 80}, "bound": {"num_lanes": 1}}.items():
+        ended = run_elastically(base, jobs, token_budget=TOKEN_BUDGET, seed=3, victim="plain", ranks=ranks, **options)
+        found["outcomes"][name] = {job: told(outcome) for job, outcome in ended.items()}
+    found |= exported(base, ranks, out / f"adapter-{ranks.rank}")
+    found |= refused(base, ranks)
+    (out / f"{ranks.rank}.json").write_text(json.dumps(found))
+    distributed.leave()
+
+
+def exported(base: BaseModel, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Of one job: the digest of its adapter, PEFT's verdict, and an answer."""
+    engine = Engine(base, EngineConfig(), ranks)
+    admit(engine, "job", submissions("llama")["plain"])
+    while not engine.idle:
+        engine.tick()
+    report = engine.export("job", folder, base_name="tiny")
+    generation = engine.generation({"job": Prompts(prompts=((3, 5, 8),), max_tokens=6)})
+    while not generation.is_complete:
+        generation.advance()
+    return {
+        "adapter": report.sha256,
+        "verified": verify_export(base, folder).passed,
+        "answers": repr(generation.answers()),
+    }
+
+
+def refused(base: BaseModel, ranks: Ranks) -> dict[str, Any]:
+    """What all say of a job that one of them alone can't admit."""
+    engine = Engine(base, EngineConfig(), ranks)
+    job = submissions("llama")["plain"]
+    resume = Path("/nowhere") if ranks.rank == 1 else None
+    try:
+        admit(engine, "job", job, resume_from=resume)
+    except LoraCoreError as error:
+        return {"refused": error.code, "jobs": list(engine.jobs())}
+    return {"refused": None, "jobs": list(engine.jobs())}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), cast(Strategy, sys.argv[3]), sys.argv[4])

@@ -1,0 +1,178 @@
+"""A trainer of two processes, launched as a worker launches it: what it says and leaves is what one alone would."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from catalog.spec import JobRequest, resolve
+from tests import tiny_base
+from tests.worker_site import WAIT_SECONDS
+from worker import node
+from worker.launch import TrainerProcess, launch
+from worker.token_file import TokenFile
+from worker.trainer_directory import EventReader, InboxWriter, Json, TrainerDirectory
+
+pytestmark = pytest.mark.timeout(600)
+TIMED = ("seconds", "pid")
+GONE_SECONDS = 10.0
+
+
+class Launched:
+    """A trainer of so many processes, and both ends of its directory."""
+
+    def __init__(self, folder: Path, base_dir: Path, *, num_processes: int, strategy: str = "replicated") -> None:
+        settings = {
+            "base_dir": str(base_dir),
+            "dtype": "float32",
+            "quantisation": "none",
+            "device": "cpu",
+            "strategy": strategy,
+            "idle_seconds": None,
+        }
+        self.directory = TrainerDirectory.create(folder, settings)
+        self.inbox, self.reader = InboxWriter(self.directory), EventReader(self.directory)
+        self.said: list[Json] = []
+        self.process: TrainerProcess = launch(
+            self.directory, node.cpu(), silence_seconds=WAIT_SECONDS, num_processes=num_processes
+        )
+
+    def admit(self, job: str, **fields: Any) -> None:
+        folder = self.directory.job_path(job) / "train"
+        folder.mkdir(parents=True)
+        write_tokens(folder / "tokens.safetensors")
+        request = JobRequest.model_validate({"model": "tiny", "training_file": "file-1", **fields})
+        spec = resolve(request, num_rows=24, max_positions=tiny_base.MAX_POSITIONS, seed=1)
+        self.inbox.send(
+            "admit",
+            claim_id=job,
+            base_name="tiny",
+            spec=spec.model_dump(mode="json"),
+            answered_steps=[],
+            asks_as_chat=False,
+            num_steps=spec.max_steps,
+            evaluate_every_steps=spec.max_steps,
+            checkpoint_every_steps=3,
+            train=self.directory.named(folder / "tokens.safetensors"),
+            valid=None,
+            resume=None,
+            parent=None,
+        )
+
+    def hear(self, wanted: str, job: str | None = None) -> Json:
+        """The first event of that type, which is waited for."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            self.process.pulse()
+            self.said += self.reader.read()
+            for event in self.said:
+                if event["type"] == wanted and event.get("claim_id") == job:
+                    return event
+            assert self.process.returncode is None, self.directory.log_tail()
+            time.sleep(0.02)
+        raise AssertionError(f"{wanted}: {self.directory.log_tail()}")
+
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+
+@contextmanager
+def launched(folder: Path, base_dir: Path, **options: Any) -> Iterator[Launched]:
+    trainer = Launched(folder, base_dir, **options)
+    try:
+        yield trainer
+    finally:
+        trainer.process.close()
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base.make(tmp_path_factory.mktemp("base") / "tiny")
+
+
+def write_tokens(path: Path) -> None:
+    numbers = np.random.default_rng(0)
+    with TokenFile(path) as file:
+        for _ in range(24):
+            ids = numbers.integers(0, tiny_base.VOCABULARY, numbers.integers(40, 120), dtype=np.int32)
+            file.add_row(ids, (np.arange(len(ids)) > 3).astype(np.uint8))
+        file.finish()
+
+
+def trained(folder: Path, base_dir: Path, **options: Any) -> tuple[list[Json], str, str]:
+    """What a job says that trains to its end beside one that is paused; digests of its adapter and the checkpoint of
+    the other."""
+    with launched(folder, base_dir, **options) as trainer:
+        trainer.hear("ready")
+        trainer.admit("ends", max_steps=6, hyperparameters={"batch_size": 16})
+        trainer.admit("pauses", max_steps=500, lora={"rank": 4, "dropout": 0.1}, hyperparameters={"batch_size": 4})
+        exported = trainer.hear("exported", "ends")
+        trainer.inbox.send("pause", claim_id="pauses")
+        step = trainer.hear("paused", "pauses")["step"]
+        trainer.inbox.send("unload")
+        trainer.hear("unloaded")
+        assert trainer.process.wait(WAIT_SECONDS)
+        assert trainer.process.returncode == 0, trainer.directory.log_tail()
+        adapter = trainer.directory.path / exported["folder"] / "adapter_model.safetensors"
+        checkpoint = trainer.directory.checkpoint_path("pauses", 3) / "row.safetensors"
+        assert (trainer.directory.checkpoint_path("pauses", step) / "row.safetensors").exists()
+        assert exported["report"]["passed"]
+    told = [event for event in trainer.said if event.get("claim_id") == "ends" and event["type"] == "stepped"]
+    told = [{name: value for name, value in event.items() if name not in TIMED} for event in told]
+    return told, digest(adapter), digest(checkpoint)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_two_processes_say_and_leave_what_one_does(tmp_path: Path, base_dir: Path) -> None:
+    alone = trained(tmp_path / "one", base_dir, num_processes=1)
+    together = trained(tmp_path / "two", base_dir, num_processes=2)
+
+    assert len(alone[0]) == 6
+    assert together == alone
+
+
+@pytest.mark.slow
+def test_a_base_that_is_divided_by_fsdp2_trains_and_is_verified_by_peft(tmp_path: Path, base_dir: Path) -> None:
+    (losses, _, _) = trained(tmp_path / "one", base_dir, num_processes=1)
+    (divided, _, _) = trained(tmp_path / "two", base_dir, num_processes=2, strategy="fsdp2")
+
+    assert [step["loss"] for step in divided] == pytest.approx([step["loss"] for step in losses], rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_when_one_process_is_killed_the_trainer_ends_with_all_of_them(
+    tmp_path: Path, base_dir: Path, rank: int
+) -> None:
+    with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
+        trainer.hear("ready")
+        trainer.admit("job", max_steps=5000, hyperparameters={"batch_size": 8})
+        trainer.hear("stepped", "job")
+        ranks = trainer.ranks()
+        assert len(ranks) == 2
+
+        ranks[rank].kill()
+
+        assert trainer.process.wait(GONE_SECONDS), "it goes on without one of its processes"
+        assert trainer.process.returncode != 0
+        assert psutil.wait_procs(ranks, timeout=GONE_SECONDS)[1] == []
+
+
+def test_all_processes_end_with_their_launcher(tmp_path: Path, base_dir: Path) -> None:
+    with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
+        trainer.hear("ready")
+        ranks = trainer.ranks()
+
+        psutil.Process(trainer.process.pid).kill()
+
+        assert psutil.wait_procs(ranks, timeout=GONE_SECONDS)[1] == []

@@ -1,0 +1,69 @@
+"""What the trainer's engine gives, as the trainer tells and keeps it. Runs in the trainer alone."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from lora_core.between_parts import Between
+from lora_core.device_faults import is_device_fault
+from lora_core.engine import Engine
+from lora_core.errors import LoraCoreError
+from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
+from lora_core.generate import Prompts
+from worker.sampling import Asked
+from worker.trainer_directory import Json
+
+EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
+
+
+def exported(engine: Engine, job: str, folder: Path, *, base_name: str, between: Between) -> Json | None:
+    """Export a job's adapter to `folder`, and PEFT's verdict on it; of another rank than the leader None.
+
+    A base that is divided computes nothing but on all ranks, so each of them exports, to a folder of its own. Raises
+    LoraCoreError and OSError, on every rank.
+    """
+    ranks = engine.ranks
+    if not engine.base.is_divided:
+        return ranks.by_leader(lambda: _verified(engine, job, folder, base_name=base_name, between=between))
+    with ranks.together():
+        if ranks.leads:
+            return _verified(engine, job, folder, base_name=base_name, between=between)
+        with tempfile.TemporaryDirectory() as scratch:
+            _verified(engine, job, Path(scratch) / "adapter", base_name=base_name, between=between)
+    return None
+
+
+def _verified(engine: Engine, job: str, folder: Path, *, base_name: str, between: Between) -> Json:
+    from lora_core.verify import unverifiable, verify_export  # brings PEFT, a second: not before the first job
+
+    try:
+        engine.export(job, folder, base_name=base_name, between=between)
+        return asdict(verify_export(engine.base, folder, between=between))
+    except (LoraCoreError, OSError):
+        raise
+    except Exception as error:  # whatever is wrong with one adapter is no fault of its packmates
+        if is_device_fault(error):
+            raise
+        traceback.print_exc()
+        raise unverifiable(error) from error
+
+
+def steps_to_sample(events: list[Event]) -> dict[str, int]:
+    """By job, the step whose weights the row holds now: a finished job may have gone back to its best."""
+    steps = {event.job: event.step for event in events if isinstance(event, JobEvaluated)}
+    kept = {event.job: event.kept_step for event in events if isinstance(event, JobFinished) and event.job in steps}
+    return steps | kept
+
+
+def prompts_of(asked: Asked) -> Prompts:
+    return Prompts(prompts=asked.ids, max_tokens=asked.max_tokens, end_ids=asked.end_ids)
+
+
+def as_json(event: Event) -> Json:
+    body = asdict(event)
+    if body.get("rewards"):
+        body["rewards"] = {name: value for name, value in body["rewards"].items() if value is not None}
+    return {"type": EVENT_TYPES[type(event)], "claim_id": body.pop("job"), **body}
