@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import Depends, FastAPI
 
 from api import error_handlers, uploads
-from api.background import keep_clean, keep_order
+from api.background import DUTIES, keep_clean, keep_order
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.feed import Feed
@@ -138,7 +138,7 @@ def create_app(
 
 def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     feed = Feed(look_seconds=api_settings.look_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds)
-    telemetry = Telemetry()
+    telemetry = Telemetry(DUTIES)
     telemetry.count_streams(feed.num_listeners)
     db, pepper = Database(settings.resolved_database_url()), keys.load_pepper(settings)
     sender = WebhookSender(api_settings.webhook_rules())
@@ -155,7 +155,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         limits=Limits(api_settings, open_counter(settings.redis_url)),
         telemetry=telemetry,
         webhooks=sender,
-        deliverer=WebhookDeliverer(db, sender, pepper=pepper),
+        deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),
     )
 
 

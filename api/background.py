@@ -19,6 +19,8 @@ log = logging.getLogger("lorry.api")
 
 FIRST_CLEANING_SECONDS = 600.0
 CLEANING_SECONDS = 24 * 3600.0
+DUTIES = ("recover", "advance_sweeps", "seal", "tell_late", "ring", "clean")
+"""By the names under which their runs are counted."""
 MAX_STEPS = 20
 """Of sweeps, in one look."""
 
@@ -41,12 +43,15 @@ async def keep_clean(services: Services) -> None:
 def look_once(services: Services) -> None:
     """One act that fails keeps none of the others from running."""
     for act in (_recover, _advance_sweeps, _seal, _tell_late, _ring):
+        duty, is_done = act.__name__.strip("_"), False
         try:
             act(services)
+            is_done = True
         except Unavailable as error:
-            log.warning("%s code=%s", act.__name__.strip("_"), error.code)
+            log.warning("%s code=%s", duty, error.code)
         except Exception:  # the loop outlives whatever one look meets
-            log.exception("crash in %s", act.__name__.strip("_"))
+            log.exception("crash in %s", duty)
+        services.telemetry.count_run(duty, is_done=is_done)
 
 
 def _recover(services: Services) -> None:
@@ -75,11 +80,14 @@ def _ring(services: Services) -> None:
 
 
 def clean_once(services: Services) -> None:
+    is_done = False
     try:
         num_deleted = clean(services.db, services.store)
         deliveries.forget(services.db)
         log.info("cleaned objects=%d", num_deleted)
+        is_done = True
     except LorryError as error:
         log.warning("cleaning code=%s: %s", error.code, error)
     except Exception:  # nothing was lost; the next one tries again
         log.exception("crash in the cleaning")
+    services.telemetry.count_run("clean", is_done=is_done)

@@ -1,7 +1,12 @@
-"""Numbers for Prometheus. Labels are bounded: a route's template, never a path somebody sent."""
+"""Numbers for Prometheus, by its naming conventions: what this process did, and what the whole fleet is doing.
+
+Labels are bounded: a route's template, never a path that somebody sent; never a job, a project or a user.
+docs/OBSERVABILITY.md says what each means, and a test compares the two.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -10,28 +15,58 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
-from catalog.fleet import Counts
+from catalog.numbers import Numbers
 
 METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+OF_DEVICES = {
+    "utilization_ratio": "Part of the time in which the device was busy, 0 to 1.",
+    "memory_bytes": "Memory that the device has.",
+    "memory_used_bytes": "Memory of the device that is taken, by whomever.",
+    "temperature_celsius": "Temperature of a GPU.",
+    "power_watts": "Power that a GPU draws.",
+}
 
 
 class Telemetry:
     """One registry per app, so that two apps in one process don't share counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, duties: Iterable[str] = ()) -> None:
+        """duties: what runs in the background, by name; each counts as done when the process starts."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "lorry_http_requests", "HTTP requests.", ["method", "route", "status"], registry=self.registry
         )
         self._seconds = Histogram(
-            "lorry_http_request_seconds",
+            "lorry_http_request_duration_seconds",
             "Seconds until the last byte of an answer.",
             ["method", "route"],
             buckets=SECONDS,
             registry=self.registry,
         )
         self._streams = Gauge("lorry_http_streams", "Live streams that are open.", registry=self.registry)
+        self._runs = Counter(
+            "lorry_background_runs", "Runs of background duties.", ["duty", "outcome"], registry=self.registry
+        )
+        self._done_at = Gauge(
+            "lorry_background_last_success_timestamp_seconds",
+            "When the duty last succeeded here, since 1970; at first when the process started.",
+            ["duty"],
+            registry=self.registry,
+        )
+        self._tries = Counter(
+            "lorry_webhook_tries", "Requests that were sent to webhook endpoints.", ["outcome"], registry=self.registry
+        )
+        self._begin(duties)
+
+    def _begin(self, duties: Iterable[str]) -> None:
+        """Series that don't come up with the first event can be watched from the start."""
+        for outcome in ("delivered", "failed"):
+            self._tries.labels(outcome=outcome)
+        for duty in duties:
+            self._done_at.labels(duty=duty).set(time.time())
+            for outcome in ("done", "failed"):
+                self._runs.labels(duty=duty, outcome=outcome)
 
     def observe(self, scope: Scope, *, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else "other"
@@ -43,29 +78,104 @@ class Telemetry:
     def count_streams(self, read: Callable[[], float]) -> None:
         self._streams.set_function(read)
 
-    def expose(self, counts: Counts) -> bytes:
+    def count_run(self, duty: str, *, is_done: bool) -> None:
+        """A background duty has run."""
+        self._runs.labels(duty=duty, outcome="done" if is_done else "failed").inc()
+        if is_done:
+            self._done_at.labels(duty=duty).set(time.time())
+
+    def count_try(self, *, is_delivered: bool) -> None:
+        """A webhook endpoint has answered, or has not."""
+        self._tries.labels(outcome="delivered" if is_delivered else "failed").inc()
+
+    def expose(self, numbers: Numbers) -> bytes:
         """The text format, with the fleet's numbers as they are now."""
         fleet = CollectorRegistry()
-        fleet.register(_Fleet(counts))
+        fleet.register(_Fleet(numbers))
         return generate_latest(self.registry) + generate_latest(fleet)
 
 
 class _Fleet(Collector):
-    def __init__(self, counts: Counts) -> None:
-        self._counts = counts
+    """Every family is there, also where nothing is to be told."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = numbers
 
     def collect(self) -> Iterable[Metric]:
-        yield _family("lorry_jobs", "Jobs by state.", "state", self._counts.jobs)
-        yield _family("lorry_workers", "Workers by state.", "state", self._counts.workers)
-        yield GaugeMetricFamily("lorry_workers_cordoned", "Cordoned workers.", value=self._counts.num_cordoned)
-        yield CounterMetricFamily("lorry_job_events", "Events of jobs recorded.", value=self._counts.num_events)
-        yield GaugeMetricFamily("lorry_adapters", "Adapters that are kept.", value=self._counts.adapters)
+        yield from self._of_jobs()
+        yield from self._of_claims()
+        yield from self._of_workers()
+        yield from self._of_devices()
+        yield from self._of_webhooks()
+
+    def _of_jobs(self) -> Iterable[Metric]:
+        found = self._numbers
+        by_class = {(state.value, each.name): number for (state, each), number in found.jobs.items()}
+        yield _gauge("lorry_jobs", "Jobs by state and priority.", ("state", "priority"), by_class)
+        waits = {(each.name,): seconds for each, seconds in found.oldest_wait_seconds.items()}
+        yield _gauge("lorry_queue_oldest_wait_seconds", "How long a job of the queue waits.", ("priority",), waits)
+        yield _counter("lorry_job_events", "Events of jobs recorded.", (), {(): found.events})
+        tokens = {(): found.trained_tokens}
+        yield _counter("lorry_trained_tokens", "Tokens that jobs which succeeded were trained on.", (), tokens)
+        yield _gauge("lorry_adapters", "Adapters that are kept.", (), {(): found.adapters})
+
+    def _of_claims(self) -> Iterable[Metric]:
+        found = self._numbers
+        yield _counter("lorry_claims", "Claims of jobs to train.", (), {(): found.claims})
+        ended = {(reason.value,): number for reason, number in found.attempts_ended.items()}
+        yield _counter("lorry_attempts_ended", "Attempts that ended, by reason.", ("reason",), ended)
+        leases = {(work,): number for work, number in found.leases.items()}
+        yield _gauge("lorry_leases", "Jobs that workers hold.", ("work",), leases)
+        yield _gauge("lorry_leases_overdue", "Leases that are past and not ended yet.", (), {(): found.leases_overdue})
+        expired = {(work,): number for work, number in found.leases_expired.items()}
+        yield _counter("lorry_leases_expired", "Leases that ended because nobody renewed them.", ("work",), expired)
+
+    def _of_workers(self) -> Iterable[Metric]:
+        found = self._numbers
+        workers = {(state,): number for state, number in found.workers.items()}
+        yield _gauge("lorry_workers", "Workers of the last hour, by state.", ("state",), workers)
+        cordoned = {(): found.workers_cordoned}
+        yield _gauge("lorry_workers_cordoned", "Workers that take nothing new until an operator says so.", (), cordoned)
+        trainers = {(base,): number for base, number in found.trainers.items()}
+        yield _gauge("lorry_trainers", "Trainers, by the base model that is loaded.", ("base_model",), trainers)
+        jobs = {(base,): number for base, number in found.trainer_jobs.items()}
+        yield _gauge("lorry_trainer_jobs", "Jobs that train, by base model.", ("base_model",), jobs)
+
+    def _of_devices(self) -> Iterable[Metric]:
+        found = self._numbers
+        of_trainers = (
+            ("tokens_per_second", "Tokens a second of the trainer.", found.tokens_per_second),
+            ("memory_predicted_bytes", "What the trainer was reckoned to take.", found.predicted_bytes),
+            ("memory_peak_bytes", "The most that the trainer has taken.", found.peak_bytes),
+        )
+        for name, text, values in of_trainers:
+            yield _gauge(f"lorry_trainer_{name}", text, ("host", "device"), values)
+        for name, text in OF_DEVICES.items():
+            values = {device: told[name] for device, told in found.devices.items() if name in told}
+            yield _gauge(f"lorry_device_{name}", text, ("host", "device"), values)
+
+    def _of_webhooks(self) -> Iterable[Metric]:
+        found = self._numbers
+        pending = {(): found.webhooks_pending}
+        yield _gauge("lorry_webhook_deliveries_pending", "Webhooks to be sent, up to 10,000.", (), pending)
+        overdue = {(): found.webhooks_overdue_seconds}
+        yield _gauge("lorry_webhook_overdue_seconds", "How long a webhook has been due.", (), overdue)
 
 
-def _family(name: str, text: str, label: str, values: Mapping[str, int]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=[label])
+_Values = Mapping[tuple[str, ...], float] | Mapping[tuple[()], float]
+
+
+def _gauge(name: str, text: str, labels: tuple[str, ...], values: _Values) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=labels)
     for key, value in values.items():
-        family.add_metric([key], value)
+        family.add_metric(key, value)
+    return family
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...], values: _Values) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
     return family
 
 

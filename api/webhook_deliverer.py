@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from starlette.concurrency import run_in_threadpool
 
+from api.telemetry import Telemetry
 from api.webhook_sender import WebhookSender
 from catalog.db import Database
 from catalog.errors import LorryError
@@ -27,8 +28,8 @@ log = logging.getLogger("lorry.api")
 
 
 class WebhookDeliverer:
-    def __init__(self, db: Database, sender: WebhookSender, *, pepper: bytes) -> None:
-        self._db, self._sender, self._pepper = db, sender, pepper
+    def __init__(self, db: Database, sender: WebhookSender, *, pepper: bytes, telemetry: Telemetry) -> None:
+        self._db, self._sender, self._pepper, self._telemetry = db, sender, pepper, telemetry
         self._in_flight: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -73,6 +74,7 @@ class WebhookDeliverer:
     async def _deliver(self, outgoing: Outgoing) -> None:
         try:
             outcome = await self._try(outgoing)
+            self._telemetry.count_try(is_delivered=outcome.is_success)
             await run_in_threadpool(sending.record, self._db, outgoing, outcome)
         except LorryError as error:  # it is sent again when its claim has run out
             log.warning("webhooks delivery=%s code=%s", outgoing.delivery_id, error.code)

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from catalog import audit, checkpoint_models, daily, sharing
+from catalog import audit, checkpoint_models, daily, sharing, tallies
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, NoLongerKept, NotFound
 from catalog.pages import Page, paginate
@@ -98,6 +98,7 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
                 param="adapter",
             )
         adapter.deleted_at = now = read_clock(session)
+        tallies.add(session, "adapters", number=-1)
         daily.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
         return _note_deleted(session, adapter)
 

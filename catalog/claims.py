@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, cordons, daily, events, preemption, recovery, result_files, usage
+from catalog import artifact_rows, cordons, daily, events, preemption, recovery, result_files, tallies, usage
 from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
 from catalog.db import Database, read_clock
@@ -194,6 +194,8 @@ def complete(
         message = f"New fine-tuned model created: {adapter.name}"
         events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})
         daily.add(session, job, "trained_tokens", trained_tokens, now=now)
+        tallies.add(session, "trained_tokens", number=trained_tokens)
+        tallies.add(session, "adapters")
         daily.store(session, job.project_id, artifact.num_bytes + curves.num_bytes, now=now)
         done = "The job has successfully completed"
         move(session, job, Verb.COMPLETE, now=now, message=done, reason=EndReason.COMPLETED)

@@ -17,7 +17,7 @@ from typing import Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, SessionTransaction
 
-from catalog.db import LAST, add_to, upsert
+from catalog.db import add_to, at_the_end, upsert
 from catalog.tables import Job, StoredBytes, StoredDay, UsageDay, UsageMonth
 
 DAY_SECONDS = 86_400
@@ -31,6 +31,8 @@ AMOUNTS: tuple[Amount, ...] = (
     "num_failed",
     "num_cancelled",
 )
+GATHERED = ("used", "tallies")
+"""In a session's `info`: what a transaction adds at its end."""
 _Key = tuple[str, int, str, int]
 
 
@@ -64,16 +66,16 @@ def store(session: Session, project_id: str, num_bytes: int, *, now: float) -> N
 @contextmanager
 def savepoint(session: Session) -> Generator[SessionTransaction]:
     """`begin_nested`; what is taken back with it is not added."""
-    kept, is_kept = deepcopy(session.info.get("used")), False
+    kept, is_kept = {name: deepcopy(session.info[name]) for name in GATHERED if name in session.info}, False
     try:
         with session.begin_nested() as nested:
             yield nested
             is_kept = nested.is_active
     finally:
         if not is_kept:
-            session.info.pop("used", None)
-            if kept is not None:
-                session.info["used"] = kept
+            for name in GATHERED:
+                session.info.pop(name, None)
+            session.info.update(kept)
 
 
 def stored_bytes(session: Session, project_id: str) -> int:
@@ -112,7 +114,7 @@ def _pending(session: Session) -> _Pending:
     pending: _Pending | None = session.info.get("used")
     if pending is None:
         pending = session.info["used"] = _Pending()
-        session.info[LAST] = _write
+        at_the_end(session, "daily", _write)
     return pending
 
 

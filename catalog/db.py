@@ -53,7 +53,7 @@ BRIEF_MILLISECONDS = 100
 IDLE_SECONDS = 1.0
 """A connection that was not used for so long is tried before it is."""
 LAST = "last"
-"""In a session's `info`: what is called with the session before a writing transaction ends well."""
+"""In a session's `info`: see `at_the_end`."""
 SelectT = TypeVar("SelectT", bound="Select[*tuple[Any, ...]]")
 
 
@@ -124,8 +124,8 @@ class Database:
         with self._in_turn(BUSY_SECONDS) as left, translated(), self._writers.begin() as session:
             session.connection(execution_options=left)  # begins now, not at the first statement
             yield session
-            if LAST in session.info:
-                session.info[LAST](session)
+            for _, act in sorted(session.info.pop(LAST, {}).items()):
+                act(session)
 
     @contextmanager
     def write_briefly(self) -> Generator[Session]:
@@ -279,12 +279,30 @@ def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mappin
             session.execute(insert.on_conflict_do_nothing(index_elements=key))
 
 
+def at_the_end(session: Session, name: str, act: Callable[[Session], None]) -> None:
+    """Call `act` with the session before this writing transaction ends well, once for each name: in the order of the
+    names, so that all transactions write what they end with in one order."""
+    session.info.setdefault(LAST, {})[name] = act
+
+
 def add_to(
     session: Session, table: type[DeclarativeBase], key: Mapping[str, Any], amounts: Mapping[str, float]
 ) -> None:
     """Add the amounts, not all of them 0, to the row with this primary key, which is made where there is none."""
     added = tuple(name for name, amount in amounts.items() if amount)
     session.execute(_adding(cast("Table", table.__table__), tuple(key), added, is_sqlite(session)), {**key, **amounts})
+
+
+def add_all_to(
+    session: Session,
+    table: type[DeclarativeBase],
+    key: tuple[str, ...],
+    added: tuple[str, ...],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """As `add_to`, for many rows at once, in their order."""
+    statement = _adding(cast("Table", table.__table__), key, added, is_sqlite(session))
+    session.execute(statement, [dict(row) for row in rows])
 
 
 @cache

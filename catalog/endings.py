@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from catalog import tallies
 from catalog.moves import move
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
 from catalog.sweeps.observing import ended_for
@@ -92,6 +93,7 @@ def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str 
     attempt = session.get(Attempt, job.claim_id)
     assert attempt is not None, f"job {job.id} runs without an attempt"
     attempt.ended_at, attempt.reason, attempt.detail = now, reason, detail
+    tallies.add(session, "attempts_ended", reason)
 
 
 def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:

@@ -1,21 +1,18 @@
-"""Workers as people see them, what the live ones hold, and how many there are of everything."""
+"""Workers as people see them, and what the live ones hold."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import bases, cordons
+from catalog import bases
 from catalog.db import Database, read_clock
 from catalog.scheduling.picture import Room
 from catalog.spec import Precision
-from catalog.states import JobState
-from catalog.tables import Adapter, Attempt, BaseModelRow, Job, JobEvent, Json, Trainer, Worker
+from catalog.tables import Attempt, BaseModelRow, Json, Trainer, Worker
 from catalog.workers import SILENT_SECONDS, is_live, list_workers
 
 WorkerState = Literal["idle", "busy", "draining", "lost", "ended"]
@@ -42,19 +39,6 @@ class Resident:
     worker_id: str = ""
     takes_nothing_new: bool = False
     cordon: Json | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
-    jobs: Mapping[str, int]
-    """By state; every state is there."""
-    workers: Mapping[str, int]
-    """By state, of those seen in the last hour."""
-    num_cordoned: int
-    """Of those that have not ended."""
-    num_events: int
-    """Recorded so far: the last number that was given to one, which costs no scan."""
-    adapters: int
 
 
 def workers(db: Database) -> list[WorkerView]:
@@ -169,19 +153,6 @@ def is_gpu(worker: Worker) -> bool:
 
 def has_gpu(devices: list[Any]) -> bool:
     return any(device.get("kind") == "cuda" for device in devices)
-
-
-def count(db: Database) -> Counts:
-    by_worker = Counter(view.state for view in workers(db))
-    with db.read() as session:
-        by_state = {row[0]: row[1] for row in session.execute(select(Job.state, func.count()).group_by(Job.state))}
-        return Counts(
-            jobs={state.value: by_state.get(state.value, 0) for state in JobState},
-            workers=dict(by_worker),
-            num_cordoned=cordons.count(session),
-            num_events=session.scalar(select(func.max(JobEvent.seq))) or 0,
-            adapters=session.scalar(select(func.count()).select_from(Adapter).where(Adapter.deleted_at.is_(None))) or 0,
-        )
 
 
 def _training(session: Session) -> set[str]:

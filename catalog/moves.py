@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from catalog import daily, events, exports
+from catalog import daily, events, exports, tallies
 from catalog.errors import Conflict
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
 from catalog.sweeps import observing
@@ -29,6 +29,7 @@ def begin(session: Session, job: Job, *, now: float, message: str) -> None:
     job.state = after
     session.add(job)
     session.flush()  # what is told of it names it
+    tallies.moved(session, job.priority, before=None, after=after)
     _tell(session, job, Verb.CREATE, before=None, after=after, now=now, message=message)
 
 
@@ -52,6 +53,7 @@ def move(
             remedy="Look at its state and at its events.",
         )
     job.state = after
+    tallies.moved(session, job.priority, before=before, after=after)
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
     job.queued_at = now if after is JobState.QUEUED and not job.is_held else None
     job.room_asked_at = None

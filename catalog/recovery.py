@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import Literal
 
 from sqlalchemy import Select, and_, exists, or_, select
 from sqlalchemy.orm import Session
 
+from catalog import tallies
 from catalog.db import Database, clock_column, clock_given, read_clock, skip_locked, upsert
 from catalog.endings import end_attempt
 from catalog.preparation import lose_preparation
@@ -21,6 +23,7 @@ from catalog.states import CLAIMED_STATES, EndReason, JobState
 from catalog.tables import Job, Pulse, Worker
 
 GRACE_SECONDS = 60.0
+Work = Literal["training", "preparing"]
 HELD = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
 
 
@@ -39,7 +42,15 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
         is_past = (*HELD, Job.lease_expires_at <= now)
         past = list(session.scalars(select(Job.id).where(*is_past)))
         locked = skip_locked(select(Job).where(Job.id.in_(past), *is_past).order_by(Job.id))
-        return _lose(session, session.scalars(locked), now=now)
+        expired = list(session.scalars(locked))
+        for job in expired:
+            tallies.add(session, "leases_expired", work_of(job))
+        return _lose(session, expired, now=now)
+
+
+def work_of(job: Job) -> Work:
+    """What a job that is held is held for."""
+    return "training" if job.state == JobState.RUNNING else "preparing"
 
 
 def observe(db: Database, *, grace_seconds: float) -> None:

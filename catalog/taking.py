@@ -13,7 +13,7 @@ from functools import cache
 from sqlalchemy import Row, Select, bindparam, literal, select
 from sqlalchemy.orm import Session
 
-from catalog import heads, pictures, quotas, recovery, usage
+from catalog import heads, pictures, quotas, recovery, tallies, usage
 from catalog.db import Database, clock_column, clock_given, find_in, read_clock, serialise, skip_locked
 from catalog.moves import move
 from catalog.records import resumable
@@ -231,6 +231,7 @@ def _begin(session: Session, job: Job, decision: Decision, choice: Choice, ask: 
     attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
+    tallies.add(session, "claims")
     is_loaded = choice.role == "anchor" and ask.room.resident_key == choice.turn.candidate.pack_key
     message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {IS_LOADED if is_loaded else AS[choice.role]}"
     move(session, job, Verb.CLAIM, now=now, message=message)

@@ -20,6 +20,7 @@ from catalog.errors import LorryError
 from catalog.scheduling.picture import Policy
 from catalog.settings import Settings
 from worker import node, scratch
+from worker.device_use import DeviceWatch, measure
 from worker.export_session import available
 from worker.exports import exporting
 from worker.pulse import Pulse
@@ -97,8 +98,17 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     with closing(db), scratch.owned(context.workers_dir() / worker_id):
         for dead_id in scratch.clean(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
-        with _registered(context), _standby(context), exporting(db, settings):
+        with _watched(context), _registered(context), _standby(context), exporting(db, settings):
             yield context
+
+
+@contextmanager
+def _watched(context: WorkerContext) -> Generator[None]:
+    """How busy its device is goes with each heartbeat."""
+    watch = DeviceWatch(lambda: measure(context.device), seconds=context.settings.heartbeat_seconds)
+    context.pulse.device_use = watch.latest
+    with watch.watching():
+        yield
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def _version(name: str) -> str:
 
 
 def _find_gpus() -> list[Device]:
-    nvml = _open_nvml()
+    nvml = open_nvml()
     if nvml is None:
         return []
     found: list[Device] = []
@@ -190,12 +190,12 @@ def _visible(count: int) -> list[int]:
 
 
 def _gpu_free_bytes(index: int) -> int:
-    nvml = _open_nvml()
+    nvml = open_nvml()
     assert nvml is not None, "the device was found by NVML"
     return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
 
 
-def _open_nvml() -> Any:
+def open_nvml() -> Any:
     """NVML, initialised; None where the binding or the driver is missing."""
     try:
         import pynvml  # pyright: ignore[reportMissingTypeStubs]

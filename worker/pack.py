@@ -78,13 +78,20 @@ class Pack:
 
         Until its first job is admitted, its first tick; for each further one, the slice by which the tick grows.
         """
-        precision = packing.precision_of(self.pack_key)
-        slice_bytes = memory.slice_bytes(self._description, precision)
-        tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=node.num_threads())
         to_come = [held for held in self._held.values() if not held.is_admitted]
         num_admitted = len(self._held) - len(to_come)
-        total = 0 if num_admitted else self._trainer_bytes_to_come()
-        for number, held in enumerate(to_come, start=num_admitted):
+        return self._bytes_of(to_come, beside=num_admitted) + (0 if num_admitted else self._trainer_bytes_to_come())
+
+    def predicted_bytes(self) -> int:
+        """What the trainer takes with all that it holds, by the reckoning that let them in."""
+        return self._bytes_of(list(self._held.values()), beside=0) + self._whole_trainer_bytes()
+
+    def _bytes_of(self, jobs: list[Held], *, beside: int) -> int:
+        """Of these, and of the slices by which they widen the tick. beside: so many more."""
+        slice_bytes = memory.slice_bytes(self._description, packing.precision_of(self.pack_key))
+        tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=node.num_threads())
+        total = 0
+        for number, held in enumerate(jobs, start=beside):
             total += held.own_bytes(self._description, recomputes=self._context.device.recomputes)
             total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
         return total
@@ -98,11 +105,14 @@ class Pack:
 
     def _trainer_bytes_to_come(self) -> int:
         """Of its base and its first tick, before any job is admitted. One that is ready and empty waits for none."""
-        precision, quantisation = packing.precision_of(self.pack_key), packing.quantisation_of(self.pack_key)
-        whole = memory.trainer_bytes(self._description, precision, quantisation)
+        whole = self._whole_trainer_bytes()
         if self.ready is None:
             return whole
         return max(0, whole - int(self.ready["memory"]["base_bytes"])) if self._held else 0
+
+    def _whole_trainer_bytes(self) -> int:
+        precision, quantisation = packing.precision_of(self.pack_key), packing.quantisation_of(self.pack_key)
+        return memory.trainer_bytes(self._description, precision, quantisation)
 
     # To the trainer
 

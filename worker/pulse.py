@@ -51,6 +51,8 @@ class Pulse:
         self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
         self.on_every_beat: Callable[[], None] = lambda: None
         """Called at each beat, be there an answer or not: for who holds no claim."""
+        self.device_use: Callable[[], dict[str, float] | None] = lambda: None
+        """How busy the device is, told with each beat; it must not wait."""
         self._on_beat: Callable[[], None] | None = None
         self._on_lost: Callable[[], None] | None = None
         self._threads = [
@@ -101,12 +103,16 @@ class Pulse:
         self.on_every_beat()
         with self._lock:
             held = list(self._renewed_at)
-        orders = workers.worker_beat(self._db, self._worker_id, **self.status)
+        orders = workers.worker_beat(self._db, self._worker_id, **self._told())
         self.drain = self.drain or orders.drain
         if held:
             self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
         if self._on_beat is not None:
             self._on_beat()
+
+    def _told(self) -> dict[str, Any]:
+        use = self.device_use()
+        return self.status if use is None else {**self.status, "report": {**self.status["report"], "device": use}}
 
     def _renewal(self, held: list[str]) -> dict[str, Any]:
         told = {"lease_seconds": self._lease_seconds, "policy": self._policy}

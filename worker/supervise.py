@@ -244,7 +244,7 @@ def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
         return []
     room = _room(context, pack)
     told = {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free}
-    context.pulse.status["report"] |= {"room": told}
+    context.pulse.status["report"] |= {"room": told, "predicted_bytes": pack.predicted_bytes()}
     if len(pack):
         for claim in _claim(context, pack.trainer_id, room=room, pack_key=pack.pack_key):
             pack.admit(claim)

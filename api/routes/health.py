@@ -14,7 +14,7 @@ from api.deps import Services, Use
 from api.hosts import host_name, is_loopback
 from api.routes import errors
 from api.routing import Router
-from catalog import fleet, keys
+from catalog import keys, numbers
 from catalog.db import read_clock
 from catalog.errors import LorryError, Unauthorized
 
@@ -68,7 +68,7 @@ def get_prometheus_metrics(
             code="missing_api_key",
             remedy="Send an operator's key as Authorization: Bearer ….",
         )
-    return Response(use.telemetry.expose(fleet.count(use.db)), media_type=CONTENT_TYPE_LATEST)
+    return Response(use.telemetry.expose(numbers.read(use.db)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _is_from_this_machine(request: Request) -> bool:

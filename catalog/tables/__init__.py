@@ -13,6 +13,7 @@ from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
 from catalog.tables.sweeps import RungValue, Sweep, Trial
 from catalog.tables.table import Json, Table, new_id
+from catalog.tables.tallies import Tally
 from catalog.tables.uploads import Upload, UploadPart
 from catalog.tables.usage import StoredBytes, StoredDay, UsageDay, UsageMonth
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
@@ -50,6 +51,7 @@ __all__ = [
     "StoredDay",
     "Sweep",
     "Table",
+    "Tally",
     "Trainer",
     "Trial",
     "Upload",

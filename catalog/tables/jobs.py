@@ -119,6 +119,7 @@ class Job(Table):
         Index(None, "project_id", "created_at", "id"),
         Index("ix_jobs_heads", "state", "project_id", "priority", "is_held", "place", "id"),
         Index("ix_jobs_alike", "pack_key", "project_id", "priority", "place", "id", **of_the_queue),
+        Index("ix_jobs_waiting", "priority", "queued_at", **of_the_queue),
         Index("ix_jobs_deadlines", "deadline", sqlite_where=WITH_DEADLINE, postgresql_where=WITH_DEADLINE),
         Index("ix_jobs_without_metadata", "project_id", "created_at", "id", **without_metadata),
         Index(None, "state", "lease_expires_at"),

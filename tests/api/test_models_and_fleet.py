@@ -228,9 +228,11 @@ def test_numbers_are_exposed_with_bounded_labels(anonymous: TestClient, client: 
     assert "other" in {method for method, _, _ in requests}
     assert "secret-path" not in response.text
     assert job.id not in response.text
-    by_state = {sample.labels["state"]: sample.value for sample in families["lorry_jobs"].samples}
-    assert by_state["validating_files"] == 1
-    assert by_state["running"] == 0
+    by_state = {
+        (sample.labels["state"], sample.labels["priority"]): sample.value for sample in families["lorry_jobs"].samples
+    }
+    assert by_state["validating_files", "normal"] == 1
+    assert by_state["running", "normal"] == by_state["validating_files", "urgent"] == 0
     assert families["lorry_job_events"].samples[0].value >= 1
     assert "lorry_workers" in families
 

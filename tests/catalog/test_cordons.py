@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from catalog import claims, cordons, explanation, fleet, jobs, plan_claims, workers
+from catalog import claims, cordons, explanation, jobs, numbers, plan_claims, workers
 from catalog.cordons import Ended, failed_running
 from catalog.errors import Conflict, NotFound
 from catalog.states import EndReason, JobState
@@ -233,7 +233,7 @@ def test_counts_tell_how_many_are_cordoned(world: World) -> None:
     world.worker("w2")
     cordons.cordon(world.db, "w2")
 
-    assert fleet.count(world.db).num_cordoned == 1
+    assert numbers.read(world.db).workers_cordoned == 1
 
 
 def ends(*packs: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> list[Ended]:

@@ -26,6 +26,7 @@ from catalog import (
     job_records,
     jobs,
     keys,
+    numbers,
     part_uploads,
     plan_claims,
     plans,
@@ -158,6 +159,7 @@ ACTS: dict[str, Act] = {
     "whether there is work": lambda w, _: queue.has_work(w.db),
     "the workers": lambda w, _: fleet.workers(w.db),
     "whether a node is to blame": lambda w, _: cordons._look(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
+    "the numbers of the fleet": lambda w, _: numbers.read(w.db),
     "a plan that is made": lambda w, _: plan(w),
     "a plan that is at hand": lambda w, _: ready_plan(w, lora={"rank": 4}),
     "a plan that is looked at": lambda w, ids: plans.details(

@@ -28,7 +28,7 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetMemoryInfo=memory_info,
         nvmlDeviceGetCudaComputeCapability=lambda index: (7 + index, 5),  # pyright: ignore[reportUnknownLambdaType]
     )
-    monkeypatch.setattr(node, "_open_nvml", lambda: nvml)
+    monkeypatch.setattr(node, "open_nvml", lambda: nvml)
 
 
 @pytest.mark.usefixtures("three_gpus")

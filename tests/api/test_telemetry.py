@@ -1,0 +1,122 @@
+"""What is exposed is what docs/OBSERVABILITY.md says, by Prometheus' conventions, with labels that can't grow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from api import background
+from api.background import DUTIES, clean_once, look_once
+from api.deps import Services
+from api.telemetry import Telemetry
+from catalog import claims, numbers, recovery
+from catalog.errors import Unavailable
+from tests.catalog.world import World
+
+PAGE = (Path(__file__).parents[2] / "docs/OBSERVABILITY.md").read_text("utf-8")
+ROW = re.compile(r"^\| `(lorry_\w+)` \| (\w+) \| [^|]+ \| ([^|]*)\| \S", re.MULTILINE)
+BASE_UNITS = ("seconds", "bytes", "ratio", "celsius", "watts")
+OTHER_UNITS = ("milliseconds", "minutes", "hours", "megabytes", "gigabytes", "percent", "milliwatts")
+LABELS = {
+    *("method", "route", "status", "duty", "outcome"),
+    *("state", "priority", "reason", "work", "base_model", "host", "device"),
+}
+
+
+def exposed(telemetry: Telemetry, world: World) -> dict[str, Metric]:
+    text = telemetry.expose(numbers.read(world.db)).decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+@pytest.fixture
+def families(services: Services, world: World, client: TestClient) -> dict[str, Metric]:
+    """Of a service that has a bit of everything."""
+    about = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
+    claims.register_worker(world.db, worker_id="w1", devices=[{"kind": "cuda", "index": 0}], **about)  # pyright: ignore
+    claim = world.running()
+    device = {
+        "utilization_ratio": 0.5, "memory_used_bytes": 5, "temperature_celsius": 60, "power_watts": 300,
+    }  # fmt: skip
+    report = {"tokens_per_second": 9.0, "predicted_bytes": 7, "peak_bytes": 6, "device": device}
+    base = claim.job.base_digest
+    claims.worker_beat(world.db, "w1", resident_base=base, trainer_id="t1", report=report)
+    client.get("/v1/files")
+    services.telemetry.count_try(is_delivered=True)
+    return exposed(services.telemetry, world)
+
+
+def test_the_page_tells_every_number_with_its_kind_and_labels(families: dict[str, Metric]) -> None:
+    told = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in ROW.findall(PAGE)}
+
+    assert told == {name: (family.type, _labels(family)) for name, family in _named(families)}
+
+
+def test_names_end_in_their_unit_and_counters_in_total(families: dict[str, Metric]) -> None:
+    for name, family in _named(families):
+        assert name.endswith("_total") == (family.type == "counter"), name
+        assert not [unit for unit in OTHER_UNITS if unit in name], name
+        in_the_middle = [unit for unit in BASE_UNITS if f"_{unit}_" in name.removesuffix("_total")]
+        assert in_the_middle == [], f"{name}: a unit stands at the end"
+
+
+def test_no_label_can_grow_with_what_people_do(families: dict[str, Metric], world: World) -> None:
+    for _, family in _named(families):
+        for sample in family.samples:
+            assert set(sample.labels) <= LABELS | {"le"}, sample.name
+            assert not {"w1", "t1", world.caller.project_id, "ours"} & set(sample.labels.values()), sample
+
+
+def test_a_trainers_and_a_devices_numbers_name_host_and_device(families: dict[str, Metric]) -> None:
+    on = {"host": "node-1", "device": "cuda:0"}
+    found = {name: [(s.labels, s.value) for s in family.samples] for name, family in families.items()}
+
+    assert found["lorry_trainer_tokens_per_second"] == [(on, 9.0)]
+    assert found["lorry_trainer_memory_predicted_bytes"] == [(on, 7.0)]
+    assert found["lorry_trainer_memory_peak_bytes"] == [(on, 6.0)]
+    assert found["lorry_device_utilization_ratio"] == [(on, 0.5)]
+    assert found["lorry_device_memory_bytes"] == [(on, 100.0)]
+    assert found["lorry_trainers"] == found["lorry_trainer_jobs"] == [({"base_model": "smol"}, 1.0)]
+
+
+def test_each_duty_is_counted_by_how_it_went(services: Services, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs() -> dict[tuple[str, str], float]:
+        family = exposed(services.telemetry, world)["lorry_background_runs"]
+        totals = [sample for sample in family.samples if sample.name.endswith("_total")]
+        return {(s.labels["duty"], s.labels["outcome"]): s.value for s in totals}
+
+    def done_at() -> dict[str, float]:
+        family = exposed(services.telemetry, world)["lorry_background_last_success_timestamp_seconds"]
+        return {sample.labels["duty"]: sample.value for sample in family.samples}
+
+    def away(*_: object, **__: object) -> int:
+        raise Unavailable("Away.", code="database_unavailable", remedy="")
+
+    assert set(runs()) == {(duty, outcome) for duty in DUTIES for outcome in ("done", "failed")}
+    began = done_at()
+    monkeypatch.setattr(recovery, "expire", away)
+    look_once(services)
+    monkeypatch.setattr(background, "clean", away)
+    clean_once(services)
+
+    counted = {key: number for key, number in runs().items() if number}
+    acts = ("advance_sweeps", "seal", "tell_late", "ring")
+    assert counted == {("recover", "failed"): 1, ("clean", "failed"): 1, **{(act, "done"): 1 for act in acts}}
+    after = done_at()
+    assert {duty for duty in DUTIES if after[duty] > began[duty]} == set(acts)
+
+
+def _named(families: dict[str, Metric]) -> Iterator[tuple[str, Metric]]:
+    """Under the names by which one asks; what the library adds to each counter, when it began, is left out."""
+    for name, family in families.items():
+        if not name.endswith("_created"):
+            yield (f"{name}_total" if family.type == "counter" else name), family
+
+
+def _labels(family: Metric) -> frozenset[str]:
+    return frozenset(label for sample in family.samples for label in sample.labels if label != "le")
