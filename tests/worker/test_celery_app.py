@@ -12,7 +12,6 @@ import pytest
 import redis
 
 from catalog.states import EndReason, JobState
-from catalog.tables import Trainer
 from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(600)
@@ -80,7 +79,7 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
         ring(site, ("lorry.work",))
         site.wait_for_step(6, disturbed)
-        pid = trainer_pid(site, disturbed)
+        pid = site.trainer_pid(disturbed)
         worker.terminate()
         site.wait_for_message("drain")
 
@@ -98,10 +97,3 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         assert [attempt.reason for attempt in site.attempts(disturbed)] == [EndReason.DRAINED, EndReason.COMPLETED]
         assert site.attempts(disturbed)[1].resumed_from_step == 6
         assert site.weights_digest(disturbed) == site.weights_digest(undisturbed)
-
-
-def trainer_pid(site: WorkerSite, job_id: str) -> int:
-    with site.db.read() as session:
-        report = session.get_one(Trainer, site.job(job_id).trainer_id).report
-    assert report is not None
-    return int(report["pid"])
