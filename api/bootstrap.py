@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy import URL, inspect, make_url
 
-from catalog import keys, needs, projects
+from catalog import fitness, keys, needs, projects
 from catalog.db import Database
 from catalog.errors import InvalidRequest
 from catalog.settings import Settings
@@ -29,6 +29,7 @@ def bootstrap(settings: Settings) -> Bootstrapped:
     db = Database(settings.resolved_database_url())
     try:
         db.migrate()
+        fitness.announce(db)
         needs.note_all(db)
         project = projects.first(db)
         made = keys.create_first(db, project_id=project.id, name=FIRST_KEY_NAME, pepper=keys.load_pepper(settings))

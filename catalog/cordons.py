@@ -97,6 +97,16 @@ def drain(db: Database, worker_id: str) -> Worker:
         return worker
 
 
+def retire(session: Session, worker: Worker, version: str, *, now: float) -> None:
+    """Ask a worker to leave that the service, since it was upgraded to that version, can't work with any more. Its
+    row is locked. Who comes in its place is cordoned by nobody."""
+    worker.drain_requested = True
+    details = {"reason": f"Lorry {version} takes no worker of protocol {worker.protocol}."}
+    _note(session, "worker.drained", worker, now=now, details=details, actor=SERVER)
+    told = f"is too old for Lorry {version}: it saves this job, which goes on elsewhere. The attempt does not count."
+    _tell_jobs(session, worker, told, now=now)
+
+
 def ended(worker_id: str, verb: str) -> Conflict:
     return Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy=f"There is nothing to {verb}.")
 

@@ -60,6 +60,10 @@ class Conflict(LorryError):
     status = 409
 
 
+class UnfitWorker(Conflict):
+    """A worker of another version than the service can work with: it claims nothing."""
+
+
 class Unauthorized(LorryError):
     """No valid API key or browser session came with the request."""
 

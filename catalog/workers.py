@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import cordons, recovery
+from catalog import cordons, fitness, recovery
 from catalog.db import Database, read_clock
 from catalog.endings import end_attempt
 from catalog.preparation import free
@@ -42,9 +42,16 @@ def register_worker(
     version: str,
     memory_bytes: int,
     integrations: Sequence[str] = (),
+    protocol: int | None = None,
 ) -> Worker:
-    """A worker has started. One that had the same id before is gone: what it held is freed at once."""
+    """A worker has started. One that had the same id before is gone: what it held is freed at once.
+
+    protocol: this code's own where None. Raises UnfitWorker where it can't work with the service; then nothing is
+    written.
+    """
+    protocol = fitness.PROTOCOL if protocol is None else protocol
     with db.write() as session:
+        fitness.check_in(session, protocol=protocol)
         now = read_clock(session)
         worker = session.get(Worker, worker_id, with_for_update=True)
         if worker is None:
@@ -54,7 +61,7 @@ def register_worker(
             recovery.lose_worker(session, worker_id, now=now)
             _close_trainers(session, worker_id, now=now)
         worker.host, worker.pid, worker.devices = host, pid, devices
-        worker.version, worker.memory_bytes = version, memory_bytes
+        worker.version, worker.protocol, worker.memory_bytes = version, protocol, memory_bytes
         worker.integrations = list(integrations)
         worker.started_at = worker.heartbeat_at = now
         worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
@@ -67,13 +74,18 @@ def register_worker(
 def worker_beat(
     db: Database, worker_id: str, *, resident_base: str | None, trainer_id: str | None, report: Json | None
 ) -> WorkerOrders:
-    """The worker lives, and holds this. A worker that was ended in the meantime is told to drain."""
+    """The worker lives, and holds this. A worker that was ended in the meantime is told to drain, and so is one whose
+    protocol an upgraded service takes no more."""
     with db.write() as session:
         worker = session.get(Worker, worker_id, with_for_update=True)
         if worker is None or worker.ended_at is not None:
             return WorkerOrders(drain=True)
         worker.heartbeat_at = read_clock(session)
         worker.resident_base, worker.trainer_id, worker.report = resident_base, trainer_id, report
+        if worker.protocol is not None and not worker.drain_requested:
+            window = fitness.window_of(session)
+            if not window.has(worker.protocol):
+                cordons.retire(session, worker, window.version, now=worker.heartbeat_at)
         return WorkerOrders(drain=worker.drain_requested)
 
 

@@ -309,6 +309,7 @@ class Worker(View):
     id: str = ""
     host: str = ""
     state: str = ""
+    protocol: int | None = None
     cordon: Cordon | None = field(default=None, metadata={"view": Cordon})
     """Why it takes nothing new; None: it does."""
     version: str = ""

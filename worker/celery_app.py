@@ -10,24 +10,31 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from contextlib import ExitStack
+import signal
+import sys
+from contextlib import ExitStack, closing, suppress
+from types import FrameType
 from typing import Any
 
 from celery import Celery
 from celery.signals import (
     after_setup_logger,
     after_setup_task_logger,
+    worker_init,
     worker_process_init,
     worker_process_shutdown,
     worker_shutting_down,
 )
 
-from catalog import logs
+from catalog import fitness, logs
+from catalog.db import Database
+from catalog.errors import Unavailable, UnfitWorker
 from catalog.settings import Settings
 from worker import node
-from worker.context import WorkerContext, open_worker
+from worker.context import UNFIT, WorkerContext, open_worker
 from worker.tether import die_with_parent
 
+log = logging.getLogger("worker")
 QUEUE = "lorry"
 LOOK_SECONDS = 15.0
 BROKER_OF_NOBODY = "memory://"
@@ -75,7 +82,10 @@ def context() -> WorkerContext:
     global _context  # noqa: PLW0603  (one per process, opened by the first who needs it)
     if _context is None:
         device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
+        node.settle_on(device)
         _context = _open.enter_context(open_worker(Settings(), device=device))
+        if device.lies_idle:
+            log.warning("%s", device.lies_idle)
         _context.has_asked_to_leave = _leave.is_set
     return _context
 
@@ -86,15 +96,44 @@ def _redact(*, logger: logging.Logger, **_: Any) -> None:
     logs.redact_handlers(logger)
 
 
+@worker_init.connect
+def _refuse_unfit(**_: Any) -> None:
+    """Before any message is taken. Where the database does not answer yet, the process that works looks again."""
+    with closing(Database(Settings().resolved_database_url())) as db, suppress(Unavailable):
+        try:
+            fitness.check(db)
+        except UnfitWorker as error:
+            log.error("%s", error.sentence())
+            sys.exit(UNFIT)
+
+
 @worker_process_init.connect
 def _begin(**_: Any) -> None:
     die_with_parent()
-    context().stand_by()
+    try:
+        context().pulse.on_drain = _end_main
+        context().stand_by()
+    except UnfitWorker as error:
+        log.error("%s", error.sentence())
+        _end_main()
+
+
+def _end_main() -> None:
+    """As a signal does: it waits until this process has saved its jobs, and ends."""
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 @worker_shutting_down.connect
 def _ask_to_leave(**_: Any) -> None:
+    """In the main process, at the first signal. Celery would wait on at a second one: ours ends it at once, and the
+    kernel its pool and the trainer, which the catalog survives as it survives a power cut."""
     _leave.set()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_at_once)
+
+
+def _leave_at_once(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 @worker_process_shutdown.connect

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from catalog import workers
+from catalog import fitness, workers
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.doorbell import FileDoorbell
@@ -25,6 +25,9 @@ from worker.export_session import available
 from worker.exports import exporting
 from worker.pulse import Pulse
 from worker.standby import Standby
+
+UNFIT = 78
+"""Exit status of a worker whose version can't work with the service's (EX_CONFIG)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +84,8 @@ class WorkerContext:
 
 @contextmanager
 def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
-    """A registered worker whose heart beats, for as long as the block lasts. Raises Unavailable."""
+    """A registered worker whose heart beats, for as long as the block lasts. Raises Unavailable, and UnfitWorker where
+    its version can't work with the service's: then it has written nothing."""
     db = Database(settings.resolved_database_url())
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -96,6 +100,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         scratch.clean(folder)
     context.workers_dir().mkdir(exist_ok=True)
     with closing(db), scratch.owned(context.workers_dir() / worker_id):
+        fitness.check(db)
         for dead_id in scratch.clean(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
         with _watched(context), _registered(context), _standby(context), exporting(db, settings):
@@ -137,7 +142,7 @@ def _registered(context: WorkerContext) -> Generator[None]:
         devices=[device.as_json()],
         version=node.versions()["lorry"],
         integrations=available(context.settings),
-        memory_bytes=device.memory_bytes,
+        memory_bytes=device.trainer_bytes,
     )
     context.pulse.start()
     try:

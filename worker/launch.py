@@ -15,8 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from catalog import failpoints
-from worker import node
+from worker import failpoints, node
 from worker.tether import OPTION, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 
@@ -146,10 +145,13 @@ def trainer_environment(path: Path, device: node.Device, *, num_threads: int) ->
         "OMP_NUM_THREADS": str(num_threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(path / "hub"),  # also where accelerate would look for a configuration file
-        **(
-            {"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA | {"CUDA_VISIBLE_DEVICES": str(device.index)}
-        ),
+        **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA | {"CUDA_VISIBLE_DEVICES": _visible(device)}),
     }
+
+
+def _visible(device: node.Device) -> str:
+    """All GPUs of its group, in its order: the first of them is cuda:0."""
+    return ",".join(map(str, device.indices))
 
 
 def child_environment(*, with_hub: bool = False) -> dict[str, str]:

@@ -19,13 +19,14 @@ from contextlib import ExitStack
 from types import FrameType
 
 from catalog import logs
-from catalog.errors import OutOfSpace, Unavailable
+from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.settings import Settings
 from worker import node
-from worker.context import WorkerContext, open_worker
+from worker.context import UNFIT, WorkerContext, open_worker
 from worker.supervise import supervise
 
 log = logging.getLogger("worker")
+DEVICE_HELP = "cpu, cores as in cpu:0-3, GPUs by number as in 2 or 0,1, or auto: the first GPU, else the CPU"
 RETRY_SECONDS = 1.0
 BELL_SECONDS = 0.05
 """Between two looks at the bell of a worker that waits."""
@@ -34,10 +35,18 @@ BELL_SECONDS = 0.05
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logs.configure("info")
+    device = node.choose_device(options.device)
+    node.settle_on(device)
     with ExitStack() as stack:
-        context = _opened(stack, node.choose_device(options.device))
+        try:
+            context = _opened(stack, device)
+        except UnfitWorker as error:
+            log.error("%s", error.sentence())
+            return UNFIT
         leave_on_signal(context.leave)
-        log.info("Worker %s on %s.", context.worker_id, context.device.name)
+        log.info("Worker %s on %s.", context.worker_id, device.name)
+        if device.lies_idle:
+            log.warning("%s", device.lies_idle)
         run(context, once=options.once)
     return 0
 
@@ -92,7 +101,7 @@ def leave_on_signal(leave: threading.Event) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m worker.loop", description=__doc__)
     wanted = os.environ.get("LORRY_DEVICE", "auto")
-    parser.add_argument("--device", default=wanted, help="cpu, a GPU's number, or auto: the first GPU, else the CPU")
+    parser.add_argument("--device", default=wanted, help=DEVICE_HELP)
     parser.add_argument("--once", action="store_true", help="end when there is nothing left to do")
     return parser.parse_args(arguments)
 

@@ -1,10 +1,14 @@
-"""What this machine has and what is free of it: NVML for GPUs, the operating system for the rest. No torch."""
+"""What this machine has and what is free of it: NVML for GPUs, the operating system for the rest. No torch.
+
+Which device group a worker gets is chosen here too, by the text that names it; several at once are in groups.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -13,6 +17,8 @@ from typing import Any
 
 import psutil
 
+CORES = "cpu:"
+NUMBERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -24,18 +30,50 @@ CGROUP_EVENTS = (CGROUP / "memory.events", CGROUP / "memory" / "memory.oom_contr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One GPU, or the CPU."""
+    """What one worker trains on, a device group: one GPU, several, the CPU, or some of its cores."""
 
     kind: str
     """cpu or cuda."""
-    index: int
-    """NVML's number, which is that of the bus."""
+    indices: tuple[int, ...] = ()
+    """NVML's numbers of its GPUs, which are those of the bus; () of a CPU. One is the usual case."""
+    cores: tuple[int, ...] = ()
+    """Numbers of the CPU's cores that are its own; () where it has all that its process may use."""
     name: str
     memory_bytes: int
+    """Of several GPUs that of the smallest, times their number: a base is shared out among them evenly, so the smallest
+    is full first. Of some cores their part of the machine's."""
     has_bfloat16: bool = True
     """Its hardware multiplies bfloat16; without, it is right but slower than float32."""
     quantisations: tuple[str, ...] = ()
     """Beside none: how a trainer on it can hold a base's linears."""
+
+    @property
+    def index(self) -> int:
+        """Of its first GPU; 0 of a CPU."""
+        return self.indices[0] if self.indices else 0
+
+    @property
+    def trained_on(self) -> tuple[int, ...]:
+        """Those of its GPUs that a trainer uses: of several the first, for a trainer is one process as yet."""
+        return self.indices[:1]
+
+    @property
+    def trainer_bytes(self) -> int:
+        """Memory of what a trainer uses of it."""
+        return (
+            self.memory_bytes * len(self.trained_on) // max(1, len(self.indices)) if self.indices else self.memory_bytes
+        )
+
+    @property
+    def lies_idle(self) -> str | None:
+        """A sentence, where a trainer doesn't use all of it."""
+        idle = self.indices[len(self.trained_on) :]
+        if not idle:
+            return None
+        return (
+            f"This group has the GPUs {_listed(self.indices)}, and a trainer uses one process as yet: it trains on "
+            f"GPU {_listed(self.trained_on)}, and {_listed(idle)} lies idle. One group for each GPU uses them all."
+        )
 
     @property
     def recomputes(self) -> bool:
@@ -43,11 +81,12 @@ class Device:
         return self.kind == "cuda"
 
     def torch_name(self) -> str:
-        """Its name within the trainer, to which the launcher shows no other GPU."""
+        """Its name within the trainer, to which the launcher shows no GPU of others."""
         return "cpu" if self.kind == "cpu" else "cuda:0"
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """For its worker's record."""
+        return {**asdict(self), "trained_on": list(self.trained_on), "lies_idle": self.lies_idle}
 
 
 def find_devices() -> list[Device]:
@@ -56,17 +95,60 @@ def find_devices() -> list[Device]:
 
 
 def choose_device(wanted: str | None) -> Device:
-    """The device that `wanted` names: "cpu", a GPU's number, or the first that there is. Ends the program else."""
+    """The device group that `wanted` names: "cpu", cores such as "cpu:0-3,8", GPUs by number such as "2" or "0,1", or
+    the first GPU that there is, else the CPU. Ends the program where there is none such."""
     if wanted == "cpu":
         return cpu()
+    if wanted is not None and wanted.startswith(CORES):
+        return cpu(cores=_numbers(wanted.removeprefix(CORES), wanted, _own_cores(), "core"))
     found = find_devices()
     if wanted is None or wanted == "auto":
         return found[0]
-    chosen = [device for device in found if device.kind == "cuda" and str(device.index) == wanted]
-    if not chosen:
-        names = ", ".join(str(device.index) for device in found if device.kind == "cuda") or "none"
-        raise SystemExit(f"There is no GPU {wanted!r} here (found: {names}). Choose one of these, or cpu.")
-    return chosen[0]
+    gpus = {device.indices[0]: device for device in found if device.kind == "cuda"}
+    return _together([gpus[index] for index in _numbers(wanted, wanted, gpus, "GPU")])
+
+
+def settle_on(device: Device) -> None:
+    """Keep this process, and what it starts, to the cores of its device. Before it starts threads."""
+    if device.cores:
+        os.sched_setaffinity(0, device.cores)
+
+
+def _together(gpus: Sequence[Device]) -> Device:
+    if len(gpus) == 1:
+        return gpus[0]
+    names = list(dict.fromkeys(gpu.name for gpu in gpus))
+    return Device(
+        kind="cuda",
+        indices=tuple(gpu.indices[0] for gpu in gpus),
+        name=f"{len(gpus)} x {names[0]}" if len(names) == 1 else ", ".join(gpu.name for gpu in gpus),
+        memory_bytes=min(gpu.memory_bytes for gpu in gpus) * len(gpus),
+        has_bfloat16=all(gpu.has_bfloat16 for gpu in gpus),
+        quantisations=gpus[0].quantisations,
+    )
+
+
+def _numbers(text: str, wanted: str, found: Collection[int], what: str) -> tuple[int, ...]:
+    """ "0,1" or "0-3,8", each once and each there; in the order given. Ends the program else."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        span = NUMBERS.fullmatch(part.strip())
+        if span is None:
+            raise SystemExit(f"{wanted!r} names no device group. Say cpu, cpu:0-3, or GPUs by number such as 2 or 0,1.")
+        numbers += range(int(span[1]), int(span[2] or span[1]) + 1)
+    if not numbers:
+        raise SystemExit(f"{wanted!r} names no device group: its last number comes before its first.")
+    missing = [number for number in numbers if number not in found]
+    if missing:
+        names = _listed(sorted(found)) or "none"
+        raise SystemExit(f"There is no {what} {_listed(missing)} here (found: {names}). Choose of these, or say cpu.")
+    if len(set(numbers)) < len(numbers):
+        raise SystemExit(f"{wanted!r} names a {what} twice. Name each once.")
+    return tuple(numbers)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def quantisations() -> tuple[str, ...]:
@@ -74,12 +156,14 @@ def quantisations() -> tuple[str, ...]:
     return ("nf4", "int8") if find_spec("bitsandbytes") else ()
 
 
-def cpu() -> Device:
+def cpu(*, cores: tuple[int, ...] = ()) -> Device:
+    """cores: those that are its own; none named: all."""
+    share = len(cores) / max(1, len(_own_cores())) if cores else 1.0
     return Device(
         kind="cpu",
-        index=0,
-        name=f"CPU, {num_cores()} cores",
-        memory_bytes=psutil.virtual_memory().total,
+        cores=cores,
+        name=f"CPU, cores {_listed(cores)}" if cores else f"CPU, {num_cores()} cores",
+        memory_bytes=int(psutil.virtual_memory().total * share),
         has_bfloat16=_cpu_has_bfloat16(),
         quantisations=quantisations(),
     )
@@ -96,7 +180,11 @@ def _cpu_has_bfloat16() -> bool:
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(_own_cores())
+
+
+def _own_cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def num_threads() -> int:
@@ -106,10 +194,13 @@ def num_threads() -> int:
 
 
 def free_bytes(device: Device) -> int:
-    """Memory that a trainer on `device` may still take: of the GPU, or of the machine and its cgroup."""
+    """Memory that a trainer on `device` may still take: of its GPUs by the one that has the least, or of the machine
+    and its cgroup, where some cores alone may take no more than their part."""
     if device.kind == "cuda":
-        return _gpu_free_bytes(device.index)
+        return min(map(_gpu_free_bytes, device.trained_on)) * len(device.trained_on)
     available = psutil.virtual_memory().available
+    if device.cores:
+        available = min(available, device.memory_bytes)
     limit = _read_number(CGROUP / "memory.max")
     if limit is None:
         return available
@@ -163,7 +254,7 @@ def _find_gpus() -> list[Device]:
         generation, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         device = Device(
             kind="cuda",
-            index=index,
+            indices=(index,),
             name=str(nvml.nvmlDeviceGetName(handle)),
             memory_bytes=memory,
             has_bfloat16=generation >= BFLOAT16_CAPABILITY,

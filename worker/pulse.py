@@ -45,7 +45,9 @@ class Pulse:
         self._closed = threading.Event()
         self._beat_now = threading.Event()
         self.drain = False
-        """An operator has asked for it."""
+        """An operator, or an upgraded service, has asked for it."""
+        self.on_drain: Callable[[], None] = lambda: None
+        """Called once, when it is."""
         self.lost = threading.Event()
         """Set when claims were given up, until `guard` is called again."""
         self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
@@ -104,7 +106,9 @@ class Pulse:
         with self._lock:
             held = list(self._renewed_at)
         orders = workers.worker_beat(self._db, self._worker_id, **self._told())
-        self.drain = self.drain or orders.drain
+        if orders.drain and not self.drain:
+            self.drain = True
+            self.on_drain()
         if held:
             self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
         if self._on_beat is not None:

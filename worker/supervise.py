@@ -167,9 +167,10 @@ def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: 
 def _announced(context: WorkerContext, trainer: TrainerProcess, pack: Pack, base_digest: str) -> Generator[None]:
     """The trainer is on record, and lives by the worker's heartbeat."""
     trainer_id, pack_key = pack.trainer_id, pack.pack_key
-    workers.register_trainer(
-        context.db, trainer_id=trainer_id, worker_id=context.worker_id, base_digest=base_digest, pack_key=pack_key
-    )
+    named = {"trainer_id": trainer_id, "worker_id": context.worker_id, "base_digest": base_digest}
+    device = context.device.as_json()
+    group = {"group": {name: device[name] for name in ("indices", "cores", "trained_on", "lies_idle")}}
+    workers.register_trainer(context.db, **named, pack_key=pack_key, report=group)
     context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id, "report": {}}
     context.pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
     try:

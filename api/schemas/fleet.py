@@ -89,6 +89,7 @@ class WorkerObject(BaseModel):
     pid: int | None
     devices: list[Any]
     version: str
+    protocol: int | None = Field(description="How it works with the service: one in the window that this one takes.")
     memory_bytes: int
     started_at: int
     last_seen_at: int
@@ -111,6 +112,7 @@ def worker_object(view: WorkerView, *, shows_all: bool) -> WorkerObject:
             "pid": row.pid if shows_all else None,
             "devices": row.devices,
             "version": row.version,
+            "protocol": row.protocol,
             "memory_bytes": row.memory_bytes,
             "started_at": int(row.started_at),
             "last_seen_at": int(row.heartbeat_at),

@@ -5,7 +5,7 @@ Migrations under migrations/ must agree with these files: `alembic check` says s
 
 from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tables.exports import JobExport
-from catalog.tables.fleet import Pulse, Trainer, Worker
+from catalog.tables.fleet import Pulse, Service, Trainer, Worker
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, MetricBlock
 from catalog.tables.jobs import WITHOUT_METADATA, IdempotencyKey, Job, JobLabel
 from catalog.tables.owners import ApiKey, ModelPermission, Organization, Project, ProjectUsage, SignIn
@@ -46,6 +46,7 @@ __all__ = [
     "ProjectUsage",
     "Pulse",
     "RungValue",
+    "Service",
     "SignIn",
     "StoredBytes",
     "StoredDay",

@@ -19,6 +19,8 @@ class Worker(Table):
     integrations: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
     """Trackers that it can write to; None of workers that said nothing of it."""
     version: Mapped[str]
+    protocol: Mapped[int | None] = mapped_column(Integer)
+    """See fitness.py. None of those that registered before there was one."""
     memory_bytes: Mapped[int]
     started_at: Mapped[float]
     heartbeat_at: Mapped[float]
@@ -61,6 +63,17 @@ class Trainer(Table):
     report: Mapped[Json | None]
     """What it said at start and end: dtype, device, determinism class, versions, memory, exit, speeds of ticks."""
     __table_args__ = (Index(None, "pack_key", "started_at"),)
+
+
+class Service(Table):
+    """One row: what was announced by whoever migrated the database last, of the workers that its service takes."""
+
+    __tablename__ = "service"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    oldest_protocol: Mapped[int] = mapped_column(Integer)
+    newest_protocol: Mapped[int] = mapped_column(Integer)
+    version: Mapped[str]
+    announced_at: Mapped[float]
 
 
 class Pulse(Table):

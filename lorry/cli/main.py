@@ -20,6 +20,7 @@ from lorry.cli import (
     up,
     usage,
     webhooks,
+    worker,
     workers,
 )
 from lorry.cli.app import Sectioned, group, run
@@ -31,6 +32,7 @@ app = group(
     "Exit codes: 0 done; 1 the service or a check refused; 2 wrong usage; 130 interrupted."
 )
 app.command("up")(up.up)
+app.command("worker")(worker.worker)
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.command("plan", cls=Sectioned)(plan)

@@ -40,11 +40,7 @@ class Service:
         self.logs = data_dir / "logs"
         self._host = host
         self._port = port
-        given = os.environ if environ is None else environ
-        # The client's own address and key are nobody's business in there.
-        self._env = {name: value for name, value in given.items() if name not in {"LORRY_URL", "LORRY_API_KEY"}}
-        self._env |= {"LORRY_DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
-        self._env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, or two processes starve each other
+        self._env = _environment(data_dir, os.environ if environ is None else environ)
 
     def bootstrap(self) -> str | None:
         """Makes or migrates the database. The first operator key where this made it, else None: it is told once."""
@@ -98,6 +94,21 @@ class Service:
                 remedy="Mend what they say, then start again.",
             )
         return cast("dict[str, Any]", parsed)
+
+
+def become_workers(data_dir: Path, groups: Sequence[str]) -> None:
+    """This process is the supervisor of a node's workers from here on; it doesn't return."""
+    command = _python("worker.groups", *groups)
+    sys.stdout.flush()
+    os.execve(command[0], command, _environment(data_dir, os.environ))  # noqa: S606 - no shell is what we want
+
+
+def _environment(data_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """The client's own address and key are nobody's business in there."""
+    environment = {name: value for name, value in given.items() if name not in {"LORRY_URL", "LORRY_API_KEY"}}
+    environment |= {"LORRY_DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, or two processes starve each other
+    return environment
 
 
 def _told(answer: Mapping[str, Any], name: str, *, command: str) -> str:

@@ -10,9 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from sqlalchemy import update
 
+from catalog import cordons, fitness, workers
 from catalog.states import EndReason, JobState
-from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
+from catalog.tables import Trainer
+from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site, worker_site
+from worker.context import UNFIT
 
 pytestmark = pytest.mark.timeout(600)
 WORKER = [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle"]
@@ -79,7 +83,7 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
         ring(site, ("lorry.work",))
         site.wait_for_step(6, disturbed)
-        pid = site.trainer_pid(disturbed)
+        pid = trainer_pid(site, disturbed)
         worker.terminate()
         site.wait_for_message("drain")
 
@@ -97,3 +101,33 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         assert [attempt.reason for attempt in site.attempts(disturbed)] == [EndReason.DRAINED, EndReason.COMPLETED]
         assert site.attempts(disturbed)[1].resumed_from_step == 6
         assert site.weights_digest(disturbed) == site.weights_digest(undisturbed)
+
+
+def test_a_drained_celery_worker_ends(tmp_path: Path, redis_url: str) -> None:
+    with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
+        worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
+        site.wait_until(lambda: workers.list_workers(site.db))
+
+        cordons.drain(site.db, workers.list_workers(site.db)[0].id)
+
+        assert worker.wait(WAIT_SECONDS) == 0, site.log()
+        assert workers.list_workers(site.db)[0].ended_at is not None
+
+
+def test_a_celery_worker_that_does_not_fit_ends_before_it_takes_a_message(tmp_path: Path, redis_url: str) -> None:
+    with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
+        with site.db.write() as session:
+            session.execute(update(fitness.REVISIONS).values(version_num="9999"))
+
+        worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
+
+        assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
+        assert "it is at 9999, a newer one. Install the service's version" in site.log()
+        assert workers.list_workers(site.db, ended_within_seconds=0) == []
+
+
+def trainer_pid(site: WorkerSite, job_id: str) -> int:
+    with site.db.read() as session:
+        report = session.get_one(Trainer, site.job(job_id).trainer_id).report
+    assert report is not None
+    return int(report["pid"])

@@ -6,13 +6,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
+from catalog import fitness
 from catalog.db import Database
 from catalog.settings import Settings
 from catalog.tables import Worker
 from tests.catalog.world import Clock, World
 from worker import loop, node, scratch
-from worker.context import open_worker
+from worker.context import UNFIT, open_worker
 
 
 def test_what_a_dead_worker_on_this_data_folder_held_is_free_at_once(tmp_path: Path) -> None:
@@ -76,6 +78,22 @@ def test_a_worker_that_comes_up_before_its_database_waits_for_it(
     assert [record.message for record in caplog.records if "waits" in record.message] == [
         "The database has not been set up. The worker waits for it."
     ]
+
+
+def test_a_worker_that_does_not_fit_ends_with_a_sentence_and_has_written_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = a_world(Settings(data_dir=tmp_path))
+    with world.db.write() as session:
+        session.execute(update(fitness.REVISIONS).values(version_num="0001"))
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(loop.logs, "configure", lambda _: None)
+
+    assert loop.main(["--device", "cpu"]) == UNFIT
+
+    assert "python -m api bootstrap" in caplog.text
+    with world.db.read() as session:
+        assert session.query(Worker).count() == 0
 
 
 def a_world(settings: Settings) -> World:

@@ -15,7 +15,7 @@ from worker import device_use, node
 from worker.device_use import DeviceWatch, measure
 from worker.pulse import Pulse
 
-GPU = node.Device(kind="cuda", index=1, name="GPU", memory_bytes=80 * 2**30)
+GPU = node.Device(kind="cuda", indices=(1,), name="GPU", memory_bytes=80 * 2**30)
 
 
 class NVMLError(Exception):

@@ -39,13 +39,15 @@ def test_only_a_child_that_downloads_may_know_the_hubs_token(monkeypatch: pytest
 
 
 def test_a_trainer_sees_its_own_gpu_alone_and_one_on_the_cpu_sees_none(tmp_path: Path) -> None:
-    gpu = node.Device(kind="cuda", index=3, name="GPU", memory_bytes=1)
+    gpu = node.Device(kind="cuda", indices=(3,), name="GPU", memory_bytes=1)
+    several = node.Device(kind="cuda", indices=(2, 0), name="GPUs", memory_bytes=2)
 
     on_gpu = trainer_environment(tmp_path, gpu, num_threads=1)
     on_cpu = trainer_environment(tmp_path, node.cpu(), num_threads=1)
 
     assert (on_gpu["CUDA_VISIBLE_DEVICES"], on_gpu["CUDA_DEVICE_ORDER"]) == ("3", "PCI_BUS_ID")
     assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
+    assert trainer_environment(tmp_path, several, num_threads=1)["CUDA_VISIBLE_DEVICES"] == "2,0"
 
 
 def test_a_trainer_is_one_process_and_knows_how_long_its_worker_may_be_silent(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_gpu_is_the_first_that_its_trainer_sees(monkeypatch: pytest.MonkeyPatc
 
     chosen = node.choose_device("2")
 
-    assert (chosen.index, chosen.torch_name()) == (2, "cuda:0")
+    assert (chosen.indices, chosen.torch_name(), chosen.lies_idle) == ((2,), "cuda:0", None)
 
 
 @pytest.mark.usefixtures("three_gpus")
@@ -47,7 +47,7 @@ def test_only_visible_gpus_are_there(monkeypatch: pytest.MonkeyPatch, visible: s
 
     devices = node.find_devices()
 
-    assert [device.index for device in devices if device.kind == "cuda"] == found
+    assert [device.indices[0] for device in devices if device.kind == "cuda"] == found
 
 
 @pytest.mark.usefixtures("three_gpus")
@@ -59,6 +59,67 @@ def test_a_gpu_by_another_name_than_its_number_is_refused_not_ignored(
 
     with pytest.raises(SystemExit, match=name):
         node.choose_device(None)
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_a_group_of_gpus_has_the_memory_of_its_smallest_times_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    alone = [node.choose_device(name) for name in ("0", "1", "2")]
+
+    group = node.choose_device("2,1")
+
+    assert (group.indices, group.memory_bytes) == ((2, 1), 2 * min(alone[1].memory_bytes, alone[2].memory_bytes))
+    assert (group.has_bfloat16, node.choose_device("0,1").has_bfloat16) == (True, False)
+    assert group.name == "GPU 2, GPU 1"
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_a_group_of_several_gpus_says_that_a_trainer_uses_its_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    group = node.choose_device("2,0")
+
+    told = group.as_json()
+    assert told["trained_on"] == [2]
+    assert "it trains on GPU 2, and 0 lies idle" in told["lies_idle"]
+    assert (group.trainer_bytes, node.free_bytes(group)) == (group.memory_bytes // 2, 79 * GIB)
+
+
+@pytest.mark.usefixtures("three_gpus")
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ("0,3", "There is no GPU 3 here (found: 0, 1, 2)"),
+        ("1,1", "'1,1' names a GPU twice"),
+        ("first", "'first' names no device group"),
+        ("0;1", "'0;1' names no device group"),
+        ("", "'' names no device group"),
+        ("cpu:9999", "There is no core 9999 here"),
+        ("cpu:", "'cpu:' names no device group"),
+        ("cpu:1-0", "'cpu:1-0' names no device group"),
+    ],
+)
+def test_a_group_that_is_none_is_refused_with_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, told: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(node, "_own_cores", lambda: {0, 1, 2, 3})
+
+    with pytest.raises(SystemExit) as refused:
+        node.choose_device(wanted)
+
+    assert str(refused.value).startswith(told)
+
+
+def test_some_cores_are_a_device_with_their_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_own_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=60 * GIB, total=64 * GIB))
+
+    half, some = node.choose_device("cpu:0-1"), node.choose_device("cpu:3,0-1")
+
+    assert (half.kind, half.cores, half.memory_bytes, half.name) == ("cpu", (0, 1), 32 * GIB, "CPU, cores 0, 1")
+    assert some.cores == (3, 0, 1)
+    assert node.free_bytes(half) <= 32 * GIB
 
 
 def test_page_cache_of_a_container_counts_as_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
