@@ -8,6 +8,8 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,8 +20,8 @@ from api.body import RequestBody
 from api.error_handlers import error_response, internal_error
 from api.headers import security_headers
 from api.hosts import HostPolicy
-from api.telemetry import Telemetry
-from catalog import audit
+from api.telemetry import Telemetry, route_template
+from catalog import audit, tracing
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
@@ -62,7 +64,7 @@ class Gate:
             if refused is not None:
                 await refused(scope, receive, sender)
             else:
-                with audit.coming_from(audit.Origin(request_id=exchange.request_id, address=_address(scope))):
+                with _traced(exchange), audit.coming_from(_origin(exchange)):
                     await self._app(scope, body.receive, sender)
         except Exception:  # the one place where a crash becomes a 500
             log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
@@ -108,6 +110,30 @@ class Gate:
             exchange.status,
             seconds,
         )
+
+
+@contextmanager
+def _traced(exchange: _Exchange) -> Generator[None]:
+    """A span of the request, within the trace that the client may have begun; of the API alone."""
+    parent = tracing.well_formed(Headers(scope=exchange.scope).get("traceparent"))
+    if not exchange.path.startswith("/v1/"):
+        yield
+        return
+    method = exchange.scope["method"]
+    with tracing.span(method, parent=parent, is_server=True, about={"request": exchange.request_id}) as span:
+        try:
+            yield
+        finally:
+            route = route_template(exchange.scope)
+            span.rename(f"{method} {route}")
+            status = exchange.status
+            span.note({"http_request_method": method, "http_route": route, "http_response_status_code": status})
+            if exchange.status >= 500:
+                span.fail(str(exchange.status))
+
+
+def _origin(exchange: _Exchange) -> audit.Origin:
+    return audit.Origin(request_id=exchange.request_id, address=_address(exchange.scope))
 
 
 def _address(scope: Scope) -> str | None:

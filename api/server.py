@@ -14,6 +14,7 @@ import uvicorn
 from api.app import create_app
 from api.deps import Services
 from api.settings import ApiSettings
+from catalog import tracing
 from catalog.settings import Settings
 
 
@@ -61,7 +62,11 @@ def serve(settings: Settings, *, host: str, port: int) -> int:
     )
     for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has ended well
         signal.signal(name, _ended)
-    Server(config, app.state.services).run()
+    tracing.start("api")
+    try:
+        Server(config, app.state.services).run()
+    finally:
+        tracing.stop()
     return 0
 
 

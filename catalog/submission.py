@@ -7,7 +7,7 @@ import secrets
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, daily, events, exports, labels, quotas
+from catalog import audit, daily, events, exports, labels, quotas, tracing
 from catalog.acceptance import accept, job_row
 from catalog.db import Database, read_clock, serialised_at
 from catalog.errors import Conflict, InvalidRequest
@@ -124,7 +124,7 @@ def submit(
     else:
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
     job = job_row(accepted, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
-    job.body_digest, job.sweep_id = body_digest, sweep_id
+    job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
     begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
     labels.note(session, job)
     daily.add(session, job, "num_created", 1, now=now)

@@ -48,6 +48,8 @@ class Claim:
     job: Job
     claim_id: str
     attempt: int
+    waited_since: float
+    """When it came into the queue."""
     resume_candidates: tuple[Checkpoint, ...]
     """Checkpoints to go on from, newest first: the second is for when the first is damaged."""
 
@@ -159,12 +161,13 @@ def _take(session: Session, chosen: _Chosen, ask: _Ask, *, is_alone: bool = Fals
     jobs = _beginnable(session, {job_id: found[job_id] for job_id in choices if job_id in found})
     if not jobs or (ask.live_key is None and decision.in_turn[0] not in jobs):
         return []
+    since = {job_id: job.queued_at or job.created_at for job_id, job in jobs.items()}
     for job_id in sorted(jobs):
         _begin(session, jobs[job_id], decision, choices[job_id], ask, now=now)
     turns = {str(job.priority): now for job_id, job in jobs.items() if choices[job_id].turn.is_first_of_class}
     if worker is not None and turns:
         worker.served_at = {**(worker.served_at or {}), **turns}
-    return [_claim(session, job) for job in jobs.values()]
+    return [_claim(session, job, waited_since=since[job_id]) for job_id, job in jobs.items()]
 
 
 def _first_left(
@@ -237,10 +240,16 @@ def _begin(session: Session, job: Job, decision: Decision, choice: Choice, ask: 
     move(session, job, Verb.CLAIM, now=now, message=message)
 
 
-def _claim(session: Session, job: Job) -> Claim:
+def _claim(session: Session, job: Job, *, waited_since: float) -> Claim:
     assert job.claim_id is not None
     candidates = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt it has none
-    return Claim(job=job, claim_id=job.claim_id, attempt=job.attempt, resume_candidates=candidates)
+    return Claim(
+        job=job,
+        claim_id=job.claim_id,
+        attempt=job.attempt,
+        waited_since=waited_since,
+        resume_candidates=candidates,
+    )
 
 
 def _worker(session: Session, worker_id: str, *, is_to_lock: bool = False) -> tuple[float, Worker | None]:

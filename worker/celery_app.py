@@ -26,7 +26,7 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from catalog import fitness, logs
+from catalog import fitness, logs, tracing
 from catalog.db import Database
 from catalog.errors import Unavailable, UnfitWorker
 from catalog.settings import Settings
@@ -81,6 +81,8 @@ def context() -> WorkerContext:
     """The worker of this pool process."""
     global _context  # noqa: PLW0603  (one per process, opened by the first who needs it)
     if _context is None:
+        tracing.start("worker")
+        _open.callback(tracing.stop)
         device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
         node.settle_on(device)
         _context = _open.enter_context(open_worker(Settings(), device=device))

@@ -24,6 +24,7 @@ from worker.device_use import DeviceWatch, measure
 from worker.export_session import available
 from worker.exports import exporting
 from worker.pulse import Pulse
+from worker.spans import ClaimSpans
 from worker.standby import Standby
 
 UNFIT = 78
@@ -44,6 +45,7 @@ class WorkerContext:
     """Rung by an api on this data folder, and by the worker's own chores."""
     standby: Standby | None = None
     """None where the operator wants no trainer to stand by."""
+    spans: ClaimSpans = field(default_factory=ClaimSpans)
     has_asked_to_leave: Callable[[], bool] = lambda: False
     """True once a signal or an operator wants the worker gone: jobs are saved and released."""
     leave: threading.Event = field(default_factory=threading.Event)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from types import FrameType
 
-from catalog import logs
+from catalog import logs, tracing
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.settings import Settings
 from worker import node
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure("info")
     device = node.choose_device(options.device)
     node.settle_on(device)
+    tracing.start("worker")
     with ExitStack() as stack:
+        stack.callback(tracing.stop)
         try:
             context = _opened(stack, device)
         except UnfitWorker as error:

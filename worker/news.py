@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from enum import Enum
 
-from catalog import claims, jobs
+from catalog import claims, jobs, tracing
 from catalog.states import EndReason
 from catalog.tables import Json
 from worker import admission, publish
@@ -61,6 +61,9 @@ class Listener:
 
     def follow(self, held: Held, event: Json, *, ready: Json | None) -> End | Next:
         """Raises StaleClaim, OutOfSpace, Unavailable. ready: what the trainer said when it was."""
+        if "spans" in event:  # taken off: what follows may come again after an outage
+            self._context.spans.told(held.claim.claim_id, event)
+            del event["spans"]
         publisher = self._publishers.get(event["type"])
         if publisher is not None:
             assert ready is not None, "a trainer is ready before it trains"
@@ -83,6 +86,7 @@ class Listener:
             self._context.db, held.claim.claim_id, trainer_id=self._trainer_id, resumed_from_step=step or None
         )
         held.is_admitted = True
+        self._context.spans.admitted(held.claim.claim_id, step=step)
         return Next.GO_ON
 
     def _checkpointed(self, held: Held, event: Json, ready: Json) -> Next:
@@ -105,6 +109,7 @@ class Listener:
 
     def _finished(self, held: Held, event: Json) -> Next:
         """That it ended early is on its progress while the adapter is verified."""
+        self._context.spans.finished(held.claim.claim_id)
         progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
         claims.record_progress(self._context.db, held.claim.claim_id, progress)
         if event["kept_step"] == event["step"]:  # else the weights are of before, chosen because they are better
@@ -178,5 +183,8 @@ class Listener:
             error = {"code": "verification_failed", "message": message, "param": None}
             return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)
         folder = self._directory.path / event["folder"]
-        publish.adapter(self._context, held.claim, folder, event, trainer=ready)
+        claim_id = held.claim.claim_id
+        about = {"job": held.claim.job.id, "claim": claim_id}
+        with tracing.span("publish", parent=self._context.spans.of(claim_id), about=about):
+            publish.adapter(self._context, held.claim, folder, event, trainer=ready)
         return Next.COMPLETED

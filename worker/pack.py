@@ -132,6 +132,7 @@ class Pack:
     def _hand_over(self, held: Held) -> None:
         try:
             body = admission.bring_files(self._context, self.directory, held.claim, held.checkpoints)
+            body["trace"] = self._context.spans.of(held.claim.claim_id)
         except Abandoned:
             self._end(held, End(reason=EndReason.DRAINED, detail="The worker left."))
         except DamagedArtifact as error:
@@ -203,7 +204,9 @@ class Pack:
                 for folder in [folder for dropped in held.outdated() for folder in folders_of(dropped)]:
                     shutil.rmtree(self.directory.path / folder, ignore_errors=True)
             elif event["type"] == "ready":
-                self.ready, self._memory = event, event["memory"]
+                self.ready, self._memory = _without(event, "spans"), event["memory"]
+                for claim_id in self._held:
+                    self._context.spans.told(claim_id, event)
             elif event["type"] == "memory":
                 self._memory = event
                 self.speeds = Speeds.of_report(event.get("tick_speeds"))
@@ -234,6 +237,7 @@ class Pack:
             elif follows is Next.HAND_OVER:
                 held.is_handed_over = False
             elif follows is Next.COMPLETED:
+                self._context.spans.ended(held.claim.claim_id, EndReason.COMPLETED)
                 self._forget(held)
 
     def _flush(self, held: Held) -> None:
@@ -285,6 +289,7 @@ class Pack:
         except StaleClaim:
             self._drop(held)
         else:
+            self._context.spans.ended(held.claim.claim_id, end.reason)
             self._forget(held)
 
     def _drop(self, held: Held) -> None:
@@ -300,6 +305,7 @@ class Pack:
         if self._held.pop(claim_id, None) is None:
             return
         self.num_ended += 1
+        self._context.spans.ended(claim_id, None)
         held.news.clear()
         self._context.pulse.release(claim_id)
         self.idle_since = time.monotonic()

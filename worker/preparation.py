@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 
-from catalog import files, prepared
+from catalog import files, prepared, tracing
 from catalog import preparation as record
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.bases import tokenizer_digest
@@ -42,14 +42,19 @@ def prepare_next(context: WorkerContext) -> bool:
     if unprepared is None:
         return False
     context.pulse.hold([unprepared.claim_id], since=since)
+    job = unprepared.job
+    about = {"job": job.id, "claim": unprepared.claim_id, "worker": context.worker_id}
     try:
-        _prepare(context, unprepared)
+        with tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span:
+            if not _prepare(context, unprepared):
+                span.fail("not prepared")
     finally:
         context.pulse.release(unprepared.claim_id)
     return True
 
 
-def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
+def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
+    """False where the files can't be trained on, or the job waits for somebody else."""
     claim_id = unprepared.claim_id
     try:
         train, valid = both_files(context, unprepared.files)
@@ -78,6 +83,8 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> None:
             num_steps=num_steps,
             longest_example=_longest_example(train, valid),
         )
+        return True
+    return False
 
 
 def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:

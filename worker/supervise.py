@@ -111,6 +111,7 @@ def _are_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
             if asked is not None:
                 _release(context, [claim], STOPPED[asked])
             if asked is not None or order.stale:
+                context.spans.ended(claim.claim_id, None)
                 waiting.remove(claim)
     return not waiting
 
@@ -325,6 +326,8 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
         policy=context.policy,
     )
     context.pulse.hold((claim.claim_id for claim in claimed), since=since)
+    for claim in claimed:
+        context.spans.claimed(claim, worker_id=context.worker_id)
     return claimed
 
 
@@ -377,6 +380,7 @@ def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None
     for claim in claimed:
         context.pulse.release(claim.claim_id)
         _try(partial(_end, context, claim.claim_id, end))
+        context.spans.ended(claim.claim_id, end.reason)
 
 
 def _end(context: WorkerContext, claim_id: str, end: End) -> None:

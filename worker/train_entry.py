@@ -39,7 +39,7 @@ from worker.resident import Resident
 from worker.sampling import ask, told
 from worker.standby import stand_by
 from worker.train_outputs import as_json, exported, prompts_of, steps_to_sample
-from worker.trainer_directory import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory
+from worker.trainer_directory import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory, timed
 from worker.wire_errors import described, disk_error
 from worker.wire_errors import told as told_error
 
@@ -92,7 +92,7 @@ class Trainer:
             self._report()
 
     def _load(self) -> None:
-        started = time.monotonic()
+        started, began_at = time.monotonic(), time.time()
         failpoints.pass_by("loading")
         dtype = cast(Literal["bfloat16", "float32"], self._settings["dtype"])
         device = self._directory.device()
@@ -124,6 +124,7 @@ class Trainer:
             "probe_seconds": round(time.monotonic() - loaded, 3),
             "versions": node.versions(),
             "memory": self._engine.memory(),
+            "spans": [timed("load", began_at)],
         }
         self._events.write(ready)
 
@@ -289,11 +290,11 @@ class Trainer:
             self._events.write(as_json(event))
 
     def _checkpoint(self, claim_id: str) -> None:
-        saved = self._save(claim_id)
+        began_at, saved = time.time(), self._save(claim_id)
         if saved is not None:
             model = self._model(claim_id)
             failpoints.pass_by("in_checkpoint")
-            self._write(claim_id, "checkpointed", **saved, **model)
+            self._write(claim_id, "checkpointed", **saved, **model, spans=[timed("checkpoint", began_at)])
 
     def _save(self, claim_id: str) -> Json | None:
         """`step` and `folder`, relative, of a new checkpoint. None where the newest is of this step, the disk failed,
@@ -333,8 +334,8 @@ class Trainer:
         claim_id = finished.job
         folder = self._directory.job_path(claim_id) / "adapter"
         try:
-            base_name = self._residents[claim_id].base_name
-            report = exported(self._engine, claim_id, folder, base_name=base_name, between=self._report)
+            base_name, spans = self._residents[claim_id].base_name, list[Json]()
+            report = exported(self._engine, claim_id, folder, base_name=base_name, between=self._report, spans=spans)
         except LoraCoreError as error:
             self._refuse(claim_id, error)
             return
@@ -352,7 +353,7 @@ class Trainer:
             "report": report,
         }
         self._evict(claim_id)
-        self._write(claim_id, "exported", **body)
+        self._write(claim_id, "exported", **body, spans=spans)
 
     def _refuse(self, claim_id: str, error: LoraCoreError, *, is_checkpoint: bool = False) -> None:
         self._evict(claim_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -14,34 +15,43 @@ from lora_core.errors import LoraCoreError
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts
 from worker.sampling import Asked
-from worker.trainer_directory import Json
+from worker.trainer_directory import Json, timed
 
 EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
 
 
-def exported(engine: Engine, job: str, folder: Path, *, base_name: str, between: Between) -> Json | None:
+def exported(
+    engine: Engine, job: str, folder: Path, *, base_name: str, between: Between, spans: list[Json]
+) -> Json | None:
     """Export a job's adapter to `folder`, and PEFT's verdict on it; of another rank than the leader None.
 
-    A base that is divided computes nothing but on all ranks, so each of them exports, to a folder of its own. Raises
-    LoraCoreError and OSError, on every rank.
+    spans: what was done is added to it, for traces. A base that is divided computes nothing but on all ranks, so each
+    of them exports, to a folder of its own. Raises LoraCoreError and OSError, on every rank.
     """
     ranks = engine.ranks
     if not engine.base.is_divided:
-        return ranks.by_leader(lambda: _verified(engine, job, folder, base_name=base_name, between=between))
+        return ranks.by_leader(
+            lambda: _verified(engine, job, folder, base_name=base_name, between=between, spans=spans)
+        )
     with ranks.together():
         if ranks.leads:
-            return _verified(engine, job, folder, base_name=base_name, between=between)
+            return _verified(engine, job, folder, base_name=base_name, between=between, spans=spans)
         with tempfile.TemporaryDirectory() as scratch:
-            _verified(engine, job, Path(scratch) / "adapter", base_name=base_name, between=between)
+            _verified(engine, job, Path(scratch) / "adapter", base_name=base_name, between=between, spans=spans)
     return None
 
 
-def _verified(engine: Engine, job: str, folder: Path, *, base_name: str, between: Between) -> Json:
+def _verified(engine: Engine, job: str, folder: Path, *, base_name: str, between: Between, spans: list[Json]) -> Json:
     from lora_core.verify import unverifiable, verify_export  # brings PEFT, a second: not before the first job
 
     try:
+        began_at = time.time()
         engine.export(job, folder, base_name=base_name, between=between)
-        return asdict(verify_export(engine.base, folder, between=between))
+        spans.append(timed("export", began_at))
+        began_at = time.time()
+        report = asdict(verify_export(engine.base, folder, between=between))
+        spans.append(timed("verify", began_at))
+        return report
     except (LoraCoreError, OSError):
         raise
     except Exception as error:  # whatever is wrong with one adapter is no fault of its packmates

@@ -35,6 +35,8 @@ class Job(Table):
     requested: Mapped[Json]
     body_digest: Mapped[str | None]
     """Digest of the request as it was understood: tells a client's retry from a second job."""
+    trace: Mapped[str | None] = mapped_column(String(64))
+    """W3C traceparent of the request that made it: the parent of what is done for it. See tracing.py."""
     spec: Mapped[Json]
     parent_adapter: Mapped[str | None]
     """Id of the adapter that it continues, whose row is kept for ever; more of it is in the spec."""

@@ -1,0 +1,244 @@
+"""Traces by OpenTelemetry, from the request that submits a job to the adapter that is published.
+
+Off unless the standard OTEL_ variables name a collector; while off, nothing of its SDK is imported. What travels is
+the W3C traceparent: on the job's row, and in the message that admits it to a trainer. An attribute holds ids, numbers
+and words of ours, never what people have written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span as OtelSpan
+    from opentelemetry.trace import Tracer
+
+log = logging.getLogger("lorry.tracing")
+Service = Literal["api", "worker", "trainer"]
+Value = str | int | float | bool
+About = Mapping[str, Value | None]
+"""Attributes by name; what is None is left out."""
+NOTHING: About = {}
+PARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+REMEDY = "Install it (pip install 'lorry[telemetry]'), or set OTEL_SDK_DISABLED=true."
+FLUSH_MILLISECONDS = 3000
+STANDARD = {
+    "http_request_method": "http.request.method",
+    "http_route": "http.route",
+    "http_response_status_code": "http.response.status_code",
+}
+_current: ContextVar[str | None] = ContextVar("traceparent", default=None)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Tracing:
+    """What this process has started."""
+
+    service: Service
+    processor: SpanProcessor
+    tracers: dict[Service, Tracer] = field(default_factory=dict[Service, "Tracer"])
+
+
+_on: _Tracing | None = None
+
+
+class Span:
+    """One that was begun. Where tracing is off it only carries its parent on."""
+
+    def __init__(self, traceparent: str | None, span: OtelSpan | None = None) -> None:
+        self.traceparent = traceparent
+        """What its children name as their parent."""
+        self._span = span
+
+    def note(self, about: About) -> None:
+        if self._span is not None:
+            self._span.set_attributes(_named(about))
+
+    def rename(self, name: str) -> None:
+        if self._span is not None:
+            self._span.update_name(name)
+
+    def fail(self, why: str) -> None:
+        """why: a word of ours, such as an EndReason."""
+        if self._span is not None:
+            from opentelemetry.trace import Status, StatusCode
+
+            self._span.set_status(Status(StatusCode.ERROR, why))
+
+    def end(self, *, at: float | None = None) -> None:
+        """at: seconds since 1970; now by default. A second end does nothing."""
+        span, self._span = self._span, None
+        if span is not None:
+            span.end(None if at is None else _nanoseconds(at))
+
+
+def start(service: Service, *, exporter: SpanExporter | None = None) -> None:
+    """Begin to trace, where the environment asks for it or an exporter is given, to which each span goes at once."""
+    global _on  # noqa: PLW0603  (one per process, as of OpenTelemetry itself)
+    processor = _processor(exporter) if exporter is not None or _is_wanted(os.environ) else None
+    _on = None if processor is None else _Tracing(service=service, processor=processor)
+
+
+def stop() -> None:
+    """Send what is left, for some seconds at most."""
+    global _on
+    tracing, _on = _on, None
+    if tracing is not None:
+        tracing.processor.force_flush(FLUSH_MILLISECONDS)
+        tracing.processor.shutdown()
+
+
+def begin(
+    name: str,
+    *,
+    parent: str | None,
+    at: float | None = None,
+    service: Service | None = None,
+    is_server: bool = False,
+    about: About = NOTHING,
+) -> Span:
+    """A span that its `end` ends. at: when it began, in seconds since 1970; now by default. parent None: a new trace.
+    service: whose it is, where not this process's."""
+    if _on is None:
+        return Span(parent)
+    from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
+
+    span = _tracer(_on, service or _on.service).start_span(
+        name,
+        context=_context(parent),
+        kind=SpanKind.SERVER if is_server else SpanKind.INTERNAL,
+        attributes=_named(about),
+        start_time=None if at is None else _nanoseconds(at),
+    )
+    found = span.get_span_context()
+    ids = format_trace_id(found.trace_id), format_span_id(found.span_id)
+    return Span(f"00-{ids[0]}-{ids[1]}-{int(found.trace_flags):02x}", span)
+
+
+def record(
+    name: str,
+    *,
+    parent: str | None,
+    began_at: float,
+    ended_at: float,
+    service: Service | None = None,
+    about: About = NOTHING,
+) -> None:
+    """A span that is over."""
+    begin(name, parent=parent, at=began_at, service=service, about=about).end(at=max(began_at, ended_at))
+
+
+@contextmanager
+def span(name: str, *, parent: str | None, is_server: bool = False, about: About = NOTHING) -> Generator[Span]:
+    """Around what is done in the block, for which it is `current`. What is raised there makes it a failure, by the
+    name of its class alone."""
+    begun = begin(name, parent=parent, is_server=is_server, about=about)
+    token = _current.set(begun.traceparent)
+    try:
+        yield begun
+    except BaseException as error:
+        begun.fail(type(error).__name__)
+        raise
+    finally:
+        _current.reset(token)
+        begun.end()
+
+
+def current() -> str | None:
+    """The traceparent of what is being done here; None where nobody has named one."""
+    return _current.get()
+
+
+def well_formed(traceparent: str | None) -> str | None:
+    """What came from outside, if it is one of version 00."""
+    return traceparent if traceparent is not None and PARENT.fullmatch(traceparent) else None
+
+
+def of_job(job_id: str, trace: str | None) -> str:
+    """The parent of a job's spans. Of one that came with none, such as a sweep's trial, it is made of its id: so that
+    those of all processes are in one trace."""
+    if trace is not None:
+        return trace
+    digest = hashlib.sha256(job_id.encode()).hexdigest()
+    return f"00-{digest[:32]}-{digest[32:48]}-01"
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """32 hexadecimal digits, for a line of a log."""
+    found = PARENT.fullmatch(traceparent or "")
+    return found[1] if found else None
+
+
+def _is_wanted(environ: Mapping[str, str]) -> bool:
+    """As OpenTelemetry's specification of environment variables says, but off where no collector is named."""
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    named = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    if named not in ("", "otlp", "none"):
+        log.warning(
+            "OTEL_TRACES_EXPORTER=%s is not known here: there are no traces. Set it to otlp, or to none.", named
+        )
+        return False
+    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return named == "otlp" or (named == "" and any(environ.get(name) for name in endpoints))
+
+
+def _processor(exporter: SpanExporter | None) -> SpanProcessor | None:
+    """None, and a line in the log, where what is needed is not installed."""
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+    except ImportError:
+        log.warning("There are no traces: OpenTelemetry is not installed. %s", REMEDY)
+        return None
+    if exporter is not None:
+        return SimpleSpanProcessor(exporter)
+    protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    if any(os.environ.get(name) == "grpc" for name in protocols):
+        log.warning("Traces are sent by http/protobuf, not by grpc: name the collector's port for that, 4318.")
+    return BatchSpanProcessor(OTLPSpanExporter())
+
+
+def _tracer(tracing: _Tracing, service: Service) -> Tracer:
+    tracer = tracing.tracers.get(service)
+    if tracer is None:
+        from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_NAMESPACE, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+
+        name = os.environ.get("OTEL_SERVICE_NAME", "lorry")
+        resource = Resource.create({SERVICE_NAME: f"{name}-{service}", SERVICE_NAMESPACE: name})
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.add_span_processor(tracing.processor)
+        tracer = tracing.tracers[service] = provider.get_tracer("lorry")
+    return tracer
+
+
+def _context(parent: str | None):
+    from opentelemetry.context import Context
+    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+
+    found = PARENT.fullmatch(parent or "")
+    if found is None:
+        return Context()
+    trace, span, flags = (int(part, 16) for part in found.groups())
+    there = SpanContext(trace, span, is_remote=True, trace_flags=TraceFlags(flags))
+    return set_span_in_context(NonRecordingSpan(there), Context())
+
+
+def _named(about: About) -> dict[str, Value]:
+    """Lorry's own, but for those that OpenTelemetry has names for."""
+    return {STANDARD.get(name, f"lorry.{name}"): value for name, value in about.items() if value is not None}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,131 @@
+"""Traces are off unless the standard variables name a collector; then they reach it."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from catalog import tracing
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+COLLECTOR = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER", COLLECTOR, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    tracing.stop()
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_on"),
+    [
+        ({}, False),
+        ({COLLECTOR: "http://127.0.0.1:4318"}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:4318/v1/traces"}, True),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        ({"OTEL_TRACES_EXPORTER": "none", COLLECTOR: "http://127.0.0.1:4318"}, False),
+        ({"OTEL_SDK_DISABLED": "true", COLLECTOR: "http://127.0.0.1:4318"}, False),
+    ],
+)
+def test_the_standard_variables_switch_it_on(variables: dict[str, str], is_on: bool) -> None:
+    assert tracing._is_wanted(variables) is is_on  # pyright: ignore[reportPrivateUsage]
+
+
+def test_an_exporter_that_is_not_known_is_told_with_what_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
+
+    tracing.start("api")
+
+    assert "zipkin is not known" in caplog.text
+    assert tracing.begin("a", parent=PARENT).traceparent == PARENT
+
+
+def test_where_the_package_is_missing_the_service_goes_on_and_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(COLLECTOR, "http://127.0.0.1:4318")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+
+    tracing.start("api")
+
+    assert "lorry[telemetry]" in caplog.text
+    with tracing.span("a", parent=PARENT):
+        assert tracing.current() == PARENT
+
+
+def test_neither_its_sdk_nor_an_exporter_is_imported_while_it_is_off() -> None:
+    """(FastAPI itself imports its API, where that is installed.)"""
+    code = "import sys, api.app, worker.supervise; from catalog import tracing; tracing.start('api')\n"
+    code += "with tracing.span('a', parent=None): pass\n"
+    code += "sys.exit(any(name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter')) for name in sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_spans_reach_the_collector_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *_: object) -> None:  # noqa: A002  (the library's word)
+            """Nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Collector)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv(COLLECTOR, f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    try:
+        tracing.start("worker")
+        tracing.record("queue", parent=PARENT, began_at=1.0, ended_at=2.0, about={"job": "ftjob-1"})
+        tracing.stop()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+    assert [path for path, _ in got] == ["/v1/traces"]
+    for told in (b"lorry-worker", b"queue", b"lorry.job", b"ftjob-1", bytes.fromhex(PARENT[3:35])):
+        assert told in got[0][1]
+
+
+def test_a_collector_that_does_not_answer_costs_nobody_an_exception(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(COLLECTOR, "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    tracing.start("api")
+
+    with caplog.at_level(logging.CRITICAL):
+        tracing.record("queue", parent=PARENT, began_at=1.0, ended_at=2.0)
+        tracing.stop()
+
+
+@pytest.mark.parametrize(
+    "odd", [None, "", "x", PARENT + "-1", PARENT.upper(), "00-" + "0" * 32 + "-00f067aa0ba902b7-01"]
+)
+def test_what_is_no_traceparent_is_passed_over(odd: str | None) -> None:
+    assert tracing.well_formed(odd) is None
+    assert tracing.trace_id(odd) is None
+
+
+def test_a_job_without_a_trace_has_one_of_its_own_everywhere() -> None:
+    made = tracing.of_job("ftjob-1", None)
+
+    assert tracing.well_formed(made) == made == tracing.of_job("ftjob-1", None)
+    assert tracing.of_job("ftjob-2", None) != made
+    assert tracing.of_job("ftjob-1", PARENT) == PARENT

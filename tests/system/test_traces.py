@@ -1,0 +1,220 @@
+"""One trace from the request that submits a job to the adapter that is published: over api, worker and a trainer whose
+part the test plays."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from api.settings import ApiSettings
+from catalog import claims, keys, tracing
+from catalog.claims import Claim
+from catalog.states import EndReason
+from catalog.tables import Job
+from tests.api.site import PEPPER
+from tests.worker.pack_site import PASSED, PackSite, say, step, tell
+from worker import preparation
+from worker.held import End
+from worker.trainer_directory import InboxReader
+
+CLIENTS = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+SECRET_WORDS = "the words of a row"
+
+
+@pytest.fixture
+def site(tmp_path: Path, migrated_database: Path) -> Iterator[PackSite]:
+    path = tmp_path / "lorry.db"
+    shutil.copy(migrated_database, path)
+    site = PackSite(tmp_path / "data", path)
+    yield site
+    site.db.close()
+
+
+@pytest.fixture
+def exporter() -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    tracing.start("worker", exporter=exporter)
+    yield exporter
+    tracing.stop()
+
+
+@pytest.fixture
+def client(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """Of the project of the site's world, with a key of its own."""
+    monkeypatch.setenv("LORRY_PEPPER", PEPPER.decode())
+    settings = site.settings.model_copy(update={"database_url": site.db.url})
+    app = create_app(settings, ApiSettings())
+    project_id = site.world.caller.project_id
+    _, secret = keys.create(site.db, project_id=project_id, name="k", pepper=app.state.services.pepper)
+    with closing(app.state.services.db):
+        yield TestClient(app, base_url="http://127.0.0.1", headers={"authorization": f"Bearer {secret}"})
+
+
+def submit(client: TestClient, site: PackSite, **headers: str) -> str:
+    body = {"model": "smol", "training_file": site.world.file_id, "suffix": "named-by-a-person"}
+    answer = client.post("/v1/fine_tuning/jobs", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["id"]
+
+
+def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the worker does, without the child that tokenises."""
+    manifest = site.store.put_folder(site.tokens, kind="tokens")
+
+    def both_files(*_: Any, **__: Any) -> Any:
+        report = {"usable_rows": 1, "longest_example": 9}
+        row = preparation.prepared.put(site.db, "tokens", file_digest="0" * 64, artifact=manifest, report=report)
+        return row, None
+
+    monkeypatch.setattr(preparation, "both_files", both_files)
+    assert preparation.prepare_next(site.context)
+
+
+def ended(name: str, began_at: float, ended_at: float) -> dict[str, Any]:
+    """A span as a trainer tells of it."""
+    return {"name": name, "began_at": began_at, "ended_at": ended_at}
+
+
+def claim_one(site: PackSite) -> Claim:
+    (claim,) = site.claim_all()
+    site.context.spans.claimed(claim, worker_id="w1")
+    return claim
+
+
+def trained(site: PackSite, claim: Claim) -> None:
+    """What a trainer says from loading its base to the adapter, heard and put on record."""
+    pack = site.loading_pack(claim)
+    (admit,) = InboxReader(pack.directory).take()
+    assert admit.body["trace"] == site.context.spans.of(claim.claim_id)
+    ready = {"type": "ready", "memory": {"base_bytes": 1, "rows_bytes": 0, "peak_bytes": 1}, "invariance": "bitwise"}
+    say(pack, ready | {"versions": {}, "spans": [ended("load", 1.0, 3.0)]})
+    tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+    tell(pack, claim, "stepped", **step(1))
+    saved = {"step": 1, "folder": site.checkpoint(pack, claim, 1), "adapter": None}
+    tell(pack, claim, "checkpointed", **saved, spans=[ended("checkpoint", 4.0, 5.0)])
+    tell(pack, claim, "finished", step=10, kept_step=10, stopped_early=None)
+    folder = pack.directory.job_path(claim.claim_id) / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_text("weights")
+    spans = [ended("export", 6.0, 7.0), ended("verify", 7.0, 8.0)]
+    exported = {"step": 10, "kept_step": 10, "stopped_early": None, "num_parameters": 24, "trained_tokens": 100}
+    exported |= {"folder": pack.directory.named(folder), "report": PASSED}
+    tell(pack, claim, "exported", **exported, spans=spans)
+    pack.hear()
+    assert pack.ready is not None
+    assert "spans" not in pack.ready, "they are no part of a record"
+
+
+def test_a_job_is_one_trace_from_its_request_to_its_adapter(
+    site: PackSite, client: TestClient, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit(client, site, traceparent=CLIENTS)
+    prepare(site, monkeypatch)
+    claim = claim_one(site)
+
+    trained(site, claim)
+
+    assert site.world.job(job_id).state == "succeeded"
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    assert {_trace(span) for span in spans.values()} == {tracing.trace_id(CLIENTS)}
+    request = "POST /v1/fine_tuning/jobs"
+    assert {name: _parent(span, spans) for name, span in spans.items()} == {
+        request: "00f067aa0ba902b7",
+        "prepare": request,
+        "queue": request,
+        "claim": request,
+        "load": "claim",
+        "train": "claim",
+        "checkpoint": "train",
+        "export": "claim",
+        "verify": "claim",
+        "publish": "claim",
+    }
+    services = {name: span.resource.attributes["service.name"] for name, span in spans.items()}
+    of_trainer = {"load", "train", "checkpoint", "export", "verify"}
+    assert {name for name, service in services.items() if service == "lorry-trainer"} == of_trainer
+    assert (spans["load"].start_time, spans["load"].end_time) == (10**9, 3 * 10**9)
+    claimed = dict(spans["claim"].attributes or {})
+    assert (claimed["lorry.job"], claimed["lorry.claim"]) == (job_id, claim.claim_id)
+    assert (claimed["lorry.reason"], claimed["lorry.attempt"]) == ("completed", 1)
+    assert all(span.status.is_ok or span.status.is_unset for span in spans.values())
+
+
+def test_no_attribute_holds_what_people_wrote(
+    site: PackSite, client: TestClient, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(client, site)
+    client.get("/v1/files/file-secret-name")
+    client.get(f"/v1/fine_tuning/jobs?after={SECRET_WORDS}")
+    prepare(site, monkeypatch)
+    trained(site, claim_one(site))
+
+    told = " ".join(span.to_json() for span in exporter.get_finished_spans())
+
+    for words in ("named-by-a-person", SECRET_WORDS, "secret-name", "train.jsonl", "Bearer"):
+        assert words not in told
+
+
+def test_an_attempt_that_ends_badly_is_a_failed_span_and_the_next_is_in_the_same_trace(
+    site: PackSite, exporter: InMemorySpanExporter
+) -> None:
+    job = site.queued()
+    pack = site.loading_pack(first := claim_one(site))
+    pack.end_all(End(reason=EndReason.TRAINER_CRASHED, detail="boom"))
+    site.world.clock.turn(60)
+    second = claim_one(site)
+    site.context.spans.ended(second.claim_id, EndReason.DRAINED)
+
+    attempts = [span for span in exporter.get_finished_spans() if span.name == "claim"]
+
+    assert [(span.attributes or {})["lorry.claim"] for span in attempts] == [first.claim_id, second.claim_id]
+    assert [span.status.is_ok or span.status.is_unset for span in attempts] == [False, True]
+    assert attempts[0].status.description == "trainer_crashed"
+    assert {_trace(span) for span in attempts} == {tracing.trace_id(tracing.of_job(job.id, None))}
+
+
+def test_a_claim_that_was_never_handed_to_a_trainer_ends_its_span(
+    site: PackSite, exporter: InMemorySpanExporter
+) -> None:
+    site.queued()
+    claim = claim_one(site)
+    claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="left")
+
+    site.context.spans.ended(claim.claim_id, EndReason.DRAINED)
+    site.context.spans.ended(claim.claim_id, None)
+
+    (span,) = [span for span in exporter.get_finished_spans() if span.name == "claim"]
+    assert (span.attributes or {})["lorry.reason"] == "drained"
+
+
+def test_where_tracing_is_off_a_clients_trace_still_travels(site: PackSite, client: TestClient) -> None:
+    job = _job(site, submit(client, site, traceparent=CLIENTS))
+    odd = _job(site, submit(client, site, traceparent="00-words-of-a-stranger-01"))
+
+    assert (job.trace, odd.trace) == (CLIENTS, None)
+
+
+def _job(site: PackSite, job_id: str) -> Job:
+    return site.world.job(job_id)
+
+
+def _trace(span: ReadableSpan) -> str:
+    assert span.context is not None
+    return f"{span.context.trace_id:032x}"
+
+
+def _parent(span: ReadableSpan, spans: dict[str, ReadableSpan]) -> str | None:
+    """Its name, or its id where it is none of these."""
+    if span.parent is None:
+        return None
+    names = {other.context.span_id: name for name, other in spans.items() if other.context is not None}
+    return names.get(span.parent.span_id, f"{span.parent.span_id:016x}")
