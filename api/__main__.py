@@ -1,4 +1,4 @@
-"""The service's own commands: `python -m api bootstrap`, `serve`, `sign-in-link`, `new-key`."""
+"""The service's own commands, `python -m api COMMAND`: the first start, listening, keys, copies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from api import copies
 from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token
 from catalog import keys, logs, projects
 from catalog.errors import LorryError
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--project", help="Made if there is none of that name. Default: the oldest.")
     key.add_argument("--json", action="store_true")
     key.set_defaults(run=_new_key)
+    copies.add_commands(commands.add_parser)
     return parser
 
 

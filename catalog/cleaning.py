@@ -52,9 +52,13 @@ def let_go(db: Database) -> None:
 def live_digests(db: Database) -> set[str]:
     """Manifests that are visible, files that are not deleted or that a job still needs, and parts of uploads."""
     with db.read() as session:
-        manifests = session.scalars(select(Artifact.digest))
-        wanted = session.scalars(select(File.digest).where(_is_wanted()))
-        return {*manifests, *wanted, *session.scalars(select(UploadPart.digest))}
+        return {*session.scalars(select(Artifact.digest)), *wanted_files(session)}
+
+
+def wanted_files(session: Session) -> set[str]:
+    """Digests of files that are not deleted or that a job still needs, and of parts of uploads."""
+    wanted = session.scalars(select(File.digest).where(_is_wanted()))
+    return {*wanted, *session.scalars(select(UploadPart.digest))}
 
 
 def _let_expire(session: Session, *, now: float) -> None:

@@ -1,4 +1,4 @@
-"""The only file that knows SQLite from PostgreSQL: engines, transactions, the clock, skipping locked rows.
+"""The only file, but for backup/dump, that knows SQLite from PostgreSQL: engines, transactions, the clock, locked rows.
 
 A transaction is short: never hold one across a file, a process or a network call.
 """

@@ -55,7 +55,7 @@ class ArtifactStore:
             return self.put_bytes(content)
         blob = _digest_of(path)
         if not self._has(blob_key(blob.digest), blob.num_bytes):
-            self.objects.put(blob_key(blob.digest), _verified(_chunks(path), blob.digest))
+            self.objects.put(blob_key(blob.digest), verified(_chunks(path), blob.digest))
         return blob
 
     def put_bytes(self, content: bytes) -> Blob:
@@ -104,7 +104,7 @@ class ArtifactStore:
             chunks = self.objects.read(blob_key(digest))
         except NoSuchObject as error:
             raise DamagedArtifact(f"The blob {digest} is missing from the store.") from error
-        return _verified(chunks, digest)
+        return verified(chunks, digest)
 
     def fetch(self, manifest: Manifest, into: Path) -> None:
         """Make `into` (absent, or an empty folder) hold the files, each verified: whole or not at all."""
@@ -227,7 +227,7 @@ def _digest_of(path: Path) -> Blob:
     return Blob(digest=digest.hexdigest(), num_bytes=num_bytes)
 
 
-def _verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
+def verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
     """The chunks as they are; raises after the last if they are not the content of `digest`."""
     seen = sha256()
     for chunk in chunks:

@@ -1,0 +1,104 @@
+"""`python -m api backup`, `restore` and `verify`: what catalog.backup does, told to people and to scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from api.bootstrap import open_existing
+from catalog.artifacts.store import open_store
+from catalog.backup import Checked, check, make, open_place, restore
+from catalog.settings import Settings
+
+WHERE = "A folder, or a URL such as s3://bucket/prefix."
+SHOWN = 20
+"""Problems that are told in full; of more, the number."""
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    backup = add("backup", help="Copy the database and all files that it names, while the service works.")
+    backup.add_argument("place", help=f"{WHERE} Further backups there add what is new.")
+    backup.add_argument("--keep", type=_at_least_one, metavar="N", help="Leave the newest N backups there.")
+    backup.set_defaults(run=_backup)
+    back = add("restore", help="Put a backup into an empty database and a store, and check all of it.")
+    back.add_argument("place", help=WHERE)
+    back.add_argument("--backup", metavar="NAME", help="Default: the newest.")
+    back.set_defaults(run=_restore)
+    verify = add("verify", help="Read every file that the database names, and check the audit chain.")
+    verify.set_defaults(run=_verify)
+    for command in (backup, back, verify):
+        command.add_argument("--json", action="store_true")
+
+
+def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
+    db = open_existing(settings)
+    try:
+        place = open_place(arguments.place, is_new=True)
+        made = make(db, open_store(settings), place, work_dir=settings.work_dir(), keep=arguments.keep)
+    finally:
+        db.close()
+    record = made.record
+    told = f"Backup {record.name}: {record.dump_bytes} bytes of database, {record.num_objects} objects"
+    _tell(
+        arguments,
+        f"{told}, of which {made.num_copied} were new here. {PEPPER}",
+        problems=record.problems,
+        details={**asdict(record), "num_copied": made.num_copied, "forgotten": made.forgotten},
+    )
+    return 1 if record.problems else 0
+
+
+PEPPER = "The pepper is not in it: keep that apart, for without it no API key opens what is restored."
+
+
+def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
+    restored = restore(settings, open_place(arguments.place), name=arguments.backup)
+    told = f"Backup {restored.record.name} is back: {_found(restored.checked)}"
+    if settings.pepper is None and not (settings.data_dir / "pepper").exists():
+        path = settings.data_dir / "pepper"
+        told += (
+            f" Before you start the service, give it its pepper (LORRY_PEPPER, or {path}): else no API key opens it."
+        )
+    details = {"backup": restored.record.name, "num_copied": restored.num_copied, **_counts(restored.checked)}
+    _tell(arguments, told, problems=restored.checked.problems, details=details)
+    return 1 if restored.checked.problems else 0
+
+
+def _verify(arguments: argparse.Namespace, settings: Settings) -> int:
+    db = open_existing(settings)
+    try:
+        checked = check(db, open_store(settings))
+    finally:
+        db.close()
+    _tell(arguments, f"Checked: {_found(checked)}", problems=checked.problems, details=_counts(checked))
+    return 1 if checked.problems else 0
+
+
+def _found(checked: Checked) -> str:
+    parts = f"{checked.num_artifacts} artifacts, {checked.num_objects} objects, {checked.num_audit_events} audit events"
+    return f"{parts}, {len(checked.problems) or 'no'} problems."
+
+
+def _counts(checked: Checked) -> dict[str, Any]:
+    return {name: value for name, value in asdict(checked).items() if name != "problems"}
+
+
+def _tell(arguments: argparse.Namespace, sentence: str, *, problems: list[str], details: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps({**details, "problems": problems}), flush=True)  # noqa: T201
+        return
+    for problem in problems[:SHOWN]:
+        print(problem, flush=True)  # noqa: T201
+    if len(problems) > SHOWN:
+        print(f"… and {len(problems) - SHOWN} more; --json tells all.", flush=True)  # noqa: T201
+    print(sentence, flush=True)  # noqa: T201
+
+
+def _at_least_one(text: str) -> int:
+    """argparse tells the message of its own error to people."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of backups: at least 1.")
+    return int(text)

@@ -1,0 +1,87 @@
+"""Whether record and store fit together: every visible artifact verifies, and the audit chain does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog import audit_chain
+from catalog.artifacts.manifest import DamagedArtifact, Manifest
+from catalog.artifacts.store import ArtifactStore, blob_key, manifest_key
+from catalog.backup import holdings
+from catalog.db import Database
+from catalog.tables import Adapter, Artifact, AuditEvent, File
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What was read and computed anew."""
+
+    num_artifacts: int
+    num_objects: int
+    num_audit_events: int
+    problems: list[str]
+
+
+def check(db: Database, store: ArtifactStore, *, chain_end: tuple[int, str] | None = None) -> Checked:
+    """Read every object that the record names, and compute the audit chain anew. Raises Unavailable.
+
+    chain_end: place and digest of an event that must be in the chain, as they were noted elsewhere; place 0: none.
+    """
+    with db.read() as session:
+        keys = holdings.named(session)
+        artifacts = list(session.scalars(select(Artifact)))
+    damaged = holdings.damaged(keys, store.objects)
+    with db.read() as session:
+        problems = _of_artifacts(session, artifacts, damaged) + _of_files(session, damaged)
+        num_events, misfits = _of_chain(db)
+        if chain_end is not None and chain_end[0]:
+            at = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == chain_end[0]))
+            if at != chain_end[1]:
+                misfits.append(f"The audit chain has another event at {chain_end[0]} than was noted.")
+    told = {sentence for sentence in damaged.values() if not any(sentence in problem for problem in problems)}
+    return Checked(
+        num_artifacts=len(artifacts),
+        num_objects=len(keys),
+        num_audit_events=num_events,
+        problems=[*problems, *sorted(told), *misfits],
+    )
+
+
+def _of_artifacts(session: Session, artifacts: list[Artifact], damaged: Mapping[str, str]) -> list[str]:
+    names = {row.artifact: row.name for row in session.execute(select(Adapter.artifact, Adapter.name))}
+    problems: list[str] = []
+    for row in artifacts:
+        name = names.get(row.digest) or f"The artifact {row.digest} ({row.kind})"
+        keys = [*(blob_key(file["digest"]) for file in row.files), manifest_key(row.digest)]
+        problems += [f"{name}: {damaged[key]}" for key in keys if key in damaged]
+        if not _is_itself(row):
+            problems.append(f"{name}: its row names other files than its manifest.")
+    return problems
+
+
+def _is_itself(row: Artifact) -> bool:
+    try:
+        return Manifest.from_rows(row.kind, row.files).digest == row.digest
+    except DamagedArtifact:
+        return False
+
+
+def _of_files(session: Session, damaged: Mapping[str, str]) -> list[str]:
+    there = session.execute(select(File.id, File.digest).where(File.deleted_at.is_(None)))
+    return [f"{row.id}: {damaged[blob_key(row.digest)]}" for row in there if blob_key(row.digest) in damaged]
+
+
+def _of_chain(db: Database) -> tuple[int, list[str]]:
+    """How many sealed events there are, and what doesn't fit."""
+    num_events = 0
+    while True:
+        found = audit_chain.check(db, after=num_events)
+        num_events += found.num_events
+        if found.misfit is not None:
+            return num_events, [f"The audit chain does not fit at {found.misfit.link}: {found.misfit.fault}."]
+        if not found.has_more:
+            return num_events, []

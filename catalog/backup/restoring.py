@@ -1,0 +1,80 @@
+"""Putting a backup back: files first, then the database, in which they are visible. Never over what is there."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
+
+from catalog.artifacts.store import open_store
+from catalog.backup import dump, holdings
+from catalog.backup.checking import Checked, check
+from catalog.backup.place import BackupPlace, Record
+from catalog.db import Database, alembic_config
+from catalog.disk import full_disk_named
+from catalog.errors import Conflict, InvalidRequest
+from catalog.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restored:
+    """A backup that is a service's database and store again."""
+
+    record: Record
+    num_copied: int
+    """Objects that the store did not have."""
+    checked: Checked
+    """Also what could not be copied, as far as the record names it."""
+
+
+def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) -> Restored:
+    """Into the database and the store that the settings name; the database must have no tables. Then check all of it.
+
+    name: the newest backup where it is None. What this version has for newer tables is migrated. Raises NotFound,
+    Conflict, InvalidRequest, DamagedArtifact, Unavailable, OutOfSpace: then the database is as it was.
+    """
+    record = place.find(name)
+    url = settings.resolved_database_url()
+    _check_fits(record, url)
+    dump.check_empty(url)
+    store = open_store(settings)
+    there = holdings.stored(store.objects)
+    num_before = len(there)
+    with full_disk_named():
+        settings.work_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="restore-", dir=settings.work_dir()) as folder:
+        dumped = Path(folder) / "database"
+        with full_disk_named():
+            place.fetch_dump(record, dumped)
+        holdings.Copier(source=place.store, target=store.objects, there=there, spool_dir=Path(folder)).copy(
+            place.keys(record)
+        )
+        with full_disk_named():
+            dump.put_back(dumped, url)
+    db = Database(url)
+    try:
+        db.migrate()
+        checked = check(db, store, chain_end=(record.audit_link, record.audit_digest))
+    finally:
+        db.close()
+    return Restored(record=record, num_copied=len(there) - num_before, checked=checked)
+
+
+def _check_fits(record: Record, url: str) -> None:
+    if dump.kind_of(url) != record.database:
+        raise Conflict(
+            f"The backup {record.name} is of a {record.database} database, and LORRY_DATABASE_URL names another kind.",
+            code="backup_of_another_database",
+            remedy=f"Name an empty {record.database} database.",
+        )
+    try:
+        ScriptDirectory.from_config(alembic_config(url)).get_revision(record.revision)
+    except CommandError as error:
+        raise InvalidRequest(
+            f"The tables of the backup {record.name} are of a newer version ({record.revision}) than this one.",
+            code="backup_of_a_newer_version",
+            remedy="Restore it by that version of Lorry, or by a later one.",
+        ) from error

@@ -1,0 +1,393 @@
+"""A backup that is taken while the service works, and put back elsewhere, is one state of it with all its files."""
+
+from __future__ import annotations
+
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, func, select
+
+from catalog import adapters, audit_chain, claims, cleaning, recovery, workers
+from catalog.artifacts.objects import Objects
+from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore, blob_key
+from catalog.backup import BackupPlace, check, dump, make, open_place, restore
+from catalog.backup.place import Record
+from catalog.db import Database
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.settings import Settings
+from catalog.states import JobState
+from catalog.tables import Adapter, Artifact, Attempt, AuditEvent, Job
+from tests.catalog.world import LEASE, World, manifest, sha
+from tests.conftest import NEEDS
+from tests.services.postgres import empty_database
+
+
+class Service:
+    """A world whose artifacts are in a store, as workers leave them: files first, then the row."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self.store = ArtifactStore(Objects((folder / "store").as_uri()))
+        self.place = open_place(str(folder / "backups"), is_new=True)
+        self.put(world.file_id)
+        world.worker()
+
+    def put(self, *texts: str) -> None:
+        for text in texts:
+            self.store.put_bytes(text.encode())
+
+    def put_artifact(self, text: str, kind: str = "adapter") -> None:
+        self.put(text)
+        self.store.put_manifest(manifest(text, kind=kind))
+
+    def running(self) -> claims.Claim:
+        self.put_artifact(f"tokens {sha(self.world.file_id)}", kind="tokens")
+        return self.world.running()
+
+    def finish(self, claim: claims.Claim, content: str) -> str:
+        """The adapter's name."""
+        self.put(f"curves of {claim.claim_id}")
+        self.put_artifact(content)
+        return self.world.complete(claim.claim_id, content).name
+
+    def delete(self, name: str) -> None:
+        adapters.delete(self.world.db, project_id=self.world.caller.project_id, name=name)
+
+    def age(self) -> None:
+        """What lies in the store by now may be cleaned away, once nothing names it."""
+        later = self.store.clock() - 2 * GRACE_SECONDS
+        for path in (self.folder / "store").rglob("*"):
+            if path.is_file():
+                os_utime(path, later)
+
+    def backup(self, store: ArtifactStore | None = None, **given: Any) -> Record:
+        work_dir = self.folder / "work"
+        return make(self.world.db, store or self.store, self.place, work_dir=work_dir, **given).record
+
+
+class HookedObjects(Objects):
+    """Calls `before` once, when the key is about to be read."""
+
+    def __init__(self, objects: Objects, key: str, before: Callable[[], None]) -> None:
+        assert objects.folder is not None
+        super().__init__(objects.folder.as_uri())
+        self._key, self._before = key, before
+
+    def read(self, key: str) -> Iterator[bytes]:
+        if key == self._key:
+            self._key = ""
+            self._before()
+        return super().read(key)
+
+
+def os_utime(path: Path, at: float) -> None:
+    import os
+
+    os.utime(path, (at, at))
+
+
+@pytest.fixture
+def service(world: World, tmp_path: Path) -> Service:
+    if not world.db.is_sqlite and dump.program("pg_dump") is None:
+        pytest.skip(f"{NEEDS}pg_dump")
+    return Service(world, tmp_path)
+
+
+@pytest.fixture
+def elsewhere(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Settings]:
+    """Another machine: nothing is there."""
+    folder = tmp_path / "elsewhere"
+    if world.db.is_sqlite:
+        yield Settings(data_dir=folder, database_url=None, store_url=None)
+        return
+    with empty_database(request.getfixturevalue("postgres_url"), f"elsewhere_{secrets.token_hex(6)}") as url:
+        yield Settings(data_dir=folder, database_url=url, store_url=None)
+
+
+def opened(settings: Settings) -> Database:
+    return Database(settings.resolved_database_url())
+
+
+def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewhere: Settings) -> None:
+    name = service.finish(service.running(), "adapter one")
+    audit_chain.seal(service.world.db)
+    record = service.backup()
+
+    restored = restore(elsewhere, service.place)
+
+    assert restored.checked.problems == record.problems == []
+    assert restored.checked.num_audit_events == record.audit_link > 0
+    assert (restored.checked.num_artifacts, restored.checked.num_objects) == (2, record.num_objects)
+    db = opened(elsewhere)
+    assert adapters.get(db, project_id=service.world.caller.project_id, name=name).adapter.name == name
+    db.close()
+
+
+def test_a_backup_amid_writes_deletions_and_cleanings_is_one_state_with_every_file(
+    service: Service, elsewhere: Settings
+) -> None:
+    records: list[Record] = []
+    for number in range(3):
+        service.finish(service.running(), f"before {number}")
+    stop = Event()
+
+    def work() -> int:
+        number = 0
+        while not stop.is_set() or number < 5:
+            name = service.finish(service.running(), f"meanwhile {number}")
+            if number % 2:
+                service.delete(name)
+            audit_chain.seal(service.world.db)
+            cleaning.clean(service.world.db, service.store)
+            number += 1
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            records += [service.backup() for _ in range(4)]
+        finally:
+            stop.set()
+        assert working.result() >= 5
+
+    assert [record.problems for record in records] == [[]] * 4
+    restored = restore(elsewhere, service.place, name=records[1].name)
+    assert restored.checked.problems == []
+    db = opened(elsewhere)
+    with db.read() as session:
+        ended = session.scalar(select(func.count()).where(Job.state == JobState.SUCCEEDED))
+        assert ended == session.scalar(select(func.count()).select_from(Adapter))
+        assert session.scalar(select(func.count()).where(Attempt.ended_at.is_(None))) in (0, 1)
+    db.close()
+
+
+def test_what_is_deleted_and_cleaned_away_while_files_are_copied_does_no_harm(
+    service: Service, elsewhere: Settings
+) -> None:
+    old = service.finish(service.running(), "old adapter")
+    service.finish(service.running(), "z adapter that stays")
+    service.age()
+
+    def let_go() -> None:
+        service.delete(old)
+        assert cleaning.clean(service.world.db, service.store) > 0
+        service.finish(service.running(), "new adapter")
+
+    stays = manifest("z adapter that stays").files[0].digest
+    hooked = ArtifactStore(HookedObjects(service.store.objects, blob_key(stays), let_go))
+    record = service.backup(hooked)
+
+    assert record.problems == []
+    assert restore(elsewhere, service.place).checked.problems == []
+    db = opened(elsewhere)
+    with db.read() as session:
+        visible = set(session.scalars(select(Artifact.digest).where(Artifact.kind == "adapter")))
+    db.close()
+    assert visible == {manifest("new adapter").digest, manifest("z adapter that stays").digest}
+
+
+def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Service, elsewhere: Settings) -> None:
+    claim = service.running()
+    claims.record_checkpoint(service.world.db, claim.claim_id, step=7, artifact=kept(service, "checkpoint"))
+    service.backup()
+    service.finish(claim, "ended after the backup")
+    restore(elsewhere, service.place)
+    world = service.world
+    world.clock.turn(10 * LEASE)
+    db = Database(elsewhere.resolved_database_url(), clock=world.clock)
+
+    assert recovery.expire(db, grace_seconds=LEASE) == 0, "nobody could have renewed: a lease of grace"
+    for _ in range(9):
+        world.clock.turn(LEASE / 4)
+        recovery.expire(db, grace_seconds=LEASE)
+
+    with db.read() as session:
+        job = session.get_one(Job, claim.job.id)
+        assert (job.state, job.claim_id) == (JobState.QUEUED, None)
+    workers.register_worker(db, worker_id="w2", host="there", pid=1, devices=[], version="1", memory_bytes=10**12)
+    room = {"room": world_room(), "lease_seconds": LEASE}
+    (again,) = claims.claim_pack(db, worker_id="w2", trainer_id="trainer-2", **room)
+    assert (again.job.id, again.attempt) == (claim.job.id, 2)
+    db.close()
+
+
+def kept(service: Service, text: str) -> Any:
+    service.put_artifact(text, kind="checkpoint")
+    return manifest(text, kind="checkpoint")
+
+
+def world_room() -> Any:
+    from tests.catalog.world import WIDE
+
+    return WIDE
+
+
+def test_a_file_that_is_damaged_is_told_by_the_backup_and_after_it_by_name(
+    service: Service, elsewhere: Settings
+) -> None:
+    name = service.finish(service.running(), "to be damaged")
+    blob = service.folder / "store" / blob_key(sha("to be damaged"))
+    blob.write_bytes(b"something else")
+
+    record = service.backup()
+    restored = restore(elsewhere, service.place)
+
+    assert record.problems == [f"The content of {blob_key(sha('to be damaged'))} has changed."]
+    assert restored.checked.problems == [f"{name}: {blob_key(sha('to be damaged'))} is missing."]
+    here = check(service.world.db, service.store).problems
+    assert here == [f"{name}: {record.problems[0]}"]
+
+
+def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Settings) -> None:
+    audit_chain.seal(service.world.db)
+    service.backup()
+    restore(elsewhere, service.place)
+    db = opened(elsewhere)
+    with db.write() as session:
+        event = session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one()
+        event.details = {"name": "somebody else"}
+
+    assert check(db, service.store).problems == ["The audit chain does not fit at 1: changed."]
+    db.close()
+
+
+def test_the_end_of_the_chain_must_be_the_one_that_was_noted(service: Service) -> None:
+    audit_chain.seal(service.world.db)
+
+    problems = check(service.world.db, service.store, chain_end=(1, "0" * 64)).problems
+
+    assert problems == ["The audit chain has another event at 1 than was noted."]
+
+
+def test_further_backups_add_what_is_new_and_old_ones_go_with_what_only_they_name(service: Service) -> None:
+    first_name = service.finish(service.running(), "first adapter")
+    first = make(service.world.db, service.store, service.place, work_dir=service.folder / "work")
+    service.delete(first_name)
+    cleaning.let_go(service.world.db)
+    service.finish(service.running(), "second adapter")
+
+    second = make(service.world.db, service.store, service.place, work_dir=service.folder / "work", keep=1)
+
+    assert first.num_copied > second.num_copied == 3, "the adapter, its manifest and its curves"
+    assert second.forgotten == [first.record.name]
+    assert [record.name for record in service.place.records()] == [second.record.name]
+    stored = {entry.key for entry in service.place.store.list_all("blobs")}
+    assert blob_key(sha("second adapter")) in stored
+    assert blob_key(sha("first adapter")) not in stored
+
+
+def test_a_backup_without_its_record_is_none(service: Service, elsewhere: Settings) -> None:
+    record = service.backup()
+    (service.folder / "backups" / "backups" / record.name / "backup.json").unlink()
+
+    with pytest.raises(NotFound) as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.remedy == f"Backups at {service.place.url}: none."
+
+
+def test_a_backup_that_was_changed_is_refused_and_nothing_is_made(service: Service, elsewhere: Settings) -> None:
+    record = service.backup()
+    dumped = service.folder / "backups" / "backups" / record.name / "database"
+    dumped.write_bytes(dumped.read_bytes() + b"x")
+
+    with pytest.raises(Exception, match="has changed"):
+        restore(elsewhere, service.place)
+
+    dump.check_empty(elsewhere.resolved_database_url())
+
+
+def test_a_backup_is_never_put_over_what_is_there(service: Service, elsewhere: Settings) -> None:
+    service.backup()
+    restore(elsewhere, service.place)
+
+    with pytest.raises(Conflict, match="already"):
+        restore(elsewhere, service.place)
+
+
+def test_a_backup_of_newer_tables_or_of_another_database_is_refused(service: Service, elsewhere: Settings) -> None:
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    text = path.read_text()
+
+    path.write_text(text.replace('"revision": "0', '"revision": "9'))
+    with pytest.raises(InvalidRequest, match="newer version"):
+        restore(elsewhere, service.place)
+    path.write_text(text.replace('"format": 1', '"format": 2'))
+    with pytest.raises(InvalidRequest, match="this version reads 1"):
+        restore(elsewhere, service.place)
+    other = {"sqlite": "postgresql", "postgresql": "sqlite"}[dump.kind_of(service.world.db.url)]
+    path.write_text(text.replace(f'"database": "{dump.kind_of(service.world.db.url)}"', f'"database": "{other}"'))
+    with pytest.raises(Conflict, match="another kind"):
+        restore(elsewhere, service.place)
+
+
+def test_nobody_else_reads_a_backup_in_a_folder(service: Service) -> None:
+    service.backup()
+
+    assert stat.S_IMODE((service.folder / "backups").stat().st_mode) == 0o700
+
+
+def test_a_place_that_is_not_there_is_told_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        open_place(str(tmp_path / "none"))
+
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_bucket_does_as_well_as_a_folder(
+    service: Service, elsewhere: Settings, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.services.s3 import new_bucket
+
+    bucket = new_bucket(s3_endpoint)
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    service.finish(service.running(), "adapter")
+    place = BackupPlace(f"s3://{bucket.name}/lorry")
+
+    make(service.world.db, service.store, place, work_dir=service.folder / "work")
+
+    assert restore(elsewhere, open_place(f"s3://{bucket.name}/lorry/")).checked.problems == []
+
+
+def test_the_password_of_a_database_stands_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "told"
+    for name in ("pg_dump", "pg_restore"):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\necho "$@" >> {told}\necho "$PGPASSWORD" >> {told}.environment\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    url = URL.create("postgresql", username="lorry", password="canary-7", host="127.0.0.1", port=1, database="lorry")
+
+    dump._run("pg_dump", url, ["--format=custom"])
+
+    assert "canary-7" not in told.read_text()
+    assert "postgresql://lorry@127.0.0.1:1/lorry" in told.read_text()
+    assert Path(f"{told}.environment").read_text() == "canary-7\n"
+
+
+def test_without_pg_dump_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(dump, "DEBIAN", tmp_path)
+
+    with pytest.raises(InvalidRequest) as refused:
+        dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])
+
+    assert "postgresql-client" in refused.value.remedy
+
+
+def test_what_pg_dump_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "pg_dump"
+    script.write_text("#!/bin/sh\necho 'server version mismatch' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    with pytest.raises(InvalidRequest, match="server version mismatch"):
+        dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])
