@@ -1,0 +1,252 @@
+"""deploy/ as texts: systemd's units, further compose files and Kubernetes' manifests fit the code.
+
+Nothing is deployed: no cluster and no Docker engine take part.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from configparser import RawConfigParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from api.__main__ import _parser as api_parser
+from api.settings import ApiSettings
+from catalog.settings import Settings
+from worker.celery_app import QUEUE
+from worker.context import WorkerContext
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+MANIFESTS: list[dict[str, Any]] = [
+    manifest
+    for path in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+    for manifest in yaml.safe_load_all(path.read_text("utf-8"))
+]
+KNOWN = {f"LORRY_{name}".upper() for kind in (Settings, ApiSettings) for name in kind.model_fields} | {"LORRY_DEVICE"}
+DRAIN_SECONDS = WorkerContext.__dataclass_fields__["drain_seconds"].default
+SECRETS = re.compile(r"PASSWORD|SECRET|PEPPER|ACCESS_KEY|(DATABASE|REDIS)_URL")
+EACH_UNIT = pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+
+
+class Unit(RawConfigParser):
+    """A systemd unit; a key that stands there twice keeps all its values."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(strict=False, interpolation=None, delimiters=("=",), comment_prefixes=("#",))
+        self.optionxform = str  # pyright: ignore[reportAttributeAccessIssue]
+        self.text = path.read_text("utf-8")
+        self.read_string(self.text)
+
+    def one(self, name: str) -> str:
+        return self["Service"].get(name, "")
+
+    def command(self) -> list[str]:
+        return self.one("ExecStart").replace("${BACKUP_PLACE}", "place").replace("%%", "%").split()
+
+
+def is_worker(argv: list[str]) -> bool:
+    return argv[0].endswith("celery") and "worker" in argv
+
+
+def check_command(argv: list[str]) -> None:
+    """It is one that the code takes."""
+    if argv[0].endswith("celery"):
+        assert argv[1] == "--app=worker.celery_app"
+        assert argv[2] in ("worker", "beat")
+    else:
+        assert argv[1:3] == ["-m", "api"]
+        assert api_parser().parse_args(argv[3:]).run
+    if is_worker(argv):
+        told = {f"--queues={QUEUE}", "--concurrency=1", "--without-gossip", "--without-mingle"}
+        assert told <= set(argv), "what worker/celery_app.py asks for"
+
+
+def containers() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, pod and container of every workload."""
+    for manifest in MANIFESTS:
+        template = manifest.get("spec", {}).get("template")
+        if template is not None:
+            for container in template["spec"]["containers"]:
+                yield manifest["metadata"]["name"], template["spec"], container
+
+
+def named(kind: str, name: str) -> dict[str, Any]:
+    return next(m for m in MANIFESTS if m["kind"] == kind and m["metadata"]["name"] == name)
+
+
+# systemd
+
+
+@EACH_UNIT
+def test_a_unit_runs_a_command_of_ours_as_an_ordinary_user_that_writes_one_folder(unit: Path) -> None:
+    read = Unit(unit)
+
+    check_command(read.command())
+    assert read.one("User") == "lorry"
+    assert read.one("NoNewPrivileges") == "yes"
+    assert read.one("ProtectSystem") == "strict"
+    assert re.findall(r"^ReadWritePaths=-?(\S+)$", read.text, re.MULTILINE)[-1] == "/var/lib/lorry"
+    assert "EnvironmentFile=/etc/lorry/lorry.env" in read.text
+    assert not SECRETS.search(" ".join(re.findall(r"^Environment=(.*)$", read.text, re.MULTILINE)))
+
+
+def test_a_worker_that_leaves_has_time_and_its_trainer_hears_nothing_of_the_signal() -> None:
+    worker = Unit(DEPLOY / "systemd" / "lorry-worker@.service")
+
+    assert worker.one("KillMode") == "mixed"
+    assert int(worker.one("TimeoutStopSec")) >= 3 * DRAIN_SECONDS
+    assert worker.one("OOMPolicy") == "continue", "else systemd ends the worker whose trainer the kernel has killed"
+    assert "LORRY_DEVICE=%i" in worker.one("Environment")
+
+
+def test_the_api_may_take_the_time_that_its_settings_promise() -> None:
+    api = Unit(DEPLOY / "systemd" / "lorry-api.service")
+
+    assert int(api.one("TimeoutStopSec")) >= 2 * ApiSettings().shutdown_seconds
+
+
+def test_systemd_takes_every_unit(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    for path in (DEPLOY / "systemd").iterdir():
+        text = path.read_text("utf-8").replace("/opt/lorry/.venv/bin/celery", f"{sys.executable} -m celery")
+        text = text.replace("/opt/lorry/.venv/bin/python", sys.executable).replace("/opt/lorry", str(ROOT))
+        (tmp_path / path.name.replace("@.", "@0.")).write_text(text)
+
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *map(str, sorted(tmp_path.iterdir()))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    told = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "lorry-" in line]
+    assert (done.returncode, told) == (0, [])
+
+
+# Docker on several machines
+
+
+def test_a_worker_of_another_machine_is_the_one_of_compose_but_for_addresses_and_its_gpu() -> None:
+    there = yaml.safe_load((DEPLOY / "compose" / "worker.yml").read_text("utf-8"))["services"]["worker"]
+    here = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["worker-gpu"]
+
+    check_command(there["command"])
+    for key in ("command", "image", "restart", "init", "read_only", "tmpfs", "cap_drop", "security_opt", "shm_size"):
+        assert there[key] == here[key], key
+    assert there["healthcheck"] == here["healthcheck"]
+    assert int(there["stop_grace_period"].removesuffix("s")) >= 3 * DRAIN_SECONDS
+    assert here["environment"].keys() - there["environment"].keys() == {"LORRY_PEPPER"}
+    assert there["environment"].keys() <= here["environment"].keys()
+    (gpu,) = there["deploy"]["resources"]["reservations"]["devices"]
+    assert gpu["device_ids"] == ["${GPU:?the number of a GPU}"]
+    assert there["environment"]["LORRY_DEVICE"] == "0"
+
+
+def test_the_first_machine_lets_others_in_by_its_private_address_alone() -> None:
+    head = yaml.safe_load((DEPLOY / "compose" / "head.yml").read_text("utf-8"))
+    here = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+
+    assert head["services"].keys() == {"postgres", "redis", "store"}
+    for name, service in head["services"].items():
+        assert service.keys() == {"ports", "networks"}
+        assert all(port.startswith("${PRIVATE_ADDRESS:?") for port in service["ports"])
+        assert set(service["networks"]) <= here["networks"].keys() | head["networks"].keys(), name
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "compose").glob("*.yml")), ids=lambda path: path.name)
+def test_no_secret_stands_in_a_compose_file(path: Path) -> None:
+    for service in yaml.safe_load(path.read_text("utf-8"))["services"].values():
+        for name, value in service.get("environment", {}).items():
+            if SECRETS.search(name):
+                assert "${" in str(value), name
+        assert all(secret.startswith("$") for secret in re.findall(r"://[^/@\s]*:([^/@\s]+)@", str(service)))
+
+
+# Kubernetes
+
+
+def test_every_pod_runs_a_command_of_ours_without_rights() -> None:
+    assert {name for name, _, _ in containers()} == {"migrate", "api", "beat", "worker"}
+    for name, pod, container in containers():
+        check_command(container["command"])
+        assert pod["automountServiceAccountToken"] is False, name
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 10001, "the Dockerfile's user"
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["limits"]["memory"]
+        given = {volume["name"] for volume in pod["volumes"]} | {"data"}
+        assert {mount["name"] for mount in container["volumeMounts"]} <= given
+
+
+def test_manifests_set_what_there_is_and_hold_no_secret() -> None:
+    told = set(named("ConfigMap", "lorry")["data"])
+    for _, _, container in containers():
+        told |= {variable["name"] for variable in container.get("env", ())}
+
+    assert {name for name in told if name.startswith("LORRY_")} <= KNOWN
+    assert not any(SECRETS.search(name) for name in named("ConfigMap", "lorry")["data"])
+    assert not any(manifest["kind"] == "Secret" for manifest in MANIFESTS)
+
+
+def test_no_worker_knows_the_pepper() -> None:
+    for name, _, container in containers():
+        has_all = {"secretRef": {"name": "lorry"}} in container["envFrom"]
+        assert has_all == (name != "worker"), name
+        assert not any(variable["name"] == "LORRY_PEPPER" for variable in container.get("env", ()))
+
+
+def test_a_pod_of_a_worker_has_one_gpu_and_time_to_drain() -> None:
+    pod = named("StatefulSet", "worker")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert {"name": "LORRY_DEVICE", "value": "0"} in container["env"]
+    assert pod["terminationGracePeriodSeconds"] >= 3 * DRAIN_SECONDS
+    assert container["livenessProbe"]["exec"]["command"] == ["python", "-m", "worker.alive"]
+    seconds = container["livenessProbe"]["periodSeconds"] * container["livenessProbe"]["failureThreshold"]
+    assert seconds >= 600, "an outage of the database must not start the fleet anew"
+
+
+def test_the_api_is_alive_without_a_database_and_ready_only_with_one() -> None:
+    (container,) = named("Deployment", "api")["spec"]["template"]["spec"]["containers"]
+
+    assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    port = dict(pairwise(container["command"]))["--port"]
+    assert container["ports"] == [{"name": "http", "containerPort": int(port)}]
+
+
+def test_selectors_find_their_pods_and_nobody_is_reached_but_the_api() -> None:
+    pods = [m["spec"]["template"]["metadata"]["labels"] for m in MANIFESTS if "template" in m.get("spec", {})]
+    for manifest in MANIFESTS:
+        spec = manifest.get("spec", {})
+        wanted = spec.get("selector") or spec.get("podSelector") or {}
+        wanted = wanted.get("matchLabels", wanted if manifest["kind"] == "Service" else {})
+        assert any(wanted.items() <= labels.items() for labels in pods), manifest["metadata"]
+    policies = [m for m in MANIFESTS if m["kind"] == "NetworkPolicy"]
+    closed = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert any(policy["spec"] == closed for policy in policies)
+    open_to = [policy["metadata"]["name"] for policy in policies if "ingress" in policy["spec"]]
+    assert open_to == ["api"]
+    assert {m["metadata"]["name"] for m in MANIFESTS if m["kind"] == "PodDisruptionBudget"} == {"api", "worker"}
+
+
+def test_images_name_their_version() -> None:
+    assert all(re.search(r":\d+\.\d+\.\d+$", container["image"]) for _, _, container in containers())
