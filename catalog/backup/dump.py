@@ -106,6 +106,7 @@ def _postgresql_take(db: Database, into: Path) -> Snapshot:
     """pg_dump reads what this transaction sees, so it is open until that has ended: as pg_dump's own is."""
     frozen = db.engine.execution_options(isolation_level="REPEATABLE READ")
     with translated(), Session(frozen) as session, session.begin():
+        session.execute(text("set local idle_in_transaction_session_timeout = 0"))
         name = str(session.scalar(select(func.pg_export_snapshot())))
         snapshot = _look(session)
         _run("pg_dump", db.engine.url, ["--format=custom", f"--snapshot={name}", f"--file={into}"])

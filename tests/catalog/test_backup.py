@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, func, select
+from sqlalchemy import URL, event, func, select
 
 from catalog import adapters, audit_chain, claims, cleaning, recovery, workers
 from catalog.artifacts.objects import Objects
@@ -250,8 +250,8 @@ def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Sett
     restore(elsewhere, service.place)
     db = opened(elsewhere)
     with db.write() as session:
-        event = session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one()
-        event.details = {"name": "somebody else"}
+        first = session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one()
+        first.details = {"name": "somebody else"}
 
     assert check(db, service.store).problems == ["The audit chain does not fit at 1: changed."]
     db.close()
@@ -371,6 +371,18 @@ def test_the_password_of_a_database_stands_on_no_command_line(tmp_path: Path, mo
     assert "canary-7" not in told.read_text()
     assert "postgresql://lorry@127.0.0.1:1/lorry" in told.read_text()
     assert Path(f"{told}.environment").read_text() == "canary-7\n"
+
+
+def test_the_transaction_that_pg_dump_looks_through_may_be_silent_for_as_long_as_that_takes(service: Service) -> None:
+    if service.world.db.is_sqlite:
+        pytest.skip("of PostgreSQL")
+    told: list[str] = []
+    event.listen(service.world.db.engine, "before_cursor_execute", lambda *given: told.append(given[2]))
+
+    service.backup()
+
+    exported = next(place for place, text in enumerate(told) if "pg_export_snapshot" in text)
+    assert told[exported - 1] == "set local idle_in_transaction_session_timeout = 0"
 
 
 def test_without_pg_dump_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
