@@ -11,7 +11,7 @@ from sqlalchemy import Column, MetaData, Table
 
 from catalog.db import Database, alembic_config
 
-FIRST_RELEASE = "0034"
+FIRST_RELEASE = "0035"
 """The newest revision of the time when nothing was released: of those up to it nobody runs old code."""
 TAKEN_AWAY: set[str] = set()
 """`REVISION TABLE.COLUMN`, where the release before has stopped to use it already."""
