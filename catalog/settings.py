@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     standby_trainer: bool = Field(
         default=True, description="A worker that has nothing to train keeps a trainer ready that has imported torch."
     )
+    cpu_processes: int = Field(
+        default=1, ge=1, le=64, description="Of a trainer on a CPU. More are for trying what several GPUs do."
+    )
     max_slowdown: float = Field(
         default=4, ge=1, description="How many times as slow as alone a job may become for the sake of jobs that join."
     )

@@ -86,8 +86,6 @@ def context() -> WorkerContext:
         device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
         node.settle_on(device)
         _context = _open.enter_context(open_worker(Settings(), device=device))
-        if device.lies_idle:
-            log.warning("%s", device.lies_idle)
         _context.has_asked_to_leave = _leave.is_set
     return _context
 

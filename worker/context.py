@@ -65,6 +65,16 @@ class WorkerContext:
         return Policy.of(self.settings)
 
     @property
+    def num_processes(self) -> int:
+        """Of its trainers."""
+        return self.settings.cpu_processes if self.device.kind == "cpu" else self.device.num_processes
+
+    def free_bytes(self) -> int:
+        """Memory that each process of a trainer may still take; those on a CPU share what there is."""
+        free = node.free_bytes(self.device)
+        return free // self.num_processes if self.device.kind == "cpu" else free
+
+    @property
     def draining(self) -> bool:
         return self.leave.is_set() or self.pulse.drain or self.has_asked_to_leave()
 
@@ -125,7 +135,12 @@ def _standby(context: WorkerContext) -> Generator[None]:
         yield
         return
     silence_seconds = context.settings.lease_seconds
-    context.standby = Standby(context.trainers_dir(), context.device, silence_seconds=silence_seconds)
+    context.standby = Standby(
+        context.trainers_dir(),
+        context.device,
+        silence_seconds=silence_seconds,
+        num_processes=context.num_processes,
+    )
     context.pulse.on_every_beat = context.standby.pulse
     try:
         yield
@@ -144,7 +159,7 @@ def _registered(context: WorkerContext) -> Generator[None]:
         devices=[device.as_json()],
         version=node.versions()["lorry"],
         integrations=available(context.settings),
-        memory_bytes=device.trainer_bytes,
+        memory_bytes=device.bytes_of_each,
     )
     context.pulse.start()
     try:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -20,6 +21,12 @@ from worker import node
 log = logging.getLogger(__name__)
 Use = dict[str, float]
 """utilization_ratio (0 to 1), memory_used_bytes, temperature_celsius, power_watts; what isn't known is left out."""
+JOINED: dict[str, Callable[[list[float]], float]] = {
+    "utilization_ratio": fmean,
+    "memory_used_bytes": sum,
+    "temperature_celsius": max,
+    "power_watts": sum,
+}
 STALE_LOOKS = 3
 """What was seen so many looks ago is told no more: the driver may hang."""
 NVML_TEMPERATURE_GPU = 0
@@ -32,7 +39,13 @@ def measure(device: node.Device) -> Use:
         busy = psutil.cpu_percent() / 100
         return {"utilization_ratio": busy, "memory_used_bytes": float(memory.total - memory.available)}
     nvml = node.open_nvml()
-    return {} if nvml is None else _of_gpu(nvml, device.index)
+    return {} if nvml is None else _together([_of_gpu(nvml, index) for index in device.indices])
+
+
+def _together(each: list[Use]) -> Use:
+    """Of a group of GPUs what all of them tell: how busy they are on average, the hottest, and sums of the rest."""
+    known = [name for name in JOINED if all(name in use for use in each)]
+    return {name: JOINED[name]([use[name] for use in each]) for name in known}
 
 
 def _of_gpu(nvml: Any, index: int) -> Use:

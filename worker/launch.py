@@ -28,6 +28,7 @@ CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """GPUs are numbered as NVML numbers them. A fixed workspace makes cuBLAS repeat its sums; that is all we ask of
 determinism by setting: torch's own switch refuses or slows operations that no result of a job depends on, and
 the engine's probe at start-up measures what holds on this machine."""
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 LAUNCHED = (
     "--multi_gpu",  # several processes: also of a CPU, where its own switch would start one alone
     "--num_machines=1",
@@ -121,13 +122,18 @@ def launch(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=trainer_environment(directory.path, device, num_threads=threads),
+            env=trainer_environment(directory.path, device, num_threads=threads) | rendezvous(num_processes),
             cwd=directory.path,
             start_new_session=True,
         )
     assert process.stdin is not None
     os.set_blocking(process.stdin.fileno(), False)
     return TrainerProcess(process, directory)
+
+
+def rendezvous(num_processes: int) -> dict[str, str]:
+    """Processes of one machine talk on its loopback, by whatever name the machine may call itself."""
+    return {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK} if num_processes > 1 else {}
 
 
 def trainer_argv(path: Path, *, silence_seconds: float, num_processes: int = 1) -> list[str]:

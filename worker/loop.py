@@ -47,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return UNFIT
         leave_on_signal(context.leave)
         log.info("Worker %s on %s.", context.worker_id, device.name)
-        if device.lies_idle:
-            log.warning("%s", device.lies_idle)
         run(context, once=options.once)
     return 0
 

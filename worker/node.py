@@ -40,40 +40,23 @@ class Device:
     """Numbers of the CPU's cores that are its own; () where it has all that its process may use."""
     name: str
     memory_bytes: int
-    """Of several GPUs that of the smallest, times their number: a base is shared out among them evenly, so the smallest
-    is full first. Of some cores their part of the machine's."""
+    """Of several GPUs that of the smallest, times their number: all hold the same, so the smallest is full first. Of
+    some cores their part of the machine's."""
     has_bfloat16: bool = True
     """Its hardware multiplies bfloat16; without, it is right but slower than float32."""
     quantisations: tuple[str, ...] = ()
     """Beside none: how a trainer on it can hold a base's linears."""
 
     @property
-    def index(self) -> int:
-        """Of its first GPU; 0 of a CPU."""
-        return self.indices[0] if self.indices else 0
+    def num_processes(self) -> int:
+        """Of a trainer on it: one for each GPU."""
+        return max(1, len(self.indices))
 
     @property
-    def trained_on(self) -> tuple[int, ...]:
-        """Those of its GPUs that a trainer uses: of several the first, for a trainer is one process as yet."""
-        return self.indices[:1]
-
-    @property
-    def trainer_bytes(self) -> int:
-        """Memory of what a trainer uses of it."""
-        return (
-            self.memory_bytes * len(self.trained_on) // max(1, len(self.indices)) if self.indices else self.memory_bytes
-        )
-
-    @property
-    def lies_idle(self) -> str | None:
-        """A sentence, where a trainer doesn't use all of it."""
-        idle = self.indices[len(self.trained_on) :]
-        if not idle:
-            return None
-        return (
-            f"This group has the GPUs {_listed(self.indices)}, and a trainer uses one process as yet: it trains on "
-            f"GPU {_listed(self.trained_on)}, and {_listed(idle)} lies idle. One group for each GPU uses them all."
-        )
+    def bytes_of_each(self) -> int:
+        """Memory that each process of a trainer has, and holds a whole base in: of the smallest GPU, or all of a
+        CPU's."""
+        return self.memory_bytes // self.num_processes
 
     @property
     def recomputes(self) -> bool:
@@ -86,7 +69,7 @@ class Device:
 
     def as_json(self) -> dict[str, Any]:
         """For its worker's record."""
-        return {**asdict(self), "trained_on": list(self.trained_on), "lies_idle": self.lies_idle}
+        return asdict(self)
 
 
 def find_devices() -> list[Device]:
@@ -194,10 +177,10 @@ def num_threads() -> int:
 
 
 def free_bytes(device: Device) -> int:
-    """Memory that a trainer on `device` may still take: of its GPUs by the one that has the least, or of the machine
-    and its cgroup, where some cores alone may take no more than their part."""
+    """Memory that a trainer on `device` may still take: of each of its GPUs, by the one that has the least; or of the
+    machine and its cgroup, where some cores alone may take no more than their part."""
     if device.kind == "cuda":
-        return min(map(_gpu_free_bytes, device.trained_on)) * len(device.trained_on)
+        return min(map(_gpu_free_bytes, device.indices))
     available = psutil.virtual_memory().available
     if device.cores:
         available = min(available, device.memory_bytes)

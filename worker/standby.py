@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalog.errors import OutOfSpace
-from worker import node, scratch
+from worker import node, scratch, tether
 from worker.launch import TrainerProcess, launch
 from worker.tether import LOST_PARENT
 from worker.trainer_directory import EventWriter, TrainerDirectory
@@ -36,10 +36,13 @@ class Waiting:
 class Standby:
     """The worker's end: at most one process waits."""
 
-    def __init__(self, trainers_dir: Path, device: node.Device, *, silence_seconds: float) -> None:
+    def __init__(
+        self, trainers_dir: Path, device: node.Device, *, silence_seconds: float, num_processes: int = 1
+    ) -> None:
         self._trainers_dir = trainers_dir
         self._device = device
         self._silence_seconds = silence_seconds
+        self._num_processes = num_processes
         self._waiting: Waiting | None = None
         self._is_given_up = False
 
@@ -57,7 +60,12 @@ class Standby:
         with ExitStack() as folder:
             try:
                 path = folder.enter_context(scratch.owned(self._trainers_dir / f"standby-{secrets.token_hex(6)}"))
-                process = launch(TrainerDirectory.create(path), self._device, silence_seconds=self._silence_seconds)
+                process = launch(
+                    TrainerDirectory.create(path),
+                    self._device,
+                    silence_seconds=self._silence_seconds,
+                    num_processes=self._num_processes,
+                )
             except (OSError, OutOfSpace) as error:
                 log.warning("No trainer stands by: %s", error)
                 self._is_given_up = True
@@ -104,8 +112,9 @@ def stand_by(directory: TrainerDirectory, warm_up: Callable[[Path], None]) -> No
             warm_up(directory.path / "warm-up")
         except Exception:  # noqa: BLE001  (whatever it is, it comes again with a real base, and is told of that one)
             traceback.print_exc()
-    events = EventWriter(directory)
-    events.write({"type": "standing_by"})
-    events.close()
+    if tether.is_first():
+        events = EventWriter(directory)
+        events.write({"type": "standing_by"})
+        events.close()
     while not directory.has_begun():
         time.sleep(LOOK_SECONDS)

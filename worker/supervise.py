@@ -135,7 +135,12 @@ def _trainer(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Pat
             return trainer
     path = stack.enter_context(scratch.owned(context.trainers_dir() / str(first.trainer_id)))
     directory = TrainerDirectory.create(path)
-    trainer = launch(directory, context.device, silence_seconds=context.settings.lease_seconds)
+    trainer = launch(
+        directory,
+        context.device,
+        silence_seconds=context.settings.lease_seconds,
+        num_processes=context.num_processes,
+    )
     stack.callback(trainer.close)
     trainer.begin(settings)
     return trainer
@@ -170,7 +175,7 @@ def _announced(context: WorkerContext, trainer: TrainerProcess, pack: Pack, base
     trainer_id, pack_key = pack.trainer_id, pack.pack_key
     named = {"trainer_id": trainer_id, "worker_id": context.worker_id, "base_digest": base_digest}
     device = context.device.as_json()
-    group = {"group": {name: device[name] for name in ("indices", "cores", "trained_on", "lies_idle")}}
+    group = {"group": {name: device[name] for name in ("indices", "cores")}}
     workers.register_trainer(context.db, **named, pack_key=pack_key, report=group)
     context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id, "report": {}}
     context.pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
@@ -334,7 +339,7 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
 def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
     """What fits beside the pack. An empty trainer's base counts as free: the next job needs it, or it is unloaded. So
     does what stands by in a CPU's memory, for it becomes the trainer."""
-    free = node.free_bytes(context.device)
+    free = context.free_bytes()
     tick_tokens = memory.tick_tokens(context.device.kind, num_lanes=node.num_threads())
     max_jobs = _places(context, pack)
     if pack is None:

@@ -41,9 +41,13 @@ def hold_on(argv: Sequence[str]) -> None:
     for argument in argv:
         if argument.startswith(OPTION):
             die_with_parent()
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                continue
-            watch_pipe(sys.stdin.fileno(), silence_seconds=float(argument.removeprefix(OPTION)))
+            if is_first():
+                watch_pipe(sys.stdin.fileno(), silence_seconds=float(argument.removeprefix(OPTION)))
+
+
+def is_first() -> bool:
+    """Of the processes that one launcher has started here; true of one that was started alone."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def watch_pipe(descriptor: int, *, silence_seconds: float | None) -> threading.Thread:

@@ -55,6 +55,27 @@ def test_a_gpus_use_is_told_in_base_units(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
+def test_of_a_group_of_gpus_is_told_how_busy_they_are_on_average_the_hottest_and_what_they_take_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = node.Device(kind="cuda", indices=(0, 3), name="2 x GPU", memory_bytes=160 * 2**30)
+    of_each = {0: (20, 70, 100_000), 3: (80, 50, 300_000)}
+    told = {
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUtilizationRates": lambda index: SimpleNamespace(gpu=of_each[index][0]),
+        "nvmlDeviceGetTemperature": lambda index, _sensor: of_each[index][1],
+        "nvmlDeviceGetPowerUsage": lambda index: of_each[index][2],
+    }
+    monkeypatch.setattr(node, "open_nvml", lambda: nvml(**told))
+
+    assert measure(group) == {
+        "utilization_ratio": 0.5,
+        "memory_used_bytes": 14 * 2**30,
+        "temperature_celsius": 70,
+        "power_watts": 400,
+    }
+
+
 def test_what_a_card_does_not_tell_is_left_out_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(_: Any) -> Any:
         raise NVMLError("Not Supported")

@@ -37,7 +37,7 @@ def test_a_gpu_is_the_first_that_its_trainer_sees(monkeypatch: pytest.MonkeyPatc
 
     chosen = node.choose_device("2")
 
-    assert (chosen.indices, chosen.torch_name(), chosen.lies_idle) == ((2,), "cuda:0", None)
+    assert (chosen.indices, chosen.torch_name(), chosen.num_processes) == ((2,), "cuda:0", 1)
 
 
 @pytest.mark.usefixtures("three_gpus")
@@ -74,15 +74,16 @@ def test_a_group_of_gpus_has_the_memory_of_its_smallest_times_their_number(monke
 
 
 @pytest.mark.usefixtures("three_gpus")
-def test_a_group_of_several_gpus_says_that_a_trainer_uses_its_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_of_a_group_has_a_process_with_the_memory_of_the_smallest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     group = node.choose_device("2,0")
 
-    told = group.as_json()
-    assert told["trained_on"] == [2]
-    assert "it trains on GPU 2, and 0 lies idle" in told["lies_idle"]
-    assert (group.trainer_bytes, node.free_bytes(group)) == (group.memory_bytes // 2, 79 * GIB)
+    assert group.num_processes == 2
+    assert group.bytes_of_each == group.memory_bytes // 2
+    assert node.free_bytes(group) == min(node.free_bytes(node.choose_device(name)) for name in ("2", "0"))
 
 
 @pytest.mark.usefixtures("three_gpus")

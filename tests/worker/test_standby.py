@@ -43,8 +43,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
     """Every process that was started in place of a real one."""
     found: list[FakeProcess] = []
 
-    def launch(directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float) -> FakeProcess:
-        assert silence_seconds == 6
+    def launch(
+        directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
+    ) -> FakeProcess:
+        assert (silence_seconds, num_processes) == (6, 1)
         assert not directory.has_begun()
         found.append(FakeProcess(directory))
         return found[-1]

@@ -80,7 +80,9 @@ def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], l
     trainers: list[FakeTrainer] = []
     site.context.scratch_dir().mkdir()
 
-    def launch(directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float) -> FakeTrainer:
+    def launch(
+        directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
+    ) -> FakeTrainer:
         trainers.append(FakeTrainer(directory, scripts[0]))
         return trainers[-1]
 
