@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, cordons, daily, events, preemption, recovery, result_files, tallies, usage
+from catalog import (
+    artifact_rows,
+    cordons,
+    daily,
+    events,
+    failpoints,
+    preemption,
+    recovery,
+    result_files,
+    tallies,
+    usage,
+)
 from catalog.artifacts.manifest import Manifest
 from catalog.artifacts.store import Blob
 from catalog.db import Database, read_clock
@@ -199,6 +210,8 @@ def complete(
         daily.store(session, job.project_id, artifact.num_bytes + curves.num_bytes, now=now)
         done = "The job has successfully completed"
         move(session, job, Verb.COMPLETE, now=now, message=done, reason=EndReason.COMPLETED)
+        session.flush()
+        failpoints.pass_by("in_complete")
         return adapter
 
 

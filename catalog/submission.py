@@ -7,7 +7,7 @@ import secrets
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, daily, events, exports, labels, quotas, tracing
+from catalog import audit, daily, events, exports, failpoints, labels, quotas, tracing
 from catalog.acceptance import accept, job_row
 from catalog.db import Database, read_clock, serialised_at
 from catalog.errors import Conflict, InvalidRequest
@@ -49,7 +49,9 @@ def create(
             key.body_digest, key.created_at = body_digest, now
             session.flush()  # the job's row goes first: the key refers to it
             session.add(key)
-        return job
+        failpoints.pass_by("submit_before_commit")
+    failpoints.pass_by("submit_after_commit")
+    return job
 
 
 def made_before(

@@ -13,7 +13,7 @@ from functools import cache
 from sqlalchemy import Row, Select, bindparam, literal, select
 from sqlalchemy.orm import Session
 
-from catalog import heads, pictures, quotas, recovery, tallies, usage
+from catalog import failpoints, heads, pictures, quotas, recovery, tallies, usage
 from catalog.db import Database, clock_column, clock_given, find_in, read_clock, serialise, skip_locked
 from catalog.moves import move
 from catalog.records import resumable
@@ -117,6 +117,7 @@ def claim_pack(
             chosen = _choose(session, ask)
         if not chosen.choices:
             return []
+        failpoints.pass_by("before_claim")
         if pack_key is not None and race == 0:
             usage.settle(db, trainer_id, policy=policy)
         with db.write() as session:

@@ -20,21 +20,26 @@ from typing import Any
 from catalog import bases, files, jobs, keys, projects
 from catalog.artifacts.store import open_store
 from catalog.db import Database
+from catalog.errors import Unavailable
 from catalog.keys import Caller
 from catalog.settings import Settings
 from catalog.spec import JobRequest
 from catalog.states import FINAL_STATES
-from catalog.tables import Adapter, Artifact, Job, JobEvent
+from catalog.tables import Adapter, Artifact, Checkpoint, Job, JobEvent, Trainer
 from tests import tiny_base
 from worker.trainer_directory import EventReader, TrainerDirectory
 
 ROOT = Path(__file__).parents[1]
 BASE = "tiny"
 WAIT_SECONDS = 120.0
+PEPPER = "pepper"
+"""What an api over a site must be told for the site's key to open it."""
 
 
 class WorkerSite:
     """Everything that a worker needs, in one folder."""
+
+    patience_seconds = WAIT_SECONDS
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.environment = {
@@ -53,7 +58,8 @@ class WorkerSite:
         self.db.migrate()
         self.store = open_store(self.settings)
         project = projects.ensure(self.db)
-        key, _ = keys.create(self.db, project_id=project.id, name="test", pepper=b"pepper", is_operator=True)
+        pepper = PEPPER.encode()
+        key, self.key = keys.create(self.db, project_id=project.id, name="test", pepper=pepper, is_operator=True)
         self.caller = Caller(
             api_key_id=key.id,
             project_id=project.id,
@@ -98,6 +104,22 @@ class WorkerSite:
     def attempts(self, job_id: str) -> list[Any]:
         return jobs.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)
 
+    def reasons(self, job_id: str) -> list[str]:
+        """How each attempt ended."""
+        return [attempt.reason for attempt in self.attempts(job_id)]
+
+    def checkpoint_steps(self, job_id: str) -> list[int]:
+        with self.db.read() as session:
+            return sorted(row.step for row in session.query(Checkpoint).where(Checkpoint.job_id == job_id))
+
+    def trainer_pid(self, job_id: str) -> int:
+        """As its trainer told it when it was ready."""
+        with self.db.read() as session:
+            trainer = session.get(Trainer, self.job(job_id).trainer_id)
+        assert trainer is not None
+        assert trainer.report is not None
+        return int(trainer.report["pid"])
+
     def adapters(self) -> list[Adapter]:
         with self.db.read() as session:
             return list(session.query(Adapter))
@@ -129,6 +151,20 @@ class WorkerSite:
         self._processes.append(process)
         return process
 
+    def stop_between_writes(self, worker: subprocess.Popen[bytes]) -> None:
+        """SQLite has one writer: a process that stood still amid its own write would stop the whole service."""
+
+        def others_may_write() -> bool:
+            worker.send_signal(signal.SIGSTOP)
+            try:
+                with self.db.write_briefly():
+                    return True
+            except Unavailable:
+                worker.send_signal(signal.SIGCONT)
+                return False
+
+        self.wait_until(others_may_write)
+
     def import_base(self, source: Path) -> None:
         """Let a worker import the base and end."""
         bases.add(self.db, name=BASE, kind="folder", source=str(source))
@@ -138,7 +174,7 @@ class WorkerSite:
     def work_until_done(self, **environment: str) -> None:
         """One worker that ends when there is nothing left to do."""
         worker = self.start_worker("--once", **environment)
-        assert worker.wait(WAIT_SECONDS) == 0, self.log()
+        assert worker.wait(self.patience_seconds) == 0, self.log()
 
     def log(self) -> str:
         """What all processes printed."""
@@ -146,7 +182,7 @@ class WorkerSite:
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         """Look again and again; fail with the processes' output when it takes too long."""
-        wait_until(condition, said=self.log)
+        wait_until(condition, said=self.log, seconds=self.patience_seconds)
 
     def wait_for_end(self, *job_ids: str) -> None:
         self.wait_until(lambda: all(self.job(job_id).state in FINAL_STATES for job_id in job_ids))
@@ -177,9 +213,9 @@ class WorkerSite:
         self.db.close()
 
 
-def wait_until(condition: Callable[[], object], *, said: Callable[[], str]) -> None:
+def wait_until(condition: Callable[[], object], *, said: Callable[[], str], seconds: float = WAIT_SECONDS) -> None:
     """Look again and again; fail with what was said when it takes too long."""
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, said()
         time.sleep(0.05)

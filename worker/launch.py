@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from worker import failpoints, node
+from catalog import failpoints
+from worker import node
 from worker.tether import OPTION, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from catalog import claims, memory, packing, saturation, workers
+from catalog import claims, failpoints, memory, packing, saturation, workers
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim, Orders
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.saturation import Speeds
 from catalog.states import EndReason
 from catalog.tables import Json
-from worker import admission, failpoints, node, publish
+from worker import admission, node, publish
 from worker.bases import Abandoned
 from worker.context import WorkerContext
 from worker.curves import Curve

@@ -7,13 +7,13 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from catalog import claims, jobs, result_files
+from catalog import claims, failpoints, jobs, result_files
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.points import Point
 from catalog.records import Course
 from catalog.tables import Json
-from worker import failpoints, provenance
+from worker import provenance
 from worker.context import WorkerContext
 from worker.trainer_directory import TrainerDirectory
 

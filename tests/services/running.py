@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from tests.services.programs import Missing
 
@@ -41,6 +43,35 @@ def running(argv: list[str], *, log: Path, is_ready: Callable[[], bool], user: s
         finally:
             guard.stdin.close()
             guard.wait()
+
+
+class Restartable:
+    """A server that is ended, or killed with all its children, and brought again where it was."""
+
+    def __init__(self, bring: Callable[[], AbstractContextManager[int]]) -> None:
+        """bring: runs it for as long as the block, and gives its process id."""
+        self._bring = bring
+        self._open = ExitStack()
+        self._pid: int | None = None
+
+    def start(self) -> None:
+        """Nothing where it runs."""
+        if self._pid is None:
+            self._pid = self._open.enter_context(self._bring())
+
+    def stop(self) -> None:
+        """In good order."""
+        self._pid = None
+        self._open.close()
+
+    def kill(self) -> None:
+        """Every process of it at once, by SIGKILL."""
+        assert self._pid is not None, "it does not run"
+        server = psutil.Process(self._pid)
+        for process in [server, *server.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.stop()
 
 
 @contextmanager

@@ -5,20 +5,34 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.services.programs import Missing
 
 
 @contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
     """Mounted at `folder` for as long as the block. Skips the test where we may not mount one."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(mounted(folder, num_bytes))
+        except Missing as missing:
+            pytest.skip(str(missing))
+        yield folder
+
+
+@contextmanager
+def mounted(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """The same. Raises Missing where we may not."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system")
+        raise Missing("only root may mount a small file system")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        # Lazily: what was killed just now may still have a file open.
+        subprocess.run(["umount", "--lazy", folder], check=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,7 @@ import psutil
 import pytest
 
 from catalog import jobs
-from catalog.errors import Unavailable
 from catalog.states import EndReason, JobState
-from catalog.tables import Checkpoint, Trainer
 from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(600)
@@ -31,19 +28,6 @@ def site(tmp_path: Path) -> Iterator[WorkerSite]:
         yield site
 
 
-def trainer_pid(site: WorkerSite, job_id: str) -> int:
-    with site.db.read() as session:
-        trainer = session.get(Trainer, site.job(job_id).trainer_id)
-    assert trainer is not None
-    assert trainer.report is not None
-    return int(trainer.report["pid"])
-
-
-def checkpoint_steps(site: WorkerSite, job_id: str) -> list[int]:
-    with site.db.read() as session:
-        return sorted(row.step for row in session.query(Checkpoint).where(Checkpoint.job_id == job_id))
-
-
 def is_gone_in_time(pid: int) -> bool:
     deadline = time.monotonic() + GONE_SECONDS
     while time.monotonic() < deadline:
@@ -51,10 +35,6 @@ def is_gone_in_time(pid: int) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def reasons(site: WorkerSite, job_id: str) -> list[str]:
-    return [attempt.reason for attempt in site.attempts(job_id)]
 
 
 def small_job(**fields: Any) -> dict[str, Any]:
@@ -66,8 +46,8 @@ def test_a_killed_worker_takes_its_trainer_along_and_another_finishes_with_the_s
     rows, held_out = site.upload(60), site.upload(12, seed=5)
     disturbed = site.submit(rows, validation_file=held_out, **small_job())
     worker = site.start_worker(FAILPOINT="step_25:hang")
-    site.wait_until(lambda: checkpoint_steps(site, disturbed) == [10, 20])
-    pid = trainer_pid(site, disturbed)
+    site.wait_until(lambda: site.checkpoint_steps(disturbed) == [10, 20])
+    pid = site.trainer_pid(disturbed)
 
     worker.kill()
 
@@ -76,7 +56,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_another_finishes_with_the_s
     site.start_worker()
     site.wait_for_end(disturbed, undisturbed)
     assert site.job(disturbed).state == JobState.SUCCEEDED, site.log()
-    assert reasons(site, disturbed) == [EndReason.INFRA_LOST, EndReason.COMPLETED]
+    assert site.reasons(disturbed) == [EndReason.INFRA_LOST, EndReason.COMPLETED]
     assert site.attempts(disturbed)[1].resumed_from_step == 20
     assert sorted(adapter.job_id for adapter in site.adapters()) == sorted([undisturbed, disturbed])
     assert site.weights_digest(disturbed) == site.weights_digest(undisturbed)
@@ -95,7 +75,7 @@ def test_a_killed_worker_at_any_stage_leaves_one_adapter(site: WorkerSite, failp
 
     assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
     assert [adapter.job_id for adapter in site.adapters()] == [job_id]
-    assert len(reasons(site, job_id)) == (1 if failpoint == "after_complete" else 2)
+    assert len(site.reasons(job_id)) == (1 if failpoint == "after_complete" else 2)
 
 
 @pytest.mark.slow
@@ -110,7 +90,7 @@ def test_a_trainer_that_dies_three_times_without_progress_is_quarantined_with_th
 
     job = site.job(job_id)
     assert job.state == JobState.FAILED
-    assert reasons(site, job_id) == [EndReason.TRAINER_CRASHED] * 3
+    assert site.reasons(job_id) == [EndReason.TRAINER_CRASHED] * 3
     assert job.error is not None
     assert job.error["code"] == "quarantined"
     assert site.adapters() == []
@@ -139,15 +119,15 @@ def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_
     site.wait_for_message("cancel")
     site.gate("join").touch()
     site.wait_for_step(24, packed["stays"])
-    site.wait_until(lambda: checkpoint_steps(site, packed["joins"]))
-    os.kill(trainer_pid(site, packed["stays"]), signal.SIGKILL)
+    site.wait_until(lambda: site.checkpoint_steps(packed["joins"]))
+    os.kill(site.trainer_pid(packed["stays"]), signal.SIGKILL)
     site.gate("kill").touch()
 
     site.wait_for_end(*packed.values(), cancelled)
 
     assert site.job(cancelled).state == JobState.CANCELLED
     for name in ("stays", "joins"):
-        assert reasons(site, packed[name]) == [EndReason.TRAINER_CRASHED, EndReason.COMPLETED], site.log()
+        assert site.reasons(packed[name]) == [EndReason.TRAINER_CRASHED, EndReason.COMPLETED], site.log()
         assert site.attempts(packed[name])[1].resumed_from_step > 0
     for name in kinds:
         assert site.weights_digest(packed[name]) == site.weights_digest(solo[name]), name
@@ -168,7 +148,7 @@ def test_resumed_equals_uninterrupted_when_the_worker_leaves_and_that_attempt_is
     assert site.job(drained).counted_attempts == 0
     left_alone = site.submit(rows, **small_job())
     site.work_until_done()
-    assert reasons(site, drained) == [EndReason.DRAINED, EndReason.COMPLETED]
+    assert site.reasons(drained) == [EndReason.DRAINED, EndReason.COMPLETED]
     assert site.attempts(drained)[1].resumed_from_step == 15
     assert site.weights_digest(drained) == site.weights_digest(left_alone)
 
@@ -177,9 +157,9 @@ def test_resumed_equals_uninterrupted_when_the_worker_leaves_and_that_attempt_is
 def test_a_worker_that_was_stopped_for_two_leases_finds_its_work_taken_and_writes_nothing(site: WorkerSite) -> None:
     job_id = site.submit(site.upload(20), **small_job(max_steps=20))
     stopped = site.start_worker(FAILPOINT="step_15:hang")
-    site.wait_until(lambda: checkpoint_steps(site, job_id) == [10])
-    pid = trainer_pid(site, job_id)
-    stop_between_writes(site, stopped)
+    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
+    pid = site.trainer_pid(job_id)
+    site.stop_between_writes(stopped)
     site.start_worker()
     site.wait_for_end(job_id)
     assert not is_running(pid), "the trainer of a silent worker ends by itself"
@@ -190,23 +170,8 @@ def test_a_worker_that_was_stopped_for_two_leases_finds_its_work_taken_and_write
 
     assert stopped.wait(WAIT_SECONDS) == 0, site.log()
     assert [event.seq for event in site.events(job_id)] == events_before
-    assert reasons(site, job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED]
+    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED]
     assert len(site.adapters()) == 1
-
-
-def stop_between_writes(site: WorkerSite, worker: subprocess.Popen[bytes]) -> None:
-    """SQLite has one writer: a process that stood still amid its own write would stop the whole service."""
-
-    def others_may_write() -> bool:
-        worker.send_signal(signal.SIGSTOP)
-        try:
-            with site.db.write_briefly():
-                return True
-        except Unavailable:
-            worker.send_signal(signal.SIGCONT)
-            return False
-
-    site.wait_until(others_may_write)
 
 
 def is_running(pid: int) -> bool:

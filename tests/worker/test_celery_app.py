@@ -14,7 +14,6 @@ from sqlalchemy import update
 
 from catalog import cordons, fitness, workers
 from catalog.states import EndReason, JobState
-from catalog.tables import Trainer
 from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site, worker_site
 from worker.context import UNFIT
 
@@ -83,7 +82,7 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
         ring(site, ("lorry.work",))
         site.wait_for_step(6, disturbed)
-        pid = trainer_pid(site, disturbed)
+        pid = site.trainer_pid(disturbed)
         worker.terminate()
         site.wait_for_message("drain")
 
@@ -124,10 +123,3 @@ def test_a_celery_worker_that_does_not_fit_ends_before_it_takes_a_message(tmp_pa
         assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
         assert "it is at 9999, a newer one. Install the service's version" in site.log()
         assert workers.list_workers(site.db, ended_within_seconds=0) == []
-
-
-def trainer_pid(site: WorkerSite, job_id: str) -> int:
-    with site.db.read() as session:
-        report = session.get_one(Trainer, site.job(job_id).trainer_id).report
-    assert report is not None
-    return int(report["pid"])

@@ -1,7 +1,8 @@
-"""Faults on demand: FAILPOINT=NAME:kill|hang|raise|wait=PATH makes this process fail where it passes that name.
+"""Faults on demand: FAILPOINT=NAME:kill|hang|raise|exit|wait=PATH makes this process fail where it passes that name.
 
-Several are separated by commas; `wait` goes on once PATH exists. Without the variable nothing happens.
-Names: after_claim, loading, step_K, in_checkpoint, uploading, before_complete, after_complete.
+Several are separated by commas; `wait` goes on once PATH exists, `exit` ends it with status 0. Without the variable
+nothing happens. Names: in the api submit_before_commit, submit_after_commit; in a worker before_claim, after_claim,
+uploading, before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def _fail(name: str, action: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "raise":
         raise Failure(f"failpoint {name}")
+    if action == "exit":
+        os._exit(0)
     verb, _, path = action.partition("=")
-    assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is none of kill, hang, raise, wait=PATH"
+    assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is none of kill, hang, raise, exit, wait=PATH"
     while verb == "hang" or not Path(path).exists():
         time.sleep(0.02)

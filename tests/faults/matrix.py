@@ -1,0 +1,35 @@
+"""All rows, in the order in which they are run, and those that can't be."""
+
+from __future__ import annotations
+
+from tests.faults import api, trainer, worker
+from tests.faults.row import NotHere, Row
+
+ROWS: tuple[Row, ...] = (*worker.ROWS, *trainer.ROWS, *api.ROWS)
+NOT_HERE = (
+    NotHere(
+        name="cuda-oom",
+        fault="CUDA out of memory",
+        why="needs a CUDA GPU; the classes of exits are in tests/worker/test_exits.py",
+    ),
+    NotHere(
+        name="cgroup-oom",
+        fault="the kernel kills the trainer for want of memory",
+        why="needs a memory cgroup that may be made and limited; the class is in tests/worker/test_exits.py",
+    ),
+    NotHere(
+        name="clock",
+        fault="clock an hour off",
+        why="the clock is the whole machine's; tests/catalog/test_recovery.py turns the database's",
+    ),
+    NotHere(
+        name="redis-absent-long",
+        fault="Redis absent for 10 minutes",
+        why="redis-absent is the same for 20 s",
+    ),
+    NotHere(
+        name="database-read-only-sqlite",
+        fault="SQLite's file read-only",
+        why="root writes whatever the file's mode says",
+    ),
+)

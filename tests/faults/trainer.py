@@ -1,0 +1,86 @@
+"""Faults of a trainer: killed, crashed, ended as if all were well, silent, short of memory."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from functools import partial
+
+from catalog.states import EndReason, JobState
+from tests.faults.row import Row
+from tests.faults.site import PATIENCE_SECONDS, FaultSite
+
+CRASHED_ONCE = [EndReason.TRAINER_CRASHED, EndReason.COMPLETED]
+
+
+def _signalled(site: FaultSite, *, number: signal.Signals) -> str:
+    """The trainer alone, at step 15; its worker goes on with a new one."""
+    job_id = site.submit_small()
+    worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
+    site.wait_for_step(15, job_id)
+    site.trainer_of(worker).send_signal(number)
+    site.gate("go").touch()
+
+    site.wait_for_success(job_id)
+
+    assert site.reasons(job_id) == CRASHED_ONCE, site.told(job_id)
+    assert site.attempts(job_id)[1].resumed_from_step == 10
+    return f"{site.told(job_id)}: {site.attempts(job_id)[0].detail}"
+
+
+def _ended_as_if_well(site: FaultSite) -> str:
+    """Exit status 0 with a job in hand, before its first checkpoint: three times, and it is put aside."""
+    job_id = site.submit_small()
+    site.start_worker(FAILPOINT="step_5:exit")
+
+    site.wait_for_end(job_id)
+
+    job = site.job(job_id)
+    assert (job.state, (job.error or {}).get("code")) == (JobState.FAILED, "quarantined"), job.error
+    assert site.reasons(job_id) == [EndReason.TRAINER_CRASHED] * 3, site.told(job_id)
+    assert site.adapters() == []
+    return f"{site.told(job_id)}: {site.attempts(job_id)[0].detail}"
+
+
+def _silent(site: FaultSite) -> str:
+    """It hangs amid training. Its worker has less patience than by itself: 5 s."""
+    job_id = site.submit_small()
+    argv = [sys.executable, "-m", "tests.faults.impatient_worker"]
+    first = site.start(argv, FAILPOINT="step_15:hang")
+    site.wait_until(lambda: site.reasons(job_id)[:1] == [EndReason.TIMEOUT])
+    first.terminate()
+    assert first.wait(PATIENCE_SECONDS) == 0, site.log()
+
+    site.finish(job_id)
+
+    assert site.attempts(job_id)[-1].resumed_from_step == 10, site.told(job_id)
+    return f"{site.told(job_id)}: {site.attempts(job_id)[0].detail}"
+
+
+ROWS = (
+    Row(
+        name="trainer-killed",
+        fault="kill -9 trainer only",
+        also="exit classed, job resumes",
+        act=partial(_signalled, number=signal.SIGKILL),
+    ),
+    Row(
+        name="trainer-segfault",
+        fault="the trainer ends by SIGSEGV",
+        also="the right class, job resumes",
+        act=partial(_signalled, number=signal.SIGSEGV),
+    ),
+    Row(
+        name="trainer-exit-0",
+        fault="the trainer ends with status 0 and no adapter",
+        also="the right class; no success without an adapter",
+        act=_ended_as_if_well,
+    ),
+    Row(
+        name="trainer-hang",
+        fault="the trainer hangs amid training",
+        also="caught by the progress time-out; job resumes",
+        act=_silent,
+    ),
+)

@@ -1,0 +1,164 @@
+"""A TCP proxy on loopback that fails on demand: partitions, refusals, slowness, and HTTP answers of its own.
+
+It runs in a thread of this process. What passes is not looked at, but for the first line of an HTTP request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Literal
+
+CHUNK_BYTES = 16_384
+REQUEST = re.compile(rb"(GET|PUT|POST|HEAD|DELETE) (\S+) HTTP/1\.1\r\n")
+Verdict = Literal["pass", "lose the answer"] | bytes
+"""Of a request: to be passed on; passed on, and its answer dropped with the connection; or answered by these bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """An HTTP request's first line."""
+
+    method: str
+    path: str
+
+
+class FaultProxy:
+    """`judge` says what becomes of each HTTP request; by itself all are passed on."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.port = 0
+        self.judge: Callable[[Asked], Verdict] = lambda _: "pass"
+        self.bytes_per_second: float | None = None
+        """Of each connection, to the server."""
+        self._target = (host, port)
+        self._is_refusing = False
+        self._loop = asyncio.new_event_loop()
+        self._whole = asyncio.Event()
+        self._open: set[asyncio.StreamWriter] = set()
+
+    def part(self) -> None:
+        """Nothing passes any more, and no connection is closed: what is sent waits until `heal`."""
+        self._loop.call_soon_threadsafe(self._whole.clear)
+
+    def refuse(self) -> None:
+        """All connections are closed, and new ones as soon as they are made."""
+        self._is_refusing = True
+        self._loop.call_soon_threadsafe(self._close_all)
+
+    def heal(self) -> None:
+        """All passes again."""
+        self._is_refusing, self.bytes_per_second = False, None
+        self.judge = lambda _: "pass"
+        self._loop.call_soon_threadsafe(self._whole.set)
+
+    def run(self, is_ready: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._whole.set()
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port = server.sockets[0].getsockname()[1]
+        is_ready.set()
+        self._loop.run_forever()
+        server.close()
+        self._close_all()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    def end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            if self._is_refusing:
+                return
+            with suppress(OSError, asyncio.CancelledError):
+                await self._connect(reader, writer)
+        finally:
+            self._open.discard(writer)
+            writer.close()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_reader, to_writer = await asyncio.open_connection(*self._target)
+        self._open.add(to_writer)
+        connection = _Connection(proxy=self, client=writer, server=to_writer)
+        pumps = [
+            asyncio.create_task(self._pump(reader, connection.to_server)),
+            asyncio.create_task(self._pump(to_reader, connection.to_client)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            self._open.discard(to_writer)
+            to_writer.close()
+
+    async def _pump(self, reader: asyncio.StreamReader, put: Callable[[bytes], object]) -> None:
+        """Until an end closes, or `put` says by False that this is over."""
+        with suppress(OSError):
+            while chunk := await reader.read(CHUNK_BYTES):
+                await self._whole.wait()
+                if self.bytes_per_second is not None:
+                    await asyncio.sleep(len(chunk) / self.bytes_per_second)
+                if put(chunk) is False:
+                    return
+
+    def _close_all(self) -> None:
+        for writer in list(self._open):
+            writer.close()
+
+
+@dataclass(kw_only=True, slots=True)
+class _Connection:
+    """What is decided of the request that is under way."""
+
+    proxy: FaultProxy
+    client: asyncio.StreamWriter
+    server: asyncio.StreamWriter
+    loses_answer: bool = False
+
+    def to_server(self, chunk: bytes) -> bool:
+        """The rest of a refused request is never read: its body breaks off in the middle."""
+        request = REQUEST.match(chunk)
+        if request is not None:
+            asked = Asked(method=request[1].decode(), path=request[2].decode())
+            verdict = self.proxy.judge(asked)
+            self.loses_answer = verdict == "lose the answer"
+            if isinstance(verdict, bytes):
+                self.client.write(verdict)
+                return False
+        self.server.write(chunk)
+        return True
+
+    def to_client(self, chunk: bytes) -> bool:
+        if self.loses_answer:
+            return False
+        self.client.write(chunk)
+        return True
+
+
+def http_answer(status: str, body: str) -> bytes:
+    """A whole answer, after which the connection closes. status: "500 Internal Server Error"."""
+    head = f"HTTP/1.1 {status}\r\ncontent-type: application/xml\r\ncontent-length: {len(body)}\r\nconnection: close"
+    return f"{head}\r\n\r\n{body}".encode()
+
+
+@contextmanager
+def fault_proxy(host: str, port: int) -> Iterator[FaultProxy]:
+    """Before a server on `host`:`port`, for as long as the block."""
+    proxy, is_ready = FaultProxy(host, port), threading.Event()
+    thread = threading.Thread(target=proxy.run, args=(is_ready,), name="fault-proxy", daemon=True)
+    thread.start()
+    is_ready.wait()
+    try:
+        yield proxy
+    finally:
+        proxy.end()
+        thread.join()
