@@ -50,6 +50,9 @@ from catalog.outages import silent, translated
 
 BUSY_SECONDS = 30
 BRIEF_MILLISECONDS = 100
+STUCK_SECONDS = 30
+"""PostgreSQL ends a transaction whose client says nothing for so long: stopped or cut off amid a write, it would hold
+its rows for hours. No transaction of ours is open across anything slow."""
 IDLE_SECONDS = 1.0
 """A connection that was not used for so long is tried before it is."""
 LAST = "last"
@@ -367,6 +370,7 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
     """Compiled, a question takes 0.3 s longer; in a large database it looks worth that, and never is."""
     connection.autocommit = True
     connection.execute("set jit = off")
+    connection.execute(f"set idle_in_transaction_session_timeout = '{STUCK_SECONDS}s'")
     connection.autocommit = False
 
 

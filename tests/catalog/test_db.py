@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import QueuePool, event, select, text
 
 from catalog import projects
-from catalog.db import Database, read_clock, serialise, serialised_at, upsert
+from catalog.db import STUCK_SECONDS, Database, read_clock, serialise, serialised_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 from catalog.tables import MetricBlock, Organization, Pulse
 from tests.catalog.world import World, request
@@ -272,6 +272,32 @@ def test_connections_that_died_while_idle_are_replaced_before_they_are_used(
 
     with db.read() as session:
         assert [row.id for row in session.scalars(select(Organization))] == ["p"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_writer_that_stands_still_amid_its_transaction_holds_its_rows_for_half_a_minute(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with db.write() as session:
+        session.add(Organization(id="p", name="p", created_at=0))
+        assert session.scalar(text("show idle_in_transaction_session_timeout")) == f"{STUCK_SECONDS}s"
+    monkeypatch.setattr("catalog.db.STUCK_SECONDS", 1)
+    stuck = Database(db.url)
+
+    def stand_still() -> None:
+        with stuck.write() as session:
+            row = session.get_one(Organization, "p", with_for_update=True)
+            with db.write() as other:  # waits for the row, until the server takes it from who says nothing
+                other.get_one(Organization, "p", with_for_update=True).name = "theirs"
+            row.name = "mine"
+            session.flush()
+
+    with pytest.raises(Unavailable):
+        stand_still()
+
+    with db.read() as session:
+        assert session.get_one(Organization, "p").name == "theirs"
+    stuck.close()
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
