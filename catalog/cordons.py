@@ -185,7 +185,9 @@ def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
     if len(packs) <= number:
         return True
     jobs = sorted(set[str]().union(*packs))
-    return any(all(pack.intersection(chosen) for pack in packs) for chosen in combinations(jobs, number))
+    return any(
+        all(pack.intersection(chosen) for pack in packs) for chosen in combinations(jobs, min(number, len(jobs)))
+    )
 
 
 def _ended(attempt: Attempt) -> Ended:

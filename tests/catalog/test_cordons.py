@@ -249,6 +249,7 @@ def ends(*packs: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> list[End
         (("a", "b", "c"), True),
         (("a", "b"), False),
         (("a", "a", "a", "b"), False),
+        (("a", "a", "a"), False),
         (("pab", "pab", "p"), False),
         (("pab", "pab", "p", "x"), False),
         (("pab", "pab", "p", "x", "y"), True),
