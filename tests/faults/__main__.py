@@ -17,6 +17,9 @@ from tests.faults.report import Outcome, table
 from tests.faults.row import DATABASES, DatabaseKind, Row
 from tests.services.programs import Missing
 
+LOG_CHARS = 10_000
+"""What is shown of the processes' logs where a row fails."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -46,8 +49,12 @@ def _try(ground: Ground, row: Row, kind: DatabaseKind) -> Outcome:
     try:
         with ground.site(row, kind) as site:
             began = time.monotonic()
-            outcome.seen = row.act(site)
-            site.stop()
+            try:
+                outcome.seen = row.act(site)
+                site.stop()
+            except Exception:
+                sys.stderr.write(f"{site.log()[-LOG_CHARS:]}\n")
+                raise
             outcome.findings = site.audit()
     except Missing as missing:
         outcome.left_out = str(missing)

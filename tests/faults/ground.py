@@ -12,11 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psycopg
+
 from tests import tiny_base
 from tests.faults.row import DatabaseKind, Row
 from tests.faults.site import FaultSite, Under
 from tests.services.fault_proxy import FaultProxy, fault_proxy
-from tests.services.postgres import empty_database, restartable_postgres
+from tests.services.postgres import KILLABLE, empty_database, restartable_postgres
 from tests.services.redis import restartable_redis
 from tests.services.running import Restartable
 from tests.services.s3 import new_bucket, s3_server
@@ -73,6 +75,8 @@ class Ground:
             server.start()
             name = f"row_{os.urandom(4).hex()}"
             url = stack.enter_context(empty_database(address, name, template=IMPORTED))
+            with psycopg.connect(address.replace("+psycopg", ""), autocommit=True) as admin:
+                admin.execute("checkpoint")  # else a kill sets the copy's sequences back to what its template had
             stack.callback(server.start)  # a row may have left it down, and the database is to be dropped
             return {"LORRY_DATABASE_URL": url}
         if row.small_disk == "database":
@@ -103,7 +107,7 @@ class Ground:
 
     @cached_property
     def _postgres(self) -> tuple[str, Restartable]:
-        return self._open.enter_context(restartable_postgres())
+        return self._open.enter_context(restartable_postgres(settings=KILLABLE))
 
     @cached_property
     def _s3(self) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.faults import api, trainer, worker
+from tests.faults import api, database, trainer, worker
 from tests.faults.row import NotHere, Row
 
-ROWS: tuple[Row, ...] = (*worker.ROWS, *trainer.ROWS, *api.ROWS)
+ROWS: tuple[Row, ...] = (*worker.ROWS, *trainer.ROWS, *api.ROWS, *database.ROWS)
 NOT_HERE = (
     NotHere(
         name="cuda-oom",
@@ -21,11 +21,6 @@ NOT_HERE = (
         name="clock",
         fault="clock an hour off",
         why="the clock is the whole machine's; tests/catalog/test_recovery.py turns the database's",
-    ),
-    NotHere(
-        name="redis-absent-long",
-        fault="Redis absent for 10 minutes",
-        why="redis-absent is the same for 20 s",
     ),
     NotHere(
         name="database-read-only-sqlite",

@@ -109,16 +109,16 @@ class FaultSite(WorkerSite):
         return bool(list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
 
     def is_anybody_writing(self) -> bool:
-        """SQLite's lock is held, or a transaction of PostgreSQL's is open and waits for its client."""
+        """SQLite's lock is held, or a transaction of PostgreSQL's waits for its client for longer than any does."""
         if self.db.is_sqlite:
             try:
                 with self.db.write_briefly():
                     return False
             except Unavailable:
                 return True
-        idle = "select count(*) from pg_stat_activity where datname = current_database() and state = :state"
+        waits = "datname = current_database() and state = 'idle in transaction' and now() - state_change > '0.5 s'"
         with self.db.read() as session:
-            return bool(session.scalar(text(idle), {"state": "idle in transaction"}))
+            return bool(session.scalar(text(f"select count(*) from pg_stat_activity where {waits}")))
 
     def wait_for_file(self, pattern: str) -> None:
         """Until a trainer has written it; relative to its directory."""

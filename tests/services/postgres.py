@@ -21,6 +21,8 @@ INSTALLS = (partial(install_debian, "postgresql"), partial(install_wheel, "embed
 ON_POSTGRESQL = os.environ.get("LORRY_TEST_DATABASE") == "postgresql"
 """Tests of the api, and of services that they start, run on PostgreSQL: on SQLite where nobody asks for this."""
 FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+KILLABLE = ("fsync=off",)
+"""What was committed is there again after a kill: the machine's page cache outlives it, and the server's memory not."""
 
 
 @contextmanager
@@ -34,8 +36,7 @@ def postgres_server(port: int | None = None, *, settings: Sequence[str] = FORGET
 def restartable_postgres(
     port: int | None = None, *, settings: Sequence[str] = FORGETFUL
 ) -> Iterator[tuple[str, Restartable]]:
-    """The same address, and the server, which has started. What it had committed is there again after a kill: the
-    machine's page cache outlives it."""
+    """The same address, and the server, which has started."""
     program = find_or_install(find, name="PostgreSQL server", installs=INSTALLS)
     user = unprivileged_user()
     port = port or free_port()
