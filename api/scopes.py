@@ -21,6 +21,7 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "list_jobs": ("jobs:read",),
     "get_job": ("jobs:read",),
     "list_job_events": ("jobs:read",),
+    "list_job_logs": ("jobs:read",),
     "list_job_checkpoints": ("jobs:read",),
     "get_job_metrics": ("jobs:read",),
     "explain_job": ("jobs:read",),

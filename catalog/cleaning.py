@@ -8,10 +8,10 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, checkpoint_models, daily, files, part_uploads
+from catalog import artifact_rows, checkpoint_models, daily, files, outputs, part_uploads
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
 from catalog.db import Database, read_clock, serialise, skip_locked
-from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, Plan, Prepared, UploadPart
+from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, JobOutput, Plan, Prepared, UploadPart
 
 EXPIRED_AT_ONCE = 10_000
 """Files past their time that one cleaning deletes; the next takes the rest, which nobody sees either."""
@@ -27,12 +27,14 @@ def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SE
 
 def let_go(db: Database) -> None:
     """Hide what nobody needs: files past their time, parts of uploads that are over, checkpoints of jobs that ended a
-    week ago, tokens of deleted files, plans past their time, deleted adapters."""
+    week ago, what was printed for those that ended a month ago, tokens of deleted files, plans past their time, deleted
+    adapters."""
     with db.write() as session:
         serialise(session, "clean")  # two at once would lock the same rows, each in its own order
         now = read_clock(session)
         _let_expire(session, now=now)
         part_uploads.forget(session, now=now)
+        outputs.let_go(session, now=now)
         ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
         kept = update(Checkpoint).where(Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
         session.execute(kept.values(artifact=None), execution_options={"synchronize_session": False})
@@ -50,15 +52,18 @@ def let_go(db: Database) -> None:
 
 
 def live_digests(db: Database) -> set[str]:
-    """Manifests that are visible, files that are not deleted or that a job still needs, and parts of uploads."""
+    """Manifests that are visible, files that are not deleted or that a job still needs, what trainers printed, and
+    parts of uploads."""
     with db.read() as session:
         return {*session.scalars(select(Artifact.digest)), *wanted_files(session)}
 
 
 def wanted_files(session: Session) -> set[str]:
-    """Digests of files that are not deleted or that a job still needs, and of parts of uploads."""
+    """Digests of files that are not deleted or that a job still needs, of what trainers printed, and of parts of
+    uploads."""
     wanted = session.scalars(select(File.digest).where(_is_wanted()))
-    return {*wanted, *session.scalars(select(UploadPart.digest))}
+    printed = session.scalars(select(JobOutput.digest))
+    return {*wanted, *printed, *session.scalars(select(UploadPart.digest))}
 
 
 def _let_expire(session: Session, *, now: float) -> None:

@@ -158,6 +158,17 @@ class JobEvent(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogLine(View):
+    """What a trainer printed while it held the job. `rank`: which of the trainer's processes."""
+
+    id: str = ""
+    attempt: int = 0
+    rank: int = 0
+    number: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample(View):
     """A job's answer to one of its own prompts. `is_complete`: it came to its end within the tokens allowed."""
 

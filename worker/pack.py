@@ -25,6 +25,7 @@ from worker.context import WorkerContext
 from worker.curves import Curve
 from worker.held import STOPPED, End, Held, folders_of
 from worker.news import Listener, Next
+from worker.output import Output
 from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Pack:
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
         self._listener = Listener(context, directory, trainer_id)
+        self._output = Output(context, directory)
         self._held: dict[str, Held] = {}
         self._is_ready_recorded = False
         self._memory: Json = {}
@@ -121,6 +123,7 @@ class Pack:
         failpoints.pass_by("after_claim")
         curve = Curve(num_steps=claim.job.num_steps or 0)
         self._held[claim.claim_id] = Held(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
+        self._output.begin(claim, is_loading=self.ready is None)
         self.idle_since = time.monotonic()
 
     def hand_over(self) -> None:
@@ -189,6 +192,7 @@ class Pack:
             self._is_ready_recorded = True
         for held in list(self._held.values()):
             self._guarded(held, self._catch_up)
+        self._output.push_due()
 
     def silent_seconds(self) -> float:
         """Since the trainer last said something, be it heard or not."""
@@ -295,6 +299,7 @@ class Pack:
     def _drop(self, held: Held) -> None:
         """Another worker has the job, or recovery has taken it: stop, and write nothing."""
         self._inbox.send("cancel", claim_id=held.claim.claim_id)
+        self._output.drop(held.claim.claim_id)
         self._forget(held)
 
     def _holds(self, held: Held) -> bool:
@@ -308,6 +313,7 @@ class Pack:
         self._context.spans.ended(claim_id, None)
         held.news.clear()
         self._context.pulse.release(claim_id)
+        self._output.end(claim_id)
         self.idle_since = time.monotonic()
         shutil.rmtree(self.directory.job_path(claim_id), ignore_errors=True)
 

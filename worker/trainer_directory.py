@@ -1,6 +1,6 @@
 """The process edge of a trainer: a directory of files. Both ends are here, so that they agree.
 
-trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; log.txt is for people.
+trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; log.txt is for people: see output.
 A message exists whole or not at all (temporary file, then rename); an event is one flushed line.
 """
 
@@ -79,11 +79,23 @@ class TrainerDirectory:
         """As messages name a path in it."""
         return str(path.relative_to(self.path))
 
+    @property
+    def log_start(self) -> int:
+        """In bytes, where the log of the trainer of this base begins."""
+        return self._log_start
+
+    def logs(self) -> dict[int, Path]:
+        """What each process prints, by its rank: log.txt is that of the first, log-1.txt that of the next."""
+        others = {int(path.stem.partition("-")[2]): path for path in self.path.glob("log-[0-9]*.txt")}
+        return {0: self.log_path, **others}
+
     def log_tail(self, max_bytes: int = 4000) -> str:
         """The last of what the trainer printed, since it was told its base model where it was."""
         try:
             with self.log_path.open("rb") as file:
-                file.seek(max(self._log_start, self.log_path.stat().st_size - max_bytes))
+                num_bytes = self.log_path.stat().st_size
+                begin = self._log_start if self._log_start <= num_bytes else 0  # it was cut meanwhile
+                file.seek(max(begin, num_bytes - max_bytes))
                 return file.read().decode(errors="replace")
         except OSError:
             return ""

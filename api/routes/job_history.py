@@ -21,20 +21,23 @@ from api.schemas.job_history import (
     FineTuningJobCheckpoint,
     FineTuningJobEvent,
     JobDataReport,
+    LogLine,
     MetricPoint,
     WhyObject,
     attempt_object,
     checkpoint_object,
     event_object,
+    log_line,
     metric_point,
 )
 from api.schemas.pages import ListPage, page_of
 from api.sse import last_event_id
-from catalog import checkpoint_models, data_reports, jobs
+from catalog import checkpoint_models, data_reports, jobs, outputs
 from catalog.errors import InvalidRequest
 from catalog.events import ShownType
 from catalog.scheduling.picture import Policy
 
+MAX_NUMBER = 999_999_999
 router = Router(prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"], responses={**SIGNED, **errors(404)})
 
 
@@ -53,6 +56,35 @@ def list_job_events(
         use.db, project_id=caller.project_id, job_id=job_id, after=event_seq(after), limit=limit, type=type
     )
     return page_of([event_object(row) for row in page.items], has_more=page.has_more)
+
+
+@router.get("/logs", operation_id="list_job_logs")
+def list_job_logs(
+    job_id: str,
+    use: Use,
+    caller: Signed,
+    *,
+    attempt: Annotated[int | None, Query(ge=1, le=MAX_NUMBER, description="Only of this attempt.")] = None,
+    rank: Annotated[int | None, Query(ge=0, le=MAX_NUMBER, description="Only of this process of its trainer.")] = None,
+    contains: Annotated[
+        str | None, Query(min_length=1, max_length=200, description="Only lines that hold this, in whichever case.")
+    ] = None,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> ListPage[LogLine]:
+    """What its trainers printed, oldest attempt first. Of a running job at most a minute old; kept for 30 days."""
+    page = outputs.lines(
+        use.db,
+        use.store,
+        project_id=caller.project_id,
+        job_id=job_id,
+        attempt=attempt,
+        rank=rank,
+        contains=contains,
+        after=after,
+        limit=limit,
+    )
+    return page_of([log_line(line) for line in page.items], has_more=page.has_more)
 
 
 @router.get("/checkpoints", operation_id="list_job_checkpoints")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.outputs import Line
 from catalog.points import Point
 from catalog.tables import Attempt, Checkpoint, JobEvent
 
@@ -94,6 +95,24 @@ class FineTuningJobCheckpoint(BaseModel):
     available: bool = Field(
         description="It can be used as a model: the newest two of a job can, until seven days after its end."
     )
+
+
+class LogLine(BaseModel):
+    """A line that a trainer printed while it held the job. Secrets and names of others' jobs are taken out."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"id": "1-0-7", "attempt": 1, "rank": 0, "number": 7, "text": "Loading…"}}
+    )
+    id: str
+    object: Literal["fine_tuning.job.log_line"] = "fine_tuning.job.log_line"
+    attempt: int
+    rank: int = Field(description="Which of the trainer's processes; 0 where there is one.")
+    number: int = Field(description="In what is kept of that process, from 1.")
+    text: str
+
+
+def log_line(line: Line) -> LogLine:
+    return LogLine(id=line.id, attempt=line.attempt, rank=line.rank, number=line.number, text=line.text)
 
 
 class MetricPoint(BaseModel):

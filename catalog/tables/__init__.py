@@ -6,7 +6,7 @@ Migrations under migrations/ must agree with these files: `alembic check` says s
 from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tables.exports import JobExport
 from catalog.tables.fleet import Pulse, Service, Trainer, Worker
-from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, MetricBlock
+from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, JobOutput, MetricBlock
 from catalog.tables.jobs import WITHOUT_METADATA, IdempotencyKey, Job, JobLabel
 from catalog.tables.owners import ApiKey, ModelPermission, Organization, Project, ProjectUsage, SignIn
 from catalog.tables.plans import FileOverlap, Plan
@@ -36,6 +36,7 @@ __all__ = [
     "JobEvent",
     "JobExport",
     "JobLabel",
+    "JobOutput",
     "Json",
     "MetricBlock",
     "ModelPermission",

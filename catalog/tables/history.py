@@ -34,6 +34,20 @@ class Attempt(Table):
     )
 
 
+class JobOutput(Table):
+    """What one process of a trainer printed for one attempt: a stored text, bounded, without secrets."""
+
+    __tablename__ = "job_outputs"
+    claim_id: Mapped[str] = mapped_column(ForeignKey("attempts.claim_id"), primary_key=True)
+    rank: Mapped[int] = mapped_column(Integer, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    attempt: Mapped[int]
+    """Its number."""
+    digest: Mapped[str]
+    num_bytes: Mapped[int]
+    written_at: Mapped[float]
+
+
 class JobEvent(Table):
     """What a person reads, and the record of every transition (type `transition`, never deleted)."""
 

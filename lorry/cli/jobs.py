@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -186,6 +187,31 @@ def checkpoints(job: JobId, as_json: AsJson = False) -> None:
 
 @app.command()
 def logs(
+    job_id: JobId,
+    *,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Only of this attempt.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only of this process of its trainer.")] = None,
+    contains: Annotated[str | None, typer.Option(help="Only lines that hold this, in whichever case.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="The last so many. Default: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the job's trainers printed. For what happened to it: lorry jobs events."""
+    found = deque(client().jobs.logs(job_id, attempt=attempt, rank=rank, contains=contains), maxlen=limit)
+    if not found and not as_json:
+        output.say("Its trainers have printed nothing that is kept. What happened to it: lorry jobs events ID")
+    place: tuple[int, int] | None = None
+    for line in found:
+        if as_json:
+            output.print_json_line(line.raw)
+            continue
+        if place != (line.attempt, line.rank):
+            place = (line.attempt, line.rank)
+            output.heading(f"attempt {line.attempt}" + (f", process {line.rank}" if line.rank else ""))
+        output.console().print(output.clean(line.text), soft_wrap=True)
+
+
+@app.command()
+def events(
     job_id: JobId,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="The last so many. Default: all.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job is done.")] = False,

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
-from lorry.models import Attempt, Checkpoint, Job, JobEvent, JobUpdate, Sample
+from lorry.models import Attempt, Checkpoint, Job, JobEvent, JobUpdate, LogLine, Sample
 from lorry.resources import live, pages
 from lorry.transport import Transport
 
@@ -148,6 +148,15 @@ class Jobs:
                     remedy="Wait again, or cancel it.",
                 )
             self._transport.sleep(poll_seconds)
+
+    def logs(
+        self, job_id: str, *, attempt: int | None = None, rank: int | None = None, contains: str | None = None
+    ) -> Iterator[LogLine]:
+        """What its trainers printed, oldest attempt first. rank: of one of their processes. contains: in whichever
+        case. Of a running job at most a minute old; kept for 30 days after its end."""
+        params: dict[str, Any] = {"attempt": attempt, "rank": rank, "contains": contains}
+        found = pages.follow(self._transport, _of(job_id, "logs"), params=params, page_size=1000)
+        return (LogLine.of(wire) for wire in found)
 
     def stream(self, job_id: str, *, last_event_id: str | None = None) -> Iterator[JobUpdate]:
         """One connection's live updates. It ends when the service ends it; `follow` goes on over breaks."""

@@ -208,19 +208,19 @@ def test_a_terminal_gets_bars(service: Script, run: Run, monkeypatch: pytest.Mon
     assert drawn == ["running  step 3/9  loss 1.500  480 tokens/s  1:01 left", "succeeded  step 3/9  loss 1.500"]
 
 
-def test_logs_are_the_messages_oldest_first(service: Script, run: Run) -> None:
+def test_events_are_the_messages_oldest_first(service: Script, run: Run) -> None:
     events = [{"id": str(i), "created_at": 1790000000 + i, "level": "info", "message": f"m{i}"} for i in (2, 1)]
     service.on("GET", f"{JOBS}/j/events", {"data": events, "has_more": False})
 
-    assert [line.split()[-1] for line in run("jobs", "logs", "j").stdout.splitlines()] == ["m1", "m2"]
-    assert [json.loads(line)["id"] for line in run("jobs", "logs", "j", "--json").stdout.splitlines()] == ["1", "2"]
-    assert [line.split()[-1] for line in run("jobs", "logs", "j", "--limit", "1").stdout.splitlines()] == ["m2"]
-    run("jobs", "logs", "j", "--metrics", "-n", "500")
+    assert [line.split()[-1] for line in run("jobs", "events", "j").stdout.splitlines()] == ["m1", "m2"]
+    assert [json.loads(line)["id"] for line in run("jobs", "events", "j", "--json").stdout.splitlines()] == ["1", "2"]
+    assert [line.split()[-1] for line in run("jobs", "events", "j", "--limit", "1").stdout.splitlines()] == ["m2"]
+    run("jobs", "events", "j", "--metrics", "-n", "500")
     asked = [request.path.partition("?")[2] for request in service.seen]
     assert asked == ["type=message&limit=100", "type=message&limit=100", "type=message&limit=1", "limit=100"]
 
 
-def test_following_the_logs_goes_on_after_the_last_line_and_leaves_metrics_out(service: Script, run: Run) -> None:
+def test_following_the_events_goes_on_after_the_last_line_and_leaves_metrics_out(service: Script, run: Run) -> None:
     events = [{"id": f"ftevent-{i}", "created_at": 1, "message": f"m{i}"} for i in (8, 7)]
     service.on("GET", f"{JOBS}/ftjob-1/events", {"data": events, "has_more": False})
     told = [{"id": "9", "message": "loss", "type": "metrics"}, {"id": "10", "message": "end", "type": "message"}]
@@ -228,8 +228,8 @@ def test_following_the_logs_goes_on_after_the_last_line_and_leaves_metrics_out(s
     final = stream_of("succeeded").body
     service.on("GET", f"{JOBS}/ftjob-1/stream", Reply(body=body.encode() + final))
 
-    lines = run("jobs", "logs", "ftjob-1", "--follow").stdout.splitlines()
-    everything = run("jobs", "logs", "ftjob-1", "-f", "--metrics").stdout.splitlines()
+    lines = run("jobs", "events", "ftjob-1", "--follow").stdout.splitlines()
+    everything = run("jobs", "events", "ftjob-1", "-f", "--metrics").stdout.splitlines()
 
     assert [line.split()[-1] for line in lines] == ["m7", "m8", "end"]
     assert [line.split()[-1] for line in everything] == ["m7", "m8", "loss", "end"]
@@ -240,7 +240,7 @@ def test_text_of_the_service_can_not_steer_the_terminal_or_be_markup(service: Sc
     events = [{"id": "1", "created_at": 1, "level": "info", "message": "\x1b[31m[bold]red[/bold]\x07 \x9b \u202e é 好"}]
     service.on("GET", f"{JOBS}/j/events", {"data": events, "has_more": False})
 
-    line = run("jobs", "logs", "j").stdout
+    line = run("jobs", "events", "j").stdout
 
     assert "\ufffd[31m[bold]red[/bold]\ufffd \ufffd \ufffd é 好" in line
 

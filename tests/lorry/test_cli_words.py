@@ -42,28 +42,6 @@ def test_a_worker_is_what_the_service_says_and_nothing_else_is_asked(service: Sc
     assert len(service.seen) == 1
 
 
-def test_a_cordoned_worker_is_listed_with_its_reason_and_told_how_it_takes_jobs_again(
-    service: Script, run: Run
-) -> None:
-    cordon = {"by": "service", "reason": "3 jobs failed on it.", "at": 1.5}
-    one = {"id": "one", "state": "busy", "cordon": cordon}
-    service.on("GET", "/v1/workers", {"data": [one, {"id": "two", "state": "idle", "cordon": None}], "has_more": False})
-    for verb in ("cordon", "uncordon", "drain"):
-        service.on("POST", f"/v1/workers/one/{verb}", one)
-
-    for arguments in (("workers",), ("workers", "list")):
-        listed = run(*arguments)
-        _, first, second = listed.stdout.splitlines()
-        assert "busy, cordoned" in first
-        assert second.split()[:2] == ["two", "idle"]
-        assert listed.stderr == "one takes no new job (jobs failed there): 3 jobs failed on it.\n"
-    assert json.loads(run("workers", "--json").stdout)[0]["cordon"] == cordon
-    assert "lorry workers uncordon one\n" in run("workers", "cordon", "one", "--reason", "Loud.").stderr
-    assert json.loads(service.seen[-1].body) == {"reason": "Loud."}
-    assert run("workers", "uncordon", "one").stderr == "one takes jobs again.\n"
-    assert "saves what it holds and ends" in run("workers", "drain", "one").stderr
-
-
 def test_a_paused_job_shows_how_to_go_on_and_nothing_stale(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/j", PAUSED)
     service.on("GET", JOBS, {"data": [PAUSED], "has_more": False})

@@ -1,0 +1,117 @@
+"""What trainers printed: one stored text for each attempt of a job and each process of its trainer, read by the line.
+
+A worker hands over what may be told (see worker/output.py). Each attempt has texts of its own, which its worker alone
+writes: so one that is stale writes over nobody's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from catalog.artifacts.store import ArtifactStore, Blob
+from catalog.db import Database, read_clock, upsert
+from catalog.errors import StaleClaim
+from catalog.job_records import find
+from catalog.pages import Page, unknown_cursor
+from catalog.tables import Attempt, Job, JobOutput
+
+MAX_BYTES = 512 * 2**10
+"""Of one process in one attempt."""
+KEPT_SECONDS = 30 * 24 * 3600.0
+"""After its job has ended."""
+CURSOR = re.compile(r"(\d{1,9})-(\d{1,9})-(\d{1,9})", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    attempt: int
+    rank: int
+    """Which of the trainer's processes printed it; 0 where there is one."""
+    number: int
+    """In what is kept of that process, from 1."""
+    text: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.attempt}-{self.rank}-{self.number}"
+
+
+def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: Blob) -> None:
+    """What that process has printed for the attempt so far. Raises StaleClaim where it is not this worker's."""
+    with db.write() as session:
+        attempt = session.get(Attempt, claim_id)
+        if attempt is None or attempt.worker_id != worker_id:
+            raise StaleClaim(claim_id)
+        row = {
+            "claim_id": claim_id,
+            "rank": rank,
+            "job_id": attempt.job_id,
+            "attempt": attempt.number,
+            "digest": content.digest,
+            "num_bytes": content.num_bytes,
+            "written_at": read_clock(session),
+        }
+        upsert(session, JobOutput, [row])
+
+
+def lines(
+    db: Database,
+    store: ArtifactStore,
+    *,
+    project_id: str,
+    job_id: str,
+    attempt: int | None = None,
+    rank: int | None = None,
+    contains: str | None = None,
+    after: str | None = None,
+    limit: int = 100,
+) -> Page[Line]:
+    """By attempt, process and number, those that hold the text `contains` in whichever case. after: the id of a line.
+
+    Raises NotFound, InvalidRequest; Unavailable or DamagedArtifact of the store.
+    """
+    begun = _place(after)
+    with db.read() as session:
+        job = find(session, project_id, job_id)
+        kept = select(JobOutput).where(JobOutput.job_id == job.id).order_by(JobOutput.attempt, JobOutput.rank)
+        texts = [
+            text
+            for text in session.scalars(kept)
+            if attempt in (None, text.attempt) and rank in (None, text.rank) and (text.attempt, text.rank) >= begun[:2]
+        ]
+    found: list[Line] = []
+    for line in _lines(store, texts):
+        is_wanted = contains is None or contains.lower() in line.text.lower()
+        if is_wanted and (line.attempt, line.rank, line.number) > begun:
+            found.append(line)
+        if len(found) > limit:
+            break
+    return Page(items=found[:limit], has_more=len(found) > limit)
+
+
+def let_go(session: Session, *, now: float) -> None:
+    """Forget what was printed for jobs that ended long ago; the store's cleaning may then delete it."""
+    ended = select(Job.id).where(Job.finished_at < now - KEPT_SECONDS)
+    gone = delete(JobOutput).where(JobOutput.job_id.in_(ended))
+    session.execute(gone, execution_options={"synchronize_session": False})
+
+
+def _place(after: str | None) -> tuple[int, int, int]:
+    if after is None:
+        return (0, 0, 0)
+    found = CURSOR.fullmatch(after)
+    if found is None:
+        raise unknown_cursor(after)
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _lines(store: ArtifactStore, texts: list[JobOutput]) -> Iterator[Line]:
+    for kept in texts:
+        content = b"".join(store.open_blob(kept.digest)).decode("utf-8", "replace")
+        for number, text in enumerate(content.split("\n")[:-1], start=1):
+            yield Line(attempt=kept.attempt, rank=kept.rank, number=number, text=text)

@@ -1,0 +1,204 @@
+"""What trainers print: bounded, without secrets and others' names, and each job's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from catalog import claims, outputs
+from catalog.errors import Unavailable
+from catalog.outputs import MAX_BYTES, Line
+from catalog.states import EndReason
+from tests.worker.pack_site import READY, PackSite, asked, say, tell
+from worker import output
+from worker.held import End
+from worker.output import LogFile, Output
+from worker.trainer_directory import TrainerDirectory
+
+CRASH = End(reason=EndReason.TRAINER_CRASHED, detail="It ended.")
+
+
+def told(site: PackSite, job_id: str, **asked: object) -> list[str]:
+    return [line.text for line in lines(site, job_id, **asked)]
+
+
+def lines(site: PackSite, job_id: str, **asked: object) -> list[Line]:
+    asked = {"limit": 10**6, **asked}
+    page = outputs.lines(site.db, site.store, **site.world.of(job_id), **asked)  # pyright: ignore[reportArgumentType]
+    return page.items
+
+
+def printed(directory: TrainerDirectory, text: str, rank: int = 0) -> None:
+    path = directory.log_path if rank == 0 else directory.path / f"log-{rank}.txt"
+    with path.open("a") as file:
+        file.write(text)
+
+
+def test_a_job_has_what_was_printed_from_when_it_came_until_it_left(site: PackSite) -> None:
+    first, second = site.claim(seed=1), site.claim(seed=2)
+    pack = site.loading_pack(first)
+    printed(pack.directory, "loading\n")
+    say(pack, READY)
+    pack.hear()
+    pack.admit(second)
+    printed(pack.directory, "both\n")
+
+    tell(pack, first, "cancelled")
+    pack.hear()
+    printed(pack.directory, "second alone\n")
+    pack.end_all(CRASH)
+
+    assert told(site, first.job.id) == ["loading", "both"]
+    assert told(site, second.job.id) == ["both", "second alone"]
+
+
+def test_each_process_and_each_attempt_is_told_apart_and_lines_can_be_sought(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    printed(pack.directory, "One\nTwo\n")
+    printed(pack.directory, "of the other\n", rank=1)
+    pack.end_all(CRASH)
+
+    found = lines(site, claim.job.id)
+    page = outputs.lines(site.db, site.store, **site.world.of(claim.job.id), limit=2)
+    rest = outputs.lines(site.db, site.store, **site.world.of(claim.job.id), after=page.items[-1].id)
+
+    assert [(line.attempt, line.rank, line.number, line.text) for line in found] == [
+        (1, 0, 1, "One"),
+        (1, 0, 2, "Two"),
+        (1, 1, 1, "of the other"),
+    ]
+    assert (page.has_more, [line.text for line in rest.items]) == (True, ["of the other"])
+    assert told(site, claim.job.id, rank=1) == ["of the other"]
+    assert told(site, claim.job.id, contains="ONE") == ["One"]
+    assert told(site, claim.job.id, attempt=2) == []
+
+
+def test_no_secret_and_no_name_of_anothers_job_is_told(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    canaries = {
+        "LORRY_PEPPER": "canary-of-the-pepper",
+        "AWS_SECRET_ACCESS_KEY": "canary/of+the/store",
+        "HF_TOKEN": "hf_canary0of0the0hub",
+        "LORRY_DATABASE_URL": "postgresql://lorry:canary-of-the-database@db/lorry",
+    }
+    for name, value in canaries.items():
+        monkeypatch.setenv(name, value)
+    mine, other = site.claim(seed=1), site.claim(seed=2)
+    pack = site.loading_pack(mine)
+    key = "lorry_key-0123456789abcdef01234567_canary-of-a-key"
+    for text in (*canaries.values(), "amqp://user:canary-of-the-broker@host/", key, "api_key=canary-of-somebody"):
+        printed(pack.directory, f"Error at {text}: stop\n")
+    printed(pack.directory, f"{mine.claim_id} of {mine.job.id} beside {other.claim_id} of {other.job.id}\n")
+    printed(pack.directory, f"ft:tiny:theirs:secret:01234567 in {site.context.settings.data_dir}/work\n")
+
+    pack.end_all(CRASH)
+
+    text = "\n".join(told(site, mine.job.id))
+    assert text.count("Error at") == 7
+    assert "canary" not in text
+    assert f"{mine.claim_id} of {mine.job.id} beside … of …" in text
+    assert "ft:… in $LORRY_DATA_DIR/work" in text
+    assert str(site.context.settings.data_dir) not in text
+
+
+def test_a_long_log_keeps_its_first_and_its_last_lines(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    printed(pack.directory, "".join(f"line {number:07d}\n" for number in range(100_000)))
+
+    pack.end_all(CRASH)
+
+    text = told(site, claim.job.id)
+    (left_out,) = [line for line in text if "left out" in line]
+    assert (text[0], text[-1]) == ("line 0000000", "line 0099999")
+    assert sum(len(line) + 1 for line in text) <= MAX_BYTES
+    kept = [line for line in text if line != left_out]
+    assert int(left_out.split()[0].lstrip("[")) == pytest.approx((100_000 - len(kept)) * 13, abs=30)
+
+
+def test_what_cleaning_makes_longer_stays_within_the_bound(tmp_path: Path, site: PackSite) -> None:
+    claim = site.claim()
+    file = LogFile(tmp_path / "log.txt")
+    file.path.write_bytes(b"\xff" * (MAX_BYTES - 10) + b"\n")
+
+    kept = output.tellable(file, 0, claim, tmp_path)
+
+    assert len(kept) <= MAX_BYTES
+
+
+def test_a_file_that_grows_long_is_cut_and_what_was_before_is_kept_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "LONGEST_FILE_BYTES", 10)
+    file = LogFile(tmp_path / "log.txt")
+    with file.path.open("ab", buffering=0) as printing:
+        printing.write(b"0123456789ab")
+        file.keep_short()
+        printing.write(b"cd")
+
+        assert (file.path.stat().st_size, file.end()) == (2, 14)
+        assert file.read(0, 14) == b"0123456789abcd"
+        assert file.read(10, 13) == b"abc"
+        printing.write(b"efghijklmnop")
+        file.keep_short()
+        printing.write(b"q")
+
+        assert file.end() == 27
+        assert file.read(0, 27) == b"cdefghijklmnopq"
+
+
+def test_a_job_that_goes_on_is_told_of_now_and_then(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "PUSH_SECONDS", 0.0)
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    printed(pack.directory, "one\n")
+    pack.hear()
+    assert told(site, claim.job.id) == ["one"]
+
+    printed(pack.directory, "two\n")
+    pack.hear()
+
+    assert told(site, claim.job.id) == ["one", "two"]
+
+
+def test_a_store_that_does_not_answer_keeps_no_attempt_from_ending(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    printed(pack.directory, "one\n")
+
+    def away(_: bytes) -> None:
+        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
+
+    monkeypatch.setattr(site.store, "put_bytes", away)
+    pack.end_all(CRASH)
+
+    assert site.reason(claim) == EndReason.TRAINER_CRASHED
+    assert told(site, claim.job.id) == []
+
+
+def test_nothing_is_written_of_a_job_that_is_anothers_now(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    printed(pack.directory, "one\n")
+    claims.end(site.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
+
+    pack.obey(asked(claim, stale=True))
+
+    assert len(pack) == 0
+    assert told(site, claim.job.id) == []
+
+
+def test_another_workers_attempt_is_not_written_to(site: PackSite, tmp_path: Path) -> None:
+    claim = site.claim()
+    site.context.worker_id = "another"
+    directory = TrainerDirectory.create(tmp_path / "trainer")
+    printed(directory, "of a stranger\n")
+    kept = Output(site.context, directory)
+
+    kept.begin(claim, is_loading=True)
+    kept.end(claim.claim_id)
+
+    assert told(site, claim.job.id) == []
