@@ -21,7 +21,7 @@ from api.error_handlers import error_response, internal_error
 from api.headers import security_headers
 from api.hosts import HostPolicy
 from api.telemetry import Telemetry, route_template
-from catalog import audit, tracing
+from catalog import audit, logs, tracing
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
@@ -36,6 +36,8 @@ class _Exchange:
     request_id: str
     began: float = field(default_factory=time.monotonic)
     status: int = 0
+    trace: str | None = None
+    """Its traceparent."""
 
     @property
     def path(self) -> str:
@@ -59,6 +61,11 @@ class Gate:
         scope.setdefault("state", {})["request_id"] = exchange.request_id
         body = RequestBody(scope, receive, max_bytes=self._max_body_bytes if _is_bounded(scope) else None)
         sender = _decorated(send, exchange, body)
+        with logs.about({"request": exchange.request_id}):
+            await self._answer(exchange, body, receive, sender)
+
+    async def _answer(self, exchange: _Exchange, body: RequestBody, receive: Receive, sender: Send) -> None:
+        scope = exchange.scope
         try:
             refused = self._refusal(scope)
             if refused is not None:
@@ -67,7 +74,8 @@ class Gate:
                 with _traced(exchange), audit.coming_from(_origin(exchange)):
                     await self._app(scope, body.receive, sender)
         except Exception:  # the one place where a crash becomes a 500
-            log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
+            with logs.about(_subjects(exchange)):
+                log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
             if exchange.status:  # the answer has begun: all that is left is to cut it off
                 raise
             await internal_error(exchange.request_id)(scope, receive, sender)
@@ -102,14 +110,15 @@ class Gate:
     def _note(self, exchange: _Exchange) -> None:
         seconds = time.monotonic() - exchange.began
         self._telemetry.observe(exchange.scope, status=exchange.status, seconds=seconds)
-        log.info(
-            "request id=%s method=%s path=%s status=%d seconds=%.4f",
-            exchange.request_id,
-            exchange.scope["method"],
-            _logged(exchange.path),
-            exchange.status,
-            seconds,
-        )
+        with logs.about(_subjects(exchange)):
+            log.info(
+                "request id=%s method=%s path=%s status=%d seconds=%.4f",
+                exchange.request_id,
+                exchange.scope["method"],
+                _logged(exchange.path),
+                exchange.status,
+                seconds,
+            )
 
 
 @contextmanager
@@ -121,6 +130,7 @@ def _traced(exchange: _Exchange) -> Generator[None]:
         return
     method = exchange.scope["method"]
     with tracing.span(method, parent=parent, is_server=True, about={"request": exchange.request_id}) as span:
+        exchange.trace = span.traceparent
         try:
             yield
         finally:
@@ -130,6 +140,12 @@ def _traced(exchange: _Exchange) -> Generator[None]:
             span.note({"http_request_method": method, "http_route": route, "http_response_status_code": status})
             if exchange.status >= 500:
                 span.fail(str(exchange.status))
+
+
+def _subjects(exchange: _Exchange) -> logs.Subjects:
+    """What its lines are about, once it is known."""
+    job_id: str | None = exchange.scope.get("path_params", {}).get("job_id")
+    return {"trace": tracing.trace_id(exchange.trace), "job": job_id}
 
 
 def _origin(exchange: _Exchange) -> audit.Origin:

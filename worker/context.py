@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from catalog import fitness, workers
+from catalog import fitness, logs, workers
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.doorbell import FileDoorbell
@@ -115,7 +115,8 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         fitness.check(db)
         for dead_id in scratch.clean(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
-        with _watched(context), _registered(context), _standby(context), exporting(db, settings):
+        of_worker = logs.all_about({"worker": worker_id})
+        with of_worker, _watched(context), _registered(context), _standby(context), exporting(db, settings):
             yield context
 
 

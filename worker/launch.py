@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from catalog import failpoints
+from catalog import failpoints, logs
 from worker import node
 from worker.tether import OPTION, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 
 SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
-ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", failpoints.VARIABLE})
+ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", failpoints.VARIABLE, logs.FORMAT})
 ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_")
 HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from catalog import claims, failpoints, memory, packing, saturation, workers
+from catalog import claims, failpoints, logs, memory, packing, saturation, tracing, workers
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim, Orders
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
+from catalog.logs import Subjects
 from catalog.saturation import Speeds
 from catalog.states import EndReason
 from catalog.tables import Json
@@ -255,6 +256,15 @@ class Pack:
 
     def _guarded(self, held: Held, action: Callable[[Held], None]) -> None:
         """Whatever goes wrong with one job stays with that job; an outage goes up, the others' turn being next."""
+        with logs.about(self._subjects(held)):
+            self._act(held, action)
+
+    def _subjects(self, held: Held) -> Subjects:
+        """What lines of the log are about while something is done for this job."""
+        claim, trace = held.claim, tracing.trace_id(self._context.spans.of(held.claim.claim_id))
+        return {"job": claim.job.id, "claim": claim.claim_id, "trainer": self.trainer_id, "trace": trace}
+
+    def _act(self, held: Held, action: Callable[[Held], None]) -> None:
         try:
             action(held)
         except StaleClaim:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 
-from catalog import files, prepared, tracing
+from catalog import files, logs, prepared, tracing
 from catalog import preparation as record
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.bases import tokenizer_digest
 from catalog.errors import LorryError, OutOfSpace, Unavailable
+from catalog.logs import Subjects
 from catalog.preparation import FilesToPrepare, Unprepared
 from catalog.spec import JobSpec
 from catalog.tables import File, Job, Json, Prepared
@@ -45,7 +46,11 @@ def prepare_next(context: WorkerContext) -> bool:
     job = unprepared.job
     about = {"job": job.id, "claim": unprepared.claim_id, "worker": context.worker_id}
     try:
-        with tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span:
+        told: Subjects = {"job": job.id, "claim": unprepared.claim_id}
+        with (
+            logs.about(told),
+            tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
+        ):
             if not _prepare(context, unprepared):
                 span.fail("not prepared")
     finally:

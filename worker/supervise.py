@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, memory, packing, queue, saturation, waiting_plans, workers
+from catalog import claims, logs, memory, packing, queue, saturation, waiting_plans, workers
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace, StaleClaim
 from catalog.scheduling.picture import Room
@@ -81,6 +81,7 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
     first = claimed[0].job
     waiting = list(claimed)
     with ExitStack() as stack:
+        stack.enter_context(logs.about({"trainer": first.trainer_id}))
         try:
             base_dir = bases.ensure(
                 context,

@@ -41,6 +41,7 @@ from worker.sampling import ask, told
 from worker.standby import stand_by
 from worker.train_outputs import as_json, exported, prompts_of, steps_to_sample
 from worker.trainer_directory import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory, timed
+from worker.trainer_log import TrainerLog, open_log
 from worker.wire_errors import described, disk_error
 from worker.wire_errors import told as told_error
 
@@ -66,6 +67,7 @@ class Trainer:
         self._inbox = InboxReader(directory)
         self._events = EventWriter(directory) if ranks.leads else SilentWriter()
         self._residents: dict[str, Resident] = {}
+        self._log = TrainerLog(self._settings, speaks=ranks.leads)
         self._text: BaseText | None = None
         self._leaving = False
         self._busy_at = self._reported_at = time.monotonic()
@@ -173,7 +175,7 @@ class Trainer:
             self._events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
 
     def _admit(self, body: Json) -> None:
-        claim_id = str(body["claim_id"])
+        claim_id = self._log.knows(body)
         resume = self._directory.inside(body["resume"])
         try:
             config = job_config(
@@ -332,8 +334,7 @@ class Trainer:
         return {"adapter": self._directory.named(adapter), "num_parameters": self._engine.num_parameters(claim_id)}
 
     def _export(self, finished: JobFinished) -> None:
-        claim_id = finished.job
-        folder = self._directory.job_path(claim_id) / "adapter"
+        claim_id, folder = finished.job, self._directory.job_path(finished.job) / "adapter"
         try:
             base_name, spans = self._residents[claim_id].base_name, list[Json]()
             report = exported(self._engine, claim_id, folder, base_name=base_name, between=self._report, spans=spans)
@@ -382,9 +383,11 @@ class Trainer:
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})
+        self._log.told(claim_id, event_type, body)
 
 
 def main(arguments: list[str]) -> int:
+    open_log()
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)

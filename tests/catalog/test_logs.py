@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import threading
+from typing import Any
 
 import httpx
 import pytest
 
+from catalog import logs, tracing
 from catalog.logs import Redacted, configure, redact, redact_handlers
 
 
@@ -70,3 +74,61 @@ def test_no_address_that_is_asked_gets_into_the_log(capfd: pytest.CaptureFixture
 
 def test_plain_words_stay() -> None:
     assert redact("request id=req_abc path=/v1/files status=200") == "request id=req_abc path=/v1/files status=200"
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.fixture
+def json_lines(monkeypatch: pytest.MonkeyPatch) -> tuple[logging.Logger, io.StringIO]:
+    """A logger whose lines are objects, and where they go."""
+    monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
+    out, logger = io.StringIO(), logging.Logger("lorry.tests")
+    logger.addHandler(logging.StreamHandler(out))
+    redact_handlers(logger)
+    return logger, out
+
+
+def told(out: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_a_line_of_json_says_what_it_is_about(json_lines: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, out = json_lines
+
+    logger.warning("before")
+    with logs.all_about({"worker": "w1"}), logs.about({"job": "ftjob-1", "claim": None}):
+        with tracing.span("prepare", parent=PARENT), logs.about({"claim": "claim-1"}):
+            logger.info('odd "%s"\nsecond line', "quotes")
+        elsewhere = threading.Thread(target=logger.info, args=("of another thread",))
+        elsewhere.start()
+        elsewhere.join()
+
+    before, within, other = told(out)
+    assert set(before) == {"time", "level", "logger", "message"}
+    assert (before["level"], before["logger"], before["message"]) == ("warning", "lorry.tests", "before")
+    subjects = {"worker": "w1", "job": "ftjob-1", "claim": "claim-1", "trace": PARENT[3:35]}
+    assert {name: within[name] for name in subjects} == subjects
+    assert within["message"] == 'odd "quotes"\nsecond line'
+    assert (other["worker"], "job" in other) == ("w1", False)
+
+
+def test_a_line_of_json_is_redacted_with_its_traceback(json_lines: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, out = json_lines
+
+    try:
+        raise ValueError('{"api_key": "canary-456-789"}')
+    except ValueError:
+        with logs.about({"request": "token=canary-123456"}):
+            logger.exception('{"authorization": "Bearer canary-789-123"}')
+
+    (line,) = told(out)
+    assert "canary" not in out.getvalue()
+    assert "ValueError" in line["exception"]
+
+
+def test_a_form_that_is_not_known_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_LOG_FORMAT", "xml")
+
+    with pytest.raises(SystemExit, match=r"'xml'\. Set it to json, or to text"):
+        configure("info")
