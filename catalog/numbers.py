@@ -25,7 +25,7 @@ HELD_IN: dict[Work, JobState] = {"training": JobState.RUNNING, "preparing": JobS
 NAMELESS = "unnamed"
 """A base that lost its name while it is loaded."""
 Device = tuple[str, str]
-"""Host, and cpu or cuda:NUMBER."""
+"""Host, and cpu, cpu:0-3 (some of its cores), cuda:0, or cuda:0+1 (a group)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,5 +162,6 @@ def _device(view: WorkerView) -> Device:
     """A worker has one."""
     devices: list[dict[str, Any]] = view.worker.devices or [{}]
     first = devices[0]
-    kind = str(first.get("kind", "cpu"))
-    return view.worker.host, kind if kind == "cpu" else f"{kind}:{first.get('index', 0)}"
+    kind, cores = str(first.get("kind", "cpu")), first.get("cores") or ()
+    numbers = [f"{min(cores)}-{max(cores)}"] if cores else first.get("indices") or ()
+    return view.worker.host, ":".join([kind, *(["+".join(map(str, numbers))] if numbers else [])])

@@ -80,8 +80,7 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
     """One trainer from launch to end: (attempts ended, claims of another pack that were made for the next)."""
     first = claimed[0].job
     waiting = list(claimed)
-    with ExitStack() as stack:
-        stack.enter_context(logs.about({"trainer": first.trainer_id}))
+    with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
         try:
             base_dir = bases.ensure(
                 context,

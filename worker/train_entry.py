@@ -391,8 +391,7 @@ def main(arguments: list[str]) -> int:
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)
-    ranks = distributed.join(directory.device(), silence_seconds=SILENCE_SECONDS)
-    Trainer(directory, ranks).run()
+    Trainer(directory, distributed.join(directory.device(), silence_seconds=SILENCE_SECONDS)).run()
     distributed.leave()
     return 0
 

@@ -38,7 +38,7 @@ def exposed(telemetry: Telemetry, world: World) -> dict[str, Metric]:
 def families(services: Services, world: World, client: TestClient) -> dict[str, Metric]:
     """Of a service that has a bit of everything."""
     about = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
-    claims.register_worker(world.db, worker_id="w1", devices=[{"kind": "cuda", "index": 0}], **about)  # pyright: ignore
+    claims.register_worker(world.db, worker_id="w1", devices=[{"kind": "cuda", "indices": [0]}], **about)  # pyright: ignore
     claim = world.running()
     device = {
         "utilization_ratio": 0.5, "memory_used_bytes": 5, "temperature_celsius": 60, "power_watts": 300,

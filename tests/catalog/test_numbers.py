@@ -109,7 +109,7 @@ def test_leases_are_told_while_they_are_held_when_they_are_past_and_once_they_ar
 def test_trainers_and_their_devices_are_told_as_their_workers_say(world: World) -> None:
     for number, worker_id in enumerate(("w1", "w2", "silent")):
         about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
-        devices = [{"kind": "cuda", "index": number % 2}]
+        devices = [{"kind": "cuda", "indices": [number % 2]}]
         claims.register_worker(world.db, worker_id=worker_id, devices=devices, **about)
     report = {"tokens_per_second": 10.0, "predicted_bytes": 70, "peak_bytes": 60}
     report["device"] = {"power_watts": 300.0, "utilization_ratio": 0.9}
@@ -128,6 +128,24 @@ def test_trainers_and_their_devices_are_told_as_their_workers_say(world: World) 
     assert (found.predicted_bytes, found.peak_bytes) == ({first: 70}, {first: 60})
     assert found.devices[first] == {"memory_bytes": 100, "power_watts": 300.0, "utilization_ratio": 0.9}
     assert second in found.devices
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ({"kind": "cpu", "indices": [], "cores": []}, "cpu"),
+        ({"kind": "cpu", "cores": [4, 5, 6, 7]}, "cpu:4-7"),
+        ({"kind": "cuda", "indices": [3]}, "cuda:3"),
+        ({"kind": "cuda", "indices": [0, 1]}, "cuda:0+1"),
+    ],
+)
+def test_two_workers_of_one_host_are_told_apart_by_their_devices(
+    world: World, device: dict[str, Any], name: str
+) -> None:
+    about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
+    claims.register_worker(world.db, worker_id="w1", devices=[device], **about)
+
+    assert set(read(world).devices) == {("node-1", name)}
 
 
 def test_webhooks_that_wait_and_how_long_the_first_was_due(world: World) -> None:
