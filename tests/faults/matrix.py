@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from tests.faults import api, database, trainer, worker
+from tests.faults import api, database, disk, job, redis, store, trainer, worker
 from tests.faults.row import NotHere, Row
 
-ROWS: tuple[Row, ...] = (*worker.ROWS, *trainer.ROWS, *api.ROWS, *database.ROWS)
+ROWS: tuple[Row, ...] = (
+    *worker.ROWS,
+    *trainer.ROWS,
+    *api.ROWS,
+    *job.ROWS,
+    *database.ROWS,
+    *redis.ROWS,
+    *store.ROWS,
+    *disk.ROWS,
+)
 NOT_HERE = (
     NotHere(
         name="cuda-oom",

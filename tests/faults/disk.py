@@ -1,0 +1,72 @@
+"""Faults of the disk: full under the store, on a small one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from catalog.states import EndReason, JobState
+from tests.faults.row import Row
+from tests.faults.site import FaultSite
+
+LONG_LEASE = {"LORRY_LEASE_SECONDS": "30"}
+BLOCK_BYTES = 4096
+
+
+@contextmanager
+def _full(disk: Path) -> Generator[None]:
+    """To the last byte, for as long as the block."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        size = BLOCK_BYTES
+        while size:
+            try:
+                file.write(b"\0" * size)
+            except OSError:
+                size //= 2
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def _at_step_15(site: FaultSite) -> str:
+    job_id = site.submit_small()
+    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
+    site.wait_for_step(15, job_id)
+    return job_id
+
+
+def _under_store(site: FaultSite) -> str:
+    """A checkpoint without room costs the checkpoint; an adapter waits for some."""
+    job_id = _at_step_15(site)
+    with _full(site.settings.data_dir / "store"):
+        site.gate("go").touch()
+        site.wait_until(lambda: _warnings(site, job_id))
+        site.wait_for_file("jobs/*/adapter/adapter_model.safetensors")
+        site.wait_seconds(2)
+        assert site.job(job_id).state == JobState.RUNNING
+        assert site.checkpoint_steps(job_id) == [10]
+
+    site.wait_for_success(job_id)
+
+    assert site.reasons(job_id) == [EndReason.COMPLETED], site.told(job_id)
+    return f"“{_warnings(site, job_id)[0]}” The adapter waited for room; {site.told(job_id)}"
+
+
+def _warnings(site: FaultSite, job_id: str) -> list[str]:
+    return [event.message for event in site.events(job_id) if event.level == "warn"]
+
+
+ROWS = (
+    Row(
+        name="disk-full-store",
+        fault="disk full under the store",
+        also="told by name; the last good checkpoint kept",
+        act=_under_store,
+        small_disk="data/store",
+        environment=LONG_LEASE,
+    ),
+)

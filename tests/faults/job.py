@@ -1,0 +1,141 @@
+"""Faults of jobs and of what people ask of them: poison, cancelling at every moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from catalog import jobs
+from catalog.errors import Conflict
+from catalog.states import EndReason, JobState
+from tests.faults.row import Row
+from tests.faults.site import FaultSite
+
+FREE_SECONDS = 30.0
+"""A promise: how soon after a cancel the device is free."""
+
+
+def _poison(site: FaultSite) -> str:
+    """A job whose trainer dies at its seventh step, each time; others, of five steps, ride with it and come after."""
+    poison = site.submit_small()
+    beside = [site.submit_small(max_steps=5, checkpoint_every_steps=1000) for _ in range(2)]
+    site.start_worker(FAILPOINT="step_7:kill")
+    site.wait_for_end(poison, *beside)
+    after = site.submit_small(max_steps=5, checkpoint_every_steps=1000)
+
+    site.wait_for_success(*beside, after, is_small=False)
+
+    job = site.job(poison)
+    assert (job.state, (job.error or {}).get("code")) == (JobState.FAILED, "quarantined"), job.error
+    assert site.reasons(poison) == [EndReason.TRAINER_CRASHED] * 3, site.told(poison)
+    assert len((job.error or {})["evidence"]) == 3
+    return "quarantined after 3 attempts, with the evidence; 3 others succeeded"
+
+
+def _cancelled(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite, str], None]) -> str:
+    """While its trainer stands at a failpoint for as long as it takes to ask; another job wants the device."""
+    job_id = site.submit_small()
+    worker = site.start_worker(FAILPOINT=f"{failpoint}:wait={site.gate('go')}")
+    is_there(site, job_id)
+    site.cancel(job_id)
+    began = site.job(job_id).state
+    if began == JobState.RUNNING and site.trainers_of(worker):
+        site.wait_until(lambda: site.job(job_id).state != JobState.RUNNING or site.is_told("cancel"))
+    site.gate("go").touch()
+    next_job = site.submit_small()
+
+    seconds = site.seconds_until(lambda: site.job(job_id).state == JobState.CANCELLED)
+    assert seconds < FREE_SECONDS, f"it took {seconds:.0f} s"
+    site.wait_for_success(next_job)
+    return f"cancelled {seconds:.1f} s later; the next job succeeded"
+
+
+def _at_step_15(site: FaultSite, job_id: str) -> None:
+    site.wait_for_step(15, job_id)
+
+
+def _loading(site: FaultSite, job_id: str) -> None:
+    site.wait_until(lambda: site.job(job_id).state == JobState.RUNNING)
+    site.wait_for_file("trainer.json")
+
+
+def _cancelled_waiting(site: FaultSite) -> str:
+    """In the states in which nobody trains it: before and after its files are prepared, and paused."""
+    new, queued, paused = (site.submit_small() for _ in range(3))
+    site.cancel(new)
+    assert site.job(new).state == JobState.CANCELLED
+    for job_id in (queued, paused):  # else it would be claimed before it could be cancelled
+        jobs.hold(site.db, project_id=site.caller.project_id, job_id=job_id)
+    site.start_worker()
+    site.wait_until(lambda: site.job(queued).state == site.job(paused).state == JobState.QUEUED)
+    jobs.pause(site.db, project_id=site.caller.project_id, job_id=paused)
+    assert site.job(paused).state == JobState.PAUSED
+    for job_id in (queued, paused):
+        site.cancel(job_id)
+        assert site.job(job_id).state == JobState.CANCELLED
+    left = site.submit_small()
+    site.wait_for_success(left)
+    assert [len(site.attempts(job_id)) for job_id in (new, queued, paused)] == [0, 0, 0]
+    return "validating_files, queued and paused: cancelled at once, never claimed"
+
+
+def _cancelled_twice(site: FaultSite, job_id: str) -> None:
+    """A final job does not change any more."""
+    try:
+        site.cancel(job_id)
+    except Conflict:
+        return
+    raise AssertionError("a final job was cancelled")
+
+
+def _racing(site: FaultSite, *, failpoint: str, wins: JobState) -> str:
+    """Asked for while the completion is under way."""
+    job_id = site.submit_small()
+    site.start_worker(FAILPOINT=f"{failpoint}:wait={site.gate('go')}")
+    site.wait_for_step(30, job_id)
+    site.wait_for_file("jobs/*/adapter/adapter_model.safetensors")
+    site.wait_until(lambda: (site.job(job_id).progress or {}).get("step") == 30)
+    site.cancel(job_id)
+    site.wait_seconds(2 * site.settings.heartbeat_seconds)
+    site.gate("go").touch()
+
+    site.wait_for_end(job_id)
+
+    assert site.job(job_id).state == wins, site.job(job_id).state
+    assert len(site.adapters()) == (wins == JobState.SUCCEEDED)
+    _cancelled_twice(site, job_id)
+    return f"{wins.value} won, with {len(site.adapters())} adapters"
+
+
+ROWS = (
+    Row(
+        name="job-poison",
+        fault="a job that ends its trainer each time",
+        also="quarantine with the evidence; the others go on",
+        act=_poison,
+    ),
+    Row(
+        name="cancel-waiting",
+        fault="cancel in validating_files, queued and paused",
+        also="at once; nothing trains",
+        act=_cancelled_waiting,
+    ),
+    Row(
+        name="cancel-loading",
+        fault="cancel while the base is being loaded",
+        also="device free within 30 s",
+        act=partial(_cancelled, failpoint="loading", is_there=_loading),
+    ),
+    Row(
+        name="cancel-training",
+        fault="cancel amid training",
+        also="device free within 30 s",
+        act=partial(_cancelled, failpoint="step_15", is_there=_at_step_15),
+    ),
+    Row(
+        name="cancel-racing",
+        fault="cancel when the adapter is stored and the completing transaction is about to begin",
+        also="one winner: the completion",
+        act=partial(_racing, failpoint="before_complete", wins=JobState.SUCCEEDED),
+    ),
+)

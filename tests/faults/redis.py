@@ -1,0 +1,93 @@
+"""Faults of Redis, which carries nothing but a ring at the door: emptied, ended, absent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import redis
+
+from catalog.states import EndReason
+from tests.faults.row import Row
+from tests.faults.site import NUM_ROWS, SMALL, FaultSite
+
+CELERY = [sys.executable, "-m", "celery", "-A", "worker.celery_app"]
+WORKER = [*CELERY, "worker", "--without-gossip", "--without-mingle", "-c", "1", "-Q", "lorry", "-l", "warning"]
+ABSENT_SECONDS = 20.0
+ONCE = [EndReason.COMPLETED]
+
+
+def _while_training(
+    site: FaultSite, *, break_it: Callable[[FaultSite], None], mend: Callable[[FaultSite], None]
+) -> str:
+    """A job trains, another is submitted meanwhile; the queue drains after."""
+    file_id = site.upload(NUM_ROWS)
+    site.start_api()
+    first = site.post_job(file_id, idempotency_key="before", **SMALL).json()["id"]
+    _start_celery(site, FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_for_step(15, first)
+    break_it(site)
+    answer = site.post_job(file_id, idempotency_key="meanwhile", **SMALL)
+    assert answer.status_code == 200, answer.text
+    site.gate("go").touch()
+    mend(site)
+    later = site.post_job(file_id, idempotency_key="after", **SMALL).json()["id"]
+
+    site.wait_for_success(first, answer.json()["id"], later)
+
+    assert [site.reasons(job_id) for job_id in (first, answer.json()["id"], later)] == [ONCE] * 3
+    return "submit 200 meanwhile; the running job untouched; the queue drained after"
+
+
+def _start_celery(site: FaultSite, **environment: str) -> subprocess.Popen[bytes]:
+    beat = site.folder / "beat"
+    return site.start([*WORKER, "-B", "-s", str(beat)], LORRY_DEVICE="cpu", **environment)
+
+
+def _client(site: FaultSite) -> redis.Redis:
+    return redis.Redis.from_url(site.under.redis_url)
+
+
+def _flush(site: FaultSite) -> None:
+    with _client(site) as client:
+        client.flushall()
+
+
+def _end(site: FaultSite) -> None:
+    assert site.under.redis is not None
+    site.under.redis.kill()
+
+
+def _begin(site: FaultSite) -> None:
+    assert site.under.redis is not None
+    site.under.redis.start()
+
+
+def _begin_later(site: FaultSite) -> None:
+    site.wait_seconds(ABSENT_SECONDS)
+    _begin(site)
+
+
+def _nothing(_site: FaultSite) -> None:
+    return
+
+
+ROWS = (
+    *(
+        Row(
+            name=f"redis-{name}",
+            fault=f"Redis {words}, while a job trains",
+            also="submits still succeed; running jobs untouched; the queue drains after",
+            act=partial(_while_training, break_it=break_it, mend=mend),
+            has_redis=True,
+            environment={"LORRY_LEASE_SECONDS": "12"},
+        )
+        for name, words, break_it, mend in (
+            ("flushed", "FLUSHALL", _flush, _nothing),
+            ("killed", "killed and started again", _end, _begin),
+            ("absent", f"absent for {ABSENT_SECONDS:.0f} s", _end, _begin_later),
+        )
+    ),
+)
