@@ -80,7 +80,7 @@ class Ranks:
         if problem is not None:
             raise problem
         if told is not None:
-            raise LoraCoreError(**told)
+            raise LoraCoreError(**told)  # which one it was tells its code
 
     def by_leader(self, act: Callable[[], T]) -> T | None:
         """What `act` returns, which the leader alone does; what it raises is raised on every rank."""

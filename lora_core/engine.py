@@ -19,7 +19,7 @@ from lora_core.config import JobConfig
 from lora_core.data import TokenDataset
 from lora_core.distributed import ALONE, Ranks
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadCheckpoint, ConfigError, OutOfMemory
+from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
@@ -58,7 +58,9 @@ class Engine:
         self._lanes = Lanes(config.num_lanes)
         self._begun: list[Job] = []
         attachment = base.attach(exact_products=config.exact_products)
-        verdicts = ranks.gathered(measure_invariance(base, self._lanes))
+        with ranks.together():
+            verdict = measure_invariance(base, self._lanes)
+        verdicts = ranks.gathered(verdict)
         self.invariance: Invariance = "bitwise" if set(verdicts) == {"bitwise"} else "allclose"
         self.activations = ActivationMemory(
             attachment.linears,
@@ -153,12 +155,11 @@ class Engine:
             return
         job.served = self._least_served()
         try:
-            with shortage_of(job.name, part="start"):
+            with self.ranks.together(), shortage_of(job.name, part="start"):
                 job.go_on_starting(START_WORK)
-        except OutOfMemory as error:
-            self._refuse_alone(error)
+        except LoraCoreError as error:
             job.quarantine()
-            raise
+            raise OutOfMemory(job.name, part="start") from error
 
     def _refuse_alone(self, error: OutOfMemory) -> None:
         """One rank can't give a job up by itself: where the others go on with it, none of them can."""
@@ -275,7 +276,8 @@ class Engine:
         self._begun = list(jobs)
         started = time.perf_counter()
         try:
-            with self.activations.observed(plan.largest_share, kind=plan.kind, checkpointed=plan.checkpointed):
+            own_tokens = plan.share_of(self.ranks.rank)
+            with self.activations.observed(own_tokens, kind=plan.kind, checkpointed=plan.checkpointed):
                 computed = self._passes.run(plan, self._jobs)
         except torch.OutOfMemoryError as error:
             gives_way = plan.kind == "train" and not plan.checkpointed
@@ -286,7 +288,7 @@ class Engine:
             return
         growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
         self._largest_tick = min(self._token_budget, self._largest_tick + growth)
-        if plan.kind == "train" and computed.cost:
+        if plan.kind == "train":
             seconds = time.perf_counter() - started
             self._learn_rates(plan.num_tokens, computed.fullest_lane, seconds)
             self._speeds.learn(num_tokens=plan.num_tokens, cost=computed.cost, num_jobs=len(jobs), seconds=seconds)

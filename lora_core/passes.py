@@ -46,10 +46,11 @@ class TickPlan:
     @property
     def largest_share(self) -> int:
         """Tokens of the rank that has the most."""
-        shares = [0] * (max(self.ranks) + 1)
-        for rank, size in zip(self.ranks, self.sizes, strict=True):
-            shares[rank] += size
-        return max(shares)
+        return max(map(self.share_of, set(self.ranks)))
+
+    def share_of(self, rank: int) -> int:
+        """Tokens of one rank."""
+        return sum(size for size, of_rank in zip(self.sizes, self.ranks, strict=True) if of_rank == rank)
 
     def by_job(self) -> dict[str, range]:
         """The slices of each job, by their numbers in the tick."""
@@ -71,8 +72,8 @@ class TickPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computed:
-    """The scores of all slices; what this rank has computed of them, in tokens through the whole base, and how much of
-    that its fullest lane has."""
+    """The scores of all slices; what all ranks have computed of them, in tokens through the whole base, and how much of
+    that the fullest of all lanes has."""
 
     scores: list[SliceScores]
     cost: int
@@ -108,16 +109,18 @@ class Passes:
                 scores = self._run_lanes(lanes, slices, plan.kind, checkpointed=plan.checkpointed)[: len(own)]
         except torch.OutOfMemoryError as error:
             shortage = error
-        found = self._ranks.gathered(None if shortage else [asdict(score) for score in scores])
+        own_lanes = [sum(costs[index] for index in lane if index < len(own)) for lane in lanes]
+        told = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}
+        found = self._ranks.gathered(None if shortage else told)
         if shortage is not None:
             raise shortage
         if None in found:
             raise torch.OutOfMemoryError(f"The share of rank {found.index(None)} doesn't fit its device.")
-        each = [iter(of_rank) for of_rank in found]
+        each = [iter(of_rank["scores"]) for of_rank in found]
         return Computed(
             scores=[_scores(next(each[rank])) for rank in plan.ranks],
-            cost=sum(costs),
-            fullest_lane=max((sum(costs[index] for index in lane if index < len(own)) for lane in lanes), default=0),
+            cost=sum(of_rank["cost"] for of_rank in found),
+            fullest_lane=max(of_rank["lane"] for of_rank in found),
         )
 
     def _keeping_step(self, slices: Sequence[SliceInput], plan: TickPlan, jobs: Mapping[str, Job]) -> list[SliceInput]:

@@ -160,7 +160,7 @@ def _registered(context: WorkerContext) -> Generator[None]:
         devices=[device.as_json()],
         version=node.versions()["lorry"],
         integrations=available(context.settings),
-        memory_bytes=device.bytes_of_each,
+        memory_bytes=device.memory_bytes // context.num_processes,
     )
     context.pulse.start()
     try:

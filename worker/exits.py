@@ -10,11 +10,13 @@ from worker.tether import LOST_PARENT
 CUDA_OOM = re.compile(
     r"CUDA out of memory|CUDA error: out of memory|torch\.OutOfMemoryError|_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
-PYTHON_OOM = r"^(?!torch\.)[\w.]*MemoryError\b"
+PYTHON_OOM = r"^(?:\[rank\d+\]: )?(?!torch\.)[\w.]*MemoryError\b"
 """Python's own, and NumPy's `numpy._core._exceptions._ArrayMemoryError`; torch's tells of the device."""
 HOST_OOM = re.compile(rf"DefaultCPUAllocator: can't allocate memory|{PYTHON_OOM}|std::bad_alloc", re.MULTILINE)
-KILLED = re.compile(r"died with <Signals\.SIGKILL: 9>")
-"""What accelerate's launcher prints of its child."""
+KILLED = re.compile(r"died with <Signals\.SIGKILL: 9>|Signal 9 \(SIGKILL\) received by PID")
+"""What accelerate's launcher prints of its child, and torchrun's of one of several."""
+LOST = re.compile(rf"status {LOST_PARENT}\b|exitcode +: {LOST_PARENT}\b")
+OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError")
 
 
 def classify_exit(returncode: int, log_tail: str, *, num_oom_kills: int, device_kind: str) -> tuple[EndReason, str]:
@@ -30,7 +32,7 @@ def classify_exit(returncode: int, log_tail: str, *, num_oom_kills: int, device_
         return shortage
     if killed:
         return EndReason.TRAINER_CRASHED, "The trainer was killed (signal 9)."
-    if returncode == LOST_PARENT or f"status {LOST_PARENT}" in log_tail:
+    if returncode == LOST_PARENT or LOST.search(log_tail) is not None:
         return EndReason.INFRA_LOST, "The trainer heard nothing from its worker for a whole lease."
     if returncode == 0:
         return EndReason.TRAINER_CRASHED, "The trainer ended without finishing its jobs."
@@ -47,6 +49,6 @@ def _shortage(log_tail: str, device_kind: str) -> tuple[EndReason, str] | None:
 
 def _last_error(log_tail: str) -> str:
     """The last line that names an exception of the trainer itself, not of its launcher."""
-    named = re.findall(r"^[\w.]*(?:Error|Exception|Failure)\b.*$", log_tail, re.MULTILINE)
-    own = [line for line in named if "CalledProcessError" not in line]
+    named = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Failure)\b.*)$", log_tail, re.MULTILINE)
+    own = [line for line in named if not any(name in line for name in OF_LAUNCHERS)]
     return f" {own[-1][:500]}" if own else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -35,8 +36,6 @@ LAUNCHED = (
     "--num_machines=1",
     "--machine_rank=0",
     "--rdzv_backend=c10d",
-    "--main_process_ip=127.0.0.1",
-    "--main_process_port=0",  # any that is free
     "--mixed_precision=no",
     "--dynamo_backend=no",
     "--max_restarts=0",
@@ -92,11 +91,22 @@ class TrainerProcess:
         return True
 
     def kill(self) -> None:
-        """Kill the whole process group, and wait for its leader."""
+        """Kill the process group with all that it has started, which have groups of their own, and wait for them."""
+        started = self._started()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        for process in started:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
+        psutil.wait_procs(started, timeout=10)
+
+    def _started(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.Error:
+            return []
 
     def close(self) -> None:
         """End what may be left of it."""
@@ -133,8 +143,17 @@ def launch(
 
 
 def rendezvous(num_processes: int) -> dict[str, str]:
-    """Processes of one machine talk on its loopback, by whatever name the machine may call itself."""
-    return {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK} if num_processes > 1 else {}
+    """Processes of one machine meet at a port of its loopback that is free, under a name of their own, so that no two
+    trainers meet each other; and they talk there, by whatever name the machine may call itself."""
+    if num_processes == 1:
+        return {}
+    return {
+        "PET_RDZV_ENDPOINT": "localhost:0",  # what torchrun reads where accelerate has no argument for it
+        "PET_RDZV_ID": secrets.token_hex(8),
+        "PET_LOCAL_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
+        "NCCL_SOCKET_IFNAME": LOOPBACK,
+    }
 
 
 def trainer_argv(path: Path, *, silence_seconds: float, num_processes: int = 1) -> list[str]:

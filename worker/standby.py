@@ -109,7 +109,7 @@ def stand_by(directory: TrainerDirectory, warm_up: Callable[[Path], None]) -> No
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         try:
-            warm_up(directory.path / "warm-up")
+            warm_up(directory.path / f"warm-up-{os.environ.get('LOCAL_RANK', '0')}")
         except Exception:  # noqa: BLE001  (whatever it is, it comes again with a real base, and is told of that one)
             traceback.print_exc()
     if tether.is_first():

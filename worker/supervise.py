@@ -306,7 +306,7 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End
         return pack.verdict
     if context.draining:
         return End(reason=EndReason.DRAINED, detail="The worker left.")
-    log_tail = pack.directory.log_tail()
+    log_tail = pack.directory.log_tail(max_bytes=16_000)
     num_oom_kills = node.oom_kills() - trainer.oom_kills_before
     reason, detail = classify_exit(
         trainer.returncode or 0, log_tail, num_oom_kills=num_oom_kills, device_kind=context.device.kind

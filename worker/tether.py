@@ -36,12 +36,14 @@ def hold_on(argv: Sequence[str]) -> None:
     """Tie this process to its parent if `argv` says `--tethered=SECONDS`: end after so long without a byte.
 
     Of several processes that one launcher has started the first reads the pipe, for a byte goes to one reader; the
-    others end with their launcher, which ends when the first does.
+    others watch for its end, and end with their launcher, which ends when the first does.
     """
     for argument in argv:
         if argument.startswith(OPTION):
             die_with_parent()
-            if is_first():
+            if not is_first():
+                watch_end(sys.stdin.fileno())
+            else:
                 watch_pipe(sys.stdin.fileno(), silence_seconds=float(argument.removeprefix(OPTION)))
 
 
@@ -55,6 +57,20 @@ def watch_pipe(descriptor: int, *, silence_seconds: float | None) -> threading.T
     thread = threading.Thread(target=_watch, args=(descriptor, silence_seconds), name="tether", daemon=True)
     thread.start()
     return thread
+
+
+def watch_end(descriptor: int) -> threading.Thread:
+    """Start the thread that ends this process when the pipe closes; it takes no byte from who reads it."""
+    thread = threading.Thread(target=_watch_end, args=(descriptor,), name="tether", daemon=True)
+    thread.start()
+    return thread
+
+
+def _watch_end(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, 0)  # of itself it tells when the other end has gone
+    poll.poll()
+    os._exit(LOST_PARENT)
 
 
 def _watch(descriptor: int, silence_seconds: float | None) -> None:

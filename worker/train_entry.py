@@ -29,7 +29,7 @@ from lora_core.distributed import ALONE, Ranks
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
-from lora_core.generate import check_prompts
+from lora_core.generate import Generation, check_prompts
 from lora_core.memory_shortage import shortage_of
 from lora_core.sharding import Strategy
 from lora_core.warm_up import warm_up
@@ -39,7 +39,7 @@ from worker.plan import engine_config, job_config
 from worker.resident import Resident
 from worker.sampling import ask, told
 from worker.standby import stand_by
-from worker.train_outputs import as_json, exported, prompts_of, steps_to_sample
+from worker.train_outputs import as_json, exported, prompts_of, steps_to_sample, taken
 from worker.trainer_directory import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory, timed
 from worker.trainer_log import TrainerLog, open_log
 from worker.wire_errors import described, disk_error
@@ -135,18 +135,12 @@ class Trainer:
 
     def _listen(self) -> None:
         """Obey what has come, in its order; jobs that are told one after the other to leave do so together."""
-        for are_to_leave, messages in groupby(self._told(), lambda message: message.verb in LEAVING):
+        for are_to_leave, messages in groupby(taken(self._inbox, self._ranks), lambda message: message.verb in LEAVING):
             if are_to_leave:
                 self._leave(messages)
             else:
                 for message in messages:
                     self._obey(message)
-
-    def _told(self) -> list[Message]:
-        """What has come since, on every rank."""
-        taken = self._inbox.take() if self._ranks.leads else []
-        told = self._ranks.told([[message.verb, message.body] for message in taken])
-        return [Message(verb=verb, body=body) for verb, body in told]
 
     def _leave(self, messages: Iterable[Message]) -> None:
         """All checkpoints are written and told of before any of them is made a model, which takes its time."""
@@ -185,13 +179,13 @@ class Trainer:
             )
             train_path, valid_path = self._directory.inside(body["train"]), self._directory.inside(body["valid"])
             assert train_path is not None
-            with shortage_of(claim_id, part="data"):
+            with self._ranks.together(), shortage_of(claim_id, part="data"):
                 train = TokenDataset.load(train_path)
                 valid = TokenDataset.load(valid_path) if valid_path else None
             parent = self._directory.inside(body["parent"])
             self._engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent)
         except LoraCoreError as error:
-            self._refuse(claim_id, error, is_checkpoint=isinstance(error, BadCheckpoint))
+            self._refuse(claim_id, error, is_checkpoint=error.code == BadCheckpoint.code)
             return
         except OSError as error:
             self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
@@ -263,21 +257,27 @@ class Trainer:
         asked = {job: found for job in step_of if (found := self._residents[job].asked) is not None}
         if not asked:
             return
-        generation = self._engine.generation({job: prompts_of(prompts) for job, prompts in asked.items()})
-        while not generation.is_complete:
-            try:
-                generation.advance()
-            except OutOfMemory as error:
-                generation.drop(error.job)
-                self._write(error.job, "unsampled", step=step_of[error.job], error=described(error))
+        prompts, generation = {job: prompts_of(own) for job, own in asked.items()}, None
+        if self._ranks.leads or self._base.is_divided:  # a base that is whole answers by itself; the others wait
+            generation = self._engine.generation(prompts)
+        while not self._ranks.told(generation is None or generation.is_complete):
+            if generation is not None:
+                self._advance(generation, step_of)
             self._listen()
-            for job in generation.answers():
-                if job not in self._residents:
-                    generation.drop(job)
             self._report()
-        for job, answers in generation.answers().items():
-            assert self._text is not None
-            self._write(job, "sampled", step=step_of[job], samples=told(self._text, asked[job], answers))
+        for job, answers in generation.answers().items() if generation is not None else ():
+            if job in self._residents:
+                assert self._text is not None
+                self._write(job, "sampled", step=step_of[job], samples=told(self._text, asked[job], answers))
+
+    def _advance(self, generation: Generation, step_of: dict[str, int]) -> None:
+        for job in generation.answers().keys() - self._residents.keys():
+            generation.drop(job)
+        try:
+            generation.advance()
+        except OutOfMemory as error:
+            generation.drop(error.job)
+            self._write(error.job, "unsampled", step=step_of[error.job], error=described(error))
 
     def _follow(self, event: Event) -> None:
         if isinstance(event, JobStepped):

@@ -1,4 +1,5 @@
-"""What the trainer's engine gives, as the trainer tells and keeps it. Runs in the trainer alone."""
+"""What the trainer's engine gives, as the trainer tells and keeps it; and what all its processes are told. Runs in the
+trainer alone."""
 
 from __future__ import annotations
 
@@ -10,14 +11,22 @@ from pathlib import Path
 
 from lora_core.between_parts import Between
 from lora_core.device_faults import is_device_fault
+from lora_core.distributed import Ranks
 from lora_core.engine import Engine
 from lora_core.errors import LoraCoreError
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts
 from worker.sampling import Asked
-from worker.trainer_directory import Json, timed
+from worker.trainer_directory import InboxReader, Json, Message, timed
 
 EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
+
+
+def taken(inbox: InboxReader, ranks: Ranks) -> list[Message]:
+    """What has come since, on every rank."""
+    found = inbox.take() if ranks.leads else []
+    told = ranks.told([[message.verb, message.body] for message in found])
+    return [Message(verb=verb, body=body) for verb, body in told]
 
 
 def exported(

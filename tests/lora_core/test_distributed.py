@@ -73,6 +73,7 @@ def test_an_adapter_trained_by_several_processes_has_the_bytes_of_one(base_dirs,
                 assert outcome == alone[job], job
         assert found["verified"]
         assert (found["refused"], found["jobs"]) == ("bad_checkpoint", [])
+        assert found["num_ticks"] < 12, "small jobs are computed one by one for ever"
     assert len({found["adapter"] for found in each}) == len({found["answers"] for found in each}) == 1
 
 

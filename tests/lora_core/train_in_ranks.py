@@ -23,7 +23,7 @@ from lora_core.events import JobEvaluated, JobStepped
 from lora_core.generate import Prompts
 from lora_core.sharding import Strategy
 from lora_core.verify import verify_export
-from tests.lora_core.scenarios import Outcome, Submission, admit, run_elastically, submissions
+from tests.lora_core.scenarios import Outcome, Submission, admit, config, dataset, run_elastically, submissions
 from tests.lora_core.test_laws_on_a_real_model import mixed_jobs
 
 TOKEN_BUDGET = 120
@@ -61,7 +61,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
         ended = run_elastically(base, jobs, token_budget=TOKEN_BUDGET, seed=3, victim="plain", ranks=ranks, **options)
         found["outcomes"][name] = {job: told(outcome) for job, outcome in ended.items()}
     found |= exported(base, ranks, out / f"adapter-{ranks.rank}")
-    found |= refused(base, ranks)
+    found |= refused(base, ranks) | {"num_ticks": ticks_of_two_small_jobs(base, ranks)}
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
     distributed.leave()
 
@@ -81,6 +81,18 @@ def exported(base: BaseModel, ranks: Ranks, folder: Path) -> dict[str, Any]:
         "verified": verify_export(base, folder).passed,
         "answers": repr(generation.answers()),
     }
+
+
+def ticks_of_two_small_jobs(base: BaseModel, ranks: Ranks) -> int:
+    """Each of six steps of one slice, of which some are to be computed alone at first."""
+    engine = Engine(base, EngineConfig(ticks_alone=2), ranks)
+    for name in ("one", "other"):
+        engine.admit(name, config(num_steps=6, batch_size=1), dataset(1, [20, 20, 20]))
+    num_ticks = 0
+    while not engine.idle:
+        engine.tick()
+        num_ticks += 1
+    return num_ticks
 
 
 def refused(base: BaseModel, ranks: Ranks) -> dict[str, Any]:

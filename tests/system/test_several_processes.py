@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from catalog.states import EndReason, JobState
-from tests.system.test_killed_worker import reasons, small_job, trainer_pid
+from tests.system.test_killed_worker import small_job
 from tests.worker_site import worker_site
 
 pytestmark = pytest.mark.timeout(600)
@@ -23,7 +23,7 @@ def test_jobs_that_two_processes_train_end_with_the_bytes_of_one_though_the_seco
         together = [site.submit(rows, **fields, seed=seed) for seed in (1, 2)]
         site.start_worker(LORRY_CPU_PROCESSES="2", FAILPOINT=f"step_12:wait={site.gate('kill')}")
         site.wait_for_step(12, *together)
-        launcher = psutil.Process(trainer_pid(site, together[0])).parent()
+        launcher = psutil.Process(site.trainer_pid(together[0])).parent()
         assert launcher is not None
         first, second = sorted(launcher.children(), key=lambda process: process.pid)
 
@@ -34,6 +34,6 @@ def test_jobs_that_two_processes_train_end_with_the_bytes_of_one_though_the_seco
         assert not first.is_running()
         for ours, other in zip(together, alone, strict=True):
             assert site.job(ours).state == JobState.SUCCEEDED, site.log()
-            assert reasons(site, ours) == [EndReason.TRAINER_CRASHED, EndReason.COMPLETED]
+            assert site.reasons(ours) == [EndReason.TRAINER_CRASHED, EndReason.COMPLETED]
             assert site.attempts(ours)[1].resumed_from_step == 10
             assert site.weights_digest(ours) == site.weights_digest(other)

@@ -14,9 +14,11 @@ import psutil
 import pytest
 
 from catalog.spec import JobRequest, resolve
+from catalog.states import EndReason
 from tests import tiny_base
 from tests.worker_site import WAIT_SECONDS
 from worker import node
+from worker.exits import classify_exit
 from worker.launch import TrainerProcess, launch
 from worker.token_file import TokenFile
 from worker.trainer_directory import EventReader, InboxWriter, Json, TrainerDirectory
@@ -164,7 +166,29 @@ def test_when_one_process_is_killed_the_trainer_ends_with_all_of_them(
         ranks[rank].kill()
 
         assert trainer.process.wait(GONE_SECONDS), "it goes on without one of its processes"
-        assert trainer.process.returncode != 0
+        log_tail = trainer.directory.log_tail(max_bytes=16_000)
+        why = classify_exit(trainer.process.returncode or 0, log_tail, num_oom_kills=0, device_kind="cpu")
+        assert why == (EndReason.TRAINER_CRASHED, "The trainer was killed (signal 9)."), log_tail
+        of_kernel = classify_exit(trainer.process.returncode or 0, log_tail, num_oom_kills=1, device_kind="cpu")
+        assert of_kernel[0] == EndReason.HOST_OOM
+        assert psutil.wait_procs(ranks, timeout=GONE_SECONDS)[1] == []
+
+
+def test_two_trainers_of_one_machine_do_not_meet_and_end_with_their_worker(tmp_path: Path, base_dir: Path) -> None:
+    with (
+        launched(tmp_path / "one", base_dir, num_processes=2) as one,
+        launched(tmp_path / "other", base_dir, num_processes=2) as other,
+    ):
+        for trainer in (one, other):
+            assert trainer.hear("ready")["num_processes"] == 2
+        ranks = [*one.ranks(), *other.ranks()]
+        assert len(ranks) == 4
+
+        for trainer in (one, other):
+            pipe = trainer.process._process.stdin  # pyright: ignore[reportPrivateUsage]
+            assert pipe is not None
+            pipe.close()
+
         assert psutil.wait_procs(ranks, timeout=GONE_SECONDS)[1] == []
 
 
