@@ -19,6 +19,8 @@ NAME_PATTERN = r"^[^\x00-\x1f\x7f/\\#?%:]+$"
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NAME_PATTERN)]
 Label = Annotated[str, StringConstraints(pattern=LABEL_PATTERN)]
+Tags = Annotated[dict[Name, Name], Field(max_length=16, json_schema_extra={"additionalProperties": False})]
+"""By name. Of names that the pattern doesn't fit a schema says nothing by itself."""
 
 
 class Wandb(Strict):
@@ -35,7 +37,7 @@ class Mlflow(Strict):
 
     experiment: Name = Field(default="lorry", description="Behind the project's name and a slash.")
     run_name: Name | None = Field(default=None, description="By itself the job's id.")
-    tags: dict[Name, Name] | None = Field(default=None, max_length=16, description="Of the run.")
+    tags: Tags | None = Field(default=None, description="Of the run.")
 
 
 class TensorBoard(Strict):

@@ -147,5 +147,19 @@ def test_every_json_body_is_read_strictly(app: FastAPI) -> None:
     assert named - {model.__name__ for model in _subclasses(Strict)} == set()
 
 
+def test_where_keys_have_a_pattern_the_document_says_that_there_are_no_others(app: FastAPI) -> None:
+    def with_patterns(part: Any) -> list[dict[str, Any]]:
+        if isinstance(part, list):
+            return [found for each in part for found in with_patterns(each)]
+        if not isinstance(part, dict):
+            return []
+        below = [found for each in part.values() for found in with_patterns(each)]
+        return [part, *below] if "patternProperties" in part else below
+
+    found = with_patterns(app.openapi()["components"])
+    assert found
+    assert [schema for schema in found if schema.get("additionalProperties") is not False] == []
+
+
 def _subclasses(model: type[BaseModel]) -> set[type[BaseModel]]:
     return {one for child in model.__subclasses__() for one in {child, *_subclasses(child)}}
