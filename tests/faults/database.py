@@ -1,17 +1,22 @@
-"""Faults of the database: restarted, killed amid a transaction, parted from a worker."""
+"""Faults of the database: restarted, killed amid a transaction, locked, parted from a worker."""
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 from sqlalchemy import make_url
 
 from catalog.states import FINAL_STATES, EndReason
-from tests.faults.row import POSTGRESQL, Row
+from tests.faults.row import POSTGRESQL, SQLITE, Row
 from tests.faults.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite, is_gone_in_time
 from tests.services.fault_proxy import fault_proxy
 
+LOCKED_SECONDS = 33.0
+"""SQLite's writers give up after 30."""
 LONG_LEASE = {"LORRY_LEASE_SECONDS": "60", "LORRY_HEARTBEAT_SECONDS": "1"}
 ONCE = [EndReason.COMPLETED]
 
@@ -71,6 +76,36 @@ def _killed_in_completion(site: FaultSite) -> str:
 
     assert site.reasons(job_id) == ONCE, site.told(job_id)
     return f"the worker completed it again: {site.told(job_id)}"
+
+
+def _locked(site: FaultSite) -> str:
+    """The jobs can't be written to for longer than SQLite's writers wait."""
+    file_id, job_id = site.upload(NUM_ROWS), site.submit_small()
+    site.start_api()
+    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_for_step(15, job_id)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        with _lock_of(site):
+            site.gate("go").touch()
+            asked = pool.submit(_submit, site, file_id, "locked")
+            site.wait_seconds(LOCKED_SECONDS)
+        answer = asked.result(PATIENCE_SECONDS)
+
+    told = _assert_unavailable(answer) if answer.status_code != 200 else "the submission waited"
+    site.wait_for_success(job_id)
+    assert site.reasons(job_id) == ONCE, site.told(job_id)
+    _accepts(site, _submit(site, file_id, "locked"))
+    return f"{told}. The running job: {site.told(job_id)}"
+
+
+@contextmanager
+def _lock_of(site: FaultSite) -> Generator[None]:
+    connection = sqlite3.connect(str(make_url(site.db.url).database), isolation_level=None, timeout=PATIENCE_SECONDS)
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        connection.close()
 
 
 def _cut_off(site: FaultSite) -> str:
@@ -138,6 +173,14 @@ ROWS = (
         also="completed once",
         act=_killed_in_completion,
         databases=POSTGRESQL,
+        environment=LONG_LEASE,
+    ),
+    Row(
+        name="database-locked",
+        fault="database locked for 33 s while a job trains",
+        also="submit waits, or 503 and Retry-After; nothing reaped",
+        act=_locked,
+        databases=SQLITE,
         environment=LONG_LEASE,
     ),
     Row(

@@ -1,4 +1,4 @@
-"""Faults of the disk: full under the store, on a small one of its own."""
+"""Faults of the disk: full under the store, under SQLite. Each is a small one of its own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from catalog.states import EndReason, JobState
-from tests.faults.row import Row
-from tests.faults.site import FaultSite
+from tests.faults.row import SQLITE, Row
+from tests.faults.site import NUM_ROWS, SMALL, FaultSite
 
 LONG_LEASE = {"LORRY_LEASE_SECONDS": "30"}
 BLOCK_BYTES = 4096
+MAX_ACCEPTED = 500
+"""Submissions that SQLite's log has room for, on a disk that is full."""
 
 
 @contextmanager
@@ -56,6 +60,37 @@ def _under_store(site: FaultSite) -> str:
     return f"“{_warnings(site, job_id)[0]}” The adapter waited for room; {site.told(job_id)}"
 
 
+def _under_database(site: FaultSite) -> str:
+    """Its log may have room for a few more submissions."""
+    file_id = site.upload(NUM_ROWS)
+    site.start_api()
+    job_id = _at_step_15(site)
+    with _full(site.folder / "database"):
+        site.gate("go").touch()
+        number, answer = 0, _submit(site, file_id, 0)
+        while answer.status_code == 200 and number < MAX_ACCEPTED:
+            number += 1
+            answer = _submit(site, file_id, number)
+        site.wait_seconds(2)
+    assert answer.status_code == 507, f"{answer.status_code} {answer.text}"
+    again = _submit(site, file_id, number)
+    assert again.status_code == 200, again.text
+    later = [accepted for ids in site.submissions.values() for accepted in ids]
+    site.cancel(*later)
+
+    site.wait_for_success(job_id)
+    site.wait_for_end(*later)
+
+    assert site.reasons(job_id) == [EndReason.COMPLETED], site.told(job_id)
+    refusal = f"507 {answer.json()['error']['code']}"
+    told = f"{number} submissions had room, then {refusal}; accepted once there was room again"
+    return f"{told}. The running job: {site.told(job_id)}"
+
+
+def _submit(site: FaultSite, file_id: str, number: int) -> httpx.Response:
+    return site.post_job(file_id, idempotency_key=f"full-{number}", **SMALL)
+
+
 def _warnings(site: FaultSite, job_id: str) -> list[str]:
     return [event.message for event in site.events(job_id) if event.level == "warn"]
 
@@ -67,6 +102,15 @@ ROWS = (
         also="told by name; the last good checkpoint kept",
         act=_under_store,
         small_disk="data/store",
+        environment=LONG_LEASE,
+    ),
+    Row(
+        name="disk-full-database",
+        fault="disk full under SQLite",
+        also="told by name; nothing lost",
+        act=_under_database,
+        small_disk="database",
+        databases=SQLITE,
         environment=LONG_LEASE,
     ),
 )

@@ -1,4 +1,4 @@
-"""Faults of jobs and of what people ask of them: poison, cancelling at every moment."""
+"""Faults of jobs and of what people ask of them: poison, ruined weights, cancelling at every moment."""
 
 from __future__ import annotations
 
@@ -30,6 +30,25 @@ def _poison(site: FaultSite) -> str:
     assert site.reasons(poison) == [EndReason.TRAINER_CRASHED] * 3, site.told(poison)
     assert len((job.error or {})["evidence"]) == 3
     return "quarantined after 3 attempts, with the evidence; 3 others succeeded"
+
+
+def _diverged(site: FaultSite) -> str:
+    """The highest rate and scale that are taken ruin its weights: that job fails, its packmate's bytes are those of one
+    left alone."""
+    ruinous = {"learning_rate": 1.0, "lora_plus_ratio": 1e6}
+    good = site.submit_small()
+    bad = site.submit_small(lora={"rank": 1, "alpha": 1e6}, optimizer=ruinous)
+    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_for_step(15, good)
+    site.wait_until(lambda: site.job(bad).state in (JobState.RUNNING, JobState.FAILED))
+    site.gate("go").touch()
+
+    site.wait_for_success(good)
+    site.wait_for_end(bad)
+
+    assert (site.job(bad).state, site.reasons(bad)) == (JobState.FAILED, [EndReason.DIVERGED]), site.told(bad)
+    assert site.attempts(bad)[0].trainer_id == site.attempts(good)[0].trainer_id, "they did not ride together"
+    return f"“{site.attempts(bad)[0].detail}” Its packmate's bytes are those of one left alone"
 
 
 def _cancelled(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite, str], None]) -> str:
@@ -113,6 +132,12 @@ ROWS = (
         fault="a job that ends its trainer each time",
         also="quarantine with the evidence; the others go on",
         act=_poison,
+    ),
+    Row(
+        name="job-diverged",
+        fault="a job that ruins its own weights",
+        also="the right class; packmates untouched",
+        act=_diverged,
     ),
     Row(
         name="cancel-waiting",

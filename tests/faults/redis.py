@@ -1,4 +1,4 @@
-"""Faults of Redis, which carries nothing but a ring at the door: emptied, ended, absent."""
+"""Faults of Redis, which carries nothing but a ring at the door: emptied, ended, absent, flooded."""
 
 from __future__ import annotations
 
@@ -74,6 +74,25 @@ def _nothing(_site: FaultSite) -> None:
     return
 
 
+def _flooded(site: FaultSite) -> str:
+    """One message a hundred times, one with forged content, one of a task that there is not."""
+    job_id = site.submit_small()
+    program = """
+from worker.celery_app import app
+for _ in range(100):
+    app.send_task("lorry.work")
+app.send_task("lorry.work", args=["ftjob-forged", {"claim_id": "mine"}])
+app.send_task("os.system", args=["true"])
+"""
+    assert site.start([sys.executable, "-c", program]).wait(120) == 0, site.log()
+    _start_celery(site)
+    site.wait_for_success(job_id)
+    with _client(site) as client:
+        site.wait_until(lambda: client.llen("lorry:lorry") == 0)
+    assert site.reasons(job_id) == ONCE, site.told(job_id)
+    return "one attempt; the others were ignored"
+
+
 ROWS = (
     *(
         Row(
@@ -89,5 +108,12 @@ ROWS = (
             ("killed", "killed and started again", _end, _begin),
             ("absent", f"absent for {ABSENT_SECONDS:.0f} s", _end, _begin_later),
         )
+    ),
+    Row(
+        name="redis-flooded",
+        fault="one message a hundred times, and forged content",
+        also="one attempt; ignored",
+        act=_flooded,
+        has_redis=True,
     ),
 )

@@ -1,4 +1,4 @@
-"""Faults of the store: damaged checkpoints, and an S3 server that fails or loses answers."""
+"""Faults of the store: damaged checkpoints, and an S3 server that fails, loses answers, is slow or lets nobody in."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from tests.faults.site import FaultSite, is_gone_in_time
 from tests.services.fault_proxy import Asked, FaultProxy, Verdict, http_answer
 
 BROKEN = http_answer("500 Internal Server Error", "<Error><Code>InternalError</Code></Error>")
+EXPIRED = http_answer("403 Forbidden", "<Error><Code>ExpiredToken</Code></Error>")
+SLOW_BYTES_PER_SECOND = 80_000
+"""A checkpoint takes longer than a lease."""
 
 
 def _damaged(site: FaultSite, *, spoil: Callable[[FaultSite, Path], None]) -> str:
@@ -95,11 +98,51 @@ def _fail_some(proxy: FaultProxy, *, verdict: Verdict) -> None:
     proxy.judge = Some(verdict, 5)
 
 
+class Nobody:
+    """A judge who lets nobody in."""
+
+    def __init__(self) -> None:
+        self.num_refused = 0
+
+    def __call__(self, _: Asked) -> Verdict:
+        self.num_refused += 1
+        return EXPIRED
+
+
+def _expire(proxy: FaultProxy) -> None:
+    proxy.judge = Nobody()
+
+
+def _slow_down(proxy: FaultProxy) -> None:
+    proxy.bytes_per_second = SLOW_BYTES_PER_SECOND
+
+
 def _until_all_failed(site: FaultSite, proxy: FaultProxy) -> str:
     judge = proxy.judge
     assert isinstance(judge, Some)
     site.wait_until(lambda: judge.num_left == 0)
     return "5 writes, retried"
+
+
+def _for_two_leases(site: FaultSite, proxy: FaultProxy) -> str:
+    judge = proxy.judge
+    assert isinstance(judge, Nobody)
+    site.wait_until(lambda: judge.num_refused)
+    site.wait_seconds(2 * site.settings.lease_seconds)
+    assert _num_checkpoints(site) == 0, "a checkpoint is visible that was not stored"
+    proxy.heal()
+    return f"{judge.num_refused} requests refused, nothing visible for two leases"
+
+
+def _num_checkpoints(site: FaultSite) -> int:
+    with site.db.read() as session:
+        return session.query(Checkpoint).count()
+
+
+def _slowly(site: FaultSite, _proxy: FaultProxy) -> str:
+    seconds = site.seconds_until(lambda: _num_checkpoints(site))
+    assert seconds > site.settings.lease_seconds, f"a checkpoint took {seconds:.0f} s: that is not slow"
+    return f"at {SLOW_BYTES_PER_SECOND // 1000} kB/s the first checkpoint took {seconds:.0f} s"
 
 
 ROWS = (
@@ -132,6 +175,8 @@ ROWS = (
                 partial(_fail_some, verdict="lose the answer"),
                 _until_all_failed,
             ),
+            ("slow", "so slow that a checkpoint takes longer than a lease", _slow_down, _slowly),
+            ("expired", "credentials expire for two leases", _expire, _for_two_leases),
         )
     ),
 )
