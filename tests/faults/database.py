@@ -1,4 +1,4 @@
-"""Faults of the database: restarted, killed amid a transaction, locked, parted from a worker."""
+"""Faults of the database: restarted, killed amid a transaction, locked, read-only, away, parted from a worker."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
-from sqlalchemy import make_url
+import psycopg
+from sqlalchemy import make_url, text
 
 from catalog.states import FINAL_STATES, EndReason
-from tests.faults.row import POSTGRESQL, SQLITE, Row
+from tests.faults.row import POSTGRESQL, Row
 from tests.faults.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite, is_gone_in_time
 from tests.services.fault_proxy import fault_proxy
 
@@ -100,12 +101,76 @@ def _locked(site: FaultSite) -> str:
 
 @contextmanager
 def _lock_of(site: FaultSite) -> Generator[None]:
-    connection = sqlite3.connect(str(make_url(site.db.url).database), isolation_level=None, timeout=PATIENCE_SECONDS)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    url = make_url(site.db.url)
+    if site.db.is_sqlite:
+        connection = sqlite3.connect(str(url.database), isolation_level=None, timeout=PATIENCE_SECONDS)
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            connection.close()
+        return
+    with psycopg.connect(site.db.url.replace("+psycopg", "")) as connection:
+        connection.execute("lock table jobs in exclusive mode")
         yield
+
+
+def _read_only(site: FaultSite) -> str:
+    """For a while nobody may write, by the server's own setting."""
+    file_id, job_id = site.upload(NUM_ROWS), site.submit_small()
+    site.start_api()
+    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_for_step(15, job_id)
+    _set_read_only(site, True)
+    try:
+        site.gate("go").touch()
+        told = _assert_unavailable(_submit(site, file_id, "read-only"))
+        assert site.ask("GET", f"/v1/fine_tuning/jobs/{job_id}").status_code == 200
     finally:
-        connection.close()
+        _set_read_only(site, False)
+
+    site.wait_for_success(job_id)
+
+    assert site.reasons(job_id) == ONCE, site.told(job_id)
+    _accepts(site, _submit(site, file_id, "read-only"))
+    return f"{told}, reading goes on. The running job: {site.told(job_id)}"
+
+
+def _set_read_only(site: FaultSite, is_read_only: bool) -> None:
+    word = "on" if is_read_only else "off"
+    told = text("show default_transaction_read_only")
+    with psycopg.connect(site.db.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("set default_transaction_read_only = off")
+        connection.execute(f"alter system set default_transaction_read_only = {word}".encode())
+        connection.execute("select pg_reload_conf()")
+
+    def is_so() -> bool:
+        with site.db.read() as session:
+            return session.scalar(told) == word
+
+    site.wait_until(is_so)
+
+
+def _away_for_two_leases(site: FaultSite) -> str:
+    """The worker ends its trainer before its lease is over, and goes on once there is a database again."""
+    assert site.under.postgres is not None
+    job_id = site.submit_small()
+    worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
+    site.wait_for_step(15, job_id)
+    trainer = site.trainer_of(worker)
+    site.under.postgres.stop()
+    site.wait_seconds(site.settings.lease_seconds)
+    is_gone = is_gone_in_time(trainer)
+    site.wait_seconds(site.settings.lease_seconds)
+    site.under.postgres.start()
+    site.gate("go").touch()
+
+    assert is_gone, "the trainer went on after its lease"
+    site.wait_for_success(job_id)
+    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.told(job_id)
+    assert site.attempts(job_id)[1].resumed_from_step == 10, site.told(job_id)
+    return f"trainer gone before its lease ended; {site.told(job_id)}"
 
 
 def _cut_off(site: FaultSite) -> str:
@@ -180,8 +245,22 @@ ROWS = (
         fault="database locked for 33 s while a job trains",
         also="submit waits, or 503 and Retry-After; nothing reaped",
         act=_locked,
-        databases=SQLITE,
         environment=LONG_LEASE,
+    ),
+    Row(
+        name="database-read-only",
+        fault="database read-only while a job trains",
+        also="submit 503 and Retry-After; nothing reaped",
+        act=_read_only,
+        databases=POSTGRESQL,
+        environment=LONG_LEASE,
+    ),
+    Row(
+        name="database-away",
+        fault="database away for two leases",
+        also="the trainer ends before its lease; the job goes on afterwards",
+        act=_away_for_two_leases,
+        databases=POSTGRESQL,
     ),
     Row(
         name="worker-cut-off",

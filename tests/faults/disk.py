@@ -1,4 +1,4 @@
-"""Faults of the disk: full under the store, under SQLite. Each is a small one of its own."""
+"""Faults of the disk: full under the trainers, under the store, under SQLite. Each is a small one of its own."""
 
 from __future__ import annotations
 
@@ -41,6 +41,20 @@ def _at_step_15(site: FaultSite) -> str:
     site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
     site.wait_for_step(15, job_id)
     return job_id
+
+
+def _under_trainers(site: FaultSite) -> str:
+    """Their checkpoints, adapters, events and logs."""
+    job_id = _at_step_15(site)
+    with _full(site.settings.work_dir()):
+        site.gate("go").touch()
+        site.wait_until(lambda: _warnings(site, job_id))
+
+    site.wait_for_success(job_id)
+
+    attempts = site.attempts(job_id)
+    assert all((attempt.resumed_from_step or 0) >= 10 for attempt in attempts[1:]), site.told(job_id)
+    return f"“{_warnings(site, job_id)[0]}” {site.told(job_id)}"
 
 
 def _under_store(site: FaultSite) -> str:
@@ -96,6 +110,14 @@ def _warnings(site: FaultSite, job_id: str) -> list[str]:
 
 
 ROWS = (
+    Row(
+        name="disk-full-trainers",
+        fault="disk full under trainers' checkpoints, events and logs",
+        also="told by name; the last good checkpoint kept",
+        act=_under_trainers,
+        small_disk="data/work",
+        environment=LONG_LEASE,
+    ),
     Row(
         name="disk-full-store",
         fault="disk full under the store",
