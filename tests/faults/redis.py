@@ -1,4 +1,4 @@
-"""Faults of Redis, which carries nothing but a ring at the door: emptied, ended, absent, flooded."""
+"""Faults of Redis, which carries nothing but a ring at the door: emptied, ended, absent, full, flooded."""
 
 from __future__ import annotations
 
@@ -74,6 +74,35 @@ def _nothing(_site: FaultSite) -> None:
     return
 
 
+def _full(site: FaultSite) -> str:
+    """It takes nothing more. That ends Celery's worker, which whoever keeps it running starts again."""
+    file_id = site.upload(NUM_ROWS)
+    site.start_api()
+    first = site.post_job(file_id, idempotency_key="before", **SMALL).json()["id"]
+    worker = _start_celery(site, FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_for_step(15, first)
+    with _client(site) as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        answer = site.post_job(file_id, idempotency_key="meanwhile", **SMALL)
+        assert answer.status_code == 200, answer.text
+        site.gate("go").touch()
+        site.wait_seconds(ABSENT_SECONDS)
+        client.config_set("maxmemory", 0)
+    has_ended = worker.poll() is not None
+    if has_ended:
+        _start_celery(site)
+    later = site.post_job(file_id, idempotency_key="after", **SMALL).json()["id"]
+
+    job_ids = (first, answer.json()["id"], later)
+    site.wait_for_success(*job_ids)
+
+    allowed = (ONCE, [EndReason.INFRA_LOST, *ONCE])
+    assert all(site.reasons(job_id) in allowed for job_id in job_ids), [site.told(job_id) for job_id in job_ids]
+    ended = f"Celery's worker ended with status {worker.poll()} and was started again" if has_ended else "it went on"
+    return f"submit 200 meanwhile; {ended}; the running job: {site.told(first)}; the queue drained after"
+
+
 def _flooded(site: FaultSite) -> str:
     """One message a hundred times, one with forged content, one of a task that there is not."""
     job_id = site.submit_small()
@@ -108,6 +137,14 @@ ROWS = (
             ("killed", "killed and started again", _end, _begin),
             ("absent", f"absent for {ABSENT_SECONDS:.0f} s", _end, _begin_later),
         )
+    ),
+    Row(
+        name="redis-full",
+        fault="Redis full, while a job trains",
+        also="submits still succeed; no job is lost; the queue drains after",
+        act=_full,
+        has_redis=True,
+        environment={"LORRY_LEASE_SECONDS": "12"},
     ),
     Row(
         name="redis-flooded",
