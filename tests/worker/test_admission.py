@@ -60,6 +60,23 @@ def _again(site: PackSite, claim: Claim) -> Claim:
     return again
 
 
+def test_a_checkpoint_whose_bytes_have_changed_gives_way_to_the_one_before_and_is_whole_when_it_comes_again(
+    site: PackSite,
+) -> None:
+    claim = site.claim_with_checkpoints(10, 20)
+    newest, older = claim.resume_candidates
+    assert newest.artifact is not None
+    (file, *_) = site.store.get_manifest(newest.artifact).files
+    site.store.objects.put(blob_key(file.digest), b"Step 20")
+
+    pack = site.loading_pack(claim)
+
+    (message,) = InboxReader(pack.directory).take()
+    assert message.body["resume"].endswith(f"step-{older.step}")
+    assert site.store.put_bytes(b"step 20").digest == file.digest
+    assert site.store.verify(site.store.get_manifest(newest.artifact)) == []
+
+
 def test_a_job_without_a_parent_is_brought_none(site: PackSite) -> None:
     assert brought(site.loading_pack(site.claim())) is None
 
