@@ -383,23 +383,3 @@ def test_the_transaction_that_pg_dump_looks_through_may_be_silent_for_as_long_as
 
     exported = next(place for place, text in enumerate(told) if "pg_export_snapshot" in text)
     assert told[exported - 1] == "set local idle_in_transaction_session_timeout = 0"
-
-
-def test_without_pg_dump_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(dump, "DEBIAN", tmp_path)
-
-    with pytest.raises(InvalidRequest) as refused:
-        dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])
-
-    assert "postgresql-client" in refused.value.remedy
-
-
-def test_what_pg_dump_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    script = tmp_path / "pg_dump"
-    script.write_text("#!/bin/sh\necho 'server version mismatch' >&2\nexit 1\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-
-    with pytest.raises(InvalidRequest, match="server version mismatch"):
-        dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])

@@ -164,8 +164,9 @@ class FaultSite(WorkerSite):
 
     def finish(self, *job_ids: str, is_small: bool = True, **environment: str) -> None:
         """By one more worker. is_small: their adapters have the bytes that nothing disturbed."""
-        self.start_worker(**environment)
+        worker = self.start_worker(**environment)
         self.wait_for_success(*job_ids, is_small=is_small)
+        self.wait_until(lambda: f"-{worker.pid}-" in self.log())  # it has told its id: from then on it can be asked
 
     def wait_for_success(self, *job_ids: str, is_small: bool = True) -> None:
         self.wait_for_end(*job_ids)
