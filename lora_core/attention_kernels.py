@@ -7,9 +7,18 @@ as to compute it: so arrays are flat here, and indices unsigned.
 """
 
 import numpy as np
-from numba.extending import register_jitable
 
-from lora_core.compiled import compiled, copied, exponential, hyperbolic_tangent, in_order, narrowed, of_order, widened
+from lora_core.compiled import (
+    compiled,
+    copied,
+    exponential,
+    hyperbolic_tangent,
+    in_order,
+    inlined,
+    narrowed,
+    of_order,
+    widened,
+)
 
 COLUMNS = 16
 """Rows of scores are computed up to a multiple of this, so that vectors are filled."""
@@ -35,7 +44,7 @@ def visible_softmax(scores, weights, num_rows, num_columns, num_groups, place, s
         _fill(weights, base + stop, base + np.uint64(num_columns), 0)
 
 
-@register_jitable
+@inlined
 def _seen(row_token, place, causal, window):
     """Columns, from the first to before the last."""
     first_token, first_key, num_tokens = place
@@ -44,7 +53,7 @@ def _seen(row_token, place, causal, window):
     return max(0, token - window + 1) - first_key, last - first_key
 
 
-@register_jitable
+@inlined
 def _softmax(scores, weights, base, powers, factors, start, first, last, stop):
     """Columns from start to stop; hidden ones among them are minus infinity."""
     scale, softcap = factors
@@ -60,14 +69,14 @@ def _softmax(scores, weights, base, powers, factors, start, first, last, stop):
     _shares(powers, np.float32(1) / _sum(powers, start, stop), weights, base, start, stop)
 
 
-@register_jitable
+@inlined
 def _fill(numbers, start, stop, number):
     stored = narrowed(np.float32(number), numbers)
     for c in range(start, stop):
         numbers[c] = stored
 
 
-@register_jitable
+@inlined
 def _largest(scores, start, stop):
     most = in_order(widened(scores[start]))
     for c in range(start, stop):
@@ -75,13 +84,13 @@ def _largest(scores, start, stop):
     return of_order(most)
 
 
-@register_jitable
+@inlined
 def _powers(scores, base, powers, most, scale, start, stop):
     for c in range(start, stop):
         powers[c] = exponential((widened(scores[base + c]) - most) * scale)
 
 
-@register_jitable
+@inlined
 def _capped_powers(scores, base, powers, most, inner, softcap, start, stop):
     """The largest score gives the largest of capped ones, for tanh rises."""
     highest = hyperbolic_tangent(most * inner)
@@ -89,7 +98,7 @@ def _capped_powers(scores, base, powers, most, inner, softcap, start, stop):
         powers[c] = exponential((hyperbolic_tangent(widened(scores[base + c]) * inner) - highest) * softcap)
 
 
-@register_jitable
+@inlined
 def _sum(powers, start, stop):
     total = np.float32(0)
     for c in range(start, stop):
@@ -97,7 +106,7 @@ def _sum(powers, start, stop):
     return total
 
 
-@register_jitable
+@inlined
 def _shares(powers, share, scores, base, start, stop):
     for c in range(start, stop):
         scores[base + c] = narrowed(powers[c] * share, scores)
@@ -122,7 +131,7 @@ def score_gradient(scores, weights, slopes, num_rows, num_columns, num_groups, p
         _fill(slopes, stop, end, 0)
 
 
-@register_jitable
+@inlined
 def _dot(left, right, start, stop):
     total = np.float32(0)
     for c in range(start, stop):
@@ -130,13 +139,13 @@ def _dot(left, right, start, stop):
     return total
 
 
-@register_jitable
+@inlined
 def _gradient(weights, slopes, mean, scale, start, stop):
     for c in range(start, stop):
         slopes[c] = narrowed(scale * widened(weights[c]) * (widened(slopes[c]) - mean), slopes)
 
 
-@register_jitable
+@inlined
 def _capped_gradient(scores, weights, slopes, mean, scale, inner, start, stop):
     for c in range(start, stop):
         capped = hyperbolic_tangent(widened(scores[c]) * inner)

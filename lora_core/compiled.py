@@ -34,6 +34,15 @@ def compiled(function: Function) -> Function:
     return cast(Function, kernel)
 
 
+def inlined(function: Function) -> Function:
+    """What kernels are made of, as part of each of them.
+
+    A function that is called instead is kept with its kernel and compiled by itself besides; the linker takes the one
+    that a process met first, and a kernel just compiled would sum in another order than the same one out of the cache.
+    """
+    return cast(Function, register_jitable(forceinline=True)(function))
+
+
 def array_of(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor on the CPU, as the kernels take it."""
     assert tensor.is_contiguous(), "kernels read memory in its order"
@@ -106,28 +115,28 @@ def narrowed(number, like):
     raise AssertionError("for compiled code")
 
 
-@overload(widened)
+@overload(widened, jit_options={"forceinline": True})
 def _widened(stored):
     if stored == types.uint16:
         return lambda stored: _as_float(np.uint32(stored) << np.uint32(16))
     return lambda stored: stored
 
 
-@overload(narrowed)
+@overload(narrowed, jit_options={"forceinline": True})
 def _narrowed(number, like):
     if like.dtype == types.uint16:
         return lambda number, like: _rounded(np.float32(number))
     return lambda number, like: np.float32(number)
 
 
-@register_jitable
+@inlined
 def copied(source: Any, start: Any, target: Any, first: Any, count: Any) -> None:
     """`count` elements of a flat array from `start` on to those of another from `first` on."""
     for e in range(count):
         target[first + e] = source[start + e]
 
 
-@register_jitable
+@inlined
 def exponential(x: Any) -> Any:
     """e^x in fp32 to five units in the last place (Cephes' expf): 0 below the smallest normal number, infinite
     from 88.38 on."""
@@ -147,7 +156,7 @@ def exponential(x: Any) -> Any:
     return x if np.isnan(x) else power
 
 
-@register_jitable
+@inlined
 def hyperbolic_tangent(x: Any) -> Any:
     """tanh x in fp32 to four units in the last place: Eigen's quotient of two polynomials."""
     bounded = min(max(x, np.float32(-7.90531110763549805)), np.float32(7.90531110763549805))

@@ -2,9 +2,8 @@
 """Cross-entropy of labels by their logits, and its gradient in the logits' place. Letters: C labels, V classes."""
 
 import numpy as np
-from numba.extending import register_jitable
 
-from lora_core.compiled import BLOCK, compiled, exponential, in_order, narrowed, of_order, widened
+from lora_core.compiled import BLOCK, compiled, exponential, in_order, inlined, narrowed, of_order, widened
 
 
 @compiled
@@ -29,7 +28,7 @@ def score_logits(logits, labels, smoothing, losses, correct, largest, sums):
         losses[c] = np.float32(np.log(total)) + most - own
 
 
-@register_jitable
+@inlined
 def _largest(row):
     most = in_order(widened(row[0]))
     for k in range(row.size):
@@ -37,7 +36,7 @@ def _largest(row):
     return of_order(most)
 
 
-@register_jitable
+@inlined
 def _power_sum(row, most):
     total = np.float32(0)
     for k in range(row.size):
@@ -45,7 +44,7 @@ def _power_sum(row, most):
     return total
 
 
-@register_jitable
+@inlined
 def _plain_sum(row):
     total = np.float32(0)
     for k in range(row.size):
@@ -67,7 +66,7 @@ def logit_gradient(logits, labels, weights, smoothing, largest, sums):
         row[label] = narrowed(own, row)
 
 
-@register_jitable
+@inlined
 def _slopes(row, most, factor, spread):
     for k in range(row.size):
         row[k] = narrowed(exponential(widened(row[k]) - most) * factor - spread, row)

@@ -2,9 +2,8 @@
 """RMSNorm of rows (arXiv 1910.07467) and its gradient, for a CPU. Letters: T tokens, D features."""
 
 import numpy as np
-from numba.extending import register_jitable
 
-from lora_core.compiled import BLOCK, compiled, narrowed, widened
+from lora_core.compiled import BLOCK, compiled, inlined, narrowed, widened
 
 
 @compiled
@@ -24,19 +23,19 @@ def add_rms_norm(x, delta, weight, eps, total, y, rate):
         _scaled(total[t], weight, rate[t], y[t])
 
 
-@register_jitable
+@inlined
 def _add(x, delta, total):
     for d in range(x.size):
         total[d] = narrowed(widened(x[d]) + widened(delta[d]), total)
 
 
-@register_jitable
+@inlined
 def _scaled(x, weight, rate, y):
     for d in range(x.size):
         y[d] = narrowed(widened(weight[d]) * widened(narrowed(widened(x[d]) * rate, y)), y)
 
 
-@register_jitable
+@inlined
 def _mean_square(x):
     total = 0.0
     for start in range(0, x.size, BLOCK):
@@ -44,7 +43,7 @@ def _mean_square(x):
     return np.float32(total / x.size)
 
 
-@register_jitable
+@inlined
 def _square_sum(x):
     total = np.float32(0)
     for d in range(x.size):
@@ -68,19 +67,19 @@ def rms_norm_backward(x, rate, weight, dy, onward, dx):
             _add(onward[t], dx[t], dx[t])
 
 
-@register_jitable
+@inlined
 def _product(dy, weight, g):
     for d in range(g.size):
         g[d] = widened(narrowed(widened(dy[d]) * widened(weight[d]), dy))
 
 
-@register_jitable
+@inlined
 def _normed(x, rate, normed):
     for d in range(normed.size):
         normed[d] = widened(x[d]) * rate
 
 
-@register_jitable
+@inlined
 def _dot(left, right):
     total = np.float32(0)
     for d in range(left.size):
@@ -88,7 +87,7 @@ def _dot(left, right):
     return total
 
 
-@register_jitable
+@inlined
 def _norm_gradient(g, normed, mean, rate, dx):
     for d in range(g.size):
         dx[d] = narrowed(rate * (g[d] - normed[d] * mean), dx)

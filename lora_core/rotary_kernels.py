@@ -6,9 +6,8 @@ unsigned, as in attention_kernels.py.
 """
 
 import numpy as np
-from numba.extending import register_jitable
 
-from lora_core.compiled import compiled, copied, narrowed, widened
+from lora_core.compiled import compiled, copied, inlined, narrowed, widened
 
 
 @compiled
@@ -30,7 +29,7 @@ def rotate(source, token_stride, head_stride, cos, sin, num_tokens, num_heads, s
             copied(source, start + half + half, target, first + half + half, rest)
 
 
-@register_jitable
+@inlined
 def _turn(x, start, cos, sin, angle, half, y, first):
     """Products are rounded before they are added, as torch does."""
     for d in range(half):
@@ -43,7 +42,7 @@ def _turn(x, start, cos, sin, angle, half, y, first):
         y[first + half + d] = narrowed(widened(narrowed(high * cosine, y)) + widened(narrowed(low * sine, y)), y)
 
 
-@register_jitable
+@inlined
 def _turn_back(dy, start, cos, sin, angle, half, dx, first):
     for d in range(half):
         low, high = widened(dy[start + d]), widened(dy[start + half + d])
