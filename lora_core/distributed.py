@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Any, TypeVar
 
 import torch
@@ -145,7 +145,24 @@ def join(device: str, *, silence_seconds: float) -> Ranks:
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=silence_seconds))
-    return Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+    ranks = Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+    greet(ranks, device)
+    return ranks
+
+
+def greet(ranks: Ranks, device: str) -> None:
+    """A number from every rank to every higher one, and one from the first to all.
+
+    NCCL makes the channel between two ranks when they first speak, in the device's memory: what is free is looked at
+    later, and memory has no need to run out amid training.
+    """
+    number = torch.zeros(1, device=device)
+    for low, high in combinations(range(ranks.size), 2):
+        if ranks.rank == low:
+            dist.send(number, dst=high)
+        elif ranks.rank == high:
+            dist.recv(number, src=low)
+    ranks.spread(number, holder=0)
 
 
 def leave() -> None:

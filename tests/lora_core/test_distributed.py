@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_core import distributed
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel, load_base
 from lora_core.distributed import ALONE, Ranks
@@ -118,6 +119,22 @@ def test_two_processes_train_a_real_model_to_the_losses_of_one(real_base_dir, tm
         for name, outcome in alone.items():
             expected = [event.loss for event in outcome.events if isinstance(event, (JobStepped, JobEvaluated))]
             assert found["outcomes"]["bound"][name]["losses"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_two_ranks_have_spoken_when_training_starts(monkeypatch):
+    """A channel between two is made at their first word, and takes memory of a GPU."""
+    said: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda _, src: said.append(("to all", src, src)))
+    for rank in range(3):
+        monkeypatch.setattr(distributed.dist, "send", lambda _, dst, rank=rank: said.append(("sent", rank, dst)))
+        monkeypatch.setattr(distributed.dist, "recv", lambda _, src, rank=rank: said.append(("heard", src, rank)))
+        distributed.greet(Ranks(rank=rank, size=3), "cpu")
+
+    pairs = {(0, 1), (0, 2), (1, 2)}
+    assert {(low, high) for how, low, high in said if how == "sent"} == pairs
+    assert sorted(said) == sorted(
+        [("sent", *pair) for pair in pairs] + [("heard", *pair) for pair in pairs] + [("to all", 0, 0)] * 3
+    )
 
 
 def test_slices_are_shared_out_by_tokens_in_their_order():
