@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import tallies
+from catalog.cordons import AT_FAULT
 from catalog.moves import move
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
 from catalog.sweeps.observing import ended_for
@@ -15,6 +16,8 @@ from catalog.tables import Attempt, Job, Json
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
 """Before the next attempt, by the number of counted ones so far; the last also for every further one."""
+MAX_YIELD_SECONDS = 600.0
+"""How long a job that ended badly lets others be tried first, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +30,18 @@ class Verdict:
     is_quarantine: bool = False
 
 
-def decide(reason: EndReason, *, cancel_requested: bool, pause_requested: bool, counted_attempts: int) -> Verdict:
-    """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it."""
+def decide(
+    reason: EndReason,
+    *,
+    cancel_requested: bool,
+    pause_requested: bool,
+    counted_attempts: int,
+    yields_seconds: float = 0.0,
+) -> Verdict:
+    """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
+
+    yields_seconds: how long a job that is tried again waits at least.
+    """
     ending = ENDINGS[reason]
     counted = counted_attempts + int(ending.counts and ending.retryable)
     wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
@@ -40,7 +53,7 @@ def decide(reason: EndReason, *, cancel_requested: bool, pause_requested: bool, 
         return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
     if counted >= MAX_COUNTED_ATTEMPTS:
         return Verdict(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
-    wait = BACK_OFF_SECONDS[min(counted, len(BACK_OFF_SECONDS)) - 1]
+    wait = max(yields_seconds, BACK_OFF_SECONDS[min(counted, len(BACK_OFF_SECONDS)) - 1])
     return Verdict(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
 
 
@@ -65,12 +78,14 @@ def end_attempt(
     assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
     if reason is EndReason.CANCELLED_BY_USER:
         reason = ended_for(session, job, reason)
+    yields_seconds = _yields(session, job, reason, now=now)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
     verdict = decide(
         reason,
         cancel_requested=job.cancel_requested,
         pause_requested=job.pause_requested,
         counted_attempts=job.counted_attempts,
+        yields_seconds=yields_seconds,
     )
     job.counted_attempts = verdict.counted_attempts
     job.num_preemptions += reason is EndReason.PREEMPTED
@@ -86,6 +101,23 @@ def end_attempt(
     if verdict.wait_seconds:
         job.run_after = now + verdict.wait_seconds
     return state
+
+
+def _yields(session: Session, job: Job, reason: EndReason, *, now: float) -> float:
+    """Seconds in which others that have failed less often are tried where this one did: so a bad node is told from a
+    bad job before any job has used up its attempts. Twice what this attempt took, for a trainer to start and end
+    meanwhile; 0 where no other waits, or the node has gone anyway."""
+    if reason not in AT_FAULT:
+        return 0.0
+    others = select(Job.id).where(
+        Job.state == JobState.QUEUED,
+        Job.is_held.is_(False),
+        Job.counted_attempts <= job.counted_attempts,
+        Job.id != job.id,
+    )
+    if session.scalar(others.limit(1)) is None:
+        return 0.0
+    return min(MAX_YIELD_SECONDS, 2 * (now - (job.claimed_at or now)))
 
 
 def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str | None, now: float) -> None:

@@ -12,10 +12,13 @@ from sqlalchemy import select
 from catalog import claims, cordons, explanation, jobs, numbers, plan_claims, workers
 from catalog.cordons import Ended, failed_running
 from catalog.errors import Conflict, NotFound
+from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
 from catalog.tables import AuditEvent, Worker
 from tests.catalog import plan_data
 from tests.catalog.world import LEASE, World
+
+ALONE = Room(max_jobs=1, memory_bytes_free=10**12)
 
 
 def row(world: World, worker_id: str = "w1") -> Worker:
@@ -276,3 +279,31 @@ def test_two_jobs_in_all_that_failed_never_cordon_a_node(packs: list[str], one: 
     with_one = [pack + (one if number % 2 else other) for number, pack in enumerate(packs)]
 
     assert failed_running(ends(*with_one)) == []
+
+
+@pytest.mark.parametrize("seconds_each", [1, 15, 200])
+def test_a_bad_node_is_found_before_any_of_three_jobs_has_used_up_its_attempts(world: World, seconds_each: int) -> None:
+    """Whatever a trainer takes to die, where it has room for one job."""
+    waiting = [world.queued().id for _ in range(3)]
+    world.worker()
+    for number in range(100):
+        held = world.claim(trainer_id=f"trainer-{number}", room=ALONE)
+        world.pass_time(seconds_each if held else 1, *(claim.claim_id for claim in held))
+        for claim in held:
+            claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")
+        if row(world).cordon is not None:
+            break
+
+    assert row(world).cordon is not None
+    assert [world.job(job_id).state for job_id in waiting] == [JobState.QUEUED] * 3
+
+
+def test_a_job_that_fails_while_no_other_waits_is_tried_again_at_once(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    world.pass_time(100, claim.claim_id)
+
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")
+
+    world.pass_time(3)
+    assert [again.job.id for again in world.claim()] == [claim.job.id]

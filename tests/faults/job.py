@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from catalog import jobs
+from catalog import cordons, jobs, workers
 from catalog.errors import Conflict
 from catalog.states import EndReason, JobState
+from catalog.tables import Worker
 from tests.faults.row import Row
 from tests.faults.site import FaultSite
 
@@ -30,6 +31,29 @@ def _poison(site: FaultSite) -> str:
     assert site.reasons(poison) == [EndReason.TRAINER_CRASHED] * 3, site.told(poison)
     assert len((job.error or {})["evidence"]) == 3
     return "quarantined after 3 attempts, with the evidence; 3 others succeeded"
+
+
+def _bad_node(site: FaultSite) -> str:
+    """Every trainer of a worker dies while it loads, which has room for one job; three wait. An operator takes its
+    place with a good one."""
+    waiting = [site.submit_small() for _ in range(3)]
+    bad = site.start_worker(FAILPOINT="loading:kill")
+    site.wait_until(lambda: _cordoned(site))
+    (cordoned,) = _cordoned(site)
+    ends = [site.reasons(job_id) for job_id in waiting]
+    assert (cordoned.cordon or {})["by"] == "service"
+    assert all(end == EndReason.TRAINER_CRASHED for told in ends for end in told)
+    assert [site.job(job_id).state for job_id in waiting] == [JobState.QUEUED] * 3, ends
+
+    bad.terminate()
+    assert bad.wait(site.patience_seconds) == 0
+    cordons.uncordon(site.db, cordoned.id)
+    site.finish(*waiting)
+    return f"cordoned after {sum(map(len, ends))} bad ends of 3 jobs; on another: {site.told(waiting[0])}"
+
+
+def _cordoned(site: FaultSite) -> list[Worker]:
+    return [worker for worker in workers.list_workers(site.db) if worker.cordon is not None]
 
 
 def _diverged(site: FaultSite) -> str:
@@ -132,6 +156,13 @@ ROWS = (
         fault="a job that ends its trainer each time",
         also="quarantine with the evidence; the others go on",
         act=_poison,
+    ),
+    Row(
+        name="node-bad",
+        fault="a node whose trainers all die",
+        also="cordoned, with no job put aside; the jobs succeed elsewhere",
+        act=_bad_node,
+        environment={"LORRY_MAX_JOBS_PER_TRAINER": "1"},
     ),
     Row(
         name="job-diverged",
