@@ -1,8 +1,8 @@
 # What a person does with this repository. `make` alone lists it.
-# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… FUZZ_ARGS=… BENCH_ARGS=…
+# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults fuzz bench bench-gpu bench-api check lock clean \
+.PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults soak fuzz bench bench-gpu bench-api check lock clean \
 	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
@@ -27,6 +27,7 @@ help:
 	@echo "make test-postgres    run the tests of api, catalog and clients with PostgreSQL in SQLite's place"
 	@echo "make test-deepspeed   run the tests of bases that DeepSpeed divides; brings it along, and builds a part of it"
 	@echo "make test-faults      break a real service in every way that this machine allows, on SQLite and PostgreSQL: 40 minutes"
+	@echo "make soak        300 jobs on four workers, and every few seconds a fault drawn by chance: 35 minutes"
 	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: half an hour or more"
 	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
 	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
@@ -64,6 +65,9 @@ $(DEEPSPEED)/.installed: .venv/.installed
 
 test-faults: .venv/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.faults $(FAULTS_ARGS)
+
+soak: .venv/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.faults.soak --out benchmarks/results $(SOAK_ARGS)
 
 fuzz: .venv/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -1,8 +1,9 @@
-"""Faults on demand: FAILPOINT=NAME:kill|hang|raise|exit|wait=PATH makes this process fail where it passes that name.
+"""Faults on demand: FAILPOINT=NAME:ACTION makes this process fail where it passes that name.
 
-Several are separated by commas; `wait` goes on once PATH exists, `exit` ends it with status 0. Without the variable
-nothing happens. Names: in the api submit_before_commit, submit_after_commit; in a worker before_claim, after_claim,
-uploading, before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint.
+ACTION is kill, hang, raise, exit (with status 0), wait=PATH (goes on once PATH exists) or kill-if=PATH (takes PATH away
+and kills whoever found it: one process each time that it is made). Several entries are separated by commas. Without the
+variable nothing happens. Names: in the api submit_before_commit, submit_after_commit; in a worker before_claim,
+after_claim, uploading, before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint.
 """
 
 from __future__ import annotations
@@ -38,6 +39,18 @@ def _fail(name: str, action: str) -> None:
     if action == "exit":
         os._exit(0)
     verb, _, path = action.partition("=")
-    assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is none of kill, hang, raise, exit, wait=PATH"
+    if verb == "kill-if":
+        _kill_if(Path(path))
+        return
+    known = "kill, kill-if=PATH, hang, raise, exit, wait=PATH"
+    assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is none of {known}"
     while verb == "hang" or not Path(path).exists():
         time.sleep(0.02)
+
+
+def _kill_if(path: Path) -> None:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -128,10 +128,15 @@ class FaultSite(WorkerSite):
 
     def start_api(self, **environment: str) -> subprocess.Popen[bytes]:
         """Answers when this returns."""
+        api = self.begin_api(**environment)
+        self.wait_until(self._answers)
+        return api
+
+    def begin_api(self, **environment: str) -> subprocess.Popen[bytes]:
+        """May not answer yet."""
         argv = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", str(self._port)]
         hooks = {"LORRY_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32", "LORRY_WEBHOOK_ALLOW_HTTP": "true"}
         self.api = self.start(argv, LORRY_PEPPER=PEPPER, **hooks, **environment)
-        self.wait_until(self._answers)
         return self.api
 
     def ask(self, method: str, path: str, *, timeout: float = 60.0, **given: Any) -> httpx.Response:

@@ -54,6 +54,11 @@ class Restartable:
         self._open = ExitStack()
         self._pid: int | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """As far as was asked for."""
+        return self._pid is not None
+
     def start(self) -> None:
         """Nothing where it runs."""
         if self._pid is None:

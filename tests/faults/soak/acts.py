@@ -1,0 +1,254 @@
+"""How each fault of a soak is done, and taken back where it lasts. Whom it would meet may be nobody: that is told too.
+
+Nothing here waits: what lasts is taken back at its time by `tick`, while other faults go on.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx
+import obstore
+import psutil
+import redis
+from obstore.store import from_url
+from sqlalchemy import func, select
+
+from catalog.errors import LorryError
+from catalog.states import JobState
+from catalog.tables import Artifact, Checkpoint, Job
+from tests.faults.site import FaultSite
+from tests.faults.soak.chance import Fault
+from tests.faults.soak.kept import Kept
+from tests.faults.store import BROKEN
+
+JOBS = "/v1/fine_tuning/jobs"
+AGAIN_SECONDS = 1.0
+T = TypeVar("T")
+
+
+class Nobody(Exception):
+    """There is nobody whom the fault could meet."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Later:
+    """What is due at a monotonic time. It says whether it has to be done again."""
+
+    due: float
+    act: Callable[[], bool]
+
+
+class Acts:
+    def __init__(self, site: FaultSite, kept: Kept) -> None:
+        self.site = site
+        self.kept = kept
+        self.done: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        """Answers to a pause or a resume that were not 200, by status and code."""
+        self.truncated: dict[str, bytes] = {}
+        """What was there, by the digest of what was cut short."""
+        self._later: list[_Later] = []
+
+    def do(self, fault: Fault) -> None:
+        act: Callable[[Fault], None] = getattr(self, "_" + fault.kind.replace("-", "_"))
+        name = fault.kind if fault.failpoint is None else f"failpoint {fault.failpoint}"
+        try:
+            act(fault)
+        except (Nobody, LorryError, httpx.TransportError, psutil.Error, FileNotFoundError) as error:
+            self.left_out[name] += 1
+            del error
+        else:
+            self.done[name] += 1
+
+    def tick(self, *, at_once: bool = False) -> None:
+        """Take back what is due; at_once: all that lasts."""
+        now = time.monotonic()
+        due = [later for later in self._later if at_once or later.due <= now]
+        self._later = [later for later in self._later if later not in due]
+        for later in due:
+            if later.act():
+                self._later.append(_Later(due=now + AGAIN_SECONDS, act=later.act))
+
+    @property
+    def is_over(self) -> bool:
+        return not self._later
+
+    def disarm(self) -> list[str]:
+        """Failpoints that nobody has passed since they were armed."""
+        names = [name.removeprefix("failpoint ") for name in self.done if name.startswith("failpoint ")]
+        left = [name for name in names if self.site.gate(name).exists()]
+        for name in left:
+            self.site.gate(name).unlink(missing_ok=True)
+        return left
+
+    def put_back(self) -> int:
+        """What was cut short, is so still, and no job has asked for since: the auditor is to find Lorry's doing, not
+        ours. Returns how many files that were."""
+        store = from_url(self.site.settings.resolved_store_url(), client_options={"allow_http": True})
+        number = 0
+        for digest, content in self.truncated.items():
+            key = _key(digest)
+            try:
+                is_whole = obstore.head(store, key)["size"] == len(content)
+            except FileNotFoundError:
+                is_whole = False
+            if not is_whole:
+                obstore.put(store, key, content)
+                number += 1
+        return number
+
+    def _then(self, seconds: float, act: Callable[[], bool | None]) -> None:
+        self._later.append(_Later(due=time.monotonic() + seconds, act=lambda: bool(act())))
+
+    # Trainers and workers
+
+    def _trainer_killed(self, fault: Fault) -> None:
+        self._some_trainer(fault).kill()
+
+    def _trainer_stopped(self, fault: Fault) -> None:
+        self._stop([self._some_trainer(fault)], fault.lasts)
+
+    def _worker_killed(self, fault: Fault) -> None:
+        _at(fault.place, self.kept.workers).kill()
+
+    def _worker_stopped(self, fault: Fault) -> None:
+        self._stop(self.kept.processes_of(_at(fault.place, self.kept.workers)), fault.lasts)
+
+    def _worker_drained(self, fault: Fault) -> None:
+        _at(fault.place, self.kept.workers).send_signal(signal.SIGTERM)
+
+    def _failpoint(self, fault: Fault) -> None:
+        assert fault.failpoint is not None
+        self.site.gate(fault.failpoint).touch()
+
+    def _some_trainer(self, fault: Fault) -> psutil.Process:
+        return _at(fault.place, [each for worker in self.kept.workers for each in self.kept.trainers_of(worker)])
+
+    def _stop(self, processes: Sequence[psutil.Process], seconds: float) -> None:
+        for process in processes:
+            process.suspend()
+        self._then(seconds, lambda: _wake(processes))
+
+    # Jobs
+
+    def _checkpoint_truncated(self, fault: Fault) -> None:
+        job_id, digest = _at(fault.place, self._with_two_checkpoints())
+        store = from_url(self.site.settings.resolved_store_url(), client_options={"allow_http": True})
+        content = bytes(obstore.get(store, _key(digest)).bytes())
+        self.truncated.setdefault(digest, content)
+        obstore.put(store, _key(digest), content[:-1])
+        psutil.Process(self.site.trainer_pid(job_id)).kill()
+
+    def _with_two_checkpoints(self) -> list[tuple[str, str]]:
+        """Jobs that train and have an older checkpoint to fall back on, with the largest file of the newest one."""
+        newest = select(Checkpoint.job_id, func.max(Checkpoint.step).label("step"))
+        newest = newest.group_by(Checkpoint.job_id).having(func.count() > 1).subquery()
+        found = select(Job.id, Artifact.files).join(newest, newest.c.job_id == Job.id)
+        found = found.join(Checkpoint, (Checkpoint.job_id == Job.id) & (Checkpoint.step == newest.c.step))
+        found = found.join(Artifact, Artifact.digest == Checkpoint.artifact).where(Job.state == JobState.RUNNING)
+        with self.site.db.read() as session:
+            rows = session.execute(found.order_by(Job.id)).all()
+        return [(row.id, max(row.files, key=lambda file: file["num_bytes"])["digest"]) for row in rows]
+
+    def _job_paused(self, fault: Fault) -> None:
+        with self.site.db.read() as session:
+            running = list(session.scalars(select(Job.id).where(Job.state == JobState.RUNNING).order_by(Job.id)))
+        job_id = _at(fault.place, running)
+        self._then(fault.lasts, lambda: self._resume(job_id))
+        self._noted("pause", self.site.ask("POST", f"{JOBS}/{job_id}/pause"))
+
+    def _resume(self, job_id: str) -> bool:
+        """Until it is answered: a job that stays paused would never end."""
+        try:
+            answer = self.site.ask("POST", f"{JOBS}/{job_id}/resume", timeout=10.0)
+        except httpx.TransportError:
+            return True
+        self._noted("resume", answer)
+        return answer.status_code >= 500
+
+    def _noted(self, what: str, answer: httpx.Response) -> None:
+        if answer.status_code != 200:
+            code = (answer.json().get("error") or {}).get("code")
+            advice = " with Retry-After" if "retry-after" in answer.headers else ""
+            self.refusals[f"{what}: {answer.status_code} {code}{advice}"] += 1
+
+    # Servers
+
+    def _api_killed(self, _fault: Fault) -> None:
+        assert self.site.api is not None
+        self.kept.opens("api")
+        self.site.api.kill()
+
+    def _api_restarted(self, _fault: Fault) -> None:
+        assert self.site.api is not None
+        self.kept.opens("api")
+        self.site.api.terminate()
+
+    def _redis_flushed(self, _fault: Fault) -> None:
+        try:
+            with redis.Redis.from_url(self.site.under.redis_url) as client:
+                client.flushall()
+        except redis.RedisError:
+            raise Nobody from None
+
+    def _redis_restarted(self, fault: Fault) -> None:
+        server = self.site.under.redis
+        assert server is not None
+        if not server.is_running:
+            raise Nobody
+        server.kill()
+        self._then(fault.lasts, server.start)
+
+    def _postgres_restarted(self, fault: Fault) -> None:
+        self._postgres_goes(fault, is_killed=False)
+
+    def _postgres_killed(self, fault: Fault) -> None:
+        self._postgres_goes(fault, is_killed=True)
+
+    def _postgres_goes(self, fault: Fault, *, is_killed: bool) -> None:
+        server = self.site.under.postgres
+        assert server is not None
+        if not server.is_running:
+            raise Nobody
+        self.kept.opens("database")
+        if is_killed:
+            server.kill()
+        else:
+            server.stop()
+
+        def begin() -> None:
+            server.start()
+            self.kept.closes("database")
+
+        self._then(fault.lasts, begin)
+
+    def _store_failing(self, fault: Fault) -> None:
+        proxy = self.site.under.store
+        assert proxy is not None
+        proxy.judge = lambda _: BROKEN
+        self._then(fault.lasts, proxy.heal)
+
+
+def _at(place: float, those: Sequence[T]) -> T:
+    if not those:
+        raise Nobody
+    return those[int(place * len(those))]
+
+
+def _wake(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.resume()
+        except psutil.Error:
+            continue
+
+
+def _key(digest: str) -> str:
+    return f"blobs/{digest[:2]}/{digest}"

@@ -1,0 +1,200 @@
+"""A soak from beginning to end: a calm stretch, a storm of faults, and what is left to be done after it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+
+from catalog.errors import LorryError
+from catalog.states import FINAL_STATES
+from catalog.tables import Job
+from tests.faults import record
+from tests.faults.findings import Finding
+from tests.faults.site import BASE, FaultSite
+from tests.faults.soak import chance, kinds, verdict
+from tests.faults.soak.acts import Acts
+from tests.faults.soak.asking import Sample
+from tests.faults.soak.kept import Kept, Window
+from tests.faults.soak.kinds import Files, Undisturbed, Work
+from tests.worker_site import ROOT
+
+TICK_SECONDS = 0.1
+TELL_SECONDS = 30.0
+WARM_SECONDS = 45.0
+"""Of the calm stretch, while workers start and load: not measured."""
+SUBMITTED_BY = 0.85
+"""The part of the storm in which the jobs are submitted, at a steady rate; the calm stretch has the same rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    seed: int
+    minutes: float
+    calm_minutes: float
+    patience_minutes: float
+    """After the storm, until all jobs must have ended."""
+    num_jobs: int
+    num_workers: int
+
+    @property
+    def every(self) -> float:
+        """Seconds between two submissions."""
+        return self.minutes * 60 * SUBMITTED_BY / self.num_jobs
+
+
+@dataclass(kw_only=True, slots=True)
+class Soaked:
+    """What was seen."""
+
+    submitted: dict[str, str] = field(default_factory=dict[str, str])
+    samples: list[Sample] = field(default_factory=list[Sample])
+    windows: list[Window] = field(default_factory=list[Window])
+    calm: tuple[float, float] = (0.0, 0.0)
+    storm: tuple[float, float] = (0.0, 0.0)
+    num_calm_jobs: int = 0
+    seconds_after: float = 0.0
+    """From the last fault until every job had ended."""
+    done: Counter[str] = field(default_factory=Counter[str])
+    left_out: Counter[str] = field(default_factory=Counter[str])
+    refusals: Counter[str] = field(default_factory=Counter[str])
+    started: Counter[str] = field(default_factory=Counter[str])
+    not_passed: list[str] = field(default_factory=list[str])
+    num_put_back: int = 0
+    num_truncated: int = 0
+    num_uncordoned: int = 0
+    jobs: dict[str, verdict.Ended] = field(default_factory=dict[str, verdict.Ended])
+    problems: list[str] = field(default_factory=list[str])
+    findings: Sequence[Finding] = ()
+
+
+class Soak:
+    def __init__(self, site: FaultSite, plan: Plan, undisturbed: Undisturbed, works: list[Work]) -> None:
+        self.site = site
+        self.plan = plan
+        self.undisturbed = undisturbed
+        self.works = works
+        self.seen = Soaked()
+        self.kept = Kept(site, plan.num_workers)
+        self.acts = Acts(site, self.kept)
+        self._told_at = time.monotonic()
+
+    def run(self) -> Soaked:
+        path = self.site.folder / "samples.jsonl"
+        self._while(lambda: self.kept.is_away("api"))
+        files = kinds.upload(self.site)
+        asking = self._start_asking(path)
+        self._calm(asking, files)
+        self._storm(asking, files)
+        self._rest(path)
+        assert asking.stdin is not None
+        asking.stdin.close()
+        assert asking.wait(120) == 0, self.site.log()
+        self._judge(path)
+        return self.seen
+
+    # The three stretches
+
+    def _calm(self, asking: subprocess.Popen[str], files: Files) -> None:
+        seconds = self.plan.calm_minutes * 60
+        self.seen.num_calm_jobs = max(1, int(seconds / self.plan.every))
+        self._submit(asking, files, "calm", self.seen.num_calm_jobs)
+        began = time.time()
+        self._while(lambda: time.time() < began + seconds)
+        self.seen.calm = (began + min(WARM_SECONDS, seconds / 3), time.time())
+
+    def _storm(self, asking: subprocess.Popen[str], files: Files) -> None:
+        self._submit(asking, files, "storm", self.plan.num_jobs)
+        began, began_at = time.monotonic(), time.time()
+        seconds = self.plan.minutes * 60
+        for fault in chance.draw(self.plan.seed, seconds=seconds):
+            self._while(lambda due=began + fault.at: time.monotonic() < due)
+            self.acts.do(fault)
+        self._while(lambda: time.monotonic() < began + seconds)
+        self.seen.storm = (began_at, time.time())
+
+    def _rest(self, path: Path) -> None:
+        """Nothing more is broken, and all goes on until it is done."""
+        began = time.monotonic()
+        while not self.acts.is_over:
+            self.acts.tick(at_once=True)
+            self._tick()
+        self.seen.not_passed = self.acts.disarm()
+        patience = self.plan.patience_minutes * 60
+        self._while(lambda: time.monotonic() < began + patience and not self._is_done(path))
+        self.seen.seconds_after = time.monotonic() - began
+
+    def _is_done(self, path: Path) -> bool:
+        time.sleep(1.0)
+        keys = {sample.key for sample in _read(path) if sample.job_id is not None}
+        states = self._states()
+        return keys == set(self.seen.submitted) and set(states) <= FINAL_STATES and bool(states)
+
+    def _judge(self, path: Path) -> None:
+        seen = self.seen
+        seen.num_truncated, seen.num_put_back = len(self.acts.truncated), self.acts.put_back()
+        seen.samples, seen.windows = _read(path), self.kept.windows
+        seen.done, seen.left_out, seen.refusals = self.acts.done, self.acts.left_out, self.acts.refusals
+        seen.started, seen.num_uncordoned = self.kept.started, self.kept.num_uncordoned
+        for sample in seen.samples:
+            if sample.key is not None and sample.job_id is not None:
+                self.site.submissions[sample.key].append(sample.job_id)
+        seen.jobs = verdict.ended(record.read(self.site.settings.resolved_database_url()))
+        args = (seen.submitted, seen.samples, seen.jobs, self.undisturbed.digests, seen.windows)
+        seen.problems = verdict.problems(*args)
+        self.site.stop()
+        seen.findings = self.site.audit()
+
+    # What goes on all the time
+
+    def _while(self, condition: Callable[[], object]) -> None:
+        while condition():
+            self._tick()
+            time.sleep(TICK_SECONDS)
+
+    def _tick(self) -> None:
+        self.acts.tick()
+        self.kept.tick()
+        if time.monotonic() - self._told_at > TELL_SECONDS:
+            self._told_at = time.monotonic()
+            states = ", ".join(f"{number} {state}" for state, number in sorted(self._states().items()))
+            sys.stdout.write(f"{time.strftime('%H:%M:%S')} {self.acts.done.total()} faults; {states}\n")
+            sys.stdout.flush()
+
+    def _states(self) -> dict[str, int]:
+        try:
+            with self.site.db.read() as session:
+                return dict(session.execute(select(Job.state, func.count()).group_by(Job.state)).tuples().all())
+        except LorryError:
+            return {}
+
+    # The client
+
+    def _start_asking(self, path: Path) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "tests.faults.soak.asking", self.site.url, self.site.key, str(path)]
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def _submit(self, asking: subprocess.Popen[str], files: Files, stretch: str, number: int) -> None:
+        orders: list[dict[str, Any]] = []
+        for count in range(number):
+            work = self.works[count % len(self.works)]
+            training_file = files.pairs if work.kind.is_preference else files.chats
+            body = {"model": BASE, "training_file": training_file, "precision": "float32"}
+            key = f"{stretch}-{count}-{work.name}"
+            orders.append({"key": key, "body": {**body, **kinds.fields(work, files)}})
+            self.seen.submitted[key] = work.name
+        assert asking.stdin is not None
+        asking.stdin.write(json.dumps({"jobs": orders, "every": self.plan.every}) + "\n")
+        asking.stdin.flush()
+
+
+def _read(path: Path) -> list[Sample]:
+    return [Sample(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]

@@ -1,0 +1,187 @@
+"""What a soak has shown, from what was seen and what is on record: pure, so that it can be tried on planted records."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.faults.record import Record
+from tests.faults.soak.asking import Sample
+from tests.faults.soak.kept import Window
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+UNAVAILABLE = 503
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """What became of one job."""
+
+    job_id: str
+    state: str
+    error: Mapping[str, Any] | None = None
+    reasons: Sequence[str | None] = ()
+    """How its attempts ended, in their order."""
+    digests: Sequence[str] = ()
+    """Of its adapters' weights."""
+
+
+def ended(found: Record) -> dict[str, Ended]:
+    """By job."""
+    artifacts = {row["digest"]: row for row in found.artifacts}
+    digests: dict[str, list[str]] = defaultdict(list)
+    for adapter in found.adapters:
+        files = artifacts[adapter["artifact"]]["files"]
+        digests[adapter["job_id"]] += [file["digest"] for file in files if file["path"] == WEIGHTS_FILE]
+    return {
+        job["id"]: Ended(
+            job_id=job["id"],
+            state=job["state"],
+            error=job["error"],
+            reasons=[attempt["reason"] for attempt in found.attempts.get(job["id"], ())],
+            digests=digests[job["id"]],
+        )
+        for job in found.jobs
+    }
+
+
+def problems(
+    submitted: Mapping[str, str],
+    samples: Iterable[Sample],
+    jobs: Mapping[str, Ended],
+    digests: Mapping[str, str],
+    windows: Sequence[Window],
+) -> list[str]:
+    """What must not be; an empty list is a good report.
+
+    submitted: by key, the name of the work that was asked for. digests: by work, of what it gives undisturbed.
+    """
+    asked = list(samples)
+    accepted: dict[str, set[str]] = defaultdict(set)
+    for sample in asked:
+        if sample.key is not None and sample.job_id is not None:
+            accepted[sample.key].add(sample.job_id)
+    found: list[str] = []
+    for key, work in submitted.items():
+        found += _of_key(key, accepted[key], jobs, digests[work])
+    named = {job_id for ids in accepted.values() for job_id in ids}
+    found += [f"{job_id}: it is there, and no answer named it" for job_id in sorted(set(jobs) - named)]
+    return [*found, *_bad_answers(asked, windows)]
+
+
+def _of_key(key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str) -> Iterator[str]:
+    if len(ids) != 1:
+        yield f"{key}: answers named {len(ids)} jobs"
+    for job_id in sorted(ids):
+        job = jobs.get(job_id)
+        if job is None:
+            yield f"{key}: {job_id} was accepted, and is not there"
+            continue
+        if job.state != "succeeded":
+            yield f"{key}: {job_id} is {job.state}, after {_told(job.reasons)}: {(job.error or {}).get('message')}"
+        completed = sum(reason == "completed" for reason in job.reasons)
+        if completed > 1 or len(job.digests) > 1:
+            yield f"{key}: {job_id} was done {completed} times, with {len(job.digests)} adapters"
+        if any(each != digest for each in job.digests):
+            yield f"{key}: {job_id} has the bytes {', '.join(job.digests)}, undisturbed {digest}; {_told(job.reasons)}"
+
+
+def _told(reasons: Sequence[str | None]) -> str:
+    return ", ".join(str(reason) for reason in reasons) or "no attempt"
+
+
+def _bad_answers(samples: Iterable[Sample], windows: Sequence[Window]) -> Iterator[str]:
+    """503 with advice is an answer of a service whose database is away; any other of 500 and more is a fault, and so is
+    none at all while the api was not itself what was ended."""
+    for sample in samples:
+        is_bad = sample.status >= 500 and not (sample.status == UNAVAILABLE and sample.retry_after)
+        is_bad = is_bad or (sample.status == 0 and not _is_in(sample, "api", windows))
+        is_bad = is_bad or 400 <= sample.status < 500
+        if is_bad:
+            away = " and ".join(sorted({window.what for window in windows if window.overlaps(sample.at, sample.until)}))
+            told = f"{sample.what} at {sample.at:.1f}: {sample.status} {sample.told} after {sample.seconds:.2f} s"
+            yield f"{told}, Retry-After {sample.retry_after}, away: {away or 'nothing'}"
+
+
+def _is_in(sample: Sample, what: str, windows: Sequence[Window]) -> bool:
+    return any(window.what == what and window.overlaps(sample.at, sample.until) for window in windows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Of one kind of request in one stretch. Milliseconds; 0 where there was none."""
+
+    num: int
+    median: float
+    p95: float
+    longest: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Compared:
+    """One kind of request: undisturbed, and amid faults while neither the api nor its database was away."""
+
+    what: str
+    calm: Latency
+    storm: Latency
+    away: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
+    """What was answered while the database or the api was away: how often each status."""
+
+    def ratio(self, name: str) -> float:
+        calm = getattr(self.calm, name)
+        return getattr(self.storm, name) / calm if calm else 0.0
+
+
+def compare(
+    samples: Iterable[Sample],
+    windows: Sequence[Window],
+    *,
+    calm: tuple[float, float],
+    storm: tuple[float, float],
+) -> list[Compared]:
+    """calm, storm: from when to when, in seconds since 1970."""
+    by_what: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_what[sample.what].append(sample)
+    return [_compared(what, by_what[what], windows, calm, storm) for what in sorted(by_what)]
+
+
+def _compared(
+    what: str,
+    samples: list[Sample],
+    windows: Sequence[Window],
+    calm: tuple[float, float],
+    storm: tuple[float, float],
+) -> Compared:
+    away: dict[str, Counter[str]] = {"database": Counter(), "api": Counter()}
+    stormy: list[Sample] = []
+    for sample in samples:
+        if not storm[0] <= sample.at < storm[1]:
+            continue
+        if _is_in(sample, "api", windows):
+            away["api"][_status(sample)] += 1
+        elif _is_in(sample, "database", windows):
+            away["database"][_status(sample)] += 1
+        else:
+            stormy.append(sample)
+    quiet = [sample for sample in samples if calm[0] <= sample.at < calm[1]]
+    return Compared(what=what, calm=_latency(quiet), storm=_latency(stormy), away=away)
+
+
+def _status(sample: Sample) -> str:
+    if sample.status == 0:
+        return f"none ({sample.told})"
+    return f"{sample.status}{' with Retry-After' if sample.retry_after else ''}"
+
+
+def _latency(samples: Iterable[Sample]) -> Latency:
+    waits = sorted(sample.seconds * 1000 for sample in samples)
+    if not waits:
+        return Latency(num=0, median=0.0, p95=0.0, longest=0.0)
+    return Latency(num=len(waits), median=_part(waits, 50), p95=_part(waits, 95), longest=waits[-1])
+
+
+def _part(waits: list[float], percent: int) -> float:
+    return waits[min(len(waits) - 1, len(waits) * percent // 100)]
