@@ -64,6 +64,7 @@ AuditType = Literal[
     "worker.cordoned",
     "worker.uncordoned",
     "worker.drained",
+    "service.restored",
 ]
 AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)
 ActorType = Literal["api_key", "browser", "server"]

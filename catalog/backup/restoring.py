@@ -9,11 +9,12 @@ from pathlib import Path
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 
+from catalog import audit
 from catalog.artifacts.store import open_store
 from catalog.backup import dump, holdings
 from catalog.backup.checking import Checked, check
 from catalog.backup.place import BackupPlace, Record
-from catalog.db import Database, alembic_config
+from catalog.db import Database, alembic_config, read_clock
 from catalog.disk import full_disk_named
 from catalog.errors import Conflict, InvalidRequest
 from catalog.settings import Settings
@@ -58,9 +59,24 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     try:
         db.migrate()
         checked = check(db, store, chain_end=(record.audit_link, record.audit_digest))
+        _note(db, record)
     finally:
         db.close()
     return Restored(record=record, num_copied=len(there) - num_before, checked=checked)
+
+
+def _note(db: Database, record: Record) -> None:
+    """Who reads the log learns that what came after the backup is not in it."""
+    with db.write() as session:
+        details = {"taken_at": record.taken_at}
+        audit.note(
+            session,
+            "service.restored",
+            now=read_clock(session),
+            object_id=record.name,
+            project_id=None,
+            details=details,
+        )
 
 
 def _check_fits(record: Record, url: str) -> None:

@@ -126,6 +126,10 @@ def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewh
     assert (restored.checked.num_artifacts, restored.checked.num_objects) == (2, record.num_objects)
     db = opened(elsewhere)
     assert adapters.get(db, project_id=service.world.caller.project_id, name=name).adapter.name == name
+    with db.read() as session:
+        told = session.scalars(select(AuditEvent).order_by(AuditEvent.seq.desc()).limit(1)).one()
+    assert (told.type, told.object_id) == ("service.restored", record.name)
+    assert told.details == {"taken_at": record.taken_at}
     db.close()
 
 
