@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.faults import api, database, disk, job, redis, store, trainer, worker
+from tests.faults import api, database, disk, job, loss, redis, store, trainer, worker
 from tests.faults.row import NotHere, Row
 
 ROWS: tuple[Row, ...] = (
@@ -14,6 +14,7 @@ ROWS: tuple[Row, ...] = (
     *redis.ROWS,
     *store.ROWS,
     *disk.ROWS,
+    *loss.ROWS,
 )
 NOT_HERE = (
     NotHere(
