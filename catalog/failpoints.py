@@ -1,9 +1,8 @@
 """Faults on demand: FAILPOINT=NAME:ACTION makes this process fail where it passes that name.
 
 ACTION is kill, hang, raise, exit (with status 0), wait=PATH (goes on once PATH exists) or kill-if=PATH (takes PATH away
-and kills whoever found it: one process each time that it is made). Several entries are separated by commas. Without the
-variable nothing happens. Names: in the api submit_before_commit, submit_after_commit; in a worker before_claim,
-after_claim, uploading, before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint.
+and kills whoever found it: one process each time that it is made). Several entries are separated by commas; NAME@K is
+for process K of a trainer alone. Without the variable nothing happens.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 
 VARIABLE = "FAILPOINT"
+"""Names in it: in the api submit_before_commit, submit_after_commit; in a worker before_claim, after_claim, uploading,
+before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint."""
 
 
 class Failure(RuntimeError):
@@ -27,7 +28,8 @@ def pass_by(name: str) -> None:
         return
     for entry in wanted.split(","):
         place, _, action = entry.partition(":")
-        if place == name:
+        place, _, rank = place.partition("@")
+        if place == name and rank in ("", os.environ.get("RANK", "0")):
             _fail(name, action)
 
 

@@ -62,6 +62,10 @@ class TrainerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    def pids(self) -> list[int]:
+        """Of all its processes, the launcher's too."""
+        return [self._process.pid, *(process.pid for process in self._started())]
+
     def memory_bytes(self) -> int:
         """Of its own, without the pages of files that it has mapped; 0 once it has ended. Costs microseconds."""
         try:

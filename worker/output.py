@@ -86,7 +86,7 @@ class Output:
         """is_loading: the trainer loads its base for this job, so what it printed since it began is of the job too."""
         files = self._found()
         now = {rank: file.end() for rank, file in files.items()}
-        begins_at = {0: self._directory.log_start} if is_loading else now
+        begins_at = self._directory.log_starts if is_loading else now
         self._told[claim.claim_id] = _Told(claim=claim, begins_at=begins_at)
 
     def push_due(self) -> None:

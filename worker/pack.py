@@ -54,6 +54,8 @@ class Pack:
         self.ready: Json | None = None
         """What the trainer said when it had loaded its base."""
         self.heard_at = self.idle_since = time.monotonic()
+        self.longest_silence = 0.0
+        """In seconds, of the trainer while it was busy."""
         self.verdict: End | None = None
         """Why its trainer was killed by us, or what it said before it ended itself."""
         self.speeds = saturation.UNKNOWN
@@ -122,6 +124,8 @@ class Pack:
     def admit(self, claim: Claim) -> None:
         """Take a claimed job in; `hand_over` brings its files. It ends where these can't be had."""
         failpoints.pass_by("after_claim")
+        if not self._held:
+            self.heard_at = time.monotonic()  # while it had nothing to do it had nothing to say
         curve = Curve(num_steps=claim.job.num_steps or 0)
         self._held[claim.claim_id] = Held(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
         self._output.begin(claim, is_loading=self.ready is None)
@@ -202,7 +206,10 @@ class Pack:
 
     def _take_in(self) -> None:
         for event in self._reader.read():
-            self.heard_at = time.monotonic()
+            now = time.monotonic()
+            if self._held and self.ready is not None:
+                self.longest_silence = max(self.longest_silence, now - self.heard_at)
+            self.heard_at = now
             held = self._held.get(event.get("claim_id", ""))
             if held is not None:
                 held.news.append(event)

@@ -28,6 +28,7 @@ from worker.exits import classify_exit
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
 from worker.pack import OUTAGES, Pack
+from worker.patience import watch_clock
 from worker.trainer_directory import Json, TrainerDirectory, Verb
 
 log = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
             if left_over or _is_spent(context, pack):
                 leaving_at = time.monotonic()
                 _patiently(trainer, pack.unload)
-        _watch_clock(context, trainer, pack, leaving_at)
+        watch_clock(context, trainer, pack, leaving_at)
         trainer.wait(TURN_SECONDS)
     return left_over
 
@@ -266,23 +267,6 @@ def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
 
 def _is_spent(context: WorkerContext, pack: Pack) -> bool:
     return not len(pack) and time.monotonic() - pack.idle_since >= context.settings.idle_seconds
-
-
-def _watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> None:
-    """Kill a trainer that takes too long to load, to say anything while it is busy, or to leave."""
-    now = time.monotonic()
-    if leaving_at is not None and now - leaving_at > context.drain_seconds:
-        detail = "The trainer did not save its jobs in time; the last checkpoints stand."
-        pack.verdict = End(reason=EndReason.DRAINED, detail=detail)
-    elif pack.ready is None and now - trainer.started_at > context.load_seconds:
-        detail = f"The base model was not loaded within {context.load_seconds:.0f} s."
-        pack.verdict = End(reason=EndReason.TIMEOUT, detail=detail)
-    elif pack.ready is not None and len(pack) and pack.silent_seconds() > context.progress_seconds:
-        detail = f"The trainer said nothing for {context.progress_seconds:.0f} s."
-        pack.verdict = End(reason=EndReason.TIMEOUT, detail=detail)
-    else:
-        return
-    trainer.kill()
 
 
 def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> None:

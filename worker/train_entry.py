@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 import time
 
-from worker import node, tether
+from worker import node, rank_log, tether
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     tether.hold_on(sys.argv)
+    rank_log.begin(sys.argv[1])
 
 import os
 from collections.abc import Iterable
@@ -376,10 +377,9 @@ class Trainer:
         """Every few seconds: memory and speed, which is also the sign of life while a step takes long."""
         if time.monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at = time.monotonic()
-            rate = round(self._engine.tokens_per_second(), 1)
-            speeds = self._engine.tick_speeds()
-            report = {**self._engine.memory(), "tokens_per_second": rate, "tick_speeds": speeds}
-            self._events.write({"type": "memory", **report})
+            rate, speeds = round(self._engine.tokens_per_second(), 1), self._engine.tick_speeds()
+            told_rates = {"tokens_per_second": rate, "tick_speeds": speeds}
+            self._events.write({"type": "memory", **self._engine.memory(), **told_rates})
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})

@@ -1,6 +1,6 @@
 """The process edge of a trainer: a directory of files. Both ends are here, so that they agree.
 
-trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; log.txt is for people: see output.
+trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; logs are for people: see output.
 A message exists whole or not at all (temporary file, then rename); an event is one flushed line.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog.disk import full_disk_named
+from worker.rank_log import log_of
 
 Json = dict[str, Any]
 Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
@@ -36,8 +37,9 @@ class TrainerDirectory:
         self.settings_path = path / "trainer.json"
         self.inbox = path / "inbox"
         self.events_path = path / "events.jsonl"
-        self.log_path = path / "log.txt"
-        self._log_start = 0
+        self.log_path = log_of(path, 0)
+        self.log_starts: dict[int, int] = {}
+        """In bytes, where the log of each process of the trainer of this base begins; of others at the first byte."""
 
     @classmethod
     def create(cls, path: Path, settings: Json | None = None) -> TrainerDirectory:
@@ -49,8 +51,8 @@ class TrainerDirectory:
         return directory
 
     def begin(self, settings: Json) -> None:
-        """Tell its trainer which base model to load, and how; its log counts from here. Raises OutOfSpace."""
-        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        """Tell its trainer which base model to load, and how; its logs count from here. Raises OutOfSpace."""
+        self.log_starts = {rank: _size(log) for rank, log in self.logs().items()}
         with full_disk_named():
             write_json(self.settings_path, settings)
 
@@ -79,23 +81,21 @@ class TrainerDirectory:
         """As messages name a path in it."""
         return str(path.relative_to(self.path))
 
-    @property
-    def log_start(self) -> int:
-        """In bytes, where the log of the trainer of this base begins."""
-        return self._log_start
-
     def logs(self) -> dict[int, Path]:
-        """What each process prints, by its rank: log.txt is that of the first, log-1.txt that of the next."""
+        """What each process prints, by its rank."""
         others = {int(path.stem.partition("-")[2]): path for path in self.path.glob("log-[0-9]*.txt")}
-        return {0: self.log_path, **others}
+        return {0: self.log_path, **dict(sorted(others.items()))}
 
     def log_tail(self, max_bytes: int = 4000) -> str:
-        """The last of what the trainer printed, since it was told its base model where it was."""
+        """The last that each process printed since it was told its base model; what launched them speaks last."""
+        first, *others = self.logs().items()
+        return "".join(self._tail(rank, log, max_bytes) for rank, log in (*others, first))
+
+    def _tail(self, rank: int, log: Path, max_bytes: int) -> str:
         try:
-            with self.log_path.open("rb") as file:
-                num_bytes = self.log_path.stat().st_size
-                begin = self._log_start if self._log_start <= num_bytes else 0  # it was cut meanwhile
-                file.seek(max(begin, num_bytes - max_bytes))
+            with log.open("rb") as file:
+                num_bytes, begin = _size(log), self.log_starts.get(rank, 0)
+                file.seek(max(begin if begin <= num_bytes else 0, num_bytes - max_bytes))  # it was cut meanwhile
                 return file.read().decode(errors="replace")
         except OSError:
             return ""
@@ -189,6 +189,10 @@ def read_json(path: Path) -> Json:
 def timed(name: str, began_at: float) -> Json:
     """A span that ends now, as a trainer tells of it in the `spans` of an event; times in seconds since 1970."""
     return {"name": name, "began_at": began_at, "ended_at": time.time()}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _take(path: Path) -> Message:

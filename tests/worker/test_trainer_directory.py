@@ -55,3 +55,16 @@ def test_the_log_tail_is_bounded(directory: TrainerDirectory) -> None:
     directory.log_path.write_text("x" * 10_000 + "the end")
 
     assert directory.log_tail(max_bytes=10) == "xxxthe end"
+
+
+def test_the_log_tail_is_of_all_processes_since_they_were_told_their_base(directory: TrainerDirectory) -> None:
+    first, second = directory.log_path, directory.path / "log-1.txt"
+    first.write_text("standing by\n")
+    second.write_text("standing by, too\n")
+    directory.begin({"device": "cpu"})
+    for path in (first, second, directory.path / "log-10.txt"):
+        with path.open("a") as file:
+            file.write(f"in {path.name}\n")
+
+    assert list(directory.logs()) == [0, 1, 10]
+    assert directory.log_tail() == "in log-1.txt\nin log-10.txt\nin log.txt\n"

@@ -1,0 +1,86 @@
+"""A trainer that hangs, in a whole service: it is ended, and its job's logs tell where each of its processes stood."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from catalog.states import EndReason
+from tests.system.api_process import api_process
+from tests.system.test_killed_worker import small_job
+from tests.worker_site import WorkerSite, worker_site
+
+pytestmark = pytest.mark.timeout(1800)
+IMPATIENT = [sys.executable, "-m", "tests.faults.impatient_worker"]
+SECRET = "failpoints.py"
+"""A secret of the worker's that happens to be in every stack."""
+
+
+def lines_of_first_attempt(site: WorkerSite, job_id: str) -> list[dict[str, Any]]:
+    """As the API tells them."""
+    with api_process(site.settings.data_dir) as service:
+        told = httpx.get(
+            f"{service.url}/v1/fine_tuning/jobs/{job_id}/logs",
+            params={"attempt": 1, "limit": 1000},
+            headers={"authorization": f"Bearer {service.key}"},
+            timeout=60,
+            trust_env=False,
+        )
+    assert told.status_code == 200, told.text
+    assert not told.json()["has_more"]
+    return told.json()["data"]
+
+
+def stacks_by_rank(site: WorkerSite, job_id: str) -> dict[int, str]:
+    """What each process printed after its worker had asked it where it stood."""
+    texts: dict[int, str] = {}
+    for line in lines_of_first_attempt(site, job_id):
+        texts[line["rank"]] = texts.get(line["rank"], "") + line["text"] + "\n"
+    return {rank: text.partition("Its threads stand here:")[2] for rank, text in texts.items()}
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with much else to do a trainer's processes take minutes to begin."""
+    monkeypatch.setattr(WorkerSite, "patience_seconds", 500.0)
+
+
+def hung(site: WorkerSite, failpoint: str, **environment: str) -> str:
+    """A job whose first attempt has ended so."""
+    job_id = site.submit(site.upload(20), **small_job(max_steps=20, checkpoint_every_steps=5))
+    worker = site.start(IMPATIENT, FAILPOINT=failpoint, WIKI_TOKEN=SECRET, **environment)
+    site.wait_until(lambda: site.reasons(job_id)[:1] == [EndReason.TIMEOUT])
+    worker.terminate()
+    assert worker.wait(site.patience_seconds) == 0, site.log()
+    assert "The trainer said nothing for" in site.attempts(job_id)[0].detail
+    return job_id
+
+
+def test_one_process_that_hangs_leaves_the_stacks_of_its_threads(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        job_id = hung(site, "step_12:hang")
+
+        (text,) = stacks_by_rank(site, job_id).values()
+
+    assert re.search(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _follow", text), text
+    assert "in _watch" in text, "the thread that holds on to the worker is missing"
+    assert SECRET not in text
+
+
+def test_a_process_that_hangs_and_one_that_waits_for_it_leave_their_stacks_each_in_its_own_log(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        job_id = hung(site, "step_12@1:hang", LORRY_CPU_PROCESSES="2")
+
+        stacks = stacks_by_rank(site, job_id)
+
+    assert set(stacks) == {0, 1}
+    assert "in _fail" in stacks[1]
+    assert "in _fail" not in stacks[0]
+    assert re.search(r"in (broadcast|all_gather)\n", stacks[0]), stacks[0]
+    assert "in told" in stacks[0], "what the first process waited for is missing"
+    assert all(SECRET not in text for text in stacks.values())

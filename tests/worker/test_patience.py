@@ -1,0 +1,82 @@
+"""How long a worker waits for its trainer before it ends it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+
+from catalog.states import EndReason
+from tests.worker.pack_site import READY, PackSite, say
+from worker.launch import TrainerProcess
+from worker.pack import Pack
+from worker.patience import watch_clock
+
+
+class Process:
+    """A trainer that can be ended, and has no process that could be asked anything."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.directory = pack.directory
+        self.started_at = pack.heard_at
+        self.is_killed = False
+
+    def pids(self) -> list[int]:
+        return []
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+
+def looked_at(site: PackSite, pack: Pack) -> bool:
+    """Whether a look at the clock ends its trainer."""
+    process = Process(pack)
+    watch_clock(site.context, cast(TrainerProcess, process), pack, None)
+    assert process.is_killed == (pack.verdict is not None)
+    return process.is_killed
+
+
+def busy_pack(site: PackSite) -> Pack:
+    pack = site.loading_pack(site.claim())
+    say(pack, READY)
+    pack.hear()
+    return pack
+
+
+def test_a_busy_trainer_that_says_nothing_is_ended(site: PackSite) -> None:
+    pack = busy_pack(site)
+    pack.heard_at -= site.context.progress_seconds - 60
+    assert not looked_at(site, pack)
+
+    pack.heard_at -= 61
+
+    assert looked_at(site, pack)
+    assert pack.verdict is not None
+    assert pack.verdict.reason is EndReason.TIMEOUT
+
+
+def test_a_trainer_whose_ticks_take_long_may_be_silent_for_longer(site: PackSite) -> None:
+    pack = busy_pack(site)
+    pack.heard_at -= 200
+    say(pack, {"type": "memory"})
+    pack.hear()
+    assert pack.longest_silence == pytest.approx(200, abs=60)
+
+    pack.heard_at -= 700
+    assert not looked_at(site, pack)
+    pack.heard_at -= 400
+    assert looked_at(site, pack)
+
+
+def test_what_an_idle_trainer_did_not_say_is_not_held_against_it(site: PackSite) -> None:
+    pack = busy_pack(site)
+    pack.obey({})
+    for held in list(pack._held.values()):  # pyright: ignore[reportPrivateUsage]
+        pack._drop(held)  # pyright: ignore[reportPrivateUsage]
+    pack.heard_at -= 10_000
+    assert not looked_at(site, pack)
+
+    pack.admit(site.claim(seed=2))
+
+    assert not looked_at(site, pack)
+    assert pack.longest_silence < 1000

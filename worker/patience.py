@@ -1,0 +1,45 @@
+"""When a worker gives its trainer up: for loading, for saying nothing while it is busy, or for leaving too slowly.
+
+What hangs is asked where it stands before it is ended, so that its jobs' logs tell.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from catalog.states import EndReason
+from worker import stacks
+from worker.context import WorkerContext
+from worker.held import End
+from worker.launch import TrainerProcess
+from worker.pack import Pack
+
+log = logging.getLogger(__name__)
+TIMES_ITS_PACE = 4
+"""So much longer than it ever was silent before, a slow trainer may be."""
+
+
+def watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> None:
+    """End a trainer that takes too long, with its stacks in its logs. leaving_at: when it was told to leave."""
+    verdict = _verdict(context, trainer, pack, leaving_at)
+    if verdict is None:
+        return
+    log.error("%s Trainer %s is ended.", verdict.detail, pack.trainer_id)
+    pack.verdict = verdict
+    stacks.ask(trainer, verdict.detail)
+    trainer.kill()
+
+
+def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> End | None:
+    now = time.monotonic()
+    if leaving_at is not None and now - leaving_at > context.drain_seconds:
+        detail = "The trainer did not save its jobs in time; the last checkpoints stand."
+        return End(reason=EndReason.DRAINED, detail=detail)
+    if pack.ready is None and now - trainer.started_at > context.load_seconds:
+        detail = f"The base model was not loaded within {context.load_seconds:.0f} s."
+        return End(reason=EndReason.TIMEOUT, detail=detail)
+    allowed = max(context.progress_seconds, TIMES_ITS_PACE * pack.longest_silence)
+    if pack.ready is not None and len(pack) and pack.silent_seconds() > allowed:
+        return End(reason=EndReason.TIMEOUT, detail=f"The trainer said nothing for {allowed:.0f} s.")
+    return None
