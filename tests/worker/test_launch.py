@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from worker import node
-from worker.launch import child_environment, trainer_argv, trainer_environment
+from worker.launch import NICENESS, child_environment, launch, trainer_argv, trainer_environment
 from worker.tether import LOST_PARENT, OPTION, tethered
+from worker.trainer_directory import TrainerDirectory
 
 ROOT = Path(__file__).parents[2]
+GPU = node.Device(kind="cuda", indices=(0,), name="GPU", memory_bytes=1)
 HOLDER = "import sys, threading; from worker import tether; tether.hold_on(sys.argv); threading.Event().wait()"
 
 
@@ -54,6 +57,18 @@ def test_a_trainer_is_one_process_and_knows_how_long_its_worker_may_be_silent(tm
     argv = trainer_argv(tmp_path, silence_seconds=60)
 
     assert argv == [sys.executable, "-m", "worker.train_entry", str(tmp_path), f"{OPTION}60"]
+
+
+@pytest.mark.parametrize(("device", "niceness"), [(node.cpu(), NICENESS), (GPU, 0)])
+def test_a_trainer_that_computes_on_the_cores_gives_way_to_all_else(
+    tmp_path: Path, device: node.Device, niceness: int
+) -> None:
+    trainer = launch(TrainerDirectory(tmp_path), device, silence_seconds=60)
+
+    try:
+        assert psutil.Process(trainer.pid).nice() == min(19, psutil.Process().nice() + niceness)
+    finally:
+        trainer.close()
 
 
 def hold(silence_seconds: float) -> subprocess.Popen[bytes]:
