@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog import tallies
 from catalog.cordons import AT_FAULT
 from catalog.moves import move
-from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
+from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb
 from catalog.sweeps.observing import ended_for
-from catalog.tables import Attempt, Job, Json
+from catalog.tables import Attempt, Checkpoint, Job, Json
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
-"""Before the next attempt, by the number of counted ones so far; the last also for every further one."""
+"""Before the next attempt, by the number of bad ends so far; the last also for every further one."""
 MAX_YIELD_SECONDS = 600.0
 """How long a job that ended badly lets others be tried first, at most."""
 
@@ -36,11 +37,13 @@ def decide(
     cancel_requested: bool,
     pause_requested: bool,
     counted_attempts: int,
+    losses: int = 1,
     yields_seconds: float = 0.0,
 ) -> Verdict:
     """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
 
-    yields_seconds: how long a job that is tried again waits at least.
+    losses: workers in a row that went away with the job, where that is the reason. yields_seconds: how long a job that
+    is tried again waits at least.
     """
     ending = ENDINGS[reason]
     counted = counted_attempts + int(ending.counts and ending.retryable)
@@ -49,11 +52,13 @@ def decide(
         return Verdict(verb=wished, counted_attempts=counted)
     if not ending.retryable:
         return Verdict(verb=Verb.FAIL, counted_attempts=counted)
-    if not ending.counts:
+    is_loss = reason is EndReason.INFRA_LOST
+    if not ending.counts and not is_loss:
         return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
-    if counted >= MAX_COUNTED_ATTEMPTS:
+    number, most = (losses, MAX_LOSSES) if is_loss else (counted, MAX_COUNTED_ATTEMPTS)
+    if number >= most:
         return Verdict(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
-    wait = max(yields_seconds, BACK_OFF_SECONDS[min(counted, len(BACK_OFF_SECONDS)) - 1])
+    wait = max(yields_seconds, BACK_OFF_SECONDS[min(number, len(BACK_OFF_SECONDS)) - 1])
     return Verdict(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
 
 
@@ -80,18 +85,21 @@ def end_attempt(
         reason = ended_for(session, job, reason)
     yields_seconds = _yields(session, job, reason, now=now)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
+    losses = _losses(session, job) if reason is EndReason.INFRA_LOST else 0
     verdict = decide(
         reason,
         cancel_requested=job.cancel_requested,
         pause_requested=job.pause_requested,
         counted_attempts=job.counted_attempts,
+        losses=losses,
         yields_seconds=yields_seconds,
     )
     job.counted_attempts = verdict.counted_attempts
     job.num_preemptions += reason is EndReason.PREEMPTED
     if verdict.verb is Verb.FAIL:
+        is_put_aside, number = verdict.is_quarantine, losses or job.counted_attempts
         job.error = (
-            _quarantined(session, job, reason, detail) if verdict.is_quarantine else _failed(reason, detail, error)
+            _quarantined(session, job, reason, detail, number) if is_put_aside else _failed(reason, detail, error)
         )
     level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
     if verdict.verb is Verb.OBEY_CANCEL:
@@ -120,6 +128,15 @@ def _yields(session: Session, job: Job, reason: EndReason, *, now: float) -> flo
     return min(MAX_YIELD_SECONDS, 2 * (now - (job.claimed_at or now)))
 
 
+def _losses(session: Session, job: Job) -> int:
+    """Attempts in a row, the one that has just ended among them, whose workers went away with no new checkpoint."""
+    newest = session.scalar(select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job.id)) or 0.0
+    since = (Attempt.job_id == job.id, Attempt.ended_at > newest)
+    latest = select(Attempt.reason).where(*since).order_by(Attempt.number.desc()).limit(MAX_LOSSES)
+    in_a_row = takewhile(lambda reason: reason == EndReason.INFRA_LOST, session.scalars(latest))
+    return max(1, sum(1 for _ in in_a_row))
+
+
 def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str | None, now: float) -> None:
     """Write the end on the attempt's own row."""
     attempt = session.get(Attempt, job.claim_id)
@@ -133,16 +150,16 @@ def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
     return {**fallback, **(error or {})}
 
 
-def _quarantined(session: Session, job: Job, reason: EndReason, detail: str) -> Json:
+def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, number: int) -> Json:
     """The evidence: how each of the latest attempts ended, and where."""
     ended = select(Attempt).where(Attempt.job_id == job.id, Attempt.ended_at.is_not(None))
-    attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(job.counted_attempts + 2))
+    attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(number + 2))
     evidence = [
         {"attempt": a.number, "reason": a.reason, "detail": a.detail, "worker_id": a.worker_id, "ended_at": a.ended_at}
         for a in attempts
     ]
     message = (
-        f"The job was put aside: {job.counted_attempts} attempts ended badly with no new checkpoint in between. "
+        f"The job was put aside: {number} attempts ended badly with no new checkpoint in between. "
         f"The last one: {reason.value.replace('_', ' ')}. {detail}"
     )
     return {"code": "quarantined", "message": message.strip(), "param": None, "evidence": evidence}
@@ -162,7 +179,9 @@ def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str) -> str:
         case Verb.RELEASE:
             return f"The job goes back to the queue ({why}). This attempt does not count."
         case _:
+            is_loss = reason is EndReason.INFRA_LOST
+            so_far = f"{verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} bad ends so far"
             return (
                 f"Attempt {job.attempt} ended ({why}). It is tried again in {verdict.wait_seconds:.0f} s "
-                f"from its last checkpoint; {verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} bad ends so far."
+                f"from its last checkpoint; {'this attempt does not count' if is_loss else so_far}."
             )

@@ -103,8 +103,8 @@ class Ending:
     retryable: bool
     """The job goes back to the queue instead, while it has attempts left."""
     counts: bool = True
-    """The attempt counts towards quarantine. A drain, a preemption or a pause is nobody's fault; a lost worker may be
-    the job's."""
+    """The attempt counts towards quarantine. A drain, a preemption or a pause is nobody's fault. Nor is a lost worker,
+    as long as it is not one after the other: MAX_LOSSES."""
 
 
 ENDINGS: dict[EndReason, Ending] = {
@@ -119,14 +119,17 @@ ENDINGS: dict[EndReason, Ending] = {
     EndReason.TRAINER_CRASHED: Ending(state=JobState.FAILED, retryable=True),
     EndReason.TIMEOUT: Ending(state=JobState.FAILED, retryable=True),
     EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED, retryable=False),
-    EndReason.INFRA_LOST: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.INFRA_LOST: Ending(state=JobState.FAILED, retryable=True, counts=False),
     EndReason.NODE_FAILED: Ending(state=JobState.FAILED, retryable=True),
     EndReason.DRAINED: Ending(state=JobState.FAILED, retryable=True, counts=False),
     EndReason.PREEMPTED: Ending(state=JobState.FAILED, retryable=True, counts=False),
 }
 
 MAX_COUNTED_ATTEMPTS = 3
-"""A job that ends its worker this often without a new checkpoint in between is quarantined as `failed`."""
+"""A job that ends its trainer this often without a new checkpoint in between is quarantined as `failed`."""
+MAX_LOSSES = 10
+"""So is one whose worker went away this often in a row: that may be its doing after all, and it would go round for
+ever."""
 
 
 def next_state(state: JobState | None, verb: Verb) -> JobState | None:

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session
 from catalog import claims, jobs, recovery, workers
 from catalog.errors import StaleClaim
 from catalog.preparation import MAX_LOST_PREPARATIONS
-from catalog.states import EndReason, JobState
+from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.sweeps import observing
 from catalog.tables import Job, Pulse
 from tests.catalog.sweeping import make
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import LEASE, World, manifest
 
 
 def test_a_job_whose_lease_has_run_out_goes_back_to_the_queue(world: World) -> None:
@@ -26,7 +26,7 @@ def test_a_job_whose_lease_has_run_out_goes_back_to_the_queue(world: World) -> N
     assert recovery.expire(world.db, grace_seconds=LEASE) == 1
 
     job = world.job(claim.job.id)
-    assert (job.state, job.reason, job.counted_attempts) == (JobState.QUEUED, EndReason.INFRA_LOST, 1)
+    assert (job.state, job.reason, job.counted_attempts) == (JobState.QUEUED, EndReason.INFRA_LOST, 0)
     with pytest.raises(StaleClaim):
         world.complete(claim.claim_id)
 
@@ -110,20 +110,59 @@ def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> Non
     assert world.job(paused.id).state == JobState.PAUSED
 
 
-def test_a_job_that_loses_three_workers_is_put_aside(world: World) -> None:
-    job = world.queued()
-
-    for _ in range(3):
-        world.claim()
+def _lose_workers(world: World, number: int) -> None:
+    """One after the other, each with the one job that there is."""
+    for _ in range(number):
+        assert len(world.claim()) == 1
         world.pass_time(LEASE + 31)
         recovery.expire(world.db, grace_seconds=LEASE)
         world.pass_time(31)
 
+
+def test_a_job_that_loses_ten_workers_in_a_row_is_put_aside_with_the_evidence(world: World) -> None:
+    job = world.queued()
+
+    _lose_workers(world, MAX_LOSSES - 1)
+    before = world.job(job.id)
+    _lose_workers(world, 1)
+
+    assert (before.state, before.counted_attempts) == (JobState.QUEUED, 0)
     ended = world.job(job.id)
     assert ended.state == JobState.FAILED
     assert ended.error is not None
     assert ended.error["code"] == "quarantined"
+    assert len(ended.error["evidence"]) == MAX_LOSSES
     assert world.claim() == []
+
+
+def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_end(world: World) -> None:
+    job = world.queued()
+    _lose_workers(world, MAX_LOSSES - 1)
+    (claim,) = world.claim()
+    saved = manifest("checkpoint", kind="checkpoint")
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=saved)
+    world.clock.turn(1)
+    claims.end(world.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
+    world.pass_time(31)
+    after_checkpoint = world.job(job.id).state
+    _lose_workers(world, MAX_LOSSES - 2)
+    (claim,) = world.claim()
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+
+    _lose_workers(world, MAX_LOSSES - 1)
+
+    assert after_checkpoint == world.job(job.id).state == JobState.QUEUED
+
+
+def test_a_lost_worker_makes_no_job_a_suspect_that_trains_alone(world: World) -> None:
+    lost, other = world.queued(), world.queued()
+    for _ in range(3):
+        assert len(world.claim()) == 2
+        world.pass_time(LEASE + 31)
+        recovery.expire(world.db, grace_seconds=LEASE)
+        world.pass_time(31)
+
+    assert {claim.job.id for claim in world.claim()} == {lost.id, other.id}
 
 
 def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) -> None:

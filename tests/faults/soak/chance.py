@@ -45,7 +45,7 @@ SAYS: dict[FaultKind, str] = {
     "store-failing": "the store answers 500 to everything",
 }
 WEIGHTS: dict[FaultKind, int] = {
-    "trainer-killed": 8,
+    "trainer-killed": 7,
     "trainer-stopped": 5,
     "worker-killed": 6,
     "worker-stopped": 5,

@@ -62,7 +62,7 @@ def _dpo(batch_size: int, **numbers: Any) -> dict[str, Any]:
 KINDS = (
     Kind(
         name="sft",
-        body={**_sft(4), "lora": {"rank": 8}, "max_steps": 240, "checkpoint_every_steps": 30},
+        body={**_sft(4), "lora": {"rank": 8}, "max_steps": 240, "checkpoint_every_steps": 20},
     ),
     Kind(
         name="sft-dropout",
@@ -71,7 +71,7 @@ KINDS = (
             "lora": {"rank": 4, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
             "schedule": {"type": "cosine"},
             "max_steps": 300,
-            "checkpoint_every_steps": 50,
+            "checkpoint_every_steps": 20,
         },
     ),
     Kind(
@@ -81,7 +81,7 @@ KINDS = (
             "lora": {"rank": 16},
             "evaluation": {"every_steps": 50, "keep": "best"},
             "max_steps": 200,
-            "checkpoint_every_steps": 25,
+            "checkpoint_every_steps": 20,
         },
         has_validation=True,
     ),
@@ -91,12 +91,12 @@ KINDS = (
     ),
     Kind(
         name="dpo",
-        body={**_dpo(4), "lora": {"rank": 8}, "max_steps": 150, "checkpoint_every_steps": 25},
+        body={**_dpo(4), "lora": {"rank": 8}, "max_steps": 150, "checkpoint_every_steps": 20},
         is_preference=True,
     ),
     Kind(
         name="dpo-ipo",
-        body={**_dpo(2, loss_type="ipo"), "lora": {"rank": 4}, "max_steps": 200, "checkpoint_every_steps": 40},
+        body={**_dpo(2, loss_type="ipo"), "lora": {"rank": 4}, "max_steps": 200, "checkpoint_every_steps": 20},
         is_preference=True,
     ),
 )
