@@ -188,14 +188,10 @@ class Acts:
     # Servers
 
     def _api_killed(self, _fault: Fault) -> None:
-        assert self.site.api is not None
-        self.kept.opens("api")
-        self.site.api.kill()
+        self.kept.end_api(is_killed=True)
 
     def _api_restarted(self, _fault: Fault) -> None:
-        assert self.site.api is not None
-        self.kept.opens("api")
-        self.site.api.terminate()
+        self.kept.end_api(is_killed=False)
 
     def _redis_flushed(self, _fault: Fault) -> None:
         try:

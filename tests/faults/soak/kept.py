@@ -49,6 +49,7 @@ class Kept:
         self.num_uncordoned = 0
         self._names = 0
         self._api_lived_at = time.time()
+        self._leaving: subprocess.Popen[bytes] | None = None
         self._looked_at = 0.0
         self._armed = ",".join(f"{name}:kill-if={site.gate(name)}" for name in FAILPOINTS)
         self._beat = self._start_beat()
@@ -86,6 +87,16 @@ class Kept:
         self.opens("api", since=self._api_lived_at)
         self.site.begin_api(FAILPOINT=self._armed)
 
+    def end_api(self, *, is_killed: bool) -> None:
+        """It may answer for a while when it is asked to leave, and is away from here on all the same."""
+        assert self.site.api is not None
+        self.opens("api")
+        self._leaving = self.site.api
+        if is_killed:
+            self._leaving.kill()
+        else:
+            self._leaving.terminate()
+
     def processes_of(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """A worker's own, its trainers left out."""
         trainers = {each.pid for each in self.trainers_of(worker)}
@@ -118,7 +129,7 @@ class Kept:
             self.start_api()
             return
         self._api_lived_at = time.time()
-        if self.is_away("api") and self._api_answers():
+        if self.is_away("api") and api is not self._leaving and self._api_answers():
             self.closes("api")
 
     def _api_answers(self) -> bool:

@@ -31,7 +31,7 @@ TICK_SECONDS = 0.1
 TELL_SECONDS = 30.0
 WARM_SECONDS = 45.0
 """Of the calm stretch, while workers start and load: not measured."""
-SUBMITTED_BY = 0.85
+SUBMITTED_BY = 0.95
 """The part of the storm in which the jobs are submitted, at a steady rate; the calm stretch has the same rate."""
 
 
