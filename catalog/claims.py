@@ -222,15 +222,19 @@ def end(
     reason: EndReason,
     detail: str,
     error: Json | None = None,
+    is_bystander: bool = False,
     policy: Policy = USUAL,
 ) -> JobState:
-    """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned."""
+    """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned.
+
+    is_bystander: the trainer ended before it had begun the job, which counts the end for nothing then.
+    """
     _settle(db, claim_id, policy)
     with db.write() as session:
         job = hold(session, claim_id)
         worker_id, now = job.worker_id, read_clock(session)
         usage.charge_end(session, job, now=now, policy=policy)
-        state = end_attempt(session, job, reason=reason, detail=detail, error=error, now=now)
+        state = end_attempt(session, job, reason=reason, detail=detail, error=error, is_bystander=is_bystander, now=now)
     if reason in cordons.AT_FAULT:
         cordons.look(db, worker_id)
     return state

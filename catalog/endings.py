@@ -17,6 +17,12 @@ from catalog.tables import Attempt, Checkpoint, Job, Json
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
 """Before the next attempt, by the number of bad ends so far; the last also for every further one."""
+BAD = frozenset(
+    reason
+    for reason, ending in ENDINGS.items()
+    if ending.retryable and (ending.counts or reason is EndReason.INFRA_LOST)
+)
+"""Ends after which a job is tried again that nobody had asked for."""
 MAX_YIELD_SECONDS = 600.0
 """How long a job that ended badly lets others be tried first, at most."""
 
@@ -37,22 +43,23 @@ def decide(
     cancel_requested: bool,
     pause_requested: bool,
     counted_attempts: int,
+    is_bystander: bool = False,
     losses: int = 1,
     yields_seconds: float = 0.0,
 ) -> Verdict:
     """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
 
-    losses: workers in a row that went away with the job, where that is the reason. yields_seconds: how long a job that
-    is tried again waits at least.
+    is_bystander: its trainer ended before it had begun the job. losses: bad ends in a row, where the last one was not
+    the job's doing. yields_seconds: how long a job that is tried again waits at least.
     """
     ending = ENDINGS[reason]
-    counted = counted_attempts + int(ending.counts and ending.retryable)
+    is_loss = _is_loss(reason, is_bystander=is_bystander)
+    counted = counted_attempts + int(ending.counts and ending.retryable and not is_loss)
     wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
     if wished is not None:
         return Verdict(verb=wished, counted_attempts=counted)
     if not ending.retryable:
         return Verdict(verb=Verb.FAIL, counted_attempts=counted)
-    is_loss = reason is EndReason.INFRA_LOST
     if not ending.counts and not is_loss:
         return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
     number, most = (losses, MAX_LOSSES) if is_loss else (counted, MAX_COUNTED_ATTEMPTS)
@@ -60,6 +67,12 @@ def decide(
         return Verdict(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
     wait = max(yields_seconds, BACK_OFF_SECONDS[min(number, len(BACK_OFF_SECONDS)) - 1])
     return Verdict(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
+
+
+def _is_loss(reason: EndReason, *, is_bystander: bool) -> bool:
+    """It was tried and is tried again, and what ended it was not its own doing."""
+    ending = ENDINGS[reason]
+    return reason is EndReason.INFRA_LOST or (is_bystander and ending.retryable and ending.counts)
 
 
 def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
@@ -77,20 +90,31 @@ def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool)
 
 
 def end_attempt(
-    session: Session, job: Job, *, reason: EndReason, detail: str, error: Json | None = None, now: float
+    session: Session,
+    job: Job,
+    *,
+    reason: EndReason,
+    detail: str,
+    error: Json | None = None,
+    is_bystander: bool = False,
+    now: float,
 ) -> JobState:
-    """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion."""
+    """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion.
+
+    is_bystander: as of `decide`.
+    """
     assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
     if reason is EndReason.CANCELLED_BY_USER:
         reason = ended_for(session, job, reason)
     yields_seconds = _yields(session, job, reason, now=now)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
-    losses = _losses(session, job) if reason is EndReason.INFRA_LOST else 0
+    losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
     verdict = decide(
         reason,
         cancel_requested=job.cancel_requested,
         pause_requested=job.pause_requested,
         counted_attempts=job.counted_attempts,
+        is_bystander=is_bystander,
         losses=losses,
         yields_seconds=yields_seconds,
     )
@@ -104,7 +128,7 @@ def end_attempt(
     level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
     if verdict.verb is Verb.OBEY_CANCEL:
         reason = ended_for(session, job, reason)
-    message = _message(job, verdict, reason, detail)
+    message = _message(job, verdict, reason, detail, is_loss=losses > 0)
     state = move(session, job, verdict.verb, now=now, message=message, reason=reason, level=level)
     if verdict.wait_seconds:
         job.run_after = now + verdict.wait_seconds
@@ -129,11 +153,11 @@ def _yields(session: Session, job: Job, reason: EndReason, *, now: float) -> flo
 
 
 def _losses(session: Session, job: Job) -> int:
-    """Attempts in a row, the one that has just ended among them, whose workers went away with no new checkpoint."""
+    """Attempts in a row that ended badly with no new checkpoint, the one that has just ended among them."""
     newest = session.scalar(select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job.id)) or 0.0
     since = (Attempt.job_id == job.id, Attempt.ended_at > newest)
     latest = select(Attempt.reason).where(*since).order_by(Attempt.number.desc()).limit(MAX_LOSSES)
-    in_a_row = takewhile(lambda reason: reason == EndReason.INFRA_LOST, session.scalars(latest))
+    in_a_row = takewhile(lambda reason: reason in BAD, session.scalars(latest))
     return max(1, sum(1 for _ in in_a_row))
 
 
@@ -165,7 +189,7 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
     return {"code": "quarantined", "message": message.strip(), "param": None, "evidence": evidence}
 
 
-def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str) -> str:
+def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str, *, is_loss: bool) -> str:
     why = f"{reason.value.replace('_', ' ')}: {detail}" if detail else reason.value.replace("_", " ")
     match verdict.verb:
         case Verb.FAIL:
@@ -179,7 +203,6 @@ def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str) -> str:
         case Verb.RELEASE:
             return f"The job goes back to the queue ({why}). This attempt does not count."
         case _:
-            is_loss = reason is EndReason.INFRA_LOST
             so_far = f"{verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} bad ends so far"
             return (
                 f"Attempt {job.attempt} ended ({why}). It is tried again in {verdict.wait_seconds:.0f} s "

@@ -128,8 +128,8 @@ ENDINGS: dict[EndReason, Ending] = {
 MAX_COUNTED_ATTEMPTS = 3
 """A job that ends its trainer this often without a new checkpoint in between is quarantined as `failed`."""
 MAX_LOSSES = 10
-"""So is one whose worker went away this often in a row: that may be its doing after all, and it would go round for
-ever."""
+"""So is one that ended badly this often in a row by no doing of its own, as far as can be seen: its worker went away,
+or its trainer ended before it had begun the job. It would go round for ever."""
 
 
 def next_state(state: JobState | None, verb: Verb) -> JobState | None:

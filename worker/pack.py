@@ -290,14 +290,16 @@ class Pack:
     def end_all(self, end: End) -> None:
         """End every claim that is left: the trainer has gone."""
         for held in list(self._held.values()):
-            self._guarded(held, partial(self._end, end=end))
+            is_bystander = self.ready is None or not held.is_handed_over
+            self._guarded(held, partial(self._end, end=end, is_bystander=is_bystander))
 
     def forget_all(self) -> None:
         """Nothing can be recorded any more: recovery ends what is left, if anything is."""
         for held in list(self._held.values()):
             self._forget(held)
 
-    def _end(self, held: Held, end: End) -> None:
+    def _end(self, held: Held, end: End, *, is_bystander: bool = False) -> None:
+        """is_bystander: the trainer has ended, and had not begun the job."""
         try:
             claims.end(
                 self._context.db,
@@ -305,6 +307,7 @@ class Pack:
                 reason=end.reason,
                 detail=end.detail,
                 error=end.error,
+                is_bystander=is_bystander,
                 policy=self._context.policy,
             )
         except StaleClaim:

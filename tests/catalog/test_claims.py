@@ -14,7 +14,7 @@ from catalog.claims import Orders
 from catalog.errors import StaleClaim
 from catalog.scheduling.decide import Decision, decide
 from catalog.scheduling.picture import Room
-from catalog.states import EndReason, JobState
+from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.tables import Adapter, Artifact, Attempt, Job
 from tests.catalog.world import LEASE, WIDE, World, manifest, sha
 
@@ -184,6 +184,25 @@ def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_eviden
     assert job.error is not None
     assert job.error["code"] == "quarantined"
     assert [each["detail"] for each in job.error["evidence"]] == ["signal 2", "signal 1", "signal 0"]
+
+
+def test_a_trainer_that_ended_before_it_had_begun_the_job_counts_for_nothing_until_it_was_ten_in_a_row(
+    world: World,
+) -> None:
+    claim = world.running()
+    states: list[JobState] = []
+    counted = 1
+    for _ in range(MAX_LOSSES):
+        crash = EndReason.TRAINER_CRASHED
+        states.append(claims.end(world.db, claim.claim_id, reason=crash, detail="signal 9", is_bystander=True))
+        counted = world.job(claim.job.id).counted_attempts
+        world.clock.turn(31)
+        claimed = world.claim()
+        claim = claimed[0] if claimed else claim
+
+    assert states == [JobState.QUEUED] * (MAX_LOSSES - 1) + [JobState.FAILED]
+    assert counted == 0
+    assert (world.job(claim.job.id).error or {})["code"] == "quarantined"
 
 
 def test_a_drained_attempt_is_free_and_its_job_can_be_claimed_at_once(world: World) -> None:

@@ -79,7 +79,7 @@ def test_a_killed_worker_at_any_stage_leaves_one_adapter(site: WorkerSite, failp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failpoint", ["loading:kill", "in_checkpoint:kill", "step_3:raise"])
+@pytest.mark.parametrize("failpoint", ["in_checkpoint:kill", "step_3:raise"])
 def test_a_trainer_that_dies_three_times_without_progress_is_quarantined_with_the_evidence(
     site: WorkerSite, failpoint: str
 ) -> None:

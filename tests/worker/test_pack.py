@@ -19,6 +19,7 @@ from catalog.tables import File
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, step, tell, told
 from worker import preparation, provenance, trainer_directory
+from worker.held import End
 from worker.pack import Pack
 
 FULL = OutOfSpace("The disk that holds the database is full.", code="disk_full", remedy="Free some space.")
@@ -330,6 +331,26 @@ def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(site: Pa
     assert (job.state, site.reason(claim)) == ("failed", EndReason.USER_ERROR)
     assert job.error is not None
     assert job.error["message"] == "BERT does not generate. Choose another."
+
+
+def test_a_trainer_that_ends_counts_against_the_jobs_that_it_was_given_once_it_had_loaded_its_base(
+    site: PackSite,
+) -> None:
+    crash = End(reason=EndReason.TRAINER_CRASHED, detail="signal 9")
+    early, given, late = site.claim(seed=1), site.claim(seed=2), site.claim(seed=3)
+    site.loading_pack(early).end_all(crash)
+    pack = site.loading_pack(given, trainer_id="trainer-2")
+    say(pack, READY)
+    pack.hear()
+    pack.hand_over()
+    pack.admit(late)
+
+    pack.end_all(crash)
+
+    jobs_now = [site.world.job(claim.job.id) for claim in (early, given, late)]
+    assert [job.counted_attempts for job in jobs_now] == [0, 1, 0]
+    assert {job.state for job in jobs_now} == {"queued"}
+    assert {site.reason(claim) for claim in (early, given, late)} == {EndReason.TRAINER_CRASHED}
 
 
 def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
