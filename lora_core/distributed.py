@@ -65,6 +65,14 @@ class Ranks:
         dist.all_gather(found, padded)
         return [_decoded(part[: int(length)]) for part, length in zip(found, lengths, strict=True)]
 
+    def numbers(self, own: Sequence[int]) -> list[list[int]]:
+        """Everybody's whole numbers, as many of each; in the order of ranks. Cheaper than `gathered`."""
+        if self.size == 1:
+            return [list(own)]
+        found = [torch.empty(len(own), dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(found, torch.tensor(own, dtype=torch.int64))
+        return [part.tolist() for part in found]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is raised within on one rank is raised on all of them, so that all have done the same."""

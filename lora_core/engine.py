@@ -19,12 +19,12 @@ from lora_core.config import JobConfig
 from lora_core.data import TokenDataset
 from lora_core.distributed import ALONE, Ranks
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory
+from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory, RanksDiffer
 from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
 from lora_core.interrupts import interrupts_wait
-from lora_core.job import Job, SliceScores
+from lora_core.job import Booked, Job, SliceScores
 from lora_core.job_start import job_on
 from lora_core.lanes import Lanes
 from lora_core.memory_shortage import shortage_of
@@ -68,6 +68,7 @@ class Engine:
             item_bytes=base.dtype.itemsize,
             mode=config.checkpoint_blocks,
         )
+        self._agree([])
         self._prefixes = Prefixes(base, config, invariance=self.invariance)
         self._passes = Passes(base, prefixes=self._prefixes, lanes=self._lanes, ranks=ranks)
 
@@ -160,11 +161,6 @@ class Engine:
         except LoraCoreError as error:
             job.quarantine()
             raise OutOfMemory(job.name, part="start") from error
-
-    def _refuse_alone(self, error: OutOfMemory) -> None:
-        """One rank can't give a job up by itself: where the others go on with it, none of them can."""
-        if self.ranks.size > 1:
-            raise torch.OutOfMemoryError(f"Rank {self.ranks.rank}: {error}") from error
 
     def _least_served(self) -> int:
         """Tokens of the one who had the fewest: where a newcomer begins."""
@@ -292,23 +288,46 @@ class Engine:
             seconds = time.perf_counter() - started
             self._learn_rates(plan.num_tokens, computed.fullest_lane, seconds)
             self._speeds.learn(num_tokens=plan.num_tokens, cost=computed.cost, num_jobs=len(jobs), seconds=seconds)
+        booked: list[Booked] = []
         for job, numbers in zip(jobs, plan.by_job().values(), strict=True):
             job.served += sum(plan.sizes[number] for number in numbers)
             with interrupts_wait():
                 job.collect([plan.ranks[number] for number in numbers])
-                self._book(job, [computed.scores[number] for number in numbers])
+                booked.append(self._book(job, [computed.scores[number] for number in numbers]))
+        with interrupts_wait():
+            self._agree(booked)
         self._begun = []
 
-    def _book(self, job: Job, scores: list[SliceScores]) -> None:
+    def _book(self, job: Job, scores: list[SliceScores]) -> Booked:
         """In the order of slices; what follows one that diverged is left out."""
+        booked = Booked(job=job, step=job.step, num_pending=len(job.pending))
         try:
             with shortage_of(job.name):
                 for score in scores:
                     job.pending += job.receive(score) if job.unit is not None else []
         except OutOfMemory as error:
-            self._refuse_alone(error)
-            job.quarantine()
-            self._too_large.append(error)
+            booked.shortage = error
+        return booked
+
+    def _agree(self, booked: list[Booked]) -> None:
+        """A job for which memory ran out on one rank, while a step of it was booked, is given up by all. And ticks are
+        planned for the rank that has the least memory."""
+        own = self.activations.told() if self.ranks.size > 1 else (0, 0)
+        told = self.ranks.numbers([*own, *(each.shortage is not None for each in booked)])
+        self.activations.heed(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in told])
+        for number, each in enumerate(booked, start=len(own)):
+            if any(of_rank[number] for of_rank in told):
+                self._too_large.append(each.given_up(is_shared=self.ranks.size > 1))
+
+    def compare_ranks(self, job: str) -> None:
+        """Of every rank, before a checkpoint: raises RanksDiffer, on all, where they have not the same weights."""
+        held = self._jobs[job]
+        if self.ranks.size == 1 or held.is_torn:
+            return
+        each = self.ranks.numbers(held.row.bit_sums())
+        others = [rank for rank, sums in enumerate(each) if sums != each[0]]
+        if others:
+            raise RanksDiffer(job, others)
 
     def _take_pending(self) -> list[Event]:
         events: list[Event] = []

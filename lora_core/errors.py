@@ -104,3 +104,15 @@ class OutOfMemory(LoraCoreError):
             remedy = "Lower the rank, or target fewer modules, or use a larger device."
         super().__init__(sentence, remedy=remedy)
         self.job = job
+
+
+class RanksDiffer(RuntimeError):
+    """Processes that do all the same have come to different weights. No job's fault: a device or a machine computes, or
+    remembers, wrongly."""
+
+    def __init__(self, job: str, ranks: list[int]) -> None:
+        others = ", ".join(map(str, ranks))
+        super().__init__(
+            f"The weights of job {job!r} differ among the processes that train it: those of {others} are not those of "
+            "0. A device or its memory is faulty, or the network changes bits. No checkpoint is written of them."
+        )

@@ -55,7 +55,8 @@ def export_adapter(
 
     has_evidence: false leaves the probe out, which costs passes: of a checkpoint, which nobody verifies.
     """
-    write_directory(directory, lambda temporary: _write(base, row, temporary, base_name, has_evidence=has_evidence))
+    probe = _probe(base, row) if has_evidence else None  # all passes before any writing, which may fail on one rank
+    write_directory(directory, lambda temporary: _write(base, row, temporary, base_name, probe))
     content = (directory / "adapter_model.safetensors").read_bytes()
     return ExportReport(
         num_parameters=row.num_parameters,
@@ -66,11 +67,11 @@ def export_adapter(
     )
 
 
-def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str, *, has_evidence: bool) -> None:
+def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str, probe: dict[str, Tensor] | None) -> None:
     save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata=_metadata(base))
     write_json(directory / "adapter_config.json", peft_config(base, row, base_name))
-    if has_evidence:
-        save_file(_probe(base, row), directory / "probe.safetensors")
+    if probe is not None:
+        save_file(probe, directory / "probe.safetensors")
 
 
 def _metadata(base: BaseModel) -> dict[str, str]:

@@ -70,6 +70,14 @@ class TickPlan:
         return cls(**told | {"tokens": tokens, "ranks": tuple(told["ranks"])})
 
 
+class BrokenPass(Exception):
+    """A rank ran out of memory while it passed through a divided base: the others wait in there for its share of the
+    next block, so that the trainer has to end."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"Rank {rank} ran out of memory amid a pass through a divided base, in which the others wait.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computed:
     """The scores of all slices; what all ranks have computed of them, in tokens through the whole base, and how much of
@@ -91,7 +99,7 @@ class Passes:
 
     def run(self, plan: TickPlan, jobs: Mapping[str, Job]) -> Computed:
         """Gradients are left with the slices. Raises torch.OutOfMemoryError where this or another rank's share doesn't
-        fit, on every rank."""
+        fit, on every rank; BrokenPass where that was amid a divided base, on this rank alone."""
         own = [index for index, rank in enumerate(plan.ranks) if rank == self._ranks.rank]
         shortage: torch.OutOfMemoryError | None = None
         scores: list[SliceScores] = []
@@ -108,6 +116,8 @@ class Passes:
                     lanes = [list(range(len(slices)))]
                 scores = self._run_lanes(lanes, slices, plan.kind, checkpointed=plan.checkpointed)[: len(own)]
         except torch.OutOfMemoryError as error:
+            if self._base.is_divided:
+                raise BrokenPass(self._ranks.rank) from error
             shortage = error
         own_lanes = [sum(costs[index] for index in lane if index < len(own)) for lane in lanes]
         told = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}

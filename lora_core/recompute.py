@@ -5,7 +5,7 @@ All blocks of a tick or none, decided by memory: a second forward costs a quarte
 the same bits, for a row's gradient is added to by backwards alone, and those run once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -62,6 +62,7 @@ class ActivationMemory:
         numbers = sum(size for linear in linears.values() for size in _weight_shape(linear))
         self._guessed_bytes_per_token = self.bytes_per_token = MARGIN * numbers * item_bytes
         self._is_shown = False
+        self._others_bytes_per_token, self._lacking_bytes = 0.0, 0  # of other ranks: see heed
         self._too_many_tokens: int | None = None  # once ran out of memory
         self._peak_bytes = 0
 
@@ -75,7 +76,17 @@ class ActivationMemory:
             return self.mode == "always"
         if self._too_many_tokens is not None and num_tokens >= self._too_many_tokens:
             return True
-        return num_tokens * self.bytes_per_token > USABLE * _free_bytes(self._device)
+        free_bytes = _free_bytes(self._device) - self._lacking_bytes
+        return num_tokens * max(self.bytes_per_token, self._others_bytes_per_token) > USABLE * free_bytes
+
+    def told(self) -> tuple[int, int]:
+        """Of this rank, for the others: bytes that are free, and those that a token takes."""
+        return (_free_bytes(self._device), int(self.bytes_per_token)) if self._measures else (0, 0)
+
+    def heed(self, own: tuple[int, int], of_ranks: Sequence[tuple[int, int]]) -> None:
+        """Decide from now on for the rank that has the least, by what all have told at one time."""
+        self._lacking_bytes = own[0] - min(free_bytes for free_bytes, _ in of_ranks)
+        self._others_bytes_per_token = float(max(per_token for _, per_token in of_ranks))
 
     def gives_way(self, num_tokens: int) -> bool:
         """After memory ran out in a tick that wasn't checkpointed: whether one of so many tokens is from now on.
@@ -91,6 +102,7 @@ class ActivationMemory:
         """What ticks showed was of those who were in them: a job with dropout or DoRA makes every token dearer, and
         anyone's row the room smaller."""
         self.bytes_per_token, self._is_shown, self._too_many_tokens = self._guessed_bytes_per_token, False, None
+        self._others_bytes_per_token = 0.0
 
     @contextmanager
     def observed(self, num_tokens: int, *, kind: Kind, checkpointed: bool) -> Iterator[None]:

@@ -16,13 +16,21 @@ HOST_OOM = re.compile(rf"DefaultCPUAllocator: can't allocate memory|{PYTHON_OOM}
 KILLED = re.compile(r"died with <Signals\.SIGKILL: 9>|Signal 9 \(SIGKILL\) received by PID")
 """What accelerate's launcher prints of its child, and torchrun's of one of several."""
 LOST = re.compile(rf"status {LOST_PARENT}\b|exitcode +: {LOST_PARENT}\b")
+DISK_FULL = 114
+"""Exit status of a trainer that could not write: it may have found no room to say so either."""
+NO_ROOM = re.compile(
+    rf"status {DISK_FULL}\b|exitcode +: {DISK_FULL}\b|^(?:\[rank\d+\]: )?.*OSError: \[Errno 28\]", re.MULTILINE
+)
+DIFFER = re.compile(r"^(?:\[rank\d+\]: )?[\w.]*RanksDiffer: (.*)$", re.MULTILINE)
 OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError")
 
 
-def classify_exit(returncode: int, log_tail: str, *, num_oom_kills: int, device_kind: str) -> tuple[EndReason, str]:
+def classify_exit(
+    returncode: int, log_tail: str, *, num_oom_kills: int, device_kind: str, is_disk_full: bool = False
+) -> tuple[EndReason, str]:
     """Why every job of that trainer ended, and a sentence.
 
-    num_oom_kills: by the kernel, while it ran. device_kind: cpu or cuda.
+    num_oom_kills: by the kernel, while it ran. device_kind: cpu or cuda. is_disk_full: the trainers', now.
     """
     killed = returncode in (-9, 137) or KILLED.search(log_tail) is not None
     if killed and num_oom_kills > 0:
@@ -34,6 +42,14 @@ def classify_exit(returncode: int, log_tail: str, *, num_oom_kills: int, device_
         return EndReason.TRAINER_CRASHED, "The trainer was killed (signal 9)."
     if returncode == LOST_PARENT or LOST.search(log_tail) is not None:
         return EndReason.INFRA_LOST, "The trainer heard nothing from its worker for a whole lease."
+    if returncode and (is_disk_full or returncode == DISK_FULL or NO_ROOM.search(log_tail) is not None):
+        return EndReason.NODE_FAILED, "The worker's disk was full, and the trainer ended."
+    return _by_itself(returncode, log_tail)
+
+
+def _by_itself(returncode: int, log_tail: str) -> tuple[EndReason, str]:
+    if (differ := DIFFER.search(log_tail)) is not None:
+        return EndReason.NODE_FAILED, differ[1]
     if returncode == 0:
         return EndReason.TRAINER_CRASHED, "The trainer ended without finishing its jobs."
     return EndReason.TRAINER_CRASHED, f"The trainer ended with exit status {returncode}.{_last_error(log_tail)}"

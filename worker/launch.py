@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from catalog import failpoints, logs
-from worker import node
+from worker import cgroup, node
 from worker.tether import OPTION, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 
@@ -52,7 +52,7 @@ class TrainerProcess:
     def __init__(self, process: subprocess.Popen[bytes], directory: TrainerDirectory) -> None:
         self.directory = directory
         self.started_at = time.monotonic()
-        self.oom_kills_before = node.oom_kills()
+        self.oom_kills_before = cgroup.oom_kills()
         self._process = process
 
     @property
@@ -80,7 +80,7 @@ class TrainerProcess:
         """Have it load its base model; the time it may take counts from here. Raises OutOfSpace."""
         self.directory.begin(settings)
         self.started_at = time.monotonic()
-        self.oom_kills_before = node.oom_kills()
+        self.oom_kills_before = cgroup.oom_kills()
 
     def pulse(self) -> None:
         """Tell the trainer that its worker lives. Never blocks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,15 +18,17 @@ from typing import Any
 
 import psutil
 
+from worker import cgroup
+
 CORES = "cpu:"
 NUMBERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
-CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """What the kernel calls it on x86 and on ARM."""
 BFLOAT16_CAPABILITY = 8
 """The first generation of NVIDIA's GPUs (Ampere) that multiplies it in hardware."""
-CGROUP_EVENTS = (CGROUP / "memory.events", CGROUP / "memory" / "memory.oom_control")
+LEAST_BYTES = 64 * 2**10
+"""Of a disk, below which a trainer can't even say what it wants to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,32 +187,8 @@ def free_bytes(device: Device) -> int:
     available = psutil.virtual_memory().available
     if device.cores:
         available = min(available, device.memory_bytes)
-    limit = _read_number(CGROUP / "memory.max")
-    if limit is None:
-        return available
-    used = (_read_number(CGROUP / "memory.current") or 0) - _reclaimable_bytes()
-    return max(0, min(available, limit - used))
-
-
-def _reclaimable_bytes() -> int:
-    """Page cache that the kernel gives back when memory is wanted: it counts as used in a cgroup."""
-    try:
-        found = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) if found else 0
-
-
-def oom_kills() -> int:
-    """How many processes of this cgroup the kernel has killed for want of memory, so far."""
-    for path in CGROUP_EVENTS:
-        try:
-            found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
-        except OSError:
-            continue
-        if found:
-            return int(found[1])
-    return 0
+    of_group = cgroup.free_bytes()
+    return available if of_group is None else min(available, of_group)
 
 
 def versions() -> dict[str, str]:
@@ -283,9 +262,9 @@ def open_nvml() -> Any:
     return nvml
 
 
-def _read_number(path: Path) -> int | None:
+def is_disk_full(folder: Path) -> bool:
+    """Whether there is no room for a message of a trainer's."""
     try:
-        text = path.read_text().strip()
+        return shutil.disk_usage(folder).free < LEAST_BYTES
     except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
+        return False

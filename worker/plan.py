@@ -6,6 +6,7 @@ Imported by train_entry alone: beside it only import_entry knows lora_core.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from catalog.course_spec import ScheduleSpec
@@ -31,16 +32,17 @@ def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineCo
     """settings: the trainer's. num_threads: cores that it may use. On a CPU each is a lane of its own.
 
     Frozen prefixes are kept in files of `folder`: the kernel's cache holds those that are read, so no memory is taken
-    that placement doesn't know.
+    that placement doesn't know. Processes of one machine share the budget.
     """
     is_cpu = settings["device"] == "cpu"
     num_lanes = num_threads if is_cpu else 1
+    num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return EngineConfig(
         token_budget=tick_tokens("cpu" if is_cpu else "cuda", num_lanes=num_threads),
         max_tick_seconds=1.0 if is_cpu else 0.3,
         num_lanes=num_lanes,
         ticks_alone=TICKS_ALONE,
-        prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)),
+        prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)) // num_sharing,
         prefix_folder=folder,
         exact_products=bool(settings.get("exact_products", True)),
     )

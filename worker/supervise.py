@@ -21,7 +21,7 @@ from catalog.errors import LorryError, OutOfSpace, StaleClaim
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
 from catalog.tables import Job, new_id
-from worker import bases, node, scratch
+from worker import bases, cgroup, node, scratch
 from worker.chores import Chores
 from worker.context import WorkerContext
 from worker.exits import classify_exit
@@ -291,9 +291,13 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End
     if context.draining:
         return End(reason=EndReason.DRAINED, detail="The worker left.")
     log_tail = pack.directory.log_tail(max_bytes=16_000)
-    num_oom_kills = node.oom_kills() - trainer.oom_kills_before
+    num_oom_kills = cgroup.oom_kills() - trainer.oom_kills_before
     reason, detail = classify_exit(
-        trainer.returncode or 0, log_tail, num_oom_kills=num_oom_kills, device_kind=context.device.kind
+        trainer.returncode or 0,
+        log_tail,
+        num_oom_kills=num_oom_kills,
+        device_kind=context.device.kind,
+        is_disk_full=node.is_disk_full(pack.directory.path),
     )
     if len(pack):
         log.error("%s\n%s", detail, log_tail)

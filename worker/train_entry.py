@@ -23,7 +23,6 @@ from typing import Any, Literal, cast
 
 from catalog import failpoints
 from catalog.spec import JobSpec, Quantisation
-from lora_core import distributed
 from lora_core.base_model import BaseModel, load_base
 from lora_core.data import TokenDataset
 from lora_core.distributed import ALONE, Ranks
@@ -36,6 +35,7 @@ from lora_core.sharding import Strategy
 from lora_core.warm_up import warm_up
 from worker.base_text import BaseText
 from worker.chat_template import Refused
+from worker.ending import joined
 from worker.plan import engine_config, job_config
 from worker.resident import Resident
 from worker.sampling import ask, told
@@ -49,8 +49,6 @@ from worker.wire_errors import told as told_error
 IDLE_LOOK_SECONDS = 0.03
 """Of an idle trainer at its inbox: waking up is what it costs, at 50 times a second up to 2.3% of a slow core."""
 REPORT_SECONDS = 5.0
-SILENCE_SECONDS = 3600.0
-"""For which a rank waits for another, who may be verifying an adapter. Our parent notices a hang sooner."""
 LEAVING = ("pause", "preempt", "drain")
 NO_MODEL: Json = {"adapter": None}
 
@@ -308,6 +306,7 @@ class Trainer:
         if step == resident.saved_step:
             return None
         folder = self._directory.checkpoint_path(claim_id, step)
+        self._engine.compare_ranks(claim_id)
         try:
             self._ranks.by_leader(lambda: self._engine.save_checkpoint(claim_id, folder))
         except (OSError, LoraCoreError) as error:  # torn: told to leave before its shortage could be told
@@ -377,9 +376,9 @@ class Trainer:
         """Every few seconds: memory and speed, which is also the sign of life while a step takes long."""
         if time.monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at = time.monotonic()
-            rate, speeds = round(self._engine.tokens_per_second(), 1), self._engine.tick_speeds()
-            told_rates = {"tokens_per_second": rate, "tick_speeds": speeds}
-            self._events.write({"type": "memory", **self._engine.memory(), **told_rates})
+            rate = {"tokens_per_second": round(self._engine.tokens_per_second(), 1)}
+            speeds = {"tick_speeds": self._engine.tick_speeds()}
+            self._events.write({"type": "memory", **self._engine.memory(), **rate, **speeds})
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})
@@ -391,8 +390,8 @@ def main(arguments: list[str]) -> int:
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)
-    Trainer(directory, distributed.join(directory.device(), silence_seconds=SILENCE_SECONDS)).run()
-    distributed.leave()
+    with joined(directory.device()) as ranks:
+        Trainer(directory, ranks).run()
     return 0
 
 

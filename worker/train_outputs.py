@@ -3,11 +3,13 @@ trainer alone."""
 
 from __future__ import annotations
 
-import tempfile
 import time
 import traceback
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lora_core.between_parts import Between
 from lora_core.device_faults import is_device_fault
@@ -35,37 +37,52 @@ def exported(
     """Export a job's adapter to `folder`, and PEFT's verdict on it; of another rank than the leader None.
 
     spans: what was done is added to it, for traces. A base that is divided computes nothing but on all ranks, so each
-    of them exports, to a folder of its own. Raises LoraCoreError and OSError, on every rank.
+    of them exports, to a folder of its own; and none begins a part of it before all have done the one before. Raises
+    LoraCoreError and OSError, on every rank.
     """
     ranks = engine.ranks
-    if not engine.base.is_divided:
-        return ranks.by_leader(
-            lambda: _verified(engine, job, folder, base_name=base_name, between=between, spans=spans)
-        )
-    with ranks.together():
-        if ranks.leads:
-            return _verified(engine, job, folder, base_name=base_name, between=between, spans=spans)
-        with tempfile.TemporaryDirectory() as scratch:
-            _verified(engine, job, Path(scratch) / "adapter", base_name=base_name, between=between, spans=spans)
-    return None
 
-
-def _verified(engine: Engine, job: str, folder: Path, *, base_name: str, between: Between, spans: list[Json]) -> Json:
-    from lora_core.verify import unverifiable, verify_export  # brings PEFT, a second: not before the first job
-
-    try:
+    def written(place: Path) -> None:
         began_at = time.time()
-        engine.export(job, folder, base_name=base_name, between=between)
+        engine.export(job, place, base_name=base_name, between=between)
         spans.append(timed("export", began_at))
+
+    def verified(place: Path) -> Json:
+        from lora_core.verify import verify_export  # brings PEFT, a second: not before the first job
+
         began_at = time.time()
-        report = asdict(verify_export(engine.base, folder, between=between))
+        report = asdict(verify_export(engine.base, place, between=between))
         spans.append(timed("verify", began_at))
         return report
+
+    if not engine.base.is_divided:
+        with ranks.together(), _blamed_on_adapter():
+            if not ranks.leads:
+                return None
+            written(folder)
+            return verified(folder)
+    with ExitStack() as stack:
+        with ranks.together():
+            place = folder if ranks.leads else Path(stack.enter_context(TemporaryDirectory())) / "adapter"
+        with ranks.together(), _blamed_on_adapter():
+            written(place)
+        with ranks.together(), _blamed_on_adapter():
+            report = verified(place)
+        return report if ranks.leads else None
+
+
+@contextmanager
+def _blamed_on_adapter() -> Generator[None]:
+    """Whatever is wrong with one adapter is no fault of its packmates; that of a device is everybody's."""
+    try:
+        yield
     except (LoraCoreError, OSError):
         raise
-    except Exception as error:  # whatever is wrong with one adapter is no fault of its packmates
+    except Exception as error:
         if is_device_fault(error):
             raise
+        from lora_core.verify import unverifiable
+
         traceback.print_exc()
         raise unverifiable(error) from error
 

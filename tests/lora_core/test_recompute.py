@@ -195,6 +195,27 @@ def test_what_torch_keeps_for_later_counts_as_free(monkeypatch) -> None:
     assert not memory.checkpoints(1000)
 
 
+def test_the_rank_that_has_least_decides_for_all(monkeypatch) -> None:
+    card = Card(monkeypatch, free=4 * GIB)
+    memory = on_a_gpu()
+    own = memory.told()
+    assert own == (4 * GIB, int(memory.bytes_per_token))
+    assert not memory.checkpoints(1_000_000)
+
+    memory.heed(own, [own, (GIB, own[1])])
+    assert memory.checkpoints(1_000_000)
+    assert not memory.checkpoints(300_000)
+    memory.heed(own, [own, (4 * GIB, 100 * own[1])])
+    assert memory.checkpoints(300_000)
+    memory.heed(own, [own, own])
+    assert not memory.checkpoints(1_000_000)
+
+    card.free = 2 * GIB
+    memory.heed((4 * GIB, own[1]), [(4 * GIB, own[1]), (3 * GIB, own[1])])
+    assert not memory.checkpoints(360_000), "what the other lacked then is taken off what is free now"
+    assert memory.checkpoints(450_000)
+
+
 def test_memory_that_ran_out_makes_a_tick_of_that_size_a_checkpointed_one(monkeypatch) -> None:
     card = Card(monkeypatch, free=GIB)
     memory = on_a_gpu()

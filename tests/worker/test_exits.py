@@ -71,3 +71,37 @@ def test_the_kernel_is_named_only_where_it_counted_a_kill() -> None:
         (EndReason.HOST_OOM, "The machine ran out of memory."),
         (EndReason.HOST_OOM, "The kernel killed the trainer for want of memory."),
     ]
+
+
+FULL = "OSError: [Errno 28] No space left on device"
+OF_TORCHRUN = "  exitcode  : 114 (pid: 71)"
+
+
+@pytest.mark.parametrize(
+    ("returncode", "log_tail", "is_disk_full"),
+    [
+        (114, "", False),
+        (1, f"[rank0]: {FULL}", False),
+        (1, f"lora_core.first_failure.FellowFailure: Rank 0 failed: {FULL}", False),
+        (1, OF_TORCHRUN, False),
+        (1, "", True),
+    ],
+)
+def test_a_disk_that_was_full_is_the_nodes_fault(returncode: int, log_tail: str, is_disk_full: bool) -> None:
+    ended = classify_exit(returncode, log_tail, num_oom_kills=0, device_kind="cpu", is_disk_full=is_disk_full)
+
+    assert ended == (EndReason.NODE_FAILED, "The worker's disk was full, and the trainer ended.")
+
+
+def test_a_full_disk_is_not_blamed_for_a_trainer_that_somebody_killed() -> None:
+    ended = classify_exit(-9, "", num_oom_kills=0, device_kind="cpu", is_disk_full=True)
+
+    assert ended[0] is EndReason.TRAINER_CRASHED
+
+
+def test_processes_that_come_to_different_weights_are_the_nodes_fault() -> None:
+    log_tail = "[rank1]: lora_core.errors.RanksDiffer: The weights of job 'j' differ.\n" + LAUNCHER.format("status 1.")
+
+    reason, detail = classify_exit(1, log_tail, num_oom_kills=0, device_kind="cpu")
+
+    assert (reason, detail) == (EndReason.NODE_FAILED, "The weights of job 'j' differ.")

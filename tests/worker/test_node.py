@@ -123,16 +123,6 @@ def test_some_cores_are_a_device_with_their_part_of_the_memory(monkeypatch: pyte
     assert node.free_bytes(half) <= 32 * GIB
 
 
-def test_page_cache_of_a_container_counts_as_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{7 * GIB}\n")
-    (tmp_path / "memory.stat").write_text(f"anon {2 * GIB}\nactive_file {GIB}\ninactive_file {4 * GIB}\n")
-    monkeypatch.setattr(node, "CGROUP", tmp_path)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB, total=64 * GIB))
-
-    assert node.free_bytes(node.cpu()) == 5 * GIB
-
-
 def test_a_gpu_of_an_old_generation_has_no_bfloat16(three_gpus: None) -> None:
     assert [device.has_bfloat16 for device in node.find_devices()] == [False, True, True]
 

@@ -1,0 +1,130 @@
+"""`python -m tests.lora_core.fail_in_ranks BASE OUT STRATEGY`: one of two processes of which the second fails.
+
+Each writes OUT/RANK.json: what became of jobs whose memory ran out on the second one alone, what was said of weights
+that differ, and how it ended when the second failed amid a tick, which it does last.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from lora_core import distributed, packed_pass, passes
+from lora_core import job as job_module
+from lora_core.base_model import BaseModel, load_base
+from lora_core.distributed import ALONE, Ranks
+from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import OutOfMemory, RanksDiffer
+from lora_core.first_failure import told_to_all
+from lora_core.sharding import Strategy
+from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
+
+STEPS = 4
+JOBS = {
+    name: Submission(
+        config=config(seed=seed, batch_size=4, num_steps=STEPS, slice_tokens=40, dropout=0.1),
+        train=dataset(seed, [30, 21, 35, 17, 28]),
+    )
+    for seed, name in enumerate(("one", "two", "three"), start=1)
+}
+
+
+def fails_at(number: int, act: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    """`act`, but for the call of that number."""
+    calls = iter(range(1, 10**9))
+
+    def failing(*given: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return act(*given, **named)
+
+    return failing
+
+
+@contextmanager
+def failing(ranks: Ranks, module: Any, name: str, number: int, error: Exception) -> Iterator[None]:
+    """On the second rank alone."""
+    usual = getattr(module, name)
+    if ranks.rank == 1:
+        setattr(module, name, fails_at(number, usual, error))
+    try:
+        yield
+    finally:
+        setattr(module, name, usual)
+
+
+def trained(base: BaseModel, ranks: Ranks) -> dict[str, Any]:
+    """Digests of what ended well, and who was refused at which tick."""
+    engine = Engine(base, EngineConfig(token_budget=200), ranks)
+    for name, submission in JOBS.items():
+        admit(engine, name, submission)
+    refused: dict[str, list[int]] = {}
+    num_ticks = 0
+    while not engine.idle:
+        num_ticks += 1
+        try:
+            engine.tick()
+        except OutOfMemory as error:
+            refused[error.job] = [num_ticks, engine.progress(error.job)[0]]
+            engine.evict(error.job)
+    ended = {name: sha256(state_bytes(engine, name)).hexdigest() for name in engine.jobs()}
+    return {"ended": ended, "refused": refused}
+
+
+def differ(base: BaseModel, ranks: Ranks) -> list[str]:
+    """What is said of weights before one bit of the second rank's is turned, and after."""
+    engine = Engine(base, EngineConfig(), ranks)
+    admit(engine, "one", JOBS["one"])
+    engine.tick()
+    said: list[str] = []
+    for _ in range(2):
+        try:
+            engine.compare_ranks("one")
+            said.append("")
+        except RanksDiffer as error:
+            said.append(str(error))
+        if ranks.rank == 1:
+            engine._jobs["one"].row.m.view(torch.int32)[7] ^= 1
+    return said
+
+
+def end(base: BaseModel, ranks: Ranks) -> str:
+    """How this rank ended when the second failed amid its third pass."""
+    try:
+        with told_to_all(ranks), failing(ranks, packed_pass, "loss_by_head", 3, ValueError("the number 7\nagain")):
+            trained(base, ranks)
+    except Exception as error:  # noqa: BLE001  (which one is the question)
+        return f"{type(error).__name__}: {error}"
+    return "well"
+
+
+def main(base_dir: Path, out: Path, strategy: Strategy) -> None:
+    torch.set_num_threads(1)
+    ranks = distributed.join("cpu", silence_seconds=300)
+    base = load_base(base_dir, dtype="float32", device="cpu", strategy=strategy, ranks=ranks)
+    found: dict[str, Any] = {}
+    short = torch.OutOfMemoryError("simulated")
+    if not base.is_divided:
+        found["undisturbed"] = trained(base, ALONE)
+        for module, name, number in (
+            (passes, "run_training", 3),
+            (job_module, "gradient_norm", 5),
+            (job_module, "optimizer_step", 5),
+        ):
+            with failing(ranks, module, name, number, short):
+                found[name] = trained(base, ranks)
+    found["differ"] = differ(base, ranks)
+    found["end"] = end(base, ranks)
+    (out / f"{ranks.rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # as a process does that fails: it says goodbye to nobody
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), cast(Strategy, sys.argv[3]))
