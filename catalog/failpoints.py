@@ -1,8 +1,8 @@
 """Faults on demand: FAILPOINT=NAME:ACTION makes this process fail where it passes that name.
 
-ACTION is kill, hang, raise, exit (with status 0), wait=PATH (goes on once PATH exists) or kill-if=PATH (takes PATH away
-and kills whoever found it: one process each time that it is made). Several entries are separated by commas; NAME@K is
-for process K of a trainer alone. Without the variable nothing happens.
+ACTION is kill, hang, raise, exit (with status 0), wait=PATH (goes on once PATH exists), take=BYTES (of memory, for
+good) or kill-if=PATH (takes PATH away and kills whoever found it: one process each time that it is made). Entries are
+separated by commas; NAME@K is for process K of a trainer alone. Without the variable nothing happens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 VARIABLE = "FAILPOINT"
 """Names in it: in the api submit_before_commit, submit_after_commit; in a worker before_claim, after_claim, uploading,
 before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint."""
+_taken: list[bytes] = []
 
 
 class Failure(RuntimeError):
@@ -41,10 +42,13 @@ def _fail(name: str, action: str) -> None:
     if action == "exit":
         os._exit(0)
     verb, _, path = action.partition("=")
+    if verb == "take":
+        _taken.append(b"\1" * int(path))
+        return
     if verb == "kill-if":
         _kill_if(Path(path))
         return
-    known = "kill, kill-if=PATH, hang, raise, exit, wait=PATH"
+    known = "kill, kill-if=PATH, hang, raise, exit, wait=PATH, take=BYTES"
     assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is none of {known}"
     while verb == "hang" or not Path(path).exists():
         time.sleep(0.02)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.faults import api, database, disk, job, loss, redis, store, trainer, worker
+from tests.faults import api, database, disk, job, loss, memory, redis, store, trainer, worker
 from tests.faults.row import NotHere, Row
 
 ROWS: tuple[Row, ...] = (
@@ -15,17 +15,13 @@ ROWS: tuple[Row, ...] = (
     *store.ROWS,
     *disk.ROWS,
     *loss.ROWS,
+    *memory.ROWS,
 )
 NOT_HERE = (
     NotHere(
         name="cuda-oom",
         fault="CUDA out of memory",
         why="needs a CUDA GPU; the classes of exits are in tests/worker/test_exits.py",
-    ),
-    NotHere(
-        name="cgroup-oom",
-        fault="the kernel kills the trainer for want of memory",
-        why="needs a memory cgroup that may be made and limited; the class is in tests/worker/test_exits.py",
     ),
     NotHere(
         name="clock",
