@@ -7,9 +7,10 @@ from dataclasses import asdict
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import closed_workers, deadlines, fleet, memory, packing, queue, quotas, saturation, usage
+from catalog import closed_workers, deadlines, dividing, fleet, needs, packing, queue, quotas, saturation, usage
 from catalog.acceptance import INSTALL_QUANT
 from catalog.db import Database, read_clock
+from catalog.dividing import ONE
 from catalog.fleet import Resident
 from catalog.job_records import find
 from catalog.quotas import Standing
@@ -19,10 +20,12 @@ from catalog.scheduling.turns import Turn
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState
 from catalog.sweeps.observing import trial_of
-from catalog.tables import Attempt, Job, Json, Worker
+from catalog.tables import Attempt, BaseModelRow, Job, Json, Worker
 
 MAX_NAMED = 20
 """Jobs that are named of those ahead."""
+NOTHING = Room(max_jobs=1, memory_bytes_free=0)
+ON_A_GPU = Room(max_jobs=1, memory_bytes_free=0, recomputes=True)
 
 
 def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUAL, sees_all: bool = False) -> Json:
@@ -123,7 +126,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         return "No worker is running. Start one.", facts
     if (closed := closed_workers.where_all_are(live)) is not None:
         return closed, facts
-    hindrance = _unquantised(session, job, now=now) or _too_large(session, mine, now=now)
+    hindrance = _unquantised(session, job, now=now) or _too_large(session, job, mine, now=now)
     if hindrance:
         return hindrance, facts
     parts = (
@@ -268,18 +271,16 @@ def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
     return f"It asks for its base as {wanted}, and no worker that runs has bitsandbytes. {INSTALL_QUANT}"
 
 
-def _too_large(session: Session, mine: Turn, *, now: float) -> str | None:
-    found = [
-        (Room(max_jobs=1, memory_bytes_free=held, recomputes=recomputes).alone(mine.candidate), held)
-        for held, recomputes in fleet.memories(session, now=now) or [(0, False)]
-    ]
-    if any(need <= held for need, held in found):
+def _too_large(session: Session, job: Job, mine: Turn, *, now: float) -> str | None:
+    rooms = fleet.empty_rooms(session, now=now)
+    found = [(room.group, room.demand(mine.candidate)) for room in rooms] or [(ONE, NOTHING.demand(mine.candidate))]
+    description = session.get_one(BaseModelRow, job.base_model).description or {}
+    hindrance = dividing.hindrance(job.spec["lora"], packing.quantisation_of(job.pack_key), description)
+    nowhere = dividing.nowhere(found, hindrance)
+    if nowhere is None:
         return None
-    need, largest = max(found, key=lambda pair: pair[1])
-    return (
-        f"It needs about {memory.readable(need)} and the largest worker has {memory.readable(largest)}. "
-        "Add a larger worker, or cancel it and use a lower rank or a smaller base."
-    )
+    fits = dividing.would_fit_sentence(dividing.would_fit(ON_A_GPU.demand(mine.candidate)))
+    return f"{nowhere} {fits} Add such a worker, or cancel it and use a lower rank or a smaller base."
 
 
 def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
@@ -301,8 +302,23 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         told = "to store a checkpoint and to make room for an urgent job"
         return f"Its worker {job.worker_id} was asked {told}; it goes back to its place in the queue.", facts
     around = closed_workers.around(session.get(Worker, job.worker_id) if job.worker_id else None)
-    told = (f"It trains on worker {job.worker_id}, attempt {job.attempt}.", around, deadlines.sentence(job, now))
+    how, told_how = _strategy(session, job)
+    facts |= {"strategy": how}
+    begun = f"It trains on worker {job.worker_id}, attempt {job.attempt}."
+    told = (begun, told_how, around, deadlines.sentence(job, now))
     return " ".join(filter(None, told)), facts
+
+
+def _strategy(session: Session, job: Job) -> tuple[str | None, str | None]:
+    """How its trainer holds the base, and where several devices do, why."""
+    worker = session.get(Worker, job.worker_id) if job.worker_id else None
+    if worker is None:
+        return None, None
+    room = fleet.room_of(worker)
+    description = session.get_one(BaseModelRow, job.base_model).description or {}
+    demand = needs.demand(job, description, recomputes=room.recomputes)
+    why = None if room.group.num_devices == 1 else dividing.reason(room.group, demand)
+    return room.group.strategy(demand), why
 
 
 def _jobs(number: int) -> str:

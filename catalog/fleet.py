@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from catalog import bases
 from catalog.db import Database, read_clock
+from catalog.dividing import group_told
 from catalog.scheduling.picture import Room
 from catalog.spec import Precision
 from catalog.tables import Attempt, BaseModelRow, Json, Trainer, Worker
@@ -130,10 +131,15 @@ def count_live(session: Session, *, now: float) -> int:
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0
 
 
-def memories(session: Session, *, now: float) -> list[tuple[int, bool]]:
-    """Of the device of each live worker that takes new jobs: its bytes, and whether it computes blocks again where they
-    are short."""
-    return [(worker.memory_bytes, is_gpu(worker)) for worker in _live(session, now=now, only_open=True)]
+def empty_rooms(session: Session, *, now: float) -> list[Room]:
+    """Of each live worker that takes new jobs, with nothing in it."""
+    return [room_of(worker) for worker in _live(session, now=now, only_open=True)]
+
+
+def room_of(worker: Worker) -> Room:
+    """With nothing in it."""
+    held, group = worker.memory_bytes, group_told(worker.devices, worker.memory_bytes)
+    return Room(max_jobs=1, memory_bytes_free=held, recomputes=is_gpu(worker), group=group)
 
 
 def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
@@ -144,7 +150,11 @@ def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
 def room_told(worker: Worker) -> Room:
     """What it had free beside its jobs when it last looked; none where it did not say."""
     told: Json = (worker.report or {}).get("room") or {}
-    return Room(max_jobs=int(told.get("max_jobs", 0)), memory_bytes_free=int(told.get("memory_bytes_free", 0)))
+    return Room(
+        max_jobs=int(told.get("max_jobs", 0)),
+        memory_bytes_free=int(told.get("memory_bytes_free", 0)),
+        is_divided=bool(told.get("is_divided", False)),
+    )
 
 
 def is_gpu(worker: Worker) -> bool:

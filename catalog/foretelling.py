@@ -13,8 +13,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import fleet, linears, memory, needs, packing, queue, usage
+from catalog import dividing, fleet, linears, memory, needs, packing, queue, usage
 from catalog.acceptance import Accepted
+from catalog.dividing import Demand, Group
 from catalog.planning import cautions, devices, servability, times
 from catalog.planning.cautions import Caution
 from catalog.planning.devices import Held
@@ -47,12 +48,30 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sizes:
-    """Bytes by what they are for, by kind of device."""
+    """Bytes by what they are for, by kind of device, which holds the whole base."""
 
     parts: dict[str, dict[str, int]]
+    divisible_bytes: int
+    gathered_bytes: int
+    hindrance: str | None
+    """Why the base can't be divided for the job."""
 
     def total(self, kind: str) -> int:
         return devices.total(self.parts[kind], kind=kind)
+
+    def demand(self, kind: str) -> Demand:
+        return Demand(
+            whole_bytes=sum(self.parts[kind].values()),
+            divisible_bytes=self.divisible_bytes,
+            gathered_bytes=self.gathered_bytes,
+        )
+
+    def on(self, group: Group) -> dict[str, int]:
+        """The parts on each device of a group that divides the base."""
+        whole = self.parts[group.kind]
+        sizes = {"divisible_bytes": self.divisible_bytes, "gathered_bytes": self.gathered_bytes}
+        held = dividing.divided_parts(whole["base"], num_devices=group.num_devices, **sizes)
+        return held | {name: num_bytes for name, num_bytes in whole.items() if name != "base"}
 
 
 def foretell(session: Session, job: Job, accepted: Accepted, data: Data, *, now: float, settings: Settings) -> Json:
@@ -78,7 +97,7 @@ def foretell(session: Session, job: Job, accepted: Accepted, data: Data, *, now:
         "num_steps": num_steps,
         "trainable_parameters": job.adapter_parameters,
         "adapted_layers": len(targets),
-        "memory": [_memory(sizes, kind) for kind in ("cuda", "cpu")],
+        "memory": [*(_memory(sizes, kind) for kind in ("cuda", "cpu")), *_memory_of_groups(sizes, live)],
         "devices": _devices(sizes, live, fitting),
         "training_time": asdict(_training_time(session, job, accepted, data, fitting, num_steps=num_steps, now=now)),
         "expected_start": asdict(_expected_start(session, job, live, fitting, now=now, settings=settings)),
@@ -112,20 +131,44 @@ def _sizes(job: Job, description: Json) -> _Sizes:
     precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
     tick = memory.tick_parts(description, precision, quantisation, num_tokens=memory.JOB_TOKENS)
     base = {"base": memory.base_bytes(description, precision, quantisation), **tick}
+    divisible, gathered = needs.divisible_bytes(job, description)
     return _Sizes(
-        parts={kind: base | needs.own_parts(job, description, recomputes=kind == "cuda") for kind in ("cuda", "cpu")}
+        parts={kind: base | needs.own_parts(job, description, recomputes=kind == "cuda") for kind in ("cuda", "cpu")},
+        divisible_bytes=divisible,
+        gathered_bytes=gathered,
+        hindrance=dividing.hindrance(job.spec["lora"], quantisation, description),
     )
 
 
 def _memory(sizes: _Sizes, kind: str) -> Json:
-    parts = [
-        {"part": name, "bytes": num_bytes, "description": told}
-        for name, num_bytes, told in devices.listed(sizes.parts[kind])
-    ]
+    parts = _listed(sizes.parts[kind])
     if kind == "cuda":
         told = "CUDA itself, about"
         parts.append({"part": "cuda", "bytes": devices.CUDA_BYTES, "description": told})
-    return {"kind": kind, "total_bytes": sizes.total(kind), "parts": parts}
+    one = {"num_devices": 1, "strategy": "replicated"}
+    return {"kind": kind, **one, "total_bytes": sizes.total(kind), "parts": parts}
+
+
+def _memory_of_groups(sizes: _Sizes, live: Sequence[Worker]) -> list[Json]:
+    """Of each device of the groups that would divide the base, each kind of group once."""
+    groups = {fleet.room_of(row).group: None for row in live}
+    found: dict[tuple[str, int, str], Json] = {}
+    for group in groups:
+        demand = sizes.demand(group.kind)
+        if not group.divides(demand) or not demand.divisible_bytes:
+            continue
+        parts = _listed(sizes.on(group))
+        if group.reserve_bytes:
+            told = "CUDA itself and what the GPUs talk through, about"
+            parts.append({"part": "cuda", "bytes": group.reserve_bytes, "description": told})
+        about = (group.kind, group.num_devices, group.strategy(demand))
+        told = dict(zip(("kind", "num_devices", "strategy"), about, strict=True))
+        found[about] = {**told, "total_bytes": group.needed_bytes(demand), "parts": parts}
+    return list(found.values())
+
+
+def _listed(parts: dict[str, int]) -> list[Json]:
+    return [{"part": name, "bytes": num_bytes, "description": told} for name, num_bytes, told in devices.listed(parts)]
 
 
 def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
@@ -138,13 +181,22 @@ def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
 def _fitting(live: Sequence[Worker], sizes: _Sizes) -> list[Worker]:
     """Smallest first."""
     held = {row.id: row for row in live}
-    fit = devices.that_fit([_held(row) for row in live], sizes.parts)
+    fit = devices.that_fit([_held(row, sizes) for row in live])
     return [held[device.worker_id] for device in fit]
 
 
-def _held(row: Worker) -> Held:
-    kind = "cuda" if fleet.is_gpu(row) else "cpu"
-    return Held(worker_id=row.id, name=_device(row), kind=kind, memory_bytes=row.memory_bytes)
+def _held(row: Worker, sizes: _Sizes) -> Held:
+    group = fleet.room_of(row).group
+    demand = sizes.demand(group.kind)
+    return Held(
+        worker_id=row.id,
+        name=_device(row),
+        kind=group.kind,
+        memory_bytes=row.memory_bytes,
+        num_devices=group.num_devices,
+        strategy=group.strategy(demand),
+        needed_bytes=group.needed_bytes(demand),
+    )
 
 
 def _device(row: Worker) -> str:
@@ -152,20 +204,24 @@ def _device(row: Worker) -> str:
 
 
 def _fits_nowhere(live: Sequence[Worker], sizes: _Sizes) -> Caution:
-    largest = max(live, key=lambda row: row.memory_bytes)
-    need = memory.readable(sizes.total(_held(largest).kind))
+    groups = [fleet.room_of(row).group for row in live]
+    message = dividing.nowhere([(group, sizes.demand(group.kind)) for group in groups], sizes.hindrance)
+    assert message is not None, "it fits none"
+    fits = dividing.would_fit_sentence(dividing.would_fit(sizes.demand("cuda")))
     return Caution(
         code="fits_no_worker",
-        message=f"The job needs about {need}, and the largest worker has {memory.readable(largest.memory_bytes)}.",
-        remedy="Add a larger worker, or use a lower rank, a quantised or a smaller base.",
+        message=message,
+        remedy=f"{fits} Add such a worker, or use a lower rank, a quantised or a smaller base.",
     )
 
 
 def _devices(sizes: _Sizes, live: Sequence[Worker], fitting: Sequence[Worker]) -> Json:
     card = devices.smallest_card(sizes.total("cuda"))
+    groups = [(number, card) for number, card in dividing.would_fit(sizes.demand("cuda")) if number > 1]
     return {
         "smallest_gpu": asdict(card) if card else None,
-        "workers_that_fit": [asdict(_held(row)) for row in fitting],
+        "groups": [{"num_devices": number, **asdict(card)} for number, card in groups],
+        "workers_that_fit": [asdict(_held(row, sizes)) for row in fitting],
         "live_workers": len(live),
     }
 

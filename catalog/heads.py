@@ -6,7 +6,7 @@ questions are made once and kept, for making one takes longer than its answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,9 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     Select,
+    and_,
     bindparam,
+    case,
     func,
     literal,
     or_,
@@ -27,12 +29,13 @@ from sqlalchemy.orm import Session, aliased
 
 from catalog import needs, quotas
 from catalog.db import each_of, is_sqlite
+from catalog.dividing import ONE, DividesWhen, Group
 from catalog.scheduling.picture import Candidate, Unprepared
 from catalog.spec import PriorityClass
 from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
 from catalog.tables import Job, Project
 
-NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes")
+NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "divisible_bytes", "gathered_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +52,28 @@ class Such:
     """Of this class alone."""
     not_held_as: tuple[str, ...] = ()
     """None whose base is to be quantised in one of these ways."""
+    divides_when: DividesWhen = "never"
+    """Of the group that they are looked for."""
+    is_divided: bool = False
+    """Alike ones: for a trainer that holds a divided base, or for one that holds a whole one."""
 
 
 def waiting(
-    session: Session, such: Such, *, now: float, per_group: int, num_bytes: int = 0, key: str | None = None
+    session: Session,
+    such: Such,
+    *,
+    now: float,
+    per_group: int,
+    num_bytes: int = 0,
+    key: str | None = None,
+    group: Group = ONE,
 ) -> list[Candidate]:
     """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
-    project that has reached a limit."""
-    asked = {"now": now, "per_group": per_group, "num_bytes": num_bytes, "key": key}
+    project that has reached a limit. num_bytes: free on each device of the group."""
+    such = replace(such, divides_when=group.divides_when)
+    left = num_bytes - group.reserve_bytes if such.alone else num_bytes
+    asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key}
+    asked |= {"num_devices": group.num_devices, "usable_bytes": group.usable_bytes}
     rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
     limited = {row.project_id for row in rows if row.is_limited}
     held = quotas.holds(session, now=now, project_ids=limited) if limited else ()
@@ -105,7 +122,8 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
         conditions += [job.state == JobState.QUEUED]
     if such.alone or such.alike:
         conditions += [_fits(job, such)]
-        groups = _where_some_fit(groups, such)
+        if such.divides_when == "never":  # what a share comes to is in no index
+            groups = _where_some_fit(groups, such)
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
     names = (*names, "created_at", "counted_attempts", "room_asked_at")
@@ -164,8 +182,18 @@ def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) 
 def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
     """What it needs may be not on its row yet: it is reckoned with the answer."""
     own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
-    need = own + job.trainer_bytes if such.alone else own
-    return or_(job.own_bytes.is_(None), need <= bindparam("num_bytes"))
+    whole = own + job.trainer_bytes
+    need, is_trained = (whole if such.alone else own), true()
+    if such.divides_when != "never":
+        share = (job.divisible_bytes + bindparam("num_devices") - 1) // bindparam("num_devices")
+        divided = whole - job.divisible_bytes + share + job.gathered_bytes
+        is_divided = and_(job.divisible_bytes > 0, whole > bindparam("usable_bytes"))
+        if such.divides_when == "always":
+            is_trained, need = job.divisible_bytes > 0, divided if such.alone else own
+        else:
+            need = case((is_divided, divided), else_=whole) if such.alone else own
+            is_trained = true() if not such.alike else is_divided if such.is_divided else ~is_divided
+    return or_(job.own_bytes.is_(None), and_(is_trained, need <= bindparam("num_bytes")))
 
 
 def _groups(state: JobState, only: int | None = None) -> CTE:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from catalog import memory, packing
+from catalog import dividing, memory, packing
 from catalog.db import Database
+from catalog.dividing import Demand
 from catalog.methods import compares_with_start
 from catalog.states import JobState
 from catalog.tables import BaseModelRow, Job, Json
@@ -29,6 +30,10 @@ class Needs:
     """What a trainer of its base needs before its first job."""
     slice_bytes: int
     """What it adds to a tick beside other jobs, where the tick has not reached its size."""
+    divisible_bytes: int
+    """What several devices can divide of what its trainer needs; 0 of a job that reads whole weights."""
+    gathered_bytes: int
+    """What each of them then needs beside its share."""
 
 
 def note(session: Session, job: Job) -> None:
@@ -36,6 +41,7 @@ def note(session: Session, job: Job) -> None:
     needs = of(session, job)
     job.own_bytes, job.saved_bytes = needs.own_bytes, needs.saved_bytes
     job.trainer_bytes, job.slice_bytes = needs.trainer_bytes, needs.slice_bytes
+    job.divisible_bytes, job.gathered_bytes = needs.divisible_bytes, needs.gathered_bytes
     job.least_bytes = needs.trainer_bytes + needs.own_bytes - needs.saved_bytes
 
 
@@ -58,11 +64,39 @@ def of(session: Session, job: Job) -> Needs:
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
     own = own_bytes(job, description)
+    divisible, gathered = divisible_bytes(job, description)
     return Needs(
         own_bytes=own,
         saved_bytes=own - own_bytes(job, description, recomputes=True),
         trainer_bytes=memory.trainer_bytes(description, precision, quantisation),
         slice_bytes=memory.slice_bytes(description, precision),
+        divisible_bytes=divisible,
+        gathered_bytes=gathered,
+    )
+
+
+def divisible_bytes(job: Job, description: Json) -> tuple[int, int]:
+    """What devices can divide of its trainer's base, and what each then holds beside its share; 0 where the job needs
+    whole weights."""
+    quantisation = packing.quantisation_of(job.pack_key)
+    if dividing.hindrance(job.spec["lora"], quantisation, description) is not None:
+        return 0, 0
+    return dividing.block_bytes(description, packing.precision_of(job.pack_key))
+
+
+def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
+    """What it needs of a device with a trainer to itself, as its row has it. recomputes: the device."""
+    if job.own_bytes is not None:
+        own = job.own_bytes - ((job.saved_bytes or 0) if recomputes else 0)
+        whole = own + (job.trainer_bytes or 0)
+        return Demand(whole_bytes=whole, divisible_bytes=job.divisible_bytes, gathered_bytes=job.gathered_bytes)
+    precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
+    of_trainer = memory.trainer_bytes(description, precision, quantisation)
+    divisible, gathered = divisible_bytes(job, description)
+    return Demand(
+        whole_bytes=of_trainer + own_bytes(job, description, recomputes=recomputes),
+        divisible_bytes=divisible,
+        gathered_bytes=gathered,
     )
 
 

@@ -55,7 +55,8 @@ def of_worker(
     picture = _with(picture, _firsts(session, picture, can_load))
     for_whom = live_key or room.resident_key
     if for_whom is not None:
-        picture = _with(picture, _alike(session, picture, for_whom, room.memory_bytes_free))
+        found = _alike(session, picture, for_whom, room.memory_bytes_free, is_divided=room.is_divided)
+        picture = _with(picture, found)
     return with_mates(session, picture, policy)
 
 
@@ -71,7 +72,11 @@ def with_mates(session: Session, picture: Picture, policy: Policy) -> Picture:
         if not choices or len(choices) >= picture.room.max_jobs or choices[0].turn.candidate.is_suspect:
             break
         key = choices[0].turn.candidate.pack_key
-        found = _alike(session, picture, key, spare_bytes(choices, picture.room), is_beside=True)
+        is_divided = picture.room.is_divided
+        if picture.live_key is None:
+            is_divided = picture.room.divides_for(choices[0].turn.candidate)
+        spare = spare_bytes(choices, picture.room)
+        found = _alike(session, picture, key, spare, is_beside=True, is_divided=is_divided)
         seen = {candidate.job_id for candidate in picture.candidates}
         if all(candidate.job_id in seen for candidate in found):
             break
@@ -91,7 +96,7 @@ def _firsts(session: Session, picture: Picture, can_load: Collection[str]) -> li
     such = Such(alone=True, recomputes=room.recomputes, not_held_as=missing)
 
     def look(per_group: int, num_bytes: int) -> list[Candidate]:
-        return heads.waiting(session, such, now=picture.now, per_group=per_group, num_bytes=num_bytes)
+        return heads.waiting(session, such, now=picture.now, per_group=per_group, num_bytes=num_bytes, group=room.group)
 
     per_group = picture.per_group or 1
     if is_live:
@@ -102,14 +107,18 @@ def _firsts(session: Session, picture: Picture, can_load: Collection[str]) -> li
     return [*found, *look(per_group, room.memory_bytes_free)]
 
 
-def _alike(session: Session, picture: Picture, key: str, num_bytes: int, *, is_beside: bool = False) -> list[Candidate]:
+def _alike(
+    session: Session, picture: Picture, key: str, num_bytes: int, *, is_divided: bool, is_beside: bool = False
+) -> list[Candidate]:
     """Of each project and class as many of that pack key as there is room for, the first of those that fit: beside
-    others, or by themselves."""
+    others, or by themselves. is_divided: how the trainer holds the base."""
     room = picture.room
     is_alone = picture.live_key is None and not is_beside
-    such = Such(alike=True, alone=is_alone, recomputes=room.recomputes)
+    such = Such(alike=True, alone=is_alone, recomputes=room.recomputes, is_divided=is_divided)
     per_group = room.max_jobs + len(picture.taken) if is_beside else max(room.max_jobs, picture.per_group or 1)
-    return heads.waiting(session, such, now=picture.now, key=key, per_group=per_group, num_bytes=num_bytes)
+    return heads.waiting(
+        session, such, now=picture.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group
+    )
 
 
 def _holds_suspect(session: Session, trainer_id: str) -> bool:

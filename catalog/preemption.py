@@ -173,13 +173,21 @@ def _holders(session: Session, *, now: float) -> list[Holder]:
 def _holder(worker: Worker, key: str | None, held: list[tuple[Job, Attempt]]) -> Holder:
     recomputes, room = is_gpu(worker), fleet.room_told(worker)
     can_load = quantisations_of(worker)
+    service = Service(
+        at={},
+        memory_bytes=worker.memory_bytes,
+        recomputes=recomputes,
+        group=fleet.room_of(worker).group,
+        can_load=can_load,
+    )
     return Holder(
         worker_id=worker.id,
         pack_key=key or held[0][0].pack_key,
-        service=Service(at={}, memory_bytes=worker.memory_bytes, recomputes=recomputes, can_load=can_load),
+        service=service,
         jobs=tuple(_training(job, attempt, len(held), recomputes=recomputes) for job, attempt in held),
         memory_bytes_free=room.memory_bytes_free,
         places=room.max_jobs,
+        is_divided=room.is_divided,
         has_suspect=any(job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1 for job, _ in held),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -53,6 +54,10 @@ class Settings(BaseSettings):
     )
     cpu_processes: int = Field(
         default=1, ge=1, le=64, description="Of a trainer on a CPU. More are for trying what several GPUs do."
+    )
+    strategy: Literal["auto", "replicated", "fsdp2", "zero3"] = Field(
+        default="auto",
+        description="How a trainer of several devices holds its base: each the whole of it, or a share of every block.",
     )
     max_slowdown: float = Field(
         default=4, ge=1, description="How many times as slow as alone a job may become for the sake of jobs that join."

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from catalog import daily, heads
 from catalog.db import Database, add_if_missing, read_clock
+from catalog.dividing import group_told
 from catalog.fleet import has_gpu, quantisations_on
 from catalog.scheduling import shares
 from catalog.scheduling.picture import Policy, Service, Share
@@ -97,7 +99,8 @@ def served(session: Session, *, now: float) -> list[Service]:
         if turns:
             devices = json.loads(told)
             can_load, recomputes = quantisations_on(devices), has_gpu(devices)
-            found.append(Service(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load))
+            service = Service(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
+            found.append(replace(service, group=group_told(devices, memory_bytes)))
     return found
 
 

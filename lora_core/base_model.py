@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_core.attach import Attachment, find_linears, target_of
 from lora_core.base_identity import base_digest
+from lora_core.blocks import find_blocks
 from lora_core.distributed import ALONE, Ranks
 from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.kernels import Kernels
@@ -23,7 +24,7 @@ from lora_core.model_folder import AUTO_MODELS, load_with_transformers, mismatch
 from lora_core.module_names import grouped_by_layer
 from lora_core.objectives import Head
 from lora_core.quantisation import Quantisation, load_quantised, scale_bytes
-from lora_core.sharding import Strategy, shard, with_guests
+from lora_core.sharding import Strategy, bytes_held, shard, with_guests
 from lora_core.task_heads import Task, counts_from_padding, fill_placeholder, refuse_unknown_head, task_head_of
 from lora_core.tensor_files import read_header
 
@@ -67,7 +68,8 @@ class BaseModel:
 
     @property
     def num_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters()) + scale_bytes(self.model)
+        """That this rank holds: of a divided base its share."""
+        return sum(map(bytes_held, self.model.parameters())) + scale_bytes(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -122,8 +124,15 @@ def describe_base(base_dir: Path) -> dict[str, Any]:
         "max_positions": max_positions(config),
         "linear_shapes": shapes,
         "linear_paths": grouped_by_layer(linears),
+        "blocks": _sizes_of_blocks(model),
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
+
+
+def _sizes_of_blocks(model: PreTrainedModel) -> dict[str, int]:
+    """How many blocks there are, and the numbers in all of them and in the largest: what ranks may divide."""
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(model).modules]
+    return {"count": len(sizes), "num_parameters": sum(sizes), "largest_parameters": max(sizes, default=0)}
 
 
 def max_positions(config: Any) -> int | None:

@@ -58,6 +58,14 @@ def is_whole(weight: Tensor) -> bool:
     return not isinstance(weight, DTensor) and not (hasattr(weight, "ds_id") and weight.numel() == 0)
 
 
+def bytes_held(weight: Tensor) -> int:
+    """By this rank, while no block computes."""
+    if isinstance(weight, DTensor):
+        return weight.to_local().nbytes
+    share = getattr(weight, "ds_tensor", None)
+    return weight.nbytes if share is None else share.nbytes
+
+
 @contextmanager
 def with_guests(model: PreTrainedModel, strategy: Strategy) -> Iterator[None]:
     """Within, blocks may hold parameters that nobody has divided, as PEFT puts them there. Without gradients.
@@ -124,7 +132,8 @@ def _by_zero3(
             "The strategy 'zero3' needs DeepSpeed, which is not installed here.",
             remedy="Install lorry[deepspeed] on the worker, or use 'fsdp2'.",
         ) from error
-    config = _zero3_config(next(iter(of_blocks)).dtype)
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    config = _zero3_config(next(iter(of_blocks)).dtype, of_block=largest)
     set_z3_leaf_modules(model, list({type(block) for block in blocks}))
     for block in blocks:
         deepspeed.zero.Init(module=block, config_dict_or_path=config)
@@ -132,11 +141,19 @@ def _by_zero3(
         deepspeed.initialize(model=model.base_model, config=config)
 
 
-def _zero3_config(dtype: torch.dtype) -> dict[str, Any]:
+def _zero3_config(dtype: torch.dtype, *, of_block: int) -> dict[str, Any]:
+    """of_block: numbers in the largest block. One computes and the next one is on its way, as FSDP2 has it; by its own
+    defaults DeepSpeed keeps a thousand million numbers together."""
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing follows from it
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": of_block,
+            "stage3_max_live_parameters": 2 * of_block,
+            "stage3_max_reuse_distance": of_block,
+        },
     }
 
 

@@ -206,11 +206,15 @@ class WorkerSite:
         return [each.path for each in directories if [e["type"] for e in EventReader(each).read()] == ["standing_by"]]
 
     def close(self) -> None:
+        self.kill_all()
+        self.db.close()
+
+    def kill_all(self) -> None:
+        """All processes that were started."""
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             process.wait()
-        self.db.close()
 
 
 def wait_until(condition: Callable[[], object], *, said: Callable[[], str], seconds: float = WAIT_SECONDS) -> None:

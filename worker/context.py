@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from catalog import fitness, logs, workers
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
+from catalog.dividing import Group, Wanted
 from catalog.doorbell import FileDoorbell
 from catalog.errors import LorryError
 from catalog.scheduling.picture import Policy
@@ -69,6 +71,16 @@ class WorkerContext:
         """Of its trainers."""
         return self.settings.cpu_processes if self.device.kind == "cpu" else self.device.num_processes
 
+    @property
+    def group(self) -> Group:
+        """What its trainers run on, for reckoning."""
+        return Group(
+            kind=self.device.kind,
+            num_devices=self.num_processes,
+            bytes_of_each=self.device.memory_bytes // self.num_processes,
+            wanted=self.settings.strategy,
+        )
+
     def free_bytes(self) -> int:
         """Memory that each process of a trainer may still take; those on a CPU share what there is."""
         free = node.free_bytes(self.device)
@@ -98,6 +110,7 @@ class WorkerContext:
 def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
     """A registered worker whose heart beats, for as long as the block lasts. Raises Unavailable, and UnfitWorker where
     its version can't work with the service's: then it has written nothing."""
+    check_strategy(settings.strategy)
     db = Database(settings.resolved_database_url())
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -118,6 +131,15 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         of_worker = logs.all_about({"worker": worker_id})
         with of_worker, _watched(context), _registered(context), _standby(context), exporting(db, settings):
             yield context
+
+
+def check_strategy(wanted: Wanted) -> None:
+    """Ends the program where DeepSpeed is to divide bases and isn't installed. It is not imported."""
+    if wanted == "zero3" and find_spec("deepspeed") is None:
+        raise SystemExit(
+            "LORRY_STRATEGY is zero3, which needs DeepSpeed, and that is not installed here. Install it "
+            "(pip install 'lorry[deepspeed]'), or set LORRY_STRATEGY to fsdp2, which needs the same memory, or to auto."
+        )
 
 
 @contextmanager
@@ -157,7 +179,7 @@ def _registered(context: WorkerContext) -> Generator[None]:
         worker_id=worker_id,
         host=socket.gethostname(),
         pid=os.getpid(),
-        devices=[device.as_json()],
+        devices=[device.as_json() | {"num_processes": context.num_processes, "strategy": context.settings.strategy}],
         version=node.versions()["lorry"],
         integrations=available(context.settings),
         memory_bytes=device.memory_bytes // context.num_processes,

@@ -15,6 +15,7 @@ from catalog.tables import Json
 from worker import admission, publish
 from worker.context import WorkerContext
 from worker.held import End, Held, folders_of
+from worker.strategy import reason_for, strategy_for
 from worker.trainer_directory import TrainerDirectory
 
 RETRYABLE_CODES = {
@@ -85,9 +86,18 @@ class Listener:
         claims.started(
             self._context.db, held.claim.claim_id, trainer_id=self._trainer_id, resumed_from_step=step or None
         )
+        if self._context.num_processes > 1:
+            self._tell_strategy(held)
         held.is_admitted = True
         self._context.spans.admitted(held.claim.claim_id, step=step)
         return Next.GO_ON
+
+    def _tell_strategy(self, held: Held) -> None:
+        """How its base is held among the devices, and why."""
+        told, job = reason_for(self._context, held.claim.job), held.claim.job
+        strategy = strategy_for(self._context, job)
+        data = {"strategy": strategy, "num_devices": self._context.num_processes}
+        claims.record_event(self._context.db, held.claim.claim_id, "info", f"Strategy {strategy}. {told}", data)
 
     def _checkpointed(self, held: Held, event: Json, ready: Json) -> Next:
         """The trainer's copies go once the checkpoint is on record, never before."""

@@ -15,6 +15,7 @@ from functools import partial
 from catalog import claims, failpoints, logs, memory, packing, saturation, tracing, workers
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim, Orders
+from catalog.dividing import Demand, Strategy, block_bytes
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.logs import Subjects
 from catalog.saturation import Speeds
@@ -45,11 +46,13 @@ class Pack:
         pack_key: str,
         *,
         description: Json,
+        strategy: Strategy = "replicated",
     ) -> None:
-        """description: the base's, from which its memory is reckoned."""
+        """description: the base's, from which its memory is reckoned. strategy: how the trainer holds it."""
         self.trainer_id = trainer_id
         self.directory = directory
         self.pack_key = pack_key
+        self.strategy: Strategy = strategy
         self.num_ended = 0
         self.ready: Json | None = None
         """What the trainer said when it had loaded its base."""
@@ -72,6 +75,11 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def is_divided(self) -> bool:
+        """Each device holds a share of the base."""
+        return self.strategy != "replicated"
 
     @property
     def has_suspect(self) -> bool:
@@ -112,12 +120,17 @@ class Pack:
         """Of its base and its first tick, before any job is admitted. One that is ready and empty waits for none."""
         whole = self._whole_trainer_bytes()
         if self.ready is None:
-            return whole
+            return whole + self._context.group.reserve_bytes
         return max(0, whole - int(self.ready["memory"]["base_bytes"])) if self._held else 0
 
     def _whole_trainer_bytes(self) -> int:
         precision, quantisation = packing.precision_of(self.pack_key), packing.quantisation_of(self.pack_key)
-        return memory.trainer_bytes(self._description, precision, quantisation)
+        whole = memory.trainer_bytes(self._description, precision, quantisation)
+        if not self.is_divided:
+            return whole
+        divisible, gathered = block_bytes(self._description, precision)
+        demand = Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
+        return self._context.group.divided_bytes(demand)
 
     # To the trainer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, logs, memory, packing, queue, saturation, waiting_plans, workers
+from catalog import claims, logs, packing, queue, waiting_plans, workers
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace, StaleClaim
 from catalog.scheduling.picture import Room
@@ -29,6 +29,8 @@ from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
 from worker.pack import OUTAGES, Pack
 from worker.patience import watch_clock
+from worker.room import room_of, told_room
+from worker.strategy import strategy_for
 from worker.trainer_directory import Json, TrainerDirectory, Verb
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def _work(context: WorkerContext, chores: Chores) -> int:
     left_over: list[Claim] = []
     while not context.draining:
         had_chores = chores.go_on()
-        claimed = left_over or _claim(context, new_id("trainer"), room=_room(context))
+        claimed = left_over or _claim(context, new_id("trainer"), room=room_of(context))
         left_over = []
         if claimed:
             num_ended_here, left_over = _train(context, chores, claimed)
@@ -154,6 +156,7 @@ def _trainer_settings(context: WorkerContext, first: Job, base_dir: Path) -> Jso
         "base_dir": str(base_dir.absolute()),
         "dtype": packing.precision_of(first.pack_key),
         "quantisation": packing.quantisation_of(first.pack_key),
+        "strategy": strategy_for(context, first),
         "device": context.device.torch_name(),
         "prefix_disk_bytes": context.settings.prefix_disk_bytes,
         "exact_products": context.settings.exact_products,
@@ -165,7 +168,8 @@ def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: 
     """An empty pack for jobs like `first`; forgotten with the stack."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
-    pack = Pack(context, first.trainer_id, directory, first.pack_key, description=description)
+    strategy = strategy_for(context, first)
+    pack = Pack(context, first.trainer_id, directory, first.pack_key, description=description, strategy=strategy)
     stack.callback(pack.forget_all)
     return pack
 
@@ -250,19 +254,23 @@ def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
     """Admit jobs that may join. An empty trainer also lets go of its base for others, whom this returns."""
     if pack.has_suspect:
         return []
-    room = _room(context, pack)
-    told = {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free}
-    context.pulse.status["report"] |= {"room": told, "predicted_bytes": pack.predicted_bytes()}
+    free = room_of(context, pack)
+    context.pulse.status["report"] |= {"room": told_room(free), "predicted_bytes": pack.predicted_bytes()}
     if len(pack):
-        for claim in _claim(context, pack.trainer_id, room=room, pack_key=pack.pack_key):
+        for claim in _claim(context, pack.trainer_id, room=free, pack_key=pack.pack_key):
             pack.admit(claim)
         return []
-    claimed = _claim(context, new_id("trainer"), room=room)
-    if claimed and claimed[0].job.pack_key != pack.pack_key:
+    claimed = _claim(context, new_id("trainer"), room=free)
+    if claimed and not _is_for(context, pack, claimed[0].job):
         return claimed
     for claim in claimed:
         pack.admit(claim)
     return []
+
+
+def _is_for(context: WorkerContext, pack: Pack, job: Job) -> bool:
+    """Whether its trainer holds the base of an empty pack as the job has it."""
+    return pack.pack_key == job.pack_key and pack.strategy == strategy_for(context, job)
 
 
 def _is_spent(context: WorkerContext, pack: Pack) -> bool:
@@ -322,50 +330,6 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
     for claim in claimed:
         context.spans.claimed(claim, worker_id=context.worker_id)
     return claimed
-
-
-def _room(context: WorkerContext, pack: Pack | None = None) -> Room:
-    """What fits beside the pack. An empty trainer's base counts as free: the next job needs it, or it is unloaded. So
-    does what stands by in a CPU's memory, for it becomes the trainer."""
-    free = context.free_bytes()
-    tick_tokens = memory.tick_tokens(context.device.kind, num_lanes=node.num_threads())
-    max_jobs = _places(context, pack)
-    if pack is None:
-        free += context.standby.memory_bytes() if context.standby is not None and context.device.kind == "cpu" else 0
-        return Room(
-            max_jobs=max_jobs,
-            memory_bytes_free=free,
-            tick_tokens=tick_tokens,
-            recomputes=context.device.recomputes,
-        )
-    when_empty = free + pack.held_bytes()
-    if not len(pack) and pack.ready is not None:
-        free += int(pack.ready["memory"]["base_bytes"])
-    return Room(
-        max_jobs=max_jobs,
-        memory_bytes_free=max(0, free - pack.bytes_to_come()),
-        memory_bytes_when_empty=when_empty,
-        resident_key=pack.pack_key,
-        num_jobs=len(pack),
-        tick_tokens=tick_tokens,
-        recomputes=context.device.recomputes,
-    )
-
-
-def _places(context: WorkerContext, pack: Pack | None) -> int:
-    """Jobs that may join before one of the trainer would be slowed down by more than the operator allows. What is
-    decided of a trainer goes with the next heartbeat, so that people can be told why a job waits."""
-    settings = context.settings
-    num_jobs, speeds = (len(pack), pack.speeds) if pack is not None else (0, saturation.UNKNOWN)
-    places = saturation.free_places(
-        num_jobs,
-        speeds,
-        max_slowdown=settings.max_slowdown,
-        at_most=max(0, settings.max_jobs_per_trainer - num_jobs),
-    )
-    if pack is not None:
-        context.pulse.status["report"] |= {"saturation": saturation.described(num_jobs, speeds, settings, places)}
-    return places
 
 
 def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None:

@@ -133,6 +133,10 @@ class PlannedMemory(BaseModel):
     """Of one device, with a trainer to itself. Beside other jobs, theirs comes on top, and the base is shared."""
 
     kind: Literal["cuda", "cpu"]
+    num_devices: int = Field(default=1, description="Of the group; where there are several, one of those that run now.")
+    strategy: Literal["replicated", "fsdp2", "zero3"] = Field(
+        default="replicated", description="Each device holds the whole base, or of each block its share."
+    )
     total_bytes: int
     parts: list[MemoryPart]
 
@@ -147,11 +151,23 @@ class FittingWorker(BaseModel):
     worker_id: str
     name: str
     kind: str
-    memory_bytes: int
+    memory_bytes: int = Field(description="Of each of its devices.")
+    num_devices: int = 1
+    strategy: Literal["replicated", "fsdp2", "zero3"] = Field(
+        default="replicated", description="How its trainer would hold the base."
+    )
+    needed_bytes: int | None = Field(default=None, description="On each device.")
+
+
+class GpuGroup(GpuSize):
+    num_devices: int
 
 
 class PlannedDevices(BaseModel):
     smallest_gpu: GpuSize | None = Field(description="Of common sizes; null where none holds it.")
+    groups: list[GpuGroup] = Field(
+        default=[], description="Groups of smaller ones, which hold it as a whole or divided."
+    )
     workers_that_fit: list[FittingWorker] = Field(description="Of those that run now, smallest first.")
     live_workers: int
 

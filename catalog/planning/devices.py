@@ -12,6 +12,9 @@ on cards of the last generations."""
 
 PARTS: Mapping[str, str] = {
     "base": "the frozen base model",
+    "undivided": "what every device holds of the base: embeddings, head, norms",
+    "base_share": "its share of the base's blocks",
+    "gathered_blocks": "blocks of the base that are whole while they compute",
     "activations": "activations of one tick, until its backward",
     "logits": "one chunk of logits, with its gradient",
     "restored_weights": "the largest quantised weight, restored for a product",
@@ -58,6 +61,12 @@ class Held:
     name: str
     kind: str
     memory_bytes: int
+    """Of each of its devices."""
+    num_devices: int
+    strategy: str
+    """How its trainer would hold the base: replicated, or divided by fsdp2 or zero3."""
+    needed_bytes: int
+    """On each device."""
 
 
 def total(parts: Mapping[str, int], *, kind: str) -> int:
@@ -75,8 +84,8 @@ def smallest_card(num_bytes: int) -> Card | None:
     return next((card for card in CARDS if card.memory_bytes >= num_bytes), None)
 
 
-def that_fit(held: Sequence[Held], parts_by_kind: Mapping[str, Mapping[str, int]]) -> list[Held]:
-    """Smallest first. What a worker is asked for when it claims is `sum` of the parts: its own reckoning leaves CUDA
-    out, and looks at what is free."""
-    fitting = [device for device in held if sum(parts_by_kind[device.kind].values()) <= device.memory_bytes]
+def that_fit(held: Sequence[Held]) -> list[Held]:
+    """Smallest first. What a worker of one GPU is asked for when it claims leaves CUDA out, and looks at what is
+    free."""
+    fitting = [device for device in held if device.needed_bytes <= device.memory_bytes]
     return sorted(fitting, key=lambda device: (device.memory_bytes, device.worker_id))

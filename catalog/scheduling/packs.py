@@ -49,7 +49,8 @@ def for_what_is_loaded(fitting: Sequence[Turn], room: Room, *, patience_seconds:
     waits = (number for number, turn in enumerate(fitting, start=1) if turn.is_made_room_for)
     before = fitting[: next(waits, None)]
     alike = (head.candidate.priority, room.resident_key)
-    return [turn for turn in before if (turn.candidate.priority, turn.candidate.pack_key) == alike]
+    of_it = [turn for turn in before if (turn.candidate.priority, turn.candidate.pack_key) == alike]
+    return [turn for turn in of_it if room.may_join(turn.candidate)]
 
 
 def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choice]:
@@ -57,6 +58,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
     if anchor.turn.candidate.is_suspect:
         return []
     left = room.memory_bytes_free - room.alone(anchor.turn.candidate)
+    is_divided = room.divides_for(anchor.turn.candidate)
     chosen: list[Choice] = []
     for turn in candidates:
         mate = turn.candidate
@@ -65,7 +67,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
         if turn is anchor.turn or mate.is_suspect or mate.pack_key != anchor.turn.candidate.pack_key:
             continue
         cost = room.cost(mate, num_before=len(chosen) + 1)
-        if cost <= left:
+        if cost <= left and room.trains(mate, is_divided=is_divided):
             left -= cost
             reason = "same base and dtype as the anchor, and fits beside it"  # it may be another project's: no name
             chosen.append(Choice(turn=turn, role="packmate", reason=reason))
@@ -99,7 +101,7 @@ def choose_joiners(
         if len(chosen) >= room.max_jobs:
             break
         cost = room.cost(mate, num_before=room.num_jobs + len(chosen))
-        if mate.pack_key == key and not mate.is_suspect and cost <= left:
+        if mate.pack_key == key and not mate.is_suspect and cost <= left and room.may_join(mate):
             left -= cost
             reason = "its base is loaded and there is room beside the rest"
             chosen.append(Choice(turn=turn, role="joiner", reason=reason))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from catalog import packing
+from catalog.dividing import ONE, Demand, Group
 from catalog.memory import TICK_TOKENS, widens_tick
 from catalog.settings import (
     HALF_LIFE_SECONDS,
@@ -86,6 +87,10 @@ class Candidate:
     """What it does without of that on a device that computes blocks again."""
     slice_bytes: int = 0
     """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
+    divisible_bytes: int = 0
+    """What several devices can divide of what its trainer needs; 0: it needs the base whole."""
+    gathered_bytes: int = 0
+    """What each of them then needs beside its share."""
     is_suspect: bool = False
     """One more bad end and it is quarantined: it trains alone, so that no packmate is blamed or hurt."""
     room_asked_at: float | None = None
@@ -138,14 +143,36 @@ class Room:
     """What a tick grows to on its device."""
     recomputes: bool = False
     """Whether its device computes blocks again where memory is short."""
+    group: Group = ONE
+    is_divided: bool = False
+    """Its trainer holds a share of the base on each device of the group."""
 
     def own(self, job: Candidate) -> int:
         """Bytes that the job takes beside its part of a tick."""
         return job.own_bytes - (job.saved_bytes if self.recomputes else 0)
 
     def alone(self, job: Candidate) -> int:
-        """Bytes that the job takes with a trainer to itself."""
-        return job.trainer_bytes + self.own(job)
+        """Bytes that the job takes of each device with a trainer to itself."""
+        return self.group.needed_bytes(self.demand(job))
+
+    def demand(self, job: Candidate) -> Demand:
+        return Demand(
+            whole_bytes=job.trainer_bytes + self.own(job),
+            divisible_bytes=job.divisible_bytes,
+            gathered_bytes=job.gathered_bytes,
+        )
+
+    def divides_for(self, job: Candidate) -> bool:
+        """Whether the base is divided among the group for it."""
+        return self.group.divides(self.demand(job))
+
+    def trains(self, job: Candidate, *, is_divided: bool) -> bool:
+        """Whether a trainer that holds the base so trains the job as one for it alone would."""
+        return self.divides_for(job) == is_divided and (job.divisible_bytes > 0 or not is_divided)
+
+    def may_join(self, job: Candidate) -> bool:
+        """Whether its trainer holds the base as it would for the job alone; how much is free is another matter."""
+        return self.trains(job, is_divided=self.is_divided)
 
     def cost(self, job: Candidate, *, num_before: int) -> int:
         """Bytes of a job that joins `num_before` others: its row, and its slice while the tick still grows.
@@ -163,14 +190,19 @@ class Service:
     """By class: when the job was claimed whose turn it was, of those that the worker holds."""
     memory_bytes: int
     recomputes: bool = False
+    group: Group = ONE
     can_load: Collection[str] | None = None
     """How it can hold a base; None: in every way."""
 
     def holds(self, job: Candidate) -> bool:
         """Whether the job could have had that turn. One that could not was passed over, and waits on."""
-        room = Room(max_jobs=1, memory_bytes_free=self.memory_bytes, recomputes=self.recomputes)
         is_loadable = self.can_load is None or packing.quantisation_of(job.pack_key) in self.can_load
-        return is_loadable and room.alone(job) <= self.memory_bytes
+        return is_loadable and self.room.alone(job) <= self.memory_bytes
+
+    @property
+    def room(self) -> Room:
+        """Of it, with nothing in it."""
+        return Room(max_jobs=1, memory_bytes_free=self.memory_bytes, recomputes=self.recomputes, group=self.group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

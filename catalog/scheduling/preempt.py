@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from catalog.scheduling.picture import Candidate, Policy, Room, Service
+from catalog.scheduling.picture import Candidate, Policy, Service
 
 Json = dict[str, Any]
 
@@ -52,6 +52,8 @@ class Holder:
     """Jobs that it would let join now, as it last said."""
     has_suspect: bool = False
     """Nobody may join it."""
+    is_divided: bool = False
+    """Its trainer holds a share of the base on each device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +101,8 @@ def _at(holder: Holder, job: Candidate, *, now: float, policy: Policy) -> Preemp
     if not holder.service.holds(job):
         return None
     staying = [each for each in holder.jobs if not _leaves_by_itself(each, policy)]
-    may_join = holder.pack_key == job.pack_key and not job.is_suspect and not holder.has_suspect
+    is_alike = holder.pack_key == job.pack_key and holder.service.room.trains(job, is_divided=holder.is_divided)
+    may_join = is_alike and not job.is_suspect and not holder.has_suspect
     beside = _beside(holder, job, staying, now=now, policy=policy) if may_join else None
     if beside is not None:
         return beside
@@ -112,8 +115,9 @@ def _beside(
 ) -> Preemption | None:
     """The cheapest first, until there is room; then without those that turned out to be needless."""
     gone = [each for each in holder.jobs if each not in staying]
-    room = Room(max_jobs=1, memory_bytes_free=0, recomputes=holder.service.recomputes)
-    missing = room.own(job) + job.slice_bytes - holder.memory_bytes_free - sum(each.own_bytes for each in gone)
+    missing = (
+        holder.service.room.own(job) + job.slice_bytes - holder.memory_bytes_free - sum(each.own_bytes for each in gone)
+    )
     lacks_place = not holder.places and not gone
 
     def suffice(victims: list[Training]) -> bool:

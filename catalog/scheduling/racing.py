@@ -44,7 +44,7 @@ def without(picture: Picture, passed: Collection[str]) -> Picture:
         )
         served[job.priority] = picture.now
     recomputes, whole = picture.room.recomputes, max(picture.worker_bytes, picture.room.memory_bytes_free)
-    given = Service(at=served, memory_bytes=whole, recomputes=recomputes)
+    given = Service(at=served, memory_bytes=whole, recomputes=recomputes, group=picture.room.group)
     return replace(picture, shares=shares, served=(*picture.served, given), taken=passed)
 
 
@@ -54,7 +54,7 @@ def _like(picture: Picture, turns: Sequence[Turn], first: Turn, policy: Policy) 
     if key is not None:
         after = (turn.candidate for turn in turns[first.position - 1 :])
         fit = (job for job in after if room.cost(job, num_before=room.num_jobs) <= room.memory_bytes_free)
-        return (job for job in fit if job.pack_key == key and not job.is_suspect)
+        return (job for job in fit if job.pack_key == key and not job.is_suspect and room.may_join(job))
     fitting = [turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free]
     loaded = for_what_is_loaded(fitting, room, patience_seconds=policy.patience_seconds)
     return (turn.candidate for turn in loaded or fitting)

@@ -61,6 +61,9 @@ class Job(Table):
     saved_bytes: Mapped[int | None]
     trainer_bytes: Mapped[int | None]
     slice_bytes: Mapped[int | None]
+    divisible_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Of what its trainer needs, what several devices can divide; and what each then needs beside its share."""
+    gathered_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     least_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     """With a trainer to itself on a device that computes blocks again: where not even that fits, no look is taken.
     0: not reckoned yet."""

@@ -113,10 +113,9 @@ def _lines(numbers: list[int] | None) -> str:
 def _draw_memory(plan: Plan) -> None:
     """Of a GPU, by part; of a CPU the sum."""
     output.heading("memory of one device")
-    by_kind = {memory["kind"]: memory for memory in plan.memory}
-    wanted = {worker["kind"] for worker in plan.devices.get("workers_that_fit", [])} or {"cuda"}
-    for kind in sorted(wanted, reverse=True):
-        memory: Json = by_kind[kind]
+    fitting = plan.devices.get("workers_that_fit", [])
+    wanted = {_way(worker) for worker in fitting} or {_way({"kind": "cuda"})}
+    for memory in (memory for memory in plan.memory if _way(memory) in wanted):
         total = max(1, memory["total_bytes"])
         out = output.console()
         for part in sorted(memory["parts"], key=lambda part: -part["bytes"]):
@@ -125,8 +124,21 @@ def _draw_memory(plan: Plan) -> None:
                 output.clean(f"{output.size(part['bytes']):>9}  {bar:{_BAR_CELLS}}  {part['description']}"),
                 soft_wrap=True,
             )
-        output.pairs([("in all", f"{output.size(total)} on {'a GPU' if kind == 'cuda' else 'a CPU'}")])
+        output.pairs([("in all", f"{output.size(total)} on {_where(memory)}")])
     output.pairs(_devices(plan.devices), label_width=_LABEL_CELLS)
+
+
+def _way(told: Json) -> tuple[str, int, str]:
+    """Kind of device, and of a group that divides the base how many and by what."""
+    strategy: str = told.get("strategy", "replicated")
+    return told["kind"], told.get("num_devices", 1) if strategy != "replicated" else 1, strategy
+
+
+def _where(memory: Json) -> str:
+    kind, number, strategy = _way(memory)
+    if number == 1:
+        return "a GPU" if kind == "cuda" else "a CPU"
+    return f"each of {number} {'GPUs' if kind == 'cuda' else 'processes'} that divide the base ({strategy})"
 
 
 def _devices(devices: Json) -> Iterator[tuple[str, object]]:
@@ -135,6 +147,10 @@ def _devices(devices: Json) -> Iterator[tuple[str, object]]:
         "smallest GPU that fits",
         f"{card['gigabytes']} GB ({card['examples']})" if card else "none of the common sizes",
     )
+    groups: list[Json] = devices.get("groups", [])
+    if groups:
+        told = ", or ".join(f"{group['num_devices']} of {group['gigabytes']} GB" for group in groups)
+        yield "or a group of GPUs", told
     fitting: list[Json] = devices.get("workers_that_fit", [])
     named = ", ".join(f"{worker['worker_id']} ({worker['name']})" for worker in fitting[:3])
     more = f" and {len(fitting) - 3} more" if len(fitting) > 3 else ""

@@ -27,6 +27,8 @@ def test_a_base_is_described_from_its_config_alone(base_dirs, tmp_path):
     assert description["linear_shapes"]["k_proj"] == [[32, 64], 2]
     assert description["linear_shapes"]["down_proj"] == [[64, 128], 2]
     assert "lm_head" not in description["linear_shapes"]
+    block = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64  # q k v o, feed-forward, two norms
+    assert description["blocks"] == {"count": 2, "num_parameters": 2 * block, "largest_parameters": block}
     loaded = load_base(base_dirs["llama"], dtype="float32", device="cpu")
     assert description["num_parameters"] == loaded.model.num_parameters()
 

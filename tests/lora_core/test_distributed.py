@@ -14,7 +14,7 @@ import torch
 
 from lora_core import distributed
 from lora_core.attach import Attachment
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.distributed import ALONE, Ranks
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.passes import TickPlan
@@ -77,6 +77,7 @@ def check_ended_as(alone: dict[str, Any], found: dict[str, Any]) -> None:
         for job, outcome in outcomes.items():
             assert outcome == alone[job], job
     assert found["verified"]
+    assert found["with_blocks_computed_again"] == found["adapter"]
     assert (found["refused"], found["jobs"]) == ("bad_checkpoint", [])
 
 
@@ -102,8 +103,10 @@ def test_a_base_divided_among_processes_trains_as_one_that_is_whole(base_dirs, l
     base = load("llama")
     base.attachment = Attachment(base.model, exact_products=True, is_divided=True)
     alone = alone_on(base, jobs_called("kinds", is_divided=True))
+    blocks = describe_base(base_dirs["llama"])["blocks"]["num_parameters"]
     for found in each:
         check_ended_as(alone, found)
+        assert found["base_bytes"] == base.num_bytes - 4 * blocks // 2, "a rank holds half of the blocks"
 
 
 @pytest.mark.slow

@@ -76,9 +76,17 @@ def exported(base: BaseModel, ranks: Ranks, folder: Path) -> dict[str, Any]:
     generation = engine.generation({"job": Prompts(prompts=((3, 5, 8),), max_tokens=6)})
     while not generation.is_complete:
         generation.advance()
+    again = Engine(base, EngineConfig(checkpoint_blocks="always"), ranks)
+    admit(again, "job", submissions("llama")["plain"])
+    while not again.idle:
+        again.tick()
     return {
         "adapter": report.sha256,
+        "with_blocks_computed_again": again.export(
+            "job", folder.with_name(f"{folder.name}-again"), base_name="tiny"
+        ).sha256,
         "verified": verify_export(base, folder).passed,
+        "base_bytes": engine.memory()["base_bytes"],
         "answers": repr(generation.answers()),
     }
 

@@ -21,6 +21,7 @@ from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, say
 from worker import bases, loop, node, supervise
 from worker.context import WorkerContext
+from worker.room import room_of
 from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
 
 Script = Callable[["FakeTrainer"], Generator[None]]
@@ -271,7 +272,7 @@ def test_a_base_that_still_loads_is_not_free_for_those_who_join(
     pack = site.loading_pack(claim)
     monkeypatch.setattr(node, "free_bytes", lambda _: 10**9)
 
-    room: Room = supervise._room(site.context, pack)
+    room: Room = room_of(site.context, pack)
 
     assert room.memory_bytes_free == 10**9 - pack.bytes_to_come() < 10**9 - 1000
 
@@ -305,7 +306,7 @@ def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
     pack.ready = {**pack.ready, "memory": {"base_bytes": 500}}
     monkeypatch.setattr(node, "free_bytes", lambda _: 1000)
 
-    room: Room = supervise._room(site.context, pack)
+    room: Room = room_of(site.context, pack)
 
     assert (room.memory_bytes_free, room.resident_key) == (1500, pack.pack_key)
 

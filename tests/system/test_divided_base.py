@@ -1,0 +1,53 @@
+"""A base that two processes divide, in a whole service: claimed, trained, killed, resumed, verified, published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from catalog import explanation
+from catalog.states import EndReason, JobState
+from tests.system.test_killed_worker import small_job
+from tests.worker_site import worker_site
+
+pytestmark = pytest.mark.timeout(900)
+DIVIDED = {"LORRY_CPU_PROCESSES": "2", "LORRY_STRATEGY": "fsdp2"}
+
+
+def test_jobs_on_a_divided_base_end_with_the_bytes_of_one_alone_though_a_process_is_killed(tmp_path: Path) -> None:
+    with worker_site(tmp_path) as site:
+        rows = site.upload(60)
+        fields = small_job(max_steps=20, checkpoint_every_steps=5)
+        alone = site.submit(rows, **fields, seed=1)
+        site.work_until_done(**DIVIDED)
+        dora = site.submit(rows, **fields, seed=1, lora={"use_dora": True})
+        together = [site.submit(rows, **fields, seed=seed) for seed in (1, 2)]
+        site.start_worker(**DIVIDED, FAILPOINT=f"step_12:wait={site.gate('kill')}")
+        site.wait_for_step(12, *together)
+        launcher = psutil.Process(site.trainer_pid(together[0])).parent()
+        assert launcher is not None
+        second = max(launcher.children(), key=lambda process: process.pid)
+
+        second.kill()
+        site.gate("kill").touch()
+        site.wait_for_end(*together)
+
+        assert [site.job(job).state for job in together] == [JobState.SUCCEEDED] * 2, site.log()
+        for job in together:
+            assert site.reasons(job) == [EndReason.TRAINER_CRASHED, EndReason.COMPLETED]
+            assert site.attempts(job)[1].resumed_from_step == 10
+            assert site.adapter(job).verification["passed"]
+        assert site.weights_digest(together[0]) == site.weights_digest(alone)
+        told = [event.message for event in site.events(alone) if event.message.startswith("Strategy")]
+        assert len(told) == 1
+        assert "Strategy fsdp2. LORRY_STRATEGY is fsdp2: each of 2 devices holds a share of every block" in told[0]
+        waiting = site.job(dora)
+        assert waiting.state == JobState.QUEUED
+        why = explanation.explain(site.db, project_id=waiting.project_id, job_id=dora)["explanation"]
+        assert "divides every base among its devices (LORRY_STRATEGY is fsdp2). DoRA reads the base's weights" in why
+
+        site.kill_all()
+        site.work_until_done()
+        assert site.job(dora).state == JobState.SUCCEEDED, "where the base is whole it trains"
