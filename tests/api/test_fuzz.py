@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.campaign import Campaign, run
+from tests.fuzz.texts import is_any_text
 
 
 @pytest.mark.timeout(600)
@@ -21,3 +22,19 @@ def test_nothing_breaks_the_document_holds_and_no_project_sees_another(tmp_path:
 
     assert outcome.is_well, told.getvalue()
     assert outcome.num_cases() > 100
+
+
+@pytest.mark.parametrize(
+    ("blamed", "query", "is_right"),
+    [
+        ("parameter `tag` in query - violates `anyOf` at /properties/tag", "tag=false&limit=95", True),
+        ("parameters `tag`, `after` in query\n  - violates `anyOf` at /properties/tag", "limit=36&tag=-4.9e16", True),
+        ("parameters `tag`, `after` in query", "after=%00&tag=3", False),
+        ("parameter `limit` in query - violates `maximum`", "limit=1000", False),
+        ("parameter `tag` in path", "tag=3", False),
+    ],
+)
+def test_a_query_is_text_and_any_text_is_a_tag(blamed: str, query: str, is_right: bool) -> None:
+    message = f"Invalid data should have been rejected\nInvalid component: {blamed}"
+
+    assert is_any_text(message, f"http://127.0.0.1/v1/fine_tuning/jobs?{query}") is is_right
