@@ -36,6 +36,10 @@ LOGITS_FACTOR = 6
 NUM_NUDGES = 3
 SAME_MODEL = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Share of the largest logit by which two orders of operations of one model may differ; another model is far off."""
+SAME_INT8_MODEL = 0.1
+LEVELS = 127
+"""Of a linear that holds its weights in int8, and brings its inputs to as many whole steps each way (arXiv 2208.07339):
+what rounding moves across the middle between two is off by a whole one."""
 FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors")
 
 
@@ -94,9 +98,12 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
                 linears = linear_probe.compare(model, added, dtype=base.dtype, more=more)
             logits = _last_logits(adapted, ids)
             roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
+            if base.quantisation == "int8":
+                roundings += [_stepped_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
         with _adapted(model, directory, in_fp32=False) as adapted:
             roundings.append(_last_logits(adapted, ids) - logits)
-    return _compare(probe, logits, roundings=roundings, dtype=base.dtype, linears=linears)
+    same_model = SAME_INT8_MODEL if base.quantisation == "int8" else SAME_MODEL[base.dtype]
+    return _compare(probe, logits, roundings=roundings, dtype=base.dtype, linears=linears, same_model=same_model)
 
 
 def _evidence(probe: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -120,6 +127,7 @@ def _compare(
     roundings: list[Tensor],
     dtype: torch.dtype,
     linears: LinearsReport | None,
+    same_model: float,
 ) -> VerifyReport:
     """The tolerance is so many times the largest of `roundings`, each of which is rounding alone.
 
@@ -129,10 +137,11 @@ def _compare(
       (Parker 1997, Monte Carlo arithmetic), in each of three draws of fixed seed.
     - The engine multiplies by A and B in the base's dtype, PEFT in fp32 unless it is told not to
       (`autocast_adapter_dtype`): the difference of PEFT's two ways. It is zero where the base is fp32.
+    - A linear in int8 rounds its inputs to steps: the change where one input of each token is a step off in each.
 
-    The first is of the same base model only if it is within SAME_MODEL: another one would widen its own tolerance.
-    None is taken as smaller than half a unit in the last place of the largest logit. All are taken at the
-    worst logit and in the root mean square, and the difference must be within both: the root mean square
+    The first is of the same base model only if it is within `same_model` of the largest logit: another one would widen
+    its own tolerance. None is taken as smaller than half a unit in the last place of the largest logit. All are taken
+    at the worst logit and in the root mean square, and the difference must be within both: the root mean square
     notices a wrong adapter long before the worst logit does. A chaotic adapter flips between a few outcomes, some
     rare: if three times is too little, and each linear by itself is proven, the logits are allowed twice as much.
     """
@@ -143,7 +152,7 @@ def _compare(
     proven = linears is not None and linears.worst_error <= 1
     factor = LOGITS_FACTOR if proven and needed > ROUNDING_FACTOR else ROUNDING_FACTOR
     tolerance, rms_tolerance = factor * rounding, factor * rms_rounding
-    is_same_base = _largest(roundings[0]) <= SAME_MODEL[dtype] * _largest(probe["base_logits"])
+    is_same_base = _largest(roundings[0]) <= same_model * _largest(probe["base_logits"])
     numbers = {
         "max_abs_diff": _largest(difference),
         "max_abs_logit": largest,
@@ -230,6 +239,26 @@ def _nudge(_linear: torch.nn.Module, _inputs: tuple[Tensor, ...], output: Tensor
     half_units = torch.rand(output.shape, generator=random, dtype=torch.float64) - 0.5
     factor = 1 + half_units * torch.finfo(output.dtype).eps
     return (output.double() * factor.to(output.device)).to(output.dtype)
+
+
+def _stepped_logits(model: torch.nn.Module, input_ids: Tensor, *, seed: int) -> Tensor:
+    """The logits where one input of every token is off by a step in each linear that rounds its inputs to LEVELS."""
+    random = torch.Generator().manual_seed(seed)
+    linears = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    hooks = [linear.register_forward_pre_hook(partial(_step, random=random)) for linear in linears]
+    try:
+        return _last_logits(model, input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _step(_linear: torch.nn.Module, inputs: tuple[Tensor, ...], *, random: torch.Generator) -> tuple[Tensor, ...]:
+    x, *rest = inputs
+    places = torch.randint(x.shape[-1], (*x.shape[:-1], 1), generator=random)
+    signs = 2.0 * torch.randint(2, places.shape, generator=random) - 1
+    steps = x.abs().amax(-1, keepdim=True) / LEVELS * signs.to(x)
+    return x.scatter_add(-1, places.to(x.device), steps), *rest
 
 
 @contextmanager

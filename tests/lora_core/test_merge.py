@@ -23,6 +23,7 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter, UnsupportedModel
 from lora_core.merge import main, merge_adapter
 from lora_core.merge_cost import Operation, compare_cost, operations
+from lora_core.verify import verify_export
 from tests import tiny_base
 from tests.lora_core.scenarios import Submission, admit, config, dataset
 
@@ -253,6 +254,21 @@ def test_an_adapter_of_a_quantised_base_is_merged_only_where_its_loss_is_accepte
     assert report.max_abs_diff_to_trained is not None
     assert report.max_abs_diff_to_trained > report.tolerance
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["trained_on"] == kind
+
+
+def test_an_adapter_on_int8_may_differ_by_a_step_of_an_input_and_by_no_weight_of_its_own(tied_dir, adapter_of):
+    """What the engine and PEFT compute falls on either side of the middle between two steps of a linear's input."""
+    pytest.importorskip("bitsandbytes")
+    adapter = adapter_of(tied_dir, quantisation="int8")
+    base = load_base(tied_dir, dtype="float32", device="cpu", quantisation="int8")
+
+    report = verify_export(base, adapter)
+
+    assert report.passed
+    assert report.tolerance < report.max_abs_effect / 2, "the adapter can't be told from none"
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(weights | {name: 1.001 * weights[name] for name in [min(weights)]}, adapter / "adapter_model.safetensors")
+    assert not verify_export(base, adapter).passed
 
 
 def test_an_adapter_of_another_base_is_refused_though_its_loss_is_accepted(tied_dir, base_dirs, adapter_of, tmp_path):

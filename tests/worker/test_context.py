@@ -30,7 +30,7 @@ def test_what_a_dead_worker_on_this_data_folder_held_is_free_at_once(tmp_path: P
     with open_worker(settings, device=node.choose_device("cpu")):
         job = world.job(claim.job.id)
 
-    assert (job.state, job.claim_id, job.counted_attempts) == ("queued", None, 1)
+    assert (job.state, job.claim_id, job.counted_attempts) == ("queued", None, 0)
     assert not (workers_dir / "dead.lock").exists()
 
 
