@@ -7,7 +7,7 @@ from dataclasses import asdict
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import closed_workers, deadlines, dividing, fleet, needs, packing, queue, quotas, saturation, usage
+from catalog import closed_workers, deadlines, dividing, fleet, gang_waits, needs, packing, queue, quotas, saturation, usage
 from catalog.acceptance import INSTALL_QUANT
 from catalog.db import Database, read_clock
 from catalog.dividing import ONE
@@ -93,12 +93,15 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
 
 def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
     live = fleet.residents(session, now=now)
-    residents = closed_workers.open_ones(live)
+    open_ones, gangs = closed_workers.open_ones(live), gang_waits.all_of(session, now=now)
+    lenders = gang_waits.lenders(gangs)
+    residents = [resident for resident in open_ones if resident.worker_id not in lenders]
     facts: Json = {
         "run_after": job.run_after,
         "counted_attempts": job.counted_attempts,
         "live_workers": len(live),
         "closed_workers": closed_workers.facts(live),
+        "gangs": gang_waits.facts(gangs),
         "resident_bases": sorted({resident.base_digest for resident in residents if resident.base_digest}),
         "resident_precisions": _precisions(residents, job.base_digest),
         "base_digest": job.base_digest,
@@ -124,7 +127,9 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     facts |= _made_room(session, job) | {"room_asked_at": job.room_asked_at}
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
-    if (closed := closed_workers.where_all_are(live)) is not None:
+    closed = closed_workers.where_all_are(live)
+    closed = closed or gang_waits.where_all_wait(gangs, [one.worker_id for one in open_ones])
+    if closed is not None:
         return closed, facts
     hindrance = _unquantised(session, job, now=now) or _too_large(session, job, mine, now=now)
     if hindrance:

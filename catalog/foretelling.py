@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import dividing, fleet, linears, memory, needs, packing, queue, usage
+from catalog import dividing, fleet, gang_waits, linears, memory, needs, packing, queue, usage
 from catalog.acceptance import Accepted
 from catalog.dividing import Demand, Group
 from catalog.planning import cautions, devices, servability, times
@@ -172,10 +172,12 @@ def _listed(parts: dict[str, int]) -> list[Json]:
 
 
 def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
-    """Workers that take jobs, and can hold the base as it is to be."""
+    """Workers that take jobs, and can hold the base as it is to be. Those that lend their devices take none."""
     quantisation = packing.quantisation_of(job.pack_key)
+    lenders = gang_waits.lenders(gang_waits.all_of(session, now=now))
     live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
-    return [row for row in live if not row.takes_nothing_new and quantisation in fleet.quantisations_of(row)]
+    able = [row for row in live if not row.takes_nothing_new and quantisation in fleet.quantisations_of(row)]
+    return [row for row in able if row.id not in lenders]
 
 
 def _fitting(live: Sequence[Worker], sizes: _Sizes) -> list[Worker]:

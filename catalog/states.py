@@ -91,6 +91,7 @@ class EndReason(StrEnum):
     VERIFICATION_FAILED = "verification_failed"
     INFRA_LOST = "infra_lost"
     NODE_FAILED = "node_failed"
+    GANG_INCOMPLETE = "gang_incomplete"
     DRAINED = "drained"
     PREEMPTED = "preempted"
 
@@ -121,6 +122,7 @@ ENDINGS: dict[EndReason, Ending] = {
     EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED, retryable=False),
     EndReason.INFRA_LOST: Ending(state=JobState.FAILED, retryable=True, counts=False),
     EndReason.NODE_FAILED: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.GANG_INCOMPLETE: Ending(state=JobState.FAILED, retryable=True, counts=False),
     EndReason.DRAINED: Ending(state=JobState.FAILED, retryable=True, counts=False),
     EndReason.PREEMPTED: Ending(state=JobState.FAILED, retryable=True, counts=False),
 }

@@ -6,6 +6,7 @@ Migrations under migrations/ must agree with these files: `alembic check` says s
 from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tables.exports import JobExport
 from catalog.tables.fleet import Pulse, Service, Trainer, Worker
+from catalog.tables.gangs import Gang, GangSeat
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, JobOutput, MetricBlock
 from catalog.tables.jobs import WITHOUT_METADATA, IdempotencyKey, Job, JobLabel
 from catalog.tables.owners import ApiKey, ModelPermission, Organization, Project, ProjectUsage, SignIn
@@ -31,6 +32,8 @@ __all__ = [
     "Checkpoint",
     "File",
     "FileOverlap",
+    "Gang",
+    "GangSeat",
     "IdempotencyKey",
     "Job",
     "JobEvent",
