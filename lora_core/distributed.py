@@ -8,6 +8,7 @@ kernels give the same bits everywhere, an adapter doesn't tell how many have tra
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from lora_core.errors import LoraCoreError
 
@@ -34,6 +36,10 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    is_apart: bool = False
+    """They are on several machines: some have not the leader's disk."""
+    is_first_elsewhere: bool = False
+    """The first on such a machine."""
 
     @property
     def leads(self) -> bool:
@@ -51,6 +57,10 @@ class Ranks:
             content = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(content, src=0)
         return value if self.leads else _decoded(content)
+
+    def told_bytes(self, content: bytearray) -> None:
+        """The leader's content, on every rank; of the others what is written over, of the same length."""
+        dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), src=0)
 
     def gathered(self, value: Any) -> list[Any]:
         """Everybody's `value`, JSON-able, in the order of ranks."""
@@ -142,18 +152,47 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(device: str, *, silence_seconds: float) -> Ranks:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meeting:
+    """Where the processes of several machines meet, and which of them are on this one."""
+
+    address: str
+    """Of the machine that leads: nothing listens elsewhere."""
+    interface: str
+    """Of this machine: what ranks say to each other goes through it."""
+    port: Callable[[], int]
+    """Where the leader listens: of every process but the leader, and waits until it is known."""
+    tell_port: Callable[[int], None]
+    """Of the leader."""
+    name: str
+    """Those of another name are not met."""
+    first_rank: int
+    num_ranks: int
+    """Of all machines."""
+    seconds: float
+    """After which a process that meets nobody gives up, with an error."""
+
+
+def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None) -> Ranks:
     """The ranks that this process was launched among, by `accelerate launch` or torchrun; ALONE where it was by itself.
 
-    silence_seconds: after which a rank that waits for another one gives up, with an error. Call it once.
+    silence_seconds: after which a rank that waits for another one gives up, with an error. meeting: where those that
+    were launched on one machine are some of more. Call it once.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    own_rank, num_own = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if num_own == 1 and meeting is None:
         return ALONE
     kind = device.partition(":")[0]
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=silence_seconds))
-    ranks = Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+    given: dict[str, Any] = {} if meeting is None else _met(meeting, own_rank)
+    dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=silence_seconds), **given)
+    ranks = Ranks(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        is_apart=meeting is not None,
+        is_first_elsewhere=meeting is not None and own_rank == 0 and meeting.first_rank > 0,
+    )
     greet(ranks, device)
     return ranks
 
@@ -171,6 +210,31 @@ def greet(ranks: Ranks, device: str) -> None:
         elif ranks.rank == high:
             dist.recv(number, src=low)
     ranks.spread(number, holder=0)
+
+
+def _met(meeting: Meeting, own_rank: int) -> dict[str, Any]:
+    """Torch's own rendezvous would listen at every address of the machine: here the leader's socket is handed to it."""
+    rank = meeting.first_rank + own_rank
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[name] = meeting.interface
+    timeout = timedelta(seconds=meeting.seconds)
+    if rank == 0:
+        listening = socket.create_server((meeting.address, 0), backlog=meeting.num_ranks)
+        port = int(listening.getsockname()[1])
+        store = TCPStore(
+            meeting.address,
+            port,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
+        meeting.tell_port(port)
+    else:
+        store = TCPStore(meeting.address, meeting.port(), is_master=False, timeout=timeout)
+    named = PrefixStore(meeting.name, store)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(meeting.num_ranks)}  # for whoever looks there
+    return {"store": named, "rank": rank, "world_size": meeting.num_ranks}
 
 
 def leave() -> None:

@@ -33,6 +33,7 @@ from lora_core.generate import Generation, check_prompts
 from lora_core.memory_shortage import shortage_of
 from lora_core.sharding import Strategy
 from lora_core.warm_up import warm_up
+from worker.apart import brought, forget
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.ending import joined
@@ -169,19 +170,17 @@ class Trainer:
 
     def _admit(self, body: Json) -> None:
         claim_id = self._log.knows(body)
-        resume = self._directory.inside(body["resume"])
         try:
             config = job_config(
                 JobSpec.model_validate(body["spec"]),
                 num_steps=body["num_steps"],
                 evaluate_every_steps=body["evaluate_every_steps"],
             )
-            train_path, valid_path = self._directory.inside(body["train"]), self._directory.inside(body["valid"])
+            train_path, valid_path, resume, parent = brought(self._directory, body, self._ranks)
             assert train_path is not None
             with self._ranks.together(), shortage_of(claim_id, part="data"):
                 train = TokenDataset.load(train_path)
                 valid = TokenDataset.load(valid_path) if valid_path else None
-            parent = self._directory.inside(body["parent"])
             self._engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent)
         except LoraCoreError as error:
             self._refuse(claim_id, error, is_checkpoint=error.code == BadCheckpoint.code)
@@ -236,6 +235,7 @@ class Trainer:
     def _evict(self, claim_id: str) -> None:
         if self._residents.pop(claim_id, None) is not None:
             self._engine.evict(claim_id)
+        forget(self._directory, claim_id, self._ranks)
 
     # What the engine says
 
@@ -390,7 +390,7 @@ def main(arguments: list[str]) -> int:
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)
-    with joined(directory.device()) as ranks:
+    with joined(directory) as ranks:
         Trainer(directory, ranks).run()
     return 0
 

@@ -31,13 +31,23 @@ GONE_SECONDS = 10.0
 class Launched:
     """A trainer of so many processes, and both ends of its directory."""
 
-    def __init__(self, folder: Path, base_dir: Path, *, num_processes: int, strategy: str = "replicated") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base_dir: Path,
+        *,
+        num_processes: int,
+        strategy: str = "replicated",
+        meeting: Json | None = None,
+    ) -> None:
+        """meeting: where it meets those of other machines."""
         settings = {
             "base_dir": str(base_dir),
             "dtype": "float32",
             "quantisation": "none",
             "device": "cpu",
             "strategy": strategy,
+            "meeting": meeting,
             "idle_seconds": None,
         }
         self.directory = TrainerDirectory.create(folder, settings)
@@ -47,7 +57,8 @@ class Launched:
             self.directory, node.cpu(), silence_seconds=WAIT_SECONDS, num_processes=num_processes
         )
 
-    def admit(self, job: str, **fields: Any) -> None:
+    def admit(self, job: str, *, resume: Path | None = None, **fields: Any) -> None:
+        """resume: a checkpoint, in the trainer's directory."""
         folder = self.directory.job_path(job) / "train"
         folder.mkdir(parents=True)
         write_tokens(folder / "tokens.safetensors")
@@ -65,7 +76,7 @@ class Launched:
             checkpoint_every_steps=3,
             train=self.directory.named(folder / "tokens.safetensors"),
             valid=None,
-            resume=None,
+            resume=None if resume is None else self.directory.named(resume),
             parent=None,
         )
 
