@@ -7,7 +7,19 @@ from dataclasses import asdict
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import closed_workers, deadlines, dividing, fleet, gang_waits, needs, packing, queue, quotas, saturation, usage
+from catalog import (
+    closed_workers,
+    deadlines,
+    dividing,
+    fleet,
+    gang_waits,
+    needs,
+    packing,
+    queue,
+    quotas,
+    saturation,
+    usage,
+)
 from catalog.acceptance import INSTALL_QUANT
 from catalog.db import Database, read_clock
 from catalog.dividing import ONE

@@ -59,6 +59,24 @@ class Settings(BaseSettings):
         default="auto",
         description="How a trainer of several devices holds its base: each the whole of it, or a share of every block.",
     )
+    gang: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][\w.-]{0,63}$",
+        description="Name that workers of several nodes have in common, which train together as one.",
+    )
+    gang_size: int = Field(default=2, ge=1, le=64, description="Workers of a gang.")
+    gang_min_size: int | None = Field(
+        default=None, ge=1, le=64, description="So few of a gang train where the others are away. Default: all."
+    )
+    gang_patience_seconds: float = Field(
+        default=120, ge=0, description="How long a gang waits for those that are away before fewer of them train."
+    )
+    gang_join_seconds: float = Field(
+        default=900, gt=0, description="Within which each of a gang has the base model and joins; else all give up."
+    )
+    advertise_address: str | None = Field(
+        default=None, description="IP address of this node at which others of its gang reach it, and it listens."
+    )
     max_slowdown: float = Field(
         default=4, ge=1, description="How many times as slow as alone a job may become for the sake of jobs that join."
     )

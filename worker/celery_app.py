@@ -99,6 +99,9 @@ def _redact(*, logger: logging.Logger, **_: Any) -> None:
 @worker_init.connect
 def _refuse_unfit(**_: Any) -> None:
     """Before any message is taken. Where the database does not answer yet, the process that works looks again."""
+    if Settings().gang is not None:
+        log.error("A worker of a gang looks by itself, for nobody rings when it is called: start it by `lorry worker`.")
+        sys.exit(UNFIT)
     with closing(Database(Settings().resolved_database_url())) as db, suppress(Unavailable):
         try:
             fitness.check(db)

@@ -25,6 +25,7 @@ from worker import node, scratch
 from worker.device_use import DeviceWatch, measure
 from worker.export_session import available
 from worker.exports import exporting
+from worker.gang import Seat
 from worker.pulse import Pulse
 from worker.spans import ClaimSpans
 from worker.standby import Standby
@@ -45,6 +46,8 @@ class WorkerContext:
     pulse: Pulse
     bell: FileDoorbell
     """Rung by an api on this data folder, and by the worker's own chores."""
+    gang: Seat | None = None
+    """None where it trains by itself."""
     standby: Standby | None = None
     """None where the operator wants no trainer to stand by."""
     spans: ClaimSpans = field(default_factory=ClaimSpans)
@@ -82,7 +85,12 @@ class WorkerContext:
         )
 
     def free_bytes(self) -> int:
-        """Memory that each process of a trainer may still take; those on a CPU share what there is."""
+        """Memory that each process of a trainer may still take, on any node of a gang."""
+        own = self.own_free_bytes()
+        return own if self.gang is None else self.gang.least_free_bytes(own)
+
+    def own_free_bytes(self) -> int:
+        """On this node; processes on a CPU share what there is."""
         free = node.free_bytes(self.device)
         return free // self.num_processes if self.device.kind == "cpu" else free
 
@@ -129,7 +137,14 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         for dead_id in scratch.clean(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
         of_worker = logs.all_about({"worker": worker_id})
-        with of_worker, _watched(context), _registered(context), _standby(context), exporting(db, settings):
+        with (
+            of_worker,
+            _watched(context),
+            _registered(context),
+            _seated(context),
+            _standby(context),
+            exporting(db, settings),
+        ):
             yield context
 
 
@@ -149,6 +164,17 @@ def _watched(context: WorkerContext) -> Generator[None]:
     context.pulse.device_use = watch.latest
     with watch.watching():
         yield
+
+
+@contextmanager
+def _seated(context: WorkerContext) -> Generator[None]:
+    """In its gang, where it is of one."""
+    if context.settings.gang is not None:
+        kind, free_bytes = context.device.kind, context.own_free_bytes
+        seat = Seat(context.settings, context.db, context.worker_id, kind=kind, own_free_bytes=free_bytes)
+        seat.enter(num_processes=context.num_processes)
+        context.gang = seat
+    yield
 
 
 @contextmanager

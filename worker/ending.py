@@ -30,9 +30,7 @@ def joined(directory: TrainerDirectory) -> Generator[Ranks]:
     Of several one that fails doesn't wait at its end for threads and devices in which the others wait for it. A full
     disk is told by the exit status, for there may be no room for words.
     """
-    ranks = distributed.join(
-        directory.device(), silence_seconds=SILENCE_SECONDS, meeting=meeting_of(directory)
-    )
+    ranks = distributed.join(directory.device(), silence_seconds=SILENCE_SECONDS, meeting=meeting_of(directory))
     try:
         with told_to_all(ranks):
             yield ranks

@@ -22,6 +22,9 @@ NO_ROOM = re.compile(
     rf"status {DISK_FULL}\b|exitcode +: {DISK_FULL}\b|^(?:\[rank\d+\]: )?.*OSError: \[Errno 28\]", re.MULTILINE
 )
 DIFFER = re.compile(r"^(?:\[rank\d+\]: )?[\w.]*RanksDiffer: (.*)$", re.MULTILINE)
+WAS_KILLED = "The trainer was killed (signal 9)."
+ECHO = re.compile(r"gloo/transport|ProcessGroupNCCL|DistBackendError|DistNetworkError|DistStoreError|NCCL error")
+"""What processes print that have lost another one."""
 OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError")
 
 
@@ -39,7 +42,7 @@ def classify_exit(
     if shortage is not None:
         return shortage
     if killed:
-        return EndReason.TRAINER_CRASHED, "The trainer was killed (signal 9)."
+        return EndReason.TRAINER_CRASHED, WAS_KILLED
     if returncode == LOST_PARENT or LOST.search(log_tail) is not None:
         return EndReason.INFRA_LOST, "The trainer heard nothing from its worker for a whole lease."
     if returncode and (is_disk_full or returncode == DISK_FULL or NO_ROOM.search(log_tail) is not None):
@@ -68,3 +71,9 @@ def _last_error(log_tail: str) -> str:
     named = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Failure)\b.*)$", log_tail, re.MULTILINE)
     own = [line for line in named if not any(name in line for name in OF_LAUNCHERS)]
     return f" {own[-1][:500]}" if own else ""
+
+
+def is_echo(reason: EndReason, detail: str, log_tail: str) -> bool:
+    """Whether a trainer that ended so may have ended for another node's sake: it has lost a process, and nothing says
+    that it lost one of its own."""
+    return reason is EndReason.TRAINER_CRASHED and detail != WAS_KILLED and ECHO.search(log_tail) is not None

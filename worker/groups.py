@@ -164,7 +164,7 @@ def _shared(one: Device, other: Device) -> str | None:
 
 def _worker(group: str, device: Device, settings: Settings) -> GroupWorker:
     environment = group_environment(group, device, os.environ)
-    argv = tethered(group_argv(group, has_broker=settings.redis_url is not None))
+    argv = tethered(group_argv(group, has_broker=is_rung_for(settings)))
     folder = Path(settings.data_dir)
 
     def start() -> subprocess.Popen[bytes]:
@@ -174,6 +174,11 @@ def _worker(group: str, device: Device, settings: Settings) -> GroupWorker:
         )  # Ctrl-C reaches us alone
 
     return GroupWorker(group=group, start=start)
+
+
+def is_rung_for(settings: Settings) -> bool:
+    """Whether a doorbell tells the workers of all that they are to do: nobody rings where one of a gang is called."""
+    return settings.redis_url is not None and settings.gang is None
 
 
 def group_argv(group: str, *, has_broker: bool) -> list[str]:

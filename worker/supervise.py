@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, logs, packing, queue, waiting_plans, workers
+from catalog import claims, logs, packing, queue, waiting_plans
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace, StaleClaim
+from catalog.gangs import NotGathered
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
 from catalog.tables import Job, new_id
-from worker import bases, cgroup, node, scratch
+from worker import bases, cgroup, leading, lending, node, scratch
+from worker.announcing import announced
 from worker.chores import Chores
 from worker.context import WorkerContext
 from worker.exits import classify_exit
@@ -57,6 +58,8 @@ def _work(context: WorkerContext, chores: Chores) -> int:
     left_over: list[Claim] = []
     while not context.draining:
         had_chores = chores.go_on()
+        if not left_over and lending.lend(context, chores, _trainer):
+            continue
         claimed = left_over or _claim(context, new_id("trainer"), room=room_of(context))
         left_over = []
         if claimed:
@@ -83,22 +86,24 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
     """One trainer from launch to end: (attempts ended, claims of another pack that were made for the next)."""
     first = claimed[0].job
     waiting = list(claimed)
+
+    def is_unwanted() -> bool:
+        return _are_stopped(context, waiting)
+
     with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
         try:
-            base_dir = bases.ensure(
-                context,
-                first.base_model,
-                first.base_digest,
-                is_unwanted=lambda: _are_stopped(context, waiting),
-            )
-            trainer = _trainer(context, stack, first, base_dir)
+            leading.gather(context, stack, first, _trainer_settings(context, first))
+            base_dir = bases.ensure(context, first.base_model, first.base_digest, is_unwanted=is_unwanted)
+            settings = _trainer_settings(context, first) | {"base_dir": str(base_dir.absolute())}
+            trainer = _trainer(context, stack, str(first.trainer_id), settings | leading.meeting(context))
+            leading.start(context, trainer, is_unwanted=is_unwanted)
             pack = _open_pack(context, stack, first, trainer.directory)
             for claim in waiting:
                 pack.admit(claim)
         except (LorryError, OSError, bases.Abandoned) as error:
             _release(context, waiting, _mishap(context, error))
             return len(claimed), []
-        stack.enter_context(_announced(context, trainer, pack, first.base_digest))
+        stack.enter_context(announced(context, trainer, pack, first.base_digest))
         left_over = _attend(context, chores, trainer, pack)
         _conclude(context, trainer, pack)
     return len(claimed) - len(waiting) + pack.num_ended, left_over
@@ -123,20 +128,21 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
     """Why there is no trainer."""
     if context.draining:
         return End(reason=EndReason.DRAINED, detail="The worker left.")
+    if isinstance(error, NotGathered):
+        return End(reason=EndReason.GANG_INCOMPLETE, detail=error.message)
     if isinstance(error, LorryError):
         is_own = isinstance(error, OutOfSpace)
         return End(reason=EndReason.NODE_FAILED if is_own else EndReason.INFRA_LOST, detail=error.sentence())
     return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not start a trainer: {error}.")
 
 
-def _trainer(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Path) -> TrainerProcess:
-    """The one that stands by, or a new one; it loads this base, and ends with the stack, its directory after it."""
-    settings = _trainer_settings(context, first, base_dir)
+def _trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, settings: Json) -> TrainerProcess:
+    """The one that stands by, or a new one; it loads its base, and ends with the stack, its directory after it."""
     if context.standby is not None and (trainer := context.standby.take(stack)) is not None:
         trainer.begin(settings)
         if trainer.returncode is None:  # else it ended this very moment, and no job is to pay for that
             return trainer
-    path = stack.enter_context(scratch.owned(context.trainers_dir() / str(first.trainer_id)))
+    path = stack.enter_context(scratch.owned(context.trainers_dir() / trainer_id))
     directory = TrainerDirectory.create(path)
     trainer = launch(
         directory,
@@ -149,11 +155,11 @@ def _trainer(context: WorkerContext, stack: ExitStack, first: Job, base_dir: Pat
     return trainer
 
 
-def _trainer_settings(context: WorkerContext, first: Job, base_dir: Path) -> Json:
+def _trainer_settings(context: WorkerContext, first: Job) -> Json:
+    """But for the folder of its base, which is this node's own."""
     return {
         "format": 1,
         "trainer_id": first.trainer_id,
-        "base_dir": str(base_dir.absolute()),
         "dtype": packing.precision_of(first.pack_key),
         "quantisation": packing.quantisation_of(first.pack_key),
         "strategy": strategy_for(context, first),
@@ -174,31 +180,6 @@ def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: 
     return pack
 
 
-@contextmanager
-def _announced(context: WorkerContext, trainer: TrainerProcess, pack: Pack, base_digest: str) -> Generator[None]:
-    """The trainer is on record, and lives by the worker's heartbeat."""
-    trainer_id, pack_key = pack.trainer_id, pack.pack_key
-    named = {"trainer_id": trainer_id, "worker_id": context.worker_id, "base_digest": base_digest}
-    device = context.device.as_json()
-    group = {"group": {name: device[name] for name in ("indices", "cores")}}
-    workers.register_trainer(context.db, **named, pack_key=pack_key, report=group)
-    context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id, "report": {}}
-    context.pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
-    try:
-        yield
-    finally:
-        context.pulse.guard(on_beat=None, on_lost=None)
-        context.pulse.status |= {"resident_base": None, "trainer_id": None}
-        exit_report = {"exit_status": trainer.returncode, **_speeds(context)}
-        _try(lambda: workers.end_trainer(context.db, trainer_id, report=exit_report))
-
-
-def _speeds(context: WorkerContext) -> Json:
-    """What the trainer has learnt of its ticks: for plans of jobs on its base."""
-    told = context.pulse.status["report"].get("tick_speeds")
-    return {"tick_speeds": told} if told else {}
-
-
 def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: Pack) -> list[Claim]:
     """Until the trainer has ended. Returns claims of another pack, for which this one was unloaded.
 
@@ -213,7 +194,8 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
         if pack.ready is None and not len(pack):
             trainer.kill()  # everybody has gone before it was ready
             break
-        if context.draining and leaving_at is None:
+        is_to_leave = _patiently(trainer, lambda: leading.attend(context, trainer)) or context.draining
+        if is_to_leave and leaving_at is None:
             leaving_at = time.monotonic()
             _patiently(trainer, lambda: _begin_to_leave(trainer, pack))
         has_rung = context.bell.has_rung()
@@ -307,14 +289,16 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End
         device_kind=context.device.kind,
         is_disk_full=node.is_disk_full(pack.directory.path),
     )
-    if len(pack):
-        log.error("%s\n%s", detail, log_tail)
-    return End(reason=reason, detail=detail)
+    end = End(reason=reason, detail=detail)
+    if not len(pack):
+        return end
+    log.error("%s\n%s", detail, log_tail)
+    return leading.cause(context, end, log_tail)
 
 
 def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str | None = None) -> list[Claim]:
     """Claimed jobs, whose leases the heartbeat renews from here on."""
-    if room.max_jobs <= 0:
+    if room.max_jobs <= 0 or (context.gang is not None and not context.gang.may_claim()):
         return []
     since = time.monotonic()
     claimed = claims.claim_pack(

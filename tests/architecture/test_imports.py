@@ -11,7 +11,14 @@ import pytest
 from tests.architecture.source_files import ROOT, source_files
 
 TENSORS = {"torch", "transformers", "peft", "accelerate", "lora_core"}
-IN_THE_CHILD = {"worker.train_entry", "worker.train_outputs", "worker.apart", "worker.ending", "worker.import_entry", "worker.plan"}
+IN_THE_CHILD = {
+    "worker.train_entry",
+    "worker.train_outputs",
+    "worker.apart",
+    "worker.ending",
+    "worker.import_entry",
+    "worker.plan",
+}
 SERVER = {"catalog", "api", "worker", "sqlalchemy", "celery", "fastapi", "alembic", "pydantic"}
 IMPORT_ALL = """
 import importlib, json, sys

@@ -1,4 +1,5 @@
-"""A TCP proxy on loopback that fails on demand: partitions, refusals, slowness, and HTTP answers of its own.
+"""A TCP proxy that fails on demand, on loopback where no other address is named: partitions, refusals, slowness, and
+HTTP answers of its own.
 
 It runs in a thread of this process. What passes is not looked at, but for the first line of an HTTP request.
 """
@@ -30,8 +31,8 @@ class Asked:
 class FaultProxy:
     """`judge` says what becomes of each HTTP request; by itself all are passed on."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.port = 0
+    def __init__(self, host: str, port: int, *, address: str = "127.0.0.1") -> None:
+        self.address, self.port = address, 0
         self.judge: Callable[[Asked], Verdict] = lambda _: "pass"
         self.bytes_per_second: float | None = None
         """Of each connection, to the server."""
@@ -59,7 +60,7 @@ class FaultProxy:
     def run(self, is_ready: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
         self._whole.set()
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, self.address, 0))
         self.port = server.sockets[0].getsockname()[1]
         is_ready.set()
         self._loop.run_forever()
@@ -151,9 +152,9 @@ def http_answer(status: str, body: str) -> bytes:
 
 
 @contextmanager
-def fault_proxy(host: str, port: int) -> Iterator[FaultProxy]:
-    """Before a server on `host`:`port`, for as long as the block."""
-    proxy, is_ready = FaultProxy(host, port), threading.Event()
+def fault_proxy(host: str, port: int, *, address: str = "127.0.0.1") -> Iterator[FaultProxy]:
+    """Before a server on `host`:`port`, for as long as the block. address: where the proxy itself listens."""
+    proxy, is_ready = FaultProxy(host, port, address=address), threading.Event()
     thread = threading.Thread(target=proxy.run, args=(is_ready,), name="fault-proxy", daemon=True)
     thread.start()
     is_ready.wait()

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from tests import tiny_base
-from tests.worker.test_several_processes import GONE_SECONDS, WAIT_SECONDS, Launched, digest, launched
+from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, launched
+from worker.exits import ECHO
 from worker.meeting import interface_of, meeting_settings, told_port
 
 pytestmark = pytest.mark.timeout(600)
@@ -47,6 +48,14 @@ def wait_for_port(leader: Launched) -> int:
         leader.process.pulse()
         time.sleep(0.02)
     return port
+
+
+def wait_for_end(leader: Launched) -> None:
+    """That its worker lives it is told all along."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not leader.process.wait(0.1):
+        assert time.monotonic() < deadline, "it goes on without the other machine"
+        leader.process.pulse()
 
 
 def finish(leader: Launched) -> str:
@@ -93,4 +102,5 @@ def test_nothing_listens_but_at_the_address_of_the_leader_and_a_killed_machine_e
         member.process.kill()
 
         assert listening == {LOCAL}
-        assert leader.process.wait(GONE_SECONDS), "it goes on without the other machine"
+        wait_for_end(leader)
+        assert ECHO.search(leader.directory.log_tail(max_bytes=16_000)), leader.directory.log_tail()

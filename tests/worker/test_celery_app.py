@@ -123,3 +123,13 @@ def test_a_celery_worker_that_does_not_fit_ends_before_it_takes_a_message(tmp_pa
         assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
         assert "it is at 9999, a newer one. Install the service's version" in site.log()
         assert workers.list_workers(site.db, ended_within_seconds=0) == []
+
+
+def test_celerys_own_command_starts_no_worker_of_a_gang(tmp_path: Path, redis_url: str) -> None:
+    gang = {"LORRY_GANG": "hall", "LORRY_ADVERTISE_ADDRESS": "127.0.0.1"}
+    with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu", **gang) as site:
+        worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
+
+        assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
+        assert "start it by `lorry worker`" in site.log()
+        assert workers.list_workers(site.db) == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from catalog.settings import Settings
 from worker import groups, node
 from worker.groups import GroupWorker, Supervisor
 from worker.node import Device
@@ -187,3 +188,10 @@ def test_a_node_with_a_broker_runs_celery_and_one_without_the_loop() -> None:
     assert alone[-3:] == ["worker.loop", "--device", "0,1"]
     assert celery[-2:] == ["-n", "group-0-1@%h"]
     assert "worker.celery_app" in celery
+
+
+def test_workers_of_a_gang_look_by_themselves_with_a_broker_too() -> None:
+    by_itself, with_broker = Settings(redis_url=None), Settings(redis_url="redis://broker")
+
+    assert [groups.is_rung_for(told) for told in (by_itself, with_broker)] == [False, True]
+    assert not groups.is_rung_for(with_broker.model_copy(update={"gang": "hall"}))

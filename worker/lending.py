@@ -1,0 +1,152 @@
+"""What a member of a gang does that is called: it lends its devices to a trainer of the leader's, until that is over.
+
+It has no claim and writes nothing of a job. Its trainer is one of several that are one together: when this worker
+can't ask the database any more, or the round is over, it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from catalog import gangs, logs
+from catalog.errors import LorryError
+from catalog.gangs import Call, NotGathered
+from catalog.states import EndReason
+from worker import bases, cgroup, node
+from worker.chores import Chores
+from worker.context import WorkerContext
+from worker.exits import classify_exit, is_echo
+from worker.gang import Seat
+from worker.launch import TrainerProcess
+from worker.meeting import meeting_settings
+from worker.trainer_directory import Json
+
+log = logging.getLogger(__name__)
+TURN_SECONDS = 0.2
+Start = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
+"""By its id and settings; the trainer ends with the stack."""
+
+
+def lend(context: WorkerContext, chores: Chores, start: Start) -> bool:
+    """Take part where the worker is called. False where it is not. Raises Unavailable before anything has begun."""
+    seat = context.gang
+    if seat is None or (call := seat.called()) is None:
+        return False
+    seat.had = call.round_id
+    with logs.about({"trainer": call.task["trainer_id"]}):
+        end = _Part(context, chores, seat, call).take(start)
+    if end is not None:
+        with suppress(LorryError):
+            gangs.leave(seat.place, call.round_id, end=end)
+    return True
+
+
+class _Part:
+    """Of one member in one round."""
+
+    def __init__(self, context: WorkerContext, chores: Chores, seat: Seat, call: Call) -> None:
+        self._context = context
+        self._chores = chores
+        self._seat = seat
+        self._call = call
+
+    def take(self, start: Start) -> Json | None:
+        """How the part ended; None where that is the leader's to say."""
+        context, task = self._context, self._call.task
+        try:
+            base_dir = bases.ensure(
+                context, task["base_model"], task["base_digest"], is_unwanted=lambda: not self._is_called()
+            )
+            gangs.join(self._seat.place, self._call.round_id)
+            port = self._started()
+            return None if port is None else self._lend(start, self._settings(port, base_dir))
+        except NotGathered as error:
+            log.info("%s", error.message)
+            return None
+        except (LorryError, OSError, bases.Abandoned) as error:
+            return _mishap(context, error)
+
+    def _is_called(self) -> bool:
+        return self._seat.still_called(self._call.round_id) is not None
+
+    def _started(self) -> int | None:
+        """Wait until all have joined, and the leader's trainer listens. None where the round is over before."""
+        while (found := self._seat.still_called(self._call.round_id)) is not None:
+            if found.port is not None:
+                return found.port
+            if self._context.draining:
+                raise bases.Abandoned
+            self._chores.go_on()
+            time.sleep(TURN_SECONDS)
+        return None
+
+    def _settings(self, port: int, base_dir: Path) -> Json:
+        """The leader's, with what is this node's own."""
+        call, task = self._call, self._call.task
+        met = meeting_settings(
+            address=task["address"],
+            interface=self._seat.interface,
+            port=port,
+            name=call.round_id,
+            first_rank=call.first_rank,
+            num_ranks=task["num_ranks"],
+        )
+        own = {"base_dir": str(base_dir.absolute()), "device": self._context.device.torch_name()}
+        return {**task["settings"], **own, "meeting": met}
+
+    def _lend(self, start: Start, settings: Json) -> Json | None:
+        """Until the trainer has ended. Its folder is no other's, though the leader's be on the same disk."""
+        context, name = self._context, f"{self._call.task['trainer_id']}-from-{self._call.first_rank}"
+        with ExitStack() as stack:
+            trainer = start(context, stack, name, settings)
+            stack.callback(context.pulse.guard, on_beat=None, on_lost=None)
+            context.pulse.guard(on_beat=trainer.pulse, on_lost=None)
+            trainer.pulse()
+            return self._attend(trainer)
+
+    def _attend(self, trainer: TrainerProcess) -> Json | None:
+        context, asked_at = self._context, None
+        while trainer.returncode is None:
+            self._chores.go_on()
+            if context.draining and asked_at is None:
+                asked_at = time.monotonic()
+                with suppress(LorryError):
+                    gangs.ask_to_leave(self._seat.place)
+            if asked_at is not None and time.monotonic() - asked_at > context.drain_seconds + TURN_SECONDS:
+                trainer.kill()
+                return _told(EndReason.DRAINED, "The worker left.")
+            if not self._is_called():
+                trainer.kill()
+                return None
+            trainer.wait(TURN_SECONDS)
+        return None if trainer.returncode == 0 else _ended(context, trainer)
+
+
+def _ended(context: WorkerContext, trainer: TrainerProcess) -> Json:
+    log_tail = trainer.directory.log_tail(max_bytes=16_000)
+    num_oom_kills = cgroup.oom_kills() - trainer.oom_kills_before
+    reason, detail = classify_exit(
+        trainer.returncode or 0,
+        log_tail,
+        num_oom_kills=num_oom_kills,
+        device_kind=context.device.kind,
+        is_disk_full=node.is_disk_full(trainer.directory.path),
+    )
+    log.error("%s\n%s", detail, log_tail)
+    return _told(reason, detail, is_echo=is_echo(reason, detail, log_tail))
+
+
+def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandoned) -> Json | None:
+    """Why it does not take part."""
+    if isinstance(error, bases.Abandoned):
+        return _told(EndReason.DRAINED, "The worker left.") if context.draining else None
+    detail = error.sentence() if isinstance(error, LorryError) else f"The worker could not start a trainer: {error}."
+    return _told(EndReason.NODE_FAILED, detail)
+
+
+def _told(reason: EndReason, detail: str, *, is_echo: bool = False) -> Json:
+    return {"reason": reason.value, "detail": detail, "is_echo": is_echo}
