@@ -13,24 +13,23 @@ from contextlib import contextmanager, suppress
 
 from catalog.disk import is_full
 from lora_core import distributed
-from lora_core.distributed import Ranks
+from lora_core.distributed import Meeting, Ranks
 from lora_core.first_failure import told_to_all
-from worker.apart import meeting_of
 from worker.exits import DISK_FULL
-from worker.trainer_directory import TrainerDirectory
 
 SILENCE_SECONDS = 3600.0
 """For which a rank waits for another, who may be verifying an adapter. Our parent notices a hang sooner."""
 
 
 @contextmanager
-def joined(directory: TrainerDirectory) -> Generator[Ranks]:
-    """The ranks of this trainer, whichever machines they are on, for as long as the block lasts.
+def joined(device: str, meeting: Meeting | None = None) -> Generator[Ranks]:
+    """The ranks that this process was launched among, and those of other machines where it meets them, for as long as
+    the block lasts.
 
     Of several one that fails doesn't wait at its end for threads and devices in which the others wait for it. A full
     disk is told by the exit status, for there may be no room for words.
     """
-    ranks = distributed.join(directory.device(), silence_seconds=SILENCE_SECONDS, meeting=meeting_of(directory))
+    ranks = distributed.join(device, silence_seconds=SILENCE_SECONDS, meeting=meeting)
     try:
         with told_to_all(ranks):
             yield ranks

@@ -33,7 +33,7 @@ from lora_core.generate import Generation, check_prompts
 from lora_core.memory_shortage import shortage_of
 from lora_core.sharding import Strategy
 from lora_core.warm_up import warm_up
-from worker.apart import brought, forget
+from worker.apart import brought, forget, meeting_of
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.ending import joined
@@ -390,7 +390,7 @@ def main(arguments: list[str]) -> int:
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)
-    with joined(directory) as ranks:
+    with joined(directory.device(), meeting_of(directory)) as ranks:
         Trainer(directory, ranks).run()
     return 0
 
