@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Select, Text, bindparam, case, cast, func, select
 from sqlalchemy.orm import Session
 
-from catalog import daily, heads
+from catalog import daily, device_counts, heads
 from catalog.db import Database, add_if_missing, read_clock
 from catalog.dividing import group_told
 from catalog.fleet import has_gpu, quantisations_on
@@ -35,10 +35,12 @@ def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *,
     """Charge jobs that train, whose rows are locked, from the last charge until now: all that their trainers hold."""
     training = [job for job in jobs if job.state == JobState.RUNNING]
     beside = Counter(job.trainer_id for job in training)
+    num_devices = _num_devices(session, worker) if training else 1
     owed: defaultdict[str, float] = defaultdict(float)
     for job in training:
+        num_jobs = beside[job.trainer_id]
         owed[job.project_id] += _take_stock(
-            session, job, worker, num_jobs=beside[job.trainer_id], now=now, policy=policy
+            session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy
         )
     for project_id in sorted(owed):  # in one order, so that nobody waits in a circle
         row = _locked(session, project_id, worker, now=now)
@@ -68,7 +70,8 @@ def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> Non
     """
     num_jobs = session.scalar(select(func.count()).select_from(_held_by(job.trainer_id).subquery())) or 1
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
-    owed = _take_stock(session, job, worker, num_jobs=num_jobs, now=now, policy=policy)
+    num_devices = _num_devices(session, worker)
+    owed = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
     row = _locked(session, job.project_id, worker, now=now)
     row.device_seconds, row.as_of = _left(row, now=now, policy=policy) + owed, now
 
@@ -111,7 +114,7 @@ def _held_by(trainer_id: str | None) -> Select[str]:
 
 def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], defaultdict[str, float]]:
     """Of those projects: how many jobs run, and of how many devices they have their part."""
-    rows = session.execute(_packs()).all()
+    rows, lent = session.execute(_packs()).all(), device_counts.lent(session)
     beside: Counter[str | None] = Counter()
     for row in rows:
         beside[row.trainer_id] += row.number
@@ -120,17 +123,20 @@ def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], 
     for row in rows:
         if row.project_id in waiting:
             running[row.project_id] += row.number
-            held[row.project_id] += max(1, row.num_devices or 0) * row.number / beside[row.trainer_id]
+            num_devices = device_counts.count(row.worker_id, row.devices, lent)
+            held[row.project_id] += num_devices * row.number / beside[row.trainer_id]
     return running, held
 
 
-def _take_stock(
-    session: Session, job: Job, worker: Worker | None, *, num_jobs: int, now: float, policy: Policy
-) -> float:
+def _num_devices(session: Session, worker: Worker | None) -> int:
+    return 1 if worker is None else device_counts.count(worker.id, worker.devices, device_counts.lent(session))
+
+
+def _take_stock(session: Session, job: Job, *, num_devices: int, num_jobs: int, now: float, policy: Policy) -> float:
     """What the job owes since it was charged last; noted on its row."""
     since = now if job.charged_at is None else job.charged_at
     elapsed = min(now - since, policy.lease_seconds)
-    owed = shares.charge(elapsed, num_devices=len(worker.devices) if worker else 1, num_jobs=num_jobs)
+    owed = shares.charge(elapsed, num_devices=num_devices, num_jobs=num_jobs)
     job.charged_at, job.device_seconds = now, job.device_seconds + owed
     daily.add(session, job, "device_seconds", owed, now=now)
     return owed
@@ -173,8 +179,7 @@ def _packs() -> Select[*tuple[Any, ...]]:
     number = func.count().label("number")
     packs = select(Job.project_id, Job.trainer_id, Job.worker_id, number).where(Job.state == JobState.RUNNING)
     found = packs.group_by(Job.project_id, Job.trainer_id, Job.worker_id).subquery()
-    num_devices = func.json_array_length(Worker.devices).label("num_devices")
-    return select(found, num_devices).outerjoin(Worker, Worker.id == found.c.worker_id)
+    return select(found, Worker.devices).outerjoin(Worker, Worker.id == found.c.worker_id)
 
 
 @cache

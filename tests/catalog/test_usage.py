@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from catalog import claims, jobs, projects, queue, recovery, usage
+from catalog import claims, gangs, jobs, projects, queue, recovery, usage
 from catalog.errors import InvalidRequest, NotFound
 from catalog.keys import Caller
 from catalog.scheduling.picture import HALF_LIFE_SECONDS, PROMOTE_AFTER_SECONDS, USUAL, Room
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables import Job, Worker
 from tests.catalog.world import LEASE, World
 
 ONE = Room(max_jobs=1, memory_bytes_free=10**12)
@@ -57,6 +57,63 @@ def test_those_that_train_together_are_charged_their_parts_of_each_device(world:
 
     assert used(world) == {"ours": 10, "theirs": 30}
     assert round(world.job(held[0].job.id).device_seconds) == 10
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ({"kind": "cuda", "indices": [2, 3], "num_processes": 2}, 2),
+        ({"kind": "cuda", "indices": [2]}, 1),
+        ({"kind": "cpu", "num_processes": 2}, 1),
+    ],
+)
+def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
+    world: World, device: dict[str, Any], expected: int
+) -> None:
+    world.worker()
+    with world.db.write() as session:
+        session.get_one(Worker, "w1").devices = [device]
+    world.queued()
+    [held] = world.claim()
+    with world.db.read() as session:
+        shares = usage.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
+    assert shares == {}  # nothing waits: nobody's share is looked at
+
+    world.queued()
+    with world.db.read() as session:
+        shares = usage.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
+    assert shares[world.caller.project_id].devices_held == expected
+
+    world.clock.turn(20)
+    world.beat(held.claim_id)
+
+    assert used(world)["ours"] == 20 * expected
+
+
+def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) -> None:
+    for worker_id in ("w1", "w2"):
+        world.worker(worker_id)
+        place = gangs.Place(db=world.db, worker_id=worker_id, gang="pair", silent_seconds=LEASE)
+        gangs.enter(place, size=2, min_size=2, kind="cuda", num_processes=4, free_bytes=10**9)
+    leader = gangs.Place(db=world.db, worker_id="w1", gang="pair", silent_seconds=LEASE)
+    assert gangs.lead(leader)
+    world.queued()
+    [held] = world.claim(room=ONE)
+    led = gangs.open_round(leader, members=["w1", "w2"], task={}, seconds=60)
+
+    world.queued()
+    with world.db.read() as session:
+        shares = usage.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
+    assert shares[world.caller.project_id].devices_held == 8
+
+    world.clock.turn(20)
+    world.beat(held.claim_id)
+    assert used(world)["ours"] == pytest.approx(160, abs=1)
+
+    gangs.end_round(leader, led.round_id)
+    world.clock.turn(20)
+    world.beat(held.claim_id)
+    assert used(world)["ours"] == pytest.approx(180, abs=1)
 
 
 def test_the_last_seconds_are_charged_with_the_end(world: World) -> None:
