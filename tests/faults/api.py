@@ -74,7 +74,7 @@ def _killed_while_it_tells(site: FaultSite) -> str:
             return Answer()
 
         receiver.answer = answer
-        _add_endpoint(site, receiver.url)
+        add_endpoint(site, receiver.url)
         api = site.start_api()
         site.cancel(site.submit_small())
         assert has_come.wait(PATIENCE_SECONDS), site.log()
@@ -83,7 +83,7 @@ def _killed_while_it_tells(site: FaultSite) -> str:
         may_answer.set()
         site.start_api()
         site.wait_until(lambda: len(site.hooks) > 1)
-        site.wait_until(lambda: _all_delivered(site))
+        site.wait_until(lambda: all_delivered(site))
     ids = {hook.event_id for hook in site.hooks}
     assert len(ids) == 1, f"it came as {ids}"
     return f"{len(site.hooks)} requests with one id"
@@ -94,13 +94,13 @@ def job_ids(site: FaultSite) -> list[str]:
         return [job.id for job in session.query(Job)]
 
 
-def _add_endpoint(site: FaultSite, url: str) -> None:
+def add_endpoint(site: FaultSite, url: str) -> None:
     wanted: Any = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
     given = {"name": "ops", "url": url, "event_types": wanted, "pepper": PEPPER.encode()}
     endpoints.create(site.db, project_id=site.caller.project_id, **given)
 
 
-def _all_delivered(site: FaultSite) -> bool:
+def all_delivered(site: FaultSite) -> bool:
     with site.db.read() as session:
         return all(row.status == "delivered" for row in session.query(WebhookDelivery))
 

@@ -19,7 +19,7 @@ from tests.faults.soak.acts import Acts
 from tests.faults.soak.asking import Sample
 from tests.faults.soak.kept import Window
 from tests.faults.soak.kinds import Files
-from tests.faults.soak.verdict import Ended, compare, problems
+from tests.faults.soak.verdict import Ended, compare, problems, refusals
 
 SUBMITTED = {"key-1": "sft-1", "key-2": "dpo-1"}
 DIGESTS = {"sft-1": "a" * 64, "dpo-1": "b" * 64}
@@ -122,14 +122,28 @@ def test_a_key_that_was_answered_with_two_jobs_or_none_is_found() -> None:
     [
         sample("get", 203.0, status=500),
         sample("get", 203.0, status=503),
+        sample("get", 50.0, status=503, retry_after="5"),
         sample("get", 203.0, status=0, told="ConnectionResetError"),
         sample("list", 50.0, status=404),
     ],
 )
-def test_a_500_a_503_without_advice_and_no_answer_of_an_api_that_lives_are_found(answer: Sample) -> None:
+def test_a_500_a_503_without_advice_or_reason_and_no_answer_of_an_api_that_lives_are_found(answer: Sample) -> None:
     (problem,) = found(JOBS, answer)
 
     assert problem.startswith(f"{answer.what} at")
+
+
+def test_an_operator_may_be_refused_but_not_by_a_fault() -> None:
+    answers = [
+        sample("pause", 50.0, status=409, told="job_not_running"),
+        sample("uncordon", 209.0, status=503, retry_after="5"),
+        sample("resume", 51.0, status=500, told="internal_error"),
+    ]
+
+    (problem,) = problems(SUBMITTED, SAMPLES, JOBS, DIGESTS, AWAY, of_operator=answers)
+
+    assert problem.startswith("resume at 51.0: 500 internal_error")
+    assert refusals([*answers, sample("pause", 5.0)])["pause: 409 job_not_running"] == 1
 
 
 def test_requests_while_the_api_or_its_database_is_away_are_counted_apart() -> None:

@@ -48,8 +48,16 @@ class Watch:
         if ENTRY not in argv:
             return
         now = time.time()
-        for folder in Path(argv[argv.index(ENTRY) + 1]).glob("jobs/*"):
+        for folder in _folders(Path(argv[argv.index(ENTRY) + 1]) / "jobs"):
             key = process.pid, folder.name
             before = self._seen.get(key)
             first_at = now if before is None else before.first_at
             self._seen[key] = Sighting(pid=process.pid, claim_id=folder.name, first_at=first_at, last_at=now)
+
+
+def _folders(jobs: Path) -> list[Path]:
+    """None where they are gone meanwhile."""
+    try:
+        return list(jobs.iterdir())
+    except OSError:
+        return []

@@ -22,10 +22,11 @@ from sqlalchemy import func, select
 
 from catalog.errors import LorryError
 from catalog.states import JobState
-from catalog.tables import Artifact, Checkpoint, Job, Trainer
+from catalog.tables import Adapter, Artifact, Checkpoint, Job, Trainer
 from tests.faults.site import FaultSite
+from tests.faults.soak.asking import Sample
 from tests.faults.soak.chance import Fault
-from tests.faults.soak.kept import Kept
+from tests.faults.soak.kept import Kept, timed
 from tests.faults.store import BROKEN
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -45,16 +46,26 @@ class _Later:
     act: Callable[[], bool]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutShort:
+    """A file of which the last byte was taken. at: in seconds since 1970."""
+
+    content: bytes
+    at: float
+
+
 class Acts:
     def __init__(self, site: FaultSite, kept: Kept) -> None:
         self.site = site
         self.kept = kept
         self.done: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
-        self.refusals: Counter[str] = Counter()
-        """Answers to a pause or a resume that were not 200, by status and code."""
-        self.truncated: dict[str, bytes] = {}
-        """What was there, by the digest of what was cut short."""
+        self.answers: list[Sample] = []
+        """To each pause and resume."""
+        self.failures: list[str] = []
+        """Faults that could not be done, though there was somebody whom they could meet."""
+        self.truncated: dict[str, CutShort] = {}
+        """By its digest."""
         self._later: list[_Later] = []
 
     def do(self, fault: Fault) -> None:
@@ -64,9 +75,9 @@ class Acts:
             act(fault)
         except (Nobody, LorryError, httpx.TransportError, psutil.Error, FileNotFoundError):
             self.left_out[name] += 1
-        except Exception:  # noqa: BLE001  (a soak of half an hour is not to end for a fault that could not be done)
+        except Exception as error:  # noqa: BLE001  (a soak of half an hour goes on, and is not a good one)
             traceback.print_exc()
-            self.left_out[name] += 1
+            self.failures.append(f"the fault {name} could not be done: {type(error).__name__}: {error}")
         else:
             self.done[name] += 1
 
@@ -92,20 +103,30 @@ class Acts:
         return left
 
     def put_back(self) -> int:
-        """What was cut short, is so still, and no job has asked for since: the auditor is to find Lorry's doing, not
-        ours. Returns how many files that were."""
+        """What was cut short, is so still, and was not stored anew since: the auditor is to find Lorry's doing, and not
+        the soak's. Returns how many files that were. What is gone from the store is left so: Lorry has dropped it."""
         store = from_url(self.site.settings.resolved_store_url(), client_options={"allow_http": True})
+        stored_at = self._stored_at()
         number = 0
-        for digest, content in self.truncated.items():
-            key = _key(digest)
+        for digest, cut in self.truncated.items():
             try:
-                is_whole = obstore.head(store, key)["size"] == len(content)
+                is_whole = obstore.head(store, _key(digest))["size"] == len(cut.content)
             except FileNotFoundError:
-                is_whole = False
-            if not is_whole:
-                obstore.put(store, key, content)
+                continue
+            if not is_whole and stored_at.get(digest, 0.0) < cut.at:
+                obstore.put(store, _key(digest), cut.content)
                 number += 1
         return number
+
+    def _stored_at(self) -> dict[str, float]:
+        """By file: when a checkpoint or an adapter last named it."""
+        latest: dict[str, float] = {}
+        with self.site.db.read() as session:
+            for owner in (Checkpoint, Adapter):
+                named = select(owner.created_at, Artifact.files).join(Artifact, Artifact.digest == owner.artifact)
+                for at, files in session.execute(named):
+                    latest |= {file["digest"]: max(at, latest.get(file["digest"], 0.0)) for file in files}
+        return latest
 
     def _then(self, seconds: float, act: Callable[[], bool | None]) -> None:
         self._later.append(_Later(due=time.monotonic() + seconds, act=lambda: bool(act())))
@@ -145,8 +166,9 @@ class Acts:
         pid, digest = _at(fault.place, self._with_two_checkpoints())
         store = from_url(self.site.settings.resolved_store_url(), client_options={"allow_http": True})
         content = bytes(obstore.get(store, _key(digest)).bytes())
-        self.truncated.setdefault(digest, content)
-        obstore.put(store, _key(digest), content[:-1])
+        if digest not in self.truncated:
+            self.truncated[digest] = CutShort(content=content, at=time.time())
+        obstore.put(store, _key(digest), self.truncated[digest].content[:-1])
         psutil.Process(pid).kill()
 
     def _with_two_checkpoints(self) -> list[tuple[int, str]]:
@@ -168,22 +190,20 @@ class Acts:
             running = list(session.scalars(select(Job.id).where(Job.state == JobState.RUNNING).order_by(Job.id)))
         job_id = _at(fault.place, running)
         self._then(fault.lasts, lambda: self._resume(job_id))
-        self._noted("pause", self.site.ask("POST", f"{JOBS}/{job_id}/pause"))
+        self._asked("pause", f"{JOBS}/{job_id}/pause")
 
     def _resume(self, job_id: str) -> bool:
         """Until it is answered: a job that stays paused would never end."""
         try:
-            answer = self.site.ask("POST", f"{JOBS}/{job_id}/resume", timeout=10.0)
+            answer = self._asked("resume", f"{JOBS}/{job_id}/resume")
         except httpx.TransportError:
             return True
-        self._noted("resume", answer)
-        return answer.status_code >= 500
+        return answer.status >= 500
 
-    def _noted(self, what: str, answer: httpx.Response) -> None:
-        if answer.status_code != 200:
-            code = (answer.json().get("error") or {}).get("code")
-            advice = " with Retry-After" if "retry-after" in answer.headers else ""
-            self.refusals[f"{what}: {answer.status_code} {code}{advice}"] += 1
+    def _asked(self, what: str, path: str) -> Sample:
+        answer = timed(what, lambda: self.site.ask("POST", path, timeout=10.0))
+        self.answers.append(answer)
+        return answer
 
     # Servers
 

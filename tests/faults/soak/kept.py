@@ -7,7 +7,9 @@ from __future__ import annotations
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Literal
 
 import httpx
@@ -18,6 +20,7 @@ from catalog.errors import LorryError
 from catalog.tables import Worker
 from tests.faults.redis import CELERY
 from tests.faults.site import FaultSite
+from tests.faults.soak.asking import Sample
 from tests.faults.soak.chance import FAILPOINTS
 
 OPERATOR_SECONDS = 2.0
@@ -46,7 +49,8 @@ class Kept:
         self.windows: list[Window] = []
         self.started: Counter[str] = Counter()
         """How often each was started again, by what it is and how it had ended."""
-        self.num_uncordoned = 0
+        self.answers: list[Sample] = []
+        """To each call that took back a cordon."""
         self._names = 0
         self._api_lived_at = time.time()
         self._leaving: subprocess.Popen[bytes] | None = None
@@ -144,10 +148,27 @@ class Kept:
             with self.site.db.read() as session:
                 ids = list(session.scalars(cordoned))
             for worker_id in ids:
-                answer = self.site.ask("POST", f"/v1/workers/{worker_id}/uncordon", timeout=10.0)
-                self.num_uncordoned += answer.status_code == 200
+                path = f"/v1/workers/{worker_id}/uncordon"
+                self.answers.append(timed("uncordon", lambda path=path: self.site.ask("POST", path, timeout=10.0)))
         except (LorryError, httpx.TransportError):
             return  # the next look finds them
+
+
+def timed(what: str, ask: Callable[[], httpx.Response]) -> Sample:
+    """One request of the operator's."""
+    began, at = time.monotonic(), time.time()
+    answer = ask()
+    told = "" if answer.status_code < HTTPStatus.BAD_REQUEST else _code(answer)
+    advice = answer.headers.get("retry-after")
+    seconds = time.monotonic() - began
+    return Sample(what=what, at=at, seconds=seconds, status=answer.status_code, retry_after=advice, told=told)
+
+
+def _code(answer: httpx.Response) -> str:
+    try:
+        return str((answer.json().get("error") or {}).get("code"))
+    except ValueError:
+        return answer.text[:100]
 
 
 def _is_trainer(process: psutil.Process) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from sqlalchemy import func, select
 from catalog.errors import LorryError
 from catalog.states import FINAL_STATES
 from catalog.tables import Job
+from tests.api.hook_receiver import Answer, Received, receiving
 from tests.faults import record
+from tests.faults.api import add_endpoint, all_delivered
 from tests.faults.findings import Finding
 from tests.faults.site import BASE, FaultSite
 from tests.faults.soak import chance, kinds, verdict
@@ -71,6 +74,8 @@ class Soaked:
     num_put_back: int = 0
     num_truncated: int = 0
     num_uncordoned: int = 0
+    num_hooks: int = 0
+    """Webhooks that came."""
     jobs: dict[str, verdict.Ended] = field(default_factory=dict[str, verdict.Ended])
     problems: list[str] = field(default_factory=list[str])
     findings: Sequence[Finding] = ()
@@ -88,6 +93,17 @@ class Soak:
         self._told_at = time.monotonic()
 
     def run(self) -> Soaked:
+        with receiving() as receiver:
+            receiver.answer = self._told
+            add_endpoint(self.site, receiver.url)
+            return self._run()
+
+    def _told(self, request: Received) -> Answer:
+        """A webhook that came."""
+        self.site.heard(request.body, event_id=request.headers["webhook-id"])
+        return Answer()
+
+    def _run(self) -> Soaked:
         path = self.site.folder / "samples.jsonl"
         self._while(lambda: self.kept.is_away("api"))
         files = kinds.upload(self.site)
@@ -136,20 +152,26 @@ class Soak:
         time.sleep(1.0)
         keys = {sample.key for sample in _read(path) if sample.job_id is not None}
         states = self._states()
-        return keys == set(self.seen.submitted) and set(states) <= FINAL_STATES and bool(states)
+        is_ended = keys == set(self.seen.submitted) and set(states) <= FINAL_STATES and bool(states)
+        return is_ended and all_delivered(self.site)
 
     def _judge(self, path: Path) -> None:
         seen = self.seen
         seen.num_truncated, seen.num_put_back = len(self.acts.truncated), self.acts.put_back()
         seen.samples, seen.windows = _read(path), self.kept.windows
-        seen.done, seen.left_out, seen.refusals = self.acts.done, self.acts.left_out, self.acts.refusals
-        seen.started, seen.num_uncordoned = self.kept.started, self.kept.num_uncordoned
+        seen.done, seen.left_out, seen.started = self.acts.done, self.acts.left_out, self.kept.started
+        of_operator = [*self.acts.answers, *self.kept.answers]
+        seen.refusals = verdict.refusals(of_operator)
+        seen.num_uncordoned = sum(sample.status == HTTPStatus.OK for sample in self.kept.answers)
+        seen.num_hooks = len(self.site.hooks)
         for sample in seen.samples:
             if sample.key is not None and sample.job_id is not None:
                 self.site.submissions[sample.key].append(sample.job_id)
         seen.jobs = verdict.ended(record.read(self.site.settings.resolved_database_url()))
         args = (seen.submitted, seen.samples, seen.jobs, self.undisturbed.digests, seen.windows)
-        seen.problems = verdict.problems(*args)
+        seen.problems = [*verdict.problems(*args, of_operator=of_operator), *self.acts.failures]
+        if not seen.num_hooks or not seen.done:
+            seen.problems.append(f"{seen.done.total()} faults were done, and {seen.num_hooks} webhooks came")
         self.site.stop()
         seen.findings = self.site.audit()
 

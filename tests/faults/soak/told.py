@@ -33,7 +33,8 @@ def of_run(plan: Plan, seen: Soaked) -> None:
         longest = max(seconds, default=0.0)
         _say(f"the {what} was away {len(seconds)} times, {sum(seconds):.0f} s in all, {longest:.1f} s at most")
     _say(f"started again: {_counted(seen.started)}; taken back by the operator: {seen.num_uncordoned} cordons")
-    _say(f"pauses and resumes that were refused: {_counted(seen.refusals)}")
+    _say(f"answers to the operator that were no 200: {_counted(seen.refusals)}")
+    _say(f"webhooks that came: {seen.num_hooks}")
     _say(f"failpoints that nobody passed: {', '.join(seen.not_passed) or 'none'}")
     _say(f"checkpoint files cut short: {seen.num_truncated}, of them put back by the soak: {seen.num_put_back}")
     _say(f"attempts ended: {_counted(_reasons(seen))}")
@@ -55,7 +56,7 @@ def write(
         "latencies_ms": [_request(each) for each in _compared(seen)],
         "attempts_ended": [dict(_reasons(seen))],
         "started_again": [dict(seen.started)],
-        "refused_pauses": [dict(seen.refusals)],
+        "refused_to_operator": [dict(seen.refusals)],
         "problems": [{"sentence": one} for one in [*seen.problems, *map(str, seen.findings)]],
     }
     succeeded = sum(job.state == "succeeded" for job in seen.jobs.values())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 from tests.faults.record import Record
 from tests.faults.soak.asking import Sample
-from tests.faults.soak.kept import Window
+from tests.faults.soak.kept import Away, Window
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 UNAVAILABLE = 503
+GRACE_SECONDS = 5.0
+"""After what was away has come back: connections are made anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +55,13 @@ def problems(
     jobs: Mapping[str, Ended],
     digests: Mapping[str, str],
     windows: Sequence[Window],
+    *,
+    of_operator: Iterable[Sample] = (),
 ) -> list[str]:
     """What must not be; an empty list is a good report.
 
     submitted: by key, the name of the work that was asked for. digests: by work, of what it gives undisturbed.
+    of_operator: answers to requests that may be refused, as a pause of a job that has just ended is.
     """
     asked = list(samples)
     accepted: dict[str, set[str]] = defaultdict(set)
@@ -68,7 +73,18 @@ def problems(
         found += _of_key(key, accepted[key], jobs, digests[work])
     named = {job_id for ids in accepted.values() for job_id in ids}
     found += [f"{job_id}: it is there, and no answer named it" for job_id in sorted(set(jobs) - named)]
-    return [*found, *_bad_answers(asked, windows)]
+    found += _told_bad(asked, windows, lambda sample: _is_bad(sample, windows) or 400 <= sample.status < 500)
+    return [*found, *_told_bad(of_operator, windows, lambda sample: _is_bad(sample, windows))]
+
+
+def refusals(samples: Iterable[Sample]) -> Counter[str]:
+    """How often what was answered with another status than 200, in words."""
+    found: Counter[str] = Counter()
+    for sample in samples:
+        if sample.status != 200:
+            advice = " with Retry-After" if sample.retry_after else ""
+            found[f"{sample.what}: {sample.status} {sample.told}{advice}"] += 1
+    return found
 
 
 def _of_key(key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str) -> Iterator[str]:
@@ -92,17 +108,23 @@ def _told(reasons: Sequence[str | None]) -> str:
     return ", ".join(str(reason) for reason in reasons) or "no attempt"
 
 
-def _bad_answers(samples: Iterable[Sample], windows: Sequence[Window]) -> Iterator[str]:
-    """503 with advice is an answer of a service whose database is away; any other of 500 and more is a fault, and so is
-    none at all while the api was not itself what was ended."""
+def _told_bad(samples: Iterable[Sample], windows: Sequence[Window], is_bad: Callable[[Sample], bool]) -> Iterator[str]:
     for sample in samples:
-        is_bad = sample.status >= 500 and not (sample.status == UNAVAILABLE and sample.retry_after)
-        is_bad = is_bad or (sample.status == 0 and not _is_in(sample, "api", windows))
-        is_bad = is_bad or 400 <= sample.status < 500
-        if is_bad:
+        if is_bad(sample):
             away = " and ".join(sorted({window.what for window in windows if window.overlaps(sample.at, sample.until)}))
             told = f"{sample.what} at {sample.at:.1f}: {sample.status} {sample.told} after {sample.seconds:.2f} s"
             yield f"{told}, Retry-After {sample.retry_after}, away: {away or 'nothing'}"
+
+
+def _is_bad(sample: Sample, windows: Sequence[Window]) -> bool:
+    """503 with advice is the answer of a service that is away or whose database is; any other of 500 and more is a
+    fault, and so is none at all while the api was not itself what was ended."""
+    if sample.status == 0:
+        return not _is_in(sample, "api", windows)
+    if sample.status != UNAVAILABLE or not sample.retry_after:
+        return sample.status >= 500
+    late = replace(sample, at=sample.at - GRACE_SECONDS, seconds=sample.seconds + GRACE_SECONDS)
+    return not any(_is_in(late, what, windows) for what in get_args(Away))
 
 
 def _is_in(sample: Sample, what: str, windows: Sequence[Window]) -> bool:
