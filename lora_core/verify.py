@@ -73,9 +73,9 @@ class VerifyReport:
 def verify_export(base: BaseModel, directory: Path, *, between: Between = silent) -> VerifyReport:
     """Compare PEFT's logits with probe.safetensors; the base is left without a trace.
 
-    Six passes of two short sequences on the base that is resident already, nothing of which is loaded again; `between`
-    is called after each linear of them. Raises BadAdapter; OutOfMemory, in the name of the directory, where PEFT's own
-    pass doesn't fit the device.
+    Six passes, on an int8 base nine, of two short sequences on the base that is resident already, nothing of which is
+    loaded again; `between` is called after each linear of them. Raises BadAdapter; OutOfMemory, in the name of the
+    directory, where PEFT's own pass doesn't fit the device.
     """
     try:
         with shortage_named(), told_at_linears(base, between):

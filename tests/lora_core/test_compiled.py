@@ -49,6 +49,23 @@ def functions_apart(kernel: Any, given: tuple[Any, ...]) -> list[str]:
     return [name for name in defined if not name.startswith("NRT_")]
 
 
+@numba.njit
+def total(row):
+    found = 0.0
+    for number in row:
+        found += np.exp(number)
+    return found
+
+
+def calls_another(row, rows):
+    for place in range(rows.shape[0]):
+        row[place] = total(rows[place]) + total(rows[place, ::2])
+
+
+def test_a_kernel_that_calls_another_is_found():
+    assert functions_apart(compiled(calls_another), (FLOATS, np.ones((2, 16), np.float32))) != []
+
+
 def test_every_kernel_is_looked_at():
     assert kernels().keys() == arguments(np.float32).keys()
 
