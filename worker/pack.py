@@ -20,7 +20,7 @@ from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.logs import Subjects
 from catalog.saturation import Speeds
 from catalog.states import EndReason
-from catalog.tables import Json
+from catalog.tables import Job, Json
 from worker import admission, node, publish
 from worker.bases import Abandoned
 from worker.context import WorkerContext
@@ -28,6 +28,7 @@ from worker.curves import Curve
 from worker.held import STOPPED, End, Held, folders_of
 from worker.news import Listener, Next
 from worker.output import Output
+from worker.strategy import strategy_for
 from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,13 @@ class Pack:
     def has_suspect(self) -> bool:
         """Then nobody may join."""
         return any(held.is_suspect for held in self._held.values())
+
+    def is_for(self, job: Job) -> bool:
+        """Whether the trainer of an empty pack holds the base as the job has it. Asked of jobs that are claimed
+        already: nothing is read that could fail, or they would be in no pack."""
+        if self.pack_key != job.pack_key:
+            return False
+        return self.strategy == strategy_for(self._context, job, description=self._description)
 
     def bytes_to_come(self) -> int:
         """What the trainer is still going to take for what it has been given.

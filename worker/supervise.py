@@ -243,16 +243,11 @@ def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
             pack.admit(claim)
         return []
     claimed = _claim(context, new_id("trainer"), room=free)
-    if claimed and not _is_for(context, pack, claimed[0].job):
+    if claimed and not pack.is_for(claimed[0].job):
         return claimed
     for claim in claimed:
         pack.admit(claim)
     return []
-
-
-def _is_for(context: WorkerContext, pack: Pack, job: Job) -> bool:
-    """Whether its trainer holds the base of an empty pack as the job has it."""
-    return pack.pack_key == job.pack_key and pack.strategy == strategy_for(context, job)
 
 
 def _is_spent(context: WorkerContext, pack: Pack) -> bool:

@@ -21,7 +21,6 @@ from worker.context import check_strategy, open_worker
 from worker.pack import Pack
 from worker.room import room_of, told_room
 from worker.strategy import reason_for, strategy_for
-from worker.supervise import _is_for  # pyright: ignore[reportPrivateUsage]
 from worker.trainer_directory import TrainerDirectory
 
 BLOCKS = {"blocks": {"count": 2, "num_parameters": 8000, "largest_parameters": 1000}}
@@ -71,7 +70,7 @@ def test_of_several_gpus_what_they_talk_through_is_set_aside_until_it_is_taken(
 def test_a_trainer_that_is_empty_is_no_trainer_for_a_job_whose_base_is_held_otherwise(divided: PackSite) -> None:
     claim = divided.claim(model="blocks")
     is_for = {
-        strategy: _is_for(divided.context, loading(divided, strategy, pack_key=claim.job.pack_key), claim.job)
+        strategy: loading(divided, strategy, pack_key=claim.job.pack_key).is_for(claim.job)
         for strategy in ("replicated", "fsdp2")
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from catalog import jobs, memory
+from catalog import claims, jobs, memory
 from catalog.artifacts.store import ArtifactStore
-from catalog.claims import Orders
+from catalog.claims import Claim, Orders
+from catalog.db import Database
 from catalog.doorbell import FileDoorbell
 from catalog.errors import OutOfSpace
 from catalog.scheduling.picture import Room
@@ -263,6 +265,47 @@ def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
     run(script)
 
     assert others_attempts == [[]]
+
+
+def test_what_an_empty_trainer_claims_is_given_to_it_though_the_database_goes_away_in_that_moment(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would run in no pack, on a lease that is renewed, where nobody could stop it."""
+    site.queued()
+    ids: list[str] = []
+    claim_pack, read = claims.claim_pack, Database.read
+
+    def fails_once(db: Database) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return read(db)
+        monkeypatch.setattr(Database, "read", read)
+        raise OUTAGE
+
+    def claim_then_fail(*given: Any, **named: Any) -> list[Claim]:
+        claimed = claim_pack(*given, **named)
+        if claimed:
+            monkeypatch.setattr(Database, "read", fails_once)
+        return claimed
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        yield from cancels_what_it_gets(trainer)
+        monkeypatch.setattr(claims, "claim_pack", claim_then_fail)
+        ids.append(site.queued(suffix="second").id)
+        admission = trainer.listen("admit")
+        for _ in range(100):
+            try:
+                next(admission)
+            except StopIteration as told:
+                trainer.say("cancelled", claim_id=told.value.body["claim_id"])
+                break
+            yield
+        yield
+        site.context.leave.set()
+        yield
+
+    run(script)
+
+    assert reasons(site, ids[0]) == [EndReason.CANCELLED_BY_USER]
 
 
 def test_a_base_that_still_loads_is_not_free_for_those_who_join(
