@@ -26,7 +26,9 @@ def where_all_are(residents: Sequence[Resident]) -> str | None:
         return None
     if len(residents) == 1:
         return f"{_sentence(residents[0])} It is the only worker that runs. {REMEDY}"
-    return f"None of the {len(residents)} workers that run takes new jobs: all are cordoned or leaving. {REMEDY}"
+    told = next((one for one in residents if one.cordon is not None), residents[0])
+    none = f"None of the {len(residents)} workers that run takes new jobs: all are cordoned or leaving."
+    return f"{none} {_sentence(told)} {REMEDY}"
 
 
 def where_its_base_is(residents: Sequence[Resident], base_digest: str) -> str | None:

@@ -112,18 +112,33 @@ def ended(worker_id: str, verb: str) -> Conflict:
 
 
 def inherit(session: Session, worker: Worker, *, is_live_after: float) -> None:
-    """A worker that registers is cordoned where the last one at its place was. is_live_after: who was heard from later
-    and has not ended is there still, and keeps its cordon to itself."""
-    of_host = select(Worker).where(Worker.host == worker.host, Worker.id != worker.id)
-    rows = session.scalars(of_host.order_by(Worker.heartbeat_at.desc()).limit(MAX_LOOKED_AT))
-    gone = (row for row in rows if row.ended_at is not None or row.heartbeat_at <= is_live_after)
-    last = next((row for row in gone if place(row.devices) == place(worker.devices)), None)
-    worker.cordon = last.cordon if last is not None else None
+    """A worker has the cordon of one that was at its place before and has gone: it moves, so that of several workers at
+    one place as many are cordoned as were. is_live_after: who was heard from later and has not ended is there still,
+    and keeps its cordon to itself. Both rows are locked after it."""
+    before = (Worker.host == worker.host, Worker.id != worker.id, Worker.heartbeat_at <= worker.started_at)
+    latest = select(Worker).where(*before).order_by(Worker.heartbeat_at.desc()).limit(MAX_LOOKED_AT)
+    gone = (row for row in session.scalars(latest) if row.ended_at is not None or row.heartbeat_at <= is_live_after)
+    cordoned = (row for row in gone if row.cordon is not None and place(row.devices) == place(worker.devices))
+    if (last := next(cordoned, None)) is None:
+        return
+    row = session.get_one(Worker, last.id, with_for_update=True, populate_existing=True)
+    worker.cordon, row.cordon = row.cordon, None
+
+
+def inherit_late(session: Session, worker: Worker, *, now: float, silent_seconds: float) -> None:
+    """At a heartbeat, as who was killed is known to have gone only after it has been silent for so long. Nothing
+    happens once the worker is older than twice that, or an operator has uncordoned it."""
+    is_new = now < worker.started_at + 2 * silent_seconds
+    if is_new and worker.cordon is None and worker.uncordoned_at is None:
+        inherit(session, worker, is_live_after=now - silent_seconds)
 
 
 def place(devices: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """What tells the devices of one worker from those of another on the same host."""
-    return [(one.get("kind"), one.get("index"), *(one.get("indices") or ()), one.get("cores")) for one in devices]
+    """What tells the devices of one worker from those of another on the same host: as written, and as read back."""
+    return [
+        (one.get("kind"), one.get("index"), *(one.get("indices") or ()), *("core", *(one.get("cores") or ())))
+        for one in devices
+    ]
 
 
 def look(db: Database, worker_id: str | None) -> bool:

@@ -322,6 +322,8 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     how, told_how = _strategy(session, job)
     facts |= {"strategy": how}
     begun = f"It trains on worker {job.worker_id}, attempt {job.attempt}."
+    if job.started_at is None:
+        begun = f"Worker {job.worker_id} has it, attempt {job.attempt}, and its trainer loads the base model."
     told = (begun, told_how, around, deadlines.sentence(job, now))
     return " ".join(filter(None, told)), facts
 

@@ -66,7 +66,7 @@ def register_worker(
         worker.started_at = worker.heartbeat_at = now
         worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
         worker.served_at = worker.prepared_at = None
-        worker.drain_requested, worker.uncordoned_at = False, None
+        worker.drain_requested, worker.uncordoned_at, worker.cordon = False, None, None
         cordons.inherit(session, worker, is_live_after=now - SILENT_SECONDS)
         return worker
 
@@ -86,6 +86,7 @@ def worker_beat(
             window = fitness.window_of(session)
             if not window.has(worker.protocol):
                 cordons.retire(session, worker, window.version, now=worker.heartbeat_at)
+        cordons.inherit_late(session, worker, now=worker.heartbeat_at, silent_seconds=SILENT_SECONDS)
         return WorkerOrders(drain=worker.drain_requested)
 
 

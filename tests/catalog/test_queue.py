@@ -282,8 +282,10 @@ def test_every_other_state_has_its_sentence(world: World) -> None:
         "paused": "It is paused. Resume it to let it go on from its last checkpoint.",
         "failed": "It failed. Too long.",
         "succeeded": f"It has succeeded: its adapter is {world.job(succeeded.job.id).adapter_name}.",
-        "running": "It trains on worker w1, attempt 1.",
+        "running": "Worker w1 has it, attempt 1, and its trainer loads the base model.",
     }
+    claims.started(world.db, running.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
+    assert explained(world, running.job.id)["explanation"] == "It trains on worker w1, attempt 1."
     jobs.pause(world.db, job_id=running.job.id, **verb)
     assert "asked to store a checkpoint" in explained(world, running.job.id)["explanation"]
     jobs.cancel(world.db, job_id=running.job.id, **verb)
