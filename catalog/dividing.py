@@ -88,8 +88,11 @@ class Group:
 
     def divided_bytes(self, demand: Demand) -> int:
         """Of that what the trainer's own is, where the base is divided."""
-        share = math.ceil(demand.divisible_bytes / self.num_devices)
-        return demand.whole_bytes - demand.divisible_bytes + share + demand.gathered_bytes
+        return demand.whole_bytes - demand.divisible_bytes + self.share_bytes(demand) + demand.gathered_bytes
+
+    def share_bytes(self, demand: Demand) -> int:
+        """Of the blocks, that each device holds all the time."""
+        return math.ceil(demand.divisible_bytes / self.num_devices)
 
 
 ONE = Group()

@@ -13,8 +13,8 @@ from catalog import (
     dividing,
     fleet,
     gang_waits,
-    needs,
     packing,
+    placements,
     queue,
     quotas,
     saturation,
@@ -122,6 +122,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         "priority": PriorityClass(job.priority).name,
     }
     facts |= {"is_held": job.is_held, **deadlines.facts(job, now)}
+    facts |= {"placements": placements.of_waiting(session, job, now=now, lenders=lenders)}
     kept_back = _kept_back(session, job, now=now)
     if kept_back is not None:
         return kept_back[0], facts | kept_back[1]
@@ -301,13 +302,15 @@ def _too_large(session: Session, job: Job, mine: Turn, *, now: float) -> str | N
 
 
 def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
-    attempt = session.get(Attempt, job.claim_id)
+    attempt, placed = session.get(Attempt, job.claim_id), placements.of_running(session, job)
     facts: Json = {
         "worker_id": job.worker_id,
         "trainer_id": job.trainer_id,
         "attempt": job.attempt,
         "why": attempt.why if attempt else None,
         "progress": job.progress,
+        "strategy": placed[0]["strategy"] if placed else None,
+        "placements": placed,
         "preemption": attempt.preemption if attempt and job.preempted_for else None,
         **deadlines.facts(job, now),
     }
@@ -319,25 +322,12 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         told = "to store a checkpoint and to make room for an urgent job"
         return f"Its worker {job.worker_id} was asked {told}; it goes back to its place in the queue.", facts
     around = closed_workers.around(session.get(Worker, job.worker_id) if job.worker_id else None)
-    how, told_how = _strategy(session, job)
-    facts |= {"strategy": how}
     begun = f"It trains on worker {job.worker_id}, attempt {job.attempt}."
     if job.started_at is None:
         begun = f"Worker {job.worker_id} has it, attempt {job.attempt}, and its trainer loads the base model."
-    told = (begun, told_how, around, deadlines.sentence(job, now))
+    among_several = placed[0]["reason"] if placed and placed[0]["num_devices"] > 1 else None
+    told = (begun, among_several, around, deadlines.sentence(job, now))
     return " ".join(filter(None, told)), facts
-
-
-def _strategy(session: Session, job: Job) -> tuple[str | None, str | None]:
-    """How its trainer holds the base, and where several devices do, why."""
-    worker = session.get(Worker, job.worker_id) if job.worker_id else None
-    if worker is None:
-        return None, None
-    room = fleet.room_of(worker)
-    description = session.get_one(BaseModelRow, job.base_model).description or {}
-    demand = needs.demand(job, description, recomputes=room.recomputes)
-    why = None if room.group.num_devices == 1 else dividing.reason(room.group, demand)
-    return room.group.strategy(demand), why
 
 
 def _jobs(number: int) -> str:

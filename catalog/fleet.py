@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,9 +132,12 @@ def count_live(session: Session, *, now: float) -> int:
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0
 
 
-def empty_rooms(session: Session, *, now: float) -> list[Room]:
-    """Of each live worker that takes new jobs, with nothing in it."""
-    return [room_of(worker) for worker in _live(session, now=now, only_open=True)]
+def empty_rooms(
+    session: Session, *, now: float, quantisation: str = "none", without: Collection[str] = ()
+) -> list[Room]:
+    """Of each live worker that takes new jobs and can load a base so, with nothing in it. without: ids of others."""
+    live = [worker for worker in _live(session, now=now, only_open=True) if worker.id not in without]
+    return [room_of(worker) for worker in live if quantisation in quantisations_of(worker)]
 
 
 def room_of(worker: Worker) -> Room:

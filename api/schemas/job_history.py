@@ -155,6 +155,30 @@ class AttemptObject(BaseModel):
     why: dict[str, Any] | None = Field(description="What the decision to run it was made from.")
 
 
+class DividedBlocks(BaseModel):
+    """Of a divided base. Embeddings, head and last norm are in no block: each device holds them."""
+
+    count: int | None
+    bytes: int = Field(description="Of all blocks.")
+    share_bytes: int = Field(description="That each device holds all the time.")
+    gathered_bytes: int = Field(description="Of blocks that a device holds whole at one time, beside its share.")
+
+
+class Placement(BaseModel):
+    """A device group that the job trains on, or could, and how each of its devices holds the base."""
+
+    kind: str = Field(description="cuda or cpu.")
+    num_devices: int = Field(description="Processes of its trainer: one on each GPU.")
+    num_workers: int = Field(description="Workers with such a group.")
+    strategy: Literal["replicated", "fsdp2", "zero3"] = Field(
+        description="Each device holds the whole base, or of each block its share."
+    )
+    reason: str = Field(description="Why it is held so.")
+    needed_bytes: int = Field(description="On each device, with a trainer to itself.")
+    memory_bytes: int = Field(description="Of each device, the smallest of them.")
+    blocks: DividedBlocks | None = Field(description="Null where each device holds the whole base.")
+
+
 class WhyObject(BaseModel):
     """Why the job is where it is, and what it waits for."""
 
@@ -173,6 +197,11 @@ class WhyObject(BaseModel):
     explanation: str = Field(description="One sentence for a person.")
     object: Literal["fine_tuning.job.why"] = "fine_tuning.job.why"
     job_id: str
+    placements: list[Placement] | None = Field(
+        default=None,
+        description="Of a running job where it trains; of a queued one the groups of workers that run and hold it. "
+        "Null in other states.",
+    )
 
 
 class JobDataReport(BaseModel):

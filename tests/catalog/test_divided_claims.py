@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from catalog import claims, explanation, needs
+from catalog import claims, explanation, jobs, needs
 from catalog.dividing import Group, Wanted
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason
@@ -31,10 +31,14 @@ def group(number: int, gigabytes: float, wanted: Wanted = "auto") -> Room:
 def on(world: World, number: int, gigabytes: float, wanted: Wanted = "auto") -> Room:
     """The room of a worker that has registered so."""
     room = group(number, gigabytes, wanted)
-    devices = [{"kind": "cpu", "num_processes": number, "strategy": wanted}]
-    about: dict[str, Any] = {"host": "here", "pid": 1, "devices": devices, "version": "1"}
-    claims.register_worker(world.db, worker_id="w1", memory_bytes=room.memory_bytes_free, **about)
+    register(world, room)
     return room
+
+
+def register(world: World, room: Room, *, worker_id: str = "w1") -> None:
+    devices = [{"kind": "cpu", "num_processes": room.group.num_devices, "strategy": room.group.wanted}]
+    about: dict[str, Any] = {"host": "here", "pid": 1, "devices": devices, "version": "1"}
+    claims.register_worker(world.db, worker_id=worker_id, memory_bytes=room.memory_bytes_free, **about)
 
 
 def queued_large(world: World, **fields: Any) -> Job:
@@ -139,3 +143,48 @@ def test_a_plan_of_a_job_that_needs_whole_weights_says_so(world: World) -> None:
     assert "DoRA reads the base's weights" in warning["message"]
     assert "one GPU of 24 GB" in warning["remedy"]
     assert all(memory["strategy"] == "replicated" for memory in found(row)["memory"])
+
+
+def told_of(world: World, job: Job) -> Any:
+    return explanation.explain(world.db, project_id=job.project_id, job_id=job.id)
+
+
+def test_a_waiting_job_is_told_how_each_group_of_devices_would_hold_its_base(world: World) -> None:
+    for worker_id, number, gigabytes in (("w1", 2, 17), ("w2", 2, 17), ("w3", 1, 21), ("w4", 1, 17)):
+        register(world, group(number, gigabytes), worker_id=worker_id)
+    job = queued_large(world)
+
+    divided, whole = told_of(world, job)["placements"]
+
+    assert (divided["strategy"], divided["num_devices"], divided["num_workers"]) == ("fsdp2", 2, 2)
+    assert divided["blocks"] == {
+        "count": 10,
+        "bytes": 18 * GB,
+        "share_bytes": 9 * GB,
+        "gathered_bytes": 27 * GB // 5,
+    }
+    assert divided["memory_bytes"] == 17 * GB
+    assert divided["needed_bytes"] == whole["needed_bytes"] - 18 * GB + 9 * GB + 27 * GB // 5
+    assert divided["reason"].startswith("With the whole base the job would need about 20.")
+    assert (whole["strategy"], whole["num_devices"], whole["blocks"]) == ("replicated", 1, None)
+
+
+def test_a_job_that_needs_whole_weights_is_told_of_no_group_that_would_divide_them(world: World) -> None:
+    register(world, group(2, 17), worker_id="w1")
+    register(world, group(2, 17, "fsdp2"), worker_id="w2")
+
+    assert told_of(world, queued_large(world, lora={"use_dora": True}))["placements"] == []
+
+
+def test_a_running_job_is_told_how_its_base_is_held_whatever_it_was_asked(world: World) -> None:
+    room = on(world, 2, 17)
+    job = queued_large(world)
+    world.claim(room=room)
+
+    told = told_of(world, job)
+    (placement,) = told["placements"]
+    jobs.pause(world.db, project_id=job.project_id, job_id=job.id)
+
+    assert (placement["strategy"], told["strategy"]) == ("fsdp2", "fsdp2")
+    assert placement["reason"] in told["explanation"]
+    assert told_of(world, job)["placements"] == [placement]

@@ -34,6 +34,7 @@ STEPS_PER_EPOCH = NUM_STEPS / 3
 LINEARS = {"q_proj": [[576, 576], 30], "v_proj": [[192, 576], 30], "down_proj": [[576, 1536], 30]}
 DESCRIPTION = {
     "num_parameters": 134_515_008,
+    "blocks": {"count": 30, "num_parameters": 106_203_840, "largest_parameters": 3_540_128},
     "linear_shapes": LINEARS,
     "vocab_size": 49152,
     "max_positions": 8192,
@@ -65,15 +66,7 @@ def start(data_dir: Path) -> Seeded:
     project = projects.ensure(db)
     _, api_key = keys.create(db, project_id=project.id, name="first operator key", pepper=pepper, is_operator=True)
     _import_base(db)
-    claims.register_worker(
-        db,
-        worker_id=WORKER,
-        host="bay-1",
-        pid=4711,
-        devices=[{"kind": "cpu", "name": "2 cores", "memory_bytes": 16 * 2**30}],
-        version="0.1.0",
-        memory_bytes=16 * 2**30,
-    )
+    register(db, {"kind": "cpu", "name": "2 cores", "memory_bytes": 16 * 2**30}, bytes_of_each=16 * 2**30)
     return Seeded(
         db=db,
         store=store,
@@ -84,6 +77,19 @@ def start(data_dir: Path) -> Seeded:
         training=upload(db, store, settings, project, "signatures-train.jsonl", NUM_STEPS * 4 // 3),
         validation=upload(db, store, settings, project, "signatures-held-out.jsonl", 96),
     )
+
+
+def register(db: Database, device: dict[str, Any], *, bytes_of_each: int, worker_id: str = WORKER) -> None:
+    """A worker on the host that is called as it is; again, if it is there."""
+    host = worker_id.removeprefix("worker-")
+    told = {"host": host, "pid": 4711, "devices": [device], "version": "0.1.0", "memory_bytes": bytes_of_each}
+    claims.register_worker(db, worker_id=worker_id, **told)
+
+
+def gpus(number: int, *, bytes_of_each: int, strategy: str = "auto") -> dict[str, Any]:
+    """A device group."""
+    about = {"name": f"{number} x H100", "memory_bytes": number * bytes_of_each}
+    return {"kind": "cuda", "num_processes": number, "strategy": strategy, **about}
 
 
 def upload(db: Database, store: ArtifactStore, settings: Settings, project: Project, name: str, rows: int) -> File:
@@ -170,8 +176,8 @@ def train(
     claims.record_progress(seeded.db, claim_id, progress)
 
 
-def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1, kept_step: int = NUM_STEPS) -> str:
-    """Store an adapter's folder and complete the job; the adapter's id."""
+def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1, kept_step: int = NUM_STEPS, **machine: Any) -> str:
+    """Store an adapter's folder and complete the job; the adapter's id. machine: its trainer's, where not MACHINE."""
     folder = seeded.settings.data_dir / f"adapter-{seed}"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32}))
@@ -185,7 +191,7 @@ def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1, kept_step: int = NU
         "base_perplexity": math.exp(2.913),
         "perplexity": math.exp(loss),
     }
-    record = _record(seeded, claim_id, artifact, evaluation)
+    record = _record(seeded, claim_id, artifact, evaluation, machine=MACHINE | machine)
     adapter = claims.complete(
         seeded.db,
         claim_id,
@@ -323,7 +329,9 @@ def _curves(seeded: Seeded, claim_id: str, path: Path) -> Blob:
     return result_files.store_curves(seeded.db, seeded.store, job_id=job_id, path=path)
 
 
-def _record(seeded: Seeded, claim_id: str, artifact: Manifest, evaluation: dict[str, float]) -> dict[str, Any]:
+def _record(
+    seeded: Seeded, claim_id: str, artifact: Manifest, evaluation: dict[str, float], *, machine: dict[str, Any]
+) -> dict[str, Any]:
     """The lineage of the adapter that this claim has made."""
     project_id = seeded.caller.project_id
     job = next(
@@ -341,7 +349,7 @@ def _record(seeded: Seeded, claim_id: str, artifact: Manifest, evaluation: dict[
             DataSource(role="validation", file=seeded.validation, tokens="2e" * 32, report=_report(seeded.validation)),
         ],
         attempts=[
-            AttemptRecord(attempt=one, trainer=MACHINE, packmates=beside.get(one.claim_id, [])) for one in attempts
+            AttemptRecord(attempt=one, trainer=machine, packmates=beside.get(one.claim_id, [])) for one in attempts
         ],
         results={
             "steps": NUM_STEPS,

@@ -23,3 +23,16 @@ def test_a_lineage_tells_the_licence_of_the_base_and_the_names_of_the_files(fres
     assert told[told.index("Its licence") + 1] == "apache-2.0"
     assert f"signatures-train.jsonl {fresh.seeded.training.id}, 320 rows" in lineage.inner_text()
     assert f"{fresh.seeded.validation.id}, 96 rows" in lineage.inner_text()
+
+
+def test_a_lineage_tells_how_several_devices_held_the_base(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "divided")
+    seed.prepare(fresh.seeded)
+    of_four = {"device": "cuda:0", "num_processes": 4, "strategy": "fsdp2"}
+    adapter_id = seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id], **of_four)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/adapters/{adapter_id}")
+
+    lineage = visitor.page.get_by_role("region", name="Lineage")
+    lineage.get_by_text("divided among 4 GPUs, by torch (fsdp2)", exact=True).wait_for()

@@ -3,6 +3,7 @@
 import { html } from "../html.js";
 import { link } from "../router.js";
 import { useResource } from "../resource.js";
+import { held } from "../parts/holding.js";
 import { Copy, Facts, Failure, Id, Panel } from "../parts/basics.js";
 import * as format from "../format.js";
 
@@ -37,11 +38,15 @@ function summary({ job, base, data, attempts, results, code, people }) {
     ...data.map((source) => [source.role === "training" ? "Trained on" : "Measured on", html`<${FileName} id=${source.file} />, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
     ["Asked for", html`<time datetime=${people.requested_at}>${format.absolute(Date.parse(people.requested_at) / 1000)}</time>`],
     ["Attempts", `${format.count(attempts.length)}, the last on ${last?.worker}${beside}`],
+    ["Base held", among(last?.machine || {})],
     ["Came to", `${format.plural(results.steps, "step")}, ${format.count(results.trained_tokens)} tokens`],
     ["Repeatable", leaf(results.determinism)],
     ["By the code", Object.entries(code).map(([name, version]) => `${name} ${version}`).join(", ")],
   ];
 }
+
+/** Of a trainer of several processes, how they held the base. */
+const among = ({ num_processes: number, strategy, device }) => (number > 1 && strategy ? held({ strategy, number, kind: device?.startsWith("cuda") ? "cuda" : "cpu" }) : null);
 
 /** The record has the id alone, which stays; the name is there as long as the file is. */
 function FileName({ id }) {

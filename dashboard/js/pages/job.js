@@ -4,16 +4,18 @@ import { link } from "../router.js";
 import { useJob } from "../job_data.js";
 import { Ago, FINAL, Failure, Id, Loading, Panel, State, Until, stateWord } from "../parts/basics.js";
 import { Bar, TOOK, done, epochs, jobName, numSteps, passes } from "../parts/progress.js";
-import { Why } from "../parts/waiting.js";
+import { useWhy } from "../parts/waiting.js";
 import { Actions } from "./job_actions.js";
 import { Curves } from "./job_curves.js";
 import { Events } from "./job_events.js";
 import { Attempts, Configuration, DataReport } from "./job_details.js";
+import { Placement } from "./job_placement.js";
 import * as format from "../format.js";
 
 export function JobPage({ id }) {
   const held = useJob(id);
   const { job, error } = held;
+  const why = useWhy(job);
   const name = job && jobName(job);
   const rows = held.report?.training?.usable_rows;
   useEffect(() => { if (name) document.title = `${name} · Lorry`; }, [name]);
@@ -28,15 +30,15 @@ export function JobPage({ id }) {
       ${job.priority && job.priority !== "normal" && html`<span>priority ${job.priority}</span>`}
       <span>created <${Ago} at=${job.created_at} /></span></p>
     ${error && html`<${Failure} error=${error} retry=${held.reload} />`}
-    <${Outcome} job=${job} />
+    <${Outcome} job=${job} why=${why} />
     ${hasBegun(held) ? html`<${Headline} job=${job} valid=${held.valid} train=${held.train} rows=${rows} />
       <div class="columns">
         <div class="column"><${Curves} train=${held.train} valid=${held.valid} job=${job} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
-        <div class="column"><${Events} job=${job} events=${held.events} older=${held.older} showMetrics=${held.showMetrics} /><${DataReport} report=${held.report} job=${job} /></div>
+        <div class="column"><${Events} job=${job} events=${held.events} older=${held.older} showMetrics=${held.showMetrics} /><${Placement} job=${job} why=${why} /><${DataReport} report=${held.report} job=${job} /></div>
       </div>` : html`
       <div class="columns">
         <div class="column"><${Events} job=${job} events=${held.events} older=${held.older} showMetrics=${held.showMetrics} /><${Attempts} attempts=${held.attempts} names=${held.names} /></div>
-        <div class="column"><${DataReport} report=${held.report} job=${job} /></div>
+        <div class="column"><${Placement} job=${job} why=${why} /><${DataReport} report=${held.report} job=${job} /></div>
       </div>`}
     <${Configuration} job=${job} rows=${rows} />`;
 }
@@ -45,14 +47,14 @@ export function JobPage({ id }) {
 const hasBegun = ({ job, train, valid }) => job.status === "running" || train.length + valid.length > 0;
 
 /** What a person must know first when it is not simply running. */
-function Outcome({ job }) {
+function Outcome({ job, why }) {
   if (job.status === "failed") {
     const error = job.error || { message: "No reason was recorded." };
     return html`<div class="failure"><p><strong>${error.message}</strong></p>${error.remedy && html`<p>${error.remedy}</p>`}
       ${error.code && html`<p class="soft">code <code>${error.code}</code>${error.param && html`, at <code>${error.param}</code>`}</p>`}</div>`;
   }
   if (job.status === "queued" || job.status === "validating_files") {
-    return html`<div class="notice"><p><strong>${job.status === "queued" ? "Waiting to train." : "Its files are being read."}</strong> <${Why} job=${job} /></p></div>`;
+    return html`<div class="notice"><p><strong>${job.status === "queued" ? "Waiting to train." : "Its files are being read."}</strong> ${why?.explanation || "…"}</p></div>`;
   }
   if (job.status === "paused") return html`<div class="notice"><p><strong>Paused.</strong> Its last checkpoint is kept; resume it and it goes on from there.</p></div>`;
   return null;

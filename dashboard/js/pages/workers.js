@@ -6,6 +6,7 @@ import { useJobs } from "../jobs_data.js";
 import { useResource } from "../resource.js";
 import { Ago, Empty, Facts, Failure, Id, Loading } from "../parts/basics.js";
 import { Bed } from "../parts/bed.js";
+import { held, wanted } from "../parts/holding.js";
 import { WorkerActions } from "./worker_actions.js";
 import * as format from "../format.js";
 
@@ -44,6 +45,7 @@ function Worker({ worker, jobs, done }) {
     <${Bed} base=${worker.resident_base_names.join(", ") || (worker.resident_base ? format.short(worker.resident_base, 16) : "no base model resident")} jobs=${aboard} />
     <${Facts} rows=${[
       ["Devices", worker.devices.map(device).join(", ")], ["Memory", worker.devices.some(memoryOf) ? null : format.bytes(worker.memory_bytes)],
+      ...ofSeveral(worker),
       ["Heard of", html`<${Ago} at=${worker.last_seen_at} />`], ["Up since", html`<${Ago} at=${worker.started_at} />`],
       ["Trainer", worker.trainer_id && html`<${Id} id=${worker.trainer_id} what="trainer id" length=${20} />`],
       ["Base digest", worker.resident_base && html`<${Id} id=${worker.resident_base} what="base digest" length=${20} />`],
@@ -63,6 +65,16 @@ function stateWords(worker) {
 function cordonWords(cordon) {
   const who = cordon.by === "service" ? "The service cordoned it" : "An operator cordoned it";
   return `${who}: it finishes what it holds and takes no new job. ${cordon.reason || ""}`.trim();
+}
+
+/** Of a group of several devices: how they hold bases, and the one that is there. */
+function ofSeveral({ devices, resident_base, report }) {
+  const { kind, num_processes: number, strategy } = devices[0] || {};
+  if (!(number > 1)) return [];
+  const isDivided = report?.room?.is_divided;
+  const now = isDivided ? (strategy === "zero3" ? "zero3" : "fsdp2") : "replicated";
+  const isKnown = resident_base && typeof isDivided === "boolean";
+  return [["Holds bases", wanted(strategy)], ["Base held now", isKnown ? held({ strategy: now, number, kind }) : null]];
 }
 
 const memoryOf = (one) => one?.memory_bytes ?? one?.total_bytes;

@@ -5,6 +5,9 @@ import { useResource } from "../resource.js";
 /** Turns of which a list asks the reason. Those further back wait for the ones before them. */
 const ASKED = 10;
 
+/** Where something is still to be said that the job itself doesn't tell. */
+const ASKABLE = new Set(["validating_files", "queued", "running"]);
+
 /** In a list: its turn, and why it has not come. `entry` is the queue's. */
 export function Place({ job, entry }) {
   const turn = entry?.position;
@@ -19,7 +22,12 @@ export function ordinal(number) {
 
 /** The whole answer, asked again whenever the job or its turn has changed. */
 export function Why({ job, turn }) {
-  const { data, reload } = useResource(`/v1/fine_tuning/jobs/${job.id}/why`);
-  useEffect(() => { reload(); }, [job.status, job.attempt, job.run_after, turn]);
-  return data?.explanation || "…";
+  return useWhy(job, turn)?.explanation || "…";
+}
+
+/** {explanation, placements, …}; null before it is there, and without a job or where it is asked no more. */
+export function useWhy(job, turn) {
+  const { data, reload } = useResource(job && ASKABLE.has(job.status) ? `/v1/fine_tuning/jobs/${encodeURIComponent(job.id)}/why` : null);
+  useEffect(() => { reload(); }, [job?.status, job?.attempt, job?.run_after, turn]);
+  return data;
 }

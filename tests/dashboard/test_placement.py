@@ -1,0 +1,116 @@
+"""How the devices of a group hold a base, where the pages tell it: of a job that trains or waits, and of a worker."""
+
+from __future__ import annotations
+
+from playwright.sync_api import Locator, expect
+
+from catalog import bases, claims
+from catalog.tables import Job
+from tests.dashboard import seed
+from tests.dashboard.conftest import Visit
+from tests.dashboard.service import Service
+
+EACH = 2_400_000_000
+"""Bytes of each of four GPUs, which hold the small base divided, but not whole beside what CUDA and NCCL take."""
+
+
+def queued(service: Service, suffix: str) -> Job:
+    job = seed.submit(service.seeded, suffix)
+    seed.prepare(service.seeded)
+    return job
+
+
+def fact(within: Locator, name: str) -> Locator:
+    """The value beside a name."""
+    return within.get_by_role("definition").and_(within.locator(f"dt:text-is('{name}') + dd"))
+
+
+def test_a_running_job_tells_how_its_base_is_divided_and_why(fresh: Service, visit: Visit) -> None:
+    seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
+    job = queued(fresh, "divided")
+    seed.claim(fresh.seeded)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/jobs/{job.id}")
+
+    panel = visitor.page.get_by_role("region", name="Its base on the devices")
+    expect(fact(panel, "Base model")).to_have_text("divided among 4 GPUs, by torch (fsdp2)")
+    expect(fact(panel, "Why")).to_contain_text("the smallest of 4 devices has 2.4 GB")
+    expect(fact(panel, "Blocks")).to_have_text("30, in all 212 MB; each device has 1/4 of every one, 53.1 MB")
+    expect(fact(panel, "Blocks at work")).to_contain_text("21.2 MB more on each")
+    expect(fact(panel, "Memory needed")).to_have_text("about 2.32 GB on each, of 2.40 GB")
+    visitor.assert_accessible()
+
+
+def test_a_base_that_each_device_holds_whole_has_no_shares(fresh: Service, visit: Visit) -> None:
+    seed.register(fresh.seeded.db, seed.gpus(2, bytes_of_each=10**10), bytes_of_each=10**10)
+    job = queued(fresh, "whole")
+    seed.claim(fresh.seeded)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/jobs/{job.id}")
+
+    panel = visitor.page.get_by_role("region", name="Its base on the devices")
+    expect(fact(panel, "Base model")).to_have_text("whole, on each of 2 GPUs")
+    expect(fact(panel, "Why")).to_contain_text("Each device holds the whole base")
+    expect(fact(panel, "Blocks")).to_have_count(0)
+
+
+def test_a_waiting_job_tells_of_each_group_that_holds_it_until_it_trains(fresh: Service, visit: Visit) -> None:
+    for worker_id in ("worker-hall-1", "worker-hall-2"):
+        device = seed.gpus(4, bytes_of_each=EACH, strategy="zero3")
+        seed.register(fresh.seeded.db, device, bytes_of_each=EACH, worker_id=worker_id)
+    small = {"kind": "cpu", "name": "2 cores", "num_processes": 2}
+    seed.register(fresh.seeded.db, small, bytes_of_each=10**8, worker_id="worker-small-1")
+    job = queued(fresh, "waits")
+    visitor = visit(fresh)
+
+    visitor.open(f"#/jobs/{job.id}")
+
+    panel = visitor.page.get_by_role("region", name="Where it could train")
+    expect(panel.get_by_role("heading", level=3)).to_have_text(["1 worker with 1 CPU", "2 workers, each with 4 GPUs"])
+    expect(fact(panel, "Base model")).to_have_text(
+        ["whole, on 1 CPU", "divided among 4 GPUs, by DeepSpeed (zero3)"],
+    )
+    expect(fact(panel, "Why").last).to_contain_text("LORRY_STRATEGY is zero3")
+    visitor.assert_accessible()
+    seed.claim(fresh.seeded)
+    now = visitor.page.get_by_role("region", name="Its base on the devices")
+    expect(fact(now, "Base model")).to_have_text("whole, on 1 CPU")
+    expect(panel).to_have_count(0)
+
+
+def test_a_job_that_has_ended_is_on_no_devices(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.open(filled.address("#/jobs/docstrings-r16"))
+
+    expect(visitor.page.get_by_role("region", name="Configuration")).to_be_visible()
+    expect(visitor.page.get_by_role("region", name="Its base on the devices")).to_have_count(0)
+
+
+def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, visit: Visit) -> None:
+    seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
+    report = {"room": {"max_jobs": 3, "memory_bytes_free": 10**8, "is_divided": True}}
+    digest = bases.get(fresh.seeded.db, seed.BASE).digest
+    claims.worker_beat(fresh.seeded.db, seed.WORKER, resident_base=digest, trainer_id=seed.TRAINER, report=report)
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    expect(fact(worker, "Devices")).to_have_text("4 x H100 (9.60 GB)")
+    expect(fact(worker, "Holds bases")).to_have_text("whole where it fits each device, else divided")
+    expect(fact(worker, "Base held now")).to_have_text("divided among 4 GPUs, by torch (fsdp2)")
+    visitor.assert_accessible()
+
+
+def test_a_worker_of_one_device_says_nothing_of_it(fresh: Service, visit: Visit) -> None:
+    seed.beat(fresh.seeded)
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    expect(fact(worker, "Devices")).to_contain_text("2 cores")
+    expect(fact(worker, "Holds bases")).to_have_count(0)
