@@ -5,16 +5,18 @@ A tick is one forward and backward (or an evaluation's forward) over slices of i
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_core import checkpoint
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
+from lora_core.booked import Booked, Outcome
 from lora_core.config import JobConfig
 from lora_core.data import TokenDataset
 from lora_core.distributed import ALONE, Ranks
@@ -24,7 +26,7 @@ from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
 from lora_core.interrupts import interrupts_wait
-from lora_core.job import Booked, Job, SliceScores
+from lora_core.job import Job, SliceScores
 from lora_core.job_start import job_on
 from lora_core.lanes import Lanes
 from lora_core.memory_shortage import shortage_of
@@ -311,23 +313,25 @@ class Engine:
 
     def _agree(self, booked: list[Booked]) -> None:
         """A job for which memory ran out on one rank, while a step of it was booked, is given up by all. And ticks are
-        planned for the rank that has the least memory."""
+        planned for the rank that has the least memory. Raises RanksDiffer, on all, where a job has not diverged on all
+        of them in the same way and from the same weights: then no job is to blame."""
         own = self.activations.told() if self.ranks.size > 1 else (0, 0)
-        told = self.ranks.numbers([*own, *(each.shortage is not None for each in booked)])
+        told = self.ranks.numbers([*own, *(each.outcome for each in booked)])
         self.activations.heed(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in told])
         for number, each in enumerate(booked, start=len(own)):
-            if any(of_rank[number] for of_rank in told):
+            outcomes = [of_rank[number] for of_rank in told]
+            if Outcome.SHORT in outcomes:
                 self._too_large.append(each.given_up(is_shared=self.ranks.size > 1))
+            elif any(outcomes):
+                _require_equal(outcomes)
+                self.compare_ranks(each.job.name)
 
     def compare_ranks(self, job: str) -> None:
-        """Of every rank, before a checkpoint: raises RanksDiffer, on all, where they have not the same weights."""
+        """Of every rank, before anything is made of its weights, or said of them: raises RanksDiffer, on all, where
+        they have not the same."""
         held = self._jobs[job]
-        if self.ranks.size == 1 or held.is_torn:
-            return
-        each = self.ranks.numbers(held.row.bit_sums())
-        others = [rank for rank, sums in enumerate(each) if sums != each[0]]
-        if others:
-            raise RanksDiffer(job, others)
+        if self.ranks.size > 1 and not held.is_torn:
+            _require_equal(self.ranks.numbers(held.row.bit_sums()))
 
     def _take_pending(self) -> list[Event]:
         events: list[Event] = []
@@ -366,6 +370,12 @@ class Engine:
             raise OutOfMemory(jobs[0].name, num_tokens=sizes[0]) from error
         self._undo()
         self._largest_tick = max(1, sum(sizes) // 2)
+
+
+def _require_equal(of_ranks: Sequence[Any]) -> None:
+    others = [rank for rank, own in enumerate(of_ranks) if own != of_ranks[0]]
+    if others:
+        raise RanksDiffer(others)
 
 
 def _averaged(average: float, newest: float) -> float:

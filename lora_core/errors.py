@@ -107,12 +107,12 @@ class OutOfMemory(LoraCoreError):
 
 
 class RanksDiffer(RuntimeError):
-    """Processes that do all the same have come to different weights. No job's fault: a device or a machine computes, or
-    remembers, wrongly."""
+    """Processes that do all the same have come to different weights, or to different ends of a step. No job's fault: a
+    device or a machine computes, or remembers, wrongly. All jobs of the trainer are told of it, so it names none."""
 
-    def __init__(self, job: str, ranks: list[int]) -> None:
+    def __init__(self, ranks: list[int]) -> None:
         others = ", ".join(map(str, ranks))
         super().__init__(
-            f"The weights of job {job!r} differ among the processes that train it: those of {others} are not those of "
-            "0. A device or its memory is faulty, or the network changes bits. No checkpoint is written of them."
+            f"The processes that train one job have come to different weights of it: those of {others} are not those "
+            "of 0. A device or its memory is faulty, or the network changes bits. Nothing is kept of them."
         )

@@ -17,7 +17,6 @@ from lora_core.config import JobConfig
 from lora_core.data import TokenDataset, data_digest, rows_of_step
 from lora_core.dead_gradient import is_dead
 from lora_core.distributed import ALONE, Ranks
-from lora_core.errors import OutOfMemory
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
 from lora_core.neftune import NoiseKey
 from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, stays_finite
@@ -364,23 +363,3 @@ class Job:
             return False
         every = self.config.evaluate_every_steps
         return self.step in (0, self.config.num_steps) or (every is not None and self.step % every == 0)
-
-
-@dataclass(kw_only=True, slots=True)
-class Booked:
-    """What a tick has done to a job, on this rank; `step` and `num_pending` are of before."""
-
-    job: Job
-    step: int
-    num_pending: int
-    shortage: OutOfMemory | None = None
-
-    def given_up(self, *, is_shared: bool) -> OutOfMemory:
-        """Why the job computes nothing more. is_shared: by several ranks, of which some may have updated the row and
-        others not: nothing can be made of its weights, and the step is the one before on all."""
-        self.job.quarantine()
-        if is_shared:
-            del self.job.pending[self.num_pending :]
-            self.job.is_torn = True
-            self.job.progress.step = self.step
-        return self.shortage or OutOfMemory(self.job.name)

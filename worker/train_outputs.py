@@ -41,6 +41,7 @@ def exported(
     LoraCoreError and OSError, on every rank.
     """
     ranks = engine.ranks
+    engine.compare_ranks(job)
 
     def written(place: Path) -> None:
         began_at = time.time()

@@ -1,13 +1,15 @@
 """`python -m tests.lora_core.fail_in_ranks BASE OUT STRATEGY`: one of two processes of which the second fails.
 
 Each writes OUT/RANK.json: what became of jobs whose memory ran out on the second one alone, what was said of weights
-that differ, and how it ended when the second failed amid a tick, which it does last.
+that differ and of a job that diverged on one or both, and how it ended when the second failed amid a tick, which it
+does last.
 """
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +24,7 @@ from lora_core.distributed import ALONE, Ranks
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory, RanksDiffer
+from lora_core.events import JobDiverged
 from lora_core.first_failure import told_to_all
 from lora_core.sharding import Strategy
 from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
@@ -95,6 +98,39 @@ def differ(base: BaseModel, ranks: Ranks) -> list[str]:
     return said
 
 
+def diverge(base: BaseModel, ranks: Ranks) -> dict[str, str]:
+    """What is said of a job that diverges, by where it does: in weights or a step of the second alone, or of both."""
+    own_steps = {
+        "norm of one": ("gradient_norm", math.nan, {1}),
+        "update of one": ("stays_finite", False, {1}),
+        "norm of both": ("gradient_norm", math.nan, {0, 1}),
+    }
+    said = {"weights of one": _said_of_one(base, ranks, breaks={1})}
+    for where, (name, value, breaks) in own_steps.items():
+        usual = getattr(job_module, name)
+        if ranks.rank in breaks:
+            setattr(job_module, name, lambda *_, value=value, **__: value)
+        said[where] = _said_of_one(base, ranks)
+        setattr(job_module, name, usual)
+    return said
+
+
+def _said_of_one(base: BaseModel, ranks: Ranks, *, breaks: Set[int] = frozenset()) -> str:
+    """breaks: ranks whose weights are no numbers from the second tick on."""
+    engine = Engine(base, EngineConfig(), ranks)
+    admit(engine, "one", JOBS["one"])
+    try:
+        while not engine.idle:
+            for event in engine.tick():
+                if isinstance(event, JobDiverged):
+                    return f"diverged: {event.message}"
+            if ranks.rank in breaks:
+                engine._jobs["one"].row.p.fill_(math.nan)
+    except RanksDiffer as error:
+        return str(error)
+    return "well"
+
+
 def end(base: BaseModel, ranks: Ranks) -> str:
     """How this rank ended when the second failed amid its third pass."""
     try:
@@ -121,6 +157,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy) -> None:
             with failing(ranks, module, name, number, short):
                 found[name] = trained(base, ranks)
     found["differ"] = differ(base, ranks)
+    found["diverge"] = diverge(base, ranks)
     found["end"] = end(base, ranks)
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
     os._exit(0)  # as a process does that fails: it says goodbye to nobody

@@ -1,6 +1,7 @@
 """What befalls one of several processes: memory that runs out, wrong weights, a failure amid a tick."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 from lora_core.adapters import _bit_sum
+from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
 from lora_core.first_failure import FellowFailure
 from tests.lora_core.fail_in_ranks import JOBS, STEPS
+from tests.lora_core.scenarios import admit
 from tests.lora_core.test_distributed import run_in_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -47,8 +51,19 @@ def test_weights_that_differ_are_found_before_they_are_saved_and_the_process_is_
     for report in reports:
         equal, after = report["differ"]
         assert equal == ""
-        assert "'one'" in after
+        assert "'one'" not in after, "all jobs of the trainer are told"
         assert "those of 1 are not those of 0" in after
+
+
+@pytest.mark.parametrize("where", ["weights of one", "norm of one", "update of one"])
+def test_what_diverges_for_one_process_is_laid_on_no_job(reports, where):
+    for report in reports:
+        assert "those of 1 are not those of 0" in report["diverge"][where]
+
+
+def test_what_diverges_for_all_processes_is_the_jobs_own(reports):
+    for report in reports:
+        assert report["diverge"]["norm of both"] == "diverged: The gradient of step 1 is not finite."
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp2"])
@@ -62,14 +77,32 @@ def test_a_process_that_fails_amid_a_pass_ends_all_and_each_tells_its_failure(ba
     assert first["end"] == f"{FellowFailure.__name__}: Rank 1 failed: ValueError: the number 7"
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 8), (0, 7), (7, 14), (7, 15), (1, 2), (3, 3)])
-def test_one_bit_changes_the_sum_of_a_vector_wherever_it_lies(start, stop):
-    vector = torch.arange(16, dtype=torch.float32)[start:stop]
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int16)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (0, 7), (7, 14), (7, 15), (1, 2), (1, 3), (3, 3)])
+def test_one_bit_changes_the_sum_of_a_vector_wherever_it_lies(start, stop, dtype, bits):
+    vector = torch.arange(16, dtype=dtype)[start:stop]
     before = _bit_sum(vector)
 
     for place in range(len(vector)):
-        vector.view(torch.int32)[place] ^= 1 << 22
+        vector.view(bits)[place] ^= 1 << 6
         assert _bit_sum(vector) != before
-        vector.view(torch.int32)[place] ^= 1 << 22
+        vector.view(bits)[place] ^= 1 << 6
 
     assert _bit_sum(vector) == before
+
+
+@pytest.mark.parametrize("subtracts_start", [False, True])
+def test_a_bit_of_what_passes_read_changes_the_sums_of_a_row(load, subtracts_start):
+    one = JOBS["one"].config
+    begun = replace(one.lora, init_lora_weights="olora" if subtracts_start else "default")
+    job = replace(JOBS["one"], config=replace(one, lora=begun))
+    engine = Engine(load("llama", "bfloat16"), EngineConfig())
+    admit(engine, "one", job)
+    engine._started("one")
+    row = engine._jobs["one"].row
+    read = row.paired if subtracts_start else row.compute
+    before = row.bit_sums()
+
+    read.view(torch.int16)[5] ^= 1
+
+    assert row.bit_sums() != before

@@ -31,6 +31,12 @@ class FullEngine:
     ranks = ALONE
     base = SimpleNamespace(is_divided=False)
 
+    def __init__(self) -> None:
+        self._compared: set[str] = set()
+
+    def compare_ranks(self, job: str) -> None:
+        self._compared.add(job)
+
     def admit(self, job: str, *_: object, **__: object) -> None:
         raise OutOfMemory(job, num_tokens=0)
 
@@ -38,6 +44,7 @@ class FullEngine:
         raise OutOfMemory("claim-1", num_tokens=1024)
 
     def export(self, job: str, *_: object, **__: object) -> None:
+        assert job in self._compared, "nobody has looked whether all processes have these weights"
         raise OutOfMemory(job, num_tokens=0)
 
     def evict(self, job: str) -> None:
@@ -199,17 +206,14 @@ class DivergingEngine(FullEngine):
     """Job claim-1 has come to step 7 and no further."""
 
     def __init__(self, *, good_step: int) -> None:
+        super().__init__()
         self._good_step = good_step
-        self._compared: set[str] = set()
 
     def progress(self, job: str) -> tuple[int, int]:
         return 7, 10
 
     def evaluated_step(self, job: str) -> int | None:
         return None
-
-    def compare_ranks(self, job: str) -> None:
-        self._compared.add(job)
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
         assert job in self._compared, "nobody has looked whether all processes have these weights"
