@@ -65,6 +65,19 @@ def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker
         return worker
 
 
+def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
+    """The worker itself has seen that its node needs somebody's look: it takes nothing new, and nor does who comes in
+    its place."""
+    with db.write() as session:
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.cordon is not None or worker.ended_at is not None:
+            return
+        now = read_clock(session)
+        _put(worker, by="service", reason=reason, now=now)
+        _note(session, "worker.cordoned", worker, now=now, details={"reason": reason}, actor=SERVER)
+        _tell_jobs(session, worker, f"was cordoned. {reason} {_what_next().capitalize()}", now=now)
+
+
 def uncordon(db: Database, worker_id: str) -> Worker:
     """It takes jobs again, and what failed on it before counts no more. One that has gone keeps its successor's place
     free of a cordon. Raises NotFound."""

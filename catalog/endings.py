@@ -23,6 +23,16 @@ BAD = frozenset(
     if ending.retryable and (ending.counts or reason is EndReason.INFRA_LOST)
 )
 """Ends after which a job is tried again that nobody had asked for."""
+AGAIN = "submit the job again, or continue its newest checkpoint by a new one"
+REMEDIES: dict[EndReason, str] = {
+    EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or ask for a larger GPU; then {AGAIN}.",
+    EndReason.HOST_OOM: f"Lower max_length or give smaller files, or ask for a machine with more memory; then {AGAIN}.",
+    EndReason.TRAINER_CRASHED: f"Look into the job's logs for why, and show the operator; then {AGAIN}.",
+    EndReason.TIMEOUT: f"The job's logs tell where the trainer stood: show the operator; then {AGAIN}.",
+    EndReason.NODE_FAILED: f"The worker is at fault, not the job: tell the operator which; then {AGAIN}.",
+    EndReason.INFRA_LOST: f"Ask the operator why workers go away; then {AGAIN}.",
+}
+"""What somebody can do whose job was put aside, by how it ended last: of each ending after which one may be."""
 MAX_YIELD_SECONDS = 600.0
 """How long a job that ended badly lets others be tried first, at most."""
 
@@ -184,9 +194,10 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
     ]
     message = (
         f"The job was put aside: {number} attempts ended badly with no new checkpoint in between. "
-        f"The last one: {reason.value.replace('_', ' ')}. {detail}"
+        f"The last one: {reason.value.replace('_', ' ')}."
     )
-    return {"code": "quarantined", "message": message.strip(), "param": None, "evidence": evidence}
+    told = " ".join(part for part in (message, detail, REMEDIES[reason]) if part)
+    return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
 
 
 def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str, *, is_loss: bool) -> str:

@@ -42,6 +42,10 @@ LAUNCHED = (
 )
 """Said in full, so that nothing is looked for in a configuration file or asked of the GPUs."""
 ROOT = Path(__file__).resolve().parent.parent
+KILL_SECONDS = 10.0
+"""In which processes that were killed usually are gone."""
+UNKILLABLE_SECONDS = 60.0
+"""After which one that still is there is left behind. A driver may take long to free what it held."""
 NICENESS = 10
 """Of what computes on the cores, above its worker's."""
 
@@ -54,11 +58,34 @@ class TrainerProcess:
         self.started_at = time.monotonic()
         self.oom_kills_before = cgroup.oom_kills()
         self._process = process
+        self._killed_at: float | None = None
+        self._killed: set[psutil.Process] = set()
+        """Of what it has started."""
 
     @property
     def returncode(self) -> int | None:
         """None while it runs."""
         return self._process.poll()
+
+    @property
+    def is_killed(self) -> bool:
+        """By its worker."""
+        return self._killed_at is not None
+
+    @property
+    def is_awaited(self) -> bool:
+        """It runs, or was killed and may still end."""
+        return self._is_there() and not self.is_left_behind
+
+    @property
+    def is_left_behind(self) -> bool:
+        """It was killed long ago and is still there: it waits in the kernel, for a driver or a disk, where no signal
+        reaches it."""
+        killed_at = self._killed_at
+        return killed_at is not None and time.monotonic() - killed_at > UNKILLABLE_SECONDS and self._is_there()
+
+    def _is_there(self) -> bool:
+        return self.returncode is None or any(map(_lives, self._killed))
 
     @property
     def pid(self) -> int:
@@ -97,16 +124,20 @@ class TrainerProcess:
         return True
 
     def kill(self) -> None:
-        """Kill the process group with all that it has started, which have groups of their own, and wait for them."""
+        """Kill the process group with all that it has started, which have groups of their own, and wait for them a
+        while: see `is_left_behind`."""
         started = self._started()
+        self._killed |= set(started)
+        self._killed_at = self._killed_at or time.monotonic()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for process in started:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        seconds = 0 if self.is_left_behind else KILL_SECONDS
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        psutil.wait_procs(started, timeout=10)
+            self._process.wait(seconds)
+        psutil.wait_procs(started, timeout=seconds)
 
     def _started(self) -> list[psutil.Process]:
         try:
@@ -120,6 +151,14 @@ class TrainerProcess:
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Not one that has ended, be it that nobody has asked how."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def launch(

@@ -23,6 +23,7 @@ from worker.exits import classify_exit, is_echo
 from worker.gang import Seat
 from worker.launch import TrainerProcess
 from worker.meeting import meeting_settings
+from worker.patience import LEFT_BEHIND, set_aside
 from worker.trainer_directory import Json
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,11 @@ class _Part:
             stack.callback(context.pulse.guard, on_beat=None, on_lost=None)
             context.pulse.guard(on_beat=trainer.pulse, on_lost=None)
             trainer.pulse()
-            return self._attend(trainer)
+            end = self._attend(trainer)
+            while trainer.is_killed and trainer.is_awaited:
+                time.sleep(TURN_SECONDS)
+            set_aside(context, trainer)
+            return _told(LEFT_BEHIND.reason, LEFT_BEHIND.detail) if trainer.is_left_behind else end
 
     def _attend(self, trainer: TrainerProcess) -> Json | None:
         context, asked_at = self._context, None

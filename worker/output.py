@@ -1,7 +1,8 @@
 """What a trainer prints, kept for each job that it holds: from when the job came to it until the job leaves.
 
 A trainer's processes write to files in its directory, which are cut where they grow long. What goes to the store is
-bounded, and holds no secret of the worker and no name of another's job: a trainer may hold several projects' jobs.
+bounded, and holds no secret of the worker and no name of another's job: a trainer may hold several projects' jobs. Nor
+does what is recorded of how it ended.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
 from worker.context import WorkerContext
+from worker.held import End
 from worker.trainer_directory import TrainerDirectory
 
 log = logging.getLogger(__name__)
@@ -143,6 +145,16 @@ def tellable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:
     tail = file.read(end - tail_bytes, end).partition(b"\n")[2]
     left_out = f"[{end - start - len(head) - len(tail)} bytes are left out here]"
     return _bounded("\n".join([*_clean(head, claim, data_dir), left_out, *_clean(tail, claim, data_dir)]))
+
+
+def cleaned(end: End, claim: Claim, data_dir: Path) -> End:
+    """`end` as the job's record may have it: what a trainer said last is told to all that it held."""
+
+    def told(text: str) -> str:
+        return "\n".join(_clean(text.encode(), claim, data_dir))
+
+    error = end.error and {name: told(text) if isinstance(text, str) else text for name, text in end.error.items()}
+    return End(reason=end.reason, detail=told(end.detail), error=error)
 
 
 def _bounded(text: str) -> bytes:

@@ -27,7 +27,7 @@ from worker.context import WorkerContext
 from worker.curves import Curve
 from worker.held import STOPPED, End, Held, folders_of
 from worker.news import Listener, Next
-from worker.output import Output
+from worker.output import Output, cleaned
 from worker.strategy import strategy_for
 from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
 
@@ -321,6 +321,7 @@ class Pack:
 
     def _end(self, held: Held, end: End, *, is_bystander: bool = False) -> None:
         """is_bystander: the trainer has ended, and had not begun the job."""
+        end = cleaned(end, held.claim, self._context.settings.data_dir)
         try:
             claims.end(
                 self._context.db,

@@ -1,4 +1,5 @@
-"""When a worker gives its trainer up: for loading, for saying nothing while it is busy, or for leaving too slowly.
+"""When a worker gives its trainer up: for loading, for saying nothing while it is busy, for leaving too slowly, or for
+not ending when it is killed.
 
 What hangs is asked where it stands before it is ended, so that its jobs' logs tell.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
+from catalog import cordons
 from catalog.states import EndReason
 from worker import stacks
 from worker.context import WorkerContext
@@ -19,6 +21,12 @@ log = logging.getLogger(__name__)
 TIMES_ITS_PACE = 4
 """So much longer than it ever was silent before, a slow trainer may be."""
 
+LEFT_BEHIND = End(
+    reason=EndReason.NODE_FAILED,
+    detail="The trainer could not be killed: it waits in the kernel, for its device's driver or a disk that hangs.",
+)
+"""It writes nothing that counts, should it ever wake: its claims are others'."""
+
 
 def watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> None:
     """End a trainer that takes too long, with its stacks in its logs. leaving_at: when it was told to leave."""
@@ -29,6 +37,14 @@ def watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, lea
     pack.verdict = verdict
     stacks.ask(trainer, verdict.detail)
     trainer.kill()
+
+
+def set_aside(context: WorkerContext, trainer: TrainerProcess) -> None:
+    """Where its trainer is left behind, which holds its device still, the worker takes nothing new. Raises
+    Unavailable."""
+    if trainer.is_left_behind:
+        log.error("%s", LEFT_BEHIND.detail)
+        cordons.cordon_own(context.db, context.worker_id, reason=LEFT_BEHIND.detail)
 
 
 def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> End | None:

@@ -28,8 +28,9 @@ from worker.context import WorkerContext
 from worker.exits import classify_exit
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
+from worker.output import cleaned
 from worker.pack import OUTAGES, Pack
-from worker.patience import watch_clock
+from worker.patience import LEFT_BEHIND, set_aside, watch_clock
 from worker.room import room_of, told_room
 from worker.strategy import strategy_for
 from worker.trainer_directory import Json, TrainerDirectory, Verb
@@ -181,19 +182,22 @@ def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: 
 
 
 def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: Pack) -> list[Claim]:
-    """Until the trainer has ended. Returns claims of another pack, for which this one was unloaded.
+    """Until the trainer has ended, or can't be ended. Returns claims of another pack, for which this one was unloaded.
 
     Each part goes on by itself in an outage: what people ask for is obeyed though nothing can be recorded.
     """
     left_over: list[Claim] = []
     looked_at = time.monotonic()
     leaving_at: float | None = None
-    while trainer.returncode is None:
+    while trainer.is_awaited:
+        if trainer.is_killed:
+            time.sleep(TURN_SECONDS)
+            continue
         _patiently(trainer, pack.hear)
         _patiently(trainer, lambda: pack.obey(context.pulse.take_orders()))
         if pack.ready is None and not len(pack):
             trainer.kill()  # everybody has gone before it was ready
-            break
+            continue
         is_to_leave = _patiently(trainer, lambda: leading.attend(context, trainer)) or context.draining
         if is_to_leave and leaving_at is None:
             leaving_at = time.monotonic()
@@ -255,22 +259,26 @@ def _is_spent(context: WorkerContext, pack: Pack) -> bool:
 
 
 def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> None:
-    """The trainer has ended: hear its last words, and end what it leaves unfinished by the way it ended."""
-    assert trainer.returncode is not None
+    """The trainer has ended, or is left behind: hear its last words, and end what it leaves unfinished by the way it
+    ended."""
     deadline = time.monotonic() + context.settings.lease_seconds
     while not context.pulse.lost.is_set() and time.monotonic() < deadline:
         try:
             pack.hear()
+            set_aside(context, trainer)
             pack.end_all(_verdict(context, trainer, pack))
             return
         except OUTAGES as error:
             log.warning("%s Waiting to record how the trainer ended.", error)
             time.sleep(OUTAGE_SECONDS)
+    _try(lambda: set_aside(context, trainer))
     lost = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
     _try(lambda: pack.end_all(lost))
 
 
 def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End:
+    if trainer.is_left_behind:
+        return LEFT_BEHIND
     if pack.verdict is not None:
         return pack.verdict
     if context.draining:
@@ -315,7 +323,7 @@ def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None
     """Give back what no trainer has seen."""
     for claim in claimed:
         context.pulse.release(claim.claim_id)
-        _try(partial(_end, context, claim.claim_id, end))
+        _try(partial(_end, context, claim.claim_id, cleaned(end, claim, context.settings.data_dir)))
         context.spans.ended(claim.claim_id, end.reason)
 
 

@@ -184,6 +184,7 @@ def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_eviden
     assert job.error is not None
     assert job.error["code"] == "quarantined"
     assert [each["detail"] for each in job.error["evidence"]] == ["signal 2", "signal 1", "signal 0"]
+    assert "The last one: trainer crashed. signal 2 Look into the job's logs" in job.error["message"]
 
 
 def test_a_trainer_that_ended_before_it_had_begun_the_job_counts_for_nothing_until_it_was_ten_in_a_row(

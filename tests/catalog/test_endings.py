@@ -6,8 +6,17 @@ import itertools
 
 import pytest
 
-from catalog.endings import BACK_OFF_SECONDS, decide
-from catalog.states import ENDINGS, FINAL_STATES, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb, next_state
+from catalog.endings import BACK_OFF_SECONDS, REMEDIES, decide
+from catalog.states import (
+    ENDINGS,
+    FINAL_STATES,
+    MAX_COUNTED_ATTEMPTS,
+    MAX_LOSSES,
+    EndReason,
+    JobState,
+    Verb,
+    next_state,
+)
 
 REASONS = [reason for reason in EndReason if reason is not EndReason.COMPLETED]
 EVERYTHING = list(itertools.product(REASONS, (False, True), (False, True), range(MAX_COUNTED_ATTEMPTS)))
@@ -36,6 +45,14 @@ def test_without_wishes_the_table_of_endings_decides(reason: EndReason) -> None:
     state = next_state(JobState.RUNNING, verdict.verb)
     assert state == (JobState.QUEUED if ending.retryable else ending.state)
     assert verdict.verb is not Verb.REQUEUE or verdict.wait_seconds == BACK_OFF_SECONDS[0]
+
+
+def test_of_every_ending_that_may_put_a_job_aside_somebody_can_do_something() -> None:
+    last = {"counted_attempts": MAX_COUNTED_ATTEMPTS - 1, "losses": MAX_LOSSES}
+
+    verdicts = {reason: decide(reason, cancel_requested=False, pause_requested=False, **last) for reason in REASONS}
+
+    assert {reason for reason, verdict in verdicts.items() if verdict.is_quarantine} == REMEDIES.keys()
 
 
 def test_the_users_own_mistake_is_told_though_they_asked_to_cancel() -> None:

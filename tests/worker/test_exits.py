@@ -100,8 +100,8 @@ def test_a_full_disk_is_not_blamed_for_a_trainer_that_somebody_killed() -> None:
 
 
 def test_processes_that_come_to_different_weights_are_the_nodes_fault() -> None:
-    log_tail = "[rank1]: lora_core.errors.RanksDiffer: The weights of job 'j' differ.\n" + LAUNCHER.format("status 1.")
+    log_tail = "[rank1]: lora_core.errors.RanksDiffer: The weights differ.\n" + LAUNCHER.format("status 1.")
 
     reason, detail = classify_exit(1, log_tail, num_oom_kills=0, device_kind="cpu")
 
-    assert (reason, detail) == (EndReason.NODE_FAILED, "The weights of job 'j' differ.")
+    assert (reason, detail) == (EndReason.NODE_FAILED, "The weights differ.")

@@ -137,7 +137,7 @@ def test_one_that_is_called_begins_with_the_leaders_settings_and_ends_with_the_r
     assert told == [{"dtype": "float32", "device": "cpu", "base_dir": "/bases/here"}]
     assert (met["address"], met["port"], met["first_rank"], met["num_ranks"]) == (LOCAL, 4711, 1, 2)
     assert met["name"] == led.round_id
-    assert trainer.was_killed
+    assert trainer.is_killed
     assert not trainer.directory.path.exists()
 
 
@@ -172,7 +172,7 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
     (attempt,) = jobs.attempts(gang.site.db, **gang.site.world.of(job_id))
     assert attempt.reason == EndReason.TRAINER_CRASHED
     assert attempt.detail == "On w2 of the gang: The trainer was killed (signal 9)."
-    assert gang.trainers[0].was_killed
+    assert gang.trainers[0].is_killed
     assert gang.call_of("w2") is None
     assert met[0].pop("name").startswith("round-")
     where = {"address": LOCAL, "interface": interface_of(LOCAL), "port": None}
@@ -228,7 +228,7 @@ def test_a_leader_whose_round_is_over_ends_its_trainer(gang: GangSite) -> None:
     job_id = leads(gang, script)
 
     assert reasons(gang.site, job_id)[0] == EndReason.INFRA_LOST
-    assert gang.trainers[0].was_killed
+    assert gang.trainers[0].is_killed
 
 
 def test_what_was_claimed_before_one_went_is_not_trained_by_those_that_are_left(gang: GangSite) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+import worker.launch
 from worker import node
-from worker.launch import NICENESS, child_environment, launch, trainer_argv, trainer_environment
+from worker.launch import NICENESS, TrainerProcess, child_environment, launch, trainer_argv, trainer_environment
 from worker.tether import LOST_PARENT, OPTION, tethered
 from worker.trainer_directory import TrainerDirectory
 
@@ -51,6 +52,41 @@ def test_a_trainer_sees_its_own_gpu_alone_and_one_on_the_cpu_sees_none(tmp_path:
     assert (on_gpu["CUDA_VISIBLE_DEVICES"], on_gpu["CUDA_DEVICE_ORDER"]) == ("3", "PCI_BUS_ID")
     assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
     assert trainer_environment(tmp_path, several, num_threads=1)["CUDA_VISIBLE_DEVICES"] == "2,0"
+
+
+def test_who_survives_a_kill_is_waited_for_a_while_and_then_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process here is beyond SIGKILL: it is taken from the worker."""
+    script = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as said:
+        survivor = psutil.Process(int(said.readline()))
+    trainer = TrainerProcess(process, TrainerDirectory.create(tmp_path / "trainer"))
+    monkeypatch.setattr(worker.launch, "KILL_SECONDS", 0.01)
+    seen: list[tuple[bool, bool]] = []
+
+    def look() -> None:
+        seen.append((trainer.is_awaited, trainer.is_left_behind))
+
+    with monkeypatch.context() as powerless:
+        powerless.setattr(os, "killpg", lambda *_: None)
+        powerless.setattr(psutil.Process, "kill", lambda _: None)
+        look()
+        trainer.kill()
+        look()
+    process.kill()
+    process.wait()
+    look()
+    monkeypatch.setattr(worker.launch, "UNKILLABLE_SECONDS", -1)
+    look()
+    survivor.kill()
+    psutil.wait_procs([survivor], timeout=30)
+    look()
+    trainer.close()
+
+    assert seen == [(True, False), (True, False), (True, False), (False, True), (False, False)]
 
 
 def test_a_trainer_is_one_process_and_knows_how_long_its_worker_may_be_silent(tmp_path: Path) -> None:

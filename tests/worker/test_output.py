@@ -8,10 +8,11 @@ import pytest
 
 from catalog import claims, outputs
 from catalog.errors import Unavailable
+from catalog.jobs import attempts
 from catalog.outputs import MAX_BYTES, Line
 from catalog.states import EndReason
 from tests.worker.pack_site import READY, PackSite, asked, say, tell
-from worker import output
+from worker import output, supervise
 from worker.held import End
 from worker.output import LogFile, Output
 from worker.trainer_directory import TrainerDirectory
@@ -100,6 +101,31 @@ def test_no_secret_and_no_name_of_anothers_job_is_told(site: PackSite, monkeypat
     assert f"{mine.claim_id} of {mine.job.id} beside … of …" in text
     assert "ft:… in $LORRY_DATA_DIR/work" in text
     assert str(site.context.settings.data_dir) not in text
+
+
+def test_how_a_trainer_ended_names_no_job_of_anothers_and_no_path_in_what_is_recorded(site: PackSite) -> None:
+    mine, other = site.claim(seed=1), site.claim(seed=2)
+    pack = site.loading_pack(mine, other)
+    said = f"ValueError: {mine.claim_id} beside {other.claim_id} in {site.context.settings.data_dir}/work"
+
+    wire = {"code": "user_error", "message": said, "param": None}
+    pack.end_all(End(reason=EndReason.USER_ERROR, detail=said, error=wire))
+
+    for claim, told in ((mine, f"{mine.claim_id} beside …"), (other, f"… beside {other.claim_id}")):
+        clean = f"ValueError: {told} in $LORRY_DATA_DIR/work"
+        (attempt,) = attempts(site.db, **site.world.of(claim.job.id))
+        assert attempt.detail == clean
+        assert site.world.job(claim.job.id).error == {"code": "user_error", "message": clean, "param": None}
+
+
+def test_what_no_trainer_has_seen_is_given_back_without_a_path(site: PackSite) -> None:
+    claim = site.claim()
+    detail = f"The worker could not start a trainer: {site.context.settings.data_dir}/work is full."
+
+    supervise._release(site.context, [claim], End(reason=EndReason.NODE_FAILED, detail=detail))  # pyright: ignore[reportPrivateUsage]
+
+    (attempt,) = attempts(site.db, **site.world.of(claim.job.id))
+    assert attempt.detail == "The worker could not start a trainer: $LORRY_DATA_DIR/work is full."
 
 
 def test_a_long_log_keeps_its_first_and_its_last_lines(site: PackSite) -> None:

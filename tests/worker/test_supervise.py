@@ -18,11 +18,12 @@ from catalog.doorbell import FileDoorbell
 from catalog.errors import OutOfSpace
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables import Job, Worker
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, say
 from worker import bases, loop, node, supervise
 from worker.context import WorkerContext
+from worker.patience import LEFT_BEHIND
 from worker.room import room_of
 from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
 
@@ -37,7 +38,9 @@ class FakeTrainer:
 
     def __init__(self, directory: TrainerDirectory, script: Script) -> None:
         self.returncode: int | None = None
-        self.was_killed = False
+        self.is_killed = False
+        self.is_left_behind = False
+        """Where its script says so, no signal ends it."""
         self.heard: list[Message] = []
         self.directory = directory
         self._events = EventWriter(directory)
@@ -68,9 +71,18 @@ class FakeTrainer:
             self.returncode = 0
         return self.returncode is not None
 
+    @property
+    def is_awaited(self) -> bool:
+        return self.returncode is None and not (self.is_killed and self.is_left_behind)
+
+    def pids(self) -> list[int]:
+        return []
+
     def kill(self) -> None:
         if self.returncode is None:
-            self.returncode, self.was_killed = -9, True
+            self.is_killed = True
+            if not self.is_left_behind:
+                self.returncode = -9
 
     def close(self) -> None:
         self.kill()
@@ -183,8 +195,33 @@ def test_a_trainer_that_loads_for_nobody_is_killed(site: PackSite, run: Callable
 
     (trainer,) = run(is_cancelled_meanwhile)
 
-    assert trainer.was_killed
+    assert trainer.is_killed
     assert site.world.job(job.id).state == "cancelled"
+
+
+def test_a_trainer_that_no_signal_ends_is_left_behind_and_its_worker_takes_nothing_new(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
+) -> None:
+    job = site.queued()
+    with site.db.write() as session:
+        session.get_one(Job, job.id).counted_attempts = 1
+
+    def hangs(trainer: FakeTrainer) -> Generator[None]:
+        trainer.is_left_behind, trainer.started_at = True, -float("inf")
+        while True:
+            yield
+
+    (trainer,) = run(hangs)
+
+    with site.db.read() as session:
+        cordon = session.get_one(Worker, "w1").cordon
+    assert trainer.returncode is None
+    assert (site.world.job(job.id).state, reasons(site, job.id)) == ("queued", [EndReason.NODE_FAILED])
+    assert site.held() == set()
+    assert cordon is not None
+    assert (cordon["by"], cordon["reason"]) == ("service", LEFT_BEHIND.detail)
+    site.world.clock.turn(3600)
+    assert site.world.claim("w1") == []
 
 
 def test_a_base_that_the_trainer_refuses_fails_its_jobs_at_once_and_says_why(
