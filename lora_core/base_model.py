@@ -187,12 +187,12 @@ def load_base(
         read_header(path)
     empty = _build_empty(config, torch_dtype, task)
     if quantisation == "none":
-        model = _load_plain(empty, base_dir, paths, device="cpu" if is_divided else device, task=task)
+        model = _load_plain(empty, base_dir, paths, device=None if is_divided else device, task=task)
     else:
         model = load_quantised(base_dir, quantisation=quantisation, dtype=torch_dtype, device=device)
     model.requires_grad_(False).eval()
     if is_divided:
-        shard(model, strategy, ranks, device=device)
+        shard(model, strategy, ranks, device=device, dtype=torch_dtype)
     return BaseModel(
         model=model,
         dtype=torch_dtype,
@@ -219,12 +219,14 @@ def _require_folder(base_dir: Path) -> None:
 
 
 def _load_plain(
-    empty: PreTrainedModel, base_dir: Path, paths: list[Path], *, device: str, task: Task
+    empty: PreTrainedModel, base_dir: Path, paths: list[Path], *, device: str | None, task: Task
 ) -> PreTrainedModel:
+    """device: None where the parameters are to stay mapped, in the file's own dtype; `shard` takes them from there."""
     weights: dict[str, torch.Tensor] = {}
     for path in paths:
         weights |= load_file(path)  # views of a private memory map
-    weights = {name: weight.to(device, empty.dtype) for name, weight in weights.items()}
+    mapped = set[str]() if device is not None else {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+    weights = {name: weight if name in mapped else weight.to(device, empty.dtype) for name, weight in weights.items()}
     model, fits = empty, True
     if task != "causal-lm":
         fill_placeholder(model)
@@ -236,7 +238,8 @@ def _load_plain(
         model = load_with_transformers(base_dir, dtype=model.dtype, task=task)  # older names in the file: a copy
         if task != "causal-lm":
             fill_placeholder(model)
-    nn.Module.to(model, device)
+    if device is not None:
+        nn.Module.to(model, device)
     return model
 
 

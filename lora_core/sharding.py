@@ -25,9 +25,9 @@ Strategy = Literal["replicated", "fsdp2", "zero3"]
 """Every rank holds the whole base, or a share of each block by one library or the other."""
 
 
-def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: str) -> None:
-    """Divide the blocks, in place; the rest goes to `device`. The weights may be memory-mapped: no rank needs more of a
-    block than its share beyond the time when it is divided.
+def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: str, dtype: torch.dtype) -> None:
+    """Divide the blocks, in place; the rest goes to `device`; all in `dtype`. The weights may be memory-mapped, in any
+    dtype: no rank needs more of a block than its share beyond the time when it is divided.
 
     Raises UnsupportedModel where no blocks are found, ConfigError where the library is missing or there is one rank.
     """
@@ -42,15 +42,21 @@ def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: s
             f"The strategy {strategy!r} divides a base model among several processes, and there is one.",
             remedy="Give the trainer more devices, or use 'replicated'.",
         )
-    of_blocks = {parameter for block in blocks for parameter in block.parameters()}
-    for parameter in set(model.parameters()) - of_blocks:
-        parameter.data = parameter.data.to(device)
+    rest = set(model.parameters()) - {parameter for block in blocks for parameter in block.parameters()}
+    for parameter in rest:
+        parameter.data = parameter.data.to(device, dtype)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     if strategy == "fsdp2":
-        _by_fsdp2(model, blocks, of_blocks, ranks, device=device)
+        _by_fsdp2(model, blocks, rest, ranks, device=device, dtype=dtype)
     else:
-        _by_zero3(model, blocks, of_blocks, device=device)
+        _by_zero3(model, blocks, rest, device=device, dtype=dtype)
+
+
+def _cast(block: nn.Module, dtype: torch.dtype) -> None:
+    """Right before it is divided: each rank's host would else hold all blocks, where the dtype isn't the files'."""
+    for parameter in block.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def is_whole(weight: Tensor) -> bool:
@@ -106,20 +112,32 @@ def with_guests(model: PreTrainedModel, strategy: Strategy) -> Iterator[None]:
 
 
 def _by_fsdp2(
-    model: PreTrainedModel, blocks: tuple[nn.Module, ...], of_blocks: set[nn.Parameter], ranks: Ranks, *, device: str
+    model: PreTrainedModel,
+    blocks: tuple[nn.Module, ...],
+    rest: set[nn.Parameter],
+    ranks: Ranks,
+    *,
+    device: str,
+    dtype: torch.dtype,
 ) -> None:
+    """It replaces a block's parameters: whoever held on to those that were would hold the whole base."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (ranks.size,))
     for block in blocks:
+        _cast(block, dtype)
         fully_shard(block, mesh=mesh)
-    rest = set(model.parameters()) - of_blocks
     fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
 
 
 def _by_zero3(
-    model: PreTrainedModel, blocks: tuple[nn.Module, ...], of_blocks: set[nn.Parameter], *, device: str
+    model: PreTrainedModel,
+    blocks: tuple[nn.Module, ...],
+    rest: set[nn.Parameter],
+    *,
+    device: str,
+    dtype: torch.dtype,
 ) -> None:
     """A block is one leaf: DeepSpeed then gathers all of it at once, before its forward and before its backward."""
     if device == "cpu":
@@ -133,11 +151,12 @@ def _by_zero3(
             remedy="Install lorry[deepspeed] on the worker, or use 'fsdp2'.",
         ) from error
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-    config = _zero3_config(next(iter(of_blocks)).dtype, of_block=largest)
+    config = _zero3_config(dtype, of_block=largest)
     set_z3_leaf_modules(model, list({type(block) for block in blocks}))
     for block in blocks:
+        _cast(block, dtype)
         deepspeed.zero.Init(module=block, config_dict_or_path=config)
-    with _hidden(model.base_model, of_blocks):
+    with _hidden(model.base_model, rest):
         deepspeed.initialize(model=model.base_model, config=config)
 
 
@@ -158,12 +177,12 @@ def _zero3_config(dtype: torch.dtype, *, of_block: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _hidden(model: nn.Module, of_blocks: set[nn.Parameter]) -> Iterator[None]:
-    """Within, the modules of `model` that hold other weights than these are none of its own."""
+def _hidden(model: nn.Module, rest: set[nn.Parameter]) -> Iterator[None]:
+    """Within, the modules of `model` that hold these are none of its own."""
     own = [
         path
         for path, module in model.named_modules()
-        if path and any(parameter not in of_blocks for parameter in module.parameters(recurse=False))
+        if path and any(parameter in rest for parameter in module.parameters(recurse=False))
     ]
     kept = {path.rpartition(".")[0]: dict(model.get_submodule(path.rpartition(".")[0])._modules) for path in own}
     for path in own:
