@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import combinations, groupby
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 from lora_core.errors import LoraCoreError
 
@@ -173,11 +174,12 @@ class Meeting:
     """After which a process that meets nobody gives up, with an error."""
 
 
-def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None) -> Ranks:
+def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None, file: Path | None = None) -> Ranks:
     """The ranks that this process was launched among, by `accelerate launch` or torchrun; ALONE where it was by itself.
 
     silence_seconds: after which a rank that waits for another one gives up, with an error. meeting: where those that
-    were launched on one machine are some of more. Call it once.
+    were launched on one machine are some of more. file: of a new name, by which those of one machine meet, so that no
+    store listens for them; None: as the launcher says. Call it once.
     """
     own_rank, num_own = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_own == 1 and meeting is None:
@@ -185,7 +187,11 @@ def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None)
     kind = device.partition(":")[0]
     if kind == "cuda":
         torch.cuda.set_device(device)
-    given: dict[str, Any] = {} if meeting is None else _met(meeting, own_rank)
+    given: dict[str, Any] = {}
+    if meeting is not None:
+        given = _met(meeting, own_rank)
+    elif file is not None:
+        given = {"store": _kept(file, silence_seconds), "rank": own_rank, "world_size": num_own}
     dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=silence_seconds), **given)
     ranks = Ranks(
         rank=dist.get_rank(),
@@ -212,11 +218,17 @@ def greet(ranks: Ranks, device: str) -> None:
     ranks.spread(number, holder=0)
 
 
+def _kept(file: Path, silence_seconds: float) -> FileStore:
+    """A store that outlives each of the ranks: what the first of them failed of can be read when it has gone."""
+    store = FileStore(str(file), -1)
+    store.set_timeout(timedelta(seconds=silence_seconds))
+    return store
+
+
 def _met(meeting: Meeting, own_rank: int) -> dict[str, Any]:
     """Torch's own rendezvous would listen at every address of the machine: here the leader's socket is handed to it."""
     rank = meeting.first_rank + own_rank
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[name] = meeting.interface
+    os.environ |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": f"={meeting.interface}"}
     timeout = timedelta(seconds=meeting.seconds)
     if rank == 0:
         listening = socket.create_server((meeting.address, 0), backlog=meeting.num_ranks)

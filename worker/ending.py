@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from catalog.disk import is_full
 from lora_core import distributed
@@ -22,14 +23,14 @@ SILENCE_SECONDS = 3600.0
 
 
 @contextmanager
-def joined(device: str, meeting: Meeting | None = None) -> Generator[Ranks]:
+def joined(device: str, *, meeting: Meeting | None = None, file: Path | None = None) -> Generator[Ranks]:
     """The ranks that this process was launched among, and those of other machines where it meets them, for as long as
-    the block lasts.
+    the block lasts. file: as of `distributed.join`.
 
     Of several one that fails doesn't wait at its end for threads and devices in which the others wait for it. A full
     disk is told by the exit status, for there may be no room for words.
     """
-    ranks = distributed.join(device, silence_seconds=SILENCE_SECONDS, meeting=meeting)
+    ranks = distributed.join(device, silence_seconds=SILENCE_SECONDS, meeting=meeting, file=file)
     try:
         with told_to_all(ranks):
             yield ranks

@@ -18,6 +18,7 @@ import psutil
 
 from catalog import failpoints, logs
 from worker import cgroup, node
+from worker.meeting import RANKS_FILE
 from worker.tether import OPTION, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 
@@ -36,6 +37,7 @@ LAUNCHED = (
     "--num_machines=1",
     "--machine_rank=0",
     "--rdzv_backend=c10d",
+    "--rdzv_conf=store_type=file,keep_alive_interval=86400",  # each sign of life is written to the file's end
     "--mixed_precision=no",
     "--dynamo_backend=no",
     "--max_restarts=0",
@@ -171,6 +173,7 @@ def launch(
     or its share of the cores; when one ends badly, so do all.
     """
     threads = max(1, node.num_threads() // num_processes)
+    environment = trainer_environment(directory.path, device, num_threads=threads)
     argv = trainer_argv(directory.path, silence_seconds=silence_seconds, num_processes=num_processes)
     with directory.log_path.open("ab") as log:
         process = subprocess.Popen(
@@ -178,7 +181,7 @@ def launch(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=trainer_environment(directory.path, device, num_threads=threads) | rendezvous(num_processes),
+            env=environment | rendezvous(directory.path, num_processes),
             cwd=directory.path,
             start_new_session=True,
         )
@@ -196,17 +199,23 @@ def give_way(pid: int) -> None:
         os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
-def rendezvous(num_processes: int) -> dict[str, str]:
-    """Processes of one machine meet at a port of its loopback that is free, under a name of their own, so that no two
-    trainers meet each other; and they talk there, by whatever name the machine may call itself."""
+def rendezvous(path: Path, num_processes: int) -> dict[str, str]:
+    """Launcher and processes of one machine meet by files of the trainer's folder, whose names no other launch has:
+    torch would have stores that listen at every address, and its launcher unpickles what one of them says. What the
+    processes say to each other goes by the loopback, by whatever name the machine may call itself."""
     if num_processes == 1:
         return {}
+    name = secrets.token_hex(8)
     return {
-        "PET_RDZV_ENDPOINT": "localhost:0",  # what torchrun reads where accelerate has no argument for it
-        "PET_RDZV_ID": secrets.token_hex(8),
+        "PET_RDZV_ENDPOINT": str(
+            path / f"launch-{name}"
+        ),  # what torchrun reads where accelerate has no argument for it
+        "PET_RDZV_ID": name,
         "PET_LOCAL_ADDR": "127.0.0.1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        RANKS_FILE: str(path / f"ranks-{name}"),
         "GLOO_SOCKET_IFNAME": LOOPBACK,
-        "NCCL_SOCKET_IFNAME": LOOPBACK,
+        "NCCL_SOCKET_IFNAME": f"={LOOPBACK}",
     }
 
 

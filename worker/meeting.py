@@ -6,13 +6,17 @@ Settings and port are written and read here, so that both ends agree; the traine
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+from pathlib import Path
 
 import psutil
 
 from worker.trainer_directory import Json, TrainerDirectory, read_json, write_json
 
 PORT_FILE = "port.json"
+RANKS_FILE = "LORRY_RANKS_FILE"
+"""Variable that names the file by which the processes meet that were launched together on one machine."""
 
 
 def meeting_settings(
@@ -21,6 +25,12 @@ def meeting_settings(
     """Of trainer.json. port None: of the leader, whose trainer chooses one."""
     where = {"address": address, "interface": interface, "port": port}
     return where | {"name": name, "first_rank": first_rank, "num_ranks": num_ranks}
+
+
+def ranks_file() -> Path | None:
+    """Of this process; None where it was launched by itself, or by hand."""
+    told = os.environ.get(RANKS_FILE)
+    return Path(told) if told else None
 
 
 def tell_port(directory: TrainerDirectory, port: int) -> None:

@@ -37,6 +37,7 @@ from worker.apart import brought, forget, meeting_of
 from worker.base_text import BaseText
 from worker.chat_template import Refused
 from worker.ending import joined
+from worker.meeting import ranks_file
 from worker.plan import engine_config, job_config
 from worker.resident import Resident
 from worker.sampling import ask, told
@@ -390,7 +391,7 @@ def main(arguments: list[str]) -> int:
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)
-    with joined(directory.device(), meeting_of(directory)) as ranks:
+    with joined(directory.device(), meeting=meeting_of(directory), file=ranks_file()) as ranks:
         Trainer(directory, ranks).run()
     return 0
 

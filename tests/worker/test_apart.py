@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests import tiny_base
@@ -94,8 +93,7 @@ def test_nothing_listens_but_at_the_address_of_the_leader_and_a_killed_machine_e
 ) -> None:
     with two_machines(tmp_path, base_dir) as (leader, member):
         leader.hear("ready")
-        open_ones = psutil.Process(leader.process.pid).net_connections()
-        listening = {one.laddr.ip for one in open_ones if one.status == psutil.CONN_LISTEN}
+        listening = {address for launched in (leader, member) for _, address in launched.listeners()}
         leader.admit("job", max_steps=5000, hyperparameters={"batch_size": 8})
         leader.hear("stepped", "job")
 

@@ -26,6 +26,7 @@ from worker.trainer_directory import EventReader, InboxWriter, Json, TrainerDire
 pytestmark = pytest.mark.timeout(600)
 TIMED = ("seconds", "pid")
 GONE_SECONDS = 10.0
+LISTENS = psutil.CONN_LISTEN
 
 
 class Launched:
@@ -93,6 +94,11 @@ class Launched:
             time.sleep(0.02)
         raise AssertionError(f"{wanted}: {self.directory.log_tail()}")
 
+    def listeners(self) -> list[tuple[int, str]]:
+        """Process and address of each socket that listens, of the launcher and of all ranks."""
+        found = [(pid, psutil.Process(pid).net_connections("inet")) for pid in self.process.pids()]
+        return [(pid, one.laddr.ip) for pid, open_ones in found for one in open_ones if one.status == LISTENS]
+
     def ranks(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
 
@@ -153,6 +159,18 @@ def test_two_processes_say_and_leave_what_one_does(tmp_path: Path, base_dir: Pat
 
     assert len(alone[0]) == 6
     assert together == alone
+
+
+def test_nothing_listens_but_what_the_ranks_say_to_each_other_on_the_loopback(tmp_path: Path, base_dir: Path) -> None:
+    with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
+        trainer.hear("ready")
+        ranks = {process.pid for process in trainer.ranks()}
+
+        listeners = trainer.listeners()
+
+        assert len(ranks) == 2
+        assert {pid for pid, _ in listeners} == ranks, "a launcher that listens may be told pickles"
+        assert {address for _, address in listeners} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
