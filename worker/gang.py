@@ -14,7 +14,7 @@ from catalog.db import Database
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.gangs import Call, Member, Place, Round, Standing
 from catalog.settings import Settings
-from worker.meeting import interface_of
+from worker.meeting import place_of
 
 LOST_AFTER = 2 / 3
 """Of a lease: a member that could not ask the database for so long goes on with no round."""
@@ -29,7 +29,7 @@ class Seat:
         """Ends the program where the settings can't be followed."""
         assert settings.gang is not None
         self.place = Place(db=db, worker_id=worker_id, gang=settings.gang, silent_seconds=settings.lease_seconds)
-        self.address, self.interface = _address(settings)
+        self.address, self.interface = place_of(settings.advertise_address)
         self.round: Round | None = None
         """That it leads."""
         self.is_broken = False
@@ -138,14 +138,3 @@ def alike(members: Sequence[Member], leader_id: str, *, size: int) -> list[Membe
         return []
     others = [one for one in members if one.is_open and one.kind == leader.kind and one is not leader]
     return [leader, *others[: size - 1]]
-
-
-def _address(settings: Settings) -> tuple[str, str]:
-    """The node's own, and the interface that has it."""
-    address = settings.advertise_address
-    if address is None:
-        raise SystemExit("LORRY_GANG needs LORRY_ADVERTISE_ADDRESS: where the other nodes of the gang reach this one.")
-    interface = interface_of(address)
-    if interface is None:
-        raise SystemExit(f"LORRY_ADVERTISE_ADDRESS is {address}, and no network interface of this node has it.")
-    return address, interface

@@ -14,7 +14,7 @@ import pytest
 from tests import tiny_base
 from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, launched
 from worker.exits import ECHO
-from worker.meeting import interface_of, meeting_settings, told_port
+from worker.meeting import meeting_settings, place_of, told_port
 
 pytestmark = pytest.mark.timeout(600)
 LOCAL = "127.0.0.1"
@@ -29,8 +29,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def two_machines(folder: Path, base_dir: Path) -> Iterator[tuple[Launched, Launched]]:
     """One process here, two there; nobody has joined them yet."""
-    interface = interface_of(LOCAL)
-    assert interface is not None
+    _, interface = place_of(LOCAL)
     where: dict[str, Any] = {"address": LOCAL, "interface": interface, "name": "round-1", "num_ranks": 3}
     here = meeting_settings(**where, port=None, first_rank=0)
     with launched(folder / "here", base_dir, num_processes=1, meeting=here) as leader:

@@ -21,7 +21,7 @@ from worker.context import WorkerContext
 from worker.exits import classify_exit, is_echo
 from worker.gang import Seat, alike
 from worker.lending import lend
-from worker.meeting import interface_of, tell_port
+from worker.meeting import place_of, tell_port
 from worker.trainer_directory import Json, TrainerDirectory
 
 LOCAL = "127.0.0.1"
@@ -175,7 +175,7 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
     assert gang.trainers[0].is_killed
     assert gang.call_of("w2") is None
     assert met[0].pop("name").startswith("round-")
-    where = {"address": LOCAL, "interface": interface_of(LOCAL), "port": None}
+    where = {"address": LOCAL, "interface": place_of(LOCAL)[1], "port": None}
     assert met == [{**where, "first_rank": 0, "num_ranks": 2}]
 
 
