@@ -75,7 +75,7 @@ class Settings(BaseSettings):
         default=900, gt=0, description="Within which each of a gang has the base model and joins; else all give up."
     )
     advertise_address: str | None = Field(
-        default=None, description="IP address of this node at which others of its gang reach it, and it listens."
+        default=None, description="IPv4 address of this node at which others of its gang reach it, and it listens."
     )
     max_slowdown: float = Field(
         default=4, ge=1, description="How many times as slow as alone a job may become for the sake of jobs that join."
