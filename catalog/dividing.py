@@ -52,18 +52,24 @@ class Group:
     bytes_of_each: int = 0
     """Of the smallest."""
     wanted: Wanted = "auto"
+    gang: str | None = None
+    """That the worker is of: its trainers run on the devices of others too."""
+    smallest: str | None = None
+    """Worker of that gang whose memory the bytes are, where others were looked at."""
 
     @property
     def divides_when(self) -> DividesWhen:
-        """One device has nobody to divide with."""
-        if self.num_devices == 1 or self.wanted == "replicated":
+        """One device has nobody to divide with, and over nodes no base is divided: a job would be held in another way
+        where another one leads."""
+        if self.gang is not None or self.num_devices == 1 or self.wanted == "replicated":
             return "never"
         return "needed" if self.wanted == "auto" else "always"
 
     @property
     def reserve_bytes(self) -> int:
         """That CUDA and NCCL take of each of several GPUs. Of one what is free is looked at, as ever."""
-        return CUDA_BYTES + NCCL_BYTES if self.kind == "cuda" and self.num_devices > 1 else 0
+        are_several = self.num_devices > 1 or self.gang is not None
+        return CUDA_BYTES + NCCL_BYTES if self.kind == "cuda" and are_several else 0
 
     @property
     def usable_bytes(self) -> int:
@@ -106,6 +112,7 @@ def group_told(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> Group
         num_devices=int(first.get("num_processes") or len(first.get("indices") or ()) or 1),
         bytes_of_each=memory_bytes,
         wanted=first.get("strategy", "replicated"),
+        gang=first.get("gang"),
     )
 
 
@@ -144,6 +151,8 @@ def hindrance(lora: Mapping[str, Any], quantisation: str, description: Mapping[s
 
 def reason(group: Group, demand: Demand) -> str:
     """Why a group holds the base of such a job as it does."""
+    if group.gang is not None:
+        return f"Each device of the gang {group.gang} holds the whole base: over nodes it is not divided."
     if group.num_devices == 1:
         return "There is one device, which holds the whole base."
     whole = f"about {readable(demand.whole_bytes + group.reserve_bytes)}"
@@ -173,6 +182,9 @@ def nowhere(found: Sequence[tuple[Group, Demand]], hindrance: str | None) -> str
             f"Divided among the {group.num_devices} devices of the largest worker it needs about {readable(need)} on "
             f"each, and the smallest of them has {held}."
         )
+    elif group.smallest is not None:
+        smallest = f"the smallest worker of the gang {group.gang}, {group.smallest}, has {held}"
+        parts.append(f"It needs about {readable(need)} on each device, and {smallest}.")
     else:
         parts.append(f"It needs about {readable(need)} and the largest worker has {held}.")
     if hindrance is not None and any(group.divides_when != "never" for group, _ in found):

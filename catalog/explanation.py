@@ -140,11 +140,12 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     facts |= _made_room(session, job) | {"room_asked_at": job.room_asked_at}
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
-    closed = closed_workers.where_all_are(live)
-    closed = closed or gang_waits.where_all_wait(gangs, [one.worker_id for one in open_ones])
-    if closed is not None:
-        return closed, facts
-    hindrance = _unquantised(session, job, now=now) or _too_large(session, job, mine, now=now)
+    hindrance = (
+        closed_workers.where_all_are(live)
+        or _unquantised(session, job, now=now)
+        or _too_large(session, job, mine, now=now)
+        or gang_waits.where_all_wait(gangs, [one.worker_id for one in open_ones])
+    )
     if hindrance:
         return hindrance, facts
     parts = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import bases
+from catalog import bases, gang_waits
 from catalog.db import Database, read_clock
 from catalog.dividing import group_told
 from catalog.scheduling.picture import Room
@@ -135,14 +135,20 @@ def count_live(session: Session, *, now: float) -> int:
 def empty_rooms(
     session: Session, *, now: float, quantisation: str = "none", without: Collection[str] = ()
 ) -> list[Room]:
-    """Of each live worker that takes new jobs and can load a base so, with nothing in it. without: ids of others."""
+    """Of each live worker that takes new jobs and can load a base so, with nothing in it: in a gang as much as its
+    smallest worker has. without: ids of others."""
+    smallest = gang_waits.smallest(session, now=now)
     live = [worker for worker in _live(session, now=now, only_open=True) if worker.id not in without]
-    return [room_of(worker) for worker in live if quantisation in quantisations_of(worker)]
+    able = [worker for worker in live if quantisation in quantisations_of(worker)]
+    return [room_of(worker, smallest.get(worker.id)) for worker in able]
 
 
-def room_of(worker: Worker) -> Room:
-    """With nothing in it."""
-    held, group = worker.memory_bytes, group_told(worker.devices, worker.memory_bytes)
+def room_of(worker: Worker, smallest: Worker | None = None) -> Room:
+    """With nothing in it. smallest: of its gang, if what the others have is to count."""
+    held = worker.memory_bytes if smallest is None else smallest.memory_bytes
+    group = group_told(worker.devices, held)
+    if smallest is not None:
+        group = replace(group, smallest=smallest.id)
     return Room(max_jobs=1, memory_bytes_free=held, recomputes=is_gpu(worker), group=group)
 
 

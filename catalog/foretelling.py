@@ -6,7 +6,7 @@ The job is a row that was never stored, so that what is reckoned of it is reckon
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,11 +82,12 @@ def foretell(session: Session, job: Job, accepted: Accepted, data: Data, *, now:
     found = [int(report.get("longest_example") or 0) for report in (data.training, data.validation) if report]
     job.longest_example = max(found) or None
     sizes, live = _sizes(job, description), _live(session, job, now=now)
-    fitting = _fitting(live, sizes)
+    groups = _groups(session, live, now=now)
+    fitting = _fitting(live, groups, sizes)
     servable = servability.of_job(spec, [target.rank for target in targets])
     warned = [*accepted.surprises, *_cautions(accepted, data, targets, job=job, num_steps=num_steps)]
     if live and not fitting:
-        warned.append(_fits_nowhere(live, sizes))
+        warned.append(_fits_nowhere(groups, sizes))
     return {
         "computed_at": now,
         "data": {
@@ -97,8 +98,8 @@ def foretell(session: Session, job: Job, accepted: Accepted, data: Data, *, now:
         "num_steps": num_steps,
         "trainable_parameters": job.adapter_parameters,
         "adapted_layers": len(targets),
-        "memory": [*(_memory(sizes, kind) for kind in ("cuda", "cpu")), *_memory_of_groups(sizes, live)],
-        "devices": _devices(sizes, live, fitting),
+        "memory": [*(_memory(sizes, kind) for kind in ("cuda", "cpu")), *_memory_of_groups(sizes, groups)],
+        "devices": _devices(sizes, groups, fitting),
         "training_time": asdict(_training_time(session, job, accepted, data, fitting, num_steps=num_steps, now=now)),
         "expected_start": asdict(_expected_start(session, job, live, fitting, now=now, settings=settings)),
         "servable": {server: asdict(answer) for server, answer in servable.items()},
@@ -149,11 +150,10 @@ def _memory(sizes: _Sizes, kind: str) -> Json:
     return {"kind": kind, **one, "total_bytes": sizes.total(kind), "parts": parts}
 
 
-def _memory_of_groups(sizes: _Sizes, live: Sequence[Worker]) -> list[Json]:
+def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, Group]) -> list[Json]:
     """Of each device of the groups that would divide the base, each kind of group once."""
-    groups = {fleet.room_of(row).group: None for row in live}
     found: dict[tuple[str, int, str], Json] = {}
-    for group in groups:
+    for group in dict.fromkeys(groups.values()):
         demand = sizes.demand(group.kind)
         if not group.divides(demand) or not demand.divisible_bytes:
             continue
@@ -180,21 +180,26 @@ def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
     return [row for row in able if row.id not in lenders]
 
 
-def _fitting(live: Sequence[Worker], sizes: _Sizes) -> list[Worker]:
+def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str, Group]:
+    """By worker: what its trainers run on, with no more memory than the smallest worker of its gang has."""
+    smallest = gang_waits.smallest(session, now=now)
+    return {row.id: fleet.room_of(row, smallest.get(row.id)).group for row in live}
+
+
+def _fitting(live: Sequence[Worker], groups: Mapping[str, Group], sizes: _Sizes) -> list[Worker]:
     """Smallest first."""
     held = {row.id: row for row in live}
-    fit = devices.that_fit([_held(row, sizes) for row in live])
+    fit = devices.that_fit([_held(row, groups[row.id], sizes) for row in live])
     return [held[device.worker_id] for device in fit]
 
 
-def _held(row: Worker, sizes: _Sizes) -> Held:
-    group = fleet.room_of(row).group
+def _held(row: Worker, group: Group, sizes: _Sizes) -> Held:
     demand = sizes.demand(group.kind)
     return Held(
         worker_id=row.id,
         name=_device(row),
         kind=group.kind,
-        memory_bytes=row.memory_bytes,
+        memory_bytes=group.bytes_of_each,
         num_devices=group.num_devices,
         strategy=group.strategy(demand),
         needed_bytes=group.needed_bytes(demand),
@@ -205,9 +210,9 @@ def _device(row: Worker) -> str:
     return str(next((device.get("name") for device in row.devices if device.get("name")), "a device"))
 
 
-def _fits_nowhere(live: Sequence[Worker], sizes: _Sizes) -> Caution:
-    groups = [fleet.room_of(row).group for row in live]
-    message = dividing.nowhere([(group, sizes.demand(group.kind)) for group in groups], sizes.hindrance)
+def _fits_nowhere(groups: Mapping[str, Group], sizes: _Sizes) -> Caution:
+    found = [(group, sizes.demand(group.kind)) for group in groups.values()]
+    message = dividing.nowhere(found, sizes.hindrance)
     assert message is not None, "it fits none"
     fits = dividing.would_fit_sentence(dividing.would_fit(sizes.demand("cuda")))
     return Caution(
@@ -217,14 +222,14 @@ def _fits_nowhere(live: Sequence[Worker], sizes: _Sizes) -> Caution:
     )
 
 
-def _devices(sizes: _Sizes, live: Sequence[Worker], fitting: Sequence[Worker]) -> Json:
+def _devices(sizes: _Sizes, groups: Mapping[str, Group], fitting: Sequence[Worker]) -> Json:
     card = devices.smallest_card(sizes.total("cuda"))
-    groups = [(number, card) for number, card in dividing.would_fit(sizes.demand("cuda")) if number > 1]
+    of_several = [(number, card) for number, card in dividing.would_fit(sizes.demand("cuda")) if number > 1]
     return {
         "smallest_gpu": asdict(card) if card else None,
-        "groups": [{"num_devices": number, **asdict(card)} for number, card in groups],
-        "workers_that_fit": [asdict(_held(row, sizes)) for row in fitting],
-        "live_workers": len(live),
+        "groups": [{"num_devices": number, **asdict(card)} for number, card in of_several],
+        "workers_that_fit": [asdict(_held(row, groups[row.id], sizes)) for row in fitting],
+        "live_workers": len(groups),
     }
 
 

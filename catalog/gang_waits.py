@@ -20,6 +20,8 @@ class GangView:
     min_size: int
     workers: tuple[str, ...]
     """Those that live and take something new, or train."""
+    has_trainer: bool
+    """Those that are there have begun."""
 
     @property
     def is_short(self) -> bool:
@@ -43,6 +45,7 @@ def all_of(session: Session, *, now: float, silent_seconds: float = SILENT_SECON
             size=gangs[name].size,
             min_size=gangs[name].min_size,
             workers=tuple(there[name]),
+            has_trainer=any(worker.trainer_id and worker.id == gangs[name].leader_id for _, _, worker in rows),
         )
         for name in sorted(gangs)
     ]
@@ -55,13 +58,24 @@ def lenders(found: Iterable[GangView]) -> set[str]:
     }
 
 
+def smallest(session: Session, *, now: float) -> dict[str, Worker]:
+    """Of each worker of a gang that lives: whose memory decides what fits the gang. Of more than train together the
+    smaller ones stand by, as far as may be known."""
+    limits: dict[str, Worker] = {}
+    for gang in all_of(session, now=now):
+        rows = session.scalars(select(Worker).where(Worker.id.in_(gang.workers))).all()
+        largest_first = sorted(rows, key=lambda row: (row.memory_bytes, row.id), reverse=True)[: gang.size]
+        limits |= {row.id: largest_first[-1] for row in rows}
+    return limits
+
+
 def facts(found: Iterable[GangView]) -> list[Json]:
     return [asdict(gang) | {"workers": list(gang.workers)} for gang in found]
 
 
 def where_all_wait(found: Sequence[GangView], open_ids: Collection[str]) -> str | None:
     """Why nothing begins, where every worker that takes jobs is of a gang that is not complete."""
-    short = [gang for gang in found if gang.is_short]
+    short = [gang for gang in found if gang.is_short and not gang.has_trainer]
     if not open_ids or not set(open_ids) <= {worker for gang in short for worker in gang.workers}:
         return None
     told = [_sentence(gang) for gang in short]

@@ -21,6 +21,7 @@ from catalog.doorbell import FileDoorbell
 from catalog.errors import LorryError
 from catalog.scheduling.picture import Policy
 from catalog.settings import Settings
+from catalog.tables import Json
 from worker import node, scratch
 from worker.device_use import DeviceWatch, measure
 from worker.export_session import available
@@ -82,6 +83,7 @@ class WorkerContext:
             num_devices=self.num_processes,
             bytes_of_each=self.device.memory_bytes // self.num_processes,
             wanted=self.settings.strategy,
+            gang=self.settings.gang,
         )
 
     def free_bytes(self) -> int:
@@ -118,7 +120,7 @@ class WorkerContext:
 def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
     """A registered worker whose heart beats, for as long as the block lasts. Raises Unavailable, and UnfitWorker where
     its version can't work with the service's: then it has written nothing."""
-    check_strategy(settings.strategy)
+    check_strategy(settings.strategy, gang=settings.gang)
     db = Database(settings.resolved_database_url())
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -148,8 +150,14 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
             yield context
 
 
-def check_strategy(wanted: Wanted) -> None:
-    """Ends the program where DeepSpeed is to divide bases and isn't installed. It is not imported."""
+def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
+    """Ends the program where bases are to be divided over nodes, or by DeepSpeed and that isn't installed. It is not
+    imported."""
+    if gang is not None and wanted in ("fsdp2", "zero3"):
+        raise SystemExit(
+            f"LORRY_STRATEGY is {wanted}, and the workers of a gang ({gang}) divide no base: over nodes each device "
+            "holds the whole one. Set it to auto or replicated, or take the worker out of the gang (no LORRY_GANG)."
+        )
     if wanted == "zero3" and find_spec("deepspeed") is None:
         raise SystemExit(
             "LORRY_STRATEGY is zero3, which needs DeepSpeed, and that is not installed here. Install it "
@@ -197,6 +205,12 @@ def _standby(context: WorkerContext) -> Generator[None]:
         context.standby.close()
 
 
+def _trains_as(context: WorkerContext) -> Json:
+    """Of its record, beside what its devices are: what others reckon with."""
+    own, gang = {"num_processes": context.num_processes, "strategy": context.settings.strategy}, context.settings.gang
+    return own if gang is None else own | {"gang": gang}
+
+
 @contextmanager
 def _registered(context: WorkerContext) -> Generator[None]:
     db, worker_id, device = context.db, context.worker_id, context.device
@@ -205,7 +219,7 @@ def _registered(context: WorkerContext) -> Generator[None]:
         worker_id=worker_id,
         host=socket.gethostname(),
         pid=os.getpid(),
-        devices=[device.as_json() | {"num_processes": context.num_processes, "strategy": context.settings.strategy}],
+        devices=[device.as_json() | _trains_as(context)],
         version=node.versions()["lorry"],
         integrations=available(context.settings),
         memory_bytes=device.memory_bytes // context.num_processes,

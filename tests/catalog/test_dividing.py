@@ -190,6 +190,17 @@ def test_why_a_group_holds_a_base_as_it_does_is_said_with_numbers() -> None:
     assert "LORRY_STRATEGY is replicated" in dividing.reason(gpus(2, 24, "replicated"), small)
 
 
+@pytest.mark.parametrize("wanted", ["auto", "fsdp2"])
+def test_no_base_is_divided_over_nodes_whatever_the_leaders_own_group_is(wanted: Wanted) -> None:
+    large, alone = Demand(whole_bytes=150 * 10**9, divisible_bytes=140 * 10**9), gpus(4, 80, wanted)
+    of_gang = replace(alone, gang="hall")
+
+    assert (alone.strategy(large), of_gang.strategy(large)) == ("fsdp2", "replicated")
+    assert of_gang.needed_bytes(large) == large.whole_bytes + alone.reserve_bytes
+    assert "the gang hall holds the whole base" in dividing.reason(of_gang, large)
+    assert replace(gpus(1, 80), gang="hall").reserve_bytes == alone.reserve_bytes, "NCCL has its buffers there too"
+
+
 def test_a_worker_is_known_by_what_it_said_and_an_older_one_holds_whole_bases() -> None:
     said = {"kind": "cuda", "indices": [0, 1], "num_processes": 2, "strategy": "auto"}
     assert dividing.group_told([said], 5) == Group(kind="cuda", num_devices=2, bytes_of_each=5)

@@ -126,3 +126,10 @@ def test_a_worker_that_is_to_use_deepspeed_and_has_none_does_not_start() -> None
     if find_spec("deepspeed") is None:
         with pytest.raises(SystemExit, match="needs DeepSpeed"):
             check_strategy("zero3")
+
+
+def test_a_worker_of_a_gang_that_is_to_divide_bases_does_not_start() -> None:
+    check_strategy("auto", gang="hall")
+    check_strategy("replicated", gang="hall")
+    with pytest.raises(SystemExit, match="the workers of a gang \\(hall\\) divide no base"):
+        check_strategy("fsdp2", gang="hall")
