@@ -20,7 +20,7 @@ from worker.trainer_directory import Json, TrainerDirectory, read_json, write_js
 Interfaces = Mapping[str, Sequence[Any]]
 """As psutil tells of them: each has addresses, with their families."""
 PORT_FILE = "port.json"
-RANKS_FILE = "LORRY_RANKS_FILE"
+RANKS_FILE = "TRAINER_RANKS_FILE"
 """Variable that names the file by which the processes meet that were launched together on one machine."""
 
 
