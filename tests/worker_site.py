@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from catalog import bases, files, jobs, keys, projects
 from catalog.artifacts.store import open_store
 from catalog.db import Database
@@ -32,6 +34,8 @@ from worker.trainer_directory import EventReader, TrainerDirectory
 ROOT = Path(__file__).parents[1]
 BASE = "tiny"
 WAIT_SECONDS = 120.0
+GONE_SECONDS = 1.0
+"""A promise: how long a trainer outlives its worker at most."""
 PEPPER = "pepper"
 """What an api over a site must be told for the site's key to open it."""
 
@@ -217,12 +221,31 @@ class WorkerSite:
             process.wait()
 
 
-def wait_until(condition: Callable[[], object], *, said: Callable[[], str], seconds: float = WAIT_SECONDS) -> None:
+def wait_until(
+    condition: Callable[[], object],
+    *,
+    said: Callable[[], str] = str,
+    seconds: float = WAIT_SECONDS,
+    every_seconds: float = 0.05,
+) -> None:
     """Look again and again; fail with what was said when it takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, said()
-        time.sleep(0.05)
+        time.sleep(every_seconds)
+
+
+def is_gone_in_time(process: psutil.Process) -> bool:
+    """Within GONE_SECONDS. A zombie computes nothing any more."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @contextlib.contextmanager

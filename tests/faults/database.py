@@ -13,8 +13,9 @@ from sqlalchemy import make_url, text
 
 from catalog.states import FINAL_STATES, EndReason
 from tests.faults.row import POSTGRESQL, Row
-from tests.faults.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite, is_gone_in_time
+from tests.faults.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
 from tests.services.fault_proxy import fault_proxy
+from tests.worker_site import is_gone_in_time
 
 LOCKED_SECONDS = 33.0
 """SQLite's writers give up after 30."""

@@ -30,8 +30,6 @@ from tests.worker_site import BASE, PEPPER, WorkerSite, wait_until
 
 LEASE_SECONDS = 6.0
 """As WorkerSite sets it."""
-GONE_SECONDS = 1.0
-"""A promise: how long a trainer outlives its worker at most."""
 SMALL: dict[str, Any] = {"hyperparameters": {"batch_size": 4}, "max_steps": 30, "checkpoint_every_steps": 10}
 """The job of most rows: its adapter is known by its digest."""
 NUM_ROWS = 40
@@ -227,13 +225,3 @@ def _unless_down(condition: Callable[[], object]) -> object:
         return condition()
     except (Unavailable, OutOfSpace):
         return None
-
-
-def is_gone_in_time(process: psutil.Process) -> bool:
-    """Within GONE_SECONDS. A zombie computes nothing any more."""
-    deadline = time.monotonic() + GONE_SECONDS
-    while time.monotonic() < deadline:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.01)
-    return False

@@ -11,8 +11,9 @@ from sqlalchemy import select
 from catalog.states import EndReason
 from catalog.tables import Artifact, Checkpoint
 from tests.faults.row import Row
-from tests.faults.site import FaultSite, is_gone_in_time
+from tests.faults.site import FaultSite
 from tests.services.fault_proxy import Asked, FaultProxy, Verdict, http_answer
+from tests.worker_site import is_gone_in_time
 
 BROKEN = http_answer("500 Internal Server Error", "<Error><Code>InternalError</Code></Error>")
 EXPIRED = http_answer("403 Forbidden", "<Error><Code>ExpiredToken</Code></Error>")

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from catalog.states import EndReason, JobState
 from tests.faults.row import POSTGRESQL, Row
-from tests.faults.site import PATIENCE_SECONDS, FaultSite, is_gone_in_time
+from tests.faults.site import PATIENCE_SECONDS, FaultSite
+from tests.worker_site import is_gone_in_time
 
 LOST_ONCE = [EndReason.INFRA_LOST, EndReason.COMPLETED]
 RESUMES = "it resumes at most one checkpoint back, with the same bytes"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,15 @@ import pytest
 
 from catalog import jobs
 from catalog.states import EndReason, JobState
-from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
+from tests.worker_site import WAIT_SECONDS, WorkerSite, is_gone_in_time, worker_site
 
 pytestmark = pytest.mark.timeout(600)
-
-GONE_SECONDS = 2.0
-"""A promise: how long a trainer may outlive its worker."""
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[WorkerSite]:
     with worker_site(tmp_path) as site:
         yield site
-
-
-def is_gone_in_time(pid: int) -> bool:
-    deadline = time.monotonic() + GONE_SECONDS
-    while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def small_job(**fields: Any) -> dict[str, Any]:
@@ -47,11 +34,11 @@ def test_a_killed_worker_takes_its_trainer_along_and_another_finishes_with_the_s
     disturbed = site.submit(rows, validation_file=held_out, **small_job())
     worker = site.start_worker(FAILPOINT="step_25:hang")
     site.wait_until(lambda: site.checkpoint_steps(disturbed) == [10, 20])
-    pid = site.trainer_pid(disturbed)
+    trainer = psutil.Process(site.trainer_pid(disturbed))
 
     worker.kill()
 
-    assert is_gone_in_time(pid)
+    assert is_gone_in_time(trainer)
     undisturbed = site.submit(rows, validation_file=held_out, **small_job())
     site.start_worker()
     site.wait_for_end(disturbed, undisturbed)

@@ -23,9 +23,10 @@ from lorry.models import FINAL_STATUSES, Attempt
 from tests import tiny_base
 from tests.services.redis import redis_server
 from tests.services.s3 import new_bucket
-from tests.worker_site import ROOT
+from tests.worker_site import ROOT, wait_until
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+TEST_SECONDS = 900
+pytestmark = [pytest.mark.timeout(TEST_SECONDS), pytest.mark.slow]
 CELERY = [sys.executable, "-m", "celery", "--app=worker.celery_app"]
 WORKER = ["worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle", "--loglevel=INFO"]
 NUM_JOBS, NUM_EPOCHS = 12, 20
@@ -73,6 +74,10 @@ class Stack:
 
     def worker(self, name: str) -> subprocess.Popen[bytes]:
         return self.start(name, [*CELERY, *WORKER, f"--hostname={name}@%h"])
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Until the time of the test is over: a busy machine may be slow. Rarely, for each look asks the api much."""
+        wait_until(condition, said=self.said, seconds=TEST_SECONDS, every_seconds=0.2)
 
     def said(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-4000:] for path in sorted(self.folder.glob("*.log")))
@@ -126,12 +131,12 @@ def test_twelve_jobs_outlive_a_killed_worker_a_drained_one_and_a_redis_that_forg
         asked = {"model": "tiny", "training_file": file.id, **JOB}
         ids = [lorry.jobs.create(**asked, suffix=f"n{number}").id for number in range(NUM_JOBS)]
         forget(redis_of_its_own)
-        wait_until(lambda: len(holders(lorry, ids)) == len(workers))
+        stack.wait_until(lambda: len(holders(lorry, ids)) == len(workers))
         assert max(holders(lorry, ids).values()) <= 4
         tell("twelve jobs on three workers", began)
         ours = {name: worker_of(lorry, process) for name, process in workers.items()}
         hit, left = held_by(lorry, ids, ours["killed"]), held_by(lorry, ids, ours["drained"])
-        wait_until(lambda: all(has_checkpoint(lorry, job_id) for job_id in (*hit, *left)))
+        stack.wait_until(lambda: all(has_checkpoint(lorry, job_id) for job_id in (*hit, *left)))
         tell("a checkpoint of each", began)
 
         workers["killed"].kill()
@@ -140,10 +145,10 @@ def test_twelve_jobs_outlive_a_killed_worker_a_drained_one_and_a_redis_that_forg
         forget(redis_of_its_own)
         assert workers["drained"].wait(DRAIN_SECONDS) == 0, stack.said()
         tell(f"the drained worker has let go of {len(left)} jobs and ended", killed)
-        wait_until(lambda: ours["killed"] not in holders(lorry, hit))
+        stack.wait_until(lambda: ours["killed"] not in holders(lorry, hit))
         tell(f"{len(hit)} jobs of the killed worker are free again", killed)
         stack.worker("new")
-        wait_until(lambda: all(lorry.jobs.get(job_id).status in FINAL_STATUSES for job_id in ids))
+        stack.wait_until(lambda: all(lorry.jobs.get(job_id).status in FINAL_STATUSES for job_id in ids))
         tell("all have ended", began)
 
         names = {worker_id: name for name, worker_id in ours.items()}
@@ -160,12 +165,6 @@ def test_twelve_jobs_outlive_a_killed_worker_a_drained_one_and_a_redis_that_forg
         assert sorted(adapter.raw["job_id"] for adapter in adapters) == sorted(ids)
         assert all(lorry.adapters.verify(adapter.name)["passed"] for adapter in adapters)
         assert len({weights(lorry, adapter.name) for adapter in adapters}) == 1, "the same job has the same bytes"
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Until the time of the test is over: a busy machine may be slow."""
-    while not condition():
-        time.sleep(0.2)
 
 
 def forget(redis_url: str) -> None:

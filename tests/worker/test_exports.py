@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -21,6 +20,7 @@ from catalog.db import Database
 from catalog.settings import Settings
 from catalog.tables import JobExport
 from tests.catalog.world import World
+from tests.worker_site import wait_until
 from worker import export_session, exports
 from worker.export_session import ExportFailed, ExportSession, available, places
 from worker.exports import exporting
@@ -71,13 +71,6 @@ def steps(world: World, job_id: str, *numbers: int) -> None:
     claims.record_metrics(world.db, world.job(job_id).claim_id or "", rows)
 
 
-def wait_until(condition: Callable[[], object], said: Callable[[], object] = str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, said()
-        time.sleep(0.02)
-
-
 def row(world: World, job_id: str, name: str) -> JobExport:
     with world.db.read() as session:
         return session.get_one(JobExport, (job_id, name))
@@ -100,13 +93,13 @@ def test_a_job_is_written_to_every_tracker_across_a_restart_each_point_once(
     job_id = training(world, *OPTIONS)
     steps(world, job_id, 1, 2)
     with exporting(world.db, settings):
-        wait_until(written(world, job_id, 2))
+        wait_until(written(world, job_id, 2), seconds=WAIT_SECONDS)
     steps(world, job_id, 2, 3, 4)
 
     with exporting(world.db, settings):
-        wait_until(written(world, job_id, 4))
+        wait_until(written(world, job_id, 4), seconds=WAIT_SECONDS)
         adapter = world.complete(world.job(job_id).claim_id or "").name
-        wait_until(lambda: all(row(world, job_id, name).finished_at for name in OPTIONS))
+        wait_until(lambda: all(row(world, job_id, name).finished_at for name in OPTIONS), seconds=WAIT_SECONDS)
 
     train = {1: 1.0, 2: 0.5, 3: 1 / 3, 4: 0.25}
     valid = {2: 1.0, 4: 0.5}
@@ -219,7 +212,10 @@ def test_a_tracker_that_is_away_costs_a_line_in_the_jobs_log_and_the_other_goes_
     steps(world, job_id, 1)
 
     with exporting(world.db, away):
-        wait_until(lambda: row(world, job_id, "tensorboard").error and row(world, job_id, "wandb").train_step == 1)
+        wait_until(
+            lambda: row(world, job_id, "tensorboard").error and row(world, job_id, "wandb").train_step == 1,
+            seconds=WAIT_SECONDS,
+        )
 
     told = [one.message for one in jobs.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
     assert len(told) == 1
@@ -305,12 +301,12 @@ def test_trackio_is_written_to_where_it_is_installed(world: World, settings: Set
     job_id = world.running(integrations=[{"type": "trackio", "trackio": {"project": "p"}}]).job.id
     steps(world, job_id, 1, 2)
     with exporting(world.db, settings):
-        wait_until(lambda: row(world, job_id, "trackio").train_step == 2)
+        wait_until(lambda: row(world, job_id, "trackio").train_step == 2, seconds=WAIT_SECONDS)
     steps(world, job_id, 3)
     with exporting(world.db, settings):
-        wait_until(lambda: row(world, job_id, "trackio").train_step == 3)
+        wait_until(lambda: row(world, job_id, "trackio").train_step == 3, seconds=WAIT_SECONDS)
         world.complete(world.job(job_id).claim_id or "")
-        wait_until(lambda: row(world, job_id, "trackio").finished_at)
+        wait_until(lambda: row(world, job_id, "trackio").finished_at, seconds=WAIT_SECONDS)
 
     logged = _trackio_rows(tmp_path / "trackio" / "ours-p.db")
     assert [one["step"] for one in logged if "train/loss" in one["metrics"]] == [1, 2, 3]
