@@ -53,6 +53,7 @@ def _under_trainers(site: FaultSite) -> str:
     site.wait_for_success(job_id)
 
     attempts = site.attempts(job_id)
+    assert set(site.reasons(job_id)) <= {EndReason.NODE_FAILED, EndReason.COMPLETED}, site.told(job_id)
     assert all((attempt.resumed_from_step or 0) >= 10 for attempt in attempts[1:]), site.told(job_id)
     return f"“{_warnings(site, job_id)[0]}” {site.told(job_id)}"
 

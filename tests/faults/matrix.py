@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.faults import api, database, disk, job, loss, memory, redis, store, trainer, worker
+from tests.faults import api, clock, database, disk, job, loss, memory, redis, store, trainer, worker
 from tests.faults.row import NotHere, Row
 
 ROWS: tuple[Row, ...] = (
@@ -16,17 +16,13 @@ ROWS: tuple[Row, ...] = (
     *disk.ROWS,
     *loss.ROWS,
     *memory.ROWS,
+    *clock.ROWS,
 )
 NOT_HERE = (
     NotHere(
         name="cuda-oom",
         fault="CUDA out of memory",
         why="needs a CUDA GPU; the classes of exits are in tests/worker/test_exits.py",
-    ),
-    NotHere(
-        name="clock",
-        fault="clock an hour off",
-        why="the clock is the whole machine's; tests/catalog/test_recovery.py turns the database's",
     ),
     NotHere(
         name="database-read-only-sqlite",
