@@ -129,6 +129,7 @@ def end_attempt(
         yields_seconds=yields_seconds,
     )
     job.counted_attempts = verdict.counted_attempts
+    job.lost_attempts += reason is EndReason.INFRA_LOST
     job.num_preemptions += reason is EndReason.PREEMPTED
     if verdict.verb is Verb.FAIL:
         is_put_aside, number = verdict.is_quarantine, losses or job.counted_attempts

@@ -244,10 +244,7 @@ def _precisions(residents: list[Resident], base_digest: str) -> list[str]:
 
 def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], residents: list[Resident]) -> str:
     if mine.candidate.is_suspect:
-        return (
-            f"It has ended badly {job.counted_attempts} times of {MAX_COUNTED_ATTEMPTS}: it waits for a worker to "
-            "itself, so that no other job is hurt."
-        )
+        return f"{_ends_told(job)}: it waits for a worker to itself, so that no other job is hurt."
     place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
     of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
     takers = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
@@ -258,6 +255,13 @@ def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], residents: list[Res
     if any(resident.base_digest is None for resident in residents):
         return place if ahead else "It is first in the queue and waits for a worker to have room."
     return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"
+
+
+def _ends_told(job: Job) -> str:
+    if job.lost_attempts:
+        number = job.counted_attempts + job.lost_attempts
+        return f"{number} trainers or workers have ended with it since its last checkpoint"
+    return f"It has ended badly {job.counted_attempts} times of {MAX_COUNTED_ATTEMPTS}"
 
 
 def _joins(ahead: list[Turn]) -> str:

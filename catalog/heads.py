@@ -32,7 +32,7 @@ from catalog.db import each_of, is_sqlite
 from catalog.dividing import ONE, DividesWhen, Group
 from catalog.scheduling.picture import Candidate, Unprepared
 from catalog.spec import PriorityClass
-from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
+from catalog.states import MAX_ENDS_IN_COMPANY, JobState, is_suspect
 from catalog.tables import Job, Project
 
 NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "divisible_bytes", "gathered_bytes")
@@ -116,8 +116,8 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
     groups, job = _groups(JobState.QUEUED, such.priority), aliased(Job)
     conditions = [is_due(job, bindparam("now"))]
     if such.alike:
-        is_suspect = job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
-        conditions += [*_in_queue(job), job.pack_key == bindparam("key"), ~is_suspect]
+        trains_alone = job.counted_attempts + job.lost_attempts >= MAX_ENDS_IN_COMPANY
+        conditions += [*_in_queue(job), job.pack_key == bindparam("key"), ~trains_alone]
     else:
         conditions += [job.state == JobState.QUEUED]
     if such.alone or such.alike:
@@ -126,7 +126,7 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
             groups = _where_some_fit(groups, such)
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
-    names = (*names, "created_at", "counted_attempts", "room_asked_at")
+    names = (*names, "created_at", "counted_attempts", "lost_attempts", "room_asked_at")
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
     with_project = rows.join(Project, Project.id == rows.c.project_id)
     return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
@@ -225,7 +225,7 @@ def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
         priority=row.priority,
         place=row.place,
         queued_at=row.created_at if row.queued_at is None else row.queued_at,
-        is_suspect=row.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1,
+        is_suspect=is_suspect(row.counted_attempts, row.lost_attempts),
         room_asked_at=row.room_asked_at,
         **kept,
     )

@@ -20,7 +20,7 @@ from catalog.scheduling.packs import spare_bytes
 from catalog.scheduling.picture import Candidate, Picture, Policy, Room
 from catalog.scheduling.racing import MAX_TURNS
 from catalog.spec import Quantisation
-from catalog.states import MAX_COUNTED_ATTEMPTS
+from catalog.states import is_suspect
 from catalog.tables import Attempt, Job, Worker
 
 
@@ -123,5 +123,5 @@ def _alike(
 
 def _holds_suspect(session: Session, trainer_id: str) -> bool:
     live = select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
-    held = select(Job.counted_attempts).where(Job.id.in_(session.scalars(live).all()))
-    return any(number >= MAX_COUNTED_ATTEMPTS - 1 for number in session.scalars(held))
+    held = select(Job.counted_attempts, Job.lost_attempts).where(Job.id.in_(session.scalars(live).all()))
+    return any(is_suspect(counted, lost) for counted, lost in session.execute(held))

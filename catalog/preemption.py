@@ -22,7 +22,7 @@ from catalog.scheduling.picture import Candidate, Policy, Service
 from catalog.scheduling.preempt import Holder, Preemption, Training
 from catalog.scheduling.turns import order
 from catalog.spec import PriorityClass
-from catalog.states import MAX_COUNTED_ATTEMPTS, JobState
+from catalog.states import JobState, is_suspect
 from catalog.tables import Attempt, Job, Trainer, Worker
 from catalog.workers import is_live
 
@@ -188,7 +188,7 @@ def _holder(worker: Worker, key: str | None, held: list[tuple[Job, Attempt]]) ->
         memory_bytes_free=room.memory_bytes_free,
         places=room.max_jobs,
         is_divided=room.is_divided,
-        has_suspect=any(job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1 for job, _ in held),
+        has_suspect=any(is_suspect(job.counted_attempts, job.lost_attempts) for job, _ in held),
     )
 
 

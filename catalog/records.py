@@ -100,7 +100,7 @@ def record_checkpoint(
         now = read_clock(session)
         furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
         if furthest is None or step > furthest:
-            job.counted_attempts = 0
+            job.counted_attempts = job.lost_attempts = 0
         digest = artifact_rows.show(session, artifact, now=now)
         checkpoint = _put_checkpoint(session, job, step=step, digest=digest, now=now)
         if exported is not None:

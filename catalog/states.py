@@ -134,6 +134,15 @@ MAX_LOSSES = 10
 or its trainer ended before it had begun the job. It would go round for ever."""
 
 
+MAX_ENDS_IN_COMPANY = 2
+"""A job with which so many trainers or workers have ended since its last new checkpoint trains alone from then on."""
+
+
+def is_suspect(counted_attempts: int, lost_attempts: int) -> bool:
+    """Whether a job trains alone, so that no packmate is hurt or blamed."""
+    return counted_attempts + lost_attempts >= MAX_ENDS_IN_COMPANY
+
+
 def next_state(state: JobState | None, verb: Verb) -> JobState | None:
     """Where `verb` takes a job that is in `state`; None if it may not be done."""
     return TRANSITIONS.get((state, verb))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from catalog import needs
 from catalog.claims import Claim
 from catalog.records import KEPT_CHECKPOINTS
-from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
+from catalog.states import EndReason, is_suspect
 from catalog.tables import Checkpoint, Json
 from worker.curves import Curve
 from worker.trainer_directory import Verb
@@ -55,8 +55,9 @@ class Held:
 
     @property
     def is_suspect(self) -> bool:
-        """One more bad end, and it is quarantined: it trains alone."""
-        return self.claim.job.counted_attempts >= MAX_COUNTED_ATTEMPTS - 1
+        """It trains alone, until it has a new checkpoint."""
+        job = self.claim.job
+        return not self.recorded_step and is_suspect(job.counted_attempts, job.lost_attempts)
 
     def own_bytes(self, description: Json, *, recomputes: bool) -> int:
         """What it takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""

@@ -92,7 +92,7 @@ class Candidate:
     gathered_bytes: int = 0
     """What each of them then needs beside its share."""
     is_suspect: bool = False
-    """One more bad end and it is quarantined: it trains alone, so that no packmate is blamed or hurt."""
+    """Trainers or workers have ended with it: it trains alone, so that no packmate is blamed or hurt."""
     room_asked_at: float | None = None
     """When others were last asked to leave for it; see Policy.is_making_room."""
 

@@ -88,6 +88,9 @@ class Job(Table):
     attempt: Mapped[int]
     counted_attempts: Mapped[int]
     """Attempts that ended badly since the last new checkpoint."""
+    lost_attempts: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Attempts whose worker went away, since the last new checkpoint: they count towards no quarantine of three, but
+    may be the job's doing."""
     lost_preparations: Mapped[int] = mapped_column(default=0)
     """Times that a worker went away while it prepared the files."""
     claim_id: Mapped[str | None] = mapped_column(unique=True)

@@ -10,6 +10,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from catalog import claims, jobs, recovery, workers
+from catalog.claims import Claim
 from catalog.errors import StaleClaim
 from catalog.preparation import MAX_LOST_PREPARATIONS
 from catalog.states import MAX_LOSSES, EndReason, JobState
@@ -154,15 +155,47 @@ def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_en
     assert after_checkpoint == world.job(job.id).state == JobState.QUEUED
 
 
-def test_a_lost_worker_makes_no_job_a_suspect_that_trains_alone(world: World) -> None:
-    lost, other = world.queued(), world.queued()
-    for _ in range(3):
-        assert len(world.claim()) == 2
-        world.pass_time(LEASE + 31)
-        recovery.expire(world.db, grace_seconds=LEASE)
+def _lose(world: World, claimed: list[Claim]) -> None:
+    """Their worker goes away."""
+    for claim in claimed:
+        claims.end(world.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
+    world.pass_time(31)
+
+
+def test_one_lost_worker_parts_nobody_and_a_second_has_each_job_train_alone_until_it_has_a_checkpoint(
+    world: World,
+) -> None:
+    first, second = world.queued(), world.queued()
+
+    _lose(world, world.claim())
+    together = world.claim()
+    _lose(world, together)
+    (alone,) = world.claim()
+
+    assert {claim.job.id for claim in together} == {first.id, second.id}
+    world.worker("w2")
+    assert [len(world.claim("w2")), world.claim(pack_key=alone.job.pack_key)] == [1, []]
+    claims.record_checkpoint(world.db, alone.claim_id, step=5, artifact=manifest("saved", kind="checkpoint"))
+    third = world.queued()
+    assert [claim.job.id for claim in world.claim(pack_key=alone.job.pack_key)] == [third.id]
+
+
+def test_a_job_that_kills_its_worker_each_time_is_put_aside_and_those_beside_it_succeed(world: World) -> None:
+    """As where a limit of memory is a container's, of worker and trainer together."""
+    poison, *mates = (world.queued() for _ in range(3))
+    company: list[int] = []
+    while claimed := world.claim():
+        if any(claim.job.id == poison.id for claim in claimed):
+            company.append(len(claimed))
+            _lose(world, claimed)
+        else:
+            for claim in claimed:
+                world.complete(claim.claim_id, claim.claim_id)
         world.pass_time(31)
 
-    assert {claim.job.id for claim in world.claim()} == {lost.id, other.id}
+    assert [world.job(job.id).state for job in (poison, *mates)] == ["failed", "succeeded", "succeeded"]
+    assert [world.job(job.id).attempt for job in mates] == [3, 3]
+    assert company == [3, 3] + [1] * (MAX_LOSSES - 2)
 
 
 def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) -> None:
