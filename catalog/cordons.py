@@ -15,12 +15,12 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import audit, events
+from catalog import audit, events, loads
 from catalog.audit import SERVER, Actor, AuditType
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, LorryError, NotFound
 from catalog.states import CLAIMED_STATES, EndReason
-from catalog.tables import Attempt, Job, Json, Worker
+from catalog.tables import Attempt, Job, Json, Trainer, Worker
 
 log = logging.getLogger("lorry.catalog")
 MAX_FAILED_RUNNING = 3
@@ -49,6 +49,8 @@ class Ended:
     job_id: str
     trainer_id: str | None
     reason: str
+    suspect_base: str | None = None
+    """Pack key, where the trainer never got ready, as none of other workers did with it: see loads.py."""
 
 
 def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
@@ -175,11 +177,12 @@ def _look(db: Database, worker_id: str) -> bool:
         mine = (Attempt.worker_id == worker_id, Attempt.ended_at > since)
         latest = select(Attempt).where(*mine).order_by(Attempt.ended_at.desc(), Attempt.claim_id).limit(MAX_LOOKED_AT)
         attempts = session.scalars(latest).all()
-        blamed = failed_running([_ended(attempt) for attempt in attempts])
+        ends = _ended(session, attempts)
+        blamed = failed_running(ends)
         if not blamed:
             return False
         now = read_clock(session)
-        found = [attempt for attempt in attempts if _ended(attempt) in blamed]
+        found = [attempt for attempt, end in zip(attempts, ends, strict=True) if end in blamed]
         _put(worker, by="service", reason=OF_THE_SERVICE, now=now, evidence=[_evidence(one) for one in found])
         jobs = sorted({attempt.job_id for attempt in found})
         details = {"reason": OF_THE_SERVICE, "jobs": jobs[:MAX_FAILED_RUNNING]}
@@ -194,7 +197,8 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
 
     ends: newest first; they count back to the last job that succeeded. A job that ends its trainer takes those with it
     that trained beside it: so the node is to blame only where no two jobs could be, because each trainer that ended
-    badly held one of them.
+    badly held one of them. Of a base that fails to load everywhere it is the base, and not each of its jobs: else one
+    node would be cordoned after the other.
     """
     bad: list[Ended] = []
     for end in ends:
@@ -204,7 +208,7 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
             bad.append(end)
     by_trainer: dict[str | None, set[str]] = {}
     for end in bad:
-        by_trainer.setdefault(end.trainer_id, set()).add(end.job_id)
+        by_trainer.setdefault(end.trainer_id, set()).add(end.suspect_base or end.job_id)
     return [] if _could_be_to_blame(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
 
 
@@ -218,8 +222,25 @@ def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
     )
 
 
-def _ended(attempt: Attempt) -> Ended:
-    return Ended(job_id=attempt.job_id, trainer_id=attempt.trainer_id, reason=attempt.reason or "")
+def _ended(session: Session, attempts: Sequence[Attempt]) -> list[Ended]:
+    bases = _suspect_bases(session, {one.trainer_id for one in attempts if one.reason in loads.OF_A_LOAD})
+    return [
+        Ended(
+            job_id=attempt.job_id,
+            trainer_id=attempt.trainer_id,
+            reason=attempt.reason or "",
+            suspect_base=bases.get(attempt.trainer_id) if attempt.reason in loads.OF_A_LOAD else None,
+        )
+        for attempt in attempts
+    ]
+
+
+def _suspect_bases(session: Session, trainer_ids: Collection[str | None]) -> dict[str | None, str]:
+    """By trainer that never got ready."""
+    named = session.scalars(select(Trainer).where(Trainer.id.in_([one for one in trainer_ids if one is not None])))
+    unready = [trainer for trainer in named if not loads.was_ready(trainer.report)]
+    suspect = {key for key in {trainer.pack_key for trainer in unready} if loads.fails_everywhere(session, key)}
+    return {trainer.id: trainer.pack_key for trainer in unready if trainer.pack_key in suspect}
 
 
 def _evidence(attempt: Attempt) -> Json:

@@ -8,7 +8,7 @@ from itertools import takewhile
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import tallies
+from catalog import giving_way, loads, tallies
 from catalog.cordons import AT_FAULT
 from catalog.moves import move
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb
@@ -33,8 +33,6 @@ REMEDIES: dict[EndReason, str] = {
     EndReason.INFRA_LOST: f"Ask the operator why workers go away; then {AGAIN}.",
 }
 """What somebody can do whose job was put aside, by how it ended last: of each ending after which one may be."""
-MAX_YIELD_SECONDS = 600.0
-"""How long a job that ended badly lets others be tried first, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +57,8 @@ def decide(
 ) -> Verdict:
     """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
 
-    is_bystander: its trainer ended before it had begun the job. losses: bad ends in a row, where the last one was not
-    the job's doing. yields_seconds: how long a job that is tried again waits at least.
+    is_bystander: its trainer ended before it had begun the job, whose base is not to blame. losses: bad ends in a row,
+    where the last one was not the job's doing. yields_seconds: how long a job that is tried again waits at least.
     """
     ending = ENDINGS[reason]
     is_loss = _is_loss(reason, is_bystander=is_bystander)
@@ -111,13 +109,14 @@ def end_attempt(
 ) -> JobState:
     """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion.
 
-    is_bystander: as of `decide`.
+    is_bystander: its trainer ended before it had begun the job, which may be its base's doing all the same.
     """
     assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
     if reason is EndReason.CANCELLED_BY_USER:
         reason = ended_for(session, job, reason)
-    yields_seconds = _yields(session, job, reason, now=now)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
+    is_bystander = is_bystander and not loads.is_to_blame(session, job, reason, now=now)
+    yields_seconds = giving_way.seconds(session, job, now=now) if reason in AT_FAULT else 0.0
     losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
     verdict = decide(
         reason,
@@ -146,27 +145,11 @@ def end_attempt(
     return state
 
 
-def _yields(session: Session, job: Job, reason: EndReason, *, now: float) -> float:
-    """Seconds in which others that have failed less often are tried where this one did: so a bad node is told from a
-    bad job before any job has used up its attempts. Twice what this attempt took, for a trainer to start and end
-    meanwhile; 0 where no other waits, or the node has gone anyway."""
-    if reason not in AT_FAULT:
-        return 0.0
-    others = select(Job.id).where(
-        Job.state == JobState.QUEUED,
-        Job.is_held.is_(False),
-        Job.counted_attempts <= job.counted_attempts,
-        Job.id != job.id,
-    )
-    if session.scalar(others.limit(1)) is None:
-        return 0.0
-    return min(MAX_YIELD_SECONDS, 2 * (now - (job.claimed_at or now)))
-
-
 def _losses(session: Session, job: Job) -> int:
     """Attempts in a row that ended badly with no new checkpoint, the one that has just ended among them."""
     newest = session.scalar(select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job.id)) or 0.0
     since = (Attempt.job_id == job.id, Attempt.ended_at > newest)
+    since = (*since, Attempt.reason != EndReason.GANG_INCOMPLETE)  # nothing was tried: it says neither well nor badly
     latest = select(Attempt.reason).where(*since).order_by(Attempt.number.desc()).limit(MAX_LOSSES)
     in_a_row = takewhile(lambda reason: reason in BAD, session.scalars(latest))
     return max(1, sum(1 for _ in in_a_row))

@@ -12,10 +12,11 @@ from sqlalchemy.orm import Session
 from catalog import bases, gang_waits
 from catalog.db import Database, read_clock
 from catalog.dividing import group_told
+from catalog.living import SILENT_SECONDS, has_gpu, is_live, quantisations_on
 from catalog.scheduling.picture import Room
 from catalog.spec import Precision
 from catalog.tables import Attempt, BaseModelRow, Json, Trainer, Worker
-from catalog.workers import SILENT_SECONDS, is_live, list_workers
+from catalog.workers import list_workers
 
 WorkerState = Literal["idle", "busy", "draining", "lost", "ended"]
 
@@ -117,10 +118,6 @@ def quantisations_of(worker: Worker) -> frozenset[str]:
     return quantisations_on(worker.devices)
 
 
-def quantisations_on(devices: list[Any]) -> frozenset[str]:
-    return frozenset({"none"}).union(*(device.get("quantisations", ()) for device in devices))
-
-
 def integrations(session: Session, *, now: float) -> frozenset[str] | None:
     """Trackers that some live worker can write to; None where no worker lives."""
     live = list(session.scalars(select(Worker.integrations).where(is_live(now=now))))
@@ -169,10 +166,6 @@ def room_told(worker: Worker) -> Room:
 
 def is_gpu(worker: Worker) -> bool:
     return has_gpu(worker.devices)
-
-
-def has_gpu(devices: list[Any]) -> bool:
-    return any(device.get("kind") == "cuda" for device in devices)
 
 
 def _training(session: Session) -> set[str]:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from catalog import dividing, fleet, gang_waits, linears, memory, needs, packing, queue, usage
 from catalog.acceptance import Accepted
 from catalog.dividing import Demand, Group
+from catalog.living import is_live
 from catalog.planning import cautions, devices, servability, times
 from catalog.planning.cautions import Caution
 from catalog.planning.devices import Held
@@ -27,7 +28,6 @@ from catalog.settings import Settings
 from catalog.spec import PriorityClass
 from catalog.states import JobState
 from catalog.tables import BaseModelRow, Job, Json, Project, Trainer, Worker
-from catalog.workers import is_live
 
 NUM_RECENT = 20
 """Jobs of each class, the project's last that succeeded, that tell how long jobs take."""

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from catalog.living import SILENT_SECONDS
 from catalog.tables import Gang, GangSeat, Json, Worker
-from catalog.workers import SILENT_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,6 +54,8 @@ class Such:
     """None whose base is to be quantised in one of these ways."""
     divides_when: DividesWhen = "never"
     """Of the group that they are looked for."""
+    tried_less: bool = False
+    """That have ended badly no oftener than so many times."""
     is_divided: bool = False
     """Alike ones: for a trainer that holds a divided base, or for one that holds a whole one."""
 
@@ -67,12 +69,13 @@ def waiting(
     num_bytes: int = 0,
     key: str | None = None,
     group: Group = ONE,
+    num_ends: int = 0,
 ) -> list[Candidate]:
     """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
-    project that has reached a limit. num_bytes: free on each device of the group."""
+    project that has reached a limit. num_bytes: free on each device of the group. num_ends: of those tried less."""
     such = replace(such, divides_when=group.divides_when)
     left = num_bytes - group.reserve_bytes if such.alone else num_bytes
-    asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key}
+    asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key, "num_ends": num_ends}
     asked |= {"num_devices": group.num_devices, "usable_bytes": group.usable_bytes}
     rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
     limited = {row.project_id for row in rows if row.is_limited}
@@ -124,6 +127,8 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
         conditions += [_fits(job, such)]
         if such.divides_when == "never":  # what a share comes to is in no index
             groups = _where_some_fit(groups, such)
+    if such.tried_less:
+        conditions += [job.counted_attempts <= bindparam("num_ends")]
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
     names = (*names, "created_at", "counted_attempts", "lost_attempts", "room_asked_at")

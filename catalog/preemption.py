@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from catalog import events, fleet, heads, quotas, usage
 from catalog.db import Database, read_clock, serialise
 from catalog.fleet import is_gpu, quantisations_of
+from catalog.living import is_live
 from catalog.scheduling import preempt
 from catalog.scheduling.picture import Candidate, Policy, Service
 from catalog.scheduling.preempt import Holder, Preemption, Training
@@ -24,7 +25,6 @@ from catalog.scheduling.turns import order
 from catalog.spec import PriorityClass
 from catalog.states import JobState, is_suspect
 from catalog.tables import Attempt, Job, Trainer, Worker
-from catalog.workers import is_live
 
 AT_ONCE = 8
 """Urgent jobs of a project that are looked at, and for which room is made in one look."""

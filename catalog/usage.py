@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from catalog import daily, device_counts, heads
 from catalog.db import Database, add_if_missing, read_clock
 from catalog.dividing import group_told
-from catalog.fleet import has_gpu, quantisations_on
+from catalog.living import has_gpu, quantisations_on
 from catalog.scheduling import shares
 from catalog.scheduling.picture import Policy, Service, Share
 from catalog.spec import PriorityClass

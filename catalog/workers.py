@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from catalog import cordons, fitness, recovery
 from catalog.db import Database, read_clock
 from catalog.endings import end_attempt
+from catalog.living import SILENT_SECONDS
 from catalog.preparation import free
 from catalog.states import CLAIMED_STATES, EndReason, JobState
 from catalog.tables import Job, Json, Trainer, Worker
-
-SILENT_SECONDS = 60.0
-"""A worker that was not heard from for so long is shown as lost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +23,6 @@ class WorkerOrders:
     """What the worker is asked to do."""
 
     drain: bool
-
-
-def is_live(*, now: float) -> ColumnElement[bool]:
-    """In a query: the worker has not ended, and was heard from lately."""
-    return and_(Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
 
 
 def register_worker(

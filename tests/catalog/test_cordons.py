@@ -15,7 +15,7 @@ from catalog.cordons import Ended, failed_running, place
 from catalog.errors import Conflict, NotFound
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
-from catalog.tables import AuditEvent, Worker
+from catalog.tables import AuditEvent, Job, Worker
 from tests.catalog import plan_data
 from tests.catalog.world import LEASE, World
 from worker.node import Device, cpu
@@ -367,6 +367,21 @@ def test_a_bad_node_is_found_before_any_of_three_jobs_has_used_up_its_attempts(w
 def test_a_job_that_fails_while_no_other_waits_is_tried_again_at_once(world: World) -> None:
     world.worker()
     claim = world.running()
+    world.pass_time(100, claim.claim_id)
+
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")
+
+    world.pass_time(3)
+    assert [again.job.id for again in world.claim()] == [claim.job.id]
+
+
+def test_a_job_gives_way_to_nobody_that_its_worker_could_never_take(world: World) -> None:
+    world.worker(memory_bytes=10**9)
+    claim = world.running()
+    too_large = world.queued()
+    with world.db.write() as session:
+        job = session.get_one(Job, too_large.id)
+        job.own_bytes = job.least_bytes = 10**12
     world.pass_time(100, claim.claim_id)
 
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")

@@ -155,6 +155,17 @@ def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_en
     assert after_checkpoint == world.job(job.id).state == JobState.QUEUED
 
 
+def test_a_gang_that_was_not_there_lies_between_no_two_bad_ends(world: World) -> None:
+    job = world.queued()
+    _lose_workers(world, MAX_LOSSES - 1)
+    (claim,) = world.claim()
+    claims.end(world.db, claim.claim_id, reason=EndReason.GANG_INCOMPLETE, detail="")
+
+    _lose_workers(world, 1)
+
+    assert world.job(job.id).state == JobState.FAILED
+
+
 def _lose(world: World, claimed: list[Claim]) -> None:
     """Their worker goes away."""
     for claim in claimed:

@@ -1,0 +1,58 @@
+"""Whether a base can be loaded at all, by what became of the latest trainers of its pack key.
+
+Base, dtype and quantisation are a job's choice: a trainer that ended before it was ready may be that choice's doing, or
+the node's. It is not the choice's once any trainer got ready with it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.living import is_live
+from catalog.states import ENDINGS, EndReason
+from catalog.tables import Attempt, Job, Json, Trainer, Worker
+
+LOOKED_AT = 10
+"""Latest trainers of one pack key."""
+ENOUGH_WORKERS = 2
+"""That have failed to load a base, none having done so, before it is to blame."""
+OF_A_LOAD = frozenset(
+    reason
+    for reason, ending in ENDINGS.items()
+    if ending.retryable and ending.counts and reason is not EndReason.NODE_FAILED
+)
+"""Ends that may be the base's doing, where its trainer never got ready."""
+
+
+def was_ready(report: Json | None) -> bool:
+    """By what a trainer has said of itself: its memory, once it has loaded its base."""
+    return "memory" in (report or {})
+
+
+def fails_everywhere(session: Session, pack_key: str) -> bool:
+    """Workers enough have failed to load it, and none has done so of late."""
+    return len(_failed_on(session, pack_key)) >= ENOUGH_WORKERS
+
+
+def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) -> bool:
+    """Whether the job's base is, and not the node, for an end of its trainer before that was ready: it fails
+    everywhere, or no worker is left that could try."""
+    trainer = session.get(Trainer, job.trainer_id) if job.trainer_id is not None else None
+    if reason not in OF_A_LOAD or trainer is None or was_ready(trainer.report):
+        return False
+    failed_on = _failed_on(session, trainer.pack_key)
+    if not failed_on or len(failed_on) >= ENOUGH_WORKERS:
+        return bool(failed_on)
+    live = session.scalars(select(Worker).where(is_live(now=now)))
+    return not any(worker.id not in failed_on and not worker.takes_nothing_new for worker in live)
+
+
+def _failed_on(session: Session, pack_key: str) -> set[str]:
+    """Workers whose trainers of this key ended before they were ready; none where any of the latest got ready."""
+    alike = select(Trainer).where(Trainer.pack_key == pack_key)
+    latest = session.scalars(alike.order_by(Trainer.started_at.desc()).limit(LOOKED_AT)).all()
+    if any(was_ready(trainer.report) for trainer in latest):
+        return set()
+    ended = (Attempt.trainer_id.in_([trainer.id for trainer in latest]), Attempt.reason.in_(OF_A_LOAD))
+    return set(session.scalars(select(Attempt.worker_id).where(*ended).distinct()))
