@@ -141,8 +141,15 @@ def _orders(job: Job) -> Orders:
     return Orders(cancel=job.cancel_requested, pause=job.pause_requested, preempt=is_preempted)
 
 
-def started(db: Database, claim_id: str, *, trainer_id: str, resumed_from_step: int | None) -> None:
-    """The trainer has admitted the job."""
+def started(
+    db: Database,
+    claim_id: str,
+    *,
+    trainer_id: str,
+    resumed_from_step: int | None,
+    strategy: tuple[str, Json] | None = None,
+) -> None:
+    """The trainer has admitted the job. strategy: how it holds the base, as an event: (message, data)."""
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
@@ -155,6 +162,8 @@ def started(db: Database, claim_id: str, *, trainer_id: str, resumed_from_step: 
         )
         data = {"attempt": job.attempt, "trainer_id": trainer_id, "resumed_from_step": resumed_from_step}
         events.add(session, job.id, now=now, message=message, data=data)
+        if strategy is not None:
+            events.add(session, job.id, now=now, message=strategy[0], data=strategy[1])
 
 
 def complete(

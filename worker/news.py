@@ -84,20 +84,22 @@ class Listener:
         step = event["step"]
         held.curve.step, held.curve.steps_per_epoch = step, event["steps_per_epoch"]
         claims.started(
-            self._context.db, held.claim.claim_id, trainer_id=self._trainer_id, resumed_from_step=step or None
+            self._context.db,
+            held.claim.claim_id,
+            trainer_id=self._trainer_id,
+            resumed_from_step=step or None,
+            strategy=self._strategy(held) if self._context.num_processes > 1 else None,
         )
-        if self._context.num_processes > 1:
-            self._tell_strategy(held)
         held.is_admitted = True
         self._context.spans.admitted(held.claim.claim_id, step=step)
         return Next.GO_ON
 
-    def _tell_strategy(self, held: Held) -> None:
+    def _strategy(self, held: Held) -> tuple[str, Json]:
         """How its base is held among the devices, and why."""
         told, job = reason_for(self._context, held.claim.job), held.claim.job
         strategy = strategy_for(self._context, job)
         data = {"strategy": strategy, "num_devices": self._context.num_processes}
-        claims.record_event(self._context.db, held.claim.claim_id, "info", f"Strategy {strategy}. {told}", data)
+        return f"Strategy {strategy}. {told}", data
 
     def _checkpointed(self, held: Held, event: Json, ready: Json) -> Next:
         """The trainer's copies go once the checkpoint is on record, never before."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +14,11 @@ import pytest
 from catalog import jobs, memory, needs
 from catalog.db import Database
 from catalog.dividing import Group, group_told
+from catalog.errors import Unavailable
 from catalog.settings import Settings
 from catalog.tables import Worker
 from tests.catalog.world import DESCRIPTION
-from tests.worker.pack_site import READY, PackSite, say
+from tests.worker.pack_site import OUTAGE, READY, PackSite, say, tell
 from worker import node
 from worker.context import check_strategy, open_worker
 from worker.pack import Pack
@@ -86,6 +89,32 @@ def test_how_the_base_is_held_is_told_when_a_job_is_admitted_among_several(divid
     (event,) = [event for event in told if event.message.startswith("Strategy")]
     assert event.message == f"Strategy fsdp2. {reason_for(divided.context, job)}"
     assert event.data == {"strategy": "fsdp2", "num_devices": 2}
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_whichever_write_fails_a_job_is_told_once_that_it_has_started(
+    divided: PackSite, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    claim = divided.claim(model="blocks")
+    pack, write, numbers = divided.loading_pack(claim), Database.write, itertools.count()
+    say(pack, READY)
+    tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+
+    def fails_once(db: Database) -> Any:
+        if next(numbers) == failing:
+            raise OUTAGE
+        return write(db)
+
+    monkeypatch.setattr(Database, "write", fails_once)
+    for _ in range(3):
+        with suppress(Unavailable):
+            pack.hear()
+
+    job = claim.job
+    told = jobs.events_since(divided.db, project_id=job.project_id, job_id=job.id, seq=0)
+    begun = [event.message.partition(".")[0] for event in told if event.type == "message"]
+    assert begun[-2:] == ["Fine-tuning job started", "Strategy fsdp2"]
+    assert begun.count("Fine-tuning job started") == 1
 
 
 def test_one_device_says_nothing_of_it(site: PackSite) -> None:
