@@ -114,3 +114,15 @@ def test_a_worker_of_one_device_says_nothing_of_it(fresh: Service, visit: Visit)
     worker = visitor.page.get_by_role("region", name="bay-1")
     expect(fact(worker, "Devices")).to_contain_text("2 cores")
     expect(fact(worker, "Holds bases")).to_have_count(0)
+
+
+def test_a_worker_of_a_gang_holds_whole_bases_whatever_its_own_devices_are(fresh: Service, visit: Visit) -> None:
+    device = {**seed.gpus(4, bytes_of_each=EACH), "gang": "hall"}
+    seed.register(fresh.seeded.db, device, bytes_of_each=EACH)
+    visitor = visit(fresh)
+
+    visitor.open("#/workers")
+
+    worker = visitor.page.get_by_role("region", name="bay-1")
+    expect(fact(worker, "Gang")).to_have_text("hall")
+    expect(fact(worker, "Holds bases")).to_have_text("always whole")

@@ -67,9 +67,10 @@ function cordonWords(cordon) {
   return `${who}: it finishes what it holds and takes no new job. ${cordon.reason || ""}`.trim();
 }
 
-/** Of a group of several devices: how they hold bases, and the one that is there. */
+/** Of several devices, its own or a gang's: how they hold bases, and the one that is there. */
 function ofSeveral({ devices, resident_base, report }) {
-  const { kind, num_processes: number, strategy } = devices[0] || {};
+  const { kind, num_processes: number, strategy, gang } = devices[0] || {};
+  if (gang) return [["Gang", gang], ["Holds bases", wanted("replicated")]];
   if (!(number > 1)) return [];
   const isDivided = report?.room?.is_divided;
   const now = isDivided ? (strategy === "zero3" ? "zero3" : "fsdp2") : "replicated";
