@@ -160,7 +160,7 @@ def room_told(worker: Worker) -> Room:
     return Room(
         max_jobs=int(told.get("max_jobs", 0)),
         memory_bytes_free=int(told.get("memory_bytes_free", 0)),
-        is_divided=bool(told.get("is_divided", False)),
+        holding=told.get("holding", "whole"),
     )
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from catalog import dividing, fleet, gang_waits, linears, memory, needs, packing, queue, usage
 from catalog.acceptance import Accepted
-from catalog.dividing import Demand, Group
+from catalog.dividing import NEVER, Demand, Group
 from catalog.living import is_live
 from catalog.planning import cautions, devices, servability, times
 from catalog.planning.cautions import Caution
@@ -68,9 +68,9 @@ class _Sizes:
 
     def on(self, group: Group) -> dict[str, int]:
         """The parts on each device of a group that divides the base."""
-        whole = self.parts[group.kind]
-        sizes = {"divisible_bytes": self.divisible_bytes, "gathered_bytes": self.gathered_bytes}
-        held = dividing.divided_parts(whole["base"], num_devices=group.num_devices, **sizes)
+        whole, demand = self.parts[group.kind], self.demand(group.kind)
+        held = {"undivided": whole["base"] - self.divisible_bytes}
+        held |= group.block_parts(demand, group.holding(demand))
         return held | {name: num_bytes for name, num_bytes in whole.items() if name != "base"}
 
 
@@ -155,7 +155,8 @@ def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, Group]) -> list[Json]:
     found: dict[tuple[str, int, str], Json] = {}
     for group in dict.fromkeys(groups.values()):
         demand = sizes.demand(group.kind)
-        if not group.divides(demand) or not demand.divisible_bytes:
+        holding, needed = group.holding(demand), group.needed_bytes(demand)
+        if holding == "whole" or needed == NEVER:
             continue
         parts = _listed(sizes.on(group))
         if group.reserve_bytes:
@@ -163,7 +164,8 @@ def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, Group]) -> list[Json]:
             parts.append({"part": "cuda", "bytes": group.reserve_bytes, "description": told})
         about = (group.kind, group.num_devices, group.strategy(demand))
         told = dict(zip(("kind", "num_devices", "strategy"), about, strict=True))
-        found[about] = {**told, "total_bytes": group.needed_bytes(demand), "parts": parts}
+        of_host = demand.divisible_bytes if holding == "offloaded" and not group.keeps_shares else 0
+        found[about] = {**told, "total_bytes": needed, "host_bytes": of_host, "parts": parts}
     return list(found.values())
 
 
@@ -224,10 +226,12 @@ def _fits_nowhere(groups: Mapping[str, Group], sizes: _Sizes) -> Caution:
 
 def _devices(sizes: _Sizes, groups: Mapping[str, Group], fitting: Sequence[Worker]) -> Json:
     card = devices.smallest_card(sizes.total("cuda"))
-    of_several = [(number, card) for number, card in dividing.would_fit(sizes.demand("cuda")) if number > 1]
+    of_several = [fit for fit in dividing.would_fit(sizes.demand("cuda")) if fit.num_devices > 1]
     return {
         "smallest_gpu": asdict(card) if card else None,
-        "groups": [{"num_devices": number, **asdict(card)} for number, card in of_several],
+        "groups": [
+            {"num_devices": fit.num_devices, "host_bytes": fit.host_bytes, **asdict(fit.card)} for fit in of_several
+        ],
         "workers_that_fit": [asdict(_held(row, groups[row.id], sizes)) for row in fitting],
         "live_workers": len(groups),
     }

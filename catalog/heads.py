@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
     Row,
     Select,
@@ -29,7 +30,7 @@ from sqlalchemy.orm import Session, aliased
 
 from catalog import needs, quotas
 from catalog.db import each_of, is_sqlite
-from catalog.dividing import ONE, DividesWhen, Group
+from catalog.dividing import GATHERED_BLOCKS, ONE, DividesWhen, Group, Holding
 from catalog.scheduling.picture import Candidate, Unprepared
 from catalog.spec import PriorityClass
 from catalog.states import MAX_ENDS_IN_COMPANY, JobState, is_suspect
@@ -56,8 +57,8 @@ class Such:
     """Of the group that they are looked for."""
     tried_less: bool = False
     """That have ended badly no oftener than so many times."""
-    is_divided: bool = False
-    """Alike ones: for a trainer that holds a divided base, or for one that holds a whole one."""
+    holding: Holding = "whole"
+    """Alike ones: for a trainer that holds the base so."""
 
 
 def waiting(
@@ -77,6 +78,7 @@ def waiting(
     left = num_bytes - group.reserve_bytes if such.alone else num_bytes
     asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key, "num_ends": num_ends}
     asked |= {"num_devices": group.num_devices, "usable_bytes": group.usable_bytes}
+    asked |= {"host_bytes": group.host_limit_bytes, "keeps_shares": int(group.keeps_shares)}
     rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
     limited = {row.project_id for row in rows if row.is_limited}
     held = quotas.holds(session, now=now, project_ids=limited) if limited else ()
@@ -190,15 +192,28 @@ def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
     whole = own + job.trainer_bytes
     need, is_trained = (whole if such.alone else own), true()
     if such.divides_when != "never":
-        share = (job.divisible_bytes + bindparam("num_devices") - 1) // bindparam("num_devices")
-        divided = whole - job.divisible_bytes + share + job.gathered_bytes
-        is_divided = and_(job.divisible_bytes > 0, whole > bindparam("usable_bytes"))
-        if such.divides_when == "always":
-            is_trained, need = job.divisible_bytes > 0, divided if such.alone else own
-        else:
-            need = case((is_divided, divided), else_=whole) if such.alone else own
-            is_trained = true() if not such.alike else is_divided if such.is_divided else ~is_divided
+        need_alone, is_trained = _held(job, such, whole)
+        need = need_alone if such.alone else own
     return or_(job.own_bytes.is_(None), and_(is_trained, need <= bindparam("num_bytes")))
+
+
+def _held(job: type[Job], such: Such, whole: ColumnElement[int]) -> tuple[ColumnElement[int], ColumnElement[bool]]:
+    """(What it needs alone where the group holds its base as `Group.holding` has it, whether it is trained so.)"""
+    number, usable = bindparam("num_devices", type_=BigInteger), bindparam("usable_bytes", type_=BigInteger)
+    share = (job.divisible_bytes + number - 1) // number
+    rest = whole - job.divisible_bytes + job.gathered_bytes
+    coming = (job.gathered_bytes + GATHERED_BLOCKS * number - 1) // (GATHERED_BLOCKS * number)
+    divided, offloaded = rest + share, rest + share * bindparam("keeps_shares") + coming
+    can_divide, host_holds = job.divisible_bytes > 0, job.divisible_bytes <= bindparam("host_bytes")
+    if such.divides_when == "always":
+        return divided, can_divide
+    if such.divides_when == "offloaded":
+        return offloaded, and_(can_divide, host_holds)
+    is_spread = and_(can_divide, whole > usable)
+    is_offloaded = and_(is_spread, divided > usable, host_holds)
+    ways = {"whole": ~is_spread, "divided": and_(is_spread, ~is_offloaded), "offloaded": is_offloaded}
+    need = case((is_offloaded, offloaded), (is_spread, divided), else_=whole)
+    return need, ways[such.holding] if such.alike else true()
 
 
 def _groups(state: JobState, only: int | None = None) -> CTE:

@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import fleet, heads, usage
+from catalog.dividing import Holding
 from catalog.heads import Such
 from catalog.scheduling.decide import decide
 from catalog.scheduling.packs import spare_bytes
@@ -55,7 +56,7 @@ def of_worker(
     picture = _with(picture, _firsts(session, picture, can_load))
     for_whom = live_key or room.resident_key
     if for_whom is not None:
-        found = _alike(session, picture, for_whom, room.memory_bytes_free, is_divided=room.is_divided)
+        found = _alike(session, picture, for_whom, room.memory_bytes_free, holding=room.holding)
         picture = _with(picture, found)
     return with_mates(session, picture, policy)
 
@@ -72,11 +73,11 @@ def with_mates(session: Session, picture: Picture, policy: Policy) -> Picture:
         if not choices or len(choices) >= picture.room.max_jobs or choices[0].turn.candidate.is_suspect:
             break
         key = choices[0].turn.candidate.pack_key
-        is_divided = picture.room.is_divided
+        holding = picture.room.holding
         if picture.live_key is None:
-            is_divided = picture.room.divides_for(choices[0].turn.candidate)
+            holding = picture.room.holding_for(choices[0].turn.candidate)
         spare = spare_bytes(choices, picture.room)
-        found = _alike(session, picture, key, spare, is_beside=True, is_divided=is_divided)
+        found = _alike(session, picture, key, spare, is_beside=True, holding=holding)
         seen = {candidate.job_id for candidate in picture.candidates}
         if all(candidate.job_id in seen for candidate in found):
             break
@@ -108,13 +109,13 @@ def _firsts(session: Session, picture: Picture, can_load: Collection[str]) -> li
 
 
 def _alike(
-    session: Session, picture: Picture, key: str, num_bytes: int, *, is_divided: bool, is_beside: bool = False
+    session: Session, picture: Picture, key: str, num_bytes: int, *, holding: Holding, is_beside: bool = False
 ) -> list[Candidate]:
     """Of each project and class as many of that pack key as there is room for, the first of those that fit: beside
-    others, or by themselves. is_divided: how the trainer holds the base."""
+    others, or by themselves. holding: how the trainer holds the base."""
     room = picture.room
     is_alone = picture.live_key is None and not is_beside
-    such = Such(alike=True, alone=is_alone, recomputes=room.recomputes, is_divided=is_divided)
+    such = Such(alike=True, alone=is_alone, recomputes=room.recomputes, holding=holding)
     per_group = room.max_jobs + len(picture.taken) if is_beside else max(room.max_jobs, picture.per_group or 1)
     return heads.waiting(
         session, such, now=picture.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group

@@ -35,7 +35,7 @@ def _told(session: Session, job: Job, group: Group, *, num_workers: int = 1) -> 
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     demand = needs.demand(job, description, recomputes=group.kind == "cuda")
     needed_bytes = group.needed_bytes(demand)
-    is_divided = group.divides(demand) and needed_bytes != NEVER
+    is_divided = group.holding(demand) != "whole" and needed_bytes != NEVER
     return {
         "kind": group.kind,
         "num_devices": group.num_devices,
@@ -49,9 +49,10 @@ def _told(session: Session, job: Job, group: Group, *, num_workers: int = 1) -> 
 
 
 def _blocks(group: Group, demand: Demand, description: Json) -> Json:
+    parts = group.block_parts(demand, group.holding(demand))
     return {
         "count": description.get("blocks", {}).get("count"),
         "bytes": demand.divisible_bytes,
         "share_bytes": group.share_bytes(demand),
-        "gathered_bytes": demand.gathered_bytes,
+        "gathered_bytes": parts["gathered_blocks"] + parts.get("coming_share", 0),
     }

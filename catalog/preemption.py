@@ -187,7 +187,7 @@ def _holder(worker: Worker, key: str | None, held: list[tuple[Job, Attempt]]) ->
         jobs=tuple(_training(job, attempt, len(held), recomputes=recomputes) for job, attempt in held),
         memory_bytes_free=room.memory_bytes_free,
         places=room.max_jobs,
-        is_divided=room.is_divided,
+        holding=room.holding,
         has_suspect=any(is_suspect(job.counted_attempts, job.lost_attempts) for job, _ in held),
     )
 

@@ -55,9 +55,14 @@ class Settings(BaseSettings):
     cpu_processes: int = Field(
         default=1, ge=1, le=64, description="Of a trainer on a CPU. More are for trying what several GPUs do."
     )
-    strategy: Literal["auto", "replicated", "fsdp2", "zero3"] = Field(
+    strategy: Literal["auto", "replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"] = Field(
         default="auto",
         description="How a trainer of several devices holds its base: each the whole of it, or a share of every block.",
+    )
+    offload_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of a base that a worker with GPUs may keep in its host's memory. Default: by what the host has.",
     )
     gang: str | None = Field(
         default=None,

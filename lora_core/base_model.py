@@ -68,8 +68,9 @@ class BaseModel:
 
     @property
     def num_bytes(self) -> int:
-        """That this rank holds: of a divided base its share."""
-        return sum(map(bytes_held, self.model.parameters())) + scale_bytes(self.model)
+        """That this rank holds on its device: of a divided base its share, unless that is in the host's memory."""
+        kind = torch.device(self.device).type
+        return sum(bytes_held(weight, kind) for weight in self.model.parameters()) + scale_bytes(self.model)
 
     @property
     def vocab_size(self) -> int:

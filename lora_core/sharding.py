@@ -1,6 +1,7 @@
 # pyright: basic
 """A base model whose blocks are divided among the ranks of a trainer: of each block a rank holds its share, and all of
-it while the block computes. By FSDP2 (`fully_shard` of torch) or by ZeRO-3 (DeepSpeed).
+it while the block computes. By FSDP2 (`fully_shard` of torch) or by ZeRO-3 (DeepSpeed). The shares are in the memory
+of the device, or of its host (offload), from where each comes when its block is to compute.
 
 Embeddings, final norm and head stay whole: the loss reads the head outside any module. Rows are no part of the model.
 A block is put together by collectives, so every rank passes through all blocks as often as the others (passes.py).
@@ -21,8 +22,15 @@ from lora_core.blocks import find_blocks
 from lora_core.distributed import Ranks
 from lora_core.errors import ConfigError, UnsupportedModel
 
-Strategy = Literal["replicated", "fsdp2", "zero3"]
-"""Every rank holds the whole base, or a share of each block by one library or the other."""
+Strategy = Literal["replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
+"""Every rank holds the whole base, or a share of each block by one library or the other, on its device or its host."""
+EXACT_PINNING = "pinned_max_round_threshold_mb:1"
+"""Of torch's allocator: what is pinned isn't rounded up to a power of two, which may be twice as much."""
+
+
+def offloads(strategy: Strategy) -> bool:
+    """Whether the shares are in the memory of the host."""
+    return strategy.endswith("_offload")
 
 
 def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: str, dtype: torch.dtype) -> None:
@@ -47,10 +55,20 @@ def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: s
         parameter.data = parameter.data.to(device, dtype)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
-    if strategy == "fsdp2":
-        _by_fsdp2(model, blocks, rest, ranks, device=device, dtype=dtype)
+    is_offloaded = offloads(strategy)
+    if is_offloaded and device.startswith("cuda"):
+        _pin_exactly()
+    if strategy.startswith("fsdp2"):
+        _by_fsdp2(model, blocks, rest, ranks, device=device, dtype=dtype, is_offloaded=is_offloaded)
     else:
-        _by_zero3(model, blocks, rest, device=device, dtype=dtype)
+        _by_zero3(model, blocks, rest, device=device, dtype=dtype, is_offloaded=is_offloaded)
+
+
+def _pin_exactly() -> None:
+    """Beside what is set. An older torch, which has no such settings, rounds up."""
+    settings = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    if settings is not None:
+        torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings(), EXACT_PINNING))))
 
 
 def _cast(block: nn.Module, dtype: torch.dtype) -> None:
@@ -64,12 +82,10 @@ def is_whole(weight: Tensor) -> bool:
     return not isinstance(weight, DTensor) and not (hasattr(weight, "ds_id") and weight.numel() == 0)
 
 
-def bytes_held(weight: Tensor) -> int:
-    """By this rank, while no block computes."""
-    if isinstance(weight, DTensor):
-        return weight.to_local().nbytes
-    share = getattr(weight, "ds_tensor", None)
-    return weight.nbytes if share is None else share.nbytes
+def bytes_held(weight: Tensor, kind: str) -> int:
+    """By this rank in memory of that kind ("cpu", "cuda"), while no block computes."""
+    share = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
+    return share.nbytes if share.device.type == kind else 0
 
 
 @contextmanager
@@ -79,7 +95,7 @@ def with_guests(model: PreTrainedModel, strategy: Strategy) -> Iterator[None]:
     DeepSpeed takes all that a block holds for its own, so its hooks are left out; what it has divided is put together
     by its own means, block by block.
     """
-    if strategy != "zero3":
+    if not strategy.startswith("zero3"):
         yield
         return
     import deepspeed  # pyright: ignore[reportMissingImports]
@@ -119,16 +135,19 @@ def _by_fsdp2(
     *,
     device: str,
     dtype: torch.dtype,
+    is_offloaded: bool,
 ) -> None:
     """It replaces a block's parameters: whoever held on to those that were would hold the whole base."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    mesh = init_device_mesh(torch.device(device).type, (ranks.size,))
+    kind = torch.device(device).type
+    mesh = init_device_mesh(kind, (ranks.size,))
+    policy = CPUOffloadPolicy(pin_memory=kind == "cuda") if is_offloaded else OffloadPolicy()
     for block in blocks:
         _cast(block, dtype)
-        fully_shard(block, mesh=mesh)
-    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
+        fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(model.base_model, mesh=mesh, ignored_params=rest, offload_policy=policy)
 
 
 def _by_zero3(
@@ -138,6 +157,7 @@ def _by_zero3(
     *,
     device: str,
     dtype: torch.dtype,
+    is_offloaded: bool,
 ) -> None:
     """A block is one leaf: DeepSpeed then gathers all of it at once, before its forward and before its backward."""
     if device == "cpu":
@@ -147,11 +167,14 @@ def _by_zero3(
         from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            "The strategy 'zero3' needs DeepSpeed, which is not installed here.",
-            remedy="Install lorry[deepspeed] on the worker, or use 'fsdp2'.",
+            "The strategies 'zero3' and 'zero3_offload' need DeepSpeed, which is not installed here.",
+            remedy="Install lorry[deepspeed] on the worker, or use 'fsdp2' or 'fsdp2_offload'.",
         ) from error
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     config = _zero3_config(dtype, of_block=largest)
+    if is_offloaded:
+        pinned = {"device": "cpu", "pin_memory": device.startswith("cuda")}
+        config["zero_optimization"] |= {"offload_param": pinned}
     set_z3_leaf_modules(model, list({type(block) for block in blocks}))
     for block in blocks:
         _cast(block, dtype)

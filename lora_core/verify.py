@@ -91,7 +91,7 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     with base.untouched() as model, _with_head(base, directory), torch.no_grad():
         ids = probe["input_ids"].to(base.device)
         roundings = [_last_logits(model, ids) - probe["base_logits"]]
-        with _adapted(model, directory) as adapted:
+        with _adapted(model, directory, device=base.device) as adapted:
             if added:
                 _check_same_linears(model, added)
                 more = full_probe.errors(model, in_full, dtype=base.dtype)
@@ -100,7 +100,7 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
             roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
             if base.quantisation == "int8":
                 roundings += [_stepped_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
-        with _adapted(model, directory, in_fp32=False) as adapted:
+        with _adapted(model, directory, device=base.device, in_fp32=False) as adapted:
             roundings.append(_last_logits(adapted, ids) - logits)
     same_model = SAME_INT8_MODEL if base.quantisation == "int8" else SAME_MODEL[base.dtype]
     return _compare(probe, logits, roundings=roundings, dtype=base.dtype, linears=linears, same_model=same_model)
@@ -262,13 +262,14 @@ def _step(_linear: torch.nn.Module, inputs: tuple[Tensor, ...], *, random: torch
 
 
 @contextmanager
-def _adapted(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> Iterator[PeftModel]:
-    """The adapter in the base's modules, as PEFT puts it there. The base's own come back at the end, also where PEFT
-    failed half way: packmates go on with this base."""
+def _adapted(model: torch.nn.Module, directory: Path, *, device: str, in_fp32: bool = True) -> Iterator[PeftModel]:
+    """The adapter in the base's modules, as PEFT puts it there, but on `device`, whatever the host's memory holds of
+    them. The base's own come back at the end, also where PEFT failed half way: packmates go on with this base."""
     own, attributes = dict(model.named_modules()), set(vars(model))
     adapted = None
     try:
         adapted = _load_adapter(model, directory, in_fp32=in_fp32)
+        _bring(adapted, device)
         yield adapted
     finally:
         if adapted is not None:
@@ -278,6 +279,14 @@ def _adapted(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -
                 model.set_submodule(path, module)
         for name in vars(model).keys() - attributes:
             delattr(model, name)
+
+
+def _bring(adapted: PeftModel, device: str) -> None:
+    """PEFT puts an adapter where the weight is that it adapts."""
+    layers = (layer for layer in adapted.modules() if isinstance(layer, LoraLayer))
+    for part in (getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names):
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
 
 
 def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> PeftModel:

@@ -58,6 +58,12 @@ def free_bytes() -> int | None:
     return max(0, limit - used)
 
 
+def limit_bytes() -> int | None:
+    """What the group may take in all; None where nothing limits it."""
+    folder, names = _found()
+    return _number(folder / names.limit)
+
+
 def oom_kills() -> int:
     """How many of its processes the kernel has killed for want of memory, so far."""
     folder, names = _found()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from catalog import fitness, logs, workers
+from catalog import dividing, fitness, logs, workers
 from catalog.artifacts.store import ArtifactStore, open_store
 from catalog.db import Database
 from catalog.dividing import Group, Wanted
@@ -84,7 +84,17 @@ class WorkerContext:
             bytes_of_each=self.device.memory_bytes // self.num_processes,
             wanted=self.settings.strategy,
             gang=self.settings.gang,
+            host_bytes=self.host_bytes,
         )
+
+    @property
+    def host_bytes(self) -> int:
+        """Of a base that its trainers may have in the host's memory."""
+        if self.device.kind == "cpu":
+            return 0
+        given = self.settings.offload_bytes
+        part = self.device.host_memory_bytes
+        return dividing.host_bytes(part, num_processes=self.num_processes) if given is None else given
 
     def free_bytes(self) -> int:
         """Memory that each process of a trainer may still take, on any node of a gang."""
@@ -153,15 +163,16 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
 def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
     """Ends the program where bases are to be divided over nodes, or by DeepSpeed and that isn't installed. It is not
     imported."""
-    if gang is not None and wanted in ("fsdp2", "zero3"):
+    if gang is not None and wanted not in ("auto", "replicated"):
         raise SystemExit(
             f"LORRY_STRATEGY is {wanted}, and the workers of a gang ({gang}) divide no base: over nodes each device "
             "holds the whole one. Set it to auto or replicated, or take the worker out of the gang (no LORRY_GANG)."
         )
-    if wanted == "zero3" and find_spec("deepspeed") is None:
+    if wanted.startswith("zero3") and find_spec("deepspeed") is None:
+        instead = wanted.replace("zero3", "fsdp2")
         raise SystemExit(
-            "LORRY_STRATEGY is zero3, which needs DeepSpeed, and that is not installed here. Install it "
-            "(pip install 'lorry[deepspeed]'), or set LORRY_STRATEGY to fsdp2, which needs the same memory, or to auto."
+            f"LORRY_STRATEGY is {wanted}, which needs DeepSpeed, and that is not installed here. Install it (pip "
+            f"install 'lorry[deepspeed]'), or set LORRY_STRATEGY to {instead}, which needs the same memory, or to auto."
         )
 
 
@@ -206,8 +217,9 @@ def _standby(context: WorkerContext) -> Generator[None]:
 
 
 def _trains_as(context: WorkerContext) -> Json:
-    """Of its record, beside what its devices are: what others reckon with."""
-    own, gang = {"num_processes": context.num_processes, "strategy": context.settings.strategy}, context.settings.gang
+    """Of its record, beside what its devices are: what others reckon with; `dividing.group_told` reads it."""
+    group, gang = context.group, context.settings.gang
+    own = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
     return own if gang is None else own | {"gang": gang}
 
 

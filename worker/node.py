@@ -49,6 +49,8 @@ class Device:
     """Its hardware multiplies bfloat16; without, it is right but slower than float32."""
     quantisations: tuple[str, ...] = ()
     """Beside none: how a trainer on it can hold a base's linears."""
+    host_memory_bytes: int = 0
+    """Of GPUs: their part of the machine's memory, by number."""
 
     @property
     def num_processes(self) -> int:
@@ -111,6 +113,7 @@ def _together(gpus: Sequence[Device]) -> Device:
         memory_bytes=min(gpu.memory_bytes for gpu in gpus) * len(gpus),
         has_bfloat16=all(gpu.has_bfloat16 for gpu in gpus),
         quantisations=gpus[0].quantisations,
+        host_memory_bytes=sum(gpu.host_memory_bytes for gpu in gpus),
     )
 
 
@@ -210,7 +213,8 @@ def _find_gpus() -> list[Device]:
     if nvml is None:
         return []
     found: list[Device] = []
-    for index in _visible(nvml.nvmlDeviceGetCount()):
+    count = nvml.nvmlDeviceGetCount()
+    for index in _visible(count):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
         generation, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
@@ -221,9 +225,16 @@ def _find_gpus() -> list[Device]:
             memory_bytes=memory,
             has_bfloat16=generation >= BFLOAT16_CAPABILITY,
             quantisations=quantisations(),
+            host_memory_bytes=_host_memory_bytes() // count,
         )
         found.append(device)
     return found
+
+
+def _host_memory_bytes() -> int:
+    """All of the machine's, or what its cgroup is left of it."""
+    total, limit = int(psutil.virtual_memory().total), cgroup.limit_bytes()
+    return total if limit is None else min(total, limit)
 
 
 def _visible(count: int) -> list[int]:

@@ -15,7 +15,7 @@ from functools import partial
 from catalog import claims, failpoints, logs, memory, packing, saturation, tracing, workers
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim, Orders
-from catalog.dividing import Demand, Strategy, block_bytes
+from catalog.dividing import Demand, Holding, Strategy, block_bytes
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.logs import Subjects
 from catalog.saturation import Speeds
@@ -78,9 +78,11 @@ class Pack:
         return len(self._held)
 
     @property
-    def is_divided(self) -> bool:
-        """Each device holds a share of the base."""
-        return self.strategy != "replicated"
+    def holding(self) -> Holding:
+        """Of the base, on the devices."""
+        if self.strategy == "replicated":
+            return "whole"
+        return "offloaded" if self.strategy.endswith("_offload") else "divided"
 
     @property
     def has_suspect(self) -> bool:
@@ -134,11 +136,11 @@ class Pack:
     def _whole_trainer_bytes(self) -> int:
         precision, quantisation = packing.precision_of(self.pack_key), packing.quantisation_of(self.pack_key)
         whole = memory.trainer_bytes(self._description, precision, quantisation)
-        if not self.is_divided:
+        if self.holding == "whole":
             return whole
         divisible, gathered = block_bytes(self._description, precision)
         demand = Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
-        return self._context.group.divided_bytes(demand)
+        return self._context.group.held_bytes(demand, self.holding)
 
     # To the trainer
 

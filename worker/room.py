@@ -40,13 +40,13 @@ def room_of(context: WorkerContext, pack: Pack | None = None) -> Room:
         tick_tokens=tick_tokens,
         recomputes=context.device.recomputes,
         group=group,
-        is_divided=pack.is_divided,
+        holding=pack.holding,
     )
 
 
 def told_room(room: Room) -> Json:
     """With the next heartbeat, for who decides about the worker."""
-    names = ("max_jobs", "memory_bytes_free", "is_divided")
+    names = ("max_jobs", "memory_bytes_free", "holding")
     return {name: getattr(room, name) for name in names}
 
 

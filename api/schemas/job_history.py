@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.dividing import Strategy
 from catalog.outputs import Line
 from catalog.points import Point
 from catalog.tables import Attempt, Checkpoint, JobEvent
@@ -160,7 +161,7 @@ class DividedBlocks(BaseModel):
 
     count: int | None
     bytes: int = Field(description="Of all blocks.")
-    share_bytes: int = Field(description="That each device holds all the time.")
+    share_bytes: int = Field(description="That each device holds all the time, or its host for it.")
     gathered_bytes: int = Field(description="Of blocks that a device holds whole at one time, beside its share.")
 
 
@@ -170,8 +171,8 @@ class Placement(BaseModel):
     kind: str = Field(description="cuda or cpu.")
     num_devices: int = Field(description="Processes of its trainer: one on each GPU.")
     num_workers: int = Field(description="Workers with such a group.")
-    strategy: Literal["replicated", "fsdp2", "zero3"] = Field(
-        description="Each device holds the whole base, or of each block its share."
+    strategy: Strategy = Field(
+        description="Each device holds the whole base, or of each block its share, there or in the host's memory."
     )
     reason: str = Field(description="Why it is held so.")
     needed_bytes: int = Field(description="On each device, with a trainer to itself.")

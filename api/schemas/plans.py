@@ -18,6 +18,7 @@ from api.schemas.jobs import (
     configuration,
 )
 from catalog.course_spec import EarlyStopping
+from catalog.dividing import Strategy
 from catalog.plans import Details
 from catalog.spec import JobSpec
 from catalog.tables import Plan
@@ -134,10 +135,12 @@ class PlannedMemory(BaseModel):
 
     kind: Literal["cuda", "cpu"]
     num_devices: int = Field(default=1, description="Of the group; where there are several, one of those that run now.")
-    strategy: Literal["replicated", "fsdp2", "zero3"] = Field(
-        default="replicated", description="Each device holds the whole base, or of each block its share."
+    strategy: Strategy = Field(
+        default="replicated",
+        description="Each device holds the whole base, or of each block its share, there or in the host's memory.",
     )
     total_bytes: int
+    host_bytes: int = Field(default=0, description="Of the host's memory, for the shares of the base.")
     parts: list[MemoryPart]
 
 
@@ -153,14 +156,13 @@ class FittingWorker(BaseModel):
     kind: str
     memory_bytes: int = Field(description="Of each of its devices.")
     num_devices: int = 1
-    strategy: Literal["replicated", "fsdp2", "zero3"] = Field(
-        default="replicated", description="How its trainer would hold the base."
-    )
+    strategy: Strategy = Field(default="replicated", description="How its trainer would hold the base.")
     needed_bytes: int | None = Field(default=None, description="On each device.")
 
 
 class GpuGroup(GpuSize):
     num_devices: int
+    host_bytes: int = Field(default=0, description="Of the host's memory, for the shares of the base.")
 
 
 class PlannedDevices(BaseModel):

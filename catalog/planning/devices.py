@@ -14,6 +14,7 @@ PARTS: Mapping[str, str] = {
     "base": "the frozen base model",
     "undivided": "what every device holds of the base: embeddings, head, norms",
     "base_share": "its share of the base's blocks",
+    "coming_share": "its share of a block, as it comes from the host's memory",
     "gathered_blocks": "blocks of the base that are whole while they compute",
     "activations": "activations of one tick, until its backward",
     "logits": "one chunk of logits, with its gradient",
@@ -64,7 +65,7 @@ class Held:
     """Of each of its devices."""
     num_devices: int
     strategy: str
-    """How its trainer would hold the base: replicated, or divided by fsdp2 or zero3."""
+    """How its trainer would hold the base: see dividing.py."""
     needed_bytes: int
     """On each device."""
 

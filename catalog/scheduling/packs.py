@@ -58,7 +58,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
     if anchor.turn.candidate.is_suspect:
         return []
     left = room.memory_bytes_free - room.alone(anchor.turn.candidate)
-    is_divided = room.divides_for(anchor.turn.candidate)
+    holding = room.holding_for(anchor.turn.candidate)
     chosen: list[Choice] = []
     for turn in candidates:
         mate = turn.candidate
@@ -67,7 +67,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
         if turn is anchor.turn or mate.is_suspect or mate.pack_key != anchor.turn.candidate.pack_key:
             continue
         cost = room.cost(mate, num_before=len(chosen) + 1)
-        if cost <= left and room.trains(mate, is_divided=is_divided):
+        if cost <= left and room.trains(mate, holding=holding):
             left -= cost
             reason = "same base and dtype as the anchor, and fits beside it"  # it may be another project's: no name
             chosen.append(Choice(turn=turn, role="packmate", reason=reason))

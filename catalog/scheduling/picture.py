@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from catalog import packing
-from catalog.dividing import ONE, Demand, Group
+from catalog.dividing import ONE, Demand, Group, Holding
 from catalog.memory import TICK_TOKENS, widens_tick
 from catalog.settings import (
     HALF_LIFE_SECONDS,
@@ -144,8 +144,8 @@ class Room:
     recomputes: bool = False
     """Whether its device computes blocks again where memory is short."""
     group: Group = ONE
-    is_divided: bool = False
-    """Its trainer holds a share of the base on each device of the group."""
+    holding: Holding = "whole"
+    """How its trainer holds the base."""
 
     def own(self, job: Candidate) -> int:
         """Bytes that the job takes beside its part of a tick."""
@@ -162,17 +162,17 @@ class Room:
             gathered_bytes=job.gathered_bytes,
         )
 
-    def divides_for(self, job: Candidate) -> bool:
-        """Whether the base is divided among the group for it."""
-        return self.group.divides(self.demand(job))
+    def holding_for(self, job: Candidate) -> Holding:
+        """How the base is held for it alone."""
+        return self.group.holding(self.demand(job))
 
-    def trains(self, job: Candidate, *, is_divided: bool) -> bool:
+    def trains(self, job: Candidate, *, holding: Holding) -> bool:
         """Whether a trainer that holds the base so trains the job as one for it alone would."""
-        return self.divides_for(job) == is_divided and (job.divisible_bytes > 0 or not is_divided)
+        return self.holding_for(job) == holding and (job.divisible_bytes > 0 or holding == "whole")
 
     def may_join(self, job: Candidate) -> bool:
         """Whether its trainer holds the base as it would for the job alone; how much is free is another matter."""
-        return self.trains(job, is_divided=self.is_divided)
+        return self.trains(job, holding=self.holding)
 
     def cost(self, job: Candidate, *, num_before: int) -> int:
         """Bytes of a job that joins `num_before` others: its row, and its slice while the tick still grows.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from catalog.dividing import Holding
 from catalog.scheduling.picture import Candidate, Policy, Service
 
 Json = dict[str, Any]
@@ -52,7 +53,7 @@ class Holder:
     """Jobs that it would let join now, as it last said."""
     has_suspect: bool = False
     """Nobody may join it."""
-    is_divided: bool = False
+    holding: Holding = "whole"
     """Its trainer holds a share of the base on each device."""
 
 
@@ -101,7 +102,7 @@ def _at(holder: Holder, job: Candidate, *, now: float, policy: Policy) -> Preemp
     if not holder.service.holds(job):
         return None
     staying = [each for each in holder.jobs if not _leaves_by_itself(each, policy)]
-    is_alike = holder.pack_key == job.pack_key and holder.service.room.trains(job, is_divided=holder.is_divided)
+    is_alike = holder.pack_key == job.pack_key and holder.service.room.trains(job, holding=holder.holding)
     may_join = is_alike and not job.is_suspect and not holder.has_suspect
     beside = _beside(holder, job, staying, now=now, policy=policy) if may_join else None
     if beside is not None:

@@ -124,7 +124,9 @@ def _draw_memory(plan: Plan) -> None:
                 output.clean(f"{output.size(part['bytes']):>9}  {bar:{_BAR_CELLS}}  {part['description']}"),
                 soft_wrap=True,
             )
-        output.pairs([("in all", f"{output.size(total)} on {_where(memory)}")])
+        host_bytes: int = memory.get("host_bytes") or 0
+        on_host = f", and {output.size(host_bytes)} of the host's memory" if host_bytes else ""
+        output.pairs([("in all", f"{output.size(total)} on {_where(memory)}{on_host}")])
     output.pairs(_devices(plan.devices), label_width=_LABEL_CELLS)
 
 
@@ -149,12 +151,17 @@ def _devices(devices: Json) -> Iterator[tuple[str, object]]:
     )
     groups: list[Json] = devices.get("groups", [])
     if groups:
-        told = ", or ".join(f"{group['num_devices']} of {group['gigabytes']} GB" for group in groups)
-        yield "or a group of GPUs", told
+        yield "or a group of GPUs", ", or ".join(map(_group, groups))
     fitting: list[Json] = devices.get("workers_that_fit", [])
     named = ", ".join(f"{worker['worker_id']} ({worker['name']})" for worker in fitting[:3])
     more = f" and {len(fitting) - 3} more" if len(fitting) > 3 else ""
     yield "workers that fit", f"{len(fitting)} of {devices.get('live_workers')}" + (f": {named}{more}" if named else "")
+
+
+def _group(group: Json) -> str:
+    host_bytes: int = group.get("host_bytes") or 0
+    with_host = f" with {output.size(host_bytes)} of the host's memory" if host_bytes else ""
+    return f"{group['num_devices']} of {group['gigabytes']} GB{with_host}"
 
 
 def _times(plan: Plan) -> Iterator[tuple[str, object]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from catalog import claims, explanation, jobs, needs
-from catalog.dividing import Group, Wanted
+from catalog.dividing import Group, Holding, Wanted
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason
 from catalog.tables import Job
@@ -35,8 +35,19 @@ def on(world: World, number: int, gigabytes: float, wanted: Wanted = "auto") -> 
     return room
 
 
+def on_gpus(world: World, gigabytes: float, wanted: Wanted = "auto", *, host: float = 18) -> Room:
+    """Of a worker with two, beside what CUDA and NCCL take of each. host: gigabytes of its memory for a base."""
+    pair = Group(kind="cuda", num_devices=2, bytes_of_each=0, wanted=wanted, host_bytes=int(host * GB))
+    pair = replace(pair, bytes_of_each=int(gigabytes * GB) + pair.reserve_bytes)
+    room = Room(max_jobs=4, memory_bytes_free=pair.bytes_of_each, recomputes=True, group=pair)
+    register(world, room)
+    return room
+
+
 def register(world: World, room: Room, *, worker_id: str = "w1") -> None:
-    devices = [{"kind": "cpu", "num_processes": room.group.num_devices, "strategy": room.group.wanted}]
+    group = room.group
+    said = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
+    devices = [{"kind": group.kind, **said}]
     about: dict[str, Any] = {"host": "here", "pid": 1, "devices": devices, "version": "1"}
     claims.register_worker(world.db, worker_id=worker_id, memory_bytes=room.memory_bytes_free, **about)
 
@@ -68,6 +79,61 @@ def test_a_job_is_taken_where_its_share_fits(
     job = queued_large(world)
 
     assert [claim.job.id for claim in world.claim(room=room)] == ([job.id] if is_taken else [])
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "wanted", "host", "is_taken"),
+    [
+        # Divided 16.4 GB; from the host 2 + 3 · 1.8, and the half of a block that comes: 8.3 GB.
+        (8.5, "auto", 18, True),
+        (8.5, "auto", 17.9, False),
+        (8, "auto", 18, False),
+        (17, "auto", 0, True),
+        (8.5, "fsdp2", 18, False),
+        (8.5, "zero3_offload", 18, True),
+        (30, "fsdp2_offload", 18, True),
+        (30, "fsdp2_offload", 17.9, False),
+    ],
+)
+def test_a_job_is_taken_where_the_host_holds_the_base(
+    world: World, gigabytes: float, wanted: Wanted, host: float, is_taken: bool
+) -> None:
+    room = on_gpus(world, gigabytes, wanted, host=host)
+    job = queued_large(world)
+
+    assert [claim.job.id for claim in world.claim(room=room)] == ([job.id] if is_taken else [])
+
+
+def test_a_job_that_the_host_has_no_room_for_waits_with_a_sentence(world: World) -> None:
+    on_gpus(world, 8.5, host=10)
+    job = queued_large(world)
+
+    told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
+    assert "about 18.0 GB of the host's memory, where a base may take 10.0 GB." in told
+    assert "or a group of 2 of 12 GB with 18.0 GB of the host's memory for the base." in told
+
+
+def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> None:
+    small, large = queued_large(world), world.queued(model="large", precision="bfloat16", lora={"rank": 256})
+    room = on_gpus(world, (divided_bytes(large) - 1) / GB)
+    ways = [room.group.strategy(needs.demand(job, {}, recomputes=True)) for job in (small, large)]
+    assert ways == ["fsdp2", "fsdp2_offload"]
+
+    def joined(holding: Holding) -> list[str]:
+        beside = replace(room, holding=holding, num_jobs=1, memory_bytes_free=GB)
+        found = world.claim(room=beside, pack_key=large.pack_key)
+        for claim in found:
+            claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+        return [claim.job.id for claim in found]
+
+    assert joined("offloaded") == [large.id]
+    assert joined("divided") == [small.id]
+    assert joined("whole") == []
+
+
+def divided_bytes(job: Job) -> int:
+    pair = Group(kind="cuda", num_devices=2)
+    return pair.held_bytes(needs.demand(job, {}, recomputes=True), "divided")
 
 
 def test_many_that_fit_nowhere_whole_hide_nobody(world: World) -> None:
@@ -105,11 +171,11 @@ def test_who_joins_a_divided_base_would_have_it_divided_alone(world: World) -> N
     room = on(world, 2, (whole_bytes(large) - 1) / GB)
     assert whole_bytes(small) < room.memory_bytes_free
 
-    divided = replace(room, is_divided=True, num_jobs=1, memory_bytes_free=GB)
+    divided = replace(room, holding="divided", num_jobs=1, memory_bytes_free=GB)
     joined = world.claim(room=divided, pack_key=large.pack_key)
     assert [claim.job.id for claim in joined] == [large.id]
     claims.end(world.db, joined[0].claim_id, reason=EndReason.DRAINED, detail="")
-    whole = replace(divided, is_divided=False)
+    whole = replace(divided, holding="whole")
     assert [claim.job.id for claim in world.claim(room=whole, pack_key=large.pack_key)] == [small.id]
 
 
@@ -188,3 +254,44 @@ def test_a_running_job_is_told_how_its_base_is_held_whatever_it_was_asked(world:
     assert (placement["strategy"], told["strategy"]) == ("fsdp2", "fsdp2")
     assert placement["reason"] in told["explanation"]
     assert told_of(world, job)["placements"] == [placement]
+
+
+def test_a_plan_tells_of_workers_that_would_keep_the_base_in_the_hosts_memory(world: World) -> None:
+    on_gpus(world, 8.5)
+    world.base("large", **LARGE)
+
+    row = ready(world, model="large", precision="bfloat16")
+
+    (worker,) = found(row)["devices"]["workers_that_fit"]
+    assert (worker["num_devices"], worker["strategy"]) == (2, "fsdp2_offload")
+    *_, offloaded = found(row)["memory"]
+    assert (offloaded["kind"], offloaded["strategy"], offloaded["host_bytes"]) == ("cuda", "fsdp2_offload", 18 * GB)
+    parts = {part["part"]: part["bytes"] for part in offloaded["parts"]}
+    assert (parts["undivided"], parts["coming_share"], parts["gathered_blocks"]) == (2 * GB, 9 * GB // 10, 27 * GB // 5)
+    assert "base_share" not in parts
+    assert offloaded["total_bytes"] == sum(parts.values()) == worker["needed_bytes"]
+    assert found(row)["devices"]["groups"][-1]["host_bytes"] == 18 * GB
+
+
+def test_a_plan_of_a_job_that_the_host_has_no_room_for_says_so(world: World) -> None:
+    on_gpus(world, 8.5, host=10)
+    world.base("large", **LARGE)
+
+    (warning,) = [
+        warning
+        for warning in found(ready(world, model="large", precision="bfloat16"))["warnings"]
+        if warning["code"] == "fits_no_worker"
+    ]
+    assert "about 18.0 GB of the host's memory, where a base may take 10.0 GB." in warning["message"]
+    assert "with 18.0 GB of the host's memory for the base." in warning["remedy"]
+
+
+def test_a_waiting_job_is_told_of_a_group_whose_host_would_hold_its_base(world: World) -> None:
+    on_gpus(world, 8.5)
+
+    (placement,) = told_of(world, queued_large(world))["placements"]
+
+    assert (placement["strategy"], placement["kind"]) == ("fsdp2_offload", "cuda")
+    blocks = placement["blocks"]
+    assert (blocks["bytes"], blocks["share_bytes"], blocks["gathered_bytes"]) == (18 * GB, 9 * GB, 63 * GB // 10)
+    assert "in the host's memory, about 18.0 GB in all, and needs about" in placement["reason"]

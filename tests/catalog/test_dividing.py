@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from catalog import dividing, memory
-from catalog.dividing import NEVER, Demand, Group, Wanted
+from catalog.dividing import NEVER, Demand, Group, Holding, Wanted
 from catalog.planning.devices import CARDS, MIB
 from catalog.scheduling.packs import choose_joiners, choose_pack
 from catalog.scheduling.picture import Candidate, Policy, Room, Service
@@ -58,9 +58,10 @@ def demand(description: dict[str, Any], precision: str = "bfloat16", *, own: int
     return Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
 
 
-def gpus(number: int, gigabytes: int, wanted: Wanted = "auto") -> Group:
+def gpus(number: int, gigabytes: int, wanted: Wanted = "auto", *, host: int = 0) -> Group:
+    """host: bytes of its memory that a base may take."""
     card = next(card for card in CARDS if card.gigabytes == gigabytes)
-    return Group(kind="cuda", num_devices=number, bytes_of_each=card.memory_bytes, wanted=wanted)
+    return Group(kind="cuda", num_devices=number, bytes_of_each=card.memory_bytes, wanted=wanted, host_bytes=host)
 
 
 def test_the_numbers_that_the_cases_stand_on() -> None:
@@ -76,6 +77,8 @@ def test_the_numbers_that_the_cases_stand_on() -> None:
 
 
 SEVENTY_ON_EIGHT = 166_871_449_600 + 5 * GB - 136_904_704_000 + 17_113_088_000 + 5_133_926_400 + RESERVE
+# With the shares in the host's memory: three whole blocks, and the half of the next one that comes from there.
+SEVENTY_FROM_HOST = 166_871_449_600 + 5 * GB - 136_904_704_000 + 5_133_926_400 + 855_654_400 + RESERVE
 SEVEN_IN_FP32_ON_FOUR = 36_347_330_560 + GB - 25_905_070_080 + 6_476_267_520 + 2_428_600_320 + RESERVE
 
 
@@ -99,8 +102,39 @@ SEVEN_IN_FP32_ON_FOUR = 36_347_330_560 + GB - 25_905_070_080 + 6_476_267_520 + 2
         # A job that needs whole weights is trained where they are, and nowhere where all is divided.
         (gpus(8, 80), replace(demand(SEVENTY), divisible_bytes=0), "replicated", 167_871_449_600 + RESERVE, False),
         (gpus(2, 24, "fsdp2"), replace(demand(SEVEN), divisible_bytes=0), "fsdp2", NEVER, False),
+        # Where half of the blocks is too much, the host's memory has them: 42.7 GB of 47.9, and 136.9 of the host's.
+        (gpus(2, 48, host=136_904_704_000), demand(SEVENTY, own=5 * GB), "fsdp2_offload", SEVENTY_FROM_HOST, True),
+        # The host lacks a byte, so it stays divided, which doesn't fit: 110.3 GB of 47.9.
+        (
+            gpus(2, 48, host=136_904_703_999),
+            demand(SEVENTY, own=5 * GB),
+            "fsdp2",
+            SEVENTY_ON_EIGHT + 51_339_264_000,
+            False,
+        ),
+        # What fits divided is not moved, however large the host is; nor does one GPU move anything.
+        (gpus(8, 80, host=10**12), demand(SEVENTY, own=5 * GB), "fsdp2", SEVENTY_ON_EIGHT, True),
+        (gpus(1, 80, host=10**12), demand(SEVENTY, own=5 * GB), "replicated", 171_871_449_600, False),
+        # Where an operator says so all is moved, and nothing is trained that the host has no room for.
+        (
+            gpus(2, 24, "zero3_offload", host=20 * GB),
+            demand(SEVEN),
+            "zero3_offload",
+            19_206_433_280 - 12_952_535_040 + 1_214_300_160 + 202_383_360 + RESERVE,
+            True,
+        ),
+        (gpus(2, 24, "fsdp2_offload", host=12 * GB), demand(SEVEN), "fsdp2_offload", NEVER, False),
         # On a CPU processes share the memory, and nothing is set aside.
         (Group(num_devices=2, bytes_of_each=20 * GB), demand(SEVEN), "replicated", 19_206_433_280, True),
+        # The host's memory is the same there: nothing moves by itself, and where it is told to, nothing is saved.
+        (Group(num_devices=2, bytes_of_each=12 * GB), demand(SEVEN), "fsdp2", 13_944_465_920, False),
+        (
+            Group(num_devices=2, bytes_of_each=15 * GB, wanted="fsdp2_offload"),
+            demand(SEVEN),
+            "fsdp2_offload",
+            13_944_465_920 + 202_383_360,
+            True,
+        ),
     ],
 )
 def test_how_a_group_holds_a_base_and_what_each_device_needs(
@@ -119,27 +153,43 @@ def test_a_base_is_divided_from_the_first_byte_on_that_does_not_fit() -> None:
 
 
 def test_the_parts_on_a_device_are_what_it_is_reckoned_to_need() -> None:
-    needs, base = demand(SEVENTY), memory.base_bytes(SEVENTY, "bfloat16")
-    sizes = {"divisible_bytes": needs.divisible_bytes, "gathered_bytes": needs.gathered_bytes}
+    needs, group = demand(SEVENTY), gpus(8, 80)
+    rest = needs.whole_bytes - needs.divisible_bytes
 
-    parts = dividing.divided_parts(base, num_devices=8, **sizes)
+    divided, offloaded = group.block_parts(needs, "divided"), group.block_parts(needs, "offloaded")
 
-    # Embeddings, head and the last norm: (2 · 128256 · 8192 + 8192) · 2 bytes.
-    assert parts == {
-        "undivided": 4_202_708_992,
-        "base_share": 17_113_088_000,
-        "gathered_blocks": 5_133_926_400,
-    }
-    assert sum(parts.values()) - base == gpus(8, 80).divided_bytes(needs) - needs.whole_bytes
+    assert divided == {"base_share": 17_113_088_000, "gathered_blocks": 5_133_926_400}
+    # An eighth of a block of 1,711,308,800 bytes is on its way.
+    assert offloaded == {"base_share": 0, "gathered_blocks": 5_133_926_400, "coming_share": 213_913_600}
+    assert rest + sum(divided.values()) == group.held_bytes(needs, "divided")
+    assert rest + sum(offloaded.values()) == group.held_bytes(needs, "offloaded")
+
+
+def test_a_base_may_take_of_its_host_what_is_left_beside_the_trainers() -> None:
+    # 0.9 · 10^12, and 2^32 for each of eight processes.
+    assert dividing.host_bytes(10**12, num_processes=8) == 865_640_261_632
+    assert dividing.host_bytes(10**9, num_processes=8) == 0
+
+
+def test_a_base_is_moved_to_the_host_from_the_first_byte_on_that_does_not_fit_divided() -> None:
+    needs = demand(SEVEN)
+    just = Group(num_devices=2, bytes_of_each=13_944_465_920, host_bytes=10**12)
+    assert just.strategy(needs) == "fsdp2"
+    assert replace(just, bytes_of_each=13_944_465_919).strategy(needs) == "fsdp2_offload"
 
 
 def test_what_would_hold_a_job_is_told_by_number_and_size() -> None:
-    told = [(number, card.gigabytes) for number, card in dividing.would_fit(demand(SEVENTY, own=5 * GB))]
-    assert told == [(1, 180), (2, 141), (4, 80)], "eight of 48 GB would need 58.9 of 47.8"
-    sentence = "It would fit one GPU of 180 GB, or a group of 2 of 141 GB, or a group of 4 of 80 GB."
+    found = dividing.would_fit(demand(SEVENTY, own=5 * GB))
+    *told, from_host = [(fit.num_devices, fit.card.gigabytes, fit.host_bytes) for fit in found]
+    assert told == [(1, 180, 0), (2, 141, 0), (4, 80, 0)], "eight of 48 GB would need 58.9 of 47.8"
+    assert from_host == (2, 48, 136_904_704_000)
+    sentence = (
+        "It would fit one GPU of 180 GB, or a group of 2 of 141 GB, or a group of 4 of 80 GB, or a group of 2 of 48 GB "
+        "with 136.9 GB of the host's memory for the base."
+    )
     assert dividing.would_fit_sentence(dividing.would_fit(demand(SEVENTY, own=5 * GB))) == sentence
     whole = replace(demand(SEVENTY, own=5 * GB), divisible_bytes=0)
-    assert [(number, card.gigabytes) for number, card in dividing.would_fit(whole)] == [(1, 180)]
+    assert [(fit.num_devices, fit.card.gigabytes) for fit in dividing.would_fit(whole)] == [(1, 180)]
     assert "No common GPU" in dividing.would_fit_sentence(dividing.would_fit(Demand(whole_bytes=10**13)))
 
 
@@ -155,6 +205,29 @@ def test_a_job_that_fits_nowhere_is_told_why() -> None:
     assert bar not in str(dividing.nowhere([(gpus(1, 80), whole)], bar)), "one GPU divides nothing"
     forced = str(dividing.nowhere([(gpus(2, 24, "fsdp2"), replace(demand(SEVEN), divisible_bytes=0))], bar))
     assert forced == f"The largest worker divides every base among its devices (LORRY_STRATEGY is fsdp2). {bar}."
+
+
+def test_a_job_that_the_host_has_no_room_for_is_told_what_would_do() -> None:
+    large = demand(SEVENTY, own=5 * GB)
+
+    told = dividing.nowhere([(gpus(2, 48, host=100 * GB), large)], None)
+    assert told == (
+        "Divided among the 2 devices of the largest worker it needs about 110.3 GB on each, and the smallest of them "
+        "has 47.9 GB. Held by the host it would need about 42.7 GB on each, and about 136.9 GB of the host's memory, "
+        "where a base may take 100.0 GB."
+    )
+    small = str(dividing.nowhere([(gpus(2, 24, host=10 * GB), large)], None))
+    assert small.endswith("the smallest of them has 23.8 GB."), "it would not fit from there either"
+    forced = dividing.nowhere([(gpus(2, 48, "fsdp2_offload", host=100 * GB), large)], None)
+    assert forced == (
+        "Divided among the 2 devices of the largest worker it would need about 136.9 GB of the host's memory, where a "
+        "base may take 100.0 GB."
+    )
+    narrow = dividing.nowhere([(gpus(2, 24, host=200 * GB), large)], None)
+    assert narrow == (
+        "Divided among the 2 devices of the largest worker, with the shares in the host's memory, it needs about "
+        "42.7 GB on each, and the smallest of them has 23.8 GB."
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,6 +259,15 @@ def test_why_a_group_holds_a_base_as_it_does_is_said_with_numbers() -> None:
         "With the whole base the job would need about 173.6 GB on each device, and the smallest of 8 devices has "
         "85.0 GB: each of 8 devices holds a share of every block, and needs about 58.9 GB."
     )
+    assert dividing.reason(gpus(2, 48, host=200 * GB), large) == (
+        "With a share of every block the job would need about 110.3 GB on each device, and the smallest of 2 devices "
+        "has 47.9 GB: each of 2 devices holds a share of every block in the host's memory, about 136.9 GB in all, and "
+        "needs about 42.7 GB."
+    )
+    told = dividing.reason(gpus(2, 24, "zero3_offload", host=200 * GB), small)
+    assert told.startswith(
+        "LORRY_STRATEGY is zero3_offload: each of 2 devices holds a share of every block in the host"
+    )
     assert "LORRY_STRATEGY is fsdp2: each of 2" in dividing.reason(gpus(2, 24, "fsdp2"), small)
     assert "LORRY_STRATEGY is replicated" in dividing.reason(gpus(2, 24, "replicated"), small)
 
@@ -202,8 +284,8 @@ def test_no_base_is_divided_over_nodes_whatever_the_leaders_own_group_is(wanted:
 
 
 def test_a_worker_is_known_by_what_it_said_and_an_older_one_holds_whole_bases() -> None:
-    said = {"kind": "cuda", "indices": [0, 1], "num_processes": 2, "strategy": "auto"}
-    assert dividing.group_told([said], 5) == Group(kind="cuda", num_devices=2, bytes_of_each=5)
+    said = {"kind": "cuda", "indices": [0, 1], "num_processes": 2, "strategy": "auto", "host_bytes": 7}
+    assert dividing.group_told([said], 5) == Group(kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7)
     old = {"kind": "cuda", "indices": [0, 1]}
     assert dividing.group_told([old], 5).divides_when == "never"
     assert dividing.group_told([], 5) == Group(bytes_of_each=5, wanted="replicated")
@@ -238,22 +320,25 @@ def test_a_job_that_needs_whole_weights_is_not_put_on_a_divided_base() -> None:
     assert packed(sized("dora", own=5, divisible=0)) == ["dora"]
     forced = replace(ROOM, group=replace(PAIR, wanted="fsdp2"))
     assert packed(sized("dora", own=5, divisible=0), sized("plain", 1, own=5), room=forced) == ["plain"]
-    joining = replace(forced, is_divided=True, num_jobs=1)
+    joining = replace(forced, holding="divided", num_jobs=1)
     turns = order([sized("dora", own=5, divisible=0), sized("plain", 1, own=5)], 10)
     chosen, _ = choose_joiners(turns, joining, "b:bfloat16:causal-lm", worker_bytes=100)
     assert [choice.turn.candidate.job_id for choice in chosen] == ["plain"]
 
 
 def test_a_live_trainer_takes_only_jobs_that_would_have_its_base_so() -> None:
-    turns = order([sized("wide", own=50), sized("narrow", 1, own=5)], 10)
+    wider = sized("wider", own=60)  # divided it would need 105
+    turns = order([sized("wide", own=50), sized("narrow", 1, own=5), wider], 10)
+    group = replace(PAIR, host_bytes=40)
 
-    def joined(*, is_divided: bool) -> list[str]:
-        room = replace(ROOM, memory_bytes_free=60, num_jobs=1, is_divided=is_divided)
+    def joined(holding: Holding) -> list[str]:
+        room = replace(ROOM, memory_bytes_free=60, num_jobs=1, holding=holding, group=group)
         chosen, _ = choose_joiners(turns, room, "b:bfloat16:causal-lm", worker_bytes=100)
         return [choice.turn.candidate.job_id for choice in chosen]
 
-    assert joined(is_divided=False) == ["narrow"]
-    assert joined(is_divided=True) == ["wide"]
+    assert joined("whole") == ["narrow"]
+    assert joined("divided") == ["wide"]
+    assert joined("offloaded") == ["wider"]
 
 
 def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_held_as_it_has_it() -> None:
@@ -261,7 +346,9 @@ def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_hel
     training = Training(job_id="victim", counts_as=1, own_bytes=60, began_at=0, num_beside=2)
     beside = replace(training, job_id="other", own_bytes=10)
     service = Service(at={}, memory_bytes=100, group=PAIR)
-    divided = Holder(worker_id="w", pack_key=urgent.pack_key, service=service, jobs=(training, beside), is_divided=True)
+    divided = Holder(
+        worker_id="w", pack_key=urgent.pack_key, service=service, jobs=(training, beside), holding="divided"
+    )
 
     def makes(holder: Holder) -> str:
         chosen = choose_who_leaves(urgent, [holder], now=10_000, policy=Policy())
@@ -269,4 +356,4 @@ def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_hel
         return chosen.makes
 
     assert makes(divided) == "a place"
-    assert makes(replace(divided, is_divided=False)) == "a trainer"
+    assert makes(replace(divided, holding="whole")) == "a trainer"

@@ -91,7 +91,7 @@ def test_a_job_that_has_ended_is_on_no_devices(filled: Service, visit: Visit) ->
 
 def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
-    report = {"room": {"max_jobs": 3, "memory_bytes_free": 10**8, "is_divided": True}}
+    report = {"room": {"max_jobs": 3, "memory_bytes_free": 10**8, "holding": "offloaded"}}
     digest = bases.get(fresh.seeded.db, seed.BASE).digest
     claims.worker_beat(fresh.seeded.db, seed.WORKER, resident_base=digest, trainer_id=seed.TRAINER, report=report)
     visitor = visit(fresh)
@@ -100,8 +100,12 @@ def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, vi
 
     worker = visitor.page.get_by_role("region", name="bay-1")
     expect(fact(worker, "Devices")).to_have_text("4 x H100 (9.60 GB)")
-    expect(fact(worker, "Holds bases")).to_have_text("whole where it fits each device, else divided")
-    expect(fact(worker, "Base held now")).to_have_text("divided among 4 GPUs, by torch (fsdp2)")
+    expect(fact(worker, "Holds bases")).to_have_text(
+        "whole where it fits each device, else divided, and in the host's memory where only that fits"
+    )
+    expect(fact(worker, "Base held now")).to_have_text(
+        "divided among 4 GPUs, by torch (fsdp2_offload), in the host's memory"
+    )
     visitor.assert_accessible()
 
 

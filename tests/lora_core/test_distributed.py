@@ -18,7 +18,7 @@ from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.distributed import ALONE, Ranks
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.passes import TickPlan
-from lora_core.sharding import Strategy
+from lora_core.sharding import Strategy, offloads
 from tests.lora_core.scenarios import Submission, run_alone, submissions
 from tests.lora_core.train_in_ranks import jobs_called, told
 
@@ -95,7 +95,10 @@ def test_an_adapter_trained_by_several_processes_has_the_bytes_of_one(base_dirs,
 HAS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="make test-deepspeed brings DeepSpeed")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero3", marks=HAS_DEEPSPEED)])
+BY_ZERO3 = [pytest.param(strategy, marks=HAS_DEEPSPEED) for strategy in ("zero3", "zero3_offload")]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", *BY_ZERO3])
 def test_a_base_divided_among_processes_trains_as_one_that_is_whole(base_dirs, load, tmp_path: Path, strategy) -> None:
     """To the bit, where the whole one is computed in the same way: linear by linear."""
     each = reports(base_dirs["llama"], tmp_path, size=2, strategy=strategy)
@@ -107,10 +110,11 @@ def test_a_base_divided_among_processes_trains_as_one_that_is_whole(base_dirs, l
     for found in each:
         check_ended_as(alone, found)
         assert found["base_bytes"] == base.num_bytes - 4 * blocks // 2, "a rank holds half of the blocks"
+        assert found["is_offloaded"] == offloads(strategy)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["replicated", "fsdp2", pytest.param("zero3", marks=HAS_DEEPSPEED)])
+@pytest.mark.parametrize("strategy", ["replicated", "fsdp2", "fsdp2_offload", *BY_ZERO3])
 def test_two_processes_train_a_real_model_to_the_losses_of_one(real_base_dir, tmp_path: Path, strategy) -> None:
     each = reports(real_base_dir, tmp_path, size=2, strategy=strategy, jobs="real")
 

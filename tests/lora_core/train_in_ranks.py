@@ -4,6 +4,7 @@ of all kinds, or a few on a real model.
 Each writes OUT/RANK.json: of every job what it ended with, and what PEFT found of an adapter.
 """
 
+import inspect
 import json
 import sys
 from hashlib import sha256
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lora_core import distributed
 from lora_core import lanes as lanes_module
 from lora_core.base_model import BaseModel, load_base
+from lora_core.blocks import find_blocks
 from lora_core.distributed import Ranks
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -56,7 +59,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
     ranks = distributed.join("cpu", silence_seconds=120)
     base = load_base(base_dir, dtype="float32", device="cpu", strategy=strategy, ranks=ranks)
     jobs = jobs_called(jobs_name, is_divided=base.is_divided)
-    found: dict[str, Any] = {"outcomes": {}}
+    found: dict[str, Any] = {"outcomes": {}, "is_offloaded": is_offloaded(base)}
     for name, options in {"by_lanes": {"num_lanes": 2, "job_tokens": 80}, "bound": {"num_lanes": 1}}.items():
         ended = run_elastically(base, jobs, token_budget=TOKEN_BUDGET, seed=3, victim="plain", ranks=ranks, **options)
         found["outcomes"][name] = {job: told(outcome) for job, outcome in ended.items()}
@@ -64,6 +67,18 @@ def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
     found |= refused(base, ranks) | {"num_ticks": ticks_of_two_small_jobs(base, ranks)}
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
     distributed.leave()
+
+
+def is_offloaded(base: BaseModel) -> bool:
+    """What the library that divides the base says of where its shares are: on a CPU all are in one memory."""
+    block: Any = find_blocks(base.model).modules[0]
+    if base.strategy == "replicated":
+        return False
+    if base.strategy.startswith("fsdp2"):
+        (group,) = block._get_fsdp_state()._fsdp_param_groups
+        return isinstance(group.offload_policy, CPUOffloadPolicy)
+    divided_by = inspect.getclosurevars(next(block.parameters()).all_gather).nonlocals["self"]
+    return divided_by.remote_device == "cpu"
 
 
 def exported(base: BaseModel, ranks: Ranks, folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_the_group_of_a_process_is_found_wherever_it_lies(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB, total=64 * GIB))
     group(tmp_path / "tree" / place, files)
 
-    assert cgroup.oom_kills() == 2
+    assert (cgroup.oom_kills(), cgroup.limit_bytes()) == (2, 8 * GIB)
     assert cgroup.free_bytes() == node.free_bytes(node.cpu()) == 5 * GIB, "page cache counts as free"
 
 
@@ -51,4 +51,4 @@ def test_what_nothing_limits_is_the_machines(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(cgroup, "ROOT", tmp_path)
     group(tmp_path, SECOND | {"memory.max": "max"})
 
-    assert cgroup.free_bytes() is None
+    assert (cgroup.free_bytes(), cgroup.limit_bytes()) == (None, None)

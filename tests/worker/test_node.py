@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from worker import node
+from worker import cgroup, node
 
 GIB = 2**30
 
@@ -71,6 +71,19 @@ def test_a_group_of_gpus_has_the_memory_of_its_smallest_times_their_number(monke
     assert (group.indices, group.memory_bytes) == ((2, 1), 2 * min(alone[1].memory_bytes, alone[2].memory_bytes))
     assert (group.has_bfloat16, node.choose_device("0,1").has_bfloat16) == (True, False)
     assert group.name == "GPU 2, GPU 1"
+
+
+@pytest.mark.usefixtures("three_gpus")
+@pytest.mark.parametrize(("limit", "of_each"), [(None, 100 * GIB), (90 * GIB, 30 * GIB)])
+def test_gpus_have_their_part_of_the_memory_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None, of_each: int
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=300 * GIB))
+    monkeypatch.setattr(cgroup, "limit_bytes", lambda: limit)
+
+    assert node.choose_device("2").host_memory_bytes == of_each
+    assert node.choose_device("0,1").host_memory_bytes == 2 * of_each
 
 
 @pytest.mark.usefixtures("three_gpus")

@@ -13,7 +13,7 @@ import pytest
 
 from catalog import jobs, memory, needs
 from catalog.db import Database
-from catalog.dividing import Group, group_told
+from catalog.dividing import Group, group_told, host_bytes
 from catalog.errors import Unavailable
 from catalog.settings import Settings
 from catalog.tables import Worker
@@ -51,6 +51,23 @@ def test_a_trainer_of_a_divided_base_is_reckoned_to_take_a_share_of_it(divided: 
     assert half == whole - 16_000 + 8_000 + 3 * 2_000
 
 
+def test_of_a_base_in_the_hosts_memory_a_trainer_is_reckoned_to_take_no_share_of_a_gpus(
+    divided: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divided.context.device = replace(
+        divided.context.device, kind="cuda", indices=(0, 1), memory_bytes=2 * 10**11, host_memory_bytes=10**11
+    )
+    monkeypatch.setattr(node, "free_bytes", lambda _: 10**11)
+    pack = loading(divided, "fsdp2_offload")
+    left = memory.trainer_bytes(DESCRIPTION, "bfloat16") - 16_000
+
+    # Three blocks of 2,000 bytes, and the half of the next one that comes.
+    assert pack.bytes_to_come() - divided.context.group.reserve_bytes == left + 6_000 + 1_000
+    assert (pack.holding, divided.context.host_bytes) == ("offloaded", host_bytes(10**11, num_processes=2))
+    divided.context.settings = divided.context.settings.model_copy(update={"offload_bytes": 5})
+    assert divided.context.group.host_bytes == 5
+
+
 def test_of_several_gpus_what_they_talk_through_is_set_aside_until_it_is_taken(
     divided: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +84,7 @@ def test_of_several_gpus_what_they_talk_through_is_set_aside_until_it_is_taken(
     pack.hear()
     room = room_of(divided.context, pack)
     assert room.memory_bytes_free == 10**11 + 12_000 + reserve, "who comes next counts both again"
-    assert told_room(room) == {"max_jobs": 4, "memory_bytes_free": room.memory_bytes_free, "is_divided": True}
+    assert told_room(room) == {"max_jobs": 4, "memory_bytes_free": room.memory_bytes_free, "holding": "divided"}
 
 
 def test_a_trainer_that_is_empty_is_no_trainer_for_a_job_whose_base_is_held_otherwise(divided: PackSite) -> None:
@@ -155,6 +172,8 @@ def test_a_worker_that_is_to_use_deepspeed_and_has_none_does_not_start() -> None
     if find_spec("deepspeed") is None:
         with pytest.raises(SystemExit, match="needs DeepSpeed"):
             check_strategy("zero3")
+        with pytest.raises(SystemExit, match="set LORRY_STRATEGY to fsdp2_offload"):
+            check_strategy("zero3_offload")
 
 
 def test_a_worker_of_a_gang_that_is_to_divide_bases_does_not_start() -> None:

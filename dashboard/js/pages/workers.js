@@ -72,10 +72,9 @@ function ofSeveral({ devices, resident_base, report }) {
   const { kind, num_processes: number, strategy, gang } = devices[0] || {};
   if (gang) return [["Gang", gang], ["Holds bases", wanted("replicated")]];
   if (!(number > 1)) return [];
-  const isDivided = report?.room?.is_divided;
-  const now = isDivided ? (strategy === "zero3" ? "zero3" : "fsdp2") : "replicated";
-  const isKnown = resident_base && typeof isDivided === "boolean";
-  return [["Holds bases", wanted(strategy)], ["Base held now", isKnown ? held({ strategy: now, number, kind }) : null]];
+  const library = strategy?.startsWith("zero3") ? "zero3" : "fsdp2";
+  const now = { whole: "replicated", divided: library, offloaded: `${library}_offload` }[report?.room?.holding];
+  return [["Holds bases", wanted(strategy)], ["Base held now", resident_base && now ? held({ strategy: now, number, kind }) : null]];
 }
 
 const memoryOf = (one) => one?.memory_bytes ?? one?.total_bytes;
