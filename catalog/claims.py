@@ -232,20 +232,23 @@ def end(
     detail: str,
     error: Json | None = None,
     is_bystander: bool = False,
+    blamed_worker_id: str | None = None,
     policy: Policy = USUAL,
 ) -> JobState:
     """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned.
 
     is_bystander: the trainer ended before it had begun the job, which counts the end for nothing then.
+    blamed_worker_id: see Attempt.
     """
     _settle(db, claim_id, policy)
     with db.write() as session:
         job = hold(session, claim_id)
         worker_id, now = job.worker_id, read_clock(session)
         usage.charge_end(session, job, now=now, policy=policy)
+        session.get_one(Attempt, claim_id).blamed_worker_id = blamed_worker_id
         state = end_attempt(session, job, reason=reason, detail=detail, error=error, is_bystander=is_bystander, now=now)
     if reason in cordons.AT_FAULT:
-        cordons.look(db, worker_id)
+        cordons.look(db, worker_id if blamed_worker_id is None else blamed_worker_id)
     return state
 
 

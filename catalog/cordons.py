@@ -160,7 +160,7 @@ def look(db: Database, worker_id: str | None) -> bool:
     """Cordon the worker if what ended on it lately says that the node is bad. True where it was. A fault in it costs
     nobody anything: the next bad end looks again."""
     try:
-        return worker_id is not None and _look(db, worker_id)
+        return bool(worker_id) and _look(db, worker_id)
     except LorryError as error:
         log.warning("cordon code=%s", error.code)
     except Exception:  # an attempt's end is on record by now, and must stay so
@@ -174,22 +174,66 @@ def _look(db: Database, worker_id: str) -> bool:
         if worker is None or worker.cordon is not None or worker.ended_at is not None:
             return False
         since = max(worker.started_at, worker.uncordoned_at or 0.0)
-        mine = (Attempt.worker_id == worker_id, Attempt.ended_at > since)
-        latest = select(Attempt).where(*mine).order_by(Attempt.ended_at.desc(), Attempt.claim_id).limit(MAX_LOOKED_AT)
-        attempts = session.scalars(latest).all()
+        attempts = _of_node(session, worker_id, since=since)
         ends = _ended(session, attempts)
         blamed = failed_running(ends)
         if not blamed:
             return False
         now = read_clock(session)
         found = [attempt for attempt, end in zip(attempts, ends, strict=True) if end in blamed]
-        _put(worker, by="service", reason=OF_THE_SERVICE, now=now, evidence=[_evidence(one) for one in found])
         jobs = sorted({attempt.job_id for attempt in found})
-        details = {"reason": OF_THE_SERVICE, "jobs": jobs[:MAX_FAILED_RUNNING]}
-        _note(session, "worker.cordoned", worker, now=now, details=details, actor=SERVER)
+        evidence, told = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
+        _put_by_service(session, worker, OF_THE_SERVICE, now=now, evidence=evidence, details=told)
         told = f"was cordoned, for this job and others failed on it one after the other: {_what_next()}"
         _tell(session, worker, jobs, told, now=now)
         return True
+
+
+def close(session: Session, worker_id: str, *, reason: str, evidence: Sequence[Json]) -> None:
+    """By the service, which has seen what is told as evidence. One that is cordoned stays as it is."""
+    worker = session.get(Worker, worker_id, with_for_update=True)
+    if worker is not None and worker.cordon is None and worker.ended_at is None:
+        _put_by_service(session, worker, reason, now=read_clock(session), evidence=evidence)
+
+
+def _put_by_service(
+    session: Session,
+    worker: Worker,
+    reason: str,
+    *,
+    now: float,
+    evidence: Sequence[Json],
+    details: Json | None = None,
+) -> None:
+    _put(worker, by="service", reason=reason, now=now, evidence=evidence)
+    told = {"reason": reason, **(details or {})}
+    _note(session, "worker.cordoned", worker, now=now, details=told, actor=SERVER)
+
+
+def _of_node(session: Session, worker_id: str, *, since: float) -> list[Attempt]:
+    """The ends that tell of it, newest first: of its own attempts but for those that are laid to another of its gang,
+    those of others that are laid to it, and what has succeeded on it."""
+    latest = select(Attempt).order_by(Attempt.ended_at.desc(), Attempt.claim_id).limit(MAX_LOOKED_AT)
+    is_own = func.coalesce(Attempt.blamed_worker_id, worker_id) == worker_id
+    own = session.scalars(latest.where(Attempt.worker_id == worker_id, Attempt.ended_at > since, is_own)).all()
+    of_others = (Attempt.blamed_worker_id == worker_id, Attempt.worker_id != worker_id, Attempt.ended_at > since)
+    laid = session.scalars(latest.where(*of_others)).all()
+    found = [*own, *laid, *(_succeeded_with(session, worker_id, laid) if laid else ())]
+    return sorted(found, key=lambda attempt: (-(attempt.ended_at or 0.0), attempt.claim_id))[:MAX_LOOKED_AT]
+
+
+def _succeeded_with(session: Session, worker_id: str, laid: Sequence[Attempt]) -> list[Attempt]:
+    """Of those who led it: the latest of what has succeeded in a trainer that it had a part in."""
+    leaders, oldest = {one.worker_id for one in laid}, min(one.ended_at or 0.0 for one in laid)
+    theirs = (Attempt.worker_id.in_(leaders), Attempt.ended_at > oldest, Attempt.reason == EndReason.COMPLETED)
+    found = select(Attempt, Trainer).join(Trainer, Trainer.id == Attempt.trainer_id).where(*theirs)
+    rows = session.execute(found.order_by(Attempt.ended_at.desc()).limit(MAX_LOOKED_AT)).all()
+    return [attempt for attempt, trainer in rows if worker_id in _lent_to(trainer)]
+
+
+def _lent_to(trainer: Trainer) -> list[str]:
+    """The workers that lent their devices to it, its own among them."""
+    return (trainer.report or {}).get("gang", {}).get("workers", [])
 
 
 def failed_running(ends: Sequence[Ended]) -> list[Ended]:

@@ -173,7 +173,13 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
     ended = select(Attempt).where(Attempt.job_id == job.id, Attempt.ended_at.is_not(None))
     attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(number + 2))
     evidence = [
-        {"attempt": a.number, "reason": a.reason, "detail": a.detail, "worker_id": a.worker_id, "ended_at": a.ended_at}
+        {
+            "attempt": a.number,
+            "reason": a.reason,
+            "detail": a.detail,
+            "worker_id": a.blamed_worker_id or a.worker_id,
+            "ended_at": a.ended_at,
+        }
         for a in attempts
     ]
     message = (

@@ -6,16 +6,21 @@ all at once. Every verb locks the gang's row first and names its round: who name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from catalog import cordons
 from catalog.db import Database, add_if_missing, read_clock
 from catalog.errors import Conflict
+from catalog.states import EndReason
 from catalog.tables import Gang, GangSeat, Json, Worker, new_id
 
+MAX_MISSED = 3
+"""Rounds running in which a member may have no part for a reason of its own."""
+OF_MISSED = f"It could not take part in {MAX_MISSED} trainers of its gang running."
 SINGLE = "There is nothing to do: it is tried again with those that are there."
 
 
@@ -48,6 +53,9 @@ class Member:
     free_bytes: int
     is_open: bool
     """It is neither cordoned nor to leave."""
+    versions: str = ""
+    num_missed: int = 0
+    """See GangSeat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +107,9 @@ class Progress:
     """Its time for gathering is over."""
 
 
-def enter(place: Place, *, size: int, min_size: int, kind: str, num_processes: int, free_bytes: int) -> None:
+def enter(
+    place: Place, *, size: int, min_size: int, kind: str, num_processes: int, free_bytes: int, versions: str = ""
+) -> None:
     """A worker that has registered takes its seat. Seats of workers that have ended go."""
     with place.db.write() as session:
         add_if_missing(session, Gang, {"name": place.gang, "size": size, "min_size": min_size})
@@ -109,7 +119,7 @@ def enter(place: Place, *, size: int, min_size: int, kind: str, num_processes: i
         session.execute(delete(GangSeat).where(GangSeat.gang == place.gang, GangSeat.worker_id.in_(gone)))
         seat = session.get(GangSeat, place.worker_id) or GangSeat(worker_id=place.worker_id)
         seat.gang, seat.kind, seat.num_processes, seat.free_bytes = place.gang, kind, num_processes, free_bytes
-        seat.round_id, seat.is_leaving = None, False
+        seat.versions, seat.round_id, seat.is_leaving, seat.num_missed = versions, None, False, 0
         session.add(seat)
 
 
@@ -183,6 +193,7 @@ def start(place: Place, round_id: str, *, port: int) -> None:
         if (hindrance := hindrance_of(_progress(session, place, row))) is not None:
             raise NotGathered(hindrance)
         row.port, row.expires_at = port, None
+        session.execute(update(GangSeat).where(GangSeat.round_id == round_id).values(num_missed=0))
 
 
 def progress(place: Place, round_id: str) -> Progress:
@@ -209,14 +220,30 @@ def hindrance_of(found: Progress) -> str | None:
 
 
 def leave(place: Place, round_id: str, *, end: Json) -> bool:
-    """The member's part of the round has ended: reason, detail, is_echo. False where the round is over anyway."""
+    """The member's part of the round has ended: reason, detail, is_echo. False where the round is over anyway.
+
+    One that could not take part in three rounds running, for a reason of its own, is cordoned.
+    """
     with place.db.write() as session:
         try:
-            _, seat = _of_round(session, place, round_id)
+            row, seat = _of_round(session, place, round_id)
         except NotGathered:
             return False
         seat.ended = end
+        if row.port is None and end["reason"] != EndReason.DRAINED:
+            seat.num_missed += 1
+            if end["reason"] in cordons.AT_FAULT and seat.num_missed >= MAX_MISSED:
+                seat.num_missed = 0
+                cordons.close(session, place.worker_id, reason=OF_MISSED, evidence=[end])
         return True
+
+
+def missed(place: Place, round_id: str, worker_ids: Collection[str]) -> None:
+    """By the leader: the round came to nothing for the sake of these members. Others are called first next time."""
+    with place.db.write() as session:
+        if _led(session, place).round_id == round_id:
+            theirs = (GangSeat.round_id == round_id, GangSeat.worker_id.in_(worker_ids))
+            session.execute(update(GangSeat).where(*theirs).values(num_missed=GangSeat.num_missed + 1))
 
 
 def ask_to_leave(place: Place) -> None:
@@ -298,6 +325,8 @@ def _member(seat: GangSeat, worker: Worker) -> Member:
         num_processes=seat.num_processes,
         free_bytes=seat.free_bytes,
         is_open=not _is_closed(seat, worker),
+        versions=seat.versions,
+        num_missed=seat.num_missed,
     )
 
 

@@ -6,7 +6,7 @@ the node's. It is not the choice's once any trainer got ready with it.
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog.living import is_live
@@ -55,4 +55,5 @@ def _failed_on(session: Session, pack_key: str) -> set[str]:
     if any(was_ready(trainer.report) for trainer in latest):
         return set()
     ended = (Attempt.trainer_id.in_([trainer.id for trainer in latest]), Attempt.reason.in_(OF_A_LOAD))
-    return set(session.scalars(select(Attempt.worker_id).where(*ended).distinct()))
+    whose = func.coalesce(func.nullif(Attempt.blamed_worker_id, ""), Attempt.worker_id)  # of a gang the one to blame
+    return set(session.scalars(select(whose).where(*ended).distinct()))

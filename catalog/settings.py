@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 HALF_LIFE_SECONDS = 86_400.0
@@ -122,6 +122,16 @@ class Settings(BaseSettings):
     exact_products: bool = Field(
         default=True, description="On a CPU with AMX: have bf16 products that packmates can't change, a tenth slower."
     )
+
+    @field_validator("gang_min_size")
+    @classmethod
+    def _can_begin(cls, fewest: int | None, info: ValidationInfo) -> int | None:
+        size = info.data.get("gang_size", 64)
+        if fewest is not None and fewest > size:
+            raise ValueError(
+                f"LORRY_GANG_SIZE is {size}, so no trainer would ever begin. Set {size} at most, or nothing."
+            )
+        return fewest
 
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir / 'lorry.db'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from catalog.states import EndReason
+from worker.echoes import own_error
 from worker.tether import LOST_PARENT
 
 CUDA_OOM = re.compile(
@@ -23,9 +24,6 @@ NO_ROOM = re.compile(
 )
 DIFFER = re.compile(r"^(?:\[rank\d+\]: )?[\w.]*RanksDiffer: (.*)$", re.MULTILINE)
 WAS_KILLED = "The trainer was killed (signal 9)."
-ECHO = re.compile(r"gloo/transport|ProcessGroupNCCL|DistBackendError|DistNetworkError|DistStoreError|NCCL error")
-"""What processes print that have lost another one."""
-OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError")
 
 
 def classify_exit(
@@ -55,7 +53,8 @@ def _by_itself(returncode: int, log_tail: str) -> tuple[EndReason, str]:
         return EndReason.NODE_FAILED, differ[1]
     if returncode == 0:
         return EndReason.TRAINER_CRASHED, "The trainer ended without finishing its jobs."
-    return EndReason.TRAINER_CRASHED, f"The trainer ended with exit status {returncode}.{_last_error(log_tail)}"
+    detail = f"The trainer ended with exit status {returncode}. {own_error(log_tail) or ''}"
+    return EndReason.TRAINER_CRASHED, detail.strip()
 
 
 def _shortage(log_tail: str, device_kind: str) -> tuple[EndReason, str] | None:
@@ -64,16 +63,3 @@ def _shortage(log_tail: str, device_kind: str) -> tuple[EndReason, str] | None:
     if HOST_OOM.search(log_tail) or (is_device_short and device_kind == "cpu"):
         return EndReason.HOST_OOM, "The machine ran out of memory."
     return (EndReason.CUDA_OOM, "The GPU ran out of memory.") if is_device_short else None
-
-
-def _last_error(log_tail: str) -> str:
-    """The last line that names an exception of the trainer itself, not of its launcher."""
-    named = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Failure)\b.*)$", log_tail, re.MULTILINE)
-    own = [line for line in named if not any(name in line for name in OF_LAUNCHERS)]
-    return f" {own[-1][:500]}" if own else ""
-
-
-def is_echo(reason: EndReason, detail: str, log_tail: str) -> bool:
-    """Whether a trainer that ended so may have ended for another node's sake: it has lost a process, and nothing says
-    that it lost one of its own."""
-    return reason is EndReason.TRAINER_CRASHED and detail != WAS_KILLED and ECHO.search(log_tail) is not None

@@ -5,9 +5,10 @@ Each member looks at the gang's rows every now and then; the leader alone claims
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from catalog import gangs
 from catalog.db import Database
@@ -15,7 +16,10 @@ from catalog.errors import OutOfSpace, Unavailable
 from catalog.gangs import Call, Member, Place, Round, Standing
 from catalog.settings import Settings
 from worker.meeting import place_of
+from worker.node import versions
+from worker.trainer_directory import Json
 
+log = logging.getLogger(__name__)
 LOST_AFTER = 2 / 3
 """Of a lease: a member that could not ask the database for so long goes on with no round."""
 
@@ -32,12 +36,20 @@ class Seat:
         self.address, self.interface = place_of(settings.advertise_address)
         self.round: Round | None = None
         """That it leads."""
+        self.has_started = False
+        """That round: all have joined."""
         self.is_broken = False
-        """Of that round one was seen to be missing."""
+        """Of that round one was seen to be missing, for which its trainer was killed."""
+        self.ended_since: float | None = None
+        """Of that round the part of one was seen to have ended, for another's end."""
         self.had: str | None = None
         """The round of another's in which it had its part last."""
+        self.owed: Json | None = None
+        """How that part ended, until the record has it."""
         self._settings = settings
         self._kind = kind
+        self._versions = _told(versions())
+        self._warned_of: set[str] = set()
         self._own_free_bytes = own_free_bytes
         self._standing: Standing | None = None
         self._looked_at = self._told_at = self._attended_at = -math.inf
@@ -53,6 +65,7 @@ class Seat:
             kind=self._kind,
             num_processes=num_processes,
             free_bytes=self._own_free_bytes(),
+            versions=self._versions,
         )
 
     def look(self) -> Standing:
@@ -79,18 +92,34 @@ class Seat:
 
     def may_claim(self) -> bool:
         """Whether this worker leads, and enough of the gang are there. Raises Unavailable."""
-        if self.round is not None:
-            return True
         found = self.look()
+        if self.round is not None:
+            return not self.is_broken and self.is_open
         if found.leader_id != self.place.worker_id or time.monotonic() < self._not_before:
             return False
         size, num_there = self._settings.gang_size, len(self.to_call())
         if num_there >= size:
             self._short_since = None
             return True
+        self._warn_of_others(found)
         self._short_since = self._short_since or time.monotonic()
         short_for = time.monotonic() - self._short_since
         return num_there >= self.fewest and short_for >= self._settings.gang_patience_seconds
+
+    def _warn_of_others(self, found: Standing) -> None:
+        """Once of each that is there and can't be called."""
+        for member in found.members:
+            if member.versions != self._versions and member.worker_id not in self._warned_of:
+                self._warned_of.add(member.worker_id)
+                told = "Worker %s of the gang has %s, and this one, which leads, has %s: it is not called."
+                log.warning(told, member.worker_id, member.versions, self._versions)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all of the round that it leads may take something new."""
+        members = self._standing.members if self._standing is not None else ()
+        open_ones = {member.worker_id for member in members if member.is_open}
+        return self.round is None or open_ones.issuperset(self.round.workers)
 
     @property
     def fewest(self) -> int:
@@ -101,6 +130,14 @@ class Seat:
         """Those of a round that begins now, itself first: as many as the gang has, with devices like its own."""
         members = self._standing.members if self._standing is not None else ()
         return alike(members, self.place.worker_id, size=self._settings.gang_size)
+
+    def open(self, task: Json) -> Round:
+        """Call those. Raises NotGathered, Unavailable."""
+        members = [member.worker_id for member in self.to_call()]
+        seconds = self._settings.gang_join_seconds
+        self.has_started, self.is_broken, self.ended_since = False, False, None
+        self.round = gangs.open_round(self.place, members=members, task=task, seconds=seconds)
+        return self.round
 
     def wait_a_while(self) -> None:
         """A round did not come about: who was to blame may be gone before the next one."""
@@ -132,9 +169,16 @@ class Seat:
 
 
 def alike(members: Sequence[Member], leader_id: str, *, size: int) -> list[Member]:
-    """The leader, and the eldest of those that may begin and have devices of its kind. Pure."""
+    """The leader, and of those that may begin, have devices of its kind and the same versions, those that the fewest
+    rounds before did not begin for, the eldest first. Pure."""
     leader = next((member for member in members if member.worker_id == leader_id), None)
     if leader is None or not leader.is_open:
         return []
-    others = [one for one in members if one.is_open and one.kind == leader.kind and one is not leader]
+    of_kind = [one for one in members if one.is_open and one.kind == leader.kind and one is not leader]
+    others = sorted((one for one in of_kind if one.versions == leader.versions), key=lambda one: one.num_missed)
     return [leader, *others[: size - 1]]
+
+
+def _told(found: Mapping[str, str]) -> str:
+    """Whoever has others computes with other code."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())[:255]

@@ -22,6 +22,8 @@ class End:
     detail: str
     error: Json | None = None
     """What the job's `error` becomes where this ending is final."""
+    blamed_worker_id: str | None = None
+    """Whose doing it may be, where that is known. None: see Pack."""
 
 
 STOPPED: dict[Verb, End] = {

@@ -5,6 +5,7 @@ Without a gang each of these does nothing. The claims are the leader's own: noth
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,14 +17,18 @@ from catalog.states import EndReason
 from catalog.tables import Job
 from worker.bases import Abandoned
 from worker.context import WorkerContext
-from worker.exits import is_echo
 from worker.gang import Seat
 from worker.held import End
 from worker.launch import TrainerProcess
 from worker.meeting import meeting_settings, told_port
+from worker.own_end import own_end
+from worker.pack import OUTAGES
 from worker.trainer_directory import Json
 
+log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.2
+ECHO_SECONDS = 20.0
+"""In which a trainer ends by itself that has lost a process of another node; see lora_core.first_failure."""
 
 
 def gather(context: WorkerContext, stack: ExitStack, first: Job, settings: Json) -> None:
@@ -36,19 +41,16 @@ def gather(context: WorkerContext, stack: ExitStack, first: Job, settings: Json)
         called = seat.to_call()
         if len(called) < seat.fewest:
             raise NotGathered(f"{len(called)} of the {seat.fewest} workers that its gang needs are there.")
-    if len(called) < 2:
-        return
-    task: Json = {
-        "trainer_id": first.trainer_id,
-        "base_model": first.base_model,
-        "base_digest": first.base_digest,
-        "settings": settings,
-        "address": seat.address,
-    }
-    members = [member.worker_id for member in called]
-    with _tried_later(seat):
-        seconds = context.settings.gang_join_seconds
-        seat.round = gangs.open_round(seat.place, members=members, task=task, seconds=seconds)
+        if len(called) < 2:
+            return
+        task: Json = {
+            "trainer_id": first.trainer_id,
+            "base_model": first.base_model,
+            "base_digest": first.base_digest,
+            "settings": settings,
+            "address": seat.address,
+        }
+        seat.open(task)
     stack.callback(_let_go, seat)
 
 
@@ -62,36 +64,50 @@ def meeting(context: WorkerContext) -> Json:
 
 
 def start(context: WorkerContext, trainer: TrainerProcess, *, is_unwanted: Callable[[], bool]) -> None:
-    """Once all have joined and the leader's trainer listens, let all begin. Raises NotGathered where one does not come,
-    Abandoned where nobody wants it any more, Unavailable."""
+    """Once all have joined and the leader's trainer listens, let all begin. Where that trainer ends, or one of the
+    others can't take part, the trainer has ended by then, and `cause` tells why.
+
+    Raises NotGathered where one does not come in time, or goes; Abandoned where nobody wants it any more.
+    """
     seat = context.gang
     if seat is None or (led := seat.round) is None:
         return
     context.pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
     try:
         with _tried_later(seat):
-            _start(context, seat, led, trainer, is_unwanted)
+            while trainer.returncode is None and not _has_started(context, seat, led, trainer, is_unwanted):
+                if trainer.is_killed:
+                    return
+                trainer.wait(LOOK_SECONDS)
     finally:
         context.pulse.guard(on_beat=None, on_lost=None)
 
 
-def _start(
+def _has_started(
     context: WorkerContext, seat: Seat, led: Round, trainer: TrainerProcess, is_unwanted: Callable[[], bool]
-) -> None:
-    while True:
-        if is_unwanted() or context.draining:
-            raise Abandoned
+) -> bool:
+    if is_unwanted() or context.draining:
+        raise Abandoned
+    try:
         found = gangs.progress(seat.place, led.round_id)
-        hindrance = gangs.hindrance_of(found)
+        if any(told["reason"] != EndReason.DRAINED for told in found.ended.values()):
+            seat.wait_a_while()
+            _break(seat, trainer)
+            return False
+        hindrance, port = gangs.hindrance_of(found), told_port(trainer.directory)
         if hindrance is not None and (found.is_late or found.ended or found.lost or found.is_anyone_leaving):
+            if found.is_late:
+                gangs.missed(seat.place, led.round_id, found.not_joined)
             raise NotGathered(hindrance)
-        port = told_port(trainer.directory)
-        if hindrance is None and port is not None:
-            gangs.start(seat.place, led.round_id, port=port)
-            trainer.started_at = time.monotonic()  # loading begins now
-            return
-        if trainer.wait(LOOK_SECONDS):
-            raise NotGathered(f"The trainer ended with exit status {trainer.returncode}.")
+        if hindrance is not None or port is None:
+            return False
+        gangs.start(seat.place, led.round_id, port=port)
+    except OUTAGES as error:
+        log.warning("%s The gang is asked again.", error)
+        return False  # without an answer for too long the pulse ends the trainer
+    seat.has_started = True
+    trainer.started_at = time.monotonic()  # loading begins now
+    return True
 
 
 def attend(context: WorkerContext, trainer: TrainerProcess) -> bool:
@@ -104,46 +120,91 @@ def attend(context: WorkerContext, trainer: TrainerProcess) -> bool:
         seat.look()
         found = gangs.progress(seat.place, led.round_id)
     except NotGathered:
-        seat.is_broken = True
-        trainer.kill()
+        _break(seat, trainer)
         return False
-    if found.ended or found.lost:
-        seat.is_broken = True
-        trainer.kill()
+    if found.lost or any(not told["is_echo"] for told in found.ended.values()) or _is_left(seat, found):
+        _break(seat, trainer)
     return found.is_anyone_leaving
 
 
-def cause(context: WorkerContext, end: End, log_tail: str) -> End:
-    """How the attempt ended, where it was not by the leader's own trainer, which ended as `end` says. The others are
-    waited for: each tells how its part ended, or falls silent. Raises Unavailable."""
+def _is_left(seat: Seat, found: gangs.Progress) -> bool:
+    """Whether others ended for another's sake some time ago. It may be the leader's own trainer, which is about to end
+    as well, and tells more if it does so by itself."""
+    if not found.ended:
+        return False
+    seat.ended_since = seat.ended_since or time.monotonic()
+    return time.monotonic() - seat.ended_since >= ECHO_SECONDS
+
+
+def _break(seat: Seat, trainer: TrainerProcess) -> None:
+    seat.is_broken |= trainer.returncode is None
+    trainer.kill()
+
+
+def is_spent(context: WorkerContext) -> bool:
+    """Whether a trainer that is empty is of no use any more, for one of its gang takes nothing new."""
+    return context.gang is not None and context.gang.round is not None and not context.gang.is_open
+
+
+def cause(context: WorkerContext, trainer: TrainerProcess, *, is_ready: bool) -> End:
+    """How the trainer ended: of a gang by the part that went wrong. Where that was not the leader's own, the others are
+    waited for: each tells how its part ended, or falls silent. is_ready: it had loaded its base. Raises Unavailable."""
     seat = context.gang
-    if seat is None or (led := seat.round) is None or not (seat.is_broken or is_echo(end.reason, end.detail, log_tail)):
-        return end
+    led = seat.round if seat is not None else None
+    has_met = seat is not None and (seat.has_started or seat.is_broken)
+    ranks = range(context.num_processes) if led is not None and has_met else None
+    own = own_end(context, trainer, ranks=ranks, was_killed=seat is not None and seat.is_broken)
+    log.error("%s\n%s", own.detail, own.log_tail)
+    if seat is None or led is None or not own.is_echo:
+        blamed = context.worker_id if led is not None and not own.is_of_any else None
+        return End(reason=own.reason, detail=own.detail, blamed_worker_id=blamed)
+    found: gangs.Progress | None = None
     deadline = time.monotonic() + context.settings.lease_seconds + context.settings.heartbeat_seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not context.draining:
         try:
             found = gangs.progress(seat.place, led.round_id)
         except NotGathered:
             return End(reason=EndReason.INFRA_LOST, detail="The round is over: another worker leads the gang now.")
         if (known := _known(found)) is not None:
             return known
+        if len(found.ended) == found.num_others:
+            break
         time.sleep(LOOK_SECONDS)
-    return _known_by_none()
+    if context.draining:
+        return End(reason=EndReason.DRAINED, detail="The worker left.")
+    if found is not None and not is_ready and not own.had_met:
+        seat.wait_a_while()
+        gangs.missed(seat.place, led.round_id, led.workers[1:])
+        return End(reason=EndReason.GANG_INCOMPLETE, detail=_unreachable(seat, trainer))
+    return End(reason=EndReason.INFRA_LOST, detail=f"The workers of the gang lost each other. {own.detail}")
+
+
+def _unreachable(seat: Seat, trainer: TrainerProcess) -> str:
+    where = f"{seat.address}, port {told_port(trainer.directory)}"
+    return (
+        "The workers of the gang reach the database, and their trainers did not reach each other. One listened at "
+        f"{where}. Let these nodes connect to each other at every port."
+    )
 
 
 def _known(found: gangs.Progress) -> End | None:
     """Who ended by himself comes first, then who has fallen silent; all may have lost each other."""
     for worker_id, told in sorted(found.ended.items()):
         if not told["is_echo"]:
-            return End(reason=EndReason(told["reason"]), detail=f"On {worker_id} of the gang: {told['detail']}")
-    if found.lost:
-        detail = f"Worker {found.lost[0]} of the gang was not heard from any more."
-        return End(reason=EndReason.INFRA_LOST, detail=detail)
-    return _known_by_none() if len(found.ended) == found.num_others else None
+            detail = f"On {worker_id} of the gang: {told['detail']}"
+            return End(reason=_reason(told["reason"]), detail=detail, blamed_worker_id=worker_id)
+    if not found.lost:
+        return None
+    detail = f"Worker {found.lost[0]} of the gang was not heard from any more."
+    return End(reason=EndReason.INFRA_LOST, detail=detail, blamed_worker_id=found.lost[0])
 
 
-def _known_by_none() -> End:
-    return End(reason=EndReason.INFRA_LOST, detail="The workers of the gang lost each other.")
+def _reason(told: str) -> EndReason:
+    """Of a member, whose code may be newer."""
+    try:
+        return EndReason(told)
+    except ValueError:
+        return EndReason.INFRA_LOST
 
 
 @contextmanager

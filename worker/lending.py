@@ -13,16 +13,17 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from catalog import gangs, logs
-from catalog.errors import LorryError
+from catalog.errors import LorryError, Unavailable
 from catalog.gangs import Call, NotGathered
 from catalog.states import EndReason
-from worker import bases, cgroup, node
+from worker import bases
 from worker.chores import Chores
 from worker.context import WorkerContext
-from worker.exits import classify_exit, is_echo
 from worker.gang import Seat
 from worker.launch import TrainerProcess
 from worker.meeting import meeting_settings
+from worker.own_end import own_end
+from worker.pack import OUTAGES
 from worker.patience import LEFT_BEHIND, set_aside
 from worker.trainer_directory import Json
 
@@ -35,15 +36,24 @@ Start = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
 def lend(context: WorkerContext, chores: Chores, start: Start) -> bool:
     """Take part where the worker is called. False where it is not. Raises Unavailable before anything has begun."""
     seat = context.gang
-    if seat is None or (call := seat.called()) is None:
+    if seat is None:
+        return False
+    _tell(seat)
+    if (call := seat.called()) is None:
         return False
     seat.had = call.round_id
     with logs.about({"trainer": call.task["trainer_id"]}):
-        end = _Part(context, chores, seat, call).take(start)
-    if end is not None:
-        with suppress(LorryError):
-            gangs.leave(seat.place, call.round_id, end=end)
+        seat.owed = _Part(context, chores, seat, call).take(start)
+    with suppress(LorryError):
+        _tell(seat)  # else the next turn does
     return True
+
+
+def _tell(seat: Seat) -> None:
+    """How its last part ended, where nobody knows yet. The leader waits for it. Raises Unavailable, OutOfSpace."""
+    if seat.owed is not None and seat.had is not None:
+        gangs.leave(seat.place, seat.had, end=seat.owed)
+        seat.owed = None
 
 
 class _Part:
@@ -62,7 +72,7 @@ class _Part:
             base_dir = bases.ensure(
                 context, task["base_model"], task["base_digest"], is_unwanted=lambda: not self._is_called()
             )
-            gangs.join(self._seat.place, self._call.round_id)
+            self._join()
             port = self._started()
             return None if port is None else self._lend(start, self._settings(port, base_dir))
         except NotGathered as error:
@@ -70,6 +80,17 @@ class _Part:
             return None
         except (LorryError, OSError, bases.Abandoned) as error:
             return _mishap(context, error)
+
+    def _join(self) -> None:
+        """Said until it is heard, while the others wait for it. Raises NotGathered."""
+        while self._is_called():
+            try:
+                return gangs.join(self._seat.place, self._call.round_id)
+            except OUTAGES as error:
+                log.warning("%s The worker joins its gang a little later.", error)
+                self._chores.go_on()
+                time.sleep(TURN_SECONDS)
+        return None
 
     def _is_called(self) -> bool:
         return self._seat.still_called(self._call.round_id) is not None
@@ -114,35 +135,34 @@ class _Part:
             return _told(LEFT_BEHIND.reason, LEFT_BEHIND.detail) if trainer.is_left_behind else end
 
     def _attend(self, trainer: TrainerProcess) -> Json | None:
-        context, asked_at = self._context, None
+        context, leaving_at, has_asked = self._context, None, False
         while trainer.returncode is None:
             self._chores.go_on()
-            if context.draining and asked_at is None:
-                asked_at = time.monotonic()
-                with suppress(LorryError):
-                    gangs.ask_to_leave(self._seat.place)
-            if asked_at is not None and time.monotonic() - asked_at > context.drain_seconds + TURN_SECONDS:
+            if context.draining:
+                leaving_at = leaving_at or time.monotonic()
+                has_asked = has_asked or self._ask_to_leave()
+            if leaving_at is not None and time.monotonic() - leaving_at > context.drain_seconds + TURN_SECONDS:
                 trainer.kill()
                 return _told(EndReason.DRAINED, "The worker left.")
             if not self._is_called():
                 trainer.kill()
                 return None
             trainer.wait(TURN_SECONDS)
-        return None if trainer.returncode == 0 else _ended(context, trainer)
+        return None if trainer.returncode == 0 else self._ended(trainer)
 
+    def _ask_to_leave(self) -> bool:
+        """Whether the leader can know now."""
+        try:
+            gangs.ask_to_leave(self._seat.place)
+        except OUTAGES:
+            return False
+        return True
 
-def _ended(context: WorkerContext, trainer: TrainerProcess) -> Json:
-    log_tail = trainer.directory.log_tail(max_bytes=16_000)
-    num_oom_kills = cgroup.oom_kills() - trainer.oom_kills_before
-    reason, detail = classify_exit(
-        trainer.returncode or 0,
-        log_tail,
-        num_oom_kills=num_oom_kills,
-        device_kind=context.device.kind,
-        is_disk_full=node.is_disk_full(trainer.directory.path),
-    )
-    log.error("%s\n%s", detail, log_tail)
-    return _told(reason, detail, is_echo=is_echo(reason, detail, log_tail))
+    def _ended(self, trainer: TrainerProcess) -> Json:
+        first = self._call.first_rank
+        own = own_end(self._context, trainer, ranks=range(first, first + self._context.num_processes))
+        log.error("%s\n%s", own.detail, own.log_tail)
+        return _told(own.reason, own.detail, is_echo=own.is_echo or own.is_of_any)
 
 
 def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandoned) -> Json | None:
@@ -150,7 +170,8 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
     if isinstance(error, bases.Abandoned):
         return _told(EndReason.DRAINED, "The worker left.") if context.draining else None
     detail = error.sentence() if isinstance(error, LorryError) else f"The worker could not start a trainer: {error}."
-    return _told(EndReason.NODE_FAILED, detail)
+    is_of_all = isinstance(error, Unavailable)  # an outage of the store or the database is no node's doing
+    return _told(EndReason.INFRA_LOST if is_of_all else EndReason.NODE_FAILED, detail)
 
 
 def _told(reason: EndReason, detail: str, *, is_echo: bool = False) -> Json:

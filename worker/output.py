@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from catalog import logs, outputs
@@ -154,7 +154,7 @@ def cleaned(end: End, claim: Claim, data_dir: Path) -> End:
         return "\n".join(_clean(text.encode(), claim, data_dir))
 
     error = end.error and {name: told(text) if isinstance(text, str) else text for name, text in end.error.items()}
-    return End(reason=end.reason, detail=told(end.detail), error=error)
+    return replace(end, detail=told(end.detail), error=error)
 
 
 def _bounded(text: str) -> bytes:

@@ -34,6 +34,8 @@ from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory,
 log = logging.getLogger(__name__)
 OUTAGES = (Unavailable, OutOfSpace)
 """What passes by itself, or by somebody's hand: wait, and try the same again."""
+NOBODY = ""
+"""Is blamed; see Attempt."""
 
 
 class Pack:
@@ -170,7 +172,10 @@ class Pack:
             self._end(held, End(reason=EndReason.INFRA_LOST, detail=error.sentence()))
         except OutOfSpace as error:
             wire = publish.wire_error(error)
-            self._end(held, End(reason=EndReason.NODE_FAILED, detail=error.sentence(), error=wire))
+            own = self._context.worker_id
+            self._end(
+                held, End(reason=EndReason.NODE_FAILED, detail=error.sentence(), error=wire, blamed_worker_id=own)
+            )
         else:
             self._inbox.send("admit", **body)
             held.told.clear()
@@ -332,6 +337,7 @@ class Pack:
                 detail=end.detail,
                 error=end.error,
                 is_bystander=is_bystander,
+                blamed_worker_id=self._blamed(end),
                 policy=self._context.policy,
             )
         except StaleClaim:
@@ -339,6 +345,11 @@ class Pack:
         else:
             self._context.spans.ended(held.claim.claim_id, end.reason)
             self._forget(held)
+
+    def _blamed(self, end: End) -> str | None:
+        """What the trainer of a gang says of a job, or does not say, may be any node's doing."""
+        is_of_gang = self._context.gang is not None and self._context.gang.round is not None
+        return NOBODY if end.blamed_worker_id is None and is_of_gang else end.blamed_worker_id
 
     def _drop(self, held: Held) -> None:
         """Another worker has the job, or recovery has taken it: stop, and write nothing."""

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -21,11 +22,10 @@ from catalog.gangs import NotGathered
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
 from catalog.tables import Job, new_id
-from worker import bases, cgroup, leading, lending, node, scratch
+from worker import bases, leading, lending, scratch
 from worker.announcing import announced
 from worker.chores import Chores
 from worker.context import WorkerContext
-from worker.exits import classify_exit
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
 from worker.output import cleaned
@@ -199,6 +199,8 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
             trainer.kill()  # everybody has gone before it was ready
             continue
         is_to_leave = _patiently(trainer, lambda: leading.attend(context, trainer)) or context.draining
+        if trainer.is_killed:
+            continue  # nothing more is claimed for it
         if is_to_leave and leaving_at is None:
             leaving_at = time.monotonic()
             _patiently(trainer, lambda: _begin_to_leave(trainer, pack))
@@ -231,6 +233,7 @@ def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
 def _begin_to_leave(trainer: TrainerProcess, pack: Pack) -> None:
     """A trainer that is still loading has nothing to save."""
     if pack.ready is None:
+        pack.verdict = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
         trainer.kill()
     else:
         pack.drain()
@@ -255,7 +258,8 @@ def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
 
 
 def _is_spent(context: WorkerContext, pack: Pack) -> bool:
-    return not len(pack) and time.monotonic() - pack.idle_since >= context.settings.idle_seconds
+    is_old = time.monotonic() - pack.idle_since >= context.settings.idle_seconds
+    return not len(pack) and (is_old or leading.is_spent(context))
 
 
 def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> None:
@@ -278,25 +282,14 @@ def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> No
 
 def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End:
     if trainer.is_left_behind:
-        return LEFT_BEHIND
+        return replace(LEFT_BEHIND, blamed_worker_id=context.worker_id)
     if pack.verdict is not None:
         return pack.verdict
     if context.draining:
         return End(reason=EndReason.DRAINED, detail="The worker left.")
-    log_tail = pack.directory.log_tail(max_bytes=16_000)
-    num_oom_kills = cgroup.oom_kills() - trainer.oom_kills_before
-    reason, detail = classify_exit(
-        trainer.returncode or 0,
-        log_tail,
-        num_oom_kills=num_oom_kills,
-        device_kind=context.device.kind,
-        is_disk_full=node.is_disk_full(pack.directory.path),
-    )
-    end = End(reason=reason, detail=detail)
     if not len(pack):
-        return end
-    log.error("%s\n%s", detail, log_tail)
-    return leading.cause(context, end, log_tail)
+        return End(reason=EndReason.INFRA_LOST, detail="It held no job.")  # nobody is told
+    return leading.cause(context, trainer, is_ready=pack.ready is not None)
 
 
 def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str | None = None) -> list[Claim]:

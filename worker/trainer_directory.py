@@ -88,8 +88,12 @@ class TrainerDirectory:
 
     def log_tail(self, max_bytes: int = 4000) -> str:
         """The last that each process printed since it was told its base model; what launched them speaks last."""
-        first, *others = self.logs().items()
-        return "".join(self._tail(rank, log, max_bytes) for rank, log in (*others, first))
+        first, *others = self.log_tails(max_bytes)
+        return "".join((*others, first))
+
+    def log_tails(self, max_bytes: int) -> list[str]:
+        """The same of each process, by its rank; the first is of what launched them too."""
+        return [self._tail(rank, log, max_bytes) for rank, log in self.logs().items()]
 
     def _tail(self, rank: int, log: Path, max_bytes: int) -> str:
         try:

@@ -38,6 +38,8 @@ class GangSeat(Table):
     """cpu or cuda. Those of one round are alike."""
     num_processes: Mapped[int] = mapped_column(Integer)
     """Of a trainer on it."""
+    versions: Mapped[str]
+    """Of what decides a result. Those of one round have the same."""
     free_bytes: Mapped[int]
     """Memory that each of them could take when it last looked."""
     round_id: Mapped[str | None]
@@ -48,5 +50,7 @@ class GangSeat(Table):
     """It has what the round needs."""
     is_leaving: Mapped[bool] = mapped_column(Boolean)
     """It is to leave, and waits until the jobs are saved."""
+    num_missed: Mapped[int] = mapped_column(Integer)
+    """Rounds in a row that did not begin for its sake."""
     ended: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
     """How its part of that round ended: reason, detail, and whether it only followed from another's end."""

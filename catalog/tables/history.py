@@ -8,6 +8,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from catalog.tables.table import AutoKey, Json, Table
 
 NOT_METRICS, LIVE, ENDED = text("type <> 'metrics'"), text("ended_at IS NULL"), text("ended_at IS NOT NULL")
+BLAMED = text("blamed_worker_id IS NOT NULL")
 
 
 class Attempt(Table):
@@ -23,6 +24,8 @@ class Attempt(Table):
     ended_at: Mapped[float | None]
     reason: Mapped[str | None]
     detail: Mapped[str | None] = mapped_column(Text)
+    blamed_worker_id: Mapped[str | None]
+    """Whose doing a bad end may be. None: its worker's. Empty: of a gang nobody can tell whose."""
     resumed_from_step: Mapped[int | None]
     why: Mapped[Json | None]
     """The inputs of the decision that let it run."""
@@ -31,6 +34,7 @@ class Attempt(Table):
     __table_args__ = (
         Index("ix_attempts_live", "worker_id", sqlite_where=LIVE, postgresql_where=LIVE),
         Index("ix_attempts_ended", "worker_id", "ended_at", sqlite_where=ENDED, postgresql_where=ENDED),
+        Index("ix_attempts_blamed", "blamed_worker_id", "ended_at", sqlite_where=BLAMED, postgresql_where=BLAMED),
     )
 
 

@@ -20,6 +20,7 @@ SILENT = 60.0
 JOIN = 300.0
 TASK = {"trainer_id": "trainer-1", "base_model": "smol"}
 KILLED = {"reason": "trainer_crashed", "detail": "The trainer was killed (signal 9).", "is_echo": False}
+FULL = KILLED | {"reason": "node_failed", "detail": "Its disk is full."}
 
 
 class Gang:
@@ -50,6 +51,9 @@ class Gang:
 
     def called(self, worker_id: str) -> gangs.Call | None:
         return gangs.standing(self.place(worker_id)).call
+
+    def member(self, worker_id: str) -> gangs.Member:
+        return next(one for one in gangs.standing(self.place(worker_id)).members if one.worker_id == worker_id)
 
     def start(self, leader_id: str, led: Round) -> None:
         gangs.start(self.place(leader_id), led.round_id, port=4711)
@@ -201,6 +205,48 @@ def test_the_leader_learns_who_has_ended_and_who_is_lost(gang: Gang, clock: Cloc
     assert (found.ended, found.lost, found.num_others) == ({"w2": KILLED}, ("w3",), 2)
     assert gang.called("w2") is None
     assert "killed (signal 9)" in str(gangs.hindrance_of(found))
+
+
+def test_a_member_that_can_not_take_part_is_called_after_others_and_cordoned_at_the_third_time(gang: Gang) -> None:
+    gang.enter("w3")
+    gang.lead("w1")
+    missed: list[int] = []
+    for _ in range(3):
+        led = gang.open("w1", "w2")
+        missed.append(gang.member("w2").num_missed)
+        gangs.leave(gang.place("w2"), led.round_id, end=FULL)
+
+    (worker,) = (one for one in workers.list_workers(gang.world.db) if one.id == "w2")
+
+    assert missed == [0, 1, 2]
+    assert worker.cordon is not None
+    assert worker.cordon["reason"] == "It could not take part in 3 trainers of its gang running."
+    assert worker.cordon["evidence"] == [FULL]
+    assert not gang.member("w2").is_open
+    assert gang.member("w3").is_open
+
+
+@pytest.mark.parametrize("end", [KILLED | {"reason": "drained"}, KILLED | {"reason": "infra_lost"}])
+def test_who_leaves_or_meets_an_outage_is_not_cordoned(gang: Gang, end: dict[str, Any]) -> None:
+    gang.lead("w1")
+    for _ in range(4):
+        led = gang.open("w1", "w2")
+        gangs.leave(gang.place("w2"), led.round_id, end=end)
+
+    assert gang.member("w2").is_open
+
+
+def test_a_round_that_starts_clears_its_members_and_one_that_is_late_is_told_of(gang: Gang) -> None:
+    gang.lead("w1")
+    first = gang.open("w1", "w2")
+    gangs.missed(gang.place("w1"), first.round_id, ["w2"])
+    before = gang.member("w2").num_missed
+    second = gang.open("w1", "w2")
+    gangs.join(gang.place("w2"), second.round_id)
+
+    gang.start("w1", second)
+
+    assert (before, gang.member("w2").num_missed) == (1, 0)
 
 
 def test_of_several_that_would_lead_at_once_one_does(gang: Gang) -> None:

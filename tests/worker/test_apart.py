@@ -13,7 +13,7 @@ import pytest
 
 from tests import tiny_base
 from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, launched
-from worker.exits import ECHO
+from worker.echoes import heard
 from worker.meeting import meeting_settings, place_of, told_port
 
 pytestmark = pytest.mark.timeout(600)
@@ -100,4 +100,5 @@ def test_nothing_listens_but_at_the_address_of_the_leader_and_a_killed_machine_e
 
         assert listening == {LOCAL}
         wait_for_end(leader)
-        assert ECHO.search(leader.directory.log_tail(max_bytes=16_000)), leader.directory.log_tail()
+        told = heard(leader.directory.log_tails(16_000), ranks=range(1), returncode=leader.process.returncode)
+        assert told.is_echo, leader.directory.log_tail()

@@ -18,7 +18,6 @@ from tests.worker.test_supervise import FakeTrainer, Script, reasons
 from worker import bases, leading, node, supervise
 from worker.chores import Chores
 from worker.context import WorkerContext
-from worker.exits import classify_exit, is_echo
 from worker.gang import Seat, alike
 from worker.lending import lend
 from worker.meeting import place_of, tell_port
@@ -172,6 +171,7 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
     (attempt,) = jobs.attempts(gang.site.db, **gang.site.world.of(job_id))
     assert attempt.reason == EndReason.TRAINER_CRASHED
     assert attempt.detail == "On w2 of the gang: The trainer was killed (signal 9)."
+    assert attempt.blamed_worker_id == "w2"
     assert gang.trainers[0].is_killed
     assert gang.call_of("w2") is None
     assert met[0].pop("name").startswith("round-")
@@ -179,7 +179,7 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
     assert met == [{**where, "first_rank": 0, "num_ranks": 2}]
 
 
-def test_where_a_member_can_not_take_part_the_job_is_given_back_and_does_not_pay(gang: GangSite) -> None:
+def test_where_a_member_can_not_take_part_the_job_does_not_pay_and_the_member_is_blamed(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         led = seat_of(context).round
         assert led is not None
@@ -195,9 +195,11 @@ def test_where_a_member_can_not_take_part_the_job_is_given_back_and_does_not_pay
     (attempt,) = jobs.attempts(gang.site.db, **gang.site.world.of(job_id))
     assert (job.state, job.counted_attempts) == (JobState.QUEUED, 0)
     assert (attempt.reason, attempt.detail) == (
-        EndReason.GANG_INCOMPLETE,
-        "Worker w2 of the gang could not take part: Its disk is full.",
+        EndReason.NODE_FAILED,
+        "On w2 of the gang: Its disk is full.",
     )
+    assert attempt.blamed_worker_id == "w2"
+    assert job.run_after is not None
     assert len(gang.trainers) == 1, "it is tried again at once"
 
 
@@ -260,27 +262,6 @@ def test_when_a_member_is_to_leave_the_jobs_are_saved_first(gang: GangSite) -> N
 
     assert reasons(gang.site, job_id) == [EndReason.DRAINED]
     assert gang.site.world.job(job_id).state == JobState.QUEUED
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711",
-        "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3699, remote process exited",
-        "torch.distributed.DistNetworkError: The client socket has failed to connect to 10.0.0.2:4711",
-    ],
-)
-def test_a_trainer_that_has_lost_another_is_no_cause(line: str) -> None:
-    log_tail = f"Traceback (most recent call last):\n{line}\n"
-    by_itself = log_tail + "Signal 9 (SIGKILL) received by PID 4711\n"
-
-    def of(printed: str) -> bool:
-        return is_echo(*classify_exit(1, printed, num_oom_kills=0, device_kind="cpu"), printed)
-
-    assert of(log_tail)
-    assert not of(by_itself)
-    assert not of("Traceback (most recent call last):\nKeyError: 'step'\n")
-    assert not of(f"{log_tail}std::bad_alloc")
 
 
 def test_those_are_called_that_may_begin_and_have_devices_of_the_leaders_kind() -> None:
