@@ -8,7 +8,7 @@ from itertools import takewhile
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import giving_way, loads, tallies
+from catalog import giving_way, loads, shortages, tallies
 from catalog.cordons import AT_FAULT
 from catalog.moves import move
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb
@@ -53,16 +53,20 @@ def decide(
     counted_attempts: int,
     is_bystander: bool = False,
     losses: int = 1,
+    num_shortages: int = 1,
     yields_seconds: float = 0.0,
 ) -> Verdict:
     """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
 
     is_bystander: its trainer ended before it had begun the job, whose base is not to blame. losses: bad ends in a row,
-    where the last one was not the job's doing. yields_seconds: how long a job that is tried again waits at least.
+    where the last one was not the job's doing. num_shortages: attempts that memory has ended, this one too where it
+    has. yields_seconds: how long a job that is tried again waits at least.
     """
     ending = ENDINGS[reason]
     is_loss = _is_loss(reason, is_bystander=is_bystander)
     counted = counted_attempts + int(ending.counts and ending.retryable and not is_loss)
+    if reason in shortages.OF_MEMORY and num_shortages < shortages.MAX_SHORTAGES:
+        counted = min(counted, shortages.ALONE)  # it was not tried in the smallest way yet
     wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
     if wished is not None:
         return Verdict(verb=wished, counted_attempts=counted)
@@ -118,6 +122,7 @@ def end_attempt(
     is_bystander = is_bystander and not loads.is_to_blame(session, job, reason, now=now)
     yields_seconds = giving_way.seconds(session, job, now=now) if reason in AT_FAULT else 0.0
     losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
+    num_shortages = shortages.number(session, job.id) if reason in shortages.OF_MEMORY else 0
     verdict = decide(
         reason,
         cancel_requested=job.cancel_requested,
@@ -125,6 +130,7 @@ def end_attempt(
         counted_attempts=job.counted_attempts,
         is_bystander=is_bystander,
         losses=losses,
+        num_shortages=num_shortages,
         yields_seconds=yields_seconds,
     )
     job.counted_attempts = verdict.counted_attempts
@@ -139,6 +145,8 @@ def end_attempt(
     if verdict.verb is Verb.OBEY_CANCEL:
         reason = ended_for(session, job, reason)
     message = _message(job, verdict, reason, detail, is_loss=losses > 0)
+    if num_shortages and verdict.verb is Verb.REQUEUE:
+        message += f" {shortages.what_next(num_shortages, counted_attempts=verdict.counted_attempts)}"
     state = move(session, job, verdict.verb, now=now, message=message, reason=reason, level=level)
     if verdict.wait_seconds:
         job.run_after = now + verdict.wait_seconds
@@ -186,7 +194,9 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
         f"The job was put aside: {number} attempts ended badly with no new checkpoint in between. "
         f"The last one: {reason.value.replace('_', ' ')}."
     )
-    told = " ".join(part for part in (message, detail, REMEDIES[reason]) if part)
+    is_smallest = reason in shortages.OF_MEMORY and job.counted_attempts >= MAX_COUNTED_ATTEMPTS
+    tried = shortages.given_up(session, job) if is_smallest else ""
+    told = " ".join(part for part in (message, detail, tried, REMEDIES[reason]) if part)
     return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
 
 

@@ -9,7 +9,7 @@ kernels give the same bits everywhere, an adapter doesn't tell how many have tra
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,11 +106,14 @@ class Ranks:
         with self.together():
             return act() if self.leads else None
 
-    def shared_out(self, sizes: Sequence[int]) -> list[int]:
+    def shared_out(self, sizes: Sequence[int], *, short: Collection[int] = ()) -> list[int]:
         """The rank that computes each of `sizes` (tokens of slices, in their order): about as many for each rank, and
-        no rank's slices before those of a lower one."""
+        no rank's slices before those of a lower one. short: not all; on these one alone didn't fit, for what else is on
+        a device differs from rank to rank: a single slice goes to another."""
         if self.size == 1:
             return [0] * len(sizes)
+        if len(sizes) == 1 and short:
+            return [min(set(range(self.size)).difference(short))]
         ranks: list[int] = []
         total, before = sum(sizes), 0
         for size in sizes:

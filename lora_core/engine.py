@@ -35,7 +35,7 @@ from lora_core.prefixes import PrefixCounts, Prefixes
 from lora_core.probe import Invariance, measure_invariance
 from lora_core.recompute import ActivationMemory
 from lora_core.tick_speeds import Company, TickSpeeds
-from lora_core.turns import Turn, choose, widen
+from lora_core.turns import Turn, budget_after, choose, widen
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
@@ -56,6 +56,7 @@ class Engine:
         self._rate = self._lane_rate = 0.0
         self._speeds = TickSpeeds()
         self._token_budget = self._largest_tick = ranks.size * config.token_budget
+        self._short_ranks: set[int] = set()  # on which a slice alone didn't fit
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
         self._begun: list[Job] = []
@@ -83,14 +84,16 @@ class Engine:
         resume_from: Path | str | None = None,
         *,
         parent: Path | str | None = None,
+        shortages: int = 0,
     ) -> None:
         """Make `job` resident. What its start takes beyond START_WORK is left to the ticks that follow, so that its
         packmates don't wait for it; it trains once it has started.
 
         `parent`: the folder of an adapter whose weights the job begins with, and which it compares with where its
-        objective compares (parent.py); the same one where it resumes. Raises ConfigError where a job of this name is
-        resident, the job needs a held-out set and has none, or asks for another adapter than its parent is, NoTargets,
-        BadDataset, BadParent, BadCheckpoint, OutOfMemory; then nothing has changed.
+        objective compares (parent.py); the same one where it resumes. `shortages`: times that memory ran out for it
+        before: ticks with it are smaller. Raises ConfigError where a job of this name is resident, the job needs a
+        held-out set and has none, or asks for another adapter than its parent is, NoTargets, BadDataset, BadParent,
+        BadCheckpoint, OutOfMemory; then nothing has changed.
         """
         if job in self._jobs:
             raise ConfigError(
@@ -104,7 +107,7 @@ class Engine:
                 admitted.entry_block = self._prefixes.entry_block(admitted.row)
             with shortage_of(job, part="start"):
                 admitted.go_on_starting(START_WORK)
-        admitted.served = self._least_served()
+        admitted.served, admitted.shortages = self._least_served(), shortages
         self._jobs[job] = admitted
 
     def tick(self) -> list[Event]:
@@ -138,10 +141,15 @@ class Engine:
         plan = TickPlan(
             kind=turns[0].kind,
             tokens={turn.job: own for turn, own in zip(turns, tokens, strict=True)},
-            ranks=tuple(self.ranks.shared_out(list(chain(*tokens)))),
+            ranks=tuple(self.ranks.shared_out(list(chain(*tokens)), short=self._short_ranks)),
         )
-        checkpointed = plan.kind == "train" and self.activations.checkpoints(plan.largest_share)
+        is_short = self._shortages() > 0
+        checkpointed = plan.kind == "train" and self.activations.checkpoints(plan.largest_share, is_short=is_short)
         return replace(plan, checkpointed=checkpointed)
+
+    def _shortages(self) -> int:
+        """Of the one who has had the most."""
+        return max((job.shortages for job in self._jobs.values()), default=0)
 
     def _undo(self) -> None:
         """Of a tick that broke off: as if its jobs had not begun their units. Once more before the next tick, for this
@@ -184,6 +192,7 @@ class Engine:
         assert self.base.attachment is not None
         self.base.attachment.segment_op.forget()
         self.activations.forget()
+        self._short_ranks.clear()
         if not self._jobs and self.base.device.startswith("cuda"):
             torch.cuda.empty_cache()  # the driver counts as taken what torch keeps for later
 
@@ -282,7 +291,7 @@ class Engine:
             if gives_way and self.activations.gives_way(plan.largest_share):
                 self._undo()
             else:
-                self._split_after_out_of_memory(jobs, plan.sizes, error)
+                self._split_after_out_of_memory(jobs, plan, error)
             return
         growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
         self._largest_tick = min(self._token_budget, self._largest_tick + growth)
@@ -348,7 +357,7 @@ class Engine:
         ]
 
     def _tick_tokens(self, waiting: list[Turn]) -> int:
-        """The budget, less what memory or the wished length of a tick forbids.
+        """The budget, less what memory, here or in jobs' attempts before, or the wished length of a tick forbids.
 
         A tick lasts as long as its fullest lane, and no shorter than one slice: a lane may hold the largest
         slice that waits, for it would last as long alone. Kept prefixes are left out of account: a tick with some
@@ -357,19 +366,23 @@ class Engine:
         lane_tokens = int(self._lane_rate * self.config.max_tick_seconds) or self._largest_tick
         num_lanes = self.config.num_lanes * self.ranks.size
         largest_slice = max((turn.num_tokens for turn in waiting), default=0) if num_lanes > 1 else 0
-        return min(self._largest_tick, num_lanes * max(lane_tokens, largest_slice))
+        most = min(self._largest_tick, budget_after(self._shortages(), token_budget=self._token_budget))
+        return min(most, num_lanes * max(lane_tokens, largest_slice))
 
     def _learn_rates(self, num_tokens: int, fullest_lane: int, seconds: float) -> None:
         self._rate = _averaged(self._rate, num_tokens / seconds)
         self._lane_rate = _averaged(self._lane_rate, fullest_lane / seconds)
 
-    def _split_after_out_of_memory(self, jobs: list[Job], sizes: list[int], error: Exception) -> None:
-        """Half of a tick that didn't fit is tried next; gradients are partial."""
-        if len(sizes) == 1:
-            jobs[0].quarantine()
-            raise OutOfMemory(jobs[0].name, num_tokens=sizes[0]) from error
+    def _split_after_out_of_memory(self, jobs: list[Job], plan: TickPlan, error: Exception) -> None:
+        """Half of a tick that didn't fit is tried next, and a slice alone by each rank; gradients are partial."""
+        if len(plan.sizes) == 1:
+            self._short_ranks.update(plan.ranks)
+            if len(self._short_ranks) == self.ranks.size:
+                self._short_ranks.clear()
+                jobs[0].quarantine()
+                raise OutOfMemory(jobs[0].name, num_tokens=plan.num_tokens) from error
         self._undo()
-        self._largest_tick = max(1, sum(sizes) // 2)
+        self._largest_tick = max(1, plan.num_tokens // 2)
 
 
 def _require_equal(of_ranks: Sequence[Any]) -> None:

@@ -77,6 +77,7 @@ class Job:
     `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
     `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
     `entry_block`: where its sequences may enter the base (prefixes.py); 0 where nothing is kept of them.
+    `shortages`: attempts of it that memory has ended before; ticks are smaller while it is resident (turns.py).
     `is_torn`: an update broke off half way; nothing may be made of the row.
     `reference`: what the objective compares with, where it does. `parent_sha256`: of the weights that it began with.
     """
@@ -103,7 +104,7 @@ class Job:
         self.train = train
         self.valid = valid
         self.progress = progress
-        self.served = 0
+        self.served = self.shortages = 0
         self.best = best
         self.starting = None if is_started else row.starting(config.seed)
         self.entry_block = 0

@@ -70,8 +70,11 @@ class ActivationMemory:
     def _measures(self) -> bool:
         return self.mode == "auto" and self._device.startswith("cuda")
 
-    def checkpoints(self, num_tokens: int) -> bool:
-        """Whether a tick of so many tokens has to compute its blocks again."""
+    def checkpoints(self, num_tokens: int, *, is_short: bool = False) -> bool:
+        """Whether a tick of so many tokens has to compute its blocks again. is_short: memory has run out for one of its
+        jobs before, so that nothing measured here is trusted."""
+        if is_short and self.mode == "auto":
+            return True
         if not self._measures:
             return self.mode == "always"
         if self._too_many_tokens is not None and num_tokens >= self._too_many_tokens:

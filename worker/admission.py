@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from catalog import claims, events, prepared
+from catalog import claims, events, prepared, shortages
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.claims import Claim
 from catalog.spec import JobSpec
@@ -41,6 +41,7 @@ def bring_files(
         "spec": job.spec,
         "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
         "asks_as_chat": _went_through_template(context, job.train_prepared),
+        "shortages": shortages.rung(context.db, job),
         "num_steps": job.num_steps,
         "evaluate_every_steps": _evaluate_every(spec, job.num_steps),
         "checkpoint_every_steps": spec.checkpoint_every_steps,

@@ -24,13 +24,11 @@ from typing import Any, Literal, cast
 from catalog import failpoints
 from catalog.spec import JobSpec, Quantisation
 from lora_core.base_model import BaseModel, load_base
-from lora_core.data import TokenDataset
 from lora_core.distributed import ALONE, Ranks
 from lora_core.engine import Engine
 from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
 from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
 from lora_core.generate import Generation, check_prompts
-from lora_core.memory_shortage import shortage_of
 from lora_core.sharding import Strategy
 from lora_core.warm_up import warm_up
 from worker.apart import brought, forget, meeting_of
@@ -42,7 +40,7 @@ from worker.plan import engine_config, job_config
 from worker.resident import Resident
 from worker.sampling import ask, told
 from worker.standby import stand_by
-from worker.train_outputs import as_json, exported, prompts_of, steps_to_sample, taken
+from worker.train_outputs import as_json, datasets_of, exported, prompts_of, steps_to_sample, taken
 from worker.trainer_directory import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory, timed
 from worker.trainer_log import TrainerLog, open_log
 from worker.wire_errors import described, disk_error
@@ -178,11 +176,9 @@ class Trainer:
                 evaluate_every_steps=body["evaluate_every_steps"],
             )
             train_path, valid_path, resume, parent = brought(self._directory, body, self._ranks)
-            assert train_path is not None
-            with self._ranks.together(), shortage_of(claim_id, part="data"):
-                train = TokenDataset.load(train_path)
-                valid = TokenDataset.load(valid_path) if valid_path else None
-            self._engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent)
+            train, valid = datasets_of(claim_id, train_path, valid_path, self._ranks)
+            short = body.get("shortages", 0)
+            self._engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent, shortages=short)
         except LoraCoreError as error:
             self._refuse(claim_id, error, is_checkpoint=error.code == BadCheckpoint.code)
             return

@@ -12,12 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lora_core.between_parts import Between
+from lora_core.data import TokenDataset
 from lora_core.device_faults import is_device_fault
 from lora_core.distributed import Ranks
 from lora_core.engine import Engine
 from lora_core.errors import LoraCoreError
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts
+from lora_core.memory_shortage import shortage_of
 from worker.sampling import Asked
 from worker.trainer_directory import InboxReader, Json, Message, timed
 
@@ -29,6 +31,15 @@ def taken(inbox: InboxReader, ranks: Ranks) -> list[Message]:
     found = inbox.take() if ranks.leads else []
     told = ranks.told([[message.verb, message.body] for message in found])
     return [Message(verb=verb, body=body) for verb, body in told]
+
+
+def datasets_of(
+    job: str, train: Path | None, valid: Path | None, ranks: Ranks
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """Its training and held-out data. Raises LoraCoreError, on every rank."""
+    assert train is not None
+    with ranks.together(), shortage_of(job, part="data"):
+        return TokenDataset.load(train), TokenDataset.load(valid) if valid else None
 
 
 def exported(

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from catalog.endings import BACK_OFF_SECONDS, REMEDIES, decide
+from catalog.shortages import MAX_SHORTAGES
 from catalog.states import (
     ENDINGS,
     FINAL_STATES,
@@ -54,7 +55,12 @@ def test_of_every_ending_that_may_put_a_job_aside_somebody_can_do_something() ->
         reason
         for reason in REASONS
         if decide(
-            reason, cancel_requested=False, pause_requested=False, counted_attempts=counted, losses=MAX_LOSSES
+            reason,
+            cancel_requested=False,
+            pause_requested=False,
+            counted_attempts=counted,
+            losses=MAX_LOSSES,
+            num_shortages=MAX_SHORTAGES,
         ).is_quarantine
     }
 

@@ -26,6 +26,8 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
 from lora_core.first_failure import told_to_all
+from lora_core.pack import Pack
+from lora_core.passes import TickPlan
 from lora_core.sharding import Strategy
 from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
 
@@ -36,6 +38,9 @@ JOBS = {
         train=dataset(seed, [30, 21, 35, 17, 28]),
     )
     for seed, name in enumerate(("one", "two", "three"), start=1)
+}
+LARGE = {
+    "large": Submission(config=config(seed=9, batch_size=2, num_steps=2, slice_tokens=40), train=dataset(9, [90, 95])),
 }
 
 
@@ -63,10 +68,63 @@ def failing(ranks: Ranks, module: Any, name: str, number: int, error: Exception)
         setattr(module, name, usual)
 
 
-def trained(base: BaseModel, ranks: Ranks) -> dict[str, Any]:
-    """Digests of what ended well, and who was refused at which tick."""
+@contextmanager
+def starved(ranks: Ranks, most_tokens: dict[int, int]) -> Iterator[None]:
+    """Passes of more tokens than that run out of memory, by rank, each time."""
+    usual = passes.run_training
+
+    def starving(base: BaseModel, pack: Pack) -> Any:
+        if sum(pack.sequence_lengths) > most_tokens.get(ranks.rank, 10**9):
+            raise torch.OutOfMemoryError("simulated")
+        return usual(base, pack)
+
+    passes.run_training = starving
+    try:
+        yield
+    finally:
+        passes.run_training = usual
+
+
+@contextmanager
+def planned(engine: Engine) -> Iterator[list[tuple[int, bool]]]:
+    """What is added to it meanwhile: of each tick of training, how many slices it has and whether blocks are computed
+    again."""
+    run, found = engine._passes.run, list[tuple[int, bool]]()
+
+    def telling(plan: TickPlan, jobs: Any) -> Any:
+        if plan.kind == "train":
+            found.append((len(plan.ranks), plan.checkpointed))
+        return run(plan, jobs)
+
+    engine._passes.run = telling
+    try:
+        yield found
+    finally:
+        engine._passes.run = run
+
+
+def after_shortages(base: BaseModel, ranks: Ranks, shortages: int) -> dict[str, Any]:
+    """What ends so where memory ran out for one job before, and its ticks: while it is there, and once it has gone."""
     engine = Engine(base, EngineConfig(token_budget=200), ranks)
     for name, submission in JOBS.items():
+        admit(engine, name, submission, shortages=shortages if name == "one" else 0)
+    with planned(engine) as beside:
+        while engine._jobs["one"].unit is not None:
+            engine.tick()
+    ended = {"one": sha256(state_bytes(engine, "one")).hexdigest()}
+    engine.evict("one")
+    admit(engine, "after", JOBS["three"])
+    with planned(engine) as after:
+        while not engine.idle:
+            engine.tick()
+    ended |= {name: sha256(state_bytes(engine, name)).hexdigest() for name in ("two", "three")}
+    return {"ended": ended, "beside": beside, "after": after}
+
+
+def trained(base: BaseModel, ranks: Ranks, jobs: dict[str, Submission] = JOBS) -> dict[str, Any]:
+    """Digests of what ended well, and who was refused at which tick."""
+    engine = Engine(base, EngineConfig(token_budget=200), ranks)
+    for name, submission in jobs.items():
         admit(engine, name, submission)
     refused: dict[str, list[int]] = {}
     num_ticks = 0
@@ -156,6 +214,13 @@ def main(base_dir: Path, out: Path, strategy: Strategy) -> None:
         ):
             with failing(ranks, module, name, number, short):
                 found[name] = trained(base, ranks)
+        with starved(ranks, {1: 48}):
+            found["second short of more than a slice"] = trained(base, ranks)
+        with starved(ranks, {1: 0}):
+            found["second short of all"] = trained(base, ranks)
+        with starved(ranks, {0: 48, 1: 48}):
+            found["large"] = trained(base, ranks, JOBS | LARGE)
+        found["shortages"] = [after_shortages(base, ranks, number) for number in range(3)]
     found["differ"] = differ(base, ranks)
     found["diverge"] = diverge(base, ranks)
     found["end"] = end(base, ranks)

@@ -35,6 +35,31 @@ def test_memory_that_runs_out_amid_a_tick_on_one_process_changes_no_byte(reports
         assert report["run_training"] == report["undisturbed"]
 
 
+@pytest.mark.parametrize("who", ["second short of more than a slice", "second short of all"])
+def test_one_process_that_is_short_of_memory_for_good_costs_no_job_while_another_has_room(reports, who):
+    for report in reports:
+        assert report[who] == report["undisturbed"]
+
+
+def test_a_slice_that_fits_no_process_costs_its_job_on_all_and_no_packmate_a_byte(reports):
+    for report in reports:
+        assert report["large"]["refused"].keys() == {"large"}
+        assert report["large"]["ended"] == report["undisturbed"]["ended"]
+    assert reports[0]["large"] == reports[1]["large"]
+
+
+def test_all_processes_compute_smaller_ticks_while_a_job_is_there_for_which_memory_ran_out(reports):
+    usual, once, twice = reports[0]["shortages"]
+    assert reports[0]["shortages"] == reports[1]["shortages"]
+    for found in (usual, once, twice):
+        assert found["ended"] == reports[0]["undisturbed"]["ended"], "smaller ticks change no byte"
+        assert max(number for number, _ in found["after"]) >= 3, "they stay small once it has gone"
+    assert not any(is_again for _, is_again in usual["beside"] + once["after"] + twice["after"])
+    assert all(is_again for _, is_again in once["beside"] + twice["beside"])
+    slices = [max(number for number, _ in found["beside"]) for found in (usual, once, twice)]
+    assert 4 <= slices[0] > slices[1] > slices[2] == 1
+
+
 @pytest.mark.parametrize("when", ["gradient_norm", "optimizer_step"])
 def test_memory_that_runs_out_on_one_process_while_a_step_is_booked_costs_that_job_alone_on_all(reports, when):
     for report in reports:

@@ -9,8 +9,8 @@ from catalog.artifacts.store import blob_key
 from catalog.claims import Claim
 from catalog.scheduling.picture import Room
 from catalog.spec import JobSpec
-from catalog.states import EndReason
-from catalog.tables import Adapter
+from catalog.states import EndReason, JobState
+from catalog.tables import Adapter, Job
 from tests.worker.pack_site import PackSite
 from worker import provenance
 from worker.pack import Pack
@@ -121,3 +121,19 @@ def test_the_record_of_a_child_names_that_of_its_parent(
 
     assert built["graph"] == {"parents": ["the parent's record"]}
     assert built["config"]["resolved"]["parent"]["artifact"] == parent.artifact
+
+
+def test_a_trainer_is_told_how_often_memory_ran_out_for_a_job(site: PackSite) -> None:
+    claim, told = site.claim(), list[int]()
+    for attempt in range(3):
+        pack = site.loading_pack(claim, trainer_id=f"trainer-{attempt}")
+        (message,) = InboxReader(pack.directory).take()
+        told.append(message.body["shortages"])
+        claims.end(site.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
+        with site.db.write() as session:
+            session.get_one(Job, claim.job.id).run_after = None
+        if attempt < 2:
+            (claim,) = site.claim_all(room=Room(max_jobs=1, memory_bytes_free=10**12))
+
+    assert told == [0, 1, 2]
+    assert jobs.get(site.db, project_id=claim.job.project_id, job_id=claim.job.id).state == JobState.FAILED
