@@ -34,7 +34,8 @@ AT_FAULT = frozenset(
         EndReason.NODE_FAILED,
     }
 )
-"""Ends that may be the node's doing. Not `infra_lost`: in an outage of the database every worker is lost."""
+"""Ends that may be the node's doing. Not `infra_lost`: in an outage of the database every worker is lost. Nor
+`divided_oom`: a base is divided where memory is scarce, and a pack that is too large for it is no device's fault."""
 MAX_LOOKED_AT = 100
 """Ended attempts of one worker, and earlier workers of one host."""
 OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."

@@ -17,7 +17,7 @@ from catalog.memory import readable
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
 from catalog.tables import Attempt, BaseModelRow, Job, Worker
 
-OF_MEMORY = frozenset({EndReason.CUDA_OOM, EndReason.HOST_OOM})
+OF_MEMORY = frozenset({EndReason.CUDA_OOM, EndReason.HOST_OOM, EndReason.DIVIDED_OOM})
 MAX_SHORTAGES = 3
 """The last of them alone and slice by slice: a job is not given up before that was tried."""
 ALONE = MAX_COUNTED_ATTEMPTS - 1

@@ -86,6 +86,7 @@ class EndReason(StrEnum):
     DIVERGED = "diverged"
     CUDA_OOM = "cuda_oom"
     HOST_OOM = "host_oom"
+    DIVIDED_OOM = "divided_oom"
     TRAINER_CRASHED = "trainer_crashed"
     TIMEOUT = "timeout"
     VERIFICATION_FAILED = "verification_failed"
@@ -117,6 +118,7 @@ ENDINGS: dict[EndReason, Ending] = {
     EndReason.DIVERGED: Ending(state=JobState.FAILED, retryable=False),
     EndReason.CUDA_OOM: Ending(state=JobState.FAILED, retryable=True),
     EndReason.HOST_OOM: Ending(state=JobState.FAILED, retryable=True),
+    EndReason.DIVIDED_OOM: Ending(state=JobState.FAILED, retryable=True),
     EndReason.TRAINER_CRASHED: Ending(state=JobState.FAILED, retryable=True),
     EndReason.TIMEOUT: Ending(state=JobState.FAILED, retryable=True),
     EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED, retryable=False),

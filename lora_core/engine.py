@@ -29,7 +29,7 @@ from lora_core.interrupts import interrupts_wait
 from lora_core.job import Job, SliceScores
 from lora_core.job_start import job_on
 from lora_core.lanes import Lanes
-from lora_core.memory_shortage import shortage_of
+from lora_core.memory_shortage import shortage_in_pass, shortage_of
 from lora_core.passes import Passes, TickPlan
 from lora_core.prefixes import PrefixCounts, Prefixes
 from lora_core.probe import Invariance, measure_invariance
@@ -61,7 +61,7 @@ class Engine:
         self._lanes = Lanes(config.num_lanes)
         self._begun: list[Job] = []
         attachment = base.attach(exact_products=config.exact_products)
-        with ranks.together():
+        with ranks.together(), shortage_in_pass(is_divided=base.is_divided):
             verdict = measure_invariance(base, self._lanes)
         verdicts = ranks.gathered(verdict)
         self.invariance: Invariance = "bitwise" if set(verdicts) == {"bitwise"} else "allclose"
@@ -205,7 +205,8 @@ class Engine:
     ) -> ExportReport:
         """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into
         a directory that must not exist. `between` is called after each linear of the two passes that give evidence."""
-        with shortage_of(job), told_at_linears(self.base, between):
+        in_passes = shortage_in_pass(is_divided=self.base.is_divided and has_evidence)
+        with in_passes, shortage_of(job), told_at_linears(self.base, between):
             row = self._started(job).row
             return export_adapter(self.base, row, directory, base_name=base_name, has_evidence=has_evidence)
 

@@ -106,6 +106,14 @@ class OutOfMemory(LoraCoreError):
         self.job = job
 
 
+class BrokenPass(RuntimeError):
+    """Memory ran out on a process amid a pass through a divided base. The others wait in it for this one's share of the
+    next block, so that nothing can be told them there, and the trainer has to end. No one job's fault."""
+
+    def __init__(self) -> None:
+        super().__init__("Memory ran out amid a pass through a divided base, in which the other processes wait.")
+
+
 class RanksDiffer(RuntimeError):
     """Processes that do all the same have come to different weights, or to different ends of a step. No job's fault: a
     device or a machine computes, or remembers, wrongly. All jobs of the trainer are told of it, so it names none."""

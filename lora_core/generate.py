@@ -18,7 +18,7 @@ from lora_core.base_model import BaseModel
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.kept_keys import KeptKeys
 from lora_core.longrope import bounds_in
-from lora_core.memory_shortage import shortage_named
+from lora_core.memory_shortage import shortage_in_pass
 from lora_core.objectives import LABEL_MULTIPLE
 from lora_core.pack import Pack, SliceInput, build_pack
 from lora_core.packed_pass import hidden_states
@@ -76,14 +76,14 @@ class Generation:
     def advance(self) -> None:
         """One token more for each answer of the group that goes on; nothing where all are complete.
 
-        Raises OutOfMemory for one job: `drop` it, or all.
+        Raises OutOfMemory for one job: `drop` it, or all; BrokenPass where the base is divided.
         """
         while not self.is_complete:
             jobs = [job for job in self._group if self._open(job)]
             if not jobs:
                 self._group = jobs = self._next_group()
             try:
-                with shortage_named():
+                with shortage_in_pass(is_divided=self._base.is_divided):
                     found = self._next_tokens(jobs)
             except torch.OutOfMemoryError as error:
                 num_tokens = sum(self._most_tokens(job) for job in jobs)

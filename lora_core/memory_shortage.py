@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lora_core.errors import OutOfMemory, Part
+from lora_core.errors import BrokenPass, OutOfMemory, Part
 
 SIGNS = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 """torch's allocator on a CPU, C++'s own, cuBLAS and cuDNN, and the driver of a GPU past torch's allocator raise another
@@ -41,3 +41,15 @@ def shortage_of(job: str, *, part: Part = "adapter") -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(job, part=part) from error
+
+
+@contextmanager
+def shortage_in_pass(*, is_divided: bool) -> Iterator[None]:
+    """`shortage_named` for a block in which there is a pass through the base: of one that is divided BrokenPass."""
+    try:
+        with shortage_named():
+            yield
+    except (torch.OutOfMemoryError, OutOfMemory) as error:
+        if is_divided:
+            raise BrokenPass from error
+        raise

@@ -15,7 +15,7 @@ from lora_core.config import LoraConfig
 from lora_core.distributed import Ranks
 from lora_core.job import Job, RewardSums, SliceScores
 from lora_core.lanes import Lanes, split
-from lora_core.memory_shortage import shortage_named
+from lora_core.memory_shortage import shortage_in_pass
 from lora_core.pack import ROW_MULTIPLE, SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.prefixes import Prefixes, by_entry, slices_of
@@ -70,14 +70,6 @@ class TickPlan:
         return cls(**told | {"tokens": tokens, "ranks": tuple(told["ranks"])})
 
 
-class BrokenPass(Exception):
-    """A rank ran out of memory while it passed through a divided base: the others wait in there for its share of the
-    next block, so that the trainer has to end."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(f"Rank {rank} ran out of memory amid a pass through a divided base, in which the others wait.")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computed:
     """The scores of all slices; what all ranks have computed of them, in tokens through the whole base, and how much of
@@ -106,7 +98,7 @@ class Passes:
         costs: list[int] = []
         lanes: list[list[int]] = []
         try:
-            with shortage_named():
+            with shortage_in_pass(is_divided=self._base.is_divided):
                 slices = _slices(plan, jobs, own)
                 sizes = [plan.sizes[index] for index in own]
                 costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
@@ -116,8 +108,6 @@ class Passes:
                     lanes = [list(range(len(slices)))]
                 scores = self._run_lanes(lanes, slices, plan.kind, checkpointed=plan.checkpointed)[: len(own)]
         except torch.OutOfMemoryError as error:
-            if self._base.is_divided:
-                raise BrokenPass(self._ranks.rank) from error
             shortage = error
         own_lanes = [sum(costs[index] for index in lane if index < len(own)) for lane in lanes]
         told = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}

@@ -28,7 +28,7 @@ from lora_core.device_faults import is_device_fault
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
 from lora_core.export import PREFIX, PROBE_POSITIONS
 from lora_core.linear_probe import ROUNDING_FACTOR, LinearsReport
-from lora_core.memory_shortage import is_shortage, shortage_named
+from lora_core.memory_shortage import is_shortage, shortage_in_pass
 from lora_core.task_heads import own_head, task_head_of
 from lora_core.tensor_files import read_header
 
@@ -75,10 +75,10 @@ def verify_export(base: BaseModel, directory: Path, *, between: Between = silent
 
     Six passes, on an int8 base nine, of two short sequences on the base that is resident already, nothing of which is
     loaded again; `between` is called after each linear of them. Raises BadAdapter; OutOfMemory, in the name of the
-    directory, where PEFT's own pass doesn't fit the device.
+    directory, where PEFT's own pass doesn't fit the device, or BrokenPass where the base is divided.
     """
     try:
-        with shortage_named(), told_at_linears(base, between):
+        with shortage_in_pass(is_divided=base.is_divided), told_at_linears(base, between):
             return _verify(base, directory)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(directory.name) from error

@@ -16,7 +16,7 @@ from lora_core.data import TokenDataset
 from lora_core.device_faults import is_device_fault
 from lora_core.distributed import Ranks
 from lora_core.engine import Engine
-from lora_core.errors import LoraCoreError
+from lora_core.errors import BrokenPass, LoraCoreError
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts
 from lora_core.memory_shortage import shortage_of
@@ -49,7 +49,7 @@ def exported(
 
     spans: what was done is added to it, for traces. A base that is divided computes nothing but on all ranks, so each
     of them exports, to a folder of its own; and none begins a part of it before all have done the one before. Raises
-    LoraCoreError and OSError, on every rank.
+    LoraCoreError and OSError, on every rank; BrokenPass on one that ran out of memory, for which the others wait.
     """
     ranks = engine.ranks
     engine.compare_ranks(job)
@@ -88,7 +88,7 @@ def _blamed_on_adapter() -> Generator[None]:
     """Whatever is wrong with one adapter is no fault of its packmates; that of a device is everybody's."""
     try:
         yield
-    except (LoraCoreError, OSError):
+    except (LoraCoreError, OSError, BrokenPass):
         raise
     except Exception as error:
         if is_device_fault(error):

@@ -1,7 +1,7 @@
-"""`python -m tests.lora_core.fail_in_ranks BASE OUT STRATEGY`: one of two processes of which the second fails.
+"""`python -m tests.lora_core.fail_in_ranks BASE OUT STRATEGY WAY`: one of two processes of which the second fails.
 
 Each writes OUT/RANK.json: what became of jobs whose memory ran out on the second one alone, what was said of weights
-that differ and of a job that diverged on one or both, and how it ended when the second failed amid a tick, which it
+that differ and of a job that diverged on one or both, and how it ended when the second failed in that WAY, which it
 does last.
 """
 
@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 
-from lora_core import distributed, packed_pass, passes
+from lora_core import distributed, generate, packed_pass, passes, verify
 from lora_core import job as job_module
 from lora_core.base_model import BaseModel, load_base
 from lora_core.distributed import ALONE, Ranks
@@ -26,10 +27,12 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
 from lora_core.first_failure import told_to_all
+from lora_core.generate import Prompts
 from lora_core.pack import Pack
 from lora_core.passes import TickPlan
 from lora_core.sharding import Strategy
 from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
+from worker.train_outputs import exported
 
 STEPS = 4
 JOBS = {
@@ -189,17 +192,43 @@ def _said_of_one(base: BaseModel, ranks: Ranks, *, breaks: Set[int] = frozenset(
     return "well"
 
 
-def end(base: BaseModel, ranks: Ranks) -> str:
-    """How this rank ended when the second failed amid its third pass."""
+def end(base: BaseModel, ranks: Ranks, way: str) -> str:
+    """How this rank ended when the second failed: amid a pass of the engine's probe, of a tick, of PEFT's verification,
+    of answers to prompts."""
+    short = torch.OutOfMemoryError("simulated")
+    failures = {
+        "error": (packed_pass, "loss_by_head", 3, ValueError("the number 7\nagain")),
+        "memory at the start": (packed_pass, "loss_by_head", 3, short),
+        "memory in a tick": (passes, "run_training", 2, short),
+        "memory in verification": (verify, "_last_logits", 2, short),
+        "memory in answers": (generate, "hidden_states", 2, short),
+    }
     try:
-        with told_to_all(ranks), failing(ranks, packed_pass, "loss_by_head", 3, ValueError("the number 7\nagain")):
-            trained(base, ranks)
+        with told_to_all(ranks), failing(ranks, *failures[way]):
+            goes_to_its_end(base, ranks, way)
     except Exception as error:  # noqa: BLE001  (which one is the question)
         return f"{type(error).__name__}: {error}"
     return "well"
 
 
-def main(base_dir: Path, out: Path, strategy: Strategy) -> None:
+def goes_to_its_end(base: BaseModel, ranks: Ranks, way: str) -> None:
+    if way in ("error", "memory at the start", "memory in a tick"):
+        trained(base, ranks)
+        return
+    engine = Engine(base, EngineConfig(token_budget=200), ranks)
+    admit(engine, "one", JOBS["one"])
+    if way == "memory in answers":
+        generation = engine.generation({"one": Prompts(prompts=((1, 2, 3),), max_tokens=4)})
+        while not ranks.told(generation.is_complete):
+            generation.advance()
+        return
+    while not engine.idle:
+        engine.tick()
+    with TemporaryDirectory() as folder:
+        exported(engine, "one", Path(folder) / "adapter", base_name="tiny", between=lambda: None, spans=[])
+
+
+def main(base_dir: Path, out: Path, strategy: Strategy, way: str) -> None:
     torch.set_num_threads(1)
     ranks = distributed.join("cpu", silence_seconds=300)
     base = load_base(base_dir, dtype="float32", device="cpu", strategy=strategy, ranks=ranks)
@@ -223,10 +252,10 @@ def main(base_dir: Path, out: Path, strategy: Strategy) -> None:
         found["shortages"] = [after_shortages(base, ranks, number) for number in range(3)]
     found["differ"] = differ(base, ranks)
     found["diverge"] = diverge(base, ranks)
-    found["end"] = end(base, ranks)
+    found["end"] = end(base, ranks, way)
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
     os._exit(0)  # as a process does that fails: it says goodbye to nobody
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), cast(Strategy, sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), cast(Strategy, sys.argv[3]), sys.argv[4])

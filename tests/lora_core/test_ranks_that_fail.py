@@ -11,6 +11,7 @@ import torch
 from lora_core.adapters import _bit_sum
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
+from lora_core.errors import BrokenPass
 from lora_core.first_failure import FellowFailure
 from tests.lora_core.fail_in_ranks import JOBS, STEPS
 from tests.lora_core.scenarios import admit
@@ -24,8 +25,8 @@ def reports(base_dirs, tmp_path_factory) -> list[dict[str, Any]]:
     return in_ranks(base_dirs["llama"], tmp_path_factory.mktemp("ranks"), "replicated")
 
 
-def in_ranks(base_dir: Path, folder: Path, strategy: str) -> list[dict[str, Any]]:
-    run_in_ranks("tests.lora_core.fail_in_ranks", str(base_dir), str(folder), strategy, size=2)
+def in_ranks(base_dir: Path, folder: Path, strategy: str, way: str = "error") -> list[dict[str, Any]]:
+    run_in_ranks("tests.lora_core.fail_in_ranks", str(base_dir), str(folder), strategy, way, size=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -100,6 +101,14 @@ def test_a_process_that_fails_amid_a_pass_ends_all_and_each_tells_its_failure(ba
 
     assert second["end"] == "ValueError: the number 7\nagain"
     assert first["end"] == f"{FellowFailure.__name__}: Rank 1 failed: ValueError: the number 7"
+
+
+@pytest.mark.parametrize("way", ["at the start", "in a tick", "in verification", "in answers"])
+def test_memory_that_runs_out_amid_a_pass_through_a_divided_base_ends_all_for_that(base_dirs, tmp_path, way):
+    first, second = in_ranks(base_dirs["llama"], tmp_path, "fsdp2", f"memory {way}")
+
+    assert second["end"] == f"BrokenPass: {BrokenPass()}"
+    assert first["end"] == f"{FellowFailure.__name__}: Rank 1 failed: {BrokenPass.__module__}.{second['end']}"
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int16)])

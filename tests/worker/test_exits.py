@@ -73,6 +73,25 @@ def test_the_kernel_is_named_only_where_it_counted_a_kill() -> None:
     ]
 
 
+BROKEN = "lora_core.errors.BrokenPass: Memory ran out amid a pass through a divided base, […]"
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "log_tail",
+    [
+        f"{TORCH}\n\nThe above exception was the direct cause of […]:\n\n{BROKEN}",
+        f"lora_core.first_failure.FellowFailure: Rank 1 failed: {BROKEN}",
+        f"[rank1]: {BROKEN}\n" + LAUNCHER.format("returned non-zero exit status 1."),
+    ],
+)
+def test_memory_that_runs_out_amid_a_divided_base_is_told_apart(log_tail: str, device_kind: str) -> None:
+    told = "Memory ran out amid a pass through the divided base, and the trainer ended."
+
+    assert classify_exit(1, log_tail, num_oom_kills=0, device_kind=device_kind) == (EndReason.DIVIDED_OOM, told)
+    assert classify_exit(-9, log_tail, num_oom_kills=1, device_kind=device_kind)[0] is EndReason.HOST_OOM
+
+
 FULL = "OSError: [Errno 28] No space left on device"
 OF_TORCHRUN = "  exitcode  : 114 (pid: 71)"
 
