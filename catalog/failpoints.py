@@ -14,7 +14,7 @@ from pathlib import Path
 
 VARIABLE = "FAILPOINT"
 """Names in it: in the api submit_before_commit, submit_after_commit; in a worker before_claim, after_claim, uploading,
-before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint."""
+before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint, verifying."""
 _taken: list[bytes] = []
 
 

@@ -59,6 +59,8 @@ class WorkerContext:
     """A trainer that has not loaded its base model by then is given up."""
     progress_seconds: float = 300
     """A busy trainer that says nothing for so long is given up."""
+    verifying_seconds: float = 120
+    """The same where it speaks after every linear, amid the passes of a verification."""
     drain_seconds: float = 20
     """How long the trainer has for saving every job when the worker leaves."""
 

@@ -62,6 +62,8 @@ class Pack:
         self.heard_at = self.idle_since = time.monotonic()
         self.longest_silence = 0.0
         """In seconds, of the trainer while it was busy."""
+        self.is_verifying = False
+        """Its last word was said amid passes that verify an adapter, of which it speaks at every linear."""
         self.verdict: End | None = None
         """Why its trainer was killed by us, or what it said before it ended itself."""
         self.speeds = saturation.UNKNOWN
@@ -237,7 +239,7 @@ class Pack:
             now = time.monotonic()
             if self._held and self.ready is not None:
                 self.longest_silence = max(self.longest_silence, now - self.heard_at)
-            self.heard_at = now
+            self.heard_at, self.is_verifying = now, bool(event.get("verifying"))
             held = self._held.get(event.get("claim_id", ""))
             if held is not None:
                 held.news.append(event)
@@ -250,7 +252,7 @@ class Pack:
             elif event["type"] == "memory":
                 self._memory = event
                 self.speeds = Speeds.of_report(event.get("tick_speeds"))
-                self._context.pulse.status["report"] |= _without(event, "type", "seconds")
+                self._context.pulse.status["report"] |= _without(event, "type", "seconds", "verifying")
             elif event["type"] == "load_refused":
                 self.verdict = self._listener.refusal(event["error"])
 

@@ -55,7 +55,16 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leavin
     if pack.ready is None and now - trainer.started_at > context.load_seconds:
         detail = f"The base model was not loaded within {context.load_seconds:.0f} s."
         return End(reason=EndReason.TIMEOUT, detail=detail)
-    allowed = max(context.progress_seconds, TIMES_ITS_PACE * pack.longest_silence)
-    if pack.ready is not None and len(pack) and pack.silent_seconds() > allowed:
-        return End(reason=EndReason.TIMEOUT, detail=f"The trainer said nothing for {allowed:.0f} s.")
-    return None
+    if pack.ready is None or not len(pack):
+        return None
+    silent_seconds, allowed = pack.silent_seconds(), _allowed_seconds(context, pack)
+    if silent_seconds <= allowed:
+        return None
+    what = "while it verified an adapter" if pack.is_verifying else ""
+    return End(reason=EndReason.TIMEOUT, detail=f"The trainer said nothing for {allowed:.0f} s {what}".strip() + ".")
+
+
+def _allowed_seconds(context: WorkerContext, pack: Pack) -> float:
+    """Of silence, by the trainer's own pace. Amid a verification it has no file to write and no kernel to compile."""
+    least = min(context.verifying_seconds, context.progress_seconds) if pack.is_verifying else context.progress_seconds
+    return max(least, TIMES_ITS_PACE * pack.longest_silence)

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -70,7 +71,7 @@ class Trainer:
         self._text: BaseText | None = None
         self._leaving = False
         self._busy_at = self._reported_at = time.monotonic()
-        self._told_idle = False
+        self._told_idle = self._told_verifying = False
 
     def run(self) -> None:
         """Until told to leave, or idle for `idle_seconds` of trainer.json (null: for ever)."""
@@ -334,7 +335,10 @@ class Trainer:
         claim_id, folder = finished.job, self._directory.job_path(finished.job) / "adapter"
         try:
             base_name, spans = self._residents[claim_id].base_name, list[Json]()
-            report = exported(self._engine, claim_id, folder, base_name=base_name, between=self._report, spans=spans)
+            amid = partial(self._report, verifying=True)
+            report = exported(
+                self._engine, claim_id, folder, base_name=base_name, between=self._report, amid=amid, spans=spans
+            )
         except LoraCoreError as error:
             self._refuse(claim_id, error)
             return
@@ -369,13 +373,13 @@ class Trainer:
             return
         time.sleep(IDLE_LOOK_SECONDS)
 
-    def _report(self) -> None:
+    def _report(self, *, verifying: bool = False) -> None:
         """Every few seconds: memory and speed, which is also the sign of life while a step takes long."""
-        if time.monotonic() - self._reported_at >= REPORT_SECONDS:
-            self._reported_at = time.monotonic()
+        if verifying != self._told_verifying or time.monotonic() - self._reported_at >= REPORT_SECONDS:
+            self._reported_at, self._told_verifying = time.monotonic(), verifying
             rate = {"tokens_per_second": round(self._engine.tokens_per_second(), 1)}
             speeds = {"tick_speeds": self._engine.tick_speeds()}
-            self._events.write({"type": "memory", **self._engine.memory(), **rate, **speeds})
+            self._events.write({"type": "memory", "verifying": verifying, **self._engine.memory(), **rate, **speeds})
 
     def _write(self, claim_id: str, event_type: str, **body: Any) -> None:
         self._events.write({"type": event_type, "claim_id": claim_id, **body})

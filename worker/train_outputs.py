@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from catalog import failpoints
 from lora_core.between_parts import Between
 from lora_core.data import TokenDataset
 from lora_core.device_faults import is_device_fault
@@ -43,13 +44,14 @@ def datasets_of(
 
 
 def exported(
-    engine: Engine, job: str, folder: Path, *, base_name: str, between: Between, spans: list[Json]
+    engine: Engine, job: str, folder: Path, *, base_name: str, between: Between, amid: Between, spans: list[Json]
 ) -> Json | None:
     """Export a job's adapter to `folder`, and PEFT's verdict on it; of another rank than the leader None.
 
-    spans: what was done is added to it, for traces. A base that is divided computes nothing but on all ranks, so each
-    of them exports, to a folder of its own; and none begins a part of it before all have done the one before. Raises
-    LoraCoreError and OSError, on every rank; BrokenPass on one that ran out of memory, for which the others wait.
+    between: called after each linear of the export, and amid after each of the verification. spans: what was done is
+    added to it, for traces. A base that is divided computes nothing but on all ranks, so each of them exports, to a
+    folder of its own; and none begins a part of it before all have done the one before. Raises LoraCoreError and
+    OSError, on every rank; BrokenPass on one that ran out of memory, for which the others wait.
     """
     ranks = engine.ranks
     engine.compare_ranks(job)
@@ -62,8 +64,12 @@ def exported(
     def verified(place: Path) -> Json:
         from lora_core.verify import verify_export  # brings PEFT, a second: not before the first job
 
+        def tell() -> None:
+            amid()
+            failpoints.pass_by("verifying")
+
         began_at = time.time()
-        report = asdict(verify_export(engine.base, place, between=between))
+        report = asdict(verify_export(engine.base, place, between=tell))
         spans.append(timed("verify", began_at))
         return report
 

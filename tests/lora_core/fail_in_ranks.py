@@ -21,6 +21,7 @@ import torch
 from lora_core import distributed, generate, packed_pass, passes, verify
 from lora_core import job as job_module
 from lora_core.base_model import BaseModel, load_base
+from lora_core.between_parts import silent
 from lora_core.distributed import ALONE, Ranks
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -225,7 +226,8 @@ def goes_to_its_end(base: BaseModel, ranks: Ranks, way: str) -> None:
     while not engine.idle:
         engine.tick()
     with TemporaryDirectory() as folder:
-        exported(engine, "one", Path(folder) / "adapter", base_name="tiny", between=lambda: None, spans=[])
+        place = Path(folder) / "adapter"
+        exported(engine, "one", place, base_name="tiny", between=silent, amid=silent, spans=[])
 
 
 def main(base_dir: Path, out: Path, strategy: Strategy, way: str) -> None:

@@ -16,6 +16,7 @@ from tests.system.test_killed_worker import small_job
 from tests.worker_site import WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(1800)
+IMPATIENT_IN_VERIFICATION = [sys.executable, "-m", "tests.system.impatient_in_verification"]
 IMPATIENT = [sys.executable, "-m", "tests.faults.impatient_worker"]
 SECRET = "failpoints.py"
 """A secret of the worker's that happens to be in every stack."""
@@ -50,10 +51,10 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorkerSite, "patience_seconds", 500.0)
 
 
-def hung(site: WorkerSite, failpoint: str, **environment: str) -> str:
+def hung(site: WorkerSite, failpoint: str, *, argv: list[str] = IMPATIENT, **environment: str) -> str:
     """A job whose first attempt has ended so."""
     job_id = site.submit(site.upload(20), **small_job(max_steps=20, checkpoint_every_steps=5))
-    worker = site.start(IMPATIENT, FAILPOINT=failpoint, WIKI_TOKEN=SECRET, **environment)
+    worker = site.start(argv, FAILPOINT=failpoint, WIKI_TOKEN=SECRET, **environment)
     site.wait_until(lambda: site.reasons(job_id)[:1] == [EndReason.TIMEOUT])
     worker.terminate()
     assert worker.wait(site.patience_seconds) == 0, site.log()
@@ -84,3 +85,21 @@ def test_a_process_that_hangs_and_one_that_waits_for_it_leave_their_stacks_each_
     assert re.search(r"in (broadcast|all_gather)\n", stacks[0]), stacks[0]
     assert "in told" in stacks[0], "what the first process waited for is missing"
     assert all(SECRET not in text for text in stacks.values())
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_while_a_divided_base_verifies_is_ended_before_the_usual_silence(tmp_path: Path) -> None:
+    """The worker allows a busy trainer an hour otherwise, and its process group as much."""
+    with worker_site(tmp_path) as site:
+        divided = {"LORRY_CPU_PROCESSES": "2", "LORRY_STRATEGY": "fsdp2"}
+        job_id = hung(site, "verifying@1:hang", argv=IMPATIENT_IN_VERIFICATION, **divided)
+
+        stacks = stacks_by_rank(site, job_id)
+        detail = site.attempts(job_id)[0].detail or ""
+
+    assert detail.endswith("s while it verified an adapter.")
+    assert set(stacks) == {0, 1}
+    assert "in _fail" in stacks[1]
+    assert "in _fail" not in stacks[0]
+    assert all("in verify_export" in text for text in stacks.values()), stacks
+    assert re.search(r"in (wait_for_unshard|wait|all_gather\w*)\n", stacks[0]), stacks[0]

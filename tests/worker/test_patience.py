@@ -68,6 +68,52 @@ def test_a_trainer_whose_ticks_take_long_may_be_silent_for_longer(site: PackSite
     assert looked_at(site, pack)
 
 
+def test_amid_a_verification_in_which_it_speaks_at_every_linear_it_may_be_silent_for_less(site: PackSite) -> None:
+    site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
+    pack = busy_pack(site)
+    pack.heard_at -= 2100
+    assert not looked_at(site, pack)
+    pack.heard_at += 2100
+
+    say(pack, {"type": "memory", "verifying": True})
+    pack.hear()
+    pack.heard_at -= 1900
+    assert not looked_at(site, pack)
+    pack.heard_at -= 200
+
+    assert looked_at(site, pack)
+    assert pack.verdict is not None
+    assert (pack.verdict.reason, pack.verdict.detail) == (
+        EndReason.TIMEOUT,
+        "The trainer said nothing for 2000 s while it verified an adapter.",
+    )
+
+
+def test_after_a_verification_it_has_as_long_as_before_it(site: PackSite) -> None:
+    site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
+    pack = busy_pack(site)
+    for verifying in (True, False):
+        say(pack, {"type": "memory", "verifying": verifying})
+        pack.hear()
+
+    pack.heard_at -= 2100
+
+    assert not looked_at(site, pack)
+
+
+def test_a_verification_of_a_slow_trainer_has_its_pace(site: PackSite) -> None:
+    site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
+    pack = busy_pack(site)
+    pack.heard_at -= 1000
+    say(pack, {"type": "memory", "verifying": True})
+    pack.hear()
+
+    pack.heard_at -= 3900
+    assert not looked_at(site, pack)
+    pack.heard_at -= 200
+    assert looked_at(site, pack)
+
+
 def test_what_an_idle_trainer_did_not_say_is_not_held_against_it(site: PackSite) -> None:
     pack = busy_pack(site)
     pack.obey({})

@@ -1,0 +1,26 @@
+"""`python -m tests.system.impatient_in_verification`: the embedded worker, which gives a trainer up that is silent for
+seconds amid a verification, and after an hour elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from catalog.settings import Settings
+from worker import loop, node
+from worker.context import WorkerContext, open_worker
+
+VERIFYING_SECONDS = 5.0
+OTHERWISE_SECONDS = 3600.0
+
+
+@contextmanager
+def impatient(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
+    with open_worker(settings, device=device) as context:
+        context.verifying_seconds, context.progress_seconds = VERIFYING_SECONDS, OTHERWISE_SECONDS
+        yield context
+
+
+if __name__ == "__main__":
+    loop.open_worker = impatient
+    loop.main(["--device", "cpu"])
