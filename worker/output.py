@@ -20,6 +20,7 @@ from catalog import logs, outputs
 from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
+from catalog.spec import JobSpec
 from worker.context import WorkerContext
 from worker.held import End
 from worker.trainer_directory import TrainerDirectory
@@ -172,7 +173,9 @@ def _clean(content: bytes, claim: Claim, data_dir: Path) -> Iterator[str]:
     text = logs.redact(text.replace(str(data_dir.absolute()), "$LORRY_DATA_DIR"))
     own = {claim.claim_id, claim.job.id}
     text = IDS.sub(lambda found: found[0] if found[0] in own else "…", text)
-    text = NAMES.sub(lambda found: found[0] if found[0].endswith(claim.job.id[-8:]) else "ft:…", text)
+    parent = JobSpec.model_validate(claim.job.spec).parent
+    own_names = (claim.job.id[-8:],) if parent is None else (claim.job.id[-8:], parent.name)
+    text = NAMES.sub(lambda found: found[0] if found[0].rstrip(".,:;)").endswith(own_names) else "ft:…", text)
     for line in text.removesuffix("\n").split("\n") if text else ():
         drawn_last = line.rstrip("\r").rpartition("\r")[2]  # of a progress bar
         yield CONTROL.sub("", drawn_last)[:LONGEST_LINE]
