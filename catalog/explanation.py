@@ -25,6 +25,7 @@ from catalog.db import Database, read_clock
 from catalog.dividing import ONE
 from catalog.fleet import Resident
 from catalog.job_records import find
+from catalog.memory import readable
 from catalog.quotas import Standing
 from catalog.scheduling import shares
 from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Policy, Room
@@ -151,6 +152,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     parts = (
         _left_for(facts["preemption"]),
         _queue_sentence(job, mine, ahead, residents),
+        _none_free(session, mine, residents),
         closed_workers.where_its_base_is(live, job.base_digest),
         _room_is_made(mine),
         deadlines.sentence(job, now),
@@ -304,6 +306,24 @@ def _too_large(session: Session, job: Job, mine: Turn, *, now: float) -> str | N
         return None
     fits = dividing.would_fit_sentence(dividing.would_fit(ON_A_GPU.demand(mine.candidate)))
     return f"{nowhere} {fits} Add such a worker, or cancel it and use a lower rank or a smaller base."
+
+
+def _none_free(session: Session, mine: Turn, residents: list[Resident]) -> str | None:
+    """Where workers wait for a job, and none of them has free what this one needs, though one has it in all."""
+    empty = [resident.worker_id for resident in residents if resident.base_digest is None]
+    told = fleet.told_when_empty(session, empty)
+    needed = [(room.alone(mine.candidate), worker_id, room) for worker_id, room in told]
+    if len(told) < len(empty) or any(need <= room.memory_bytes_free for need, _, room in needed):
+        return None
+    found = [one for one in needed if one[0] <= one[2].group.bytes_of_each]
+    if not found:
+        return None
+    need, worker_id, room = max(found, key=lambda one: one[2].memory_bytes_free - one[0])
+    free, whole = readable(room.memory_bytes_free), readable(room.group.bytes_of_each)
+    return (
+        f"It needs about {readable(need)}. Worker {worker_id} holds nothing, and has {free} of its {whole} free: "
+        "others take the rest. Free it there, or add a worker that has it."
+    )
 
 
 def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:

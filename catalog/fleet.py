@@ -164,6 +164,16 @@ def room_told(worker: Worker) -> Room:
     )
 
 
+def told_when_empty(session: Session, worker_ids: Collection[str]) -> list[tuple[str, Room]]:
+    """Of those of these workers that said what they have free: by their ids, and what that is."""
+    found = session.scalars(select(Worker).where(Worker.id.in_(worker_ids)).order_by(Worker.id))
+    return [
+        (worker.id, replace(room_of(worker), memory_bytes_free=room_told(worker).memory_bytes_free))
+        for worker in found
+        if "room" in (worker.report or {})
+    ]
+
+
 def is_gpu(worker: Worker) -> bool:
     return has_gpu(worker.devices)
 

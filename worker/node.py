@@ -216,7 +216,7 @@ def _find_gpus() -> list[Device]:
     count = nvml.nvmlDeviceGetCount()
     for index in _visible(count):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+        memory = _usable_bytes(nvml, handle)
         generation, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         device = Device(
             kind="cuda",
@@ -235,6 +235,15 @@ def _host_memory_bytes() -> int:
     """All of the machine's, or what its cgroup is left of it."""
     total, limit = int(psutil.virtual_memory().total), cgroup.limit_bytes()
     return total if limit is None else min(total, limit)
+
+
+def _usable_bytes(nvml: Any, handle: Any) -> int:
+    """All of a GPU's memory but what its driver keeps for itself, which no job ever has."""
+    try:
+        told = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    except (AttributeError, nvml.NVMLError):  # a binding or a driver that does not tell
+        return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    return int(told.total) - int(told.reserved)
 
 
 def _visible(count: int) -> list[int]:

@@ -61,7 +61,9 @@ def _work(context: WorkerContext, chores: Chores) -> int:
         had_chores = chores.go_on()
         if not left_over and lending.lend(context, chores, _trainer):
             continue
-        claimed = left_over or _claim(context, new_id("trainer"), room=room_of(context))
+        room = room_of(context)
+        context.pulse.status["report"] |= {"room": told_room(room)}
+        claimed = left_over or _claim(context, new_id("trainer"), room=room)
         left_over = []
         if claimed:
             num_ended_here, left_over = _train(context, chores, claimed)

@@ -229,6 +229,25 @@ def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
     assert "the largest worker has 1.0 GB" in why["explanation"]
 
 
+def test_a_job_that_no_empty_worker_has_free_says_what_it_needs_and_what_there_is(world: World) -> None:
+    job, told = world.queued(), {"resident_base": None, "trainer_id": None}
+    world.worker("w1", memory_bytes=10**10)
+    world.worker("w2", memory_bytes=10**6)
+
+    def why(*free: int | None) -> str:
+        for worker_id, free_bytes in zip(("w1", "w2"), free, strict=True):
+            report = None if free_bytes is None else {"room": {"max_jobs": 4, "memory_bytes_free": free_bytes}}
+            claims.worker_beat(world.db, worker_id, **told, report=report)
+        return explained(world, job.id)["explanation"]
+
+    sentence = "Worker w1 holds nothing, and has 1.0 MB of its 10.0 GB free"
+    assert sentence in why(10**6, 10**6)
+    assert sentence not in why(10**10, 10**6)
+    assert sentence not in why(10**6, None), "w2 has not said yet"
+    assert claims.worker_beat(world.db, "w2", resident_base="other", trainer_id="t", report=None)
+    assert sentence in explained(world, job.id)["explanation"]
+
+
 def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(world: World) -> None:
     world.base("deep", hidden_size=64, num_layers=100, linear_shapes={"q_proj": [[64, 64], 100]})
     job = world.submit(model="deep", lora={"target_modules": ["q_proj"]})

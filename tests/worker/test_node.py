@@ -18,10 +18,12 @@ GIB = 2**30
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML of a machine with three GPUs."""
 
-    def memory_info(_: int) -> Any:
-        return SimpleNamespace(total=80 * GIB, free=79 * GIB)
+    def memory_info(_: int, version: int | None = None) -> Any:
+        told = {"total": 80 * GIB, "free": 79 * GIB}
+        return SimpleNamespace(**told) if version is None else SimpleNamespace(**told, reserved=GIB)
 
     nvml = SimpleNamespace(
+        nvmlMemory_v2=2,
         nvmlDeviceGetCount=lambda: 3,
         nvmlDeviceGetHandleByIndex=lambda index: index,  # pyright: ignore[reportUnknownLambdaType]
         nvmlDeviceGetName=lambda index: f"GPU {index}",  # pyright: ignore[reportUnknownLambdaType]
@@ -59,6 +61,28 @@ def test_a_gpu_by_another_name_than_its_number_is_refused_not_ignored(
 
     with pytest.raises(SystemExit, match=name):
         node.choose_device(None)
+
+
+class DriverError(Exception):
+    """As NVML's own."""
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_what_a_driver_keeps_of_a_gpu_is_nobodys_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    nvml, usual = node.open_nvml(), node.open_nvml().nvmlDeviceGetMemoryInfo
+
+    def old(handle: int, version: int | None = None) -> Any:
+        if version is not None:
+            raise DriverError
+        return usual(handle)
+
+    with_reserve = node.choose_device("0")
+    nvml.NVMLError, nvml.nvmlDeviceGetMemoryInfo = DriverError, old
+    by_an_old_driver = node.choose_device("0")
+
+    assert (with_reserve.memory_bytes, by_an_old_driver.memory_bytes) == (79 * GIB, 80 * GIB)
+    assert node.free_bytes(with_reserve) == with_reserve.memory_bytes
 
 
 @pytest.mark.usefixtures("three_gpus")

@@ -279,6 +279,12 @@ def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
     assert site.world.job(job.id).state == "queued"
 
 
+def test_a_worker_that_waits_tells_what_it_has_free(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
+    assert run(loads_for_ever) == []
+
+    assert site.context.pulse.status["report"]["room"]["memory_bytes_free"] == 10**12
+
+
 def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]]
 ) -> None:
