@@ -49,8 +49,15 @@ VERSIONS = (
 
 
 def free_bytes() -> int | None:
-    """What the group may still take; None where nothing limits it."""
+    """What the group may still take, by its own limit and those of the groups that it lies in; None where nothing
+    limits it."""
     folder, names = _found()
+    top = ROOT / names.folder
+    groups = [folder, *(above for above in folder.parents if above == top or top in above.parents)]
+    return min((free for group in groups if (free := _free_bytes(group, names)) is not None), default=None)
+
+
+def _free_bytes(folder: Path, names: Names) -> int | None:
     limit = _number(folder / names.limit)
     if limit is None:
         return None

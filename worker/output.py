@@ -23,7 +23,7 @@ from catalog.errors import LorryError, StaleClaim
 from catalog.spec import JobSpec
 from worker.context import WorkerContext
 from worker.held import End
-from worker.trainer_directory import TrainerDirectory
+from worker.trainer_directory import TrainerDirectory, cut_from
 
 log = logging.getLogger(__name__)
 LONGEST_FILE_BYTES = 4 * 2**20
@@ -45,7 +45,7 @@ class LogFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._before = path.with_name(f"{path.name}.1")
+        self._before = cut_from(path)
         self._num_cut = 0
 
     def end(self) -> int:

@@ -61,7 +61,9 @@ class Pack:
         """What the trainer said when it had loaded its base."""
         self.heard_at = self.idle_since = time.monotonic()
         self.longest_silence = 0.0
-        """In seconds, of the trainer while it was busy."""
+        """In seconds by the trainer's own clock, of it while it was busy: the worker may be slow to hear."""
+        self._said_at: float | None = None
+        """By that clock; None before it has said something of what it has now."""
         self.is_verifying = False
         """Its last word was said amid passes that verify an adapter, of which it speaks at every linear."""
         self.verdict: End | None = None
@@ -153,6 +155,7 @@ class Pack:
         failpoints.pass_by("after_claim")
         if not self._held:
             self.heard_at = time.monotonic()  # while it had nothing to do it had nothing to say
+            self._said_at = None
         curve = Curve(num_steps=claim.job.num_steps or 0)
         self._held[claim.claim_id] = Held(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
         self._output.begin(claim, is_loading=self.ready is None)
@@ -236,10 +239,10 @@ class Pack:
 
     def _take_in(self) -> None:
         for event in self._reader.read():
-            now = time.monotonic()
-            if self._held and self.ready is not None:
-                self.longest_silence = max(self.longest_silence, now - self.heard_at)
-            self.heard_at, self.is_verifying = now, bool(event.get("verifying"))
+            self.heard_at, self.is_verifying = time.monotonic(), bool(event.get("verifying"))
+            if self._said_at is not None and self._held and self.ready is not None:
+                self.longest_silence = max(self.longest_silence, event["seconds"] - self._said_at)
+            self._said_at = event["seconds"] if event["type"] != "idle" else None
             held = self._held.get(event.get("claim_id", ""))
             if held is not None:
                 held.news.append(event)

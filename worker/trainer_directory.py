@@ -96,13 +96,27 @@ class TrainerDirectory:
         return [self._tail(rank, log, max_bytes) for rank, log in self.logs().items()]
 
     def _tail(self, rank: int, log: Path, max_bytes: int) -> str:
-        try:
-            with log.open("rb") as file:
-                num_bytes, begin = _size(log), self.log_starts.get(rank, 0)
-                file.seek(max(begin if begin <= num_bytes else 0, num_bytes - max_bytes))  # it was cut meanwhile
-                return file.read().decode(errors="replace")
-        except OSError:
-            return ""
+        """It may have been cut since it was told, be it right after its last words."""
+        before = cut_from(log)
+        is_cut = before.exists()
+        last = _end_of(log, max_bytes, begin=0 if is_cut else self.log_starts.get(rank, 0))
+        if is_cut and len(last) < max_bytes:
+            last = _end_of(before, max_bytes - len(last)) + last
+        return last.decode(errors="replace")
+
+
+def cut_from(log: Path) -> Path:
+    """Where what was cut away from a process's log is kept, the newest part of it."""
+    return log.with_name(f"{log.name}.1")
+
+
+def _end_of(path: Path, max_bytes: int, *, begin: int = 0) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(begin, _size(path) - max_bytes))
+            return file.read()
+    except OSError:
+        return b""
 
 
 class InboxWriter:

@@ -15,7 +15,7 @@ from lora_core.errors import BrokenPass
 from lora_core.first_failure import FellowFailure
 from tests.lora_core.fail_in_ranks import JOBS, STEPS
 from tests.lora_core.scenarios import admit
-from tests.lora_core.test_distributed import run_in_ranks
+from tests.lora_core.test_distributed import free_port, run_in_ranks, started_and_ended
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -109,6 +109,15 @@ def test_memory_that_runs_out_amid_a_pass_through_a_divided_base_ends_all_for_th
 
     assert second["end"] == f"BrokenPass: {BrokenPass()}"
     assert first["end"] == f"{FellowFailure.__name__}: Rank 1 failed: {BrokenPass.__module__}.{second['end']}"
+
+
+def test_a_process_that_waits_on_for_one_that_has_failed_tells_where_it_waited_and_ends():
+    statuses, printed = started_and_ended("tests.lora_core.hang_in_ranks", size=2, port=free_port())
+
+    assert statuses == [1, 3], printed
+    assert "FellowFailure: Rank 1 failed: ValueError: the number 7" in printed
+    assert "hang_in_ranks.py" in printed, "no stack was printed"
+    assert "in wait" in printed
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int16)])

@@ -46,6 +46,26 @@ def test_the_group_of_a_process_is_found_wherever_it_lies(
     assert cgroup.free_bytes() == node.free_bytes(node.cpu()) == 5 * GIB, "page cache counts as free"
 
 
+@pytest.mark.parametrize(
+    ("own", "place", "above", "files", "limit"),
+    [
+        ("0::/jobs.slice/a.slice/one.service\n", "jobs.slice/a.slice/one.service", "jobs.slice", SECOND, "memory.max"),
+        ("4:memory:/jobs/a/one\n", "memory/jobs/a/one", "memory/jobs", FIRST, "memory.limit_in_bytes"),
+    ],
+)
+def test_a_limit_of_a_group_above_holds_as_well(
+    own: str, place: str, above: str, files: dict[str, str], limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(cgroup, "OWN", tmp_path / "own")
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path / "tree")
+    group(tmp_path / "tree" / place, files)
+    group(tmp_path / "tree" / above, files | {limit: f"{4 * GIB}"})
+    group(tmp_path, files | {limit: "1"})
+
+    assert cgroup.free_bytes() == GIB
+
+
 def test_what_nothing_limits_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "OWN", tmp_path / "none")
     monkeypatch.setattr(cgroup, "ROOT", tmp_path)

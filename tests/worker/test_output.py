@@ -143,6 +143,25 @@ def test_a_long_log_keeps_its_first_and_its_last_lines(site: PackSite) -> None:
     assert int(left_out.split()[0].lstrip("[")) == pytest.approx((100_000 - len(kept)) * 13, abs=30)
 
 
+@pytest.mark.parametrize("after", ["", "accelerate: exit status 1\n"])
+def test_the_last_words_are_found_though_the_log_was_cut_right_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    monkeypatch.setattr(output, "LONGEST_FILE_BYTES", 1000)
+    directory = TrainerDirectory.create(tmp_path / "trainer")
+    printed(directory, "standing by\n")
+    directory.begin({})
+    printed(directory, "step\n" * 300 + "torch.OutOfMemoryError: CUDA out of memory.\n")
+    LogFile(directory.log_path).keep_short()
+    printed(directory, after)
+
+    tail = directory.log_tail(max_bytes=100)
+
+    assert tail.endswith(f"torch.OutOfMemoryError: CUDA out of memory.\n{after}")
+    assert len(tail) == 100
+    assert "standing by" not in tail
+
+
 def test_what_cleaning_makes_longer_stays_within_the_bound(tmp_path: Path, site: PackSite) -> None:
     claim = site.claim()
     file = LogFile(tmp_path / "log.txt")

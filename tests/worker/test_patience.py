@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from typing import cast
-
-import pytest
 
 from catalog.states import EndReason
 from tests.worker.pack_site import READY, PackSite, say
@@ -55,12 +54,19 @@ def test_a_busy_trainer_that_says_nothing_is_ended(site: PackSite) -> None:
     assert pack.verdict.reason is EndReason.TIMEOUT
 
 
+def say_at(pack: Pack, *moments: float, kind: str = "memory", verifying: bool = False) -> None:
+    """By the trainer's clock."""
+    told = {"type": kind, "verifying": verifying}
+    with pack.directory.events_path.open("a") as file:
+        file.write("".join(json.dumps({**told, "seconds": moment}) + "\n" for moment in moments))
+
+
 def test_a_trainer_whose_ticks_take_long_may_be_silent_for_longer(site: PackSite) -> None:
     pack = busy_pack(site)
-    pack.heard_at -= 200
-    say(pack, {"type": "memory"})
+    pack._said_at = None  # pyright: ignore[reportPrivateUsage]
+    say_at(pack, 1000, 1200)
     pack.hear()
-    assert pack.longest_silence == pytest.approx(200, abs=60)
+    assert pack.longest_silence == 200
 
     pack.heard_at -= 700
     assert not looked_at(site, pack)
@@ -104,14 +110,27 @@ def test_after_a_verification_it_has_as_long_as_before_it(site: PackSite) -> Non
 def test_a_verification_of_a_slow_trainer_has_its_pace(site: PackSite) -> None:
     site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
     pack = busy_pack(site)
-    pack.heard_at -= 1000
-    say(pack, {"type": "memory", "verifying": True})
+    pack._said_at = None  # pyright: ignore[reportPrivateUsage]
+    say_at(pack, 1000, 2000, verifying=True)
     pack.hear()
 
     pack.heard_at -= 3900
     assert not looked_at(site, pack)
     pack.heard_at -= 200
     assert looked_at(site, pack)
+
+
+def test_a_worker_that_was_slow_to_hear_takes_no_trainer_for_a_slow_one(site: PackSite) -> None:
+    pack = busy_pack(site)
+    pack._said_at = None  # pyright: ignore[reportPrivateUsage]
+    pack.heard_at -= 200
+    say_at(pack, 1000, 1005)
+    pack.hear()
+    say_at(pack, 1006, kind="idle")
+    say_at(pack, 5000, 5007)
+    pack.hear()
+
+    assert pack.longest_silence == 7
 
 
 def test_what_an_idle_trainer_did_not_say_is_not_held_against_it(site: PackSite) -> None:

@@ -1,0 +1,24 @@
+"""`python -m tests.lora_core.hang_in_ranks`: the first of two processes waits for ever, and hears no answer of a device
+that could end it; the second fails."""
+
+import os
+import threading
+
+from lora_core import distributed, first_failure
+from lora_core.first_failure import told_to_all
+
+
+def main() -> None:
+    first_failure.LOOK_SECONDS, first_failure.GRACE_SECONDS = 0.05, 0.5
+    ranks = distributed.join("cpu", silence_seconds=300)
+    with told_to_all(ranks):
+        if ranks.leads:
+            threading.Event().wait()
+        raise ValueError("the number 7")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError:
+        os._exit(3)  # as a process does that fails: it says goodbye to nobody
