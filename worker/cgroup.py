@@ -51,10 +51,8 @@ VERSIONS = (
 def free_bytes() -> int | None:
     """What the group may still take, by its own limit and those of the groups that it lies in; None where nothing
     limits it."""
-    folder, names = _found()
-    top = ROOT / names.folder
-    groups = [folder, *(above for above in folder.parents if above == top or top in above.parents)]
-    return min((free for group in groups if (free := _free_bytes(group, names)) is not None), default=None)
+    names = _found()[1]
+    return min((free for group in _groups() if (free := _free_bytes(group, names)) is not None), default=None)
 
 
 def _free_bytes(folder: Path, names: Names) -> int | None:
@@ -66,15 +64,22 @@ def _free_bytes(folder: Path, names: Names) -> int | None:
 
 
 def limit_bytes() -> int | None:
-    """What the group may take in all; None where nothing limits it."""
-    folder, names = _found()
-    return _number(folder / names.limit)
+    """What the group may take in all, by the least of the same limits; None where nothing limits it."""
+    names = _found()[1]
+    return min((limit for group in _groups() if (limit := _number(group / names.limit)) is not None), default=None)
 
 
 def oom_kills() -> int:
     """How many of its processes the kernel has killed for want of memory, so far."""
     folder, names = _found()
     return _entry(folder / names.events, "oom_kill") or 0
+
+
+def _groups() -> list[Path]:
+    """Its own folder, and those of the groups that it lies in."""
+    folder, names = _found()
+    top = ROOT / names.folder
+    return [folder, *(above for above in folder.parents if above == top or top in above.parents)]
 
 
 def _found() -> tuple[Path, Names]:

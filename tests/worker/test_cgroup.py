@@ -63,7 +63,7 @@ def test_a_limit_of_a_group_above_holds_as_well(
     group(tmp_path / "tree" / above, files | {limit: f"{4 * GIB}"})
     group(tmp_path, files | {limit: "1"})
 
-    assert cgroup.free_bytes() == GIB
+    assert (cgroup.free_bytes(), cgroup.limit_bytes()) == (GIB, 4 * GIB)
 
 
 def test_what_nothing_limits_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
