@@ -174,7 +174,8 @@ class Meeting:
     num_ranks: int
     """Of all machines."""
     seconds: float
-    """After which a process that meets nobody gives up, with an error."""
+    """For which a process tries to reach the store of the leader. How long it waits there for those who have not come
+    is `silence_seconds`, as later."""
 
 
 def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None, file: Path | None = None) -> Ranks:

@@ -22,6 +22,7 @@ from worker.context import WorkerContext
 from worker.gang import Seat
 from worker.launch import TrainerProcess
 from worker.meeting import meeting_settings
+from worker.output import keep_short
 from worker.own_end import own_end
 from worker.pack import OUTAGES
 from worker.patience import LEFT_BEHIND, set_aside
@@ -69,9 +70,7 @@ class _Part:
         """How the part ended; None where that is the leader's to say."""
         context, task = self._context, self._call.task
         try:
-            base_dir = bases.ensure(
-                context, task["base_model"], task["base_digest"], is_unwanted=lambda: not self._is_called()
-            )
+            base_dir = bases.ensure(context, task["base_model"], task["base_digest"])  # for the next round, if not this
             self._join()
             port = self._started()
             return None if port is None else self._lend(start, self._settings(port, base_dir))
@@ -148,6 +147,7 @@ class _Part:
                 trainer.kill()
                 return None
             trainer.wait(TURN_SECONDS)
+            keep_short(trainer.directory)
         return None if trainer.returncode == 0 else self._ended(trainer)
 
     def _ask_to_leave(self) -> bool:

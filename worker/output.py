@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -133,6 +134,13 @@ class Output:
         for rank, path in self._directory.logs().items():
             self._files.setdefault(rank, LogFile(path))
         return self._files
+
+
+def keep_short(directory: TrainerDirectory) -> None:
+    """Cut the files of a trainer that holds no job of this worker: nothing of them is told but how it ended."""
+    with suppress(OSError):
+        for path in directory.logs().values():
+            LogFile(path).keep_short()
 
 
 def tellable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:

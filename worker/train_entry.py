@@ -44,7 +44,7 @@ from worker.standby import stand_by
 from worker.train_outputs import as_json, datasets_of, exported, prompts_of, steps_to_sample, taken
 from worker.trainer_directory import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory, timed
 from worker.trainer_log import TrainerLog, open_log
-from worker.wire_errors import described, disk_error
+from worker.wire_errors import described
 from worker.wire_errors import told as told_error
 
 IDLE_LOOK_SECONDS = 0.03
@@ -184,7 +184,7 @@ class Trainer:
             self._refuse(claim_id, error, is_checkpoint=error.code == BadCheckpoint.code)
             return
         except OSError as error:
-            self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
+            self._refuse(claim_id, error)
             return
         step, num_steps = self._engine.progress(claim_id)
         self._residents[claim_id] = Resident(
@@ -339,12 +339,8 @@ class Trainer:
             report = exported(
                 self._engine, claim_id, folder, base_name=base_name, between=self._report, amid=amid, spans=spans
             )
-        except LoraCoreError as error:
+        except (LoraCoreError, OSError) as error:
             self._refuse(claim_id, error)
-            return
-        except OSError as error:
-            self._evict(claim_id)
-            self._write(claim_id, "refused", error=disk_error(error), is_checkpoint=False)
             return
         body = {
             "step": finished.step,
@@ -358,9 +354,9 @@ class Trainer:
         self._evict(claim_id)
         self._write(claim_id, "exported", **body, spans=spans)
 
-    def _refuse(self, claim_id: str, error: LoraCoreError, *, is_checkpoint: bool = False) -> None:
+    def _refuse(self, claim_id: str, error: LoraCoreError | OSError, *, is_checkpoint: bool = False) -> None:
         self._evict(claim_id)
-        self._write(claim_id, "refused", error=described(error), is_checkpoint=is_checkpoint)
+        self._write(claim_id, "refused", error=told_error(error), is_checkpoint=is_checkpoint)
 
     def _rest(self) -> None:
         """Nothing to compute: say so once, and leave when it has lasted."""

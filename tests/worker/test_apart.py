@@ -66,13 +66,19 @@ def finish(leader: Launched) -> str:
     return digest(leader.directory.path / exported["folder"] / "adapter_model.safetensors")
 
 
-def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes(tmp_path: Path, base_dir: Path) -> None:
+def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes_beside_one_that_cannot_be_handed_on(
+    tmp_path: Path, base_dir: Path
+) -> None:
     with launched(tmp_path / "alone", base_dir, num_processes=1) as alone:
         alone.admit("job", **JOB)
         whole = finish(alone)
         saved = alone.directory.checkpoint_path("job", 3)
 
         with two_machines(tmp_path, base_dir) as (leader, member):
+            blocked = member.directory.job_path("blocked")
+            (blocked / "train" / "tokens.safetensors").mkdir(parents=True)
+            leader.admit("blocked", **JOB)
+            assert leader.hear("refused", "blocked")["error"]["code"] == "disk_error"
             resume = leader.directory.job_path("job") / "resume" / "step-3"
             shutil.copytree(saved, resume)
             leader.admit("job", resume=resume, **JOB)
@@ -84,6 +90,7 @@ def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes(tmp_path:
             assert member.process.returncode == 0, member.directory.log_tail()
             assert member.reader.read() == []
             assert not member.directory.job_path("job").exists()
+            assert not blocked.exists(), "what was handed on stays on a disk that may be full"
     assert together == whole
 
 

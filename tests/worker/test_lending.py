@@ -1,0 +1,88 @@
+"""What a member of a gang does on its own node: it brings the base, and keeps its trainer's files short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from catalog import gangs
+from catalog.gangs import Round
+from tests.worker.pack_site import PackSite
+from tests.worker.test_gang import LOCAL, GangSite
+from tests.worker.test_supervise import FakeTrainer
+from worker import bases, output, supervise
+from worker.chores import Chores
+from worker.context import WorkerContext
+from worker.lending import lend
+
+
+@pytest.fixture
+def gang(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> GangSite:
+    return GangSite(site, monkeypatch)
+
+
+def called(gang: GangSite) -> tuple[WorkerContext, Round]:
+    """The member w2, in a round that w1 leads."""
+    member, leader = gang.seated("w2"), gang.place("w1")
+    gang.seated("w1")
+    member.settings.bases_dir().mkdir(parents=True, exist_ok=True)
+    gangs.lead(leader)
+    task = {"trainer_id": "trainer-1", "base_model": "smol", "base_digest": "1", "address": LOCAL, "num_ranks": 2}
+    return member, gangs.open_round(leader, members=["w1", "w2"], task={**task, "settings": {}}, seconds=60)
+
+
+def take_part(member: WorkerContext) -> bool:
+    with Chores(member) as chores:
+        return lend(member, chores, supervise._trainer)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_an_import_that_outlasts_its_round_goes_on_for_the_next_one(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, led = called(gang)
+    imported: list[str] = []
+
+    def ensure(_: WorkerContext, name: str, _digest: str, is_unwanted: Callable[[], bool] = lambda: False) -> Path:
+        gangs.end_round(gang.place("w1"), led.round_id)
+        assert not is_unwanted()
+        imported.append(name)
+        return Path("/bases/here")
+
+    monkeypatch.setattr(bases, "ensure", ensure)
+
+    assert take_part(member)
+    assert imported == ["smol"]
+    assert gang.trainers == [], "the round is over"
+
+
+def test_what_a_members_trainer_prints_is_cut_where_it_grows_long(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "LONGEST_FILE_BYTES", 10)
+    member, led = called(gang)
+    look = gangs.standing
+    sizes: list[int] = []
+
+    def on_looking(place: gangs.Place) -> gangs.Standing:
+        found = look(place)
+        if found.call is not None and found.call.has_joined and found.call.port is None:
+            gangs.start(gang.place("w1"), led.round_id, port=4711)
+        return found
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        log = trainer.directory.log_path
+        log.write_text("a line and another one\n")
+        yield
+        yield
+        sizes.append(log.stat().st_size)
+        gangs.end_round(gang.place("w1"), led.round_id)
+        while True:
+            yield
+
+    monkeypatch.setattr(gangs, "standing", on_looking)
+    gang.script = script
+
+    assert take_part(member)
+    assert sizes == [0]
