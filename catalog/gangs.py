@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from catalog import cordons
 from catalog.db import Database, add_if_missing, read_clock
 from catalog.errors import Conflict
+from catalog.heard import Heard
 from catalog.states import EndReason
 from catalog.tables import Gang, GangSeat, Json, Worker, new_id
 
@@ -40,6 +41,8 @@ class Place:
     gang: str
     silent_seconds: float
     """Who was not heard from for so long lives no more."""
+    heard: Heard | None = None
+    """By one that looks again and again: where the database's clock is set, who lives is not taken for dead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,10 +310,12 @@ def _clear(row: Gang) -> None:
 
 def _live(session: Session, place: Place) -> Sequence[tuple[GangSeat, Worker]]:
     """The eldest first."""
-    heard_after = read_clock(session) - place.silent_seconds
-    of_gang = (GangSeat.gang == place.gang, Worker.ended_at.is_(None), Worker.heartbeat_at > heard_after)
+    now = read_clock(session)
+    heard = place.heard or Heard(silent_seconds=place.silent_seconds)
+    of_gang = (GangSeat.gang == place.gang, Worker.ended_at.is_(None))
     found = select(GangSeat, Worker).join(Worker, Worker.id == GangSeat.worker_id).where(*of_gang)
-    return [(seat, worker) for seat, worker in session.execute(found.order_by(Worker.started_at, Worker.id))]
+    rows = session.execute(found.order_by(Worker.started_at, Worker.id))
+    return [(seat, worker) for seat, worker in rows if heard.is_live(worker.id, worker.heartbeat_at, now=now)]
 
 
 def _is_closed(seat: GangSeat, worker: Worker) -> bool:

@@ -14,6 +14,7 @@ from catalog import gangs
 from catalog.db import Database
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.gangs import Call, Member, Place, Round, Standing
+from catalog.heard import Heard
 from catalog.settings import Settings
 from worker.meeting import place_of
 from worker.node import versions
@@ -32,7 +33,9 @@ class Seat:
     ) -> None:
         """Ends the program where the settings can't be followed."""
         assert settings.gang is not None
-        self.place = Place(db=db, worker_id=worker_id, gang=settings.gang, silent_seconds=settings.lease_seconds)
+        silent = settings.lease_seconds
+        heard = Heard(silent_seconds=silent)
+        self.place = Place(db=db, worker_id=worker_id, gang=settings.gang, silent_seconds=silent, heard=heard)
         self.address, self.interface = place_of(settings.advertise_address)
         self.round: Round | None = None
         """That it leads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from catalog import cordons, gangs, workers
 from catalog.explanation import explain
 from catalog.gangs import NotGathered, Place, Round
+from catalog.heard import Heard
 from tests.catalog.world import Clock, World
 
 SILENT = 60.0
@@ -247,6 +249,32 @@ def test_a_round_that_starts_clears_its_members_and_one_that_is_late_is_told_of(
     gang.start("w1", second)
 
     assert (before, gang.member("w2").num_missed) == (1, 0)
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_database_whose_clock_is_set_loses_no_member_and_keeps_none_that_died(
+    gang: Gang, clock: Clock, hours: int
+) -> None:
+    own = [0.0]
+    heard = Heard(silent_seconds=SILENT, clock=lambda: own[0])
+    gang.lead("w1")
+    led = gang.open("w1", "w2")
+    place = replace(gang.place("w1"), heard=heard)
+    for _ in range(2):
+        clock.turn(10)
+        gang.beat("w1", "w2")
+        gangs.progress(place, led.round_id)
+    clock.turn(hours * 3600)
+
+    at_once = gangs.progress(place, led.round_id).lost
+    own[0] += SILENT / 2
+    gang.beat("w1")
+    in_time = gangs.progress(place, led.round_id).lost
+    own[0] += SILENT / 2
+    gang.beat("w1")
+    later = gangs.progress(place, led.round_id).lost
+
+    assert (at_once, in_time, later) == ((), (), ("w2",))
 
 
 def test_of_several_that_would_lead_at_once_one_does(gang: Gang) -> None:
