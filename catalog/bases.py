@@ -11,7 +11,7 @@ import rfc8785
 from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import audit
+from catalog import audit, needs
 from catalog.audit import AuditType
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
@@ -196,6 +196,23 @@ def finish_import(
         row.state, row.digest, row.manifest, row.description = "ready", digest, manifest, description
         row.error = row.importing_until = None
         return row
+
+
+def uncounted(db: Database) -> list[BaseModelRow]:
+    """Those that are ready, and were imported before blocks were counted. By name."""
+    return [row for row in list_all(db) if row.state == "ready" and "blocks" not in (row.description or {})]
+
+
+def note_blocks(db: Database, name: str, *, digest: str, blocks: Json) -> bool:
+    """Add to the description of a base what was missing of it, and to what its jobs need. digest: of the files that
+    were looked at. False where the base is another now, or has it already."""
+    with db.write() as session:
+        row = session.get(BaseModelRow, name, with_for_update=True)
+        if row is None or row.state != "ready" or row.digest != digest or "blocks" in (row.description or {}):
+            return False
+        row.description = {**(row.description or {}), "blocks": blocks}
+    needs.note_base(db, name)
+    return True
 
 
 def fail_import(db: Database, name: str, *, error: Json, added_at: float) -> None:

@@ -179,7 +179,7 @@ def hindrance(lora: Mapping[str, Any], quantisation: str, description: Mapping[s
     if begins_with_the_base(start):
         return f"{start} decomposes the base's weights, of which each device of several would hold a share"
     if "blocks" not in description:
-        return "The base was imported before its blocks were counted, and is not divided until it is added again"
+        return "The base was imported before its blocks were counted, which a worker that has its files is still to do"
     if not description["blocks"]["count"]:
         return "The base has no list of blocks that could be divided"
     return None

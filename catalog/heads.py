@@ -127,13 +127,12 @@ def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
         conditions += [job.state == JobState.QUEUED]
     if such.alone or such.alike:
         conditions += [_fits(job, such)]
-        if such.divides_when == "never":  # what a share comes to is in no index
-            groups = _where_some_fit(groups, such)
+        groups = _where_some_fit(groups, such)
     if such.tried_less:
         conditions += [job.counted_attempts <= bindparam("num_ends")]
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
-    names = (*names, "created_at", "counted_attempts", "lost_attempts", "room_asked_at")
+    names = (*names, "created_at", "counted_attempts", "lost_attempts", "room_asked_at", "least_divided_bytes")
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
     with_project = rows.join(Project, Project.id == rows.c.project_id)
     return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
@@ -169,8 +168,10 @@ def _where_some_fit(groups: CTE, such: Such) -> CTE:
     """Those of the groups whose smallest job fits: of the others, however many wait, one is read."""
     job = aliased(Job)
     mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
-    need = job.least_bytes if such.alone else func.coalesce(job.least_bytes - job.trainer_bytes, 0)
-    smallest = select(need).where(*mine).order_by(job.least_bytes).limit(1).correlate(groups)
+    need, by = func.coalesce(job.least_bytes - job.trainer_bytes, 0), job.least_bytes
+    if such.alone:  # what a share comes to is in no index: it is taken to be none
+        need = by = job.least_bytes if such.divides_when == "never" else job.least_divided_bytes
+    smallest = select(need).where(*mine).order_by(by).limit(1).correlate(groups)
     if such.alike:
         smallest = smallest.where(job.pack_key == bindparam("key"))
     fitting = select(groups).where(smallest.scalar_subquery() <= bindparam("num_bytes"))
@@ -194,7 +195,12 @@ def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
     if such.divides_when != "never":
         need_alone, is_trained = _held(job, such, whole)
         need = need_alone if such.alone else own
-    return or_(job.own_bytes.is_(None), and_(is_trained, need <= bindparam("num_bytes")))
+    return or_(_is_unknown(job, such), and_(is_trained, need <= bindparam("num_bytes")))
+
+
+def _is_unknown(job: type[Job], such: Such) -> ColumnElement[bool]:
+    is_unprepared = job.own_bytes.is_(None)
+    return is_unprepared if such.divides_when == "never" else or_(is_unprepared, job.least_divided_bytes == 0)
 
 
 def _held(job: type[Job], such: Such, whole: ColumnElement[int]) -> tuple[ColumnElement[int], ColumnElement[bool]]:
@@ -234,7 +240,7 @@ def _groups(state: JobState, only: int | None = None) -> CTE:
 
 def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
     kept = {name: getattr(row, name) for name in NEEDS}
-    if row.own_bytes is None:  # prepared before needs were kept
+    if row.own_bytes is None or not row.least_divided_bytes:  # prepared before that was kept
         found = needs.of(session, session.get_one(Job, row.id))
         kept = {name: getattr(found, name) for name in NEEDS}
     return Candidate(

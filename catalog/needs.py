@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import dividing, memory, packing
 from catalog.db import Database
 from catalog.dividing import Demand
 from catalog.methods import compares_with_start
-from catalog.states import JobState
+from catalog.states import UNFINISHED_STATES, JobState
 from catalog.tables import BaseModelRow, Job, Json
 
 
@@ -43,17 +43,28 @@ def note(session: Session, job: Job) -> None:
     job.trainer_bytes, job.slice_bytes = needs.trainer_bytes, needs.slice_bytes
     job.divisible_bytes, job.gathered_bytes = needs.divisible_bytes, needs.gathered_bytes
     job.least_bytes = needs.trainer_bytes + needs.own_bytes - needs.saved_bytes
+    job.least_divided_bytes = job.least_bytes - max(0, needs.divisible_bytes - needs.gathered_bytes)
 
 
 def note_all(db: Database, *, batch: int = 500) -> int:
     """Of those in the queue since before needs were kept, in short transactions. Returns how many there were."""
-    unknown = (Job.state == JobState.QUEUED, or_(Job.own_bytes.is_(None), Job.least_bytes == 0))
+    is_unknown = or_(Job.own_bytes.is_(None), Job.least_bytes == 0, Job.least_divided_bytes == 0)
+    return _note_each(db, (Job.state == JobState.QUEUED, is_unknown), batch=batch)
+
+
+def note_base(db: Database, name: str, *, batch: int = 500) -> int:
+    """Of all on a base of which more is known now, in short transactions. Returns how many there were."""
+    on_it = (Job.base_model == name, Job.state.in_(UNFINISHED_STATES), Job.own_bytes.is_not(None))
+    return _note_each(db, on_it, batch=batch)
+
+
+def _note_each(db: Database, wanted: tuple[ColumnElement[bool], ...], *, batch: int) -> int:
     with db.read() as session:
-        ids = sorted(session.scalars(select(Job.id).where(*unknown)))
+        ids = sorted(session.scalars(select(Job.id).where(*wanted)))
     for start in range(0, len(ids), batch):
         with db.write() as session:
-            waiting = select(Job).where(Job.id.in_(ids[start : start + batch]), *unknown).order_by(Job.id)
-            for job in session.scalars(waiting.with_for_update()):
+            found = select(Job).where(Job.id.in_(ids[start : start + batch]), *wanted).order_by(Job.id)
+            for job in session.scalars(found.with_for_update()):
                 note(session, job)
                 job.place = job.place or job.created_at
     return len(ids)
@@ -85,19 +96,18 @@ def divisible_bytes(job: Job, description: Json) -> tuple[int, int]:
 
 
 def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
-    """What it needs of a device with a trainer to itself, as its row has it. recomputes: the device."""
-    if job.own_bytes is not None:
-        own = job.own_bytes - ((job.saved_bytes or 0) if recomputes else 0)
-        whole = own + (job.trainer_bytes or 0)
-        return Demand(whole_bytes=whole, divisible_bytes=job.divisible_bytes, gathered_bytes=job.gathered_bytes)
-    precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
-    of_trainer = memory.trainer_bytes(description, precision, quantisation)
-    divisible, gathered = divisible_bytes(job, description)
-    return Demand(
-        whole_bytes=of_trainer + own_bytes(job, description, recomputes=recomputes),
-        divisible_bytes=divisible,
-        gathered_bytes=gathered,
-    )
+    """What it needs of a device with a trainer to itself, as its row has it. recomputes: the device. description: the
+    base's, from which is reckoned what the row has not."""
+    if job.own_bytes is None:
+        precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
+        whole = memory.trainer_bytes(description, precision, quantisation)
+        whole += own_bytes(job, description, recomputes=recomputes)
+    else:
+        whole = job.own_bytes - ((job.saved_bytes or 0) if recomputes else 0) + (job.trainer_bytes or 0)
+    is_known = job.own_bytes is not None and job.least_divided_bytes > 0
+    kept = job.divisible_bytes, job.gathered_bytes
+    divisible, gathered = kept if is_known else divisible_bytes(job, description)
+    return Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
 
 
 def own_bytes(job: Job, description: Json, *, recomputes: bool = False) -> int:

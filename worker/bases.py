@@ -90,6 +90,27 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
     return folder
 
 
+def count_blocks(context: WorkerContext) -> list[str]:
+    """Of bases that were imported before blocks were counted, count them where the files are here, so that groups can
+    divide them. Returns the names of those that were done."""
+    done: list[str] = []
+    for row in bases.uncounted(context.db):
+        folder = context.settings.bases_dir() / str(row.digest)
+        if context.draining or not folder.is_dir():
+            continue
+        try:
+            with scratch.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
+                work.mkdir()
+                description, _ = _run_child(context, row, work, {"kind": "here", "target_dir": str(folder)})
+        except (ImportRefused, Abandoned) as error:  # another worker, or the next hour, may do better
+            log.warning("The blocks of the base model %s were not counted: %s", row.name, error)
+            continue
+        if bases.note_blocks(context.db, row.name, digest=str(row.digest), blocks=description["blocks"]):
+            log.info("The blocks of the base model %s were counted.", row.name)
+            done.append(row.name)
+    return done
+
+
 def clean(context: WorkerContext) -> list[str]:
     """Remove the folders of bases that were deleted; returns their digests. What is needed later is imported again."""
     folders = {path.name: path for path in context.settings.bases_dir().iterdir() if DIGEST.fullmatch(path.name)}
@@ -124,19 +145,30 @@ def _run_import(
     context: WorkerContext, row: BaseModelRow, work: Path, target: Path, is_unwanted: Callable[[], bool]
 ) -> tuple[Json, str | None]:
     """(description, commit of a hub)."""
+    asked: Json = {
+        "source": row.source,
+        "kind": row.kind,
+        "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit that was read at first
+        "target_dir": str(target),
+    }
+    return _run_child(context, row, work, asked, renew=lambda: _renew_import(context, row), is_unwanted=is_unwanted)
+
+
+def _run_child(
+    context: WorkerContext,
+    row: BaseModelRow,
+    work: Path,
+    asked: Json,
+    *,
+    renew: Callable[[], None] = lambda: None,
+    is_unwanted: Callable[[], bool] = lambda: False,
+) -> tuple[Json, str | None]:
+    """What the child that knows models says: (description, commit of a hub)."""
     arguments, result = work / "arguments.json", work / "result.json"
-    write_json(
-        arguments,
-        {
-            "source": row.source,
-            "kind": row.kind,
-            "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit that was read at first
-            "target_dir": str(target),
-            "result": str(result),
-        },
-    )
-    child = run_child("worker.import_entry", str(arguments), log_path=work / "log.txt", with_hub=row.kind == "hub")
-    wait_renewing(child, context, lambda: _renew_import(context, row), is_unwanted)
+    write_json(arguments, {**asked, "result": str(result)})
+    is_of_hub = asked["kind"] == "hub"
+    child = run_child("worker.import_entry", str(arguments), log_path=work / "log.txt", with_hub=is_of_hub)
+    wait_renewing(child, context, renew, is_unwanted)
     if not result.exists():
         raise _crashed(row, child.returncode, work / "log.txt")
     answer = read_json(result)

@@ -106,3 +106,5 @@ class Chores:
         if time.monotonic() - context.cleaned_at >= CLEANING_SECONDS:
             context.cleaned_at = time.monotonic()
             bases.clean(context)
+            if bases.count_blocks(context):
+                context.bell.ring()  # what waits may be trained on a divided base now

@@ -16,18 +16,22 @@ from worker.wire_errors import described, disk_error
 
 
 def import_base_model(arguments_path: Path) -> None:
-    """Obey `{source, kind, revision, target_dir, result}`; the result file holds a description or an error."""
+    """Obey `{source, kind, revision, target_dir, result}`; the result file holds a description or an error. Of the kind
+    `here` the folder is there already, and is only described."""
     arguments = read_json(arguments_path)
     target_dir = Path(arguments["target_dir"])
     try:
-        imported = import_base(
-            source=arguments["source"],
-            kind=arguments["kind"],
-            revision=arguments["revision"],
-            target_dir=target_dir,
-        )
-        description = describe_base(target_dir) | {"license": imported.licence}
-        result: Json = {"description": description, "commit": imported.commit}
+        if arguments["kind"] == "here":
+            result: Json = {"description": describe_base(target_dir), "commit": None}
+        else:
+            imported = import_base(
+                source=arguments["source"],
+                kind=arguments["kind"],
+                revision=arguments["revision"],
+                target_dir=target_dir,
+            )
+            description = describe_base(target_dir) | {"license": imported.licence}
+            result = {"description": description, "commit": imported.commit}
     except LoraCoreError as error:
         result = {"error": described(error)}
     except OSError as error:

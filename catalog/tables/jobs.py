@@ -67,6 +67,9 @@ class Job(Table):
     least_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     """With a trainer to itself on a device that computes blocks again: where not even that fits, no look is taken.
     0: not reckoned yet."""
+    least_divided_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
+    """The same of a device of a group that divides bases, however many there are in it. 0: not reckoned yet, and nor is
+    what of its trainer they can divide."""
     queued_at: Mapped[float | None]
     """When it came into the queue, while it is there and not held: what its waiting is reckoned from."""
     place: Mapped[float] = mapped_column(default=0.0, server_default="0")
@@ -133,6 +136,12 @@ class Job(Table):
         Index(None, "state", "lease_expires_at"),
         Index("ix_jobs_smallest", "project_id", "priority", "least_bytes", "id", **of_the_queue),
         Index("ix_jobs_smallest_alike", "pack_key", "project_id", "priority", "least_bytes", "id", **of_the_queue),
+        Index("ix_jobs_smallest_divided", "project_id", "priority", "least_divided_bytes", "id", **of_the_queue),
+        Index(
+            "ix_jobs_smallest_divided_alike",
+            *("pack_key", "project_id", "priority", "least_divided_bytes", "id"),
+            **of_the_queue,
+        ),
         Index(None, "created_by", "created_at"),
         Index(None, "training_file"),
         Index(None, "validation_file"),

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from catalog import claims, explanation, jobs, needs
+from catalog import bases, claims, explanation, jobs, needs
 from catalog.dividing import Group, Holding, Wanted
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason
 from catalog.tables import Job
 from tests.catalog.plan_data import ready
+from tests.catalog.reading import rows_read
 from tests.catalog.test_plans import codes, found
-from tests.catalog.world import World
+from tests.catalog.world import World, sha
 
 BLOCKS = {"count": 10, "num_parameters": 9 * 10**9, "largest_parameters": 9 * 10**8}
 LARGE: dict[str, Any] = {"num_parameters": 10**10, "blocks": BLOCKS}
@@ -177,6 +178,65 @@ def test_who_joins_a_divided_base_would_have_it_divided_alone(world: World) -> N
     claims.end(world.db, joined[0].claim_id, reason=EndReason.DRAINED, detail="")
     whole = replace(divided, holding="whole")
     assert [claim.job.id for claim in world.claim(room=whole, pack_key=large.pack_key)] == [small.id]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "fsdp2"])
+def test_a_group_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(world: World, wanted: Wanted) -> None:
+    first = queued_large(world)
+    world.flood(first, 2000)
+    full = on(world, 2, 1, wanted)
+    loaded, live = (
+        replace(full, resident_key=first.pack_key),
+        replace(full, memory_bytes_when_empty=1, holding="divided"),
+    )
+    looks = {
+        "a new trainer": lambda: world.claim(room=full),
+        "a trainer that is loaded": lambda: world.claim(room=loaded),
+        "jobs that join": lambda: world.claim(room=replace(live, memory_bytes_free=1), pack_key=first.pack_key),
+    }
+
+    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+
+    assert {name: number for name, number in found.items() if number >= 1000} == {}
+    assert world.job(first.id).state == "queued"
+
+
+def test_what_was_prepared_before_shares_were_reckoned_is_divided_all_the_same(world: World) -> None:
+    job = queued_large(world)
+    held = (job.divisible_bytes, job.gathered_bytes, job.least_divided_bytes)
+    with world.db.write() as session:
+        row = session.get_one(Job, job.id)
+        row.divisible_bytes = row.gathered_bytes = row.least_divided_bytes = 0
+    room = on(world, 2, 17, "fsdp2")
+
+    (claim,) = world.claim(room=room)
+    assert room.group.holding(needs.demand(claim.job, LARGE, recomputes=False)) == "divided"
+    assert needs.demand(claim.job, LARGE, recomputes=False).divisible_bytes == held[0] > 0
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+
+    assert (needs.note_all(world.db), needs.note_all(world.db)) == (1, 0)
+    again = world.job(job.id)
+    assert (again.divisible_bytes, again.gathered_bytes, again.least_divided_bytes) == held
+
+
+def test_a_base_whose_blocks_are_counted_later_is_divided_from_then_on(world: World) -> None:
+    digest = sha(world.base("large", num_parameters=10**10))
+    running = world.queued(model="large", precision="bfloat16")
+    world.claim()
+    waiting = world.queued(model="large", precision="bfloat16")
+    room = on(world, 2, 17, "fsdp2")
+    assert world.claim(room=room) == []
+    told = explanation.explain(world.db, project_id=waiting.project_id, job_id=waiting.id)["explanation"]
+    assert "The base was imported before its blocks were counted, which a worker that has its files" in told
+
+    assert [row.name for row in bases.uncounted(world.db)] == ["large", "smol"]
+    assert not bases.note_blocks(world.db, "large", digest="another", blocks=BLOCKS)
+    assert bases.note_blocks(world.db, "large", digest=digest, blocks=BLOCKS)
+    assert not bases.note_blocks(world.db, "large", digest=digest, blocks={"count": 1})
+
+    assert [row.name for row in bases.uncounted(world.db)] == ["smol"]
+    assert [claim.job.id for claim in world.claim(room=room)] == [waiting.id]
+    assert world.job(running.id).divisible_bytes == 18 * GB
 
 
 def whole_bytes(job: Job) -> int:

@@ -16,6 +16,7 @@ from catalog import bases as record
 from catalog.db import Database
 from catalog.errors import Unavailable
 from catalog.settings import Settings
+from tests import tiny_base
 from worker import bases
 
 SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
@@ -125,3 +126,22 @@ def test_cleaning_removes_the_files_of_a_deleted_base_and_nothing_else(context: 
 
     assert bases.clean(context) == ["a" * 64]
     assert sorted(path.name for path in context.settings.bases_dir().iterdir()) == sorted(names[1:])
+
+
+def test_the_blocks_of_a_base_of_before_are_counted_where_its_files_are(context: Any) -> None:
+    for name, digest in (("here", "a" * 64), ("elsewhere", "b" * 64), ("broken", "c" * 64)):
+        record.add(context.db, name=name, kind="folder", source=f"/{name}")
+        told: dict[str, Any] = {"manifest": {"files": []}, "description": {"num_parameters": 1, "license": "mit"}}
+        record.finish_import(context.db, name, digest=digest, added_at=record.get(context.db, name).created_at, **told)
+    tiny_base.make(context.settings.bases_dir() / ("a" * 64))
+    (context.settings.bases_dir() / ("c" * 64)).mkdir()
+
+    assert bases.count_blocks(context) == ["here"]
+    assert bases.count_blocks(context) == []
+
+    description = record.get(context.db, "here").description or {}
+    blocks = description.pop("blocks")
+    assert description == {"num_parameters": 1, "license": "mit"}
+    assert blocks["count"] == 2
+    assert blocks["num_parameters"] == 2 * blocks["largest_parameters"] > 0
+    assert [row.name for row in record.uncounted(context.db)] == ["broken", "elsewhere"]
