@@ -8,7 +8,7 @@ import pytest
 
 from catalog.states import EndReason
 from tests.worker.pack_site import PackSite
-from tests.worker.test_supervise import FakeTrainer, loads_for_ever
+from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever
 from worker.echoes import heard
 from worker.own_end import OwnEnd, own_end
 from worker.rank_log import log_of

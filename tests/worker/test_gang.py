@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from catalog import gangs, jobs, workers
-from catalog.gangs import Member, NotGathered, Place
+from catalog.gangs import Member, NotGathered, Place, Round
 from catalog.states import EndReason, JobState
 from tests.worker.pack_site import READY, PackSite
-from tests.worker.test_supervise import FakeTrainer, Script, reasons
+from tests.worker.scripted_trainer import FakeTrainer, Script, reasons
 from worker import bases, leading, node, supervise
 from worker.chores import Chores
 from worker.context import WorkerContext
@@ -214,14 +214,20 @@ def test_where_a_member_is_lost_before_it_has_joined_the_job_is_given_back(gang:
     assert reasons(gang.site, job_id) == [EndReason.GANG_INCOMPLETE]
 
 
+def meets(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Generator[None, None, Round]:
+    """The other member joins, all begin, and the leader's trainer has its base."""
+    led = seat_of(context).round
+    assert led is not None
+    tell_port(trainer.directory, 4711)
+    gangs.join(gang.place("w2"), led.round_id)
+    yield
+    loads(trainer)
+    return led
+
+
 def test_a_leader_whose_round_is_over_ends_its_trainer(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        led = seat_of(context).round
-        assert led is not None
-        tell_port(trainer.directory, 4711)
-        gangs.join(gang.place("w2"), led.round_id)
-        yield
-        loads(trainer)
+        led = yield from meets(gang, trainer, context)
         yield from trainer.listen("admit")
         gangs.end_round(gang.place("w1"), led.round_id)
         while True:
@@ -246,12 +252,7 @@ def test_what_was_claimed_before_one_went_is_not_trained_by_those_that_are_left(
 
 def test_when_a_member_is_to_leave_the_jobs_are_saved_first(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        led = seat_of(context).round
-        assert led is not None
-        tell_port(trainer.directory, 4711)
-        gangs.join(gang.place("w2"), led.round_id)
-        yield
-        loads(trainer)
+        yield from meets(gang, trainer, context)
         admit = yield from trainer.listen("admit")
         gangs.ask_to_leave(gang.place("w2"))
         yield from trainer.listen("drain")

@@ -15,9 +15,9 @@ from catalog.settings import Settings
 from catalog.states import EndReason, JobState
 from catalog.tables import Attempt
 from tests.worker.pack_site import OUTAGE, PackSite
+from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever, reasons
 from tests.worker.test_echoes import GLOO, fellow
 from tests.worker.test_gang import KILLED, LOCAL, GangSite, leads, loads, seat_of
-from tests.worker.test_supervise import FakeTrainer, loads_for_ever, reasons
 from worker import supervise
 from worker.chores import Chores
 from worker.context import WorkerContext

@@ -10,8 +10,8 @@ import pytest
 from catalog import gangs
 from catalog.gangs import Round
 from tests.worker.pack_site import PackSite
+from tests.worker.scripted_trainer import FakeTrainer
 from tests.worker.test_gang import LOCAL, GangSite
-from tests.worker.test_supervise import FakeTrainer
 from worker import bases, output, supervise
 from worker.chores import Chores
 from worker.context import WorkerContext

@@ -21,72 +21,12 @@ from catalog.states import EndReason
 from catalog.tables import Job, Worker
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, say
+from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, reasons
 from worker import bases, loop, node, supervise
 from worker.context import WorkerContext
 from worker.patience import LEFT_BEHIND
 from worker.room import room_of
-from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
-
-Script = Callable[["FakeTrainer"], Generator[None]]
-
-
-class FakeTrainer:
-    """Ends when its script does."""
-
-    started_at = float("inf")
-    oom_kills_before = 0
-
-    def __init__(self, directory: TrainerDirectory, script: Script) -> None:
-        self.returncode: int | None = None
-        self.is_killed = False
-        self.is_left_behind = False
-        """Where its script says so, no signal ends it."""
-        self.heard: list[Message] = []
-        self.directory = directory
-        self._events = EventWriter(directory)
-        self._inbox = InboxReader(directory)
-        self._script = script(self)
-
-    def say(self, kind: str, **body: Any) -> None:
-        self._events.write({"type": kind, **body})
-
-    def listen(self, verb: str) -> Generator[None, None, Message]:
-        """Wait until the worker has said it."""
-        while True:
-            self.heard += self._inbox.take()
-            for message in self.heard:
-                if message.verb == verb:
-                    self.heard.remove(message)
-                    return message
-            yield
-
-    def pulse(self) -> None:
-        pass
-
-    def begin(self, settings: dict[str, Any]) -> None:
-        self.directory.begin(settings)
-
-    def wait(self, seconds: float) -> bool:
-        if self.returncode is None and next(self._script, "over") == "over":
-            self.returncode = 0
-        return self.returncode is not None
-
-    @property
-    def is_awaited(self) -> bool:
-        return self.returncode is None and not (self.is_killed and self.is_left_behind)
-
-    def pids(self) -> list[int]:
-        return []
-
-    def kill(self) -> None:
-        if self.returncode is None:
-            self.is_killed = True
-            if not self.is_left_behind:
-                self.returncode = -9
-
-    def close(self) -> None:
-        self.kill()
-        self._events.close()
+from worker.trainer_directory import TrainerDirectory
 
 
 @pytest.fixture
@@ -111,23 +51,6 @@ def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], l
     monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
     monkeypatch.setattr(node, "free_bytes", lambda _: 10**12)
     return run
-
-
-def cancels_what_it_gets(trainer: FakeTrainer) -> Generator[None]:
-    """Loads, admits a job, says that it was cancelled, leaves."""
-    trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
-    admit = yield from trainer.listen("admit")
-    trainer.say("cancelled", claim_id=admit.body["claim_id"])
-    yield
-
-
-def loads_for_ever(trainer: FakeTrainer) -> Generator[None]:
-    while True:
-        yield
-
-
-def reasons(site: PackSite, job_id: str) -> list[str | None]:
-    return [attempt.reason for attempt in jobs.attempts(site.db, **site.world.of(job_id))]
 
 
 @pytest.mark.parametrize(
