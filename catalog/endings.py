@@ -54,19 +54,19 @@ def decide(
     counted_attempts: int,
     is_bystander: bool = False,
     losses: int = 1,
-    num_shortages: int = 1,
+    num_shortages: int = 0,
     yields_seconds: float = 0.0,
 ) -> Verdict:
     """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
 
     is_bystander: its trainer ended before it had begun the job, whose base is not to blame. losses: bad ends in a row,
-    where the last one was not the job's doing. num_shortages: attempts that memory has ended, this one too where it
-    has. yields_seconds: how long a job that is tried again waits at least.
+    where the last one was not the job's doing. num_shortages: where memory has ended this attempt, how many it has with
+    this one. yields_seconds: how long a job that is tried again waits at least.
     """
     ending = ENDINGS[reason]
     is_loss = _is_loss(reason, is_bystander=is_bystander)
     counted = counted_attempts + int(ending.counts and ending.retryable and not is_loss)
-    if reason in shortages.OF_MEMORY and num_shortages < shortages.MAX_SHORTAGES:
+    if 0 < num_shortages < shortages.MAX_SHORTAGES:
         counted = min(counted, shortages.ALONE)  # it was not tried in the smallest way yet
     wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
     if wished is not None:
@@ -123,7 +123,7 @@ def end_attempt(
     is_bystander = is_bystander and not loads.is_to_blame(session, job, reason, now=now)
     yields_seconds = giving_way.seconds(session, job, now=now) if reason in AT_FAULT else 0.0
     losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
-    num_shortages = shortages.number(session, job.id) if reason in shortages.OF_MEMORY else 0
+    num_shortages = shortages.of_this(session, job, reason)
     verdict = decide(
         reason,
         cancel_requested=job.cancel_requested,
@@ -155,9 +155,10 @@ def end_attempt(
 
 
 def _losses(session: Session, job: Job) -> int:
-    """Attempts in a row that ended badly with no new checkpoint, the one that has just ended among them."""
+    """Attempts in a row that ended badly with no new checkpoint, the one that has just ended among them: of those since
+    somebody resumed the job, which begins anew."""
     newest = session.scalar(select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job.id)) or 0.0
-    since = (Attempt.job_id == job.id, Attempt.ended_at > newest)
+    since = (Attempt.job_id == job.id, Attempt.ended_at > max(newest, job.resumed_at or 0.0))
     since = (*since, Attempt.reason != EndReason.GANG_INCOMPLETE)  # nothing was tried: it says neither well nor badly
     latest = select(Attempt.reason).where(*since).order_by(Attempt.number.desc()).limit(MAX_LOSSES)
     in_a_row = takewhile(lambda reason: reason in BAD, session.scalars(latest))
@@ -195,7 +196,7 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
         f"The job was put aside: {number} attempts ended badly with no new checkpoint in between. "
         f"The last one: {reason.value.replace('_', ' ')}."
     )
-    is_smallest = reason in shortages.OF_MEMORY and job.counted_attempts >= MAX_COUNTED_ATTEMPTS
+    is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and shortages.of_this(session, job, reason)
     tried = shortages.given_up(session, job) if is_smallest else ""
     told = " ".join(part for part in (message, detail, tried, REMEDIES[reason]) if part)
     return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}

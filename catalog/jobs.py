@@ -179,6 +179,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         _note(session, "job.resumed", job, now=now)
         move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
         job.counted_attempts = job.lost_attempts = job.lost_preparations = 0
+        job.resumed_at = now
         if _is_prepared(session, job):
             needs.note(session, job)
             session.flush()

@@ -30,6 +30,12 @@ def was_ready(report: Json | None) -> bool:
     return "memory" in (report or {})
 
 
+def is_of_a_load(session: Session, job: Job) -> bool:
+    """Whether its trainer is known, and has not got ready."""
+    trainer = _trainer(session, job)
+    return trainer is not None and not was_ready(trainer.report)
+
+
 def fails_everywhere(session: Session, pack_key: str) -> bool:
     """Workers enough have failed to load it, and none has done so of late."""
     return len(_failed_on(session, pack_key)) >= ENOUGH_WORKERS
@@ -38,7 +44,7 @@ def fails_everywhere(session: Session, pack_key: str) -> bool:
 def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) -> bool:
     """Whether the job's base is, and not the node, for an end of its trainer before that was ready: it fails
     everywhere, or no worker is left that could try."""
-    trainer = session.get(Trainer, job.trainer_id) if job.trainer_id is not None else None
+    trainer = _trainer(session, job)
     if reason not in OF_A_LOAD or trainer is None or was_ready(trainer.report):
         return False
     failed_on = _failed_on(session, trainer.pack_key)
@@ -46,6 +52,10 @@ def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) ->
         return bool(failed_on)
     live = session.scalars(select(Worker).where(is_live(now=now)))
     return not any(worker.id not in failed_on and not worker.takes_nothing_new for worker in live)
+
+
+def _trainer(session: Session, job: Job) -> Trainer | None:
+    return session.get(Trainer, job.trainer_id) if job.trainer_id is not None else None
 
 
 def _failed_on(session: Session, pack_key: str) -> set[str]:

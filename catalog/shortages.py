@@ -11,11 +11,11 @@ from dataclasses import replace
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import dividing, needs
+from catalog import dividing, loads, needs
 from catalog.db import Database
 from catalog.memory import readable
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason
-from catalog.tables import Attempt, BaseModelRow, Job, Worker
+from catalog.tables import Attempt, BaseModelRow, Job, Trainer, Worker
 
 OF_MEMORY = frozenset({EndReason.CUDA_OOM, EndReason.HOST_OOM, EndReason.DIVIDED_OOM})
 MAX_SHORTAGES = 3
@@ -27,9 +27,18 @@ SMALLEST = "Its next attempt is alone in its trainer, and computes slice by slic
 
 
 def number(session: Session, job_id: str) -> int:
-    """Attempts of it that memory has ended, ever."""
+    """Attempts of it that memory has ended, ever; but not while the base was loaded, for which its ticks can't help."""
     of_memory = (Attempt.job_id == job_id, Attempt.reason.in_(OF_MEMORY))
-    return session.scalar(select(func.count()).select_from(Attempt).where(*of_memory)) or 0
+    ended = session.scalar(select(func.count()).select_from(Attempt).where(*of_memory)) or 0
+    trainers = session.scalars(select(Trainer).join(Attempt, Attempt.trainer_id == Trainer.id).where(*of_memory))
+    return ended - sum(not loads.was_ready(trainer.report) for trainer in trainers)
+
+
+def of_this(session: Session, job: Job, reason: EndReason) -> int:
+    """The same at the end of an attempt, which is among them; 0 where this end is none of them."""
+    if reason not in OF_MEMORY or loads.is_of_a_load(session, job):
+        return 0
+    return number(session, job.id)
 
 
 def rung(db: Database, job: Job) -> int:

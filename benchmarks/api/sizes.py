@@ -22,7 +22,7 @@ GOAL_RATIO = 2.0
 ONE = replace(WIDE, max_jobs=1)
 WAITING = 300
 NO_GOAL = ("the counts that are exposed",)
-"""Counted one by one for who watches the service, at most a few times a minute."""
+"""Of what waits and runs, for who watches the service: a few times a minute."""
 JOBS = "/v1/fine_tuning/jobs"
 
 

@@ -96,6 +96,8 @@ class Job(Table):
     may be the job's doing."""
     lost_preparations: Mapped[int] = mapped_column(default=0)
     """Times that a worker went away while it prepared the files."""
+    resumed_at: Mapped[float | None]
+    """When it was last taken out of a pause: attempts before that say nothing against it."""
     claim_id: Mapped[str | None] = mapped_column(unique=True)
     """The fencing token, of training or of preparing. Whoever does not hold it writes nothing."""
     worker_id: Mapped[str | None]

@@ -155,6 +155,19 @@ def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_en
     assert after_checkpoint == world.job(job.id).state == JobState.QUEUED
 
 
+def test_whoever_resumes_a_job_begins_its_count_of_lost_workers_anew(world: World) -> None:
+    job = world.queued()
+    _lose_workers(world, MAX_LOSSES - 1)
+    jobs.pause(world.db, **world.of(job.id))
+    jobs.resume(world.db, **world.of(job.id))
+
+    _lose_workers(world, MAX_LOSSES - 1)
+    before = world.job(job.id).state
+    _lose_workers(world, 1)
+
+    assert [before, world.job(job.id).state] == [JobState.QUEUED, JobState.FAILED]
+
+
 def test_a_gang_that_was_not_there_lies_between_no_two_bad_ends(world: World) -> None:
     job = world.queued()
     _lose_workers(world, MAX_LOSSES - 1)
@@ -322,8 +335,9 @@ def first_locks(statements: list[str]) -> list[list[str]]:
     return found
 
 
+@pytest.mark.parametrize("leaves", [False, True], ids=["lost", "leaves"])
 def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, *, leaves: bool
 ) -> None:
     sweeps = [make(world, parameters={"lora.rank": {"values": [4]}}) for _ in range(6)]
     world.worker()
@@ -339,8 +353,11 @@ def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
         moved(session, job, now=now)
 
     monkeypatch.setattr(observing, "moved", noted)
-    world.pass_time(LEASE + 1)
-    recovery.expire(world.db, grace_seconds=LEASE)
+    if leaves:
+        workers.end_worker(world.db, "w1")
+    else:
+        world.pass_time(LEASE + 1)
+        recovery.expire(world.db, grace_seconds=LEASE)
 
     assert taken == sorted(sweeps)
     assert {world.job(job.id).state for job in trials} == {JobState.CANCELLED}

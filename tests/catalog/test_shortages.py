@@ -9,6 +9,7 @@ from catalog.claims import Claim
 from catalog.endings import decide
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
 from tests.catalog.test_divided_claims import on, queued_large
+from tests.catalog.test_loads import fail_to_load
 from tests.catalog.world import World, manifest
 
 OOM = sorted(shortages.OF_MEMORY)
@@ -113,6 +114,23 @@ def test_smaller_ticks_stay_with_a_job_and_single_slices_go_with_a_new_checkpoin
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
 
     assert rung(world, claim.job.id) == 1
+
+
+def test_memory_that_ended_while_a_base_was_loaded_makes_no_ticks_smaller(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    job = world.queued()
+
+    fail_to_load(world, "w1", "t1")
+    after_one = (rung(world, job.id), told(world, job.id))
+    for number in range(1, MAX_COUNTED_ATTEMPTS + 1):
+        fail_to_load(world, "w2", f"t{number + 1}")
+
+    assert after_one[0] == 0
+    assert shortages.SMALLER not in after_one[1]
+    ended = world.job(job.id)
+    assert ended.state == JobState.FAILED, "a base that no worker can load is tried for ever"
+    assert "slice by slice" not in (ended.error or {})["message"]
 
 
 @pytest.mark.parametrize("counted", range(MAX_COUNTED_ATTEMPTS))
