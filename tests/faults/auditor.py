@@ -173,7 +173,7 @@ def _hooks_of(job: Row, mine: list[Row], endpoints: list[Row], *, is_settled: bo
         sent = [row for row in mine if row["endpoint_id"] == endpoint["id"]]
         if len(sent) != 1:
             yield _finding("I6", job["id"], f"{len(sent)} deliveries were written for {endpoint['id']}")
-        elif is_settled and endpoint["disabled_at"] is None and sent[0]["status"] == "pending":
+        elif is_settled and endpoint["disabled_at"] is None and sent[0]["status"] != "delivered":
             yield _finding("I6", job["id"], f"{sent[0]['id']} was not delivered to {endpoint['id']}")
 
 

@@ -53,9 +53,16 @@ def table(outcomes: Sequence[Outcome], not_here: Iterable[NotHere]) -> str:
     lines += [
         _line((row.name, "", row.fault, f"not here: {row.why}", *("-" for _ in INVARIANTS), "")) for row in not_here
     ]
+    return "\n".join([*lines, "", _sum(outcomes)])
+
+
+def _sum(outcomes: Sequence[Outcome]) -> str:
+    """A row that was left out was not tried."""
+    num_left_out = sum(outcome.left_out is not None for outcome in outcomes)
     num_failed = sum(not outcome.is_well for outcome in outcomes)
-    total = sum(outcome.seconds for outcome in outcomes)
-    return "\n".join([*lines, "", f"{len(outcomes)} tried, {num_failed} failed, {total / 60:.0f} minutes."])
+    minutes = sum(outcome.seconds for outcome in outcomes) / 60
+    tried = f"{len(outcomes) - num_left_out} tried, {num_left_out} left out, {num_failed} failed"
+    return f"{tried}, {minutes:.0f} minutes."
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -155,6 +155,7 @@ PLANTED: dict[str, tuple[Invariant, str]] = {
     "no try went well": ("I6", "update webhook_tries set status_code = 500"),
     "told as something else": ("I6", "update webhook_deliveries set event_type = 'fine_tuning.job.failed'"),
     "still to be told": ("I6", "update webhook_deliveries set status = 'pending'"),
+    "given up": ("I6", "update webhook_deliveries set status = 'failed', next_try_at = null"),
     "a claim on a finished job": (
         "I7",
         "update jobs set claim_id = 'claim-x', lease_expires_at = 2e9 where id = '{job}'",

@@ -19,7 +19,7 @@ from tests.faults.soak.acts import Acts
 from tests.faults.soak.asking import Sample
 from tests.faults.soak.kept import Window
 from tests.faults.soak.kinds import Files
-from tests.faults.soak.verdict import Ended, compare, problems, refusals
+from tests.faults.soak.verdict import MIN_SAMPLES, Compared, Ended, compare, problems, refusals, slow
 
 SUBMITTED = {"key-1": "sft-1", "key-2": "dpo-1"}
 DIGESTS = {"sft-1": "a" * 64, "dpo-1": "b" * 64}
@@ -160,6 +160,27 @@ def test_requests_while_the_api_or_its_database_is_away_are_counted_apart() -> N
     assert (told.calm.num, told.storm.num, told.ratio("median"), told.ratio("p95")) == (3, 3, 2.0, 2.0)
     assert told.away["api"] == {"200": 1, "none (ConnectionRefusedError)": 1}
     assert told.away["database"] == {"503 with Retry-After": 1}
+
+
+@pytest.mark.parametrize(("num", "seconds", "says"), [(MIN_SAMPLES, 0.019, ""), (MIN_SAMPLES, 0.021, "2.10 times")])
+def test_answers_that_take_more_than_twice_their_usual_time_are_a_problem(num: int, seconds: float, says: str) -> None:
+    found = slow(compared(num, seconds))
+
+    assert [says in problem for problem in found] == ([True] if says else [])
+
+
+def test_a_soak_of_too_few_answers_to_be_compared_is_no_good_one() -> None:
+    (problem,) = slow(compared(MIN_SAMPLES - 1, 0.010))
+
+    assert problem.startswith("no kind of request")
+    assert slow([]) == [problem]
+
+
+def compared(num: int, seconds: float) -> list[Compared]:
+    """As many quick answers undisturbed, and amid faults those that took so long, with one that took ages."""
+    calm = [sample("get", float(at), seconds=0.010) for at in range(num)]
+    storm = [sample("get", 50.0 + at, seconds=seconds) for at in range(num - 1)]
+    return compare([*calm, *storm, sample("get", 90.0, seconds=9.0)], [], calm=(0.0, 40.0), storm=(40.0, 300.0))
 
 
 def test_a_failpoint_kills_one_process_each_time_that_its_file_is_made(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m tests.faults.soak`: hundreds of jobs on one service, and a fault drawn by chance every few seconds.
 
-Ends with tables, a results file, and a status that is not 0 where a job was lost, done twice, or has other bytes.
+Ends with tables, a results file, and a status that is not 0 where a job was lost, done twice, or has other
+bytes, or the api took longer than twice its usual time.
 """
 
 from __future__ import annotations

@@ -169,7 +169,9 @@ class Soak:
                 self.site.submissions[sample.key].append(sample.job_id)
         seen.jobs = verdict.ended(record.read(self.site.settings.resolved_database_url()))
         args = (seen.submitted, seen.samples, seen.jobs, self.undisturbed.digests, seen.windows)
-        seen.problems = [*verdict.problems(*args, of_operator=of_operator), *self.acts.failures]
+        compared = verdict.compare(seen.samples, seen.windows, calm=seen.calm, storm=seen.storm)
+        slow = verdict.slow(compared)
+        seen.problems = [*verdict.problems(*args, of_operator=of_operator), *self.acts.failures, *slow]
         if not seen.num_hooks or not seen.done:
             seen.problems.append(f"{seen.done.total()} faults were done, and {seen.num_hooks} webhooks came")
         self.site.stop()

@@ -15,8 +15,6 @@ from tests.faults.soak.kinds import Undisturbed
 from tests.faults.soak.run import Plan, Soaked
 from tests.worker_site import ROOT
 
-MAX_RATIO = 2.0
-"""A promise: how many times its usual time the api takes while all this goes on."""
 SHOWN_PROBLEMS = 60
 
 
@@ -73,7 +71,9 @@ def write(
     result.find("from the last fault until every job had ended", seen.seconds_after, "s")
     for each in _compared(seen):
         for part in ("median", "p95"):
-            result.find(f"{each.what}, {part} amid faults / undisturbed", each.ratio(part), "x", at_most=MAX_RATIO)
+            result.find(
+                f"{each.what}, {part} amid faults / undisturbed", each.ratio(part), "x", at_most=verdict.MAX_RATIO
+            )
     return write_result(result, folder, note=note, load_before=load_before, module="tests.faults.soak")
 
 

@@ -15,6 +15,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 UNAVAILABLE = 503
 GRACE_SECONDS = 5.0
 """After what was away has come back: connections are made anew."""
+MAX_RATIO = 2.0
+"""A promise: how many times its usual time the api takes while all this goes on, half of the requests of each kind."""
+MIN_SAMPLES = 20
+"""Of either stretch: the median of fewer says little."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +172,19 @@ def compare(
     for sample in samples:
         by_what[sample.what].append(sample)
     return [_compared(what, by_what[what], windows, calm, storm) for what in sorted(by_what)]
+
+
+def slow(compared: Iterable[Compared]) -> list[str]:
+    """Kinds of request that take longer than is promised; and that nothing could be compared, if so."""
+    enough = [each for each in compared if min(each.calm.num, each.storm.num) >= MIN_SAMPLES]
+    if not enough:
+        return [f"no kind of request was answered {MIN_SAMPLES} times both undisturbed and amid faults"]
+    return [
+        f"{each.what}: half of the answers took {each.storm.median:.1f} ms and more amid faults, undisturbed "
+        f"{each.calm.median:.1f} ms: {each.ratio('median'):.2f} times as long"
+        for each in enough
+        if each.ratio("median") > MAX_RATIO
+    ]
 
 
 def _compared(
