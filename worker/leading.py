@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 
 from catalog import gangs
-from catalog.errors import LorryError
+from catalog.errors import LorryError, Unavailable
 from catalog.gangs import NotGathered, Round
 from catalog.states import EndReason
 from catalog.tables import Job
@@ -67,7 +67,8 @@ def start(context: WorkerContext, trainer: TrainerProcess, *, is_unwanted: Calla
     """Once all have joined and the leader's trainer listens, let all begin. Where that trainer ends, or one of the
     others can't take part, the trainer has ended by then, and `cause` tells why.
 
-    Raises NotGathered where one does not come in time, or goes; Abandoned where nobody wants it any more.
+    Raises NotGathered where one does not come in time, or goes; Abandoned where nobody wants it any more; Unavailable
+    where the database did not answer for so long that the claims were given up, and the trainer with them.
     """
     seat = context.gang
     if seat is None or (led := seat.round) is None:
@@ -77,8 +78,11 @@ def start(context: WorkerContext, trainer: TrainerProcess, *, is_unwanted: Calla
         with _tried_later(seat):
             while trainer.returncode is None and not _has_started(context, seat, led, trainer, is_unwanted):
                 if trainer.is_killed:
-                    return
+                    break
                 trainer.wait(LOOK_SECONDS)
+        if context.pulse.lost.is_set():
+            message, remedy = "The worker could not reach the database.", "There is nothing to do: it is tried again."
+            raise Unavailable(message, code="database_unavailable", remedy=remedy)
     finally:
         context.pulse.guard(on_beat=None, on_lost=None)
 

@@ -22,7 +22,7 @@ from worker.context import WorkerContext
 from worker.gang import Seat
 from worker.launch import TrainerProcess
 from worker.meeting import meeting_settings
-from worker.output import keep_short
+from worker.output import LogFiles
 from worker.own_end import own_end
 from worker.pack import OUTAGES
 from worker.patience import LEFT_BEHIND, set_aside
@@ -130,11 +130,24 @@ class _Part:
             end = self._attend(trainer)
             while trainer.is_killed and trainer.is_awaited:
                 time.sleep(TURN_SECONDS)
-            set_aside(context, trainer)
+            self._set_aside(trainer)
             return _told(LEFT_BEHIND.reason, LEFT_BEHIND.detail) if trainer.is_left_behind else end
+
+    def _set_aside(self, trainer: TrainerProcess) -> None:
+        """Tried for a lease: with a trainer that no signal ends, it must not be called again."""
+        deadline = time.monotonic() + self._context.settings.lease_seconds
+        while True:
+            try:
+                return set_aside(self._context, trainer)
+            except OUTAGES as error:
+                log.warning("%s Waiting to record that the worker takes nothing new.", error)
+                if time.monotonic() >= deadline:
+                    return None
+            time.sleep(TURN_SECONDS)
 
     def _attend(self, trainer: TrainerProcess) -> Json | None:
         context, leaving_at, has_asked = self._context, None, False
+        files = LogFiles(trainer.directory)
         while trainer.returncode is None:
             self._chores.go_on()
             if context.draining:
@@ -147,7 +160,7 @@ class _Part:
                 trainer.kill()
                 return None
             trainer.wait(TURN_SECONDS)
-            keep_short(trainer.directory)
+            files.keep_short()
         return None if trainer.returncode == 0 else self._ended(trainer)
 
     def _ask_to_leave(self) -> bool:

@@ -48,23 +48,53 @@ class LogFile:
         self.path = path
         self._before = cut_from(path)
         self._num_cut = 0
+        self._is_told = False
 
     def end(self) -> int:
         return self._num_cut + _size(self.path)
 
     def keep_short(self) -> None:
         """Cut it where it is long. Its process appends, so it goes on at the new end; what it writes in this very
-        moment may be lost."""
-        if _size(self.path) > LONGEST_FILE_BYTES:
+        moment may be lost. Where the disk is full it stays as it is, and what was before goes."""
+        if _size(self.path) <= LONGEST_FILE_BYTES:
+            return
+        try:
             shutil.copyfile(self.path, self._before)
             os.truncate(self.path, 0)
+        except OSError as error:
+            self._tell_once(error)
+            with suppress(OSError):
+                self._before.unlink(missing_ok=True)
+        else:
             self._num_cut += _size(self._before)
+
+    def _tell_once(self, error: OSError) -> None:
+        if not self._is_told:
+            log.warning("What a trainer prints is long and can't be cut: %s", error)
+        self._is_told = True
 
     def read(self, start: int, end: int) -> bytes:
         """What is still there of it."""
         first = self._num_cut - _size(self._before)
         before = _part(self._before, start - first, min(end, self._num_cut) - first)
         return before + _part(self.path, start - self._num_cut, end - self._num_cut)
+
+
+class LogFiles:
+    """Of all processes of a trainer, by rank; more may come."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._directory = directory
+        self._files: dict[int, LogFile] = {}
+
+    def found(self) -> dict[int, LogFile]:
+        for rank, path in self._directory.logs().items():
+            self._files.setdefault(rank, LogFile(path))
+        return self._files
+
+    def keep_short(self) -> None:
+        for file in self.found().values():
+            file.keep_short()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,14 +112,13 @@ class Output:
     def __init__(self, context: WorkerContext, directory: TrainerDirectory) -> None:
         self._context = context
         self._directory = directory
-        self._files: dict[int, LogFile] = {}
+        self._files = LogFiles(directory)
         self._told: dict[str, _Told] = {}
         self._due_at = time.monotonic() + PUSH_SECONDS
 
     def begin(self, claim: Claim, *, is_loading: bool) -> None:
         """is_loading: the trainer loads its base for this job, so what it printed since it began is of the job too."""
-        files = self._found()
-        now = {rank: file.end() for rank, file in files.items()}
+        now = {rank: file.end() for rank, file in self._files.found().items()}
         begins_at = self._directory.log_starts if is_loading else now
         self._told[claim.claim_id] = _Told(claim=claim, begins_at=begins_at)
 
@@ -100,8 +129,7 @@ class Output:
         self._due_at = time.monotonic() + PUSH_SECONDS
         for told in self._told.values():
             self._push(told)
-        for file in self._found().values():
-            file.keep_short()
+        self._files.keep_short()
 
     def end(self, claim_id: str) -> None:
         """The job leaves the trainer."""
@@ -115,7 +143,7 @@ class Output:
     def _push(self, told: _Told) -> None:
         """Best effort: nobody's training, and no end of an attempt, waits for it."""
         try:
-            for rank, file in self._found().items():
+            for rank, file in self._files.found().items():
                 content = tellable(file, told.begins_at.get(rank, 0), told.claim, self._context.settings.data_dir)
                 if content:
                     self._store(told, rank, content)
@@ -129,18 +157,6 @@ class Output:
                 self._context.db, told.claim.claim_id, worker_id=self._context.worker_id, rank=rank, content=blob
             )
             told.pushed[rank] = blob.digest
-
-    def _found(self) -> dict[int, LogFile]:
-        for rank, path in self._directory.logs().items():
-            self._files.setdefault(rank, LogFile(path))
-        return self._files
-
-
-def keep_short(directory: TrainerDirectory) -> None:
-    """Cut the files of a trainer that holds no job of this worker: nothing of them is told but how it ended."""
-    with suppress(OSError):
-        for path in directory.logs().values():
-            LogFile(path).keep_short()
 
 
 def tellable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:

@@ -84,6 +84,10 @@ class Pack:
         return len(self._held)
 
     @property
+    def claim_ids(self) -> list[str]:
+        return list(self._held)
+
+    @property
     def holding(self) -> Holding:
         """Of the base, on the devices."""
         if self.strategy == "replicated":

@@ -1,7 +1,7 @@
 """The worker's heartbeat, on threads of its own: slow work elsewhere never costs a lease.
 
-A claim that was not renewed for two thirds of its lease is given up: the trainer is killed before the
-lease ends, and with it every chance that two workers train one job.
+A claim that was not renewed for two thirds of its lease is given up: its trainer is killed before the lease ends, and
+who holds the claim is told that it is stale, so that no two workers train one job.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from catalog import claims, workers
@@ -93,11 +93,10 @@ class Pulse:
             self._renewed_at.clear()
             self._orders.clear()
 
-    def take_orders(self) -> dict[str, Orders]:
-        """What the last heartbeats said, per claim; each is given once."""
+    def take_orders(self, claim_ids: Collection[str]) -> dict[str, Orders]:
+        """What the last heartbeats said of these claims, and that those are stale which were given up; each once."""
         with self._lock:
-            orders, self._orders = self._orders, {}
-        return orders
+            return {claim_id: self._orders.pop(claim_id) for claim_id in claim_ids if claim_id in self._orders}
 
     def beat(self) -> None:
         """One heartbeat. Raises Unavailable where the database does not answer."""
@@ -149,15 +148,18 @@ class Pulse:
 
     def _watch_for_ever(self) -> None:
         while not self._closed.wait(min(WATCH_SECONDS, self._lease_seconds / 20)):
-            limit = time.monotonic() - self._lease_seconds * 2 / 3
-            with self._lock:
-                overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]
-                for claim_id in overdue:
-                    del self._renewed_at[claim_id]
-            if overdue:
-                self._give_up(overdue)
+            self.give_up_overdue()
 
-    def _give_up(self, overdue: list[str]) -> None:
+    def give_up_overdue(self) -> None:
+        """One look at what was not renewed for too long. No heartbeat asks about it any more."""
+        limit = time.monotonic() - self._lease_seconds * 2 / 3
+        with self._lock:
+            overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]
+            for claim_id in overdue:
+                del self._renewed_at[claim_id]
+                self._orders[claim_id] = Orders(stale=True)
+        if not overdue:
+            return
         log.error("No heartbeat for two thirds of a lease: %d claims are given up.", len(overdue))
         self.lost.set()
         if self._on_lost is not None:

@@ -101,12 +101,12 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
             trainer = _trainer(context, stack, str(first.trainer_id), settings | leading.meeting(context))
             leading.start(context, trainer, is_unwanted=is_unwanted)
             pack = _open_pack(context, stack, first, trainer.directory)
+            stack.enter_context(announced(context, trainer, pack, first.base_digest))
             for claim in waiting:
                 pack.admit(claim)
         except (LorryError, OSError, bases.Abandoned) as error:
             _release(context, waiting, _mishap(context, error))
             return len(claimed), []
-        stack.enter_context(announced(context, trainer, pack, first.base_digest))
         left_over = _attend(context, chores, trainer, pack)
         _conclude(context, trainer, pack)
     return len(claimed) - len(waiting) + pack.num_ended, left_over
@@ -114,7 +114,7 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
 
 def _are_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
     """Obey what people have asked for while nothing runs yet; True once nobody waits any more."""
-    for claim_id, order in context.pulse.take_orders().items():
+    for claim_id, order in context.pulse.take_orders([claim.claim_id for claim in waiting]).items():
         for claim in [claim for claim in waiting if claim.claim_id == claim_id]:
             asked: Verb | None = (
                 "cancel" if order.cancel else "pause" if order.pause else "preempt" if order.preempt else None
@@ -196,7 +196,7 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
             time.sleep(TURN_SECONDS)
             continue
         _patiently(trainer, pack.hear)
-        _patiently(trainer, lambda: pack.obey(context.pulse.take_orders()))
+        _patiently(trainer, lambda: pack.obey(context.pulse.take_orders(pack.claim_ids)))
         if pack.ready is None and not len(pack):
             trainer.kill()  # everybody has gone before it was ready
             continue
@@ -233,9 +233,9 @@ def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
 
 
 def _begin_to_leave(trainer: TrainerProcess, pack: Pack) -> None:
-    """A trainer that is still loading has nothing to save."""
+    """A trainer that is still loading has nothing to save, nor has any of what it was not given yet."""
+    pack.verdict = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
     if pack.ready is None:
-        pack.verdict = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
         trainer.kill()
     else:
         pack.drain()

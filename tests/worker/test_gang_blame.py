@@ -18,7 +18,7 @@ from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever, reasons
 from tests.worker.test_echoes import GLOO, fellow
 from tests.worker.test_gang import KILLED, LOCAL, GangSite, leads, loads, seat_of
-from worker import supervise
+from worker import admission, supervise
 from worker.chores import Chores
 from worker.context import WorkerContext
 from worker.gang import alike
@@ -160,6 +160,39 @@ def test_a_member_that_leaves_while_the_trainer_loads_costs_nobody_anything(gang
 
     assert reasons(gang.site, job_id) == [EndReason.DRAINED]
     assert gang.site.world.job(job_id).run_after is None
+
+
+def test_a_member_that_leaves_costs_nothing_where_a_job_could_not_be_handed_over_yet(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outage(*_: object) -> Json:
+        raise OUTAGE
+
+    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
+        yield from begun(gang, trainer, context)
+        monkeypatch.setattr(admission, "bring_files", outage)
+        gangs.ask_to_leave(gang.place("w2"))
+        yield from trainer.listen("drain")
+
+    job_id = leads(gang, script)
+
+    attempt = attempt_of(gang, job_id)
+    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.DRAINED, "")
+    assert gang.site.world.job(job_id).run_after is None
+
+
+def test_a_leader_without_a_database_while_its_gang_gathers_blames_nobody(gang: GangSite) -> None:
+    """Its trainer is killed with its claims; the database is back before they could have become another's."""
+
+    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
+        context.pulse.hold(gang.site.held(), since=-float("inf"))
+        context.pulse.give_up_overdue()
+        yield
+
+    attempt = attempt_of(gang, leads(gang, script))
+
+    assert gang.trainers[0].is_killed
+    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.INFRA_LOST, None)
 
 
 def test_a_gang_of_which_one_is_cordoned_takes_no_more_and_its_empty_trainer_goes(gang: GangSite) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from catalog import gangs
+from catalog import cordons, gangs
+from catalog.db import Database
 from catalog.gangs import Round
-from tests.worker.pack_site import PackSite
+from catalog.tables import Worker
+from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.scripted_trainer import FakeTrainer
 from tests.worker.test_gang import LOCAL, GangSite
 from worker import bases, output, supervise
@@ -86,3 +88,38 @@ def test_what_a_members_trainer_prints_is_cut_where_it_grows_long(
 
     assert take_part(member)
     assert sizes == [0]
+
+
+def test_a_member_whose_trainer_no_signal_ends_says_until_it_is_heard_that_it_takes_nothing_new(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, led = called(gang)
+    look, cordon = gangs.standing, cordons.cordon_own
+    said: list[str] = []
+
+    def on_looking(place: gangs.Place) -> gangs.Standing:
+        found = look(place)
+        if found.call is not None and found.call.has_joined and found.call.port is None:
+            gangs.start(gang.place("w1"), led.round_id, port=4711)
+        return found
+
+    def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
+        said.append(reason)
+        if len(said) == 1:
+            raise OUTAGE
+        cordon(db, worker_id, reason=reason)
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        trainer.is_left_behind = True
+        gangs.end_round(gang.place("w1"), led.round_id)
+        while True:
+            yield
+
+    monkeypatch.setattr(gangs, "standing", on_looking)
+    monkeypatch.setattr(cordons, "cordon_own", cordon_own)
+    gang.script = script
+
+    assert take_part(member)
+
+    with gang.site.db.read() as session:
+        assert session.get_one(Worker, "w2").cordon is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -247,3 +249,30 @@ def test_another_workers_attempt_is_not_written_to(site: PackSite, tmp_path: Pat
     kept.end(claim.claim_id)
 
     assert told(site, claim.job.id) == []
+
+
+def test_a_disk_without_room_for_what_is_cut_ends_nothing_and_is_told_once(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(output, "LONGEST_FILE_BYTES", 10)
+    monkeypatch.setattr(output, "PUSH_SECONDS", 0.0)
+    pack = site.loading_pack(site.claim())
+    printed(pack.directory, "0123456789ab")
+    copy = shutil.copyfile
+
+    def half_of_it(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", half_of_it)
+    for _ in range(2):
+        pack.hear()
+    told_of_it = [record for record in caplog.records if "can't be cut" in record.getMessage()]
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    printed(pack.directory, "cd")
+    assert pack.directory.log_tail() == "0123456789abcd"
+    pack.hear()
+
+    assert len(told_of_it) == 1
+    assert pack.directory.log_path.stat().st_size == 0
+    assert pack.directory.log_tail() == "0123456789abcd"

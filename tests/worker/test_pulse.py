@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from catalog import workers
+from catalog.claims import Orders
 from catalog.db import Database
 from catalog.errors import Unavailable
 from catalog.workers import WorkerOrders
@@ -48,3 +49,19 @@ def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monke
 
     assert went_on.wait(20)
     pulse.close()
+
+
+def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_else() -> None:
+    pulse, told = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
+    pulse.guard(on_beat=None, on_lost=lambda: told.append("lost"))
+    pulse.hold(["mine", "anothers"], since=-float("inf"))
+    pulse.hold(["renewed"], since=float("inf"))
+
+    pulse.give_up_overdue()
+    pulse.give_up_overdue()
+    pulse.guard(on_beat=None, on_lost=None)
+
+    assert told == ["lost"]
+    assert pulse.take_orders(["mine", "renewed"]) == {"mine": Orders(stale=True)}
+    assert pulse.take_orders(["mine", "renewed"]) == {}
+    assert pulse.take_orders(["anothers"]) == {"anothers": Orders(stale=True)}
