@@ -39,6 +39,7 @@ AT_FAULT = frozenset(
 MAX_LOOKED_AT = 100
 """Ended attempts of one worker, and earlier workers of one host."""
 OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."
+BEFORE_ANY_JOB = f"It failed {MAX_FAILED_RUNNING} times in a row, before a job had begun."
 OF_A_DRAIN = "It was drained."
 By = Literal["operator", "service"]
 
@@ -50,8 +51,10 @@ class Ended:
     job_id: str
     trainer_id: str | None
     reason: str
-    suspect_base: str | None = None
-    """Pack key, where the trainer never got ready, as none of other workers did with it: see loads.py."""
+    culprit: str | None = None
+    """What may be to blame if not the node. None: the job. Else its base, by pack key, where the trainer never got
+    ready, as none did with it (loads.py); or no job at all, where the node failed before one had begun: the trainer's
+    id, which no other trainer shares."""
 
 
 def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
@@ -184,8 +187,11 @@ def _look(db: Database, worker_id: str) -> bool:
         found = [attempt for attempt, end in zip(attempts, ends, strict=True) if end in blamed]
         jobs = sorted({attempt.job_id for attempt in found})
         evidence, told = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
-        _put_by_service(session, worker, OF_THE_SERVICE, now=now, evidence=evidence, details=told)
-        told = f"was cordoned, for this job and others failed on it one after the other: {_what_next()}"
+        is_of_jobs = len(jobs) >= MAX_FAILED_RUNNING
+        reason = OF_THE_SERVICE if is_of_jobs else BEFORE_ANY_JOB
+        why = "this job and others failed on it one after the other" if is_of_jobs else "it failed time and again"
+        _put_by_service(session, worker, reason, now=now, evidence=evidence, details=told)
+        told = f"was cordoned, for {why}: {_what_next()}"
         _tell(session, worker, jobs, told, now=now)
         return True
 
@@ -243,7 +249,7 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
     ends: newest first; they count back to the last job that succeeded. A job that ends its trainer takes those with it
     that trained beside it: so the node is to blame only where no two jobs could be, because each trainer that ended
     badly held one of them. Of a base that fails to load everywhere it is the base, and not each of its jobs: else one
-    node would be cordoned after the other.
+    node would be cordoned after the other. Where the node failed before any job had begun, no job could be.
     """
     bad: list[Ended] = []
     for end in ends:
@@ -253,7 +259,7 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
             bad.append(end)
     by_trainer: dict[str | None, set[str]] = {}
     for end in bad:
-        by_trainer.setdefault(end.trainer_id, set()).add(end.suspect_base or end.job_id)
+        by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or end.job_id)
     return [] if _could_be_to_blame(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
 
 
@@ -268,22 +274,30 @@ def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
 
 
 def _ended(session: Session, attempts: Sequence[Attempt]) -> list[Ended]:
-    bases = _suspect_bases(session, {one.trainer_id for one in attempts if one.reason in loads.OF_A_LOAD})
+    bad = {one.trainer_id for one in attempts if one.reason in AT_FAULT and one.trainer_id is not None}
+    trainers = session.scalars(select(Trainer).where(Trainer.id.in_(bad))).all()
+    ready = {trainer.id for trainer in trainers if loads.was_ready(trainer.report)}
+    bases = _suspect_bases(session, [trainer for trainer in trainers if trainer.id not in ready])
+
+    def culprit(attempt: Attempt) -> str | None:
+        if attempt.trainer_id is None or attempt.trainer_id in ready:
+            return None
+        is_nodes = attempt.reason == EndReason.NODE_FAILED
+        return attempt.trainer_id if is_nodes else bases.get(attempt.trainer_id)
+
     return [
         Ended(
             job_id=attempt.job_id,
             trainer_id=attempt.trainer_id,
             reason=attempt.reason or "",
-            suspect_base=bases.get(attempt.trainer_id) if attempt.reason in loads.OF_A_LOAD else None,
+            culprit=culprit(attempt),
         )
         for attempt in attempts
     ]
 
 
-def _suspect_bases(session: Session, trainer_ids: Collection[str | None]) -> dict[str | None, str]:
-    """By trainer that never got ready."""
-    named = session.scalars(select(Trainer).where(Trainer.id.in_([one for one in trainer_ids if one is not None])))
-    unready = [trainer for trainer in named if not loads.was_ready(trainer.report)]
+def _suspect_bases(session: Session, unready: Sequence[Trainer]) -> dict[str, str]:
+    """By trainer."""
     suspect = {key for key in {trainer.pack_key for trainer in unready} if loads.fails_everywhere(session, key)}
     return {trainer.id: trainer.pack_key for trainer in unready if trainer.pack_key in suspect}
 

@@ -327,16 +327,14 @@ class Pack:
     def end_all(self, end: End) -> None:
         """End every claim that is left: the trainer has gone."""
         for held in list(self._held.values()):
-            is_bystander = self.ready is None or not held.is_handed_over
-            self._guarded(held, partial(self._end, end=end, is_bystander=is_bystander))
+            self._guarded(held, partial(self._end, end=end))
 
     def forget_all(self) -> None:
         """Nothing can be recorded any more: recovery ends what is left, if anything is."""
         for held in list(self._held.values()):
             self._forget(held)
 
-    def _end(self, held: Held, end: End, *, is_bystander: bool = False) -> None:
-        """is_bystander: the trainer has ended, and had not begun the job."""
+    def _end(self, held: Held, end: End) -> None:
         end = cleaned(end, held.claim, self._context.settings.data_dir)
         try:
             claims.end(
@@ -345,7 +343,7 @@ class Pack:
                 reason=end.reason,
                 detail=end.detail,
                 error=end.error,
-                is_bystander=is_bystander,
+                is_bystander=self.ready is None or not held.is_handed_over,  # the trainer had not begun it
                 blamed_worker_id=self._blamed(end),
                 policy=self._context.policy,
             )

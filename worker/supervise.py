@@ -323,7 +323,9 @@ def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None
 
 
 def _end(context: WorkerContext, claim_id: str, end: End) -> None:
-    claims.end(context.db, claim_id, reason=end.reason, detail=end.detail, policy=context.policy)
+    """Of a job that no trainer has begun."""
+    policy = context.policy
+    claims.end(context.db, claim_id, reason=end.reason, detail=end.detail, is_bystander=True, policy=policy)
 
 
 def _try(record: Callable[[], object]) -> None:

@@ -347,6 +347,15 @@ def test_two_jobs_in_all_that_failed_never_cordon_a_node(packs: list[str], one: 
     assert failed_running(ends(*with_one)) == []
 
 
+def test_where_no_job_had_begun_none_could_be_to_blame() -> None:
+    names = ("first", "second", "third")
+    before = [Ended(job_id="a", trainer_id=name, reason=EndReason.NODE_FAILED, culprit=name) for name in names]
+
+    assert failed_running(before) == before
+    assert failed_running([*before[:2], *ends("a", "a")]) != []
+    assert failed_running([before[0], *ends("b", "b", "b")]) == []
+
+
 @pytest.mark.parametrize("seconds_each", [1, 15, 200])
 def test_a_bad_node_is_found_before_any_of_three_jobs_has_used_up_its_attempts(world: World, seconds_each: int) -> None:
     """Whatever a trainer takes to die, where it has room for one job."""
