@@ -141,7 +141,7 @@ class Transport:
         return ConnectionFailed(
             f"The service at {self.connection.url} does not answer: {why}. {self.connection.origin}".rstrip(),
             code="connection_failed",
-            remedy="Check the address, and that the service runs; `lorry up` starts one here.",
+            remedy="Check the address. One just started needs some seconds; `lorry up` starts one on this machine.",
         )
 
 
