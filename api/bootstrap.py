@@ -38,8 +38,9 @@ def bootstrap(settings: Settings) -> Bootstrapped:
     return Bootstrapped(created=made is not None, api_key=made)
 
 
-def open_existing(settings: Settings) -> Database:
-    """The database, which nothing is made of where there is none. Raises InvalidRequest with the remedy."""
+def open_existing(settings: Settings, *, if_older: str = fitness.MIGRATE) -> Database:
+    """The database, which nothing is made of where there is none. Raises InvalidRequest with the remedy, and Conflict
+    with the remedy `if_older` where its tables are older than this code."""
     url = make_url(settings.resolved_database_url())
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise _nothing_there(url)
@@ -47,6 +48,7 @@ def open_existing(settings: Settings) -> Database:
     with db.read() as session:
         if not inspect(session.connection()).has_table(ApiKey.__tablename__):
             raise _nothing_there(url)
+        fitness.check_tables(session, remedy=if_older)
     return db
 
 

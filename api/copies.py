@@ -14,6 +14,8 @@ from catalog.backup import Checked, check, make, open_place, restore
 from catalog.settings import Settings
 
 WHERE = "A folder, or a URL such as s3://bucket/prefix."
+BY_ITS_OWN = "Run this command of the version that the service runs; migrate after the backup: python -m api bootstrap."
+"""Whoever copies before an upgrade must not be told to migrate first."""
 SHOWN = 20
 """Problems that are told in full; of more, the number."""
 
@@ -34,7 +36,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
-    db = open_existing(settings)
+    db = open_existing(settings, if_older=BY_ITS_OWN)
     try:
         place = open_place(arguments.place, is_new=True)
         made = make(db, open_store(settings), place, work_dir=settings.work_dir(), keep=arguments.keep)
@@ -68,7 +70,7 @@ def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _verify(arguments: argparse.Namespace, settings: Settings) -> int:
-    db = open_existing(settings)
+    db = open_existing(settings, if_older=BY_ITS_OWN)
     try:
         checked = check(db, open_store(settings))
     finally:

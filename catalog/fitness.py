@@ -1,7 +1,9 @@
-"""Whether a worker and the service of its database are of versions that can work together.
+"""Whether this code and the service of its database are of versions that can work together.
 
 A worker registers with the database's own revision and with a protocol number in the window that the service has
-announced. The revision is looked at first: only where it is the same are the tables those that this code knows.
+announced. The revision is looked at first: only where it is the same are the tables those that this code knows. The
+api goes on with newer tables, for a migration takes nothing away that the release before it uses; with older ones it
+would look for columns that are not there.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from sqlalchemy import column, select, table
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, alembic_config, read_clock
-from catalog.errors import UnfitWorker
+from catalog.errors import Conflict, UnfitWorker
 from catalog.tables import Service
 
 PROTOCOL = 1
@@ -23,6 +25,7 @@ PROTOCOL = 1
 OLDEST_PROTOCOL = 1
 """Workers below this can't go on beside a service of this code: they are drained."""
 REVISIONS = table("alembic_version", column("version_num"))
+MIGRATE = "Migrate it with this version, which what runs now goes on beside: python -m api bootstrap."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +65,21 @@ def check_in(session: Session, *, protocol: int) -> None:
         raise _of_another_protocol(protocol, window)
 
 
+def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
+    """Before an api answers anybody. Raises Conflict where the tables are older than this code; newer ones it takes."""
+    theirs = revision_of(session)
+    if is_older(theirs):
+        raise Conflict(f"{_needs('This program', theirs)}, an older one.", code="database_too_old", remedy=remedy)
+
+
 def revision_of(session: Session) -> str | None:
     """The database's."""
     return session.scalar(select(REVISIONS.c.version_num))
+
+
+def is_older(revision: str | None) -> bool:
+    """Whether it comes before this code's own. One that this code doesn't know is a later version's."""
+    return revision is None or revision in _earlier_revisions()
 
 
 def window_of(session: Session) -> Window:
@@ -89,19 +104,25 @@ def lorry_version() -> str:
         return "unknown"
 
 
+@cache
+def _earlier_revisions() -> frozenset[str]:
+    return frozenset(script.revision for script in _scripts().walk_revisions()) - {code_revision()}
+
+
 def _scripts() -> ScriptDirectory:
     return ScriptDirectory.from_config(alembic_config("sqlite://"))
 
 
 def _of_another_revision(theirs: str | None) -> UnfitWorker:
-    mine = code_revision()
-    is_older = theirs is None or theirs in {script.revision for script in _scripts().walk_revisions()}
-    who = f"This worker (Lorry {lorry_version()}) needs the database at revision {mine}, and it is at {theirs}"
-    if is_older:
-        remedy = "Migrate it with this version, which workers that run now go on beside: python -m api bootstrap."
-        return UnfitWorker(f"{who}, an older one.", code="database_too_old", remedy=remedy)
+    who = _needs("This worker", theirs)
+    if is_older(theirs):
+        return UnfitWorker(f"{who}, an older one.", code="database_too_old", remedy=MIGRATE)
     remedy = "Install the service's version of Lorry on this node, then start the worker again."
     return UnfitWorker(f"{who}, a newer one.", code="worker_too_old", remedy=remedy)
+
+
+def _needs(who: str, theirs: str | None) -> str:
+    return f"{who} (Lorry {lorry_version()}) needs the database at revision {code_revision()}, and it is at {theirs}"
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:

@@ -14,8 +14,13 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import update
+
+from catalog import fitness
+from catalog.db import Database
 
 ROOT = Path(__file__).parents[2]
+LATER = "of a later version"
 
 
 def run(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -72,6 +77,64 @@ def test_a_link_before_the_first_start_is_refused_with_the_remedy_and_makes_noth
     assert failed.value.returncode == 1
     assert "Traceback" not in failed.value.stderr
     assert "python -m api bootstrap" in failed.value.stderr
+
+
+def tables_of(data_dir: Path, revision: str) -> None:
+    """What the service of another version has left there."""
+    db = Database(f"sqlite:///{data_dir / 'lorry.db'}")
+    if revision == LATER:
+        db.migrate()
+        with db.write() as session:
+            session.execute(update(fitness.REVISIONS).values(version_num=revision))
+    else:
+        db.migrate(revision)
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (["serve", "--port", "0"], "Migrate it with this version"),
+        (["new-key"], "Migrate it with this version"),
+        (["backup", "copies"], "Run this command of the version that the service runs"),
+        (["verify"], "Run this command of the version that the service runs"),
+    ],
+)
+def test_on_tables_of_an_older_version_a_command_ends_with_the_remedy(
+    tmp_path: Path, command: list[str], remedy: str
+) -> None:
+    tables_of(tmp_path, "0038")
+
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(tmp_path, *command)
+
+    assert failed.value.returncode == 1
+    assert "it is at 0038, an older one" in failed.value.stderr
+    assert remedy in failed.value.stderr
+    assert "Traceback" not in failed.value.stderr
+    assert failed.value.stdout == ""
+
+
+@pytest.mark.parametrize("later", [True, False], ids=["tables of a later version", "tables that were migrated"])
+def test_it_serves_on_its_own_tables_and_on_newer_ones(tmp_path: Path, *, later: bool) -> None:
+    tables_of(tmp_path, LATER if later else "0038")
+    if not later:
+        bootstrapped(tmp_path)
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "api", "serve", "--port", "0"],
+        env={**os.environ, "LORRY_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        ready = json.loads(child.stdout.readline())
+        status = httpx.get(f"{ready['url']}/readyz", trust_env=False, timeout=20).status_code
+        child.send_signal(signal.SIGTERM)
+
+    assert (status, child.returncode) == (200, 0)
 
 
 def test_it_tells_its_address_when_ready_and_ends_well_with_a_stream_open(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import update
 
 from catalog import claims, cordons, fitness, jobs, workers
-from catalog.db import Database
-from catalog.errors import Unavailable, UnfitWorker
+from catalog.db import Database, alembic_config
+from catalog.errors import Conflict, Unavailable, UnfitWorker
 from catalog.states import EndReason, JobState
 from catalog.tables import Worker
 from tests.catalog.world import World
@@ -97,6 +98,28 @@ def test_where_nothing_was_announced_a_worker_of_this_code_fits(world: World) ->
 
     with pytest.raises(UnfitWorker):
         register(world, "w2", fitness.PROTOCOL + 1)
+
+
+def test_a_service_takes_newer_tables_than_its_own_and_no_older_ones(restored: World) -> None:
+    world = restored
+    at_revision(world, "9999")
+    with world.db.read() as session:
+        fitness.check_tables(session)
+
+    at_revision(world, "0001")
+
+    with pytest.raises(Conflict, match="it is at 0001, an older one") as refused, world.db.read() as session:
+        fitness.check_tables(session)
+    assert refused.value.code == "database_too_old"
+    assert "python -m api bootstrap" in refused.value.remedy
+
+
+def test_every_revision_but_the_newest_is_older(db: Database) -> None:
+    known = {script.revision for script in ScriptDirectory.from_config(alembic_config(db.url)).walk_revisions()}
+
+    assert {revision for revision in known if not fitness.is_older(revision)} == {fitness.code_revision()}
+    assert fitness.is_older(None)
+    assert not fitness.is_older("of a later version")
 
 
 def test_a_database_without_tables_is_waited_for(empty_url: str) -> None:
