@@ -17,8 +17,14 @@ COPY dashboard dashboard
 COPY api api
 
 FROM code AS api
+# What a backup calls, pg_dump and pg_restore, of the server's version or later: Debian's own may be older.
+ARG POSTGRES_CLIENT=17
+RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates postgresql-common \
+    && /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y \
+    && apt-get install --yes --no-install-recommends "postgresql-client-$POSTGRES_CLIENT" \
+    && rm -rf /var/lib/apt/lists/*
 # psutil: celery beat imports the worker's parents, which need it and no more.
-RUN pip install --constraint requirements.lock --editable '.[server]' psutil
+RUN pip install --constraint requirements.lock --editable '.[server,telemetry]' psutil
 USER lorry
 EXPOSE 8000
 CMD ["python", "-m", "api", "serve", "--host", "0.0.0.0", "--port", "8000"]
@@ -27,7 +33,7 @@ FROM code AS worker
 # An index of torch builds to look at beside PyPI, whose own build brings CUDA.
 ARG TORCH_INDEX=
 RUN if [ -n "$TORCH_INDEX" ]; then pip install --constraint requirements.lock --extra-index-url "$TORCH_INDEX" torch; fi \
-    && pip install --constraint requirements.lock --editable '.[worker]'
+    && pip install --constraint requirements.lock --editable '.[worker,telemetry]'
 ENV OMP_WAIT_POLICY=PASSIVE
 USER lorry
 CMD ["celery", "--app=worker.celery_app", "worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle"]

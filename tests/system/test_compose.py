@@ -20,9 +20,11 @@ from typing import Any
 
 import pytest
 import yaml
+from opentelemetry.sdk import environment_variables as of_opentelemetry
 
 from api.__main__ import _parser as api_parser
 from api.settings import ApiSettings
+from catalog import logs
 from catalog.settings import Settings
 from tests.services.running import free_port, running
 from tests.services.s3 import new_bucket
@@ -150,8 +152,28 @@ def test_every_setting_exists() -> None:
     known = {f"LORRY_{field}".upper() for settings in (Settings, ApiSettings) for field in settings.model_fields}
 
     for name, service in SERVICES.items():
-        given = {key for key in service.get("environment", {}) if key.startswith("LORRY_")}
-        assert given <= known | {"LORRY_DEVICE"}, name
+        given = {key for key in service.get("environment", {}) if key.startswith(("LORRY_", "OTEL_"))}
+        assert given <= known | {"LORRY_DEVICE", logs.FORMAT} | vars(of_opentelemetry).keys(), name
+
+
+def test_logs_and_traces_can_be_switched_on_and_only_the_api_knows_the_pepper() -> None:
+    ours = {name for name in OURS if "LORRY_DATA_DIR" in SERVICES[name]["environment"]}
+
+    assert ours == OURS - {"store"}
+    for name in ours:
+        assert {"LORRY_LOG_FORMAT", "OTEL_EXPORTER_OTLP_ENDPOINT"} <= SERVICES[name]["environment"].keys(), name
+    assert {name for name in ours if "LORRY_PEPPER" in SERVICES[name]["environment"]} == {"bootstrap", "api"}
+    for target in ("api", "worker"):
+        (extras,) = re.findall(r"'\.\[([\w,]+)\]'", dockerfile_targets()[target])
+        assert extras == f"{'server' if target == 'api' else 'worker'},telemetry"
+
+
+def test_the_apis_image_copies_a_database_of_the_version_that_runs_here() -> None:
+    (client,) = re.findall(r"^ARG POSTGRES_CLIENT=(\d+)$", dockerfile_targets()["api"], re.MULTILINE)
+    (server,) = re.findall(r"^postgres:(\d+)", SERVICES["postgres"]["image"])
+
+    assert int(client) >= int(server), "pg_dump copies servers of its own version and older ones"
+    assert '"postgresql-client-$POSTGRES_CLIENT"' in dockerfile_targets()["api"]
 
 
 def modules(name: str) -> set[str]:
@@ -167,13 +189,13 @@ def modules(name: str) -> set[str]:
 def test_commands_name_modules_that_exist() -> None:
     named = {name: modules(name) for name in SERVICES}
 
-    assert named["api"] == named["bootstrap"] == {"api"}
+    assert named["api"] == named["bootstrap"] == named["backup"] == {"api"}
     assert named["worker-cpu"] == named["worker-gpu"] == {"worker.celery_app", "worker.alive"}
     for module in set().union(*named.values()):
         assert find_spec(module) is not None, module
 
 
-@pytest.mark.parametrize("name", ["api", "bootstrap"])
+@pytest.mark.parametrize("name", ["api", "bootstrap", "backup"])
 def test_the_apis_commands_are_ones_that_it_takes(name: str) -> None:
     assert api_parser().parse_args(SERVICES[name]["command"][3:]).run
 
@@ -237,7 +259,12 @@ class Stack:
         return {**given, "LORRY_DATA_DIR": str(self.folder / name), **self._addresses, "TMPDIR": str(self.folder)}
 
     def argv(self, argv: list[str]) -> list[str]:
-        here = {"8000": str(self.port), "0.0.0.0": "127.0.0.1", "/tmp": str(self.folder)}
+        here = {
+            "8000": str(self.port),
+            "0.0.0.0": "127.0.0.1",
+            "/tmp": str(self.folder),
+            "/backups": str(self.folder / "backups"),
+        }
         program, *rest = [self._fill(word) for word in argv]
         for there, instead in here.items():
             rest = [word.replace(there, instead) for word in rest]
@@ -295,4 +322,7 @@ def test_the_services_come_up_in_order_as_processes(stack: Stack) -> None:
     with stack.start("api"), stack.start("worker-cpu"), stack.start("beat"):
         assert stack.is_healthy("api")
         assert stack.is_healthy("worker-cpu")
+        copied = stack.run("backup", SERVICES["backup"]["command"])
+        assert (copied.returncode, "Backup " in copied.stdout) == (0, True), copied.stderr
+    assert len(list((stack.folder / "backups" / "backups").iterdir())) == 1
     assert not stack.is_healthy("api")

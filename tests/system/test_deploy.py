@@ -9,18 +9,22 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from configparser import RawConfigParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
+from opentelemetry.sdk import environment_variables as of_opentelemetry
 
 from api.__main__ import _parser as api_parser
 from api.settings import ApiSettings
+from catalog import logs
 from catalog.settings import Settings
+from lorry.cli.main import app as lorry_app
 from worker.celery_app import QUEUE
 from worker.context import WorkerContext
 
@@ -32,7 +36,10 @@ MANIFESTS: list[dict[str, Any]] = [
     for path in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
     for manifest in yaml.safe_load_all(path.read_text("utf-8"))
 ]
-KNOWN = {f"LORRY_{name}".upper() for kind in (Settings, ApiSettings) for name in kind.model_fields} | {"LORRY_DEVICE"}
+SETTINGS = {f"LORRY_{name}".upper() for kind in (Settings, ApiSettings) for name in kind.model_fields}
+KNOWN = SETTINGS | {"LORRY_DEVICE", logs.FORMAT}
+TIME_TO_LEAVE = 90
+"""Of a worker, in seconds, wherever it is told."""
 DRAIN_SECONDS = WorkerContext.__dataclass_fields__["drain_seconds"].default
 SECRETS = re.compile(r"PASSWORD|SECRET|PEPPER|ACCESS_KEY|(DATABASE|REDIS)_URL")
 EACH_UNIT = pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
@@ -51,7 +58,11 @@ class Unit(RawConfigParser):
         return self["Service"].get(name, "")
 
     def command(self) -> list[str]:
-        return self.one("ExecStart").replace("${BACKUP_PLACE}", "place").replace("%%", "%").split()
+        """WORKERS is several words, as the unit's own example says them."""
+        line = self.one("ExecStart").replace("${BACKUP_PLACE}", "place").replace("%%", "%")
+        if told := re.search(r'^#   WORKERS="(.*)"$', self.text, re.MULTILINE):
+            line = line.replace("$WORKERS", told[1])
+        return line.split()
 
 
 def is_worker(argv: list[str]) -> bool:
@@ -63,6 +74,8 @@ def check_command(argv: list[str]) -> None:
     if argv[0].endswith("celery"):
         assert argv[1] == "--app=worker.celery_app"
         assert argv[2] in ("worker", "beat")
+    elif argv[0].endswith("/lorry"):
+        assert lorry_parsed(argv[1:])
     else:
         assert argv[1:3] == ["-m", "api"]
         assert api_parser().parse_args(argv[3:]).run
@@ -71,13 +84,32 @@ def check_command(argv: list[str]) -> None:
         assert told <= set(argv), "what worker/celery_app.py asks for"
 
 
+def lorry_parsed(words: Sequence[str]) -> dict[str, Any]:
+    """What `lorry` understands. Raises click's UsageError."""
+    name, *options = words
+    command: Any = typer.main.get_command(lorry_app)
+    return command.commands[name].make_context(name, list(options)).params
+
+
+def templates() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and pod template of every workload."""
+    for manifest in MANIFESTS:
+        spec = manifest.get("spec", {})
+        spec = spec.get("jobTemplate", {}).get("spec", spec)
+        if "template" in spec:
+            yield manifest["metadata"]["name"], spec["template"]
+
+
 def containers() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Name, pod and container of every workload."""
-    for manifest in MANIFESTS:
-        template = manifest.get("spec", {}).get("template")
-        if template is not None:
-            for container in template["spec"]["containers"]:
-                yield manifest["metadata"]["name"], template["spec"], container
+    for name, template in templates():
+        for container in template["spec"]["containers"]:
+            yield name, template["spec"], container
+
+
+def optional(path: Path) -> list[dict[str, Any]]:
+    """The manifests of a file with what stands in it for those who want it."""
+    return list(yaml.safe_load_all(path.read_text("utf-8").replace("#? ", "")))
 
 
 def named(kind: str, name: str) -> dict[str, Any]:
@@ -100,13 +132,39 @@ def test_a_unit_runs_a_command_of_ours_as_an_ordinary_user_that_writes_one_folde
     assert not SECRETS.search(" ".join(re.findall(r"^Environment=(.*)$", read.text, re.MULTILINE)))
 
 
-def test_a_worker_that_leaves_has_time_and_its_trainer_hears_nothing_of_the_signal() -> None:
-    worker = Unit(DEPLOY / "systemd" / "lorry-worker@.service")
+@pytest.mark.parametrize("name", ["lorry-worker@.service", "lorry-workers.service"])
+def test_a_worker_that_leaves_has_time_and_its_trainer_hears_nothing_of_the_signal(name: str) -> None:
+    worker = Unit(DEPLOY / "systemd" / name)
 
     assert worker.one("KillMode") == "mixed"
-    assert int(worker.one("TimeoutStopSec")) >= 3 * DRAIN_SECONDS
+    assert int(worker.one("TimeoutStopSec")) == TIME_TO_LEAVE >= 3 * DRAIN_SECONDS
     assert worker.one("OOMPolicy") == "continue", "else systemd ends the worker whose trainer the kernel has killed"
-    assert "LORRY_DEVICE=%i" in worker.one("Environment")
+
+
+def test_a_machines_workers_have_the_groups_that_its_file_names_or_one_for_each_gpu() -> None:
+    one = Unit(DEPLOY / "systemd" / "lorry-worker@.service")
+    all_of_it = Unit(DEPLOY / "systemd" / "lorry-workers.service")
+
+    assert "LORRY_DEVICE=%i" in one.one("Environment")
+    assert "LORRY_DEVICE" not in all_of_it.text, "lorry worker gives each its own"
+    told = lorry_parsed(all_of_it.command()[1:])
+    assert [*told["groups"], *told["more"]] == ["0,1", "2", "3"]
+    nothing_named = [word for word in all_of_it.one("ExecStart").split()[1:] if word != "$WORKERS"]
+    assert not lorry_parsed(nothing_named)["groups"]
+    assert "EnvironmentFile=-/etc/lorry/workers.env" in all_of_it.text
+    assert [line for line in one.text.splitlines() if line.startswith(("Protect", "Restrict", "Private"))] == [
+        line for line in all_of_it.text.splitlines() if line.startswith(("Protect", "Restrict", "Private"))
+    ]
+
+
+@pytest.mark.parametrize("page", ["deploy/README.md", "docs/FLEET.md", "docs/OPERATIONS.md", "docs/UPGRADING.md"])
+def test_pages_tell_the_time_that_a_worker_has_to_leave(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    told = r"TimeoutStopSec=(\d+)|stop_grace_period: (\d+)s|Give a worker (\d+)|a worker has \[?(\d+) seconds"
+
+    found = [int(seconds) for match in re.findall(told, text, re.IGNORECASE) for seconds in match if seconds]
+
+    assert set(found) == {TIME_TO_LEAVE}
 
 
 def test_the_api_may_take_the_time_that_its_settings_promise() -> None:
@@ -120,7 +178,8 @@ def test_systemd_takes_every_unit(tmp_path: Path) -> None:
         pytest.skip("needs systemd-analyze")
     for path in (DEPLOY / "systemd").iterdir():
         text = path.read_text("utf-8").replace("/opt/lorry/.venv/bin/celery", f"{sys.executable} -m celery")
-        text = text.replace("/opt/lorry/.venv/bin/python", sys.executable).replace("/opt/lorry", str(ROOT))
+        text = text.replace("/opt/lorry/.venv/bin/python", sys.executable)
+        text = text.replace("/opt/lorry/.venv/bin/lorry", f"{sys.executable} -m lorry").replace("/opt/lorry", str(ROOT))
         (tmp_path / path.name.replace("@.", "@0.")).write_text(text)
 
     done = subprocess.run(
@@ -146,9 +205,8 @@ def test_a_worker_of_another_machine_is_the_one_of_compose_but_for_addresses_and
     for key in ("command", "image", "restart", "init", "read_only", "tmpfs", "cap_drop", "security_opt", "shm_size"):
         assert there[key] == here[key], key
     assert there["healthcheck"] == here["healthcheck"]
-    assert int(there["stop_grace_period"].removesuffix("s")) >= 3 * DRAIN_SECONDS
-    assert here["environment"].keys() - there["environment"].keys() == {"LORRY_PEPPER"}
-    assert there["environment"].keys() <= here["environment"].keys()
+    assert there["stop_grace_period"] == here["stop_grace_period"] == f"{TIME_TO_LEAVE}s"
+    assert there["environment"].keys() == here["environment"].keys()
     (gpu,) = there["deploy"]["resources"]["reservations"]["devices"]
     assert gpu["device_ids"] == ["${GPU:?the number of a GPU}"]
     assert there["environment"]["LORRY_DEVICE"] == "0"
@@ -178,7 +236,7 @@ def test_no_secret_stands_in_a_compose_file(path: Path) -> None:
 
 
 def test_every_pod_runs_a_command_of_ours_without_rights() -> None:
-    assert {name for name, _, _ in containers()} == {"migrate", "api", "beat", "worker"}
+    assert {name for name, _, _ in containers()} == {"migrate", "api", "beat", "worker", "backup"}
     for name, pod, container in containers():
         check_command(container["command"])
         assert pod["automountServiceAccountToken"] is False, name
@@ -201,14 +259,17 @@ def test_manifests_set_what_there_is_and_hold_no_secret() -> None:
         told |= {variable["name"] for variable in container.get("env", ())}
 
     assert {name for name in told if name.startswith("LORRY_")} <= KNOWN
+    assert "LORRY_LOG_FORMAT" in told
+    commented = re.findall(r"^  # (OTEL_\w+):", (DEPLOY / "kubernetes" / "lorry.yaml").read_text("utf-8"), re.MULTILINE)
+    assert [name for name in commented if name in vars(of_opentelemetry)] == ["OTEL_EXPORTER_OTLP_ENDPOINT"]
     assert not any(SECRETS.search(name) for name in named("ConfigMap", "lorry")["data"])
     assert not any(manifest["kind"] == "Secret" for manifest in MANIFESTS)
 
 
-def test_no_worker_knows_the_pepper() -> None:
+def test_only_the_api_knows_the_pepper() -> None:
     for name, _, container in containers():
         has_all = {"secretRef": {"name": "lorry"}} in container["envFrom"]
-        assert has_all == (name != "worker"), name
+        assert has_all == (name in ("migrate", "api")), name
         assert not any(variable["name"] == "LORRY_PEPPER" for variable in container.get("env", ()))
 
 
@@ -218,7 +279,7 @@ def test_a_pod_of_a_worker_has_one_gpu_and_time_to_drain() -> None:
 
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "LORRY_DEVICE", "value": "0"} in container["env"]
-    assert pod["terminationGracePeriodSeconds"] >= 3 * DRAIN_SECONDS
+    assert pod["terminationGracePeriodSeconds"] == TIME_TO_LEAVE
     assert container["livenessProbe"]["exec"]["command"] == ["python", "-m", "worker.alive"]
     seconds = container["livenessProbe"]["periodSeconds"] * container["livenessProbe"]["failureThreshold"]
     assert seconds >= 600, "an outage of the database must not start the fleet anew"
@@ -234,7 +295,7 @@ def test_the_api_is_alive_without_a_database_and_ready_only_with_one() -> None:
 
 
 def test_selectors_find_their_pods_and_nobody_is_reached_but_the_api() -> None:
-    pods = [m["spec"]["template"]["metadata"]["labels"] for m in MANIFESTS if "template" in m.get("spec", {})]
+    pods = [template["metadata"]["labels"] for _, template in templates()]
     for manifest in MANIFESTS:
         spec = manifest.get("spec", {})
         wanted = spec.get("selector") or spec.get("podSelector") or {}
@@ -246,6 +307,36 @@ def test_selectors_find_their_pods_and_nobody_is_reached_but_the_api() -> None:
     open_to = [policy["metadata"]["name"] for policy in policies if "ingress" in policy["spec"]]
     assert open_to == ["api"]
     assert {m["metadata"]["name"] for m in MANIFESTS if m["kind"] == "PodDisruptionBudget"} == {"api", "worker"}
+
+
+def test_prometheus_reaches_the_api_and_what_else_is_wanted_is_there_to_be_opened() -> None:
+    path = DEPLOY / "kubernetes" / "network.yaml"
+    (api,) = [policy for policy in optional(path) if policy["metadata"]["name"] == "api"]
+    namespaces = [
+        rule["from"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for rule in api["spec"]["ingress"]
+    ]
+    assert namespaces == ["ingress-nginx", "monitoring"]
+    opened = {policy["metadata"]["name"]: policy["spec"] for policy in optional(path)}
+    ports = [port["port"] for rule in opened["out"]["egress"] for port in rule["ports"]]
+    assert ports == [53, 53, 5432, 6379, 443, 4318]
+    workers = {"podSelector": {"matchLabels": {"app": "lorry", "part": "worker"}}}
+    assert opened["gang"]["podSelector"] == workers["podSelector"]
+    assert (opened["gang"]["ingress"], opened["gang"]["egress"]) == ([{"from": [workers]}], [{"to": [workers]}])
+    as_it_stands = {policy["metadata"]["name"] for policy in yaml.safe_load_all(path.read_text("utf-8"))}
+    assert as_it_stands == {"nothing", "api", "out"}
+
+
+def test_a_backup_is_made_each_night_one_at_a_time_and_not_into_the_services_own_bucket() -> None:
+    cron = named("CronJob", "backup")["spec"]
+    pod = cron["jobTemplate"]["spec"]["template"]["spec"]
+    place = api_parser().parse_args(pod["containers"][0]["command"][3:]).place
+
+    assert cron["concurrencyPolicy"] == "Forbid"
+    assert cron["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 18 * 3600, "docs/OPERATIONS.md, why it is consistent"
+    assert place.startswith("s3://")
+    assert place.split("/")[2] != named("ConfigMap", "lorry")["data"]["LORRY_STORE_URL"].split("/")[2]
+    assert pod["restartPolicy"] == "Never"
 
 
 def test_images_name_their_version() -> None:
