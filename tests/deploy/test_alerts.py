@@ -101,6 +101,27 @@ def test_every_alert_is_tested() -> None:
 
 
 @needs_promtool
+def test_prometheus_takes_the_pages_configurations_and_in_kubernetes_finds_the_apis_pods(tmp_path: Path) -> None:
+    assert PROMTOOL is not None
+    told = re.findall(r"^```yaml\n(scrape_configs:\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for number, text in enumerate(told):
+        (tmp_path / f"{number}.yml").write_text(text)
+        words = [PROMTOOL, "check", "config", "--syntax-only", str(tmp_path / f"{number}.yml")]
+        done = subprocess.run(words, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    (found,) = yaml.safe_load(told[1])["scrape_configs"][0]["kubernetes_sd_configs"]
+    (api,) = [
+        manifest
+        for manifest in yaml.safe_load_all((ROOT / "deploy/kubernetes/lorry.yaml").read_text("utf-8"))
+        if (manifest["kind"], manifest["metadata"]["name"]) == ("Deployment", "api")
+    ]
+    labels = api["spec"]["template"]["metadata"]["labels"]
+    assert found["selectors"][0]["label"] == ",".join(f"{name}={value}" for name, value in labels.items())
+    assert found["namespaces"] == {"names": [api["metadata"]["namespace"]]}
+
+
+@needs_promtool
 @pytest.mark.parametrize("words", [["check", "rules", str(RULES)], ["test", "rules", "tests/deploy/rules_test.yml"]])
 def test_prometheus_loads_the_rules_and_they_fire_when_they_should(words: list[str]) -> None:
     assert PROMTOOL is not None
