@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import httpx
 
+from api.settings import ApiSettings
 from catalog.tables import Job, WebhookDelivery
 from catalog.webhooks import endpoints
 from tests.api.hook_receiver import Answer, Received, receiving
@@ -18,6 +20,8 @@ from tests.faults.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
 from tests.worker_site import PEPPER
 
 KEY = "submission-1"
+MARGIN_SECONDS = 20.0
+"""Beside what running requests have (LORRY_SHUTDOWN_SECONDS): what systemd gives an api is 30 s in all."""
 
 
 def _killed(site: FaultSite, *, failpoint: str, num_jobs: int) -> str:
@@ -52,14 +56,18 @@ def _asked_to_end(site: FaultSite) -> str:
         asked = pool.submit(site.post_job, file_id, idempotency_key=KEY, **SMALL)
         site.wait_until(lambda: _is_in_request(site))
         api.terminate()
+        asked_at = time.monotonic()
         site.wait_until(lambda: _takes_no_more(site))
         site.gate("commit").touch()
         answer = asked.result(PATIENCE_SECONDS)
 
     assert answer.status_code == 200, answer.text
     assert api.wait(PATIENCE_SECONDS) == 0, site.log()
+    seconds = time.monotonic() - asked_at
+    allowed = ApiSettings().shutdown_seconds + MARGIN_SECONDS
+    assert seconds < allowed, f"it took {seconds:.0f} s to end, and had {allowed:.0f}"
     site.cancel(answer.json()["id"])
-    return "the open request was answered 200, then the api ended with status 0"
+    return f"the open request was answered 200, then the api ended with status 0, {seconds:.1f} s after it was asked"
 
 
 def _killed_while_it_tells(site: FaultSite) -> str:

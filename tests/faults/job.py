@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from catalog import cordons, jobs, workers
 from catalog.errors import Conflict
@@ -11,9 +13,19 @@ from catalog.states import EndReason, JobState
 from catalog.tables import Worker
 from tests.faults.row import Row
 from tests.faults.site import FaultSite
+from tests.worker_site import wait_until
 
 FREE_SECONDS = 30.0
-"""A promise: how soon after a cancel the device is free."""
+"""A promise: how soon after it was asked to cancel the device is free."""
+LARGE: dict[str, Any] = {"rank": 1, "alpha": 1e6}
+FAST: dict[str, Any] = {"learning_rate": 1.0, "lora_plus_ratio": 1e6}
+TO_ZERO = {"lora": LARGE, "optimizer": FAST}
+"""What the weights give is so large that a norm's squares of it are infinite, and what it divides by them is zero."""
+TO_NAN = {
+    "lora": {**LARGE, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "optimizer": {**FAST, "type": "sgd", "momentum": 0.9, "max_grad_norm": None},
+}
+"""Three matrices one after the other with no norm between them: what they give is itself infinite."""
 
 
 def _poison(site: FaultSite) -> str:
@@ -56,12 +68,11 @@ def _cordoned(site: FaultSite) -> list[Worker]:
     return [worker for worker in workers.list_workers(site.db) if worker.cordon is not None]
 
 
-def _diverged(site: FaultSite) -> str:
+def _diverged(site: FaultSite, *, fields: dict[str, Any], says: str) -> str:
     """The highest rate and scale that are taken ruin its weights: that job fails, its packmate's bytes are those of one
     left alone."""
-    ruinous = {"learning_rate": 1.0, "lora_plus_ratio": 1e6}
     good = site.submit_small()
-    bad = site.submit_small(lora={"rank": 1, "alpha": 1e6}, optimizer=ruinous)
+    bad = site.submit_small(**fields)
     site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
     site.wait_for_step(15, good)
     site.wait_until(lambda: site.job(bad).state in (JobState.RUNNING, JobState.FAILED))
@@ -71,26 +82,35 @@ def _diverged(site: FaultSite) -> str:
     site.wait_for_end(bad)
 
     assert (site.job(bad).state, site.reasons(bad)) == (JobState.FAILED, [EndReason.DIVERGED]), site.told(bad)
+    assert says in site.attempts(bad)[0].detail, site.attempts(bad)[0].detail
     assert site.attempts(bad)[0].trainer_id == site.attempts(good)[0].trainer_id, "they did not ride together"
     return f"“{site.attempts(bad)[0].detail}” Its packmate's bytes are those of one left alone"
 
 
 def _cancelled(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite, str], None]) -> str:
-    """While its trainer stands at a failpoint for as long as it takes to ask; another job wants the device."""
+    """While its trainer stands at a failpoint: in a step until it is told, and in its loading for as long as it lives.
+    The device is free once the trainer, which has no other job, is gone."""
     job_id = site.submit_small()
     worker = site.start_worker(FAILPOINT=f"{failpoint}:wait={site.gate('go')}")
     is_there(site, job_id)
+    site.trainer_of(worker)
+    asked_at = time.monotonic()
     site.cancel(job_id)
-    began = site.job(job_id).state
-    if began == JobState.RUNNING and site.trainers_of(worker):
-        site.wait_until(lambda: site.job(job_id).state != JobState.RUNNING or site.is_told("cancel"))
+
+    def is_free() -> bool:
+        is_ended = site.job(job_id).state == JobState.CANCELLED
+        if not is_ended and site.is_told("cancel"):
+            site.gate("go").touch()
+        return is_ended and not site.trainers_of(worker)
+
+    late = f"the device was not free {FREE_SECONDS:.0f} s after it was asked"
+    wait_until(is_free, said=lambda: late, seconds=FREE_SECONDS)
+    seconds = time.monotonic() - asked_at
+
     site.gate("go").touch()
     next_job = site.submit_small()
-
-    seconds = site.seconds_until(lambda: site.job(job_id).state == JobState.CANCELLED)
-    assert seconds < FREE_SECONDS, f"it took {seconds:.0f} s"
     site.wait_for_success(next_job)
-    return f"cancelled {seconds:.1f} s later; the next job succeeded"
+    return f"cancelled, and the device free, {seconds:.1f} s after it was asked; the next job succeeded"
 
 
 def _at_step_15(site: FaultSite, job_id: str) -> None:
@@ -150,6 +170,24 @@ def _racing(site: FaultSite, *, failpoint: str, wins: JobState) -> str:
     return f"{wins.value} won, with {len(site.adapters())} adapters"
 
 
+def _obeyed_in_time(site: FaultSite) -> str:
+    """Asked for when one step is left, and obeyed before the trainer takes it: there is nothing to complete."""
+    job_id = site.submit_small()
+    site.start_worker(FAILPOINT=f"step_29:wait={site.gate('go')}")
+    site.wait_for_step(29, job_id)
+    site.cancel(job_id)
+    site.wait_for_message("cancel")
+    site.gate("go").touch()
+
+    site.wait_for_end(job_id)
+
+    state = site.job(job_id).state
+    assert (state, site.reasons(job_id)) == (JobState.CANCELLED, [EndReason.CANCELLED_BY_USER]), state
+    assert site.adapters() == []
+    _cancelled_twice(site, job_id)
+    return "cancelled won at step 29 of 30, with no adapter"
+
+
 ROWS = (
     Row(
         name="job-poison",
@@ -166,9 +204,15 @@ ROWS = (
     ),
     Row(
         name="job-diverged",
-        fault="a job that ruins its own weights",
+        fault="a job that ruins its own weights, to a gradient of zero",
         also="the right class; packmates untouched",
-        act=_diverged,
+        act=partial(_diverged, fields=TO_ZERO, says="exactly zero"),
+    ),
+    Row(
+        name="job-diverged-nan",
+        fault="a job that ruins its own weights, to a loss of NaN or infinity",
+        also="the right class; packmates untouched",
+        act=partial(_diverged, fields=TO_NAN, says="is not finite"),
     ),
     Row(
         name="cancel-waiting",
@@ -193,5 +237,11 @@ ROWS = (
         fault="cancel when the adapter is stored and the completing transaction is about to begin",
         also="one winner: the completion",
         act=partial(_racing, failpoint="before_complete", wins=JobState.SUCCEEDED),
+    ),
+    Row(
+        name="cancel-racing-first",
+        fault="cancel when one step is left, told before the adapter is exported",
+        also="one winner: the cancel",
+        act=_obeyed_in_time,
     ),
 )

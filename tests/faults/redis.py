@@ -16,6 +16,8 @@ from tests.faults.site import NUM_ROWS, SMALL, FaultSite
 CELERY = [sys.executable, "-m", "celery", "-A", "worker.celery_app"]
 WORKER = [*CELERY, "worker", "--without-gossip", "--without-mingle", "-c", "1", "-Q", "lorry", "-l", "warning"]
 ABSENT_SECONDS = 20.0
+"""Longer than the lease and than whatever waits for an answer of Redis (10 s). Beyond that nothing counts how long it
+is away: Celery tries without end, with pauses that grow to half a minute."""
 ONCE = [EndReason.COMPLETED]
 
 
@@ -135,7 +137,7 @@ ROWS = (
         for name, words, break_it, mend in (
             ("flushed", "FLUSHALL", _flush, _nothing),
             ("killed", "killed and started again", _end, _begin),
-            ("absent", f"absent for {ABSENT_SECONDS:.0f} s", _end, _begin_later),
+            ("absent", f"absent for {ABSENT_SECONDS:.0f} s, longer than a lease", _end, _begin_later),
         )
     ),
     Row(

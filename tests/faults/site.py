@@ -23,6 +23,7 @@ from catalog.states import JobState
 from catalog.tables import Job
 from tests.faults.auditor import audit
 from tests.faults.findings import Finding, Hook, Seen
+from tests.faults.leftovers import processes
 from tests.faults.watch import Watch
 from tests.services.fault_proxy import FaultProxy
 from tests.services.running import Restartable, free_port
@@ -33,8 +34,11 @@ LEASE_SECONDS = 6.0
 SMALL: dict[str, Any] = {"hyperparameters": {"batch_size": 4}, "max_steps": 30, "checkpoint_every_steps": 10}
 """The job of most rows: its adapter is known by its digest."""
 NUM_ROWS = 40
+LOOK_SECONDS = 0.05
 PATIENCE_SECONDS = 300.0
 """However loaded the machine is."""
+ALONE_SECONDS = 10.0
+"""How long what a worker has started may outlive it: by promise a second, and more on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +96,19 @@ class FaultSite(WorkerSite):
     def trainers_of(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Those that live."""
         return [child for child in self.children_of(worker) if "worker.train_entry" in child.cmdline()]
+
+    def has_seen_trainer(self) -> bool:
+        """Any that held a job, whether or not it still lives."""
+        return bool(self._watch.sightings())
+
+    def seconds_until_alone(self) -> float:
+        """Until nothing works in its folder any more: trainers and other children of a worker that has just ended."""
+        began = time.monotonic()
+        while left := processes(self.settings.work_dir()):
+            seconds = time.monotonic() - began
+            assert seconds < ALONE_SECONDS, f"{len(left)} processes outlived their worker by {seconds:.1f} s"
+            time.sleep(LOOK_SECONDS)
+        return time.monotonic() - began
 
     def num_jobs(self) -> int:
         with self.db.read() as session:

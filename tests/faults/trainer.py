@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from functools import partial
 
+from catalog import outputs
 from catalog.states import EndReason, JobState
 from tests.faults.row import Row
 from tests.faults.site import PATIENCE_SECONDS, FaultSite
 
+STANDS = re.compile(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _follow")
+"""In a stack, the failpoint of a step."""
 CRASHED_ONCE = [EndReason.TRAINER_CRASHED, EndReason.COMPLETED]
 
 
@@ -55,7 +59,20 @@ def _silent(site: FaultSite) -> str:
     site.finish(job_id)
 
     assert site.attempts(job_id)[-1].resumed_from_step == 10, site.told(job_id)
-    return f"{site.told(job_id)}: {site.attempts(job_id)[0].detail}"
+    ranks = _stacks(site, job_id)
+    assert ranks, "no log of the job's tells where its trainer stood"
+    assert all(STANDS.search(text) for text in ranks.values()), ranks
+    detail = site.attempts(job_id)[0].detail
+    return f"{site.told(job_id)}: {detail} The stacks of {len(ranks)} process are in its log"
+
+
+def _stacks(site: FaultSite, job_id: str) -> dict[int, str]:
+    """By rank, what the first attempt's logs have from when its worker asked where it stood."""
+    told: dict[int, str] = {}
+    given = {"project_id": site.caller.project_id, "job_id": job_id, "attempt": 1, "limit": 1000}
+    for line in outputs.lines(site.db, site.store, **given).items:
+        told[line.rank] = f"{told.get(line.rank, '')}{line.text}\n"
+    return {rank: text.partition("Its threads stand here:")[2] for rank, text in told.items()}
 
 
 ROWS = (
@@ -80,7 +97,7 @@ ROWS = (
     Row(
         name="trainer-hang",
         fault="the trainer hangs amid training",
-        also="caught by the progress time-out; job resumes",
+        also="caught by the progress time-out, with its stacks in the job's log; job resumes",
         act=_silent,
     ),
 )
