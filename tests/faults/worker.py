@@ -17,7 +17,7 @@ LOST_ONCE = [EndReason.INFRA_LOST, EndReason.COMPLETED]
 RESUMES = "it resumes at most one checkpoint back, with the same bytes"
 GONE = f"its trainer is gone within a second; {RESUMES}"
 BEFORE_ANY_TRAINER = ("before_claim", "after_claim")
-GRACE_SECONDS = 60.0
+GRACE_SECONDS = 90.0
 """A promise: what systemd and Compose give a worker to leave in, before they kill it."""
 
 
