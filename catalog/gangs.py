@@ -19,9 +19,9 @@ from catalog.heard import Heard
 from catalog.states import EndReason
 from catalog.tables import Gang, GangSeat, Json, Worker, new_id
 
-MAX_MISSED = 3
-"""Rounds running in which a member may have no part for a reason of its own."""
-OF_MISSED = f"It could not take part in {MAX_MISSED} trainers of its gang running."
+MAX_FAILED = 3
+"""Rounds in which a member may have no part for a reason of its own, with none in between that began."""
+OF_FAILED = f"It could not take part in {MAX_FAILED} trainers of its gang running."
 SINGLE = "There is nothing to do: it is tried again with those that are there."
 
 
@@ -122,7 +122,8 @@ def enter(
         session.execute(delete(GangSeat).where(GangSeat.gang == place.gang, GangSeat.worker_id.in_(gone)))
         seat = session.get(GangSeat, place.worker_id) or GangSeat(worker_id=place.worker_id)
         seat.gang, seat.kind, seat.num_processes, seat.free_bytes = place.gang, kind, num_processes, free_bytes
-        seat.versions, seat.round_id, seat.is_leaving, seat.num_missed = versions, None, False, 0
+        seat.versions, seat.round_id, seat.is_leaving = versions, None, False
+        seat.num_missed = seat.num_failed = 0
         session.add(seat)
 
 
@@ -196,7 +197,7 @@ def start(place: Place, round_id: str, *, port: int) -> None:
         if (hindrance := hindrance_of(_progress(session, place, row))) is not None:
             raise NotGathered(hindrance)
         row.port, row.expires_at = port, None
-        session.execute(update(GangSeat).where(GangSeat.round_id == round_id).values(num_missed=0))
+        session.execute(update(GangSeat).where(GangSeat.round_id == round_id).values(num_missed=0, num_failed=0))
 
 
 def progress(place: Place, round_id: str) -> Progress:
@@ -225,7 +226,7 @@ def hindrance_of(found: Progress) -> str | None:
 def leave(place: Place, round_id: str, *, end: Json) -> bool:
     """The member's part of the round has ended: reason, detail, is_echo. False where the round is over anyway.
 
-    One that could not take part in three rounds running, for a reason of its own, is cordoned.
+    One that could not take part for a reason of its own is cordoned at the third time since a round of it began.
     """
     with place.db.write() as session:
         try:
@@ -235,9 +236,10 @@ def leave(place: Place, round_id: str, *, end: Json) -> bool:
         seat.ended = end
         if row.port is None and end["reason"] != EndReason.DRAINED:
             seat.num_missed += 1
-            if end["reason"] in cordons.AT_FAULT and seat.num_missed >= MAX_MISSED:
-                seat.num_missed = 0
-                cordons.close(session, place.worker_id, reason=OF_MISSED, evidence=[end])
+            seat.num_failed += end["reason"] in cordons.AT_FAULT
+            if seat.num_failed >= MAX_FAILED:
+                seat.num_missed = seat.num_failed = 0
+                cordons.close(session, place.worker_id, reason=OF_FAILED, evidence=[end])
         return True
 
 

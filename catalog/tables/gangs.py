@@ -51,6 +51,8 @@ class GangSeat(Table):
     is_leaving: Mapped[bool] = mapped_column(Boolean)
     """It is to leave, and waits until the jobs are saved."""
     num_missed: Mapped[int] = mapped_column(Integer)
-    """Rounds in a row that did not begin for its sake."""
+    """Rounds in a row that did not begin for its sake: it was late, or could not take part."""
+    num_failed: Mapped[int] = mapped_column(Integer, server_default="0")
+    """Of those, the ones in which it could not take part for a reason of its own."""
     ended: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
     """How its part of that round ended: reason, detail, and whether it only followed from another's end."""

@@ -228,6 +228,19 @@ def test_a_member_that_can_not_take_part_is_called_after_others_and_cordoned_at_
     assert gang.member("w3").is_open
 
 
+def test_lateness_and_outages_are_no_reasons_of_its_own_by_which_a_member_is_cordoned(gang: Gang) -> None:
+    gang.lead("w1")
+    for _ in range(2):
+        gangs.missed(gang.place("w1"), gang.open("w1", "w2").round_id, ["w2"])
+    gangs.leave(gang.place("w2"), gang.open("w1", "w2").round_id, end=KILLED | {"reason": "infra_lost"})
+    are_open: list[bool] = []
+    for _ in range(3):
+        gangs.leave(gang.place("w2"), gang.open("w1", "w2").round_id, end=FULL)
+        are_open.append(gang.member("w2").is_open)
+
+    assert are_open == [True, True, False]
+
+
 @pytest.mark.parametrize("end", [KILLED | {"reason": "drained"}, KILLED | {"reason": "infra_lost"}])
 def test_who_leaves_or_meets_an_outage_is_not_cordoned(gang: Gang, end: dict[str, Any]) -> None:
     gang.lead("w1")
