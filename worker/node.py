@@ -6,11 +6,13 @@ Which device group a worker gets is chosen here too, by the text that names it; 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +22,7 @@ import psutil
 
 from worker import cgroup
 
+log = logging.getLogger(__name__)
 CORES = "cpu:"
 NUMBERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 CPUINFO = Path("/proc/cpuinfo")
@@ -263,9 +266,21 @@ def _visible(count: int) -> list[int]:
 
 
 def _gpu_free_bytes(index: int) -> int:
+    """0 where the driver does not tell now: nothing more is taken in, and what trains there goes on."""
     nvml = open_nvml()
-    assert nvml is not None, "the device was found by NVML"
-    return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
+    if nvml is None:
+        _tell_once(index, "NVML can't be opened")
+        return 0
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
+    except nvml.NVMLError as error:
+        _tell_once(index, str(error))
+        return 0
+
+
+@cache
+def _tell_once(index: int, why: str) -> None:
+    log.error("GPU %d does not tell what is free of it, so no job is taken in: %s", index, why)
 
 
 def open_nvml() -> Any:

@@ -88,8 +88,10 @@ class LogFiles:
         self._files: dict[int, LogFile] = {}
 
     def found(self) -> dict[int, LogFile]:
-        for rank, path in self._directory.logs().items():
-            self._files.setdefault(rank, LogFile(path))
+        """Those of before, where the folder can't be read now."""
+        with suppress(OSError):
+            for rank, path in self._directory.logs().items():
+                self._files.setdefault(rank, LogFile(path))
         return self._files
 
     def keep_short(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 
 from catalog import cordons
 from catalog.states import EndReason
@@ -35,7 +36,8 @@ def watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, lea
         return
     log.error("%s Trainer %s is ended.", verdict.detail, pack.trainer_id)
     pack.verdict = verdict
-    stacks.ask(trainer, verdict.detail)
+    with suppress(OSError):  # they are for people; it is ended all the same
+        stacks.ask(trainer, verdict.detail)
     trainer.kill()
 
 

@@ -148,7 +148,10 @@ class Pulse:
 
     def _watch_for_ever(self) -> None:
         while not self._closed.wait(min(WATCH_SECONDS, self._lease_seconds / 20)):
-            self.give_up_overdue()
+            try:
+                self.give_up_overdue()
+            except Exception:  # whatever it is, without the next look two workers may train one job
+                log.exception("A trainer was not ended")
 
     def give_up_overdue(self) -> None:
         """One look at what was not renewed for too long. No heartbeat asks about it any more."""

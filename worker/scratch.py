@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SUFFIX = ".lock"
@@ -25,7 +25,8 @@ def owned(path: Path) -> Generator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        lock_path.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that is read-only now: the next worker to start clears it away
+            lock_path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

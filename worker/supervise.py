@@ -223,10 +223,10 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
 
 
 def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
-    """What `act` returns; None in an outage, after a pause."""
+    """What `act` returns; None in an outage, or where a file can't be had now, after a pause."""
     try:
         return act()
-    except OUTAGES as error:
+    except (*OUTAGES, OSError) as error:
         log.warning("%s The trainer goes on; its news are kept.", error)
         trainer.wait(OUTAGE_SECONDS)
         return None
@@ -274,7 +274,7 @@ def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> No
             set_aside(context, trainer)
             pack.end_all(_verdict(context, trainer, pack))
             return
-        except OUTAGES as error:
+        except (*OUTAGES, OSError) as error:
             log.warning("%s Waiting to record how the trainer ended.", error)
             time.sleep(OUTAGE_SECONDS)
     _try(lambda: set_aside(context, trainer))

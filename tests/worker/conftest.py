@@ -10,6 +10,9 @@ import pytest
 
 from tests.worker.chat_bases import Base, train_tokenizer
 from tests.worker.pack_site import PackSite
+from tests.worker.scripted_trainer import FakeTrainer, Script
+from worker import bases, node, supervise
+from worker.trainer_directory import TrainerDirectory
 
 
 @pytest.fixture
@@ -31,3 +34,27 @@ def tokenizer_json() -> str:
 def make_base(tmp_path: Path, tokenizer_json: str) -> Callable[[str | None], Base]:
     """make_base(template): a base with that chat template, or with none."""
     return lambda template: Base(tmp_path / "base", tokenizer_json, template)
+
+
+@pytest.fixture
+def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], list[FakeTrainer]]:
+    """Supervise until nothing is left, every trainer following the script; returns them."""
+    trainers: list[FakeTrainer] = []
+    site.context.scratch_dir().mkdir()
+
+    def launch(
+        directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
+    ) -> FakeTrainer:
+        trainers.append(FakeTrainer(directory, scripts[0]))
+        return trainers[-1]
+
+    def run(script: Script) -> list[FakeTrainer]:
+        scripts.append(script)
+        supervise.supervise(site.context)
+        return trainers
+
+    scripts: list[Script] = []
+    monkeypatch.setattr(supervise, "launch", launch)
+    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(node, "free_bytes", lambda _: 10**12)
+    return run

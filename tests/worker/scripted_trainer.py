@@ -86,3 +86,10 @@ def loads_for_ever(trainer: FakeTrainer) -> Generator[None]:
 
 def reasons(site: PackSite, job_id: str) -> list[str | None]:
     return [attempt.reason for attempt in jobs.attempts(site.db, **site.world.of(job_id))]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail

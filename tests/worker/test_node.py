@@ -86,6 +86,24 @@ def test_what_a_driver_keeps_of_a_gpu_is_nobodys_memory(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("three_gpus")
+def test_a_gpu_of_which_the_driver_tells_nothing_takes_in_nothing_and_that_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    device, nvml = node.choose_device("1"), node.open_nvml()
+
+    def lost(_: int) -> Any:
+        raise DriverError("GPU is lost")
+
+    nvml.NVMLError, nvml.nvmlDeviceGetMemoryInfo = DriverError, lost
+
+    assert [node.free_bytes(device) for _ in range(3)] == [0, 0, 0]
+    monkeypatch.setattr(node, "open_nvml", lambda: None)
+    assert node.free_bytes(device) == 0
+    assert [record.args for record in caplog.records] == [(1, "GPU is lost"), (1, "NVML can't be opened")]
+
+
+@pytest.mark.usefixtures("three_gpus")
 def test_a_group_of_gpus_has_the_memory_of_its_smallest_times_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     alone = [node.choose_device(name) for name in ("0", "1", "2")]

@@ -276,3 +276,22 @@ def test_a_disk_without_room_for_what_is_cut_ends_nothing_and_is_told_once(
     assert len(told_of_it) == 1
     assert pack.directory.log_path.stat().st_size == 0
     assert pack.directory.log_tail() == "0123456789abcd"
+
+
+def test_a_folder_that_can_not_be_read_ends_nothing(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "PUSH_SECONDS", 0.0)
+    first, second = site.claim(seed=1), site.claim(seed=2)
+    pack = site.loading_pack(first)
+    printed(pack.directory, "one\n")
+
+    def unreadable(_: TrainerDirectory) -> dict[int, Path]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(TrainerDirectory, "logs", unreadable)
+        pack.admit(second)
+        pack.hear()
+    pack.end_all(CRASH)
+
+    assert told(site, first.job.id) == ["one"]
+    assert len(pack) == 0

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from typing import cast
 
+import pytest
+
 from catalog.states import EndReason
 from tests.worker.pack_site import READY, PackSite, say
+from tests.worker.scripted_trainer import raising
+from worker import stacks
 from worker.launch import TrainerProcess
 from worker.pack import Pack
 from worker.patience import watch_clock
@@ -52,6 +56,14 @@ def test_a_busy_trainer_that_says_nothing_is_ended(site: PackSite) -> None:
     assert looked_at(site, pack)
     assert pack.verdict is not None
     assert pack.verdict.reason is EndReason.TIMEOUT
+
+
+def test_one_whose_stacks_can_not_be_had_is_ended_all_the_same(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "ask", raising(OSError("Input/output error")))
+    pack = busy_pack(site)
+    pack.heard_at -= site.context.progress_seconds + 1
+
+    assert looked_at(site, pack)
 
 
 def say_at(pack: Pack, *moments: float, kind: str = "memory", verifying: bool = False) -> None:

@@ -65,3 +65,20 @@ def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_
     assert pulse.take_orders(["mine", "renewed"]) == {"mine": Orders(stale=True)}
     assert pulse.take_orders(["mine", "renewed"]) == {}
     assert pulse.take_orders(["anothers"]) == {"anothers": Orders(stale=True)}
+
+
+def test_a_trainer_that_could_not_be_ended_costs_no_look_at_the_claims_after_it() -> None:
+    pulse, went_on = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), threading.Event()
+
+    def fails() -> None:
+        pulse.guard(on_beat=None, on_lost=went_on.set)
+        pulse.hold(["second"], since=-float("inf"))
+        raise RuntimeError("the system said something new")
+
+    pulse.guard(on_beat=None, on_lost=fails)
+    pulse.hold(["first"], since=-float("inf"))
+
+    pulse.start()
+
+    assert went_on.wait(20)
+    pulse.close()

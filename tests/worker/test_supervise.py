@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from catalog import claims, jobs, memory, workers
+from catalog import claims, jobs, memory
 from catalog.artifacts.store import ArtifactStore
 from catalog.claims import Claim, Orders
 from catalog.db import Database
@@ -21,36 +21,11 @@ from catalog.states import EndReason
 from catalog.tables import Job, Worker
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, say
-from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, reasons
+from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
 from worker import bases, loop, node, supervise
 from worker.context import WorkerContext
 from worker.patience import LEFT_BEHIND
 from worker.room import room_of
-from worker.trainer_directory import TrainerDirectory
-
-
-@pytest.fixture
-def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], list[FakeTrainer]]:
-    """Supervise until nothing is left, every trainer following the script; returns them."""
-    trainers: list[FakeTrainer] = []
-    site.context.scratch_dir().mkdir()
-
-    def launch(
-        directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
-    ) -> FakeTrainer:
-        trainers.append(FakeTrainer(directory, scripts[0]))
-        return trainers[-1]
-
-    def run(script: Script) -> list[FakeTrainer]:
-        scripts.append(script)
-        supervise.supervise(site.context)
-        return trainers
-
-    scripts: list[Script] = []
-    monkeypatch.setattr(supervise, "launch", launch)
-    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
-    monkeypatch.setattr(node, "free_bytes", lambda _: 10**12)
-    return run
 
 
 @pytest.mark.parametrize(
@@ -103,81 +78,6 @@ def test_a_cancel_is_heard_while_the_base_is_imported_again(
     assert run(loads_for_ever) == []
 
     assert site.world.job(job.id).state == "cancelled"
-    assert site.held() == set()
-
-
-def give_up(site: PackSite) -> None:
-    """As after two thirds of a lease without an answer."""
-    pulse = site.context.pulse
-    pulse.hold(site.held(), since=-float("inf"))
-    pulse.give_up_overdue()
-
-
-def trains(trained: list[str]) -> Script:
-    """Whatever it gets."""
-
-    def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
-        admit = yield from trainer.listen("admit")
-        trained.append(admit.body["claim_id"])
-        trainer.say("cancelled", claim_id=admit.body["claim_id"])
-        yield
-
-    return script
-
-
-def test_claims_that_were_given_up_while_the_base_was_brought_are_not_trained_on(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, trained = site.queued(), []
-
-    def ensure(*_: object, **__: object) -> Path:
-        give_up(site)
-        return Path("/nowhere")
-
-    monkeypatch.setattr(bases, "ensure", ensure)
-
-    run(trains(trained))
-
-    assert (trained, reasons(site, job.id)) == ([], [None]), "the lease ends it"
-
-
-def test_claims_that_were_given_up_while_the_trainer_before_them_was_unloaded_are_not_trained_on(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
-) -> None:
-    site.queued()
-    trained: list[str] = []
-    trainers: list[FakeTrainer] = []
-    others: list[str] = []
-
-    def script(trainer: FakeTrainer) -> Generator[None]:
-        trainers.append(trainer)
-        if len(trainers) > 1:
-            yield from trains(trained)(trainer)
-            return
-        yield from cancels_what_it_gets(trainer)
-        others.append(site.queued(suffix="of-another-base").id)
-        with site.db.write() as session:
-            session.get_one(Job, others[0]).pack_key = "another:float32"
-        yield from trainer.listen("unload")
-        give_up(site)
-        yield
-
-    run(script)
-
-    assert (trained, reasons(site, others[0])) == ([], [None])
-
-
-def test_a_database_that_goes_away_when_the_trainer_is_put_on_record_gives_the_claims_back(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = site.queued()
-    monkeypatch.setattr(workers, "register_trainer", raising(OUTAGE))
-
-    (trainer,) = run(loads_for_ever)
-
-    assert trainer.is_killed
-    assert reasons(site, job.id) == [EndReason.INFRA_LOST]
     assert site.held() == set()
 
 
@@ -409,13 +309,6 @@ def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.Monke
     loop.run(site.context, once=True)
 
     assert len(calls) == 2
-
-
-def raising(error: Exception) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return fail
 
 
 def test_a_worker_that_waits_looks_again_when_the_bell_rings(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:

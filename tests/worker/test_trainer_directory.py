@@ -68,3 +68,16 @@ def test_the_log_tail_is_of_all_processes_since_they_were_told_their_base(direct
 
     assert list(directory.logs()) == [0, 1, 10]
     assert directory.log_tail() == "in log-1.txt\nin log-10.txt\nin log.txt\n"
+
+
+def test_a_trainer_whose_words_can_not_be_read_is_silent(directory: TrainerDirectory) -> None:
+    reader = EventReader(directory)
+    directory.events_path.mkdir()
+    assert reader.read() == []
+
+    directory.events_path.rmdir()
+    writer = EventWriter(directory)
+    writer.write({"type": "idle"})
+    writer.close()
+
+    assert [event["type"] for event in reader.read()] == ["idle"]
