@@ -52,9 +52,8 @@ class Ended:
     trainer_id: str | None
     reason: str
     culprit: str | None = None
-    """What may be to blame if not the node. None: the job. Else its base, by pack key, where the trainer never got
-    ready, as none did with it (loads.py); or no job at all, where the node failed before one had begun: the trainer's
-    id, which no other trainer shares."""
+    """What may be to blame if not the node. None: the job. Else, where the trainer never got ready, its base, by pack
+    key, if that is known to fail (loads.py); or no job at all: the trainer's id, which no other trainer shares."""
 
 
 def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
@@ -179,11 +178,11 @@ def _look(db: Database, worker_id: str) -> bool:
             return False
         since = max(worker.started_at, worker.uncordoned_at or 0.0)
         attempts = _of_node(session, worker_id, since=since)
-        ends = _ended(session, attempts)
+        now = read_clock(session)
+        ends = _ended(session, attempts, worker_id, now=now)
         blamed = failed_running(ends)
         if not blamed:
             return False
-        now = read_clock(session)
         found = [attempt for attempt, end in zip(attempts, ends, strict=True) if end in blamed]
         jobs = sorted({attempt.job_id for attempt in found})
         evidence, told = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
@@ -273,17 +272,21 @@ def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
     )
 
 
-def _ended(session: Session, attempts: Sequence[Attempt]) -> list[Ended]:
+def _ended(session: Session, attempts: Sequence[Attempt], worker_id: str, *, now: float) -> list[Ended]:
     bad = {one.trainer_id for one in attempts if one.reason in AT_FAULT and one.trainer_id is not None}
     trainers = session.scalars(select(Trainer).where(Trainer.id.in_(bad))).all()
     ready = {trainer.id for trainer in trainers if loads.was_ready(trainer.report)}
-    bases = _suspect_bases(session, [trainer for trainer in trainers if trainer.id not in ready])
+    keys = {trainer.id: trainer.pack_key for trainer in trainers if trainer.id not in ready}
+    suspect = {key for key in set(keys.values()) if loads.is_suspect(session, key, worker_id, now=now)}
+    failing = {key for key in set(keys.values()) if loads.fails(session, key, now=now)}
 
     def culprit(attempt: Attempt) -> str | None:
         if attempt.trainer_id is None or attempt.trainer_id in ready:
             return None
-        is_nodes = attempt.reason == EndReason.NODE_FAILED
-        return attempt.trainer_id if is_nodes else bases.get(attempt.trainer_id)
+        key = keys.get(attempt.trainer_id)
+        if attempt.reason != EndReason.NODE_FAILED and (key is None or key in suspect or key in failing):
+            return key if key in suspect else None
+        return attempt.trainer_id
 
     return [
         Ended(
@@ -294,12 +297,6 @@ def _ended(session: Session, attempts: Sequence[Attempt]) -> list[Ended]:
         )
         for attempt in attempts
     ]
-
-
-def _suspect_bases(session: Session, unready: Sequence[Trainer]) -> dict[str, str]:
-    """By trainer."""
-    suspect = {key for key in {trainer.pack_key for trainer in unready} if loads.fails_everywhere(session, key)}
-    return {trainer.id: trainer.pack_key for trainer in unready if trainer.pack_key in suspect}
 
 
 def _evidence(attempt: Attempt) -> Json:

@@ -6,6 +6,7 @@ all at once. Every verb locks the gang's row first and names its round: who name
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,11 @@ class Round:
     num_ranks: int
     """Processes of all its trainers together."""
     workers: list[str]
+    first_ranks: list[int]
+    """Of each of them the number of its first process."""
+
+    def worker_of(self, rank: int) -> str:
+        return self.workers[bisect_right(self.first_ranks, rank) - 1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,15 +172,16 @@ def open_round(place: Place, *, members: Sequence[str], task: Json, seconds: flo
         missing = [member for member in members if member not in live]
         if missing:
             raise NotGathered(f"{_named(missing)} can't be called now.")
-        round_id, first_rank = new_id("round"), 0
+        round_id, first_rank, first_ranks = new_id("round"), 0, list[int]()
         in_order = [place.worker_id, *(member for member in members if member != place.worker_id)]
         for member in in_order:
             seat = live[member]
             seat.round_id, seat.first_rank, seat.joined_at, seat.ended = round_id, first_rank, None, None
+            first_ranks.append(first_rank)
             first_rank += seat.num_processes
         row.round_id, row.task = round_id, {**task, "num_ranks": first_rank}
         row.expires_at = read_clock(session) + seconds
-        return Round(round_id=round_id, num_ranks=first_rank, workers=in_order)
+        return Round(round_id=round_id, num_ranks=first_rank, workers=in_order, first_ranks=first_ranks)
 
 
 def join(place: Place, round_id: str) -> None:

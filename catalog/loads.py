@@ -6,6 +6,8 @@ the node's. It is not the choice's once any trainer got ready with it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -36,9 +38,11 @@ def is_of_a_load(session: Session, job: Job) -> bool:
     return trainer is not None and not was_ready(trainer.report)
 
 
-def fails_everywhere(session: Session, pack_key: str) -> bool:
-    """Workers enough have failed to load it, and none has done so of late."""
-    return len(_failed_on(session, pack_key)) >= ENOUGH_WORKERS
+def is_suspect(session: Session, pack_key: str, worker_id: str, *, now: float) -> bool:
+    """Whether it is the base that fails, and not that worker with each that it tries: others have failed as well, or
+    the last trainer there of another base got ready."""
+    is_of_many = len(_failed_on(session, pack_key)) >= ENOUGH_WORKERS
+    return is_of_many or (fails(session, pack_key, now=now) and _loads_others(session, pack_key, worker_id))
 
 
 def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) -> bool:
@@ -47,11 +51,24 @@ def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) ->
     trainer = _trainer(session, job)
     if reason not in OF_A_LOAD or trainer is None or was_ready(trainer.report):
         return False
-    failed_on = _failed_on(session, trainer.pack_key)
-    if not failed_on or len(failed_on) >= ENOUGH_WORKERS:
-        return bool(failed_on)
+    return fails(session, trainer.pack_key, now=now)
+
+
+def fails(session: Session, pack_key: str, *, now: float) -> bool:
+    """Whether no worker loads it, as far as can be known: enough have failed, or no other is left that could try."""
+    failed_on = _failed_on(session, pack_key)
+    return bool(failed_on) and (len(failed_on) >= ENOUGH_WORKERS or not _could_others_try(session, failed_on, now=now))
+
+
+def _could_others_try(session: Session, failed_on: Collection[str], *, now: float) -> bool:
     live = session.scalars(select(Worker).where(is_live(now=now)))
-    return not any(worker.id not in failed_on and not worker.takes_nothing_new for worker in live)
+    return any(worker.id not in failed_on and not worker.takes_nothing_new for worker in live)
+
+
+def _loads_others(session: Session, pack_key: str, worker_id: str) -> bool:
+    others = select(Trainer).where(Trainer.worker_id == worker_id, Trainer.pack_key != pack_key)
+    last = session.scalars(others.order_by(Trainer.started_at.desc()).limit(1)).first()
+    return last is not None and was_ready(last.report)
 
 
 def _trainer(session: Session, job: Job) -> Trainer | None:

@@ -95,11 +95,13 @@ class Ranks:
             yield
         except (LoraCoreError, OSError) as error:
             problem = error
-        told = next((told for told in self.gathered(_told(problem)) if told is not None), None)
+        found = {rank: told for rank, told in enumerate(self.gathered(_told(problem))) if told is not None}
+        if problem is None and found:
+            problem = LoraCoreError(**next(iter(found.values())))  # which one it was tells its code
+        if isinstance(problem, LoraCoreError):
+            problem.ranks = tuple(found)
         if problem is not None:
             raise problem
-        if told is not None:
-            raise LoraCoreError(**told)  # which one it was tells its code
 
     def by_leader(self, act: Callable[[], T]) -> T | None:
         """What `act` returns, which the leader alone does; what it raises is raised on every rank."""

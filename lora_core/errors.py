@@ -14,6 +14,8 @@ class LoraCoreError(ValueError):
     """Root of the errors meant for a person; `code` is snake_case, `message` a sentence, `remedy` says what to do."""
 
     code = "lora_core_error"
+    ranks: tuple[int, ...] = ()
+    """Of several processes those that raised it, which `Ranks.together` tells."""
 
     def __init__(self, message: str, *, remedy: str, code: str | None = None) -> None:
         super().__init__(message)

@@ -6,7 +6,7 @@ Each event may be followed twice: where the database goes away half way, the sam
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from catalog import claims, jobs, tracing
@@ -73,12 +73,28 @@ class Listener:
         return follower(held, event) if follower else Next.GO_ON
 
     def refusal(self, error: Json) -> End:
-        """What a refusal of the trainer means. error: code, message, remedy."""
+        """What a refusal of the trainer means for the job that it refused. error: code, message, remedy."""
         reason = RETRYABLE_CODES.get(error["code"], EndReason.USER_ERROR)
         if reason is EndReason.CUDA_OOM and self._context.device.kind == "cpu":
             reason = EndReason.HOST_OOM
         wire = {"code": error["code"], "message": f"{error['message']} {error['remedy']}", "param": None}
         return End(reason=reason, detail=error["message"], error=wire)
+
+    def load_refusal(self, error: Json, ranks: Sequence[int]) -> End:
+        """What it means that the trainer can't load its base. That may be the base's own fault or its node's, whose
+        device or copy of the files is not as others' is: so it is tried again, until catalog.loads knows. ranks: of
+        several processes those that refused."""
+        reason = self.refusal(error).reason
+        gang = self._context.gang
+        led = gang.round if gang is not None else None
+        workers = [] if led is None else sorted({led.worker_of(rank) for rank in ranks})
+        where = f", on {' and '.join(workers)} of the gang" if workers else ""
+        said = f"Process {' and '.join(map(str, ranks))}{where}: " if ranks else ""
+        return End(
+            reason=EndReason.TRAINER_CRASHED if reason is EndReason.USER_ERROR else reason,
+            detail=f"{said}{error['message']} {error['remedy']}",
+            blamed_worker_id=workers[0] if len(workers) == 1 else None,
+        )
 
     def _admitted(self, held: Held, event: Json) -> Next:
         step = event["step"]

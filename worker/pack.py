@@ -261,7 +261,7 @@ class Pack:
                 self.speeds = Speeds.of_report(event.get("tick_speeds"))
                 self._context.pulse.status["report"] |= _without(event, "type", "seconds", "verifying")
             elif event["type"] == "load_refused":
-                self.verdict = self._listener.refusal(event["error"])
+                self.verdict = self._listener.load_refusal(event["error"], event["ranks"])
 
     def _catch_up(self, held: Held) -> None:
         while held.news:

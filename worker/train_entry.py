@@ -80,7 +80,7 @@ class Trainer:
         try:
             self._load()
         except LoraCoreError as error:
-            self._events.write({"type": "load_refused", "error": described(error)})
+            self._events.write({"type": "load_refused", "error": described(error), "ranks": error.ranks})
         else:
             self._train()
             self._events.write({"type": "unloaded"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from catalog import claims, workers
 from catalog.scheduling.picture import Room
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState
@@ -121,3 +123,21 @@ def test_a_node_that_cannot_load_what_another_has_loaded_is_cordoned_after_three
             fail_to_load(world, "w1", f"t{number}", rest_seconds=1)
 
     assert is_cordoned(world, "w1")
+
+
+@pytest.mark.parametrize("has_loaded_another", [True, False])
+def test_a_base_that_fails_on_the_only_worker_is_to_blame_where_that_has_loaded_another(
+    world: World, has_loaded_another: bool
+) -> None:
+    world.worker("w1")
+    world.base("another")
+    world.queued(model="another")
+    other = load(world, "w1", "of another", is_ready=has_loaded_another)
+    claims.end(world.db, other.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="")
+    waiting = [world.queued() for _ in range(3)]
+
+    for number in range(3):
+        fail_to_load(world, "w1", f"t{number}", rest_seconds=1)
+
+    assert {world.job(job.id).counted_attempts for job in waiting} == {1}
+    assert is_cordoned(world, "w1") is not has_loaded_another

@@ -16,6 +16,7 @@ from lora_core import distributed
 from lora_core.attach import Attachment
 from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.distributed import ALONE, Ranks
+from lora_core.errors import LoraCoreError, UnsupportedModel
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.passes import TickPlan
 from lora_core.sharding import Strategy, offloads
@@ -164,3 +165,18 @@ def test_a_plan_of_a_tick_says_the_same_after_it_was_told():
     assert TickPlan.of_json(json.loads(json.dumps(plan.as_json()))) == plan
     assert plan.by_job() == {"b": range(2), "a": range(2, 3)}
     assert (plan.num_tokens, plan.largest_share) == (12, 7)
+
+
+@pytest.mark.parametrize("own", [None, UnsupportedModel("A third.", remedy="None.")])
+def test_each_rank_is_told_which_refused(monkeypatch: pytest.MonkeyPatch, own: UnsupportedModel | None) -> None:
+    other = {"message": "Cut short.", "remedy": "Restore it.", "code": "unsafe_file"}
+    monkeypatch.setattr(Ranks, "gathered", lambda _, told: [None, other, told])
+
+    def act() -> None:
+        with Ranks(rank=2, size=3).together():
+            if own is not None:
+                raise own
+
+    with pytest.raises(LoraCoreError, match="Cut short." if own is None else "A third.") as raised:
+        act()
+    assert raised.value.ranks == ((1,) if own is None else (1, 2))

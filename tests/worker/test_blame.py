@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from catalog import cordons
 from catalog.errors import OutOfSpace
 from catalog.states import EndReason
 from catalog.tables import Worker
-from tests.worker.pack_site import PackSite
+from tests.worker.pack_site import PackSite, say
 from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, reasons
 from worker import admission, bases, node, supervise
+from worker.held import End
 from worker.trainer_directory import TrainerDirectory
 
+REFUSAL = {"code": "invalid_config", "message": "CUDA is not available.", "remedy": "Choose another."}
 FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
 Run = Callable[[Script], None]
 
@@ -69,6 +71,68 @@ def test_a_node_whose_disk_is_full_puts_no_job_aside_and_is_cordoned(
     assert reasons(site, job.id) == [EndReason.NODE_FAILED] * 3
     assert cordon is not None
     assert (cordon["by"], cordon["reason"]) == ("service", cordons.BEFORE_ANY_JOB)
+
+
+def refuses(trainer: FakeTrainer) -> Generator[None]:
+    trainer.say("load_refused", error=REFUSAL, ranks=[])
+    yield
+
+
+def test_a_base_that_the_only_worker_can_not_load_fails_its_job_in_good_time_and_says_why(
+    site: PackSite, run: Run
+) -> None:
+    job = site.queued()
+
+    for _ in range(3):
+        run(refuses)
+
+    failed = site.world.job(job.id)
+    assert (failed.state, reasons(site, job.id)) == ("failed", [EndReason.TRAINER_CRASHED] * 3)
+    assert failed.error is not None
+    assert "CUDA is not available. Choose another." in failed.error["message"]
+
+
+def test_a_node_that_can_not_load_what_others_might_fails_no_job_and_is_cordoned(site: PackSite, run: Run) -> None:
+    site.world.worker("w2")
+    waiting = [site.queued() for _ in range(3)]
+
+    for _ in range(6):
+        site.world.beat(worker_id="w2")
+        run(refuses)
+
+    cordon, ended = cordon_of(site), [site.world.job(job.id) for job in waiting]
+    assert [(job.state, job.counted_attempts) for job in ended] == [("queued", 0)] * 3
+    assert cordon is not None
+    assert (cordon["by"], cordon["evidence"][0]["detail"]) == ("service", "CUDA is not available. Choose another.")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("unsupported_model", EndReason.TRAINER_CRASHED),
+        ("out_of_memory", EndReason.HOST_OOM),
+        ("disk_error", EndReason.NODE_FAILED),
+    ],
+)
+def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(
+    site: PackSite, code: str, reason: EndReason
+) -> None:
+    pack = site.loading_pack(site.claim())
+    say(pack, {"type": "load_refused", "error": REFUSAL | {"code": code}, "ranks": []})
+
+    pack.hear()
+
+    assert pack.verdict == End(reason=reason, detail="CUDA is not available. Choose another.")
+
+
+def test_of_several_processes_it_is_told_which_refused(site: PackSite) -> None:
+    pack = site.loading_pack(site.claim())
+    say(pack, {"type": "load_refused", "error": REFUSAL, "ranks": [0, 2]})
+
+    pack.hear()
+
+    assert pack.verdict is not None
+    assert pack.verdict.detail == "Process 0 and 2: CUDA is not available. Choose another."
 
 
 def test_a_disk_that_is_full_when_a_job_is_to_be_handed_over_costs_it_no_attempt(

@@ -108,6 +108,25 @@ def test_a_member_is_asked_where_the_leader_prints_what_another_lacked(gang: Gan
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.NODE_FAILED, "w2")
 
 
+@pytest.mark.parametrize(("ranks", "blamed"), [([1], "w2"), ([0], "w1"), ([0, 1], "")])
+def test_of_a_gang_the_node_is_blamed_whose_process_alone_could_not_load_the_base(
+    gang: GangSite, ranks: list[int], blamed: str
+) -> None:
+    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
+        yield from begun(gang, trainer, context, is_ready=False)
+        error = {"code": "unsafe_file", "message": "A shard is cut short.", "remedy": "Restore it."}
+        trainer.say("load_refused", error=error, ranks=ranks)
+        yield
+
+    job_id = leads(gang, script)
+
+    attempt, job = attempt_of(gang, job_id), gang.site.world.job(job_id)
+    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.TRAINER_CRASHED, blamed)
+    assert (job.state, job.counted_attempts) == (JobState.QUEUED, 0)
+    if blamed:
+        assert attempt.detail == f"Process {ranks[0]}, on {blamed} of the gang: A shard is cut short. Restore it."
+
+
 def test_where_nobody_can_tell_nobody_is_blamed(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)

@@ -317,22 +317,6 @@ def test_a_job_with_dropout_is_still_to_take_its_mask(site: PackSite, monkeypatc
     assert pack.bytes_to_come() == without + 26 * dropping.job.adapter_parameters + mask_bytes
 
 
-def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(site: PackSite) -> None:
-    claim = site.claim()
-    pack = site.loading_pack(claim)
-    error = {"code": "unsupported_model", "message": "BERT does not generate.", "remedy": "Choose another."}
-    say(pack, {"type": "load_refused", "error": error})
-
-    pack.hear()
-
-    assert pack.verdict is not None
-    pack.end_all(pack.verdict)
-    job = site.world.job(claim.job.id)
-    assert (job.state, site.reason(claim)) == ("failed", EndReason.USER_ERROR)
-    assert job.error is not None
-    assert job.error["message"] == "BERT does not generate. Choose another."
-
-
 def test_a_trainer_that_ends_counts_against_the_jobs_that_it_was_given_once_it_had_loaded_its_base(
     site: PackSite,
 ) -> None:

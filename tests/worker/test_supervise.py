@@ -122,25 +122,6 @@ def test_a_trainer_that_no_signal_ends_is_left_behind_and_its_worker_takes_nothi
     assert site.world.claim("w1") == []
 
 
-def test_a_base_that_the_trainer_refuses_fails_its_jobs_at_once_and_says_why(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
-) -> None:
-    job = site.queued()
-    error = {"code": "unsupported_model", "message": "BERT does not generate.", "remedy": "Choose another."}
-
-    def refuses(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("load_refused", error=error)
-        yield
-
-    run(refuses)
-
-    failed = site.world.job(job.id)
-    assert (failed.state, reasons(site, job.id)) == ("failed", [EndReason.USER_ERROR])
-    assert failed.error is not None
-    assert failed.error["code"] == "unsupported_model"
-    assert "Choose another." in failed.error["message"]
-
-
 @pytest.mark.parametrize("error", [OUTAGE, RuntimeError("ours"), OSError("No such disk")])
 def test_a_chore_that_goes_wrong_ends_nobodys_training(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch, error: Exception
