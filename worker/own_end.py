@@ -9,6 +9,7 @@ from worker import cgroup, node
 from worker.context import WorkerContext
 from worker.echoes import heard, without_others
 from worker.exits import DIFFER, classify_exit
+from worker.handled import without_handled
 from worker.launch import TrainerProcess
 
 LOG_BYTES = 16_000
@@ -33,10 +34,11 @@ def own_end(
 ) -> OwnEnd:
     """ranks: the numbers of the processes here, where others are on other nodes. was_killed: by its worker, for what
     another one was seen to do, so its status tells nothing."""
-    log_tail, is_disk_full = trainer.directory.log_tail(LOG_BYTES), node.is_disk_full(trainer.directory.path)
+    is_disk_full = node.is_disk_full(trainer.directory.path)
+    log_tail = without_handled(trainer.directory.log_tail(LOG_BYTES))
     returncode = trainer.returncode or 0
     if ranks is not None:
-        logs = trainer.directory.log_tails(LOG_BYTES)
+        logs = [without_handled(log) for log in trainer.directory.log_tails(LOG_BYTES)]
         told = heard(logs, ranks=ranks, returncode=None if was_killed else returncode)
         if told.is_echo or not (told.is_own or is_disk_full):
             detail = f"It ended with others of its gang. {told.said}".strip()

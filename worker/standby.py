@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from catalog.errors import OutOfSpace
 from worker import node, scratch, tether
+from worker.handled import print_handled
 from worker.launch import TrainerProcess, launch
 from worker.tether import LOST_PARENT
 from worker.trainer_directory import EventWriter, TrainerDirectory
@@ -110,8 +110,8 @@ def stand_by(directory: TrainerDirectory, warm_up: Callable[[Path], None]) -> No
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         try:
             warm_up(directory.path / f"warm-up-{os.environ.get('LOCAL_RANK', '0')}")
-        except Exception:  # noqa: BLE001  (whatever it is, it comes again with a real base, and is told of that one)
-            traceback.print_exc()
+        except Exception as error:  # noqa: BLE001  (whatever it is, it comes again with a real base, and is told of it)
+            print_handled(error)
     if tether.is_first():
         events = EventWriter(directory)
         events.write({"type": "standing_by"})

@@ -4,7 +4,6 @@ trainer alone."""
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from lora_core.errors import BrokenPass, LoraCoreError
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.generate import Prompts
 from lora_core.memory_shortage import shortage_of
+from worker.handled import print_handled
 from worker.sampling import Asked
 from worker.trainer_directory import InboxReader, Json, Message, timed
 
@@ -101,7 +101,7 @@ def _blamed_on_adapter() -> Generator[None]:
             raise
         from lora_core.verify import unverifiable
 
-        traceback.print_exc()
+        print_handled(error)
         raise unverifiable(error) from error
 
 

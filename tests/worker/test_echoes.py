@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 
@@ -10,6 +12,7 @@ from catalog.states import EndReason
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever
 from worker.echoes import heard
+from worker.handled import print_handled
 from worker.own_end import OwnEnd, own_end
 from worker.rank_log import log_of
 from worker.trainer_directory import TrainerDirectory
@@ -111,6 +114,30 @@ def test_what_a_process_of_this_node_lacked_is(site: PackSite) -> None:
     end = ended(site, fellow(1, "torch.OutOfMemoryError: CUDA out of memory."), "torch.OutOfMemoryError: CUDA […]")
 
     assert (end.is_echo, end.reason) == (False, EndReason.CUDA_OOM)
+
+
+def handled(error: Exception) -> str:
+    """What a trainer prints of it and goes on."""
+    with redirect_stderr(StringIO()) as printed:
+        print_handled(error)
+    return printed.getvalue()
+
+
+def test_an_error_with_which_a_trainer_went_on_is_not_why_it_ended_later(site: PackSite) -> None:
+    of_one_adapter = handled(ValueError("This adapter can't be verified.\nKeyError: 'rank'"))
+
+    of_gang = ended(site, of_one_adapter + GLOO, of_one_adapter + GLOO)
+
+    assert (of_gang.is_echo, of_gang.reason) == (True, EndReason.INFRA_LOST)
+    assert "adapter" not in of_gang.detail
+
+
+def test_memory_that_one_adapter_lacked_is_not_why_its_trainer_ended_later(site: PackSite) -> None:
+    short = handled(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."))
+
+    alone = ended(site, short + "KeyError: 'step'\n", is_alone=True)
+
+    assert (alone.reason, alone.detail.endswith("KeyError: 'step'")) == (EndReason.TRAINER_CRASHED, True)
 
 
 def test_a_node_that_crashed_is_not_told_what_others_lacked(site: PackSite) -> None:

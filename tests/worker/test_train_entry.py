@@ -15,10 +15,11 @@ from catalog.spec import JobRequest, resolve
 from lora_core.base_import import Imported
 from lora_core.data import TokenDataset
 from lora_core.distributed import ALONE
-from lora_core.errors import OutOfMemory
+from lora_core.errors import BadAdapter, OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from tests.worker.pack_site import said
-from worker import import_entry, train_entry
+from worker import import_entry, train_entry, train_outputs
+from worker.handled import without_handled
 from worker.resident import Resident
 from worker.train_entry import Trainer
 from worker.trainer_directory import InboxWriter, TrainerDirectory, Verb, read_json, write_json
@@ -368,3 +369,14 @@ def test_a_device_that_fails_ends_the_trainer_and_no_job(
 
     assert said(directory) == []
     assert set(trainer._residents) == {"claim-0", "claim-1"}
+
+
+def test_what_is_wrong_with_one_adapter_is_printed_as_something_with_which_the_trainer_went_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(BadAdapter), train_outputs._blamed_on_adapter():  # pyright: ignore[reportPrivateUsage]
+        raise KeyError("rank")
+
+    printed = capsys.readouterr().err
+    assert "KeyError: 'rank'" in printed
+    assert without_handled(printed) == ""
