@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from catalog.db import Database
+from tests.services import statements
 from tests.services.chromium import chromium_program
 from tests.services.gguf import real_model
 from tests.services.postgres import ON_POSTGRESQL, empty_database, postgres_server
@@ -118,7 +119,9 @@ def real_gguf() -> Path:
 
 
 def pytest_configure() -> None:
-    """A shell that starts tests in the background has them ignore Ctrl-C, and so would the programs that they start."""
+    """Statements are shared; and a shell that starts tests in the background has them ignore Ctrl-C, and so would the
+    programs that they start."""
+    statements.share()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
