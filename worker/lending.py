@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from catalog import gangs, logs
-from catalog.errors import LorryError, Unavailable
+from catalog.errors import LorryError
 from catalog.gangs import Call, NotGathered
 from catalog.states import EndReason
 from worker import bases
@@ -22,6 +22,7 @@ from worker.context import WorkerContext
 from worker.gang import Seat
 from worker.launch import TrainerProcess
 from worker.meeting import meeting_settings
+from worker.mishaps import mishap
 from worker.output import LogFiles
 from worker.own_end import own_end
 from worker.pack import OUTAGES
@@ -182,9 +183,8 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
     """Why it does not take part."""
     if isinstance(error, bases.Abandoned):
         return _told(EndReason.DRAINED, "The worker left.") if context.draining else None
-    detail = error.sentence() if isinstance(error, LorryError) else f"The worker could not start a trainer: {error}."
-    is_of_all = isinstance(error, Unavailable)  # an outage of the store or the database is no node's doing
-    return _told(EndReason.INFRA_LOST if is_of_all else EndReason.NODE_FAILED, detail)
+    end = mishap(error)
+    return _told(end.reason, end.detail)
 
 
 def _told(reason: EndReason, detail: str, *, is_echo: bool = False) -> Json:

@@ -15,9 +15,9 @@ from functools import partial
 from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, logs, packing, queue, waiting_plans
+from catalog import claims, logs, packing, queue, waiting_plans, workers
 from catalog.claims import Claim
-from catalog.errors import LorryError, OutOfSpace, StaleClaim
+from catalog.errors import LorryError, StaleClaim
 from catalog.gangs import NotGathered
 from catalog.scheduling.picture import Room
 from catalog.states import EndReason, JobState
@@ -28,6 +28,7 @@ from worker.chores import Chores
 from worker.context import WorkerContext
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
+from worker.mishaps import mishap
 from worker.output import cleaned
 from worker.pack import OUTAGES, Pack
 from worker.patience import LEFT_BEHIND, set_aside, watch_clock
@@ -105,6 +106,8 @@ def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tupl
             for claim in waiting:
                 pack.admit(claim)
         except (LorryError, OSError, bases.Abandoned) as error:
+            if isinstance(error, bases.ImportRefused):
+                _try(partial(_note_load, context, first))
             _release(context, waiting, _mishap(context, error))
             return len(claimed), []
         left_over = _attend(context, chores, trainer, pack)
@@ -133,10 +136,17 @@ def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandone
         return End(reason=EndReason.DRAINED, detail="The worker left.")
     if isinstance(error, NotGathered):
         return End(reason=EndReason.GANG_INCOMPLETE, detail=error.message)
-    if isinstance(error, LorryError):
-        is_own = isinstance(error, OutOfSpace)
-        return End(reason=EndReason.NODE_FAILED if is_own else EndReason.INFRA_LOST, detail=error.sentence())
-    return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not start a trainer: {error}.")
+    if isinstance(error, bases.Abandoned):
+        return End(reason=EndReason.DRAINED, detail="Nobody wanted it any more.")
+    return mishap(error)
+
+
+def _note_load(context: WorkerContext, first: Job) -> None:
+    """On record as a trainer that never got ready, by which it is known that the base fails here."""
+    trainer_id, key = str(first.trainer_id), first.pack_key
+    own, digest = context.worker_id, first.base_digest
+    workers.register_trainer(context.db, trainer_id=trainer_id, worker_id=own, base_digest=digest, pack_key=key)
+    workers.end_trainer(context.db, trainer_id)
 
 
 def _trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, settings: Json) -> TrainerProcess:

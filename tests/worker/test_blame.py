@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from catalog import cordons
-from catalog.errors import OutOfSpace
+from catalog.errors import LorryError, OutOfSpace
 from catalog.states import EndReason
 from catalog.tables import Worker
-from tests.worker.pack_site import PackSite, say
+from tests.worker.pack_site import OUTAGE, PackSite, say
 from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, reasons
 from worker import admission, bases, node, supervise
 from worker.held import End
+from worker.mishaps import mishap
 from worker.trainer_directory import TrainerDirectory
 
 REFUSAL = {"code": "invalid_config", "message": "CUDA is not available.", "remedy": "Choose another."}
@@ -133,6 +134,41 @@ def test_of_several_processes_it_is_told_which_refused(site: PackSite) -> None:
 
     assert pack.verdict is not None
     assert pack.verdict.detail == "Process 0 and 2: CUDA is not available. Choose another."
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_base_that_a_node_can_not_bring_is_as_one_that_it_can_not_load(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    waiting = [site.queued() for _ in range(num_workers)]
+    unreachable = bases.ImportRefused("The hub is far.", code="source_unreachable", remedy="Look at the network.")
+    monkeypatch.setattr(bases, "ensure", raising(unreachable))
+    for number in range(1, num_workers):
+        site.world.worker(f"w{number + 1}")
+
+    for _ in range(4):
+        site.world.beat(worker_id=f"w{num_workers}")
+        run(loads_for_ever)
+
+    ended = [site.world.job(job.id) for job in waiting]
+    assert {reason for job in waiting for reason in reasons(site, job.id)} == {EndReason.TRAINER_CRASHED}
+    assert [job.state for job in ended] == (["failed"] if num_workers == 1 else ["queued", "queued"])
+    assert (cordon_of(site) is None) is (num_workers == 1)
+    if num_workers == 1:
+        assert "The hub is far. Look at the network." in (ended[0].error or {})["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OUTAGE, EndReason.INFRA_LOST),
+        (FULL, EndReason.NODE_FAILED),
+        (OSError("No such disk"), EndReason.NODE_FAILED),
+        (bases.ImportRefused("Other files.", code="base_changed", remedy="Restore."), EndReason.TRAINER_CRASHED),
+    ],
+)
+def test_whose_doing_it_is_that_there_is_no_trainer(error: LorryError | OSError, reason: EndReason) -> None:
+    assert mishap(error).reason is reason
 
 
 def test_a_disk_that_is_full_when_a_job_is_to_be_handed_over_costs_it_no_attempt(
