@@ -17,14 +17,16 @@ from catalog.settings import Settings
 QUEUE = "lorry"
 TASK = "lorry.work"
 TRANSPORT_OPTIONS: dict[str, Any] = {
+    # Redis gives out again what was not acknowledged for so long. Rings are acknowledged on receipt, so only one whose
+    # worker died at that moment comes again: it could come sooner, and who needs it has looked by himself by then.
     "visibility_timeout": 3600,
-    "health_check_interval": 10,
-    "socket_timeout": 10,
-    "socket_connect_timeout": 2,
-    "socket_keepalive": True,
-    "global_keyprefix": "lorry:",
+    "health_check_interval": 10,  # notices a peer that vanished without a word
+    "socket_timeout": 10,  # a Redis that hangs is one that is away; ten times what a worker waits for a message
+    "socket_connect_timeout": 2,  # a host that is off never answers: a signal to leave waits no longer than this
+    "socket_keepalive": True,  # a firewall forgets a connection on which nothing comes
+    "global_keyprefix": "lorry:",  # others may use the same Redis
 }
-"""Sender and receiver must agree on the prefix."""
+"""Of sender and receiver: they must agree on the prefix."""
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 CLOSE_SECONDS = 3.0

@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     )
     heartbeat_seconds: float = Field(default=10, gt=0, description="Between two heartbeats of a worker.")
     poll_seconds: float = Field(
-        default=1, gt=0, description="Between two looks at the queue of a worker that no doorbell wakes."
+        default=1,
+        gt=0,
+        description="Between two looks at the queue: of a trainer with room, and of an idle worker that has no Redis.",
     )
     idle_seconds: float = Field(default=300, ge=0, description="How long a trainer keeps an idle base resident.")
     standby_trainer: bool = Field(

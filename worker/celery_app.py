@@ -1,7 +1,9 @@
 """Celery as a doorbell: a message says "look at the queue" and nothing else. `celery -A worker.celery_app worker`.
 
-Losing a message costs seconds, a duplicate costs nothing: what trains is decided by claims in the database.
-Run it with `-c 1 --without-gossip --without-mingle -Q lorry`; `beat` rings again now and then.
+Losing a message costs seconds, a duplicate costs nothing: what trains is decided by claims in the database. Whatever
+becomes of Redis and of beat, an idle worker looks by itself, see turns. Run it with `-c 1 -Q lorry` (the only queue)
+and `--without-gossip --without-mingle`: workers that hear and ask each other through Redis would lean on it for more
+than a ring, with messages that grow by the square of their number; they meet in the database alone.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -12,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from contextlib import ExitStack, closing, suppress
 from types import FrameType
 from typing import Any
@@ -28,17 +31,20 @@ from celery.signals import (
 
 from catalog import fitness, logs, tracing
 from catalog.db import Database
-from catalog.errors import Unavailable, UnfitWorker
+from catalog.doorbell import QUEUE, TRANSPORT_OPTIONS
+from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.settings import Settings
 from worker import node
 from worker.context import UNFIT, WorkerContext, open_worker
+from worker.supervise import supervise
 from worker.tether import die_with_parent
+from worker.turns import Turns
 
 log = logging.getLogger("worker")
-QUEUE = "lorry"
 LOOK_SECONDS = 15.0
+"""Between two looks that beat rings for, and between two of an idle worker's own."""
 BROKER_OF_NOBODY = "memory://"
-"""Where no broker is set: the module can be imported, and a worker finds nothing."""
+"""Where no broker is set: the module can be imported, and a worker has no looks but its own."""
 
 app = Celery("lorry", broker=Settings().redis_url or BROKER_OF_NOBODY, include=["worker.tasks"])
 app.conf.update(
@@ -51,19 +57,12 @@ app.conf.update(
     worker_concurrency=1,  # one device, one trainer
     task_ignore_result=True,
     result_backend=None,  # results are in the database
-    accept_content=["json"],
-    task_serializer="json",
+    accept_content=["json"],  # never pickle: whoever reaches Redis could run code here
+    task_serializer="json",  # what is accepted
     task_default_queue=QUEUE,
     broker_connection_max_retries=None,  # wait for Redis for as long as it takes
-    broker_connection_retry_on_startup=True,
-    broker_transport_options={
-        "visibility_timeout": 3600,
-        "health_check_interval": 10,  # notices a peer that vanished without a word
-        "socket_timeout": 10,
-        "socket_connect_timeout": 2,
-        "socket_keepalive": True,
-        "global_keyprefix": "lorry:",  # others may use the same Redis
-    },
+    broker_connection_retry_on_startup=True,  # the two may come up in any order
+    broker_transport_options=dict(TRANSPORT_OPTIONS),
     worker_hijack_root_logger=False,
     beat_schedule={
         # Expires before the next one: while every worker is busy, looks must not pile up.
@@ -74,20 +73,38 @@ app.conf.update(
 _leave = multiprocessing.get_context("fork").Event()
 """Set in the main process, seen in the one that trains: it is forked from it."""
 _open = ExitStack()
+_opening = threading.Lock()
 _context: WorkerContext | None = None
 
 
 def context() -> WorkerContext:
     """The worker of this pool process."""
     global _context  # noqa: PLW0603  (one per process, opened by the first who needs it)
-    if _context is None:
-        tracing.start("worker")
-        _open.callback(tracing.stop)
-        device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
-        node.settle_on(device)
-        _context = _open.enter_context(open_worker(Settings(), device=device))
-        _context.has_asked_to_leave = _leave.is_set
-    return _context
+    with _opening:
+        if _context is None:
+            tracing.start("worker")
+            _open.callback(tracing.stop)
+            device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
+            node.settle_on(device)
+            _context = _open.enter_context(open_worker(Settings(), device=device))
+            _context.has_asked_to_leave = _leave.is_set
+            _context.pulse.on_drain = _end_main
+        return _context
+
+
+def _work() -> None:
+    """Until nothing is left to do."""
+    try:
+        supervise(context())
+    except UnfitWorker as error:
+        log.error("%s", error.sentence())
+        _end_main()
+    else:
+        context().stand_by()
+
+
+turns = Turns(_work, seconds=LOOK_SECONDS)
+"""Of this pool process."""
 
 
 @after_setup_logger.connect
@@ -114,11 +131,13 @@ def _refuse_unfit(**_: Any) -> None:
 def _begin(**_: Any) -> None:
     die_with_parent()
     try:
-        context().pulse.on_drain = _end_main
         context().stand_by()
     except UnfitWorker as error:
         log.error("%s", error.sentence())
         _end_main()
+    except (Unavailable, OutOfSpace) as error:
+        log.warning("%s The worker waits for it.", error)
+    turns.begin()
 
 
 def _end_main() -> None:
@@ -141,4 +160,7 @@ def _leave_at_once(number: int, _frame: FrameType | None) -> None:
 
 @worker_process_shutdown.connect
 def _end(**_: Any) -> None:
+    if _context is not None:
+        _context.leave.set()
+    turns.end()
     _open.close()

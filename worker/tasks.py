@@ -7,15 +7,14 @@ from typing import Any
 
 from catalog import recovery
 from catalog.sweeps import controller
-from worker.celery_app import LOOK_SECONDS, app, context
-from worker.supervise import anything_waits, supervise
+from worker.celery_app import LOOK_SECONDS, app, context, turns
+from worker.supervise import anything_waits
 
 
 @app.task(name="lorry.work")
 def work(*_ignored: Any, **_also_ignored: Any) -> None:
     """Work until nothing is left to do."""
-    supervise(context())
-    context().stand_by()
+    turns.take()
 
 
 @app.task(name="lorry.look")

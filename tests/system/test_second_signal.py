@@ -35,9 +35,9 @@ loop.supervise = hang
 loop.main(["--device", "cpu"])
 """
 CELERY = f"""{HANGS}
-from worker import tasks
-tasks.supervise = hang
-tasks.app.worker_main("worker -c 1 -Q lorry -l info --without-gossip --without-mingle".split())
+from worker import celery_app
+celery_app.supervise = hang
+celery_app.app.worker_main("worker -c 1 -Q lorry -l info --without-gossip --without-mingle".split())
 """
 RING = "from worker.celery_app import app; app.send_task('lorry.work')"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -14,11 +15,49 @@ from sqlalchemy import update
 
 from catalog import cordons, fitness, workers
 from catalog.states import EndReason, JobState
+from tests.services.redis import restartable_redis
+from tests.services.running import free_port
 from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site, worker_site
 from worker.context import UNFIT
 
 pytestmark = pytest.mark.timeout(600)
 WORKER = [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle"]
+
+RUNG_ONLY = [
+    sys.executable,
+    "-c",
+    "from worker import celery_app; celery_app.turns.seconds = 3600.0; "
+    "celery_app.app.worker_main('worker -c 1 -Q lorry -l warning --without-gossip --without-mingle'.split())",
+]
+"""One that doesn't look by itself: for what rings do."""
+SETTINGS = {
+    "task_acks_late": False,
+    "task_reject_on_worker_lost": False,
+    "worker_disable_prefetch": True,
+    "worker_prefetch_multiplier": 1,
+    "worker_concurrency": 1,
+    "task_ignore_result": True,
+    "result_backend": None,
+    "accept_content": ["json"],
+    "task_serializer": "json",
+    "task_default_queue": "lorry",
+    "broker_connection_max_retries": None,
+    "broker_connection_retry_on_startup": True,
+    "worker_hijack_root_logger": False,
+    "broker_transport_options": {
+        "visibility_timeout": 3600,
+        "health_check_interval": 10,
+        "socket_timeout": 10,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "global_keyprefix": "lorry:",
+    },
+    # a training takes as long as it takes, and its process is the worker
+    "task_time_limit": None,
+    "task_soft_time_limit": None,
+    "worker_max_tasks_per_child": None,
+    "beat_schedule": {"look": {"task": "lorry.look", "schedule": 15.0, "options": {"expires": 15.0}}},
+}
 
 
 def ring(site: WorkerSite, *messages: tuple[object, ...]) -> None:
@@ -36,6 +75,17 @@ def waiting_messages(url: str) -> int:
         return int(client.llen("lorry:lorry"))  # pyright: ignore[reportArgumentType]
 
 
+def test_celery_is_set_as_was_measured() -> None:
+    program = f"""
+import json
+from worker.celery_app import app
+print(json.dumps({{name: app.conf[name] for name in {sorted(SETTINGS)!r}}}))
+"""
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+
+    assert json.loads(told) == SETTINGS
+
+
 def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
@@ -44,7 +94,7 @@ def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Pat
         forged = ("lorry.work", "ftjob-forged", {"claim_id": "mine"})
         unknown = (f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
         ring(site, *[("lorry.work",)] * 100, forged, unknown)
-        worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"], LORRY_STANDBY_TRAINER="true")
+        worker = site.start(RUNG_ONLY, LORRY_STANDBY_TRAINER="true")
 
         site.wait_for_end(job_id)
         site.wait_until(lambda: waiting_messages(redis_url) == 0)
@@ -63,7 +113,7 @@ def test_the_next_look_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         job_id = site.submit(site.upload(12), max_steps=3)
-        site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
+        site.start(RUNG_ONLY)
 
         ring(site, ("lorry.look",))
 
@@ -100,6 +150,49 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         assert [attempt.reason for attempt in site.attempts(disturbed)] == [EndReason.DRAINED, EndReason.COMPLETED]
         assert site.attempts(disturbed)[1].resumed_from_step == 6
         assert site.weights_digest(disturbed) == site.weights_digest(undisturbed)
+
+
+def test_an_idle_worker_takes_a_job_while_redis_is_away_and_hears_rings_once_it_is_back(tmp_path: Path) -> None:
+    with restartable_redis() as (url, server), worker_site(tmp_path, LORRY_REDIS_URL=url, LORRY_DEVICE="cpu") as site:
+        rows = site.upload(12)
+        first = site.submit(rows, max_steps=3)
+        worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
+        ring(site, ("lorry.work",))
+        site.wait_for_end(first)
+        server.kill()
+        meanwhile = site.submit(rows, max_steps=3)
+
+        site.wait_for_end(meanwhile)
+
+        assert site.job(meanwhile).state == JobState.SUCCEEDED, site.log()
+        assert site.reasons(meanwhile) == [EndReason.COMPLETED]
+        server.start()
+        ring(site, ("lorry.work",))
+        site.wait_until(lambda: waiting_messages(url) == 0)
+        server.kill()
+        worker.terminate()
+        assert worker.wait(60) == 0, site.log()
+        assert workers.list_workers(site.db)[0].ended_at is not None
+
+
+def test_a_worker_that_never_saw_redis_saves_the_job_that_it_found_by_itself_when_it_is_told_to_end(
+    tmp_path: Path,
+) -> None:
+    nowhere = f"redis://127.0.0.1:{free_port()}/0"
+    with worker_site(tmp_path, LORRY_REDIS_URL=nowhere, LORRY_DEVICE="cpu") as site:
+        command = [*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"]
+        worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
+        job_id = site.submit(site.upload(20), max_steps=12, checkpoint_every_steps=1000)
+        site.wait_for_step(6, job_id)
+        worker.terminate()
+        site.wait_for_message("drain")
+
+        site.gate("leave").touch()
+
+        assert worker.wait(WAIT_SECONDS) == 0, site.log()
+        released = site.job(job_id)
+        assert (released.state, released.claim_id, released.counted_attempts) == (JobState.QUEUED, None, 0), site.log()
+        assert site.checkpoint_steps(job_id)[-1] == 6
 
 
 def test_a_drained_celery_worker_ends(tmp_path: Path, redis_url: str) -> None:
