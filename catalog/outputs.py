@@ -1,7 +1,7 @@
 """What trainers printed: one stored text for each attempt of a job and each process of its trainer, read by the line.
 
 A worker hands over what may be told (see worker/output.py). Each attempt has texts of its own, which its worker alone
-writes: so one that is stale writes over nobody's.
+writes, and of a gang each member those of its own processes: so one that is stale writes over nobody's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Line:
 
 
 def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: Blob) -> None:
-    """What that process has printed for the attempt so far. Raises StaleClaim where it is not this worker's."""
+    """What that process has printed for the attempt so far. worker_id: whose attempt it is, which of a gang is its
+    leader's. Raises StaleClaim where it is another's."""
     with db.write() as session:
         attempt = session.get(Attempt, claim_id)
         if attempt is None or attempt.worker_id != worker_id:
@@ -57,6 +58,13 @@ def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: B
             "written_at": read_clock(session),
         }
         upsert(session, JobOutput, [row])
+
+
+def attempts_of(db: Database, trainer_id: str) -> list[tuple[Attempt, Job]]:
+    """All that the trainer ever held, with their jobs, the first first."""
+    asked = select(Attempt, Job).join(Job, Job.id == Attempt.job_id).where(Attempt.trainer_id == trainer_id)
+    with db.read() as session:
+        return [(attempt, job) for attempt, job in session.execute(asked.order_by(Attempt.started_at))]
 
 
 def lines(

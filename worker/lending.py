@@ -1,7 +1,7 @@
 """What a member of a gang does that is called: it lends its devices to a trainer of the leader's, until that is over.
 
-It has no claim and writes nothing of a job. Its trainer is one of several that are one together: when this worker
-can't ask the database any more, or the round is over, it ends.
+It has no claim and writes nothing of a job but what its trainer prints. That trainer is one of several that are one
+together: when this worker can't ask the database any more, or the round is over, it ends.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from worker.chores import Chores
 from worker.context import WorkerContext
 from worker.gang import Seat
 from worker.launch import TrainerProcess
+from worker.lent_output import LentOutput
 from worker.meeting import meeting_settings
 from worker.mishaps import mishap
-from worker.output import LogFiles
 from worker.own_end import own_end
 from worker.pack import OUTAGES
 from worker.patience import LEFT_BEHIND, set_aside
@@ -44,10 +44,10 @@ def lend(context: WorkerContext, chores: Chores, start: Start) -> bool:
     if (call := seat.called()) is None:
         return False
     seat.had = call.round_id
-    with logs.about({"trainer": call.task["trainer_id"]}):
-        seat.owed = _Part(context, chores, seat, call).take(start)
-    with suppress(LorryError):
-        _tell(seat)  # else the next turn does
+    with logs.about({"trainer": call.task["trainer_id"]}), ExitStack() as stack:
+        seat.owed = _Part(context, chores, seat, call).take(stack, start)
+        with suppress(LorryError):
+            _tell(seat)  # else the next turn does
     return True
 
 
@@ -67,14 +67,15 @@ class _Part:
         self._seat = seat
         self._call = call
 
-    def take(self, start: Start) -> Json | None:
-        """How the part ended; None where that is the leader's to say."""
+    def take(self, stack: ExitStack, start: Start) -> Json | None:
+        """How the part ended; None where that is the leader's to say. What it printed is kept as the stack ends: the
+        leader, who waits to be told of the end, waits for no store."""
         context, task = self._context, self._call.task
         try:
             base_dir = bases.ensure(context, task["base_model"], task["base_digest"])  # for the next round, if not this
             self._join()
             port = self._started()
-            return None if port is None else self._lend(start, self._settings(port, base_dir))
+            return None if port is None else self._lend(stack, start, self._settings(port, base_dir))
         except NotGathered as error:
             log.info("%s", error.message)
             return None
@@ -120,19 +121,20 @@ class _Part:
         own = {"base_dir": str(base_dir.absolute()), "device": self._context.device.torch_name()}
         return {**task["settings"], **own, "meeting": met}
 
-    def _lend(self, start: Start, settings: Json) -> Json | None:
+    def _lend(self, stack: ExitStack, start: Start, settings: Json) -> Json | None:
         """Until the trainer has ended. Its folder is no other's, though the leader's be on the same disk."""
-        context, name = self._context, f"{self._call.task['trainer_id']}-from-{self._call.first_rank}"
-        with ExitStack() as stack:
-            trainer = start(context, stack, name, settings)
-            stack.callback(context.pulse.guard, on_beat=None, on_lost=None)
-            context.pulse.guard(on_beat=trainer.pulse, on_lost=None)
-            trainer.pulse()
-            end = self._attend(trainer)
-            while trainer.is_killed and trainer.is_awaited:
-                time.sleep(TURN_SECONDS)
-            self._set_aside(trainer)
-            return _told(LEFT_BEHIND.reason, LEFT_BEHIND.detail) if trainer.is_left_behind else end
+        context, first_rank, trainer_id = self._context, self._call.first_rank, self._call.task["trainer_id"]
+        trainer = start(context, stack, f"{trainer_id}-from-{first_rank}", settings)
+        output = LentOutput(context, trainer, trainer_id=trainer_id, first_rank=first_rank)
+        stack.callback(output.end)
+        stack.callback(context.pulse.guard, on_beat=None, on_lost=None)
+        context.pulse.guard(on_beat=trainer.pulse, on_lost=None)
+        trainer.pulse()
+        end = self._attend(trainer, output)
+        while trainer.is_killed and trainer.is_awaited:
+            time.sleep(TURN_SECONDS)
+        self._set_aside(trainer)
+        return _told(LEFT_BEHIND.reason, LEFT_BEHIND.detail) if trainer.is_left_behind else end
 
     def _set_aside(self, trainer: TrainerProcess) -> None:
         """Tried for a lease: with a trainer that no signal ends, it must not be called again."""
@@ -146,9 +148,8 @@ class _Part:
                     return None
             time.sleep(TURN_SECONDS)
 
-    def _attend(self, trainer: TrainerProcess) -> Json | None:
+    def _attend(self, trainer: TrainerProcess, output: LentOutput) -> Json | None:
         context, leaving_at, has_asked = self._context, None, False
-        files = LogFiles(trainer.directory)
         while trainer.returncode is None:
             self._chores.go_on()
             if context.draining:
@@ -158,10 +159,11 @@ class _Part:
                 trainer.kill()
                 return _told(EndReason.DRAINED, "The worker left.")
             if not self._is_called():
+                output.ask_stacks()
                 trainer.kill()
                 return None
             trainer.wait(TURN_SECONDS)
-            files.keep_short()
+            output.push_due()
         return None if trainer.returncode == 0 else self._ended(trainer)
 
     def _ask_to_leave(self) -> bool:

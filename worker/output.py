@@ -102,6 +102,8 @@ class LogFiles:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Told:
     claim: Claim
+    worker_id: str
+    """Whose claim it is."""
     begins_at: Mapping[int, int]
     """By process. Of one that comes later: at its first byte."""
     pushed: dict[int, str] = field(default_factory=dict[int, str])
@@ -111,8 +113,10 @@ class _Told:
 class Output:
     """Of one trainer, for as long as its pack lives."""
 
-    def __init__(self, context: WorkerContext, directory: TrainerDirectory) -> None:
+    def __init__(self, context: WorkerContext, directory: TrainerDirectory, *, first_rank: int = 0) -> None:
+        """first_rank: of the processes here, where others are on other nodes."""
         self._context = context
+        self._first_rank = first_rank
         self._directory = directory
         self._files = LogFiles(directory)
         self._told: dict[str, _Told] = {}
@@ -120,9 +124,16 @@ class Output:
 
     def begin(self, claim: Claim, *, is_loading: bool) -> None:
         """is_loading: the trainer loads its base for this job, so what it printed since it began is of the job too."""
-        now = {rank: file.end() for rank, file in self._files.found().items()}
-        begins_at = self._directory.log_starts if is_loading else now
-        self._told[claim.claim_id] = _Told(claim=claim, begins_at=begins_at)
+        begins_at = self._directory.log_starts if is_loading else self.ends()
+        self.begin_at(claim, begins_at, worker_id=self._context.worker_id)
+
+    def begin_at(self, claim: Claim, begins_at: Mapping[int, int], *, worker_id: str) -> None:
+        """begins_at: of each process's file the first byte that is the job's. worker_id: whose claim it is."""
+        self._told[claim.claim_id] = _Told(claim=claim, worker_id=worker_id, begins_at=begins_at)
+
+    def ends(self) -> dict[int, int]:
+        """Where each process's file ends now."""
+        return {rank: file.end() for rank, file in self._files.found().items()}
 
     def push_due(self) -> None:
         """Now and then: cut what is long, and store what is new of each job."""
@@ -155,9 +166,8 @@ class Output:
     def _store(self, told: _Told, rank: int, content: bytes) -> None:
         blob: Blob = self._context.store.put_bytes(content)
         if told.pushed.get(rank) != blob.digest:
-            outputs.record(
-                self._context.db, told.claim.claim_id, worker_id=self._context.worker_id, rank=rank, content=blob
-            )
+            number = self._first_rank + rank
+            outputs.record(self._context.db, told.claim.claim_id, worker_id=told.worker_id, rank=number, content=blob)
             told.pushed[rank] = blob.digest
 
 

@@ -63,6 +63,7 @@ def test_what_a_members_trainer_prints_is_cut_where_it_grows_long(
     gang: GangSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "LONGEST_FILE_BYTES", 10)
+    monkeypatch.setattr(output, "PUSH_SECONDS", 0.0)
     member, led = called(gang)
     look = gangs.standing
     sizes: list[int] = []
