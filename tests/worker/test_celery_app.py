@@ -171,7 +171,7 @@ def test_an_idle_worker_takes_a_job_while_redis_is_away_and_hears_rings_once_it_
         site.wait_until(lambda: waiting_messages(url) == 0)
         server.kill()
         worker.terminate()
-        assert worker.wait(60) == 0, site.log()
+        assert worker.wait(WAIT_SECONDS) == 0, site.log()
         assert workers.list_workers(site.db)[0].ended_at is not None
 
 
