@@ -82,8 +82,8 @@ def _absent(site: FaultSite) -> str:
     """From amid a training on, until a job has ended that nobody worked for when it came.
 
     The matrix asks for ten minutes. After its first half minute no minute differs from the next: the api holds one
-    ring and tries it every 30 s at most, an idle worker looks every 15 s, and nothing counts or piles up meanwhile. So
-    Redis is away for as long as that takes.
+    ring and tries it every 30 s at most, Celery tries without end with pauses that grow to as much, an idle worker
+    looks every 15 s, and nothing counts or piles up meanwhile. So Redis is away for as long as that takes.
     """
     file_id = site.upload(NUM_ROWS)
     site.start_api()
