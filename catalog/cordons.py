@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, takewhile
 from typing import Any, Literal
 
 from sqlalchemy import func, select
@@ -53,7 +53,7 @@ class Ended:
     reason: str
     culprit: str | None = None
     """What may be to blame if not the node. None: the job. Else, where the trainer never got ready, its base, by pack
-    key, if that is known to fail (loads.py); or no job at all: the trainer's id, which no other trainer shares."""
+    key, if that is known to fail (loads.py); or neither: the trainer's id, which no other trainer shares."""
 
 
 def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
@@ -273,30 +273,43 @@ def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
 
 
 def _ended(session: Session, attempts: Sequence[Attempt], worker_id: str, *, now: float) -> list[Ended]:
-    bad = {one.trainer_id for one in attempts if one.reason in AT_FAULT and one.trainer_id is not None}
-    trainers = session.scalars(select(Trainer).where(Trainer.id.in_(bad))).all()
-    ready = {trainer.id for trainer in trainers if loads.was_ready(trainer.report)}
-    keys = {trainer.id: trainer.pack_key for trainer in trainers if trainer.id not in ready}
-    suspect = {key for key in set(keys.values()) if loads.is_suspect(session, key, worker_id, now=now)}
-    failing = {key for key in set(keys.values()) if loads.fails(session, key, now=now)}
-
-    def culprit(attempt: Attempt) -> str | None:
-        if attempt.trainer_id is None or attempt.trainer_id in ready:
-            return None
-        key = keys.get(attempt.trainer_id)
-        if attempt.reason != EndReason.NODE_FAILED and (key is None or key in suspect or key in failing):
-            return key if key in suspect else None
-        return attempt.trainer_id
-
+    culprits = _culprits(session, attempts, worker_id, now=now)
     return [
         Ended(
             job_id=attempt.job_id,
             trainer_id=attempt.trainer_id,
             reason=attempt.reason or "",
-            culprit=culprit(attempt),
+            culprit=culprits.get(attempt.claim_id),
         )
         for attempt in attempts
     ]
+
+
+def _culprits(session: Session, attempts: Sequence[Attempt], worker_id: str, *, now: float) -> dict[str, str]:
+    """By claim, of trainers since the last that got ready there. Neither job nor base can be to blame where the node
+    failed before either came in, nor where others have loaded that base of late; and hardly the bases where several
+    fail. Where one base fails that nobody has loaded yet, it may be the base or the node, and each job is a witness.
+
+    attempts: newest first.
+    """
+    ids = {attempt.trainer_id for attempt in attempts if attempt.trainer_id is not None}
+    trainers = {trainer.id: trainer for trainer in session.scalars(select(Trainer).where(Trainer.id.in_(ids)))}
+
+    def got_ready(attempt: Attempt) -> bool:
+        trainer = trainers.get(attempt.trainer_id or "")
+        return trainer is not None and loads.was_ready(trainer.report)
+
+    unready = list(takewhile(lambda attempt: not got_ready(attempt), attempts))
+    of_load = [one for one in unready if one.reason in loads.OF_A_LOAD and one.trainer_id in trainers]
+    keys = {one.claim_id: trainers[str(one.trainer_id)].pack_key for one in of_load}
+    suspect = {key for key in set(keys.values()) if loads.is_suspect(session, key, worker_id, now=now)}
+    others = set(keys.values()) - suspect
+    loadable = others if len(others) > 1 else {key for key in others if loads.has_been_loaded(session, key)}
+    found = {claim_id: key for claim_id, key in keys.items() if key in suspect}
+    for one in unready:
+        if one.trainer_id and (one.reason == EndReason.NODE_FAILED or keys.get(one.claim_id) in loadable):
+            found[one.claim_id] = one.trainer_id
+    return found
 
 
 def _evidence(attempt: Attempt) -> Json:

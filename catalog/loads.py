@@ -6,19 +6,23 @@ the node's. It is not the choice's once any trainer got ready with it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from catalog import dividing, needs
 from catalog.living import is_live
 from catalog.states import ENDINGS, EndReason
-from catalog.tables import Attempt, Job, Json, Trainer, Worker
+from catalog.tables import Attempt, BaseModelRow, Job, Json, Trainer, Worker
 
 LOOKED_AT = 10
 """Latest trainers of one pack key."""
-ENOUGH_WORKERS = 2
-"""That have failed to load a base, none having done so, before it is to blame."""
+ENOUGH = 2
+"""Hosts that have failed to load a base, none having done so, before it is to blame; and workers of one host, which
+share its copy of the files, before none of the others there is waited for."""
 OF_A_LOAD = frozenset(
     reason
     for reason, ending in ENDINGS.items()
@@ -41,8 +45,17 @@ def is_of_a_load(session: Session, job: Job) -> bool:
 def is_suspect(session: Session, pack_key: str, worker_id: str, *, now: float) -> bool:
     """Whether it is the base that fails, and not that worker with each that it tries: others have failed as well, or
     the last trainer there of another base got ready."""
-    is_of_many = len(_failed_on(session, pack_key)) >= ENOUGH_WORKERS
-    return is_of_many or (fails(session, pack_key, now=now) and _loads_others(session, pack_key, worker_id))
+    found = _failures(session, pack_key)
+    if found is None:
+        return False
+    return len(found.worker_ids) >= ENOUGH or (
+        _fails(session, found, now=now) and _loads_others(session, pack_key, worker_id)
+    )
+
+
+def has_been_loaded(session: Session, pack_key: str) -> bool:
+    """By one of the latest trainers."""
+    return any(was_ready(trainer.report) for trainer in _latest(session, pack_key))
 
 
 def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) -> bool:
@@ -51,18 +64,35 @@ def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) ->
     trainer = _trainer(session, job)
     if reason not in OF_A_LOAD or trainer is None or was_ready(trainer.report):
         return False
-    return fails(session, trainer.pack_key, now=now)
+    found = _failures(session, trainer.pack_key)
+    return found is not None and _fails(session, found, now=now)
 
 
-def fails(session: Session, pack_key: str, *, now: float) -> bool:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Failures:
+    """To load a base that none of its latest trainers has loaded."""
+
+    worker_ids: set[str]
+    hosts: Counter[str]
+    """Of how many of these workers."""
+    job: Job
+    """One of those that wanted it."""
+
+
+def _fails(session: Session, found: _Failures, *, now: float) -> bool:
     """Whether no worker loads it, as far as can be known: enough have failed, or no other is left that could try."""
-    failed_on = _failed_on(session, pack_key)
-    return bool(failed_on) and (len(failed_on) >= ENOUGH_WORKERS or not _could_others_try(session, failed_on, now=now))
+    return len(found.hosts) >= ENOUGH or not any(
+        _could_try(session, worker, found) for worker in session.scalars(select(Worker).where(is_live(now=now)))
+    )
 
 
-def _could_others_try(session: Session, failed_on: Collection[str], *, now: float) -> bool:
-    live = session.scalars(select(Worker).where(is_live(now=now)))
-    return any(worker.id not in failed_on and not worker.takes_nothing_new for worker in live)
+def _could_try(session: Session, worker: Worker, found: _Failures) -> bool:
+    if worker.id in found.worker_ids or worker.takes_nothing_new or found.hosts[worker.host] >= ENOUGH:
+        return False
+    description = session.get_one(BaseModelRow, found.job.base_model).description or {}
+    group = dividing.group_told(worker.devices, worker.memory_bytes)
+    demand = needs.demand(found.job, description, recomputes=group.kind == "cuda")
+    return group.needed_bytes(demand) <= group.bytes_of_each
 
 
 def _loads_others(session: Session, pack_key: str, worker_id: str) -> bool:
@@ -75,12 +105,21 @@ def _trainer(session: Session, job: Job) -> Trainer | None:
     return session.get(Trainer, job.trainer_id) if job.trainer_id is not None else None
 
 
-def _failed_on(session: Session, pack_key: str) -> set[str]:
-    """Workers whose trainers of this key ended before they were ready; none where any of the latest got ready."""
+def _latest(session: Session, pack_key: str) -> Sequence[Trainer]:
     alike = select(Trainer).where(Trainer.pack_key == pack_key)
-    latest = session.scalars(alike.order_by(Trainer.started_at.desc()).limit(LOOKED_AT)).all()
+    return session.scalars(alike.order_by(Trainer.started_at.desc()).limit(LOOKED_AT)).all()
+
+
+def _failures(session: Session, pack_key: str) -> _Failures | None:
+    """Of trainers of this key that ended before they were ready; none where any of the latest got ready."""
+    latest = _latest(session, pack_key)
     if any(was_ready(trainer.report) for trainer in latest):
-        return set()
+        return None
     ended = (Attempt.trainer_id.in_([trainer.id for trainer in latest]), Attempt.reason.in_(OF_A_LOAD))
     whose = func.coalesce(func.nullif(Attempt.blamed_worker_id, ""), Attempt.worker_id)  # of a gang the one to blame
-    return set(session.scalars(select(whose).where(*ended).distinct()))
+    worker_ids = set(session.scalars(select(whose).where(*ended).distinct()))
+    job = session.scalars(select(Job).join(Attempt, Attempt.job_id == Job.id).where(*ended).limit(1)).first()
+    if job is None:
+        return None
+    hosts = Counter(session.scalars(select(Worker.host).where(Worker.id.in_(worker_ids))))
+    return _Failures(worker_ids=worker_ids, hosts=hosts, job=job)

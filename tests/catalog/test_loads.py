@@ -31,7 +31,7 @@ def fail_to_load(
     claims.end(world.db, claim.claim_id, reason=reason, detail="", is_bystander=True)
     workers.end_trainer(world.db, name, report={"exit_status": -9})
     world.pass_time(rest_seconds)
-    for other in ("w1", "w2"):
+    for other in {"w1", "w2", worker_id}:
         world.beat(worker_id=other)
     return world.job(claim.job.id)
 
@@ -57,6 +57,58 @@ def test_a_load_that_failed_on_two_workers_counts_against_the_job_from_then_on(w
     next_one = world.queued()
     assert fail_to_load(world, "w1", "of the next").id == next_one.id
     assert world.job(next_one.id).counted_attempts == 1, "what is known of the base needs not be found out again"
+
+
+def test_two_workers_with_one_copy_of_a_base_are_one_witness(world: World) -> None:
+    for worker_id, host in (("w1", "here"), ("w2", "here"), ("w3", "elsewhere")):
+        world.worker(worker_id, host=host)
+    world.queued()
+
+    counted: list[int] = []
+    for number, worker_id in enumerate(("w1", "w2", "w1", "w3")):
+        world.beat(worker_id="w3")
+        counted.append(fail_to_load(world, worker_id, f"t{number}").counted_attempts)
+
+    assert counted == [0, 0, 0, 1]
+
+
+def test_a_worker_that_could_not_hold_a_base_is_not_waited_for(world: World) -> None:
+    world.worker("w1")
+    world.worker("small", memory_bytes=1000)
+    world.queued()
+
+    states: list[str] = []
+    for number in range(MAX_COUNTED_ATTEMPTS):
+        world.beat(worker_id="small")
+        states.append(fail_to_load(world, "w1", f"t{number}").state)
+
+    assert states == ["queued", "queued", "failed"]
+
+
+def test_one_job_closes_no_worker_for_a_base_that_nobody_has_loaded(world: World) -> None:
+    """It may be either, and another worker could try."""
+    world.worker("w1")
+    world.worker("w2")
+    world.queued()
+
+    counted = [fail_to_load(world, "w1", f"t{number}").counted_attempts for number in range(5)]
+
+    assert counted == [0] * 5
+    assert not is_cordoned(world, "w1")
+
+
+def test_one_job_is_enough_where_others_have_loaded_its_base(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    world.queued()
+    world.complete(load(world, "w2", "good", is_ready=True).claim_id)
+    world.queued()
+
+    for number in range(3):
+        assert not is_cordoned(world, "w1")
+        fail_to_load(world, "w1", f"t{number}")
+
+    assert is_cordoned(world, "w1")
 
 
 def test_where_there_is_one_worker_a_load_that_fails_counts_at_once(world: World) -> None:

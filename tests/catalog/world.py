@@ -113,9 +113,10 @@ class World:
         kind: str = "cpu",
         quantisations: tuple[str, ...] = (),
         integrations: tuple[str, ...] = (),
+        host: str = "here",
     ) -> str:
         devices = [{"kind": kind, "quantisations": list(quantisations)}]
-        about = {"host": "here", "pid": 1, "devices": devices, "version": "1", "integrations": integrations}
+        about = {"host": host, "pid": 1, "devices": devices, "version": "1", "integrations": integrations}
         claims.register_worker(self.db, worker_id=worker_id, memory_bytes=memory_bytes, **about)  # pyright: ignore
         return worker_id
 
