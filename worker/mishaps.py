@@ -1,9 +1,12 @@
-"""Whose doing it is that a worker has no trainer: its base can't be brought here, or none could be started."""
+"""Whose doing it is that a worker has no trainer, for its base can't be brought here or none could be started; and
+what goes wrong with a job, or with a trainer's inbox, on the worker's side.
+"""
 
 from __future__ import annotations
 
-from catalog.errors import LorryError, NotFound, Unavailable
+from catalog.errors import LorryError, NotFound, OutOfSpace, Unavailable
 from catalog.states import EndReason
+from worker import publish
 from worker.bases import ImportRefused
 from worker.held import End
 
@@ -17,3 +20,17 @@ def mishap(error: LorryError | OSError) -> End:
         return End(reason=EndReason.INFRA_LOST, detail=error.sentence())
     is_of_base = isinstance(error, ImportRefused | NotFound)
     return End(reason=EndReason.TRAINER_CRASHED if is_of_base else EndReason.NODE_FAILED, detail=error.sentence())
+
+
+def mishap_of_job(error: LorryError | OSError) -> End:
+    """What went wrong with one job alone."""
+    if isinstance(error, LorryError):
+        return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=publish.wire_error(error))
+    return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not use a file: {error}.")
+
+
+def untold(error: OutOfSpace | OSError, *, worker_id: str) -> End:
+    """Of all that a trainer holds which could not be told to let a job go."""
+    why = error.sentence() if isinstance(error, OutOfSpace) else f"{error}."
+    detail = f"The trainer could not be told to let go of a job: {why}"
+    return End(reason=EndReason.NODE_FAILED, detail=detail, blamed_worker_id=worker_id)

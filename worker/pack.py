@@ -26,6 +26,7 @@ from worker.bases import Abandoned
 from worker.context import WorkerContext
 from worker.curves import Curve
 from worker.held import STOPPED, End, Held, folders_of
+from worker.mishaps import mishap_of_job, untold
 from worker.news import Listener, Next
 from worker.output import Output, cleaned
 from worker.strategy import strategy_for
@@ -68,6 +69,8 @@ class Pack:
         """Its last word was said amid passes that verify an adapter, of which it speaks at every linear."""
         self.verdict: End | None = None
         """Why its trainer was killed by us, or what it said before it ended itself."""
+        self.deafness: End | None = None
+        """Why its trainer is to be killed: it may train a job that it holds no more, and can't be told."""
         self.speeds = saturation.UNKNOWN
         """What the trainer has learnt of its ticks."""
         self._context = context
@@ -191,8 +194,9 @@ class Pack:
             held.is_handed_over = True
 
     def obey(self, orders: dict[str, Orders]) -> None:
-        """Pass on what people have asked for since the last heartbeat. Raises OutOfSpace, Unavailable."""
-        for claim_id, order in orders.items():
+        """Pass on what people have asked for since the last heartbeat. Raises OutOfSpace, Unavailable, OSError; not
+        before what is stale is dropped: no heartbeat says that again, as it does what people ask for."""
+        for claim_id, order in sorted(orders.items(), key=lambda order: not order[1].stale):
             held = self._held.get(claim_id)
             if held is None:
                 continue
@@ -210,16 +214,20 @@ class Pack:
         is_stuck = verb == "cancel" and bool(held.news)
         if self.ready is None or not held.is_handed_over or is_stuck:
             self._end(held, STOPPED[verb])
-            self._inbox.send("cancel", claim_id=held.claim.claim_id)
+            self._take_away(held)
         elif verb not in held.told:
             self._inbox.send(verb, claim_id=held.claim.claim_id)
             held.told.add(verb)
 
-    def drain(self) -> None:
+    def drain(self) -> bool:
+        """True: it is told. Raises OutOfSpace, OSError."""
         self._inbox.send("drain")
+        return True
 
-    def unload(self) -> None:
+    def unload(self) -> bool:
+        """As `drain`."""
         self._inbox.send("unload")
+        return True
 
     # From the trainer
 
@@ -319,8 +327,8 @@ class Pack:
             raise
         except (LorryError, OSError) as error:
             log.exception("%s", held.claim.job.id)
-            self._end(held, _mishap(error))
-            self._inbox.send("cancel", claim_id=held.claim.claim_id)
+            self._end(held, mishap_of_job(error))
+            self._take_away(held)
 
     # Endings
 
@@ -360,9 +368,17 @@ class Pack:
 
     def _drop(self, held: Held) -> None:
         """Another worker has the job, or recovery has taken it: stop, and write nothing."""
-        self._inbox.send("cancel", claim_id=held.claim.claim_id)
         self._output.drop(held.claim.claim_id)
         self._forget(held)
+        self._take_away(held)
+
+    def _take_away(self, held: Held) -> None:
+        """From the trainer."""
+        try:
+            self._inbox.send("cancel", claim_id=held.claim.claim_id)
+        except (OutOfSpace, OSError) as error:
+            if held.is_handed_over:
+                self.deafness = untold(error, worker_id=self._context.worker_id)
 
     def _holds(self, held: Held) -> bool:
         return self._held.get(held.claim.claim_id) is held
@@ -378,12 +394,6 @@ class Pack:
         self._output.end(claim_id)
         self.idle_since = time.monotonic()
         shutil.rmtree(self.directory.job_path(claim_id), ignore_errors=True)
-
-
-def _mishap(error: LorryError | OSError) -> End:
-    if isinstance(error, LorryError):
-        return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=publish.wire_error(error))
-    return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not use a file: {error}.")
 
 
 def _without(event: Json, *names: str) -> Json:

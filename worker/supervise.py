@@ -39,6 +39,7 @@ from worker.trainer_directory import Json, TrainerDirectory, Verb
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
+LEFT = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
 T = TypeVar("T")
 
 
@@ -201,21 +202,24 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
     left_over: list[Claim] = []
     looked_at = time.monotonic()
     leaving_at: float | None = None
+    farewell: Callable[[], bool] | None = None
+    """Still to be said: a disk that is full now may have room before its time is over."""
     while trainer.is_awaited:
         if trainer.is_killed:
             time.sleep(TURN_SECONDS)
             continue
         _patiently(trainer, pack.hear)
         _patiently(trainer, lambda: pack.obey(context.pulse.take_orders(pack.claim_ids)))
-        if pack.ready is None and not len(pack):
-            trainer.kill()  # everybody has gone before it was ready
+        if pack.deafness is not None:
+            pack.verdict = pack.deafness
+        if pack.deafness is not None or (pack.ready is None and not len(pack)):
+            trainer.kill()  # for the latter: everybody has gone before it was ready
             continue
         is_to_leave = _patiently(trainer, lambda: leading.attend(context, trainer)) or context.draining
         if trainer.is_killed:
             continue  # nothing more is claimed for it
         if is_to_leave and leaving_at is None:
-            leaving_at = time.monotonic()
-            _patiently(trainer, lambda: _begin_to_leave(trainer, pack))
+            leaving_at, farewell = time.monotonic(), partial(_tell_to_leave, trainer, pack)
         has_rung = context.bell.has_rung()
         chores.go_on(has_rung=has_rung)
         if leaving_at is None:
@@ -225,8 +229,9 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
             looked_at = time.monotonic()
             left_over = _patiently(trainer, lambda: _look_for_more(context, pack)) or []
             if left_over or _is_spent(context, pack):
-                leaving_at = time.monotonic()
-                _patiently(trainer, pack.unload)
+                leaving_at, farewell = time.monotonic(), pack.unload
+        if farewell is not None and _patiently(trainer, farewell):
+            farewell = None
         watch_clock(context, trainer, pack, leaving_at)
         trainer.wait(TURN_SECONDS)
     return left_over
@@ -242,13 +247,13 @@ def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
         return None
 
 
-def _begin_to_leave(trainer: TrainerProcess, pack: Pack) -> None:
-    """A trainer that is still loading has nothing to save, nor has any of what it was not given yet."""
-    pack.verdict = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
-    if pack.ready is None:
-        trainer.kill()
-    else:
-        pack.drain()
+def _tell_to_leave(trainer: TrainerProcess, pack: Pack) -> bool:
+    """True once it is told. A trainer that is still loading has nothing to save."""
+    pack.verdict = LEFT
+    if pack.ready is not None:
+        return pack.drain()
+    trainer.kill()
+    return True
 
 
 def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
@@ -342,5 +347,5 @@ def _try(record: Callable[[], object]) -> None:
     """Best effort at the end of things: where it fails, the lease runs out and recovery does the same."""
     try:
         record()
-    except (LorryError, StaleClaim) as error:
+    except (LorryError, StaleClaim, OSError) as error:
         log.warning("Not recorded: %s", error)

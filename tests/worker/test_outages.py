@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from catalog import workers
+from catalog import claims, workers
 from catalog.artifacts.store import ArtifactStore
+from catalog.claims import Orders
+from catalog.errors import OutOfSpace
 from catalog.states import EndReason
-from catalog.tables import Job
-from tests.worker.pack_site import OUTAGE, READY, PackSite
+from catalog.tables import Attempt, Job
+from tests.worker.pack_site import OUTAGE, READY, PackSite, asked
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
 from worker import bases
 from worker.trainer_directory import InboxWriter
 
 Run = Callable[[Script], list[FakeTrainer]]
+READ_ONLY = OSError(errno.EROFS, "Read-only file system")
+FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
 
 
 def give_up(site: PackSite) -> None:
@@ -131,3 +135,104 @@ def test_a_disk_that_is_read_only_when_the_trainer_has_ended_ends_no_worker(
     run(script)
 
     assert reasons(site, job.id) == [EndReason.NODE_FAILED]
+
+
+@pytest.mark.parametrize("error", [READ_ONLY, FULL])
+def test_stale_claims_are_dropped_though_the_trainer_can_not_be_told(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    site.queued(suffix="one")
+    site.queued(suffix="two")
+    one, two = site.claim_all()
+    pack = site.pack(one, two)
+    monkeypatch.setattr(InboxWriter, "send", raising(error))
+
+    pack.obey(asked(one, stale=True) | asked(two, stale=True))
+
+    assert (len(pack), site.held()) == (0, set())
+    assert pack.deafness is not None
+    assert (pack.deafness.reason, pack.deafness.blamed_worker_id) == (EndReason.NODE_FAILED, "w1")
+
+
+def test_a_stale_claim_is_dropped_though_what_was_asked_before_can_not_be_done_now(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.queued(suffix="one")
+    site.queued(suffix="two")
+    cancelled, stale = site.claim_all()
+    pack = site.loading_pack(cancelled, stale)
+    monkeypatch.setattr(claims, "end", raising(OUTAGE))
+
+    with pytest.raises(type(OUTAGE)):
+        pack.obey(asked(cancelled, cancel=True) | asked(stale, stale=True))
+
+    assert pack.claim_ids == [cancelled.claim_id]
+    assert pack.deafness is None
+
+
+def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_is_to_blame(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, other = site.queued(suffix="one"), site.queued(suffix="two")
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        claim_id = (yield from trainer.listen("admit")).body["claim_id"]
+        yield from trainer.listen("admit")
+        monkeypatch.setattr(InboxWriter, "send", raising(READ_ONLY))
+        site.context.pulse._note({claim_id: Orders(stale=True)}, float("inf"))
+        for _ in range(3):
+            yield
+        site.context.leave.set()
+        yield from loads_for_ever(trainer)
+
+    (trainer,) = run(script)
+
+    assert trainer.is_killed
+    assert sorted(map(str, reasons(site, taken.id) + reasons(site, other.id))) == ["None", EndReason.NODE_FAILED]
+
+
+def test_a_disk_that_fails_as_the_last_of_a_trainer_is_recorded_ends_no_worker(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = site.queued()
+    site.context.settings = site.settings.model_copy(update={"lease_seconds": 0})
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        yield from trainer.listen("admit")
+        monkeypatch.setattr(claims, "end", raising(READ_ONLY))
+        yield
+
+    run(script)
+
+    assert reasons(site, job.id) == [EndReason.INFRA_LOST], "its lease has ended it"
+    assert site.held() == set()
+
+
+def test_a_trainer_is_told_to_leave_once_its_disk_can_be_written_again(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, send = site.queued(), InboxWriter.send
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        admit = yield from trainer.listen("admit")
+        monkeypatch.setattr(InboxWriter, "send", raising(FULL))
+        site.context.leave.set()
+        yield
+        yield
+        monkeypatch.setattr(InboxWriter, "send", send)
+        told = trainer.listen("drain")
+        for _ in range(10):
+            if next(told, "told") == "told":
+                trainer.say("paused", claim_id=admit.body["claim_id"], step=3, adapter=None)
+                break
+            yield
+        yield
+
+    run(script)
+
+    with site.db.read() as session:
+        attempt = session.query(Attempt).where(Attempt.job_id == job.id).one()
+    assert (attempt.reason, attempt.detail) == (EndReason.DRAINED, "The worker left; saved at step 3.")
