@@ -24,6 +24,8 @@ MAX_BYTES = 512 * 2**10
 """Of one process in one attempt."""
 KEPT_SECONDS = 30 * 24 * 3600.0
 """After its job has ended."""
+LATE_SECONDS = 60.0
+"""Between the time that an attempt's end has, and when others see it, at most."""
 CURSOR = re.compile(r"(\d{1,9})-(\d{1,9})-(\d{1,9})", re.ASCII)
 
 
@@ -60,11 +62,16 @@ def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: B
         upsert(session, JobOutput, [row])
 
 
-def attempts_of(db: Database, trainer_id: str) -> list[tuple[Attempt, Job]]:
-    """All that the trainer ever held, with their jobs, the first first."""
+def attempts_of(db: Database, trainer_id: str, *, ended_after: float) -> tuple[list[tuple[Attempt, Job]], float]:
+    """What the trainer holds, and has held until later than that, with the jobs, the first first. And the clock, by
+    which the next look asks: all that ends from now on has ended later, but for LATE_SECONDS."""
     asked = select(Attempt, Job).join(Job, Job.id == Attempt.job_id).where(Attempt.trainer_id == trainer_id)
+    found: dict[str, tuple[Attempt, Job]] = {}
     with db.read() as session:
-        return [(attempt, job) for attempt, job in session.execute(asked.order_by(Attempt.started_at))]
+        now = read_clock(session)
+        for times in (Attempt.ended_at.is_(None), Attempt.ended_at > ended_after):  # each by the index
+            found |= {attempt.claim_id: (attempt, job) for attempt, job in session.execute(asked.where(times))}
+    return sorted(found.values(), key=lambda one: one[0].started_at), now
 
 
 def lines(

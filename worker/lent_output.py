@@ -36,6 +36,11 @@ class LentOutput:
         self._seen: Mapping[int, int] = trainer.directory.log_starts
         """Where each file ended at the last look."""
         self._begun: set[str] = set()
+        """Claims whose last words are to come."""
+        self._over: set[str] = set()
+        """Those whose last words are kept, and which the record tells still."""
+        self._ended_after = 0.0
+        """What ended before it was seen to have ended; by the record's clock."""
         self._look_at = 0.0
 
     def push_due(self) -> None:
@@ -62,21 +67,26 @@ class LentOutput:
         if found is None:
             return
         for attempt, job in found:
-            if attempt.claim_id not in self._begun:
+            if attempt.claim_id not in self._begun | self._over:
                 self._begun.add(attempt.claim_id)
                 self._output.begin_at(_claim(attempt, job), self._seen, worker_id=attempt.worker_id)
             is_over = attempt.ended_at is not None and attempt.reason != EndReason.TIMEOUT  # else stacks are to come
             if is_over:
                 self._output.end(attempt.claim_id)
+                self._begun.discard(attempt.claim_id)
+                self._over.add(attempt.claim_id)
+        self._over &= {attempt.claim_id for attempt, _ in found}
         self._seen = now
 
     def _attempts(self) -> list[tuple[Attempt, Job]] | None:
         """None in an outage: nobody's training waits for what is printed."""
         try:
-            return outputs.attempts_of(self._context.db, self._trainer_id)
+            found, now = outputs.attempts_of(self._context.db, self._trainer_id, ended_after=self._ended_after)
         except OUTAGES as error:
             log.warning("%s What the trainer prints is kept a little later.", error)
             return None
+        self._ended_after = max(self._ended_after, now - outputs.LATE_SECONDS)
+        return found
 
 
 def _claim(attempt: Attempt, job: Job) -> Claim:

@@ -19,7 +19,7 @@ class Attempt(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     number: Mapped[int]
     worker_id: Mapped[str]
-    trainer_id: Mapped[str | None] = mapped_column(index=True)
+    trainer_id: Mapped[str | None]
     started_at: Mapped[float]
     ended_at: Mapped[float | None]
     reason: Mapped[str | None]
@@ -32,6 +32,7 @@ class Attempt(Table):
     preemption: Mapped[Json | None]
     """And of the one that asked it to leave for an urgent job, if one did."""
     __table_args__ = (
+        Index(None, "trainer_id", "ended_at"),
         Index("ix_attempts_live", "worker_id", sqlite_where=LIVE, postgresql_where=LIVE),
         Index("ix_attempts_ended", "worker_id", "ended_at", sqlite_where=ENDED, postgresql_where=ENDED),
         Index("ix_attempts_blamed", "blamed_worker_id", "ended_at", sqlite_where=BLAMED, postgresql_where=BLAMED),

@@ -27,6 +27,7 @@ from catalog import (
     jobs,
     keys,
     numbers,
+    outputs,
     part_uploads,
     plan_claims,
     plans,
@@ -310,3 +311,23 @@ def test_a_statement_that_reads_all_is_seen(world: World) -> None:
         session.connection().exec_driver_sql("select id from jobs where suffix = 'none'")
 
     assert read_whole(world.db, *asked[-1]) == ["jobs"]
+
+
+def test_what_a_trainer_holds_is_found_without_reading_all_that_it_ever_held(world: World) -> None:
+    lived_in(world)
+
+    with listening(world.db) as asked:
+        outputs.attempts_of(world.db, "t-00007", ended_after=world.clock.now)
+
+    ended = next((statement, values) for statement, values in asked if "ended_at > " in statement)
+    searched = [found for found in _searched(world.db, *ended) if "trainer_id" in found]
+    assert ["ended_at" in found for found in searched] == [True]
+
+
+def _searched(db: Database, statement: str, values: Any) -> list[str]:
+    """By which conditions indexes are looked into."""
+    with db.engine.connect() as connection:
+        if db.is_sqlite:
+            return [step.detail for step in connection.exec_driver_sql(f"explain query plan {statement}", values)]
+        told = connection.exec_driver_sql(f"explain {statement}", values).scalars()
+        return [line for line in told if "Index Cond" in line]

@@ -6,19 +6,22 @@ from collections.abc import Generator
 
 import pytest
 
-from catalog import claims, gangs
+from catalog import claims, gangs, outputs
 from catalog.artifacts.store import Blob
+from catalog.db import Database
 from catalog.errors import Unavailable
 from catalog.gangs import Place
 from catalog.states import EndReason
+from catalog.tables import Attempt, Job
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script
 from tests.worker.test_gang import LOCAL, GangSite
 from tests.worker.test_output import printed, told
-from worker import lent_output, output, supervise
+from worker import lending, lent_output, output, supervise
 from worker.chores import Chores
 from worker.launch import TrainerProcess
 from worker.lending import lend
+from worker.lent_output import LentOutput
 from worker.trainer_directory import Json
 
 HUNG = "The trainer said nothing for 300 s."
@@ -105,6 +108,61 @@ def test_each_job_has_what_is_printed_from_when_it_is_seen_until_it_has_ended_an
     assert amid == [["first", f"both: {first.job.id}"]]
     assert told(lent.site, first.job.id) == amid[0]
     assert told(lent.site, second_id[0]) == ["both: …", "second alone"]
+
+
+def test_of_what_ended_long_ago_no_look_asks_again_and_nothing_is_remembered(
+    lent: Lent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, asked, kept = lent.site.claim(seed=1), outputs.attempts_of, list[LentOutput]()
+    found: list[list[str]] = []
+
+    def seen(db: Database, trainer_id: str, *, ended_after: float) -> tuple[list[tuple[Attempt, Job]], float]:
+        attempts, now = asked(db, trainer_id, ended_after=ended_after)
+        found.append([attempt.claim_id for attempt, _ in attempts])
+        return attempts, now
+
+    class Kept(LentOutput):
+        def end(self) -> None:
+            kept.append(self)
+            super().end()
+
+    monkeypatch.setattr(outputs, "attempts_of", seen)
+    monkeypatch.setattr(outputs, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(lending, "LentOutput", Kept)
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        printed(trainer.directory, "first\n")
+        yield
+        claims.end(lent.site.db, first.claim_id, reason=EndReason.DRAINED, detail="")
+        yield
+        yield
+        yield
+        printed(trainer.directory, "nobody's\n")
+        yield from lent.over()
+
+    lent.by(script)
+
+    assert (first.claim_id in found[0], found[-1]) == (True, [])
+    assert [(one._begun, one._over) for one in kept] == [(set(), set())]  # pyright: ignore[reportPrivateUsage]
+    assert told(lent.site, first.job.id) == ["first"]
+
+
+def test_of_what_is_told_once_more_after_its_end_the_last_words_stay(lent: Lent) -> None:
+    claim = lent.site.claim()
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        printed(trainer.directory, "its own\n")
+        yield
+        claims.end(lent.site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+        yield
+        printed(trainer.directory, "of nobody\n")
+        yield
+        printed(trainer.directory, "of nobody\n")
+        yield from lent.over()
+
+    lent.by(script)
+
+    assert told(lent.site, claim.job.id) == ["its own"]
 
 
 @pytest.mark.parametrize("reason", [EndReason.TIMEOUT, EndReason.TRAINER_CRASHED])
