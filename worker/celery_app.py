@@ -74,6 +74,8 @@ _leave = multiprocessing.get_context("fork").Event()
 """Set in the main process, seen in the one that trains: it is forked from it."""
 _open = ExitStack()
 _opening = threading.Lock()
+_ending = threading.Lock()
+"""Taken for good by the first who ends the main process."""
 _context: WorkerContext | None = None
 
 
@@ -82,13 +84,16 @@ def context() -> WorkerContext:
     global _context  # noqa: PLW0603  (one per process, opened by the first who needs it)
     with _opening:
         if _context is None:
-            tracing.start("worker")
-            _open.callback(tracing.stop)
-            device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
-            node.settle_on(device)
-            _context = _open.enter_context(open_worker(Settings(), device=device))
-            _context.has_asked_to_leave = _leave.is_set
-            _context.pulse.on_drain = _end_main
+            with ExitStack() as opening:  # what was begun is ended where it fails: it is tried again
+                tracing.start("worker")
+                opening.callback(tracing.stop)
+                device = node.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
+                node.settle_on(device)
+                opened = opening.enter_context(open_worker(Settings(), device=device))
+                opened.has_asked_to_leave = _leave.is_set
+                opened.pulse.on_drain = _end_main
+                _open.enter_context(opening.pop_all())
+            _context = opened
         return _context
 
 
@@ -141,8 +146,10 @@ def _begin(**_: Any) -> None:
 
 
 def _end_main() -> None:
-    """As a signal does: it waits until this process has saved its jobs, and ends."""
-    os.kill(os.getppid(), signal.SIGTERM)
+    """As a signal does: it waits until this process has saved its jobs, and ends. Once, for at a second signal it does
+    not wait."""
+    if _ending.acquire(blocking=False):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 @worker_shutting_down.connect

@@ -69,6 +69,8 @@ class Pack:
         """Its last word was said amid passes that verify an adapter, of which it speaks at every linear."""
         self.verdict: End | None = None
         """Why its trainer was killed by us, or what it said before it ended itself."""
+        self.is_leaving = False
+        """It saves what it holds, for somebody is to leave."""
         self.deafness: End | None = None
         """Why its trainer is to be killed: it may train a job that it holds no more, and can't be told."""
         self.speeds = saturation.UNKNOWN
@@ -219,14 +221,9 @@ class Pack:
             self._inbox.send(verb, claim_id=held.claim.claim_id)
             held.told.add(verb)
 
-    def drain(self) -> bool:
-        """True: it is told. Raises OutOfSpace, OSError."""
-        self._inbox.send("drain")
-        return True
-
-    def unload(self) -> bool:
-        """As `drain`."""
-        self._inbox.send("unload")
+    def tell(self, verb: Verb) -> bool:
+        """What is about no job. True: it is told. Raises OutOfSpace, OSError."""
+        self._inbox.send(verb)
         return True
 
     # From the trainer
@@ -332,10 +329,11 @@ class Pack:
 
     # Endings
 
-    def end_all(self, end: End) -> None:
-        """End every claim that is left: the trainer has gone."""
+    def end_all(self, end: End, *, only_unseen: bool = False) -> None:
+        """End every claim that is left: the trainer has gone. only_unseen: of those that it was not given."""
         for held in list(self._held.values()):
-            self._guarded(held, partial(self._end, end=end))
+            if not (only_unseen and held.is_handed_over):
+                self._guarded(held, partial(self._end, end=end))
 
     def forget_all(self) -> None:
         """Nothing can be recorded any more: recovery ends what is left, if anything is."""

@@ -28,7 +28,7 @@ from worker.chores import Chores
 from worker.context import WorkerContext
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
-from worker.mishaps import mishap
+from worker.mishaps import mishap, mishap_of_job
 from worker.output import cleaned
 from worker.pack import OUTAGES, Pack
 from worker.patience import LEFT_BEHIND, set_aside, watch_clock
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 TURN_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
 LEFT = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
+UNREACHABLE = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
 T = TypeVar("T")
 
 
@@ -229,7 +230,7 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
             looked_at = time.monotonic()
             left_over = _patiently(trainer, lambda: _look_for_more(context, pack)) or []
             if left_over or _is_spent(context, pack):
-                leaving_at, farewell = time.monotonic(), pack.unload
+                leaving_at, farewell = time.monotonic(), partial(pack.tell, "unload")
         if farewell is not None and _patiently(trainer, farewell):
             farewell = None
         watch_clock(context, trainer, pack, leaving_at)
@@ -249,9 +250,10 @@ def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
 
 def _tell_to_leave(trainer: TrainerProcess, pack: Pack) -> bool:
     """True once it is told. A trainer that is still loading has nothing to save."""
-    pack.verdict = LEFT
     if pack.ready is not None:
-        return pack.drain()
+        pack.is_leaving = True
+        return pack.tell("drain")
+    pack.verdict = LEFT
     trainer.kill()
     return True
 
@@ -283,17 +285,21 @@ def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> No
     """The trainer has ended, or is left behind: hear its last words, and end what it leaves unfinished by the way it
     ended."""
     deadline = time.monotonic() + context.settings.lease_seconds
+    lost = UNREACHABLE
     while not context.pulse.lost.is_set() and time.monotonic() < deadline:
         try:
             pack.hear()
             set_aside(context, trainer)
+            if pack.is_leaving:  # whatever becomes of what it was to save
+                pack.end_all(LEFT, only_unseen=True)
             pack.end_all(_verdict(context, trainer, pack))
             return
         except (*OUTAGES, OSError) as error:
             log.warning("%s Waiting to record how the trainer ended.", error)
+            own = context.worker_id
+            lost = replace(mishap_of_job(error), blamed_worker_id=own) if isinstance(error, OSError) else UNREACHABLE
             time.sleep(OUTAGE_SECONDS)
     _try(lambda: set_aside(context, trainer))
-    lost = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
     _try(lambda: pack.end_all(lost))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +13,10 @@ from catalog.states import EndReason
 from catalog.tables import Worker
 from tests.catalog.test_loads import load
 from tests.worker.pack_site import OUTAGE, PackSite, say
-from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, reasons
-from worker import admission, bases, node, supervise
+from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, raising, reasons
+from worker import admission, bases
 from worker.held import End
 from worker.mishaps import mishap
-from worker.trainer_directory import TrainerDirectory
 
 REFUSAL = {"code": "invalid_config", "message": "CUDA is not available.", "remedy": "Choose another."}
 FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
@@ -26,32 +24,15 @@ Run = Callable[[Script], None]
 
 
 @pytest.fixture
-def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Supervise until nothing is left that is due, every trainer following the script; then let the longest wait of a
-    job that is tried again pass."""
-    site.context.scratch_dir().mkdir()
-    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
-    monkeypatch.setattr(node, "free_bytes", lambda _: 10**12)
+def run(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> Run:
+    """Supervise until nothing is left that is due; then let the longest wait of a job that is tried again pass."""
 
-    def run(script: Script) -> None:
-        def launch(
-            directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
-        ) -> FakeTrainer:
-            return FakeTrainer(directory, script)
-
-        monkeypatch.setattr(supervise, "launch", launch)
-        supervise.supervise(site.context)
+    def run_and_wait(script: Script) -> None:
+        run(script)
         site.world.clock.turn(31)
         site.world.beat(worker_id="w1")
 
-    return run
-
-
-def raising(error: Exception) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return fail
+    return run_and_wait
 
 
 def cordon_of(site: PackSite, worker_id: str = "w1") -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -84,6 +86,44 @@ print(json.dumps({{name: app.conf[name] for name in {sorted(SETTINGS)!r}}}))
     told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
 
     assert json.loads(told) == SETTINGS
+
+
+def test_what_an_opening_that_fails_has_begun_is_ended(tmp_path: Path) -> None:
+    program = """
+import threading
+from catalog.errors import Unavailable
+from worker import celery_app
+for _ in range(3):
+    try:
+        celery_app.context()
+    except Unavailable:
+        print([thread.name for thread in threading.enumerate()])
+"""
+    nowhere = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {
+        "LORRY_DATA_DIR": str(tmp_path),
+        "LORRY_DATABASE_URL": f"postgresql+psycopg://lorry@{nowhere}/lorry",
+        "LORRY_DEVICE": "cpu",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{nowhere}",
+    }
+    command = [sys.executable, "-c", program]
+
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+    assert told.splitlines() == ["['MainThread']"] * 3
+
+
+def test_a_pool_process_ends_the_main_one_by_one_signal() -> None:
+    program = """
+import os
+from worker import celery_app
+os.kill = lambda *sent: print(*sent)
+celery_app._end_main()
+celery_app._end_main()
+"""
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+
+    assert told.splitlines() == [f"{os.getpid()} {signal.SIGTERM.value}"]
 
 
 def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Path, redis_url: str) -> None:

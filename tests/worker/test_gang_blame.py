@@ -188,8 +188,8 @@ def test_a_member_that_leaves_costs_nothing_where_a_job_could_not_be_handed_over
         raise OUTAGE
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        yield from begun(gang, trainer, context)
         monkeypatch.setattr(admission, "bring_files", outage)
+        yield from begun(gang, trainer, context)
         gangs.ask_to_leave(gang.place("w2"))
         yield from trainer.listen("drain")
 
@@ -198,6 +198,21 @@ def test_a_member_that_leaves_costs_nothing_where_a_job_could_not_be_handed_over
     attempt = attempt_of(gang, job_id)
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.DRAINED, "")
     assert gang.site.world.job(job_id).run_after is None
+
+
+def test_a_leaders_trainer_that_fails_as_it_saves_for_a_member_that_leaves_is_to_blame(gang: GangSite) -> None:
+    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
+        yield from begun(gang, trainer, context)
+        yield from trainer.listen("admit")
+        gangs.ask_to_leave(gang.place("w2"))
+        yield from trainer.listen("drain")
+        prints(trainer, "Traceback:\nMemoryError\n")
+        trainer.returncode = 1
+        yield
+
+    attempt = attempt_of(gang, leads(gang, script))
+
+    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.HOST_OOM, "w1")
 
 
 def test_a_leader_without_a_database_while_its_gang_gathers_blames_nobody(gang: GangSite) -> None:

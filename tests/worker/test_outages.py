@@ -16,8 +16,8 @@ from catalog.states import EndReason
 from catalog.tables import Attempt, Job
 from tests.worker.pack_site import OUTAGE, READY, PackSite, asked
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
-from worker import bases
-from worker.trainer_directory import InboxWriter
+from worker import bases, supervise
+from worker.trainer_directory import InboxWriter, TrainerDirectory
 
 Run = Callable[[Script], list[FakeTrainer]]
 READ_ONLY = OSError(errno.EROFS, "Read-only file system")
@@ -208,6 +208,27 @@ def test_a_disk_that_fails_as_the_last_of_a_trainer_is_recorded_ends_no_worker(
 
     assert reasons(site, job.id) == [EndReason.INFRA_LOST], "its lease has ended it"
     assert site.held() == set()
+
+
+def test_a_folder_that_can_not_be_read_for_a_lease_after_its_trainer_ended_is_the_nodes_doing(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = site.queued()
+    site.context.settings = site.settings.model_copy(update={"lease_seconds": 0.1})
+    monkeypatch.setattr(supervise, "OUTAGE_SECONDS", 0.01)
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        yield from trainer.listen("admit")
+        monkeypatch.setattr(TrainerDirectory, "log_tail", raising(OSError(errno.EIO, "Input/output error")))
+        yield
+
+    run(script)
+
+    with site.db.read() as session:
+        attempt = session.query(Attempt).where(Attempt.job_id == job.id).one()
+    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.NODE_FAILED, "w1")
+    assert "Input/output error" in str(attempt.detail)
 
 
 def test_a_trainer_is_told_to_leave_once_its_disk_can_be_written_again(
