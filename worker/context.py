@@ -66,6 +66,8 @@ class WorkerContext:
 
     cleaned_at: float = -math.inf
     """When the files of deleted bases were last looked for, by the monotonic clock."""
+    silent_since: float | None = None
+    """Since when the driver does not tell what is free of its GPUs, by the monotonic clock. None: it tells."""
 
     @property
     def policy(self) -> Policy:

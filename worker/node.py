@@ -34,6 +34,10 @@ LEAST_BYTES = 64 * 2**10
 """Of a disk, below which a trainer can't even say what it wants to."""
 
 
+class SilentGpu(Exception):
+    """The driver does not tell what is free of a GPU, for the reason that is said."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """What one worker trains on, a device group: one GPU, several, the CPU, or some of its cores."""
@@ -265,17 +269,34 @@ def _visible(count: int) -> list[int]:
     return [int(name) for name in shown]
 
 
+def silence(device: Device) -> str | None:
+    """Of which of its GPUs the driver does not tell now what is free, and why. None: it tells of all."""
+    for index in device.indices:
+        try:
+            _told_free_bytes(index)
+        except SilentGpu as silent:
+            return f"GPU {index} ({silent})"
+    return None
+
+
 def _gpu_free_bytes(index: int) -> int:
     """0 where the driver does not tell now: nothing more is taken in, and what trains there goes on."""
+    try:
+        return _told_free_bytes(index)
+    except SilentGpu as silent:
+        _tell_once(index, str(silent))
+        return 0
+
+
+def _told_free_bytes(index: int) -> int:
+    """Raises SilentGpu."""
     nvml = open_nvml()
     if nvml is None:
-        _tell_once(index, "NVML can't be opened")
-        return 0
+        raise SilentGpu("NVML can't be opened")
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
     except nvml.NVMLError as error:
-        _tell_once(index, str(error))
-        return 0
+        raise SilentGpu(str(error)) from error
 
 
 @cache

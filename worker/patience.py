@@ -1,5 +1,5 @@
 """When a worker gives its trainer up: for loading, for saying nothing while it is busy, for leaving too slowly, or for
-not ending when it is killed.
+not ending when it is killed. And when it gives its GPU up, of which the driver tells nothing.
 
 What hangs is asked where it stands before it is ended, so that its jobs' logs tell.
 """
@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from catalog import cordons
 from catalog.states import EndReason
-from worker import stacks
+from worker import node, stacks
 from worker.context import WorkerContext
 from worker.held import End
 from worker.launch import TrainerProcess
@@ -21,6 +21,8 @@ from worker.pack import Pack
 log = logging.getLogger(__name__)
 TIMES_ITS_PACE = 4
 """So much longer than it ever was silent before, a slow trainer may be."""
+SILENT_GPU_SECONDS = 300.0
+"""For so long a driver may tell nothing of a GPU, as amid its own restart, before somebody has to look at it."""
 
 LEFT_BEHIND = End(
     reason=EndReason.NODE_FAILED,
@@ -47,6 +49,25 @@ def set_aside(context: WorkerContext, trainer: TrainerProcess) -> None:
     if trainer.is_left_behind:
         log.error("%s", LEFT_BEHIND.detail)
         cordons.cordon_own(context.db, context.worker_id, reason=LEFT_BEHIND.detail)
+
+
+def cordon_silent(context: WorkerContext) -> None:
+    """At each look for jobs. With a GPU of which the driver tells nothing the worker takes none, so none can fail and
+    show it: after a while of that the node is cordoned; and again, should somebody uncordon it as it is. Raises
+    Unavailable."""
+    why = node.silence(context.device)
+    if why is None:
+        context.silent_since = None
+        return
+    now = time.monotonic()
+    if context.silent_since is None:
+        context.silent_since = now
+    if now - context.silent_since < SILENT_GPU_SECONDS:
+        return
+    reason = f"For {SILENT_GPU_SECONDS / 60:.0f} minutes the driver has not told what is free of {why}."
+    cordons.cordon_own(context.db, context.worker_id, reason=reason)
+    log.error("%s The worker is cordoned.", reason)
+    context.silent_since = now
 
 
 def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> End | None:

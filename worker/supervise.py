@@ -31,7 +31,7 @@ from worker.launch import TrainerProcess, launch
 from worker.mishaps import mishap, mishap_of_job
 from worker.output import cleaned
 from worker.pack import OUTAGES, Pack
-from worker.patience import LEFT_BEHIND, set_aside, watch_clock
+from worker.patience import LEFT_BEHIND, cordon_silent, set_aside, watch_clock
 from worker.room import room_of, told_room
 from worker.strategy import strategy_for
 from worker.trainer_directory import Json, TrainerDirectory, Verb
@@ -317,6 +317,7 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End
 
 def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str | None = None) -> list[Claim]:
     """Claimed jobs, whose leases the heartbeat renews from here on."""
+    cordon_silent(context)
     if room.max_jobs <= 0 or (context.gang is not None and not context.gang.may_claim()):
         return []
     since = time.monotonic()
