@@ -53,6 +53,7 @@ class WorkerSite:
             "LORRY_POLL_SECONDS": "0.1",
             "LORRY_IDLE_SECONDS": "0",
             "LORRY_STANDBY_TRAINER": "false",
+            "LORRY_MAX_SLOWDOWN": "1000",  # else it is by measured speeds which jobs train together
             **environment,
         }
         values = {name.removeprefix("LORRY_").lower(): value for name, value in self.environment.items()}
