@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,21 @@ def run(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=True,
     )
+
+
+@contextmanager
+def serving(data_dir: Path) -> Generator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """The api's process, which may be ended within, and what it says once it listens."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "api", "serve", "--port", "0"],
+        env={**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        yield child, json.loads(child.stdout.readline())
 
 
 def bootstrapped(data_dir: Path) -> dict[str, Any]:
@@ -121,16 +138,7 @@ def test_it_serves_on_its_own_tables_and_on_newer_ones(tmp_path: Path, *, later:
     if not later:
         bootstrapped(tmp_path)
 
-    with subprocess.Popen(
-        [sys.executable, "-m", "api", "serve", "--port", "0"],
-        env={**os.environ, "LORRY_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as child:
-        assert child.stdout is not None
-        ready = json.loads(child.stdout.readline())
+    with serving(tmp_path) as (child, ready):
         status = httpx.get(f"{ready['url']}/readyz", trust_env=False, timeout=20).status_code
         child.send_signal(signal.SIGTERM)
 
@@ -139,16 +147,7 @@ def test_it_serves_on_its_own_tables_and_on_newer_ones(tmp_path: Path, *, later:
 
 def test_it_tells_its_address_when_ready_and_ends_well_with_a_stream_open(tmp_path: Path) -> None:
     key = bootstrapped(tmp_path)["api_key"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "api", "serve", "--port", "0"],
-        env={**os.environ, "LORRY_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
-        assert child.stdout is not None
-        ready = json.loads(child.stdout.readline())
+    with serving(tmp_path) as (child, ready):
         headers = {"authorization": f"Bearer {key}"}
         with (
             httpx.Client(base_url=ready["url"], headers=headers, trust_env=False, timeout=20) as http,

@@ -44,20 +44,8 @@ def on_a_thread(act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_a_look_comes_again_and_again_without_a_ring() -> None:
-    work = Work()
-    work.may_go_on.set()
-    turns = Turns(work, seconds=SOON)
-
-    turns.begin()
-
-    for _ in range(3):
-        work.begun.acquire()
-    turns.end()
-
-
-@pytest.mark.parametrize("error", [AWAY, ValueError("whatever it is")])
-def test_a_look_that_goes_wrong_is_not_the_last(error: Exception) -> None:
+@pytest.mark.parametrize("error", [None, AWAY, ValueError("whatever it is")], ids=["well", "away", "unforeseen"])
+def test_a_look_comes_again_and_again_without_a_ring_whatever_becomes_of_it(error: Exception | None) -> None:
     work = Work(raises=error)
     work.may_go_on.set()
     turns = Turns(work, seconds=SOON)
