@@ -47,7 +47,7 @@ from catalog.records import (
     record_progress,
 )
 from catalog.scheduling.picture import USUAL, Policy, Room
-from catalog.states import EndReason, JobState, Verb
+from catalog.states import ENDINGS, EndReason, JobState, Verb
 from catalog.sweeps import observing
 from catalog.tables import Adapter, Attempt, Job, Json, Project, Worker, new_id
 from catalog.taking import Claim, claim_pack
@@ -247,7 +247,7 @@ def end(
         usage.charge_end(session, job, now=now, policy=policy)
         session.get_one(Attempt, claim_id).blamed_worker_id = blamed_worker_id
         state = end_attempt(session, job, reason=reason, detail=detail, error=error, is_bystander=is_bystander, now=now)
-    if reason in cordons.AT_FAULT:
+    if ENDINGS[reason].may_be_nodes:
         cordons.look(db, worker_id if blamed_worker_id is None else blamed_worker_id)
     return state
 

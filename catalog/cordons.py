@@ -19,23 +19,13 @@ from catalog import audit, events, loads
 from catalog.audit import SERVER, Actor, AuditType
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, LorryError, NotFound
-from catalog.states import CLAIMED_STATES, EndReason
+from catalog.states import CLAIMED_STATES, EndReason, ends
 from catalog.tables import Attempt, Job, Json, Trainer, Worker
 
 log = logging.getLogger("lorry.catalog")
 MAX_FAILED_RUNNING = 3
 """Jobs that a node may fail one after the other before it is cordoned."""
-AT_FAULT = frozenset(
-    {
-        EndReason.CUDA_OOM,
-        EndReason.HOST_OOM,
-        EndReason.TRAINER_CRASHED,
-        EndReason.TIMEOUT,
-        EndReason.NODE_FAILED,
-    }
-)
-"""Ends that may be the node's doing. Not `infra_lost`: in an outage of the database every worker is lost. Nor
-`divided_oom`: a base is divided where memory is scarce, and a pack that is too large for it is no device's fault."""
+AT_FAULT = ends(lambda ending: ending.may_be_nodes)
 MAX_LOOKED_AT = 100
 """Ended attempts of one worker, and earlier workers of one host."""
 OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."
@@ -74,13 +64,7 @@ def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
     """The worker itself has seen that its node needs somebody's look: it takes nothing new, and nor does who comes in
     its place."""
     with db.write() as session:
-        worker = session.get(Worker, worker_id, with_for_update=True)
-        if worker is None or worker.cordon is not None or worker.ended_at is not None:
-            return
-        now = read_clock(session)
-        _put(worker, by="service", reason=reason, now=now)
-        _note(session, "worker.cordoned", worker, now=now, details={"reason": reason}, actor=SERVER)
-        _tell_jobs(session, worker, f"was cordoned. {reason} {_what_next().capitalize()}", now=now)
+        close(session, worker_id, reason=reason)
 
 
 def uncordon(db: Database, worker_id: str) -> Worker:
@@ -195,11 +179,13 @@ def _look(db: Database, worker_id: str) -> bool:
         return True
 
 
-def close(session: Session, worker_id: str, *, reason: str, evidence: Sequence[Json]) -> None:
+def close(session: Session, worker_id: str, *, reason: str, evidence: Sequence[Json] = ()) -> None:
     """By the service, which has seen what is told as evidence. One that is cordoned stays as it is."""
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is not None and worker.cordon is None and worker.ended_at is None:
-        _put_by_service(session, worker, reason, now=read_clock(session), evidence=evidence)
+        now = read_clock(session)
+        _put_by_service(session, worker, reason, now=now, evidence=evidence)
+        _tell_jobs(session, worker, f"was cordoned. {reason} {_what_next().capitalize()}", now=now)
 
 
 def _put_by_service(

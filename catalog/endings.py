@@ -9,20 +9,14 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog import giving_way, loads, shortages, tallies
-from catalog.cordons import AT_FAULT
 from catalog.moves import move
-from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb
+from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb, ends
 from catalog.sweeps.observing import ended_for
 from catalog.tables import Attempt, Checkpoint, Job, Json
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
 """Before the next attempt, by the number of bad ends so far; the last also for every further one."""
-BAD = frozenset(
-    reason
-    for reason, ending in ENDINGS.items()
-    if ending.retryable and (ending.counts or reason is EndReason.INFRA_LOST)
-)
-"""Ends after which a job is tried again that nobody had asked for."""
+BAD = ends(lambda ending: ending.is_bad)
 AGAIN = "submit the job again, or continue its newest checkpoint by a new one"
 REMEDIES: dict[EndReason, str] = {
     EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or ask for a larger GPU; then {AGAIN}.",
@@ -121,7 +115,7 @@ def end_attempt(
         reason = ended_for(session, job, reason)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
     is_bystander = is_bystander and not loads.is_to_blame(session, job, reason, now=now)
-    yields_seconds = giving_way.seconds(session, job, now=now) if reason in AT_FAULT else 0.0
+    yields_seconds = giving_way.seconds(session, job, now=now) if ENDINGS[reason].may_be_nodes else 0.0
     losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
     num_shortages = shortages.of_this(session, job, reason)
     verdict = decide(
@@ -140,7 +134,9 @@ def end_attempt(
     if verdict.verb is Verb.FAIL:
         is_put_aside, number = verdict.is_quarantine, losses or job.counted_attempts
         job.error = (
-            _quarantined(session, job, reason, detail, number) if is_put_aside else _failed(reason, detail, error)
+            _quarantined(session, job, reason, detail, number, is_told=error is not None)
+            if is_put_aside
+            else _failed(reason, detail, error)
         )
     level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
     if verdict.verb is Verb.OBEY_CANCEL:
@@ -178,8 +174,9 @@ def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
     return {**fallback, **(error or {})}
 
 
-def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, number: int) -> Json:
-    """The evidence: how each of the latest attempts ended, and where."""
+def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, number: int, *, is_told: bool) -> Json:
+    """The evidence: how each of the latest attempts ended, and where. is_told: the last one's detail is that of an
+    error, which has its own remedy; no worker has gone away then."""
     ended = select(Attempt).where(Attempt.job_id == job.id, Attempt.ended_at.is_not(None))
     attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(number + 2))
     evidence = [
@@ -198,7 +195,8 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
     )
     is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and shortages.of_this(session, job, reason)
     tried = shortages.given_up(session, job) if is_smallest else ""
-    told = " ".join(part for part in (message, detail, tried, REMEDIES[reason]) if part)
+    remedy = f"Then {AGAIN}." if is_told and reason is EndReason.INFRA_LOST else REMEDIES[reason]
+    told = " ".join(part for part in (message, detail, tried, remedy) if part)
     return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
 
 

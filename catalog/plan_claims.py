@@ -78,10 +78,16 @@ def conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
             _release(plan, run_after=None)
 
 
-def fail(db: Database, claim_id: str, *, error: Json) -> None:
-    """It can't be computed. error: code, message, param. Raises StaleClaim."""
+def fail(db: Database, claim_id: str, *, error: Json, wait_seconds: float) -> None:
+    """It came to nothing, and another worker may do better: so often and no more. error: code, message, param. Raises
+    StaleClaim."""
     with db.write() as session:
-        _fail(_hold(session, claim_id), error)
+        plan = _hold(session, claim_id)
+        plan.num_lost += 1
+        if plan.num_lost >= MAX_LOST_PREPARATIONS:
+            _fail(plan, error)
+        else:
+            _release(plan, run_after=read_clock(session) + wait_seconds)
 
 
 def release(db: Database, claim_id: str, *, wait_seconds: float = 0) -> None:

@@ -20,7 +20,8 @@ from catalog.tables import BaseModelRow, File, Job, Json, Project, Worker, new_i
 
 VALIDATING = JobState.VALIDATING_FILES
 MAX_LOST_PREPARATIONS = 5
-"""A file that takes its worker down this often while it is prepared is refused. (Such an end is no attempt.)"""
+"""Files that take their worker down this often are refused, and those that so often can't be prepared for a reason that
+may be the worker's. (Such an end is no attempt.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +165,24 @@ def release_preparation(db: Database, *, claim_id: str, detail: str, wait_second
         events.add(session, job.id, now=now, level="warn", message=f"The files will be prepared again: {detail}")
 
 
+def fail_preparation(db: Database, *, claim_id: str, error: Json, wait_seconds: float) -> None:
+    """It came to nothing by the files' doing, the base's or the worker's, which can't be told apart: another may do
+    better. error: code, message (with its remedy) and param, of which the job fails in the end."""
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        now = read_clock(session)
+        job.lost_preparations += 1
+        if job.lost_preparations >= MAX_LOST_PREPARATIONS:
+            message = f"Its files could not be prepared {job.lost_preparations} times. {error['message']}"
+            _give_up(session, job, {**error, "message": message}, now=now)
+            return
+        free(job)
+        job.run_after = now + wait_seconds
+        events.add(
+            session, job.id, now=now, level="warn", message=f"The files will be prepared again: {error['message']}"
+        )
+
+
 def lose_preparation(session: Session, job: Job, *, now: float) -> None:
     """Whoever prepared the job, whose row is locked, was not heard from any more: it is free for another."""
     job.lost_preparations += 1
@@ -171,8 +190,12 @@ def lose_preparation(session: Session, job: Job, *, now: float) -> None:
         free(job)
         return
     message = f"The worker was lost {job.lost_preparations} times while it prepared the files."
-    job.error = {"code": "preparation_lost", "message": message, "param": "training_file"}
-    failed = f"The job failed. {message}"
+    _give_up(session, job, {"code": "preparation_lost", "message": message, "param": "training_file"}, now=now)
+
+
+def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:
+    job.error = error
+    failed = f"The job failed. {error['message']}"
     move(session, job, Verb.REFUSED, now=now, message=failed, reason=EndReason.INFRA_LOST, level="error")
 
 

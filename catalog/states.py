@@ -5,8 +5,10 @@ These are the wire names too. Only `moves.move` writes a state, for jobs (user v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 
 class JobState(StrEnum):
@@ -99,35 +101,52 @@ class EndReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """What an EndReason means for the job."""
+    """What an EndReason means for the job, and of whom it tells."""
 
     state: JobState
-    retryable: bool
+    retryable: bool = False
     """The job goes back to the queue instead, while it has attempts left."""
     counts: bool = True
     """The attempt counts towards quarantine. A drain, a preemption or a pause is nobody's fault. Nor is a lost worker,
     as long as it is not one after the other: MAX_LOSSES."""
+    is_bad: bool = False
+    """Nobody had asked for it, and the job is tried again."""
+    may_be_nodes: bool = False
+    """It may be the node's doing. Not `infra_lost`: in an outage of the database every worker is lost. Nor
+    `divided_oom`: a base is divided where memory is scarce, and a pack too large for it is no device's fault."""
+    may_be_bases: bool = False
+    """It may be the base's doing, where its trainer never got ready."""
+    is_of_memory: bool = False
 
+
+_again = partial(Ending, state=JobState.FAILED, retryable=True)
+"""`failed` only after there have been too many such ends."""
 
 ENDINGS: dict[EndReason, Ending] = {
-    EndReason.COMPLETED: Ending(state=JobState.SUCCEEDED, retryable=False),
-    EndReason.CANCELLED_BY_USER: Ending(state=JobState.CANCELLED, retryable=False),
-    EndReason.PRUNED: Ending(state=JobState.CANCELLED, retryable=False),
-    EndReason.PAUSED_BY_USER: Ending(state=JobState.PAUSED, retryable=False, counts=False),
-    EndReason.USER_ERROR: Ending(state=JobState.FAILED, retryable=False),
-    EndReason.DIVERGED: Ending(state=JobState.FAILED, retryable=False),
-    EndReason.CUDA_OOM: Ending(state=JobState.FAILED, retryable=True),
-    EndReason.HOST_OOM: Ending(state=JobState.FAILED, retryable=True),
-    EndReason.DIVIDED_OOM: Ending(state=JobState.FAILED, retryable=True),
-    EndReason.TRAINER_CRASHED: Ending(state=JobState.FAILED, retryable=True),
-    EndReason.TIMEOUT: Ending(state=JobState.FAILED, retryable=True),
-    EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED, retryable=False),
-    EndReason.INFRA_LOST: Ending(state=JobState.FAILED, retryable=True, counts=False),
-    EndReason.NODE_FAILED: Ending(state=JobState.FAILED, retryable=True),
-    EndReason.GANG_INCOMPLETE: Ending(state=JobState.FAILED, retryable=True, counts=False),
-    EndReason.DRAINED: Ending(state=JobState.FAILED, retryable=True, counts=False),
-    EndReason.PREEMPTED: Ending(state=JobState.FAILED, retryable=True, counts=False),
+    EndReason.COMPLETED: Ending(state=JobState.SUCCEEDED),
+    EndReason.CANCELLED_BY_USER: Ending(state=JobState.CANCELLED),
+    EndReason.PRUNED: Ending(state=JobState.CANCELLED),
+    EndReason.PAUSED_BY_USER: Ending(state=JobState.PAUSED, counts=False),
+    EndReason.USER_ERROR: Ending(state=JobState.FAILED),
+    EndReason.DIVERGED: Ending(state=JobState.FAILED),
+    EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED),
+    EndReason.CUDA_OOM: _again(is_bad=True, may_be_nodes=True, may_be_bases=True, is_of_memory=True),
+    EndReason.HOST_OOM: _again(is_bad=True, may_be_nodes=True, may_be_bases=True, is_of_memory=True),
+    EndReason.DIVIDED_OOM: _again(is_bad=True, may_be_bases=True, is_of_memory=True),
+    EndReason.TRAINER_CRASHED: _again(is_bad=True, may_be_nodes=True, may_be_bases=True),
+    EndReason.TIMEOUT: _again(is_bad=True, may_be_nodes=True, may_be_bases=True),
+    EndReason.NODE_FAILED: _again(is_bad=True, may_be_nodes=True),
+    EndReason.INFRA_LOST: _again(counts=False, is_bad=True),
+    EndReason.GANG_INCOMPLETE: _again(counts=False),
+    EndReason.DRAINED: _again(counts=False),
+    EndReason.PREEMPTED: _again(counts=False),
 }
+
+
+def ends(which: Callable[[Ending], bool]) -> frozenset[EndReason]:
+    """The reasons whose ending is such."""
+    return frozenset(reason for reason, ending in ENDINGS.items() if which(ending))
+
 
 MAX_COUNTED_ATTEMPTS = 3
 """A job that ends its trainer this often without a new checkpoint in between is quarantined as `failed`."""

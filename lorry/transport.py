@@ -141,7 +141,8 @@ class Transport:
         return ConnectionFailed(
             f"The service at {self.connection.url} does not answer: {why}. {self.connection.origin}".rstrip(),
             code="connection_failed",
-            remedy="Check the address. One just started needs some seconds; `lorry up` starts one on this machine.",
+            remedy="Check the address, and whether it runs: one just started needs some seconds. `lorry up` starts a "
+            "service on this machine.",
         )
 
 

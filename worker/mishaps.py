@@ -9,6 +9,7 @@ from catalog.states import EndReason
 from worker import publish
 from worker.bases import ImportRefused
 from worker.held import End
+from worker.preparation import FileRefused
 
 
 def mishap(error: LorryError | OSError) -> End:
@@ -23,9 +24,12 @@ def mishap(error: LorryError | OSError) -> End:
 
 
 def mishap_of_job(error: LorryError | OSError) -> End:
-    """What went wrong with one job alone."""
+    """What went wrong with one job alone. A file that is refused now would have been before the job began."""
     if isinstance(error, LorryError):
-        return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=publish.wire_error(error))
+        wire = publish.wire_error(error)
+        if isinstance(error, FileRefused):
+            return End(reason=EndReason.USER_ERROR, detail=error.sentence(), error=wire)
+        return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=wire)
     return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not use a file: {error}.")
 
 

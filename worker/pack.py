@@ -29,6 +29,7 @@ from worker.held import STOPPED, End, Held, folders_of
 from worker.mishaps import mishap_of_job, untold
 from worker.news import Listener, Next
 from worker.output import Output, cleaned
+from worker.preparation import FileRefused
 from worker.strategy import strategy_for
 from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
 
@@ -182,8 +183,8 @@ class Pack:
             body["trace"] = self._context.spans.of(held.claim.claim_id)
         except Abandoned:
             self._end(held, End(reason=EndReason.DRAINED, detail="The worker left."))
-        except DamagedArtifact as error:
-            self._end(held, End(reason=EndReason.INFRA_LOST, detail=error.sentence()))
+        except (DamagedArtifact, FileRefused) as error:
+            self._end(held, mishap_of_job(error))
         except OutOfSpace as error:
             wire = publish.wire_error(error)
             own = self._context.worker_id

@@ -16,7 +16,8 @@ from catalog.tables import Json, Prepared
 from worker import bases, scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
-from worker.preparation import RETRY_SECONDS, FileRefused, both_files
+from worker.preparation import RETRY_SECONDS, FileRefused, PreparationCrashed, both_files, crashed
+from worker.publish import wire_error
 from worker.trainer_directory import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,9 @@ def compute_next(context: WorkerContext) -> bool:
         plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except FileRefused:  # which its report tells
         plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
-    except bases.ImportRefused as error:
-        refusal: Json = {"code": error.code, "message": error.sentence(), "param": error.param}
-        plan_claims.fail(context.db, claim.claim_id, error=refusal)
+    except (PreparationCrashed, bases.ImportRefused) as error:
+        log.warning("%s", error)
+        plan_claims.fail(context.db, claim.claim_id, error=wire_error(error), wait_seconds=RETRY_SECONDS)
     except bases.Abandoned:
         plan_claims.release(context.db, claim.claim_id)
     except (DamagedArtifact, OutOfSpace, Unavailable) as error:
@@ -84,11 +85,9 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         child = run_child("worker.overlap", str(arguments), log_path=work / "log.txt")
         bases.wait_renewing(child, context, lambda: None, is_unwanted)
         if not result.exists():
-            tail = (work / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-            raise bases.ImportRefused(
-                f"Comparing the files ended with exit status {child.returncode}: {' '.join(tail)[:300]}",
-                code="comparison_failed",
-                remedy="Plan again without the validation file, and report this.",
+            remedy = "Plan again without the validation file, and report this."
+            raise crashed(
+                "Comparing the files", child.returncode, work / "log.txt", code="comparison_failed", remedy=remedy
             )
         return read_json(result)
 

@@ -21,12 +21,17 @@ from catalog.tables import File, Job, Json, Prepared
 from worker import bases, scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
+from worker.publish import wire_error
 from worker.trainer_directory import read_json, write_json
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 10.0
 EXIT_DISK_FULL = 75
 """What worker.prepare ends with when the file is not to blame."""
+
+
+class PreparationCrashed(LorryError):
+    """A child that works on files ended before it had a result: by their doing, or the node's."""
 
 
 class FileRefused(LorryError):
@@ -63,16 +68,18 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
     claim_id = unprepared.claim_id
     try:
         train, valid = both_files(context, unprepared.files)
-    except (FileRefused, bases.ImportRefused) as error:
-        refusal = {"code": error.code, "message": error.sentence(), "param": error.param}
+    except FileRefused as error:
         valid_file = unprepared.validation_file
         record.refused(
             context.db,
             claim_id=claim_id,
-            error=refusal,
+            error=wire_error(error),
             train_key=_key(unprepared.files, unprepared.training_file),
             valid_key=_key(unprepared.files, valid_file) if valid_file else None,
         )
+    except (PreparationCrashed, bases.ImportRefused) as error:
+        log.warning("%s", error)
+        record.fail_preparation(context.db, claim_id=claim_id, error=wire_error(error), wait_seconds=RETRY_SECONDS)
     except bases.Abandoned:
         record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
     except (DamagedArtifact, OutOfSpace, Unavailable) as error:
@@ -95,7 +102,8 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
 def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
     """A token cache of a job in training whose files are damaged: the same tokens under the same key.
 
-    Raises FileRefused, Abandoned, DamagedArtifact where the data file itself is damaged, OutOfSpace, Unavailable.
+    Raises FileRefused, PreparationCrashed, ImportRefused, Abandoned, DamagedArtifact where the data file itself is
+    damaged, OutOfSpace, Unavailable.
     """
     damaged = prepared.get(context.db, key)
     prepared.forget(context.db, key)
@@ -103,7 +111,8 @@ def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prep
         context.store.delete_damaged(damaged.artifact)
     file = files.get(context.db, project_id=job.project_id, file_id=file_id)
     base_dir = bases.ensure(context, job.base_model, job.base_digest)
-    return _make(context, base_dir, file, key, JobSpec.model_validate(job.spec), is_unwanted=lambda: False)
+    row = _make(context, base_dir, file, key, JobSpec.model_validate(job.spec), is_unwanted=lambda: False)
+    return _not_refused(row, "training_file" if file_id == job.training_file else "validation_file")
 
 
 def num_rows(report: Json) -> int:
@@ -127,7 +136,8 @@ def both_files(
     """The token caches of both, made before, by whomever, or made now. with_details: those of before there were any
     are made again. is_unwanted: asked several times a second.
 
-    Raises FileRefused, bases.ImportRefused, bases.Abandoned, DamagedArtifact, OutOfSpace, Unavailable.
+    Raises FileRefused, PreparationCrashed, bases.ImportRefused, bases.Abandoned, DamagedArtifact, OutOfSpace,
+    Unavailable.
     """
     made = _Making(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
     train = _tokens(made, wanted.training, "training_file")
@@ -153,6 +163,11 @@ def _tokens(made: _Making, file: File, param: str) -> Prepared:
     if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(made, row):
         base_dir = bases.ensure(made.context, wanted.base.name, wanted.base_digest, is_unwanted=made.is_unwanted)
         row = _make(made.context, base_dir, file, key, wanted.spec, is_unwanted=made.is_unwanted)
+    return _not_refused(row, param)
+
+
+def _not_refused(row: Prepared, param: str) -> Prepared:
+    """Raises FileRefused."""
     if row.artifact is None:
         refusal = row.report["refusal"]
         raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
@@ -204,14 +219,15 @@ def _run(
         remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
         raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)
     if child.returncode != 0 or not report.exists():
-        raise _crashed(child.returncode, work / "log.txt")
+        remedy = "Look at the file and at the base model's chat template, and whether the worker has memory to spare."
+        raise crashed(
+            "Tokenising the file", child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy
+        )
     return read_json(report)
 
 
-def _crashed(returncode: int, log_path: Path) -> FileRefused:
+def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed:
+    """What to say of a child that has left no result."""
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    return FileRefused(
-        f"Tokenising the file ended with exit status {returncode}: {lines[-1][:300] if lines else 'no output'}",
-        code="preparation_failed",
-        remedy="Look at the file and at the base model's chat template.",
-    )
+    last = lines[-1][:300] if lines else "no output"
+    return PreparationCrashed(f"{what} ended with exit status {returncode}: {last}", code=code, remedy=remedy)

@@ -39,7 +39,8 @@ from worker.trainer_directory import Json, TrainerDirectory, Verb
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
-LEFT = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
+LEFT = End(reason=EndReason.DRAINED, detail="The worker left.")
+GANG_LEFT = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
 UNREACHABLE = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
 T = TypeVar("T")
 
@@ -135,7 +136,7 @@ def _are_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
 def _mishap(context: WorkerContext, error: LorryError | OSError | bases.Abandoned) -> End:
     """Why there is no trainer."""
     if context.draining:
-        return End(reason=EndReason.DRAINED, detail="The worker left.")
+        return LEFT
     if isinstance(error, NotGathered):
         return End(reason=EndReason.GANG_INCOMPLETE, detail=error.message)
     if isinstance(error, bases.Abandoned):
@@ -220,7 +221,7 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
         if trainer.is_killed:
             continue  # nothing more is claimed for it
         if is_to_leave and leaving_at is None:
-            leaving_at, farewell = time.monotonic(), partial(_tell_to_leave, trainer, pack)
+            leaving_at, farewell = time.monotonic(), partial(_tell_to_leave, trainer, pack, _left(context))
         has_rung = context.bell.has_rung()
         chores.go_on(has_rung=has_rung)
         if leaving_at is None:
@@ -248,12 +249,12 @@ def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
         return None
 
 
-def _tell_to_leave(trainer: TrainerProcess, pack: Pack) -> bool:
+def _tell_to_leave(trainer: TrainerProcess, pack: Pack, left: End) -> bool:
     """True once it is told. A trainer that is still loading has nothing to save."""
     if pack.ready is not None:
         pack.is_leaving = True
         return pack.tell("drain")
-    pack.verdict = LEFT
+    pack.verdict = left
     trainer.kill()
     return True
 
@@ -291,7 +292,7 @@ def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> No
             pack.hear()
             set_aside(context, trainer)
             if pack.is_leaving:  # whatever becomes of what it was to save
-                pack.end_all(LEFT, only_unseen=True)
+                pack.end_all(_left(context), only_unseen=True)
             pack.end_all(_verdict(context, trainer, pack))
             return
         except (*OUTAGES, OSError) as error:
@@ -303,13 +304,17 @@ def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> No
     _try(lambda: pack.end_all(lost))
 
 
+def _left(context: WorkerContext) -> End:
+    return LEFT if context.gang is None else GANG_LEFT
+
+
 def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End:
     if trainer.is_left_behind:
         return replace(LEFT_BEHIND, blamed_worker_id=context.worker_id)
     if pack.verdict is not None:
         return pack.verdict
     if context.draining:
-        return End(reason=EndReason.DRAINED, detail="The worker left.")
+        return LEFT
     if not len(pack):
         return End(reason=EndReason.INFRA_LOST, detail="It held no job.")  # nobody is told
     return leading.cause(context, trainer, is_ready=pack.ready is not None)

@@ -133,6 +133,14 @@ def briefly(timestamp: int | None) -> str | None:
     return f"{told:%m-%d %H:%M}" if told.year == datetime.now().astimezone().year else f"{told:%Y-%m-%d}"
 
 
+def lately(timestamp: int | None) -> str | None:
+    """The same of what matters by the second while it is fresh: of today, `16:39:05`."""
+    if timestamp is None:
+        return None
+    told = datetime.fromtimestamp(timestamp, UTC).astimezone()
+    return f"{told:%H:%M:%S}" if told.date() == datetime.now().astimezone().date() else briefly(timestamp)
+
+
 def short(digest: str | None) -> str | None:
     """Enough of a digest to tell it from the others."""
     return digest[:12] if digest else None

@@ -45,7 +45,7 @@ def list_workers(as_json: AsJson = False) -> None:
             ", ".join(map(_device, worker.devices)),
             ", ".join(worker.resident_base_names) or worker.resident_base,
             worker.trainer_id,
-            output.briefly(worker.last_seen_at),
+            output.lately(worker.last_seen_at),
         )
         for worker in found
     ]
@@ -58,10 +58,14 @@ def list_workers(as_json: AsJson = False) -> None:
         Column(title="TRAINER", goes=5),
         Column(title="SEEN", goes=3),
     )
-    table(columns, rows, empty="No worker is registered. `lorry up` starts one.")
+    table(
+        columns,
+        rows,
+        empty="No worker is registered. `lorry worker` starts one on its node, `lorry up` a whole service.",
+    )
     for worker in found:
         if worker.cordon is not None and worker.state != "ended":
-            by = "jobs failed there" if worker.cordon.by == "service" else "an operator's wish"
+            by = "the service's doing" if worker.cordon.by == "service" else "an operator's wish"
             output.say(f"{worker.id} takes no new job ({by}): {worker.cordon.reason or 'no reason was given.'}")
     return None
 

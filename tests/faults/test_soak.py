@@ -19,7 +19,7 @@ from tests.faults.soak.acts import Acts
 from tests.faults.soak.asking import Sample
 from tests.faults.soak.kept import Window
 from tests.faults.soak.kinds import Files
-from tests.faults.soak.verdict import MIN_SAMPLES, Compared, Ended, compare, problems, refusals, slow
+from tests.faults.soak.verdict import KILLED, MIN_SAMPLES, Compared, Ended, compare, problems, refusals, slow
 
 SUBMITTED = {"key-1": "sft-1", "key-2": "dpo-1"}
 DIGESTS = {"sft-1": "a" * 64, "dpo-1": "b" * 64}
@@ -107,6 +107,22 @@ def test_a_wrong_digest_a_missing_end_a_doubled_and_a_lost_job_are_found(jobs: d
     (problem,) = found(jobs)
 
     assert says in problem
+
+
+def test_a_job_that_was_put_aside_for_kills_is_no_problem_once_its_work_is_done_under_another_key() -> None:
+    put_aside = {"state": "failed", "error": {"code": "quarantined", "message": "It was put aside."}, "digests": []}
+    killed = changed("job-1", **put_aside, crashes=[KILLED] * 3, reasons=["trainer_crashed"] * 3)
+    other = changed("job-1", **put_aside, crashes=[KILLED, KILLED, "Memory ran out."])
+    job_again = replace(JOBS["job-1"], job_id="job-3")
+    asked_again = sample("submit", 300.0, key="again-key-1", job_id="job-3")
+
+    def found_again(jobs: Mapping[str, Ended]) -> list[str]:
+        submitted = {**SUBMITTED, "again-key-1": "sft-1"}
+        return problems(submitted, [*SAMPLES, asked_again], {**jobs, "job-3": job_again}, DIGESTS, AWAY)
+
+    assert found_again(killed) == []
+    assert ["put aside" in problem for problem in found(killed)] == [True], "it was not asked for again"
+    assert ["put aside" in problem for problem in found_again(other)] == [True]
 
 
 def test_a_key_that_was_answered_with_two_jobs_or_none_is_found() -> None:

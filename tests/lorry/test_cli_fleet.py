@@ -52,7 +52,7 @@ def test_a_cordoned_worker_is_listed_with_its_reason_and_told_how_it_takes_jobs_
         _, first, second = listed.stdout.splitlines()
         assert "busy, cordoned" in first
         assert second.split()[:2] == ["two", "idle"]
-        assert listed.stderr == "one takes no new job (jobs failed there): 3 jobs failed on it.\n"
+        assert listed.stderr == "one takes no new job (the service's doing): 3 jobs failed on it.\n"
     assert json.loads(run("workers", "--json").stdout)[0]["cordon"] == cordon
     assert "lorry workers uncordon one\n" in run("workers", "cordon", "one", "--reason", "Loud.").stderr
     assert json.loads(service.seen[-1].body) == {"reason": "Loud."}

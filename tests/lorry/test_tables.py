@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -108,6 +109,14 @@ def test_where_there_is_room_every_column_is_shown_uncut(service: Script, run: R
 def test_a_time_in_a_table_is_short() -> None:
     assert output.briefly(86400 * 200) == "1970-07-20"
     assert output.briefly(None) is None
+
+
+def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
+    now = datetime.now().astimezone().replace(hour=12, minute=5, second=9)
+
+    assert output.lately(int(now.timestamp())) == "12:05:09"
+    assert output.lately(86400 * 200) == "1970-07-20"
+    assert output.lately(None) is None
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from catalog import claims, jobs
+from catalog import claims, jobs, prepared
 from catalog.artifacts.store import blob_key
 from catalog.claims import Claim
+from catalog.endings import BACK_OFF_SECONDS
 from catalog.scheduling.picture import Room
 from catalog.spec import JobSpec
-from catalog.states import EndReason, JobState
-from catalog.tables import Adapter, Job
+from catalog.states import MAX_LOSSES, EndReason, JobState
+from catalog.tables import Adapter, File, Job
 from tests.worker.pack_site import PackSite
-from worker import provenance
+from worker import bases, preparation, provenance
 from worker.pack import Pack
 from worker.plan import job_config
 from worker.trainer_directory import InboxReader
@@ -92,6 +95,47 @@ def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, par
     assert site.reason(claim) == EndReason.INFRA_LOST
     (attempt,) = jobs.attempts(site.db, **site.world.of(claim.job.id))
     assert parent.name in (attempt.detail or "")
+
+
+def test_a_job_that_is_put_aside_for_its_damaged_parent_is_told_what_to_do_about_that(
+    site: PackSite, parent: Adapter
+) -> None:
+    (file,) = site.store.get_manifest(parent.artifact).files
+    site.store.objects.put(blob_key(file.digest), b"other bytes")
+    job = site.queued(parent_adapter=parent.id, seed=2)
+
+    for number in range(MAX_LOSSES):
+        (claim,) = site.claim_all(f"trainer-{number}")
+        site.loading_pack(claim, trainer_id=f"trainer-{number}")
+        site.world.clock.turn(BACK_OFF_SECONDS[-1] + 1)
+
+    error = site.world.job(job.id).error or {}
+    assert (error["code"], site.world.job(job.id).state) == ("quarantined", JobState.FAILED)
+    assert "Restore the store from a copy" in error["message"]
+    assert "why workers go away" not in error["message"]
+
+
+def test_a_file_that_is_refused_when_its_tokens_are_made_again_fails_its_job_as_it_would_have_before(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = {"code": "nothing_to_learn", "message": "All masked.", "remedy": "Give another."}
+    claim = site.claim()
+    row = prepared.get(site.db, claim.job.train_prepared or "")
+    assert row is not None
+    (tokens,) = site.store.get_manifest(row.artifact or "").files
+    site.store.objects.put(blob_key(tokens.digest), b"other bytes")
+    source = site.store.put_bytes(b"the data file")
+    with site.db.write() as session:
+        session.get_one(File, claim.job.training_file).digest = source.digest
+    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(preparation, "_run", lambda *_, **__: {"usable_rows": 0, "refusal": refusal})
+    site.context.scratch_dir().mkdir(parents=True)
+
+    site.loading_pack(claim)
+
+    job = site.world.job(claim.job.id)
+    assert (job.state, job.reason) == (JobState.FAILED, EndReason.USER_ERROR)
+    assert ((job.error or {})["code"], (job.error or {})["param"]) == ("nothing_to_learn", "training_file")
 
 
 @pytest.mark.parametrize(("asked", "told"), [("auto", 6), (2, 2), (60, 60), (61, 60)])

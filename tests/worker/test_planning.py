@@ -12,6 +12,7 @@ import pytest
 from catalog import plan_claims, plans
 from catalog.artifacts.store import ArtifactStore
 from catalog.errors import Unavailable
+from catalog.preparation import MAX_LOST_PREPARATIONS
 from catalog.tables import Plan
 from tests.catalog.plan_data import DETAILS, REPORT, plan, put
 from tests.worker.pack_site import PackSite
@@ -112,6 +113,28 @@ def test_where_the_store_does_not_answer_the_plan_waits_and_is_tried_again(
     assert plan_claims.claim(site.db, worker_id="w1", lease_seconds=60) is None, "not yet"
     site.world.clock.turn(preparation.RETRY_SECONDS + 1)
     assert plan_claims.claim(site.db, worker_id="w1", lease_seconds=60) is not None
+
+
+def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_the_end(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_context: object, work: Path, *_: object, **__: object) -> None:
+        (work / "log.txt").touch()
+        raise preparation.crashed(
+            "Tokenising the file", -9, work / "log.txt", code="preparation_failed", remedy="Look."
+        )
+
+    monkeypatch.setattr(preparation, "_run", crash)
+    row = plan(site.world)
+
+    for _ in range(MAX_LOST_PREPARATIONS):
+        assert look(site, row).state == "computing"
+        assert planning.compute_next(site.context)
+        assert not planning.compute_next(site.context), "not at once"
+        site.world.clock.turn(preparation.RETRY_SECONDS + 1)
+
+    assert look(site, row).state == "failed"
+    assert (look(site, row).error or {})["code"] == "preparation_failed"
 
 
 def test_files_of_jobs_and_plans_take_turns(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from catalog import prepared
 from catalog.artifacts.store import ArtifactStore
+from catalog.preparation import MAX_LOST_PREPARATIONS
+from catalog.states import EndReason
 from tests.catalog.world import sha
 from tests.worker.pack_site import PackSite
 from worker import bases, preparation
@@ -59,4 +61,57 @@ def test_a_refused_file_leaves_the_keys_of_both_on_the_job(
     row = prepared.get(site.db, keys[refused])
     assert row is not None
     assert row.report["refusal"] == REFUSAL
+    assert site.held() == set()
+
+
+def no_base(*_: object, **__: object) -> Path:
+    raise bases.ImportRefused("This machine lacks it.", code="import_failed", remedy="Look at the source.")
+
+
+def no_tokens(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
+    (work / "log.txt").write_text("Killed\n")
+    raise preparation.crashed("Tokenising the file", -9, work / "log.txt", code="preparation_failed", remedy="Look.")
+
+
+HINDRANCES = {"import_failed": (bases, "ensure", no_base), "preparation_failed": (preparation, "_run", no_tokens)}
+
+
+@pytest.fixture(params=HINDRANCES)
+def hindrance(request: pytest.FixtureRequest, site: PackSite, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Code of what may be one machine's doing; undone by monkeypatch.undo."""
+    monkeypatch.setattr(ArtifactStore, "open_blob", lambda *_: [b"a file"])
+    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(*HINDRANCES[request.param])
+    site.context.scratch_dir().mkdir(parents=True)
+    return request.param
+
+
+def test_what_one_machine_can_not_prepare_waits_for_another(
+    site: PackSite, hindrance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = site.world.submit().id
+
+    assert preparation.prepare_next(site.context)
+
+    assert site.world.job(job_id).state == "validating_files"
+    assert not preparation.prepare_next(site.context), "not yet"
+    site.world.clock.turn(preparation.RETRY_SECONDS + 1)
+    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(preparation, "_run", child(refuses="no file"))
+    assert preparation.prepare_next(site.context)
+    assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("queued", 0)
+
+
+def test_what_can_be_prepared_nowhere_fails_after_some_tries(site: PackSite, hindrance: str) -> None:
+    job_id = site.world.submit().id
+
+    for _ in range(MAX_LOST_PREPARATIONS):
+        assert site.world.job(job_id).state == "validating_files"
+        assert preparation.prepare_next(site.context)
+        site.world.clock.turn(preparation.RETRY_SECONDS + 1)
+
+    job = site.world.job(job_id)
+    assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
+    assert f"{MAX_LOST_PREPARATIONS} times" in (job.error or {})["message"]
+    assert "Look" in (job.error or {})["message"], "the remedy"
     assert site.held() == set()

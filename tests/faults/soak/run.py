@@ -110,7 +110,7 @@ class Soak:
         asking = self._start_asking(path)
         self._calm(asking, files)
         self._storm(asking, files)
-        self._rest(path)
+        self._rest(path, asking, files)
         assert asking.stdin is not None
         asking.stdin.close()
         assert asking.wait(120) == 0, self.site.log()
@@ -137,8 +137,8 @@ class Soak:
         self._while(lambda: time.monotonic() < began + seconds)
         self.seen.storm = (began_at, time.time())
 
-    def _rest(self, path: Path) -> None:
-        """Nothing more is broken, and all goes on until it is done."""
+    def _rest(self, path: Path, asking: subprocess.Popen[str], files: Files) -> None:
+        """Nothing more is broken, and all goes on until it is done: what was put aside is asked for again."""
         began = time.monotonic()
         while not self.acts.is_over:
             self.acts.tick(at_once=True)
@@ -146,6 +146,9 @@ class Soak:
         self.seen.not_passed = self.acts.disarm()
         patience = self.plan.patience_minutes * 60
         self._while(lambda: time.monotonic() < began + patience and not self._is_done(path))
+        if orders := self._asked_again(path, files):
+            self._send(asking, orders)
+            self._while(lambda: time.monotonic() < began + 2 * patience and not self._is_done(path))
         self.seen.seconds_after = time.monotonic() - began
 
     def _is_done(self, path: Path) -> bool:
@@ -154,6 +157,14 @@ class Soak:
         states = self._states()
         is_ended = keys == set(self.seen.submitted) and set(states) <= FINAL_STATES and bool(states)
         return is_ended and all_delivered(self.site)
+
+    def _asked_again(self, path: Path, files: Files) -> list[dict[str, Any]]:
+        """For what was put aside, as its remedy says."""
+        works, jobs = {work.name: work for work in self.works}, self._ended()
+        key_of = {sample.job_id: sample.key for sample in _read(path) if sample.key and sample.job_id}
+        aside = [job_id for job_id, job in jobs.items() if job_id in key_of and verdict.is_put_aside_by_kills(job)]
+        keys = sorted(key_of[job_id] for job_id in aside)
+        return [self._order(verdict.again(key), works[self.seen.submitted[key]], files) for key in keys]
 
     def _judge(self, path: Path) -> None:
         seen = self.seen
@@ -167,7 +178,7 @@ class Soak:
         for sample in seen.samples:
             if sample.key is not None and sample.job_id is not None:
                 self.site.submissions[sample.key].append(sample.job_id)
-        seen.jobs = verdict.ended(record.read(self.site.settings.resolved_database_url()))
+        seen.jobs = self._ended()
         args = (seen.submitted, seen.samples, seen.jobs, self.undisturbed.digests, seen.windows)
         compared = verdict.compare(seen.samples, seen.windows, calm=seen.calm, storm=seen.storm)
         slow = verdict.slow(compared)
@@ -193,6 +204,9 @@ class Soak:
             sys.stdout.write(f"{time.strftime('%H:%M:%S')} {self.acts.done.total()} faults; {states}\n")
             sys.stdout.flush()
 
+    def _ended(self) -> dict[str, verdict.Ended]:
+        return verdict.ended(record.read(self.site.settings.resolved_database_url()))
+
     def _states(self) -> dict[str, int]:
         try:
             with self.site.db.read() as session:
@@ -207,14 +221,17 @@ class Soak:
         return subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, cwd=ROOT)
 
     def _submit(self, asking: subprocess.Popen[str], files: Files, stretch: str, number: int) -> None:
-        orders: list[dict[str, Any]] = []
-        for count in range(number):
-            work = self.works[count % len(self.works)]
-            training_file = files.pairs if work.kind.is_preference else files.chats
-            body = {"model": BASE, "training_file": training_file, "precision": "float32"}
-            key = f"{stretch}-{count}-{work.name}"
-            orders.append({"key": key, "body": {**body, **kinds.fields(work, files)}})
-            self.seen.submitted[key] = work.name
+        works = [self.works[count % len(self.works)] for count in range(number)]
+        keys = [f"{stretch}-{count}-{work.name}" for count, work in enumerate(works)]
+        self._send(asking, [self._order(key, work, files) for key, work in zip(keys, works, strict=True)])
+
+    def _order(self, key: str, work: Work, files: Files) -> dict[str, Any]:
+        training_file = files.pairs if work.kind.is_preference else files.chats
+        body = {"model": BASE, "training_file": training_file, "precision": "float32"}
+        self.seen.submitted[key] = work.name
+        return {"key": key, "body": {**body, **kinds.fields(work, files)}}
+
+    def _send(self, asking: subprocess.Popen[str], orders: list[dict[str, Any]]) -> None:
         assert asking.stdin is not None
         asking.stdin.write(json.dumps({"jobs": orders, "every": self.plan.every}) + "\n")
         asking.stdin.flush()

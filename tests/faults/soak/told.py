@@ -37,6 +37,8 @@ def of_run(plan: Plan, seen: Soaked) -> None:
     _say(f"checkpoint files cut short: {seen.num_truncated}, of them put back by the soak: {seen.num_put_back}")
     _say(f"attempts ended: {_counted(_reasons(seen))}")
     _say(f"states: {_counted(Counter(job.state for job in seen.jobs.values()))}")
+    aside = sum(verdict.is_put_aside_by_kills(job) for job in seen.jobs.values())
+    _say(f"put aside, as promised, for their trainers were killed time and again: {aside}; each was asked for again")
     _say(f"{seen.seconds_after:.0f} s from the last fault until every job had ended")
     for problem in [*seen.problems, *map(str, seen.findings)][:SHOWN_PROBLEMS]:
         _say(f"    {problem}")
@@ -58,9 +60,11 @@ def write(
         "problems": [{"sentence": one} for one in [*seen.problems, *map(str, seen.findings)]],
     }
     succeeded = sum(job.state == "succeeded" for job in seen.jobs.values())
+    aside = sum(verdict.is_put_aside_by_kills(job) for job in seen.jobs.values())
     digests = [digest for job in seen.jobs.values() for digest in job.digests]
     result.find("jobs submitted", len(seen.submitted), "")
-    result.find("jobs that succeeded", succeeded, "", goal=len(seen.submitted))
+    result.find("jobs that succeeded", succeeded, "", goal=len(seen.submitted) - aside)
+    result.find("jobs put aside, for their trainers were killed time and again, and asked for again", aside, "")
     result.find("adapters", len(digests), "", at_most=len(seen.submitted))
     result.find("problems found", len(seen.problems), "", at_most=0)
     result.find("findings of the auditor", len(seen.findings), "", at_most=0)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason
 from tests.faults.record import Record
 from tests.faults.soak.asking import Sample
 from tests.faults.soak.kept import Away, Window
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 UNAVAILABLE = 503
+KILLED = "The trainer was killed (signal 9)."
 GRACE_SECONDS = 5.0
 """After what was away has come back: connections are made anew."""
 MAX_RATIO = 2.0
@@ -30,6 +32,8 @@ class Ended:
     error: Mapping[str, Any] | None = None
     reasons: Sequence[str | None] = ()
     """How its attempts ended, in their order."""
+    crashes: Sequence[str] = ()
+    """What was told of the ends that count against it."""
     digests: Sequence[str] = ()
     """Of its adapters' weights."""
 
@@ -47,10 +51,31 @@ def ended(found: Record) -> dict[str, Ended]:
             state=job["state"],
             error=job["error"],
             reasons=[attempt["reason"] for attempt in found.attempts.get(job["id"], ())],
+            crashes=[
+                attempt["detail"]
+                for attempt in found.attempts.get(job["id"], ())
+                if attempt["reason"] is not None and _counts(EndReason(attempt["reason"]))
+            ],
             digests=digests[job["id"]],
         )
         for job in found.jobs
     }
+
+
+def _counts(reason: EndReason) -> bool:
+    return ENDINGS[reason].retryable and ENDINGS[reason].counts
+
+
+def is_put_aside_by_kills(job: Ended) -> bool:
+    """Whether it is as promised that it failed: its trainer was killed so often with no new checkpoint in between, and
+    nobody but the soak sends SIGKILL. Whoever submits it again gets the adapter."""
+    is_quarantined = job.state == "failed" and (job.error or {}).get("code") == "quarantined"
+    return is_quarantined and len(job.crashes) >= MAX_COUNTED_ATTEMPTS and set(job.crashes) == {KILLED}
+
+
+def again(key: str) -> str:
+    """The key under which the same work is asked for once more."""
+    return f"again-{key}"
 
 
 def problems(
@@ -74,7 +99,7 @@ def problems(
             accepted[sample.key].add(sample.job_id)
     found: list[str] = []
     for key, work in submitted.items():
-        found += _of_key(key, accepted[key], jobs, digests[work])
+        found += _of_key(key, accepted[key], jobs, digests[work], submitted)
     named = {job_id for ids in accepted.values() for job_id in ids}
     found += [f"{job_id}: it is there, and no answer named it" for job_id in sorted(set(jobs) - named)]
     found += _told_bad(asked, windows, lambda sample: _is_bad(sample, windows) or 400 <= sample.status < 500)
@@ -91,7 +116,9 @@ def refusals(samples: Iterable[Sample]) -> Counter[str]:
     return found
 
 
-def _of_key(key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str) -> Iterator[str]:
+def _of_key(
+    key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str, asked_again: Collection[str]
+) -> Iterator[str]:
     if len(ids) != 1:
         yield f"{key}: answers named {len(ids)} jobs"
     for job_id in sorted(ids):
@@ -99,7 +126,8 @@ def _of_key(key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str) -> 
         if job is None:
             yield f"{key}: {job_id} was accepted, and is not there"
             continue
-        if job.state != "succeeded":
+        is_asked_again = again(key) in asked_again and is_put_aside_by_kills(job)
+        if job.state != "succeeded" and not is_asked_again:
             yield f"{key}: {job_id} is {job.state}, after {_told(job.reasons)}: {(job.error or {}).get('message')}"
         completed = sum(reason == "completed" for reason in job.reasons)
         if completed > 1 or len(job.digests) > 1:
