@@ -95,7 +95,7 @@ class Job(Table):
     """Attempts whose worker went away, since the last new checkpoint: they count towards no quarantine of three, but
     may be the job's doing."""
     lost_preparations: Mapped[int] = mapped_column(default=0)
-    """Times that a worker went away while it prepared the files."""
+    """Times that a worker went away while it prepared the files, or could not prepare them."""
     resumed_at: Mapped[float | None]
     """When it was last taken out of a pause: attempts before that say nothing against it."""
     claim_id: Mapped[str | None] = mapped_column(unique=True)

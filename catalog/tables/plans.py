@@ -39,7 +39,7 @@ class Plan(Table):
     """Of the worker that computes it."""
     lease_expires_at: Mapped[float | None]
     num_lost: Mapped[int] = mapped_column(default=0)
-    """Times that a worker went away while it computed this."""
+    """Times that a worker went away while it computed this, or could not."""
     run_after: Mapped[float | None]
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
