@@ -19,13 +19,13 @@ from catalog import audit, events, loads
 from catalog.audit import SERVER, Actor, AuditType
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, LorryError, NotFound
-from catalog.states import CLAIMED_STATES, EndReason, ends
+from catalog.states import CLAIMED_STATES, EndReason, reasons
 from catalog.tables import Attempt, Job, Json, Trainer, Worker
 
 log = logging.getLogger("lorry.catalog")
 MAX_FAILED_RUNNING = 3
 """Jobs that a node may fail one after the other before it is cordoned."""
-AT_FAULT = ends(lambda ending: ending.may_be_nodes)
+AT_FAULT = reasons(lambda ending: ending.may_be_nodes)
 MAX_LOOKED_AT = 100
 """Ended attempts of one worker, and earlier workers of one host."""
 OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."

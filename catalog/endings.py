@@ -10,13 +10,13 @@ from sqlalchemy.orm import Session
 
 from catalog import giving_way, loads, shortages, tallies
 from catalog.moves import move
-from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb, ends
+from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb, reasons
 from catalog.sweeps.observing import ended_for
 from catalog.tables import Attempt, Checkpoint, Job, Json
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
 """Before the next attempt, by the number of bad ends so far; the last also for every further one."""
-BAD = ends(lambda ending: ending.is_bad)
+BAD = reasons(lambda ending: ending.is_bad)
 AGAIN = "submit the job again, or continue its newest checkpoint by a new one"
 REMEDIES: dict[EndReason, str] = {
     EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or ask for a larger GPU; then {AGAIN}.",
@@ -59,7 +59,7 @@ def decide(
     """
     ending = ENDINGS[reason]
     is_loss = _is_loss(reason, is_bystander=is_bystander)
-    counted = counted_attempts + int(ending.counts and ending.retryable and not is_loss)
+    counted = counted_attempts + int(ending.is_counted and not is_loss)
     if 0 < num_shortages < shortages.MAX_SHORTAGES:
         counted = min(counted, shortages.ALONE)  # it was not tried in the smallest way yet
     wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
@@ -79,7 +79,7 @@ def decide(
 def _is_loss(reason: EndReason, *, is_bystander: bool) -> bool:
     """It was tried and is tried again, and what ended it was not its own doing."""
     ending = ENDINGS[reason]
-    return reason is EndReason.INFRA_LOST or (is_bystander and ending.retryable and ending.counts)
+    return reason is EndReason.INFRA_LOST or (is_bystander and ending.is_counted)
 
 
 def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
@@ -195,7 +195,7 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
     )
     is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and shortages.of_this(session, job, reason)
     tried = shortages.given_up(session, job) if is_smallest else ""
-    remedy = f"Then {AGAIN}." if is_told and reason is EndReason.INFRA_LOST else REMEDIES[reason]
+    remedy = "" if is_told and reason is EndReason.INFRA_LOST else REMEDIES[reason]
     told = " ".join(part for part in (message, detail, tried, remedy) if part)
     return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
 

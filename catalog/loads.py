@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from catalog import dividing, needs
 from catalog.living import is_live
-from catalog.states import EndReason, ends
+from catalog.states import EndReason, reasons
 from catalog.tables import Attempt, BaseModelRow, Job, Json, Trainer, Worker
 
 LOOKED_AT = 10
@@ -23,7 +23,7 @@ LOOKED_AT = 10
 ENOUGH = 2
 """Hosts that have failed to load a base, none having done so, before it is to blame; and workers of one host, which
 share its copy of the files, before none of the others there is waited for."""
-OF_A_LOAD = ends(lambda ending: ending.may_be_bases)
+OF_A_LOAD = reasons(lambda ending: ending.may_be_bases)
 
 
 def was_ready(report: Json | None) -> bool:

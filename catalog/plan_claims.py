@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from catalog import plans, waiting_plans
 from catalog.db import Database, read_clock, skip_locked, upsert
 from catalog.errors import StaleClaim
-from catalog.preparation import MAX_LOST_PREPARATIONS, FilesToPrepare
+from catalog.preparation import MAX_LOST_PREPARATIONS, FilesToPrepare, longer, lost
 from catalog.settings import Settings
 from catalog.spec import JobSpec
 from catalog.tables import BaseModelRow, File, FileOverlap, Json, Plan, Worker, new_id
@@ -79,15 +79,15 @@ def conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
 
 
 def fail(db: Database, claim_id: str, *, error: Json, wait_seconds: float) -> None:
-    """It came to nothing, and another worker may do better: so often and no more. error: code, message, param. Raises
-    StaleClaim."""
+    """It came to nothing, and another worker may do better: so often and no more. error: code, message, param.
+    wait_seconds: after the first time. Raises StaleClaim."""
     with db.write() as session:
         plan = _hold(session, claim_id)
         plan.num_lost += 1
         if plan.num_lost >= MAX_LOST_PREPARATIONS:
             _fail(plan, error)
         else:
-            _release(plan, run_after=read_clock(session) + wait_seconds)
+            _release(plan, run_after=read_clock(session) + longer(wait_seconds, plan.num_lost))
 
 
 def release(db: Database, claim_id: str, *, wait_seconds: float = 0) -> None:
@@ -119,8 +119,7 @@ def _claim(session: Session, plan: Plan) -> PlanClaim:
 def _hindrance(session: Session, plan: Plan) -> Json | None:
     """Why it can't be computed any more."""
     if plan.num_lost >= MAX_LOST_PREPARATIONS:
-        message = f"The worker was lost {plan.num_lost} times while it prepared the files."
-        return {"code": "preparation_lost", "message": message, "param": "training_file"}
+        return {"code": "preparation_lost", "message": lost(plan.num_lost), "param": "training_file"}
     base = session.get_one(BaseModelRow, plan.base_model)
     if base.state != "ready" or base.digest != plan.base_digest:
         message = f"The base model {base.name!r} is not there any more as it was when the plan was made."

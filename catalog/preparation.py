@@ -165,22 +165,32 @@ def release_preparation(db: Database, *, claim_id: str, detail: str, wait_second
         events.add(session, job.id, now=now, level="warn", message=f"The files will be prepared again: {detail}")
 
 
-def fail_preparation(db: Database, *, claim_id: str, error: Json, wait_seconds: float) -> None:
+def fail_preparation(
+    db: Database, *, claim_id: str, error: Json, wait_seconds: float, train_key: str, valid_key: str | None
+) -> None:
     """It came to nothing by the files' doing, the base's or the worker's, which can't be told apart: another may do
-    better. error: code, message (with its remedy) and param, of which the job fails in the end."""
+    better. error: code, message (with its remedy) and param, of which the job fails in the end. wait_seconds: after the
+    first time; see `longer`. The keys are those of `refused`."""
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
         job.lost_preparations += 1
         if job.lost_preparations >= MAX_LOST_PREPARATIONS:
             message = f"Its files could not be prepared {job.lost_preparations} times. {error['message']}"
+            job.train_prepared, job.valid_prepared = train_key, valid_key
             _give_up(session, job, {**error, "message": message}, now=now)
             return
         free(job)
-        job.run_after = now + wait_seconds
+        job.run_after = now + longer(wait_seconds, job.lost_preparations)
         events.add(
             session, job.id, now=now, level="warn", message=f"The files will be prepared again: {error['message']}"
         )
+
+
+def longer(wait_seconds: float, number: int) -> float:
+    """Before the next try, after so many that came to nothing: else one bad worker, which is free again at once, would
+    use up all of them while good ones are busy."""
+    return wait_seconds * 3 ** (number - 1)
 
 
 def lose_preparation(session: Session, job: Job, *, now: float) -> None:
@@ -189,8 +199,12 @@ def lose_preparation(session: Session, job: Job, *, now: float) -> None:
     if job.lost_preparations < MAX_LOST_PREPARATIONS:
         free(job)
         return
-    message = f"The worker was lost {job.lost_preparations} times while it prepared the files."
+    message = lost(job.lost_preparations)
     _give_up(session, job, {"code": "preparation_lost", "message": message, "param": "training_file"}, now=now)
+
+
+def lost(number: int) -> str:
+    return f"The files could not be prepared {number} times: the last time the worker that did so was lost."
 
 
 def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:

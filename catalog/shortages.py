@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 from catalog import dividing, loads, needs
 from catalog.db import Database
 from catalog.memory import readable
-from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, ends
+from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, reasons
 from catalog.tables import Attempt, BaseModelRow, Job, Trainer, Worker
 
-OF_MEMORY = ends(lambda ending: ending.is_of_memory)
+OF_MEMORY = reasons(lambda ending: ending.is_of_memory)
 MAX_SHORTAGES = 3
 """The last of them alone and slice by slice: a job is not given up before that was tried."""
 ALONE = MAX_COUNTED_ATTEMPTS - 1

@@ -118,6 +118,11 @@ class Ending:
     """It may be the base's doing, where its trainer never got ready."""
     is_of_memory: bool = False
 
+    @property
+    def is_counted(self) -> bool:
+        """It brings the job nearer to quarantine."""
+        return self.retryable and self.counts
+
 
 _again = partial(Ending, state=JobState.FAILED, retryable=True)
 """`failed` only after there have been too many such ends."""
@@ -143,8 +148,8 @@ ENDINGS: dict[EndReason, Ending] = {
 }
 
 
-def ends(which: Callable[[Ending], bool]) -> frozenset[EndReason]:
-    """The reasons whose ending is such."""
+def reasons(which: Callable[[Ending], bool]) -> frozenset[EndReason]:
+    """Those whose ending is such."""
     return frozenset(reason for reason, ending in ENDINGS.items() if which(ending))
 
 

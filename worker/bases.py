@@ -22,7 +22,7 @@ import psutil
 
 from catalog import bases
 from catalog.artifacts.manifest import ManifestFile
-from catalog.errors import Conflict, LorryError, Unavailable
+from catalog.errors import Conflict, LorryError, OutOfSpace, Unavailable
 from catalog.tables import BaseModelRow, Json
 from worker import scratch
 from worker.context import WorkerContext
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}")
 LOOK_SECONDS = 0.2
+OUT_OF_SPACE = "out_of_space"
+FREE_SPACE = "Free space under the worker's data folder; what waits for it goes on by itself."
 STALL_SECONDS = 900.0
 """A child that has used no processor time for so long waits for something that does not come."""
 LIMIT_SECONDS = 12 * 3600.0
@@ -74,12 +76,17 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
     """The folder of a base model, imported again where this node lacks it.
 
     `is_unwanted` is asked several times a second while it is imported. Raises ImportRefused, NotFound,
-    Unavailable; Abandoned once it is unwanted or the worker is leaving.
+    Unavailable, OutOfSpace; Abandoned once it is unwanted or the worker is leaving.
     """
     folder = context.settings.bases_dir() / digest
     if folder.is_dir():
         return folder
-    manifest, _ = _import(context, bases.get(context.db, name), is_unwanted)
+    try:
+        manifest, _ = _import(context, bases.get(context.db, name), is_unwanted)
+    except ImportRefused as error:
+        if error.code == OUT_OF_SPACE:  # no base's doing
+            raise OutOfSpace(error.message, code=OUT_OF_SPACE, remedy=FREE_SPACE) from error
+        raise
     found = bases.files_digest(manifest)
     if found != digest:
         raise ImportRefused(
@@ -185,17 +192,24 @@ def _renew_import(context: WorkerContext, row: BaseModelRow) -> None:
         raise Abandoned
 
 
+def _stuck(message: str) -> LorryError:
+    remedy = "Look whether the worker reaches the source, and try again."
+    return ImportRefused(message, code="no_progress", remedy=remedy)
+
+
 def wait_renewing(
     child: subprocess.Popen[bytes],
     context: WorkerContext,
     renew: Callable[[], None],
     is_unwanted: Callable[[], bool] = lambda: False,
+    *,
+    stuck: Callable[[str], LorryError] = _stuck,
 ) -> None:
     """Wait for a child, renewing a lease at every heartbeat; however this ends, the child has ended too.
 
-    Raises Abandoned on leaving or once it is unwanted, ImportRefused where the child gets nowhere.
+    Raises Abandoned on leaving or once it is unwanted, and what `stuck` makes where the child gets nowhere.
     """
-    progress = _Progress(child.pid)
+    progress = _Progress(child.pid, stuck)
     renewed_at = time.monotonic()
     try:
         while True:
@@ -228,22 +242,21 @@ def _renew(renew: Callable[[], None]) -> None:
 class _Progress:
     """Whether a child gets anywhere: one that loads, converts or downloads uses its processor."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, stuck: Callable[[str], LorryError]) -> None:
         self._pid = pid
+        self._stuck = stuck
         self._started_at = self._moved_at = time.monotonic()
         self._seconds = 0.0
 
     def check(self) -> None:
-        """Raises ImportRefused once it has stood still for too long, or gone on for too long."""
+        """Raises what `stuck` makes once it has stood still for too long, or gone on for too long."""
         now, seconds = time.monotonic(), self._seconds_used()
         if seconds > self._seconds:
             self._seconds, self._moved_at = seconds, now
         if now - self._moved_at > STALL_SECONDS or now - self._started_at > LIMIT_SECONDS:
-            raise ImportRefused(
+            raise self._stuck(
                 f"It was ended after {now - self._started_at:.0f} s, of which it did nothing for the last "
-                f"{now - self._moved_at:.0f} s.",
-                code="no_progress",
-                remedy="Look whether the worker reaches the source, and try again.",
+                f"{now - self._moved_at:.0f} s."
             )
 
     def _seconds_used(self) -> float:

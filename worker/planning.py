@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
-from catalog import plan_claims
+from catalog import plan_claims, prepared
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.plan_claims import PlanClaim
@@ -16,8 +17,7 @@ from catalog.tables import Json, Prepared
 from worker import bases, scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
-from worker.preparation import RETRY_SECONDS, FileRefused, PreparationCrashed, both_files, crashed
-from worker.publish import wire_error
+from worker.preparation import MAY_BE_THE_NODES, RETRY_SECONDS, FileRefused, both_files, crashed, hindrance, stuck
 from worker.trainer_directory import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,12 @@ def compute_next(context: WorkerContext) -> bool:
         plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except FileRefused:  # which its report tells
         plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
-    except (PreparationCrashed, bases.ImportRefused) as error:
+    except MAY_BE_THE_NODES as error:
         log.warning("%s", error)
-        plan_claims.fail(context.db, claim.claim_id, error=wire_error(error), wait_seconds=RETRY_SECONDS)
+        plan_claims.fail(context.db, claim.claim_id, error=hindrance(error), wait_seconds=RETRY_SECONDS)
     except bases.Abandoned:
         plan_claims.release(context.db, claim.claim_id)
-    except (DamagedArtifact, OutOfSpace, Unavailable) as error:
+    except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
         plan_claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
     return True
@@ -83,7 +83,7 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         told = {name: str(path) for name, path in (*paths.items(), ("result", result))}
         write_json(arguments, {**told, "in_pairs": in_pairs})
         child = run_child("worker.overlap", str(arguments), log_path=work / "log.txt")
-        bases.wait_renewing(child, context, lambda: None, is_unwanted)
+        bases.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Comparing the files"))
         if not result.exists():
             remedy = "Plan again without the validation file, and report this."
             raise crashed(
@@ -93,6 +93,12 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
 
 
 def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:
+    """Raises DamagedArtifact: the next try makes them again."""
     assert row.artifact is not None
-    context.store.fetch(context.store.get_manifest(row.artifact), into)
+    try:
+        context.store.fetch(context.store.get_manifest(row.artifact), into)
+    except DamagedArtifact:
+        prepared.forget(context.db, row.key)
+        context.store.delete_damaged(row.artifact)
+        raise
     return next(into.glob("*.safetensors"))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
@@ -13,6 +14,7 @@ from catalog import files, logs, prepared, tracing
 from catalog import preparation as record
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.bases import tokenizer_digest
+from catalog.disk import full_disk_named
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.logs import Subjects
 from catalog.preparation import FilesToPrepare, Unprepared
@@ -36,6 +38,18 @@ class PreparationCrashed(LorryError):
 
 class FileRefused(LorryError):
     """A file that can't be trained on: the report says why."""
+
+
+MAY_BE_THE_NODES = (PreparationCrashed, bases.ImportRefused, DamagedArtifact, OSError)
+"""For these another worker may do better, and nothing says that any will: tried so often and no more."""
+
+
+def hindrance(error: LorryError | OSError) -> Json:
+    """One of these, for the record of the job or plan that it may end."""
+    if isinstance(error, LorryError):
+        return wire_error(error)
+    message = f"The worker could not use a file: {error.strerror or error}. Look at the worker's disk."
+    return {"code": "disk_error", "message": message, "param": None}
 
 
 def prepare_next(context: WorkerContext) -> bool:
@@ -65,24 +79,26 @@ def prepare_next(context: WorkerContext) -> bool:
 
 def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
     """False where the files can't be trained on, or the job waits for somebody else."""
-    claim_id = unprepared.claim_id
+    claim_id, valid_file = unprepared.claim_id, unprepared.validation_file
+    train_key = _key(unprepared.files, unprepared.training_file)
+    valid_key = _key(unprepared.files, valid_file) if valid_file else None
     try:
         train, valid = both_files(context, unprepared.files)
     except FileRefused as error:
-        valid_file = unprepared.validation_file
-        record.refused(
+        record.refused(context.db, claim_id=claim_id, error=wire_error(error), train_key=train_key, valid_key=valid_key)
+    except MAY_BE_THE_NODES as error:
+        log.warning("%s", error)
+        record.fail_preparation(
             context.db,
             claim_id=claim_id,
-            error=wire_error(error),
-            train_key=_key(unprepared.files, unprepared.training_file),
-            valid_key=_key(unprepared.files, valid_file) if valid_file else None,
+            error=hindrance(error),
+            wait_seconds=RETRY_SECONDS,
+            train_key=train_key,
+            valid_key=valid_key,
         )
-    except (PreparationCrashed, bases.ImportRefused) as error:
-        log.warning("%s", error)
-        record.fail_preparation(context.db, claim_id=claim_id, error=wire_error(error), wait_seconds=RETRY_SECONDS)
     except bases.Abandoned:
         record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
-    except (DamagedArtifact, OutOfSpace, Unavailable) as error:
+    except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
         record.release_preparation(context.db, claim_id=claim_id, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
     else:
@@ -184,7 +200,7 @@ def _make(
     with scratch.owned(context.scratch_dir() / f"prepare-{token_hex(8)}") as work:
         work.mkdir()
         source = work / "source.jsonl"
-        with source.open("wb") as target:
+        with full_disk_named(), source.open("wb") as target:
             for chunk in context.store.open_blob(file.digest):
                 target.write(chunk)
         report = _run(context, work, source, base_dir, spec, is_unwanted=is_unwanted)
@@ -214,7 +230,8 @@ def _run(
         },
     )
     child = run_child("worker.prepare", str(arguments), log_path=work / "log.txt")
-    bases.wait_renewing(child, context, lambda: None, is_unwanted)  # the heartbeat renews a job's claim
+    # the heartbeat renews a job's claim
+    bases.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Tokenising the file"))
     if child.returncode == EXIT_DISK_FULL:
         remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
         raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)
@@ -224,6 +241,12 @@ def _run(
             "Tokenising the file", child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy
         )
     return read_json(report)
+
+
+def stuck(what: str, message: str) -> PreparationCrashed:
+    """What to say of one that gets nowhere."""
+    remedy = "Look at the file, and whether the worker has processor time and memory to spare."
+    return PreparationCrashed(f"{what}: {message}", code="no_progress", remedy=remedy)
 
 
 def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed:

@@ -94,7 +94,7 @@ class WorkerObject(BaseModel):
     started_at: int
     last_seen_at: int
     ended_at: int | None
-    resident_base: str | None = Field(description="Digest of the base that it holds.")
+    resident_base: str | None = Field(description="Digest of the base that it holds; null where it is lost or ended.")
     resident_base_names: list[str] = Field(description="Names of that base.")
     trainer_id: str | None
     report: dict[str, Any] | None
@@ -102,7 +102,7 @@ class WorkerObject(BaseModel):
 
 def worker_object(view: WorkerView, *, shows_all: bool) -> WorkerObject:
     """shows_all: to an operator, also where it runs and what failed there."""
-    row = view.worker
+    row, is_there = view.worker, view.state not in ("lost", "ended")
     return WorkerObject.model_validate(
         {
             "id": row.id,
@@ -117,9 +117,9 @@ def worker_object(view: WorkerView, *, shows_all: bool) -> WorkerObject:
             "started_at": int(row.started_at),
             "last_seen_at": int(row.heartbeat_at),
             "ended_at": None if row.ended_at is None else int(row.ended_at),
-            "resident_base": row.resident_base,
-            "resident_base_names": view.base_names,
-            "trainer_id": row.trainer_id,
+            "resident_base": row.resident_base if is_there else None,
+            "resident_base_names": view.base_names if is_there else [],
+            "trainer_id": row.trainer_id if is_there else None,
             "report": row.report if shows_all else None,
         }
     )

@@ -21,8 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-GONE = ("lost", "ended")
-"""Then a worker holds nothing, as far as anybody knows."""
 WorkerId = Annotated[str, typer.Argument(help="The worker's id, as in the list.")]
 
 
@@ -45,7 +43,7 @@ def list_workers(as_json: AsJson = False) -> None:
             _state(worker),
             worker.host,
             ", ".join(map(_device, worker.devices)),
-            None if worker.state in GONE else ", ".join(worker.resident_base_names) or worker.resident_base,
+            ", ".join(worker.resident_base_names) or worker.resident_base,
             worker.trainer_id,
             output.lately(worker.last_seen_at),
         )

@@ -13,6 +13,8 @@ from starlette.testclient import TestClient
 from api.deps import Services
 from catalog import claims
 from catalog.errors import Unavailable
+from catalog.living import SILENT_SECONDS
+from catalog.tables import Worker
 from tests.api.site import error_of
 from tests.api.trained import CONTENT, stored_weights
 from tests.catalog.world import World, manifest
@@ -133,6 +135,11 @@ def test_the_queue_shows_places_and_a_worker_what_it_holds(
     assert queue["counts"] == {"running": 1, "queued": 2}
     assert (seen["state"], seen["resident_base_names"], seen["host"]) == ("busy", ["smol"], None)
     assert (by_operator["host"], by_operator["report"]) == ("here", {"tokens_per_second": 9})
+    with world.db.write() as session:
+        session.get_one(Worker, "w1").heartbeat_at -= SILENT_SECONDS + 1
+    (lost,) = client.get("/v1/workers").json()["data"]
+    assert (lost["state"], lost["resident_base_names"], lost["resident_base"]) == ("lost", [], None)
+    assert lost["trainer_id"] is None, "nobody knows what a worker holds that is gone"
 
 
 def test_a_worker_whose_trainer_holds_no_job_is_idle_for_everybody(

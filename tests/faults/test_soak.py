@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -14,12 +14,14 @@ from typing import get_args
 import pytest
 
 from catalog.spec import JobRequest
+from tests.faults.record import Record
 from tests.faults.soak import chance, kinds
 from tests.faults.soak.acts import Acts
 from tests.faults.soak.asking import Sample
 from tests.faults.soak.kept import Window
 from tests.faults.soak.kinds import Files
-from tests.faults.soak.verdict import KILLED, MIN_SAMPLES, Compared, Ended, compare, problems, refusals, slow
+from tests.faults.soak.verdict import MIN_SAMPLES, Compared, Ended, compare, ended, problems, refusals, slow
+from worker.exits import WAS_KILLED
 
 SUBMITTED = {"key-1": "sft-1", "key-2": "dpo-1"}
 DIGESTS = {"sft-1": "a" * 64, "dpo-1": "b" * 64}
@@ -111,8 +113,9 @@ def test_a_wrong_digest_a_missing_end_a_doubled_and_a_lost_job_are_found(jobs: d
 
 def test_a_job_that_was_put_aside_for_kills_is_no_problem_once_its_work_is_done_under_another_key() -> None:
     put_aside = {"state": "failed", "error": {"code": "quarantined", "message": "It was put aside."}, "digests": []}
-    killed = changed("job-1", **put_aside, crashes=[KILLED] * 3, reasons=["trainer_crashed"] * 3)
-    other = changed("job-1", **put_aside, crashes=[KILLED, KILLED, "Memory ran out."])
+    killed = changed("job-1", **put_aside, crashes=[WAS_KILLED] * 3, reasons=["trainer_crashed"] * 3)
+    other = changed("job-1", **put_aside, crashes=[WAS_KILLED, WAS_KILLED, "Memory ran out."])
+    by_losses = changed("job-1", **put_aside, crashes=[WAS_KILLED] * 3, reasons=["trainer_crashed", "infra_lost"])
     job_again = replace(JOBS["job-1"], job_id="job-3")
     asked_again = sample("submit", 300.0, key="again-key-1", job_id="job-3")
 
@@ -122,7 +125,21 @@ def test_a_job_that_was_put_aside_for_kills_is_no_problem_once_its_work_is_done_
 
     assert found_again(killed) == []
     assert ["put aside" in problem for problem in found(killed)] == [True], "it was not asked for again"
-    assert ["put aside" in problem for problem in found_again(other)] == [True]
+    for wrong in (other, by_losses):
+        assert ["put aside" in problem for problem in found_again(wrong)] == [True]
+
+
+def test_only_what_came_after_the_newest_checkpoint_counts_against_a_job() -> None:
+    ends = [("trainer_crashed", 10.0), ("infra_lost", 30.0), ("trainer_crashed", 40.0), ("drained", 50.0)]
+    attempts = [{"reason": reason, "detail": f"at {at}", "ended_at": at} for reason, at in ends]
+    empty = {one.name: [] for one in fields(Record)}
+    job = {"id": "job-1", "state": "failed", "error": None}
+    checkpoints = [{"job_id": "job-1", "created_at": 20.0}, {"job_id": "job-2", "created_at": 60.0}]
+    record = {**empty, "jobs": [job], "attempts": {"job-1": attempts}, "checkpoints": checkpoints}
+
+    found = ended(Record(**record))  # pyright: ignore[reportArgumentType]
+
+    assert found["job-1"].crashes == ["at 40.0"]
 
 
 def test_a_key_that_was_answered_with_two_jobs_or_none_is_found() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-import pytest
 from typer.testing import Result
 
 from tests.lorry.scripted_server import Script
@@ -59,13 +58,3 @@ def test_a_cordoned_worker_is_listed_with_its_reason_and_told_how_it_takes_jobs_
     assert json.loads(service.seen[-1].body) == {"reason": "Loud."}
     assert run("workers", "uncordon", "one").stderr == "one takes jobs again.\n"
     assert "saves what it holds and ends" in run("workers", "drain", "one").stderr
-
-
-@pytest.mark.parametrize(("state", "holds"), [("idle", True), ("busy", True), ("lost", False), ("ended", False)])
-def test_a_worker_that_is_gone_is_not_listed_as_holding_a_base(
-    service: Script, run: Run, state: str, holds: bool
-) -> None:
-    one = {"id": "one", "state": state, "cordon": None, "resident_base_names": ["tiny"]}
-    service.on("GET", "/v1/workers", {"data": [one], "has_more": False})
-
-    assert ("tiny" in run("workers").stdout) is holds

@@ -12,7 +12,7 @@ import pytest
 from catalog import plan_claims, plans
 from catalog.artifacts.store import ArtifactStore
 from catalog.errors import Unavailable
-from catalog.preparation import MAX_LOST_PREPARATIONS
+from catalog.preparation import MAX_LOST_PREPARATIONS, longer
 from catalog.tables import Plan
 from tests.catalog.plan_data import DETAILS, REPORT, plan, put
 from tests.worker.pack_site import PackSite
@@ -20,6 +20,7 @@ from worker import bases, chores, planning, preparation
 from worker.chores import Chores
 from worker.token_file import TokenFile
 
+LONGEST_WAIT = longer(preparation.RETRY_SECONDS, MAX_LOST_PREPARATIONS)
 REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
 
 
@@ -131,7 +132,7 @@ def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_th
         assert look(site, row).state == "computing"
         assert planning.compute_next(site.context)
         assert not planning.compute_next(site.context), "not at once"
-        site.world.clock.turn(preparation.RETRY_SECONDS + 1)
+        site.world.clock.turn(LONGEST_WAIT)
 
     assert look(site, row).state == "failed"
     assert (look(site, row).error or {})["code"] == "preparation_failed"

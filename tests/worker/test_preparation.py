@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from catalog import prepared
+from catalog.artifacts.manifest import DamagedArtifact
 from catalog.artifacts.store import ArtifactStore
-from catalog.preparation import MAX_LOST_PREPARATIONS
+from catalog.preparation import MAX_LOST_PREPARATIONS, longer
 from catalog.states import EndReason
 from tests.catalog.world import sha
 from tests.worker.pack_site import PackSite
@@ -73,21 +75,50 @@ def no_tokens(_context: object, work: Path, *_: object, **__: object) -> dict[st
     raise preparation.crashed("Tokenising the file", -9, work / "log.txt", code="preparation_failed", remedy="Look.")
 
 
-HINDRANCES = {"import_failed": (bases, "ensure", no_base), "preparation_failed": (preparation, "_run", no_tokens)}
+def no_disk(*_: object, **__: object) -> dict[str, Any]:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def no_bytes(*_: object) -> list[bytes]:
+    raise DamagedArtifact("The content has changed.")
+
+
+def full(*_: object, **__: object) -> Path:
+    raise bases.ImportRefused("The worker's disk is full.", code="out_of_space", remedy="Free space.")
+
+
+HINDRANCES: dict[str, tuple[object, str, object]] = {
+    "import_failed": (bases, "ensure", no_base),
+    "preparation_failed": (preparation, "_run", no_tokens),
+    "disk_error": (preparation, "_run", no_disk),
+    "artifact_damaged": (ArtifactStore, "open_blob", no_bytes),
+}
+
+
+@pytest.fixture
+def sound(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes it a machine on which all can be prepared."""
+
+    def mend() -> None:
+        monkeypatch.setattr(ArtifactStore, "open_blob", lambda *_: [b"a file"])
+        monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
+        monkeypatch.setattr(preparation, "_run", child(refuses="no file"))
+
+    mend()
+    site.context.scratch_dir().mkdir(parents=True)
+    return mend
 
 
 @pytest.fixture(params=HINDRANCES)
-def hindrance(request: pytest.FixtureRequest, site: PackSite, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Code of what may be one machine's doing; undone by monkeypatch.undo."""
-    monkeypatch.setattr(ArtifactStore, "open_blob", lambda *_: [b"a file"])
-    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
-    monkeypatch.setattr(*HINDRANCES[request.param])
-    site.context.scratch_dir().mkdir(parents=True)
+def hindrance(request: pytest.FixtureRequest, sound: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Code of what may be one machine's doing."""
+    where, name, does = HINDRANCES[request.param]
+    monkeypatch.setattr(where, name, does)
     return request.param
 
 
 def test_what_one_machine_can_not_prepare_waits_for_another(
-    site: PackSite, hindrance: str, monkeypatch: pytest.MonkeyPatch
+    site: PackSite, hindrance: str, sound: Callable[[], None]
 ) -> None:
     job_id = site.world.submit().id
 
@@ -96,22 +127,38 @@ def test_what_one_machine_can_not_prepare_waits_for_another(
     assert site.world.job(job_id).state == "validating_files"
     assert not preparation.prepare_next(site.context), "not yet"
     site.world.clock.turn(preparation.RETRY_SECONDS + 1)
-    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
-    monkeypatch.setattr(preparation, "_run", child(refuses="no file"))
+    sound()
     assert preparation.prepare_next(site.context)
     assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("queued", 0)
 
 
-def test_what_can_be_prepared_nowhere_fails_after_some_tries(site: PackSite, hindrance: str) -> None:
+def test_what_can_be_prepared_nowhere_fails_after_some_tries_each_of_which_waits_longer(
+    site: PackSite, hindrance: str
+) -> None:
     job_id = site.world.submit().id
 
+    waits: list[float] = []
     for _ in range(MAX_LOST_PREPARATIONS):
         assert site.world.job(job_id).state == "validating_files"
         assert preparation.prepare_next(site.context)
-        site.world.clock.turn(preparation.RETRY_SECONDS + 1)
+        waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
+        site.world.clock.turn(longer(preparation.RETRY_SECONDS, MAX_LOST_PREPARATIONS))
 
     job = site.world.job(job_id)
     assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
     assert f"{MAX_LOST_PREPARATIONS} times" in (job.error or {})["message"]
-    assert "Look" in (job.error or {})["message"], "the remedy"
+    assert job.train_prepared is not None, "what was found in a file is told"
+    assert [round(wait) for wait in waits[:-1]] == [10, 30, 90, 270]
     assert site.held() == set()
+
+
+def test_a_full_disk_counts_against_no_job(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "_import", full)
+    site.settings.bases_dir().mkdir(parents=True, exist_ok=True)
+    job_id = site.world.submit().id
+
+    for _ in range(MAX_LOST_PREPARATIONS + 1):
+        assert preparation.prepare_next(site.context)
+        site.world.clock.turn(preparation.RETRY_SECONDS + 1)
+
+    assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("validating_files", 0)

@@ -11,10 +11,10 @@ from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason
 from tests.faults.record import Record
 from tests.faults.soak.asking import Sample
 from tests.faults.soak.kept import Away, Window
+from worker.exits import WAS_KILLED
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 UNAVAILABLE = 503
-KILLED = "The trainer was killed (signal 9)."
 GRACE_SECONDS = 5.0
 """After what was away has come back: connections are made anew."""
 MAX_RATIO = 2.0
@@ -33,7 +33,7 @@ class Ended:
     reasons: Sequence[str | None] = ()
     """How its attempts ended, in their order."""
     crashes: Sequence[str] = ()
-    """What was told of the ends that count against it."""
+    """What was told of the ends since its newest checkpoint that count against it."""
     digests: Sequence[str] = ()
     """Of its adapters' weights."""
 
@@ -51,26 +51,26 @@ def ended(found: Record) -> dict[str, Ended]:
             state=job["state"],
             error=job["error"],
             reasons=[attempt["reason"] for attempt in found.attempts.get(job["id"], ())],
-            crashes=[
-                attempt["detail"]
-                for attempt in found.attempts.get(job["id"], ())
-                if attempt["reason"] is not None and _counts(EndReason(attempt["reason"]))
-            ],
+            crashes=_crashes(found, job["id"]),
             digests=digests[job["id"]],
         )
         for job in found.jobs
     }
 
 
-def _counts(reason: EndReason) -> bool:
-    return ENDINGS[reason].retryable and ENDINGS[reason].counts
+def _crashes(found: Record, job_id: str) -> list[str]:
+    newest = max((row["created_at"] for row in found.checkpoints if row["job_id"] == job_id), default=0.0)
+    ended_since = [one for one in found.attempts.get(job_id, ()) if (one["ended_at"] or 0.0) > newest]
+    return [one["detail"] for one in ended_since if ENDINGS[EndReason(one["reason"])].is_counted]
 
 
 def is_put_aside_by_kills(job: Ended) -> bool:
     """Whether it is as promised that it failed: its trainer was killed so often with no new checkpoint in between, and
     nobody but the soak sends SIGKILL. Whoever submits it again gets the adapter."""
     is_quarantined = job.state == "failed" and (job.error or {}).get("code") == "quarantined"
-    return is_quarantined and len(job.crashes) >= MAX_COUNTED_ATTEMPTS and set(job.crashes) == {KILLED}
+    is_by_the_last = list(job.reasons[-1:]) == [EndReason.TRAINER_CRASHED]  # else too many workers were lost with it
+    are_kills = len(job.crashes) >= MAX_COUNTED_ATTEMPTS and set(job.crashes) == {WAS_KILLED}
+    return is_quarantined and is_by_the_last and are_kills
 
 
 def again(key: str) -> str:
