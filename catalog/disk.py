@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from catalog.errors import OutOfSpace
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_IN_TEXT = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")
-"""How a library that is not Python's tells it."""
+_IN_TEXT = re.compile(rf"(os error |\[Errno )({errno.ENOSPC}|{errno.EDQUOT})\b")
+"""How a library that is not Python's tells it, and Python."""
 
 
 @contextmanager
@@ -26,7 +26,12 @@ def full_disk_named() -> Generator[None]:
 
 
 def is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in FULL or _IN_TEXT.search(str(error)) is not None
+    return getattr(error, "errno", None) in FULL or tells_of_full(str(error))
+
+
+def tells_of_full(text: str) -> bool:
+    """Whether a process's last words do."""
+    return _IN_TEXT.search(text) is not None
 
 
 def out_of_space() -> OutOfSpace:

@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog import giving_way, loads, shortages, tallies
+from catalog.artifacts.manifest import DAMAGED
 from catalog.moves import move
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb, reasons
 from catalog.sweeps.observing import ended_for
@@ -134,7 +135,7 @@ def end_attempt(
     if verdict.verb is Verb.FAIL:
         is_put_aside, number = verdict.is_quarantine, losses or job.counted_attempts
         job.error = (
-            _quarantined(session, job, reason, detail, number, is_told=error is not None)
+            _quarantined(session, job, reason, detail, number, error=error)
             if is_put_aside
             else _failed(reason, detail, error)
         )
@@ -174,9 +175,11 @@ def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
     return {**fallback, **(error or {})}
 
 
-def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, number: int, *, is_told: bool) -> Json:
-    """The evidence: how each of the latest attempts ended, and where. is_told: the last one's detail is that of an
-    error, which has its own remedy; no worker has gone away then."""
+def _quarantined(
+    session: Session, job: Job, reason: EndReason, detail: str, number: int, *, error: Json | None
+) -> Json:
+    """The evidence: how each of the latest attempts ended, and where. error: of the last one, if any: it has its own
+    remedy, and no worker has gone away then."""
     ended = select(Attempt).where(Attempt.job_id == job.id, Attempt.ended_at.is_not(None))
     attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(number + 2))
     evidence = [
@@ -195,7 +198,9 @@ def _quarantined(session: Session, job: Job, reason: EndReason, detail: str, num
     )
     is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and shortages.of_this(session, job, reason)
     tried = shortages.given_up(session, job) if is_smallest else ""
-    remedy = "" if is_told and reason is EndReason.INFRA_LOST else REMEDIES[reason]
+    remedy = REMEDIES[reason]
+    if error is not None and reason is EndReason.INFRA_LOST:
+        remedy = "" if error["code"] == DAMAGED else f"Then {AGAIN}."
     told = " ".join(part for part in (message, detail, tried, remedy) if part)
     return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
 

@@ -22,6 +22,7 @@ import psutil
 
 from catalog import bases
 from catalog.artifacts.manifest import ManifestFile
+from catalog.disk import tells_of_full
 from catalog.errors import Conflict, LorryError, OutOfSpace, Unavailable
 from catalog.tables import BaseModelRow, Json
 from worker import scratch
@@ -269,6 +270,8 @@ class _Progress:
 
 def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefused:
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    if lines and tells_of_full(lines[-1]):
+        return ImportRefused("The worker's disk is full.", code=OUT_OF_SPACE, remedy=FREE_SPACE)
     return ImportRefused(
         f"The import of {row.name!r} ended with exit status {returncode}: {lines[-1][:500] if lines else 'no output'}",
         code="import_failed",

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 CLEANING_SECONDS = 3600.0
 """Between two looks for files of deleted bases."""
 BACK_OFF_SECONDS = 10.0
-"""After a chore that went wrong."""
+"""After a chore that went wrong; where files could not be prepared time and again, twice as long each time."""
+MAX_DOUBLINGS = 5
 
 
 class Chores:
@@ -29,6 +30,8 @@ class Chores:
         self._current: Future[bool] | None = None
         self._looks_again_at = 0.0
         self._went_wrong = False
+        self._num_hindered = 0
+        """Preparations in a row that came to nothing, perhaps by this node's doing."""
         self._was_job = False
         """What was prepared last was of a job."""
 
@@ -55,9 +58,13 @@ class Chores:
             return True
         done, self._current = self._current, None
         found = done.result()
-        pause = BACK_OFF_SECONDS if self._went_wrong else self._context.settings.poll_seconds
+        pause = self._back_off() if self._went_wrong else self._context.settings.poll_seconds
         self._looks_again_at = 0.0 if found else time.monotonic() + pause
         return found
+
+    def _back_off(self) -> float:
+        """The first time that files can't be prepared may be theirs, and costs others no wait."""
+        return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_hindered - 2), MAX_DOUBLINGS)
 
     def wait(self, seconds: float) -> None:
         """Until the current chore is done, or `seconds` have passed."""
@@ -79,6 +86,10 @@ class Chores:
         except StaleClaim:
             log.info("Another worker has taken over what was being prepared here.")
             return True
+        except preparation.Hindered:
+            self._num_hindered += 1
+            if self._num_hindered == 1:
+                return True
         except (Unavailable, OutOfSpace) as error:
             log.warning("%s Imports and preparations wait.", error)
         except Exception:
@@ -95,8 +106,9 @@ class Chores:
         """Files of a job, or a plan. Where both wait they take turns: before a plan sits a person."""
         acts = [preparation.prepare_next, planning.compute_next]
         for act in reversed(acts) if self._was_job else acts:
+            self._was_job = act is preparation.prepare_next
             if act(self._context):
-                self._was_job = act is preparation.prepare_next
+                self._num_hindered = 0
                 return True
         return False
 

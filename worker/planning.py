@@ -11,36 +11,50 @@ from secrets import token_hex
 
 from catalog import plan_claims, prepared
 from catalog.artifacts.manifest import DamagedArtifact
+from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.plan_claims import PlanClaim
 from catalog.tables import Json, Prepared
 from worker import bases, scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
-from worker.preparation import MAY_BE_THE_NODES, RETRY_SECONDS, FileRefused, both_files, crashed, hindrance, stuck
+from worker.preparation import (
+    MAY_BE_THE_NODES,
+    RETRY_SECONDS,
+    FileRefused,
+    Hindered,
+    both_files,
+    crashed,
+    hindrance,
+    stuck,
+)
 from worker.trainer_directory import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 
 def compute_next(context: WorkerContext) -> bool:
-    """Compute one plan that waits; False where none does. Raises StaleClaim."""
+    """Compute one plan that waits; False where none does. Raises StaleClaim, Hindered."""
     claim = plan_claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
     if claim is None:
         return False
     try:
-        _bring(context, claim, _unwanted(context, claim.claim_id))
+        with full_disk_named():
+            _bring(context, claim, _unwanted(context, claim.claim_id))
         plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except FileRefused:  # which its report tells
         plan_claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except MAY_BE_THE_NODES as error:
         log.warning("%s", error)
         plan_claims.fail(context.db, claim.claim_id, error=hindrance(error), wait_seconds=RETRY_SECONDS)
+        raise Hindered from error
     except bases.Abandoned:
         plan_claims.release(context.db, claim.claim_id)
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
         plan_claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
+        if isinstance(error, OutOfSpace):
+            raise Hindered from error
     return True
 
 

@@ -14,7 +14,7 @@ from catalog import files, logs, prepared, tracing
 from catalog import preparation as record
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.bases import tokenizer_digest
-from catalog.disk import full_disk_named
+from catalog.disk import full_disk_named, out_of_space, tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.logs import Subjects
 from catalog.preparation import FilesToPrepare, Unprepared
@@ -36,6 +36,11 @@ class PreparationCrashed(LorryError):
     """A child that works on files ended before it had a result: by their doing, or the node's."""
 
 
+class Hindered(Exception):
+    """It came to nothing, which is on record. It may be this node's doing, so the node is to wait before it tries the
+    next: else it would take one after the other from those on which they can be prepared."""
+
+
 class FileRefused(LorryError):
     """A file that can't be trained on: the report says why."""
 
@@ -48,12 +53,12 @@ def hindrance(error: LorryError | OSError) -> Json:
     """One of these, for the record of the job or plan that it may end."""
     if isinstance(error, LorryError):
         return wire_error(error)
-    message = f"The worker could not use a file: {error.strerror or error}. Look at the worker's disk."
-    return {"code": "disk_error", "message": message, "param": None}
+    message = f"The worker's machine failed: {error.strerror or error}. Look at its disk, memory and processes."
+    return {"code": "node_failed", "message": message, "param": None}
 
 
 def prepare_next(context: WorkerContext) -> bool:
-    """Prepare the files of one job that waits for it; False where none does. Raises StaleClaim."""
+    """Prepare the files of one job that waits for it; False where none does. Raises StaleClaim, Hindered."""
     since = time.monotonic()
     lease_seconds = context.settings.lease_seconds
     unprepared = record.next_unprepared(
@@ -70,20 +75,28 @@ def prepare_next(context: WorkerContext) -> bool:
             logs.about(told),
             tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
         ):
-            if not _prepare(context, unprepared):
+            hindered = False
+            try:
+                is_prepared = _prepare(context, unprepared)
+            except Hindered:
+                is_prepared, hindered = False, True
+            if not is_prepared:
                 span.fail("not prepared")
     finally:
         context.pulse.release(unprepared.claim_id)
+    if hindered:
+        raise Hindered
     return True
 
 
 def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
-    """False where the files can't be trained on, or the job waits for somebody else."""
+    """False where the files can't be trained on, or the job waits for somebody else. Raises Hindered."""
     claim_id, valid_file = unprepared.claim_id, unprepared.validation_file
     train_key = _key(unprepared.files, unprepared.training_file)
     valid_key = _key(unprepared.files, valid_file) if valid_file else None
     try:
-        train, valid = both_files(context, unprepared.files)
+        with full_disk_named():
+            train, valid = both_files(context, unprepared.files)
     except FileRefused as error:
         record.refused(context.db, claim_id=claim_id, error=wire_error(error), train_key=train_key, valid_key=valid_key)
     except MAY_BE_THE_NODES as error:
@@ -96,11 +109,14 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
             train_key=train_key,
             valid_key=valid_key,
         )
+        raise Hindered from error
     except bases.Abandoned:
         record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
         record.release_preparation(context.db, claim_id=claim_id, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
+        if isinstance(error, OutOfSpace):
+            raise Hindered from error
     else:
         num_steps = JobSpec.model_validate(unprepared.job.spec).num_steps(num_rows(train.report))
         record.prepared(
@@ -200,7 +216,7 @@ def _make(
     with scratch.owned(context.scratch_dir() / f"prepare-{token_hex(8)}") as work:
         work.mkdir()
         source = work / "source.jsonl"
-        with full_disk_named(), source.open("wb") as target:
+        with source.open("wb") as target:
             for chunk in context.store.open_blob(file.digest):
                 target.write(chunk)
         report = _run(context, work, source, base_dir, spec, is_unwanted=is_unwanted)
@@ -249,8 +265,10 @@ def stuck(what: str, message: str) -> PreparationCrashed:
     return PreparationCrashed(f"{what}: {message}", code="no_progress", remedy=remedy)
 
 
-def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed:
+def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
     """What to say of a child that has left no result."""
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    if lines and tells_of_full(lines[-1]):
+        return out_of_space()
     last = lines[-1][:300] if lines else "no output"
     return PreparationCrashed(f"{what} ended with exit status {returncode}: {last}", code=code, remedy=remedy)

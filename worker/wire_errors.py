@@ -20,9 +20,9 @@ def described(error: ToldError) -> dict[str, str]:
 
 def disk_error(error: OSError) -> dict[str, str]:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "Free space under the worker's data folder; the job continues from its last checkpoint."
+        remedy = "Free space under the worker's data folder; what waits for it goes on by itself."
         return {"code": "out_of_space", "message": "The worker's disk is full.", "remedy": remedy}
-    remedy = "Look at the worker's disk; the job continues from its last checkpoint."
+    remedy = "Look at the worker's disk; what waits for it goes on by itself."
     return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
 
 

@@ -120,7 +120,7 @@ def worker_object(view: WorkerView, *, shows_all: bool) -> WorkerObject:
             "resident_base": row.resident_base if is_there else None,
             "resident_base_names": view.base_names if is_there else [],
             "trainer_id": row.trainer_id if is_there else None,
-            "report": row.report if shows_all else None,
+            "report": row.report if shows_all and is_there else None,
         }
     )
 

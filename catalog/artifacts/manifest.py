@@ -23,6 +23,9 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
+DAMAGED = "artifact_damaged"
+
+
 class DamagedArtifact(LorryError):
     """A stored file is missing, or is not what its digest says."""
 
@@ -31,7 +34,7 @@ class DamagedArtifact(LorryError):
 
     def __init__(self, message: str) -> None:
         remedy = "Restore the store from a copy, or run the job again."
-        super().__init__(message, code="artifact_damaged", remedy=remedy)
+        super().__init__(message, code=DAMAGED, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

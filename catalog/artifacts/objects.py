@@ -57,8 +57,8 @@ class Objects:
         """Write the object whole or not at all; an exception out of `chunks` leaves nothing."""
         with translated():
             obstore.put(self._store, key, chunks, chunk_size=CHUNK_BYTES, max_concurrency=2)
-        if self.folder is not None:
-            _settle(self.folder / key)
+            if self.folder is not None:
+                _settle(self.folder / key)
 
     def head(self, key: str) -> Entry:
         """Raises NoSuchObject."""

@@ -9,6 +9,7 @@ from tests.dashboard.service import Service
 
 
 def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, visit: Visit) -> None:
+    seed.beat(filled.seeded)
     visitor = visit(filled)
 
     visitor.open("#/workers")

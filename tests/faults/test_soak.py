@@ -129,12 +129,13 @@ def test_a_job_that_was_put_aside_for_kills_is_no_problem_once_its_work_is_done_
         assert ["put aside" in problem for problem in found_again(wrong)] == [True]
 
 
-def test_only_what_came_after_the_newest_checkpoint_counts_against_a_job() -> None:
+def test_only_what_came_after_the_furthest_checkpoint_counts_against_a_job() -> None:
     ends = [("trainer_crashed", 10.0), ("infra_lost", 30.0), ("trainer_crashed", 40.0), ("drained", 50.0)]
     attempts = [{"reason": reason, "detail": f"at {at}", "ended_at": at} for reason, at in ends]
     empty = {one.name: [] for one in fields(Record)}
     job = {"id": "job-1", "state": "failed", "error": None}
-    checkpoints = [{"job_id": "job-1", "created_at": 20.0}, {"job_id": "job-2", "created_at": 60.0}]
+    of_own = [{"job_id": "job-1", "step": 20, "created_at": 20.0}, {"job_id": "job-1", "step": 17, "created_at": 45.0}]
+    checkpoints = [*of_own, {"job_id": "job-2", "step": 30, "created_at": 60.0}]
     record = {**empty, "jobs": [job], "attempts": {"job-1": attempts}, "checkpoints": checkpoints}
 
     found = ended(Record(**record))  # pyright: ignore[reportArgumentType]

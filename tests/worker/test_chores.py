@@ -60,6 +60,29 @@ def test_after_an_outage_a_ring_brings_nothing_forward(site: PackSite, looks: li
     assert looks == [False]
 
 
+def test_a_node_on_which_one_preparation_after_the_other_comes_to_nothing_waits_longer_and_longer(
+    site: PackSite, looks: list[bool | Unavailable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hindered(_context: WorkerContext) -> bool:
+        raise preparation.Hindered
+
+    mine = Chores(site.context)
+    sound = preparation.prepare_next
+    monkeypatch.setattr(preparation, "prepare_next", hindered)
+    with mine:
+        assert finished(mine, mine.go_on), "the next may be another's fault: at once"
+        pauses: list[float] = []
+        for _ in range(7):
+            assert not mine._do_one()  # pyright: ignore[reportPrivateUsage]
+            pauses.append(mine._back_off())  # pyright: ignore[reportPrivateUsage]
+        monkeypatch.setattr(preparation, "prepare_next", sound)
+        looks += [True]
+        assert mine._do_one()  # pyright: ignore[reportPrivateUsage]
+
+    assert pauses == [10, 20, 40, 80, 160, 320, 320]
+    assert mine._back_off() == 10  # pyright: ignore[reportPrivateUsage]
+
+
 def test_what_was_prepared_rings_for_those_who_train(site: PackSite, looks: list[bool | Unavailable]) -> None:
     looks += [True]
     with Chores(site.context) as chores:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catalog import plan_claims, plans
+from catalog import plan_claims, plans, prepared
+from catalog.artifacts.manifest import DamagedArtifact
 from catalog.artifacts.store import ArtifactStore
 from catalog.errors import Unavailable
 from catalog.preparation import MAX_LOST_PREPARATIONS, longer
@@ -20,7 +21,6 @@ from worker import bases, chores, planning, preparation
 from worker.chores import Chores
 from worker.token_file import TokenFile
 
-LONGEST_WAIT = longer(preparation.RETRY_SECONDS, MAX_LOST_PREPARATIONS)
 REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
 
 
@@ -128,14 +128,35 @@ def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_th
     monkeypatch.setattr(preparation, "_run", crash)
     row = plan(site.world)
 
-    for _ in range(MAX_LOST_PREPARATIONS):
+    for number in range(1, MAX_LOST_PREPARATIONS + 1):
         assert look(site, row).state == "computing"
-        assert planning.compute_next(site.context)
-        assert not planning.compute_next(site.context), "not at once"
-        site.world.clock.turn(LONGEST_WAIT)
+        with pytest.raises(preparation.Hindered):
+            planning.compute_next(site.context)
+        site.world.clock.turn(longer(preparation.RETRY_SECONDS, number) - 1)
+        assert not planning.compute_next(site.context), "not yet"
+        site.world.clock.turn(2)
 
     assert look(site, row).state == "failed"
     assert (look(site, row).error or {})["code"] == "preparation_failed"
+
+
+def test_tokens_that_are_damaged_when_a_plan_compares_them_are_made_again(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object) -> None:
+        raise DamagedArtifact("The content has changed.")
+
+    row = plan(site.world, validation_file=site.world.file())
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactStore, "fetch", damaged)
+        with pytest.raises(preparation.Hindered):
+            planning.compute_next(site.context)
+    assert prepared.get(site.db, row.train_prepared) is None
+    site.world.clock.turn(preparation.RETRY_SECONDS + 1)
+
+    assert planning.compute_next(site.context)
+
+    assert (look(site, row).state, len(made)) == ("ready", 3)
 
 
 def test_files_of_jobs_and_plans_take_turns(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:

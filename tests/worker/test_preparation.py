@@ -17,6 +17,8 @@ from catalog.states import EndReason
 from tests.catalog.world import sha
 from tests.worker.pack_site import PackSite
 from worker import bases, preparation
+from worker.preparation import Hindered
+from worker.wire_errors import disk_error
 
 REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
 Child = Callable[..., dict[str, Any]]
@@ -83,14 +85,11 @@ def no_bytes(*_: object) -> list[bytes]:
     raise DamagedArtifact("The content has changed.")
 
 
-def full(*_: object, **__: object) -> Path:
-    raise bases.ImportRefused("The worker's disk is full.", code="out_of_space", remedy="Free space.")
-
-
+ENSURE = bases.ensure
 HINDRANCES: dict[str, tuple[object, str, object]] = {
     "import_failed": (bases, "ensure", no_base),
     "preparation_failed": (preparation, "_run", no_tokens),
-    "disk_error": (preparation, "_run", no_disk),
+    "node_failed": (preparation, "_run", no_disk),
     "artifact_damaged": (ArtifactStore, "open_blob", no_bytes),
 }
 
@@ -122,7 +121,8 @@ def test_what_one_machine_can_not_prepare_waits_for_another(
 ) -> None:
     job_id = site.world.submit().id
 
-    assert preparation.prepare_next(site.context)
+    with pytest.raises(Hindered):
+        preparation.prepare_next(site.context)
 
     assert site.world.job(job_id).state == "validating_files"
     assert not preparation.prepare_next(site.context), "not yet"
@@ -140,7 +140,8 @@ def test_what_can_be_prepared_nowhere_fails_after_some_tries_each_of_which_waits
     waits: list[float] = []
     for _ in range(MAX_LOST_PREPARATIONS):
         assert site.world.job(job_id).state == "validating_files"
-        assert preparation.prepare_next(site.context)
+        with pytest.raises(Hindered):
+            preparation.prepare_next(site.context)
         waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
         site.world.clock.turn(longer(preparation.RETRY_SECONDS, MAX_LOST_PREPARATIONS))
 
@@ -152,13 +153,39 @@ def test_what_can_be_prepared_nowhere_fails_after_some_tries_each_of_which_waits
     assert site.held() == set()
 
 
-def test_a_full_disk_counts_against_no_job(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "_import", full)
-    site.settings.bases_dir().mkdir(parents=True, exist_ok=True)
+def full(*_: object, **__: object) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_for_a_base(*_: object, **__: object) -> Any:
+    told = disk_error(OSError(errno.ENOSPC, "No space left on device"))
+    raise bases.ImportRefused(told["message"], code=told["code"], remedy=told["remedy"])
+
+
+def full_for_a_child(_context: object, work: Path, *_: object, **__: object) -> Any:
+    (work / "log.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
+    raise preparation.crashed("Tokenising the file", 1, work / "log.txt", code="preparation_failed", remedy="Look.")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "does"),
+    [
+        (bases, "_import", full),
+        (bases, "_import", full_for_a_base),
+        (preparation, "_run", full),
+        (preparation, "_run", full_for_a_child),
+    ],
+)
+def test_a_full_disk_counts_against_no_job(
+    site: PackSite, sound: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, does: Any
+) -> None:
+    monkeypatch.setattr(bases, "ensure", ENSURE if where is bases else bases.ensure)
+    monkeypatch.setattr(where, name, does)
     job_id = site.world.submit().id
 
     for _ in range(MAX_LOST_PREPARATIONS + 1):
-        assert preparation.prepare_next(site.context)
+        with pytest.raises(Hindered):
+            preparation.prepare_next(site.context)
         site.world.clock.turn(preparation.RETRY_SECONDS + 1)
 
     assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("validating_files", 0)

@@ -37,12 +37,13 @@ function Worker({ worker, jobs, done }) {
   const aboard = jobs.filter((job) => job.status === "running" && job.worker_id === worker.id);
   const title = worker.host || worker.id;
   const isIdle = worker.state === "idle";
+  const isGone = worker.state === "lost" || worker.state === "ended";
   const facts = Object.entries(worker.report || {}).filter(([name, value]) => value !== null && typeof value !== "object" && !(isIdle && name === "tokens_per_second"));
   return html`<section class="panel worker" aria-labelledby=${`worker-${worker.id}`}>
     <div class="panel-head"><h2 id=${`worker-${worker.id}`}>${title}</h2>
       <span class=${`state worker-${worker.state}`}><span class="dot" aria-hidden="true"></span>${stateWords(worker)}</span></div>
     ${worker.cordon && worker.state !== "ended" && html`<p class="cordon">${cordonWords(worker.cordon)}</p>`}
-    <${Bed} base=${worker.resident_base_names.join(", ") || (worker.resident_base ? format.short(worker.resident_base, 16) : "no base model resident")} jobs=${aboard} />
+    <${Bed} base=${worker.resident_base_names.join(", ") || (worker.resident_base ? format.short(worker.resident_base, 16) : isGone ? "nothing known, for it is gone" : "no base model resident")} jobs=${aboard} />
     <${Facts} rows=${[
       ["Devices", worker.devices.map(device).join(", ")], ["Memory", worker.devices.some(memoryOf) ? null : format.bytes(worker.memory_bytes)],
       ...ofSeveral(worker),

@@ -33,7 +33,7 @@ class Ended:
     reasons: Sequence[str | None] = ()
     """How its attempts ended, in their order."""
     crashes: Sequence[str] = ()
-    """What was told of the ends since its newest checkpoint that count against it."""
+    """What was told of the ends since its furthest checkpoint that count against it."""
     digests: Sequence[str] = ()
     """Of its adapters' weights."""
 
@@ -59,8 +59,10 @@ def ended(found: Record) -> dict[str, Ended]:
 
 
 def _crashes(found: Record, job_id: str) -> list[str]:
-    newest = max((row["created_at"] for row in found.checkpoints if row["job_id"] == job_id), default=0.0)
-    ended_since = [one for one in found.attempts.get(job_id, ()) if (one["ended_at"] or 0.0) > newest]
+    """The count begins anew with a checkpoint that is further than any before."""
+    own = [row for row in found.checkpoints if row["job_id"] == job_id]
+    furthest = max(own, key=lambda row: row["step"], default={"created_at": 0.0})["created_at"]
+    ended_since = [one for one in found.attempts.get(job_id, ()) if (one["ended_at"] or 0.0) > furthest]
     return [one["detail"] for one in ended_since if ENDINGS[EndReason(one["reason"])].is_counted]
 
 
