@@ -200,7 +200,7 @@ def _quarantined(
     tried = shortages.given_up(session, job) if is_smallest else ""
     remedy = REMEDIES[reason]
     if error is not None and reason is EndReason.INFRA_LOST:
-        remedy = "" if error["code"] == DAMAGED else f"Then {AGAIN}."
+        remedy = "" if error.get("code") == DAMAGED else f"Then {AGAIN}."
     told = " ".join(part for part in (message, detail, tried, remedy) if part)
     return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
 

@@ -29,13 +29,12 @@ from worker import scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
 from worker.trainer_directory import read_json, write_json
+from worker.wire_errors import FULL_DISK, OUT_OF_SPACE
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}")
 LOOK_SECONDS = 0.2
-OUT_OF_SPACE = "out_of_space"
-FREE_SPACE = "Free space under the worker's data folder; what waits for it goes on by itself."
 STALL_SECONDS = 900.0
 """A child that has used no processor time for so long waits for something that does not come."""
 LIMIT_SECONDS = 12 * 3600.0
@@ -86,7 +85,7 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
         manifest, _ = _import(context, bases.get(context.db, name), is_unwanted)
     except ImportRefused as error:
         if error.code == OUT_OF_SPACE:  # no base's doing
-            raise OutOfSpace(error.message, code=OUT_OF_SPACE, remedy=FREE_SPACE) from error
+            raise OutOfSpace(error.message, code=error.code, remedy=error.remedy) from error
         raise
     found = bases.files_digest(manifest)
     if found != digest:
@@ -271,7 +270,7 @@ class _Progress:
 def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefused:
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     if lines and tells_of_full(lines[-1]):
-        return ImportRefused("The worker's disk is full.", code=OUT_OF_SPACE, remedy=FREE_SPACE)
+        return ImportRefused(**FULL_DISK)
     return ImportRefused(
         f"The import of {row.name!r} ended with exit status {returncode}: {lines[-1][:500] if lines else 'no output'}",
         code="import_failed",

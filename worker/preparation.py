@@ -75,17 +75,10 @@ def prepare_next(context: WorkerContext) -> bool:
             logs.about(told),
             tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
         ):
-            hindered = False
-            try:
-                is_prepared = _prepare(context, unprepared)
-            except Hindered:
-                is_prepared, hindered = False, True
-            if not is_prepared:
+            if not _prepare(context, unprepared):
                 span.fail("not prepared")
     finally:
         context.pulse.release(unprepared.claim_id)
-    if hindered:
-        raise Hindered
     return True
 
 
