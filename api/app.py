@@ -152,7 +152,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         feed=feed,
         job_source=JobSource(db),
         queue_source=QueueSource(db, Policy.of(settings)),
-        limits=Limits(api_settings, open_counter(settings.redis_url)),
+        limits=Limits(api_settings, open_counter(settings.resolved_redis_url())),
         telemetry=telemetry,
         webhooks=sender,
         deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),

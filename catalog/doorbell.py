@@ -49,7 +49,8 @@ class Doorbell(Protocol):
 
 def open_doorbell(settings: Settings) -> Doorbell:
     """Redis where the settings name one; else the file that workers on this data folder look at."""
-    return RedisDoorbell(settings.redis_url) if settings.redis_url else FileDoorbell(settings.bell_path())
+    redis_url = settings.resolved_redis_url()
+    return RedisDoorbell(redis_url) if redis_url else FileDoorbell(settings.bell_path())
 
 
 class FileDoorbell:

@@ -24,8 +24,12 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         default=Path.home() / ".lorry", description="Folder of the database, the store and the caches."
     )
-    database_url: str | None = Field(default=None, description="SQLAlchemy URL. Default: SQLite in the data folder.")
-    redis_url: str | None = Field(default=None, description="Broker of the doorbell. Default: none, workers poll.")
+    database_url: SecretStr | None = Field(
+        default=None, description="SQLAlchemy URL. Default: SQLite in the data folder."
+    )
+    redis_url: SecretStr | None = Field(
+        default=None, description="Broker of the doorbell. Default: none, workers poll."
+    )
     store_url: str | None = Field(default=None, description="file:///…, s3://bucket/prefix …. Default: a local folder.")
     pepper: SecretStr | None = Field(
         default=None, description="Key of the HMAC over API keys. Default: a file in data_dir."
@@ -136,7 +140,13 @@ class Settings(BaseSettings):
         return fewest
 
     def resolved_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir / 'lorry.db'}"
+        """In plain text: it may hold a password, so it never goes into a log or a message."""
+        named = self.database_url
+        return named.get_secret_value() if named else f"sqlite:///{self.data_dir / 'lorry.db'}"
+
+    def resolved_redis_url(self) -> str | None:
+        """In plain text, like the database's; None where there is no broker."""
+        return self.redis_url.get_secret_value() if self.redis_url else None
 
     def resolved_store_url(self) -> str:
         return self.store_url or (self.data_dir / "store").absolute().as_uri()

@@ -46,7 +46,7 @@ LOOK_SECONDS = 15.0
 BROKER_OF_NOBODY = "memory://"
 """Where no broker is set: the module can be imported, and a worker has no looks but its own."""
 
-app = Celery("lorry", broker=Settings().redis_url or BROKER_OF_NOBODY, include=["worker.tasks"])
+app = Celery("lorry", broker=Settings().resolved_redis_url() or BROKER_OF_NOBODY, include=["worker.tasks"])
 app.conf.update(
     # Acknowledged on receipt: with late acknowledgement, a Redis restart ended the worker, and a task longer
     # than the visibility timeout ran again. What a lost message costs, the next look repays.

@@ -18,7 +18,7 @@ from typing import Any
 
 from catalog.integrations import INTEGRATION_TYPES
 from catalog.settings import Settings
-from worker.launch import PROXIES, ROOT, SYSTEM
+from worker.launch import CREDENTIAL_NAMES, PROXIES, ROOT, SYSTEM
 
 Json = dict[str, Any]
 LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX", "trackio": "trackio"}
@@ -26,7 +26,6 @@ PASSED_ON = {"wandb": ("WANDB_",), "mlflow": ("MLFLOW_",), "tensorboard": (), "t
 """Beginnings of the variables that a tracker's child is given beside the system's."""
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "DO_NOT_TRACK": "true"}
 """Libraries tell nobody of their use, unless the operator says so."""
-PRIVATE = re.compile(r"KEY|TOKEN|PASSWORD|SECRET", re.IGNORECASE)
 PASSWORD_IN_ADDRESS = re.compile(r"(://)[^\s/@]+(?=@)")
 ANSWER_SECONDS = 90.0
 CLOSE_SECONDS = 10.0
@@ -124,7 +123,7 @@ class ExportSession:
 
     def _without_secrets(self, text: str) -> str:
         for name, value in self._environment.items():
-            if PRIVATE.search(name) and value:
+            if CREDENTIAL_NAMES.search(name) and value:
                 text = text.replace(value, "…")
         return " ".join(PASSWORD_IN_ADDRESS.sub(r"\1…", text).split())[:MAX_PROBLEM]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -23,8 +24,11 @@ from worker.tether import OPTION, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 
 SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
-ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", failpoints.VARIABLE, logs.FORMAT})
+ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", "NCCL_IB_PKEY", failpoints.VARIABLE, logs.FORMAT})
 ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_")
+CREDENTIAL_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PEPPER|CREDENTIAL", re.IGNORECASE)
+"""Variables with such a name may hold a credential: NVIDIA_API_KEY. They pass only where ALLOWED or HUB names them;
+NCCL_IB_PKEY is the index of a partition of InfiniBand."""
 HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
 CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -246,7 +250,7 @@ def _visible(device: node.Device) -> str:
 def child_environment(*, with_hub: bool = False) -> dict[str, str]:
     """The allow-listed part of our environment; with the hub's own variables only where a child downloads."""
     wanted = {*ALLOWED, *HUB, *PROXIES} if with_hub else ALLOWED
-    kept = {name: value for name, value in os.environ.items() if name in wanted or name.startswith(ALLOWED_PREFIXES)}
+    kept = {name: value for name, value in os.environ.items() if name in wanted or _is_tuning(name)}
     path = os.pathsep.join(part for part in (str(ROOT), kept.get("PYTHONPATH", "")) if part)
     return kept | {
         "PYTHONPATH": path,
@@ -254,6 +258,11 @@ def child_environment(*, with_hub: bool = False) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def _is_tuning(name: str) -> bool:
+    """Whether a variable tunes a library, by its prefix, and holds no credential."""
+    return name.startswith(ALLOWED_PREFIXES) and not CREDENTIAL_NAMES.search(name)
 
 
 def run_child(module: str, *arguments: str, log_path: Path, with_hub: bool = False) -> subprocess.Popen[bytes]:

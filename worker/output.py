@@ -22,8 +22,10 @@ from catalog.artifacts.store import Blob
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
 from catalog.spec import JobSpec
+from catalog.tables.table import ANY_ID
 from worker.context import WorkerContext
 from worker.held import End
+from worker.launch import CREDENTIAL_NAMES
 from worker.trainer_directory import TrainerDirectory, cut_from
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,8 @@ LONGEST_LINE = 4000
 """In letters."""
 PUSH_SECONDS = 60.0
 """Between two looks at what there is to tell of a job that goes on."""
-SECRET_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PEPPER|CREDENTIAL|_URL$|_URI$")
+SECRET_NAMES = re.compile(rf"{CREDENTIAL_NAMES.pattern}|_URL$|_URI$")
 SHORTEST_SECRET = 8
-IDS = re.compile(r"\b(?:claim|ftjob|adapter|file|proj|org|key|ckpt|sweep|plan)-[0-9a-f]{24}\b")
 NAMES = re.compile(r"\bft:[^\s'\"]+")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|\x1b\[[0-9;]*[A-Za-z]")
 
@@ -207,8 +208,8 @@ def _clean(content: bytes, claim: Claim, data_dir: Path) -> Iterator[str]:
     for secret in _secrets():
         text = text.replace(secret, "…")
     text = logs.redact(text.replace(str(data_dir.absolute()), "$LORRY_DATA_DIR"))
-    own = {claim.claim_id, claim.job.id}
-    text = IDS.sub(lambda found: found[0] if found[0] in own else "…", text)
+    own = (claim.claim_id, claim.job.id)
+    text = ANY_ID.sub(lambda found: found[0] if found[0].endswith(own) else "…", text)
     parent = JobSpec.model_validate(claim.job.spec).parent
     own_names = (claim.job.id[-8:],) if parent is None else (claim.job.id[-8:], parent.name)
     text = NAMES.sub(lambda found: found[0] if found[0].rstrip(".,:;)").endswith(own_names) else "ft:…", text)

@@ -19,15 +19,37 @@ SUFFIX = ".lock"
 def owned(path: Path) -> Generator[Path]:
     """Own `path` (not created here) for the block's length; after it both folder and lock are gone."""
     lock_path = path.with_name(f"{path.name}{SUFFIX}")
-    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _locked(lock_path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # on a disk that is read-only now: the next worker to start clears it away
             lock_path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _locked(lock_path: Path) -> int:
+    """A descriptor that holds the lock. A cleaner may delete the file between its creation and its locking: then this
+    lock would be on a file that has no name, and no cleaner would ever find the folder. So it is taken again."""
+    while True:
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_current(descriptor, lock_path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_current(descriptor: int, lock_path: Path) -> bool:
+    """Whether the open file is the one that the path names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock_path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def clean(parent: Path) -> list[str]:
@@ -42,6 +64,8 @@ def _clean_one(lock_path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_current(descriptor, lock_path):
+            return False
     except BlockingIOError:
         return False
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any
 
@@ -17,6 +18,10 @@ NAMING = {
 Json = dict[str, Any]
 AutoKey = BigInteger().with_variant(Integer, "sqlite")
 """SQLite numbers rows by itself only for a column of type INTEGER."""
+
+
+ANY_ID = re.compile(r"(?<![A-Za-z0-9])[a-z]+(?:-[a-z]+)*-[0-9a-f]{24}(?![0-9A-Za-z])")
+"""Every id that `new_id` makes, whatever its prefix, within a longer text."""
 
 
 def new_id(prefix: str) -> str:

@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import URL, event, func, select
 
 from catalog import adapters, audit_chain, claims, cleaning, recovery, workers
@@ -107,7 +108,7 @@ def elsewhere(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> I
         yield Settings(data_dir=folder, database_url=None, store_url=None)
         return
     with empty_database(request.getfixturevalue("postgres_url"), f"elsewhere_{secrets.token_hex(6)}") as url:
-        yield Settings(data_dir=folder, database_url=url, store_url=None)
+        yield Settings(data_dir=folder, database_url=SecretStr(url), store_url=None)
 
 
 def opened(settings: Settings) -> Database:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from api.app import create_app
@@ -51,7 +52,7 @@ def exporter() -> Iterator[InMemorySpanExporter]:
 def client(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """Of the project of the site's world, with a key of its own."""
     monkeypatch.setenv("LORRY_PEPPER", PEPPER.decode())
-    settings = site.settings.model_copy(update={"database_url": site.db.url})
+    settings = site.settings.model_copy(update={"database_url": SecretStr(site.db.url)})
     app = create_app(settings, ApiSettings())
     project_id = site.world.caller.project_id
     _, secret = keys.create(site.db, project_id=project_id, name="k", pepper=app.state.services.pepper)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from catalog.settings import Settings
 from worker import groups, node
@@ -191,7 +192,7 @@ def test_a_node_with_a_broker_runs_celery_and_one_without_the_loop() -> None:
 
 
 def test_workers_of_a_gang_look_by_themselves_with_a_broker_too() -> None:
-    by_itself, with_broker = Settings(redis_url=None), Settings(redis_url="redis://broker")
+    by_itself, with_broker = Settings(redis_url=None), Settings(redis_url=SecretStr("redis://broker"))
 
     assert [groups.is_rung_for(told) for told in (by_itself, with_broker)] == [False, True]
     assert not groups.is_rung_for(with_broker.model_copy(update={"gang": "hall"}))

@@ -35,6 +35,19 @@ def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: 
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
 
 
+def test_a_variable_that_tunes_a_library_passes_and_one_that_may_hold_a_credential_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuning = {"NVIDIA_VISIBLE_DEVICES", "NCCL_IB_PKEY", "CUDA_MODULE_LOADING", "TORCH_LOGS"}
+    credentials = {"NVIDIA_API_KEY", "TORCH_HUB_TOKEN", "CUDA_SECRET", "NCCL_password", "NVIDIA_CREDENTIALS"}
+    for name in tuning | credentials:
+        monkeypatch.setenv(name, "canary")
+
+    passed = {name for name, value in child_environment(with_hub=True).items() if value == "canary"}
+
+    assert passed & (tuning | credentials) == tuning
+
+
 def test_only_a_child_that_downloads_may_know_the_hubs_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary")
 

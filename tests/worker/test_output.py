@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,14 @@ from catalog.errors import Unavailable
 from catalog.jobs import attempts
 from catalog.outputs import MAX_BYTES, Line
 from catalog.states import EndReason
+from catalog.tables import new_id
 from tests.worker.pack_site import READY, PackSite, asked, say, tell
 from worker import output, supervise
 from worker.held import End
 from worker.output import LogFile, Output
 from worker.trainer_directory import TrainerDirectory
 
+ROOT = Path(__file__).parents[2]
 CRASH = End(reason=EndReason.TRAINER_CRASHED, detail="It ended.")
 
 
@@ -103,6 +107,33 @@ def test_no_secret_and_no_name_of_anothers_job_is_told(site: PackSite, monkeypat
     assert f"{mine.claim_id} of {mine.job.id} beside … of …" in text
     assert "ft:… in $LORRY_DATA_DIR/work" in text
     assert str(site.context.settings.data_dir) not in text
+
+
+def prefixes_of_ids() -> set[str]:
+    """The argument of every call of new_id in the source."""
+    found: set[str] = set()
+    for path in [path for package in ("catalog", "api", "worker") for path in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "new_id":
+                (prefix,) = node.args
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                named = isinstance(prefix, ast.Constant)
+                found.add(str(prefix.value if named else getattr(import_module(module), ast.unparse(prefix))))
+    return found
+
+
+def test_an_id_with_any_prefix_that_the_service_uses_is_redacted(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    prefixes = prefixes_of_ids()
+    ids = [new_id(prefix) for prefix in sorted(prefixes)]
+
+    printed(pack.directory, "".join(f"Error at {one}: stop, in /work/{one}/log-{one}_x\n" for one in ids))
+    pack.end_all(CRASH)
+
+    text = "\n".join(told(site, claim.job.id))
+    assert {"ftckpt", "trainer", "prep", "upload", "delivery", "signin", "evt-test", "ftjob"} <= prefixes
+    assert [one for one in ids if one in text or one.rpartition("-")[2] in text] == []
 
 
 def test_how_a_trainer_ended_names_no_job_of_anothers_and_no_path_in_what_is_recorded(site: PackSite) -> None:
