@@ -39,7 +39,7 @@ def settings(tmp_path: Path, database: str, request: pytest.FixtureRequest) -> S
         shutil.copy(request.getfixturevalue("migrated_database"), data_dir / "lorry.db")
     return Settings(
         data_dir=data_dir,
-        database_url=SecretStr(url),
+        database_url=SecretStr(url) if url else None,
         pepper=SecretStr(PEPPER.decode()),
         max_file_bytes=2**20,
         max_line_bytes=2**16,
