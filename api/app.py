@@ -110,6 +110,7 @@ def create_app(
         hosts=_hosts(own, bound_host, further_hosts),
         max_body_bytes=own.max_body_bytes,
         telemetry=services.telemetry,
+        trusted_proxies=own.proxy_networks(),
     )
     error_handlers.install(app)
     resources = (

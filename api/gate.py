@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,12 +16,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import client_address
 from api.body import RequestBody
 from api.error_handlers import error_response, internal_error
 from api.headers import security_headers
 from api.hosts import HostPolicy
 from api.telemetry import Telemetry, route_template
 from catalog import audit, logs, tracing
+from catalog.callers import Caller
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
@@ -34,6 +36,8 @@ class _Exchange:
 
     scope: Scope
     request_id: str
+    address: str | None
+    """The client's: behind a trusted proxy, the one that the proxy reports."""
     began: float = field(default_factory=time.monotonic)
     status: int = 0
     trace: str | None = None
@@ -43,12 +47,26 @@ class _Exchange:
     def path(self) -> str:
         return self.scope["path"]
 
+    @property
+    def caller(self) -> Caller | None:
+        """Known once the key or the session was accepted."""
+        return self.scope["state"].get("caller")
+
 
 class Gate:
     """Outermost of our middleware; pure ASGI, so that streams pass through it as they are."""
 
-    def __init__(self, app: ASGIApp, *, hosts: HostPolicy, max_body_bytes: int, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: HostPolicy,
+        max_body_bytes: int,
+        telemetry: Telemetry,
+        trusted_proxies: Sequence[client_address.Network] = (),
+    ) -> None:
         self._app = app
+        self._trusted_proxies = trusted_proxies
         self._hosts = hosts
         self._max_body_bytes = max_body_bytes
         self._telemetry = telemetry
@@ -57,8 +75,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope=scope, request_id=f"req_{secrets.token_hex(12)}")
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        address = client_address.resolve(scope, self._trusted_proxies)
+        exchange = _Exchange(scope=scope, request_id=f"req_{secrets.token_hex(12)}", address=address)
+        scope.setdefault("state", {}).update(request_id=exchange.request_id, client_address=address)
         body = RequestBody(scope, receive, max_bytes=self._max_body_bytes if _is_bounded(scope) else None)
         sender = _decorated(send, exchange, body)
         with logs.about({"request": exchange.request_id}):
@@ -112,12 +131,15 @@ class Gate:
         self._telemetry.observe(exchange.scope, status=exchange.status, seconds=seconds)
         with logs.about(_subjects(exchange)):
             log.info(
-                "request id=%s method=%s path=%s status=%d seconds=%.4f",
+                "request id=%s method=%s path=%s status=%d seconds=%.4f key=%s project=%s address=%s",
                 exchange.request_id,
                 exchange.scope["method"],
                 _logged(exchange.path),
                 exchange.status,
                 seconds,
+                exchange.caller.api_key_id if exchange.caller else "-",
+                exchange.caller.project_id if exchange.caller else "-",
+                exchange.address or "-",
             )
 
 
@@ -143,19 +165,20 @@ def _traced(exchange: _Exchange) -> Generator[None]:
 
 
 def _subjects(exchange: _Exchange) -> logs.Subjects:
-    """What its lines are about, once it is known."""
+    """Ids of the objects that its log lines are about, as far as they are known."""
     job_id: str | None = exchange.scope.get("path_params", {}).get("job_id")
-    return {"trace": tracing.trace_id(exchange.trace), "job": job_id}
+    caller = exchange.caller
+    return {
+        "trace": tracing.trace_id(exchange.trace),
+        "job": job_id,
+        "key": caller.api_key_id if caller else None,
+        "project": caller.project_id if caller else None,
+        "address": exchange.address,
+    }
 
 
 def _origin(exchange: _Exchange) -> audit.Origin:
-    return audit.Origin(request_id=exchange.request_id, address=_address(exchange.scope))
-
-
-def _address(scope: Scope) -> str | None:
-    """Of who is connected: before a reverse proxy that is the proxy, whose word on it anybody could forge."""
-    client: tuple[str, int] | None = scope.get("client")
-    return client[0] if client else None
+    return audit.Origin(request_id=exchange.request_id, address=exchange.address)
 
 
 def _is_bounded(scope: Scope) -> bool:

@@ -1,7 +1,7 @@
 """What the api, the workers and their trainers say on stderr, with whatever looks like a secret taken out of it.
 
-As text for people; by LORRY_LOG_FORMAT=json a line is an object that names what it is about: request, job, claim,
-trainer, worker and trace, where there is one.
+As text for people; by LORRY_LOG_FORMAT=json a line is an object that names what it is about: request, API key, project,
+client address, job, claim, trainer, worker and trace, where there is one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SECRETS = re.compile(
 )
 FORMAT = "LORRY_LOG_FORMAT"
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-Subject = Literal["request", "job", "claim", "trainer", "worker", "trace"]
+Subject = Literal["request", "job", "claim", "trainer", "worker", "trace", "key", "project", "address"]
+"""Each names an id, and `address` the client's network address. A secret is never a subject."""
 Subjects = Mapping[Subject, str | None]
 _process: dict[Subject, str] = {}
 """What every line of this process is about."""
