@@ -1,13 +1,16 @@
 # syntax=docker/dockerfile:1
+# Packages are installed from hash-pinned lock files, and base images are pinned by digest: `docker buildx imagetools inspect
+# NAME:TAG` prints the digest of a newer one.
 # Three targets: `api` (no torch), `worker` (with torch), `store` (the S3 gateway, not as root).
 
-FROM python:3.12-slim-bookworm AS code
+FROM python:3.12.14-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254 AS code
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     HOME=/var/lib/lorry HF_HOME=/var/lib/lorry/hub
 RUN groupadd --gid 10001 lorry \
     && useradd --uid 10001 --gid lorry --home-dir /var/lib/lorry --create-home --shell /usr/sbin/nologin lorry
 WORKDIR /opt/lorry
-COPY pyproject.toml requirements.lock README.md LICENSE alembic.ini ./
+COPY requirements requirements
+COPY pyproject.toml README.md LICENSE alembic.ini ./
 COPY lorry lorry
 COPY migrations migrations
 COPY catalog catalog
@@ -23,21 +26,22 @@ RUN apt-get update && apt-get install --yes --no-install-recommends ca-certifica
     && /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y \
     && apt-get install --yes --no-install-recommends "postgresql-client-$POSTGRES_CLIENT" \
     && rm -rf /var/lib/apt/lists/*
-# psutil: celery beat imports the worker's parents, which need it and no more.
-RUN pip install --constraint requirements.lock --editable '.[server,telemetry]' psutil
+RUN pip install --require-hashes --no-deps -r requirements/api.lock \
+    && pip install --no-deps --no-build-isolation --editable .
 USER lorry
 EXPOSE 8000
 CMD ["python", "-m", "api", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM code AS worker
-# An index of torch builds to look at beside PyPI, whose own build brings CUDA.
-ARG TORCH_INDEX=
-RUN if [ -n "$TORCH_INDEX" ]; then pip install --constraint requirements.lock --extra-index-url "$TORCH_INDEX" torch; fi \
-    && pip install --constraint requirements.lock --editable '.[worker,telemetry]'
+# torch (PyPI's build with CUDA) or torch-cpu.
+ARG TORCH=torch
+RUN pip install --require-hashes --no-deps -r requirements/worker.lock \
+    && pip install --require-hashes --no-deps -r "requirements/$TORCH.lock" \
+    && pip install --no-deps --no-build-isolation --editable .
 ENV OMP_WAIT_POLICY=PASSIVE
 USER lorry
 CMD ["celery", "--app=worker.celery_app", "worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle"]
 
-FROM versity/versitygw:v1.8.0 AS store
+FROM versity/versitygw:v1.8.0@sha256:30292fc2eeacc67a36993b01f7a7a5e3361a19cced0e80c1d71cfa2a4b0a2499 AS store
 RUN mkdir -p /data && chown 10001:10001 /data
 USER 10001:10001

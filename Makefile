@@ -2,13 +2,13 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults soak fuzz bench bench-gpu bench-api check lock clean \
+.PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults soak fuzz bench bench-gpu bench-api check audit lock clean \
 	check-lint check-format check-types check-imports check-migrations check-documents
 .SUFFIXES:
 
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
-SET_UP := pyproject.toml requirements.lock .ci/set-up
+SET_UP := pyproject.toml $(wildcard requirements/*.lock) .ci/set-up
 
 # Processes that share out the files of tests, in their order; 0 for none beside pytest's own. Each brings its own servers.
 TEST_PROCESSES ?= 2
@@ -33,7 +33,8 @@ help:
 	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
 	@echo "make bench-api   measure the api and its database: creations, reads, 10,000 listeners, a million jobs; 25 minutes"
 	@echo "make check       lint, format, types, import rules, migrations, documents"
-	@echo "make lock        write requirements.lock anew from the newest releases"
+	@echo "make audit       check the locked packages for known vulnerabilities (pip-audit)"
+	@echo "make lock        update requirements/*.lock to the newest releases"
 	@echo "make clean       remove .venv and all caches"
 
 demo: .venv/.installed-demo
@@ -72,10 +73,10 @@ soak: .venv/.installed
 fuzz: .venv/.installed
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
-bench: .venv/.installed-bench
+bench: .venv/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-bench-gpu: .venv/.installed-bench
+bench-gpu: .venv/.installed
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 bench-api: .venv/.installed
@@ -102,6 +103,9 @@ check-migrations: .venv/.installed
 check-documents: .venv/.installed
 	$(PYTEST) -q tests/architecture
 
+audit: .venv/.installed
+	.ci/audit
+
 lock:
 	.ci/lock
 
@@ -114,6 +118,3 @@ clean:
 
 .venv/.installed-demo: $(SET_UP)
 	.ci/set-up demo
-
-.venv/.installed-bench: $(SET_UP)
-	.ci/set-up bench

@@ -1,0 +1,89 @@
+"""The lock files: complete, pinned by version and sha256, and used by every installation that the project describes."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
+EXTRAS = {"api": ("server", "telemetry"), "worker": ("worker", "telemetry"), "demo": ("demo",), "dev": ("dev",)}
+ENTRY = re.compile(
+    r"^(?P<requirement>[A-Za-z0-9].*?) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
+)
+INSTALLERS = [".ci/set-up", "Dockerfile", "deploy/README.md"]
+
+
+def entries(name: str) -> list[Requirement]:
+    text = (ROOT / "requirements" / f"{name}.lock").read_text("utf-8")
+    return [Requirement(found["requirement"]) for found in ENTRY.finditer(text)]
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """Canonical package name -> its pinned versions; several where the version depends on the Python version."""
+    found: dict[str, set[str]] = {}
+    for entry in entries(name):
+        found.setdefault(canonicalize_name(entry.name), set()).update(each.version for each in entry.specifier)
+    return found
+
+
+def test_there_is_one_lock_file_for_each_use_and_each_torch_variant() -> None:
+    assert {path.stem for path in LOCKS} == {*EXTRAS, "torch", "torch-cpu"}
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_every_locked_package_has_an_exact_version_and_a_hash(path: Path) -> None:
+    lines = [line for line in path.read_text("utf-8").splitlines() if re.match(r"[A-Za-z0-9]", line)]
+
+    assert lines
+    assert len(entries(path.stem)) == len(lines)
+    for entry in entries(path.stem):
+        assert entry.url or [each.operator for each in entry.specifier] == ["=="], str(entry)
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_lock_file_satisfies_the_ranges_of_its_extras(name: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted, queue = [Requirement(text) for text in project["dependencies"]], list(EXTRAS[name])
+    for extra in queue:
+        for text in project["optional-dependencies"][extra]:
+            requirement = Requirement(text)
+            if requirement.name == "lorry":
+                queue.extend(each for each in sorted(requirement.extras) if each not in queue)
+            else:
+                wanted.append(requirement)
+    locked = pins(name)
+
+    for requirement in wanted:
+        versions = (pins("torch") if requirement.name == "torch" else locked)[canonicalize_name(requirement.name)]
+        assert all(requirement.specifier.contains(version) for version in versions), requirement.name
+
+
+def test_lock_files_agree_on_every_version() -> None:
+    whole = pins("dev")
+
+    for name in ("api", "worker", "demo"):
+        assert {package: versions for package, versions in pins(name).items() if not versions <= whole[package]} == {}
+
+
+def test_both_torch_variants_have_the_same_version() -> None:
+    (version,) = pins("torch")["torch"]
+
+    assert {re.search(r"/torch-([\d.]+)%2Bcpu-", str(entry.url))[1] for entry in entries("torch-cpu")} == {version}  # type: ignore[index]
+    assert f"TORCH={version}\n" in (ROOT / ".ci/lock").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", INSTALLERS)
+def test_no_installation_resolves_packages_by_itself_or_mixes_two_indexes(name: str) -> None:
+    text = (ROOT / name).read_text("utf-8").replace("\\\n", " ")
+    installs = re.findall(r"pip install.*", text)
+
+    assert installs
+    assert "--extra-index-url" not in text
+    assert [line for line in installs if "--no-deps" not in line] == []
+    assert "--require-hashes" in text
