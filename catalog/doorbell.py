@@ -1,7 +1,8 @@
 """How a waiting worker learns that there is work, sooner than by its next look. Never a promise.
 
 A message names no job: losing one costs seconds, a duplicate nothing. `ring` neither waits nor fails, whatever
-the broker does: a thread of its own sends, and holds at most one ring.
+the broker does: a thread of its own sends, and holds at most one ring. The API servers ring again, periodically, for
+as long as work waits (api/background.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ TRANSPORT_OPTIONS: dict[str, Any] = {
     "global_keyprefix": "lorry:",  # others may use the same Redis
 }
 """Of sender and receiver: they must agree on the prefix."""
+MAX_QUEUED = 64
+"""Messages that may wait in Redis; no sender adds one to so many. While every worker trains, none reads them, and each
+API server goes on ringing. Workers beyond this number find work by polling."""
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 CLOSE_SECONDS = 3.0
@@ -83,7 +87,8 @@ class FileDoorbell:
 
 
 class RedisDoorbell:
-    """Sends `lorry.work` through Celery. Rings that come while one is being sent become one."""
+    """Sends `lorry.work` through Celery. Rings that come while one is being sent become one; none is sent while
+    MAX_QUEUED messages wait."""
 
     def __init__(self, redis_url: str, *, first_wait_seconds: float = FIRST_WAIT_SECONDS) -> None:
         self._redis_url = redis_url
@@ -115,7 +120,10 @@ class RedisDoorbell:
         wait_seconds = self._first_wait_seconds
         while self._take():
             try:
-                app.send_task(TASK, queue=QUEUE, retry=False, ignore_result=True)
+                with app.producer_or_acquire() as producer:
+                    # kombu prefixes the key as it does when it sends
+                    if producer.channel.client.llen(QUEUE) < MAX_QUEUED:
+                        app.send_task(TASK, producer=producer, queue=QUEUE, retry=False, ignore_result=True)
                 wait_seconds = self._first_wait_seconds
             except Exception as error:  # noqa: BLE001  (whatever it is, a later look finds the work)
                 log.warning("The broker took no ring (%s). They find work by looking.", type(error).__name__)

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import ColumnElement, Select, and_, or_, select
 
-from catalog.db import Database, read_clock
 from catalog.tables import Plan
-
-
-def any_waits(db: Database) -> bool:
-    """Whether a worker that is free would find a plan to compute now."""
-    with db.read() as session:
-        return session.scalar(first(now=read_clock(session))) is not None
 
 
 def first(*, now: float) -> Select[Plan]:

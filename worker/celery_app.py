@@ -1,9 +1,8 @@
 """Celery as a doorbell: a message says "look at the queue" and nothing else. `celery -A worker.celery_app worker`.
 
-Losing a message costs seconds, a duplicate costs nothing: what trains is decided by claims in the database. Whatever
-becomes of Redis and of beat, an idle worker looks by itself, see turns. Run it with `-c 1 -Q lorry` (the only queue)
-and `--without-gossip --without-mingle`: workers that hear and ask each other through Redis would lean on it for more
-than a ring, with messages that grow by the square of their number; they meet in the database alone.
+A lost message costs seconds, a duplicate nothing: claims in the database decide what trains. API servers send messages
+after submissions, and periodically while work waits; an idle worker also polls the database, see turns. Run it with
+`-c 1 -Q lorry` (the only queue) and `--without-gossip --without-mingle`: workers coordinate through the database alone.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -42,7 +41,7 @@ from worker.turns import Turns
 
 log = logging.getLogger("worker")
 LOOK_SECONDS = 15.0
-"""Between two looks that beat rings for, and between two of an idle worker's own."""
+"""Between two polls of the database by an idle worker."""
 BROKER_OF_NOBODY = "memory://"
 """Where no broker is set: the module can be imported, and a worker has no looks but its own."""
 
@@ -63,11 +62,8 @@ app.conf.update(
     broker_connection_max_retries=None,  # wait for Redis for as long as it takes
     broker_connection_retry_on_startup=True,  # the two may come up in any order
     broker_transport_options=dict(TRANSPORT_OPTIONS),
+    worker_enable_remote_control=False,  # else any client of Redis could shut workers down; nothing here uses it
     worker_hijack_root_logger=False,
-    beat_schedule={
-        # Expires before the next one: while every worker is busy, looks must not pile up.
-        "look": {"task": "lorry.look", "schedule": LOOK_SECONDS, "options": {"expires": LOOK_SECONDS}}
-    },
 )
 
 _leave = multiprocessing.get_context("fork").Event()

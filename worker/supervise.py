@@ -15,12 +15,12 @@ from functools import partial
 from typing import TypeVar
 
 from catalog import bases as catalog_bases
-from catalog import claims, logs, packing, queue, waiting_plans, workers
+from catalog import claims, logs, packing, workers
 from catalog.claims import Claim
 from catalog.errors import LorryError, StaleClaim
 from catalog.gangs import NotGathered
 from catalog.scheduling.picture import Room
-from catalog.states import EndReason, JobState
+from catalog.states import EndReason
 from catalog.tables import Job, new_id
 from worker import bases, leading, lending, scratch
 from worker.announcing import announced
@@ -78,15 +78,6 @@ def _work(context: WorkerContext, chores: Chores) -> int:
             return num_ended
     _release(context, left_over, End(reason=EndReason.DRAINED, detail="The worker left before it began."))
     return num_ended
-
-
-def anything_waits(context: WorkerContext) -> bool:
-    """Whether a worker that is free would find something to do now, or soon."""
-    counts = queue.snapshot(context.db, project_id=None)["counts"]
-    waiting = (JobState.QUEUED, JobState.VALIDATING_FILES)
-    if any(counts.get(state) for state in waiting) or waiting_plans.any_waits(context.db):
-        return True
-    return any(row.state == "importing" for row in catalog_bases.list_all(context.db))
 
 
 def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tuple[int, list[Claim]]:

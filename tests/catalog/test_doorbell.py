@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import redis
 
+from catalog import doorbell
 from catalog.doorbell import QUEUE, TASK, TRANSPORT_OPTIONS, FileDoorbell, RedisDoorbell, open_doorbell
 from catalog.settings import Settings
 from tests.services.redis import redis_server
@@ -166,3 +167,29 @@ def test_the_worker_listens_where_the_doorbell_rings() -> None:
     queue, options, tasks = json.loads(ran.stdout)
     assert (queue, options["global_keyprefix"]) == (QUEUE, TRANSPORT_OPTIONS["global_keyprefix"])
     assert TASK in tasks
+
+
+def test_rings_that_no_worker_reads_stay_bounded_in_number(redis_url: str, broker: Any) -> None:
+    """Every worker trains, and several API servers ring for days."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(doorbell, "MAX_QUEUED", 3)
+        for _ in range(8):
+            bell = RedisDoorbell(redis_url)
+            bell.ring()
+            bell.close()
+
+    assert broker.llen(KEY) == 3
+
+
+def test_a_worker_is_rung_again_once_waiting_messages_were_read(redis_url: str, broker: Any) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(doorbell, "MAX_QUEUED", 1)
+        bell = RedisDoorbell(redis_url)
+        bell.ring()
+        until(lambda: broker.llen(KEY) == 1)
+        broker.delete(KEY)
+
+        bell.ring()
+
+        until(lambda: broker.llen(KEY) == 1)
+        bell.close()

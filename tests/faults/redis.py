@@ -43,8 +43,7 @@ def _while_training(
 
 
 def _start_celery(site: FaultSite, **environment: str) -> subprocess.Popen[bytes]:
-    beat = site.folder / "beat"
-    return site.start([*WORKER, "-B", "-s", str(beat)], LORRY_DEVICE="cpu", **environment)
+    return site.start(WORKER, LORRY_DEVICE="cpu", **environment)
 
 
 def _client(site: FaultSite) -> redis.Redis:

@@ -64,10 +64,10 @@ def test_services_start_in_the_documented_order() -> None:
     place = {name: index for index, name in enumerate(order)}
     header = (ROOT / "docker-compose.yml").read_text("utf-8").split("\nname:")[0]
 
-    assert "postgres, redis, store → bucket → bootstrap (migrates) → api, beat, worker" in header
+    assert "postgres, redis, store → bucket → bootstrap (migrates) → api, worker" in header
     for earlier, later in [("store", "bucket"), ("bucket", "bootstrap"), ("postgres", "bootstrap")]:
         assert place[earlier] < place[later]
-    for last in ("api", "beat", "worker-cpu", "worker-gpu"):
+    for last in ("api", "worker-cpu", "worker-gpu"):
         assert depends_on(last)["bootstrap"] == "service_completed_successfully"
         assert {"postgres", "redis", "store"} <= depends_on(last).keys()
 
@@ -319,7 +319,7 @@ def test_the_services_come_up_in_order_as_processes(stack: Stack) -> None:
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["api_key"].startswith("lorry_")
     assert json.loads(again.stdout) == {"created": False, "api_key": None}
-    with stack.start("api"), stack.start("worker-cpu"), stack.start("beat"):
+    with stack.start("api"), stack.start("worker-cpu"):
         assert stack.is_healthy("api")
         assert stack.is_healthy("worker-cpu")
         copied = stack.run("backup", SERVICES["backup"]["command"])

@@ -73,7 +73,7 @@ def check_command(argv: list[str]) -> None:
     """It is one that the code takes."""
     if argv[0].endswith("celery"):
         assert argv[1] == "--app=worker.celery_app"
-        assert argv[2] in ("worker", "beat")
+        assert argv[2] == "worker"
     elif argv[0].endswith("/lorry"):
         assert lorry_parsed(argv[1:])
     else:
@@ -236,7 +236,7 @@ def test_no_secret_stands_in_a_compose_file(path: Path) -> None:
 
 
 def test_every_pod_runs_a_command_of_ours_without_rights() -> None:
-    assert {name for name, _, _ in containers()} == {"migrate", "api", "beat", "worker", "backup"}
+    assert {name for name, _, _ in containers()} == {"migrate", "api", "worker", "backup"}
     for name, pod, container in containers():
         check_command(container["command"])
         assert pod["automountServiceAccountToken"] is False, name

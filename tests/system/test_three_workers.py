@@ -111,7 +111,6 @@ def running(folder: Path, addresses: dict[str, str]) -> Iterator[tuple[Stack, Lo
         api = stack.start("api", [sys.executable, "-m", "api", "serve", "--port", "0"], is_told=True)
         assert api.stdout is not None
         url = json.loads(api.stdout.readline())["url"]
-        stack.start("beat", [*CELERY, "beat", f"--schedule={folder / 'beat'}", "--pidfile="])
         yield stack, exits.enter_context(Lorry(url, key))
 
 

@@ -19,7 +19,7 @@ from catalog import cordons, fitness, workers
 from catalog.states import EndReason, JobState
 from tests.services.redis import restartable_redis
 from tests.services.running import free_port
-from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site, worker_site
+from tests.worker_site import PEPPER, WAIT_SECONDS, WorkerSite, bare_site, worker_site
 from worker.context import UNFIT
 
 pytestmark = pytest.mark.timeout(600)
@@ -58,7 +58,10 @@ SETTINGS = {
     "task_time_limit": None,
     "task_soft_time_limit": None,
     "worker_max_tasks_per_child": None,
-    "beat_schedule": {"look": {"task": "lorry.look", "schedule": 15.0, "options": {"expires": 15.0}}},
+    # whoever reaches Redis could end workers
+    "worker_enable_remote_control": False,
+    # the API servers ring periodically
+    "beat_schedule": {},
 }
 
 
@@ -70,6 +73,12 @@ for name, *arguments in {messages!r}:
     app.send_task(name, args=arguments)
 """
     assert site.start([sys.executable, "-c", program]).wait(60) == 0, site.log()
+
+
+def listens_to_remote_control(url: str) -> bool:
+    """Whether a worker has bound a queue to Celery's exchange of control messages, such as `shutdown`."""
+    with redis.Redis.from_url(url) as client:
+        return any(b"pidbox" in key for key in client.scan_iter())
 
 
 def waiting_messages(url: str) -> int:
@@ -143,19 +152,20 @@ def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Pat
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
         assert len(site.attempts(job_id)) == 1
         assert len(site.adapters()) == 1
+        assert not listens_to_remote_control(redis_url)
         worker.terminate()
         assert worker.wait(60) == 0, site.log()
         assert list((site.settings.work_dir() / "trainers").iterdir()) == []
 
 
-def test_the_next_look_rings_for_a_job_whose_ring_was_lost(tmp_path: Path, redis_url: str) -> None:
+def test_the_api_servers_loop_rings_for_a_job_whose_message_was_lost(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
-        job_id = site.submit(site.upload(12), max_steps=3)
+        job_id = site.submit(site.upload(12), max_steps=3)  # sends nothing
         site.start(RUNG_ONLY)
 
-        ring(site, ("lorry.look",))
+        site.start([sys.executable, "-m", "api", "serve", "--port", "0"], LORRY_PEPPER=PEPPER)
 
         site.wait_for_end(job_id)
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()

@@ -41,7 +41,7 @@ class Window:
 
 
 class Kept:
-    """Workers of Celery, its beat, and the api. `tick` is called all the time."""
+    """Celery workers and the API server. `tick` is called all the time."""
 
     def __init__(self, site: FaultSite, num_workers: int) -> None:
         self.site = site
@@ -56,7 +56,6 @@ class Kept:
         self._leaving: subprocess.Popen[bytes] | None = None
         self._looked_at = 0.0
         self._armed = ",".join(f"{name}:kill-if={site.gate(name)}" for name in FAILPOINTS)
-        self._beat = self._start_beat()
         self.start_api()
         for _ in range(num_workers):
             self.workers.append(self._start_worker())
@@ -66,9 +65,6 @@ class Kept:
             if worker.poll() is not None:
                 self.started[f"worker, status {worker.returncode}"] += 1
                 self.workers[place] = self._start_worker()
-        if self._beat.poll() is not None:
-            self.started[f"beat, status {self._beat.returncode}"] += 1
-            self._beat = self._start_beat()
         self._keep_api()
         if time.monotonic() - self._looked_at > OPERATOR_SECONDS:
             self._looked_at = time.monotonic()
@@ -120,10 +116,6 @@ class Kept:
         settings = ["--without-gossip", "--without-mingle", "-c", "1", "-Q", "lorry", "-l", "warning"]
         argv = [*CELERY, "worker", *settings, "-n", f"w{self._names}@%h"]
         return self.site.start(argv, LORRY_DEVICE="cpu", FAILPOINT=self._armed)
-
-    def _start_beat(self) -> subprocess.Popen[bytes]:
-        schedule = str(self.site.folder / "beat")
-        return self.site.start([*CELERY, "beat", "-s", schedule, "--pidfile=", "-l", "warning"])
 
     def _keep_api(self) -> None:
         api = self.site.api
