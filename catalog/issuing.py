@@ -16,7 +16,6 @@ from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from catalog.keys import Caller, is_live, lasting_operators, new_key
 from catalog.pages import Page, paginate
-from catalog.repeated_keys import Sent, made_before, remember
 from catalog.scopes import OPERATORS, held
 from catalog.tables import ApiKey
 
@@ -39,11 +38,12 @@ class KeyRequest:
 
 
 def create(
-    db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes, sent: Sent | None = None
+    db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes, idempotency_key: str | None = None
 ) -> tuple[ApiKey, str]:
-    """The key, and its text, which can't be shown again. Raises Forbidden for more than the caller has.
+    """Create a key. Returns its row and its secret, which is not stored and can't be shown again.
 
-    sent: by what the same request is known where it is repeated; see repeated_keys.
+    Raises Forbidden for more rights than the caller has. Raises Conflict where the caller has created a key with this
+    Idempotency-Key before: a repeated request must not create a second key, and the secret can't be repeated.
     """
     able = held(None, is_operator=request.is_operator)
     wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
@@ -55,9 +55,8 @@ def create(
     takes_all = request.scopes is None and not caller.is_limited
     with db.write() as session:
         now = read_clock(session)
-        before = made_before(session, caller, sent, pepper=pepper, now=now) if sent else None
-        if before is not None:
-            return before
+        if idempotency_key is not None:
+            _check_unused(session, caller, idempotency_key)
         project_id = caller.project_id
         if request.project is not None:
             project_id = projects.find(session, caller=caller, project=request.project, param="project").id
@@ -67,8 +66,8 @@ def create(
         key.expires_at = _expiry(caller, request.expires_at, caller.expires_at, now=now)
         key.requests_per_minute = given.get("requests_per_minute", caller.requests_per_minute)
         key.jobs_per_day = given.get("jobs_per_day", caller.jobs_per_day)
-        keys.add(session, key)
-        remember(key, caller, sent)
+        key.idempotency_key = idempotency_key
+        keys.add(session, key, created_by=caller.api_key_id)
     return key, secret
 
 
@@ -117,23 +116,18 @@ def rotate(
     overlap_seconds: float,
     expires_at: float | None = None,
     pepper: bytes,
-    sent: Sent | None = None,
 ) -> tuple[ApiKey, str]:
     """A key with the same name and rights, and its text; the old one is good for `overlap_seconds` more.
 
     `expires_at` None: the new one ends when the old one would have, and of another's key no later than the caller's.
     A caller whose own limits are the tighter ones can't rid himself of them so: the new one has his. Raises Conflict
-    for a key that is not live, or whose place another has taken, and where the last operator's key would end. sent: as
-    of `create`.
+    for a key that is not live, or whose place another has taken, and where the last operator's key would end.
     """
     with db.write() as session:
         serialise(session, "operators' keys")
         old = _find(session, caller, api_key_id)
         refuse_browsers(caller)
         now = read_clock(session)
-        before = made_before(session, caller, sent, pepper=pepper, now=now) if sent else None
-        if before is not None:
-            return before
         _check_may_change(session, caller, old)
         _check_rotatable(old, now)
         key, secret = new_key(old.project_id, old.name, pepper)
@@ -144,8 +138,7 @@ def rotate(
         key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
         if old.id != caller.api_key_id and not caller.is_operator:
             key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
-        keys.add(session, key)
-        remember(key, caller, sent)
+        keys.add(session, key, created_by=caller.api_key_id)
         old.replaced_by = key.id
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
         keys.note(session, "api_key.rotated", old, now=now, details={"by": key.id, "expires_at": old.expires_at})
@@ -167,6 +160,21 @@ def limit(db: Database, *, caller: Caller, api_key_id: str, limits: Mapping[str,
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
         keys.note(session, "api_key.updated", key, now=read_clock(session), details=dict(limits))
         return key
+
+
+def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> None:
+    """Until the transaction ends, no other request of this caller can use the Idempotency-Key. Raises Conflict."""
+    serialise(session, f"keys by {caller.api_key_id}")
+    used = (ApiKey.created_by == caller.api_key_id, ApiKey.idempotency_key == idempotency_key)
+    key_id = session.scalar(select(ApiKey.id).where(*used).limit(1))
+    if key_id is not None:
+        raise Conflict(
+            f"A request with the Idempotency-Key {idempotency_key!r} created the key {key_id} before. Its secret was "
+            "in the first response only, and is not stored.",
+            code="idempotency_key_reused",
+            remedy=f"Revoke {key_id} if its secret was lost, and create another key with a new Idempotency-Key.",
+            param="Idempotency-Key",
+        )
 
 
 def _find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
@@ -270,7 +278,7 @@ def _check_rotatable(key: ApiKey, now: float) -> None:
         raise Conflict(
             f"The place of the key {key.name!r} was taken by {key.replaced_by}.",
             code="key_rotated_already",
-            remedy=f"Rotate {key.replaced_by}, or revoke it if nobody noted its text.",
+            remedy=f"Rotate {key.replaced_by}. If its secret was lost, revoke it and create another key.",
         )
 
 

@@ -64,9 +64,9 @@ def create_first(db: Database, *, project_id: str, name: str, pepper: bytes) -> 
     return secret
 
 
-def add(session: Session, key: ApiKey) -> None:
-    """From now on the key is there."""
-    key.created_by = audit.actor_id()
+def add(session: Session, key: ApiKey, *, created_by: str | None = None) -> None:
+    """Store a new key. created_by: the id of the key that requests it; None: a command on the server."""
+    key.created_by = created_by or audit.actor_id()
     session.add(key)
     details = {"name": key.name, "is_operator": key.is_operator, "scopes": key.scopes, "expires_at": key.expires_at}
     limits = {"requests_per_minute": key.requests_per_minute, "jobs_per_day": key.jobs_per_day}
@@ -137,14 +137,9 @@ def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
 def new_key(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
     """A row that is not stored yet, and the key's text."""
     key = ApiKey(id=new_id("key"), project_id=project_id, name=name)
-    return key, renew(key, pepper)
-
-
-def renew(key: ApiKey, pepper: bytes) -> str:
-    """A new text for the key; the one that it had opens nothing any more."""
     secret = f"lorry_{key.id}_{secrets.token_urlsafe(32)}"
     key.digest, key.ending = _digest(secret, pepper), secret[-ENDING_CHARACTERS:]
-    return secret
+    return key, secret
 
 
 def is_live(key: ApiKey, now: float) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Query
 
 from api.auth import Signed
-from api.deps import After, IdempotencyKey, IsRetry, Limit, Services, Use
+from api.deps import After, IdempotencyKey, Limit, Services, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.keys import (
@@ -20,9 +20,8 @@ from api.schemas.keys import (
     key_object,
 )
 from api.schemas.pages import ListPage, page_of
-from catalog import issuing, repeated_keys
+from catalog import issuing
 from catalog.db import read_clock
-from catalog.repeated_keys import Sent
 
 router = Router(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 ProjectName = Annotated[str | None, Query(description="Id or name; another than yours: for operators.", max_length=64)]
@@ -30,10 +29,10 @@ ProjectName = Annotated[str | None, Query(description="Id or name; another than 
 
 @router.post("", operation_id="create_api_key", responses=errors(404, 409))
 def create_api_key(
-    body: ApiKeyRequest, use: Use, caller: Signed, is_retry: IsRetry, idempotency_key: IdempotencyKey = None
+    body: ApiKeyRequest, use: Use, caller: Signed, idempotency_key: IdempotencyKey = None
 ) -> ApiKeyCreated:
-    """Its text is in this answer and in no other. The same request again, by its Idempotency-Key or as a client's
-    retry, makes no second key: it is given a new text while it was never used."""
+    """The secret is in this response only, and is not stored. A second request with the same Idempotency-Key is
+    rejected with 409 `idempotency_key_reused`, which names the key that the first one created."""
     request = issuing.KeyRequest(
         name=body.name,
         project=body.project,
@@ -43,9 +42,9 @@ def create_api_key(
         requests_per_minute=body.requests_per_minute,
         jobs_per_day=body.jobs_per_day,
     )
-    digest = repeated_keys.digest("create", body.model_dump(mode="json", exclude_unset=True))
-    sent = Sent(digest=digest, idempotency_key=idempotency_key, is_client_retry=is_retry)
-    row, value = issuing.create(use.db, caller=caller, request=request, pepper=use.pepper, sent=sent)
+    row, value = issuing.create(
+        use.db, caller=caller, request=request, pepper=use.pepper, idempotency_key=idempotency_key
+    )
     return created_object(row, value, now=_now(use))
 
 
@@ -75,19 +74,13 @@ def rotate_api_key(
     api_key_id: str,
     use: Use,
     caller: Signed,
-    *,
-    is_retry: IsRetry,
-    idempotency_key: IdempotencyKey = None,
     body: RotateRequest | None = None,
 ) -> ApiKeyCreated:
-    """A new key with the same name and rights. Both are good for `overlap_seconds`; then the old one ends.
+    """Create a key with the same name and rights. Both keys are valid for `overlap_seconds`; then the old one expires.
 
-    Where the answer was lost, the same request again is answered with that key and a new text of it, as by
-    create_api_key.
+    A second rotation of the same key is rejected with 409 `key_rotated_already`, which names the new key.
     """
     asked = body or RotateRequest()
-    fields = {"of": api_key_id, **asked.model_dump(mode="json", exclude_unset=True)}
-    digest = repeated_keys.digest("rotate", fields)
     row, value = issuing.rotate(
         use.db,
         caller=caller,
@@ -95,7 +88,6 @@ def rotate_api_key(
         overlap_seconds=asked.overlap_seconds,
         expires_at=asked.expires_at,
         pepper=use.pepper,
-        sent=Sent(digest=digest, idempotency_key=idempotency_key, is_client_retry=is_retry),
     )
     return created_object(row, value, now=_now(use))
 

@@ -79,8 +79,7 @@ class ApiKey(Table):
     jobs_per_day: Mapped[int | None]
     """Of both: None: the service's; 0: without limit."""
     idempotency_key: Mapped[str | None]
-    """Of the request that made it, and the digest of what that asked for: to know it again when it is repeated."""
-    request_digest: Mapped[str | None]
+    """Of the request that created it: the same caller can't create a second key with it."""
     __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "created_by", "created_at"))
 
 

@@ -33,7 +33,9 @@ class Keys:
         body: dict[str, Any] = {"name": name, "is_operator": is_operator}
         given = {"scopes": None if scopes is None else list(scopes), "expires_at": expires_at, "project": project}
         body |= {field: value for field, value in given.items() if value is not None}
-        return ApiKey.of(self._transport.request("POST", "api_keys", body=body, headers=_once()))
+        # If the response is lost, the automatic retry creates no second key: it fails and names the first one.
+        once = {"idempotency-key": str(uuid4())}
+        return ApiKey.of(self._transport.request("POST", "api_keys", body=body, headers=once))
 
     def list(self, *, project: str | None = None) -> Iterator[ApiKey]:
         """Newest first, those that open nothing any more too."""
@@ -51,7 +53,7 @@ class Keys:
         `overlap_seconds` more: a day where nothing is said."""
         given = {"overlap_seconds": overlap_seconds, "expires_at": expires_at}
         body = {field: value for field, value in given.items() if value is not None}
-        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body, headers=_once()))
+        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body))
 
     def limit(
         self,
@@ -127,11 +129,6 @@ class Projects:
     def restore(self, project: str) -> Project:
         """For operators: its keys open it again."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/restore"))
-
-
-def _once() -> dict[str, str]:
-    """Where the answer is lost, the repetition is answered with the same key."""
-    return {"idempotency-key": str(uuid4())}
 
 
 def _limits(wire: dict[str, Any]) -> dict[str, ProjectLimit]:

@@ -113,15 +113,27 @@ def test_an_operator_makes_a_project_and_gives_it_a_key_by_the_sdk(
     assert (last.value.status, last.value.code) == (409, "last_operator_key")
 
 
-@pytest.mark.parametrize("says_so", [{"x-stainless-retry-count": "1"}, {"idempotency-key": "once"}])
-def test_a_key_that_is_asked_for_again_is_the_same_key(client: TestClient, says_so: dict[str, str]) -> None:
-    first = client.post("/v1/api_keys", json={"name": "ci"}, headers=says_so).json()
+def test_a_repeated_creation_shows_no_secret_and_creates_no_second_key(client: TestClient, app: FastAPI) -> None:
+    once = {"idempotency-key": "once", "x-stainless-retry-count": "1"}
+    first = client.post("/v1/api_keys", json={"name": "ci"}, headers=once).json()
+    before = client.get("/v1/api_keys").json()["data"]
 
-    again = client.post("/v1/api_keys", json={"name": "ci"}, headers=says_so).json()
-    rotated = client.post(f"/v1/api_keys/{first['id']}/rotate", headers={**says_so, "idempotency-key": "r"}).json()
-    twice = client.post(f"/v1/api_keys/{first['id']}/rotate", headers={**says_so, "idempotency-key": "r"}).json()
+    repeated = client.post("/v1/api_keys", json={"name": "ci"}, headers=once)
 
-    assert again["id"] == first["id"]
-    assert again["value"] != first["value"]
-    assert twice["id"] == rotated["id"] != first["id"]
-    assert len(client.get("/v1/api_keys").json()["data"]) == 4
+    assert (repeated.status_code, error_of(repeated)["code"]) == (409, "idempotency_key_reused")
+    assert first["id"] in error_of(repeated)["message"]
+    assert "Revoke" in error_of(repeated)["message"]
+    assert with_key(app, first["value"]).get("/v1/files").status_code == 200
+    assert [row["id"] for row in client.get("/v1/api_keys").json()["data"]] == [row["id"] for row in before]
+
+
+def test_a_repeated_rotation_shows_no_secret_and_creates_no_second_key(client: TestClient, app: FastAPI) -> None:
+    once = {"idempotency-key": "once", "x-stainless-retry-count": "1"}
+    old = client.post("/v1/api_keys", json={"name": "ci"}).json()
+    new = client.post(f"/v1/api_keys/{old['id']}/rotate", headers=once).json()
+
+    repeated = client.post(f"/v1/api_keys/{old['id']}/rotate", headers=once)
+
+    assert (repeated.status_code, error_of(repeated)["code"]) == (409, "key_rotated_already")
+    assert new["id"] in error_of(repeated)["message"]
+    assert with_key(app, new["value"]).get("/v1/files").status_code == 200

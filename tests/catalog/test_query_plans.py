@@ -45,7 +45,6 @@ from catalog import files as catalog_files
 from catalog.audit import Filters
 from catalog.callers import Caller
 from catalog.db import Database
-from catalog.repeated_keys import Sent, made_before
 from catalog.scheduling.picture import USUAL
 from catalog.states import EndReason
 from catalog.sweeps import controller, creation, reading, verbs
@@ -57,7 +56,6 @@ from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest
 
 ONE = replace(WIDE, max_jobs=1)
-BY_KEY, BY_RETRY = Sent(digest="d", idempotency_key="i"), Sent(digest="d", is_client_retry=True)
 Asked = list[tuple[str, Any]]
 PARTIAL = {
     index.name
@@ -233,7 +231,9 @@ ACTS: dict[str, Act] = {
     ),
     "a new upload": lambda w, _: add_parts(w),
     "files past their time": lambda w, _: _let_expire(w),
-    "a key that is asked for again": lambda w, _: [_ask_for_key(w, sent) for sent in (BY_KEY, BY_RETRY)],
+    "a key that is created once": lambda w, _: issuing.create(
+        w.db, caller=w.caller, request=issuing.KeyRequest(name="once"), pepper=PEPPER, idempotency_key="i"
+    ),
     "files that are let go": lambda w, _: _hide(w),
     "a page of deliveries": lambda w, ids: deliveries.list_page(
         w.db, **owner(w), endpoint_id=ids["hook"], after=ids["delivery"]
@@ -272,11 +272,6 @@ def _new_secret(world: World) -> str:
 def _let_expire(world: World) -> None:
     with world.db.write() as session:
         cleaning._let_expire(session, now=1.0)  # pyright: ignore[reportPrivateUsage]
-
-
-def _ask_for_key(world: World, sent: Sent) -> None:
-    with world.db.write() as session:
-        made_before(session, world.caller, sent, pepper=PEPPER, now=world.clock.now)
 
 
 def _operator(world: World) -> Caller:
