@@ -9,13 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.api import claimers, listeners, rates, sizes
+from benchmarks.api import claimers, heartbeats, listeners, rates, sizes
 from benchmarks.api.plan import ApiPlan, quick
 from benchmarks.api.service import DATABASES
 from benchmarks.results import Result, print_table, write
 from benchmarks.workload import ROOT
 
 THEMES = {"rates": rates.run, "listeners": listeners.run, "claims": claimers.run, "size": sizes.run}
+THEMES |= {"heartbeats": heartbeats.run}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -30,6 +30,8 @@ class ApiPlan:
     """Jobs that those workers claim."""
     looks: int = 25
     """Of each page, on each database."""
+    flood_seconds: float = 75.0
+    """Duration of the flood of sweeps during which heartbeats are measured."""
 
     @property
     def core(self) -> int | None:
@@ -39,7 +41,7 @@ class ApiPlan:
 
     def settings(self) -> dict[str, Any]:
         names = ("databases", "repeats", "seconds", "connections", "few_jobs", "many_jobs", "points_a_job")
-        names += ("long_steps", "listeners", "marks", "workers", "waiting", "looks")
+        names += ("long_steps", "listeners", "marks", "workers", "waiting", "looks", "flood_seconds")
         return {name: getattr(self, name) for name in names} | {"api_core": self.core}
 
 
@@ -59,4 +61,5 @@ def quick(folder: Path, databases: tuple[str, ...]) -> ApiPlan:
         workers=3,
         waiting=9,
         looks=2,
+        flood_seconds=1.0,
     )

@@ -18,6 +18,7 @@ def test_every_measure_of_the_api_is_taken(tmp_path: Path, database: str, capsys
     main(["--quick", "--databases", database, "--folder", str(tmp_path), "--out", str(out)])
 
     reports = [json.loads(path.read_text("utf-8")) for path in out.iterdir()]
-    assert {report["theme"] for report in reports} == {"api_rates", "api_listeners", "api_claims", "api_size"}
+    themes = {"api_rates", "api_listeners", "api_claims", "api_size", "api_heartbeats"}
+    assert {report["theme"] for report in reports} == themes
     assert all(report["findings"] and report["repeats"] for report in reports)
     assert f"{database}, creations a second" in capsys.readouterr().out
