@@ -12,6 +12,7 @@ from api import error_handlers, uploads
 from api.background import DUTIES, keep_clean, keep_order
 from api.dashboard import Dashboard
 from api.deps import Services
+from api.downloads import Downloads
 from api.feed import Feed
 from api.gate import Gate
 from api.hosts import HostPolicy, host_policy
@@ -148,6 +149,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         api_settings=api_settings,
         db=db,
         store=open_store(settings),
+        downloads=Downloads(),
         doorbell=open_doorbell(settings),
         pepper=pepper,
         feed=feed,

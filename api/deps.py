@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Header, Query, Request
 
+from api.downloads import Downloads
 from api.settings import ApiSettings
 from api.telemetry import Telemetry
 from catalog.artifacts.store import ArtifactStore
@@ -31,6 +32,7 @@ class Services:
     api_settings: ApiSettings
     db: Database
     store: ArtifactStore
+    downloads: Downloads
     doorbell: Doorbell
     pepper: bytes
     feed: Feed

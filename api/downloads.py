@@ -1,31 +1,118 @@
-"""Bytes that leave as an attachment, whatever they contain: never shown, never run, by a browser."""
+"""Downloads: bytes of the store as an attachment, whatever they contain, so that a browser never shows or runs them.
+
+A client that reads slowly or not at all holds two chunks of READ_BYTES and what its connection buffers. A key and the
+process have a limited number of downloads at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+import base64
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from urllib.parse import quote
 
-from starlette.responses import StreamingResponse
+import anyio
+import anyio.to_thread
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.disconnects import watched
+from catalog.errors import RateLimited, Unavailable
+
+READ_BYTES = 2**20
+"""Chunks in which blobs are read: a read holds one, and the one before it until the digest of the whole is known."""
+PIECE_BYTES = 2**17
+"""What is given to a connection at once. The next piece follows when most of it has been sent."""
+MAX_DOWNLOADS_OF_KEY = 8
+MAX_DOWNLOADS = 64
+READING_THREADS = 8
+BUSY_SECONDS = 5.0
+"""After which a client is asked to try again."""
 
 
-def attachment(
-    chunks: Iterator[bytes], *, filename: str, num_bytes: int | None, digest: str, media_type: str | None = None
-) -> StreamingResponse:
-    """The first chunk is read before the answer begins, so that what is missing can still be refused."""
-    first = list(_first(chunks))
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in filename) or "download"
-    headers = {
-        "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
-        "etag": f'"{digest}"',
-        "content-security-policy": "sandbox; default-src 'none'",
-    }
-    if num_bytes is not None:
-        headers["content-length"] = str(num_bytes)
-    return StreamingResponse(chain(first, chunks), media_type=media_type or "application/octet-stream", headers=headers)
+class Downloads:
+    """Counts the downloads of this process, and reads for them in threads of their own."""
+
+    def __init__(self, *, per_key: int = MAX_DOWNLOADS_OF_KEY, per_process: int = MAX_DOWNLOADS) -> None:
+        self._per_key = per_key
+        self._per_process = per_process
+        self._running: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._threads = anyio.CapacityLimiter(READING_THREADS)
+
+    @contextmanager
+    def admitted(self, api_key_id: str) -> Generator[None]:
+        """Around one download. Raises RateLimited if the key has too many, and Unavailable if the process has."""
+        with self._lock:
+            if self._running[api_key_id] >= self._per_key:
+                raise RateLimited(
+                    f"The API key has {self._per_key} downloads at once, which is the maximum.",
+                    code="too_many_downloads",
+                    remedy="Try again when one of them has finished.",
+                    retry_after_seconds=BUSY_SECONDS,
+                    headers={},
+                )
+            if self._running.total() >= self._per_process:
+                raise Unavailable(
+                    f"The API server has {self._per_process} downloads at once, which is the maximum.",
+                    code="downloads_busy",
+                    remedy="Try again in a few seconds.",
+                )
+            self._running[api_key_id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running[api_key_id] -= 1
+                if not self._running[api_key_id]:
+                    del self._running[api_key_id]
+
+    async def read(self, chunks: Iterator[bytes]) -> bytes | None:
+        """The next chunk; None at the end."""
+        return await anyio.to_thread.run_sync(next, chunks, None, limiter=self._threads)
 
 
-def _first(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    for chunk in chunks:
-        yield chunk
-        return
+class Download(Response):
+    """An attachment that is read from the store as it is sent."""
+
+    def __init__(
+        self,
+        downloads: Downloads,
+        chunks: Iterator[bytes],
+        *,
+        api_key_id: str,
+        filename: str,
+        num_bytes: int,
+        etag: str,
+        sha256: str | None = None,
+        media_type: str = "application/octet-stream",
+    ) -> None:
+        """sha256: of all the bytes, in hex, where it is known before they are sent."""
+        plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in filename) or "download"
+        headers = {
+            "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
+            "etag": f'"{etag}"',
+            "content-security-policy": "sandbox; default-src 'none'",
+        }
+        if sha256 is not None:
+            headers["repr-digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
+        super().__init__(headers=headers, media_type=media_type)
+        self.headers["content-length"] = str(num_bytes)
+        self._downloads = downloads
+        self._chunks = chunks
+        self._api_key_id = api_key_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The first chunk is read before the response begins, so that damage found by then is an error response."""
+        with self._downloads.admitted(self._api_key_id):
+            chunk = await self._downloads.read(self._chunks)
+            async with watched(receive) as gone:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                while chunk is not None and not gone.is_set():
+                    for start in range(0, len(chunk), PIECE_BYTES):
+                        piece = chunk[start : start + PIECE_BYTES]
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    chunk = await self._downloads.read(self._chunks)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})

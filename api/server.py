@@ -1,4 +1,4 @@
-"""Listening: tells its address when it is ready, and ends in bounded time with streams open."""
+"""Listening: reports its address when it is ready, limits connections, and stops in bounded time with streams open."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from contextlib import suppress
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from api.app import create_app
+from api.connections import Connection
 from api.deps import Services
 from api.settings import ApiSettings
 from catalog import tracing
 from catalog.settings import Settings
+
+MAX_CONNECTIONS = 16_384
+"""Beyond it uvicorn answers 503. Each live stream is one: 10,000 on one process are measured by `make bench-api`."""
+KEEP_ALIVE_SECONDS = 5
+"""How long a connection may wait between two requests."""
 
 
 class Server(uvicorn.Server):
@@ -45,21 +52,7 @@ def serve(settings: Settings, *, host: str, port: int) -> int:
     _allow_many_connections()
     own = ApiSettings()
     app = create_app(settings, own, bound_host=host)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        loop="asyncio",  # not what happens to be installed beside: its limits and its log are others
-        http="h11",
-        ws="none",
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=own.shutdown_seconds,
-        h11_max_incomplete_event_size=64 * 1024,
-        backlog=4096,
-    )
+    config = server_config(app, host=host, port=port, shutdown_seconds=own.shutdown_seconds)
     for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has ended well
         signal.signal(name, _ended)
     tracing.start("api")
@@ -68,6 +61,29 @@ def serve(settings: Settings, *, host: str, port: int) -> int:
     finally:
         tracing.stop()
     return 0
+
+
+def server_config(
+    app: FastAPI, *, host: str, port: int, shutdown_seconds: int, connection: type[Connection] = Connection
+) -> uvicorn.Config:
+    """`connection`: what has the limits in time of one connection."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        loop="asyncio",  # not whichever is installed: uvloop's limits and its log differ
+        http=connection,
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=shutdown_seconds,
+        h11_max_incomplete_event_size=64 * 1024,
+        backlog=4096,
+    )
 
 
 def address_of(host: str, port: int) -> str:

@@ -7,7 +7,6 @@ another upload of the same bytes may rely on it by then, so it is not deleted he
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sqlalchemy import ColumnElement, and_, or_, select
@@ -179,11 +178,6 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
         daily.store(session, file.project_id, -file.num_bytes, now=now)
         _note(session, "file.deleted", file, now=now, details={"filename": file.filename})
     return file
-
-
-def open_content(db: Database, store: ArtifactStore, *, project_id: str, file_id: str) -> Iterator[bytes]:
-    """The bytes in chunks. Raises NotFound at the call."""
-    return store.open_blob(get(db, project_id=project_id, file_id=file_id).digest)
 
 
 def find(session: Session, *, project_id: str, file_id: str, lock: bool = False, even_deleted: bool = False) -> File:

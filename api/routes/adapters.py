@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from api.archive import Member, inline, tar_chunks, tar_size
 from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Use
-from api.downloads import attachment
+from api.downloads import READ_BYTES, Download
 from api.routes import SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.adapters import (
@@ -71,14 +71,21 @@ def list_adapter_files(adapter: str, use: Use, caller: Signed) -> ArtifactFiles:
     response_class=StreamingResponse,
     responses={**BYTES, **errors(404)},
 )
-def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> StreamingResponse:
+def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Download:
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
     file = _manifest(view).file(path)
     if file is None:
         names = ", ".join(item.path for item in _manifest(view).files)
         raise NotFound("adapter file", path, param="path", remedy=f"It has: {names}.")
-    chunks = use.store.open_blob(file.digest)
-    return attachment(chunks, filename=path.rpartition("/")[2], num_bytes=file.num_bytes, digest=file.digest)
+    return Download(
+        use.downloads,
+        use.store.open_blob(file.digest, chunk_bytes=READ_BYTES),
+        api_key_id=caller.api_key_id,
+        filename=path.rpartition("/")[2],
+        num_bytes=file.num_bytes,
+        etag=file.digest,
+        sha256=file.digest,
+    )
 
 
 @router.get(
@@ -87,16 +94,18 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Strea
     response_class=StreamingResponse,
     responses={**TAR, **errors(404)},
 )
-def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> StreamingResponse:
+def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
     """All its files in one tar, with manifest.json and lineage.json; PEFT loads the unpacked folder as it is."""
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
     members = _members(view, use.store)
     made_at = int(view.adapter.created_at)
-    return attachment(
+    return Download(
+        use.downloads,
         tar_chunks(members, modified_at=made_at),
+        api_key_id=caller.api_key_id,
         filename=f"{view.adapter.name.replace(':', '-')}.tar",
         num_bytes=tar_size(members, modified_at=made_at),
-        digest=view.adapter.artifact,
+        etag=view.adapter.artifact,
         media_type="application/x-tar",
     )
 
@@ -143,7 +152,9 @@ def _members(view: AdapterView, store: ArtifactStore) -> list[Member]:
     """The two records are not of the manifest, so a file of the same name goes before them."""
     manifest = _manifest(view)
     members = [
-        Member(path=file.path, num_bytes=file.num_bytes, read=partial(store.open_blob, file.digest))
+        Member(
+            path=file.path, num_bytes=file.num_bytes, read=partial(store.open_blob, file.digest, chunk_bytes=READ_BYTES)
+        )
         for file in manifest.files
     ]
     records = {

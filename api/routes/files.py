@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 
 from api.auth import Signed
 from api.deps import After, IsRetry, Use
-from api.downloads import attachment
+from api.downloads import READ_BYTES, Download
 from api.routes import SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds
@@ -112,11 +112,18 @@ def delete_file(file_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fi
     response_class=StreamingResponse,
     responses={**binary("application/octet-stream", "The bytes, as an attachment."), **errors(404)},
 )
-def get_file_content(file_id: str, use: Use, caller: Signed) -> StreamingResponse:
+def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
     """The bytes, as they were uploaded."""
     row = files.get(use.db, project_id=caller.project_id, file_id=file_id)
-    chunks = files.open_content(use.db, use.store, project_id=caller.project_id, file_id=file_id)
-    return attachment(chunks, filename=row.filename, num_bytes=row.num_bytes, digest=row.digest)
+    return Download(
+        use.downloads,
+        use.store.open_blob(row.digest, chunk_bytes=READ_BYTES),
+        api_key_id=caller.api_key_id,
+        filename=row.filename,
+        num_bytes=row.num_bytes,
+        etag=row.digest,
+        sha256=row.digest,
+    )
 
 
 @router.get("/{file_id}/report", operation_id="get_file_report", responses=errors(404))

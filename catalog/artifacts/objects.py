@@ -65,14 +65,14 @@ class Objects:
         with translated(key):
             return _entry(obstore.head(self._store, key))
 
-    def read(self, key: str) -> Iterator[bytes]:
-        """Chunks of at most 8 MiB. Raises NoSuchObject at the call, not at the first chunk."""
-        return self._ranges(key, self.head(key).num_bytes)
+    def read(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Chunks of at most `chunk_bytes`. Raises NoSuchObject at the call, not at the first chunk."""
+        return self._ranges(key, self.head(key).num_bytes, chunk_bytes)
 
-    def _ranges(self, key: str, num_bytes: int) -> Iterator[bytes]:
-        for start in range(0, num_bytes, CHUNK_BYTES):
+    def _ranges(self, key: str, num_bytes: int, chunk_bytes: int) -> Iterator[bytes]:
+        for start in range(0, num_bytes, chunk_bytes):
             with translated(key):
-                chunk = obstore.get_range(self._store, key, start=start, end=min(start + CHUNK_BYTES, num_bytes))
+                chunk = obstore.get_range(self._store, key, start=start, end=min(start + chunk_bytes, num_bytes))
             yield bytes(chunk)
 
     def list_all(self, prefix: str) -> Iterator[Entry]:

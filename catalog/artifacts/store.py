@@ -97,11 +97,14 @@ class ArtifactStore:
             raise DamagedArtifact(f"The manifest {digest} has changed in the store.")
         return Manifest.parse(content)
 
-    def open_blob(self, digest: str) -> Iterator[bytes]:
-        """The content in chunks. A missing blob raises at the call; a changed one after its last chunk."""
+    def open_blob(self, digest: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The content in chunks of at most `chunk_bytes`.
+
+        Raises DamagedArtifact at the call if the blob is missing, and instead of the last chunk if it has changed.
+        """
         check_digest(digest)
         try:
-            chunks = self.objects.read(blob_key(digest))
+            chunks = self.objects.read(blob_key(digest), chunk_bytes=chunk_bytes)
         except NoSuchObject as error:
             raise DamagedArtifact(f"The blob {digest} is missing from the store.") from error
         return verified(chunks, digest)
@@ -228,10 +231,18 @@ def _digest_of(path: Path) -> Blob:
 
 
 def verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
-    """The chunks as they are; raises after the last if they are not the content of `digest`."""
+    """The chunks, where the last one is yielded only after the content has matched `digest`.
+
+    A reader therefore never receives the whole of a damaged content: it gets DamagedArtifact instead of the last chunk.
+    """
     seen = sha256()
+    last: bytes | None = None
     for chunk in chunks:
         seen.update(chunk)
-        yield chunk
+        if last is not None:
+            yield last
+        last = chunk
     if seen.hexdigest() != digest:
         raise DamagedArtifact(f"The content of {digest} has changed.")
+    if last is not None:
+        yield last

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from api.server import Server
+from api.connections import Connection
+from api.server import Server, server_config
 
 PEPPER = b"p" * 32
+UNTIL_SECONDS = 30.0
+"""After which a test gives up."""
 CHAT = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
 
 
@@ -42,10 +48,8 @@ class QuietServer(Server):
 
 
 @contextmanager
-def running(app: FastAPI, key: str) -> Iterator[Site]:
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5
-    )
+def running(app: FastAPI, key: str, *, connection: type[Connection] = Connection) -> Iterator[Site]:
+    config = server_config(app, host="127.0.0.1", port=0, shutdown_seconds=5, connection=connection)
     server = QuietServer(config, app)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -56,6 +60,34 @@ def running(app: FastAPI, key: str) -> Iterator[Site]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server did not end"
+
+
+def connect(site: Site) -> socket.socket:
+    """With a small buffer, so that what a client does not read stays with the server."""
+    parts = urlsplit(site.url)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(UNTIL_SECONDS)
+    client.connect((parts.hostname, parts.port))
+    return client
+
+
+def read_to_end(client: socket.socket) -> bytes:
+    received = bytearray()
+    try:
+        while piece := client.recv(65536):
+            received += piece
+    except ConnectionResetError:
+        pass
+    return bytes(received)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Look again and again. Fails where it takes far too long."""
+    end, pause = time.monotonic() + UNTIL_SECONDS, threading.Event()
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for does not happen"
+        pause.wait(0.01)
 
 
 def chat_lines(num_rows: int) -> bytes:

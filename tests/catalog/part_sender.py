@@ -78,8 +78,7 @@ class Sender:
 
     def content(self, file: File | None) -> bytes:
         assert file is not None
-        chunks = files.open_content(self.world.db, self.store, project_id=file.project_id, file_id=file.id)
-        return b"".join(chunks)
+        return b"".join(self.store.open_blob(file.digest))
 
     def made(self) -> list[File]:
         """Files beside the world's own."""

@@ -71,8 +71,8 @@ def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch
 
     job = site.world.job(claim.job.id)
     assert job.result_file is not None
-    content = files.open_content(site.db, site.store, project_id=job.project_id, file_id=job.result_file)
-    assert b"".join(content).splitlines()[1:] == [b"1,2.5,0.5,,"]
+    result = files.get(site.db, project_id=job.project_id, file_id=job.result_file)
+    assert b"".join(site.store.open_blob(result.digest)).splitlines()[1:] == [b"1,2.5,0.5,,"]
     adapter = adapters.get(site.db, project_id=job.project_id, name=job.adapter_name or "")
     assert [file["path"] for file in adapter.artifact.files] == ["adapter_model.safetensors"]
 

@@ -1,0 +1,147 @@
+"""One HTTP connection, limited in time: a client that sends or reads too slowly is disconnected.
+
+uvicorn limits only the wait between two requests. What a client that does nothing may hold of this process ends here:
+headers that never end, a body that trickles in, and a response that is not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MIN_BODY_BYTES = 2**14
+"""What a client must send of a body within `body_seconds`, unless the body ends before."""
+log = logging.getLogger("lorry.api")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeouts:
+    """How long a client may take."""
+
+    header_seconds: float = 20.0
+    """From the connection, or from the first byte of a further request, to the end of the request's headers."""
+    body_seconds: float = 60.0
+    """For each MIN_BODY_BYTES of a request's body, while this process reads."""
+    send_seconds: float = 60.0
+    """Without having taken a byte of a response that waits to be sent."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with `Timeouts`."""
+
+    timeouts = Timeouts()
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self._num_received = 0
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._header_timer = self.loop.call_later(self.timeouts.header_seconds, self._header_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_header_timer()
+        self._cancel_body_timer()
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._num_received += len(data)
+        super().data_received(data)
+        self._watch_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_request()
+        self._watch_response()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_response()
+
+    def _watch_request(self) -> None:
+        """Start and stop the timers of headers and body by where the request is."""
+        state = self.conn.their_state
+        if state is h11.IDLE and self.conn.trailing_data[0]:
+            if self._header_timer is None:
+                self._header_timer = self.loop.call_later(self.timeouts.header_seconds, self._header_timeout)
+        elif state is not h11.IDLE:
+            self._cancel_header_timer()
+        if state is not h11.SEND_BODY:
+            self._cancel_body_timer()
+        elif self._body_timer is None:
+            self._start_body_timer()
+
+    def _header_timeout(self) -> None:
+        self._header_timer = None
+        if self.transport.is_closing():
+            return
+        if self.conn.trailing_data[0]:
+            self._send_408()
+        self._close("headers", is_abrupt=False)
+
+    def _send_408(self) -> None:
+        remedy = "Send the whole request."
+        message = f"The headers of the request did not arrive within {self.timeouts.header_seconds:g} seconds. {remedy}"
+        error = {"message": message, "remedy": remedy, "type": "invalid_request_error", "param": None}
+        body = json.dumps({"error": {**error, "code": "request_timeout"}}).encode("ascii")
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        response = h11.Response(status_code=408, headers=headers, reason=b"Request Timeout")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+
+    def _start_body_timer(self) -> None:
+        self._body_timer = self.loop.call_later(self.timeouts.body_seconds, self._check_body, self._num_received)
+
+    def _check_body(self, num_received: int) -> None:
+        """Time in which this process did not read is not the client's."""
+        is_reading = not self.flow.read_paused and not self.cycle.waiting_for_100_continue
+        if is_reading and self._num_received - num_received < MIN_BODY_BYTES:
+            self._body_timer = None
+            self._close("body")
+        else:
+            self._start_body_timer()
+
+    def _watch_response(self) -> None:
+        num_waiting = self.transport.get_write_buffer_size()
+        if self._send_timer is None and num_waiting:
+            self._send_timer = self.loop.call_later(self.timeouts.send_seconds, self._check_response, num_waiting)
+
+    def _check_response(self, num_waiting: int) -> None:
+        """Nothing is added to what waits while writing is paused, or after the response: so what it shrank by was
+        sent."""
+        self._send_timer = None
+        is_stuck = self.transport.get_write_buffer_size() >= num_waiting
+        if is_stuck and (self.flow.write_paused or self.cycle.response_complete):
+            self._close("response")
+        else:
+            self._watch_response()
+
+    def _close(self, what: str, *, is_abrupt: bool = True) -> None:
+        """An abrupt end discards what waits to be sent, which a close would wait for."""
+        address = self.client[0] if self.client else None
+        log.info("closed a connection that made no progress: part=%s address=%s", what, address)
+        if is_abrupt:
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _cancel_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _cancel_body_timer(self) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None

@@ -1,0 +1,29 @@
+"""Whether the client of a request is still connected, for work that nobody needs without it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+from starlette.types import Receive
+
+
+@asynccontextmanager
+async def watched(receive: Receive) -> AsyncGenerator[threading.Event]:
+    """An event that is set when the client disconnects. The body of the request must have been read."""
+    gone = threading.Event()
+    watch = asyncio.create_task(_wait(receive, gone))
+    try:
+        yield gone
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+
+
+async def _wait(receive: Receive, gone: threading.Event) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
