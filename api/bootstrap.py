@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import URL, inspect, make_url
+from sqlalchemy.exc import DatabaseError
 
 from catalog import fitness, keys, needs, projects
+from catalog.backup import integrity
 from catalog.db import Database
 from catalog.errors import InvalidRequest
 from catalog.settings import Settings
@@ -39,16 +41,21 @@ def bootstrap(settings: Settings) -> Bootstrapped:
 
 
 def open_existing(settings: Settings, *, if_older: str = fitness.MIGRATE) -> Database:
-    """The database, which nothing is made of where there is none. Raises InvalidRequest with the remedy, and Conflict
-    with the remedy `if_older` where its tables are older than this code."""
+    """The existing database; none is created. Raises InvalidRequest where there is none, and Conflict where it is
+    damaged or where its tables are older than this code, with the remedy `if_older`."""
     url = make_url(settings.resolved_database_url())
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise _nothing_there(url)
     db = Database(settings.resolved_database_url())
-    with db.read() as session:
-        if not inspect(session.connection()).has_table(ApiKey.__tablename__):
-            raise _nothing_there(url)
-        fitness.check_tables(session, remedy=if_older)
+    try:
+        with db.read() as session:
+            if not inspect(session.connection()).has_table(ApiKey.__tablename__):
+                raise _nothing_there(url)
+            fitness.check_tables(session, remedy=if_older)
+    except DatabaseError as error:
+        if not integrity.means_damage(error):
+            raise
+        raise integrity.refusal(str(error.orig)) from error
     return db
 
 

@@ -29,7 +29,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     back.add_argument("place", help=WHERE)
     back.add_argument("--backup", metavar="NAME", help="Default: the newest.")
     back.set_defaults(run=_restore)
-    verify = add("verify", help="Read every file that the database names, and check the audit chain.")
+    verify = add("verify", help="Check the database, every file that it names, and the audit chain.")
     verify.set_defaults(run=_verify)
     for command in (backup, back, verify):
         command.add_argument("--json", action="store_true")

@@ -1,4 +1,4 @@
-"""The only file, but for backup/dump, that knows SQLite from PostgreSQL: engines, transactions, the clock, locked rows.
+"""Engines, transactions, the clock, locked rows. Only this file and catalog/backup know SQLite from PostgreSQL.
 
 A transaction is short: never hold one across a file, a process or a network call.
 """

@@ -1,4 +1,4 @@
-"""Whether record and store fit together: every visible artifact verifies, and the audit chain does."""
+"""Whether database and store are sound and fit together: integrity, foreign keys, every artifact, the audit chain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from catalog import audit_chain
 from catalog.artifacts.manifest import DamagedArtifact, Manifest
 from catalog.artifacts.store import ArtifactStore, blob_key, manifest_key
-from catalog.backup import holdings
+from catalog.backup import holdings, integrity
 from catalog.db import Database
 from catalog.tables import Adapter, Artifact, AuditEvent, File
 
@@ -30,13 +30,16 @@ def check(db: Database, store: ArtifactStore, *, chain_end: tuple[int, str] | No
     """Read every object that the record names, and compute the audit chain anew. Raises Unavailable.
 
     chain_end: place and digest of an event that must be in the chain, as they were noted elsewhere; place 0: none.
+    Where the database is damaged, that alone is reported: what it says of anything else can't be trusted.
     """
+    if damage := integrity.damage(db):
+        return Checked(num_artifacts=0, num_objects=0, num_audit_events=0, problems=damage)
     with db.read() as session:
         keys = holdings.named(session)
         artifacts = list(session.scalars(select(Artifact)))
     damaged = holdings.damaged(keys, store.objects)
     with db.read() as session:
-        problems = _of_artifacts(session, artifacts, damaged) + _of_files(session, damaged)
+        problems = integrity.orphans(db) + _of_artifacts(session, artifacts, damaged) + _of_files(session, damaged)
         num_events, misfits = _of_chain(db)
         if chain_end is not None and chain_end[0]:
             at = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == chain_end[0]))

@@ -1,6 +1,7 @@
 """The database as one file, and back: SQLite's online backup, PostgreSQL's pg_dump and pg_restore.
 
-Beside catalog/db.py the only file that knows the two apart. What a dump names is read from the state that it holds.
+What a dump names, and how many rows it has, is read from the state that it holds. A restore creates a database and
+never writes into an existing one, nor next to files that SQLite would replay into it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from pathlib import Path
 from sqlalchemy import URL, func, inspect, make_url, select, text
 from sqlalchemy.orm import Session
 
-from catalog.backup import holdings
+from catalog import durable
+from catalog.backup import holdings, integrity
 from catalog.backup.holdings import Keys
 from catalog.db import BUSY_SECONDS, Database, read_clock
-from catalog.errors import Conflict, InvalidRequest, LorryError
+from catalog.errors import Conflict, InvalidRequest
 from catalog.outages import translated
 from catalog.tables import AuditHead
 
 DEBIAN = Path("/usr/lib/postgresql")
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
 """Variables that PostgreSQL's programs see, beside its own, PG…."""
+SIDE_FILES = ("-wal", "-shm", "-journal")
+"""What SQLite keeps next to a database. It replays a log into any file of the matching name, whosever log it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +41,8 @@ class Snapshot:
     """Seconds since 1970 by the database's clock."""
     revision: str
     """Of the tables, by alembic."""
+    row_counts: dict[str, int]
+    """By table."""
     keys: Keys
     audit_link: int
     audit_digest: str
@@ -63,23 +69,35 @@ def put_back(dump: Path, url: str) -> None:
 
 
 def check_empty(url: str) -> None:
-    """Raises Conflict where something is there already."""
+    """Raises Conflict where the database exists, or where files of an earlier SQLite database are in its place."""
     parsed = make_url(url)
     if kind_of(url) == "sqlite":
-        is_there = bool(parsed.database) and Path(parsed.database or "").exists()
-    else:
-        db = Database(url)
-        try:
-            with translated(), db.engine.connect() as connection:
-                is_there = bool(inspect(connection).get_table_names())
-        finally:
-            db.close()
-    if is_there:
+        if parsed.database:
+            _check_no_files(Path(parsed.database))
+        return
+    db = Database(url)
+    try:
+        with translated(), db.engine.connect() as connection:
+            has_tables = bool(inspect(connection).get_table_names())
+    finally:
+        db.close()
+    if has_tables:
         raise Conflict(
-            f"There is something at {parsed.render_as_string()} already.",
+            f"There are tables already in the database {parsed.render_as_string()}.",
             code="database_not_empty",
-            remedy="Name an empty database by LORRY_DATABASE_URL, or another data folder by LORRY_DATA_DIR. "
-            "A backup is never put over what is there.",
+            remedy="Set LORRY_DATABASE_URL to an empty database. A restore never overwrites a database.",
+        )
+
+
+def _check_no_files(path: Path) -> None:
+    """Raises Conflict that names the database and the files next to it, as far as they exist."""
+    names = [str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)]
+    if found := [name for name in names if os.path.lexists(name)]:
+        raise Conflict(
+            f"Files of another database are already in the place of the restored one: {', '.join(found)}.",
+            code="database_not_empty",
+            remedy="Move all of them together to another folder, and then restore again; or set LORRY_DATA_DIR to an "
+            "empty folder. A restore never overwrites a database, and SQLite would replay a leftover log into it.",
         )
 
 
@@ -98,7 +116,7 @@ def _sqlite_take(db: Database, into: Path) -> Snapshot:
         copy.execute("PRAGMA journal_mode=DELETE")  # one file, and not one with a log beside it
         found = copy.execute("PRAGMA integrity_check").fetchone()
     if found != ("ok",):
-        raise _damaged(str(found[0]))
+        raise integrity.refusal(str(found[0]))
     return snapshot
 
 
@@ -117,7 +135,8 @@ def _look(session: Session) -> Snapshot:
     head = session.get(AuditHead, 1)
     return Snapshot(
         taken_at=read_clock(session),
-        revision=str(session.scalar(text("select version_num from alembic_version"))),
+        revision=integrity.revision(session),
+        row_counts=integrity.row_counts(session),
         keys=holdings.named(session),
         audit_link=head.link if head is not None else 0,
         audit_digest=head.digest if head is not None else "",
@@ -125,12 +144,20 @@ def _look(session: Session) -> Snapshot:
 
 
 def _sqlite_put_back(dump: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The name appears once the content is on the disk, and a service that started meanwhile is not overwritten."""
+    durable.make_folder(path.parent)
     draft = path.with_name(f".{path.name}-restored")
-    shutil.copyfile(dump, draft)
-    with draft.open("rb+") as file:
-        os.fsync(file.fileno())
-    draft.rename(path)
+    try:
+        shutil.copyfile(dump, draft)
+        durable.sync(draft)
+        _check_no_files(path)
+        os.link(draft, path)
+    except FileExistsError:
+        _check_no_files(path)
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+    durable.sync(path.parent)
 
 
 def _analyse(url: str) -> None:
@@ -181,11 +208,3 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
             code="pg_dump_failed",
             remedy="Nothing was kept. Do what it says, then try again.",
         )
-
-
-def _damaged(what: str) -> LorryError:
-    return Conflict(
-        f"The database is damaged: {what}",
-        code="database_damaged",
-        remedy="Keep its file, and restore an earlier backup beside it.",
-    )

@@ -53,6 +53,7 @@ def make(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Pa
         taken_at=snapshot.taken_at,
         database=dump.kind_of(db.url),
         revision=snapshot.revision,
+        row_counts=snapshot.row_counts,
         audit_link=snapshot.audit_link,
         audit_digest=snapshot.audit_digest,
         problems=[*problems.values()],

@@ -19,7 +19,9 @@ from catalog.artifacts.store import ArtifactStore, verified
 from catalog.backup.holdings import Keys, digest_of
 from catalog.errors import InvalidRequest, NotFound
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Backups of format 1 have no row counts."""
 RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
 
 
@@ -41,6 +43,8 @@ class Record:
     audit_digest: str
     problems: list[str]
     """Objects that the record names, and that could not be copied."""
+    row_counts: dict[str, int] | None
+    """By table; None in a backup of format 1."""
     format: int = FORMAT
 
 
@@ -126,14 +130,16 @@ def open_place(where: str, *, is_new: bool = False) -> BackupPlace:
 
 
 def _record(content: bytes) -> Record:
-    told = cast("dict[str, Any]", json.loads(content))
-    if told.get("format") != FORMAT:
+    fields = cast("dict[str, Any]", json.loads(content))
+    if fields.get("format") not in READABLE:
         raise InvalidRequest(
-            f"The backup {told.get('name')} has the format {told.get('format')}, and this version reads {FORMAT}.",
+            f"The backup {fields.get('name')} has the format {fields.get('format')}. This version reads the formats "
+            f"{READABLE[0]} to {FORMAT}.",
             code="backup_of_another_version",
-            remedy="Restore it by the version that made it, then migrate.",
+            remedy="Restore it with the version that made it, and then migrate.",
         )
-    return Record(**told)
+    fields.setdefault("row_counts", None)
+    return Record(**fields)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from alembic.util.exc import CommandError
 
 from catalog import audit
 from catalog.artifacts.store import open_store
-from catalog.backup import dump, holdings
+from catalog.backup import dump, holdings, integrity
 from catalog.backup.checking import Checked, check
 from catalog.backup.place import BackupPlace, Record
 from catalog.db import Database, alembic_config, read_clock
@@ -35,7 +35,8 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     """Into the database and the store that the settings name; the database must have no tables. Then check all of it.
 
     name: the newest backup where it is None. What this version has for newer tables is migrated. Raises NotFound,
-    Conflict, InvalidRequest, DamagedArtifact, Unavailable, OutOfSpace: then the database is as it was.
+    Conflict, InvalidRequest, DamagedArtifact, Unavailable, OutOfSpace: then the database is as it was, except after
+    the Conflict `restored_database_differs`.
     """
     record = place.find(name)
     url = settings.resolved_database_url()
@@ -57,12 +58,27 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
             dump.put_back(dumped, url)
     db = Database(url)
     try:
+        _check_same(db, record)
         db.migrate()
         checked = check(db, store, chain_end=(record.audit_link, record.audit_digest))
         _note(db, record)
     finally:
         db.close()
     return Restored(record=record, num_copied=len(there) - num_before, checked=checked)
+
+
+def _check_same(db: Database, record: Record) -> None:
+    """Before anything is migrated: the database is sound, and has the revision and the rows of the backup."""
+    problems = integrity.damage(db) or integrity.differences(
+        db, recorded_revision=record.revision, recorded_counts=record.row_counts
+    )
+    if problems:
+        raise Conflict(
+            f"The restored database is not the one in the backup {record.name}. {' '.join(problems)}",
+            code="restored_database_differs",
+            remedy="Do not start the service on it. Drop the database, or move its file with the -wal and -shm files "
+            "away. Then restore this backup again, or an earlier one with --backup NAME.",
+        )
 
 
 def _note(db: Database, record: Record) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,65 @@ def test_the_pepper_is_in_no_backup(service: Path, tmp_path: Path) -> None:
     copied = [path.read_bytes() for path in (tmp_path / "backups").rglob("*") if path.is_file()]
     assert copied
     assert not any(pepper in content or pepper.hex().encode() in content for content in copied)
+
+
+def overwrite_page(path: Path, number: int) -> None:
+    """number: from 1. Page 1 has the file's header."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.close()
+    with path.open("rb+") as file:
+        file.seek((number - 1) * page_bytes)
+        file.write(b"\xff" * page_bytes)
+
+
+def root_page(path: Path, table: str) -> int:
+    with sqlite3.connect(path) as connection:
+        (page,) = connection.execute("select rootpage from sqlite_master where name = ?", [table]).fetchone()
+    connection.close()
+    return page
+
+
+def test_verify_reports_a_damaged_page_and_exits_with_1(service: Path) -> None:
+    overwrite_page(service / "lorry.db", root_page(service / "lorry.db", "organizations"))
+
+    verified = run(service, "verify")
+
+    assert verified.returncode == 1
+    assert "The database is damaged:" in verified.stdout
+    assert "Traceback" not in verified.stderr
+
+
+@pytest.mark.parametrize("command", [["verify"], ["backup", "backups"], ["serve", "--port", "0"]])
+def test_a_file_that_is_no_database_any_more_is_reported_with_the_remedy(service: Path, command: list[str]) -> None:
+    overwrite_page(service / "lorry.db", 1)
+
+    done = run(service, *command)
+
+    assert done.returncode == 1
+    assert "The database is damaged: file is not a database." in done.stderr
+    assert "python -m api restore" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_restore_names_the_files_of_a_crashed_service_and_succeeds_once_they_are_moved(
+    service: Path, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "backups")
+    run(service, "backup", place)
+    (service / "lorry.db").unlink()
+    (service / "lorry.db-wal").write_bytes(b"log of the lost database")
+    (service / "lorry.db-shm").write_bytes(b"its index")
+
+    refused = run(service, "restore", place)
+    for suffix in ("-wal", "-shm"):
+        (service / f"lorry.db{suffix}").rename(tmp_path / f"moved{suffix}")
+    restored = run(service, "restore", place)
+
+    assert refused.returncode == 1
+    assert str(service / "lorry.db-wal") in refused.stderr
+    assert str(service / "lorry.db-shm") in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert restored.returncode == 0, restored.stderr
+    assert "no problems" in restored.stdout

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from pydantic import SecretStr
 from sqlalchemy import text
 
+from catalog.backup import dump
 from catalog.db import Database
+from catalog.settings import Settings
 from catalog.tables import Table
+from tests.catalog.backup_service import Service
 from tests.catalog.part_sender import Sender
 from tests.catalog.world import Clock, World
+from tests.conftest import NEEDS
 from tests.services.postgres import empty_database
 
 settings.register_profile("lorry", deadline=None)
@@ -75,3 +81,21 @@ def world(db: Database, clock: Clock) -> World:
 @pytest.fixture
 def sender(world: World, tmp_path: Path) -> Sender:
     return Sender(world, tmp_path)
+
+
+@pytest.fixture
+def service(world: World, tmp_path: Path) -> Service:
+    if not world.db.is_sqlite and dump.program("pg_dump") is None:
+        pytest.skip(f"{NEEDS}pg_dump")
+    return Service(world, tmp_path)
+
+
+@pytest.fixture
+def elsewhere(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Settings]:
+    """Another machine: nothing is there."""
+    folder = tmp_path / "elsewhere"
+    if world.db.is_sqlite:
+        yield Settings(data_dir=folder, database_url=None, store_url=None)
+        return
+    with empty_database(request.getfixturevalue("postgres_url"), f"elsewhere_{secrets.token_hex(6)}") as url:
+        yield Settings(data_dir=folder, database_url=SecretStr(url), store_url=None)

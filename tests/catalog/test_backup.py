@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +10,11 @@ from threading import Event
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 from sqlalchemy import URL, event, func, select
 
 from catalog import adapters, audit_chain, claims, cleaning, recovery, workers
 from catalog.artifacts.objects import Objects
-from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore, blob_key
+from catalog.artifacts.store import ArtifactStore, blob_key
 from catalog.backup import BackupPlace, check, dump, make, open_place, restore
 from catalog.backup.place import Record
 from catalog.db import Database
@@ -24,52 +22,8 @@ from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.settings import Settings
 from catalog.states import JobState
 from catalog.tables import Adapter, Artifact, Attempt, AuditEvent, Job
-from tests.catalog.world import LEASE, World, manifest, sha
-from tests.conftest import NEEDS
-from tests.services.postgres import empty_database
-
-
-class Service:
-    """A world whose artifacts are in a store, as workers leave them: files first, then the row."""
-
-    def __init__(self, world: World, folder: Path) -> None:
-        self.world, self.folder = world, folder
-        self.store = ArtifactStore(Objects((folder / "store").as_uri()))
-        self.place = open_place(str(folder / "backups"), is_new=True)
-        self.put(world.file_id)
-        world.worker()
-
-    def put(self, *texts: str) -> None:
-        for text in texts:
-            self.store.put_bytes(text.encode())
-
-    def put_artifact(self, text: str, kind: str = "adapter") -> None:
-        self.put(text)
-        self.store.put_manifest(manifest(text, kind=kind))
-
-    def running(self) -> claims.Claim:
-        self.put_artifact(f"tokens {sha(self.world.file_id)}", kind="tokens")
-        return self.world.running()
-
-    def finish(self, claim: claims.Claim, content: str) -> str:
-        """The adapter's name."""
-        self.put(f"curves of {claim.claim_id}")
-        self.put_artifact(content)
-        return self.world.complete(claim.claim_id, content).name
-
-    def delete(self, name: str) -> None:
-        adapters.delete(self.world.db, project_id=self.world.caller.project_id, name=name)
-
-    def age(self) -> None:
-        """What lies in the store by now may be cleaned away, once nothing names it."""
-        later = self.store.clock() - 2 * GRACE_SECONDS
-        for path in (self.folder / "store").rglob("*"):
-            if path.is_file():
-                os_utime(path, later)
-
-    def backup(self, store: ArtifactStore | None = None, **given: Any) -> Record:
-        work_dir = self.folder / "work"
-        return make(self.world.db, store or self.store, self.place, work_dir=work_dir, **given).record
+from tests.catalog.backup_service import Service, opened
+from tests.catalog.world import LEASE, manifest, sha
 
 
 class HookedObjects(Objects):
@@ -85,34 +39,6 @@ class HookedObjects(Objects):
             self._key = ""
             self._before()
         return super().read(key)
-
-
-def os_utime(path: Path, at: float) -> None:
-    import os
-
-    os.utime(path, (at, at))
-
-
-@pytest.fixture
-def service(world: World, tmp_path: Path) -> Service:
-    if not world.db.is_sqlite and dump.program("pg_dump") is None:
-        pytest.skip(f"{NEEDS}pg_dump")
-    return Service(world, tmp_path)
-
-
-@pytest.fixture
-def elsewhere(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Settings]:
-    """Another machine: nothing is there."""
-    folder = tmp_path / "elsewhere"
-    if world.db.is_sqlite:
-        yield Settings(data_dir=folder, database_url=None, store_url=None)
-        return
-    with empty_database(request.getfixturevalue("postgres_url"), f"elsewhere_{secrets.token_hex(6)}") as url:
-        yield Settings(data_dir=folder, database_url=SecretStr(url), store_url=None)
-
-
-def opened(settings: Settings) -> Database:
-    return Database(settings.resolved_database_url())
 
 
 def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewhere: Settings) -> None:
@@ -324,8 +250,8 @@ def test_a_backup_of_newer_tables_or_of_another_database_is_refused(service: Ser
     path.write_text(text.replace('"revision": "0', '"revision": "9'))
     with pytest.raises(InvalidRequest, match="newer version"):
         restore(elsewhere, service.place)
-    path.write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(InvalidRequest, match="this version reads 1"):
+    path.write_text(text.replace('"format": 2', '"format": 3'))
+    with pytest.raises(InvalidRequest, match="reads the formats 1 to 2"):
         restore(elsewhere, service.place)
     other = {"sqlite": "postgresql", "postgresql": "sqlite"}[dump.kind_of(service.world.db.url)]
     path.write_text(text.replace(f'"database": "{dump.kind_of(service.world.db.url)}"', f'"database": "{other}"'))

@@ -1,0 +1,63 @@
+"""A world whose files are in a store and whose backups are in a folder, for tests of backup and restore."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from catalog import adapters, claims
+from catalog.artifacts.objects import Objects
+from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
+from catalog.backup import make, open_place
+from catalog.backup.place import Record
+from catalog.db import Database
+from catalog.settings import Settings
+from tests.catalog.world import World, manifest, sha
+
+
+class Service:
+    """A world whose artifacts are in a store, as workers leave them: files first, then the row."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self.store = ArtifactStore(Objects((folder / "store").as_uri()))
+        self.place = open_place(str(folder / "backups"), is_new=True)
+        self.put(world.file_id)
+        world.worker()
+
+    def put(self, *texts: str) -> None:
+        for text in texts:
+            self.store.put_bytes(text.encode())
+
+    def put_artifact(self, text: str, kind: str = "adapter") -> None:
+        self.put(text)
+        self.store.put_manifest(manifest(text, kind=kind))
+
+    def running(self) -> claims.Claim:
+        self.put_artifact(f"tokens {sha(self.world.file_id)}", kind="tokens")
+        return self.world.running()
+
+    def finish(self, claim: claims.Claim, content: str) -> str:
+        """The adapter's name."""
+        self.put(f"curves of {claim.claim_id}")
+        self.put_artifact(content)
+        return self.world.complete(claim.claim_id, content).name
+
+    def delete(self, name: str) -> None:
+        adapters.delete(self.world.db, project_id=self.world.caller.project_id, name=name)
+
+    def age(self) -> None:
+        """What lies in the store by now may be cleaned away, once nothing names it."""
+        later = self.store.clock() - 2 * GRACE_SECONDS
+        for path in (self.folder / "store").rglob("*"):
+            if path.is_file():
+                os.utime(path, (later, later))
+
+    def backup(self, store: ArtifactStore | None = None, **given: Any) -> Record:
+        work_dir = self.folder / "work"
+        return make(self.world.db, store or self.store, self.place, work_dir=work_dir, **given).record
+
+
+def opened(settings: Settings) -> Database:
+    return Database(settings.resolved_database_url())

@@ -1,0 +1,192 @@
+"""What a restore refuses, and what is checked of a database after it and by `verify`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url, select, text
+from sqlalchemy.orm import Session
+
+from catalog import projects
+from catalog.backup import check, restore
+from catalog.backup.place import Record
+from catalog.errors import Conflict
+from catalog.settings import Settings
+from catalog.tables import JobEvent, Project, Table
+from tests.catalog.backup_service import Service, opened
+from tests.catalog.world import World
+
+
+def sqlite_path(settings: Settings) -> Path:
+    return Path(make_url(settings.resolved_database_url()).database or "")
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_restore_refuses_next_to_a_leftover_sqlite_file_and_names_it(
+    service: Service, elsewhere: Settings, suffix: str
+) -> None:
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only")
+    service.backup()
+    leftover = Path(f"{sqlite_path(elsewhere)}{suffix}")
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"pages of an earlier database")
+
+    with pytest.raises(Conflict) as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.code == "database_not_empty"
+    assert str(leftover) in refused.value.message
+    assert "Move" in refused.value.remedy
+    assert leftover.read_bytes() == b"pages of an earlier database"
+    assert not sqlite_path(elsewhere).exists()
+
+
+def test_a_crashed_services_log_does_not_reach_a_restored_database(
+    service: Service, elsewhere: Settings, tmp_path: Path
+) -> None:
+    """The scenario of an operator: crash, move the damaged database away, restore; the log stays behind."""
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only")
+    service.backup()
+    projects.ensure(service.world.db, "made-after-the-backup")
+    live = Path(str(service.world.db.engine.url.database))
+    path = sqlite_path(elsewhere)
+    path.parent.mkdir()
+    aside = tmp_path / "moved away"
+    aside.mkdir()
+    shutil.copy(f"{live}-wal", f"{path}-wal")
+    shutil.copy(f"{live}-shm", f"{path}-shm")
+
+    with pytest.raises(Conflict) as refused:
+        restore(elsewhere, service.place)
+    for suffix in ("-wal", "-shm"):
+        assert f"{path}{suffix}" in refused.value.message
+        shutil.move(f"{path}{suffix}", aside)
+    restored = restore(elsewhere, service.place)
+
+    assert restored.checked.problems == []
+    db = opened(elsewhere)
+    with db.read() as session:
+        assert "made-after-the-backup" not in set(session.scalars(select(Project.name)))
+    db.close()
+
+
+def test_a_database_that_appears_during_a_restore_is_not_replaced(
+    service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only: PostgreSQL restores in one transaction")
+    service.backup()
+    fetch = service.place.fetch_dump
+
+    def fetch_while_a_service_starts(record: Record, into: Path) -> None:
+        fetch(record, into)
+        sqlite_path(elsewhere).write_bytes(b"a new service's database")
+
+    monkeypatch.setattr(service.place, "fetch_dump", fetch_while_a_service_starts)
+
+    with pytest.raises(Conflict, match="already"):
+        restore(elsewhere, service.place)
+
+    assert sqlite_path(elsewhere).read_bytes() == b"a new service's database"
+
+
+def test_a_backup_records_how_many_rows_each_table_has(service: Service) -> None:
+    record = service.backup()
+
+    counts = record.row_counts or {}
+    assert (counts["projects"], counts["alembic_version"]) == (2, 1)
+    assert set(counts) >= {table.name for table in Table.metadata.sorted_tables}
+    assert service.place.find(record.name) == record
+
+
+def test_restore_reports_a_database_that_differs_from_what_the_backup_recorded(
+    service: Service, elsewhere: Settings
+) -> None:
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    changed = json.loads(path.read_text())
+    changed["row_counts"]["projects"] += 1
+    path.write_text(json.dumps(changed))
+
+    with pytest.raises(Conflict) as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.code == "restored_database_differs"
+    assert "projects has 2 rows, and the backup recorded 3." in refused.value.message
+    assert "Do not start the service" in refused.value.remedy
+
+
+def test_a_backup_of_the_first_format_without_row_counts_is_restored(service: Service, elsewhere: Settings) -> None:
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    older = json.loads(path.read_text())
+    del older["row_counts"]
+    path.write_text(json.dumps({**older, "format": 1}))
+
+    restored = restore(elsewhere, service.place)
+
+    assert restored.checked.problems == []
+    assert restored.record.row_counts is None
+
+
+def orphan(world: World) -> None:
+    """An event of a job that does not exist, inserted while foreign keys were not enforced."""
+    row = JobEvent(job_id="ftjob-none", level="info", type="message", message="orphan", created_at=1.0)
+    with world.db.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA foreign_keys=OFF" if world.db.is_sqlite else "set session_replication_role = replica")
+        with Session(connection) as session:
+            session.add(row)
+            session.flush()
+            connection.commit()
+        connection.invalidate()
+
+
+def test_check_reports_rows_that_refer_to_missing_rows(service: Service) -> None:
+    orphan(service.world)
+
+    (problem,) = check(service.world.db, service.store).problems
+
+    assert "events" in problem
+    assert "jobs" in problem
+    assert "1 row" in problem
+
+
+def test_check_reports_damaged_pages(service: Service) -> None:
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only: PostgreSQL owns its files")
+    with service.world.db.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        root = connection.exec_driver_sql("select rootpage from sqlite_master where name = 'projects'").scalar_one()
+        size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+    service.world.db.close()
+    path = Path(str(service.world.db.engine.url.database))
+    with path.open("rb+") as file:
+        file.seek((root - 1) * size)
+        file.write(b"\xff" * size)
+
+    checked = check(service.world.db, service.store)
+
+    assert checked.problems
+    assert checked.problems[0].startswith("The database is damaged:")
+
+
+def test_check_reports_an_invalid_index(service: Service) -> None:
+    if service.world.db.is_sqlite:
+        pytest.skip("PostgreSQL only")
+    set_valid = "update pg_index set indisvalid = {} where indexrelid = 'pk_projects'::regclass"
+    with service.world.db.engine.begin() as connection:
+        connection.execute(text(set_valid.format("false")))
+    try:
+        problems = check(service.world.db, service.store).problems
+    finally:
+        with service.world.db.engine.begin() as connection:
+            connection.execute(text(set_valid.format("true")))
+
+    assert problems == ["The database is damaged: the index pk_projects is not valid."]
