@@ -11,6 +11,7 @@ from typing import Any
 
 from api import copies
 from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token
+from api.service_identity import secret_of
 from catalog import keys, logs, projects
 from catalog.errors import LorryError
 from catalog.keys import load_pepper
@@ -35,13 +36,14 @@ def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     from api.server import serve  # late: the other commands need no web server
 
     open_existing(settings).close()
-    return serve(settings, host=arguments.host, port=arguments.port)
+    return serve(settings, host=arguments.host, port=arguments.port, listen_fd=arguments.listen_fd)
 
 
 def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
     done = bootstrap(settings)
     if arguments.json:
-        _print({"created": done.created, "api_key": done.api_key})
+        secret = {"identity_secret": secret_of(load_pepper(settings))} if arguments.identity_secret else {}
+        _print({"created": done.created, "api_key": done.api_key, **secret})
     else:
         _print_for_people(done)
     return 0
@@ -102,9 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="Answer requests until SIGTERM.")
     serve.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
     serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any that is free.")
+    serve.add_argument(
+        "--listen-fd", type=int, metavar="FD", help="An inherited socket that listens already, instead of --port."
+    )
     serve.set_defaults(run=_serve)
     boot = commands.add_parser("bootstrap", help="Make or migrate the database, and the first operator's key.")
     boot.add_argument("--json", action="store_true")
+    boot.add_argument(
+        "--identity-secret",
+        action="store_true",
+        help="With --json: include the secret by which clients on this machine verify the API server.",
+    )
     boot.set_defaults(run=_bootstrap)
     link = commands.add_parser("sign-in-link", help="A link that signs one browser in, once.")
     link.add_argument("--json", action="store_true")

@@ -17,6 +17,7 @@ from api.connections import Connection
 from api.deps import Services
 from api.settings import ApiSettings
 from catalog import tracing
+from catalog.errors import InvalidRequest
 from catalog.settings import Settings
 
 MAX_CONNECTIONS = 16_384
@@ -47,8 +48,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(settings: Settings, *, host: str, port: int) -> int:
-    """Until SIGTERM or SIGINT. `port` 0: any that is free. Returns the exit status."""
+def serve(settings: Settings, *, host: str, port: int, listen_fd: int | None = None) -> int:
+    """Until SIGTERM or SIGINT. Returns the exit status.
+
+    port: 0 is any that is free. listen_fd: an inherited socket that listens at `host` already; `port` is unused then.
+    """
+    sockets = None if listen_fd is None else [_inherited(listen_fd)]
     _allow_many_connections()
     own = ApiSettings()
     app = create_app(settings, own, bound_host=host)
@@ -57,7 +62,7 @@ def serve(settings: Settings, *, host: str, port: int) -> int:
         signal.signal(name, _ended)
     tracing.start("api")
     try:
-        Server(config, app.state.services).run()
+        Server(config, app.state.services).run(sockets)
     finally:
         tracing.stop()
     return 0
@@ -90,6 +95,18 @@ def address_of(host: str, port: int) -> str:
     """The URL of a bound address; an address of every interface is told as this machine's own."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _inherited(listen_fd: int) -> socket.socket:
+    """Raises InvalidRequest if the descriptor is no socket of this process."""
+    try:
+        return socket.socket(fileno=listen_fd)
+    except OSError as error:
+        raise InvalidRequest(
+            f"File descriptor {listen_fd} is not an open socket: {error.strerror}.",
+            code="invalid_listen_fd",
+            remedy="Let the parent process pass a listening socket, or leave --listen-fd out and give --port.",
+        ) from error
 
 
 def _allow_many_connections() -> None:

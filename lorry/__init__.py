@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PermissionDenied,
         RateLimited,
         ServerFailed,
+        ServiceNotVerified,
         WaitTimeout,
     )
     from lorry.models import Adapter, File, Job, JobEvent, JobUpdate, Model
@@ -58,6 +59,7 @@ __all__ = [
     "Project",
     "RateLimited",
     "ServerFailed",
+    "ServiceNotVerified",
     "Sweep",
     "Trial",
     "WaitTimeout",

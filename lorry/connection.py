@@ -1,6 +1,6 @@
 """Which service to talk to: LORRY_URL with LORRY_API_KEY, else DATA/connection.json that `lorry up` wrote.
 
-The file holds a secret: it is written with mode 0600, whole or not at all.
+The file holds secrets: it is written with mode 0600, whole or not at all.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,12 @@ class Connection:
     """An address without `/v1`, and the API key (None: the service may need none, or it was lost)."""
 
     url: str
-    api_key: str | None
+    api_key: str | None = field(repr=False)
+    identity_secret: str | None = field(default=None, repr=False)
+    """Shared with the service that `lorry up` started: lorry.service_identity checks by it who listens at `url`.
+
+    None: an address from elsewhere, which is used as it is.
+    """
     origin: str = field(default="", compare=False)
     """Where the address comes from, as a sentence for whom it fails; empty where the caller gave it."""
 
@@ -41,7 +47,8 @@ def find(
     """Arguments win over the environment, and that over the file of a local service.
 
     LORRY_API_KEY is shown to no other service than LORRY_URL names, where that is set; a folder that is named comes
-    with its own key, and the key of the file is shown to no other service than the file names.
+    with its own key, and the key of the file is shown to no other service than the file names. Raises NotConfigured,
+    also for a file without the secret by which the listener at its address can be verified.
     """
     environ = os.environ if environ is None else environ
     if url is not None:
@@ -58,6 +65,7 @@ def find(
             code="not_configured",
             remedy="Start one with `lorry up`, or set LORRY_URL and LORRY_API_KEY.",
         )
+    local = _verifiable(local, folder)
     given = _key_of_environment(environ, local.url)
     own = given or local.api_key if data_dir is None else local.api_key or given
     return replace(local, api_key=api_key or own)
@@ -83,10 +91,14 @@ def read(data_dir: Path) -> Connection | None:
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, "it is not JSON") from error
     fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
-    url, key = fields.get("url"), fields.get("api_key")
-    if not isinstance(url, str) or not (key is None or isinstance(key, str)):
-        raise _unreadable(path, "it does not hold a url and an api_key")
-    return Connection(url=normalise_url(url), api_key=key, origin=f"The address is from {path}.")
+    url, key, secret = fields.get("url"), fields.get("api_key"), fields.get("identity_secret")
+    if not isinstance(url, str) or not all(text is None or isinstance(text, str) for text in (key, secret)):
+        raise _unreadable(path, "it does not hold a url, an api_key and an identity_secret")
+    if secret is not None and not re.fullmatch(r"[0-9a-f]{64}", secret):
+        raise _unreadable(path, "its identity_secret is not 64 hexadecimal digits")
+    return Connection(
+        url=normalise_url(url), api_key=key, identity_secret=secret, origin=f"The address is from {path}."
+    )
 
 
 def write(data_dir: Path, connection: Connection) -> Path:
@@ -94,7 +106,8 @@ def write(data_dir: Path, connection: Connection) -> Path:
     descriptor, temporary = tempfile.mkstemp(dir=data_dir, prefix=".connection-")  # mode 0600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            json.dump({"url": connection.url, "api_key": connection.api_key}, out, indent=2)
+            fields = {name: getattr(connection, name) for name in ("url", "api_key", "identity_secret")}
+            json.dump(fields, out, indent=2)
             out.write("\n")
             out.flush()
             os.fsync(out.fileno())
@@ -141,21 +154,30 @@ def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
 def _named_by_environment(environ: Mapping[str, str]) -> Connection:
     """A variable that was exported long ago is easily forgotten: `origin` names the local service that it hides."""
     url = normalise_url(environ["LORRY_URL"])
-    key = environ.get("LORRY_API_KEY") or None
+    key, secret = environ.get("LORRY_API_KEY") or None, None
     origin = "The address is from the variable LORRY_URL."
     folder = default_data_dir(environ)
+    local = None
     with contextlib.suppress(NotConfigured):
         local = read(folder)
-        if local is not None and local.url == url:
-            key = key or local.api_key
-        elif local is not None:
-            origin = f"{origin[:-1]}; without it, it would be {local.url}, from {folder / FILE_NAME}."
-    return Connection(url=url, api_key=key, origin=origin)
+    if local is not None and local.url == url:
+        local = _verifiable(local, folder)
+        key, secret = key or local.api_key, local.identity_secret
+    elif local is not None:
+        origin = f"{origin[:-1]}; without it, it would be {local.url}, from {folder / FILE_NAME}."
+    return Connection(url=url, api_key=key, identity_secret=secret, origin=origin)
+
+
+def _verifiable(local: Connection, folder: Path) -> Connection:
+    """Over http, the file's address alone does not tell who listens there. (Over https, the certificate does.)"""
+    if local.identity_secret is None and urlsplit(local.url).scheme == "http":
+        raise _unreadable(folder / FILE_NAME, "it has no identity_secret, since an earlier version of Lorry wrote it")
+    return local
 
 
 def _unreadable(path: Path, why: str) -> NotConfigured:
     return NotConfigured(
         f"{path} cannot be used: {why}.",
         code="bad_connection_file",
-        remedy="Start `lorry up` again to have it rewritten, or set LORRY_URL and LORRY_API_KEY.",
+        remedy="Restart `lorry up`, which rewrites it, or set LORRY_URL and LORRY_API_KEY.",
     )

@@ -32,6 +32,10 @@ class ConnectionFailed(LorryError):
     """The service did not answer, or broke off in the middle."""
 
 
+class ServiceNotVerified(LorryError):
+    """The program at the address did not prove that it is the user's own service. No key was sent to it."""
+
+
 class BadDownload(LorryError):
     """What came over the wire is not what its manifest says. Nothing of it was kept."""
 

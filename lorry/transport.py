@@ -12,6 +12,7 @@ import httpx
 from lorry.connection import Connection, is_loopback
 from lorry.errors import APIError, ConnectionFailed, from_response
 from lorry.retries import RetryPolicy, is_retryable
+from lorry.service_identity import VerifiedTransport
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 120.0
@@ -43,7 +44,7 @@ class Transport:
             base_url=f"{connection.url}/v1/",
             headers=headers,
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-            transport=transport,
+            transport=transport or _verifying(connection),
             trust_env=not is_loopback(connection.url),
         )
 
@@ -144,6 +145,14 @@ class Transport:
             remedy="Check the address, and whether it runs: one just started needs some seconds. `lorry up` starts a "
             "service on this machine.",
         )
+
+
+def _verifying(connection: Connection) -> httpx.BaseTransport | None:
+    """For the service of this installation, whose listener proves its identity on each new connection. None: httpx's
+    own transport. Over https, the certificate is the proof."""
+    if connection.identity_secret is None or not connection.url.startswith("http:"):
+        return None
+    return VerifiedTransport(connection.identity_secret)
 
 
 def _is_refusal(error: BaseException | None) -> bool:

@@ -1,19 +1,20 @@
-"""Is it alive, is it ready, and its numbers."""
+"""Whether the service is alive and ready, the proof of its identity, and its metrics."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import Request, Response, Security
+from fastapi import Query, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from api.auth import bearer, require_operator
 from api.deps import Services, Use
 from api.hosts import host_name, is_loopback
 from api.routes import errors
 from api.routing import Router
+from api.service_identity import NONCE_PATTERN, proof
 from catalog import keys, numbers
 from catalog.db import read_clock
 from catalog.errors import LorryError, Unauthorized
@@ -24,6 +25,11 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 class Alive(BaseModel):
     status: Literal["ok"] = "ok"
+
+
+class ServiceIdentity(BaseModel):
+    object: Literal["service_identity"] = "service_identity"
+    proof: str = Field(description="HMAC-SHA256 over the nonce and the address and port that accepted this connection.")
 
 
 class Ready(BaseModel):
@@ -48,6 +54,21 @@ def get_readiness(use: Use, response: Response) -> Ready:
         response.status_code = 503
         response.headers["retry-after"] = "5"
     return Ready(status=_word(database and store), database=_word(database), store=_word(store))
+
+
+@router.get("/v1/service_identity", operation_id="get_service_identity", responses=errors(400))
+async def get_service_identity(
+    request: Request,
+    use: Use,
+    nonce: Annotated[str, Query(pattern=NONCE_PATTERN, description="32 random bytes, in hexadecimal digits.")],
+) -> ServiceIdentity:
+    """Proof, for a client that shares this installation's identity secret, that the listener is this service.
+
+    `lorry` asks for it on each new connection to the service of `connection.json`, before it sends an API key.
+    """
+    server: tuple[str, int | None] | None = request.scope.get("server")
+    host, port = server or ("", None)
+    return ServiceIdentity(proof=proof(use.pepper, nonce=nonce, host=host, port=port or 0))
 
 
 @router.get(

@@ -164,6 +164,8 @@ def _show_once(key: ApiKey, *, as_json: bool) -> None:
 
 def _note_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
     """The key that this command itself came with: a local service's file gets the new one."""
+    from dataclasses import replace
+
     from lorry import connection
 
     if (lorry.api_key or "").split("_")[1:2] != [old_id]:
@@ -171,7 +173,7 @@ def _note_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
     folder = connection.default_data_dir()
     local = connection.read(folder)
     if local is not None and local.api_key == lorry.api_key:
-        path = connection.write(folder, connection.Connection(url=local.url, api_key=key.value))
+        path = connection.write(folder, replace(local, api_key=key.value))
         output.say(f"The new key is in {path}.")
     else:
         output.say("That was the key that you use: put the new one into LORRY_API_KEY.")

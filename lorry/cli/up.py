@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,8 @@ from lorry.cli.app import EXIT_INTERRUPTED
 from lorry.cli.output import AsJson
 
 if TYPE_CHECKING:
+    import httpx
+
     from lorry.connection import Connection
     from lorry.local.service import Service
 
@@ -40,20 +43,19 @@ def up(
     chosen = device_names.choose(devices)
     folder = (data_dir or connection.default_data_dir()).expanduser().resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with DataLock(folder):
-        chosen_port = ports.choose(host, port)
-        if (told := ports.moved(chosen_port, port)) is not None:
+    with DataLock(folder), ports.listen(host, port) as listening:
+        if (told := ports.moved(listening, port)) is not None:
             output.say(told)
-        running = service.Service(folder, host=host, port=chosen_port)
+        running = service.Service(folder, host=host, listening=listening)
         running.logs.mkdir(mode=0o700, exist_ok=True)
-        known = _bootstrap(running, ports.url(host, chosen_port))
+        known = _bootstrap(running, ports.url(host, listening))
         num_signals = _supervise(running, known, chosen, as_json=as_json)
     if num_signals > 1:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _bootstrap(running: Service, url: str) -> Connection:
-    """The connection file keeps the key of the first start; a later start only renews the address.
+    """The connection file keeps the key of the first start; a later start renews the address and the identity secret.
 
     A key is shown only once. Where the file was lost, or the first start was cut off before it wrote it, another
     key is made: whoever has the data folder may.
@@ -67,11 +69,11 @@ def _bootstrap(running: Service, url: str) -> Connection:
     except NotConfigured as error:
         output.say(error.message)
         before = None
-    api_key = made or (before.api_key if before else None)
+    api_key = made.api_key or (before.api_key if before else None)
     if api_key is None:
         api_key = running.new_key()
         output.say(f"{running.data_dir / connection.FILE_NAME} held no API key: a new one was made and is in there.")
-    known = connection.Connection(url=url, api_key=api_key)
+    known = connection.Connection(url=url, api_key=api_key, identity_secret=made.identity_secret)
     connection.write(running.data_dir, known)
     return known
 
@@ -90,27 +92,30 @@ def _supervise(running: Service, known: Connection, devices: list[str], *, as_js
     return Supervisor(
         running.api(),
         running.workers(devices),
-        is_ready=lambda: _is_ready(known.url),
+        is_ready=lambda: is_ready(known),
         on_ready=announce,
         say=output.say,
     ).run()
 
 
 def keep_key_good(running: Service, known: Connection) -> None:
-    """A key that was revoked, or rotated and not noted, is of no use in the connection file."""
+    """Replaces a key in the connection file that is no longer valid: it was revoked, or rotated elsewhere.
+
+    Raises ServiceNotVerified, and then the key was not sent.
+    """
     import httpx
 
     from lorry import connection
 
-    headers = {"authorization": f"Bearer {known.api_key}"}
     try:
-        answer = httpx.get(f"{known.url}/v1/browser_session", headers=headers, timeout=10, trust_env=False)
+        with verified_client(known, seconds=10) as client:
+            answer = client.get("/v1/browser_session", headers={"authorization": f"Bearer {known.api_key}"})
     except httpx.TransportError:
         return
     if answer.status_code == 401:
-        connection.write(running.data_dir, connection.Connection(url=known.url, api_key=running.new_key()))
+        connection.write(running.data_dir, replace(known, api_key=running.new_key()))
         path = running.data_dir / connection.FILE_NAME
-        output.say(f"The API key in {path} opens nothing any more: a new one was made and is in there.")
+        output.say(f"The API key in {path} is no longer valid. A new one was made and is in there.")
 
 
 def _announce(running: Service, url: str, link: str, devices: list[str]) -> None:
@@ -129,10 +134,23 @@ def _announce(running: Service, url: str, link: str, devices: list[str]) -> None
     out.file.flush()
 
 
-def _is_ready(url: str) -> bool:
+def is_ready(known: Connection) -> bool:
+    """Whether our own API server answers. Raises ServiceNotVerified if another process answers in its place."""
     import httpx
 
     try:
-        return httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200
+        with verified_client(known, seconds=2) as client:
+            return client.get("/readyz").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def verified_client(known: Connection, *, seconds: float) -> httpx.Client:
+    """Sends nothing but the challenge before the listener has proved that it is this installation's API server."""
+    import httpx
+
+    from lorry.service_identity import VerifiedTransport
+
+    assert known.identity_secret is not None, "bootstrap gives it"
+    transport = VerifiedTransport(known.identity_secret)
+    return httpx.Client(base_url=known.url, transport=transport, timeout=seconds, trust_env=False)

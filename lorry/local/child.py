@@ -19,12 +19,23 @@ _TAIL_BYTES = 16 * 2**10
 class Child:
     """May be started again after it ended. Ours alone: it is in a session of its own, so Ctrl-C reaches only us."""
 
-    def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        """pass_fds: open descriptors that the child inherits under the same numbers."""
         self.name = name
         self.log = log
         self._argv = list(argv)
         self._env = dict(env)
         self._cwd = cwd
+        self._pass_fds = tuple(pass_fds)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -40,6 +51,7 @@ class Child:
                 env=self._env,
                 cwd=self._cwd,
                 start_new_session=True,
+                pass_fds=self._pass_fds,
             )
 
     @property

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -32,20 +34,36 @@ def check_installed() -> None:
         )
 
 
-class Service:
-    """The service on one data folder, at one address."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bootstrapped:
+    """What the database's first start, or a later one, gives to the client."""
 
-    def __init__(self, data_dir: Path, *, host: str, port: int, environ: Mapping[str, str] | None = None) -> None:
+    api_key: str | None = field(repr=False)
+    """The first operator's key. None: it was made, and shown, at an earlier start."""
+    identity_secret: str = field(repr=False)
+    """By which clients verify the listener: see lorry.service_identity."""
+
+
+class Service:
+    """The service on one data folder. Its API server accepts on `listening`, which was opened at `host`."""
+
+    def __init__(
+        self, data_dir: Path, *, host: str, listening: socket.socket, environ: Mapping[str, str] | None = None
+    ) -> None:
         self.data_dir = data_dir
         self.logs = data_dir / "logs"
         self._host = host
-        self._port = port
+        self._listening = listening
         self._env = _environment(data_dir, os.environ if environ is None else environ)
 
-    def bootstrap(self) -> str | None:
-        """Makes or migrates the database. The first operator key where this made it, else None: it is told once."""
-        key = self._run("bootstrap", "--json").get("api_key")
-        return key if isinstance(key, str) else None
+    def bootstrap(self) -> Bootstrapped:
+        """Makes or migrates the database."""
+        answer = self._run("bootstrap", "--json", "--identity-secret")
+        key = answer.get("api_key")
+        return Bootstrapped(
+            api_key=key if isinstance(key, str) else None,
+            identity_secret=_told(answer, "identity_secret", command="bootstrap"),
+        )
 
     def new_key(self) -> str:
         """Another operator key, for who has the data folder but no key."""
@@ -56,7 +74,9 @@ class Service:
         return _told(self._run("sign-in-link", "--json"), "url", command="sign-in-link")
 
     def api(self) -> Child:
-        return self._child("api", _python("api", "serve", "--host", self._host, "--port", str(self._port)))
+        inherited = self._listening.fileno()
+        argv = _python("api", "serve", "--host", self._host, "--listen-fd", str(inherited))
+        return self._child("api", argv, pass_fds=(inherited,))
 
     def workers(self, chosen: Sequence[str]) -> list[Child]:
         """One for each device."""
@@ -66,8 +86,9 @@ class Service:
             for name, device in zip(names, chosen, strict=True)
         ]
 
-    def _child(self, name: str, argv: Sequence[str]) -> Child:
-        return Child(name, argv, env=self._env, cwd=self.data_dir, log=self.logs / f"{name}.log")
+    def _child(self, name: str, argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> Child:
+        log = self.logs / f"{name}.log"
+        return Child(name, argv, env=self._env, cwd=self.data_dir, log=log, pass_fds=pass_fds)
 
     def _run(self, *arguments: str) -> dict[str, Any]:
         """The JSON object that a command of the api prints. Raises LorryError with the end of what it complained of."""

@@ -98,8 +98,10 @@ class Supervisor:
 
     def _wait_until_ready(self) -> None:
         deadline = self._clock() + self._patience.ready_seconds
-        while self._num_signals == 0 and not self._is_ready():
-            self._check_api("did not start")
+        while self._num_signals == 0:
+            self._check_api("did not start")  # first: an API server that ended can't be ready, whatever answers
+            if self._is_ready():
+                return
             if self._clock() > deadline:
                 raise _failed(self._api, "does not answer")
             self._sleep(_TICK_SECONDS)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from lorry import service_identity
+
 
 @dataclass(kw_only=True)
 class Reply:
@@ -33,10 +35,14 @@ class Seen:
 
 
 class Script:
-    """Replies per method and path (without the query), in order; the last one is repeated."""
+    """Replies per method and path (without the query), in order; the last one is repeated.
+
+    It proves its identity by `identity_secret`, unless that is None; what it is asked for that is not in `seen`.
+    """
 
     def __init__(self) -> None:
         self.url = ""
+        self.identity_secret: str | None = "5e" * 32
         self.seen: list[Seen] = []
         self._replies: dict[tuple[str, str], list[Reply]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -92,7 +98,7 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            reply = script.answer(Seen(method=self.command, path=self.path, headers=headers, body=body))
+            reply = self.proof() or script.answer(Seen(method=self.command, path=self.path, headers=headers, body=body))
             content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
             self.send_response(reply.status)
             for name, value in reply.headers.items():
@@ -101,6 +107,15 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(content)
             self.close_connection = self.close_connection or reply.cut
+
+        def proof(self) -> Reply | None:
+            path, _, query = self.path.partition("?")
+            if path != service_identity.PATH or script.identity_secret is None:
+                return None
+            host, port = self.connection.getsockname()
+            nonce = query.removeprefix("nonce=")
+            proof = service_identity.expected_proof(script.identity_secret, nonce=nonce, host=host, port=port)
+            return Reply(body={"proof": proof})
 
         do_GET = do_POST = do_DELETE = handle_any
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,8 @@ def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
 ) -> None:
     service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
     service.on("GET", "/v1/api_keys/key-1", KEY)
-    connection.write(tmp_path, Connection(url=service.url, api_key="lorry_key-1_old"))
+    known = Connection(url=service.url, api_key="lorry_key-1_old", identity_secret=service.identity_secret)
+    connection.write(tmp_path, known)
     monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("LORRY_API_KEY", "lorry_key-1_other")
     elsewhere = run("keys", "rotate", "key-1").stderr
@@ -84,7 +86,7 @@ def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
 
     assert "put the new one into LORRY_API_KEY" in elsewhere
     assert f"The new key is in {tmp_path / 'connection.json'}." in here
-    assert connection.read(tmp_path) == Connection(url=service.url, api_key="lorry_key-2_secret")
+    assert connection.read(tmp_path) == replace(known, api_key="lorry_key-2_secret")
 
 
 @pytest.mark.parametrize(("status", "kept"), [(401, "new"), (200, "old")])
@@ -92,13 +94,13 @@ def test_a_start_replaces_a_key_in_the_connection_file_that_opens_nothing(
     service: Script, tmp_path: Path, status: int, kept: str
 ) -> None:
     service.on("GET", "/v1/browser_session", Reply(status=status, body={}))
-    known = Connection(url=service.url, api_key="old")
+    known = Connection(url=service.url, api_key="old", identity_secret=service.identity_secret)
     connection.write(tmp_path, known)
     running: Any = SimpleNamespace(data_dir=tmp_path, new_key=lambda: "new")
 
     keep_key_good(running, known)
 
-    assert connection.read(tmp_path) == Connection(url=service.url, api_key=kept)
+    assert connection.read(tmp_path) == replace(known, api_key=kept)
 
 
 def test_a_key_that_may_do_all_is_listed_as_such(service: Script, run: Run) -> None:

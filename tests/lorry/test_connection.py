@@ -11,6 +11,8 @@ from lorry import connection
 from lorry.connection import Connection
 from lorry.errors import NotConfigured
 
+SECRET = "5e" * 32
+
 
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:1", api_key="of the file"))
@@ -26,19 +28,19 @@ def test_an_argument_wins_over_the_environment() -> None:
 
 
 def test_without_an_environment_the_file_of_the_data_folder_is_read(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
 
     assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)}).api_key == "k"
 
 
 def test_a_data_folder_that_was_named_wins_over_the_environment(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
 
     assert connection.find(data_dir=tmp_path, environ={"LORRY_URL": "http://b:2"}).url == "http://127.0.0.1:8472"
 
 
 def test_a_data_folder_that_was_named_comes_with_its_own_key(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
     remote = {"LORRY_URL": "http://b:2", "LORRY_API_KEY": "remote"}
 
     for environ in (remote, {"LORRY_API_KEY": "remote"}):
@@ -46,7 +48,7 @@ def test_a_data_folder_that_was_named_comes_with_its_own_key(tmp_path: Path) -> 
 
 
 def test_the_key_of_the_environment_is_shown_to_the_service_of_the_environment_alone(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key=None))
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key=None, identity_secret=SECRET))
     environ = {"LORRY_URL": "http://b:2/v1", "LORRY_API_KEY": "remote"}
 
     assert connection.find(data_dir=tmp_path, environ=environ).api_key is None
@@ -59,7 +61,7 @@ def test_what_does_not_answer_is_told_with_where_its_address_comes_from(tmp_path
     local = {"LORRY_DATA_DIR": str(tmp_path)}
     remote = {**local, "LORRY_URL": "http://b:2/v1"}
     by_variable = connection.find(environ=remote).origin
-    path = connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    path = connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
 
     assert by_variable == "The address is from the variable LORRY_URL."
     assert connection.find(environ=local).origin == f"The address is from {path}."
@@ -71,7 +73,7 @@ def test_what_does_not_answer_is_told_with_where_its_address_comes_from(tmp_path
 
 
 def test_the_key_of_the_file_is_shown_where_the_variable_names_the_same_service(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
     environ = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://127.0.0.1:8472/v1"}
 
     assert connection.find(environ=environ).api_key == "k"
@@ -94,7 +96,13 @@ def test_where_nothing_is_known_the_remedy_says_what_to_do(tmp_path: Path) -> No
     assert "lorry up" in refused.value.remedy
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"url": 3}', '{"url": "http://a", "api_key": 3}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{", '{"url": 3}', '{"url": "http://a", "api_key": 3}', "\udcff"),
+        *('{"url": "http://a", "identity_secret": 3}', '{"url": "http://a", "identity_secret": "short"}'),
+    ],
+)
 def test_a_file_that_is_no_connection_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "connection.json").write_bytes(content.encode("utf-8", "surrogateescape"))
 
@@ -106,7 +114,7 @@ def test_the_file_is_for_its_owner_alone_even_where_an_open_one_was_there(tmp_pa
     (tmp_path / "connection.json").write_text("{}")
     (tmp_path / "connection.json").chmod(0o644)
 
-    path = connection.write(tmp_path, Connection(url="http://127.0.0.1:1", api_key="k"))
+    path = connection.write(tmp_path, Connection(url="http://127.0.0.1:1", api_key="k", identity_secret=SECRET))
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["connection.json"]
@@ -130,3 +138,29 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 )
 def test_only_a_loopback_address_is_local(url: str, local: bool) -> None:
     assert connection.is_loopback(url) is local
+
+
+def test_a_file_of_an_earlier_version_gives_no_key_to_a_listener_that_can_not_be_verified(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
+    local = {"LORRY_DATA_DIR": str(tmp_path)}
+
+    for environ in (local, {**local, "LORRY_URL": "http://127.0.0.1:8472"}):
+        with pytest.raises(NotConfigured, match="no identity_secret") as refused:
+            connection.find(environ=environ)
+        assert "Restart `lorry up`" in refused.value.remedy
+    elsewhere = {**local, "LORRY_URL": "http://127.0.0.1:9", "LORRY_API_KEY": "mine"}
+    assert connection.find(environ=elsewhere).api_key == "mine"
+
+
+def test_the_secret_of_the_file_goes_with_its_address_and_is_never_printed(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="of-the-file", identity_secret=SECRET))
+    local = {"LORRY_DATA_DIR": str(tmp_path)}
+
+    found = connection.find(environ=local)
+
+    assert found.identity_secret == SECRET
+    assert connection.find(environ={**local, "LORRY_URL": "http://127.0.0.1:8472/v1"}).identity_secret == SECRET
+    assert connection.find(environ={**local, "LORRY_URL": "http://127.0.0.1:8473"}).identity_secret is None
+    assert connection.find(url="http://127.0.0.1:8472", environ=local).identity_secret is None
+    assert SECRET not in repr(found)
+    assert "of-the-file" not in repr(found)

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +19,7 @@ from lorry.errors import LorryError
 from lorry.local import child, devices, ports, service
 from lorry.local.child import Child
 from lorry.local.lock import DataLock
+from tests.services.running import free_port
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -75,36 +78,53 @@ def test_a_port_that_was_asked_for_and_is_taken_is_refused_and_the_default_goes_
         monkeypatch.setattr(ports, "DEFAULT_PORT", number)
 
         with pytest.raises(LorryError, match=f"Port {number} on 127.0.0.1 is in use") as refused:
-            ports.choose("127.0.0.1", number)
+            ports.listen("127.0.0.1", number)
         assert "--port" in refused.value.remedy
-        assert number < ports.choose("127.0.0.1", None) < number + 50
+        with ports.listen("127.0.0.1", None) as listening:
+            assert number < listening.getsockname()[1] < number + 50
+
+
+def test_no_other_process_can_listen_at_a_port_once_it_was_chosen() -> None:
+    with ports.listen("127.0.0.1", free_port()) as listening, socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+        with pytest.raises(OSError, match="in use"):
+            other.bind(listening.getsockname())
 
 
 def test_whoever_finds_the_service_on_another_port_than_usual_is_told_so() -> None:
-    assert ports.moved(8473, None) == (
+    at = cast("Any", lambda port: SimpleNamespace(getsockname=lambda: ("127.0.0.1", port)))
+
+    assert ports.moved(at(8473), None) == (
         "Port 8472 is in use by another program, perhaps another Lorry: this one listens on 8473."
     )
-    assert ports.moved(8472, None) is ports.moved(9000, 9000) is None
+    assert ports.moved(at(8472), None) is ports.moved(at(9000), 9000) is None
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
 def test_a_host_that_is_not_this_machine_is_a_sentence(host: str) -> None:
     with pytest.raises(LorryError, match="Nothing can listen") as refused:
-        ports.choose(host, None)
+        ports.listen(host, None)
     assert "--host" in refused.value.remedy
 
 
 @pytest.mark.parametrize(
-    ("host", "url"),
+    ("host", "bound", "url"),
     [
-        ("127.0.0.1", "http://127.0.0.1:1"),
-        ("0.0.0.0", "http://127.0.0.1:1"),
-        ("::", "http://[::1]:1"),
-        ("lorry.example", "http://lorry.example:1"),
+        ("127.0.0.1", "127.0.0.1", "http://127.0.0.1:1"),
+        ("0.0.0.0", "0.0.0.0", "http://127.0.0.1:1"),
+        ("::", "::", "http://[::1]:1"),
+        ("localhost", "127.0.0.1", "http://127.0.0.1:1"),
+        ("localhost", "::1", "http://[::1]:1"),
+        ("lorry.example", "192.0.2.1", "http://lorry.example:1"),
     ],
 )
-def test_the_address_is_one_that_a_client_here_can_reach(host: str, url: str) -> None:
-    assert ports.url(host, 1) == url
+def test_the_address_is_one_that_a_client_here_can_reach_and_leads_to_this_socket_alone(
+    host: str, bound: str, url: str
+) -> None:
+    listening = cast("Any", SimpleNamespace(getsockname=lambda: (bound, 1)))
+
+    assert ports.url(host, listening) == url
 
 
 @pytest.mark.parametrize("wanted", ["cpu", "CPU", " cpu "])
@@ -205,10 +225,16 @@ def test_where_only_the_client_is_installed_the_command_to_install_the_rest_is_t
 
 
 def test_ctrl_c_does_not_reach_the_services_own_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import json, os; print(json.dumps({'api_key': f'alone: {os.getsid(0) == os.getpid()}'}))"
+    code = (
+        "import json, os; is_alone = os.getsid(0) == os.getpid();"
+        "print(json.dumps({'api_key': f'alone: {is_alone}', 'identity_secret': ''}))"
+    )
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", code])
 
-    assert service.Service(tmp_path, host="127.0.0.1", port=1).bootstrap() == "alone: True"
+    with socket.socket() as listening:
+        made = service.Service(tmp_path, host="127.0.0.1", listening=listening).bootstrap()
+
+    assert made.api_key == "alone: True"
 
 
 @pytest.mark.parametrize("printed", ["{}", '{"api_key": null, "url": null}'])
@@ -216,10 +242,30 @@ def test_what_the_services_own_commands_leave_out_is_no_key_and_no_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str
 ) -> None:
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", f"print({printed!r})"])
-    made = service.Service(tmp_path, host="127.0.0.1", port=1)
+    with socket.socket() as listening:
+        made = service.Service(tmp_path, host="127.0.0.1", listening=listening)
 
     with pytest.raises(LorryError, match="new-key` ended well and told no api_key"):
         made.new_key()
     with pytest.raises(LorryError, match="sign-in-link` ended well and told no url"):
         made.sign_in_link()
-    assert made.bootstrap() is None
+    with pytest.raises(LorryError, match="bootstrap` ended well and told no identity_secret"):
+        made.bootstrap()
+
+
+def test_a_child_inherits_the_sockets_that_it_is_given_and_no_others(tmp_path: Path) -> None:
+    code = (
+        "import socket, sys\n"
+        "print(socket.socket(fileno=int(sys.argv[1])).getsockname()[1])\n"
+        "try: socket.socket(fileno=int(sys.argv[2]))\n"
+        "except OSError: print('closed')"
+    )
+    with ports.listen("127.0.0.1", free_port()) as given, ports.listen("127.0.0.1", free_port()) as kept:
+        argv = [sys.executable, "-c", code, str(given.fileno()), str(kept.fileno())]
+        thing = Child(
+            "thing", argv, env=dict(os.environ), cwd=tmp_path, log=tmp_path / "log", pass_fds=[given.fileno()]
+        )
+        thing.start()
+        until(lambda: not thing.is_alive())
+
+        assert thing.log_tail() == f"{given.getsockname()[1]}\nclosed"

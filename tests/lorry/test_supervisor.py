@@ -182,3 +182,14 @@ def test_a_signal_while_the_api_starts_ends_it() -> None:
 
     assert world.supervisor.run() == 1
     assert world.journal == ["start api", "terminate api"]
+
+
+def test_an_api_that_ended_is_not_ready_whatever_answers_at_its_port() -> None:
+    world = World()
+    world.api.start = lambda: world.journal.append("start api")  # and it ends at once, as with a port in use
+    world.ready_at = 0.0
+
+    with pytest.raises(LorryError, match="did not start"):
+        world.supervisor.run()
+
+    assert world.journal == ["start api"]

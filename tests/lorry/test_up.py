@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 from lorry import Lorry, connection
 from tests.lorry.test_local import is_alive, until
+from tests.services.running import free_port
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("module_database")]
 UP = [sys.executable, "-P", "-m", "lorry", "up", "--devices", "cpu", "--json"]
@@ -88,8 +90,7 @@ def test_a_later_start_keeps_the_key_and_tells_the_new_address(data_dir: Path) -
         port = free.getsockname()[1]
 
     with up(data_dir, "--port", str(port)) as (process, told):
-        after = connection.read(data_dir)
-        assert after == connection.Connection(url=f"http://127.0.0.1:{port}", api_key=before.api_key)
+        assert connection.read(data_dir) == replace(before, url=f"http://127.0.0.1:{port}")
         assert told["url"] == f"http://127.0.0.1:{port}"
 
         process.send_signal(signal.SIGINT)
@@ -150,6 +151,53 @@ def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "is in use" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+WITH_A_THIEF = """
+import socket, sys, threading
+from lorry.cli.main import main
+from lorry.local import service
+
+heard_in, port = sys.argv.pop(1), int(sys.argv.pop(1))
+
+def steal():
+    listening = socket.create_server(("127.0.0.1", port))
+    def answer():
+        while True:
+            client, _ = listening.accept()
+            with client:
+                open(heard_in, "ab").write(client.recv(65536))
+                client.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-length: 2\\r\\nconnection: close\\r\\n\\r\\n{}")
+    threading.Thread(target=answer, daemon=True).start()
+
+def bootstrap(self, real=service.Service.bootstrap):
+    try:
+        steal()
+    except OSError as error:
+        open(heard_in, "ab").write(f"not taken: {error.strerror}".encode())
+    return real(self)
+
+service.Service.bootstrap = bootstrap
+main()
+"""
+"""`lorry up`, with another process that listens at the port as soon as it is chosen, if it can."""
+
+
+def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: Path) -> None:
+    port, heard, data_dir = free_port(), tmp_path / "heard", tmp_path / "data"
+    up_arguments = [*UP[4:], "--data-dir", str(data_dir), "--port", str(port)]
+    argv = [sys.executable, "-P", "-c", WITH_A_THIEF, str(heard), str(port), *up_arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+
+    assert "authorization" not in heard.read_text().lower()
+    assert heard.read_text().startswith("not taken: Address already in use")
+    assert json.loads(line)["url"] == f"http://127.0.0.1:{port}", errors
 
 
 def test_a_data_folder_that_can_not_be_is_a_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,185 @@
+"""Checks that a local listener is the user's own Lorry service before an API key is sent to it.
+
+`lorry up` writes an identity secret next to the API key into `connection.json`. Each new connection to that service
+begins with a challenge: the client sends a random nonce, and the server answers with an HMAC under the secret, over the
+nonce and the address and port of this connection. Only then is the connection used. A process that took the port
+can't compute the HMAC. If it relays the nonce to the real server, the HMAC is for the real server's port.
+api/service_identity.py is the server's side of the same computation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from ipaddress import IPv6Address, ip_address
+from typing import Any, cast
+
+import httpcore
+import httpx
+
+from lorry.errors import ServiceNotVerified
+
+PATH = "/v1/service_identity"
+_LONGEST_ANSWER_BYTES = 4096
+_HANDSHAKE_SECONDS = 5.0
+_BUSY = frozenset({429, 502, 503, 504})
+"""Statuses of a service that can't answer at the moment: the connection may be tried again."""
+
+
+def expected_proof(secret: str, *, nonce: str, host: str, port: int) -> str:
+    """The HMAC that the service must answer on a connection to `host` and `port`."""
+    text = f"lorry service identity\n{nonce}\n{_canonical(host)}\n{port}"
+    return hmac.new(secret.encode("ascii"), text.encode(), hashlib.sha256).hexdigest()
+
+
+class VerifiedTransport(httpx.BaseTransport):
+    """An HTTP transport that sends requests only over connections whose listener has proved its identity.
+
+    Raises ServiceNotVerified, and httpx.TransportError as httpx itself does.
+    """
+
+    def __init__(self, secret: str) -> None:
+        self._pool = httpcore.ConnectionPool(
+            max_connections=100,
+            max_keepalive_connections=20,
+            keepalive_expiry=5.0,
+            network_backend=_VerifyingBackend(secret),
+        )
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        url = httpcore.URL(
+            scheme=request.url.raw_scheme,
+            host=request.url.raw_host,
+            port=request.url.port,
+            target=request.url.raw_path,
+        )
+        content = cast("Iterable[bytes]", request.stream)
+        sent = httpcore.Request(
+            request.method, url, headers=request.headers.raw, content=content, extensions=request.extensions
+        )
+        with _httpx_errors():
+            response = self._pool.handle_request(sent)
+        return httpx.Response(
+            response.status,
+            headers=response.headers,
+            stream=_Body(response),
+            extensions=dict(cast("Mapping[str, Any]", response.extensions)),  # pyright: ignore[reportUnknownMemberType]
+        )
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class _Body(httpx.SyncByteStream):
+    """The body of a response whose errors are httpx's."""
+
+    def __init__(self, response: httpcore.Response) -> None:
+        self._response = response
+
+    def __iter__(self) -> Iterator[bytes]:
+        with _httpx_errors():
+            yield from self._response.iter_stream()
+
+    def close(self) -> None:
+        with _httpx_errors():
+            self._response.close()
+
+
+class _VerifyingBackend(httpcore.NetworkBackend):
+    """Opens TCP connections and gives out only those that passed the challenge."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+        self._backend = httpcore.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        stream = self._backend.connect_tcp(host, port, timeout, local_address, socket_options)
+        try:
+            self._challenge(stream, host, port, min(timeout or _HANDSHAKE_SECONDS, _HANDSHAKE_SECONDS))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _challenge(self, stream: httpcore.NetworkStream, host: str, port: int, seconds: float) -> None:
+        """Exchanges nonce and proof on the new connection, which stays open for the requests that follow."""
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            peer_host, peer_port = stream.get_extra_info("server_addr")[:2]
+        except OSError as error:  # the listener has closed the connection already
+            raise httpcore.ConnectError(str(error)) from error
+        nonce = secrets.token_hex(32)
+        exchange = httpcore.HTTP11Connection(
+            origin=httpcore.Origin(scheme=b"http", host=host.encode("ascii"), port=port), stream=stream
+        )
+        with exchange.stream(
+            "GET",
+            f"http://{authority}{PATH}?nonce={nonce}",
+            headers={"Host": authority, "Accept": "application/json"},
+            extensions={"timeout": {"read": seconds, "write": seconds}},
+        ) as response:
+            body = _bounded(response)
+        if response.status in _BUSY:
+            raise httpcore.ConnectError(f"it answered {response.status} to the identity check")
+        expected = expected_proof(self._secret, nonce=nonce, host=peer_host, port=peer_port)
+        if response.status != 200 or not hmac.compare_digest(_proof_in(body), expected.encode("ascii")):
+            raise _not_verified(authority)
+
+
+def _bounded(response: httpcore.Response) -> bytes:
+    body = b""
+    for chunk in response.iter_stream():
+        body += chunk
+        if len(body) > _LONGEST_ANSWER_BYTES:
+            return b""
+    return body
+
+
+def _proof_in(body: bytes) -> bytes:
+    """The answer's proof; empty if the answer is something else."""
+    try:
+        parsed: object = json.loads(body)
+    except (ValueError, RecursionError):
+        return b""
+    found = cast("dict[str, Any]", parsed).get("proof") if isinstance(parsed, dict) else None
+    return found.encode("utf-8", "replace") if isinstance(found, str) else b""
+
+
+def _canonical(host: str) -> str:
+    """One spelling of each IP address; an IPv4 address in IPv6 form is that IPv4 address."""
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    return str((address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address)
+
+
+def _not_verified(authority: str) -> ServiceNotVerified:
+    return ServiceNotVerified(
+        f"The program that listens on {authority} did not prove that it is your Lorry service. "
+        "No API key was sent to it.",
+        code="service_not_verified",
+        remedy="Another program may have taken the port, or an older version of Lorry may still be running there. "
+        "Start `lorry up` again: it chooses a free port and updates connection.json.",
+    )
+
+
+@contextmanager
+def _httpx_errors() -> Generator[None]:
+    """httpcore's errors as httpx's, which have the same names."""
+    try:
+        yield
+    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
+        kind: type[httpx.TransportError] = getattr(httpx, type(error).__name__, httpx.TransportError)
+        raise kind(str(error)) from error
