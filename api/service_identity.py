@@ -1,10 +1,6 @@
-"""Proof of identity that the API server gives before a local client sends it an API key.
-
-On a shared machine, another user's process may listen on the port at which Lorry ran before. A client that holds the
-installation's identity secret (`connection.json`) therefore sends a random nonce first. The answer is an HMAC over the
-nonce and over the address and port at which the server accepted this very connection: a process that relays the
-nonce to the real server gets a proof for another port, which the client rejects. lorry/service_identity.py is the
-client's side of the same computation.
+"""Proof of identity that the API server gives before a local client sends it an API key: an HMAC over the client's
+nonce and over the address and port at which the server accepted this very connection. So a process that relays the
+nonce from another port gets a proof that the client rejects. lorry/service_identity.py is the client's side.
 """
 
 from __future__ import annotations

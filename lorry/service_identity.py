@@ -1,10 +1,7 @@
 """Checks that a local listener is the user's own Lorry service before an API key is sent to it.
 
-`lorry up` writes an identity secret next to the API key into `connection.json`. Each new connection to that service
-begins with a challenge: the client sends a random nonce, and the server answers with an HMAC under the secret, over the
-nonce and the address and port of this connection. Only then is the connection used. A process that took the port
-can't compute the HMAC. If it relays the nonce to the real server, the HMAC is for the real server's port.
-api/service_identity.py is the server's side of the same computation.
+Each new connection begins with a challenge: the client sends a nonce, and the server answers an HMAC, under the secret
+of `connection.json`, over the nonce and this connection's address and port. docs/SECURITY.md explains the threat.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import Query, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.auth import bearer, require_operator
 from api.deps import Services, Use
@@ -28,6 +28,7 @@ class Alive(BaseModel):
 
 
 class ServiceIdentity(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": {"object": "service_identity", "proof": "9f2c…"}})
     object: Literal["service_identity"] = "service_identity"
     proof: str = Field(description="HMAC-SHA256 over the nonce and the address and port that accepted this connection.")
 
