@@ -37,6 +37,7 @@ from api.routes import (
     plans,
     projects,
     sign_in,
+    signing_keys,
     sweeps,
     usage,
     webhooks,
@@ -132,7 +133,7 @@ def create_app(
         audit_events,
         webhooks,
     )
-    for module in (*resources, sign_in, health):
+    for module in (*resources, signing_keys, sign_in, health):
         app.include_router(module.router)
     app.mount("/dashboard", Dashboard())
     return app

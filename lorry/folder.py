@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, cast
 
-from lorry import canonical_json
+from lorry import canonical_json, signatures
 from lorry.errors import BadDownload, LorryError
 
 MANIFEST = "manifest.json"
@@ -88,9 +88,11 @@ def holds(target: Path, contents: Contents) -> bool:
     return kept == contents.artifact and verify_folder(target)["passed"]
 
 
-def verify_folder(folder: Path) -> dict[str, Any]:
-    """`passed` and `problems`, each a sentence, for a pulled folder. Nothing is asked of a service.
+def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Checks a pulled folder offline: files against the manifest, record against its id, and the record's signature.
 
+    keys: the service's public keys (signatures.read_keys). Without them, only digests are checked, and `signature` is
+    `not_checked`. With them it is `valid` or `invalid`. `problems` are sentences.
     Raises LorryError for a folder that has neither a manifest nor a record.
     """
     if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
@@ -105,13 +107,19 @@ def verify_folder(folder: Path) -> dict[str, Any]:
         entries = _entries(manifest.get("files"))
         artifact = canonical_json.sha256(manifest)
     except LorryError as error:
-        return _result([error.message])
+        return _result([error.message], signature="not_checked")
     except ValueError as error:
-        return _result([f"{MANIFEST} has no canonical form: {error}."])
+        return _result([f"{MANIFEST} has no canonical form: {error}."], signature="not_checked")
     problems = [problem for entry in entries if (problem := _file_problem(folder, entry))]
     known = {entry.path for entry in entries} | {MANIFEST, LINEAGE}
     problems += [f"{path} is not in the manifest." for path in _paths(folder) if path not in known]
-    return _result(problems + lineage_problems(lineage, artifact))
+    problems += lineage_problems(lineage, artifact)
+    if keys is None:
+        return _result(problems, signature="not_checked")
+    unsigned = signatures.problem(
+        lineage.get("signature"), lineage_id=lineage.get("lineage_id"), artifact=artifact, keys=keys
+    )
+    return _result([*problems, *([unsigned] if unsigned else [])], signature="invalid" if unsigned else "valid")
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
@@ -198,5 +206,5 @@ def _paths(folder: Path) -> list[str]:
     return sorted(str(PurePosixPath(path.relative_to(folder))) for path in found)
 
 
-def _result(problems: list[str]) -> dict[str, Any]:
-    return {"object": "adapter.verification", "passed": not problems, "problems": problems}
+def _result(problems: list[str], *, signature: str) -> dict[str, Any]:
+    return {"object": "adapter.verification", "passed": not problems, "problems": problems, "signature": signature}

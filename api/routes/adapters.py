@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 
 from api.archive import Member, inline, tar_chunks, tar_size
 from api.auth import Signed
-from api.deps import After, IsRetry, Limit, Use
+from api.deps import After, IsRetry, Limit, Services, Use
 from api.downloads import READ_BYTES, Download
 from api.routes import SIGNED, binary, errors
 from api.routing import Router
@@ -19,16 +19,16 @@ from api.schemas.adapters import (
     AdapterObject,
     AdapterVerification,
     ArtifactFiles,
+    DsseEnvelope,
     LineageObject,
     VerificationObject,
     adapter_object,
     files_object,
 )
 from api.schemas.pages import ListPage, page_of
-from catalog import adapters, lineage
+from catalog import adapters, lineage, lineage_signatures
 from catalog.adapters import AdapterView
 from catalog.artifacts.manifest import Manifest
-from catalog.artifacts.store import ArtifactStore
 from catalog.errors import NotFound
 
 router = Router(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
@@ -97,7 +97,7 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
 def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
     """All its files in one tar, with manifest.json and lineage.json; PEFT loads the unpacked folder as it is."""
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
-    members = _members(view, use.store)
+    members = _members(view, use)
     made_at = int(view.adapter.created_at)
     return Download(
         use.downloads,
@@ -115,7 +115,7 @@ def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject
     """Base, data, configuration, attempts, code and results: from it alone the job can be run again."""
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
     children = adapters.children(use.db, project_id=caller.project_id, name=view.adapter.id)
-    return _lineage(view).model_copy(update={"children": [child.name for child in children]})
+    return _lineage(view, use).model_copy(update={"children": [child.name for child in children]})
 
 
 @router.post("/{adapter}/verify", operation_id="verify_adapter", responses=errors(404))
@@ -143,22 +143,29 @@ def _manifest(view: AdapterView) -> Manifest:
     return Manifest.from_rows(view.artifact.kind, view.artifact.files)
 
 
-def _lineage(view: AdapterView) -> LineageObject:
-    row = view.adapter
-    return LineageObject(adapter_id=row.id, lineage_id=row.lineage_id, lineage=row.lineage)
+def _lineage(view: AdapterView, use: Services) -> LineageObject:
+    row, manifest = view.adapter, _manifest(view)
+    signature = None
+    if manifest.digest == row.artifact and not lineage.verify(row.lineage, row.lineage_id, manifest):
+        signature = DsseEnvelope.model_validate(
+            lineage_signatures.sign_lineage(lineage_id=row.lineage_id, artifact=row.artifact, pepper=use.pepper)
+        )
+    return LineageObject(adapter_id=row.id, lineage_id=row.lineage_id, lineage=row.lineage, signature=signature)
 
 
-def _members(view: AdapterView, store: ArtifactStore) -> list[Member]:
+def _members(view: AdapterView, use: Services) -> list[Member]:
     """The two records are not of the manifest, so a file of the same name goes before them."""
     manifest = _manifest(view)
     members = [
         Member(
-            path=file.path, num_bytes=file.num_bytes, read=partial(store.open_blob, file.digest, chunk_bytes=READ_BYTES)
+            path=file.path,
+            num_bytes=file.num_bytes,
+            read=partial(use.store.open_blob, file.digest, chunk_bytes=READ_BYTES),
         )
         for file in manifest.files
     ]
     records = {
-        "lineage.json": _lineage(view).model_dump_json(indent=2, exclude={"children"}).encode(),
+        "lineage.json": _lineage(view, use).model_dump_json(indent=2, exclude={"children"}).encode(),
         "manifest.json": manifest.canonical(),
     }
     return members + [inline(path, content) for path, content in records.items() if manifest.file(path) is None]

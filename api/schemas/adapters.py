@@ -117,6 +117,36 @@ class ArtifactFiles(BaseModel):
     has_more: bool = False
 
 
+class DsseSignature(BaseModel):
+    keyid: str = Field(description="`kid` of a key in `/v1/keys.json`.")
+    sig: str = Field(description="Base64 of the Ed25519 signature.")
+
+
+class DsseEnvelope(BaseModel):
+    """A DSSE v1 envelope of an in-toto statement: its subject is the manifest, its predicate holds `lineage_id`."""
+
+    payloadType: Literal["application/vnd.in-toto+json"]  # noqa: N815  (DSSE's name)
+    payload: str = Field(description="Base64 of the statement's JSON.")
+    signatures: list[DsseSignature]
+
+
+class PublicKey(BaseModel):
+    """An Ed25519 public key as a JSON Web Key (RFC 8037)."""
+
+    kty: Literal["OKP"]
+    crv: Literal["Ed25519"]
+    use: Literal["sig"]
+    alg: Literal["EdDSA"]
+    kid: str
+    x: str = Field(description="Base64url of the 32 bytes of the key, without padding.")
+
+
+class PublicKeySet(BaseModel):
+    """The keys that this service signs lineage records with: the current one first, then previous ones."""
+
+    keys: list[PublicKey]
+
+
 class LineageObject(BaseModel):
     """`lineage_id` is the sha256 of the RFC 8785 form of `lineage`; the record's `graph.parents` are such ids."""
 
@@ -127,6 +157,11 @@ class LineageObject(BaseModel):
                 "adapter_id": "adapter-0a1b2c3d4e5f60718293a4b5",
                 "lineage_id": "ef2d127de37b942baad06145e54b0c619a1f22327b2ebbcfbec78f5564afe39d",
                 "lineage": {"format": "lorry.lineage/1", "job": "ftjob-1c0ffee0a1b2c3d4e5f60718"},
+                "signature": {
+                    "payloadType": "application/vnd.in-toto+json",
+                    "payload": "eyJfdHlwZSI6Imh0dHBzOi8vaW4tdG90by5pby9TdGF0ZW1lbnQvdjEifQ==",
+                    "signatures": [{"keyid": "9f86d081884c7d659a2feaa0c55ad015", "sig": "MEUCIQD…"}],
+                },
                 "children": ["ft:smollm2-135m:default:docs-2:2d1eaf00"],
             }
         }
@@ -136,6 +171,10 @@ class LineageObject(BaseModel):
     adapter_id: str
     lineage_id: str
     lineage: dict[str, Any]
+    signature: DsseEnvelope | None = Field(
+        description="Signs `lineage_id` and the manifest's digest with a key of `/v1/keys.json`. Null if the stored "
+        "record does not match its id or its files; `POST /v1/adapters/{adapter}/verify` lists the problems."
+    )
     children: list[str] = Field(default=[], description="Names of the adapters that continue it, as of now.")
 
 

@@ -106,13 +106,25 @@ def pull(
 
 
 @app.command()
-def verify(adapter: NameOrFolder, as_json: AsJson = False) -> None:
-    """Check bytes against digests, and the lineage record against its id. Exit code 1 if something is off."""
+def verify(
+    adapter: NameOrFolder,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File with the service's public keys (GET /v1/keys.json). Default: ask the service."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an adapter's files, lineage record and signature. Exit code 1 if a check fails.
+
+    A folder's signature is checked with the keys of the connected service, or of --keys without any service.
+    """
     folder = _folder(adapter)
     if folder is not None:
-        from lorry.folder import verify_folder
-
-        result = verify_folder(folder)
+        result = _verify_folder(folder, keys)
+    elif keys is not None:
+        raise typer.BadParameter(
+            "--keys applies to a folder; the service checks its own adapters.", param_hint="--keys"
+        )
     else:
         with _no_folder_either(adapter):
             result = client().adapters.verify(adapter)
@@ -244,12 +256,33 @@ def _no_folder_either(adapter: str) -> Generator[None]:
         raise
 
 
+def _verify_folder(folder: Path, keys: Path | None) -> dict[str, Any]:
+    """Checks the signature with the keys of the file, else of the service; says so if it has neither."""
+    from lorry.folder import verify_folder
+    from lorry.signatures import read_keys
+
+    if keys is not None:
+        return verify_folder(folder, keys=read_keys(keys.read_bytes()))
+    result = verify_folder(folder)
+    if not result["passed"]:
+        return result
+    try:
+        found = client().adapters.signing_keys()
+    except LorryError as error:
+        output.say(f"The signature was not checked: the service returned no public keys. {error.message}")
+        output.say("Pass --keys FILE, with the answer of GET /v1/keys.json, to check it offline.")
+        return result
+    return verify_folder(folder, keys=found)
+
+
 def _say_verdict(adapter: str, result: dict[str, Any], *, as_json: bool = False) -> None:
     """What a check found; exits with 1 if it is bad."""
     problems: list[str] = result.get("problems") or []
     if not as_json:
         for problem in problems:
             output.say(problem)
+        if result.get("signature") == "valid":
+            output.say("The signature is valid: a service with this key issued the lineage record.")
         verdict = "OK, it is what its record says" if result.get("passed") else "NOT what its record says"
         output.say(f"{adapter}: {verdict}.")
     if not result.get("passed"):

@@ -43,6 +43,10 @@ class Adapters:
         """The service reads every stored byte again and compares: `passed` and `problems`."""
         return self._transport.request("POST", _of(name, "verify"))
 
+    def signing_keys(self) -> builtins.list[dict[str, Any]]:
+        """The public keys that the service signs lineage records with, for `lorry.folder.verify_folder`."""
+        return self._transport.get("keys.json")["keys"]
+
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
         """For operators: let other projects, by id or name, read it, download it and continue it."""
         answer = self._transport.request("POST", _permissions(name), body={"project_ids": [*projects]})

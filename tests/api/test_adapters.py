@@ -168,7 +168,7 @@ def test_an_archive_holds_the_record_alone_which_never_changes(client: TestClien
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         member = archive.extractfile("lineage.json")
         assert member is not None
-        assert set(json.load(member)) == {"object", "adapter_id", "lineage_id", "lineage"}
+        assert set(json.load(member)) == {"object", "adapter_id", "lineage_id", "lineage", "signature"}
 
 
 def test_another_project_sees_no_adapter(stranger: TestClient, adapter: Adapter) -> None:

@@ -14,7 +14,15 @@ from catalog.db import read_clock
 from tests.api.site import error_of
 from tests.catalog.world import World
 
-OPEN_PATHS = {"/healthz", "/readyz", "/metrics", "/sign-in", "/v1/browser_session", "/v1/service_identity"}
+OPEN_PATHS = {
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/sign-in",
+    "/v1/browser_session",
+    "/v1/service_identity",
+    "/v1/keys.json",
+}
 SAME_ORIGIN = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
 
 

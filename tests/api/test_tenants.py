@@ -31,7 +31,7 @@ ABSENT = "0" * 24
 SHARED = frozenset(
     {
         *("get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers", "verify_audit_events"),
-        *("list_webhook_event_types", "get_service_identity"),
+        *("list_webhook_event_types", "get_service_identity", "get_signing_keys"),
     }
 )
 """What they answer is of no project."""

@@ -1,0 +1,96 @@
+"""Checks the signature of a pulled adapter's lineage record: a DSSE envelope of an in-toto statement (Ed25519).
+
+The keys come from the service that trained the adapter (`GET /v1/keys.json`), never from the adapter's own folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from lorry.errors import LorryError
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:lorry:lineage:1"
+_MAX_PAYLOAD_CHARACTERS = 2**16
+
+
+def read_keys(text: str | bytes) -> list[Mapping[str, Any]]:
+    """The Ed25519 keys of a JSON Web Key Set. Raises LorryError if the text is not one, or holds none."""
+    try:
+        parsed: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_a_key_set() from error
+    found = cast("dict[str, object]", parsed).get("keys") if isinstance(parsed, dict) else None
+    keys = cast("list[object]", found) if isinstance(found, list) else []
+    ours = [cast("dict[str, Any]", key) for key in keys if isinstance(key, dict)]
+    ours = [key for key in ours if key.get("kty") == "OKP" and key.get("crv") == "Ed25519"]
+    if not ours:
+        raise _not_a_key_set()
+    return [*ours]
+
+
+def problem(envelope: object, *, lineage_id: object, artifact: str, keys: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why the envelope does not prove that an owner of `keys` issued this record for these files; None if it does."""
+    if not isinstance(envelope, dict):
+        return "lineage.json has no signature."
+    wire = cast("dict[str, Any]", envelope)
+    try:
+        payload = _decoded(wire["payload"])
+        signatures = [(str(each["keyid"]), _decoded(each["sig"])) for each in wire["signatures"]]
+        is_signed = wire["payloadType"] == PAYLOAD_TYPE and any(
+            _is_valid(_encoding(payload), signature, key_id, keys) for key_id, signature in signatures
+        )
+        statement: Any = json.loads(payload)
+        subjects = [each["digest"]["sha256"] for each in statement["subject"]]
+        kind, issued = (statement["_type"], statement["predicateType"]), statement["predicate"]["lineage_id"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return "The signature in lineage.json is malformed."
+    if not is_signed:
+        return "The signature in lineage.json was not made with a key of this service."
+    if kind != (STATEMENT_TYPE, PREDICATE_TYPE) or issued != lineage_id or subjects != [artifact]:
+        return "The signature in lineage.json belongs to another adapter."
+    return None
+
+
+def _encoding(payload: bytes) -> bytes:
+    """PAE of DSSE v1: the bytes that are signed."""
+    kind = PAYLOAD_TYPE.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _is_valid(signed: bytes, signature: bytes, key_id: str, keys: Sequence[Mapping[str, Any]]) -> bool:
+    for key in keys:
+        if key.get("kid") == key_id:
+            encoded = str(key["x"])
+            public = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+            try:
+                Ed25519PublicKey.from_public_bytes(public).verify(signature, signed)
+            except InvalidSignature:
+                continue
+            return True
+    return False
+
+
+def _decoded(text: Any) -> bytes:
+    if not isinstance(text, str) or len(text) > _MAX_PAYLOAD_CHARACTERS:
+        raise ValueError("no base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError("no base64") from error
+
+
+def _not_a_key_set() -> LorryError:
+    return LorryError(
+        "This is not a JSON Web Key Set with an Ed25519 key.",
+        code="bad_key_set",
+        remedy="Save the answer of GET /v1/keys.json of the service that trained the adapter, and pass that file.",
+    )

@@ -1,0 +1,147 @@
+"""Signed lineage records: what the service signs, what a client accepts, and forgeries that digests do not detect."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rfc8785
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog import lineage_signatures
+from catalog.tables import Adapter
+from lorry import LorryError
+from lorry.folder import verify_folder
+from lorry.signatures import read_keys
+from tests.api.trained import trained
+from tests.catalog.world import World
+
+
+@pytest.fixture
+def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
+    return trained(services, world, tmp_path / "made")
+
+
+@pytest.fixture
+def pulled(client: TestClient, adapter: Adapter, tmp_path: Path) -> Path:
+    folder = tmp_path / "pulled"
+    archive = client.get(f"/v1/adapters/{adapter.id}/archive").content
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def keys(anonymous: TestClient) -> list[Any]:
+    """As a receiver of an adapter gets them: without an API key."""
+    return [*read_keys(anonymous.get("/v1/keys.json").content)]
+
+
+def replace_weights(folder: Path) -> None:
+    """Replaces weights, manifest and record together, so that all digests agree again."""
+    weights = b"\0" * 16
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for row in manifest["files"]:
+        if row["path"] == "adapter_model.safetensors":
+            row.update(digest=hashlib.sha256(weights).hexdigest(), num_bytes=len(weights))
+    (folder / "manifest.json").write_bytes(rfc8785.dumps(manifest))
+    told = json.loads((folder / "lineage.json").read_bytes())
+    told["lineage"]["outputs"]["artifact"] = hashlib.sha256(rfc8785.dumps(manifest)).hexdigest()
+    told["lineage_id"] = hashlib.sha256(rfc8785.dumps(told["lineage"])).hexdigest()
+    (folder / "lineage.json").write_text(json.dumps(told))
+
+
+def change_signature(folder: Path, **fields: object) -> None:
+    told = json.loads((folder / "lineage.json").read_bytes())
+    told["signature"].update(fields)
+    (folder / "lineage.json").write_text(json.dumps(told))
+
+
+def test_a_pulled_adapter_has_a_signature_that_the_services_public_key_verifies(pulled: Path, keys: list[Any]) -> None:
+    result = verify_folder(pulled, keys=keys)
+
+    assert result == {"object": "adapter.verification", "passed": True, "problems": [], "signature": "valid"}
+
+
+def test_files_manifest_and_record_that_are_replaced_together_do_not_verify(pulled: Path, keys: list[Any]) -> None:
+    replace_weights(pulled)
+
+    assert verify_folder(pulled)["passed"], "the forgery is consistent in itself"
+    assert verify_folder(pulled, keys=keys)["problems"] == ["The signature in lineage.json belongs to another adapter."]
+
+
+def test_a_forger_cannot_sign_the_record_with_a_key_of_their_own(pulled: Path, keys: list[Any]) -> None:
+    replace_weights(pulled)
+    told = json.loads((pulled / "lineage.json").read_bytes())
+    forged = lineage_signatures.sign_lineage(
+        lineage_id=told["lineage_id"], artifact=told["lineage"]["outputs"]["artifact"], pepper=b"x" * 32
+    )
+    change_signature(pulled, **forged)
+    by_name = verify_folder(pulled, keys=keys)
+    forged["signatures"][0]["keyid"] = keys[0]["kid"]
+    change_signature(pulled, **forged)
+
+    for result in (by_name, verify_folder(pulled, keys=keys)):
+        assert result["problems"] == ["The signature in lineage.json was not made with a key of this service."]
+        assert (result["passed"], result["signature"]) == (False, "invalid")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"payload": "@"},
+        {"payload": base64.b64encode(b"[]").decode()},
+        {"payload": 3},
+        {"signatures": []},
+        {"signatures": [{}]},
+        {"signatures": None},
+        {"payloadType": "text/plain"},
+    ],
+)
+def test_a_malformed_signature_is_a_problem_and_no_crash(
+    pulled: Path, keys: list[Any], changes: dict[str, object]
+) -> None:
+    change_signature(pulled, **changes)
+
+    assert verify_folder(pulled, keys=keys)["signature"] == "invalid"
+
+
+def test_a_record_without_a_signature_does_not_pass_where_one_is_expected(pulled: Path, keys: list[Any]) -> None:
+    told = json.loads((pulled / "lineage.json").read_bytes())
+    del told["signature"]
+    (pulled / "lineage.json").write_text(json.dumps(told))
+
+    assert verify_folder(pulled, keys=keys)["problems"] == ["lineage.json has no signature."]
+
+
+def test_the_service_signs_no_record_that_differs_from_its_id(
+    services: Services, client: TestClient, adapter: Adapter
+) -> None:
+    with services.db.write() as session:
+        row = session.get_one(Adapter, adapter.id)
+        row.lineage = {**row.lineage, "job": "ftjob-another"}
+
+    assert client.get(f"/v1/adapters/{adapter.id}/lineage").json()["signature"] is None
+
+
+def test_keys_of_previous_server_secrets_still_verify_what_they_signed() -> None:
+    old, new = b"o" * 32, b"n" * 32
+    signed = lineage_signatures.sign_lineage(lineage_id="1" * 64, artifact="2" * 64, pepper=old)
+    keys = lineage_signatures.key_set([new, old])["keys"]
+
+    assert [key["kid"] for key in keys] == [lineage_signatures.key_set([each])["keys"][0]["kid"] for each in (new, old)]
+    assert signed["signatures"][0]["keyid"] == keys[1]["kid"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"keys": []}', '{"keys": [{"kty": "RSA"}]}', '{"keys": 3}'])
+def test_a_file_that_is_no_key_set_is_rejected(text: str) -> None:
+    with pytest.raises(LorryError, match="not a JSON Web Key Set"):
+        read_keys(text)
