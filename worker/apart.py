@@ -17,6 +17,7 @@ from typing import TypeVar
 from lora_core.distributed import Meeting, Ranks
 from worker.meeting import tell_port, told_port
 from worker.trainer_directory import Json, TrainerDirectory
+from worker.trainer_paths import UnsafePath, confined
 
 NAMES = ("train", "valid", "resume", "parent")
 """What of an admit message's body is a file or a folder."""
@@ -114,9 +115,10 @@ def _hand_on(folder: Path, name: str, num_bytes: int, ranks: Ranks, end: _End) -
 
 
 def _opened(folder: Path, name: str, *, is_source: bool) -> BufferedIOBase:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise OSError(f"{name} is no file of a trainer's directory")
+    try:
+        path = confined(folder, name)
+    except UnsafePath as error:
+        raise OSError(error.message) from error
     if is_source:
         return path.open("rb")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -136,6 +136,13 @@ def _import(
         work.mkdir()
         target = work / "base"
         description, commit = _run_import(context, row, work, target, is_unwanted)
+        links = [path.name for path in target.rglob("*") if path.is_symlink()]
+        if links:
+            raise ImportRefused(
+                f"The import of {row.name!r} made a link, {links[0]!r}, where only files may be.",
+                code="import_failed",
+                remedy="Look at the source, and at the versions of the worker's libraries.",
+            )
         files = [_digest_file(target, path) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
             "files": [file.as_row() for file in files],

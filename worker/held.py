@@ -52,6 +52,8 @@ class Held:
     """Since it was handed over."""
     news: deque[Json] = field(default_factory=deque[Json])
     """What the trainer has said about it and is not on record yet. Empty but in an outage."""
+    superseded: list[str] = field(default_factory=list[str])
+    """Folders of checkpoints that newer ones have made needless before they were recorded. To be deleted."""
     recorded_step: int = 0
     """Of the newest checkpoint that this attempt has put on record."""
 
@@ -65,13 +67,12 @@ class Held:
         """What it takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""
         return needs.own_bytes(self.claim.job, description, recomputes=recomputes)
 
-    def outdated(self) -> list[Json]:
+    def drop_outdated(self) -> None:
         """Take those checkpoints out of the news that newer ones have made needless."""
         saved = [event for event in self.news if event["type"] == "checkpointed"]
-        dropped = saved[:-KEPT_CHECKPOINTS]
-        for event in dropped:
+        for event in saved[:-KEPT_CHECKPOINTS]:
             self.news.remove(event)
-        return dropped
+            self.superseded += folders_of(event)
 
 
 def folders_of(checkpointed: Json) -> list[str]:

@@ -10,6 +10,7 @@ from worker import publish
 from worker.bases import ImportRefused
 from worker.held import End
 from worker.preparation import FileRefused
+from worker.trainer_paths import UnsafePath
 
 
 def mishap(error: LorryError | OSError) -> End:
@@ -29,6 +30,8 @@ def mishap_of_job(error: LorryError | OSError) -> End:
         wire = publish.wire_error(error)
         if isinstance(error, FileRefused):
             return End(reason=EndReason.USER_ERROR, detail=error.sentence(), error=wire)
+        if isinstance(error, UnsafePath):
+            return End(reason=EndReason.TRAINER_CRASHED, detail=error.sentence(), error=wire)
         return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=wire)
     return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not use a file: {error}.")
 

@@ -5,7 +5,6 @@ Each event may be followed twice: where the database goes away half way, the sam
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -123,7 +122,7 @@ class Listener:
             publish.checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
             held.recorded_step = event["step"]
         for folder in folders_of(event):
-            shutil.rmtree(self._directory.path / folder, ignore_errors=True)
+            self._directory.delete(held.claim.claim_id, folder)
         return Next.GO_ON
 
     def _checkpoint_failed(self, held: Held, event: Json) -> Next:
@@ -210,9 +209,8 @@ class Listener:
             ).rstrip()
             error = {"code": "verification_failed", "message": message, "param": None}
             return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)
-        folder = self._directory.path / event["folder"]
         claim_id = held.claim.claim_id
         about = {"job": held.claim.job.id, "claim": claim_id}
         with tracing.span("publish", parent=self._context.spans.of(claim_id), about=about):
-            publish.adapter(self._context, held.claim, folder, event, trainer=ready)
+            publish.adapter(self._context, held.claim, self._directory, event, trainer=ready)
         return Next.COMPLETED

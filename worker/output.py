@@ -27,6 +27,7 @@ from worker.context import WorkerContext
 from worker.held import End
 from worker.launch import CREDENTIAL_NAMES
 from worker.trainer_directory import TrainerDirectory, cut_from
+from worker.trainer_paths import open_file
 
 log = logging.getLogger(__name__)
 LONGEST_FILE_BYTES = 4 * 2**20
@@ -60,8 +61,13 @@ class LogFile:
         if _size(self.path) <= LONGEST_FILE_BYTES:
             return
         try:
-            shutil.copyfile(self.path, self._before)
-            os.truncate(self.path, 0)
+            with (
+                os.fdopen(open_file(self.path, os.O_RDWR), "r+b") as printed,
+                os.fdopen(open_file(self._before, os.O_WRONLY | os.O_CREAT), "wb") as before,
+            ):
+                before.truncate()
+                shutil.copyfileobj(printed, before)
+                printed.truncate(0)
         except OSError as error:
             self._tell_once(error)
             with suppress(OSError):
@@ -236,7 +242,7 @@ def _part(path: Path, start: int, end: int) -> bytes:
     if end <= start:
         return b""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_file(path), "rb") as file:
             file.seek(start)
             return file.read(end - start)
     except OSError:

@@ -7,7 +7,6 @@ each job has a queue of its own, so that one whose files can't be stored now hol
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +24,14 @@ from worker import admission, node, publish
 from worker.bases import Abandoned
 from worker.context import WorkerContext
 from worker.curves import Curve
-from worker.held import STOPPED, End, Held, folders_of
+from worker.held import STOPPED, End, Held
 from worker.mishaps import mishap_of_job, untold
 from worker.news import Listener, Next
 from worker.output import Output, cleaned
 from worker.preparation import FileRefused
 from worker.strategy import strategy_for
 from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
+from worker.trainer_paths import UnsafePath
 
 log = logging.getLogger(__name__)
 OUTAGES = (Unavailable, OutOfSpace)
@@ -72,8 +72,9 @@ class Pack:
         """Why its trainer was killed by us, or what it said before it ended itself."""
         self.is_leaving = False
         """It saves what it holds, for somebody is to leave."""
-        self.deafness: End | None = None
-        """Why its trainer is to be killed: it may train a job that it holds no more, and can't be told."""
+        self.fault: End | None = None
+        """Why its trainer is to be killed: it can't be told to stop a job, or it reported a path outside of its
+        directory."""
         self.speeds = saturation.UNKNOWN
         """What the trainer has learnt of its ticks."""
         self._context = context
@@ -256,8 +257,7 @@ class Pack:
             held = self._held.get(event.get("claim_id", ""))
             if held is not None:
                 held.news.append(event)
-                for folder in [folder for dropped in held.outdated() for folder in folders_of(dropped)]:
-                    shutil.rmtree(self.directory.path / folder, ignore_errors=True)
+                held.drop_outdated()
             elif event["type"] == "ready":
                 self.ready, self._memory = _without(event, "spans"), event["memory"]
                 for claim_id in self._held:
@@ -270,6 +270,9 @@ class Pack:
                 self.verdict = self._listener.load_refusal(event["error"], event["ranks"])
 
     def _catch_up(self, held: Held) -> None:
+        while held.superseded:
+            self.directory.delete(held.claim.claim_id, held.superseded[0])
+            del held.superseded[0]
         while held.news:
             self._hear_of(held, held.news[0])
             if held.news:  # its end has cleared them
@@ -323,6 +326,11 @@ class Pack:
             if self._holds(held):
                 self._held[held.claim.claim_id] = self._held.pop(held.claim.claim_id)
             raise
+        except UnsafePath as error:
+            log.error("%s %s", held.claim.job.id, error.message)
+            end = mishap_of_job(error)
+            self._end(held, end)
+            self.fault = end
         except (LorryError, OSError) as error:
             log.exception("%s", held.claim.job.id)
             self._end(held, mishap_of_job(error))
@@ -377,7 +385,7 @@ class Pack:
             self._inbox.send("cancel", claim_id=held.claim.claim_id)
         except (OutOfSpace, OSError) as error:
             if held.is_handed_over:
-                self.deafness = untold(error, worker_id=self._context.worker_id)
+                self.fault = untold(error, worker_id=self._context.worker_id)
 
     def _holds(self, held: Held) -> bool:
         return self._held.get(held.claim.claim_id) is held
@@ -392,7 +400,7 @@ class Pack:
         self._context.pulse.release(claim_id)
         self._output.end(claim_id)
         self.idle_since = time.monotonic()
-        shutil.rmtree(self.directory.job_path(claim_id), ignore_errors=True)
+        self.directory.delete_job(claim_id)
 
 
 def _without(event: Json, *names: str) -> Json:

@@ -6,16 +6,19 @@ import logging
 import math
 from dataclasses import asdict
 from pathlib import Path
+from secrets import token_hex
 
 from catalog import claims, failpoints, jobs, result_files
+from catalog.artifacts.manifest import DamagedArtifact, Manifest
 from catalog.claims import Claim
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.points import Point
 from catalog.records import Course
 from catalog.tables import Json
-from worker import provenance
+from worker import provenance, scratch
 from worker.context import WorkerContext
 from worker.trainer_directory import TrainerDirectory
+from worker.trainer_paths import UnsafePath
 
 log = logging.getLogger(__name__)
 MAX_EXPONENT = 700.0
@@ -32,7 +35,7 @@ def checkpoint(
     failpoints.pass_by("uploading")
     step = saved["step"]
     try:
-        manifest = context.store.put_folder(directory.path / saved["folder"], kind="checkpoint")
+        manifest = _stored(context, claim, directory, saved["folder"], kind="checkpoint")
         exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
         claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, exported=exported)
     except OutOfSpace as error:
@@ -65,8 +68,8 @@ def _exported_if_it_can_be(
     if saved.get("adapter") is None:
         return None
     try:
-        return _exported(context, claim, directory.path / saved["adapter"], saved, trainer)
-    except (StaleClaim, Unavailable):
+        return _exported(context, claim, directory, saved, trainer)
+    except (StaleClaim, Unavailable, UnsafePath):
         raise
     except Exception as error:  # whatever is wrong with a model on the way, the job needs none to go on
         log.exception("%s", claim.job.id)
@@ -76,9 +79,11 @@ def _exported_if_it_can_be(
         return None
 
 
-def _exported(context: WorkerContext, claim: Claim, folder: Path, saved: Json, trainer: Json) -> claims.Exported:
+def _exported(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
+) -> claims.Exported:
     """The checkpoint's weights as an adapter's files, with their record: of the job as far as it has come."""
-    manifest = context.store.put_folder(folder, kind="adapter")
+    manifest = _stored(context, claim, directory, saved["adapter"], kind="adapter")
     lineage, lineage_id = provenance.record(
         context,
         claim,
@@ -91,18 +96,30 @@ def _exported(context: WorkerContext, claim: Claim, folder: Path, saved: Json, t
     return claims.Exported(artifact=manifest, lineage=lineage, lineage_id=lineage_id)
 
 
-def adapter(context: WorkerContext, claim: Claim, folder: Path, exported: Json, *, trainer: Json) -> None:
+def _stored(context: WorkerContext, claim: Claim, directory: TrainerDirectory, name: object, *, kind: str) -> Manifest:
+    """Store a folder that the trainer reported of this job. Raises UnsafePath, DamagedArtifact."""
+    try:
+        with directory.opened(claim.claim_id, name) as entry:
+            return context.store.put_folder(Path(entry.name), dir_fd=entry.dir_fd, kind=kind)
+    except FileNotFoundError as error:
+        raise DamagedArtifact(f"The trainer reported the folder {name!r}, which is missing.") from error
+
+
+def adapter(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, exported: Json, *, trainer: Json
+) -> None:
     """Store an adapter's files and the job's curves, then complete the job with them in one transaction.
 
-    exported: the trainer's event, whose report has passed. trainer: what it said when it was ready.
+    exported: the trainer's event, whose report has passed. trainer: what it said when it was ready. Raises UnsafePath.
     """
     failpoints.pass_by("uploading")
-    manifest = context.store.put_folder(folder, kind="adapter")
+    manifest = _stored(context, claim, directory, exported["folder"], kind="adapter")
     course = Course(steps=exported["step"], kept_step=exported["kept_step"], stopped_early=exported["stopped_early"])
     evaluation = evaluate(context, claim, kept_step=course.kept_step)
-    curves = result_files.store_curves(
-        context.db, context.store, job_id=claim.job.id, path=folder.with_name(result_files.NAME)
-    )
+    with scratch.owned(context.scratch_dir() / f"curves-{token_hex(8)}") as folder:
+        folder.mkdir()
+        path = folder / result_files.NAME
+        curves = result_files.store_curves(context.db, context.store, job_id=claim.job.id, path=path)
     lineage, lineage_id = provenance.record(
         context,
         claim,

@@ -203,9 +203,9 @@ def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pac
             continue
         _patiently(trainer, pack.hear)
         _patiently(trainer, lambda: pack.obey(context.pulse.take_orders(pack.claim_ids)))
-        if pack.deafness is not None:
-            pack.verdict = pack.deafness
-        if pack.deafness is not None or (pack.ready is None and not len(pack)):
+        if pack.fault is not None:
+            pack.verdict = pack.fault
+        if pack.fault is not None or (pack.ready is None and not len(pack)):
             trainer.kill()  # for the latter: everybody has gone before it was ready
             continue
         is_to_leave = _patiently(trainer, lambda: leading.attend(context, trainer)) or context.draining

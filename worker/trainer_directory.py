@@ -10,12 +10,14 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog.disk import full_disk_named
 from worker.rank_log import log_of
+from worker.trainer_paths import Entry, UnsafePath, confined, delete, open_file, opened
 
 Json = dict[str, Any]
 Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
@@ -74,8 +76,27 @@ class TrainerDirectory:
         return self.job_path(claim_id) / "checkpoints" / f"step-{step}"
 
     def inside(self, relative: str | None) -> Path | None:
-        """A path that a message names."""
-        return None if relative is None else self.path / relative
+        """A path that a message names. Raises UnsafePath."""
+        return None if relative is None else confined(self.path, relative)
+
+    def opened(self, claim_id: str, name: object) -> AbstractContextManager[Entry]:
+        """A path that the trainer reported of a job, in its open parent folder. Raises UnsafePath if it is none of that
+        job's, FileNotFoundError."""
+        return opened(self.path, self._of_job(claim_id, name))
+
+    def delete(self, claim_id: str, name: object) -> None:
+        """Delete a folder that the trainer reported of a job. Raises UnsafePath if it is none of that job's."""
+        delete(self.path, self._of_job(claim_id, name))
+
+    def delete_job(self, claim_id: str) -> None:
+        """Delete all files of a job, as far as that is possible."""
+        with suppress(UnsafePath):
+            delete(self.path, self.named(self.job_path(claim_id)))
+
+    def _of_job(self, claim_id: str, name: object) -> str:
+        if not str(name).startswith(f"{self.named(self.job_path(claim_id))}/"):
+            raise UnsafePath(name, "is not in the folder of its job")
+        return str(name)
 
     def named(self, path: Path) -> str:
         """As messages name a path in it."""
@@ -112,9 +133,9 @@ def cut_from(log: Path) -> Path:
 
 def _end_of(path: Path, max_bytes: int, *, begin: int = 0) -> bytes:
     try:
-        with path.open("rb") as file:
-            file.seek(max(begin, _size(path) - max_bytes))
-            return file.read()
+        with os.fdopen(open_file(path), "rb") as file:
+            file.seek(max(begin, os.fstat(file.fileno()).st_size - max_bytes))
+            return file.read(max_bytes)
     except OSError:
         return b""
 
@@ -184,7 +205,7 @@ class EventReader:
     def read(self) -> list[Json]:
         """Nothing where the file can't be read now: a trainer that can't be heard is silent."""
         try:
-            with self._path.open("rb") as file:
+            with os.fdopen(open_file(self._path), "rb") as file:
                 file.seek(self._offset)
                 content = file.read()
         except OSError:

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 from catalog.artifacts.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
 from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects
@@ -50,12 +53,15 @@ class ArtifactStore:
     def put_file(self, path: Path) -> Blob:
         """Store the content of one file. Idempotent; a file that changes meanwhile is not stored."""
         with path.open("rb") as file:
-            content = file.read(CHUNK_BYTES + 1)
+            return self._put_opened(file)
+
+    def _put_opened(self, file: BinaryIO) -> Blob:
+        content = file.read(CHUNK_BYTES + 1)
         if len(content) <= CHUNK_BYTES:
             return self.put_bytes(content)
-        blob = _digest_of(path)
+        blob = _digest_of(file)
         if not self._has(blob_key(blob.digest), blob.num_bytes):
-            self.objects.put(blob_key(blob.digest), verified(_chunks(path), blob.digest))
+            self.objects.put(blob_key(blob.digest), verified(_chunks(file), blob.digest))
         return blob
 
     def put_bytes(self, content: bytes) -> Blob:
@@ -65,18 +71,25 @@ class ArtifactStore:
             self.objects.put(blob_key(blob.digest), content)
         return blob
 
-    def put_folder(self, folder: Path, *, kind: str) -> Manifest:
-        """Store every file under `folder`, then the manifest that names them. Links are refused."""
-        if not folder.is_dir():
+    def put_folder(self, folder: Path, *, kind: str, dir_fd: int | None = None) -> Manifest:
+        """Store every file under `folder`, then the manifest that names them.
+
+        dir_fd: of an open folder to which `folder` is relative. Raises DamagedArtifact for links and for files with a
+        second name: whoever wrote the folder might have had no right to read them. Replacing a file or a folder by a
+        link while this runs has no effect.
+        """
+        if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
             raise DamagedArtifact(f"The folder {folder.name!r} is missing.")
         files: list[ManifestFile] = []
-        for path in sorted(folder.rglob("*")):
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise DamagedArtifact(f"{path.relative_to(folder).as_posix()!r} is not a plain file.")
-            if path.is_file():
-                blob = self.put_file(path)
-                name = path.relative_to(folder).as_posix()
-                files.append(ManifestFile(path=name, digest=blob.digest, num_bytes=blob.num_bytes))
+        for parent, folders, names, descriptor in os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False):
+            for name in folders:
+                if not stat.S_ISDIR(_mode_of(Path(name), descriptor)):
+                    raise DamagedArtifact(f"{name!r} is not a plain file.")
+            for name in names:
+                with _opened_plain(name, descriptor) as file:
+                    blob = self._put_opened(file)
+                path = (Path(parent) / name).relative_to(folder).as_posix()
+                files.append(ManifestFile(path=path, digest=blob.digest, num_bytes=blob.num_bytes))
         manifest = Manifest.of(kind, files)
         self.put_manifest(manifest)
         return manifest
@@ -216,15 +229,40 @@ def manifest_key(digest: str) -> str:
     return f"manifests/{digest}.json"
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+def _mode_of(path: Path, dir_fd: int | None) -> int:
+    """Of the file itself, not of what a link leads to; 0 if there is none."""
+    try:
+        return os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0
 
 
-def _digest_of(path: Path) -> Blob:
+def _opened_plain(name: str, dir_fd: int) -> BinaryIO:
+    """Open a file without following a link and without waiting for a pipe. Raises DamagedArtifact."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise DamagedArtifact(f"{name!r} is not a plain file.") from error
+    file = os.fdopen(descriptor, "rb")
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        file.close()
+        raise DamagedArtifact(f"{name!r} is not a plain file with a single name.")
+    return file
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    """Of the whole file, from its first byte."""
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _digest_of(file: BinaryIO) -> Blob:
     digest, num_bytes = sha256(), 0
-    for chunk in _chunks(path):
+    for chunk in _chunks(file):
         digest.update(chunk)
         num_bytes += len(chunk)
     return Blob(digest=digest.hexdigest(), num_bytes=num_bytes)

@@ -40,7 +40,7 @@ def make_base(tmp_path: Path, tokenizer_json: str) -> Callable[[str | None], Bas
 def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], list[FakeTrainer]]:
     """Supervise until nothing is left, every trainer following the script; returns them."""
     trainers: list[FakeTrainer] = []
-    site.context.scratch_dir().mkdir()
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
 
     def launch(
         directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int

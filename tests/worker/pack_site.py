@@ -55,6 +55,7 @@ class PackSite:
             bell=FileDoorbell(self.settings.bell_path()),
         )
         self.context.trainers_dir().mkdir(parents=True)
+        self.context.scratch_dir().mkdir(parents=True)
         self.tokens = self.files("tokens", "tokens.safetensors", "the tokens")
 
     def files(self, folder: str, name: str, content: str) -> Path:

@@ -129,7 +129,7 @@ def test_a_file_that_is_refused_when_its_tokens_are_made_again_fails_its_job_as_
         session.get_one(File, claim.job.training_file).digest = source.digest
     monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
     monkeypatch.setattr(preparation, "_run", lambda *_, **__: {"usable_rows": 0, "refusal": refusal})
-    site.context.scratch_dir().mkdir(parents=True)
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
 
     site.loading_pack(claim)
 

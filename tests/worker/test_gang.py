@@ -34,7 +34,7 @@ class GangSite:
         self.site = site
         self.trainers: list[FakeTrainer] = []
         self.script: Script = never
-        site.context.scratch_dir().mkdir()
+        site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
         site.world.worker("w2")
         monkeypatch.setattr(supervise, "launch", self._launch)
         monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/bases/here"))

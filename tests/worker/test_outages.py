@@ -17,7 +17,7 @@ from catalog.tables import Attempt, Job
 from tests.worker.pack_site import OUTAGE, READY, PackSite, asked
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
 from worker import bases, supervise
-from worker.trainer_directory import InboxWriter, TrainerDirectory
+from worker.trainer_directory import InboxWriter, Message, TrainerDirectory
 
 Run = Callable[[Script], list[FakeTrainer]]
 READ_ONLY = OSError(errno.EROFS, "Read-only file system")
@@ -119,6 +119,13 @@ def test_a_disk_that_is_read_only_now_ends_no_worker(site: PackSite, run: Run, m
     assert site.held() == set()
 
 
+def own_folder(trainer: FakeTrainer, admit: Message) -> str:
+    """A folder that the trainer has written for the job."""
+    folder = trainer.directory.checkpoint_path(admit.body["claim_id"], 5)
+    folder.mkdir(parents=True)
+    return trainer.directory.named(folder)
+
+
 def test_a_disk_that_is_read_only_when_the_trainer_has_ended_ends_no_worker(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +137,7 @@ def test_a_disk_that_is_read_only_when_the_trainer_has_ended_ends_no_worker(
         read_only = raising(OSError(errno.EROFS, "Read-only file system"))
         monkeypatch.setattr(ArtifactStore, "put_folder", read_only)
         monkeypatch.setattr(InboxWriter, "send", read_only)
-        trainer.say("checkpointed", claim_id=admit.body["claim_id"], step=5, folder="jobs")
+        trainer.say("checkpointed", claim_id=admit.body["claim_id"], step=5, folder=own_folder(trainer, admit))
 
     run(script)
 
@@ -150,8 +157,8 @@ def test_stale_claims_are_dropped_though_the_trainer_can_not_be_told(
     pack.obey(asked(one, stale=True) | asked(two, stale=True))
 
     assert (len(pack), site.held()) == (0, set())
-    assert pack.deafness is not None
-    assert (pack.deafness.reason, pack.deafness.blamed_worker_id) == (EndReason.NODE_FAILED, "w1")
+    assert pack.fault is not None
+    assert (pack.fault.reason, pack.fault.blamed_worker_id) == (EndReason.NODE_FAILED, "w1")
 
 
 def test_a_stale_claim_is_dropped_though_what_was_asked_before_can_not_be_done_now(
@@ -167,7 +174,7 @@ def test_a_stale_claim_is_dropped_though_what_was_asked_before_can_not_be_done_n
         pack.obey(asked(cancelled, cancel=True) | asked(stale, stale=True))
 
     assert pack.claim_ids == [cancelled.claim_id]
-    assert pack.deafness is None
+    assert pack.fault is None
 
 
 def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_is_to_blame(

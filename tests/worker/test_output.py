@@ -7,6 +7,7 @@ import errno
 import shutil
 from importlib import import_module
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -289,17 +290,17 @@ def test_a_disk_without_room_for_what_is_cut_ends_nothing_and_is_told_once(
     monkeypatch.setattr(output, "PUSH_SECONDS", 0.0)
     pack = site.loading_pack(site.claim())
     printed(pack.directory, "0123456789ab")
-    copy = shutil.copyfile
+    copy = shutil.copyfileobj
 
-    def half_of_it(source: Path, target: Path) -> None:
-        target.write_bytes(source.read_bytes()[:5])
+    def half_of_it(source: BinaryIO, target: BinaryIO) -> None:
+        target.write(source.read(5))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", half_of_it)
+    monkeypatch.setattr(shutil, "copyfileobj", half_of_it)
     for _ in range(2):
         pack.hear()
     told_of_it = [record for record in caplog.records if "can't be cut" in record.getMessage()]
-    monkeypatch.setattr(shutil, "copyfile", copy)
+    monkeypatch.setattr(shutil, "copyfileobj", copy)
     printed(pack.directory, "cd")
     assert pack.directory.log_tail() == "0123456789abcd"
     pack.hear()

@@ -179,7 +179,9 @@ def test_a_claim_that_is_stale_while_its_mishap_is_recorded_is_dropped(
 ) -> None:
     claim = site.claim()
     pack = site.pack(claim)
-    tell(pack, claim, "checkpointed", step=5, folder="jobs/none")  # a folder that is missing is the job's mishap
+    tell(
+        pack, claim, "checkpointed", step=5, folder=f"jobs/{claim.claim_id}/none"
+    )  # a folder that is missing is the job's mishap
     monkeypatch.setattr(claims, "end", fails(1, StaleClaim(), claims.end))
 
     pack.hear()
@@ -349,7 +351,7 @@ def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
     with site.db.write() as session:
         session.get_one(File, claim.job.training_file).digest = source.digest
     (site.settings.bases_dir() / claim.job.base_digest).mkdir(parents=True)
-    site.context.scratch_dir().mkdir(parents=True)
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(preparation, "_run", tokenise)
 
     pack = site.loading_pack(claim)

@@ -42,7 +42,7 @@ def made(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(ArtifactStore, "open_blob", _open_blob_of_files(ArtifactStore.open_blob))
     monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
     monkeypatch.setattr(preparation, "_run", run)
-    site.context.scratch_dir().mkdir(parents=True)
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
     return folders
 
 

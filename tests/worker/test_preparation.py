@@ -50,7 +50,7 @@ def test_a_refused_file_leaves_the_keys_of_both_on_the_job(
     monkeypatch.setattr(ArtifactStore, "open_blob", open_blob)
     monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
     monkeypatch.setattr(preparation, "_run", child(refuses=refused))
-    site.context.scratch_dir().mkdir(parents=True)
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
     job_id = site.world.submit(training_file=files["training_file"], validation_file=files["validation_file"]).id
 
     assert preparation.prepare_next(site.context)
@@ -104,7 +104,7 @@ def sound(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
         monkeypatch.setattr(preparation, "_run", child(refuses="no file"))
 
     mend()
-    site.context.scratch_dir().mkdir(parents=True)
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
     return mend
 
 

@@ -64,10 +64,15 @@ def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch
     claim = site.claim()
     claims.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5, "token_accuracy": 0.5}])
     course = {"step": 1, "kept_step": 1, "stopped_early": None}
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
+    pack = site.pack(claim)
+    folder = pack.directory.job_path(claim.claim_id) / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_text("the numbers")
     exported = {**course, "num_parameters": 1, "report": {"passed": True}, "trained_tokens": 9}
-    folder = site.files("of-the-job/adapter", "adapter_model.safetensors", "the numbers")
+    exported["folder"] = pack.directory.named(folder)
 
-    publish.adapter(site.context, claim, folder, exported, trainer={})
+    publish.adapter(site.context, claim, pack.directory, exported, trainer={})
 
     job = site.world.job(claim.job.id)
     assert job.result_file is not None

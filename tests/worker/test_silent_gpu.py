@@ -29,7 +29,7 @@ class Node:
         self.site = site
         self.is_lost = True
         self._now = 1000.0
-        site.context.scratch_dir().mkdir()
+        site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
         site.context.device = replace(node.cpu(), kind="cuda", indices=(7,))
         told = {"nvmlDeviceGetHandleByIndex": lambda index: index, "nvmlDeviceGetMemoryInfo": self._memory_info}  # pyright: ignore[reportUnknownLambdaType]
         monkeypatch.setattr(node, "open_nvml", lambda: SimpleNamespace(NVMLError=DriverError, **told))

@@ -145,7 +145,9 @@ def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
         admit = yield from trainer.listen("admit")
         claim_id = admit.body["claim_id"]
         monkeypatch.setattr(ArtifactStore, "put_folder", raising(OUTAGE))
-        trainer.say("checkpointed", claim_id=claim_id, step=5, folder=f"jobs/{claim_id}")
+        folder = trainer.directory.checkpoint_path(claim_id, 5)
+        folder.mkdir(parents=True)
+        trainer.say("checkpointed", claim_id=claim_id, step=5, folder=trainer.directory.named(folder))
         site.context.leave.set()
         yield from trainer.listen("drain")
         monkeypatch.setattr(ArtifactStore, "put_folder", lambda _, *given, **named: put_folder(*given, **named))

@@ -1,0 +1,108 @@
+"""The only place where a path that a trainer reports becomes a path that the worker uses.
+
+A trainer is not trusted: it may name any path, and may replace a folder by a link after it was checked. So a name is
+resolved one component at a time from an open folder, links are followed nowhere, and what was opened is used by its
+descriptor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from catalog.errors import LorryError
+
+MAX_NAME_CHARS = 1024
+NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class UnsafePath(LorryError):
+    """A trainer reported a path that does not lead to a file or a folder of its own."""
+
+    def __init__(self, name: object, reason: str) -> None:
+        super().__init__(
+            f"The trainer reported the path {str(name)[:200]!r}, which {reason}.",
+            code="unsafe_path",
+            remedy="Nothing outside the trainer's directory was read or changed. Check the worker's machine and the "
+            "versions of its libraries; the job starts again in a new trainer.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A name in an open folder: what `open`, `rmtree` and `fwalk` take as a name and `dir_fd`."""
+
+    name: str
+    dir_fd: int
+
+
+def confined(root: Path, name: object) -> Path:
+    """The path of `name`, which is relative to `root`. Raises UnsafePath if it is absolute, has a component `..`, is
+    `root` itself, or leads through a link. The file need not exist. To use it, take `opened` or `delete`."""
+    with suppress(FileNotFoundError), opened(root, name):
+        pass
+    return root.joinpath(*_parts(name))
+
+
+@contextmanager
+def opened(root: Path, name: object) -> Generator[Entry]:
+    """The last component of `name` in its parent folder, which stays open for the length of the block. The component
+    may become a link meanwhile: the caller opens it without following links.
+
+    Raises UnsafePath like `confined`, and FileNotFoundError.
+    """
+    *parents, last = _parts(name)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for parent in parents:
+            try:
+                inner = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=descriptor)
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # ELOOP or ENOTDIR
+                raise UnsafePath(name, "leads through a link or a file") from error
+            os.close(descriptor)
+            descriptor = inner
+        if stat.S_ISLNK(os.stat(last, dir_fd=descriptor, follow_symlinks=False).st_mode):
+            raise UnsafePath(name, "is a link")
+        yield Entry(name=last, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(root: Path, name: object) -> None:
+    """Delete the folder `name` with its content; without effect where it is missing. Raises UnsafePath."""
+    with suppress(FileNotFoundError), opened(root, name) as entry:
+        mode = os.stat(entry.name, dir_fd=entry.dir_fd, follow_symlinks=False).st_mode
+        if not stat.S_ISDIR(mode):
+            raise UnsafePath(name, "is not a folder")
+        shutil.rmtree(entry.name, ignore_errors=True, dir_fd=entry.dir_fd)
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a plain file that a trainer's process writes, such as its log, whose folder is the worker's.
+
+    No link is followed, and a pipe is not waited for. Raises OSError: ELOOP for a link, EPERM for what is no plain
+    file with a single name.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | NO_LINK, 0o600)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "It is not a plain file with a single name", str(path))
+    return descriptor
+
+
+def _parts(name: object) -> tuple[str, ...]:
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or "\0" in name:
+        raise UnsafePath(name, "is not a name of 1 to 1,024 characters")
+    parts = name.split("/")
+    if PurePosixPath(name).is_absolute() or not all(parts) or {".", ".."} & set(parts):
+        raise UnsafePath(name, "is not relative to the trainer's directory, or has '.' or '..' in it")
+    return tuple(parts)
