@@ -46,6 +46,7 @@ from api.routes import uploads as part_uploads
 from api.settings import ApiSettings
 from api.strict_json import refuse_loose_json
 from api.telemetry import Telemetry
+from api.threads import KeyChecks, SlowWork, limit_route_threads
 from api.webhook_deliverer import WebhookDeliverer
 from api.webhook_sender import WebhookSender
 from catalog import keys
@@ -152,6 +153,8 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         store=open_store(settings),
         downloads=Downloads(),
         doorbell=open_doorbell(settings),
+        key_checks=KeyChecks(),
+        slow_work=SlowWork(),
         pepper=pepper,
         feed=feed,
         job_source=JobSource(db),
@@ -170,6 +173,7 @@ def _hosts(api_settings: ApiSettings, bound_host: str, further: Iterable[str]) -
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
+    limit_route_threads()
     uploads.remove_stale(services.settings.data_dir / "spool")
     works = (services.feed.run(), keep_order(services), keep_clean(services), services.deliverer.run())
     tasks = [asyncio.create_task(work) for work in works]
@@ -177,6 +181,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         yield
     finally:
         services.feed.close()
+        services.slow_work.close()
         for task in tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -40,7 +41,7 @@ class Identity:
     """Raises Unauthorized."""
 
 
-def caller_of(
+async def caller_of(
     request: Request,
     use: Use,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
@@ -48,7 +49,8 @@ def caller_of(
 ) -> Caller:
     """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
     scope that the route needs."""
-    caller = replace(_identify(request, use, credentials, session), service_jobs_per_day=use.limits.jobs_per_day)
+    found = await use.key_checks.run(partial(_identify, request, use, credentials, session))
+    caller = replace(found, service_jobs_per_day=use.limits.jobs_per_day)
     _check_owners(request, caller)
     request.state.headers = {"openai-organization": caller.organization_name}
     request.state.headers |= use.limits.count_request(caller)

@@ -10,6 +10,7 @@ from fastapi import Depends, Header, Query, Request
 from api.downloads import Downloads
 from api.settings import ApiSettings
 from api.telemetry import Telemetry
+from api.threads import KeyChecks, SlowWork
 from catalog.artifacts.store import ArtifactStore
 from catalog.db import Database
 from catalog.doorbell import Doorbell
@@ -34,6 +35,8 @@ class Services:
     store: ArtifactStore
     downloads: Downloads
     doorbell: Doorbell
+    key_checks: KeyChecks
+    slow_work: SlowWork
     pepper: bytes
     feed: Feed
     job_source: JobSource

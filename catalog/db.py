@@ -50,6 +50,8 @@ from catalog.outages import silent, translated
 
 BUSY_SECONDS = 30
 BRIEF_MILLISECONDS = 100
+POOL = {"pool_size": 10, "max_overflow": 20, "pool_timeout": 10}
+"""Connections of a process: more than the API server has threads for routes and for the check of keys."""
 STUCK_SECONDS = 30
 """PostgreSQL ends a transaction whose client says nothing for so long: stopped or cut off amid a write, it would hold
 its rows for hours. No transaction of ours is open across anything slow."""
@@ -327,13 +329,14 @@ def _engine(url: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
+        pool = POOL if parsed.database else {}  # one in memory has a single connection
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    engine = create_engine(parsed, pool_size=10, max_overflow=20, pool_timeout=10)
+    engine = create_engine(parsed, **POOL)
     event.listen(engine, "connect", _prepare_postgresql)
     event.listen(engine, "checkin", _note_use)
     event.listen(engine, "checkout", partial(_try_idle, engine.dialect))

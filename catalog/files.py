@@ -7,12 +7,13 @@ another upload of the same bytes may rely on it by then, so it is not deleted he
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from catalog import audit, daily, datasets, quotas
+from catalog import audit, daily, dataset_process, datasets, quotas
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.audit import AuditType
 from catalog.datasets import DatasetCheck
@@ -27,6 +28,8 @@ DATASET = "fine-tune"
 """Purpose of a training or validation file: only these are checked, and only these can be trained on."""
 PURPOSES = (DATASET, "user_data")
 """What may be uploaded, of what OpenAI's client knows in its answers."""
+SHORT_BYTES = 2**16
+"""A data set of so many bytes is checked in this process, within some hundredths of a second."""
 MAX_NAME_CHARS = 200
 LIFETIME_SECONDS = (3600, 30 * 24 * 3600)
 """Least and most of `expires_after`, OpenAI's."""
@@ -44,8 +47,9 @@ def create(
     digest: str,
     lifetime_seconds: int | None = None,
     settings: Settings,
+    is_abandoned: Callable[[], bool] = lambda: False,
 ) -> File:
-    """Check, store and record the bytes in `spooled`, which stays the caller's.
+    """Check, store and record the bytes in `spooled`, which stays the caller's. is_abandoned: stops the check.
 
     num_bytes and digest (sha256, hex) are what the upload had; lifetime_seconds within LIFETIME_SECONDS. Raises
     InvalidRequest, TooLarge, OutOfSpace and Unavailable; after any of these no file was made.
@@ -61,6 +65,7 @@ def create(
         spooled=spooled,
         content=content,
         settings=settings,
+        is_abandoned=is_abandoned,
     )
     with db.write() as session:
         return show(session, file, lifetime_seconds=lifetime_seconds)
@@ -75,6 +80,7 @@ def stored(
     spooled: Path,
     content: Blob,
     settings: Settings,
+    is_abandoned: Callable[[], bool] = lambda: False,
 ) -> File:
     """Check and store the bytes in `spooled`; its row, which nobody sees before `show`.
 
@@ -82,7 +88,7 @@ def stored(
     """
     check_purpose(purpose)
     check_size(content.num_bytes, settings)
-    check = _inspect(spooled, settings) if purpose == DATASET else None
+    check = _inspect(spooled, content.num_bytes, settings, is_abandoned) if purpose == DATASET else None
     put(store, spooled, content)
     return File(
         id=new_id("file"),
@@ -259,6 +265,10 @@ def _note(session: Session, type: AuditType, file: File, *, now: float, details:
     audit.note(session, type, now=now, object_id=file.id, project_id=file.project_id, details=details)
 
 
-def _inspect(spooled: Path, settings: Settings) -> DatasetCheck:
+def _inspect(spooled: Path, num_bytes: int, settings: Settings, is_abandoned: Callable[[], bool]) -> DatasetCheck:
+    """A short file takes less time than to start a process for it."""
+    limits = {"max_line_bytes": settings.max_line_bytes, "max_rows": settings.max_rows}
+    if num_bytes > SHORT_BYTES:
+        return dataset_process.inspect(spooled, **limits, is_abandoned=is_abandoned)
     with spooled.open("rb") as lines:
-        return datasets.inspect(lines, max_line_bytes=settings.max_line_bytes, max_rows=settings.max_rows)
+        return datasets.inspect(lines, **limits)

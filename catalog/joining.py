@@ -1,4 +1,4 @@
-"""The parts of an upload joined in a file on the api's disk: a few at once, and gone when it has been stored."""
+"""The parts of an upload joined in a file on the API server's disk, which is removed when it has been stored."""
 
 from __future__ import annotations
 
@@ -10,17 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from threading import BoundedSemaphore
 
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.disk import full_disk_named
-from catalog.errors import Unavailable
 from catalog.tables import UploadPart
-
-JOINS_AT_ONCE = 4
-"""In one process."""
-JOIN_WAIT_SECONDS = 5.0
-_joins = BoundedSemaphore(JOINS_AT_ONCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,21 +23,6 @@ class Whole:
     path: Path
     content: Blob
     md5: str
-
-
-@contextmanager
-def one_of_few() -> Generator[None]:
-    """Each writes a whole file to the disk of the api. Raises Unavailable where others take too long."""
-    if not _joins.acquire(timeout=JOIN_WAIT_SECONDS):
-        raise Unavailable(
-            f"{JOINS_AT_ONCE} uploads are being completed.",
-            code="completions_busy",
-            remedy="Complete this one again in a few seconds: its parts are kept.",
-        )
-    try:
-        yield
-    finally:
-        _joins.release()
 
 
 @contextmanager

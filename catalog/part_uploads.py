@@ -7,11 +7,11 @@ announced twice is two, of which the one without parts goes after its hour.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import and_, case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -19,9 +19,19 @@ from sqlalchemy.orm import Session
 from catalog import audit, files, quotas
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.daily import DAY_SECONDS
+from catalog.dataset_process import CheckStopped
 from catalog.db import Database, read_clock, serialise
-from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, QuotaExceeded, TooLarge, Unavailable
-from catalog.joining import joined, one_of_few
+from catalog.errors import (
+    Conflict,
+    InvalidRequest,
+    LorryError,
+    NotFound,
+    OutOfSpace,
+    QuotaExceeded,
+    TooLarge,
+    Unavailable,
+)
+from catalog.joining import joined
 from catalog.settings import Settings
 from catalog.tables import File, Upload, UploadPart, new_id
 from catalog.tables.uploads import COUNTED
@@ -36,6 +46,8 @@ KEPT_SECONDS = 24 * 3600.0
 SPARE_BYTES = 2**20
 """What an upload may hold in parts in any case: twice what was announced, else. Parts may come cut in another way."""
 JOIN_LEASE_SECONDS = 900.0
+MAX_COMPLETIONS = 10
+"""Without success, of one upload."""
 Status = Literal["pending", "completed", "cancelled", "expired"]
 OpenLimit = Literal["open_uploads", "open_upload_bytes"]
 _KEPT_PARTS = "What was sent in parts counts until it leaves the disk, within two days."
@@ -146,38 +158,40 @@ def complete(
     folder: Path,
     settings: Settings,
     is_client_retry: bool = False,
+    is_abandoned: Callable[[], bool] = lambda: False,
 ) -> UploadView:
     """Join the parts in that order in a file of `folder`, check them as any upload, and make the file.
 
-    md5: of the whole, in hex. Raises what files.create does, NotFound, and Conflict for an upload that takes nothing
-    more; where the client says that it sends this again, having had no reply, one that is completed is its answer.
+    md5: of the whole, in hex. is_abandoned: stops the check. Raises what files.create does, NotFound, and Conflict for
+    an upload that accepts nothing more, or that was completed MAX_COMPLETIONS times without success. If the client says
+    that it sends this again, having had no reply, an upload that is completed is its answer.
     """
-    with one_of_few():
+    with db.write() as session:
+        upload = _find(session, project_id, upload_id, lock=True)
+        if is_client_retry and upload.file_id is not None:
+            return _completed(session, upload)
+        now = read_clock(session)
+        _check_open(upload, now=now)
+        parts = _named(session, upload, part_ids)
+        quotas.check_stored(session, project_id, upload.num_bytes, now=now)  # what would be refused isn't stored
+        _check_completions(upload)
+        _lease(upload, now=now)
+    try:
+        file = _whole_file(store, upload, parts, md5=md5, folder=folder, settings=settings, is_abandoned=is_abandoned)
         with db.write() as session:
             upload = _find(session, project_id, upload_id, lock=True)
-            if is_client_retry and upload.file_id is not None:
+            if is_client_retry and upload.file_id is not None:  # both were under way, and one outlived its lease
                 return _completed(session, upload)
-            now = read_clock(session)
-            _check_open(upload, now=now)
-            parts = _named(session, upload, part_ids)
-            quotas.check_stored(session, project_id, upload.num_bytes, now=now)  # what would be refused isn't stored
-            _lease(upload, now=now)
-        try:
-            file = _whole_file(store, upload, parts, md5=md5, folder=folder, settings=settings)
-            with db.write() as session:
-                upload = _find(session, project_id, upload_id, lock=True)
-                if is_client_retry and upload.file_id is not None:  # both were under way, and one outlived its lease
-                    return _completed(session, upload)
-                _check_not_over(upload)
-                files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
-                session.flush()  # the file's row goes first: the upload refers to it
-                upload.file_id, upload.completing_until = file.id, None
-                if file.digest in {part.digest for part in parts}:  # the one part, whose bytes are the file's now
-                    upload.part_bytes -= upload.num_bytes
-                return UploadView(upload=upload, status="completed", file=file)
-        except LorryError:
-            _end_lease(db, upload_id)
-            raise
+            _check_not_over(upload)
+            files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
+            session.flush()  # the file's row goes first: the upload refers to it
+            upload.file_id, upload.completing_until = file.id, None
+            if file.digest in {part.digest for part in parts}:  # the one part, whose bytes are the file's now
+                upload.part_bytes -= upload.num_bytes
+            return UploadView(upload=upload, status="completed", file=file)
+    except LorryError as error:
+        _end_lease(db, upload_id, is_counted=not _is_of_the_service(error))
+        raise
 
 
 def _whole_file(
@@ -188,8 +202,9 @@ def _whole_file(
     md5: str | None,
     folder: Path,
     settings: Settings,
+    is_abandoned: Callable[[], bool],
 ) -> File:
-    """The parts joined, checked and stored; nobody sees its row yet."""
+    """The parts joined, checked and stored; its row is not visible yet."""
     with joined(store, parts, folder) as whole:
         _check_md5(whole.md5, md5)
         return files.stored(
@@ -200,7 +215,23 @@ def _whole_file(
             spooled=whole.path,
             content=whole.content,
             settings=settings,
+            is_abandoned=is_abandoned,
         )
+
+
+def _check_completions(upload: Upload) -> None:
+    """Each completion joins and checks the whole file again. Raises Conflict."""
+    if upload.num_completions >= MAX_COMPLETIONS:
+        raise Conflict(
+            f"The upload {upload.id} was completed {upload.num_completions} times without success.",
+            code="too_many_completions",
+            remedy=f"{_BEGIN_ANEW} What is wrong with them was the answer to each completion.",
+        )
+
+
+def _is_of_the_service(error: LorryError) -> bool:
+    """The service failed, and not what was sent. A client that goes away is not such a failure."""
+    return isinstance(error, Unavailable | OutOfSpace) and not isinstance(error, CheckStopped)
 
 
 def _lease(upload: Upload, *, now: float) -> None:
@@ -212,12 +243,16 @@ def _lease(upload: Upload, *, now: float) -> None:
             remedy="Ask again in a few seconds: it is answered with the file.",
         )
     upload.completing_until = now + JOIN_LEASE_SECONDS
+    upload.num_completions += 1
 
 
-def _end_lease(db: Database, upload_id: str) -> None:
-    """What was refused may be tried again at once; where that can't be noted, after the lease."""
+def _end_lease(db: Database, upload_id: str, *, is_counted: bool) -> None:
+    """A completion that failed may be tried again at once; if that can't be written, after the lease."""
+    values: dict[str, Any] = {"completing_until": None}
+    if not is_counted:
+        values["num_completions"] = Upload.num_completions - 1
     with suppress(LorryError), db.write() as session:
-        session.execute(update(Upload).where(Upload.id == upload_id).values(completing_until=None))
+        session.execute(update(Upload).where(Upload.id == upload_id).values(values))
 
 
 def cancel(db: Database, *, project_id: str, upload_id: str, is_client_retry: bool = False) -> UploadView:

@@ -119,9 +119,13 @@ def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject
 
 
 @router.post("/{adapter}/verify", operation_id="verify_adapter", responses=errors(404))
-def verify_adapter(adapter: str, use: Use, caller: Signed) -> AdapterVerification:
+async def verify_adapter(adapter: str, use: Use, caller: Signed) -> AdapterVerification:
     """Read every stored byte again; check bytes against the manifest, and the record against its id and the files."""
-    view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
+    return await use.slow_work.run(caller.project_id, partial(_verified, use, caller.project_id, adapter))
+
+
+def _verified(use: Services, project_id: str, adapter: str) -> AdapterVerification:
+    view = adapters.get(use.db, project_id=project_id, name=adapter)
     manifest = _manifest(view)
     problems = use.store.verify(manifest)
     if manifest.digest != view.adapter.artifact:

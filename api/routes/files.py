@@ -63,18 +63,22 @@ async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=use.settings.max_file_bytes) as upload:
         lifetime = lifetime_seconds(upload.fields)
-        row = await run_in_threadpool(
-            files.create,
-            use.db,
-            use.store,
-            project_id=caller.project_id,
-            purpose=upload.fields["purpose"],
-            filename=upload.filename,
-            spooled=upload.path,
-            num_bytes=upload.num_bytes,
-            digest=upload.digest,
-            lifetime_seconds=lifetime,
-            settings=use.settings,
+        row = await use.slow_work.run_for(
+            request,
+            caller.project_id,
+            lambda is_abandoned: files.create(
+                use.db,
+                use.store,
+                project_id=caller.project_id,
+                purpose=upload.fields["purpose"],
+                filename=upload.filename,
+                spooled=upload.path,
+                num_bytes=upload.num_bytes,
+                digest=upload.digest,
+                lifetime_seconds=lifetime,
+                settings=use.settings,
+                is_abandoned=is_abandoned,
+            ),
         )
     return file_object(row, same_content_as=await run_in_threadpool(files.same_content, use.db, row))
 

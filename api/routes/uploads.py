@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -71,35 +72,43 @@ async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Si
     )  # before its bytes are read
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=part_uploads.MAX_PART_BYTES, shape=PART) as part:
-        row = await run_in_threadpool(
-            part_uploads.add_part,
-            use.db,
-            use.store,
-            project_id=caller.project_id,
-            upload_id=upload_id,
-            spooled=part.path,
-            content=Blob(digest=part.digest, num_bytes=part.num_bytes),
-            settings=use.settings,
+        row = await use.slow_work.run(
+            caller.project_id,
+            partial(
+                part_uploads.add_part,
+                use.db,
+                use.store,
+                project_id=caller.project_id,
+                upload_id=upload_id,
+                spooled=part.path,
+                content=Blob(digest=part.digest, num_bytes=part.num_bytes),
+                settings=use.settings,
+            ),
         )
     return part_object(row)
 
 
 @router.post("/{upload_id}/complete", operation_id="complete_upload", responses=errors(404, 409, 413, 507))
-def complete_upload(
-    upload_id: str, body: UploadCompletion, use: Use, caller: Signed, is_retry: IsRetry
+async def complete_upload(
+    upload_id: str, body: UploadCompletion, *, request: Request, use: Use, caller: Signed, is_retry: IsRetry
 ) -> UploadObject:
-    """Make the file of its parts, in the order of `part_ids`. One to train on is checked line by line; where it is
-    refused, the upload stays open."""
-    view = part_uploads.complete(
-        use.db,
-        use.store,
-        project_id=caller.project_id,
-        upload_id=upload_id,
-        part_ids=body.part_ids,
-        md5=body.md5,
-        folder=use.settings.data_dir / "spool",
-        settings=use.settings,
-        is_client_retry=is_retry,
+    """Make the file of its parts, in the order of `part_ids`. A file to train on is checked line by line. If it is
+    rejected, the upload stays open, and can be completed again a few times."""
+    view = await use.slow_work.run_for(
+        request,
+        caller.project_id,
+        lambda is_abandoned: part_uploads.complete(
+            use.db,
+            use.store,
+            project_id=caller.project_id,
+            upload_id=upload_id,
+            part_ids=body.part_ids,
+            md5=body.md5,
+            folder=use.settings.data_dir / "spool",
+            settings=use.settings,
+            is_client_retry=is_retry,
+            is_abandoned=is_abandoned,
+        ),
     )
     return upload_object(view)
 

@@ -35,6 +35,8 @@ class Upload(Table):
     cancelled_at: Mapped[float | None]
     completing_until: Mapped[float | None]
     """Lease of who joins its parts."""
+    num_completions: Mapped[int] = mapped_column(server_default="0")
+    """That were begun and did not fail by the service's own fault."""
     __table_args__ = (Index("ix_uploads_counted", "project_id", **of_the_counted),)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
-from catalog import cleaning, files, joining, part_uploads
+from catalog import cleaning, files, part_uploads
 from catalog.errors import (
     Conflict,
     InvalidRequest,
@@ -176,18 +175,38 @@ def test_a_completion_that_was_refused_may_be_tried_again_at_once(sender: Sender
     assert sender.complete(upload_id, part).file is not None
 
 
-def test_only_a_few_uploads_are_joined_at_once(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completion_that_was_rejected_may_be_repeated_a_few_times_only(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_uploads, "MAX_COMPLETIONS", 2)
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
-    monkeypatch.setattr(joining, "JOIN_WAIT_SECONDS", 0.0)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest):
+            sender.complete(upload_id, part, md5="0" * 32)
 
-    with ExitStack() as others:
-        for _ in range(joining.JOINS_AT_ONCE):
-            others.enter_context(joining.one_of_few())
-        with pytest.raises(Unavailable) as refused:
-            sender.complete(upload_id, part)
+    with pytest.raises(Conflict) as refused:
+        sender.complete(upload_id, part)
 
-    assert refused.value.code == "completions_busy"
+    assert refused.value.code == "too_many_completions"
+    assert sender.made() == []
+
+
+def test_a_completion_that_the_service_could_not_finish_is_not_counted(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Try again.")
+
+    monkeypatch.setattr(part_uploads, "MAX_COMPLETIONS", 2)
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "put", away)
+        for _ in range(4):
+            with pytest.raises(Unavailable):
+                sender.complete(upload_id, part)
+
     assert sender.complete(upload_id, part).file is not None
 
 
