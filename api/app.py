@@ -53,6 +53,7 @@ from catalog import keys
 from catalog.artifacts.store import open_store
 from catalog.db import Database
 from catalog.doorbell import open_doorbell
+from catalog.read_audit import ReadAudit
 from catalog.scheduling.picture import Policy
 from catalog.settings import Settings
 
@@ -151,6 +152,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         api_settings=api_settings,
         db=db,
         store=open_store(settings),
+        read_audit=ReadAudit(db),
         downloads=Downloads(),
         doorbell=open_doorbell(settings),
         key_checks=KeyChecks(),

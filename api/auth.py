@@ -114,6 +114,7 @@ def _identify(
         code="missing_api_key",
         remedy="Send Authorization: Bearer YOUR_KEY. `lorry up` writes the first key to connection.json in its data "
         "folder.",
+        reason="missing",
     )
 
 

@@ -14,6 +14,7 @@ from api.threads import KeyChecks, SlowWork
 from catalog.artifacts.store import ArtifactStore
 from catalog.db import Database
 from catalog.doorbell import Doorbell
+from catalog.read_audit import ReadAudit
 from catalog.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Services:
     db: Database
     store: ArtifactStore
     downloads: Downloads
+    read_audit: ReadAudit
     doorbell: Doorbell
     key_checks: KeyChecks
     slow_work: SlowWork

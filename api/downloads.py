@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
 
@@ -83,13 +83,15 @@ class Download(Response):
         chunks: Iterator[bytes],
         *,
         api_key_id: str,
+        record: Callable[[], None],
         filename: str,
         num_bytes: int,
         etag: str,
         sha256: str | None = None,
         media_type: str = "application/octet-stream",
     ) -> None:
-        """sha256: of all the bytes, in hex, where it is known before they are sent."""
+        """record: notes the download in the audit log; called once its first bytes were read, before they are sent.
+        sha256: of all the bytes, in hex, where it is known before they are sent."""
         plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in filename) or "download"
         headers = {
             "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
@@ -103,11 +105,13 @@ class Download(Response):
         self._downloads = downloads
         self._chunks = chunks
         self._api_key_id = api_key_id
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The first chunk is read before the response begins, so that damage found by then is an error response."""
         with self._downloads.admitted(self._api_key_id):
             chunk = await self._downloads.read(self._chunks)
+            await anyio.to_thread.run_sync(self._record)
             async with watched(receive) as gone:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 while chunk is not None and not gone.is_set():

@@ -87,8 +87,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OSError, _on_os_error)
 
 
-async def _on_refusal(_request: Request, error: Exception) -> Response:
+async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, LorryError)
+    if isinstance(error, Unauthorized):
+        request.state.rejection = error  # for the gate, which logs and counts it
     return refusal(error)
 
 

@@ -24,6 +24,7 @@ from api.hosts import HostPolicy
 from api.telemetry import Telemetry, route_template
 from catalog import audit, logs, tracing
 from catalog.callers import Caller
+from catalog.errors import Unauthorized
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
@@ -51,6 +52,18 @@ class _Exchange:
     def caller(self) -> Caller | None:
         """Known once the key or the session was accepted."""
         return self.scope["state"].get("caller")
+
+    @property
+    def rejection(self) -> Unauthorized | None:
+        """Why no key or session was accepted."""
+        return self.scope["state"].get("rejection")
+
+    @property
+    def key_id(self) -> str | None:
+        """Of the key that was accepted, or that was right once and is rejected now."""
+        if self.caller is not None:
+            return self.caller.api_key_id
+        return self.rejection.api_key_id if self.rejection else None
 
 
 class Gate:
@@ -129,17 +142,21 @@ class Gate:
     def _note(self, exchange: _Exchange) -> None:
         seconds = time.monotonic() - exchange.began
         self._telemetry.observe(exchange.scope, status=exchange.status, seconds=seconds)
+        rejected = exchange.rejection.reason if exchange.rejection else None
+        if rejected is not None:
+            self._telemetry.count_rejected_key(rejected)
         with logs.about(_subjects(exchange)):
             log.info(
-                "request id=%s method=%s path=%s status=%d seconds=%.4f key=%s project=%s address=%s",
+                "request id=%s method=%s path=%s status=%d seconds=%.4f key=%s project=%s address=%s%s",
                 exchange.request_id,
                 exchange.scope["method"],
                 _logged(exchange.path),
                 exchange.status,
                 seconds,
-                exchange.caller.api_key_id if exchange.caller else "-",
+                exchange.key_id or "-",
                 exchange.caller.project_id if exchange.caller else "-",
                 exchange.address or "-",
+                f" rejected={rejected}" if rejected else "",
             )
 
 
@@ -171,7 +188,7 @@ def _subjects(exchange: _Exchange) -> logs.Subjects:
     return {
         "trace": tracing.trace_id(exchange.trace),
         "job": job_id,
-        "key": caller.api_key_id if caller else None,
+        "key": exchange.key_id,
         "project": caller.project_id if caller else None,
         "address": exchange.address,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -15,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
+from catalog.errors import RejectionReason
 from catalog.numbers import Numbers
 
 METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
@@ -44,6 +46,12 @@ class Telemetry:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self._rejected_keys = Counter(
+            "lorry_http_rejected_keys",
+            "Requests whose API key or browser session was rejected.",
+            ["reason"],
+            registry=self.registry,
+        )
         self._streams = Gauge("lorry_http_streams", "Live streams that are open.", registry=self.registry)
         self._runs = Counter(
             "lorry_background_runs", "Runs of background duties.", ["duty", "outcome"], registry=self.registry
@@ -63,6 +71,8 @@ class Telemetry:
         """Series that don't come up with the first event can be watched from the start."""
         for outcome in ("delivered", "failed"):
             self._tries.labels(outcome=outcome)
+        for reason in get_args(RejectionReason):
+            self._rejected_keys.labels(reason=reason)
         for duty in duties:
             self._done_at.labels(duty=duty).set(time.time())
             for outcome in ("done", "failed"):
@@ -74,6 +84,9 @@ class Telemetry:
         self._requests.labels(method=method, route=route, status=str(status)).inc()
         if not route.endswith("/stream"):
             self._seconds.labels(method=method, route=route).observe(seconds)
+
+    def count_rejected_key(self, reason: RejectionReason) -> None:
+        self._rejected_keys.labels(reason=reason).inc()
 
     def count_streams(self, read: Callable[[], float]) -> None:
         self._streams.set_function(read)

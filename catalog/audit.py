@@ -1,4 +1,5 @@
-"""The audit log: who changed what, noted in the same transaction as the change. Sealing it is in audit_chain.
+"""The audit log: who changed what, noted in the same transaction as the change. Sealing it is in audit_chain, and
+downloads are in read_audit.
 
 What a job goes through by itself is in its own events, transitions included; here is what somebody asked for.
 """
@@ -37,6 +38,7 @@ AuditType = Literal[
     "model.deleted",
     "file.created",
     "file.deleted",
+    "file.downloaded",
     "upload.created",
     "upload.cancelled",
     "job.created",
@@ -51,6 +53,7 @@ AuditType = Literal[
     "job.released",
     "job.moved",
     "adapter.deleted",
+    "adapter.downloaded",
     "webhook_endpoint.created",
     "webhook_endpoint.updated",
     "webhook_endpoint.secret_rotated",
@@ -61,6 +64,7 @@ AuditType = Literal[
     "webhook_delivery.replayed",
     "permission.created",
     "permission.deleted",
+    "audit.exported",
     "worker.cordoned",
     "worker.uncordoned",
     "worker.drained",
@@ -130,6 +134,12 @@ def actor_id() -> str | None:
     """The key by which what happens now is done."""
     origin = _here.get()
     return origin.actor.id if origin is not None else None
+
+
+def client_address() -> str | None:
+    """Network address of the client whose request is being answered."""
+    origin = _here.get()
+    return origin.address if origin is not None else None
 
 
 def note(

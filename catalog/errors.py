@@ -5,7 +5,7 @@ The api turns these into the OpenAI error shape; the CLI prints them. Our own mi
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 class LorryError(Exception):
@@ -64,11 +64,33 @@ class UnfitWorker(Conflict):
     """A worker of another version than the service can work with: it claims nothing."""
 
 
+RejectionReason = Literal[
+    "missing", "malformed", "unknown", "expired", "revoked", "project_archived", "session_ended", "sign_in_link"
+]
+
+
 class Unauthorized(LorryError):
-    """No valid API key or browser session came with the request."""
+    """No valid API key or browser session came with the request.
+
+    `reason` and `api_key_id` are for logs and metrics. A client is not told whether a key is unknown, expired or
+    revoked. `api_key_id` is set only if the whole key was right once.
+    """
 
     status = 401
     type = "authentication_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        remedy: str,
+        reason: RejectionReason | None = None,
+        api_key_id: str | None = None,
+    ) -> None:
+        super().__init__(message, code=code, remedy=remedy)
+        self.reason: RejectionReason | None = reason
+        self.api_key_id = api_key_id
 
 
 class Forbidden(LorryError):

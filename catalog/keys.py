@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,12 +21,13 @@ from catalog import audit
 from catalog.audit import Actor, AuditType
 from catalog.callers import Caller
 from catalog.db import Database, clock_of, read_clock, serialise
-from catalog.errors import NotFound, OutOfSpace, Unauthorized, Unavailable
+from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
 from catalog.scopes import held
 from catalog.settings import Settings
 from catalog.tables import ApiKey, Json, Organization, Project, SignIn, new_id
 
 ENDING_CHARACTERS = 4
+KEY_TEXT = re.compile(r"lorry_key-[0-9a-f]{24}_[\w-]{43}", re.ASCII)
 LAST_USED_SECONDS = 60
 """`last_used_at` is this coarse, so that reading does not become writing."""
 
@@ -115,8 +117,10 @@ def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
         named = _owned().add_columns(clock_of(session)).where(ApiKey.id == key_id)  # once a request
         found = session.execute(named).one_or_none()
         digest = found[0].digest if found else ""
-        if not hmac.compare_digest(digest, given) or found is None or not is_live(found[0], found[3]):
-            raise _refused("The API key is not valid.", "Check it for missing characters, or have a new one made.")
+        if not hmac.compare_digest(digest, given) or found is None:
+            raise _key_refused("unknown" if KEY_TEXT.fullmatch(secret) else "malformed")
+        if not is_live(found[0], found[3]):
+            raise _key_refused("expired" if found[0].revoked_at is None else "revoked", api_key_id=found[0].id)
         key, project, organization, now = found
         caller = _caller(key, project, organization)
     if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS:
@@ -175,7 +179,7 @@ def exchange_sign_in(db: Database, *, token: str, pepper: bytes, seconds: float 
         sign_in = session.scalar(select(SignIn).where(*unused).with_for_update())
         if sign_in is None:
             remedy = "Make a new one: python -m api sign-in-link, or POST /v1/sign_in_links with an API key."
-            raise _refused("This sign-in link was used already or has expired.", remedy)
+            raise _refused("This sign-in link was used already or has expired.", remedy, reason="sign_in_link")
         sign_in.link_digest, sign_in.browser_digest = None, _digest(browser, pepper)
         sign_in.expires_at = now + seconds
         _note_sign_in(session, "login.succeeded", sign_in, now=now)
@@ -190,7 +194,8 @@ def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
         signed_in = _owned().add_columns(SignIn.expires_at).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live)
         found = session.execute(signed_in).one_or_none()
         if found is None or not is_live(found[0], now):
-            raise _refused("You are signed out.", "Open a new sign-in link, or sign in with an API key.")
+            remedy = "Open a new sign-in link, or sign in with an API key."
+            raise _refused("You are signed out.", remedy, reason="session_ended")
         key, project, organization, end = found
         return replace(_caller(key, project, organization), is_browser=True, expires_at=min(end, key.expires_at or end))
 
@@ -278,6 +283,8 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
             code="project_archived",
             remedy="Use a key of another project, or have an operator restore it: lorry projects restore "
             f"{project.name}.",
+            reason="project_archived",
+            api_key_id=key.id,
         )
     return Caller(
         api_key_id=key.id,
@@ -295,5 +302,11 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
     )
 
 
-def _refused(message: str, remedy: str) -> Unauthorized:
-    return Unauthorized(message, code="invalid_api_key", remedy=remedy)
+def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
+    """The same answer for every reason."""
+    remedy = "Check it for missing characters, or have a new one made."
+    return _refused("The API key is not valid.", remedy, reason=reason, api_key_id=api_key_id)
+
+
+def _refused(message: str, remedy: str, *, reason: RejectionReason, api_key_id: str | None = None) -> Unauthorized:
+    return Unauthorized(message, code="invalid_api_key", remedy=remedy, reason=reason, api_key_id=api_key_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from api.schemas.pages import ListPage, page_of
 from catalog import adapters, lineage, lineage_signatures
 from catalog.adapters import AdapterView
 from catalog.artifacts.manifest import Manifest
+from catalog.callers import Caller
 from catalog.errors import NotFound
 
 router = Router(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
@@ -81,6 +83,7 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
         use.downloads,
         use.store.open_blob(file.digest, chunk_bytes=READ_BYTES),
         api_key_id=caller.api_key_id,
+        record=_record(view, use, caller, file=path),
         filename=path.rpartition("/")[2],
         num_bytes=file.num_bytes,
         etag=file.digest,
@@ -103,6 +106,7 @@ def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
         use.downloads,
         tar_chunks(members, modified_at=made_at),
         api_key_id=caller.api_key_id,
+        record=_record(view, use, caller),
         filename=f"{view.adapter.name.replace(':', '-')}.tar",
         num_bytes=tar_size(members, modified_at=made_at),
         etag=view.adapter.artifact,
@@ -136,6 +140,14 @@ def _verified(use: Services, project_id: str, adapter: str) -> AdapterVerificati
         passed=not problems,
         problems=problems,
         verification=VerificationObject.model_validate(view.adapter.verification),
+    )
+
+
+def _record(view: AdapterView, use: Services, caller: Caller, *, file: str | None = None) -> Callable[[], None]:
+    """For the audit log. file: None for all of them, as an archive."""
+    details = {"name": view.adapter.name, **({"file": file} if file else {})}
+    return partial(
+        use.read_audit.record, "adapter.downloaded", caller=caller, object_id=view.adapter.id, details=details
     )
 
 

@@ -75,8 +75,9 @@ def verify_audit_events(
     response_class=StreamingResponse,
     responses={200: {"content": {"application/jsonl": {}}, "description": "An event a line, in the chain's order."}},
 )
-def export_audit_events(use: Use, _caller: Operator) -> StreamingResponse:
+def export_audit_events(use: Use, caller: Operator) -> StreamingResponse:
     """For operators: every sealed event, as a file whose chain can be looked at without this service."""
+    use.read_audit.record("audit.exported", caller=caller)
     headers = {"content-disposition": 'attachment; filename="audit.jsonl"'}
     return StreamingResponse(_lines(use.db), media_type="application/jsonl", headers=headers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Request
@@ -123,6 +124,13 @@ def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
         use.downloads,
         use.store.open_blob(row.digest, chunk_bytes=READ_BYTES),
         api_key_id=caller.api_key_id,
+        record=partial(
+            use.read_audit.record,
+            "file.downloaded",
+            caller=caller,
+            object_id=row.id,
+            details={"purpose": row.purpose, "bytes": row.num_bytes},
+        ),
         filename=row.filename,
         num_bytes=row.num_bytes,
         etag=row.digest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from catalog import audit_chain
 from lorry import audit_chain as offline
 from tests.api.site import chat_lines, error_of
 from tests.api.test_openapi import operations
+from tests.api.trained import trained
 from tests.catalog.world import World
 
 CHANGES_NOTHING = {
@@ -202,7 +204,8 @@ def test_the_log_is_sealed_by_the_services_own_chore_and_can_be_looked_at(
     assert (found["is_sound"], found["num_events"]) == (True, open_ends["num_unsealed"])
     exported = [json.loads(line) for line in lines]
     assert offline.check(exported).last_digest == found["last_digest"]
-    assert exported[-1] == latest(operator)
+    assert exported[-1] == latest(operator, **{"event_types[]": "api_key.created"})
+    assert (latest(operator)["type"], latest(operator)["link"]) == ("audit.exported", None)
     assert audit_chain.check(services.db).misfit is None
 
 
@@ -210,3 +213,44 @@ def test_the_whole_chain_is_for_operators(client: TestClient) -> None:
     refused = [client.get(f"/v1/audit_events/{what}") for what in ("verify", "export")]
 
     assert [(answer.status_code, error_of(answer)["code"]) for answer in refused] == [(403, "operator_required")] * 2
+
+
+def test_downloads_and_exports_are_recorded(
+    client: TestClient, operator: TestClient, services: Services, world: World, tmp_path: Path
+) -> None:
+    adapter = trained(services, world, tmp_path / "made")
+    form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", chat_lines(2))}}
+    file = client.post("/v1/files", **form).json()["id"]
+
+    assert client.get(f"/v1/files/{file}/content").content == chat_lines(2)
+    client.get(f"/v1/files/{file}/content")
+    client.get("/v1/files/file-none/content")
+    client.get(f"/v1/adapters/{adapter.name}/files/none")
+    client.get(f"/v1/adapters/{adapter.name}/archive")
+    client.get(f"/v1/adapters/{adapter.name}/files/README.md")
+    operator.get("/v1/audit_events/export")
+
+    types = ["file.downloaded", "adapter.downloaded", "audit.exported"]
+    found = operator.get("/v1/audit_events", params={"event_types[]": types}).json()["data"]
+    assert [(event["type"], event["object_id"]) for event in reversed(found)] == [
+        ("file.downloaded", file),
+        ("adapter.downloaded", adapter.id),
+        ("audit.exported", None),
+    ]
+    key_id = client.headers["authorization"].split("_")[1]
+    assert [event["actor"]["id"] == key_id for event in reversed(found)] == [True, True, False]
+    assert {event["address"] for event in found} == {"127.0.0.1"}
+    assert {event["project_id"] for event in found} == {world.caller.project_id}
+
+
+def test_a_download_that_does_not_begin_is_not_recorded(
+    client: TestClient, operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", chat_lines(2))}}
+    file = client.post("/v1/files", **form).json()["id"]
+    monkeypatch.setattr(services.downloads, "_per_key", 0)
+
+    assert client.get(f"/v1/files/{file}/content").status_code == 429
+
+    params = {"event_types[]": "file.downloaded"}
+    assert operator.get("/v1/audit_events", params=params).json()["data"] == []

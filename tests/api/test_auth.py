@@ -65,6 +65,39 @@ def test_an_expired_and_a_revoked_key_are_refused(services: Services, world: Wor
         assert response.status_code == 401
 
 
+def test_a_rejected_key_is_logged_and_counted_by_reason_and_the_client_is_not_told(
+    services: Services, world: World, anonymous: TestClient, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with services.db.read() as session:
+        now = read_clock(session)
+    db, pepper, project_id = services.db, services.pepper, world.caller.project_id
+    old, expired = keys.create(db, project_id=project_id, name="old", pepper=pepper, expires_at=now - 1)
+    gone, revoked = keys.create(db, project_id=project_id, name="gone", pepper=pepper)
+    keys.revoke(db, project_id=project_id, api_key_id=gone.id)
+    cases = {
+        "malformed": ("sk-proj-1", "-"),
+        "unknown": (key[:-1] + ("a" if key[-1] != "a" else "b"), "-"),
+        "expired": (expired, old.id),
+        "revoked": (revoked, gone.id),
+    }
+    caplog.set_level("INFO", logger="lorry.api")
+
+    answers = {
+        reason: anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
+        for reason, (secret, _) in cases.items()
+    }
+    anonymous.get("/v1/files")
+    anonymous.get("/v1/files", headers={"cookie": "lorry_session=ended"})
+
+    assert len({response.text for response in answers.values()}) == 1
+    lines = [line for line in caplog.messages if "path=/v1/files" in line]
+    for line, (reason, (_, key_id)) in zip(lines, cases.items(), strict=False):
+        assert f" key={key_id} project=- address=127.0.0.1 rejected={reason}" in line
+    registry = services.telemetry.registry
+    for reason in (*cases, "missing", "session_ended"):
+        assert registry.get_sample_value("lorry_http_rejected_keys_total", {"reason": reason}) == 1, reason
+
+
 @pytest.mark.parametrize("kind", ["organization", "project"])
 def test_what_openais_headers_name_is_the_keys_own(client: TestClient, world: World, kind: str) -> None:
     for own in (getattr(world.caller, f"{kind}_id"), getattr(world.caller, f"{kind}_name"), ""):
