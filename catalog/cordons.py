@@ -15,12 +15,13 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import audit, events, loads
+from catalog import audit, events, heads, loads
 from catalog.audit import SERVER, Actor, AuditType
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict, LorryError, NotFound
-from catalog.states import CLAIMED_STATES, EndReason, reasons
-from catalog.tables import Attempt, Job, Json, Trainer, Worker
+from catalog.living import is_live
+from catalog.states import CLAIMED_STATES, EndReason, JobState, reasons
+from catalog.tables import Attempt, Checkpoint, Job, Json, ProjectUsage, Trainer, Worker
 
 log = logging.getLogger("lorry.catalog")
 MAX_FAILED_RUNNING = 3
@@ -29,6 +30,8 @@ AT_FAULT = reasons(lambda ending: ending.may_be_nodes)
 MAX_LOOKED_AT = 100
 """Ended attempts of one worker, and earlier workers of one host."""
 OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."
+OUT_OF_MEMORY = reasons(lambda ending: ending.is_of_memory)
+USED_SECONDS = 86_400.0
 BEFORE_ANY_JOB = f"It failed {MAX_FAILED_RUNNING} times in a row, before a job had begun."
 OF_A_DRAIN = "It was drained."
 By = Literal["operator", "service"]
@@ -168,6 +171,11 @@ def _look(db: Database, worker_id: str) -> bool:
         if not blamed:
             return False
         found = [attempt for attempt, end in zip(attempts, ends, strict=True) if end in blamed]
+        if not _is_beyond_one_project(session, worker_id, found, blamed, now=now):
+            return False
+        if not _may_cordon_another(session, now=now):
+            log.warning("cordon limit: worker=%s failed jobs, but a third of the fleet is cordoned already", worker_id)
+            return False
         jobs = sorted({attempt.job_id for attempt in found})
         evidence, told = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
         is_of_jobs = len(jobs) >= MAX_FAILED_RUNNING
@@ -246,6 +254,61 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
     for end in bad:
         by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or end.job_id)
     return [] if _could_be_to_blame(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
+
+
+def _is_beyond_one_project(
+    session: Session, worker_id: str, attempts: Sequence[Attempt], blamed: Sequence[Ended], *, now: float
+) -> bool:
+    """Whether the jobs of one project cannot explain the failures, so that no tenant can have nodes cordoned.
+
+    They cannot if a trainer failed without a job of that project, if enough of the failed jobs have progressed on
+    another worker since, or if no other project uses the service. attempts: those of `blamed`.
+    """
+    whose = select(Job.id, Job.project_id).where(Job.id.in_({end.job_id for end in blamed}))
+    project_of = {row.id: row.project_id for row in session.execute(whose)}
+    by_trainer: dict[str | None, set[str]] = {}
+    for end in blamed:
+        by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or project_of[end.job_id])
+    return (
+        not _could_be_to_blame(by_trainer.values(), 1)
+        or len(_progressed_elsewhere(session, worker_id, attempts)) >= MAX_FAILED_RUNNING
+        or not _is_used_by_others(session, set(project_of.values()), now=now)
+    )
+
+
+def _progressed_elsewhere(session: Session, worker_id: str, attempts: Sequence[Attempt]) -> set[str]:
+    """Jobs that failed here, and then completed or wrote a checkpoint on another worker: they crash no trainer.
+
+    Out of memory does not count: such a job may fit the other worker's larger devices only.
+    """
+    failed_at = {one.job_id: one.ended_at or 0.0 for one in attempts if one.reason not in OUT_OF_MEMORY}
+    newest = select(Checkpoint.job_id, func.max(Checkpoint.created_at).label("at")).where(
+        Checkpoint.job_id.in_(failed_at)
+    )
+    checkpoint_at = {row.job_id: row.at for row in session.execute(newest.group_by(Checkpoint.job_id))}
+    elsewhere = select(Attempt).where(Attempt.job_id.in_(failed_at), Attempt.worker_id != worker_id)
+    return {
+        one.job_id
+        for one in session.scalars(elsewhere)
+        if one.started_at >= failed_at[one.job_id]
+        and (one.reason == EndReason.COMPLETED or checkpoint_at.get(one.job_id, 0.0) > one.started_at)
+    }
+
+
+def _is_used_by_others(session: Session, project_ids: Collection[str], *, now: float) -> bool:
+    """Whether any other project has a job in the queue, or has used a device within a day."""
+    used = (ProjectUsage.project_id.not_in(project_ids), ProjectUsage.as_of > now - USED_SECONDS)
+    if session.scalar(select(ProjectUsage.project_id).where(*used).limit(1)) is not None:
+        return True
+    waiting = heads.projects(JobState.QUEUED)
+    return session.scalar(select(waiting.c.project_id).where(waiting.c.project_id.not_in(project_ids))) is not None
+
+
+def _may_cordon_another(session: Session, *, now: float) -> bool:
+    """At most a third of the live workers, and always one, are cordoned because of failed jobs."""
+    live = list(session.scalars(select(Worker).where(is_live(now=now))))
+    cordoned = sum((worker.cordon or {}).get("reason") == OF_THE_SERVICE for worker in live)
+    return cordoned < max(1, len(live) // 3)
 
 
 def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:

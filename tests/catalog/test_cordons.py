@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from catalog import claims, cordons, explanation, jobs, numbers, plan_claims, workers
+from catalog.callers import Caller
 from catalog.cordons import Ended, failed_running, place
 from catalog.errors import Conflict, NotFound
 from catalog.scheduling.picture import Room
@@ -28,9 +29,18 @@ def row(world: World, worker_id: str = "w1") -> Worker:
         return session.get_one(Worker, worker_id)
 
 
-def fail(world: World, *, worker_id: str = "w1", trainer: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> str:
+def fail(
+    world: World,
+    *,
+    worker_id: str = "w1",
+    trainer: str,
+    reason: EndReason = EndReason.TRAINER_CRASHED,
+    caller: Caller | None = None,
+) -> str:
     """One more job, which ends badly alone in a trainer of that name."""
-    job = world.queued(seed=len(trainer))
+    training_file = world.file(caller=caller)
+    job = world.submit(caller=caller, training_file=training_file, seed=len(trainer))
+    world.prepare_all()
     (claim,) = [one for one in world.claim(worker_id, trainer_id=trainer) if one.job.id == job.id]
     claims.end(world.db, claim.claim_id, reason=reason, detail=f"Trainer {trainer} ended.")
     return job.id
@@ -287,6 +297,96 @@ def test_a_poison_job_and_those_beside_it_are_no_fault_of_the_node(world: World)
 
     assert world.job(poison.job.id).state == JobState.FAILED
     assert row(world).cordon is None
+
+
+def busy_stranger(world: World) -> None:
+    """Another project that uses the service: a job of it has trained on another worker."""
+    world.worker("w9", host="far")
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+    (claim,) = world.claim("w9")
+    world.complete(claim.claim_id)
+
+
+def test_jobs_of_one_project_cordon_no_worker_of_a_service_that_others_use(world: World) -> None:
+    world.worker()
+    busy_stranger(world)
+
+    for name in ("t1", "t2", "t3", "t4", "t5"):
+        fail(world, trainer=name)
+
+    assert row(world).cordon is None
+
+
+def test_jobs_of_two_projects_that_fail_cordon_their_worker(world: World) -> None:
+    world.worker()
+    fail(world, trainer="t1")
+    fail(world, trainer="t2")
+
+    fail(world, trainer="t3", caller=world.stranger)
+
+    assert row(world).cordon is not None
+
+
+def test_a_job_that_crashes_together_with_anothers_is_no_second_witness(world: World) -> None:
+    """Jobs of another project share the trainers of crashing jobs, and end with them."""
+    world.worker()
+    for number in range(4):
+        for caller in (world.caller, world.stranger):
+            world.submit(caller=caller, training_file=world.file(caller=caller), seed=number)
+        world.prepare_all()
+        held = world.claim(trainer_id=f"t{number}")
+        is_crash = any(claim.job.project_id == world.caller.project_id for claim in held)
+        for claim in held:
+            reason = EndReason.TRAINER_CRASHED if is_crash else EndReason.DRAINED
+            claims.end(world.db, claim.claim_id, reason=reason, detail="")
+        world.clock.turn(60)
+        world.beat()
+
+    assert row(world).cordon is None
+
+
+def test_failed_jobs_of_one_project_that_progress_elsewhere_cordon_the_worker_that_failed_them(world: World) -> None:
+    world.worker()
+    busy_stranger(world)
+    failed = [fail(world, trainer=name) for name in ("t1", "t2", "t3")]
+    world.worker("w2", host="there")
+    world.clock.turn(3600)
+    for claim in world.claim("w2"):
+        world.complete(claim.claim_id, content=claim.job.id)
+    assert {world.job(job_id).state for job_id in failed} == {JobState.SUCCEEDED}
+    assert row(world).cordon is None
+
+    fail(world, trainer="t4")
+
+    assert row(world).cordon is not None
+
+
+def test_jobs_that_ran_out_of_memory_and_fit_elsewhere_are_no_evidence(world: World) -> None:
+    world.worker()
+    busy_stranger(world)
+    for name in ("t1", "t2", "t3"):
+        fail(world, trainer=name, reason=EndReason.CUDA_OOM)
+    world.worker("w2", host="there")
+    world.clock.turn(3600)
+    for claim in world.claim("w2"):
+        world.complete(claim.claim_id, content=claim.job.id)
+
+    fail(world, trainer="t4", reason=EndReason.CUDA_OOM)
+
+    assert row(world).cordon is None
+
+
+def test_failed_jobs_cordon_at_most_a_third_of_the_workers(world: World) -> None:
+    names = [f"w{number}" for number in range(1, 7)]
+    for name in names:
+        world.worker(name, host=name)
+
+    for name in names:
+        for number in range(3):
+            fail(world, worker_id=name, trainer=f"{name}-{number}", caller=world.stranger if number else None)
+
+    assert [name for name in names if row(world, name).cordon] == names[:2]
 
 
 def test_an_outage_that_loses_every_worker_cordons_none(world: World) -> None:
