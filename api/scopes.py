@@ -34,7 +34,7 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "cordon_worker": ("workers:write",),
     "uncordon_worker": ("workers:write",),
     "drain_worker": ("workers:write",),
-    "create_plan": ("jobs:read",),
+    "create_plan": ("jobs:read", "jobs:write"),
     "list_plans": ("jobs:read",),
     "get_plan": ("jobs:read",),
     "delete_plan": ("jobs:write",),

@@ -9,7 +9,7 @@ from typing import get_args
 
 from sqlalchemy.orm import Session
 
-from catalog import bases, continuing, evaluations, files, fleet, linears, memory, places
+from catalog import bases, continuing, evaluations, files, fleet, linears, memory, places, prepared
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
 from catalog.errors import InvalidRequest, NotFound
@@ -128,6 +128,8 @@ def job_row(accepted: Accepted, *, project_id: str, created_by: str, now: float)
         tags=request.tags,
         training_file=accepted.training.id,
         validation_file=validation.id if validation else None,
+        train_prepared=prepared.key_of(project_id, base, accepted.training, spec),
+        valid_prepared=validation and prepared.key_of(project_id, base, validation, spec),
         attempt=0,
         counted_attempts=0,
         lost_preparations=0,

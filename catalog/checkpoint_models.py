@@ -5,14 +5,16 @@ An adapter of a checkpoint was not loaded by PEFT before it is shown: that is do
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Select, exists, select
 from sqlalchemy.orm import Session
 
+from catalog import daily
+from catalog.db import read_clock
 from catalog.errors import Conflict, NoLongerKept
 from catalog.states import UNFINISHED_STATES
-from catalog.tables import Adapter, Checkpoint, Job, Project, new_id
+from catalog.tables import Adapter, Artifact, Checkpoint, Job, Project, new_id
 
 MARK = ":ckpt-step-"
 ID_PREFIX = "ftckpt-"
@@ -93,6 +95,23 @@ def is_continued() -> ColumnElement[bool]:
     return exists().where(child.c.parent_adapter == Checkpoint.id, child.c.state.in_(UNFINISHED_STATES))
 
 
+def assign(
+    session: Session, checkpoint: Checkpoint, field: Literal["artifact", "adapter"], digest: str | None, *, now: float
+) -> None:
+    """Set what a job resumes from (`artifact`), or the checkpoint's weights as a model (`adapter`), of a row that is
+    locked. The job's project is charged the difference in bytes."""
+    before: str | None = getattr(checkpoint, field)
+    if digest != before:
+        project_id = session.get_one(Job, checkpoint.job_id).project_id
+        difference = _num_bytes(session, digest) - _num_bytes(session, before)
+        daily.store(session, project_id, difference, now=now)
+        setattr(checkpoint, field, digest)
+
+
+def _num_bytes(session: Session, digest: str | None) -> int:
+    return 0 if digest is None else session.get_one(Artifact, digest).num_bytes
+
+
 def let_go(session: Session, checkpoint: Checkpoint) -> str | None:
     """Forget its adapter, unless a job that has not ended continues it. Returns the digest that it had.
 
@@ -103,7 +122,7 @@ def let_go(session: Session, checkpoint: Checkpoint) -> str | None:
     digest = checkpoint.adapter
     if digest is None or session.scalar(select(Checkpoint.id).where(Checkpoint.id == checkpoint.id, is_continued())):
         return None
-    checkpoint.adapter = None
+    assign(session, checkpoint, "adapter", None, now=read_clock(session))
     if session.scalar(select(Job.id).where(Job.parent_adapter == checkpoint.id).limit(1)) is None:
         checkpoint.lineage = checkpoint.lineage_id = None
     return digest

@@ -5,10 +5,10 @@ Run it now and then, from any one process. What is being stored meanwhile is you
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, delete, or_, select, update
+from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, checkpoint_models, daily, files, outputs, part_uploads
+from catalog import artifact_rows, checkpoint_models, daily, files, outputs, part_uploads, prepared, stored_bytes
 from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
 from catalog.db import Database, read_clock, serialise, skip_locked
 from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, JobOutput, Plan, Prepared, UploadPart
@@ -22,6 +22,7 @@ CHECKPOINT_SECONDS = 7 * 24 * 3600.0
 def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
     """Delete blobs and manifests that nothing names. Returns how many. Raises Unavailable, DamagedArtifact."""
     let_go(db)
+    stored_bytes.reconcile(db)
     return store.delete_unreferenced(live_digests(db), grace_seconds=grace_seconds)
 
 
@@ -35,12 +36,10 @@ def let_go(db: Database) -> None:
         _let_expire(session, now=now)
         part_uploads.forget(session, now=now)
         outputs.let_go(session, now=now)
-        ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
-        kept = update(Checkpoint).where(Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
-        session.execute(kept.values(artifact=None), execution_options={"synchronize_session": False})
+        _drop_checkpoints(session, now=now)
         checkpoint_models.expire(session)
-        session.execute(delete(Prepared).where(Prepared.file_digest.not_in(select(File.digest).where(_is_wanted()))))
         session.execute(delete(Plan).where(Plan.expires_at <= now))
+        _drop_prepared(session, now=now)
         there = select(Prepared.key)
         is_of_gone = or_(FileOverlap.train_key.not_in(there), FileOverlap.valid_key.not_in(there))
         session.execute(delete(FileOverlap).where(is_of_gone))
@@ -74,6 +73,29 @@ def _let_expire(session: Session, *, now: float) -> None:
     gone = gone.returning(File.project_id, File.num_bytes)
     for row in session.execute(gone, execution_options={"synchronize_session": False}):
         daily.store(session, row.project_id, -row.num_bytes, now=now)
+
+
+def _drop_checkpoints(session: Session, *, now: float) -> None:
+    """Those of jobs that ended long ago: nobody resumes from them."""
+    ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
+    kept = (Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
+    held = select(Job.project_id, func.sum(Artifact.num_bytes)).select_from(Checkpoint)
+    held = held.join(Job, Job.id == Checkpoint.job_id).join(Artifact, Artifact.digest == Checkpoint.artifact)
+    for project_id, num_bytes in session.execute(held.where(*kept).group_by(Job.project_id)):
+        daily.store(session, project_id, -int(num_bytes), now=now)
+    dropped = update(Checkpoint).where(*kept).values(artifact=None)
+    session.execute(dropped, execution_options={"synchronize_session": False})
+
+
+def _drop_prepared(session: Session, *, now: float) -> None:
+    """What was found in files that their project has no more, unless an unfinished job or plan needs it."""
+    of_file = (File.project_id == Prepared.project_id, File.digest == Prepared.file_digest)
+    is_of_file = exists().where(*of_file, _is_wanted())
+    gone = delete(Prepared).where(~is_of_file, ~prepared.is_needed())
+    gone = gone.returning(Prepared.project_id, Prepared.artifact, Prepared.num_bytes)
+    for project_id, artifact, num_bytes in session.execute(gone, execution_options={"synchronize_session": False}):
+        if project_id is not None and artifact is not None:
+            daily.store(session, project_id, -num_bytes, now=now)
 
 
 def _is_wanted() -> ColumnElement[bool]:

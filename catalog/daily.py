@@ -18,11 +18,13 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, SessionTransaction
 
 from catalog.db import add_to, at_the_end, upsert
-from catalog.tables import Job, StoredBytes, StoredDay, UsageDay, UsageMonth
+from catalog.tables import Job, Plan, StoredBytes, StoredDay, UsageDay, UsageMonth
 
 DAY_SECONDS = 86_400
 SLOTS = 16
-Amount = Literal["device_seconds", "trained_tokens", "num_created", "num_succeeded", "num_failed", "num_cancelled"]
+Amount = Literal[
+    "device_seconds", "trained_tokens", "num_created", "num_succeeded", "num_failed", "num_cancelled", "num_plans"
+]
 AMOUNTS: tuple[Amount, ...] = (
     "device_seconds",
     "trained_tokens",
@@ -30,6 +32,7 @@ AMOUNTS: tuple[Amount, ...] = (
     "num_succeeded",
     "num_failed",
     "num_cancelled",
+    "num_plans",
 )
 GATHERED = ("used", "tallies")
 """In a session's `info`: what a transaction adds at its end."""
@@ -57,8 +60,14 @@ def add(session: Session, job: Job, amount: Amount, number: float, *, now: float
     _pending(session).used[job.project_id, day_of(now), job.base_model, slot][amount] += number
 
 
+def add_plan(session: Session, plan: Plan, *, now: float) -> None:
+    """The project has created one more plan today."""
+    slot = zlib.crc32(plan.id.encode()) % SLOTS
+    _pending(session).used[plan.project_id, day_of(now), plan.base_model, slot]["num_plans"] += 1
+
+
 def store(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """The project has so many bytes more in the store, or fewer."""
+    """The project stores so many bytes more, or fewer: see stored_bytes.py for what counts."""
     if num_bytes:
         _pending(session).stored[project_id, day_of(now)] += num_bytes
 
@@ -128,6 +137,8 @@ def _write(session: Session) -> None:
         key = {"project_id": project_id, "month": month, "slot": slot}
         add_to(session, UsageMonth, key, {"device_seconds": device_seconds})
     for (project_id, day), num_bytes in sorted(pending.stored.items()):
+        if not num_bytes:
+            continue
         add_to(session, StoredBytes, {"project_id": project_id}, {"num_bytes": num_bytes})
         held = stored_bytes(session, project_id)
         upsert(session, StoredDay, [{"project_id": project_id, "day": day, "num_bytes": held}])

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from catalog import daily
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.db import Database, read_clock, upsert
 from catalog.errors import StaleClaim
@@ -50,6 +51,10 @@ def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: B
         attempt = session.get(Attempt, claim_id)
         if attempt is None or attempt.worker_id != worker_id:
             raise StaleClaim(claim_id)
+        now = read_clock(session)
+        before = session.get(JobOutput, (claim_id, rank), with_for_update=True)
+        project_id = session.get_one(Job, attempt.job_id).project_id
+        daily.store(session, project_id, content.num_bytes - (before.num_bytes if before else 0), now=now)
         row = {
             "claim_id": claim_id,
             "rank": rank,
@@ -57,7 +62,7 @@ def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: B
             "attempt": attempt.number,
             "digest": content.digest,
             "num_bytes": content.num_bytes,
-            "written_at": read_clock(session),
+            "written_at": now,
         }
         upsert(session, JobOutput, [row])
 
@@ -112,6 +117,9 @@ def lines(
 def let_go(session: Session, *, now: float) -> None:
     """Forget what was printed for jobs that ended long ago; the store's cleaning may then delete it."""
     ended = select(Job.id).where(Job.finished_at < now - KEPT_SECONDS)
+    held = select(Job.project_id, func.sum(JobOutput.num_bytes)).join(Job, Job.id == JobOutput.job_id)
+    for project_id, num_bytes in session.execute(held.where(Job.id.in_(ended)).group_by(Job.project_id)):
+        daily.store(session, project_id, -int(num_bytes), now=now)
     gone = delete(JobOutput).where(JobOutput.job_id.in_(ended))
     session.execute(gone, execution_options={"synchronize_session": False})
 

@@ -24,8 +24,6 @@ class PlanClaim:
     claim_id: str
     plan_id: str
     files: FilesToPrepare
-    train_key: str
-    valid_key: str | None
 
 
 def claim(db: Database, *, worker_id: str, lease_seconds: float) -> PlanClaim | None:
@@ -101,19 +99,16 @@ def _claim(session: Session, plan: Plan) -> PlanClaim:
     assert plan.claim_id is not None
     validation = session.get_one(File, plan.validation_file) if plan.validation_file else None
     files = FilesToPrepare(
+        project_id=plan.project_id,
         base=session.get_one(BaseModelRow, plan.base_model),
         base_digest=plan.base_digest,
         spec=JobSpec.model_validate(plan.spec),
         training=session.get_one(File, plan.training_file),
-        validation=validation,
-    )
-    return PlanClaim(
-        claim_id=plan.claim_id,
-        plan_id=plan.id,
-        files=files,
         train_key=plan.train_prepared,
+        validation=validation,
         valid_key=plan.valid_prepared,
     )
+    return PlanClaim(claim_id=plan.claim_id, plan_id=plan.id, files=files)
 
 
 def _hindrance(session: Session, plan: Plan) -> Json | None:

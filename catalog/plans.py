@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import bases, prepared
+from catalog import daily, prepared, quotas
 from catalog.acceptance import Accepted, accept, job_row, surprises
 from catalog.db import Database, read_clock, serialise
-from catalog.errors import Conflict, NotFound
+from catalog.errors import Conflict, Forbidden, NotFound
 from catalog.foretelling import Data, foretell
 from catalog.keys import Caller
 from catalog.pages import Page, paginate
@@ -38,18 +38,26 @@ class Details:
 
 
 def create(db: Database, *, caller: Caller, request: JobRequest, settings: Settings) -> Plan:
-    """Refused as a job would be; ready at once where the files are prepared. Raises InvalidRequest, NotFound, Conflict
-    where the project has too many that wait."""
+    """Refused as a job would be; ready at once where the project has the files prepared.
+
+    Raises InvalidRequest, NotFound; Forbidden where a worker would have to prepare the files and the key lacks
+    jobs:write; QuotaExceeded; Conflict where the project has too many that wait.
+    """
     with db.write() as session:
         serialise(session, f"plan {caller.project_id}")
         now = read_clock(session)
+        quotas.check_plan(session, caller.project_id, now=now)
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
         job_row(accepted, project_id=caller.project_id, created_by=caller.api_key_id, now=now)  # or it is refused
         plan = _row(accepted, caller, now=now)
         conclude(session, plan, now=now, settings=settings)
         if plan.state == "computing":
+            _check_scope(caller)
             _check_room(session, caller.project_id)
         session.add(plan)
+        if plan.state == "computing":
+            quotas.check_preparation(session, plan, now=now)
+        daily.add_plan(session, plan, now=now)
         return plan
 
 
@@ -127,19 +135,14 @@ def recall(session: Session, plan: Plan) -> Accepted:
 
 
 def is_known(row: Prepared | None) -> bool:
-    """Whether a plan can be made of it: it is prepared, or refused, and has details."""
-    return row is not None and row.details is not None and (row.artifact is not None or "refusal" in row.report)
+    """Whether a plan can be made of it: the file was prepared or refused, and there are details. (The tokens may have
+    been evicted since.)"""
+    return row is not None and row.details is not None
 
 
 def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
-    base, spec = accepted.base, accepted.spec
+    base, spec, validation = accepted.base, accepted.spec, accepted.validation
     assert base.digest is not None
-    tokenizer = bases.tokenizer_digest(base)
-    keys = [
-        prepared.key(file.digest, tokenizer, spec.max_length, spec.data) if file is not None else None
-        for file in (accepted.training, accepted.validation)
-    ]
-    assert keys[0] is not None
     return Plan(
         id=new_id("plan"),
         project_id=caller.project_id,
@@ -152,11 +155,21 @@ def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
         requested=accepted.request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"),
         training_file=accepted.training.id,
-        validation_file=accepted.validation.id if accepted.validation else None,
-        train_prepared=keys[0],
-        valid_prepared=keys[1],
+        validation_file=validation.id if validation else None,
+        train_prepared=prepared.key_of(caller.project_id, base, accepted.training, spec),
+        valid_prepared=validation and prepared.key_of(caller.project_id, base, validation, spec),
         num_lost=0,
     )
+
+
+def _check_scope(caller: Caller) -> None:
+    if "jobs:write" not in caller.scopes:
+        raise Forbidden(
+            f"A worker has to prepare the files for this plan, and the API key {caller.name!r} lacks the scope "
+            "jobs:write.",
+            code="missing_scope",
+            remedy="Use a key that has jobs:write. A key with jobs:read gets plans of files that are prepared already.",
+        )
 
 
 def _check_room(session: Session, project_id: str) -> None:
@@ -172,7 +185,7 @@ def _check_room(session: Session, project_id: str) -> None:
 def _refusal(session: Session, key: str | None, param: str) -> Json | None:
     """In the form of a job's error."""
     row = session.get(Prepared, key) if key else None
-    if row is None or not is_known(row) or row.artifact is not None:
+    if row is None or not is_known(row) or "refusal" not in row.report:
         return None
     refusal = row.report["refusal"]
     return {"code": refusal["code"], "message": f"{refusal['message']} {refusal['remedy']}", "param": param}

@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import evaluations, events, heads, needs, places
+from catalog import prepared as caches
 from catalog.db import Database, read_clock, serialise
 from catalog.fencing import hold
 from catalog.moves import move
@@ -28,11 +29,15 @@ may be the worker's. (Such an end is no attempt.)"""
 class FilesToPrepare:
     """Of a job, or of a plan of one."""
 
+    project_id: str
     base: BaseModelRow
     base_digest: str
     spec: JobSpec
     training: File
+    train_key: str
+    """In `prepared`."""
     validation: File | None
+    valid_key: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +52,16 @@ class Unprepared:
 
     @property
     def files(self) -> FilesToPrepare:
+        assert self.job.train_prepared is not None
         return FilesToPrepare(
+            project_id=self.job.project_id,
             base=self.base,
             base_digest=self.job.base_digest,
             spec=JobSpec.model_validate(self.job.spec),
             training=self.training_file,
+            train_key=self.job.train_prepared,
             validation=self.validation_file,
+            valid_key=self.job.valid_prepared,
         )
 
 
@@ -80,13 +89,13 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, polic
         job.worker_id = worker_id
         job.lease_expires_at = now + lease_seconds
         job.lease_extended = False
-        return Unprepared(
-            claim_id=claim_id,
-            job=job,
-            training_file=session.get_one(File, job.training_file),
-            validation_file=session.get_one(File, job.validation_file) if job.validation_file else None,
-            base=session.get_one(BaseModelRow, job.base_model),
-        )
+        training = session.get_one(File, job.training_file)
+        validation = session.get_one(File, job.validation_file) if job.validation_file else None
+        base, spec = session.get_one(BaseModelRow, job.base_model), JobSpec.model_validate(job.spec)
+        if job.train_prepared is None:  # an earlier version accepted the job
+            job.train_prepared = caches.key_of(job.project_id, base, training, spec)
+            job.valid_prepared = validation and caches.key_of(job.project_id, base, validation, spec)
+        return Unprepared(claim_id=claim_id, job=job, training_file=training, validation_file=validation, base=base)
 
 
 def _take_first(session: Session, *, now: float, policy: Policy) -> tuple[Job | None, bool]:

@@ -1,7 +1,8 @@
 """What a project may use at most, and a key may submit in a day: an operator says so, and None is without limit.
 
 Refused at submission: too many jobs that wait, too many in a day, the month's device-hours used up. Held in the queue:
-the jobs of a project that trains as many as it may, or has used up its month. Refused at upload: too many bytes.
+the jobs of a project that trains as many as it may, or has used up its month. Refused at upload, and where a worker
+would have to prepare files: too many bytes. Refused at creation: too many plans in a day.
 """
 
 from __future__ import annotations
@@ -12,24 +13,27 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from sqlalchemy import Select, func, or_, select
+from sqlalchemy import Select, func, or_, select, union_all
 from sqlalchemy.orm import Session
 
-from catalog import audit, daily, projects
+from catalog import audit, daily, prepared, projects
 from catalog.callers import Caller
 from catalog.daily import DAY_SECONDS
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import QuotaExceeded, RateLimited
 from catalog.states import JobState
-from catalog.tables import File, Job, Json, Project, Sweep
+from catalog.tables import File, Job, Json, Plan, Prepared, Project, Sweep
 
-Limit = Literal["concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes"]
+Limit = Literal[
+    "concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes", "plans_per_day"
+]
 COLUMNS: dict[Limit, str] = {
     "concurrent_jobs": "max_concurrent_jobs",
     "queued_jobs": "max_queued_jobs",
     "jobs_per_day": "max_jobs_per_day",
     "device_hours_per_month": "max_device_hours_per_month",
     "stored_bytes": "max_stored_bytes",
+    "plans_per_day": "max_plans_per_day",
 }
 SAID: dict[Limit, str] = {
     "concurrent_jobs": "{limit:,.0f} jobs that train at once",
@@ -37,6 +41,7 @@ SAID: dict[Limit, str] = {
     "jobs_per_day": "{limit:,.0f} jobs a day",
     "device_hours_per_month": "{limit:,.4g} device-hours a month",
     "stored_bytes": "{limit:,.0f} stored bytes",
+    "plans_per_day": "{limit:,.0f} plans a day",
 }
 REMEDIES: dict[Limit, str] = {
     "concurrent_jobs": "Wait until one of them has ended.",
@@ -44,6 +49,7 @@ REMEDIES: dict[Limit, str] = {
     "jobs_per_day": "Submit it after that time.",
     "device_hours_per_month": "Submit it after that time.",
     "stored_bytes": "Delete files or adapters that you don't need.",
+    "plans_per_day": "Create the plan after that time.",
 }
 LEAVING_SECONDS = 2 * DAY_SECONDS
 """So long after a deletion bytes may lie in the store: cleanings are a day apart, and spare what is younger."""
@@ -108,25 +114,50 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
             raise _exceeded(project, standing, now=now)
 
 
+def check_plan(session: Session, project_id: str, *, now: float) -> None:
+    """One more plan, in the transaction that creates it, which no other of the project runs beside. Raises
+    QuotaExceeded."""
+    project = session.get_one(Project, project_id)
+    standing = _standing(session, project, "plans_per_day", now=now)
+    if standing.is_reached:
+        raise _exceeded(project, standing, now=now)
+
+
+def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None:
+    """The token caches that a new job or plan waits for, in the transaction that creates it: their size is taken to be
+    that of the files. Raises QuotaExceeded."""
+    if session.get_one(Project, work.project_id).max_stored_bytes is None:
+        return
+    session.flush()
+    if prepared.is_any_missing(session, (work.train_prepared, work.valid_prepared)):
+        serialise(session, f"quota {work.project_id}")
+        check_stored(session, work.project_id, prepared.promised_bytes(session, work.project_id), now=now)
+
+
 def look_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
     """Whether so many bytes more would be refused as things are. `check_stored` alone makes sure of it."""
     project = session.get_one(Project, project_id)
     if project.max_stored_bytes is not None:
-        _check_stored(session, project, project.max_stored_bytes, num_bytes, now=now)
+        _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
 
 
 def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """So many bytes more, in the transaction that stores them. Deleting makes room at once, though bytes leave the disk
-    later: what is there and what is leaving come to twice the limit at most. Raises QuotaExceeded."""
+    """So many bytes more, in the transaction that stores them. Unused token caches are evicted where they are in the
+    way. Deleting and evicting make room at once, though bytes leave the disk later: what is there and what is leaving
+    come to twice the limit at most. Raises QuotaExceeded."""
     project = session.get_one(Project, project_id)
     if project.max_stored_bytes is not None:
         serialise(session, f"quota {project.id}")
-        _check_stored(session, project, project.max_stored_bytes, num_bytes, now=now)
+        num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
+        if num_beyond > 0:
+            prepared.evict(session, project.id, num_beyond, now=now)
 
 
-def _check_stored(session: Session, project: Project, most: int, num_bytes: int, *, now: float) -> None:
+def _num_beyond(session: Session, project: Project, most: int, num_bytes: int, *, now: float) -> int:
+    """How many bytes of unused token caches have to go for so many bytes more; not positive: none."""
     standing = _standing(session, project, "stored_bytes", now=now)
-    if standing.used + num_bytes > most:
+    num_over = int(standing.used) + num_bytes - most
+    if num_over > 0 and num_over > prepared.evictable_bytes(session, project.id):
         raise _exceeded(project, standing, now=now, num_more=num_bytes)
     each = _leaving(project.id, now=now).subquery()
     num_leaving = int(session.scalar(select(func.sum(each.c.num_bytes))) or 0)
@@ -135,6 +166,7 @@ def _check_stored(session: Session, project: Project, most: int, num_bytes: int,
         leaving = [(row.num_bytes, row.at) for row in session.execute(_leaving(project.id, now=now))]
         told = replace(standing, resets_at=enough_at(leaving, num_beyond, now=now))
         raise _too_many_leaving(project, told, now=now, num_more=num_bytes, num_leaving=num_leaving)
+    return num_over
 
 
 def enough_at(leaving: Iterable[tuple[int, float]], num_needed: int, *, now: float) -> float | None:
@@ -148,10 +180,14 @@ def enough_at(leaving: Iterable[tuple[int, float]], num_needed: int, *, now: flo
 
 
 def _leaving(project_id: str, *, now: float) -> Select[int, float]:
-    """Bytes of deleted files that may be on the disk still, and by when they are not."""
+    """Bytes of deleted files and evicted token caches that may be on the disk still, and by when they are not."""
     gone = (File.project_id == project_id, File.deleted_at > now - LEAVING_SECONDS)
-    by_when = func.max(File.deleted_at) + LEAVING_SECONDS
-    return select(File.num_bytes, by_when.label("at")).where(*gone).group_by(File.digest, File.num_bytes)
+    by_when = (func.max(File.deleted_at) + LEAVING_SECONDS).label("at")
+    deleted = select(File.num_bytes, by_when).where(*gone).group_by(File.digest, File.num_bytes)
+    evicted = select(Prepared.num_bytes, (Prepared.evicted_at + LEAVING_SECONDS).label("at"))
+    evicted = evicted.where(Prepared.project_id == project_id, Prepared.evicted_at > now - LEAVING_SECONDS)
+    each = union_all(deleted, evicted).subquery()
+    return select(each.c.num_bytes, each.c.at)
 
 
 def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, Standing]:
@@ -246,6 +282,12 @@ def _standing(session: Session, project: Project, name: Limit, *, now: float) ->
                 daily.total(session, project.id, "num_created", first_day=today),
                 (today + 1) * DAY_SECONDS,
             )
+        case "plans_per_day":
+            today = daily.day_of(now)
+            used, resets_at = (
+                daily.total(session, project.id, "num_plans", first_day=today),
+                (today + 1) * DAY_SECONDS,
+            )
         case "device_hours_per_month":
             used, resets_at = daily.month_seconds(session, project.id, now=now) / 3600, daily.next_month(now)
         case "stored_bytes":
@@ -278,8 +320,8 @@ def _too_many_leaving(
     """Bytes that were deleted stand in the way: deleting more would not help."""
     message = (
         f"The project {project.name!r} may have {standing.said()}, and twice as many with those that were deleted and "
-        f"are on the disk still; it has {standing.used:,.0f} and {num_leaving:,} of deleted files, and this would be "
-        f"{num_more:,} more."
+        f"are on the disk still; it has {standing.used:,.0f} and {num_leaving:,} of deleted files and evicted tokens, "
+        f"and this would be {num_more:,} more."
     )
     by_when = "" if standing.resets_at is None else f": by {_moment(standing.resets_at)} enough of them have left"
     return _refusal(project, standing, message, f"Wait for the daily cleaning{by_when}.", now=now)

@@ -101,12 +101,11 @@ def record_checkpoint(
         furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
         if furthest is None or step > furthest:
             job.counted_attempts = job.lost_attempts = 0
-        digest = artifact_rows.show(session, artifact, now=now)
-        checkpoint = _put_checkpoint(session, job, step=step, digest=digest, now=now)
+        checkpoint = _put_checkpoint(session, job, step=step, artifact=artifact, now=now)
         if exported is not None:
             _put_model(session, checkpoint, exported, now=now)
         events.add(session, job.id, now=now, message=f"Checkpoint created at step {step}", data={"step": step})
-        return _drop_older(session, job)
+        return _drop_older(session, job, now=now)
 
 
 def record_checkpoint_model(db: Database, claim_id: str, *, step: int, exported: Exported) -> None:
@@ -122,15 +121,16 @@ def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, prob
     """A checkpoint's files are damaged or gone, or its weights are ruined: it is never resumed from again."""
     with db.write() as session:
         job = hold(session, claim_id)
-        checkpoint = session.get(Checkpoint, checkpoint_id)
+        checkpoint = session.get(Checkpoint, checkpoint_id, with_for_update=True)
         if checkpoint is None or checkpoint.job_id != job.id or checkpoint.artifact is None:
             return
-        digest, checkpoint.artifact = checkpoint.artifact, None
+        now, digest = read_clock(session), checkpoint.artifact
+        checkpoint_models.assign(session, checkpoint, "artifact", None, now=now)
         for unused in (digest, checkpoint_models.let_go(session, checkpoint)):
             if unused is not None:
                 artifact_rows.hide_unused(session, unused)
         message = f"The checkpoint of step {checkpoint.step} can't be used: {problem}"
-        events.add(session, job.id, now=read_clock(session), level="warn", message=message)
+        events.add(session, job.id, now=now, level="warn", message=message)
 
 
 def record_course(session: Session, job: Job, course: Course, *, now: float) -> None:
@@ -213,32 +213,34 @@ def _tell(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
     return events.add(session, job.id, now=now, type="metrics", message=message, data=data)
 
 
-def _put_checkpoint(session: Session, job: Job, *, step: int, digest: str, now: float) -> Checkpoint:
+def _put_checkpoint(session: Session, job: Job, *, step: int, artifact: Manifest, now: float) -> Checkpoint:
     checkpoint = session.scalar(_of_step(job, step))
     if checkpoint is None:
         name = checkpoint_models.new_name(session, job, step=step)
         checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now, name=name)
         session.add(checkpoint)
-    checkpoint.artifact = digest
+    checkpoint_models.assign(session, checkpoint, "artifact", artifact_rows.show(session, artifact, now=now), now=now)
     session.flush()
     return checkpoint
 
 
 def _of_step(job: Job, step: int) -> Select[Checkpoint]:
-    return select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
+    """Locked: somebody may delete its model meanwhile."""
+    return select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step).with_for_update()
 
 
 def _put_model(session: Session, checkpoint: Checkpoint, exported: Exported, *, now: float) -> None:
-    checkpoint.adapter = artifact_rows.show(session, exported.artifact, now=now)
+    digest = artifact_rows.show(session, exported.artifact, now=now)
+    checkpoint_models.assign(session, checkpoint, "adapter", digest, now=now)
     checkpoint.lineage, checkpoint.lineage_id = exported.lineage, exported.lineage_id
     session.flush()
 
 
-def _drop_older(session: Session, job: Job) -> list[str]:
+def _drop_older(session: Session, job: Job, *, now: float) -> list[str]:
     stale = resumable(session, job.id)[KEPT_CHECKPOINTS:]
     digests = {checkpoint.artifact for checkpoint in stale if checkpoint.artifact}
     for checkpoint in stale:
-        checkpoint.artifact = None
+        checkpoint_models.assign(session, checkpoint, "artifact", None, now=now)
         if (adapter := checkpoint_models.let_go(session, checkpoint)) is not None:
             digests.add(adapter)
     return [digest for digest in sorted(digests) if artifact_rows.hide_unused(session, digest)]

@@ -128,6 +128,7 @@ def submit(
     job = job_row(accepted, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
     begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
+    quotas.check_preparation(session, job, now=now)
     labels.note(session, job)
     daily.add(session, job, "num_created", 1, now=now)
     told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}

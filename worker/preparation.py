@@ -13,7 +13,6 @@ from secrets import token_hex
 from catalog import files, logs, prepared, tracing
 from catalog import preparation as record
 from catalog.artifacts.manifest import DamagedArtifact
-from catalog.bases import tokenizer_digest
 from catalog.disk import full_disk_named, out_of_space, tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.logs import Subjects
@@ -84,12 +83,11 @@ def prepare_next(context: WorkerContext) -> bool:
 
 def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
     """False where the files can't be trained on, or the job waits for somebody else. Raises Hindered."""
-    claim_id, valid_file = unprepared.claim_id, unprepared.validation_file
-    train_key = _key(unprepared.files, unprepared.training_file)
-    valid_key = _key(unprepared.files, valid_file) if valid_file else None
+    claim_id, wanted = unprepared.claim_id, unprepared.files
+    train_key, valid_key = wanted.train_key, wanted.valid_key
     try:
         with full_disk_named():
-            train, valid = both_files(context, unprepared.files)
+            train, valid = both_files(context, wanted)
     except FileRefused as error:
         record.refused(context.db, claim_id=claim_id, error=wire_error(error), train_key=train_key, valid_key=valid_key)
     except MAY_BE_THE_NODES as error:
@@ -158,15 +156,17 @@ def both_files(
     with_details: bool = False,
     is_unwanted: Callable[[], bool] = lambda: False,
 ) -> tuple[Prepared, Prepared | None]:
-    """The token caches of both, made before, by whomever, or made now. with_details: those of before there were any
+    """The token caches of both, made before or made now. with_details: those of before there were any
     are made again. is_unwanted: asked several times a second.
 
     Raises FileRefused, PreparationCrashed, bases.ImportRefused, bases.Abandoned, DamagedArtifact, OutOfSpace,
     Unavailable.
     """
     made = _Making(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
-    train = _tokens(made, wanted.training, "training_file")
-    return train, None if wanted.validation is None else _tokens(made, wanted.validation, "validation_file")
+    train = _tokens(made, wanted.training, wanted.train_key, "training_file")
+    if wanted.validation is None or wanted.valid_key is None:
+        return train, None
+    return train, _tokens(made, wanted.validation, wanted.valid_key, "validation_file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,13 +177,9 @@ class _Making:
     is_unwanted: Callable[[], bool]
 
 
-def _key(wanted: FilesToPrepare, file: File) -> str:
-    return prepared.key(file.digest, tokenizer_digest(wanted.base), wanted.spec.max_length, wanted.spec.data)
-
-
-def _tokens(made: _Making, file: File, param: str) -> Prepared:
+def _tokens(made: _Making, file: File, key: str, param: str) -> Prepared:
     """The token cache of one file. Raises FileRefused."""
-    wanted, key = made.wanted, _key(made.wanted, file)
+    wanted = made.wanted
     row = prepared.get(made.context.db, key)
     if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(made, row):
         base_dir = bases.ensure(made.context, wanted.base.name, wanted.base_digest, is_unwanted=made.is_unwanted)
@@ -193,7 +189,7 @@ def _tokens(made: _Making, file: File, param: str) -> Prepared:
 
 def _not_refused(row: Prepared, param: str) -> Prepared:
     """Raises FileRefused."""
-    if row.artifact is None:
+    if "refusal" in row.report:
         refusal = row.report["refusal"]
         raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
     return row
@@ -217,7 +213,15 @@ def _make(
         if "refusal" not in report:
             artifact = context.store.put_folder(work / "tokens", kind="tokens")
         details = read_json(path) if (path := work / "details.json").exists() else None
-        return prepared.put(context.db, key, file_digest=file.digest, artifact=artifact, report=report, details=details)
+        return prepared.put(
+            context.db,
+            key,
+            project_id=file.project_id,
+            file_digest=file.digest,
+            artifact=artifact,
+            report=report,
+            details=details,
+        )
 
 
 def _run(

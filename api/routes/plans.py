@@ -24,8 +24,9 @@ EXAMPLES = {name: example for name, example in REQUEST_EXAMPLES.items() if name 
 
 @router.post("", operation_id="create_plan", responses=errors(404, 409, 413))
 def create_plan(body: Annotated[JobRequest, Body(openapi_examples=EXAMPLES)], use: Use, caller: Signed) -> PlanObject:
-    """What the job with this very body would come to. It spends nothing, and is ready at once where the files were
-    prepared for that base before; else a worker prepares them, within seconds or minutes: look again.
+    """What the job with this very body would come to. It trains nothing, and is ready at once where the project had
+    the files prepared for that base before. Otherwise a worker prepares them, within seconds or minutes: look again.
+    That needs jobs:write; for a plan of files that are prepared, jobs:read is enough.
 
     Sample rows are shown to a key that may read files."""
     plan = plans.create(use.db, caller=caller, request=body, settings=use.settings)

@@ -111,7 +111,12 @@ class ProjectLimits(Strict):
     device_hours_per_month: float | None = Field(
         default=None, ge=0, le=1e9, allow_inf_nan=False, description="Of a calendar month of UTC; then jobs wait."
     )
-    stored_bytes: int | None = Field(default=None, ge=0, le=MOST, description="Of files and adapters.")
+    stored_bytes: int | None = Field(
+        default=None, ge=0, le=MOST, description="Of files, adapters, checkpoints, token caches and logs."
+    )
+    plans_per_day: int | None = Field(
+        default=None, ge=0, le=MOST, description="Created in a day of UTC. 500 in a new project."
+    )
 
 
 class ProjectLimit(BaseModel):

@@ -48,7 +48,8 @@ class UsageResult(BaseModel):
     trained_tokens: int = Field(description="Of jobs that succeeded, on the day of their end.")
     num_jobs: JobCounts
     stored_bytes: int | None = Field(
-        description="Of files and adapters at the end of the day, or now. null by base model, and on days to come."
+        description="Of all that the project stores, at the end of the day, or now. null by base model, and on days "
+        "to come."
     )
 
 

@@ -9,6 +9,9 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Table
 
+PLANS_PER_DAY = 500
+"""Of a project whose limit nobody has changed."""
+
 
 class Organization(Table):
     __tablename__ = "organizations"
@@ -33,11 +36,12 @@ class Project(Table):
     weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
     """Its part of the devices beside others', within a class."""
     max_concurrent_jobs: Mapped[int | None]
-    """This and the next four: see quotas. None: without limit."""
+    """This and the next five: see quotas. None: without limit."""
     max_queued_jobs: Mapped[int | None]
     max_jobs_per_day: Mapped[int | None]
     max_device_hours_per_month: Mapped[float | None]
     max_stored_bytes: Mapped[int | None]
+    max_plans_per_day: Mapped[int | None] = mapped_column(default=PLANS_PER_DAY, server_default=str(PLANS_PER_DAY))
     preparing_at: Mapped[float | None]
     """When a worker last took files of one of its jobs to prepare them: projects take turns."""
 

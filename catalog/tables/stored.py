@@ -78,14 +78,21 @@ class Prepared(Table):
 
     __tablename__ = "prepared"
     key: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str | None] = mapped_column(ForeignKey("projects.id"))
+    """The project that owns the cache and is charged for it. None: written by a worker of a version that shared
+    caches; no new job uses it, and cleaning deletes it."""
     file_digest: Mapped[str] = mapped_column(index=True)
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
-    """None where the file can't be trained on: `report["refusal"]` says why."""
+    """None where the cache was evicted, and where the file can't be trained on: `report["refusal"]` says why."""
+    num_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Size of the artifact, also after its eviction."""
+    evicted_at: Mapped[float | None]
     report: Mapped[Json]
     details: Mapped[Json | None]
     """Sample rows and the lines of odd ones, which hold the data itself: for plans, and nobody who may not read the
     file. None of files that were prepared before there were plans."""
     created_at: Mapped[float]
+    __table_args__ = (Index(None, "project_id", "file_digest"),)
 
 
 class Adapter(Table):

@@ -25,6 +25,7 @@ class UsageDay(Table):
     num_succeeded: Mapped[int] = mapped_column(default=0)
     num_failed: Mapped[int] = mapped_column(default=0)
     num_cancelled: Mapped[int] = mapped_column(default=0)
+    num_plans: Mapped[int] = mapped_column(default=0, server_default="0")
     __table_args__ = (Index(None, "day"),)
 
 
@@ -40,7 +41,7 @@ class UsageMonth(Table):
 
 
 class StoredDay(Table):
-    """Bytes of a project's files and adapters at the end of a day on which they changed; of the last day, now."""
+    """What a project stored at the end of a day on which that changed, in bytes; of the last day, now."""
 
     __tablename__ = "stored_days"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
@@ -49,7 +50,7 @@ class StoredDay(Table):
 
 
 class StoredBytes(Table):
-    """Bytes of a project's files and adapters, those that were deleted left out."""
+    """What a project stores, in bytes: stored_bytes.py lists the parts."""
 
     __tablename__ = "stored_bytes"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)

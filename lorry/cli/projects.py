@@ -24,6 +24,7 @@ NAMES = {
     "jobs_per_day": "jobs a day",
     "device_hours_per_month": "device-hours a month",
     "stored_bytes": "stored bytes",
+    "plans_per_day": "plans a day",
 }
 
 
@@ -112,7 +113,8 @@ def limit_project(
     queued_jobs: Annotated[str | None, typer.Option(help="Jobs that wait.")] = None,
     jobs_per_day: Annotated[str | None, typer.Option(help="Jobs created in a day (UTC).")] = None,
     device_hours: Annotated[str | None, typer.Option(help="Device-hours of a calendar month.")] = None,
-    stored_bytes: Annotated[str | None, typer.Option(help="Of files and adapters: 500MB, 20GB.")] = None,
+    stored_bytes: Annotated[str | None, typer.Option(help="Of all that it stores: 500MB, 20GB.")] = None,
+    plans_per_day: Annotated[str | None, typer.Option(help="Plans created in a day (UTC).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a project may use at most (an operator's key only), or show it and what is used.
@@ -125,6 +127,7 @@ def limit_project(
         "jobs_per_day": _whole(jobs_per_day),
         "device_hours_per_month": _hours(device_hours),
         "stored_bytes": _bytes(stored_bytes),
+        "plans_per_day": _whole(plans_per_day),
     }
     projects = client().projects
     asked = {name: value for name, value in given.items() if value is not None}

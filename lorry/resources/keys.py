@@ -110,6 +110,7 @@ class Projects:
         jobs_per_day: int | Literal["none"] | None = None,
         device_hours_per_month: float | Literal["none"] | None = None,
         stored_bytes: int | Literal["none"] | None = None,
+        plans_per_day: int | Literal["none"] | None = None,
     ) -> dict[str, ProjectLimit]:
         """For operators. None: as it was; "none": without limit."""
         asked = {
@@ -118,6 +119,7 @@ class Projects:
             "jobs_per_day": jobs_per_day,
             "device_hours_per_month": device_hours_per_month,
             "stored_bytes": stored_bytes,
+            "plans_per_day": plans_per_day,
         }
         body = {name: None if value == "none" else value for name, value in asked.items() if value is not None}
         return _limits(self._transport.request("POST", f"{_project(project)}/limits", body=body))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
-from catalog import claims, prepared
+from catalog import claims
 from tests.api.site import error_of
 from tests.catalog.world import World, manifest, sha
 
@@ -132,7 +132,12 @@ def test_a_refused_file_shows_the_report_of_its_refusal(client: TestClient, worl
     unprepared = claims.next_unprepared(world.db, worker_id="w", lease_seconds=60)
     assert unprepared is not None
     digest = unprepared.training_file.digest
-    prepared.put(world.db, sha("k"), file_digest=digest, artifact=None, report={"refusal": {"code": "masked"}})
+    world.put_tokens(
+        sha("k"),
+        file_digest=digest,
+        artifact=None,
+        report={"refusal": {"code": "masked"}},
+    )
     error = {"code": "masked", "message": "Only masked rows."}
     claims.refused(world.db, claim_id=unprepared.claim_id, error=error, train_key=sha("k"))
 

@@ -136,3 +136,21 @@ def test_a_plan_is_deleted_and_its_jobs_stay(client: TestClient, planned: dict[s
 
     assert client.get(f"/v1/plans/{planned['id']}").status_code == 404
     assert client.get(f"{JOBS}/{job['id']}").status_code == 200
+
+
+def test_a_key_without_jobs_write_reads_known_results_and_starts_no_computation(
+    app: FastAPI, client: TestClient, services: Services, world: World, planned: dict[str, Any]
+) -> None:
+    given = {"name": "reader", "project_id": world.caller.project_id, "pepper": services.pepper}
+    reader = with_key(app, keys.create(services.db, scopes=("jobs:read",), **given)[1])
+
+    before = client.get("/v1/plans").json()["data"]
+
+    refused = reader.post("/v1/plans", json=body(world, max_length=9))
+    known = reader.post("/v1/plans", json=body(world))
+
+    assert (refused.status_code, error_of(refused)["code"]) == (403, "missing_scope")
+    assert "jobs:write" in error_of(refused)["message"]
+    assert known.json()["status"] == "ready"
+    after = client.get("/v1/plans").json()["data"]
+    assert [plan["id"] for plan in after] == [known.json()["id"], *(plan["id"] for plan in before)]

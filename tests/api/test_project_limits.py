@@ -41,6 +41,7 @@ def test_limits_are_an_operators_to_set_and_shown_with_what_is_used(
         "jobs_per_day": (None, 1),
         "device_hours_per_month": (1.5, 0),
         "stored_bytes": (100, 0),
+        "plans_per_day": (500, 0),
     }
     assert "Did you mean 'queued_jobs'?" in error_of(wrong)["message"]
 

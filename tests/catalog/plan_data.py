@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from catalog import plan_claims, plans, prepared
+from catalog import plan_claims, plans
 from catalog.settings import Settings
 from catalog.tables import Plan
 from tests.catalog.world import World, manifest, request
@@ -59,4 +59,4 @@ def know(world: World, row: Plan, *, overlap: tuple[int, int] = (0, 100), **foun
 
 def put(world: World, key: str, report: dict[str, Any], *, details: dict[str, Any] | None = DETAILS) -> None:
     tokens = None if "refusal" in report else manifest(f"tokens {key}", kind="tokens")
-    prepared.put(world.db, key, file_digest="d", artifact=tokens, report=report, details=details)
+    world.put_tokens(key, file_digest="d", artifact=tokens, report=report, details=details)

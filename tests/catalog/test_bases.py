@@ -134,15 +134,30 @@ def test_a_bases_digest_is_that_of_its_files_alone() -> None:
 
 
 def test_a_token_cache_is_found_by_all_that_decides_its_tokens(world: World) -> None:
-    key = prepared.key("file", "tokenizer", 512)
+    key = prepared.key("ours", "file", "tokenizer", 512)
     assert prepared.get(world.db, key) is None
 
-    prepared.put(world.db, key, file_digest="file", artifact=manifest("t", "tokens"), report={"rows": 1})
-    again = prepared.put(world.db, key, file_digest="file", artifact=manifest("t", "tokens"), report={"rows": 2})
+    world.put_tokens(
+        key,
+        file_digest="file",
+        artifact=manifest("t", "tokens"),
+        report={"rows": 1},
+    )
+    again = world.put_tokens(
+        key,
+        file_digest="file",
+        artifact=manifest("t", "tokens"),
+        report={"rows": 2},
+    )
 
-    assert len({key, prepared.key("file", "tokenizer", 513), prepared.key("file", "other", 512)}) == 3
+    assert len({key, prepared.key("ours", "file", "tokenizer", 513), prepared.key("ours", "file", "other", 512)}) == 3
     assert (again.report, again.artifact) == ({"rows": 2}, manifest("t", "tokens").digest)
-    refused = prepared.put(world.db, "k", file_digest="file", artifact=None, report={"refusal": {"code": "x"}})
+    refused = world.put_tokens(
+        "k",
+        file_digest="file",
+        artifact=None,
+        report={"refusal": {"code": "x"}},
+    )
     assert refused.artifact is None
 
 
@@ -232,8 +247,8 @@ def test_of_a_deletion_and_a_job_at_the_same_time_one_is_refused(world: World) -
 def test_what_is_learnt_and_what_becomes_of_long_rows_are_part_of_a_token_caches_key() -> None:
     given = [None, DataSpec(loss="last_turn"), DataSpec(overflow="drop"), DataSpec(overflow="split")]
 
-    assert len({prepared.key("file", "tokenizer", 512, data) for data in given}) == 4
-    assert prepared.key("file", "tokenizer", 512, DataSpec()) == prepared.key("file", "tokenizer", 512)
+    assert len({prepared.key("ours", "file", "tokenizer", 512, data) for data in given}) == 4
+    assert prepared.key("ours", "file", "tokenizer", 512, DataSpec()) == prepared.key("ours", "file", "tokenizer", 512)
 
 
 def test_only_what_was_a_base_here_and_is_none_any_more_counts_as_deleted(world: World) -> None:

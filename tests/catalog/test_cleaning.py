@@ -56,20 +56,21 @@ def test_the_last_checkpoints_of_a_job_go_a_week_after_its_end(world: World) -> 
     assert [(row.step, row.artifact) for row in page.items] == [(2, None), (1, None)]
 
 
-def test_tokens_go_with_the_last_file_of_their_content_that_somebody_needs(world: World) -> None:
+def test_tokens_go_with_the_last_file_of_their_content_that_their_project_needs(world: World) -> None:
     world.complete(world.running().claim_id)
     needed = world.running(training_file=world.file()).job
     tokens, needed_tokens = (
         manifest(f"tokens {sha(name)}", "tokens").digest for name in (world.file_id, needed.training_file)
     )
-    twin = world.file(caller=world.stranger)
+    twin, of_another = world.file(), world.file(caller=world.stranger)
     with world.db.write() as session:
-        session.get_one(File, twin).digest = sha(world.file_id)
+        for file_id in (twin, of_another):
+            session.get_one(File, file_id).digest = sha(world.file_id)
         session.get_one(File, needed.training_file).deleted_at = world.clock.now
 
     files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
     with_twin = live(world)
-    files.delete(world.db, project_id=world.stranger.project_id, file_id=twin)
+    files.delete(world.db, project_id=world.caller.project_id, file_id=twin)
     without = live(world)
 
     assert {tokens, needed_tokens} <= with_twin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from catalog import claims, data_reports, prepared
+from catalog import claims, data_reports
 from tests.catalog.world import LEASE, World, sha
 
 REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
@@ -14,7 +14,7 @@ def test_a_refusal_is_told_for_its_model_and_not_for_another(world: World) -> No
     unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
     digest = unprepared.training_file.digest
-    prepared.put(world.db, sha("k"), file_digest=digest, artifact=None, report=REFUSAL)
+    world.put_tokens(sha("k"), file_digest=digest, artifact=None, report=REFUSAL)
     claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, train_key=sha("k"))
     waiting = world.submit(model="other")
 
@@ -29,8 +29,8 @@ def test_each_file_of_a_refused_job_keeps_what_was_found_in_it(world: World) -> 
     job = world.submit(validation_file=world.file())
     unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
-    prepared.put(world.db, sha("t"), file_digest=sha("x"), artifact=None, report={"rows": 1})
-    prepared.put(world.db, sha("v"), file_digest=sha("y"), artifact=None, report=REFUSAL)
+    world.put_tokens(sha("t"), file_digest=sha("x"), artifact=None, report={"rows": 1})
+    world.put_tokens(sha("v"), file_digest=sha("y"), artifact=None, report=REFUSAL)
 
     keys = {"train_key": sha("t"), "valid_key": sha("v")}
     claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, **keys)

@@ -231,7 +231,7 @@ def test_cleaning_keeps_what_the_record_names(upload: Uploader, db: Database, st
         session.add(Artifact(digest=shown.digest, kind="tokens", files=[], num_bytes=0, created_at=0))
         session.flush()
         of_kept = {"file_digest": kept.digest, "artifact": shown.digest, "report": {}, "created_at": 0}
-        session.add(Prepared(key="k", **of_kept))
+        session.add(Prepared(key="k", project_id="ours", **of_kept))
         session.get_one(File, needed.id).deleted_at = 1.0
     files.delete(db, project_id="ours", file_id=deleted.id)
 

@@ -62,7 +62,7 @@ def test_a_cache_can_be_put_and_forgotten_at_the_same_time(world: World, monkeyp
     tokens = manifest("tokens", kind="tokens")
 
     def put(artifact: Manifest = tokens) -> None:
-        prepared.put(world.db, "key", file_digest=sha("file"), artifact=artifact, report={})
+        world.put_tokens("key", file_digest=sha("file"), artifact=artifact, report={})
 
     put()
     with ThreadPoolExecutor(1) as pool:
@@ -84,10 +84,10 @@ def test_a_cache_can_be_put_and_forgotten_at_the_same_time(world: World, monkeyp
 
 def test_a_sound_cache_that_was_put_meanwhile_is_not_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged, sound = manifest("damaged", kind="tokens"), manifest("sound", kind="tokens")
-    prepared.put(world.db, "key", file_digest=sha("file"), artifact=damaged, report={})
+    world.put_tokens("key", file_digest=sha("file"), artifact=damaged, report={})
 
     def put_sound() -> None:
-        prepared.put(world.db, "key", file_digest=sha("file"), artifact=sound, report={})
+        world.put_tokens("key", file_digest=sha("file"), artifact=sound, report={})
 
     monkeypatch.setattr(artifact_rows, "lock", after_the_first_call(artifact_rows.lock, put_sound))
     prepared.forget(world.db, "key")

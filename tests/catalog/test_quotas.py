@@ -161,34 +161,34 @@ def test_a_pack_takes_no_more_of_a_project_than_it_may_train(world: World) -> No
 
 def test_bytes_beyond_what_a_project_may_store_are_refused_and_deleting_makes_room(world: World) -> None:
     limit(world, stored_bytes=1000)
-    first = _upload(world, 700)
+    first = upload(world, 700)
 
     with pytest.raises(QuotaExceeded) as refusal:
-        _upload(world, 301)
-    _upload(world, 300)
+        upload(world, 301)
+    upload(world, 300)
 
     assert refusal.value.quota == {"name": "stored_bytes", "limit": 1000, "used": 700, "resets_at": None}
     assert "700, and this would be 301 more" in refusal.value.message
     files.delete(world.db, project_id=world.caller.project_id, file_id=first)
-    _upload(world, 700)
+    upload(world, 700)
 
 
 def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(world: World) -> None:
     limit(world, stored_bytes=1000)
     for number in range(2):
-        file_id = _upload(world, 700, content=f"content {number}")
+        file_id = upload(world, 700, content=f"content {number}")
         files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
 
     with pytest.raises(QuotaExceeded) as refusal:
-        _upload(world, 601)
-    _upload(world, 600)
+        upload(world, 601)
+    upload(world, 600)
 
-    assert "it has 0 and 1,400 of deleted files, and this would be 601 more" in refusal.value.message
+    assert "it has 0 and 1,400 of deleted files and evicted tokens, and this would be 601 more" in refusal.value.message
     assert "anew" not in refusal.value.message
     assert refusal.value.remedy.startswith("Wait for the daily cleaning: by ")
     assert 0 < refusal.value.retry_after_seconds <= quotas.LEAVING_SECONDS
     world.clock.turn(quotas.LEAVING_SECONDS)
-    _upload(world, 400)
+    upload(world, 400)
 
 
 def test_a_refusal_for_bytes_that_are_leaving_tells_by_when_enough_have(world: World) -> None:
@@ -196,13 +196,13 @@ def test_a_refusal_for_bytes_that_are_leaving_tells_by_when_enough_have(world: W
     start = world.clock.now
     for seconds, (num_bytes, content) in enumerate([(900, "a"), (100, "b"), (900, "a"), (300, "c")]):
         world.clock.now = start + seconds
-        file_id = _upload(world, num_bytes, content=content)
+        file_id = upload(world, num_bytes, content=content)
         files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
 
     leave_at: list[float] = []
     for num_bytes in (800, 1000):
         with pytest.raises(QuotaExceeded) as refusal:
-            _upload(world, num_bytes)
+            upload(world, num_bytes)
         leave_at.append(world.clock.now + refusal.value.retry_after_seconds - quotas.LEAVING_SECONDS)
 
     assert leave_at == pytest.approx(
@@ -214,7 +214,7 @@ def test_the_same_bytes_deleted_again_and_again_lie_on_the_disk_once(world: Worl
     limit(world, stored_bytes=1000)
 
     for _ in range(4):
-        file_id = _upload(world, 1000, content="the same")
+        file_id = upload(world, 1000, content="the same")
         files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
 
 
@@ -252,9 +252,10 @@ def test_a_first_look_at_what_is_stored_waits_for_nobody(
 
 
 def test_what_a_job_made_is_stored_though_the_limit_is_reached(world: World) -> None:
+    claim = world.running()
     limit(world, stored_bytes=1)
 
-    adapter = world.complete(world.running().claim_id)
+    adapter = world.complete(claim.claim_id)
 
     assert standing(world, "stored_bytes").is_reached
     adapters.delete(world.db, project_id=world.caller.project_id, name=adapter.id)
@@ -267,7 +268,7 @@ def test_limits_are_set_one_by_one_taken_back_and_noted(world: World) -> None:
     _, found = quotas.standings(world.db, caller=world.caller, project="ours")
     events = audit.list_page(world.db, caller=world.caller, filters=Filters(types=["project.updated"])).items
 
-    assert {one.name: one.limit for one in found if one.limit is not None} == {"jobs_per_day": 5}
+    assert {one.name: one.limit for one in found if one.limit is not None} == {"jobs_per_day": 5, "plans_per_day": 500}
     assert [event.details for event in events] == [
         {"limits": {"queued_jobs": None}},
         {"limits": {"queued_jobs": 0, "jobs_per_day": 5}},
@@ -318,7 +319,7 @@ def _of_the_others(world: World) -> str:
     return job.id
 
 
-def _upload(world: World, num_bytes: int, *, content: str = "d") -> str:
+def upload(world: World, num_bytes: int, *, content: str = "d") -> str:
     file = File(id=f"file-{num_bytes}-{world.clock.now}", project_id=world.caller.project_id, purpose="user_data")
     file.filename, file.num_bytes, file.digest = "a", num_bytes, sha(content)
     with world.db.write() as session:

@@ -17,7 +17,7 @@ from catalog.errors import Unauthorized
 from catalog.keys import Caller
 from catalog.scheduling.picture import Room
 from catalog.spec import JobRequest
-from catalog.tables import File, Job, new_id
+from catalog.tables import File, Job, Prepared, new_id
 
 PEPPER = b"p" * 32
 LEASE = 60.0
@@ -123,11 +123,19 @@ class World:
     def prepare_all(self, num_steps: int = 60, longest_example: int | None = None) -> None:
         while unprepared := claims.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
             tokens = manifest(f"tokens {unprepared.training_file.digest}", kind="tokens")
-            key = prepared.key(unprepared.training_file.digest, "tokenizer", 512)
-            digest = unprepared.training_file.digest
-            prepared.put(self.db, key, file_digest=digest, artifact=tokens, report={"rows": 1})
+            key, digest, project_id = (
+                unprepared.files.train_key,
+                unprepared.training_file.digest,
+                unprepared.job.project_id,
+            )
+            if prepared.get(self.db, key) is None:
+                self.put_tokens(key, file_digest=digest, artifact=tokens, report={"rows": 1}, project_id=project_id)
             found = {"num_steps": num_steps, "longest_example": longest_example}
             claims.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
+
+    def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
+        """A token cache of our project, or of the one that is given."""
+        return prepared.put(self.db, key, project_id=project_id or self.caller.project_id, **given)
 
     def queued(self, **fields: Any) -> Job:
         job = self.submit(**fields)

@@ -266,8 +266,9 @@ def _import_base(db: Database) -> None:
 
 
 def _put_report(db: Database, file: File) -> str:
-    key = prepared.key(file.digest, "ab" * 32, 4096)
-    prepared.put(db, key, file_digest=file.digest, artifact=None, report=_report(file))
+    key = prepared.key(file.project_id, file.digest, "ab" * 32, 4096)
+    of_file: dict[str, Any] = {"project_id": file.project_id, "file_digest": file.digest}
+    prepared.put(db, key, **of_file, artifact=None, report=_report(file))
     return key
 
 

@@ -64,8 +64,9 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 def prepare(db: Database) -> None:
     while unprepared := claims.next_unprepared(db, worker_id="w", lease_seconds=60):
         file_digest = unprepared.training_file.digest
-        key = prepared.key(file_digest, "tokenizer", 512)
-        prepared.put(db, key, file_digest=file_digest, artifact=manifest("tokens", kind="tokens"), report={"rows": 20})
+        key, project_id = unprepared.files.train_key, unprepared.job.project_id
+        tokens = manifest("tokens", kind="tokens")
+        prepared.put(db, key, project_id=project_id, file_digest=file_digest, artifact=tokens, report={"rows": 20})
         claims.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
 
 

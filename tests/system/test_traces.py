@@ -73,7 +73,8 @@ def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def both_files(*_: Any, **__: Any) -> Any:
         report = {"usable_rows": 1, "longest_example": 9}
-        row = preparation.prepared.put(site.db, "tokens", file_digest="0" * 64, artifact=manifest, report=report)
+        of_project: dict[str, Any] = {"project_id": site.world.caller.project_id, "file_digest": "0" * 64}
+        row = preparation.prepared.put(site.db, "tokens", **of_project, artifact=manifest, report=report)
         return row, None
 
     monkeypatch.setattr(preparation, "both_files", both_files)

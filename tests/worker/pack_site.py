@@ -70,7 +70,8 @@ class PackSite:
         assert job.train_prepared is not None
         manifest = self.store.put_folder(self.tokens, kind="tokens")
         digest = "0" * 64
-        prepared.put(self.db, job.train_prepared, file_digest=digest, artifact=manifest, report={"usable_rows": 1})
+        of_project: dict[str, Any] = {"project_id": job.project_id, "file_digest": digest}
+        prepared.put(self.db, job.train_prepared, **of_project, artifact=manifest, report={"usable_rows": 1})
         return job
 
     def claim_all(self, trainer_id: str = "trainer-1", room: Room = WIDE) -> list[Claim]:
