@@ -21,7 +21,6 @@ from api.known_query import refuse_unknown_query
 from api.limits import Limits
 from api.openapi import Api
 from api.queue_stream import QueueSource
-from api.rate_counters import open_counter
 from api.routes import (
     adapters,
     api_keys,
@@ -161,7 +160,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         feed=feed,
         job_source=JobSource(db),
         queue_source=QueueSource(db, Policy.of(settings)),
-        limits=Limits(api_settings, open_counter(settings.resolved_redis_url())),
+        limits=Limits(api_settings),
         telemetry=telemetry,
         webhooks=sender,
         deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),

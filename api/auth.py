@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 
+from api.client_address import client_address
 from api.deps import Services, Use
 from api.scopes import check_operation, operator_required
 from catalog import audit, keys
@@ -49,7 +50,9 @@ async def caller_of(
 ) -> Caller:
     """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
     scope that the route needs."""
-    found = await use.key_checks.run(partial(_identify, request, use, credentials, session))
+    given = credentials.credentials if credentials is not None else session
+    with use.limits.guarding(client_address(request), given):
+        found = await use.key_checks.run(partial(_identify, request, use, credentials, session))
     caller = replace(found, service_jobs_per_day=use.limits.jobs_per_day)
     _check_owners(request, caller)
     request.state.headers = {"openai-organization": caller.organization_name}

@@ -1,25 +1,39 @@
-"""How often a key may ask: told in the OpenAI client's headers, refused with 429."""
+"""How often a key may send requests, and an address without a valid key: counted in this process, rejected with 429."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from ipaddress import IPv6Address, ip_address, ip_network
 
-from api.rate_counters import RateCounter
 from api.settings import ApiSettings
-from api.token_bucket import Rate, Standing
-from catalog.errors import RateLimited
+from api.token_bucket import Bucket, Rate, Standing, take
+from catalog.errors import RateLimited, Unauthorized
 from catalog.keys import Caller
 
 MINUTE = 60.0
+FAILURES = Rate(limit=60, period_seconds=MINUTE)
+"""Requests without a valid key, of one address."""
+IPV6_PREFIX = 64
+"""What one client usually has: its addresses count together."""
+MAX_BUCKETS = 10_000
+"""Beyond it full buckets are dropped, which changes nothing, or else the one that was used longest ago."""
+MAX_RECOGNIZED = 10_000
 
 
 class Limits:
-    """Those of the settings, and of a key that has its own. 0: none, and then nothing is counted."""
+    """Those of the settings, and of a key that has its own. 0: no limit, and then nothing is counted."""
 
-    def __init__(self, settings: ApiSettings, counter: RateCounter) -> None:
+    def __init__(self, settings: ApiSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
-        self._counter = counter
+        self._buckets = Buckets(clock=clock)
+        self._recognized: dict[bytes, None] = {}
+        self._salt = secrets.token_bytes(32)
 
     def count_request(self, caller: Caller) -> dict[str, str]:
         """The headers of the answer. Raises RateLimited, with them too."""
@@ -27,15 +41,85 @@ class Limits:
         if limit == 0:
             return {}
         rate = Rate(limit=limit, period_seconds=MINUTE)
-        standing = self._counter.take(f"requests:{caller.api_key_id}", rate)
+        standing = self._buckets.take(f"requests:{caller.api_key_id}", rate)
         if not standing.is_allowed:
             raise _refused(standing, f"{limit} requests a minute")
         return headers(standing)
+
+    @contextmanager
+    def guarding(self, address: str | None, credential: str | None) -> Generator[None]:
+        """Around the check of a credential, which raises Unauthorized. Raises RateLimited before the check if the
+        address has sent too many that were not valid.
+
+        A credential that was valid before, in this process, is always checked: it does not suffer from others behind
+        its address. A service whose settings have no limit of requests has none of these either.
+        """
+        if self._settings.requests_per_minute == 0:
+            yield
+            return
+        name, digest = f"failures:{_network(address)}", self._digest(credential)
+        is_known = digest in self._recognized
+        if not is_known and not (standing := self._buckets.take(name, FAILURES)).is_allowed:
+            raise _too_many_failures(standing)
+        try:
+            yield
+        except Unauthorized:
+            if is_known:
+                self._recognized.pop(digest, None)
+                self._buckets.take(name, FAILURES)
+            raise
+        except BaseException:  # nothing is known of the credential
+            self._give_back(name, is_known=is_known)
+            raise
+        self._give_back(name, is_known=is_known)
+        self._recognize(digest)
 
     @property
     def jobs_per_day(self) -> int:
         """Of a key without a number of its own; counted with the jobs themselves, by catalog.quotas."""
         return self._settings.jobs_per_day
+
+    def _give_back(self, name: str, *, is_known: bool) -> None:
+        if not is_known:
+            self._buckets.take(name, FAILURES, cost=-1)
+
+    def _digest(self, credential: str | None) -> bytes:
+        return hashlib.blake2b((credential or "").encode("utf-8", "replace"), key=self._salt).digest()
+
+    def _recognize(self, digest: bytes) -> None:
+        self._recognized.pop(digest, None)
+        self._recognized[digest] = None
+        if len(self._recognized) > MAX_RECOGNIZED:
+            self._recognized.pop(next(iter(self._recognized)), None)
+
+
+class Buckets:
+    """Token buckets by name, by the machine's own steady clock."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets: dict[str, tuple[Bucket, Rate]] = {}
+
+    @property
+    def num_buckets(self) -> int:
+        return len(self._buckets)
+
+    def take(self, name: str, rate: Rate, *, cost: int = 1) -> Standing:
+        """Ask the bucket of that name for `cost` tokens; a negative cost gives back."""
+        with self._lock:
+            now = self._clock()
+            kept = self._buckets.pop(name, None)
+            bucket, standing = take(kept[0] if kept else None, rate, now=now, cost=cost)
+            self._buckets[name] = (bucket, rate)
+            if len(self._buckets) > MAX_BUCKETS:
+                self._drop_full(now)
+            return standing
+
+    def _drop_full(self, now: float) -> None:
+        full = [name for name, kept in self._buckets.items() if take(*kept, now=now, cost=0)[1].reset_seconds == 0]
+        for name in full or [next(iter(self._buckets))]:
+            del self._buckets[name]
 
 
 def headers(standing: Standing) -> dict[str, str]:
@@ -82,4 +166,26 @@ def _refused(standing: Standing, what: str) -> RateLimited:
         remedy=f"{remedy} An operator can give the key a higher limit: lorry keys limit.",
         retry_after_seconds=after,
         headers=headers(standing),
+    )
+
+
+def _network(address: str | None) -> str:
+    """The address itself, or the network of an IPv6 address."""
+    try:
+        parsed = ip_address(address or "")
+    except ValueError:
+        return str(address)
+    if isinstance(parsed, IPv6Address):
+        return str(ip_network((int(parsed), IPV6_PREFIX), strict=False))
+    return str(parsed)
+
+
+def _too_many_failures(standing: Standing) -> RateLimited:
+    after = standing.retry_after_seconds
+    return RateLimited(
+        f"Your address has sent {FAILURES.limit} requests without a valid API key within a minute.",
+        code="too_many_failed_authentications",
+        remedy=f"Check the API key, and try again in {duration(after)}.",
+        retry_after_seconds=after,
+        headers={},
     )

@@ -26,7 +26,11 @@ class ApiSettings(BaseSettings):
         description="Networks, separated by commas, of reverse proxies whose X-Forwarded-For names the client.",
     )
     max_body_bytes: int = Field(default=2**20, ge=1024, description="Largest body of a request that uploads no file.")
-    requests_per_minute: int = Field(default=0, ge=0, description="Of each API key without a limit of its own. 0: any.")
+    requests_per_minute: int = Field(
+        default=600,
+        ge=0,
+        description="Of each API key without a limit of its own. 0: any number, and failed authentications too.",
+    )
     jobs_per_day: int = Field(default=0, ge=0, description="Created by each API key, as above. 0: any number.")
     webhook_allowed_networks: str = Field(
         default="", description="Networks, separated by commas, that webhooks may go to although they are not public."

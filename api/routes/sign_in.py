@@ -9,6 +9,7 @@ from fastapi import Cookie, Query, Request, Response
 from starlette.responses import RedirectResponse
 
 from api.auth import COOKIE, Signed, require_same_origin
+from api.client_address import client_address
 from api.deps import Services, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
@@ -41,12 +42,13 @@ def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLin
     operation_id="sign_in",
     response_class=RedirectResponse,
     status_code=303,
-    responses={303: {"description": "To the dashboard, with the cookie set."}, **errors(400, 401)},
+    responses={303: {"description": "To the dashboard, with the cookie set."}, **errors(400, 401, 429)},
 )
 def sign_in(request: Request, use: Use, token: Annotated[str, Query(max_length=256)]) -> Response:
     """Opens a one-time link. A link that is used up leads a browser to the dashboard's own sign-in."""
     try:
-        secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
+        with use.limits.guarding(client_address(request), token):
+            secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
     except Unauthorized:
         if "text/html" in request.headers.get("accept", ""):
             return RedirectResponse("/dashboard/?sign_in=expired", status_code=303)
@@ -56,13 +58,14 @@ def sign_in(request: Request, use: Use, token: Annotated[str, Query(max_length=2
     return response
 
 
-@router.post("/v1/browser_session", operation_id="create_browser_session", responses=errors(400, 401, 403))
+@router.post("/v1/browser_session", operation_id="create_browser_session", responses=errors(400, 401, 403, 429))
 def create_browser_session(
     request: Request, response: Response, use: Use, body: BrowserSessionRequest
 ) -> BrowserSession:
     """Sign in with an API key. From the dashboard only: `X-Lorry-Csrf: 1` is needed."""
     require_same_origin(request)
-    caller = keys.authenticate(use.db, secret=body.api_key, pepper=use.pepper)
+    with use.limits.guarding(client_address(request), body.api_key):
+        caller = keys.authenticate(use.db, secret=body.api_key, pepper=use.pepper)
     token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=60)
     secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
     _set_cookie(response, secret, is_https=_is_https(request, use))

@@ -84,6 +84,7 @@ def api(place: Place, world: World, *, core: int | None = None) -> Generator[Ser
         "LORRY_DATABASE_URL": place.url,
         "LORRY_DATA_DIR": str(place.folder),
         "LORRY_PEPPER": PEPPER.decode(),
+        "LORRY_REQUESTS_PER_MINUTE": "0",
     }
     argv = ["-m", "api", "--log-level", "warning", "serve", "--port", "0"]
     with _serving(argv, place.folder / "api.log", environment=environment, core=core) as (url, pid):

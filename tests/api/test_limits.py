@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import openai
 import pytest
@@ -12,12 +13,12 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from api.limits import Limits, duration
-from api.rate_counters import MOST_BUCKETS, ProcessCounter, RedisCounter
+from api.limits import FAILURES, MAX_BUCKETS, Buckets, Limits, duration
 from api.settings import ApiSettings
 from api.token_bucket import Rate
+from catalog import keys
 from lorry import Lorry, RateLimited
-from tests.api.conftest import with_key
+from tests.api.conftest import new_key, with_key
 from tests.api.site import Site, error_of
 from tests.catalog.world import World
 
@@ -47,7 +48,7 @@ def hand() -> Hand:
 def app(app: FastAPI, hand: Hand) -> FastAPI:
     """With three requests a minute, and two jobs a day."""
     services: Services = app.state.services
-    limits = Limits(ApiSettings(requests_per_minute=3, jobs_per_day=2), ProcessCounter(clock=hand))
+    limits = Limits(ApiSettings(requests_per_minute=3, jobs_per_day=2), clock=hand)
     app.state.services = replace(services, limits=limits)
     return app
 
@@ -107,7 +108,7 @@ def test_jobs_of_a_day_are_remembered_by_a_service_that_was_started_again(
     body = {"model": "smol", "training_file": world.file_id}
     client.post(JOBS, json=body)
 
-    app.state.services = replace(app.state.services, limits=Limits(ApiSettings(), ProcessCounter()))
+    app.state.services = replace(app.state.services, limits=Limits(ApiSettings()))
 
     assert client.post(JOBS, json={**body, "seed": 1}).status_code == 429
 
@@ -144,15 +145,124 @@ def test_a_key_has_the_limits_that_an_operator_gave_it_and_hands_them_on(
     assert with_key(app, made.json()["value"]).get("/v1/files").headers["x-ratelimit-limit-requests"] == "5"
 
 
-def test_nothing_is_counted_where_no_limit_is_set(app: FastAPI, client: TestClient, hand: Hand) -> None:
-    counter = ProcessCounter(clock=hand)
-    app.state.services = replace(app.state.services, limits=Limits(ApiSettings(), counter))
+def test_nothing_is_counted_where_no_limit_is_set(app: FastAPI, client: TestClient, anonymous: TestClient) -> None:
+    app.state.services = replace(app.state.services, limits=Limits(ApiSettings(requests_per_minute=0)))
 
     answers = [client.get("/v1/files") for _ in range(5)]
+    refused = [anonymous.get("/v1/files").status_code for _ in range(FAILURES.limit + 1)]
 
     assert {answer.status_code for answer in answers} == {200}
     assert "x-ratelimit-limit-requests" not in answers[0].headers
-    assert counter.num_buckets == 0
+    assert set(refused) == {401}
+
+
+def test_a_service_that_sets_nothing_limits_each_key_to_600_requests_a_minute(app: FastAPI, client: TestClient) -> None:
+    app.state.services = replace(app.state.services, limits=Limits(ApiSettings()))
+
+    assert client.get("/v1/files").headers["x-ratelimit-limit-requests"] == "600"
+
+
+class Guesser:
+    """Clients of several addresses, of a service that sets nothing."""
+
+    def __init__(self, app: FastAPI, hand: Hand) -> None:
+        self.app, self.hand = app, hand
+        app.state.services = replace(app.state.services, limits=Limits(ApiSettings(), clock=hand))
+
+    def get(self, key: str | None, *, address: str = "192.0.2.1") -> Any:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        client = TestClient(self.app, base_url="http://127.0.0.1", headers=headers, client=(address, 50000))
+        return client.get("/v1/files")
+
+    def use_up(self, *, address: str = "192.0.2.1") -> None:
+        answers = {self.get(f"lorry_key-{n}_x", address=address).status_code for n in range(FAILURES.limit)}
+        assert answers == {401}
+
+
+@pytest.fixture
+def guesser(app: FastAPI, hand: Hand) -> Guesser:
+    return Guesser(app, hand)
+
+
+def test_an_address_that_sends_many_wrong_keys_is_refused_before_they_are_checked(
+    guesser: Guesser, anonymous: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guesser.use_up()
+    monkeypatch.setattr(keys, "authenticate", lambda *_, **__: pytest.fail("the key was looked up"))
+
+    refused = [guesser.get(key) for key in ("lorry_key-1_x", None)]
+
+    assert [answer.status_code for answer in refused] == [429, 429]
+    assert error_of(refused[0])["code"] == "too_many_failed_authentications"
+    assert refused[0].headers["retry-after"] == "1"
+    monkeypatch.undo()
+    guesser.hand.turn(1)
+    assert guesser.get("lorry_key-1_x").status_code == 401
+
+
+def test_a_key_that_was_valid_before_is_not_held_up_by_others_of_its_address(
+    guesser: Guesser, anonymous: TestClient, key: str, stranger_key: str
+) -> None:
+    assert guesser.get(key).status_code == 200
+    guesser.use_up()
+
+    assert guesser.get(key).status_code == 200
+    assert guesser.get(stranger_key).status_code == 429  # this process has not seen it yet
+    assert guesser.get(stranger_key, address="192.0.2.2").status_code == 200
+    assert guesser.get(stranger_key).status_code == 200  # by now it has
+
+
+def test_valid_requests_of_an_address_use_up_nothing(
+    guesser: Guesser, anonymous: TestClient, services: Services, world: World
+) -> None:
+    project_id = world.caller.project_id
+    for _ in range(FAILURES.limit + 1):
+        assert guesser.get(new_key(services, project_id)).status_code == 200
+
+    assert guesser.get("wrong").status_code == 401
+
+
+def test_a_key_that_is_revoked_counts_as_a_failure_again(
+    guesser: Guesser, anonymous: TestClient, services: Services, world: World
+) -> None:
+    secret = new_key(services, world.caller.project_id)
+    assert guesser.get(secret).status_code == 200
+    keys.revoke(services.db, project_id=world.caller.project_id, api_key_id=secret.split("_")[1])
+
+    answers = [guesser.get(secret).status_code for _ in range(FAILURES.limit + 2)]
+
+    assert answers == [401] * FAILURES.limit + [429] * 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", True),
+        ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
+        ("192.0.2.1", "192.0.2.2", False),
+    ],
+)
+def test_addresses_of_one_ipv6_network_count_together(
+    guesser: Guesser, anonymous: TestClient, one: str, other: str, is_same: bool
+) -> None:
+    guesser.use_up(address=one)
+
+    assert guesser.get("wrong", address=other).status_code == (429 if is_same else 401)
+
+
+@pytest.mark.parametrize("way", ["link", "session"])
+def test_signing_in_with_what_is_not_valid_counts_too(
+    guesser: Guesser, app: FastAPI, anonymous: TestClient, way: str
+) -> None:
+    guesser.use_up(address="127.0.0.1")
+    origin = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
+
+    if way == "link":
+        refused = anonymous.get("/sign-in", params={"token": "guess"})
+    else:
+        refused = anonymous.post("/v1/browser_session", json={"api_key": "guess"}, headers=origin)
+
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "too_many_failed_authentications")
 
 
 def test_the_openai_client_waits_as_long_as_it_is_told(site: Site, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,36 +304,14 @@ def test_the_sdk_waits_as_long_as_it_is_told_and_not_for_hours(site: Site, hand:
 
 
 def test_a_process_remembers_a_bounded_number_of_buckets(hand: Hand) -> None:
-    counter = ProcessCounter(clock=hand)
-    counter.take("spent", RATE, cost=3)
+    buckets = Buckets(clock=hand)
+    buckets.take("spent", RATE, cost=3)
 
-    for number in range(MOST_BUCKETS):
-        counter.take(f"key {number}", RATE, cost=0)
+    for number in range(MAX_BUCKETS):
+        buckets.take(f"key {number}", RATE, cost=0)
 
-    assert counter.num_buckets <= MOST_BUCKETS
-    assert not counter.take("spent", RATE).is_allowed
-
-
-def test_processes_that_share_a_redis_count_together(redis_url: str) -> None:
-    one, other = RedisCounter(redis_url), RedisCounter(redis_url)
-
-    standings = [counter.take("together", RATE) for counter in (one, other, one, other)]
-    back = other.take("together", RATE, cost=-1)
-
-    assert [standing.is_allowed for standing in standings] == [True, True, True, False]
-    assert [standing.remaining for standing in standings] == [2, 1, 0, 0]
-    assert 19 < standings[3].retry_after_seconds <= 20
-    assert back.remaining == 1
-    assert one.take("other", RATE).remaining == 2
-
-
-def test_while_redis_is_away_a_process_counts_by_itself(hand: Hand, caplog: pytest.LogCaptureFixture) -> None:
-    counter = RedisCounter("redis://127.0.0.1:1/0", clock=hand)
-
-    granted = [counter.take("alone", RATE).is_allowed for _ in range(4)]
-
-    assert granted == [True, True, True, False]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]  # and it was asked once
+    assert buckets.num_buckets <= MAX_BUCKETS
+    assert not buckets.take("spent", RATE).is_allowed
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ class FaultSite(WorkerSite):
         """May not answer yet."""
         argv = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", str(self._port)]
         hooks = {"LORRY_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32", "LORRY_WEBHOOK_ALLOW_HTTP": "true"}
-        self.api = self.start(argv, LORRY_PEPPER=PEPPER, **hooks, **environment)
+        self.api = self.start(argv, LORRY_PEPPER=PEPPER, LORRY_REQUESTS_PER_MINUTE="0", **hooks, **environment)
         return self.api
 
     def ask(self, method: str, path: str, *, timeout: float = 60.0, **given: Any) -> httpx.Response:

@@ -29,6 +29,7 @@ def serving(settings: Settings, log: Path) -> Iterator[str]:
         "LORRY_PEPPER": PEPPER.decode(),
         "LORRY_LOOK_SECONDS": "0.05",
         "LORRY_SHUTDOWN_SECONDS": "2",
+        "LORRY_REQUESTS_PER_MINUTE": "0",  # the fuzzer sends as fast as it can, also without a key
         "LORRY_PUBLIC_URL": "http://127.0.0.1",  # else /metrics is open to this machine
         "LORRY_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32",
         "LORRY_WEBHOOK_ALLOW_HTTP": "true",
