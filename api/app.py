@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from fastapi import Depends, FastAPI
 
 from api import error_handlers, uploads
-from api.background import DUTIES, keep_clean, keep_order
+from api.background import DUTIES, TASKS, keep_clean, keep_order, keep_running
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.downloads import Downloads
@@ -142,7 +143,7 @@ def create_app(
 
 def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     feed = Feed(look_seconds=api_settings.look_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds)
-    telemetry = Telemetry(DUTIES)
+    telemetry = Telemetry(DUTIES, TASKS)
     telemetry.count_streams(feed.num_listeners)
     db, pepper = Database(settings.resolved_database_url()), keys.load_pepper(settings)
     sender = WebhookSender(api_settings.webhook_rules())
@@ -176,8 +177,14 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
     limit_route_threads()
     uploads.remove_stale(services.settings.data_dir / "spool")
-    works = (services.feed.run(), keep_order(services), keep_clean(services), services.deliverer.run())
-    tasks = [asyncio.create_task(work) for work in works]
+    runs = (
+        services.feed.run,
+        partial(keep_order, services),
+        partial(keep_clean, services),
+        services.deliverer.run,
+    )
+    named = zip(TASKS, runs, strict=True)
+    tasks = [asyncio.create_task(keep_running(name, run, services.telemetry)) for name, run in named]
     try:
         yield
     finally:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services
+from api.telemetry import Telemetry
 from catalog import audit_chain, deadlines, queue, recovery
 from catalog.cleaning import clean
 from catalog.errors import LorryError, Unavailable
@@ -19,10 +21,31 @@ log = logging.getLogger("lorry.api")
 
 FIRST_CLEANING_SECONDS = 600.0
 CLEANING_SECONDS = 24 * 3600.0
+RESTART_SECONDS = 1.0
+"""Between a crash of a background task and its restart."""
+TASKS = ("streams", "duties", "cleaning", "webhooks")
+"""Background tasks, by the names under which their restarts are counted."""
+Run = Callable[[], Awaitable[None]]
 DUTIES = ("recover", "advance_sweeps", "seal", "tell_late", "ring", "clean")
 """By the names under which their runs are counted."""
 MAX_STEPS = 20
 """Of sweeps, in one look."""
+
+
+async def keep_running(
+    name: str, run: Run, telemetry: Telemetry, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> None:
+    """Run a task until it returns. One that crashes is logged, counted and started again: without it live streams
+    would stop, or revoked keys would keep theirs."""
+    while True:
+        try:
+            await run()
+        except Exception:  # whatever it is, the process keeps the task
+            log.exception("crash in the background task %s", name)
+            telemetry.count_restart(name)
+        else:
+            return
+        await sleep(RESTART_SECONDS)
 
 
 async def keep_order(services: Services) -> None:

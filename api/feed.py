@@ -200,8 +200,8 @@ class Feed:
 
     async def run(self) -> None:
         """Look at what is listened to, at most once every `look_seconds`, and only while somebody listens."""
-        beats = asyncio.create_task(self._beat())
-        try:
+        async with asyncio.TaskGroup() as tasks:  # the end of one is the end of both
+            beats = tasks.create_task(self._beat())
             while not self._closed:
                 await self._somebody.wait()
                 began = time.monotonic()
@@ -210,7 +210,6 @@ class Feed:
                     await self._look(source)
                 took = time.monotonic() - began
                 await asyncio.sleep(max(self._look_seconds, took * (1 - MAX_SHARE) / MAX_SHARE))
-        finally:
             beats.cancel()
 
     def close(self) -> None:

@@ -33,8 +33,9 @@ OF_DEVICES = {
 class Telemetry:
     """One registry per app, so that two apps in one process don't share counts."""
 
-    def __init__(self, duties: Iterable[str] = ()) -> None:
-        """duties: what runs in the background, by name; each counts as done when the process starts."""
+    def __init__(self, duties: Iterable[str] = (), tasks: Iterable[str] = ()) -> None:
+        """duties: what runs in the background, by name; each counts as done when the process starts. tasks: what runs
+        them, and others, for as long as the process."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "lorry_http_requests", "HTTP requests.", ["method", "route", "status"], registry=self.registry
@@ -65,10 +66,18 @@ class Telemetry:
         self._tries = Counter(
             "lorry_webhook_tries", "Requests that were sent to webhook endpoints.", ["outcome"], registry=self.registry
         )
-        self._begin(duties)
+        self._restarts = Counter(
+            "lorry_background_restarts",
+            "Background tasks that crashed and were started again.",
+            ["task"],
+            registry=self.registry,
+        )
+        self._begin(duties, tasks)
 
-    def _begin(self, duties: Iterable[str]) -> None:
+    def _begin(self, duties: Iterable[str], tasks: Iterable[str]) -> None:
         """Series that don't come up with the first event can be watched from the start."""
+        for task in tasks:
+            self._restarts.labels(task=task)
         for outcome in ("delivered", "failed"):
             self._tries.labels(outcome=outcome)
         for reason in get_args(RejectionReason):
@@ -96,6 +105,10 @@ class Telemetry:
         self._runs.labels(duty=duty, outcome="done" if is_done else "failed").inc()
         if is_done:
             self._done_at.labels(duty=duty).set(time.time())
+
+    def count_restart(self, task: str) -> None:
+        """A background task has crashed."""
+        self._restarts.labels(task=task).inc()
 
     def count_try(self, *, is_delivered: bool) -> None:
         """A webhook endpoint has answered, or has not."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from catalog import audit, checkpoint_models, daily, sharing, tallies
 from catalog.db import Database, read_clock
@@ -19,6 +19,16 @@ from catalog.pages import Page, paginate
 from catalog.states import UNFINISHED_STATES
 from catalog.tables import Adapter, Artifact, Checkpoint, Job, ModelPermission, Sweep
 
+MAX_MODELS = 1000
+"""Adapters, and checkpoints, in the list of all models, which has no pages."""
+MODEL_COLUMNS = (
+    Adapter.id,
+    Adapter.name,
+    Adapter.created_at,
+    Adapter.project_id,
+    Adapter.base_model,
+    Adapter.artifact,
+)
 LIST_THEM = "lorry adapters list, or GET /v1/adapters, shows those of the key's project."
 LIST_CHECKPOINTS = "lorry jobs checkpoints ID, or GET /v1/fine_tuning/jobs/ID/checkpoints, shows those of a job."
 
@@ -33,11 +43,14 @@ class AdapterView:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointView:
-    """A checkpoint whose files are kept, and the job that it is of."""
+class CheckpointModel:
+    """A checkpoint whose files are kept, as a model. project_id and base_model: of its job."""
 
-    checkpoint: Checkpoint
-    job: Job
+    name: str
+    created_at: float
+    project_id: str
+    base_model: str
+    artifact: str
 
 
 def list_page(
@@ -54,14 +67,17 @@ def list_page(
         return Page(items=[_view(session, row) for row in page.items], has_more=page.has_more)
 
 
-def list_all(db: Database, *, project_id: str) -> list[Adapter]:
-    """Every adapter of the project and every one that is shared with it, each newest first."""
-    mine = select(Adapter).where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+def list_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Page[Adapter]:
+    """The newest adapters of the project, then those that are shared with it, with the columns of MODEL_COLUMNS alone:
+    lineage records are large."""
+    mine = select(Adapter).where(Adapter.project_id == project_id)
     newest_first = Adapter.created_at.desc(), Adapter.id
+    found: list[Adapter] = []
     with db.read() as session:
-        own = session.scalars(mine.order_by(*newest_first)).all()
-        shared = sharing.shared_with(project_id).where(Adapter.deleted_at.is_(None))
-        return [*own, *session.scalars(shared.order_by(*newest_first))]
+        for scope in (mine, sharing.shared_with(project_id)):
+            there = scope.where(Adapter.deleted_at.is_(None)).options(load_only(*MODEL_COLUMNS, raiseload=True))
+            found += session.scalars(there.order_by(*newest_first).limit(limit + 1 - len(found)))
+    return Page(items=found[:limit], has_more=len(found) > limit)
 
 
 def get(db: Database, *, project_id: str, name: str) -> AdapterView:
@@ -112,17 +128,24 @@ def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
         return {row[0]: row[1] for row in session.execute(of_jobs)}
 
 
-def kept_checkpoints(db: Database, *, project_id: str) -> list[CheckpointView]:
-    """Checkpoints that can be used as models: of the project's jobs, then those shared with it, each newest first."""
+def list_checkpoint_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Page[CheckpointModel]:
+    """The newest checkpoints that can be used as models: of the project's jobs, then those shared with it."""
     own = checkpoint_models.kept().where(Job.project_id == project_id)
     newest_first = Checkpoint.created_at.desc(), Checkpoint.id
+    columns = Checkpoint.name, Checkpoint.created_at, Job.project_id, Job.base_model, Checkpoint.adapter
+    found: list[CheckpointModel] = []
     with db.read() as session:
-        rows = [
-            row
-            for kept in (own, sharing.checkpoints_shared_with(project_id))
-            for row in session.execute(kept.order_by(*newest_first)).all()
-        ]
-        return [CheckpointView(checkpoint=checkpoint, job=job) for checkpoint, job in rows]
+        for kept in (own, sharing.checkpoints_shared_with(project_id)):
+            newest = kept.with_only_columns(*columns).order_by(*newest_first).limit(limit + 1 - len(found))
+            for name, created_at, owner, base, artifact in session.execute(newest):
+                assert name is not None, "a checkpoint that has an adapter has a name"
+                assert artifact is not None, "only such checkpoints are selected"
+                found.append(
+                    CheckpointModel(
+                        name=name, created_at=created_at, project_id=owner, base_model=base, artifact=artifact
+                    )
+                )
+    return Page(items=found[:limit], has_more=len(found) > limit)
 
 
 def find(session: Session, project_id: str, name: str, *, locked: bool = False, param: str | None = None) -> Adapter:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import rfc8785
 from sqlalchemy import ColumnElement, Select, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from catalog import audit, needs
 from catalog.audit import AuditType
@@ -113,9 +113,10 @@ def deleted(db: Database, digests: Collection[str]) -> set[str]:
 
 
 def list_all(db: Database) -> list[BaseModelRow]:
-    """By name."""
+    """By name, without their manifests."""
     with db.read() as session:
-        return list(session.scalars(select(BaseModelRow).where(IS_THERE).order_by(BaseModelRow.name)))
+        there = select(BaseModelRow).where(IS_THERE).options(defer(BaseModelRow.manifest, raiseload=True))
+        return list(session.scalars(there.order_by(BaseModelRow.name)))
 
 
 def get(db: Database, name: str) -> BaseModelRow:

@@ -15,11 +15,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.sdk.trace.sampling import Sampler
     from opentelemetry.trace import Span as OtelSpan
     from opentelemetry.trace import Tracer
 
@@ -110,7 +112,7 @@ def begin(
     """A span that its `end` ends. at: when it began, in seconds since 1970; now by default. parent None: a new trace.
     service: whose it is, where not this process's."""
     if _on is None:
-        return Span(parent)
+        return Span(_undecided(parent) if is_server else parent)
     from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
 
     span = _tracer(_on, service or _on.service).start_span(
@@ -218,9 +220,44 @@ def _tracer(tracing: _Tracing, service: Service) -> Tracer:
         name = os.environ.get("OTEL_SERVICE_NAME", "lorry")
         resource = Resource.create({SERVICE_NAME: f"{name}-{service}", SERVICE_NAMESPACE: name})
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.sampler = own_decision(provider.sampler)
         provider.add_span_processor(tracing.processor)
         tracer = tracing.tracers[service] = provider.get_tracer("lorry")
     return tracer
+
+
+def own_decision(sampler: Sampler) -> Sampler:
+    """The sampler, which decides about each request to the server as if it began a trace. Else anyone who can send a
+    request would decide, by the flag or by the id of its traceparent, what is sampled."""
+    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+    from opentelemetry.sdk.trace.sampling import Sampler, SamplingResult
+    from opentelemetry.trace import SpanKind
+
+    draws = RandomIdGenerator()
+
+    class OwnDecision(Sampler):
+        def should_sample(
+            self,
+            parent_context: Context | None,
+            trace_id: int,
+            name: str,
+            kind: SpanKind | None = None,
+            *further: Any,
+            **given: Any,
+        ) -> SamplingResult:
+            if kind is SpanKind.SERVER:
+                parent_context, trace_id = None, draws.generate_trace_id()
+            return sampler.should_sample(parent_context, trace_id, name, kind, *further, **given)
+
+        def get_description(self) -> str:
+            return sampler.get_description()
+
+    return OwnDecision()
+
+
+def _undecided(parent: str | None) -> str | None:
+    """While this process records nothing: the ids of a client's parent, with the flag that a trace of ours has."""
+    return None if parent is None else f"{parent[:-2]}01"
 
 
 def _context(parent: str | None):

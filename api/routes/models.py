@@ -10,7 +10,7 @@ from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapt
 from api.schemas.pages import ListPage, page_of
 from api.scopes import require_scope
 from catalog import adapters, bases
-from catalog.adapters import CheckpointView
+from catalog.adapters import CheckpointModel
 from catalog.keys import Caller
 from catalog.tables import BaseModelRow
 
@@ -20,11 +20,14 @@ router = Router(prefix="/v1/models", tags=["models"], responses=SIGNED)
 @router.get("", operation_id="list_models")
 def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
     """Every base model (see its `state`), then adapters and the checkpoints that are kept: the project's own, and what
-    is shared with it."""
+    is shared with it. Of adapters and of checkpoints the newest 1,000: if there are more, `has_more` is true, and
+    `/v1/adapters` has pages of all adapters."""
     shown = [_base(use, caller, row) for row in bases.list_all(use.db)]
-    shown += [adapter_model(row) for row in adapters.list_all(use.db, project_id=caller.project_id)]
-    shown += [_checkpoint(view) for view in adapters.kept_checkpoints(use.db, project_id=caller.project_id)]
-    return page_of(shown)
+    own = adapters.list_models(use.db, project_id=caller.project_id)
+    checkpoints = adapters.list_checkpoint_models(use.db, project_id=caller.project_id)
+    shown += [adapter_model(row) for row in own.items]
+    shown += [_checkpoint(model) for model in checkpoints.items]
+    return page_of(shown, has_more=own.has_more or checkpoints.has_more)
 
 
 @router.post("", operation_id="add_model", responses=errors(403, 409))
@@ -64,13 +67,12 @@ def _base(use: Services, caller: Caller, row: BaseModelRow) -> ModelObject:
     return base_object(row, local_path=local_path, shows_paths=caller.is_operator)
 
 
-def _checkpoint(view: CheckpointView) -> ModelObject:
-    assert view.checkpoint.name is not None, "one that has an adapter has a name"
+def _checkpoint(model: CheckpointModel) -> ModelObject:
     return ModelObject(
-        id=view.checkpoint.name,
-        created=int(view.checkpoint.created_at),
-        owned_by=view.job.project_id,
+        id=model.name,
+        created=int(model.created_at),
+        owned_by=model.project_id,
         kind="checkpoint",
-        base=view.job.base_model,
-        digest=view.checkpoint.adapter,
+        base=model.base_model,
+        digest=model.artifact,
     )

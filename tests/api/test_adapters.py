@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import rfc8785
+from sqlalchemy import event
 from starlette.testclient import TestClient
 
 from api.deps import Services
+from catalog import adapters
 from catalog.artifacts.store import blob_key
 from catalog.tables import Adapter
 from lorry.folder import verify_folder
@@ -176,3 +178,19 @@ def test_another_project_sees_no_adapter(stranger: TestClient, adapter: Adapter)
         assert stranger.get(f"/v1/adapters/{adapter.id}{rest}").status_code == 404
     assert stranger.post(f"/v1/adapters/{adapter.id}/verify").status_code == 404
     assert stranger.get("/v1/adapters").json()["data"] == []
+
+
+def test_the_list_of_models_reads_no_lineage_record_and_has_a_limit(
+    services: Services, world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statements: list[str] = []
+    event.listen(services.db.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+
+    models = adapters.list_models(services.db, project_id=adapter.project_id)
+    none = adapters.list_models(services.db, project_id=adapter.project_id, limit=0)
+    adapters.list_checkpoint_models(services.db, project_id=adapter.project_id)
+
+    assert [row.name for row in models.items] == [adapter.name]
+    assert (models.has_more, none.items, none.has_more) == (False, [], True)
+    assert not [statement for statement in statements if "lineage," in statement or "spec" in statement]
+    assert all("LIMIT" in statement for statement in statements if "FROM" in statement and "JOIN" not in statement)

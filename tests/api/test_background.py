@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import os
+from itertools import islice
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from api.background import clean_once, look_once
+from api import background
+from api.background import clean_once, keep_running, look_once
 from api.deps import Services
+from api.feed import Feed
 from catalog import audit_chain, deadlines, recovery
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.errors import InvalidRequest, Unavailable
 from catalog.sweeps import controller
 from catalog.tables import File, Job, Pulse
+from tests.api.site import running, until
 from tests.catalog.world import World
 
 
@@ -137,3 +143,52 @@ def test_what_nothing_names_is_deleted_once_it_is_old_and_what_is_named_stays(se
     assert b"".join(services.store.open_blob(named.digest)) == b"named"
     with pytest.raises(DamagedArtifact):
         list(services.store.open_blob(orphan.digest))
+
+
+def test_a_background_task_that_crashes_is_logged_counted_and_started_again(
+    services: Services, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs, waits = list[int](), list[float]()
+
+    async def run() -> None:
+        runs.append(len(runs))
+        if len(runs) < 3:
+            raise RuntimeError("odd")
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    asyncio.run(keep_running("streams", run, services.telemetry, sleep=sleep))
+
+    assert len(runs) == 3
+    assert waits == [background.RESTART_SECONDS] * 2
+    assert caplog.text.count("crash in the background task streams") == 2
+    restarts = services.telemetry.registry.get_sample_value("lorry_background_restarts_total", {"task": "streams"})
+    assert restarts == 2
+
+
+@pytest.mark.parametrize("part", ["_recheck", "_beat"])
+def test_live_streams_go_on_after_a_crash_of_what_feeds_them(
+    app: FastAPI, key: str, world: World, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    as_it_was, crashes = getattr(Feed, part), list[str]()
+
+    async def crash_once(feed: Feed) -> None:
+        if not crashes:
+            crashes.append(part)
+            raise RuntimeError("odd")
+        await as_it_was(feed)
+
+    monkeypatch.setattr(Feed, part, crash_once)
+    monkeypatch.setattr(background, "RESTART_SECONDS", 0.0)
+    job = world.submit()
+    with (
+        running(app, key) as site,
+        site.http() as client,
+        client.stream("GET", f"/v1/fine_tuning/jobs/{job.id}/stream") as response,
+    ):
+        lines = islice(response.iter_lines(), 500)  # with the comments of a silent stream
+        assert any(line.startswith("event: job") for line in lines)
+        until(lambda: crashes)
+        client.post(f"/v1/fine_tuning/jobs/{job.id}/cancel")
+        assert any('"status":"cancelled"' in line for line in lines)

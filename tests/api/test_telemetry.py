@@ -24,7 +24,7 @@ ROW = re.compile(r"^\| `(lorry_\w+)` \| (\w+) \| [^|]+ \| ([^|]*)\| \S", re.MULT
 BASE_UNITS = ("seconds", "bytes", "ratio", "celsius", "watts")
 OTHER_UNITS = ("milliseconds", "minutes", "hours", "megabytes", "gigabytes", "percent", "milliwatts")
 LABELS = {
-    *("method", "route", "status", "duty", "outcome"),
+    *("method", "route", "status", "duty", "outcome", "task"),
     *("state", "priority", "reason", "work", "base_model", "host", "device"),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from catalog import tracing
 
@@ -113,6 +114,47 @@ def test_a_collector_that_does_not_answer_costs_nobody_an_exception(
     with caplog.at_level(logging.CRITICAL):
         tracing.record("queue", parent=PARENT, began_at=1.0, ended_at=2.0)
         tracing.stop()
+
+
+@pytest.mark.parametrize("flag", ["00", "01"])
+@pytest.mark.parametrize(
+    ("sampler", "is_recorded"),
+    [("always_on", True), ("always_off", False), ("parentbased_always_on", True), ("parentbased_always_off", False)],
+)
+def test_a_client_does_not_decide_what_is_sampled(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, flag: str, is_recorded: bool
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    exporter = InMemorySpanExporter()
+    tracing.start("api", exporter=exporter)
+    sent = f"{PARENT[:-2]}{flag}"
+
+    request = tracing.begin("GET", parent=sent, is_server=True)
+    inside = tracing.begin("inside", parent=request.traceparent)
+    inside.end()
+    request.end()
+
+    assert tracing.trace_id(request.traceparent) == tracing.trace_id(sent)
+    assert (request.traceparent or "")[-2:] == ("01" if is_recorded else "00")
+    assert len(exporter.get_finished_spans()) == (2 if is_recorded else 0)
+
+
+def test_a_client_does_not_choose_a_trace_id_that_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.000001")
+    exporter = InMemorySpanExporter()
+    tracing.start("api", exporter=exporter)
+
+    for _ in range(10):
+        tracing.begin("GET", parent=f"00-{'0' * 31}1-{'1' * 16}-01", is_server=True).end()
+
+    assert exporter.get_finished_spans() == ()
+
+
+def test_while_nothing_is_recorded_the_clients_flag_is_not_passed_on() -> None:
+    sent = f"{PARENT[:-2]}00"
+
+    assert tracing.begin("GET", parent=sent, is_server=True).traceparent == f"{PARENT[:-2]}01"
 
 
 @pytest.mark.parametrize(
