@@ -1,4 +1,5 @@
-"""Sends what the outbox holds: looks for what is due, a few of each endpoint at a time, and notes how each try went.
+"""Sends what the outbox holds: looks for what is due, a few of each endpoint and project at a time, and notes how each
+try went.
 
 Every api process has one; they share the work by claims. No transaction is open while a request is under way.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from contextlib import suppress
 
 from starlette.concurrency import run_in_threadpool
@@ -21,7 +21,6 @@ from catalog.webhooks import sending, signing
 from catalog.webhooks.sending import Outcome, Outgoing
 
 LOOK_SECONDS = 1.0
-MAX_IN_FLIGHT = 64
 CLOSE_SECONDS = 5.0
 """What requests that are under way have at the end of the process. Those that are cut off are sent again."""
 log = logging.getLogger("lorry.api")
@@ -30,7 +29,8 @@ log = logging.getLogger("lorry.api")
 class WebhookDeliverer:
     def __init__(self, db: Database, sender: WebhookSender, *, pepper: bytes, telemetry: Telemetry) -> None:
         self._db, self._sender, self._pepper, self._telemetry = db, sender, pepper, telemetry
-        self._in_flight: Counter[str] = Counter()
+        self._in_flight: dict[str, Outgoing] = {}
+        """By delivery."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wakened = asyncio.Event()
@@ -52,12 +52,12 @@ class WebhookDeliverer:
             await self._end()
 
     async def _look(self) -> None:
-        room = MAX_IN_FLIGHT - len(self._tasks)
+        room = sending.MAX_IN_FLIGHT - len(self._tasks)
         if room <= 0:
             return
         try:
             claimed = await run_in_threadpool(
-                sending.claim, self._db, pepper=self._pepper, room=room, in_flight=dict(self._in_flight)
+                sending.claim, self._db, pepper=self._pepper, room=room, in_flight=list(self._in_flight.values())
             )
         except LorryError as error:
             log.warning("webhooks code=%s", error.code)
@@ -66,7 +66,7 @@ class WebhookDeliverer:
             log.exception("crash in webhooks")
             return
         for outgoing in claimed:
-            self._in_flight[outgoing.endpoint_id] += 1
+            self._in_flight[outgoing.delivery_id] = outgoing
             task = asyncio.create_task(self._deliver(outgoing))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -81,7 +81,7 @@ class WebhookDeliverer:
         except Exception:
             log.exception("crash in the webhook delivery %s", outgoing.delivery_id)
         finally:
-            self._in_flight -= Counter({outgoing.endpoint_id: 1})
+            del self._in_flight[outgoing.delivery_id]
             self._wakened.set()
 
     async def _try(self, outgoing: Outgoing) -> Outcome:
@@ -90,7 +90,9 @@ class WebhookDeliverer:
         headers = signing.headers(
             outgoing.body, message_id=outgoing.message_id, at=time.time(), signed_with=outgoing.signed_with
         )
-        return await self._sender.send(outgoing.url, body=outgoing.body, headers=headers)
+        return await self._sender.send(
+            outgoing.url, project_id=outgoing.project_id, body=outgoing.body, headers=headers
+        )
 
     async def _end(self) -> None:
         if self._tasks:

@@ -7,16 +7,18 @@ resolves otherwise a moment later changes nothing.
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
+from typing import Any
 
 import httpx
 
+from api.name_resolver import Lookup, NameResolver, NoAddress, system_lookup
+from api.project_slots import ProjectSlots
 from catalog.errors import InvalidRequest
 from catalog.webhooks.addresses import OPENED, Rules, Target, target_of, why_shut
 from catalog.webhooks.sending import Outcome
@@ -27,19 +29,26 @@ REPLY_BYTES = 500
 MAX_ADDRESSES = 3
 """Of a host, that are tried until one takes a connection."""
 MAX_TESTS = 16
+TESTS_OF_PROJECT = 4
 """That people ask for, at the same time; further ones wait."""
 USER_AGENT = "lorry-webhooks/0.1.0"
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+CONNECTED = "connection.connect_tcp.complete"
+"""httpcore's name of the moment."""
 
 
 class NotSent(Exception):
     """Why no request was made, as a sentence."""
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host, by the system."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+class _Progress:
+    """How far a try has come."""
+
+    def __init__(self) -> None:
+        self.is_connected = False
+
+    async def trace(self, event: str, _info: Mapping[str, Any]) -> None:
+        """httpcore's extension."""
+        self.is_connected = self.is_connected or event == CONNECTED
 
 
 class WebhookSender:
@@ -49,22 +58,24 @@ class WebhookSender:
         self,
         rules: Rules,
         *,
-        lookup: Resolve = resolve,
+        lookup: Lookup = system_lookup,
         trusted: ssl.SSLContext | None = None,
         try_seconds: float = TRY_SECONDS,
     ) -> None:
         self.rules = rules
-        self._lookup = lookup
+        self.resolver = NameResolver(lookup)
         self._trusted = trusted or httpx.create_ssl_context()
         self._try_seconds = try_seconds
-        self.tests = asyncio.Semaphore(MAX_TESTS)
+        self.tests = ProjectSlots(MAX_TESTS, per_project=TESTS_OF_PROJECT)
 
-    async def send(self, url: str, *, body: bytes, headers: Mapping[str, str]) -> Outcome:
+    async def send(self, url: str, *, project_id: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
         """Never raises for what the other side, or the network, does."""
-        started_at, begun = time.time(), time.monotonic()
+        started_at, begun, progress = time.time(), time.monotonic(), _Progress()
+        was_saturated = self.resolver.is_saturated(project_id)
         try:
             async with asyncio.timeout(self._try_seconds):
-                status_code, reply, retry_after = await self._request(url, body, headers)
+                addresses = await self._checked_addresses(target := target_of(url, self.rules), project_id)
+                status_code, reply, retry_after = await self._request(target, addresses, body, headers, progress)
             return Outcome(
                 started_at=started_at,
                 seconds=time.monotonic() - begun,
@@ -80,35 +91,40 @@ class WebhookSender:
             error = refusal.sentence()
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as failure:
             error = f"The request failed: {str(failure) or type(failure).__name__}."
-        return Outcome(started_at=started_at, seconds=time.monotonic() - begun, error=escaped(error.encode()))
+        is_saturated = was_saturated or self.resolver.is_saturated(project_id)
+        return Outcome(
+            started_at=started_at,
+            seconds=time.monotonic() - begun,
+            error=escaped(error.encode()),
+            says_of_endpoint=progress.is_connected or not is_saturated,
+        )
 
-    async def _request(self, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes, float | None]:
-        target = target_of(url, self.rules)
-        addresses = await self._checked_addresses(target)
+    async def _request(
+        self, target: Target, addresses: Sequence[str], body: bytes, headers: Mapping[str, str], progress: _Progress
+    ) -> tuple[int, bytes, float | None]:
         last = len(addresses) - 1
         for number, address in enumerate(addresses):
             try:
-                return await self._ask(target, address, body, headers)
+                return await self._ask(target, address, body, headers, progress)
             except httpx.ConnectError:
                 if number == last:
                     raise
         raise AssertionError("there is an address")
 
-    async def _checked_addresses(self, target: Target) -> list[str]:
+    async def _checked_addresses(self, target: Target, project_id: str) -> list[str]:
         """Raises NotSent where one of them is shut: who has such a one among others is trying something."""
         try:
-            found = [ip_address(text) for text in await self._lookup(target.host, target.port)]
-        except (OSError, UnicodeError):
+            texts = await self.resolver.resolve(target.host, target.port, project_id=project_id)
+        except NoAddress:
             raise NotSent(f"The host {target.host} has no address.") from None
-        if not found:
-            raise NotSent(f"The host {target.host} has no address.")
+        found = [ip_address(text) for text in texts]
         for address in found:
             if why := why_shut(address, self.rules):
                 raise NotSent(f"The host {target.host} {why}, so nothing was sent. {OPENED}")
         return [str(address) for address in found[:MAX_ADDRESSES]]
 
     async def _ask(
-        self, target: Target, address: str, body: bytes, headers: Mapping[str, str]
+        self, target: Target, address: str, body: bytes, headers: Mapping[str, str], progress: _Progress
     ) -> tuple[int, bytes, float | None]:
         """A connection of its own: a shared one would be known by its address alone, whatever its certificate says."""
         shown = f"[{address}]" if ":" in address else address
@@ -122,7 +138,7 @@ class WebhookSender:
                 f"{target.scheme}://{shown}:{target.port}{target.path}",
                 content=body,
                 headers=sent,
-                extensions={"sni_hostname": target.host},
+                extensions={"sni_hostname": target.host, "trace": progress.trace},
             )
             response = await client.send(request, stream=True)
             try:

@@ -132,7 +132,8 @@ async def test_webhook_endpoint(
     )
     now = await run_in_threadpool(_now, use)
     delivery = sending.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
-    outcome = await _sent(use, endpoint.url, delivery, signing.good(endpoint, use.pepper, now=now))
+    secrets = signing.good(endpoint, use.pepper, now=now)
+    outcome = await _sent(use, caller.project_id, endpoint.url, delivery, secrets)
     await run_in_threadpool(sending.record_test, use.db, endpoint, delivery, outcome)
     if outcome.status_code is None:
         raise Conflict(
@@ -195,11 +196,11 @@ def replay_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) 
     return _delivery_objects(use, [row])[0]
 
 
-async def _sent(use: Services, url: str, delivery: WebhookDelivery, secrets: list[str]) -> Outcome:
+async def _sent(use: Services, project_id: str, url: str, delivery: WebhookDelivery, secrets: list[str]) -> Outcome:
     body = signing.body_of(delivery)
     headers = signing.headers(body, message_id=delivery.event_id, at=time.time(), signed_with=secrets)
-    async with use.webhooks.tests:
-        return await use.webhooks.send(url, body=body, headers=headers)
+    async with use.webhooks.tests.slot(project_id):
+        return await use.webhooks.send(url, project_id=project_id, body=body, headers=headers)
 
 
 def _delivery_objects(use: Services, rows: list[WebhookDelivery]) -> list[WebhookDeliveryObject]:

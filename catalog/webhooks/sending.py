@@ -5,7 +5,8 @@ Who sends holds no transaction meanwhile. Several processes at once send differe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sqlalchemy import Select, func, or_, select
@@ -19,6 +20,10 @@ from catalog.webhooks.retries import wait_seconds
 
 CLAIM_SECONDS = 60.0
 """A try ends long before."""
+MAX_IN_FLIGHT = 64
+"""Deliveries that one process sends at the same time."""
+OF_PROJECT = MAX_IN_FLIGHT // 4
+"""And of one project among them."""
 AT_ONCE = 4
 """Deliveries of one endpoint that are sent at the same time; 1 while it fails."""
 FAILING_SECONDS = 5 * 86_400.0
@@ -33,6 +38,7 @@ class Outgoing:
     delivery_id: str
     claim_id: str
     endpoint_id: str
+    project_id: str
     url: str
     message_id: str
     body: bytes
@@ -51,26 +57,43 @@ class Outcome:
     """Why there was no answer, as a sentence."""
     reply: str | None = None
     retry_after: float | None = None
+    says_of_endpoint: bool = True
+    """False: it failed before there was a connection, while this service had no room to resolve names."""
 
     @property
     def is_success(self) -> bool:
         return self.status_code is not None and 200 <= self.status_code < 300
 
 
-def claim(db: Database, *, pepper: bytes, room: int, in_flight: Mapping[str, int]) -> list[Outgoing]:
-    """Up to `room` deliveries that are due, a few of each endpoint. `in_flight`: those that this process sends now, by
-    endpoint: a slow one holds up only itself."""
-    full = [endpoint_id for endpoint_id, number in in_flight.items() if number >= AT_ONCE]
+def claim(db: Database, *, pepper: bytes, room: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
+    """Up to `room` deliveries that are due, a few of each endpoint. `in_flight`: those that this process sends now: a
+    slow endpoint holds up only itself, and a project has at most OF_PROJECT.
+
+    The project that has the fewest comes next; of equals, that whose first delivery has been due for longest.
+    """
+    by_endpoint = Counter(outgoing.endpoint_id for outgoing in in_flight)
+    by_project = Counter(outgoing.project_id for outgoing in in_flight)
+    full = [endpoint_id for endpoint_id, number in by_endpoint.items() if number >= AT_ONCE]
+    full_projects = [project_id for project_id, number in by_project.items() if number >= OF_PROJECT]
+    waiting: dict[str, deque[tuple[str, bool]]] = {}
     with db.read() as session:
         now = read_clock(session)
-        if session.scalar(_any_due(now, full)) is None:
+        if session.scalar(_any_due(now, full, full_projects)) is None:
             return []
-        turns = list(session.execute(_whose_turn(now, full, busy=list(in_flight)).limit(room)))
+        turns = _turns(now, full, full_projects, busy=list(by_endpoint))
+        for endpoint_id, project_id, is_failing in session.execute(turns):
+            waiting.setdefault(project_id, deque()).append((endpoint_id, is_failing))
     found: list[Outgoing] = []
-    for endpoint_id, is_failing in turns:
-        free = (1 if is_failing else AT_ONCE) - in_flight.get(endpoint_id, 0)
-        if (number := min(free, room - len(found))) > 0:
-            found += _claim_of(db, endpoint_id, number, pepper=pepper)
+    while waiting and len(found) < room:
+        project_id = min(waiting, key=lambda one: by_project[one])
+        endpoint_id, is_failing = waiting[project_id].popleft()
+        free = (1 if is_failing else AT_ONCE) - by_endpoint[endpoint_id]
+        number = min(free, OF_PROJECT - by_project[project_id], room - len(found))
+        claimed = _claim_of(db, endpoint_id, number, pepper=pepper) if number > 0 else []
+        found += claimed
+        by_project[project_id] += len(claimed)
+        if not waiting[project_id] or by_project[project_id] >= OF_PROJECT:
+            del waiting[project_id]
     return found
 
 
@@ -91,7 +114,8 @@ def record(db: Database, claimed: Outgoing, outcome: Outcome) -> None:
             endpoint.failing_since = None
             return
         _go_on(delivery, outcome, now=now)
-        _judge(session, endpoint, outcome, now=now)
+        if outcome.says_of_endpoint:
+            _judge(session, endpoint, outcome, now=now)
 
 
 def add_try(session: Session, delivery_id: str, outcome: Outcome) -> None:
@@ -136,19 +160,25 @@ def new_test(endpoint: WebhookEndpoint, event_type: EventType, *, subject: str, 
     )
 
 
-def _any_due(now: float, full: list[str]) -> Select[str]:
+def _any_due(now: float, full: list[str], full_projects: list[str]) -> Select[str]:
     due = select(WebhookDelivery.id).where(WebhookDelivery.next_try_at <= now)
-    return due.where(WebhookDelivery.endpoint_id.not_in(full)).limit(1)
+    due = due.where(WebhookDelivery.endpoint_id.not_in(full))
+    if full_projects:
+        due = due.join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        due = due.where(WebhookEndpoint.project_id.not_in(full_projects))
+    return due.limit(1)
 
 
-def _whose_turn(now: float, full: list[str], *, busy: list[str]) -> Select[str, bool]:
-    """Endpoints that something is due for, the one that waits longest first, and whether they fail: one that does takes
-    no turn while something is sent to it."""
+def _turns(now: float, full: list[str], full_projects: list[str], *, busy: list[str]) -> Select[str, str, bool]:
+    """Endpoints that something is due for, with their project, the one that waits longest first, and whether they fail:
+    one that does takes no turn while something is sent to it."""
     waiting = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, WebhookDelivery.next_try_at.is_not(None))
     first = select(func.min(WebhookDelivery.next_try_at)).where(*waiting).scalar_subquery()
-    turns = select(WebhookEndpoint.id, WebhookEndpoint.failing_since.is_not(None)).where(first <= now)
-    has_room = or_(WebhookEndpoint.failing_since.is_(None), WebhookEndpoint.id.not_in(busy))
-    return turns.where(WebhookEndpoint.id.not_in(full), has_room).order_by(first)
+    is_failing = WebhookEndpoint.failing_since.is_not(None)
+    turns = select(WebhookEndpoint.id, WebhookEndpoint.project_id, is_failing).where(first <= now)
+    turns = turns.where(or_(~is_failing, WebhookEndpoint.id.not_in(busy)))
+    is_open = (WebhookEndpoint.id.not_in(full), WebhookEndpoint.project_id.not_in(full_projects))
+    return turns.where(*is_open).order_by(first)
 
 
 def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: bytes) -> list[Outgoing]:
@@ -176,6 +206,7 @@ def _outgoing(row: WebhookDelivery, endpoint: WebhookEndpoint, secrets: list[str
         delivery_id=row.id,
         claim_id=row.claim_id or "",
         endpoint_id=endpoint.id,
+        project_id=endpoint.project_id,
         url=endpoint.url,
         message_id=row.event_id,
         body=signing.body_of(row),

@@ -44,7 +44,7 @@ class Names:
 
 def send(url: str, rules: Rules = LOOPBACK, **given: Any) -> Outcome:
     sender = WebhookSender(rules, **given)
-    return asyncio.run(sender.send(url, body=b"{}", headers={"webhook-id": "evt-1"}))
+    return asyncio.run(sender.send(url, project_id="ours", body=b"{}", headers={"webhook-id": "evt-1"}))
 
 
 def port_of(receiver: Receiver) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from catalog import jobs
@@ -31,7 +32,7 @@ class Hooks:
     def ident(self) -> dict[str, Any]:
         return {**self.owner, "endpoint_id": self.row.id}
 
-    def claim(self, **in_flight: int) -> list[Outgoing]:
+    def claim(self, in_flight: Sequence[Outgoing] = ()) -> list[Outgoing]:
         return sending.claim(self.db, pepper=PEPPER, room=100, in_flight=in_flight)
 
     def end_job(self) -> str:

@@ -184,7 +184,7 @@ def owner(world: World) -> dict[str, Any]:
 
 
 def send(world: World, *, status_code: int) -> None:
-    for claimed in sending.claim(world.db, pepper=PEPPER, room=9, in_flight={}):
+    for claimed in sending.claim(world.db, pepper=PEPPER, room=9, in_flight=[]):
         sending.record(world.db, claimed, sending.Outcome(started_at=1.0, seconds=0.1, status_code=status_code))
 
 

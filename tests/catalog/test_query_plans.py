@@ -243,7 +243,7 @@ ACTS: dict[str, Act] = {
     ),
     "a replay": lambda w, ids: deliveries.replay(w.db, **owner(w), delivery_id=ids["delivery"]),
     "deliveries that are due, and a try": lambda w, _: send(w, status_code=503),
-    "whether a delivery is due": lambda w, _: sending.claim(w.db, pepper=PEPPER, room=9, in_flight={}),
+    "whether a delivery is due": lambda w, _: sending.claim(w.db, pepper=PEPPER, room=9, in_flight=[]),
     "replays since a time": lambda w, ids: deliveries.replay_failed(
         w.db, **owner(w), endpoint_id=ids["hook"], since=w.clock.now
     ),

@@ -83,7 +83,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> S
     world.complete(claim.claim_id)
     other = world.queued()
     jobs.cancel(db, **world.of(other.id))
-    sent = sending.claim(db, pepper=PEPPER, room=10, in_flight={})
+    sent = sending.claim(db, pepper=PEPPER, room=10, in_flight=[])
     for outgoing in sent:
         sending.record(db, outgoing, sending.Outcome(started_at=clock.now, seconds=0.1, status_code=204))
     audit_chain.seal(db)
