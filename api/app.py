@@ -146,6 +146,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     telemetry = Telemetry(DUTIES, TASKS)
     telemetry.count_streams(feed.num_listeners)
     db, pepper = Database(settings.resolved_database_url()), keys.load_pepper(settings)
+    telemetry.count_long_writes(lambda: db.num_long_writes)
     sender = WebhookSender(api_settings.webhook_rules())
     return Services(
         settings=settings,

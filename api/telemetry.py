@@ -100,6 +100,9 @@ class Telemetry:
     def count_streams(self, read: Callable[[], float]) -> None:
         self._streams.set_function(read)
 
+    def count_long_writes(self, read: Callable[[], int]) -> None:
+        self.registry.register(_LongWrites(read))
+
     def count_run(self, duty: str, *, is_done: bool) -> None:
         """A background duty has run."""
         self._runs.labels(duty=duty, outcome="done" if is_done else "failed").inc()
@@ -119,6 +122,15 @@ class Telemetry:
         fleet = CollectorRegistry()
         fleet.register(_Fleet(numbers))
         return generate_latest(self.registry) + generate_latest(fleet)
+
+
+class _LongWrites(Collector):
+    def __init__(self, read: Callable[[], int]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        what = "Write transactions that were open for longer than a second."
+        yield _counter("lorry_database_long_writes", what, (), {(): self._read()})
 
 
 class _Fleet(Collector):

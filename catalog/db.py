@@ -1,19 +1,21 @@
 """Engines, transactions, the clock, locked rows. Only this file and catalog/backup know SQLite from PostgreSQL.
 
-A transaction is short: never hold one across a file, a process or a network call.
+A transaction is short: never hold one across a file, a process, a network call, or work whose duration a client
+decides (write_guard). Writers of SQLite queue (write_queue).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import sqlite3
 import time
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar, cast
 
 from alembic import command
@@ -41,12 +43,16 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.exc import InvalidatePoolError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.functions import GenericFunction
 
+from catalog import write_guard
 from catalog.outages import silent, translated
+from catalog.write_queue import FairLock, Turnstile, wait_until_next_poll
+
+log = logging.getLogger("lorry.database")
 
 BUSY_SECONDS = 30
 BRIEF_MILLISECONDS = 100
@@ -55,6 +61,9 @@ POOL = {"pool_size": 10, "max_overflow": 20, "pool_timeout": 10}
 STUCK_SECONDS = 30
 """PostgreSQL ends a transaction whose client says nothing for so long: stopped or cut off amid a write, it would hold
 its rows for hours. No transaction of ours is open across anything slow."""
+LONG_WRITE_SECONDS = 1.0
+"""A write transaction that is open for longer is logged, with the function that opened it. It is not aborted: the work
+is done by then, and on a slow machine a retry would hold the lock for as long again."""
 IDLE_SECONDS = 1.0
 """A connection that was not used for so long is tried before it is."""
 LAST = "last"
@@ -104,6 +113,8 @@ class Database:
     def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
         """`clock` stands in for the database's own, in seconds since 1970: for tests that turn it."""
         self.url = url
+        self.num_long_writes = 0
+        """Write transactions of this process that were open for longer than LONG_WRITE_SECONDS."""
         self.engine = _engine(url)
         info = {"clock": clock}
         writing = self.engine.execution_options(lorry_immediate=True)
@@ -111,7 +122,7 @@ class Database:
         reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._readers = sessionmaker(reading, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
-        self._turn = Lock()
+        self._turn = FairLock()
 
     @contextmanager
     def read(self) -> Generator[Session]:
@@ -126,8 +137,7 @@ class Database:
 
         Raises Unavailable where the database does not answer or stays locked for 30 s.
         """
-        with self._in_turn(BUSY_SECONDS) as left, translated(), self._writers.begin() as session:
-            session.connection(execution_options=left)  # begins now, not at the first statement
+        with self._writing(BUSY_SECONDS) as session:
             yield session
             for _, act in sorted(session.info.pop(LAST, {}).items()):
                 act(session)
@@ -135,27 +145,39 @@ class Database:
     @contextmanager
     def write_briefly(self) -> Generator[Session]:
         """As `write`, for what may as well be left out: waits for no lock longer than a tenth of a second."""
-        with self._in_turn(BRIEF_MILLISECONDS / 1000) as left, translated(), self._writers.begin() as session:
-            session.connection(execution_options=left)
+        with self._writing(BRIEF_MILLISECONDS / 1000) as session:
             if not self.is_sqlite:
                 session.execute(text(f"set local lock_timeout = {BRIEF_MILLISECONDS}"))
             yield session
 
     @contextmanager
-    def _in_turn(self, seconds: float) -> Generator[dict[str, Any]]:
-        """SQLite's writers of one process go one at a time, in no order. By themselves they sleep and try again, for
-        longer each time, so that of many some wait for seconds while others come and go; with those of other processes
-        they still do, for what is left of `seconds`. Gives what the connection is to be told of that."""
+    def _writing(self, seconds: float) -> Generator[Session]:
+        """A write transaction, which on SQLite waits for the lock for at most `seconds`. Raises Unavailable then."""
+        deadline = time.monotonic() + seconds
+        with self._in_turn(seconds), translated(), self._writers.begin() as session:
+            session.connection(execution_options={"lorry_deadline": deadline})  # begins now, not at the first statement
+            began = time.monotonic()
+            with write_guard.entered():
+                yield session
+        self._note_duration(time.monotonic() - began)
+
+    @contextmanager
+    def _in_turn(self, seconds: float) -> Generator[None]:
+        """Threads of one process queue for SQLite's write lock, and take no connection meanwhile."""
         if not self.is_sqlite:
-            yield {}
+            yield
             return
-        until = time.monotonic() + seconds
-        if not self._turn.acquire(timeout=seconds):
+        if not self._turn.acquire(seconds):
             raise silent()
         try:
-            yield {"lorry_busy_milliseconds": max(1, int((until - time.monotonic()) * 1000))}
+            yield
         finally:
             self._turn.release()
+
+    def _note_duration(self, seconds: float) -> None:
+        if seconds > LONG_WRITE_SECONDS:
+            self.num_long_writes += 1
+            log.warning("long write transaction seconds=%.1f by=%s", seconds, _opener())
 
     @property
     def is_sqlite(self) -> bool:
@@ -329,10 +351,11 @@ def _engine(url: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        turnstile = Turnstile(Path(parsed.database)) if parsed.database else None
         pool = POOL if parsed.database else {}  # one in memory has a single connection
         engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool)
         event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
+        event.listen(engine, "begin", partial(_begin_sqlite, turnstile))
         return engine
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -390,11 +413,43 @@ def _use_wal(connection: Any) -> None:
             time.sleep(0.02)
 
 
-def _begin_sqlite(connection: Any) -> None:
+def _begin_sqlite(turnstile: Turnstile | None, connection: Connection) -> None:
     options = connection.get_execution_options()
-    busy = options.get("lorry_busy_milliseconds", BUSY_SECONDS * 1000)
-    connection.exec_driver_sql(f"PRAGMA busy_timeout={busy}")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("lorry_immediate", False) else "BEGIN")
+    if not options.get("lorry_immediate", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    deadline = options.get("lorry_deadline", time.monotonic() + BUSY_SECONDS)
+    with turnstile.held(deadline) if turnstile is not None else nullcontext():
+        _begin_immediate(connection, deadline)
+
+
+def _begin_immediate(connection: Connection, deadline: float) -> None:
+    """Poll for the write lock: SQLite's own wait sleeps for up to 0.1 s while the lock is free."""
+    driver: Any = connection.connection.driver_connection
+    driver.execute("PRAGMA busy_timeout=0")
+    try:
+        while not _has_begun(driver):
+            wait_until_next_poll(deadline)
+    finally:
+        driver.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+
+
+def _has_begun(driver: sqlite3.Connection) -> bool:
+    """False while another connection holds the write lock."""
+    try:
+        driver.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            return False
+        raise OperationalError("BEGIN IMMEDIATE", None, error) from error
+    return True
+
+
+def _opener() -> str:
+    """The function whose `with` statement has just closed a transaction."""
+    own = (__name__, "contextlib")
+    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_globals["__name__"] not in own)
+    return next((f"{frame.f_globals['__name__']}.{frame.f_code.co_name}" for frame in frames), "unknown")
 
 
 def _foreign_keys(connection: Connection, *, enforced: bool) -> None:

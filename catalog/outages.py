@@ -28,11 +28,7 @@ def translated() -> Generator[None]:
 def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowError) -> LorryError | None:
     """What a person is told; None where the fault is ours."""
     if "disk is full" in str(error) or "No space left" in str(error):
-        return OutOfSpace(
-            "The disk that holds the database is full.",
-            code="disk_full",
-            remedy="Nothing was changed. Free some space on the server, then try again.",
-        )
+        return disk_full()
     sqlstate = str(getattr(error.orig, "sqlstate", None)) if isinstance(error, DBAPIError) else ""
     if sqlstate == NO_SUCH_TABLE or "no such table" in str(error):
         return Unavailable(
@@ -52,6 +48,14 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
         if not is_outage:
             return None
     return silent()
+
+
+def disk_full() -> OutOfSpace:
+    return OutOfSpace(
+        "The disk that holds the database is full.",
+        code="disk_full",
+        remedy="Nothing was changed. Free some space on the server, then try again.",
+    )
 
 
 def silent() -> Unavailable:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import psycopg
 import pytest
-from sqlalchemy import QueuePool, event, select, text
+from sqlalchemy import Connection, QueuePool, event, select, text
 
 from catalog import projects
 from catalog.db import STUCK_SECONDS, Database, read_clock, serialise, serialised_at, upsert
@@ -161,18 +161,18 @@ def test_postgresql_compiles_no_question(shared_postgres_url: str) -> None:
     database.close()
 
 
-def test_who_waited_for_the_turn_waits_the_less_for_another_process(
-    tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wait_for_other_threads_and_one_for_other_processes_have_one_deadline(
+    tmp_path: Path, migrated_database: Path
 ) -> None:
     (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
     told: list[int] = []
 
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "busy_timeout" in statement:
-            told.append(int(statement.rpartition("=")[2]))
+    def note(connection: Connection) -> None:
+        left = connection.get_execution_options()["lorry_deadline"] - time.monotonic()
+        told.append(int(left * 1000))
 
-    event.listen(database.engine, "before_cursor_execute", note)
+    event.listen(database.engine, "begin", note)
 
     def enter() -> None:
         with database.write():
@@ -188,9 +188,25 @@ def test_who_waited_for_the_turn_waits_the_less_for_another_process(
         pass
 
     at_once, after_the_other, briefly = told
-    assert after_the_other < at_once - 400 <= 30_000 - 400
+    assert after_the_other < at_once - 400 <= 30_000 - 400, "it waited for half a second already"
     assert 0 < briefly <= 100
     database.close()
+
+
+def test_a_long_write_transaction_is_logged_with_the_function_that_opened_it(
+    db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write() -> None:
+        with db.write() as session:
+            session.execute(text("select 1"))
+
+    write()
+    monkeypatch.setattr("catalog.db.LONG_WRITE_SECONDS", 0.0)
+    write()
+
+    assert db.num_long_writes == 1
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"by={__name__}.write")
 
 
 def test_a_full_disk_is_named(tmp_path: Path, migrated_database: Path) -> None:

@@ -1,0 +1,40 @@
+"""Whether this thread holds a write transaction: work whose duration clients decide must not run inside one.
+
+On SQLite a write transaction holds the only write lock, so that heartbeats of all workers wait for it. `catalog.db`
+marks each write transaction here; code that compiles or matches user-supplied patterns calls `check_outside`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+
+class _Depth(threading.local):
+    """Write transactions that this thread has open, on any database."""
+
+    num_open = 0
+
+
+_depth = _Depth()
+
+
+@contextmanager
+def entered() -> Generator[None]:
+    """Mark a write transaction of this thread."""
+    _depth.num_open += 1
+    try:
+        yield
+    finally:
+        _depth.num_open -= 1
+
+
+class WithinTransaction(RuntimeError):
+    """A mistake in Lorry's own code. Not an AssertionError: pydantic would report it as an invalid request."""
+
+
+def check_outside(what: str) -> None:
+    """Raises WithinTransaction if this thread holds a write transaction. what: the work that is to start, a gerund."""
+    if _depth.num_open:
+        raise WithinTransaction(f"{what} within a write transaction: do it before, and compare what it depends on")
