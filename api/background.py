@@ -84,9 +84,7 @@ def _recover(services: Services) -> None:
 
 
 def _advance_sweeps(services: Services) -> None:
-    for _ in range(MAX_STEPS):
-        if not controller.advance(services.db):
-            break
+    controller.advance_some(services.db, most=MAX_STEPS)
 
 
 def _seal(services: Services) -> None:

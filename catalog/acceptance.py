@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import get_args
 
 from sqlalchemy.orm import Session
 
-from catalog import bases, continuing, evaluations, files, fleet, linears, memory, places, prepared
+from catalog import bases, continuing, evaluations, files, fleet, memory, places, prepared
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
-from catalog.errors import InvalidRequest, NotFound
+from catalog.db import Database
+from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.integrations import INSTALL
 from catalog.keys import Caller
-from catalog.lora_spec import begins_with_the_base
+from catalog.lora_spec import LoraSpec, begins_with_the_base, resolve_lora
 from catalog.methods import MethodType, compared_kind
 from catalog.packing import pack_key
 from catalog.planning.cautions import Caution
 from catalog.row_kinds import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
 from catalog.spec import JobRequest, JobSpec, Precision, PriorityClass, resolve
 from catalog.tables import Adapter, BaseModelRow, File, Job, new_id
+from catalog.targets import Targets
 
 PURPOSE = "fine-tune"
 NO_USUAL_RATE = {
@@ -102,11 +105,40 @@ def accept(
     return Accepted(request=asked, spec=spec, base=base, training=training, validation=validation, surprises=surprised)
 
 
-def job_row(accepted: Accepted, *, project_id: str, created_by: str, now: float) -> Job:
-    """A job as it is before it has a state. Raises InvalidRequest for layers that the base doesn't have."""
+def resolve_targets(db: Database, caller: Caller, requests: Iterable[JobRequest]) -> Targets:
+    """The layers of jobs that `job_row` will need, before the transaction that accepts them.
+
+    A request that can't be accepted raises nothing here: the transaction rejects it, for a reason that holds then.
+    """
+    shapes: list[tuple[BaseModelRow, LoraSpec]] = []
+    with db.read() as session:
+        for request in requests:
+            with suppress(LorryError):
+                shapes.append(_shape(session, caller, request))
+    targets = Targets()
+    for base, lora in shapes:
+        targets.resolve(base, lora)
+    return targets
+
+
+def _shape(session: Session, caller: Caller, request: JobRequest) -> tuple[BaseModelRow, LoraSpec]:
+    """As `accept` will find it."""
+    parent = continuing.parent_of(session, request, project_id=caller.project_id)
+    base = _usable_base(session, caller, _base_name(request, parent))
+    if parent is not None:
+        request = continuing.completed(session, request, parent)
+    return base, resolve_lora(request.lora)
+
+
+def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by: str, now: float) -> Job:
+    """A job as it is before it has a state.
+
+    Raises InvalidRequest for layers that the base model doesn't have; TargetsOutdated if it has changed since
+    `resolve_targets`.
+    """
     request, spec, base, validation = accepted.request, accepted.spec, accepted.base, accepted.validation
     assert base.digest is not None
-    targets = linears.adapted(base.description or {}, spec.lora, base_name=base.name)
+    layers = targets.of(base, spec.lora)
     return Job(
         id=new_id("ftjob"),
         project_id=project_id,
@@ -122,7 +154,7 @@ def job_row(accepted: Accepted, *, project_id: str, created_by: str, now: float)
         requested=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"),
         parent_adapter=spec.parent.adapter if spec.parent else None,
-        adapter_parameters=memory.adapter_parameters(targets, use_dora=spec.lora.use_dora),
+        adapter_parameters=memory.adapter_parameters(layers, use_dora=spec.lora.use_dora),
         suffix=request.suffix,
         labels=request.metadata,
         tags=request.tags,

@@ -13,9 +13,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import dividing, fleet, gang_waits, linears, memory, needs, packing, queue, usage
+from catalog import dividing, fleet, gang_waits, memory, needs, packing, queue, usage
 from catalog.acceptance import Accepted
 from catalog.dividing import NEVER, Demand, Group
+from catalog.linears import Adapted
 from catalog.living import is_live
 from catalog.planning import cautions, devices, servability, times
 from catalog.planning.cautions import Caution
@@ -74,10 +75,18 @@ class _Sizes:
         return held | {name: num_bytes for name, num_bytes in whole.items() if name != "base"}
 
 
-def foretell(session: Session, job: Job, accepted: Accepted, data: Data, *, now: float, settings: Settings) -> Json:
-    """job: of `acceptance.job_row`, in no session."""
+def foretell(
+    session: Session,
+    job: Job,
+    accepted: Accepted,
+    data: Data,
+    *,
+    targets: list[Adapted],
+    now: float,
+    settings: Settings,
+) -> Json:
+    """job: of `acceptance.job_row`, in no session. targets: the layers that it adapts."""
     spec, description = accepted.spec, accepted.base.description or {}
-    targets = linears.adapted(description, spec.lora, base_name=accepted.base.name)
     num_steps = spec.num_steps(int(data.training["usable_rows"]))
     found = [int(report.get("longest_example") or 0) for report in (data.training, data.validation) if report]
     job.longest_example = max(found) or None
@@ -107,9 +116,7 @@ def foretell(session: Session, job: Job, accepted: Accepted, data: Data, *, now:
     }
 
 
-def _cautions(
-    accepted: Accepted, data: Data, targets: list[linears.Adapted], *, job: Job, num_steps: int
-) -> Iterator[Caution]:
+def _cautions(accepted: Accepted, data: Data, targets: list[Adapted], *, job: Job, num_steps: int) -> Iterator[Caution]:
     spec = accepted.spec
     yield from cautions.of_course(spec, num_steps=num_steps, has_held_out=data.validation is not None)
     yield from cautions.of_data(spec, data.training, role="training")

@@ -1,6 +1,6 @@
-"""API keys as people make, list, revoke and rotate them. The one rule: nobody hands out more than he has.
+"""API keys as people make, list and rotate them. The one rule: nobody hands out more than he has.
 
-A key's own holder may rotate and revoke it; another's key only who could have made it.
+A key's own holder may rotate and revoke it; another's key only who could have made it. Revoking is in revocation.
 """
 
 from __future__ import annotations
@@ -86,26 +86,7 @@ def list_page(
 def get(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
     """Raises NotFound."""
     with db.read() as session:
-        return _find(session, caller, api_key_id)
-
-
-def revoke(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
-    """It, and every browser session made from it, opens nothing from now on. One that was revoked stays as it is.
-
-    Raises Conflict for the last operator's key, without which nobody could make another over HTTP.
-    """
-    with db.write() as session:
-        serialise(session, "operators' keys")
-        key = _find(session, caller, api_key_id)
-        _check_may_change(session, caller, key)
-        now = read_clock(session)
-        if key.revoked_at is not None:
-            return key
-        if _is_last_operator(session, key, now=now):
-            raise _last_operator(key)
-        key.revoked_at = now
-        keys.note(session, "api_key.revoked", key, now=now)
-        return key
+        return find(session, caller, api_key_id)
 
 
 def rotate(
@@ -125,16 +106,16 @@ def rotate(
     """
     with db.write() as session:
         serialise(session, "operators' keys")
-        old = _find(session, caller, api_key_id)
+        old = find(session, caller, api_key_id)
         refuse_browsers(caller)
         now = read_clock(session)
-        _check_may_change(session, caller, old)
+        check_may_change(session, caller, old)
         _check_rotatable(old, now)
         key, secret = new_key(old.project_id, old.name, pepper)
         key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
         key.expires_at = _end(caller, old) if expires_at is None else _expiry(caller, expires_at, None, now=now)
         if key.expires_at is not None and _is_last_operator(session, old, now=now):
-            raise _last_operator(old)
+            raise last_operator(old)
         key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
         if old.id != caller.api_key_id and not caller.is_operator:
             key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
@@ -151,9 +132,9 @@ def limit(db: Database, *, caller: Caller, api_key_id: str, limits: Mapping[str,
     Operators alone may. Raises NotFound and Forbidden.
     """
     with db.write() as session:
-        key = _find(session, caller, api_key_id)
+        key = find(session, caller, api_key_id)
         _check_limits(caller, limits)
-        _check_may_change(session, caller, key)
+        check_may_change(session, caller, key)
         if key.id == caller.api_key_id and caller.is_limited:
             raise _exceeds("take what it likes", "api_key_id")
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
@@ -177,7 +158,8 @@ def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> Non
         )
 
 
-def _find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
+def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
+    """Within a transaction. Raises NotFound, also for a key of a project that the caller can't see."""
     mine = select(ApiKey).where(ApiKey.id == api_key_id)
     key = session.scalar(mine if caller.is_operator else mine.where(ApiKey.project_id == caller.project_id))
     if key is None:
@@ -204,7 +186,7 @@ def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool) 
         raise _exceeds(f"have {', '.join(beyond)}", "scopes")
 
 
-def _check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
+def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
     """One's own always. Another's only who could have made it, and not with a key that is being replaced: it may be
     replaced because it leaked."""
     if key.id == caller.api_key_id:
@@ -224,7 +206,7 @@ def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
     return [lasting.id for lasting in lasting_operators(session, now=now)] == [key.id]
 
 
-def _last_operator(key: ApiKey) -> Conflict:
+def last_operator(key: ApiKey) -> Conflict:
     return Conflict(
         f"The key {key.name!r} is the last operator's key with every scope that never ends.",
         code="last_operator_key",

@@ -146,6 +146,16 @@ def new_key(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
     return key, secret
 
 
+def check_valid(session: Session, api_key_id: str, *, now: float) -> None:
+    """Within the transaction that acts for a key: it may have been revoked since the request was authenticated. A
+    concurrent revocation waits until the transaction has ended. Raises Unauthorized."""
+    key = session.get(ApiKey, api_key_id, with_for_update={"read": True})
+    if key is None:
+        raise _key_refused("unknown")
+    if not is_live(key, now):
+        raise _key_refused("expired" if key.revoked_at is None else "revoked", api_key_id=key.id)
+
+
 def is_live(key: ApiKey, now: float) -> bool:
     """It was neither revoked nor has it expired."""
     return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)

@@ -1,7 +1,8 @@
 """The linear layers of a base, and which of them a job's adapter is on: PEFT's rules, as in lora_core.attach.
 
 The rules are written here again because the api has no torch; a test compares the two. A pattern comes from
-a stranger: all matching of one submission has a bound in time, and what goes past it is refused.
+a stranger: all matching of one submission has a bound in time, and what goes past it is refused. No pattern is matched
+within a write transaction: see targets.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import regex
 
+from catalog import write_guard
 from catalog.errors import InvalidRequest
 from catalog.lora_spec import LoraSpec
 
@@ -68,15 +70,47 @@ def linears_of(description: Description) -> list[Linear]:
     ]
 
 
-def adapted(description: Description, lora: LoraSpec, *, base_name: str) -> list[Adapted]:
-    """The layers that `lora` names, with their ranks.
+class Matcher:
+    """Matches patterns on paths, each pair once, until MATCH_SECONDS after its creation."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + MATCH_SECONDS
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._known: dict[tuple[str, str], bool] = {}
+
+    def matches(self, expression: str, path: str, param: str) -> bool:
+        """Whether the whole path matches. Raises InvalidRequest when the time is up."""
+        write_guard.check_outside("matching a pattern")
+        known = self._known.get((expression, path))
+        if known is None:
+            known = self._known[expression, path] = self._match(expression, path, param)
+        return known
+
+    def _match(self, expression: str, path: str, param: str) -> bool:
+        left = self._deadline - time.monotonic()
+        if expression not in self._compiled:
+            self._compiled[expression] = regex.compile(expression)
+        try:
+            if left <= 0:
+                raise TimeoutError
+            return self._compiled[expression].fullmatch(path, timeout=left) is not None
+        except TimeoutError as error:
+            raise InvalidRequest(
+                f"The patterns of {param} take too long to match the paths of the layers.",
+                code="pattern_too_slow",
+                remedy="Write them without nested repetitions, such as (a+)+, or give names.",
+                param=param,
+            ) from error
+
+
+def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher: Matcher) -> list[Adapted]:
+    """The layers that `lora` names, with their ranks. matcher: may be shared by several shapes, and its time then too.
 
     Raises InvalidRequest for a name, a number or a pattern that matches nothing, and for two keys of a pattern
     that give one layer different values.
     """
     linears = linears_of(description)
     _check_known(description, lora, linears, base_name)
-    matcher = _Matcher()
     chosen = _in_layers(_targeted(linears, lora, matcher, base_name), lora.layers_to_transform, base_name)
     paths = [linear.path for linear in chosen]
     ranks = _values(paths, lora.rank_pattern, lora.rank, matcher, "lora.rank_pattern")
@@ -113,7 +147,7 @@ def _check_known(description: Description, lora: LoraSpec, linears: list[Linear]
         )
 
 
-def _targeted(linears: list[Linear], lora: LoraSpec, matcher: _Matcher, base_name: str) -> list[Linear]:
+def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name: str) -> list[Linear]:
     wanted, expression = lora.target_modules, lora.target_expression
     if wanted == "all-linear":
         return linears
@@ -146,7 +180,7 @@ def _in_layers(linears: list[Linear], layers: list[int] | None, base_name: str) 
     return [linear for linear in linears if linear.layer in layers]
 
 
-def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matcher: _Matcher, param: str) -> list[Value]:
+def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matcher: Matcher, param: str) -> list[Value]:
     """The value of each path."""
     matched: set[str] = set()
     values: list[Value] = []
@@ -178,31 +212,6 @@ def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str
                 remedy="Give it no higher rank than its smaller side, by lora.rank or lora.rank_pattern.",
                 param="lora.rank",
             )
-
-
-class _Matcher:
-    """Matches patterns on paths until its time is up."""
-
-    def __init__(self) -> None:
-        self._deadline = time.monotonic() + MATCH_SECONDS
-        self._compiled: dict[str, regex.Pattern[str]] = {}
-
-    def matches(self, expression: str, path: str, param: str) -> bool:
-        """Whether the whole path matches. Raises InvalidRequest when the time is up."""
-        left = self._deadline - time.monotonic()
-        if expression not in self._compiled:
-            self._compiled[expression] = regex.compile(expression)
-        try:
-            if left <= 0:
-                raise TimeoutError
-            return self._compiled[expression].fullmatch(path, timeout=left) is not None
-        except TimeoutError as error:
-            raise InvalidRequest(
-                f"The patterns of {param} take too long to match the paths of the layers.",
-                code="pattern_too_slow",
-                remedy="Write them without nested repetitions, such as (a+)+, or give names.",
-                param=param,
-            ) from error
 
 
 def _ends(path: str, name: str) -> bool:

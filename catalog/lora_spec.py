@@ -13,6 +13,7 @@ import regex
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from catalog import write_guard
 from catalog.strict import Auto, PositiveFloat, Strict
 
 MAX_RANK = 256
@@ -24,6 +25,7 @@ MAX_KEYS = 32
 
 def _expression(text: str) -> str:
     """Counted repetition is refused: a nested one takes gigabytes to compile."""
+    write_guard.check_outside("compiling a pattern")
     if "{" in text:
         raise ValueError("must be a regular expression without counted repetition, '{…}'")
     try:

@@ -15,6 +15,7 @@ from catalog.preparation import MAX_LOST_PREPARATIONS, FilesToPrepare, longer, l
 from catalog.settings import Settings
 from catalog.spec import JobSpec
 from catalog.tables import BaseModelRow, File, FileOverlap, Json, Plan, Worker, new_id
+from catalog.targets import retried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +71,17 @@ def find_overlap(db: Database, *, train_key: str, valid_key: str) -> FileOverlap
 
 def conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
     """All that the plan needs is on record; where it went away meanwhile, the plan waits again. Raises StaleClaim."""
+    retried(lambda: _conclude(db, claim_id, settings=settings))
+
+
+def _conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
+    with db.read() as session:
+        plan = _hold(session, claim_id)
+        base = session.get_one(BaseModelRow, plan.base_model)
+    request, targets = plans.resolve_plan(plan, base)
     with db.write() as session:
         plan, now = _hold(session, claim_id), read_clock(session)
-        if not plans.conclude(session, plan, now=now, settings=settings):
+        if not plans.conclude(session, plan, request, targets, now=now, settings=settings):
             _release(plan, run_after=None)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from sqlalchemy.orm import Session
 
 from catalog import plans
 from catalog.acceptance import Accepted, accept
+from catalog.db import Database
 from catalog.errors import Conflict
 from catalog.keys import Caller
 from catalog.spec import JobRequest, JobSpec, PlannedJob
@@ -19,12 +21,32 @@ WHOLE = frozenset({"metadata", "lora.rank_pattern", "lora.alpha_pattern", "evalu
 PLAN_AGAIN = "Make a plan anew, and look at what it says; POST /v1/plans takes a job's body."
 
 
-def accept_planned(session: Session, caller: Caller, body: PlannedJob, *, now: float) -> Accepted:
-    """Raises what `accept` does; Conflict where the body says otherwise than the plan, or the plan holds no more;
-    pydantic's ValidationError for fields that a job doesn't have."""
-    plan = plans.find(session, project_id=caller.project_id, plan_id=body.plan)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgreedPlan:
+    """A plan that a job is to be created from, whose request and numbers never change."""
+
+    plan: str
+    """Its id."""
+    request: JobRequest
+    spec: JobSpec
+
+
+def agree(db: Database, caller: Caller, body: PlannedJob) -> AgreedPlan:
+    """Read the plan that the body names, outside of the transaction that accepts the job: parsing it compiles patterns.
+
+    Raises NotFound; Conflict where the body says otherwise than the plan; pydantic's ValidationError for fields that a
+    job doesn't have.
+    """
+    plan = plans.get(db, project_id=caller.project_id, plan_id=body.plan)
     request, spec = JobRequest.model_validate(plan.requested), JobSpec.model_validate(plan.spec)
     _check_agrees(body, plan, request, spec)
+    return AgreedPlan(plan=plan.id, request=request, spec=spec)
+
+
+def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now: float) -> Accepted:
+    """Raises what `accept` does; Conflict where the plan has failed or holds no more."""
+    plan = plans.find(session, project_id=caller.project_id, plan_id=agreed.plan)
+    request, spec = agreed.request, agreed.spec
     if plan.state == "failed":
         raise Conflict(
             f"The plan {plan.id} has failed: {(plan.error or {}).get('message', '')}".strip(),

@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog import daily, prepared, quotas
-from catalog.acceptance import Accepted, accept, job_row, surprises
+from catalog.acceptance import Accepted, accept, job_row, resolve_targets, surprises
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, Forbidden, NotFound
 from catalog.foretelling import Data, foretell
@@ -22,6 +22,7 @@ from catalog.pages import Page, paginate
 from catalog.settings import Settings
 from catalog.spec import JobRequest, JobSpec
 from catalog.tables import BaseModelRow, File, FileOverlap, Json, Plan, Prepared, new_id
+from catalog.targets import Targets, retried
 
 PLAN_SECONDS = 7 * 24 * 3600.0
 """A plan stands for so long."""
@@ -43,14 +44,20 @@ def create(db: Database, *, caller: Caller, request: JobRequest, settings: Setti
     Raises InvalidRequest, NotFound; Forbidden where a worker would have to prepare the files and the key lacks
     jobs:write; QuotaExceeded; Conflict where the project has too many that wait.
     """
+    return retried(lambda: _create(db, caller, request, settings=settings))
+
+
+def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Settings) -> Plan:
+    targets = resolve_targets(db, caller, [request])
     with db.write() as session:
         serialise(session, f"plan {caller.project_id}")
         now = read_clock(session)
         quotas.check_plan(session, caller.project_id, now=now)
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
-        job_row(accepted, project_id=caller.project_id, created_by=caller.api_key_id, now=now)  # or it is refused
+        # Rejects layers that the base model doesn't have.
+        job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
         plan = _row(accepted, caller, now=now)
-        conclude(session, plan, now=now, settings=settings)
+        conclude(session, plan, accepted.request, targets, now=now, settings=settings)
         if plan.state == "computing":
             _check_scope(caller)
             _check_room(session, caller.project_id)
@@ -102,8 +109,20 @@ def find(session: Session, *, project_id: str, plan_id: str, lock: bool = False)
     return plan
 
 
-def conclude(session: Session, plan: Plan, *, now: float, settings: Settings) -> bool:
-    """Ready or failed, where all that it needs is known. Returns whether it was."""
+def resolve_plan(plan: Plan, base: BaseModelRow) -> tuple[JobRequest, Targets]:
+    """What `conclude` needs and no transaction may wait for: the plan's request, parsed, and the layers of its job."""
+    targets = Targets()
+    targets.resolve(base, JobSpec.model_validate(plan.spec).lora)
+    return JobRequest.model_validate(plan.requested), targets
+
+
+def conclude(
+    session: Session, plan: Plan, request: JobRequest, targets: Targets, *, now: float, settings: Settings
+) -> bool:
+    """Ready or failed, where all that it needs is known. Returns whether it was. request, targets: of `resolve_plan`.
+
+    Raises TargetsOutdated if the base model has changed since.
+    """
     error = _refusal(session, plan.train_prepared, "training_file") or _refusal(
         session, plan.valid_prepared, "validation_file"
     )
@@ -113,15 +132,16 @@ def conclude(session: Session, plan: Plan, *, now: float, settings: Settings) ->
     plan.state, plan.error = ("failed", error) if error else ("ready", None)
     plan.claim_id = plan.lease_expires_at = plan.run_after = None
     if data is not None:
-        accepted = recall(session, plan)
-        job = job_row(accepted, project_id=plan.project_id, created_by=plan.created_by, now=now)
-        plan.found = foretell(session, job, accepted, data, now=now, settings=settings)
+        accepted = _recall(session, plan, request)
+        job = job_row(accepted, targets, project_id=plan.project_id, created_by=plan.created_by, now=now)
+        layers = targets.of(accepted.base, accepted.spec.lora)
+        plan.found = foretell(session, job, accepted, data, targets=layers, now=now, settings=settings)
     return True
 
 
-def recall(session: Session, plan: Plan) -> Accepted:
+def _recall(session: Session, plan: Plan, request: JobRequest) -> Accepted:
     """What was accepted when the plan was made, of the rows as they are now."""
-    request, spec = JobRequest.model_validate(plan.requested), JobSpec.model_validate(plan.spec)
+    spec = JobSpec.model_validate(plan.spec)
     training = session.get_one(File, plan.training_file)
     validation = session.get_one(File, plan.validation_file) if plan.validation_file else None
     return Accepted(

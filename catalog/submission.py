@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import audit, daily, events, exports, failpoints, labels, quotas, tracing
-from catalog.acceptance import accept, job_row
+from catalog.acceptance import accept, job_row, resolve_targets
 from catalog.db import Database, read_clock, serialised_at
 from catalog.errors import Conflict, InvalidRequest
-from catalog.keys import Caller
+from catalog.keys import Caller, check_valid
 from catalog.moves import begin
-from catalog.planned import accept_planned
+from catalog.planned import AgreedPlan, accept_planned, agree
 from catalog.spec import JobRequest, PlannedJob
 from catalog.tables import IdempotencyKey, Job
+from catalog.targets import Targets, retried
 
 CLIENT_RETRY_SECONDS = 600
 """An identical body, marked by the client as a retry, is the same submission for so long."""
 MAX_KEY_CHARS = 255
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sent:
+    """How a submission is recognized when it is repeated. The fields are arguments of `create`."""
+
+    idempotency_key: str | None
+    body_digest: str
+    is_client_retry: bool
 
 
 def create(
@@ -37,13 +48,23 @@ def create(
     client says that it sends this again, having had no reply.
     """
     check_idempotency_key(idempotency_key)
+    sent = _Sent(idempotency_key=idempotency_key, body_digest=body_digest, is_client_retry=is_client_retry)
+    agreed = agree(db, caller, request) if isinstance(request, PlannedJob) else request
+    return retried(lambda: _create(db, caller, agreed, sent))
+
+
+def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent: _Sent) -> Job:
+    """Raises TargetsOutdated."""
+    idempotency_key, body_digest = sent.idempotency_key, sent.body_digest
+    targets = resolve_targets(db, caller, [request.request if isinstance(request, AgreedPlan) else request])
     with db.write() as session:
         name = f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}"
         now = serialised_at(session, name)
-        earlier = _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
+        earlier = _same_submission(session, caller, idempotency_key, body_digest, sent.is_client_retry, now=now)
         if earlier is not None:
             return earlier
-        job = submit(session, caller, request, body_digest=body_digest, now=now)
+        check_valid(session, caller.api_key_id, now=now)
+        job = submit(session, caller, request, targets, body_digest=body_digest, now=now)
         if idempotency_key is not None:
             key = IdempotencyKey(project_id=caller.project_id, key=idempotency_key, job_id=job.id)
             key.body_digest, key.created_at = body_digest, now
@@ -111,32 +132,36 @@ def _same_submission(
 def submit(
     session: Session,
     caller: Caller,
-    request: JobRequest | PlannedJob,
+    request: JobRequest | AgreedPlan,
+    targets: Targets,
     *,
     body_digest: str | None,
     now: float,
     sweep_id: str | None = None,
     is_promised: bool = False,
 ) -> Job:
-    """Accept a job within a transaction. body_digest: None of one that no client asks for again by itself.
-    is_promised: it was counted with its sweep."""
+    """Accept a job within a transaction.
+
+    targets: of `resolve_targets`, from before the transaction. body_digest: None for a job that no client repeats by
+    itself. is_promised: it was counted with its sweep. Raises what `accept` and `job_row` do.
+    """
     quotas.check_submission(session, caller, now=now, is_promised=is_promised)
-    if isinstance(request, PlannedJob):
+    if isinstance(request, AgreedPlan):
         accepted = accept_planned(session, caller, request, now=now)
     else:
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
-    job = job_row(accepted, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
+    job = job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
     begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
     quotas.check_preparation(session, job, now=now)
     labels.note(session, job)
     daily.add(session, job, "num_created", 1, now=now)
     told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
-    told |= {"plan": request.plan} if isinstance(request, PlannedJob) else {}
+    told |= {"plan": request.plan} if isinstance(request, AgreedPlan) else {}
     told |= {"sweep": sweep_id} if sweep_id else {}
     audit.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
     exports.add(session, job, accepted.request.integrations or ())
-    if isinstance(request, PlannedJob):
+    if isinstance(request, AgreedPlan):
         events.add(session, job.id, now=now, message=f"It is just as {request.plan} has planned it.")
     for surprise in accepted.surprises:
         events.add(session, job.id, now=now, level="warn", message=surprise.sentence())

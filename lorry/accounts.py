@@ -35,6 +35,19 @@ class ApiKey(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RevokedKey(ApiKey):
+    """A key that was revoked, and what is left of its work."""
+
+    revoked_keys: list[str] = field(default_factory=list[str])
+    """Ids of the key and, if requested, of its descendants: the keys that it created, and theirs, and so on."""
+    valid_descendants: int = 0
+    """Its descendants that are still valid."""
+    unfinished_jobs: int = 0
+    unfinished_sweeps: int = 0
+    """Both count what the revoked keys created, unless its cancellation is requested."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Organization(View):
     """Whose projects are whose."""
 

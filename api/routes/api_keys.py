@@ -14,13 +14,16 @@ from api.schemas.keys import (
     ApiKeyCreated,
     ApiKeyObject,
     ApiKeyRequest,
+    ApiKeyRevoked,
     LimitsRequest,
+    RevokeRequest,
     RotateRequest,
     created_object,
     key_object,
+    revoked_object,
 )
 from api.schemas.pages import ListPage, page_of
-from catalog import issuing
+from catalog import issuing, revocation
 from catalog.db import read_clock
 
 router = Router(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
@@ -64,9 +67,18 @@ def get_api_key(api_key_id: str, use: Use, caller: Signed) -> ApiKeyObject:
 
 
 @router.post("/{api_key_id}/revoke", operation_id="revoke_api_key", responses=errors(404, 409))
-def revoke_api_key(api_key_id: str, use: Use, caller: Signed) -> ApiKeyObject:
-    """It opens nothing from now on, and neither do the browsers that it signed in. Not the last operator's key."""
-    return key_object(issuing.revoke(use.db, caller=caller, api_key_id=api_key_id), now=_now(use))
+def revoke_api_key(api_key_id: str, use: Use, caller: Signed, body: RevokeRequest | None = None) -> ApiKeyRevoked:
+    """The key, and every browser session that it signed in, is not valid any more. The last operator's key can't be
+    revoked. Jobs that the key created continue unless they are cancelled; its sweeps create no more trials."""
+    asked = body or RevokeRequest()
+    found = revocation.revoke(
+        use.db,
+        caller=caller,
+        api_key_id=api_key_id,
+        cancel=asked.cancel,
+        with_descendants=asked.with_descendants,
+    )
+    return revoked_object(found, now=_now(use))
 
 
 @router.post("/{api_key_id}/rotate", operation_id="rotate_api_key", responses=errors(404, 409))

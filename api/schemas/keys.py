@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.keys import is_live
+from catalog.revocation import Revocation
 from catalog.scopes import SCOPES, Scope, held
 from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import ApiKey
@@ -75,6 +76,19 @@ class RotateRequest(Strict):
     )
 
 
+class RevokeRequest(Strict):
+    """What is revoked and cancelled together with a key."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"cancel": True, "with_descendants": True}})
+    cancel: bool = Field(
+        default=False,
+        description="Cancel the unfinished jobs and sweeps that the revoked keys created. Needs the scope jobs:write.",
+    )
+    with_descendants: bool = Field(
+        default=False, description="Also revoke the keys that it created, and those that these created, and so on."
+    )
+
+
 class LimitsRequest(Strict):
     """What is left out stays as it is."""
 
@@ -112,6 +126,38 @@ class ApiKeyCreated(ApiKeyObject):
         json_schema_extra={"example": {**_EXAMPLE, "value": "lorry_key-5b7d1c0e9f3a4c2b8d6e7f01_…"}}
     )
     value: str = Field(description="The key itself: it is shown this once.")
+
+
+class ApiKeyRevoked(ApiKeyObject):
+    """A revoked key, and what is left of its work."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                **_EXAMPLE,
+                "status": "revoked",
+                "revoked_at": 1790007200,
+                "revoked_keys": [_EXAMPLE["id"]],
+                "valid_descendants": 0,
+                "unfinished_jobs": 3,
+                "unfinished_sweeps": 1,
+            }
+        }
+    )
+    revoked_keys: list[str] = Field(description="Ids of the key and, if requested, of its descendants.")
+    valid_descendants: int = Field(description="Valid keys that the key, or a key that it created, has created.")
+    unfinished_jobs: int = Field(
+        description="Unfinished jobs that the revoked keys created and whose cancellation is not requested."
+    )
+    unfinished_sweeps: int = Field(
+        description="Unfinished sweeps that the revoked keys created and whose cancellation is not requested."
+    )
+
+
+def revoked_object(found: Revocation, *, now: float) -> ApiKeyRevoked:
+    left = {"unfinished_jobs": found.left.num_jobs, "unfinished_sweeps": found.left.num_sweeps}
+    keys = {"revoked_keys": list(found.revoked), "valid_descendants": found.num_valid_descendants}
+    return ApiKeyRevoked.model_validate({**_fields(found.key, now), **keys, **left})
 
 
 def key_object(row: ApiKey, *, now: float) -> ApiKeyObject:

@@ -1,44 +1,108 @@
 """What becomes of a sweep between its trials: the next ones are made, all are cancelled, the best is promoted.
 
 `advance` takes one step for one sweep, in one short transaction; workers and apis call it now and then, any of them,
-and whatever is killed, another goes on. Jobs are locked before the sweep, never after.
+and whatever is killed, another goes on. Jobs are locked before the sweep, never after. Before each round of trials the
+sweep's key and project must be valid (validity).
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from catalog import daily, jobs
+from catalog.acceptance import resolve_targets
 from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import LorryError, QuotaExceeded
 from catalog.states import UNFINISHED_STATES, JobState
-from catalog.sweeps.creation import AT_ONCE, make_trials
+from catalog.sweeps import validity
+from catalog.sweeps.creation import AT_ONCE, Draft, Drafts, draft_of, make_trial
 from catalog.sweeps.designs import design_of
 from catalog.sweeps.finding import find_sweep
 from catalog.tables import Adapter, Artifact, Job, Sweep, Trial
+from catalog.targets import Targets, TargetsOutdated
 
 CANCELLED_AT_ONCE = 100
+OUTDATED_SECONDS = 1.0
+"""After so long a sweep whose base model changed during a step takes the step again."""
 HELD_SECONDS = 60.0
 """After so long a sweep whose project has reached a limit tries again to make its next trials."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """The next trials of a sweep, drafted before the transaction that makes them."""
+
+    drafts: Drafts
+    error: LorryError | None = None
+    """Why no trial after the drafts is possible."""
 
 
 def advance(db: Database, sweep_id: str | None = None) -> bool:
     """One step for the sweep that has waited longest for one, or for this one. False where there is nothing to do."""
     with db.read() as session:
-        due = select(Sweep.id, Sweep.project_id).where(Sweep.due_at <= read_clock(session))
+        due = select(Sweep).where(Sweep.due_at <= read_clock(session))
         due = due if sweep_id is None else due.where(Sweep.id == sweep_id)
-        found = session.execute(due.order_by(Sweep.due_at).limit(1)).first()
+        found = session.scalar(due.order_by(Sweep.due_at).limit(1))
     if found is None:
         return False
+    next_round = _draft(db, found)
     with db.write() as session:
         serialise(session, f"advance {found.id}")
         if _cancel_some(session, found.id):
             return True
         sweep = find_sweep(session, found.project_id, found.id, locked=True)
-        _go_on(session, sweep, now=read_clock(session))
+        _go_on(session, sweep, next_round, now=read_clock(session))
         return True
+
+
+def advance_some(db: Database, *, most: int, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Up to `most` steps. After each one a pause as long as the step, so that others write for half of the time."""
+    for _ in range(most):
+        began = time.monotonic()
+        if not advance(db):
+            return
+        sleep(time.monotonic() - began)
+
+
+def _draft(db: Database, sweep: Sweep) -> _Round:
+    """As many trials as one transaction makes, if the sweep is to make some."""
+    drafts, error = list[Draft](), None
+    targets = Targets()
+    if _makes_trials(sweep):
+        number = min(AT_ONCE, sweep.requested.get("max_concurrent") or AT_ONCE, sweep.num_trials - sweep.num_created)
+        try:
+            design = design_of(sweep)
+            for each in range(sweep.num_created, sweep.num_created + number):
+                drafts.append(draft_of(design, design.parameters_of(each)))
+        except LorryError as raised:
+            error = raised
+        targets = resolve_targets(db, _caller(sweep), [draft.request for draft in drafts])
+    return _Round(drafts=Drafts(first=sweep.num_created, trials=drafts, targets=targets), error=error)
+
+
+def _makes_trials(sweep: Sweep) -> bool:
+    """Whether it has trials left that the client does not choose."""
+    is_open = not (sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None)
+    return is_open and sweep.num_created < sweep.num_trials and sweep.requested["search"]["type"] != "ask_tell"
+
+
+def _caller(sweep: Sweep) -> Caller:
+    """The creator of the sweep, whose daily limit its trials were counted against when it was accepted."""
+    return Caller(
+        api_key_id=sweep.created_by,
+        project_id=sweep.project_id,
+        project_name="",
+        organization_id="",
+        organization_name="",
+        is_operator=False,
+        name="",
+    )
 
 
 def _cancel_some(session: Session, sweep_id: str) -> bool:
@@ -53,53 +117,62 @@ def _cancel_some(session: Session, sweep_id: str) -> bool:
     return bool(told)
 
 
-def _go_on(session: Session, sweep: Sweep, *, now: float) -> None:
+def _go_on(session: Session, sweep: Sweep, next_round: _Round, *, now: float) -> None:
     if sweep.due_at is None:
         return
     sweep.due_at = None
     unfinished = _count_unfinished(session, sweep)
-    if not (sweep.is_closed or sweep.cancel_requested) and sweep.num_created < sweep.num_trials:
-        if sweep.requested["search"]["type"] == "ask_tell":
+    if sweep.num_created < sweep.num_trials and not (sweep.is_closed or sweep.cancel_requested):
+        if not _makes_trials(sweep):
             return
         limit = sweep.requested.get("max_concurrent") or sweep.num_trials
         room = min(AT_ONCE, limit - unfinished)
         if room > 0:
-            if not _make(session, sweep, room, now=now):
-                sweep.due_at = now + HELD_SECONDS
-                return
-            may_go_on = sweep.num_created < sweep.num_trials and room == AT_ONCE
-            sweep.due_at = now if may_go_on or sweep.is_closed else None
+            sweep.due_at = _make(session, sweep, next_round, room, now=now)
     elif not unfinished:
         _finish(session, sweep, now=now)
 
 
-def _make(session: Session, sweep: Sweep, number: int, *, now: float) -> bool:
-    """Where no more can be made, as when the base was deleted, those that there are go on, and the sweep tells why.
+def _make(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now: float) -> float | None:
+    """Make up to `room` trials. Returns when the sweep needs its next step; None: when a trial of it has finished.
 
-    False where the project has reached a limit: then it is tried again later.
+    Where no more can be made, for example because the base model was deleted, the trials that exist continue, and the
+    sweep records why. Where the project has reached a limit, the sweep tries again later.
     """
-    caller = Caller(
-        api_key_id=sweep.created_by,
-        project_id=sweep.project_id,
-        project_name="",
-        organization_id="",
-        organization_name="",
-        is_operator=False,
-        name="",
-    )
+    error = validity.why_ended(session, sweep, now=now)
+    if error is not None:
+        validity.close(session, sweep, error, now=now)
+        return now
     try:
-        design = design_of(sweep)
-        for _ in range(number):
-            with daily.savepoint(session):
-                make_trials(session, caller, sweep, design, at_most=1, now=now)
+        num_made = _make_drafted(session, sweep, next_round, room, now=now)
+    except TargetsOutdated:
+        session.refresh(sweep, with_for_update=True)
+        return now + OUTDATED_SECONDS
     except QuotaExceeded:
         session.refresh(sweep, with_for_update=True)
-        return False
+        return now + HELD_SECONDS
     except LorryError as error:
         session.refresh(sweep, with_for_update=True)
         sweep.is_closed = True
         sweep.error = {"code": error.code, "message": error.sentence(), "param": error.param}
-    return True
+        return now
+    if sweep.num_created == sweep.num_trials:
+        return None
+    is_limited = num_made == room < AT_ONCE  # by max_concurrent
+    return None if is_limited else now
+
+
+def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now: float) -> int:
+    """Up to `room` trials of those that were drafted and no other process has made. Returns how many."""
+    for num_made in range(min(room, sweep.num_trials - sweep.num_created)):
+        draft = next_round.drafts.of(sweep.num_created)
+        if draft is None:
+            if next_round.error is not None:
+                raise next_round.error
+            return num_made
+        with daily.savepoint(session):
+            make_trial(session, _caller(sweep), sweep, draft, next_round.drafts.targets, now=now)
+    return room
 
 
 def _finish(session: Session, sweep: Sweep, *, now: float) -> None:

@@ -1,24 +1,26 @@
 """Making sweeps and their trials: each trial is submitted as any job is. The same submission twice is one sweep.
 
 The first trials are made in the transaction of the sweep itself; the controller makes the others, in numbers that
-keep nobody else from writing for long.
+keep nobody else from writing for long. What a trial asks for is drafted before the transaction that makes it.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import daily, quotas, submission
+from catalog.acceptance import resolve_targets
 from catalog.audit import note
 from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict
+from catalog.keys import check_valid
 from catalog.spec import JobRequest
 from catalog.submission import CLIENT_RETRY_SECONDS, check_idempotency_key, key_reused
 from catalog.sweeps.design import Design, check_given, checked, designed, fewest_steps, rungs
@@ -26,9 +28,33 @@ from catalog.sweeps.designs import design_of
 from catalog.sweeps.finding import find_sweep
 from catalog.sweeps.spec import SweepRequest
 from catalog.tables import File, Job, Sweep, Trial, new_id
+from catalog.targets import Targets, retried
 
-AT_ONCE = 50
-"""Trials that are made in one transaction."""
+AT_ONCE = 10
+"""Trials that are made in one transaction, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A trial that may be made: its job's request, which is checked already."""
+
+    parameters: Mapping[str, Any]
+    request: JobRequest
+    is_promised: bool
+    """It was counted when its sweep was accepted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drafts:
+    """The next trials of a sweep, from a number on, and the layers that their jobs adapt."""
+
+    first: int
+    trials: Sequence[Draft]
+    targets: Targets
+
+    def of(self, number: int) -> Draft | None:
+        """None where the trial with this number is not drafted."""
+        return self.trials[number - self.first] if 0 <= number - self.first < len(self.trials) else None
 
 
 def create(
@@ -46,27 +72,48 @@ def create(
     """
     check_idempotency_key(idempotency_key)
     design = _whole_design(db, request)
-    with db.write() as session:
-        serialise(session, f"sweep of {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
-        now = read_clock(session)
-        earlier = _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
-        if earlier is not None:
-            return earlier
-        is_chosen_here = design.search != "ask_tell"
-        if is_chosen_here:
-            quotas.check_key(session, caller, num_jobs=design.num_trials, now=now)
-        _try(session, caller, design.request_of(design.parameters_of(0) if is_chosen_here else {}), now=now)
-        sweep = _row(caller, request, design, now=now)
-        sweep.idempotency_key, sweep.body_digest = idempotency_key, body_digest
-        session.add(sweep)
-        session.flush()
-        told = {"model": request.model, "search": design.search, "trials": design.num_trials}
-        note(session, "sweep.created", now=now, object_id=sweep.id, project_id=sweep.project_id, details=told)
-        if is_chosen_here:
-            at_most = min(AT_ONCE, request.max_concurrent or AT_ONCE)
-            make_trials(session, caller, sweep, design, at_most=at_most, now=now)
-        sweep.due_at = now if is_chosen_here and sweep.num_created < sweep.num_trials else None
-        return sweep
+
+    def attempt() -> Sweep:
+        drafts = _first_drafts(db, caller, request, design)
+        with db.write() as session:
+            serialise(session, f"sweep of {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
+            now = read_clock(session)
+            earlier = _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
+            if earlier is not None:
+                return earlier
+            check_valid(session, caller.api_key_id, now=now)
+            sweep = _row(caller, request, design, now=now)
+            sweep.idempotency_key, sweep.body_digest = idempotency_key, body_digest
+            _accept(session, caller, sweep, design, drafts, now=now)
+            return sweep
+
+    return retried(attempt)
+
+
+def _first_drafts(db: Database, caller: Caller, request: SweepRequest, design: Design) -> Drafts:
+    """The trials that are made with the sweep. An ask_tell sweep has none, and a draft without parameters stands for
+    what its trials share."""
+    if design.search == "ask_tell":
+        trials = [draft_of(design, {})]
+    else:
+        number = min(AT_ONCE, request.max_concurrent or AT_ONCE, design.num_trials)
+        trials = [draft_of(design, design.parameters_of(each)) for each in range(number)]
+    return Drafts(first=0, trials=trials, targets=resolve_targets(db, caller, [draft.request for draft in trials]))
+
+
+def _accept(session: Session, caller: Caller, sweep: Sweep, design: Design, drafts: Drafts, *, now: float) -> None:
+    is_chosen_here = design.search != "ask_tell"
+    if is_chosen_here:
+        quotas.check_key(session, caller, num_jobs=design.num_trials, now=now)
+    _try(session, caller, drafts, now=now)
+    session.add(sweep)
+    session.flush()
+    details = {"model": sweep.requested["model"], "search": design.search, "trials": design.num_trials}
+    note(session, "sweep.created", now=now, object_id=sweep.id, project_id=sweep.project_id, details=details)
+    if is_chosen_here:
+        for draft in drafts.trials:
+            make_trial(session, caller, sweep, draft, drafts.targets, now=now)
+    sweep.due_at = now if is_chosen_here and sweep.num_created < sweep.num_trials else None
 
 
 def made_before(
@@ -78,29 +125,31 @@ def made_before(
         return _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
 
 
-def make_trials(
-    session: Session, caller: Caller, sweep: Sweep, design: Design, *, at_most: int, now: float
-) -> list[Trial]:
-    """The next ones by number. The sweep is locked, or not seen by anybody yet."""
-    last = min(sweep.num_trials, sweep.num_created + at_most)
-    numbers = range(sweep.num_created, last)
-    return [make_trial(session, caller, sweep, design, design.parameters_of(number), now=now) for number in numbers]
+def draft_of(design: Design, parameters: Mapping[str, Any]) -> Draft:
+    """Raises InvalidRequest for parameters with which no job is possible."""
+    return Draft(
+        parameters=dict(parameters),
+        request=design.request_of(parameters),
+        is_promised=design.search != "ask_tell",
+    )
 
 
-def make_trial(
-    session: Session, caller: Caller, sweep: Sweep, design: Design, parameters: Mapping[str, Any], *, now: float
-) -> Trial:
-    """The next one, as a job of whoever made the sweep. Raises what submission does."""
+def make_trial(session: Session, caller: Caller, sweep: Sweep, draft: Draft, targets: Targets, *, now: float) -> Trial:
+    """The next one by number, as a job of the sweep's creator. The sweep is locked, or not visible to others yet.
+
+    Raises what submission does.
+    """
     job = submission.submit(
         session,
         caller,
-        design.request_of(parameters),
+        draft.request,
+        targets,
         body_digest=None,
         now=now,
         sweep_id=sweep.id,
-        is_promised=design.search != "ask_tell",
+        is_promised=draft.is_promised,
     )
-    trial = Trial(job_id=job.id, sweep_id=sweep.id, number=sweep.num_created, parameters=dict(parameters))
+    trial = Trial(job_id=job.id, sweep_id=sweep.id, number=sweep.num_created, parameters=dict(draft.parameters))
     trial.score, trial.step, trial.recent, trial.rung, trial.stopped = float("inf"), None, None, None, None
     session.add(trial)
     sweep.num_created += 1
@@ -121,6 +170,17 @@ def add_trial(
     answer if it has these parameters.
     """
     check_given(parameters)
+    return retried(lambda: _add_trial(db, caller, sweep_id, parameters, is_client_retry=is_client_retry))
+
+
+def _add_trial(
+    db: Database, caller: Caller, sweep_id: str, parameters: Mapping[str, Any], *, is_client_retry: bool
+) -> tuple[Trial, Job]:
+    with db.read() as session:
+        sweep = find_sweep(session, caller.project_id, sweep_id)
+    _check_ask_tell(sweep)
+    draft = draft_of(design_of(sweep), parameters)
+    targets = resolve_targets(db, caller, [draft.request])
     with db.write() as session:
         sweep, now = find_sweep(session, caller.project_id, sweep_id, locked=True), read_clock(session)
         newest = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == sweep.num_created - 1)
@@ -128,8 +188,8 @@ def add_trial(
         if last is not None and last.parameters == dict(parameters):
             return last, session.get_one(Job, last.job_id)
         _check_open(sweep)
-        design = design_of(sweep)
-        trial = make_trial(session, caller, sweep, design, parameters, now=now)
+        check_valid(session, caller.api_key_id, now=now)
+        trial = make_trial(session, caller, sweep, draft, targets, now=now)
         if sweep.num_created == sweep.num_trials:
             sweep.is_closed = True
         session.flush()
@@ -148,10 +208,10 @@ def _whole_design(db: Database, request: SweepRequest) -> Design:
     return replace(design, rungs=rungs(request.search, design, fewest))
 
 
-def _try(session: Session, caller: Caller, request: JobRequest, *, now: float) -> None:
-    """Whether such a job would be accepted; it is not made."""
+def _try(session: Session, caller: Caller, drafts: Drafts, *, now: float) -> None:
+    """Whether a job as the first draft would be accepted; it is not made."""
     with daily.savepoint(session) as attempt:
-        submission.submit(session, caller, request, body_digest=None, now=now)
+        submission.submit(session, caller, drafts.trials[0].request, drafts.targets, body_digest=None, now=now)
         attempt.rollback()
 
 
@@ -195,13 +255,16 @@ def _same_submission(
     return session.scalar(same.where(Sweep.body_digest == body_digest).order_by(Sweep.created_at.desc()).limit(1))
 
 
-def _check_open(sweep: Sweep) -> None:
+def _check_ask_tell(sweep: Sweep) -> None:
     if sweep.requested["search"]["type"] != "ask_tell":
         raise Conflict(
             f"The sweep {sweep.id} chooses its trials itself.",
             code="not_an_ask_tell_sweep",
             remedy="Make a sweep whose search.type is ask_tell to add trials of your own.",
         )
+
+
+def _check_open(sweep: Sweep) -> None:
     if sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None:
         limit = f" It has all {sweep.num_trials} trials." if sweep.num_created == sweep.num_trials else ""
         raise Conflict(

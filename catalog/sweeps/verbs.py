@@ -25,10 +25,15 @@ def cancel(db: Database, *, project_id: str, sweep_id: str, is_client_retry: boo
             if is_client_retry and sweep.state == "cancelled":
                 return sweep
             raise _already_final(sweep)
-        if not sweep.cancel_requested:
-            sweep.cancel_requested = sweep.is_closed = True
-            sweep.due_at = _noted(session, "sweep.cancelled", sweep)
+        request_cancel(session, sweep)
         return sweep
+
+
+def request_cancel(session: Session, sweep: Sweep) -> None:
+    """Of an unfinished sweep that is locked. Cancelling twice is cancelling once."""
+    if not sweep.cancel_requested:
+        sweep.cancel_requested = sweep.is_closed = True
+        sweep.due_at = _noted(session, "sweep.cancelled", sweep)
 
 
 def close(db: Database, *, project_id: str, sweep_id: str) -> Sweep:

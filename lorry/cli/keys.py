@@ -107,13 +107,32 @@ def list_(
 
 
 @app.command()
-def revoke(key_id: KeyId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
-    """End a key now, and the browser sessions made from it."""
-    key = client().keys.revoke(key_id)
+def revoke(
+    key_id: KeyId,
+    *,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Cancel the jobs and sweeps that it created and that have not finished.")
+    ] = False,
+    with_descendants: Annotated[
+        bool, typer.Option("--with-descendants", help="Also revoke the keys that it created, and theirs, and so on.")
+    ] = False,
+    _yes: YesTaken = False,
+    as_json: AsJson = False,
+) -> None:
+    """Revoke a key now, and the browser sessions made from it."""
+    key = client().keys.revoke(key_id, cancel=cancel, with_descendants=with_descendants)
     if as_json:
-        output.print_json(key.raw)
-    else:
-        output.say(f"{key.id} ({key.name}) opens nothing any more.")
+        return output.print_json(key.raw)
+    others = len(key.revoked_keys) - 1
+    also = f", and {others} keys that descend from it," if others > 0 else ""
+    output.say(f"{key.id} ({key.name}){also} {'are' if also else 'is'} not valid any more.")
+    if key.unfinished_jobs or key.unfinished_sweeps:
+        left = f"{key.unfinished_jobs} jobs and {key.unfinished_sweeps} sweeps"
+        output.say(f"Unfinished work that it created: {left}. Cancel them: lorry keys revoke {key.id} --cancel")
+    if key.valid_descendants:
+        command = f"lorry keys revoke {key.id} --with-descendants"
+        output.say(f"Valid keys that descend from it: {key.valid_descendants}. Revoke them: {command}")
+    return None
 
 
 @app.command()

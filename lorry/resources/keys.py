@@ -7,7 +7,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 from uuid import uuid4
 
-from lorry.accounts import ApiKey, Project, ProjectLimit
+from lorry.accounts import ApiKey, Project, ProjectLimit, RevokedKey
 from lorry.resources import pages
 from lorry.transport import Transport
 
@@ -44,9 +44,15 @@ class Keys:
     def get(self, key_id: str) -> ApiKey:
         return ApiKey.of(self._transport.get(_key(key_id)))
 
-    def revoke(self, key_id: str) -> ApiKey:
-        """It opens nothing from now on."""
-        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/revoke"))
+    def revoke(self, key_id: str, *, cancel: bool = False, with_descendants: bool = False) -> RevokedKey:
+        """The key is not valid any more. Its sweeps create no more trials; its jobs continue.
+
+        cancel: cancel its unfinished jobs and sweeps. with_descendants: also revoke the keys that it created, and those
+        that these created, and so on. A call that was interrupted can be repeated.
+        """
+        body = {"cancel": cancel, "with_descendants": with_descendants}
+        given = {name: True for name, is_asked in body.items() if is_asked}
+        return RevokedKey.of(self._transport.request("POST", f"{_key(key_id)}/revoke", body=given or None))
 
     def rotate(self, key_id: str, *, overlap_seconds: int | None = None, expires_at: int | None = None) -> ApiKey:
         """A key with the same name and rights, whose `value` is told this once. The old one is good for

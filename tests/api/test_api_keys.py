@@ -137,3 +137,25 @@ def test_a_repeated_rotation_shows_no_secret_and_creates_no_second_key(client: T
     assert (repeated.status_code, error_of(repeated)["code"]) == (409, "key_rotated_already")
     assert new["id"] in error_of(repeated)["message"]
     assert with_key(app, new["value"]).get("/v1/files").status_code == 200
+
+
+def test_a_revocation_cancels_the_keys_work_and_its_descendants_if_it_is_asked_to(
+    client: TestClient, app: FastAPI, world: World
+) -> None:
+    made = client.post("/v1/api_keys", json={"name": "ci"}).json()
+    holder = with_key(app, made["value"])
+    child = holder.post("/v1/api_keys", json={"name": "child"}).json()
+    job = {"model": "smol", "training_file": world.file_id}
+    job_id = holder.post("/v1/fine_tuning/jobs", json=job).json()["id"]
+
+    first = client.post(f"/v1/api_keys/{made['id']}/revoke").json()
+    asked = {"cancel": True, "with_descendants": True}
+    second = client.post(f"/v1/api_keys/{made['id']}/revoke", json=asked).json()
+
+    names = ("status", "revoked_keys", "valid_descendants", "unfinished_jobs", "unfinished_sweeps")
+    assert [first[name] for name in names] == ["revoked", [made["id"]], 1, 1, 0]
+    assert [second[name] for name in names] == ["revoked", [made["id"], child["id"]], 0, 0, 0]
+    assert client.get(f"/v1/fine_tuning/jobs/{job_id}").json()["status"] == "cancelled"
+    assert with_key(app, child["value"]).get("/v1/files").status_code == 401
+    unknown = client.post(f"/v1/api_keys/{made['id']}/revoke", json={"all": True})
+    assert (unknown.status_code, error_of(unknown)["param"]) == (400, "all")

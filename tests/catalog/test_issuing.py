@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from catalog import issuing, keys, projects
+from catalog import issuing, keys, projects, revocation
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthorized
 from catalog.issuing import KeyRequest
 from catalog.keys import Caller
@@ -136,7 +136,7 @@ def test_a_lesser_key_neither_rotates_nor_revokes_a_greater_one(world: World, ho
 
     for attempt in (
         lambda: rotate(world, lesser, target.api_key_id),
-        lambda: issuing.revoke(world.db, caller=lesser, api_key_id=target.api_key_id),
+        lambda: revocation.revoke(world.db, caller=lesser, api_key_id=target.api_key_id),
     ):
         with pytest.raises(Forbidden) as refusal:
             attempt()
@@ -158,7 +158,7 @@ def test_another_projects_keys_are_an_operators_alone_to_see(world: World) -> No
 
     for attempt in (
         lambda: issuing.get(world.db, caller=ours, api_key_id=theirs),
-        lambda: issuing.revoke(world.db, caller=ours, api_key_id=theirs),
+        lambda: revocation.revoke(world.db, caller=ours, api_key_id=theirs),
         lambda: rotate(world, ours, theirs),
         lambda: issuing.list_page(world.db, caller=ours, project="theirs"),
         lambda: make(world, ours, project="theirs"),
@@ -169,7 +169,7 @@ def test_another_projects_keys_are_an_operators_alone_to_see(world: World) -> No
     operator = caller(world, is_operator=True)
     listed = issuing.list_page(world.db, caller=operator, project="theirs").items
     assert [row.id for row in listed] == [theirs]
-    assert issuing.revoke(world.db, caller=operator, api_key_id=theirs).revoked_at is not None
+    assert revocation.revoke(world.db, caller=operator, api_key_id=theirs).key.revoked_at is not None
 
 
 def test_the_last_operators_key_is_not_revoked(world: World) -> None:
@@ -179,7 +179,7 @@ def test_the_last_operators_key_is_not_revoked(world: World) -> None:
     world.clock.turn(2)
 
     def revoke(key_id: str) -> ApiKey:
-        return issuing.revoke(world.db, caller=operator, api_key_id=key_id)
+        return revocation.revoke(world.db, caller=operator, api_key_id=key_id).key
 
     with pytest.raises(Conflict) as refusal:
         revoke(operator.api_key_id)
@@ -187,7 +187,7 @@ def test_the_last_operators_key_is_not_revoked(world: World) -> None:
     new, secret = rotate(world, operator, operator.api_key_id)
     successor = keys.authenticate(world.db, secret=secret, pepper=PEPPER)
     with pytest.raises(Conflict):
-        issuing.revoke(world.db, caller=successor, api_key_id=new.id)
+        revocation.revoke(world.db, caller=successor, api_key_id=new.id)
     ended = revoke(operator.api_key_id)
 
     assert ended.revoked_at is not None

@@ -25,7 +25,7 @@ def spec(**fields: Any) -> LoraSpec:
 
 
 def ranks(**fields: Any) -> dict[str, int]:
-    found = linears.adapted(DESCRIPTION, spec(**fields), base_name="smol")
+    found = linears.adapted(DESCRIPTION, spec(**fields), base_name="smol", matcher=linears.Matcher())
     return {each.linear.path.removeprefix("model."): each.rank for each in found}
 
 
@@ -93,11 +93,11 @@ def test_two_keys_that_agree_on_a_layer_are_taken() -> None:
 
 
 def test_a_base_described_without_paths_takes_names_alone() -> None:
-    named = linears.adapted(OLD, spec(target_modules=["v_proj"]), base_name="old")
+    named = linears.adapted(OLD, spec(target_modules=["v_proj"]), base_name="old", matcher=linears.Matcher())
 
     assert memory.adapter_parameters(named, use_dora=False) == 4 * 80 * 2
     with pytest.raises(InvalidRequest, match="imported before") as refusal:
-        linears.adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old")
+        linears.adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old", matcher=linears.Matcher())
     assert refusal.value.code == "model_without_layer_paths"
 
 

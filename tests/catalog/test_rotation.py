@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from catalog import issuing, keys, projects
+from catalog import issuing, keys, projects, revocation
 from catalog.errors import Conflict, Forbidden
 from tests.catalog.test_issuing import HOUR, caller, make, rotate
 from tests.catalog.world import PEPPER, World
@@ -40,10 +40,10 @@ def test_a_key_that_was_replaced_changes_no_other(world: World) -> None:
     with pytest.raises(Forbidden) as rotated:
         rotate(world, leaked, other.api_key_id)
     with pytest.raises(Forbidden) as revoked:
-        issuing.revoke(world.db, caller=leaked, api_key_id=other.api_key_id)
+        revocation.revoke(world.db, caller=leaked, api_key_id=other.api_key_id)
 
     assert rotated.value.code == revoked.value.code == "key_replaced"
-    assert issuing.revoke(world.db, caller=leaked, api_key_id=leaked.api_key_id).revoked_at is not None
+    assert revocation.revoke(world.db, caller=leaked, api_key_id=leaked.api_key_id).key.revoked_at is not None
 
 
 def test_a_browser_session_leaves_nothing_that_outlives_it(world: World) -> None:
@@ -65,7 +65,7 @@ def test_a_key_that_can_not_carry_the_service_is_no_second_operator(world: World
     caller(world, is_operator=True, **lesser)
 
     with pytest.raises(Conflict) as revoked:
-        issuing.revoke(world.db, caller=operator, api_key_id=operator.api_key_id)
+        revocation.revoke(world.db, caller=operator, api_key_id=operator.api_key_id)
     with pytest.raises(Conflict) as rotated:
         rotate(world, operator, operator.api_key_id, expires_at=world.clock.now + HOUR)
     with pytest.raises(Conflict):

@@ -127,9 +127,33 @@ def test_help_shows_a_length_of_time_as_such(run: Run, command: str) -> None:
 
 
 def test_a_key_is_revoked(service: Script, run: Run) -> None:
-    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked"})
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", "revoked_keys": ["key-1"]})
 
-    assert "key-1 (ci) opens nothing any more." in run("keys", "revoke", "key-1").stderr
+    assert run("keys", "revoke", "key-1").stderr == "key-1 (ci) is not valid any more.\n"
+
+    (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
+    assert sent.body == b""
+
+
+def test_a_revocation_shows_what_is_left_and_how_to_end_it(service: Script, run: Run) -> None:
+    left = {"revoked_keys": ["key-1"], "valid_descendants": 2, "unfinished_jobs": 3, "unfinished_sweeps": 1}
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
+
+    shown = run("keys", "revoke", "key-1").stderr
+
+    assert "3 jobs and 1 sweeps. Cancel them: lorry keys revoke key-1 --cancel" in shown
+    assert "2. Revoke them: lorry keys revoke key-1 --with-descendants" in shown
+
+
+def test_a_key_is_revoked_with_its_descendants_and_its_work(service: Script, run: Run) -> None:
+    left = {"revoked_keys": ["key-1", "key-2", "key-3"]}
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
+
+    shown = run("keys", "revoke", "key-1", "--cancel", "--with-descendants").stderr
+
+    assert shown == "key-1 (ci), and 2 keys that descend from it, are not valid any more.\n"
+    (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
+    assert json.loads(sent.body) == {"cancel": True, "with_descendants": True}
 
 
 def test_projects_are_made_listed_renamed_archived_and_restored(service: Script, run: Run) -> None:

@@ -46,7 +46,7 @@ def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_
     request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": {"rank": 5, **shape}})
     spec = resolve(request, num_rows=100, max_positions=None, seed=1)
 
-    counted = linears.adapted(describe_base(tmp_path), spec.lora, base_name=family)
+    counted = linears.adapted(describe_base(tmp_path), spec.lora, base_name=family, matcher=linears.Matcher())
 
     lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
     targets = choose_targets(modules, lora)

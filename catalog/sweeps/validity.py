@@ -1,0 +1,57 @@
+"""Whether a sweep may still create trials: the key that created it must be valid, and its project not archived.
+
+The controller acts for the creator of a sweep long after the request. What the creator may no longer do, it must not do
+either.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from catalog import audit
+from catalog.keys import is_live
+from catalog.tables import ApiKey, Json, Project, Sweep
+
+REMEDY = "The sweep creates no more trials, and those that exist continue. Create a new sweep for the rest."
+
+
+def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
+    """The sweep's error where it must be closed; None where it may create trials. A concurrent revocation waits until
+    the transaction has ended."""
+    project = session.get_one(Project, sweep.project_id)
+    if project.archived_at is not None:
+        return _error("project_archived", f"The project {project.name!r} was archived.")
+    key = _valid_or_last(session, sweep.created_by, now=now)
+    if key is not None and is_live(key, now):
+        return None
+    if key is not None and key.revoked_at is None:
+        return _error("api_key_expired", f"The API key {key.id} of this sweep has expired.")
+    return _error("api_key_revoked", f"The API key {key.id if key else sweep.created_by} of this sweep was revoked.")
+
+
+def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
+    """In the audit log, the server itself closes the sweep, for this reason."""
+    sweep.is_closed, sweep.error = True, error
+    details: Json = {"reason": error["code"]}
+    audit.note(
+        session,
+        "sweep.closed",
+        now=now,
+        object_id=sweep.id,
+        project_id=sweep.project_id,
+        details=details,
+        actor=audit.SERVER,
+    )
+
+
+def _valid_or_last(session: Session, key_id: str, *, now: float) -> ApiKey | None:
+    """The key, or after a rotation has ended it, the key that replaced it: a rotation keeps the owner's sweeps. A key
+    that was revoked has no successor here, whether it was rotated or not."""
+    key = session.get(ApiKey, key_id, with_for_update={"read": True})
+    while key is not None and key.revoked_at is None and not is_live(key, now) and key.replaced_by is not None:
+        key = session.get(ApiKey, key.replaced_by, with_for_update={"read": True})
+    return key
+
+
+def _error(code: str, message: str) -> Json:
+    return {"code": code, "message": f"{message} {REMEDY}", "param": None}
