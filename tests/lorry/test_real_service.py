@@ -40,6 +40,8 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
         assert str(job.fine_tuned_model) in run("adapters", "list")
         assert json.loads(run("adapters", "verify", job.fine_tuned_model, "--json"))["passed"] is True
         folder = tmp_path / run("adapters", "pull", job.fine_tuned_model).strip()
+        signed = json.loads(run("adapters", "verify", folder, "--json"))
+        assert (signed["passed"], signed["signature"]) == (True, "valid")
         _check_refusals(client, job.training_file)
         process.terminate()
         assert process.wait(60) == 0
@@ -48,6 +50,7 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
         "object": "adapter.verification",
         "passed": True,
         "problems": [],
+        "signature": "not_checked",  # without the service, and without a file of its keys
     }
 
 
