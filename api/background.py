@@ -15,7 +15,7 @@ from catalog import audit_chain, deadlines, queue, recovery
 from catalog.cleaning import clean
 from catalog.errors import LorryError, Unavailable
 from catalog.sweeps import controller
-from catalog.webhooks import deliveries
+from catalog.webhooks import deliveries, sealed_urls
 
 log = logging.getLogger("lorry.api")
 
@@ -103,6 +103,7 @@ def _ring(services: Services) -> None:
 def clean_once(services: Services) -> None:
     is_done = False
     try:
+        sealed_urls.seal_all(services.db, peppers=[services.pepper])
         num_deleted = clean(services.db, services.store)
         deliveries.forget(services.db)
         log.info("cleaned objects=%d", num_deleted)

@@ -17,7 +17,7 @@ from api.telemetry import Telemetry
 from api.webhook_sender import WebhookSender
 from catalog.db import Database
 from catalog.errors import LorryError
-from catalog.webhooks import sending, signing
+from catalog.webhooks import sealed_urls, sending, signing
 from catalog.webhooks.sending import Outcome, Outgoing
 
 LOOK_SECONDS = 1.0
@@ -87,6 +87,8 @@ class WebhookDeliverer:
     async def _try(self, outgoing: Outgoing) -> Outcome:
         if not outgoing.signed_with:
             return Outcome(started_at=time.time(), seconds=0.0, error=signing.SecretLost().sentence())
+        if outgoing.url is None:
+            return Outcome(started_at=time.time(), seconds=0.0, error=sealed_urls.UrlLost().sentence())
         headers = signing.headers(
             outgoing.body, message_id=outgoing.message_id, at=time.time(), signed_with=outgoing.signed_with
         )

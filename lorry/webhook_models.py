@@ -15,6 +15,7 @@ class WebhookEndpoint(View):
     id: str = ""
     name: str = ""
     url: str = ""
+    """Host and last four characters: the service never shows the whole."""
     event_types: list[str] = field(default_factory=list[str])
     signing_secret: str = field(default="", repr=False)
     signing_secret_hint: str = ""

@@ -33,7 +33,7 @@ from api.schemas.webhooks import (
 from catalog.db import read_clock
 from catalog.errors import Conflict
 from catalog.tables import WebhookDelivery
-from catalog.webhooks import deliveries, endpoints, sending, signing
+from catalog.webhooks import deliveries, endpoints, sealed_urls, sending, signing
 from catalog.webhooks.addresses import target_of
 from catalog.webhooks.deliveries import Status
 from catalog.webhooks.event_types import EVENT_TYPES, SAMPLE_IDS
@@ -93,7 +93,9 @@ def change_webhook_endpoint(
     if body.url is not None:
         target_of(body.url, use.webhooks.rules)
     changes = endpoints.EndpointChange(name=body.name, url=body.url, event_types=body.event_types, enabled=body.enabled)
-    row = endpoints.change(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, changes=changes)
+    row = endpoints.change(
+        use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, changes=changes, pepper=use.pepper
+    )
     return endpoint_object(row, now=_now(use))
 
 
@@ -133,7 +135,8 @@ async def test_webhook_endpoint(
     now = await run_in_threadpool(_now, use)
     delivery = sending.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
     secrets = signing.good(endpoint, use.pepper, now=now)
-    outcome = await _sent(use, caller.project_id, endpoint.url, delivery, secrets)
+    url = sealed_urls.get(endpoint, peppers=[use.pepper])
+    outcome = await _sent(use, caller.project_id, url, delivery, secrets)
     await run_in_threadpool(sending.record_test, use.db, endpoint, delivery, outcome)
     if outcome.status_code is None:
         raise Conflict(

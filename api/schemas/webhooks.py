@@ -21,7 +21,7 @@ ENDPOINT: dict[str, Any] = {
     "object": "webhook_endpoint",
     "id": ID,
     "name": "chat ops",
-    "url": "https://example.com/hooks",
+    "url": "https://example.com/…x7Qk",
     "event_types": JOB_ENDS,
     "signing_secret_hint": "whsec_…x9Qz",
     "status": "enabled",
@@ -32,6 +32,7 @@ ENDPOINT: dict[str, Any] = {
     "disabled_at": None,
     "disabled_reason": None,
 }
+REQUEST: dict[str, Any] = {"name": "chat ops", "url": "https://example.com/hooks", "event_types": JOB_ENDS}
 DELIVERY: dict[str, Any] = {
     "object": "webhook_delivery",
     "id": "delivery-7d0c2f51a9b84e63c1d2e3f4",
@@ -56,9 +57,7 @@ Types = Annotated[
 class WebhookEndpointRequest(Strict):
     """An endpoint to make."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"example": {name: ENDPOINT[name] for name in ("name", "url", "event_types")}}
-    )
+    model_config = ConfigDict(json_schema_extra={"example": REQUEST})
     name: Name
     url: Url
     event_types: Types
@@ -115,7 +114,7 @@ class WebhookEndpointObject(BaseModel):
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
     id: str
     name: str
-    url: str
+    url: str = Field(description="Host and last four characters; the whole is stored encrypted and never shown.")
     event_types: list[str]
     signing_secret_hint: str
     status: Literal["enabled", "disabled"]

@@ -20,6 +20,9 @@ class WebhookEndpoint(Table):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str]
     url: Mapped[str] = mapped_column(Text)
+    """What is shown of it: host and last characters. In rows without `sealed_url`: the whole."""
+    sealed_url: Mapped[str | None] = mapped_column(Text)
+    """The whole, encrypted: see catalog/webhooks/sealed_urls.py."""
     event_types: Mapped[list[Any]]
     salt: Mapped[str]
     ending: Mapped[str]

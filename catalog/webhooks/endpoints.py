@@ -16,7 +16,7 @@ from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
 from catalog.tables import WebhookDelivery, WebhookEndpoint, new_id
-from catalog.webhooks import signing
+from catalog.webhooks import sealed_urls, signing
 from catalog.webhooks.event_types import EventType
 
 MAX_ENDPOINTS = 20
@@ -55,7 +55,7 @@ def create(
         if is_client_retry:
             recent = select(WebhookEndpoint).where(*mine, WebhookEndpoint.created_at > now - REPEAT_SECONDS)
             for row in session.scalars(recent):
-                if (row.name, row.url, row.event_types) == (name, url, wanted):
+                if (row.name, row.event_types) == (name, wanted) and _has_url(row, url, pepper):
                     return row, signing.current(row, pepper)
         if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0) >= MAX_ENDPOINTS:
             raise _too_many()
@@ -64,7 +64,6 @@ def create(
             id=new_id("webhook"),
             project_id=project_id,
             name=name,
-            url=url,
             event_types=wanted,
             salt=secret.salt,
             ending=secret.ending,
@@ -72,6 +71,7 @@ def create(
             created_at=now,
             updated_at=now,
         )
+        sealed_urls.put(row, url, peppers=[pepper])
         session.add(row)
         note(session, row, "webhook_endpoint.created", now=now)
     return row, secret.text
@@ -97,19 +97,22 @@ def get(db: Database, *, project_id: str, endpoint_id: str) -> WebhookEndpoint:
         return find(session, project_id=project_id, endpoint_id=endpoint_id)
 
 
-def change(db: Database, *, project_id: str, endpoint_id: str, changes: EndpointChange) -> WebhookEndpoint:
+def change(
+    db: Database, *, project_id: str, endpoint_id: str, changes: EndpointChange, pepper: bytes
+) -> WebhookEndpoint:
     """What waits to be sent goes to the new address. Raises NotFound."""
     with db.write() as session:
         row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
-        before = (row.name, row.url, row.event_types, row.disabled_at)
+        before = (row.name, row.sealed_url, row.event_types, row.disabled_at)
         row.name = row.name if changes.name is None else changes.name
-        row.url = row.url if changes.url is None else changes.url
+        if changes.url is not None and not _has_url(row, changes.url, pepper):
+            sealed_urls.put(row, changes.url, peppers=[pepper])
         row.event_types = row.event_types if changes.event_types is None else _distinct(changes.event_types)
         if changes.enabled is True:
             row.disabled_at = row.disabled_reason = row.failing_since = None
         if changes.enabled is False and row.disabled_at is None:
             shut(session, row, reason="by_request", now=read_clock(session))
-        if before != (row.name, row.url, row.event_types, row.disabled_at):
+        if before != (row.name, row.sealed_url, row.event_types, row.disabled_at):
             row.updated_at = now = read_clock(session)
             note(session, row, "webhook_endpoint.updated", now=now, enabled=row.disabled_at is None)
         return row
@@ -177,6 +180,13 @@ def find(
     if row is None or (row.deleted_at is not None and not deleted_too):
         raise NotFound("webhook endpoint", endpoint_id, remedy="`lorry webhooks list` shows those of your project.")
     return row
+
+
+def _has_url(row: WebhookEndpoint, url: str, pepper: bytes) -> bool:
+    try:
+        return sealed_urls.get(row, peppers=[pepper]) == url
+    except sealed_urls.UrlLost:
+        return False
 
 
 def _distinct(event_types: Sequence[EventType]) -> list[EventType]:

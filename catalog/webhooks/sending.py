@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, skip_locked
 from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry, new_id
-from catalog.webhooks import endpoints, outbox, signing
+from catalog.webhooks import endpoints, outbox, sealed_urls, signing
 from catalog.webhooks.event_types import EventType
 from catalog.webhooks.retries import wait_seconds
 
@@ -39,7 +39,8 @@ class Outgoing:
     claim_id: str
     endpoint_id: str
     project_id: str
-    url: str
+    url: str | None
+    """None where it can't be decrypted any more."""
     message_id: str
     body: bytes
     signed_with: list[str]
@@ -198,20 +199,28 @@ def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: bytes) -> 
         for row in rows:
             row.claim_id, row.next_try_at = new_id("claim"), now + CLAIM_SECONDS
         secrets = _secrets(endpoint, pepper, now=now)
-        return [_outgoing(row, endpoint, secrets) for row in rows]
+        url = _url(endpoint, pepper)
+        return [_outgoing(row, endpoint, url, secrets) for row in rows]
 
 
-def _outgoing(row: WebhookDelivery, endpoint: WebhookEndpoint, secrets: list[str]) -> Outgoing:
+def _outgoing(row: WebhookDelivery, endpoint: WebhookEndpoint, url: str | None, secrets: list[str]) -> Outgoing:
     return Outgoing(
         delivery_id=row.id,
         claim_id=row.claim_id or "",
         endpoint_id=endpoint.id,
         project_id=endpoint.project_id,
-        url=endpoint.url,
+        url=url,
         message_id=row.event_id,
         body=signing.body_of(row),
         signed_with=secrets,
     )
+
+
+def _url(endpoint: WebhookEndpoint, pepper: bytes) -> str | None:
+    try:
+        return sealed_urls.get(endpoint, peppers=[pepper])
+    except sealed_urls.UrlLost:
+        return None
 
 
 def _secrets(endpoint: WebhookEndpoint, pepper: bytes, *, now: float) -> list[str]:

@@ -289,7 +289,7 @@ def test_a_delivery_that_is_being_sent_is_not_sent_twice_by_a_replay(hooks: Hook
 
 def test_what_happens_while_an_endpoint_is_disabled_is_kept_and_can_be_replayed(hooks: Hooks, world: World) -> None:
     hooks.end_job()
-    endpoints.change(world.db, **hooks.ident, changes=EndpointChange(enabled=False))
+    endpoints.change(world.db, **hooks.ident, changes=EndpointChange(enabled=False), pepper=PEPPER)
     hooks.end_job()
     assert hooks.claim() == []
     for refused in (
@@ -299,7 +299,9 @@ def test_what_happens_while_an_endpoint_is_disabled_is_kept_and_can_be_replayed(
         with pytest.raises(Conflict, match="is disabled"):
             refused()
 
-    endpoints.change(world.db, **hooks.ident, changes=EndpointChange(enabled=True, url="https://new.example.com/"))
+    endpoints.change(
+        world.db, **hooks.ident, changes=EndpointChange(enabled=True, url="https://new.example.com/"), pepper=PEPPER
+    )
 
     assert deliveries.replay_failed(world.db, **hooks.ident, since=0) == 2
     assert {claimed.url for claimed in hooks.claim()} == {"https://new.example.com/"}
@@ -372,8 +374,8 @@ def test_each_change_of_an_endpoint_is_in_the_audit_log_without_its_secret_and_i
     row, secret = hooks.more(url="https://example.com/t0ken")
     mine: dict[str, Any] = {**hooks.owner, "endpoint_id": row.id}
 
-    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"))
-    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"))
+    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"), pepper=PEPPER)
+    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"), pepper=PEPPER)
     endpoints.rotate(world.db, **mine, overlap_seconds=5, pepper=PEPPER)
     test = sending.new_test(row, "fine_tuning.job.failed", subject="ftjob-x", now=world.clock.now)
     sending.record_test(world.db, row, test, OK)

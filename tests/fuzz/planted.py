@@ -203,7 +203,7 @@ def _webhooks(world: MarkedWorld) -> None:
             pepper=PEPPER,
         )
         changes = endpoints.EndpointChange(enabled=is_enabled)
-        endpoints.change(world.db, project_id=project_id, endpoint_id=row.id, changes=changes)
+        endpoints.change(world.db, project_id=project_id, endpoint_id=row.id, changes=changes, pepper=PEPPER)
 
 
 def _share(world: MarkedWorld, adapter: Adapter) -> None:

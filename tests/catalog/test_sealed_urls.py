@@ -1,0 +1,70 @@
+"""Webhook addresses are encrypted under the pepper, and bound to their row."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog.tables import WebhookEndpoint
+from catalog.webhooks import endpoints, sealed_urls
+from catalog.webhooks.endpoints import EndpointChange
+from catalog.webhooks.sealed_urls import UrlLost
+from tests.catalog.hooks import Hooks
+from tests.catalog.world import PEPPER, World
+
+URL = "https://hooks.example.com/services/T0AB/k3yIn7heP4th-z9Xq"
+NEW = b"n" * 32
+
+
+def test_a_sealed_address_opens_in_its_own_row_alone(world: World) -> None:
+    hooks = Hooks(world)
+    first, _ = hooks.more(url=URL)
+
+    assert sealed_urls.get(first, peppers=[PEPPER]) == URL
+    assert (first.url, URL in str(first.sealed_url)) == ("https://hooks.example.com/…z9Xq", False)
+    copied = WebhookEndpoint(id=hooks.row.id, sealed_url=first.sealed_url, url=first.url)
+    with pytest.raises(UrlLost):
+        sealed_urls.get(copied, peppers=[PEPPER])
+
+
+def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_current_one(world: World) -> None:
+    hooks = Hooks(world)
+    plain, previous, lost = (hooks.more(url=URL)[0] for _ in range(3))
+    with world.db.write() as session:
+        row = session.get_one(WebhookEndpoint, plain.id)
+        row.url, row.sealed_url = URL, None
+        sealed_urls.put(session.get_one(WebhookEndpoint, lost.id), URL, peppers=[b"x" * 32])
+
+    num_sealed = [sealed_urls.seal_all(world.db, peppers=[NEW, PEPPER]) for _ in range(2)]
+
+    assert num_sealed == [3, 0], "the hooks' own, and two of these"
+    with world.db.read() as session:
+        for endpoint_id in (plain.id, previous.id):
+            row = session.get_one(WebhookEndpoint, endpoint_id)
+            assert sealed_urls.get(row, peppers=[NEW]) == URL
+            assert row.url == "https://hooks.example.com/…z9Xq"
+        with pytest.raises(UrlLost, match="another pepper"):
+            sealed_urls.get(session.get_one(WebhookEndpoint, lost.id), peppers=[NEW, PEPPER])
+
+
+def test_an_address_that_is_lost_is_told_and_can_be_given_again(world: World) -> None:
+    hooks = Hooks(world)
+    with world.db.write() as session:
+        sealed_urls.put(session.get_one(WebhookEndpoint, hooks.row.id), URL, peppers=[NEW])
+    hooks.end_job()
+
+    assert [claimed.url for claimed in hooks.claim()] == [None]
+    row = endpoints.change(world.db, **hooks.ident, changes=EndpointChange(url=URL), pepper=PEPPER)
+    assert sealed_urls.get(row, peppers=[PEPPER]) == URL
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (URL, "https://hooks.example.com/…z9Xq"),
+        ("https://example.com/hooks", "https://example.com/…"),
+        ("https://example.com", "https://example.com/…"),
+        ("http://[2001:db8::1]:8080/a?token=abcdefgh", "http://[2001:db8::1]:8080/…efgh"),
+    ],
+)
+def test_the_host_and_four_characters_of_a_long_path_are_shown(url: str, shown: str) -> None:
+    assert sealed_urls.shown(url) == shown
