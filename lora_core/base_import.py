@@ -114,8 +114,6 @@ def _refuse_by_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise refused(f"{folder.name!r} has no config.json")
     config = read_config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise refused("its weights are quantised")
     with torch.device("meta"):
         build_model(config)
 

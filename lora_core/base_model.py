@@ -20,7 +20,16 @@ from lora_core.blocks import find_blocks
 from lora_core.distributed import ALONE, Ranks
 from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.kernels import Kernels
-from lora_core.model_folder import AUTO_MODELS, load_with_transformers, mismatch, read_config, refused, unpackable
+from lora_core.model_folder import (
+    AUTO_MODELS,
+    built_in_attention,
+    load_with_transformers,
+    mismatch,
+    read_config,
+    refuse_quantized,
+    refused,
+    unpackable,
+)
 from lora_core.module_names import grouped_by_layer
 from lora_core.objectives import Head
 from lora_core.quantisation import Quantisation, load_quantised, scale_bytes
@@ -251,8 +260,10 @@ def _is_of_head(model: PreTrainedModel, name: str) -> bool:
 
 def build_model(config: Any, task: Task = "causal-lm") -> PreTrainedModel:
     """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
+    refuse_quantized(config)
     try:
-        model = AUTO_MODELS[task].from_config(config, trust_remote_code=False)
+        attention = built_in_attention(config, task)
+        model = AUTO_MODELS[task].from_config(config, trust_remote_code=False, attn_implementation=attention)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise refused(f"no model can be made by its config.json ({type(error).__name__}: {error})") from error
     if task != "causal-lm":

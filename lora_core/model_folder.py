@@ -6,6 +6,7 @@ No pickle, no trust_remote_code, no auto_map: what can't be had without running 
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from lora_core.errors import UnsupportedModel
 from lora_core.task_heads import NUM_PLACEHOLDER_CLASSES, Task, task_head_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+IMPLEMENTATION = re.compile(r"(attn|experts)_implementation", re.IGNORECASE)
+BUILT_IN = (None, True, False, "eager", "sdpa")
+"""Values of such a key that load nothing. Any other may name a kernel of the hub, which is native code."""
+KERNELS = ("use_kernels", "kernel_config")
+REFERENCE = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
+"""OWNER/NAME of a repository of the hub, with a revision and a part of it."""
+NAMES_OF_ORIGIN = re.compile(r"name_or_path$|^(base_)?model(_name)?$")
+"""Keys that say what a model was made of. Nothing is loaded by them."""
 
 
 AUTO_MODELS: dict[Task, Any] = {
@@ -70,8 +79,47 @@ def refuse_code(folder: Path) -> None:
             content = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:
             raise refused(f"{path.name} is not valid JSON") from error
-        if isinstance(content, dict) and "auto_map" in content:
-            raise refused(f"{path.name} has an auto_map, which means that it needs code of its own")
+        for key, value in _entries(content):
+            if (why := _why_code(key, value, is_config=path.name == "config.json")) is not None:
+                raise refused(f"{path.name} has {key!r}, {why}")
+
+
+def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of every object, however deep."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield key, value
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    for value in inner:
+        yield from _entries(value)
+
+
+def _why_code(key: str, value: Any, *, is_config: bool) -> str | None:
+    """Why an entry might have transformers load code that does not come with it."""
+    if key == "auto_map":
+        return "which means that it needs code of its own"
+    if IMPLEMENTATION.search(key) and not (value is None or (isinstance(value, bool | str) and value in BUILT_IN)):
+        return f"which names an implementation that may be loaded as code, {str(value)[:100]!r}; remove the entry"
+    if key.lower() in KERNELS and value:
+        return "which has kernels loaded as code; remove the entry"
+    is_reference = isinstance(value, str) and REFERENCE.fullmatch(value) is not None
+    if is_config and is_reference and not NAMES_OF_ORIGIN.search(key):
+        return f"which refers to a repository, {str(value)[:100]!r}; remove the entry"
+    return None
+
+
+def built_in_attention(config: Any, task: Task = "causal-lm") -> str:
+    """The attention that transformers chooses by itself, said in full so that nothing in a config takes its place.
+    An engine puts its own in."""
+    classes: Any = AUTO_MODELS[task]._model_mapping
+    found = classes[type(config)]
+    model_class = found[0] if isinstance(found, tuple) else found
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def refuse_quantized(config: Any) -> None:
+    """Weights in another library's format, which that library's code would read."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise refused("its weights are quantised")
 
 
 def refuse_towers(config: Any) -> None:
@@ -128,8 +176,13 @@ def load_with_transformers(
 
     With a head for sequences, all but that: the head comes with a job. Heads of other tasks are left in the files.
     """
-    options = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
-    if "gguf_file" not in source:
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    if "gguf_file" in source:
+        options["attn_implementation"] = "eager"  # it is saved, and never run
+    else:
+        config = read_config(folder, task)
+        refuse_quantized(config)
+        options["attn_implementation"] = built_in_attention(config, task)
         if not weight_names(folder):
             raise refused("its folder has no weights as safetensors")
         options["use_safetensors"] = True

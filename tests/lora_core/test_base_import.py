@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +22,11 @@ from lora_core.base_import import import_base
 from lora_core.base_model import describe_base, load_base
 from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
 from lora_core.licence import licence_of_folder
-from lora_core.model_folder import load_with_transformers
+from lora_core.model_folder import load_with_transformers, read_config
 from tests.lora_core.loopback_hub import Importer, hub_that_refuses, hub_that_serves, importer
 from tests.lora_core.test_longrope import longrope
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
 
@@ -94,6 +98,87 @@ def test_code_in_the_repository_is_refused(source, tmp_path, name):
     edit_json(source / name, auto_map={"AutoModelForCausalLM": "evil.Model"})
     with pytest.raises(UnsupportedModel, match="auto_map"):
         import_folder(source, tmp_path / "base")
+
+
+FAKE_KERNELS = """
+import sys
+def get_kernel(*names, **options):
+    sys.stdout.write(f"LOADED {names[0]}")
+    raise ImportError("no kernel")
+class Anything:
+    def __init__(self, *_, **__): pass
+    def __getattr__(self, name): return Anything()
+    def __call__(self, *_, **__): return Anything()
+def __getattr__(name): return Anything
+"""
+REFUSE_BY_CONFIG = """
+import sys
+from pathlib import Path
+from lora_core.base_import import _refuse_by_config
+from lora_core.errors import UnsupportedModel
+try:
+    _refuse_by_config(Path(sys.argv[1]))
+except UnsupportedModel as error:
+    sys.stdout.write(f"REFUSED {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("_attn_implementation", "kernels-community/flash-attn2", "top"),
+        ("attn_implementation", "someone/evil-kernel@main:attend", "top"),
+        ("attn_implementation", "flash_attention_2", "top"),
+        ("_attn_implementation", "someone/evil-kernel", "nested"),
+    ],
+)
+def test_no_kernel_is_loaded_by_a_config_that_names_one(source, tmp_path, key, value, place):
+    """Native code, which a package that is common on machines with GPUs fetches from the hub."""
+    package = tmp_path / "path" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_KERNELS)
+    metadata = package.with_name("kernels-0.18.2.dist-info")
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    entry = {key: value}
+    edit_json(source / "config.json", **(entry if place == "top" else {"text_config": entry}))
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(ROOT)])}
+    argv = [sys.executable, "-c", REFUSE_BY_CONFIG, str(source)]
+    ended = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert "LOADED" not in ended.stdout
+    assert ended.stdout.startswith("REFUSED"), ended.stderr
+    assert key in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("entry", "file"),
+    [
+        ({"experts_implementation": "someone/experts"}, "config.json"),
+        ({"layers": [{"_experts_implementation_internal": {"": "grouped"}}]}, "config.json"),
+        ({"use_kernels": True}, "config.json"),
+        ({"use_kernels": True}, "generation_config.json"),
+        ({"loads_from": "someone/weights"}, "config.json"),
+        ({"of": {"loads_from": "someone/weights@main:part"}}, "config.json"),
+        ({"of": [{"auto_map": {"AutoConfig": "evil.Config"}}]}, "tokenizer_config.json"),
+    ],
+)
+def test_what_may_have_code_loaded_is_refused_by_name_however_deep(source, tmp_path, entry, file):
+    edit_json(source / file, **entry)
+
+    with pytest.raises(UnsupportedModel, match=f"{file} has '(_?experts_|use_kernels|loads_from|auto_map)"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_entries_that_say_where_a_model_is_from_or_load_nothing_are_accepted(source, tmp_path):
+    origin = {"_name_or_path": "someone/model", "model_name": "someone/model", "base_model_name_or_path": "a/b"}
+    loads_nothing = {"_attn_implementation": "sdpa", "_attn_implementation_autoset": True, "use_kernels": False}
+    edit_json(source / "config.json", **origin, **loads_nothing)
+
+    import_folder(source, tmp_path / "base")
+
+    assert read_config(tmp_path / "base")._attn_implementation in (None, "sdpa", "eager")
 
 
 @pytest.mark.parametrize(
