@@ -313,6 +313,14 @@ def _check_integrations(session: Session, request: JobRequest, *, now: float) ->
                 remedy=f"{INSTALL} Or leave it out.",
                 param=f"integrations.{number}.type",
             )
+        if one.wandb is not None and one.wandb.entity is not None:
+            raise InvalidRequest(
+                "A job can't choose the entity of Weights & Biases: every project would reach all that the service's "
+                "account reaches.",
+                code="integration_entity_not_allowed",
+                remedy="Leave out wandb.entity. The operator sets it, by WANDB_ENTITY on the workers.",
+                param=f"integrations.{number}.wandb.entity",
+            )
 
 
 def _check_rates(request: JobRequest) -> None:

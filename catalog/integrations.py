@@ -26,9 +26,11 @@ Tags = Annotated[dict[Name, Name], Field(max_length=16, json_schema_extra={"addi
 class Wandb(Strict):
     """Weights & Biases, in OpenAI's form."""
 
-    project: Name = Field(description="The W&B project.")
+    project: Name = Field(description="The W&B project, after the name of Lorry's project and ' - '.")
     name: Name | None = Field(default=None, description="Of the run; by itself the job's id.")
-    entity: Name | None = Field(default=None, description="Team or user; by itself that of the worker's key.")
+    entity: Name | None = Field(
+        default=None, description="Rejected: the operator sets the team or user (`WANDB_ENTITY` on the workers)."
+    )
     tags: Annotated[list[Name], Field(max_length=16)] | None = Field(default=None, description="Of the run.")
 
 

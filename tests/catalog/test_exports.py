@@ -170,6 +170,17 @@ def test_a_tracker_that_no_worker_has_is_refused_and_awaited_where_no_worker_liv
     assert world.submit(integrations=ONE).id
 
 
+def test_a_job_can_not_choose_the_entity_that_the_service_writes_to(world: World) -> None:
+    world.worker(integrations=TYPES)
+
+    with pytest.raises(InvalidRequest, match="entity") as refused:
+        world.submit(integrations=[{"type": "wandb", "wandb": {"project": "p", "entity": "another-team"}}])
+
+    assert refused.value.code == "integration_entity_not_allowed"
+    assert refused.value.param == "integrations.0.wandb.entity"
+    assert "WANDB_ENTITY" in refused.value.remedy
+
+
 @pytest.mark.parametrize(
     "integrations",
     [

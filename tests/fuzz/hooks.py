@@ -35,7 +35,7 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("model_not_ready", "model_import_failed", "model_without_layer_paths", "invalid_metadata_filter"),
         *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
         *("dora_on_quantised_base", "start_on_quantised_base", "quantisation_unavailable"),
-        *("integration_unavailable", "validation_is_training", "max_length_lowered"),
+        *("integration_unavailable", "integration_entity_not_allowed", "validation_is_training", "max_length_lowered"),
         *("differs_from_parent", "parent_of_another_base", "two_parents", "own_model"),
         *("rank_too_high", "no_target_modules", "unknown_target_modules", "unknown_layers"),
         *("unknown_pattern_key", "ambiguous_pattern"),

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ from tests.catalog.world import World
 from tests.worker_site import wait_until
 from worker import export_session, exports
 from worker.export_session import ExportFailed, ExportSession, available, places
+from worker.exporters.wandb_run import WandbRun
 from worker.exports import exporting
 from worker.launch import child_environment
 
@@ -166,7 +168,11 @@ def in_wandb(data_dir: Path, job_id: str) -> Read:
         for data in _wandb_records(path.read_bytes()):
             record = protocol.Record.FromString(data)
             if record.HasField("run"):
-                assert (record.run.run_id, record.run.project, list(record.run.tags)) == (job_id, "p", ["a", "b"])
+                assert (record.run.run_id, record.run.project, list(record.run.tags)) == (
+                    job_id,
+                    "ours - p",
+                    ["a", "b"],
+                )
             told = {_key(item): json.loads(item.value_json) for item in record.history.item}
             for kind in ("train", "valid"):
                 if f"{kind}/step" in told:
@@ -285,6 +291,25 @@ def test_a_worker_offers_what_is_installed_allowed_and_has_an_account(
     assert offered(integrations="") == ()
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert offered() == ("wandb", "mlflow", "tensorboard")
+
+
+def test_a_run_of_weights_and_biases_is_in_its_projects_name_and_in_no_entity_of_the_jobs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> SimpleNamespace:
+        opened.append(given)
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=init))
+    options = {"project": "p" * 128, "entity": "another-team", "name": None, "tags": None}
+
+    WandbRun({"run": {**_RUN, "options": options}, "run_id": None, "places": {"wandb": str(tmp_path / "wandb")}})
+
+    (given,) = opened
+    assert given["project"] == f"ours - {'p' * 121}"
+    assert given.get("entity") is None
 
 
 def test_a_worker_imports_no_trackers_library() -> None:

@@ -1,4 +1,7 @@
-"""A run of Weights & Biases. The run's id is made of the job's, so every attempt goes on in the same one."""
+"""A run of Weights & Biases. The run's id is made of the job's, so every attempt goes on in the same one.
+
+Its entity is the operator's to say (WANDB_ENTITY, which wandb reads itself), and never a job's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from worker.exporters.run import Json, said
+
+MAX_PROJECT_CHARS = 128
+"""Of W&B. No name of a project of ours has a space, so that none is the beginning of another's."""
 
 
 class WandbRun:
@@ -21,8 +27,7 @@ class WandbRun:
             silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True
         )
         self._run = library.init(
-            project=options["project"],
-            entity=options.get("entity"),
+            project=f"{run['project']} - {options['project']}"[:MAX_PROJECT_CHARS],
             name=options.get("name") or run["job_id"],
             tags=options.get("tags"),
             id=self.run_id,
