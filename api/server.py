@@ -18,6 +18,7 @@ from api.deps import Services
 from api.settings import ApiSettings
 from catalog import tracing
 from catalog.errors import InvalidRequest
+from catalog.inspection import deny_inspection
 from catalog.settings import Settings
 
 MAX_CONNECTIONS = 16_384
@@ -54,6 +55,7 @@ def serve(settings: Settings, *, host: str, port: int, listen_fd: int | None = N
     port: 0 is any that is free. listen_fd: an inherited socket that listens at `host` already; `port` is unused then.
     """
     sockets = None if listen_fd is None else [_inherited(listen_fd)]
+    deny_inspection()
     _allow_many_connections()
     own = ApiSettings()
     app = create_app(settings, own, bound_host=host)

@@ -25,7 +25,7 @@ from catalog.artifacts.manifest import ManifestFile
 from catalog.disk import tells_of_full
 from catalog.errors import Conflict, LorryError, OutOfSpace, Unavailable
 from catalog.tables import BaseModelRow, Json
-from worker import scratch
+from worker import sandbox, scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
 from worker.trainer_directory import read_json, write_json
@@ -180,9 +180,17 @@ def _run_child(
     """What the child that knows models says: (description, commit of a hub)."""
     arguments, result = work / "arguments.json", work / "result.json"
     write_json(arguments, {**asked, "result": str(result)})
-    is_of_hub = asked["kind"] == "hub"
-    child = run_child("worker.import_entry", str(arguments), log_path=work / "log.txt", with_hub=is_of_hub)
+    sources = {"hub": None, "here": Path(asked["target_dir"])}
+    source = sources[asked["kind"]] if asked["kind"] in sources else Path(asked["source"])
+    box = sandbox.base_import(work, source=source)
+    child = run_child("worker.import_entry", str(arguments), log_path=work / "log.txt", box=box)
     wait_renewing(child, context, renew, is_unwanted)
+    if child.returncode == -signal.SIGXCPU:
+        raise ImportRefused(
+            f"The import of {row.name!r} took more than {box.limits['cpu']} s of processor time, its size's limit.",
+            code="import_limit",
+            remedy="Look at the source; then add the same model again, which retries.",
+        )
     if not result.exists():
         raise _crashed(row, child.returncode, work / "log.txt")
     answer = read_json(result)

@@ -32,6 +32,7 @@ from catalog import fitness, logs, tracing
 from catalog.db import Database
 from catalog.doorbell import QUEUE, TRANSPORT_OPTIONS
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
+from catalog.inspection import deny_inspection
 from catalog.settings import Settings
 from worker import node
 from worker.context import UNFIT, WorkerContext, open_worker
@@ -116,7 +117,11 @@ def _redact(*, logger: logging.Logger, **_: Any) -> None:
 
 @worker_init.connect
 def _refuse_unfit(**_: Any) -> None:
-    """Before any message is taken. Where the database does not answer yet, the process that works looks again."""
+    """Before any message is taken. Where the database does not answer yet, the process that works looks again.
+
+    Processes of the pool are forked later, and closed to inspection like this one.
+    """
+    deny_inspection()
     if Settings().gang is not None:
         log.error("A worker of a gang looks by itself, for nobody rings when it is called: start it by `lorry worker`.")
         sys.exit(UNFIT)

@@ -211,7 +211,9 @@ def _standby(context: WorkerContext) -> Generator[None]:
         context.trainers_dir(),
         context.device,
         silence_seconds=silence_seconds,
+        bases_dir=context.settings.bases_dir(),
         num_processes=context.num_processes,
+        in_gang=context.settings.gang is not None,
     )
     context.pulse.on_every_beat = context.standby.pulse
     try:

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, TextIO
 
+from catalog.inspection import deny_inspection
 from worker.exporters.mlflow_run import MlflowRun
 from worker.exporters.run import Json, Run
 from worker.exporters.tensorboard_run import TensorBoardRun
@@ -25,6 +26,7 @@ OPENERS: dict[str, Any] = {
 
 
 def main() -> int:
+    deny_inspection()  # its environment holds the tracker's credentials
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print to the standard output, which is ours
     try:

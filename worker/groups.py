@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from catalog import logs
+from catalog.inspection import deny_inspection
 from catalog.settings import Settings
 from worker import node
 from worker.node import Device
@@ -127,6 +128,7 @@ def _is_alive(worker: GroupWorker) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure("info")
+    deny_inspection()
     settings = Settings()
     groups = choose(_parse(arguments).groups)
     settings.data_dir.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from catalog.inspection import deny_inspection
 from lora_core.base_import import import_base
 from lora_core.base_model import describe_base
 from lora_core.errors import LoraCoreError
@@ -39,6 +40,10 @@ def import_base_model(arguments_path: Path) -> None:
             result = {"description": description, "commit": imported.commit}
     except LoraCoreError as error:
         result = {"error": described(error)}
+    except MemoryError:
+        message = "The base model takes more memory than its size allows for, or than this machine has."
+        remedy = "Look at the source's config.json and tokenizer, and at the worker's memory."
+        result = {"error": {"code": "import_limit", "message": message, "remedy": remedy}}
     except OSError as error:
         result = {"error": disk_error(error) if error.errno else _source_error(error)}
     write_json(Path(arguments["result"]), result)
@@ -53,4 +58,5 @@ def _source_error(error: OSError) -> dict[str, str]:
 if __name__ == "__main__":
     gc.freeze()
     gc.enable()
+    deny_inspection()  # its environment may hold the hub's token
     import_base_model(Path(sys.argv[1]))

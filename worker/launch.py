@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 
 from catalog import failpoints, logs
-from worker import cgroup, node
+from worker import cgroup, node, sandbox
 from worker.meeting import RANKS_FILE
+from worker.sandbox import Sandbox
 from worker.tether import OPTION, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 
@@ -52,6 +53,8 @@ KILL_SECONDS = 10.0
 """In which processes that were killed usually are gone."""
 UNKILLABLE_SECONDS = 60.0
 """After which one that still is there is left behind. A driver may take long to free what it held."""
+TEMPORARY = "tmp"
+"""Of a child's own folder: where it has its temporary files."""
 NICENESS = 10
 """Of what computes on the cores, above its worker's."""
 
@@ -168,20 +171,30 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def launch(
-    directory: TrainerDirectory, device: node.Device, *, silence_seconds: float, num_processes: int = 1
+    directory: TrainerDirectory,
+    device: node.Device,
+    *,
+    silence_seconds: float,
+    bases_dir: Path,
+    num_processes: int = 1,
+    in_gang: bool = False,
 ) -> TrainerProcess:
     """Start the trainer of `directory` on `device`. Call it from a thread that outlives the trainer.
 
     It imports, and waits for its settings where the directory has none yet.
     The trainer ends itself when it got no `pulse` for `silence_seconds`. Of `num_processes` each has a GPU of its own,
-    or its share of the cores; when one ends badly, so do all.
+    or its share of the cores; when one ends badly, so do all. It is confined by a sandbox, in which it reads no base
+    model but those of `bases_dir`; it has TCP only where it talks to processes here or, `in_gang`, on other machines.
     """
+    box = sandbox.trainer(directory.path, bases_dir=bases_dir, tcp=num_processes > 1 or in_gang)
+    sandbox.announce(box)
+    (directory.path / TEMPORARY).mkdir(exist_ok=True)
     threads = max(1, node.num_threads() // num_processes)
     environment = trainer_environment(directory.path, device, num_threads=threads)
     argv = trainer_argv(directory.path, silence_seconds=silence_seconds, num_processes=num_processes)
     with directory.log_path.open("ab") as log:
         process = subprocess.Popen(
-            tethered(argv),
+            tethered(argv, box),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -238,6 +251,8 @@ def trainer_environment(path: Path, device: node.Device, *, num_threads: int) ->
         "OMP_NUM_THREADS": str(num_threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(path / "hub"),  # also where accelerate would look for a configuration file
+        "TMPDIR": str(path / TEMPORARY),
+        **sandbox.environment(),
         **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA | {"CUDA_VISIBLE_DEVICES": _visible(device)}),
     }
 
@@ -265,15 +280,22 @@ def _is_tuning(name: str) -> bool:
     return name.startswith(ALLOWED_PREFIXES) and not CREDENTIAL_NAMES.search(name)
 
 
-def run_child(module: str, *arguments: str, log_path: Path, with_hub: bool = False) -> subprocess.Popen[bytes]:
-    """Start `python -m module arguments…`, killed by the kernel when this thread ends."""
+def run_child(module: str, *arguments: str, log_path: Path, box: Sandbox) -> subprocess.Popen[bytes]:
+    """Start `python -m module arguments…`, killed by the kernel when this thread ends, and confined by its sandbox.
+
+    Its temporary files are in the folder of `log_path`. One without TCP knows no hub: neither its token nor its cache.
+    """
+    sandbox.announce(box)
+    temporary = log_path.parent.absolute() / TEMPORARY
+    temporary.mkdir(exist_ok=True)
+    offline = {} if box.tcp else {"HF_HUB_OFFLINE": "1", "HF_HOME": str(temporary / "hub")}
     with log_path.open("ab") as log:
         child = subprocess.Popen(
-            tethered([sys.executable, "-m", module, *arguments]),
+            tethered([sys.executable, "-m", module, *arguments], box),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=child_environment(with_hub=with_hub),
+            env=child_environment(with_hub=box.tcp) | {"TMPDIR": str(temporary)} | offline,
             start_new_session=True,
         )
     give_way(child.pid)

@@ -16,6 +16,7 @@ from catalog.gangs import NotGathered, Round
 from catalog.states import EndReason
 from catalog.tables import Job
 from worker.bases import Abandoned
+from worker.clock import boot_seconds
 from worker.context import WorkerContext
 from worker.gang import Seat
 from worker.held import End
@@ -163,8 +164,8 @@ def cause(context: WorkerContext, trainer: TrainerProcess, *, is_ready: bool) ->
         blamed = context.worker_id if led is not None and not own.is_of_any else None
         return End(reason=own.reason, detail=own.detail, blamed_worker_id=blamed)
     found: gangs.Progress | None = None
-    deadline = time.monotonic() + context.settings.lease_seconds + context.settings.heartbeat_seconds
-    while time.monotonic() < deadline and not context.draining:
+    deadline = boot_seconds() + context.settings.lease_seconds + context.settings.heartbeat_seconds
+    while boot_seconds() < deadline and not context.draining:
         try:
             found = gangs.progress(seat.place, led.round_id)
         except NotGathered:

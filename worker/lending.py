@@ -18,6 +18,7 @@ from catalog.gangs import Call, NotGathered
 from catalog.states import EndReason
 from worker import bases
 from worker.chores import Chores
+from worker.clock import boot_seconds
 from worker.context import WorkerContext
 from worker.gang import Seat
 from worker.launch import TrainerProcess
@@ -138,13 +139,13 @@ class _Part:
 
     def _set_aside(self, trainer: TrainerProcess) -> None:
         """Tried for a lease: with a trainer that no signal ends, it must not be called again."""
-        deadline = time.monotonic() + self._context.settings.lease_seconds
+        deadline = boot_seconds() + self._context.settings.lease_seconds
         while True:
             try:
                 return set_aside(self._context, trainer)
             except OUTAGES as error:
                 log.warning("%s Waiting to record that the worker takes nothing new.", error)
-                if time.monotonic() >= deadline:
+                if boot_seconds() >= deadline:
                     return None
             time.sleep(TURN_SECONDS)
 

@@ -20,6 +20,7 @@ from types import FrameType
 
 from catalog import logs, tracing
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
+from catalog.inspection import deny_inspection
 from catalog.settings import Settings
 from worker import node
 from worker.context import UNFIT, WorkerContext, open_worker
@@ -35,6 +36,7 @@ BELL_SECONDS = 0.05
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logs.configure("info")
+    deny_inspection()
     device = node.choose_device(options.device)
     node.settle_on(device)
     tracing.start("worker")

@@ -15,7 +15,7 @@ from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.plan_claims import PlanClaim
 from catalog.tables import Json, Prepared
-from worker import bases, scratch
+from worker import bases, sandbox, scratch
 from worker.context import WorkerContext
 from worker.launch import run_child
 from worker.preparation import (
@@ -96,7 +96,9 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         in_pairs = train.report.get("kind") == "preference"
         told = {name: str(path) for name, path in (*paths.items(), ("result", result))}
         write_json(arguments, {**told, "in_pairs": in_pairs})
-        child = run_child("worker.overlap", str(arguments), log_path=work / "log.txt")
+        num_bytes = sum(path.stat().st_size for path in paths.values())
+        box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
+        child = run_child("worker.overlap", str(arguments), log_path=work / "log.txt", box=box)
         bases.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Comparing the files"))
         if not result.exists():
             remedy = "Plan again without the validation file, and report this."

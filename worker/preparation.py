@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,8 @@ from catalog.logs import Subjects
 from catalog.preparation import FilesToPrepare, Unprepared
 from catalog.spec import JobSpec
 from catalog.tables import File, Job, Json, Prepared
-from worker import bases, scratch
+from worker import bases, sandbox, scratch
+from worker.clock import boot_seconds
 from worker.context import WorkerContext
 from worker.launch import run_child
 from worker.publish import wire_error
@@ -58,7 +58,7 @@ def hindrance(error: LorryError | OSError) -> Json:
 
 def prepare_next(context: WorkerContext) -> bool:
     """Prepare the files of one job that waits for it; False where none does. Raises StaleClaim, Hindered."""
-    since = time.monotonic()
+    since = boot_seconds()
     lease_seconds = context.settings.lease_seconds
     unprepared = record.next_unprepared(
         context.db, worker_id=context.worker_id, lease_seconds=lease_seconds, policy=context.policy
@@ -242,7 +242,8 @@ def _run(
             "details": str(work / "details.json"),
         },
     )
-    child = run_child("worker.prepare", str(arguments), log_path=work / "log.txt")
+    box = sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size)
+    child = run_child("worker.prepare", str(arguments), log_path=work / "log.txt", box=box)
     # the heartbeat renews a job's claim
     bases.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Tokenising the file"))
     if child.returncode == EXIT_DISK_FULL:

@@ -6,12 +6,15 @@ failure: the report then holds a `refusal`. The same file, base and length give 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -121,8 +124,31 @@ def prepare(
             _fill(tokens, counts, base, shown, source=source, max_length=max_length, data=data)
         except Refused as error:
             return _report(tokens, counts, base, max_length=max_length, data=data, refused=error)
+        except MemoryError:
+            refused = _beyond_limit("memory")
+            return _report(tokens, counts, base, max_length=max_length, data=data, refused=refused)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            refused = _beyond_limit("disk")
+            return _report(tokens, counts, base, max_length=max_length, data=data, refused=refused)
         tokens.finish()
     return _report(tokens, counts, base, max_length=max_length, data=data)
+
+
+def _beyond_limit(what: str) -> Refused:
+    """The worker limits a preparation to many times what a usual file of its size takes: see sandbox.tokenization."""
+    return Refused(
+        "preparation_limit",
+        f"The file takes more {what} to tokenise than the worker allows for its size.",
+        "Look at the base's chat template, which may repeat text or loop without end; or split the file.",
+    )
+
+
+def _out_of_time(_number: int, _frame: FrameType | None) -> None:
+    """The handler of SIGXCPU, which is sent again every second until the process is killed."""
+    signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+    raise _beyond_limit("processor time")
 
 
 def _fill(
@@ -279,6 +305,7 @@ def _report(
 
 def main(arguments_path: Path) -> int:
     """Read {source, base_dir, max_length, data, out, report, details}, write the last two. Returns the exit status."""
+    signal.signal(signal.SIGXCPU, _out_of_time)
     arguments = json.loads(arguments_path.read_text("utf-8"))
     shown = ShownRows()
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -17,6 +16,7 @@ from catalog.claims import Orders
 from catalog.db import Database
 from catalog.errors import LorryError
 from catalog.scheduling.picture import USUAL, Policy
+from worker.clock import boot_seconds
 
 log = logging.getLogger(__name__)
 WATCH_SECONDS = 0.1
@@ -78,7 +78,7 @@ class Pulse:
         self.lost.clear()
 
     def hold(self, claim_ids: Iterable[str], *, since: float) -> None:
-        """Renew these from now on. since: monotonic time from before the claim was made."""
+        """Renew these from now on. since: `boot_seconds` from before the claim was made."""
         with self._lock:
             self._renewed_at |= dict.fromkeys(claim_ids, since)
 
@@ -100,7 +100,7 @@ class Pulse:
 
     def beat(self) -> None:
         """One heartbeat. Raises Unavailable where the database does not answer."""
-        began = time.monotonic()
+        began = boot_seconds()
         self.on_every_beat()
         with self._lock:
             held = list(self._renewed_at)
@@ -155,7 +155,7 @@ class Pulse:
 
     def give_up_overdue(self) -> None:
         """One look at what was not renewed for too long. No heartbeat asks about it any more."""
-        limit = time.monotonic() - self._lease_seconds * 2 / 3
+        limit = boot_seconds() - self._lease_seconds * 2 / 3
         with self._lock:
             overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]
             for claim_id in overdue:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from worker.launch import TrainerProcess
 from worker.rank_log import ASKED_BY
+from worker.trainer_paths import open_file
 
 ANSWER_SECONDS = 3.0
 """For all processes together. One that is stopped, or waits for a disk, doesn't answer."""
@@ -64,5 +65,5 @@ def _sizes(paths: Iterable[Path]) -> dict[Path, int]:
 
 def _append(path: Path, text: str) -> None:
     """A full disk is no reason not to ask."""
-    with suppress(OSError), path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with suppress(OSError), os.fdopen(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
+        file.write(text.encode())

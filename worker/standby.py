@@ -37,12 +37,21 @@ class Standby:
     """The worker's end: at most one process waits."""
 
     def __init__(
-        self, trainers_dir: Path, device: node.Device, *, silence_seconds: float, num_processes: int = 1
+        self,
+        trainers_dir: Path,
+        device: node.Device,
+        *,
+        silence_seconds: float,
+        bases_dir: Path,
+        num_processes: int = 1,
+        in_gang: bool = False,
     ) -> None:
         self._trainers_dir = trainers_dir
         self._device = device
         self._silence_seconds = silence_seconds
+        self._bases_dir = bases_dir
         self._num_processes = num_processes
+        self._in_gang = in_gang
         self._waiting: Waiting | None = None
         self._is_given_up = False
 
@@ -64,7 +73,9 @@ class Standby:
                     TrainerDirectory.create(path),
                     self._device,
                     silence_seconds=self._silence_seconds,
+                    bases_dir=self._bases_dir,
                     num_processes=self._num_processes,
+                    in_gang=self._in_gang,
                 )
             except (OSError, OutOfSpace) as error:
                 log.warning("No trainer stands by: %s", error)

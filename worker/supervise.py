@@ -25,6 +25,7 @@ from catalog.tables import Job, new_id
 from worker import bases, leading, lending, scratch
 from worker.announcing import announced
 from worker.chores import Chores
+from worker.clock import boot_seconds
 from worker.context import WorkerContext
 from worker.held import STOPPED, End
 from worker.launch import TrainerProcess, launch
@@ -155,7 +156,9 @@ def _trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, settings
         directory,
         context.device,
         silence_seconds=context.settings.lease_seconds,
+        bases_dir=context.settings.bases_dir(),
         num_processes=context.num_processes,
+        in_gang=context.settings.gang is not None,
     )
     stack.callback(trainer.close)
     trainer.begin(settings)
@@ -276,9 +279,9 @@ def _is_spent(context: WorkerContext, pack: Pack) -> bool:
 def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> None:
     """The trainer has ended, or is left behind: hear its last words, and end what it leaves unfinished by the way it
     ended."""
-    deadline = time.monotonic() + context.settings.lease_seconds
+    deadline = boot_seconds() + context.settings.lease_seconds
     lost = UNREACHABLE
-    while not context.pulse.lost.is_set() and time.monotonic() < deadline:
+    while not context.pulse.lost.is_set() and boot_seconds() < deadline:
         try:
             pack.hear()
             set_aside(context, trainer)
@@ -316,7 +319,7 @@ def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str
     cordon_silent(context)
     if room.max_jobs <= 0 or (context.gang is not None and not context.gang.may_claim()):
         return []
-    since = time.monotonic()
+    since = boot_seconds()
     claimed = claims.claim_pack(
         context.db,
         worker_id=context.worker_id,

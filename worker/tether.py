@@ -1,8 +1,8 @@
 """A child that ends when its parent does, however the parent ends.
 
-Two ropes. The kernel kills a direct child (`python -m worker.tether PARENT ARGV…` asks for it, then
-becomes ARGV). A trainer holds the read end of a pipe as its standard input, the only descriptor that launchers
-hand on: it exits when that closes, or when the parent sends no byte for too long.
+Two ropes. The kernel kills a direct child (`python -m worker.tether PARENT SANDBOX ARGV…` asks for it, then
+applies the sandbox and becomes ARGV). A trainer holds the read end of a pipe as its standard input, the only descriptor
+that launchers hand on: it exits when that closes, or when the parent sends no byte for too long.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from worker.clock import boot_seconds
+from worker.sandbox import REFUSED, Sandbox, apply
+
 PR_SET_PDEATHSIG = 1
+UNCONFINED = "-"
+"""In the place of a sandbox: a worker itself has none."""
 OPTION = "--tethered="
 LOST_PARENT = 113
 """Exit status of a trainer whose parent has gone, or has shown no sign of life."""
 
 
-def tethered(argv: Sequence[str]) -> list[str]:
-    """`argv` as a command that the kernel kills when the calling thread ends."""
-    return [sys.executable, "-m", "worker.tether", str(os.getpid()), *argv]
+def tethered(argv: Sequence[str], sandbox: Sandbox | None = None) -> list[str]:
+    """`argv` as a command that the kernel kills when the calling thread ends, and confines to the sandbox."""
+    confinement = UNCONFINED if sandbox is None else sandbox.as_argument()
+    return [sys.executable, "-m", "worker.tether", str(os.getpid()), confinement, *argv]
 
 
 def die_with_parent() -> None:
@@ -54,7 +60,8 @@ def is_first() -> bool:
 
 def watch_pipe(descriptor: int, *, silence_seconds: float | None) -> threading.Thread:
     """Start the thread that ends this process when the pipe closes, or says nothing for so long."""
-    thread = threading.Thread(target=_watch, args=(descriptor, silence_seconds), name="tether", daemon=True)
+    since = descriptor, silence_seconds, boot_seconds()
+    thread = threading.Thread(target=_watch, args=since, name="tether", daemon=True)
     thread.start()
     return thread
 
@@ -73,19 +80,31 @@ def _watch_end(descriptor: int) -> None:
     os._exit(LOST_PARENT)
 
 
-def _watch(descriptor: int, silence_seconds: float | None) -> None:
+def _watch(descriptor: int, silence_seconds: float | None, heard_at: float) -> None:
+    """A machine that was suspended for longer than the silence wakes up with bytes of before in the pipe: they are no
+    sign of life, for the lease has ended meanwhile."""
     while True:
         readable, _, _ = select.select([descriptor], [], [], silence_seconds)
-        if not readable or not os.read(descriptor, 4096):
+        is_silent = silence_seconds is not None and boot_seconds() - heard_at > silence_seconds
+        if not readable or is_silent or not os.read(descriptor, 4096):
             os._exit(LOST_PARENT)
+        heard_at = boot_seconds()
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Become `arguments[1:]`, unless the parent, whose process id is `arguments[0]`, has gone already."""
+    """Become `arguments[2:]` in the sandbox `arguments[1]`, unless the parent, whose process id is `arguments[0]`, has
+    gone already. Ends with REFUSED where the sandbox can't be applied."""
     die_with_parent()
-    if os.getppid() != int(arguments[0]):
+    parent, confinement, *argv = arguments
+    if os.getppid() != int(parent):
         os._exit(LOST_PARENT)
-    os.execv(arguments[1], list(arguments[1:]))  # noqa: S606  (a list of arguments, ours)
+    if confinement != UNCONFINED:
+        try:
+            apply(Sandbox.of_argument(confinement))
+        except OSError as error:
+            sys.stderr.write(f"The sandbox of this process could not be applied: {error}\n")
+            sys.exit(REFUSED)
+    os.execv(argv[0], argv)  # noqa: S606  (a list of arguments, ours)
 
 
 if __name__ == "__main__":

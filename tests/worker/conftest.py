@@ -43,7 +43,13 @@ def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], l
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
 
     def launch(
-        directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
+        directory: TrainerDirectory,
+        _device: node.Device,
+        *,
+        silence_seconds: float,
+        bases_dir: Path,
+        num_processes: int,
+        in_gang: bool,
     ) -> FakeTrainer:
         trainers.append(FakeTrainer(directory, scripts[0]))
         return trainers[-1]

@@ -41,7 +41,14 @@ class GangSite:
         monkeypatch.setattr(node, "free_bytes", lambda _: 10**12)
 
     def _launch(
-        self, directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
+        self,
+        directory: TrainerDirectory,
+        _device: node.Device,
+        *,
+        silence_seconds: float,
+        bases_dir: Path,
+        num_processes: int,
+        in_gang: bool,
     ) -> FakeTrainer:
         self.trainers.append(FakeTrainer(directory, self.script))
         return self.trainers[-1]

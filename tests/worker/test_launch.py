@@ -112,7 +112,7 @@ def test_a_trainer_is_one_process_and_knows_how_long_its_worker_may_be_silent(tm
 def test_a_trainer_that_computes_on_the_cores_gives_way_to_all_else(
     tmp_path: Path, device: node.Device, niceness: int
 ) -> None:
-    trainer = launch(TrainerDirectory(tmp_path), device, silence_seconds=60)
+    trainer = launch(TrainerDirectory(tmp_path), device, silence_seconds=60, bases_dir=tmp_path)
 
     try:
         assert psutil.Process(trainer.pid).nice() == min(19, psutil.Process().nice() + niceness)

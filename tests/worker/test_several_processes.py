@@ -55,7 +55,12 @@ class Launched:
         self.inbox, self.reader = InboxWriter(self.directory), EventReader(self.directory)
         self.said: list[Json] = []
         self.process: TrainerProcess = launch(
-            self.directory, node.cpu(), silence_seconds=WAIT_SECONDS, num_processes=num_processes
+            self.directory,
+            node.cpu(),
+            silence_seconds=WAIT_SECONDS,
+            bases_dir=base_dir,
+            num_processes=num_processes,
+            in_gang=meeting is not None,
         )
 
     def admit(self, job: str, *, resume: Path | None = None, **fields: Any) -> None:

@@ -44,7 +44,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
     found: list[FakeProcess] = []
 
     def launch(
-        directory: TrainerDirectory, _device: node.Device, *, silence_seconds: float, num_processes: int
+        directory: TrainerDirectory,
+        _device: node.Device,
+        *,
+        silence_seconds: float,
+        bases_dir: Path,
+        num_processes: int,
+        in_gang: bool,
     ) -> FakeProcess:
         assert (silence_seconds, num_processes) == (6, 1)
         assert not directory.has_begun()
@@ -57,7 +63,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
 
 @pytest.fixture
 def waiting(tmp_path: Path) -> Iterator[Standby]:
-    waiting = Standby(tmp_path, node.cpu(), silence_seconds=6)
+    waiting = Standby(tmp_path, node.cpu(), silence_seconds=6, bases_dir=tmp_path)
     yield waiting
     waiting.close()
 
@@ -182,7 +188,7 @@ def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits
     tmp_path: Path, waiting: Standby
 ) -> None:
     base_dir = str(tiny_base.make(tmp_path / "base"))
-    waiting = Standby(tmp_path, node.cpu(), silence_seconds=WAIT_SECONDS)
+    waiting = Standby(tmp_path, node.cpu(), silence_seconds=WAIT_SECONDS, bases_dir=tmp_path)
     waiting.prepare()
 
     with ExitStack() as stack:

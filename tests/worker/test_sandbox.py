@@ -1,0 +1,248 @@
+"""What a child of the worker may reach: by the rules that are built, and by what this machine's kernel enforces."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.worker.chat_bases import Base
+from worker import sandbox, tether
+from worker.launch import run_child
+from worker.sandbox import Sandbox, description, handled, landlock_abi, rules
+from worker.tether import UNCONFINED, tethered
+
+ROOT = Path(__file__).parents[2]
+NEEDS_LANDLOCK = pytest.mark.skipif(landlock_abi() == 0, reason=description(0))
+ACTS = """
+import json, os, socket, sys
+place, port, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def denied(act):
+    try:
+        act()
+    except OSError as error:
+        return type(error).__name__
+    return "allowed"
+acts = {
+    "read a base": lambda: open(f"{place}/bases/file").read(),
+    "write a base": lambda: open(f"{place}/bases/file", "a"),
+    "add to the bases": lambda: open(f"{place}/bases/new", "w"),
+    "read a secret": lambda: open(f"{place}/secret").read(),
+    "delete a secret": lambda: os.unlink(f"{place}/secret"),
+    "list the data folder": lambda: os.listdir(place),
+    "write its folder": lambda: open(f"{place}/own/file", "w"),
+    "delete in its folder": lambda: os.unlink(f"{place}/own/file"),
+    "make a link": lambda: os.symlink(f"{place}/secret", f"{place}/own/link"),
+    "make a second name": lambda: os.link(f"{place}/secret", f"{place}/own/second"),
+    "make a pipe": lambda: os.mkfifo(f"{place}/own/pipe"),
+    "connect": lambda: socket.create_connection(("127.0.0.1", port), 10),
+    "listen": lambda: socket.create_server(("127.0.0.1", 0)),
+    "signal the worker": lambda: os.kill(parent, 0),
+    "import a package": lambda: __import__("numpy"),
+    "write a package": lambda: open(os.path.dirname(os.path.abspath(json.__file__)) + "/new.py", "w"),
+    "read the command lines of processes": lambda: open(f"/proc/{parent}/stat").read(),
+    "write to the null device": lambda: open("/dev/null", "w").write("x"),
+}
+print(json.dumps({name: denied(act) for name, act in acts.items()}))
+"""
+ALLOWED = {
+    "read a base",
+    "write its folder",
+    "delete in its folder",
+    "import a package",
+    "read the command lines of processes",
+    "write to the null device",
+}
+
+
+def acted(place: Path, box: Sandbox | None) -> set[str]:
+    """Which of ACTS a child in the sandbox could do."""
+    for name in ("own", "bases"):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    (place / "bases" / "file").write_text("base")
+    (place / "secret").write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        argv = tethered([sys.executable, "-c", ACTS, str(place), str(port), str(os.getpid())], box)
+        ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return {name for name, outcome in json.loads(ended.stdout).items() if outcome == "allowed"}
+
+
+@NEEDS_LANDLOCK
+def test_a_trainer_reaches_base_models_and_its_own_folder_and_nothing_else(tmp_path: Path) -> None:
+    box = sandbox.trainer(tmp_path / "own", bases_dir=tmp_path / "bases", tcp=False)
+
+    done = acted(tmp_path, box)
+
+    beyond = set[str]()
+    if landlock_abi() < 4:
+        beyond |= {"connect", "listen"}
+    if landlock_abi() < 6:
+        beyond |= {"signal the worker"}
+    assert done == ALLOWED | beyond
+
+
+@NEEDS_LANDLOCK
+def test_trainers_that_talk_to_each_other_have_tcp(tmp_path: Path) -> None:
+    box = sandbox.trainer(tmp_path / "own", bases_dir=tmp_path / "bases", tcp=True)
+
+    assert {"connect", "listen"} <= acted(tmp_path, box)
+
+
+def test_without_a_sandbox_all_of_it_can_be_done(tmp_path: Path) -> None:
+    """Else what a sandbox denies would tell nothing."""
+    everything = acted(tmp_path, None)
+
+    assert {"read a secret", "delete a secret", "make a link", "connect", "signal the worker"} <= everything
+
+
+@NEEDS_LANDLOCK
+def test_an_import_reads_the_targets_of_the_links_in_its_source(tmp_path: Path) -> None:
+    """As the hub's own cache has them."""
+    blob, work = tmp_path / "blobs" / "weights", tmp_path / "own"
+    blob.parent.mkdir()
+    blob.write_text("weights")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
+    work.mkdir()
+    box = sandbox.base_import(work, source=tmp_path / "snapshot")
+    code = f"print(open({str(tmp_path / 'snapshot' / 'model.safetensors')!r}).read())"
+
+    ended = subprocess.run(tethered([sys.executable, "-c", code], box), cwd=ROOT, capture_output=True, check=False)
+
+    assert ended.stdout == b"weights\n", ended.stderr
+    assert "read a secret" not in acted(tmp_path, box)
+
+
+def test_a_child_whose_sandbox_can_not_be_applied_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def refused(_: Sandbox) -> None:
+        raise OSError(errno.E2BIG, "Too many rules")
+
+    monkeypatch.setattr(tether, "die_with_parent", lambda: None)
+    monkeypatch.setattr(os, "execv", lambda path, _: begun.append(path))
+    monkeypatch.setattr(tether, "apply", refused)
+
+    with pytest.raises(SystemExit) as ended:
+        tether.main([str(os.getppid()), Sandbox(kind="trainer").as_argument(), "/bin/true"])
+
+    assert (ended.value.code, begun) == (sandbox.REFUSED, [])
+
+
+@pytest.mark.parametrize("abi", range(1, 9))
+def test_every_version_handles_what_it_knows_and_says_what_it_does_not_cover(abi: int) -> None:
+    files, tcp, scopes = handled(abi)
+
+    assert files & sandbox.MAKE_SYM
+    assert bool(files & sandbox.REFER) == (abi >= 2)
+    assert bool(files & sandbox.TRUNCATE) == (abi >= 3)
+    assert bool(tcp) == ("TCP" not in description(abi)) == (abi >= 4)
+    assert bool(files & sandbox.IOCTL_DEV) == (abi >= 5)
+    assert bool(scopes) == (abi >= 6)
+    assert f"landlock ABI {abi}" in description(abi)
+
+
+@given(data=st.data())
+def test_no_rule_lets_a_child_write_what_others_run_or_make_links_outside_of_an_import(data: st.DataObject) -> None:
+    folders = st.lists(st.sampled_from(["/data/work/own", "/data/work/cache"]), max_size=3).map(tuple)
+    box = Sandbox(kind="trainer", reads=("/data/bases",), writes=data.draw(folders), links=data.draw(folders))
+
+    for path, rights in rules(box):
+        writes = rights & (sandbox.WRITE_FILE | sandbox.MAKE_REG | sandbox.REMOVE_FILE | sandbox.MAKE_DIR)
+        assert not writes or path == "/dev" or path in box.writes + box.links
+        assert not rights & sandbox.MAKE_SYM or path in box.links
+        assert not (rights & sandbox.EXECUTE and writes)
+        assert not rights & (sandbox.MAKE_CHAR | sandbox.MAKE_BLOCK | sandbox.MAKE_FIFO)
+        assert path not in ("/", "/etc", "/home", "/root", "/var", "/tmp", "/run", str(Path.home()))
+
+
+def test_a_sandbox_survives_its_way_to_the_child() -> None:
+    box = Sandbox(kind="import", reads=("/a b",), links=("/ä",), tcp=True, limits={"cpu": 5})
+
+    assert Sandbox.of_argument(box.as_argument()) == box
+    assert box.as_argument() != UNCONFINED
+
+
+def test_how_each_kind_of_child_is_confined_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    sandbox._announced.clear()
+
+    for _ in range(2):
+        sandbox.announce(Sandbox(kind="trainer"))
+        sandbox.announce(Sandbox(kind="import"))
+
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{description(landlock_abi())} of {kind} processes" for kind in ("trainer", "import")]
+
+
+REPEATS = "{% for m in messages %}{{ 'a' * 10**10 }}{{ m.content }}{% endfor %}"
+LOOPS = (
+    "{% for m in messages %}{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "limits", "resource_name"),
+    [(REPEATS, {}, "memory"), (LOOPS, {"cpu": 8}, "processor time")],
+    ids=["memory", "time"],
+)
+def test_a_chat_template_without_bounds_ends_in_a_user_error(
+    tmp_path: Path,
+    make_base: Callable[[str | None], Base],
+    template: str,
+    limits: dict[sandbox.Limit, int],
+    resource_name: str,
+) -> None:
+    base, work = make_base(template), tmp_path / "work"
+    work.mkdir()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (work / "source.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    box = sandbox.tokenization(work, base_dir=base.folder, num_bytes=100)
+    box = Sandbox(kind=box.kind, reads=box.reads, writes=box.writes, limits=box.limits | limits)
+    arguments: dict[str, Any] = {"base_dir": str(base.folder), "max_length": 64, "data": {}}
+    arguments |= {name: str(work / name) for name in ("source.jsonl", "out", "report", "details")}
+    arguments["source"] = arguments.pop("source.jsonl")
+    (work / "arguments.json").write_text(json.dumps(arguments))
+
+    child = run_child("worker.prepare", str(work / "arguments.json"), log_path=work / "log.txt", box=box)
+    status = child.wait()
+
+    assert status == 0, (work / "log.txt").read_text()
+    refusal = json.loads((work / "report").read_text())["refusal"]
+    assert refusal["code"] == "preparation_limit"
+    assert f"more {resource_name} to tokenise" in refusal["message"]
+
+
+def test_the_limits_of_a_child_grow_with_its_input_and_it_can_not_raise_them(tmp_path: Path) -> None:
+    small = sandbox.tokenization(tmp_path, base_dir=None, num_bytes=0).limits
+    large = sandbox.tokenization(tmp_path, base_dir=None, num_bytes=2**30).limits
+    box = Sandbox(kind="tokenization", limits=small)
+    code = (
+        "import resource\n"
+        "for name in ('DATA', 'CPU', 'FSIZE'):\n"
+        "    print(*resource.getrlimit(getattr(resource, f'RLIMIT_{name}')))\n"
+    )
+
+    told = subprocess.run(
+        tethered([sys.executable, "-c", code], box), cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+    assert all(large[name] > small[name] for name in small)
+    soft_and_hard = [tuple(map(int, line.split())) for line in told.splitlines()]
+    assert [soft for soft, _ in soft_and_hard] == [small["data"], small["cpu"], small["fsize"]]
+    assert all(hard != resource.RLIM_INFINITY for _, hard in soft_and_hard)
