@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from api import copies
-from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token
+from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, warn_if_readable
 from api.service_identity import secret_of
-from catalog import keys, logs, projects
+from catalog import keys, logs, pepper, projects
 from catalog.errors import LorryError
-from catalog.keys import load_pepper
 from catalog.settings import Settings
 
 LINK_SECONDS = 900
@@ -23,6 +23,7 @@ DEFAULT_PORT = 8000
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    os.umask(0o077)  # database, pepper, store and backups are for this user alone
     logs.configure(arguments.log_level)
     settings = Settings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
     try:
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     from api.server import serve  # late: the other commands need no web server
 
+    warn_if_readable(settings.data_dir)
     open_existing(settings).close()
     return serve(settings, host=arguments.host, port=arguments.port, listen_fd=arguments.listen_fd)
 
@@ -42,7 +44,7 @@ def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
 def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
     done = bootstrap(settings)
     if arguments.json:
-        secret = {"identity_secret": secret_of(load_pepper(settings))} if arguments.identity_secret else {}
+        secret = {"identity_secret": secret_of(done.pepper.current)} if arguments.identity_secret else {}
         _print({"created": done.created, "api_key": done.api_key, **secret})
     else:
         _print_for_people(done)
@@ -51,7 +53,7 @@ def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
     db = open_existing(settings)
-    token = sign_in_token(db, pepper=load_pepper(settings), seconds=LINK_SECONDS)
+    token = sign_in_token(settings, db, seconds=LINK_SECONDS)
     url = f"{(arguments.url or _known_address(settings)).rstrip('/')}/sign-in?token={token}"
     if arguments.json:
         _print({"url": url, "expires_at": int(time.time()) + LINK_SECONDS})
@@ -64,8 +66,8 @@ def _new_key(arguments: argparse.Namespace, settings: Settings) -> int:
     """For who lost the first one: whoever can read the pepper may make another."""
     db = open_existing(settings)
     project = projects.ensure(db, arguments.project) if arguments.project else projects.first(db)
-    pepper = load_pepper(settings)
-    _, secret = keys.create(db, project_id=project.id, name=arguments.name, pepper=pepper, is_operator=True)
+    loaded = pepper.load(settings, db)
+    _, secret = keys.create(db, project_id=project.id, name=arguments.name, pepper=loaded, is_operator=True)
     db.close()
     _print({"api_key": secret} if arguments.json else f"A new operator's API key, shown this once:\n{secret}")
     return 0

@@ -49,10 +49,10 @@ from api.telemetry import Telemetry
 from api.threads import KeyChecks, SlowWork, limit_route_threads
 from api.webhook_deliverer import WebhookDeliverer
 from api.webhook_sender import WebhookSender
-from catalog import keys
 from catalog.artifacts.store import open_store
 from catalog.db import Database
 from catalog.doorbell import open_doorbell
+from catalog.pepper import load as load_pepper
 from catalog.read_audit import ReadAudit
 from catalog.scheduling.picture import Policy
 from catalog.settings import Settings
@@ -145,7 +145,8 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     feed = Feed(look_seconds=api_settings.look_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds)
     telemetry = Telemetry(DUTIES, TASKS)
     telemetry.count_streams(feed.num_listeners)
-    db, pepper = Database(settings.resolved_database_url()), keys.load_pepper(settings)
+    db = Database(settings.resolved_database_url())
+    pepper = load_pepper(settings, db)
     telemetry.count_long_writes(lambda: db.num_long_writes)
     sender = WebhookSender(api_settings.webhook_rules())
     return Services(

@@ -103,7 +103,7 @@ def _ring(services: Services) -> None:
 def clean_once(services: Services) -> None:
     is_done = False
     try:
-        sealed_urls.seal_all(services.db, peppers=[services.pepper])
+        sealed_urls.seal_all(services.db, peppers=services.pepper.all())
         num_deleted = clean(services.db, services.store)
         deliveries.forget(services.db)
         log.info("cleaned objects=%d", num_deleted)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import URL, inspect, make_url
 from sqlalchemy.exc import DatabaseError
 
-from catalog import fitness, keys, needs, projects
+from catalog import durable, fitness, keys, needs, pepper, projects
 from catalog.backup import integrity
 from catalog.db import Database
+from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest
+from catalog.pepper import Pepper
 from catalog.settings import Settings
 from catalog.tables import ApiKey
 
+log = logging.getLogger(__name__)
 COMMAND = "python -m api bootstrap"
 FIRST_KEY_NAME = "first operator key"
 
@@ -24,20 +29,37 @@ class Bootstrapped:
     created: bool
     """The key was made now."""
     api_key: str | None
+    pepper: Pepper
 
 
 def bootstrap(settings: Settings) -> Bootstrapped:
     """Safe to call again, and from several processes at once: one of them gets the key."""
+    with full_disk_named():
+        durable.make_folder(settings.data_dir, mode=0o700)
+    warn_if_readable(settings.data_dir)
     db = Database(settings.resolved_database_url())
     try:
         db.migrate()
         fitness.announce(db)
         needs.note_all(db)
         project = projects.first(db)
-        made = keys.create_first(db, project_id=project.id, name=FIRST_KEY_NAME, pepper=keys.load_pepper(settings))
+        loaded = pepper.load(settings, db)
+        made = keys.create_first(db, project_id=project.id, name=FIRST_KEY_NAME, pepper=loaded)
     finally:
         db.close()
-    return Bootstrapped(created=made is not None, api_key=made)
+    return Bootstrapped(created=made is not None, api_key=made, pepper=loaded)
+
+
+def warn_if_readable(folder: Path) -> None:
+    """Log a warning where users other than the owner and its group can read the data folder."""
+    if folder.is_dir() and (mode := stat.S_IMODE(folder.stat().st_mode)) & 0o007:
+        log.warning(
+            "Other users of this machine can read the data folder %s (mode %o). If they must not, run: "
+            "chmod -R go-rwx %s",
+            folder,
+            mode,
+            folder,
+        )
 
 
 def open_existing(settings: Settings, *, if_older: str = fitness.MIGRATE) -> Database:
@@ -67,6 +89,7 @@ def _nothing_there(url: URL) -> InvalidRequest:
     )
 
 
-def sign_in_token(db: Database, *, pepper: bytes, seconds: float) -> str:
-    """A one-time token with the rights of the oldest operator's key that is still good."""
-    return keys.create_sign_in_link(db, api_key_id=keys.an_operator(db), pepper=pepper, seconds=seconds)
+def sign_in_token(settings: Settings, db: Database, *, seconds: float) -> str:
+    """A one-time token with the rights of the oldest valid operator key."""
+    secret = pepper.load(settings, db)
+    return keys.create_sign_in_link(db, api_key_id=keys.an_operator(db), pepper=secret, seconds=seconds)

@@ -14,6 +14,7 @@ from api.threads import KeyChecks, SlowWork
 from catalog.artifacts.store import ArtifactStore
 from catalog.db import Database
 from catalog.doorbell import Doorbell
+from catalog.pepper import Pepper
 from catalog.read_audit import ReadAudit
 from catalog.settings import Settings
 
@@ -39,7 +40,7 @@ class Services:
     doorbell: Doorbell
     key_checks: KeyChecks
     slow_work: SlowWork
-    pepper: bytes
+    pepper: Pepper
     feed: Feed
     job_source: JobSource
     queue_source: QueueSource

@@ -17,6 +17,7 @@ from api.telemetry import Telemetry
 from api.webhook_sender import WebhookSender
 from catalog.db import Database
 from catalog.errors import LorryError
+from catalog.pepper import Pepper
 from catalog.webhooks import sealed_urls, sending, signing
 from catalog.webhooks.sending import Outcome, Outgoing
 
@@ -27,7 +28,7 @@ log = logging.getLogger("lorry.api")
 
 
 class WebhookDeliverer:
-    def __init__(self, db: Database, sender: WebhookSender, *, pepper: bytes, telemetry: Telemetry) -> None:
+    def __init__(self, db: Database, sender: WebhookSender, *, pepper: Pepper, telemetry: Telemetry) -> None:
         self._db, self._sender, self._pepper, self._telemetry = db, sender, pepper, telemetry
         self._in_flight: dict[str, Outgoing] = {}
         """By delivery."""

@@ -16,6 +16,7 @@ from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from catalog.keys import Caller, is_live, lasting_operators, new_key
 from catalog.pages import Page, paginate
+from catalog.pepper import Pepper
 from catalog.scopes import OPERATORS, held
 from catalog.tables import ApiKey
 
@@ -38,7 +39,7 @@ class KeyRequest:
 
 
 def create(
-    db: Database, *, caller: Caller, request: KeyRequest, pepper: bytes, idempotency_key: str | None = None
+    db: Database, *, caller: Caller, request: KeyRequest, pepper: Pepper, idempotency_key: str | None = None
 ) -> tuple[ApiKey, str]:
     """Create a key. Returns its row and its secret, which is not stored and can't be shown again.
 
@@ -96,7 +97,7 @@ def rotate(
     api_key_id: str,
     overlap_seconds: float,
     expires_at: float | None = None,
-    pepper: bytes,
+    pepper: Pepper,
 ) -> tuple[ApiKey, str]:
     """A key with the same name and rights, and its text; the old one is good for `overlap_seconds` more.
 

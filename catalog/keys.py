@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import Select, delete, select, update
@@ -22,8 +19,8 @@ from catalog.audit import Actor, AuditType
 from catalog.callers import Caller
 from catalog.db import Database, clock_of, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
+from catalog.pepper import Pepper
 from catalog.scopes import held
-from catalog.settings import Settings
 from catalog.tables import ApiKey, Json, Organization, Project, SignIn, new_id
 
 ENDING_CHARACTERS = 4
@@ -37,7 +34,7 @@ def create(
     *,
     project_id: str,
     name: str,
-    pepper: bytes,
+    pepper: Pepper,
     is_operator: bool = False,
     expires_at: float | None = None,
     scopes: Sequence[str] | None = None,
@@ -54,7 +51,7 @@ def create(
     return key, secret
 
 
-def create_first(db: Database, *, project_id: str, name: str, pepper: bytes) -> str | None:
+def create_first(db: Database, *, project_id: str, name: str, pepper: Pepper) -> str | None:
     """The text of an operator's key, where there is no key at all yet; of several who ask at once, one gets it."""
     key, secret = new_key(project_id, name, pepper)
     with db.write() as session:
@@ -108,23 +105,27 @@ def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
     return lasting or [key for key in keys if "keys:write" in held(key.scopes, is_operator=True)]
 
 
-def authenticate(db: Database, *, secret: str, pepper: bytes) -> Caller:
-    """Who holds this key. Raises Unauthorized for a wrong, expired or revoked one."""
-    given = _digest(secret, pepper)
+def authenticate(db: Database, *, secret: str, pepper: Pepper) -> Caller:
+    """The holder of this key. Raises Unauthorized for a wrong, expired or revoked one.
+
+    During a rotation of the pepper, a key that is known by the previous one is hashed again by the current one.
+    """
+    given = pepper.digests(secret)
     parts = secret.split("_", 2)
     key_id = parts[1] if len(parts) == 3 else ""
     with db.read() as session:
         named = _owned().add_columns(clock_of(session)).where(ApiKey.id == key_id)  # once a request
         found = session.execute(named).one_or_none()
         digest = found[0].digest if found else ""
-        if not hmac.compare_digest(digest, given) or found is None:
+        is_same = [hmac.compare_digest(digest, candidate) for candidate in given]
+        if not any(is_same) or found is None:
             raise _key_refused("unknown" if KEY_TEXT.fullmatch(secret) else "malformed")
         if not is_live(found[0], found[3]):
             raise _key_refused("expired" if found[0].revoked_at is None else "revoked", api_key_id=found[0].id)
         key, project, organization, now = found
         caller = _caller(key, project, organization)
-    if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS:
-        _note_use(db, key.id, now=now)
+    if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS or not is_same[0]:
+        _note_use(db, key, digest=given[0], now=now)
     return caller
 
 
@@ -138,11 +139,11 @@ def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
             note(session, "api_key.revoked", key, now=now)
 
 
-def new_key(project_id: str, name: str, pepper: bytes) -> tuple[ApiKey, str]:
+def new_key(project_id: str, name: str, pepper: Pepper) -> tuple[ApiKey, str]:
     """A row that is not stored yet, and the key's text."""
     key = ApiKey(id=new_id("key"), project_id=project_id, name=name)
     secret = f"lorry_{key.id}_{secrets.token_urlsafe(32)}"
-    key.digest, key.ending = _digest(secret, pepper), secret[-ENDING_CHARACTERS:]
+    key.digest, key.ending = pepper.digest(secret), secret[-ENDING_CHARACTERS:]
     return key, secret
 
 
@@ -161,7 +162,7 @@ def is_live(key: ApiKey, now: float) -> bool:
     return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
 
 
-def create_sign_in_link(db: Database, *, api_key_id: str, pepper: bytes, seconds: float = 900) -> str:
+def create_sign_in_link(db: Database, *, api_key_id: str, pepper: Pepper, seconds: float = 900) -> str:
     """A token that opens one browser session, once."""
     token = secrets.token_urlsafe(32)
     with db.write() as session:
@@ -171,7 +172,7 @@ def create_sign_in_link(db: Database, *, api_key_id: str, pepper: bytes, seconds
             SignIn(
                 id=new_id("signin"),
                 api_key_id=api_key_id,
-                link_digest=_digest(token, pepper),
+                link_digest=pepper.digest(token),
                 created_at=now,
                 expires_at=now + seconds,
             )
@@ -180,27 +181,27 @@ def create_sign_in_link(db: Database, *, api_key_id: str, pepper: bytes, seconds
     return token
 
 
-def exchange_sign_in(db: Database, *, token: str, pepper: bytes, seconds: float = 12 * 3600) -> str:
+def exchange_sign_in(db: Database, *, token: str, pepper: Pepper, seconds: float = 12 * 3600) -> str:
     """The browser's secret in return for a link's token. Raises Unauthorized when it was used or has expired."""
     browser = secrets.token_urlsafe(32)
     with db.write() as session:
         now = read_clock(session)
-        unused = (SignIn.link_digest == _digest(token, pepper), SignIn.expires_at > now)
+        unused = (SignIn.link_digest.in_(pepper.digests(token)), SignIn.expires_at > now)
         sign_in = session.scalar(select(SignIn).where(*unused).with_for_update())
         if sign_in is None:
             remedy = "Make a new one: python -m api sign-in-link, or POST /v1/sign_in_links with an API key."
             raise _refused("This sign-in link was used already or has expired.", remedy, reason="sign_in_link")
-        sign_in.link_digest, sign_in.browser_digest = None, _digest(browser, pepper)
+        sign_in.link_digest, sign_in.browser_digest = None, pepper.digest(browser)
         sign_in.expires_at = now + seconds
         _note_sign_in(session, "login.succeeded", sign_in, now=now)
     return browser
 
 
-def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
+def authenticate_browser(db: Database, *, secret: str, pepper: Pepper) -> Caller:
     """Whose browser session this is. Raises Unauthorized when it has ended."""
     with db.read() as session:
         now = read_clock(session)
-        live = (SignIn.browser_digest == _digest(secret, pepper), SignIn.expires_at > now)
+        live = (SignIn.browser_digest.in_(pepper.digests(secret)), SignIn.expires_at > now)
         signed_in = _owned().add_columns(SignIn.expires_at).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live)
         found = session.execute(signed_in).one_or_none()
         if found is None or not is_live(found[0], now):
@@ -210,44 +211,13 @@ def authenticate_browser(db: Database, *, secret: str, pepper: bytes) -> Caller:
         return replace(_caller(key, project, organization), is_browser=True, expires_at=min(end, key.expires_at or end))
 
 
-def end_browser(db: Database, *, secret: str, pepper: bytes) -> None:
+def end_browser(db: Database, *, secret: str, pepper: Pepper) -> None:
     """Sign out."""
     with db.write() as session:
-        sign_in = session.scalar(select(SignIn).where(SignIn.browser_digest == _digest(secret, pepper)))
+        sign_in = session.scalar(select(SignIn).where(SignIn.browser_digest.in_(pepper.digests(secret))))
         if sign_in is not None:
             _note_sign_in(session, "logout.succeeded", sign_in, now=read_clock(session))
             session.delete(sign_in)
-
-
-def load_pepper(settings: Settings) -> bytes:
-    """The HMAC's key: from the settings, or from a file in the data folder that is made on first use."""
-    if settings.pepper is not None:
-        return settings.pepper.get_secret_value().encode()
-    path = settings.data_dir / "pepper"
-    if not path.exists():
-        _create_once(path, secrets.token_bytes(32))
-    pepper = path.read_bytes()
-    if len(pepper) < 32:
-        raise ValueError(f"{path} is damaged: it must hold 32 bytes. Restore it, or every API key is lost.")
-    return pepper
-
-
-def _create_once(path: Path, content: bytes) -> None:
-    """Several processes may come here at once: the first one's file is everybody's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if not path.exists():
-            os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
 
 
 def _note_sign_in(
@@ -262,20 +232,17 @@ def _note_sign_in(
     note(session, type, key, now=now, by=Actor(type="browser", id=key.id, name=key.name))
 
 
-def _note_use(db: Database, key_id: str, *, now: float) -> None:
-    """Reading goes on while the database can't be written: then this use is not noted."""
+def _note_use(db: Database, key: ApiKey, *, digest: str, now: float) -> None:
+    """digest: by the current pepper. While the database can't be written, requests succeed and the use is not noted."""
     with suppress(OutOfSpace, Unavailable), db.write_briefly() as session:
-        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=now))
+        unchanged = (ApiKey.id == key.id, ApiKey.digest == key.digest)
+        session.execute(update(ApiKey).where(*unchanged).values(last_used_at=now, digest=digest))
 
 
 def _operators() -> Select[ApiKey]:
     """The oldest first, those of archived projects left out."""
     operators = select(ApiKey).join(Project).where(ApiKey.is_operator.is_(True), Project.archived_at.is_(None))
     return operators.order_by(ApiKey.created_at, ApiKey.id)
-
-
-def _digest(secret: str, pepper: bytes) -> str:
-    return hmac.new(pepper, secret.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 @cache

@@ -32,7 +32,10 @@ class Settings(BaseSettings):
     )
     store_url: str | None = Field(default=None, description="file:///…, s3://bucket/prefix …. Default: a local folder.")
     pepper: SecretStr | None = Field(
-        default=None, description="Key of the HMAC over API keys. Default: a file in data_dir."
+        default=None, description="Key of the HMAC over API keys, at least 32 bytes. Default: a file in data_dir."
+    )
+    previous_pepper: SecretStr | None = Field(
+        default=None, description="Replaced pepper, whose API keys and webhook secrets stay valid while this is set."
     )
 
     max_file_bytes: int = Field(default=512 * 2**20, description="Largest uploaded file.")

@@ -24,6 +24,7 @@ from catalog.artifacts.store import open_store
 from catalog.db import Database
 from catalog.errors import Unavailable
 from catalog.keys import Caller
+from catalog.pepper import Pepper
 from catalog.settings import Settings
 from catalog.spec import JobRequest
 from catalog.states import FINAL_STATES
@@ -36,7 +37,7 @@ BASE = "tiny"
 WAIT_SECONDS = 120.0
 GONE_SECONDS = 1.0
 """A promise: how long a trainer outlives its worker at most."""
-PEPPER = "pepper"
+PEPPER = "pepper of a test site, long enough"
 """What an api over a site must be told for the site's key to open it."""
 
 
@@ -63,7 +64,7 @@ class WorkerSite:
         self.db.migrate()
         self.store = open_store(self.settings)
         project = projects.ensure(self.db)
-        pepper = PEPPER.encode()
+        pepper = Pepper(current=PEPPER.encode())
         key, self.key = keys.create(self.db, project_id=project.id, name="test", pepper=pepper, is_operator=True)
         self.caller = Caller(
             api_key_id=key.id,

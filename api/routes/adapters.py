@@ -164,7 +164,7 @@ def _lineage(view: AdapterView, use: Services) -> LineageObject:
     signature = None
     if manifest.digest == row.artifact and not lineage.verify(row.lineage, row.lineage_id, manifest):
         signature = DsseEnvelope.model_validate(
-            lineage_signatures.sign_lineage(lineage_id=row.lineage_id, artifact=row.artifact, pepper=use.pepper)
+            lineage_signatures.sign_lineage(lineage_id=row.lineage_id, artifact=row.artifact, pepper=use.pepper.current)
         )
     return LineageObject(adapter_id=row.id, lineage_id=row.lineage_id, lineage=row.lineage, signature=signature)
 

@@ -69,7 +69,7 @@ async def get_service_identity(
     """
     server: tuple[str, int | None] | None = request.scope.get("server")
     host, port = server or ("", None)
-    return ServiceIdentity(proof=proof(use.pepper, nonce=nonce, host=host, port=port or 0))
+    return ServiceIdentity(proof=proof(use.pepper.current, nonce=nonce, host=host, port=port or 0))
 
 
 @router.get(

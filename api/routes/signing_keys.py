@@ -13,4 +13,4 @@ router = Router(tags=["adapters"])
 @router.get("/v1/keys.json", operation_id="get_signing_keys")
 def get_signing_keys(use: Use) -> PublicKeySet:
     """Public keys as a JSON Web Key Set. Needs no API key: every receiver of an adapter can check its signature."""
-    return PublicKeySet.model_validate(lineage_signatures.key_set([use.pepper]))
+    return PublicKeySet.model_validate(lineage_signatures.key_set(use.pepper.all()))

@@ -135,7 +135,7 @@ async def test_webhook_endpoint(
     now = await run_in_threadpool(_now, use)
     delivery = sending.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
     secrets = signing.good(endpoint, use.pepper, now=now)
-    url = sealed_urls.get(endpoint, peppers=[use.pepper])
+    url = sealed_urls.get(endpoint, peppers=use.pepper.all())
     outcome = await _sent(use, caller.project_id, url, delivery, secrets)
     await run_in_threadpool(sending.record_test, use.db, endpoint, delivery, outcome)
     if outcome.status_code is None:

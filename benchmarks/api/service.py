@@ -83,7 +83,7 @@ def api(place: Place, world: World, *, core: int | None = None) -> Generator[Ser
         **os.environ,
         "LORRY_DATABASE_URL": place.url,
         "LORRY_DATA_DIR": str(place.folder),
-        "LORRY_PEPPER": PEPPER.decode(),
+        "LORRY_PEPPER": PEPPER.current.decode(),
         "LORRY_REQUESTS_PER_MINUTE": "0",
     }
     argv = ["-m", "api", "--log-level", "warning", "serve", "--port", "0"]

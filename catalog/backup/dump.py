@@ -179,7 +179,7 @@ def program(name: str) -> Path | None:
 
 
 def _run(name: str, url: URL, options: Sequence[str]) -> None:
-    """With the password in the environment: a command line can be read by everybody on the machine."""
+    """Secrets of the URL go into the environment: every user of the machine can read a command line."""
     found = program(name)
     if found is None:
         raise InvalidRequest(
@@ -188,17 +188,21 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
             remedy="Install PostgreSQL's client programs, of the server's version or later (Debian: "
             "postgresql-client), or copy by hand as docs/OPERATIONS.md says.",
         )
+    query = dict(url.query)
+    password = query.pop("password", url.password)
+    if "sslpassword" in query:
+        raise InvalidRequest(
+            f"{name} would show the database URL's sslpassword to every user of this machine, on its command line.",
+            code="secret_on_command_line",
+            remedy="Use a client key without a password, in a file that only this user can read, and take sslpassword "
+            "out of LORRY_DATABASE_URL.",
+        )
     address = URL.create(
-        "postgresql",
-        username=url.username,
-        host=url.host,
-        port=url.port,
-        database=url.database,
-        query=url.query,
-    ).render_as_string(hide_password=False)
+        "postgresql", username=url.username, host=url.host, port=url.port, database=url.database, query=query
+    ).render_as_string()
     passed = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("PG")}
-    if url.password:
-        passed["PGPASSWORD"] = str(url.password)
+    if password:
+        passed["PGPASSWORD"] = str(password)
     argv = [str(found), f"--dbname={address}", "--no-owner", "--no-privileges", "--no-password", *options]
     done = subprocess.run(argv, env=passed, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -15,6 +15,7 @@ from catalog.audit import AuditType
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, NotFound
 from catalog.pages import Page, paginate
+from catalog.pepper import Pepper
 from catalog.tables import WebhookDelivery, WebhookEndpoint, new_id
 from catalog.webhooks import sealed_urls, signing
 from catalog.webhooks.event_types import EventType
@@ -43,7 +44,7 @@ def create(
     name: str,
     url: str,
     event_types: Sequence[EventType],
-    pepper: bytes,
+    pepper: Pepper,
     is_client_retry: bool = False,
 ) -> tuple[WebhookEndpoint, str]:
     """The endpoint, and its secret, which is not shown again. Raises Conflict where the project has too many."""
@@ -71,7 +72,7 @@ def create(
             created_at=now,
             updated_at=now,
         )
-        sealed_urls.put(row, url, peppers=[pepper])
+        sealed_urls.put(row, url, peppers=pepper.all())
         session.add(row)
         note(session, row, "webhook_endpoint.created", now=now)
     return row, secret.text
@@ -98,7 +99,7 @@ def get(db: Database, *, project_id: str, endpoint_id: str) -> WebhookEndpoint:
 
 
 def change(
-    db: Database, *, project_id: str, endpoint_id: str, changes: EndpointChange, pepper: bytes
+    db: Database, *, project_id: str, endpoint_id: str, changes: EndpointChange, pepper: Pepper
 ) -> WebhookEndpoint:
     """What waits to be sent goes to the new address. Raises NotFound."""
     with db.write() as session:
@@ -106,7 +107,7 @@ def change(
         before = (row.name, row.sealed_url, row.event_types, row.disabled_at)
         row.name = row.name if changes.name is None else changes.name
         if changes.url is not None and not _has_url(row, changes.url, pepper):
-            sealed_urls.put(row, changes.url, peppers=[pepper])
+            sealed_urls.put(row, changes.url, peppers=pepper.all())
         row.event_types = row.event_types if changes.event_types is None else _distinct(changes.event_types)
         if changes.enabled is True:
             row.disabled_at = row.disabled_reason = row.failing_since = None
@@ -124,7 +125,7 @@ def rotate(
     project_id: str,
     endpoint_id: str,
     overlap_seconds: float,
-    pepper: bytes,
+    pepper: Pepper,
     is_client_retry: bool = False,
 ) -> tuple[WebhookEndpoint, str]:
     """A new secret. For `overlap_seconds` messages are signed with the old one too. Raises NotFound."""
@@ -182,9 +183,9 @@ def find(
     return row
 
 
-def _has_url(row: WebhookEndpoint, url: str, pepper: bytes) -> bool:
+def _has_url(row: WebhookEndpoint, url: str, pepper: Pepper) -> bool:
     try:
-        return sealed_urls.get(row, peppers=[pepper]) == url
+        return sealed_urls.get(row, peppers=pepper.all()) == url
     except sealed_urls.UrlLost:
         return False
 

@@ -13,6 +13,7 @@ from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import Database, read_clock, skip_locked
+from catalog.pepper import Pepper
 from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry, new_id
 from catalog.webhooks import endpoints, outbox, sealed_urls, signing
 from catalog.webhooks.event_types import EventType
@@ -66,7 +67,7 @@ class Outcome:
         return self.status_code is not None and 200 <= self.status_code < 300
 
 
-def claim(db: Database, *, pepper: bytes, room: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
+def claim(db: Database, *, pepper: Pepper, room: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
     """Up to `room` deliveries that are due, a few of each endpoint. `in_flight`: those that this process sends now: a
     slow endpoint holds up only itself, and a project has at most OF_PROJECT.
 
@@ -182,7 +183,7 @@ def _turns(now: float, full: list[str], full_projects: list[str], *, busy: list[
     return turns.where(*is_open).order_by(first)
 
 
-def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: bytes) -> list[Outgoing]:
+def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) -> list[Outgoing]:
     with db.write() as session:
         now = read_clock(session)
         endpoint = session.get_one(WebhookEndpoint, endpoint_id)
@@ -216,14 +217,14 @@ def _outgoing(row: WebhookDelivery, endpoint: WebhookEndpoint, url: str | None, 
     )
 
 
-def _url(endpoint: WebhookEndpoint, pepper: bytes) -> str | None:
+def _url(endpoint: WebhookEndpoint, pepper: Pepper) -> str | None:
     try:
-        return sealed_urls.get(endpoint, peppers=[pepper])
+        return sealed_urls.get(endpoint, peppers=pepper.all())
     except sealed_urls.UrlLost:
         return None
 
 
-def _secrets(endpoint: WebhookEndpoint, pepper: bytes, *, now: float) -> list[str]:
+def _secrets(endpoint: WebhookEndpoint, pepper: Pepper, *, now: float) -> list[str]:
     try:
         return signing.good(endpoint, pepper, now=now)
     except signing.SecretLost:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from standardwebhooks import Webhook
 
 from catalog.errors import Conflict
+from catalog.pepper import Pepper
 from catalog.tables import WebhookDelivery, WebhookEndpoint
 
 PURPOSE = b"lorry: secrets of webhooks"
@@ -45,22 +46,22 @@ class Secret:
     text: str
 
 
-def new(pepper: bytes) -> Secret:
+def new(pepper: Pepper) -> Secret:
     salt = secrets.token_hex(24)
-    text = _text(pepper, salt)
+    text = _text(pepper.current, salt)
     return Secret(salt=salt, ending=text[-ENDING_CHARACTERS:], text=text)
 
 
-def current(endpoint: WebhookEndpoint, pepper: bytes) -> str:
+def current(endpoint: WebhookEndpoint, pepper: Pepper) -> str:
     """Raises SecretLost."""
-    return _checked(_text(pepper, endpoint.salt), endpoint.ending)
+    return _recreated(pepper, endpoint.salt, endpoint.ending)
 
 
-def good(endpoint: WebhookEndpoint, pepper: bytes, *, now: float) -> list[str]:
+def good(endpoint: WebhookEndpoint, pepper: Pepper, *, now: float) -> list[str]:
     """The secrets that messages are signed with now: the new one first. Raises SecretLost."""
     found = [current(endpoint, pepper)]
     if endpoint.previous_salt and endpoint.previous_until is not None and endpoint.previous_until > now:
-        found.append(_checked(_text(pepper, endpoint.previous_salt), endpoint.previous_ending or ""))
+        found.append(_recreated(pepper, endpoint.previous_salt, endpoint.previous_ending or ""))
     return found
 
 
@@ -93,7 +94,10 @@ def _text(pepper: bytes, salt: str) -> str:
     return f"whsec_{base64.b64encode(hmac.digest(key, salt.encode(), hashlib.sha256)[:SECRET_BYTES]).decode()}"
 
 
-def _checked(text: str, ending: str) -> str:
-    if text[-ENDING_CHARACTERS:] != ending:
-        raise SecretLost
-    return text
+def _recreated(pepper: Pepper, salt: str, ending: str) -> str:
+    """By the pepper that gives the ending: in a rotation, the previous one for secrets that were made before it."""
+    for key in pepper.all():
+        text = _text(key, salt)
+        if text[-ENDING_CHARACTERS:] == ending:
+            return text
+    raise SecretLost

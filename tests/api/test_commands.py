@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Generator
@@ -25,15 +26,18 @@ ROOT = Path(__file__).parents[2]
 LATER = "of a later version"
 
 
-def run(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    data_dir: Path, *arguments: str, check: bool = True, umask: int = -1, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "api", *arguments],
-        env={**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
-        check=True,
+        check=check,
+        umask=umask,
     )
 
 
@@ -166,3 +170,62 @@ def test_it_tells_its_address_when_ready_and_ends_well_with_a_stream_open(tmp_pa
     assert key not in log
     assert "path=/v1/queue/stream status=200" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("pepper", "problem"),
+    [("", "0 bytes long"), ("x" * 31, "31 bytes long"), (f"{'x' * 40}\n", "white space")],
+    ids=["empty", "short", "with a newline"],
+)
+def test_a_weak_pepper_is_refused(tmp_path: Path, pepper: str, problem: str) -> None:
+    done = run(tmp_path, "bootstrap", check=False, LORRY_PEPPER=pepper)
+
+    assert done.returncode == 1
+    assert f"LORRY_PEPPER {'is ' if 'long' in problem else 'begins or ends with '}{problem}" in done.stderr
+    assert "openssl rand -hex 32" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "xxx" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["bootstrap"], ["serve", "--port", "0"], ["new-key"], ["sign-in-link"]])
+def test_a_lost_pepper_is_not_replaced_while_there_are_keys(tmp_path: Path, command: list[str]) -> None:
+    bootstrapped(tmp_path)
+    (tmp_path / "pepper").unlink()
+
+    done = run(tmp_path, *command, check=False)
+
+    assert done.returncode == 1
+    assert str(tmp_path / "pepper") in done.stderr
+    assert "LORRY_PEPPER" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "pepper").exists()
+
+
+def test_after_a_lost_pepper_a_new_one_and_a_new_key_open_the_service_again(tmp_path: Path) -> None:
+    bootstrapped(tmp_path)
+    (tmp_path / "pepper").unlink()
+
+    made = run(tmp_path, "new-key", "--json", LORRY_PEPPER="a new pepper of at least 32 bytes")
+
+    assert json.loads(made.stdout)["api_key"].startswith("lorry_key-")
+
+
+def test_no_other_user_can_read_what_a_first_start_creates(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+
+    run(data_dir, "bootstrap", umask=0o022)
+
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (data_dir, *data_dir.rglob("*"))}
+    assert {"data", "lorry.db", "pepper"} <= modes.keys()
+    assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077} == {}
+
+
+@pytest.mark.parametrize(("mode", "warns"), [(0o755, True), (0o700, False)])
+def test_a_data_folder_that_other_users_can_read_is_reported(tmp_path: Path, mode: int, *, warns: bool) -> None:
+    tmp_path.chmod(mode)
+
+    done = run(tmp_path, "bootstrap", "--json")
+
+    assert ("Other users of this machine can read" in done.stderr) is warns
+    assert (f"chmod -R go-rwx {tmp_path}" in done.stderr) is warns
+    assert json.loads(done.stdout)["created"] is True

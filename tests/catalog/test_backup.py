@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import URL, event, func, select
 
 from catalog import adapters, audit_chain, claims, cleaning, recovery, workers
-from catalog.artifacts.objects import Objects
+from catalog.artifacts.objects import CHUNK_BYTES, Objects
 from catalog.artifacts.store import ArtifactStore, blob_key
 from catalog.backup import BackupPlace, check, dump, make, open_place, restore
 from catalog.backup.place import Record
@@ -34,11 +34,11 @@ class HookedObjects(Objects):
         super().__init__(objects.folder.as_uri())
         self._key, self._before = key, before
 
-    def read(self, key: str) -> Iterator[bytes]:
+    def read(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         if key == self._key:
             self._key = ""
             self._before()
-        return super().read(key)
+        return super().read(key, chunk_bytes=chunk_bytes)
 
 
 def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewhere: Settings) -> None:

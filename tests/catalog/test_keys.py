@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from sqlalchemy import inspect, select, update
@@ -16,7 +14,7 @@ from sqlalchemy.orm import Session
 from catalog import keys, projects
 from catalog.db import Database
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unauthorized, Unavailable
-from catalog.settings import Settings
+from catalog.pepper import Pepper
 from catalog.tables import ApiKey
 from tests.catalog.world import PEPPER, World
 
@@ -49,7 +47,7 @@ def test_a_wrong_key_is_refused(world: World, spoil: Callable[[str], str]) -> No
     with pytest.raises(Unauthorized):
         keys.authenticate(world.db, secret=spoil(secret), pepper=PEPPER)
     with pytest.raises(Unauthorized):
-        keys.authenticate(world.db, secret=secret, pepper=b"q" * 32)
+        keys.authenticate(world.db, secret=secret, pepper=Pepper(current=b"q" * 32))
 
 
 def test_a_key_is_compared_in_a_time_that_tells_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,26 +163,6 @@ def test_links_and_browser_sessions_expire(world: World) -> None:
     world.clock.turn(12 * 3600 + 1)
     with pytest.raises(Unauthorized):
         keys.authenticate_browser(world.db, secret=browser, pepper=PEPPER)
-
-
-def test_the_pepper_is_made_once_and_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    settings = Settings(data_dir=tmp_path / "data")
-
-    with ThreadPoolExecutor(4) as pool:
-        peppers = set(pool.map(lambda _: keys.load_pepper(settings), range(8)))
-
-    (pepper,) = peppers
-    assert len(pepper) == 32
-    assert stat.S_IMODE((tmp_path / "data" / "pepper").stat().st_mode) == 0o600
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["pepper"]
-
-
-def test_a_pepper_from_the_settings_wins_and_a_damaged_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pepper").write_bytes(b"short")
-
-    assert keys.load_pepper(Settings.model_validate({"data_dir": tmp_path, "pepper": "given"})) == b"given"
-    with pytest.raises(ValueError, match="damaged"):
-        keys.load_pepper(Settings(data_dir=tmp_path))
 
 
 def test_a_project_is_made_once_and_has_a_name_that_can_be_shown(world: World) -> None:

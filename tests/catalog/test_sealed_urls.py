@@ -19,11 +19,11 @@ def test_a_sealed_address_opens_in_its_own_row_alone(world: World) -> None:
     hooks = Hooks(world)
     first, _ = hooks.more(url=URL)
 
-    assert sealed_urls.get(first, peppers=[PEPPER]) == URL
+    assert sealed_urls.get(first, peppers=[PEPPER.current]) == URL
     assert (first.url, URL in str(first.sealed_url)) == ("https://hooks.example.com/…z9Xq", False)
     copied = WebhookEndpoint(id=hooks.row.id, sealed_url=first.sealed_url, url=first.url)
     with pytest.raises(UrlLost):
-        sealed_urls.get(copied, peppers=[PEPPER])
+        sealed_urls.get(copied, peppers=[PEPPER.current])
 
 
 def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_current_one(world: World) -> None:
@@ -34,7 +34,7 @@ def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_cu
         row.url, row.sealed_url = URL, None
         sealed_urls.put(session.get_one(WebhookEndpoint, lost.id), URL, peppers=[b"x" * 32])
 
-    num_sealed = [sealed_urls.seal_all(world.db, peppers=[NEW, PEPPER]) for _ in range(2)]
+    num_sealed = [sealed_urls.seal_all(world.db, peppers=[NEW, PEPPER.current]) for _ in range(2)]
 
     assert num_sealed == [3, 0], "the hooks' own, and two of these"
     with world.db.read() as session:
@@ -43,7 +43,7 @@ def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_cu
             assert sealed_urls.get(row, peppers=[NEW]) == URL
             assert row.url == "https://hooks.example.com/…z9Xq"
         with pytest.raises(UrlLost, match="another pepper"):
-            sealed_urls.get(session.get_one(WebhookEndpoint, lost.id), peppers=[NEW, PEPPER])
+            sealed_urls.get(session.get_one(WebhookEndpoint, lost.id), peppers=[NEW, PEPPER.current])
 
 
 def test_an_address_that_is_lost_is_told_and_can_be_given_again(world: World) -> None:
@@ -54,7 +54,7 @@ def test_an_address_that_is_lost_is_told_and_can_be_given_again(world: World) ->
 
     assert [claimed.url for claimed in hooks.claim()] == [None]
     row = endpoints.change(world.db, **hooks.ident, changes=EndpointChange(url=URL), pepper=PEPPER)
-    assert sealed_urls.get(row, peppers=[PEPPER]) == URL
+    assert sealed_urls.get(row, peppers=[PEPPER.current]) == URL
 
 
 @pytest.mark.parametrize(

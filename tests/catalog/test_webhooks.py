@@ -14,6 +14,7 @@ from standardwebhooks import Webhook
 
 from catalog import claims, events, jobs
 from catalog.errors import Conflict, NotFound
+from catalog.pepper import Pepper
 from catalog.states import EndReason
 from catalog.tables import AuditEvent, WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import deliveries, endpoints, retries, sending, signing
@@ -110,11 +111,11 @@ def test_no_secret_is_stored(hooks: Hooks, world: World) -> None:
 def test_with_another_pepper_nothing_is_signed_wrongly(hooks: Hooks, world: World) -> None:
     hooks.end_job()
 
-    (claimed,) = sending.claim(world.db, pepper=b"another" * 5, room=9, in_flight=[])
+    (claimed,) = sending.claim(world.db, pepper=Pepper(current=b"another" * 5), room=9, in_flight=[])
 
     assert claimed.signed_with == []
     with pytest.raises(Conflict, match="can't be made any more"):
-        signing.current(hooks.row, b"another" * 5)
+        signing.current(hooks.row, Pepper(current=b"another" * 5))
 
 
 def test_during_a_rotation_messages_are_signed_by_both_secrets_and_then_by_the_new_one(

@@ -15,11 +15,12 @@ from catalog.claims import Claim
 from catalog.db import Database, read_clock
 from catalog.errors import Unauthorized
 from catalog.keys import Caller
+from catalog.pepper import Pepper
 from catalog.scheduling.picture import Room
 from catalog.spec import JobRequest
 from catalog.tables import File, Job, Prepared, new_id
 
-PEPPER = b"p" * 32
+PEPPER = Pepper(current=b"p" * 32)
 LEASE = 60.0
 SHAPES = {"q_proj": [[64, 64], 2], "v_proj": [[16, 64], 2]}
 DESCRIPTION = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 100, "max_positions": 512}

@@ -17,6 +17,8 @@ from catalog.artifacts.store import ArtifactStore, Blob, open_store
 from catalog.db import Database
 from catalog.lineage import AttemptRecord, DataSource
 from catalog.packing import pack_key
+from catalog.pepper import Pepper
+from catalog.pepper import load as load_pepper
 from catalog.scheduling.picture import Room
 from catalog.settings import Settings
 from catalog.spec import JobRequest
@@ -49,7 +51,7 @@ class Seeded:
     db: Database
     store: ArtifactStore
     settings: Settings
-    pepper: bytes
+    pepper: Pepper
     caller: keys.Caller
     api_key: str
     training: File
@@ -62,7 +64,7 @@ def start(data_dir: Path) -> Seeded:
     db = Database(settings.resolved_database_url())
     db.migrate()
     store = open_store(settings)
-    pepper = keys.load_pepper(settings)
+    pepper = load_pepper(settings, db)
     project = projects.ensure(db)
     _, api_key = keys.create(db, project_id=project.id, name="first operator key", pepper=pepper, is_operator=True)
     _import_base(db)

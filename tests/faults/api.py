@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from api.settings import ApiSettings
+from catalog.pepper import Pepper
 from catalog.tables import Job, WebhookDelivery
 from catalog.webhooks import endpoints
 from tests.api.hook_receiver import Answer, Received, receiving
@@ -104,7 +105,7 @@ def job_ids(site: FaultSite) -> list[str]:
 
 def add_endpoint(site: FaultSite, url: str) -> None:
     wanted: Any = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
-    given = {"name": "ops", "url": url, "event_types": wanted, "pepper": PEPPER.encode()}
+    given = {"name": "ops", "url": url, "event_types": wanted, "pepper": Pepper(current=PEPPER.encode())}
     endpoints.create(site.db, project_id=site.caller.project_id, **given)
 
 

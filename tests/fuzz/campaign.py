@@ -128,7 +128,9 @@ def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) ->
     """Fill a database, serve it, and ask as each project, then as an operator of the first."""
     data_dir = folder / "data"
     data_dir.mkdir()
-    settings = Settings(data_dir=data_dir, database_url=SecretStr(database_url), pepper=SecretStr(PEPPER.decode()))
+    settings = Settings(
+        data_dir=data_dir, database_url=SecretStr(database_url), pepper=SecretStr(PEPPER.current.decode())
+    )
     services = open_services(settings, ApiSettings())
     services.db.migrate()
     outcome, log = Outcome(), folder / "service.log"

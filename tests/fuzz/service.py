@@ -26,7 +26,7 @@ def serving(settings: Settings, log: Path) -> Iterator[str]:
         **os.environ,
         "LORRY_DATA_DIR": str(settings.data_dir),
         "LORRY_DATABASE_URL": settings.resolved_database_url(),
-        "LORRY_PEPPER": PEPPER.decode(),
+        "LORRY_PEPPER": PEPPER.current.decode(),
         "LORRY_LOOK_SECONDS": "0.05",
         "LORRY_SHUTDOWN_SECONDS": "2",
         "LORRY_REQUESTS_PER_MINUTE": "0",  # the fuzzer sends as fast as it can, also without a key

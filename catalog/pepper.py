@@ -1,0 +1,132 @@
+"""The pepper: the secret key of the HMACs over API keys, and the source of webhook secrets. It is not in the database.
+
+During a rotation there are two. New digests and secrets are made with the current one; those of the previous one stay
+valid. A pepper is created only while there are no API keys: a new one would silently invalidate all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import select
+
+from catalog import durable
+from catalog.db import Database
+from catalog.disk import full_disk_named
+from catalog.errors import Conflict, InvalidRequest
+from catalog.settings import Settings
+from catalog.tables import ApiKey
+
+MIN_BYTES = 32
+FILE_NAME = "pepper"
+PREVIOUS_FILE_NAME = "pepper.previous"
+NEW = "LORRY_PEPPER=$(openssl rand -hex 32)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pepper:
+    """`previous` is None except during a rotation. Neither is in the repr."""
+
+    current: bytes = field(repr=False)
+    previous: bytes | None = field(default=None, repr=False)
+
+    def digest(self, secret: str) -> str:
+        """HMAC-SHA256 by the current pepper, in hex: what a row keeps of a secret."""
+        return self.digests(secret)[0]
+
+    def digests(self, secret: str) -> list[str]:
+        """The digests by which a secret may be known, that of the current pepper first."""
+        content = secret.encode("utf-8", "surrogatepass")
+        return [hmac.new(pepper, content, hashlib.sha256).hexdigest() for pepper in self.all()]
+
+    def all(self) -> list[bytes]:
+        """The current pepper, then the previous one."""
+        return [self.current] if self.previous is None else [self.current, self.previous]
+
+
+def load(settings: Settings, db: Database) -> Pepper:
+    """From the settings, or from files in the data folder. The current one is created where there are no API keys yet.
+
+    Raises InvalidRequest for a pepper that is too weak, Conflict where it is missing and there are keys, OutOfSpace,
+    and Unavailable.
+    """
+    previous = _previous(settings)
+    if settings.pepper is not None:
+        return Pepper(current=_checked(settings.pepper.get_secret_value()), previous=previous)
+    path = settings.data_dir / FILE_NAME
+    if not path.exists():
+        if previous is None:
+            _check_no_keys(db, path)
+        with full_disk_named():
+            _create_once(path, secrets.token_bytes(MIN_BYTES))
+    return Pepper(current=_read(path), previous=previous)
+
+
+def _previous(settings: Settings) -> bytes | None:
+    """Exactly as it was: older versions accepted peppers that are too short now, and keys must move away from them."""
+    if settings.previous_pepper is not None and (named := settings.previous_pepper.get_secret_value()):
+        return named.encode()
+    path = settings.data_dir / PREVIOUS_FILE_NAME
+    return _read(path) if path.exists() else None
+
+
+def _checked(text: str) -> bytes:
+    remedy = f"Set a random one: {NEW}. API keys and webhook secrets that were made with the old one stay valid if "
+    remedy += "LORRY_PREVIOUS_PEPPER is set to exactly the old value."
+    if text != text.strip():
+        raise InvalidRequest("LORRY_PEPPER begins or ends with white space.", code="weak_pepper", remedy=remedy)
+    if (num_bytes := len(text.encode())) < MIN_BYTES:
+        raise InvalidRequest(
+            f"LORRY_PEPPER is {num_bytes} bytes long. It must have at least {MIN_BYTES}.",
+            code="weak_pepper",
+            remedy=remedy,
+        )
+    return text.encode()
+
+
+def _read(path: Path) -> bytes:
+    pepper = path.read_bytes()
+    if len(pepper) < MIN_BYTES:
+        raise InvalidRequest(
+            f"The pepper in {path} is damaged: it has {len(pepper)} bytes, and must have at least {MIN_BYTES}.",
+            code="pepper_damaged",
+            remedy="Restore the file from your copy of it. Without it, no API key is valid.",
+        )
+    return pepper
+
+
+def _check_no_keys(db: Database, path: Path) -> None:
+    with db.read() as session:
+        has_keys = session.scalar(select(ApiKey.id).limit(1)) is not None
+    if has_keys and not path.exists():  # another process may have made both since: the pepper first, then the key
+        raise Conflict(
+            f"There are API keys, and the pepper that they were made with is missing: there is no {path}, and "
+            "LORRY_PEPPER is not set.",
+            code="pepper_missing",
+            remedy="Restore the file, or set LORRY_PEPPER to the old value. If it is lost, set a new one "
+            f"({NEW}): then every API key and webhook secret is invalid, and `python -m api new-key` makes the first "
+            "new key.",
+        )
+
+
+def _create_once(path: Path, content: bytes) -> None:
+    """Of several processes that create it at the same time, all use the file of the first."""
+    durable.make_folder(path.parent)
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink()
+    durable.sync(path.parent)  # before a key is made with it
