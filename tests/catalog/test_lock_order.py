@@ -89,7 +89,14 @@ def test_a_sound_cache_that_was_put_meanwhile_is_not_forgotten(world: World, mon
     def put_sound() -> None:
         world.put_tokens("key", file_digest=sha("file"), artifact=sound, report={})
 
-    monkeypatch.setattr(artifact_rows, "lock", after_the_first_call(artifact_rows.lock, put_sound))
+    meanwhile, serialise = iter([put_sound]), prepared.serialise
+
+    def serialise_after_a_put(session: Session, name: str) -> None:
+        for act in meanwhile:
+            act()
+        serialise(session, name)
+
+    monkeypatch.setattr(prepared, "serialise", serialise_after_a_put)
     prepared.forget(world.db, "key")
 
     found = prepared.get(world.db, "key")
