@@ -34,6 +34,12 @@ def pass_by(name: str) -> None:
             _fail(name, action)
 
 
+def folders() -> list[str]:
+    """Of the files that failpoints of the environment delete (kill-if): a sandbox must let its process reach them."""
+    actions = [entry.partition(":")[2].partition("=") for entry in os.environ.get(VARIABLE, "").split(",")]
+    return [str(Path(path).absolute().parent) for verb, _, path in actions if verb == "kill-if"]
+
+
 def _fail(name: str, action: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -22,6 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from catalog import failpoints
+
 log = logging.getLogger(__name__)
 Kind = Literal["trainer", "tokenization", "import"]
 Limit = Literal["data", "cpu", "fsize"]
@@ -107,9 +109,8 @@ def trainer(folder: Path, *, bases_dir: Path, tcp: bool) -> Sandbox:
     """
     mps = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # noqa: S108  (the driver's default)
     caches = (environment()[name] for name in KERNEL_CACHES)
-    return Sandbox(
-        kind="trainer", reads=(str(bases_dir.absolute()),), writes=(str(folder), SHARED_MEMORY, mps, *caches), tcp=tcp
-    )
+    writes = (str(folder.absolute()), SHARED_MEMORY, mps, *caches, *failpoints.folders())
+    return Sandbox(kind="trainer", reads=(str(bases_dir.absolute()),), writes=writes, tcp=tcp)
 
 
 def tokenization(folder: Path, *, base_dir: Path | None, num_bytes: int) -> Sandbox:

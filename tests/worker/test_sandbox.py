@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from catalog import failpoints
 from tests.worker.chat_bases import Base
 from worker import sandbox, tether
 from worker.launch import run_child
@@ -125,6 +127,25 @@ def test_an_import_reads_the_targets_of_the_links_in_its_source(tmp_path: Path) 
 
     assert ended.stdout == b"weights\n", ended.stderr
     assert "read a secret" not in acted(tmp_path, box)
+
+
+@NEEDS_LANDLOCK
+def test_a_failpoint_of_a_test_that_kills_once_works_in_a_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gates" / "here"
+    gate.parent.mkdir()
+    gate.touch()
+    monkeypatch.setenv(failpoints.VARIABLE, f"here:kill-if={gate}")
+    (tmp_path / "own").mkdir()
+    box = sandbox.trainer(tmp_path / "own", bases_dir=tmp_path / "bases", tcp=False)
+    code = "from catalog import failpoints; failpoints.pass_by('here')"
+
+    statuses = [
+        subprocess.run(tethered([sys.executable, "-c", code], box), cwd=ROOT, check=False).returncode for _ in range(2)
+    ]
+
+    assert statuses == [-signal.SIGKILL, 0]
 
 
 def test_a_child_whose_sandbox_can_not_be_applied_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
