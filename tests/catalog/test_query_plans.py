@@ -36,6 +36,7 @@ from catalog import (
     quotas,
     recovery,
     result_files,
+    revocation,
     sharing,
     usage_report,
     watching,
@@ -233,6 +234,13 @@ ACTS: dict[str, Act] = {
     "files past their time": lambda w, _: _let_expire(w),
     "a key that is created once": lambda w, _: issuing.create(
         w.db, caller=w.caller, request=issuing.KeyRequest(name="once"), pepper=PEPPER, idempotency_key="i"
+    ),
+    "a revocation": lambda w, _: revocation.revoke(
+        w.db,
+        caller=w.caller,
+        api_key_id=keys.create(w.db, project_id=w.caller.project_id, name="new", pepper=PEPPER)[0].id,
+        cancel=True,
+        with_descendants=True,
     ),
     "files that are let go": lambda w, _: _hide(w),
     "a page of deliveries": lambda w, ids: deliveries.list_page(
