@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from api import copies
-from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, warn_if_readable
+from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, sign_in_url, warn_if_readable
 from api.service_identity import secret_of
 from catalog import keys, logs, pepper, projects
 from catalog.errors import LorryError
@@ -54,7 +54,7 @@ def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
 def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
     db = open_existing(settings)
     token = sign_in_token(settings, db, seconds=LINK_SECONDS)
-    url = f"{(arguments.url or _known_address(settings)).rstrip('/')}/sign-in?token={token}"
+    url = sign_in_url(arguments.url or _known_address(settings), token)
     if arguments.json:
         _print({"url": url, "expires_at": int(time.time()) + LINK_SECONDS})
     else:

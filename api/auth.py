@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import HTTPConnection
 
 from api.client_address import client_address
 from api.deps import Services, Use
@@ -20,15 +21,28 @@ from catalog.errors import Forbidden, Unauthorized
 from catalog.keys import Caller
 
 COOKIE = "lorry_session"
+SECURE_COOKIE = "__Host-lorry_session"
+"""Over https. Browsers accept a cookie of this name only from this very host, over https: no other host of the domain,
+and no page over http, can plant a session of its own."""
 CSRF_HEADER = "x-lorry-csrf"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 bearer = HTTPBearer(auto_error=False, scheme_name="apiKey", description="An API key: `Authorization: Bearer lorry_…`.")
-cookie = APIKeyCookie(
+
+
+class SessionCookie(APIKeyCookie):
+    """The secret of the dashboard's session, from the one cookie that this service sets at its address."""
+
+    async def __call__(self, request: HTTPConnection) -> str | None:
+        return request.cookies.get(cookie_name(request, request.app.state.services))
+
+
+cookie = SessionCookie(
     name=COOKIE,
     auto_error=False,
     scheme_name="browser",
-    description="The dashboard's session. Unsafe methods need `X-Lorry-Csrf: 1` and a same-origin request too.",
+    description="The dashboard's session; over https the cookie's name is `__Host-lorry_session`. Unsafe methods need "
+    "`X-Lorry-Csrf: 1` and a same-origin request too.",
 )
 
 
@@ -83,6 +97,20 @@ def require_operator(caller: Caller) -> None:
         raise operator_required()
 
 
+def public_address(request: HTTPConnection, use: Services) -> str:
+    """The service's address as the browser reaches it."""
+    return use.api_settings.public_url or str(request.base_url)
+
+
+def is_https(request: HTTPConnection, use: Services) -> bool:
+    return public_address(request, use).startswith("https:")
+
+
+def cookie_name(request: HTTPConnection, use: Services) -> str:
+    return SECURE_COOKIE if is_https(request, use) else COOKIE
+
+
+Session = Annotated[str | None, Security(cookie)]
 Signed = Annotated[Caller, Depends(caller_of)]
 Operator = Annotated[Caller, Depends(operator_of)]
 Recheck = Annotated[Identity, Depends(recheck_of)]

@@ -93,3 +93,12 @@ def sign_in_token(settings: Settings, db: Database, *, seconds: float) -> str:
     """A one-time token with the rights of the oldest valid operator key."""
     secret = pepper.load(settings, db)
     return keys.create_sign_in_link(db, api_key_id=keys.an_operator(db), pepper=secret, seconds=seconds)
+
+
+def sign_in_url(address: str, token: str) -> str:
+    """The dashboard's page that shows what the token would sign in to, and signs in when the user confirms.
+
+    The token is in the fragment, which browsers send to no server: it gets into no log of a proxy, and a program that
+    opens the link to check it does not use it up.
+    """
+    return f"{address.rstrip('/')}/dashboard/#/sign-in/{token}"

@@ -181,6 +181,19 @@ def create_sign_in_link(db: Database, *, api_key_id: str, pepper: Pepper, second
     return token
 
 
+def read_sign_in_link(db: Database, *, token: str, pepper: Pepper) -> tuple[Caller, float]:
+    """The caller that the link would sign in, and when the link expires; the link stays unused. Raises Unauthorized."""
+    with db.read() as session:
+        now = read_clock(session)
+        unused = (SignIn.link_digest.in_(pepper.digests(token)), SignIn.expires_at > now)
+        linked = _owned().add_columns(SignIn.expires_at).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*unused)
+        found = session.execute(linked).one_or_none()
+        if found is None or not is_live(found[0], now):
+            raise _link_refused()
+        key, project, organization, end = found
+        return _caller(key, project, organization), end
+
+
 def exchange_sign_in(db: Database, *, token: str, pepper: Pepper, seconds: float = 12 * 3600) -> str:
     """The browser's secret in return for a link's token. Raises Unauthorized when it was used or has expired."""
     browser = secrets.token_urlsafe(32)
@@ -189,8 +202,7 @@ def exchange_sign_in(db: Database, *, token: str, pepper: Pepper, seconds: float
         unused = (SignIn.link_digest.in_(pepper.digests(token)), SignIn.expires_at > now)
         sign_in = session.scalar(select(SignIn).where(*unused).with_for_update())
         if sign_in is None:
-            remedy = "Make a new one: python -m api sign-in-link, or POST /v1/sign_in_links with an API key."
-            raise _refused("This sign-in link was used already or has expired.", remedy, reason="sign_in_link")
+            raise _link_refused()
         sign_in.link_digest, sign_in.browser_digest = None, pepper.digest(browser)
         sign_in.expires_at = now + seconds
         _note_sign_in(session, "login.succeeded", sign_in, now=now)
@@ -283,6 +295,15 @@ def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> U
     """The same answer for every reason."""
     remedy = "Check it for missing characters, or have a new one made."
     return _refused("The API key is not valid.", remedy, reason=reason, api_key_id=api_key_id)
+
+
+def _link_refused() -> Unauthorized:
+    return Unauthorized(
+        "This sign-in link was used already or has expired.",
+        code="invalid_sign_in_link",
+        remedy="Make a new one: lorry sign-in-link, or python -m api sign-in-link on the server.",
+        reason="sign_in_link",
+    )
 
 
 def _refused(message: str, remedy: str, *, reason: RejectionReason, api_key_id: str | None = None) -> Unauthorized:

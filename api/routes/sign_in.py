@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
 
-from fastapi import Cookie, Query, Request, Response
+from fastapi import Request, Response
 from starlette.responses import RedirectResponse
 
-from api.auth import COOKIE, Signed, require_same_origin
+from api.auth import Session, Signed, cookie_name, is_https, public_address, require_same_origin
+from api.bootstrap import sign_in_url
 from api.client_address import client_address
 from api.deps import Services, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.sign_in import BrowserSession, BrowserSessionRequest, SignedOut, SignInLink, browser_session
+from api.schemas.sign_in import (
+    BrowserSession,
+    BrowserSessionRequest,
+    SignedOut,
+    SignInLink,
+    SignInLinkUse,
+    SignInPreview,
+    SignInToken,
+    browser_session,
+    sign_in_preview,
+)
 from catalog import issuing, keys
-from catalog.errors import Unauthorized
+from catalog.callers import Caller
+from catalog.errors import Conflict, Unauthorized
 
 router = Router(tags=["sign-in"])
 LINK_SECONDS = 900
@@ -34,41 +45,50 @@ def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLin
     browser session, which would never end then."""
     issuing.refuse_browsers(caller)
     token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=LINK_SECONDS)
-    return SignInLink(url=sign_in_url(_address(request, use), token), expires_at=int(time.time()) + LINK_SECONDS)
+    return SignInLink(url=sign_in_url(public_address(request, use), token), expires_at=int(time.time()) + LINK_SECONDS)
 
 
-@router.get(
-    "/sign-in",
-    operation_id="sign_in",
-    response_class=RedirectResponse,
-    status_code=303,
-    responses={303: {"description": "To the dashboard, with the cookie set."}, **errors(400, 401, 429)},
-)
-def sign_in(request: Request, use: Use, token: Annotated[str, Query(max_length=256)]) -> Response:
-    """Opens a one-time link. A link that is used up leads a browser to the dashboard's own sign-in."""
-    try:
-        with use.limits.guarding(client_address(request), token):
-            secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
-    except Unauthorized:
-        if "text/html" in request.headers.get("accept", ""):
-            return RedirectResponse("/dashboard/?sign_in=expired", status_code=303)
-        raise
-    response = RedirectResponse("/dashboard/", status_code=303)
-    _set_cookie(response, secret, is_https=_is_https(request, use))
-    return response
+@router.post("/v1/sign_in_links/preview", operation_id="preview_sign_in_link", responses=errors(400, 401, 429))
+def preview_sign_in_link(request: Request, use: Use, body: SignInToken) -> SignInPreview:
+    """What a link would sign a browser in to. The link stays unused."""
+    with use.limits.guarding(client_address(request), body.token):
+        caller, expires_at = keys.read_sign_in_link(use.db, token=body.token, pepper=use.pepper)
+    return sign_in_preview(caller, expires_at=expires_at)
+
+
+@router.post("/v1/sign_in_links/open", operation_id="open_sign_in_link", responses=errors(400, 401, 403, 409, 429))
+def open_sign_in_link(
+    request: Request, response: Response, use: Use, body: SignInLinkUse, session: Session
+) -> BrowserSession:
+    """Sign this browser in by a link, which is used up. From the dashboard only: `X-Lorry-Csrf: 1` is needed.
+
+    A browser that is signed in with another key is refused (409 `session_exists`) unless `replaces_session` is true:
+    else a link from somebody else could exchange a user's session unnoticed.
+    """
+    require_same_origin(request)
+    with use.limits.guarding(client_address(request), body.token):
+        caller, _ = keys.read_sign_in_link(use.db, token=body.token, pepper=use.pepper)
+    current = _signed_in(use, session)
+    if current is not None and current.api_key_id != caller.api_key_id and not body.replaces_session:
+        raise Conflict(
+            f"This browser is signed in to the project {current.project_name!r} with the key {current.name!r}.",
+            code="session_exists",
+            remedy="Sign out first, or send replaces_session: true.",
+        )
+    _start_session(request, response, use, token=body.token, replaced=session)
+    return browser_session(caller)
 
 
 @router.post("/v1/browser_session", operation_id="create_browser_session", responses=errors(400, 401, 403, 429))
 def create_browser_session(
-    request: Request, response: Response, use: Use, body: BrowserSessionRequest
+    request: Request, response: Response, use: Use, body: BrowserSessionRequest, session: Session
 ) -> BrowserSession:
-    """Sign in with an API key. From the dashboard only: `X-Lorry-Csrf: 1` is needed."""
+    """Sign in with an API key. From the dashboard only: `X-Lorry-Csrf: 1` is needed. An earlier session ends."""
     require_same_origin(request)
     with use.limits.guarding(client_address(request), body.api_key):
         caller = keys.authenticate(use.db, secret=body.api_key, pepper=use.pepper)
     token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=60)
-    secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
-    _set_cookie(response, secret, is_https=_is_https(request, use))
+    _start_session(request, response, use, token=token, replaced=session)
     return browser_session(caller)
 
 
@@ -80,28 +100,38 @@ def get_browser_session(caller: Signed) -> BrowserSession:
 
 @router.delete("/v1/browser_session", operation_id="delete_browser_session", responses=errors(401, 403))
 def delete_browser_session(
-    use: Use, _caller: Signed, response: Response, session: Annotated[str | None, Cookie(alias=COOKIE)] = None
+    request: Request, use: Use, _caller: Signed, response: Response, session: Session
 ) -> SignedOut:
     """Sign out."""
     if session is not None:
         keys.end_browser(use.db, secret=session, pepper=use.pepper)
-    response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+    response.delete_cookie(
+        cookie_name(request, use), path="/", httponly=True, samesite="strict", secure=is_https(request, use)
+    )
     return SignedOut()
 
 
-def sign_in_url(address: str, token: str) -> str:
-    return f"{address.rstrip('/')}/sign-in?token={token}"
+def _signed_in(use: Services, session: str | None) -> Caller | None:
+    """Whose session the browser has; None if it has none that is valid."""
+    if session is None:
+        return None
+    try:
+        return keys.authenticate_browser(use.db, secret=session, pepper=use.pepper)
+    except Unauthorized:
+        return None
 
 
-def _address(request: Request, use: Services) -> str:
-    return use.api_settings.public_url or str(request.base_url)
-
-
-def _is_https(request: Request, use: Services) -> bool:
-    return _address(request, use).startswith("https:")
-
-
-def _set_cookie(response: Response, secret: str, *, is_https: bool) -> None:
+def _start_session(request: Request, response: Response, use: Services, *, token: str, replaced: str | None) -> None:
+    """Exchanges a link's token for a session, ends the one that the browser had, and sets the cookie."""
+    secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
+    if replaced is not None:
+        keys.end_browser(use.db, secret=replaced, pepper=use.pepper)
     response.set_cookie(
-        COOKIE, secret, max_age=SESSION_SECONDS, path="/", httponly=True, samesite="strict", secure=is_https
+        cookie_name(request, use),
+        secret,
+        max_age=SESSION_SECONDS,
+        path="/",
+        httponly=True,
+        samesite="strict",
+        secure=is_https(request, use),
     )

@@ -15,13 +15,48 @@ class SignInLink(BaseModel):
         json_schema_extra={
             "example": {
                 "object": "sign_in_link",
-                "url": "http://127.0.0.1:8000/sign-in?token=…",
+                "url": "http://127.0.0.1:8000/dashboard/#/sign-in/…",
                 "expires_at": 1790000900,
             }
         }
     )
     object: Literal["sign_in_link"] = "sign_in_link"
-    url: str = Field(description="Opens one browser session, once.")
+    url: str = Field(description="A page that asks for confirmation, and then signs one browser in, once.")
+    expires_at: int
+
+
+class SignInToken(Strict):
+    model_config = ConfigDict(json_schema_extra={"example": {"token": "…"}})
+    token: str = Field(min_length=1, max_length=256, description="What follows `#/sign-in/` in the link.")
+
+
+class SignInLinkUse(SignInToken):
+    model_config = ConfigDict(json_schema_extra={"example": {"token": "…", "replaces_session": False}})
+    replaces_session: bool = Field(
+        default=False, description="The user agrees that this browser's session with another key ends."
+    )
+
+
+class SignInPreview(BaseModel):
+    """What a link would sign a browser in to."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "sign_in_link.preview",
+                "project_id": "proj-5e1f0a",
+                "project": "default",
+                "key_name": "first operator key",
+                "is_operator": True,
+                "expires_at": 1790000900,
+            }
+        }
+    )
+    object: Literal["sign_in_link.preview"] = "sign_in_link.preview"
+    project_id: str
+    project: str
+    key_name: str
+    is_operator: bool
     expires_at: int
 
 
@@ -65,4 +100,14 @@ def browser_session(caller: Caller) -> BrowserSession:
         key_name=caller.name,
         is_operator=caller.is_operator,
         scopes=sorted(caller.scopes),
+    )
+
+
+def sign_in_preview(caller: Caller, *, expires_at: float) -> SignInPreview:
+    return SignInPreview(
+        project_id=caller.project_id,
+        project=caller.project_name,
+        key_name=caller.name,
+        is_operator=caller.is_operator,
+        expires_at=int(expires_at),
     )

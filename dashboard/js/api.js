@@ -41,7 +41,8 @@ async function request(method, path, body) {
     if (method === "GET") signedIn.set(true);
     return parsed;
   }
-  if (response.status === 401) signedIn.set(false);
+  // A link that is no longer valid says nothing about the session.
+  if (response.status === 401 && parsed?.error?.code !== "invalid_sign_in_link") signedIn.set(false);
   throw new ApiError(response.status, parsed?.error ?? unreadable(response));
 }
 

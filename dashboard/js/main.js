@@ -14,6 +14,7 @@ import { ModelsPage } from "./pages/models.js";
 import { QueuePage } from "./pages/queue.js";
 import { WorkersPage } from "./pages/workers.js";
 import { SignInPage } from "./pages/sign_in.js";
+import { SignInLinkPage } from "./pages/sign_in_link.js";
 
 const PAGES = {
   jobs: { title: "Jobs", list: JobsPage, one: JobPage },
@@ -30,8 +31,9 @@ function App() {
   const { page, id } = useStore(route);
   const error = useStore(problem);
   const place = PAGES[page];
-  useArrival(isIn === null ? null : `${isIn}/${page}/${id}`, isIn === false ? "Sign in" : place ? [id, place.title].filter(Boolean).join(" · ") : "Not found");
-  return html`<${Frame} page=${page}>${content(isIn, place, id, error)}<//>`;
+  const opensLink = page === "sign-in" && id !== null;
+  useArrival(isIn === null ? null : `${isIn}/${page}/${id}`, isIn === false || opensLink ? "Sign in" : place ? [id, place.title].filter(Boolean).join(" · ") : "Not found");
+  return html`<${Frame} page=${page}>${opensLink && isIn !== null ? html`<${SignInLinkPage} key=${id} token=${id} />` : content(isIn, place, id, error)}<//>`;
 }
 
 function content(isIn, place, id, error) {

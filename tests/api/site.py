@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from api.connections import Connection
 from api.server import Server, server_config
@@ -88,6 +89,20 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end, "what the test waits for does not happen"
         pause.wait(0.01)
+
+
+SAME_ORIGIN = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
+"""What the dashboard's own requests carry."""
+
+
+def new_token(client: TestClient) -> str:
+    """Of a sign-in link that this client has made."""
+    return client.post("/v1/sign_in_links").json()["url"].partition("/dashboard/#/sign-in/")[2]
+
+
+def open_link(browser: TestClient, client: TestClient) -> Any:
+    """Signs the browser in by a new link of this client."""
+    return browser.post("/v1/sign_in_links/open", json={"token": new_token(client)}, headers=SAME_ORIGIN)
 
 
 def chat_lines(num_rows: int) -> bytes:

@@ -8,22 +8,24 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from api.app import create_app
 from api.deps import Services
+from api.settings import ApiSettings
 from catalog import keys
 from catalog.db import read_clock
-from tests.api.site import error_of
+from catalog.errors import Unauthorized
+from catalog.settings import Settings
+from tests.api.site import SAME_ORIGIN, error_of, new_token, open_link
 from tests.catalog.world import World
 
 OPEN_PATHS = {
     "/healthz",
     "/readyz",
     "/metrics",
-    "/sign-in",
-    "/v1/browser_session",
+    *("/v1/browser_session", "/v1/sign_in_links/preview", "/v1/sign_in_links/open"),
     "/v1/service_identity",
     "/v1/keys.json",
 }
-SAME_ORIGIN = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
 
 
 def test_every_route_but_the_open_ones_needs_a_key(app: FastAPI, anonymous: TestClient) -> None:
@@ -140,23 +142,91 @@ def test_what_is_another_projects_is_not_found(stranger: TestClient, client: Tes
 
 
 def test_a_sign_in_link_opens_one_browser_once(client: TestClient, anonymous: TestClient) -> None:
-    link = client.post("/v1/sign_in_links").json()
-    path = link["url"].removeprefix("http://127.0.0.1")
+    body = {"token": new_token(client)}
 
-    first = anonymous.get(path)
-    second = anonymous.get(path)
+    shown = anonymous.post("/v1/sign_in_links/preview", json=body)
+    first = anonymous.post("/v1/sign_in_links/open", json=body, headers=SAME_ORIGIN)
+    second = anonymous.post("/v1/sign_in_links/open", json=body, headers=SAME_ORIGIN)
 
-    assert (first.status_code, first.headers["location"]) == (303, "/dashboard/")
+    assert (shown.json()["project"], shown.json()["key_name"]) == ("ours", "test")
+    assert "set-cookie" not in shown.headers
+    assert first.json()["project"] == "ours"
     cookie = first.headers["set-cookie"].lower()
+    assert cookie.startswith("lorry_session=")
     assert all(part in cookie for part in ("httponly", "samesite=strict", "path=/"))
-    assert second.status_code == 401
+    assert (second.status_code, error_of(second)["code"]) == (401, "invalid_sign_in_link")
+    assert anonymous.post("/v1/sign_in_links/preview", json=body).status_code == 401
     assert anonymous.get("/v1/browser_session").json()["project"] == "ours"
 
 
-def test_a_used_link_leads_a_browser_to_the_dashboards_own_sign_in(anonymous: TestClient) -> None:
-    response = anonymous.get("/sign-in", params={"token": "used"}, headers={"accept": "text/html"})
+@pytest.mark.parametrize("headers", [{}, {"x-lorry-csrf": "1", "origin": "http://evil.example"}])
+def test_no_page_of_another_origin_signs_a_browser_in(
+    client: TestClient, anonymous: TestClient, headers: dict[str, str]
+) -> None:
+    """By a navigation (there is no GET that signs in), by a form, or by a script."""
+    token = new_token(client)
 
-    assert (response.status_code, response.headers["location"]) == (303, "/dashboard/?sign_in=expired")
+    navigated = anonymous.get(f"/dashboard/?token={token}")
+    posted = anonymous.post("/v1/sign_in_links/open", json={"token": token}, headers=headers)
+
+    assert "set-cookie" not in navigated.headers
+    assert (posted.status_code, error_of(posted)["code"]) == (403, "cross_site_request")
+    assert anonymous.post("/v1/sign_in_links/preview", json={"token": token}).status_code == 200
+
+
+def test_a_link_of_another_key_replaces_a_session_only_with_the_users_consent(
+    client: TestClient, stranger: TestClient, anonymous: TestClient, services: Services
+) -> None:
+    open_link(anonymous, client)
+    mine = anonymous.cookies["lorry_session"]
+    body = {"token": new_token(stranger)}
+
+    refused = anonymous.post("/v1/sign_in_links/open", json=body, headers=SAME_ORIGIN)
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "session_exists")
+    assert anonymous.get("/v1/browser_session").json()["project"] == "ours"
+    assert open_link(anonymous, client).status_code == 200, "the same key needs no consent"
+
+    replaced = anonymous.post("/v1/sign_in_links/open", json={**body, "replaces_session": True}, headers=SAME_ORIGIN)
+
+    assert replaced.json()["project"] == "theirs"
+    with pytest.raises(Unauthorized):
+        keys.authenticate_browser(services.db, secret=mine, pepper=services.pepper)
+
+
+def test_a_link_of_a_revoked_key_shows_nothing(services: Services, world: World, anonymous: TestClient) -> None:
+    row, _ = keys.create(services.db, project_id=world.caller.project_id, name="gone", pepper=services.pepper)
+    token = keys.create_sign_in_link(services.db, api_key_id=row.id, pepper=services.pepper)
+    keys.revoke(services.db, project_id=world.caller.project_id, api_key_id=row.id)
+
+    for path in ("preview", "open"):
+        response = anonymous.post(f"/v1/sign_in_links/{path}", json={"token": token}, headers=SAME_ORIGIN)
+        assert (response.status_code, error_of(response)["code"]) == (401, "invalid_sign_in_link")
+
+
+def test_over_https_the_session_is_in_a_cookie_of_this_host_alone(settings: Settings, world: World, key: str) -> None:
+    app = create_app(settings, ApiSettings(public_url="https://lorry.example"), further_hosts=["lorry.example"])
+    origin = {**SAME_ORIGIN, "origin": "https://lorry.example"}
+    with TestClient(app, base_url="https://lorry.example") as browser:
+        signed_in = browser.post("/v1/browser_session", json={"api_key": key}, headers=origin)
+
+        cookie = signed_in.headers["set-cookie"]
+        secret = browser.cookies["__Host-lorry_session"]
+        assert cookie.startswith("__Host-lorry_session=")
+        assert {"Secure", "Path=/", "HttpOnly", "SameSite=strict"} <= set(cookie.split("; "))
+        assert "domain" not in cookie.lower()
+        assert browser.get("/v1/browser_session").json()["project"] == "ours"
+
+        signed_out = browser.delete("/v1/browser_session", headers=origin)
+        assert signed_out.headers["set-cookie"].startswith('__Host-lorry_session=""')
+        assert "Secure" in signed_out.headers["set-cookie"]
+
+        again = browser.post("/v1/browser_session", json={"api_key": key}, headers=origin)
+        assert again.status_code == 200
+        planted = browser.cookies["__Host-lorry_session"]
+        browser.cookies.clear()
+        assert secret != planted
+        under_the_plain_name = browser.get("/v1/browser_session", headers={"cookie": f"lorry_session={planted}"})
+        assert under_the_plain_name.status_code == 401
 
 
 def test_a_browser_signs_in_with_a_key_and_out_again(anonymous: TestClient, key: str) -> None:

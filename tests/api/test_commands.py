@@ -85,8 +85,8 @@ def test_a_sign_in_link_uses_the_address_that_lorry_up_noted(tmp_path: Path) -> 
     noted = json.loads(run(tmp_path, "sign-in-link", "--json").stdout)["url"]
     named = run(tmp_path, "sign-in-link", "--url", "https://lorry.example.com/").stdout
 
-    assert noted.startswith("http://127.0.0.1:4321/sign-in?token=")
-    assert named.startswith("https://lorry.example.com/sign-in?token=")
+    assert noted.startswith("http://127.0.0.1:4321/dashboard/#/sign-in/")
+    assert named.startswith("https://lorry.example.com/dashboard/#/sign-in/")
 
 
 def test_a_link_before_the_first_start_is_refused_with_the_remedy_and_makes_nothing(tmp_path: Path) -> None:

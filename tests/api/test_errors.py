@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from api.deps import Services
 from catalog.errors import Unavailable
-from tests.api.site import error_of
+from tests.api.site import SAME_ORIGIN, error_of, new_token
 from tests.catalog.world import World
 
 
@@ -172,14 +172,15 @@ def test_no_secret_gets_into_the_log(
     services: Services, anonymous: TestClient, client: TestClient, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    token = client.post("/v1/sign_in_links").json()["url"].partition("token=")[2]
+    token = new_token(client)
 
-    anonymous.get("/sign-in", params={"token": token})
+    anonymous.post("/v1/sign_in_links/preview", json={"token": token})
+    anonymous.post("/v1/sign_in_links/open", json={"token": token}, headers=SAME_ORIGIN)
     anonymous.get("/v1/files", headers={"authorization": "Bearer lorry_key-abc_wrong-canary"})
     client.get("/v1/files", params={"after": "x"})
 
     logged = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("lorry"))
-    assert "path=/sign-in" in logged
+    assert "path=/v1/sign_in_links/open status=200" in logged.replace(" method=POST", "")
     for secret in (key, token, "wrong-canary", anonymous.cookies["lorry_session"]):
         assert secret not in logged
 

@@ -13,7 +13,7 @@ from api.scopes import ANY_KEY, NEEDED
 from catalog import keys
 from catalog.scopes import OPERATORS, SCOPES
 from tests.api.conftest import with_key
-from tests.api.site import error_of
+from tests.api.site import error_of, open_link
 from tests.api.test_auth import OPEN_PATHS
 from tests.api.test_openapi import operations
 from tests.architecture.source_files import ROOT
@@ -90,9 +90,7 @@ def test_no_scope_makes_an_operator_of_a_projects_key(holder: NewClient) -> None
 
 
 def test_a_browser_can_do_what_the_key_can_that_signed_it_in(holder: NewClient, anonymous: TestClient) -> None:
-    url = holder("files:read").post("/v1/sign_in_links").json()["url"]
-
-    anonymous.get(url.removeprefix("http://127.0.0.1"))
+    open_link(anonymous, holder("files:read"))
 
     assert anonymous.get("/v1/files").status_code == 200
     assert error_of(anonymous.get("/v1/fine_tuning/jobs"))["code"] == "missing_scope"

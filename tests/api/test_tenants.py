@@ -30,7 +30,7 @@ from tests.catalog.world import World, manifest
 ABSENT = "0" * 24
 SHARED = frozenset(
     {
-        *("get_health", "get_readiness", "get_prometheus_metrics", "sign_in", "list_workers", "verify_audit_events"),
+        *("get_health", "get_readiness", "get_prometheus_metrics", "list_workers", "verify_audit_events"),
         *("list_webhook_event_types", "get_service_identity", "get_signing_keys"),
     }
 )
@@ -39,7 +39,8 @@ NAMELESS = frozenset(
     {
         *("upload_file", "create_upload", "add_model", "create_project", "create_organization"),
         "create_webhook_endpoint",
-        *("create_sign_in_link", "create_browser_session", "delete_browser_session"),
+        *("create_sign_in_link", "preview_sign_in_link", "open_sign_in_link"),
+        *("create_browser_session", "delete_browser_session"),
     }
 )
 """Changes that name nothing of a project, neither in their path nor in their body."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from catalog import jobs, keys
+from catalog import jobs, keys, projects
 from catalog.tables import Job
 from tests.dashboard.seed import Seeded
 
@@ -48,11 +48,18 @@ class Service:
     def sign_in_link(self) -> str:
         caller = self.seeded.caller
         token = keys.create_sign_in_link(self.seeded.db, api_key_id=caller.api_key_id, pepper=self.seeded.pepper)
-        return f"{self.url}/sign-in?token={token}"
+        return f"{self.url}/dashboard/#/sign-in/{token}"
+
+    def link_of_another_project(self, name: str) -> str:
+        """What anybody with a key can send to somebody else."""
+        project = projects.ensure(self.seeded.db, name)
+        key, _ = keys.create(self.seeded.db, project_id=project.id, name="lure", pepper=self.seeded.pepper)
+        token = keys.create_sign_in_link(self.seeded.db, api_key_id=key.id, pepper=self.seeded.pepper)
+        return f"{self.url}/dashboard/#/sign-in/{token}"
 
     def browser_secret(self) -> str:
         """What a signed-in browser holds in its cookie."""
-        token = self.sign_in_link().partition("token=")[2]
+        token = self.sign_in_link().partition("#/sign-in/")[2]
         return keys.exchange_sign_in(self.seeded.db, token=token, pepper=self.seeded.pepper)
 
     def job(self, suffix: str) -> Job:

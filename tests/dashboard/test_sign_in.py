@@ -2,28 +2,84 @@
 
 from __future__ import annotations
 
+import httpx
+
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_a_one_time_link_leads_to_the_jobs(filled: Service, visit: Visit) -> None:
+def test_a_one_time_link_names_project_and_key_and_one_click_leads_to_the_jobs(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, signed_in=False)
+    link = filled.sign_in_link()
 
-    visitor.page.goto(filled.sign_in_link())
+    visitor.page.goto(link)
+    visitor.page.get_by_role("button", name="Sign in to default").wait_for()
+    assert "This link signs this browser in to the project default with the key first operator key" in visitor.text()
+    visitor.assert_fits()
+    visitor.assert_accessible()
+    visitor.page.get_by_role("button", name="Sign in to default").click()
 
     visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
     visitor.page.get_by_role("link", name="titles-r16").first.wait_for()
-    assert "token" not in visitor.page.url
+    assert link.rpartition("/")[2] not in visitor.page.url
+    assert visitor.page.locator("header .who").inner_text().endswith("default")
 
 
-def test_a_link_that_was_used_leads_to_the_sign_in_page_and_says_so(filled: Service, visit: Visit) -> None:
+def test_looking_at_a_link_does_not_use_it_up(filled: Service, visit: Visit) -> None:
     link = filled.sign_in_link()
-    visit(filled, signed_in=False).page.goto(link)
+    for _ in range(2):
+        visit(filled, signed_in=False).page.goto(link)
+    assert httpx.get(link, trust_env=False).status_code == 200
+
+    visitor = visit(filled, signed_in=False)
+    visitor.page.goto(link)
+    visitor.page.get_by_role("button", name="Sign in to default").click()
+
+    visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
+
+
+def test_a_link_that_was_used_says_so_and_leads_to_the_form_for_a_key(filled: Service, visit: Visit) -> None:
+    link = filled.sign_in_link()
+    first = visit(filled, signed_in=False)
+    first.page.goto(link)
+    first.page.get_by_role("button", name="Sign in to default").click()
+    first.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
     visitor = visit(filled, signed_in=False)
 
     visitor.page.goto(link)
 
     visitor.page.get_by_text("This sign-in link was used already or has expired.").wait_for()
+    visitor.page.get_by_role("link", name="Sign in with an API key").click()
+    visitor.page.get_by_label("API key").wait_for()
+
+
+def test_a_link_of_somebody_else_replaces_no_session_unless_the_user_agrees(fresh: Service, visit: Visit) -> None:
+    theirs = fresh.link_of_another_project("attacker")
+    visitor = visit(fresh)
+    visitor.open("#/jobs")
+
+    visitor.page.goto(theirs)
+    visitor.page.get_by_text("You are signed in to the project default").wait_for()
+    assert "in to the project attacker with the key lure" in visitor.text()
+    visitor.assert_accessible()
+    visitor.page.get_by_role("link", name="Stay in default").click()
+    visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
+    assert visitor.page.locator("header .who").inner_text().endswith("default")
+
+    visitor.page.goto(theirs)
+    visitor.page.get_by_role("button", name="Switch to attacker").click()
+    visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
+    visitor.page.get_by_text("attacker").wait_for()
+
+
+def test_a_used_link_leaves_the_session_as_it_is(filled: Service, visit: Visit) -> None:
+    visitor = visit(filled)
+
+    visitor.page.goto(f"{filled.url}/dashboard/#/sign-in/used-already")
+
+    visitor.page.get_by_text("This sign-in link was used already or has expired.").wait_for()
+    visitor.page.get_by_role("link", name="Stay in default").click()
+    visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
 
 
 def test_a_key_signs_in_and_leads_to_the_page_that_was_asked_for(filled: Service, visit: Visit) -> None:

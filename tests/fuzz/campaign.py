@@ -73,7 +73,7 @@ like it, as the service remembers: one over all paths never comes to most of the
 OPERATORS_PARTS = PARTS[3], PARTS[5], PARTS[6]
 OPERATORS_PATHS = (
     r"^/v1/(models|organizations|projects|api_keys|queue|workers|usage|audit|fine_tuning/checkpoints)"
-    r"|^/metrics|^/sign-in"
+    r"|^/metrics|^/v1/sign_in_links"
 )
 """Where an operator's key may do more than another."""
 
@@ -260,7 +260,7 @@ def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[s
     for name, values in pools.items():
         lines += [f"[dictionaries.{name}]", f"values = {json.dumps(values)}"]
     named = {f"path.{name}": name for name in pools} | {f"body.{name}": pool for name, pool in BODY_FIELDS.items()}
-    named |= {"query.model": "base", "query.tag[*]": "tag", "query.token": "token", "query.project": "project"}
+    named |= {"query.model": "base", "query.tag[*]": "tag", "body.token": "token", "query.project": "project"}
     for place, pool in ((place, pool) for place, pool in named.items() if pool in pools):
         lines += [f"[parameters.{json.dumps(place)}]", f'dictionary = "{pool}"', f"probability = {CHANCE}"]
     return "\n".join(lines) + "\n"

@@ -4,10 +4,8 @@ import { person, send, signedIn } from "../api.js";
 import { Command } from "../parts/basics.js";
 import { Mark } from "../parts/frame.js";
 
-const EXPIRED = { message: "This sign-in link was used already or has expired.", remedy: "Make a new one, or paste an API key." };
-
 export function SignInPage() {
-  const [error, setError] = useState(new URLSearchParams(location.search).get("sign_in") === "expired" ? EXPIRED : null);
+  const [error, setError] = useState(null);
   const [busy, setBusy] = useState(false);
   const field = useRef(null);
   const submit = async (event) => {
