@@ -60,7 +60,7 @@ def test_digests_are_shortened_for_people_alone(service: Script, run: Run) -> No
         ("job.canceled", "Did you mean job.cancelled?"),
         ("job.*", "Those of job are job.created, job.cancelled,"),
         ("job", "Those of job are job.created, job.cancelled,"),
-        ("file.x", "Those of file are file.created, file.deleted."),
+        ("file.x", "Those of file are file.created, file.deleted, file.downloaded."),
         ("nonsense", "Types are named adapter.*, api_key.*,"),
     ],
 )
