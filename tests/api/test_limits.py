@@ -250,15 +250,15 @@ def test_addresses_of_one_ipv6_network_count_together(
     assert guesser.get("wrong", address=other).status_code == (429 if is_same else 401)
 
 
-@pytest.mark.parametrize("way", ["link", "session"])
+@pytest.mark.parametrize("way", ["preview", "open", "session"])
 def test_signing_in_with_what_is_not_valid_counts_too(
     guesser: Guesser, app: FastAPI, anonymous: TestClient, way: str
 ) -> None:
     guesser.use_up(address="127.0.0.1")
     origin = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
 
-    if way == "link":
-        refused = anonymous.get("/sign-in", params={"token": "guess"})
+    if way != "session":
+        refused = anonymous.post(f"/v1/sign_in_links/{way}", json={"token": "guess"}, headers=origin)
     else:
         refused = anonymous.post("/v1/browser_session", json={"api_key": "guess"}, headers=origin)
 

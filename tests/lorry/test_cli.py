@@ -309,17 +309,17 @@ def test_a_sign_in_link_is_printed_alone_and_opened_only_where_that_is_asked(
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or False)  # pyright: ignore
-    link = {"url": "http://h/sign-in?token=t", "expires_at": 1790000900}
+    link = {"url": "http://h/dashboard/#/sign-in/t", "expires_at": 1790000900}
     service.on("POST", "/v1/sign_in_links", link, link, link)
 
     told = run("sign-in-link")
-    assert told.stdout == "http://h/sign-in?token=t\n"
+    assert told.stdout == "http://h/dashboard/#/sign-in/t\n"
     assert "It works once, until" in told.stderr
     assert json.loads(run("sign-in-link", "--json").stdout) == link
     assert opened == []
 
     assert "There is no browser here" in run("sign-in-link", "--open").stderr
-    assert opened == ["http://h/sign-in?token=t"]
+    assert opened == ["http://h/dashboard/#/sign-in/t"]
 
 
 def test_a_file_that_can_not_be_written_is_a_sentence(service: Script, run: Run, tmp_path: Path) -> None:
