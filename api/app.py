@@ -10,7 +10,15 @@ from functools import partial
 from fastapi import Depends, FastAPI
 
 from api import error_handlers, uploads
-from api.background import DUTIES, TASKS, keep_clean, keep_order, keep_running
+from api.background import (
+    DUTIES,
+    TASKS,
+    keep_anchored,
+    keep_clean,
+    keep_order,
+    keep_running,
+    keep_sweeps,
+)
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.downloads import Downloads
@@ -182,6 +190,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     runs = (
         services.feed.run,
         partial(keep_order, services),
+        partial(keep_sweeps, services),
+        partial(keep_anchored, services),
         partial(keep_clean, services),
         services.deliverer.run,
     )

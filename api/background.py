@@ -1,5 +1,5 @@
-"""What the api does besides answering: it ends expired leases, advances sweeps, seals the audit log, rings where
-something waits, and deletes what nothing names any more."""
+"""What the api does besides answering: it ends expired leases, advances sweeps, seals and anchors the audit log,
+rings where something waits, and deletes what nothing names any more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import Services
 from api.telemetry import Telemetry
-from catalog import audit_chain, deadlines, queue, recovery
+from catalog import audit_anchors, audit_chain, deadlines, queue, recovery
 from catalog.cleaning import clean
 from catalog.errors import LorryError, Unavailable
 from catalog.sweeps import controller
@@ -23,10 +23,14 @@ FIRST_CLEANING_SECONDS = 600.0
 CLEANING_SECONDS = 24 * 3600.0
 RESTART_SECONDS = 1.0
 """Between a crash of a background task and its restart."""
-TASKS = ("streams", "duties", "cleaning", "webhooks")
+ANCHOR_SECONDS = 3600.0
+"""Between two looks for this day's anchor of the audit chain."""
+SEALED_AT_MOST = 10_000
+"""Events in one look: after an upgrade that clears the seals, the other duties go on meanwhile."""
+TASKS = ("streams", "duties", "sweeps", "anchors", "cleaning", "webhooks")
 """Background tasks, by the names under which their restarts are counted."""
 Run = Callable[[], Awaitable[None]]
-DUTIES = ("recover", "advance_sweeps", "seal", "tell_late", "ring", "clean")
+DUTIES = ("recover", "advance_sweeps", "seal", "anchor", "tell_late", "ring", "clean")
 """By the names under which their runs are counted."""
 MAX_STEPS = 20
 """Of sweeps, in one look."""
@@ -55,6 +59,20 @@ async def keep_order(services: Services) -> None:
         await run_in_threadpool(look_once, services)
 
 
+async def keep_sweeps(services: Services) -> None:
+    """Advance sweeps soon after a trial has ended, for ever. Workers don't: they may not create jobs."""
+    while True:
+        await asyncio.sleep(services.settings.poll_seconds)
+        await run_in_threadpool(advance_once, services)
+
+
+async def keep_anchored(services: Services) -> None:
+    """Anchor the audit chain in the store, once a day, for ever."""
+    while True:
+        await run_in_threadpool(anchor_once, services)
+        await asyncio.sleep(ANCHOR_SECONDS)
+
+
 async def keep_clean(services: Services) -> None:
     """Clean the store soon after the start, then once a day. Several apis cleaning at once do no harm."""
     await asyncio.sleep(FIRST_CLEANING_SECONDS)
@@ -65,16 +83,28 @@ async def keep_clean(services: Services) -> None:
 
 def look_once(services: Services) -> None:
     """One act that fails keeps none of the others from running."""
-    for act in (_recover, _advance_sweeps, _seal, _tell_late, _ring):
-        duty, is_done = act.__name__.strip("_"), False
-        try:
-            act(services)
-            is_done = True
-        except Unavailable as error:
-            log.warning("%s code=%s", duty, error.code)
-        except Exception:  # the loop outlives whatever one look meets
-            log.exception("crash in %s", duty)
-        services.telemetry.count_run(duty, is_done=is_done)
+    for act in (_recover, _seal, _tell_late, _ring):
+        _run(act, services)
+
+
+def advance_once(services: Services) -> None:
+    _run(_advance_sweeps, services)
+
+
+def anchor_once(services: Services) -> None:
+    _run(_anchor, services)
+
+
+def _run(act: Callable[[Services], None], services: Services) -> None:
+    duty, is_done = act.__name__.strip("_"), False
+    try:
+        act(services)
+        is_done = True
+    except Unavailable as error:
+        log.warning("%s code=%s", duty, error.code)
+    except Exception:  # the loop outlives whatever one run meets
+        log.exception("crash in %s", duty)
+    services.telemetry.count_run(duty, is_done=is_done)
 
 
 def _recover(services: Services) -> None:
@@ -84,11 +114,16 @@ def _recover(services: Services) -> None:
 
 
 def _advance_sweeps(services: Services) -> None:
-    controller.advance_some(services.db, most=MAX_STEPS)
+    if controller.advance_some(services.db, most=MAX_STEPS):
+        services.doorbell.ring()  # new trials have files to prepare
 
 
 def _seal(services: Services) -> None:
-    audit_chain.seal(services.db)
+    audit_chain.seal(services.db, pepper=services.pepper.current, at_most=SEALED_AT_MOST)
+
+
+def _anchor(services: Services) -> None:
+    audit_anchors.anchor(services.db, services.store.objects, pepper=services.pepper.current)
 
 
 def _tell_late(services: Services) -> None:

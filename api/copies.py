@@ -1,21 +1,26 @@
-"""`python -m api backup`, `restore` and `verify`: what catalog.backup does, told to people and to scripts."""
+"""`python -m api backup`, `restore`, `verify` and `verify-export`: for people and for scripts."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from api.bootstrap import open_existing
+from catalog import audit_chain, pepper
 from catalog.artifacts.store import open_store
 from catalog.backup import Checked, check, make, open_place, restore
+from catalog.errors import InvalidRequest
 from catalog.settings import Settings
+from catalog.tables import Json
 
 WHERE = "A folder, or a URL such as s3://bucket/prefix."
 BY_ITS_OWN = "Run this command of the version that the service runs; migrate after the backup: python -m api bootstrap."
 """Whoever copies before an upgrade must not be told to migrate first."""
+NO_PEPPER = "The audit chain can be verified only with the service's pepper, and this machine has none."
 SHOWN = 20
 """Problems that are told in full; of more, the number."""
 
@@ -29,9 +34,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     back.add_argument("place", help=WHERE)
     back.add_argument("--backup", metavar="NAME", help="Default: the newest.")
     back.set_defaults(run=_restore)
-    verify = add("verify", help="Check the database, every file that it names, and the audit chain.")
+    verify = add("verify", help="Check the database and its files; verify the audit chain.")
     verify.set_defaults(run=_verify)
-    for command in (backup, back, verify):
+    export = add("verify-export", help="Verify an exported audit log.")
+    export.add_argument("file", type=Path, help="What `lorry audit export` wrote.")
+    export.set_defaults(run=_verify_export)
+    for command in (backup, back, verify, export):
         command.add_argument("--json", action="store_true")
 
 
@@ -72,11 +80,60 @@ def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
 def _verify(arguments: argparse.Namespace, settings: Settings) -> int:
     db = open_existing(settings, if_older=BY_ITS_OWN)
     try:
-        checked = check(db, open_store(settings))
+        peppers = pepper.known(settings)
+        checked = check(db, open_store(settings), peppers=peppers)
     finally:
         db.close()
-    _tell(arguments, f"Checked: {_found(checked)}", problems=checked.problems, details=_counts(checked))
+    told = f"Checked: {_found(checked)}"
+    if not peppers:
+        told += f" {NO_PEPPER} Only the order of its events was checked."
+    details = {**_counts(checked), "audit_chain_verified": bool(peppers)}
+    _tell(arguments, told, problems=checked.problems, details=details)
     return 1 if checked.problems else 0
+
+
+def _verify_export(arguments: argparse.Namespace, settings: Settings) -> int:
+    found = audit_chain.check_export(_events(arguments.file), peppers=_peppers(settings))
+    if found.misfit is not None:
+        where = f"{found.misfit.link} ({found.misfit.id})" if found.misfit.id else str(found.misfit.link)
+        problems = [f"The audit chain does not fit at {where}: {found.misfit.fault}."]
+    else:
+        problems = []
+    told = f"Checked: {found.num_events} audit events, {len(problems) or 'no'} problems."
+    _tell(arguments, told, problems=problems, details={"num_events": found.num_events, "last_link": found.last_link})
+    return 1 if problems else 0
+
+
+def _peppers(settings: Settings) -> list[bytes]:
+    """Raises InvalidRequest where there is none."""
+    if peppers := pepper.known(settings):
+        return peppers
+    raise InvalidRequest(
+        NO_PEPPER,
+        code="pepper_missing",
+        remedy=f"Set LORRY_PEPPER as for the API server, or copy its file to {settings.data_dir / 'pepper'}.",
+    )
+
+
+def _events(path: Path) -> Iterator[Json]:
+    """Of an export, a line each. Raises InvalidRequest."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                event: Any = json.loads(line)
+                if not isinstance(event, dict):
+                    raise _no_export(f"Line {number} of {path} is not an audit event.")
+                yield cast(Json, event)
+    except (OSError, ValueError) as error:
+        raise _no_export(f"{path} can't be read as an exported audit log: {error}") from error
+
+
+def _no_export(sentence: str) -> InvalidRequest:
+    return InvalidRequest(
+        sentence,
+        code="invalid_export",
+        remedy="Give a file that `lorry audit export` or GET /v1/audit_events/export wrote.",
+    )
 
 
 def _found(checked: Checked) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, Table, insert, select
 from sqlalchemy.orm import Session
 
 from catalog.callers import Caller
@@ -158,21 +158,21 @@ def note(
     """
     origin = _here.get() or Origin()
     actor = actor or origin.actor
-    session.add(
-        AuditEvent(
-            id=new_id("audit"),
-            type=type,
-            effective_at=now,
-            project_id=project_id,
-            object_id=object_id,
-            actor_type=actor.type,
-            actor_id=actor.id,
-            actor_name=actor.name,
-            request_id=origin.request_id,
-            address=origin.address,
-            details=details or {},
-        )
+    # Not by the ORM, which names every column and reads `seq` back: roles may write these alone.
+    event = insert(cast("Table", AuditEvent.__table__)).values(
+        id=new_id("audit"),
+        type=type,
+        effective_at=now,
+        project_id=project_id,
+        object_id=object_id,
+        actor_type=actor.type,
+        actor_id=actor.id,
+        actor_name=actor.name,
+        request_id=origin.request_id,
+        address=origin.address,
+        details=details or {},
     )
+    session.execute(event.inline())
 
 
 def list_page(

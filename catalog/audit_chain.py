@@ -1,14 +1,16 @@
-"""The audit log as a chain: each event's digest covers the event before it, so that no one of them changes unseen.
+"""The audit log as a chain: each event's digest covers the event before it, under a key that only API servers have.
 
-Events are sealed in batches by a chore, and not as they are written: else whoever changes anything would wait for
-whoever changes anything else. Until then an event is in the table, and not yet in the chain.
+The key is derived from the pepper, so that a database password alone can't forge a digest. That events are missing at
+the end shows by the anchors (audit_anchors). The API servers seal events in batches, not as they are written: writers
+would wait for each other. Until then an event is in the table, and not yet in the chain.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -21,11 +23,15 @@ from catalog.tables import AuditEvent, AuditHead, Json
 
 GENESIS = "0" * 64
 """What the first event has for the digest of the one before."""
+PURPOSE = b"lorry: audit chain"
+"""Separates this key from others that are derived from the pepper."""
 LARGEST = 2**53 - 1
 """Of RFC 8785's whole numbers."""
 SEALED_AT_ONCE = 500
+"""Events in one transaction."""
 CHECKED_AT_ONCE = 5_000
-Fault = Literal["changed", "missing", "misplaced"]
+Fault = Literal["changed", "missing", "misplaced", "anchor_changed"]
+"""changed: not what was sealed, or sealed under an unknown pepper. anchor_changed: the same of an anchor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +45,7 @@ class Misfit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """Some of the chain, looked at anew."""
+    """What the verification of a part of the chain found."""
 
     num_events: int
     last_link: int
@@ -50,9 +56,9 @@ class Checked:
 
 
 def content(event: AuditEvent) -> Json:
-    """What an event says, as it is told and as its digest covers it: all but the digest itself."""
+    """An event as the API returns it and as its digest covers it: everything except the digest."""
     actor = {"type": event.actor_type, "id": event.actor_id, "name": event.actor_name}
-    return {
+    told = {
         "object": "audit_event",
         "id": event.id,
         "type": event.type,
@@ -66,31 +72,49 @@ def content(event: AuditEvent) -> Json:
         "link": event.link,
         "previous": event.previous,
     }
+    return cast(Json, _within_json(told))
 
 
-def digest(told: Json) -> str:
-    """Of what `content` gives. What is null is left out, so that a field that comes later changes no digest."""
-    return hashlib.sha256(rfc8785.dumps(_without_nulls(told))).hexdigest()
+def chain_key(pepper: bytes) -> bytes:
+    return hmac.new(pepper, PURPOSE, hashlib.sha256).digest()
 
 
-def seal(db: Database) -> int:
-    """Take what was written since into the chain, in the order of writing. Returns how many."""
+def seal_of(told: Mapping[str, Any], key: bytes) -> str:
+    """HMAC-SHA256 over the RFC 8785 form, without what is null: a field that is added later changes no digest."""
+    return hmac.new(key, rfc8785.dumps(_without_nulls(told)), hashlib.sha256).hexdigest()
+
+
+def is_sealed(told: Mapping[str, Any], digest: object, peppers: Iterable[bytes]) -> bool:
+    """Whether the digest was made under one of the peppers."""
+    return any(hmac.compare_digest(str(digest), seal_of(told, chain_key(pepper))) for pepper in peppers)
+
+
+def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
+    """Append unsealed events to the chain, in the order of writing. Returns how many.
+
+    at_most: end after about so many, and leave the others to the next call.
+    """
     num_sealed = 0
-    while True:
-        with db.read() as session:  # most looks find nothing, and keep nobody from writing
+    while at_most is None or num_sealed < at_most:
+        with db.read() as session:  # usually nothing is unsealed: then no writer has to wait
             if session.scalar(select(AuditEvent.seq).where(AuditEvent.link.is_(None)).limit(1)) is None:
-                return num_sealed
+                break
         with db.write() as session:
-            num_sealed += _seal_some(session)
+            num_sealed += _seal_some(session, chain_key(pepper))
+    return num_sealed
 
 
-def check(db: Database, *, after: int = 0, limit: int = CHECKED_AT_ONCE) -> Checked:
-    """Compute the digests behind the place `after` anew, at most so many of them."""
+def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int = CHECKED_AT_ONCE) -> Checked:
+    """Verify at most `limit` digests of the chain behind the place `after`.
+
+    peppers: the current one and earlier ones under which events were sealed. Where none is known, only whether each
+    event follows the one before is verified.
+    """
     with db.read() as session:
-        end, noted = _head(session)
-        walk = _walk(session, after=after, limit=limit)
-        if walk.link > end:  # sealed since; or somebody has set the head back
-            end, noted = _head(session)
+        end, noted = head(session)
+        walk = _walk(session, peppers, after=after, limit=limit)
+        if walk.link > end:  # sealed meanwhile, or the head was set back
+            end, noted = head(session)
         return Checked(
             num_events=walk.link - after,
             last_link=walk.link,
@@ -99,6 +123,30 @@ def check(db: Database, *, after: int = 0, limit: int = CHECKED_AT_ONCE) -> Chec
             misfit=walk.misfit or _against_head(session, walk, end, noted, is_whole=walk.link == after + limit),
             num_unsealed=session.scalar(select(func.count()).where(AuditEvent.link.is_(None))) or 0,
         )
+
+
+def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> Checked:
+    """Verify exported events in their order. An export that begins in the middle is taken at its word there."""
+    walk, number = _Walk(link=0, digest=GENESIS), 0
+    for event in events:
+        told = {name: value for name, value in event.items() if name != "digest"}
+        link, previous = event.get("link"), event.get("previous")
+        if number == 0 and isinstance(link, int) and link > 1:
+            walk = _Walk(link=link - 1, digest=str(previous))
+        fault = _fault(told, event.get("digest"), walk, peppers)
+        if fault is not None:
+            ident = None if fault == "missing" else event.get("id")
+            walk = replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
+            break
+        walk, number = _Walk(link=walk.link + 1, digest=str(event["digest"])), number + 1
+    return Checked(
+        num_events=number,
+        last_link=walk.link,
+        last_digest=walk.digest,
+        has_more=False,
+        misfit=walk.misfit,
+        num_unsealed=0,
+    )
 
 
 def lines(db: Database) -> Iterator[Json]:
@@ -113,19 +161,18 @@ def lines(db: Database) -> Iterator[Json]:
         last = page[-1].link or 0
 
 
-def _seal_some(session: Session) -> int:
+def _seal_some(session: Session, key: bytes) -> int:
     serialise(session, "audit chain")
-    head = session.get(AuditHead, 1, with_for_update=True, populate_existing=True)
-    if head is None:
-        head = AuditHead(id=1, link=0, digest=GENESIS)
-        session.add(head)
+    end = session.get(AuditHead, 1, with_for_update=True, populate_existing=True)
+    if end is None:
+        end = AuditHead(id=1, link=0, digest=GENESIS)
+        session.add(end)
     unsealed = select(AuditEvent).where(AuditEvent.link.is_(None)).order_by(AuditEvent.seq).limit(SEALED_AT_ONCE)
     events = list(session.scalars(unsealed))
     for event in events:
-        head.link += 1
-        event.link, event.previous = head.link, head.digest
-        event.details = _within_json(event.details)
-        event.digest = head.digest = digest(content(event))
+        end.link += 1
+        event.link, event.previous = end.link, end.digest
+        event.digest = end.digest = seal_of(content(event), key)
     return len(events)
 
 
@@ -138,13 +185,13 @@ class _Walk:
     misfit: Misfit | None = None
 
 
-def _walk(session: Session, *, after: int, limit: int) -> _Walk:
+def _walk(session: Session, peppers: Sequence[bytes], *, after: int, limit: int) -> _Walk:
     digest_before = GENESIS if after == 0 else session.scalar(select(AuditEvent.digest).where(AuditEvent.link == after))
     if digest_before is None:
         return _Walk(link=after, digest=GENESIS, misfit=Misfit(link=after, id=None, fault="missing"))
     walk = _Walk(link=after, digest=digest_before)
     for event in _sealed(session, after=after, limit=limit):
-        fault = _fault(event, walk)
+        fault = _fault(content(event), event.digest, walk, peppers)
         if fault is not None:
             ident = None if fault == "missing" else event.id
             return replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
@@ -152,12 +199,16 @@ def _walk(session: Session, *, after: int, limit: int) -> _Walk:
     return walk
 
 
-def _fault(event: AuditEvent, before: _Walk) -> Fault | None:
-    if event.link != before.link + 1:
+def _fault(told: Json, digest: object, before: _Walk, peppers: Sequence[bytes]) -> Fault | None:
+    if told.get("link") != before.link + 1:
         return "missing"
-    if event.digest != digest(content(event)):
+    try:
+        is_whole = not peppers or is_sealed(told, digest, peppers)
+    except (ValueError, AttributeError, TypeError):  # no form of an event was ever sealed that has no canonical form
+        is_whole = False
+    if not is_whole:
         return "changed"
-    return None if event.previous == before.digest else "misplaced"
+    return None if told.get("previous") == before.digest else "misplaced"
 
 
 def _against_head(session: Session, walk: _Walk, end: int, noted: str, *, is_whole: bool) -> Misfit | None:
@@ -170,7 +221,8 @@ def _against_head(session: Session, walk: _Walk, end: int, noted: str, *, is_who
     return None
 
 
-def _head(session: Session) -> tuple[int, str]:
+def head(session: Session) -> tuple[int, str]:
+    """Place and digest of the last sealed event; place 0: none is."""
     row = session.execute(select(AuditHead.link, AuditHead.digest)).first()
     return (row.link, row.digest) if row is not None else (0, GENESIS)
 
@@ -180,15 +232,17 @@ def _sealed(session: Session, *, after: int, limit: int) -> list[AuditEvent]:
     return list(session.scalars(beyond.order_by(AuditEvent.link).limit(limit)))
 
 
-def _without_nulls(told: Json) -> Json:
+def _without_nulls(told: Mapping[str, Any]) -> Json:
     """Of an event and of its actor; `details` stay as they are."""
     kept = {name: value for name, value in told.items() if value is not None}
-    return {**kept, "actor": {name: value for name, value in told["actor"].items() if value is not None}}
+    if "actor" in kept:
+        kept["actor"] = {name: value for name, value in kept["actor"].items() if value is not None}
+    return kept
 
 
 def _within_json(value: Any) -> Any:
-    """As text what RFC 8785 has no form for: large numbers, those that are none, and halves of a surrogate pair.
-    Whatever was noted can be sealed, and what follows it."""
+    """As text what RFC 8785 has no form for: large numbers, NaN and infinities, and halves of a surrogate pair. So
+    whatever was written can be sealed, and what follows it."""
     if isinstance(value, dict):
         return {_well_formed(name): _within_json(inner) for name, inner in cast(Json, value).items()}
     if isinstance(value, list):

@@ -68,6 +68,18 @@ def load(settings: Settings, db: Database) -> Pepper:
     return Pepper(current=_read(path), previous=previous)
 
 
+def known(settings: Settings) -> list[bytes]:
+    """Those under which the audit chain may be sealed. Empty where this machine has none; none is created.
+
+    Raises InvalidRequest as `load` does.
+    """
+    path = settings.data_dir / FILE_NAME
+    if settings.pepper is None and not path.exists():
+        return []
+    current = _read(path) if settings.pepper is None else _checked(settings.pepper.get_secret_value())
+    return Pepper(current=current, previous=_previous(settings)).all()
+
+
 def _previous(settings: Settings) -> bytes | None:
     """Exactly as it was: older versions accepted peppers that are too short now, and keys must move away from them."""
     if settings.previous_pepper is not None and (named := settings.previous_pepper.get_secret_value()):

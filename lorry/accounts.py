@@ -103,7 +103,7 @@ class AuditEvent(View):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditMisfit(View):
-    """Where the chain breaks. fault: changed, missing or misplaced."""
+    """Where the chain breaks. fault: changed, missing, misplaced or anchor_changed."""
 
     link: int = 0
     id: str | None = None
@@ -112,7 +112,7 @@ class AuditMisfit(View):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditVerification(View):
-    """What looking at the chain found."""
+    """What the server's verification of the chain found."""
 
     is_sound: bool = False
     num_events: int = 0

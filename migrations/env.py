@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from catalog.db import Database
 from catalog.settings import Settings
-from catalog.tables import Table
+from catalog.tables import Table, privileges
 
 
 def _configured_url() -> str:
@@ -31,6 +31,8 @@ def _run(connection: Connection) -> None:
     _configure(connection=connection)
     with context.begin_transaction():
         context.run_migrations()
+        if context.get_context().get_current_revision() == context.script.get_current_head():
+            privileges.apply(connection)  # they name every table of this version
 
 
 def run() -> None:

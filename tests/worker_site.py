@@ -30,6 +30,7 @@ from catalog.spec import JobRequest
 from catalog.states import FINAL_STATES
 from catalog.tables import Adapter, Artifact, Checkpoint, Job, JobEvent, Trainer
 from tests import tiny_base
+from tests.services.postgres import as_role, role_of
 from worker.trainer_directory import EventReader, TrainerDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -145,11 +146,13 @@ class WorkerSite:
         return self.start([sys.executable, "-m", "worker.loop", "--device", "cpu", *arguments], **environment)
 
     def start(self, argv: list[str], **environment: str) -> subprocess.Popen[bytes]:
-        one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        """On PostgreSQL under the role that a service gives to such a process."""
+        url = as_role(self.settings.resolved_database_url(), role_of(argv))
+        given = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "LORRY_DATABASE_URL": url}
         with (self.folder / f"process-{len(self._processes)}.log").open("wb") as log:
             process = subprocess.Popen(
                 argv,
-                env=os.environ | self.environment | one_thread | environment,
+                env=os.environ | self.environment | given | environment,
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -119,7 +119,7 @@ def _fetch_newest(context: WorkerContext, claim: Claim, checkpoints: list[Checkp
             if not folder.is_dir():
                 context.store.fetch(context.store.get_manifest(newest.artifact), folder)
         except DamagedArtifact as error:
-            context.store.delete_damaged(newest.artifact)  # the same bytes come again with the same step
+            context.store.empty_damaged(newest.artifact)  # the same bytes come again with the same step
             fall_back(context, claim, checkpoints, error.message)
         else:
             return folder

@@ -1,5 +1,4 @@
-"""What a worker does beside training, one thing at a time on a thread: advance sweeps, import
-bases, prepare files, clean."""
+"""What a worker does besides training, one thing at a time on a thread: import bases, prepare files, clean."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
-from catalog.sweeps import controller
 from worker import bases, planning, preparation
 from worker.context import WorkerContext
 
@@ -98,9 +96,7 @@ class Chores:
         return False
 
     def _next_chore(self) -> bool:
-        """Sweeps first: what they make has to be prepared."""
-        context = self._context
-        return controller.advance(context.db) or bases.import_next(context) or self._prepare_one()
+        return bases.import_next(self._context) or self._prepare_one()
 
     def _prepare_one(self) -> bool:
         """Files of a job, or a plan. Where both wait they take turns: before a plan sits a person."""

@@ -115,6 +115,6 @@ def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:
         context.store.fetch(context.store.get_manifest(row.artifact), into)
     except DamagedArtifact:
         prepared.forget(context.db, row.key)
-        context.store.delete_damaged(row.artifact)
+        context.store.empty_damaged(row.artifact)
         raise
     return next(into.glob("*.safetensors"))

@@ -131,7 +131,7 @@ def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prep
     damaged = prepared.get(context.db, key)
     prepared.forget(context.db, key)
     if damaged is not None and damaged.artifact is not None:
-        context.store.delete_damaged(damaged.artifact)
+        context.store.empty_damaged(damaged.artifact)
     file = files.get(context.db, project_id=job.project_id, file_id=file_id)
     base_dir = bases.ensure(context, job.base_model, job.base_digest)
     row = _make(context, base_dir, file, key, JobSpec.model_validate(job.spec), is_unwanted=lambda: False)

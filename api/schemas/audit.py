@@ -51,7 +51,9 @@ class AuditEventObject(BaseModel):
     details: dict[str, Any]
     link: int | None = Field(description="Its place in the chain, from 1.")
     previous: str | None = Field(description="Digest of the event before.")
-    digest: str | None = Field(description="sha256 of the RFC 8785 form of the rest, without what is null.")
+    digest: str | None = Field(
+        description="HMAC-SHA256 of the RFC 8785 form of the rest, without what is null, under a key of the server's."
+    )
 
 
 class AuditMisfit(BaseModel):
@@ -63,7 +65,7 @@ class AuditMisfit(BaseModel):
 
 
 class AuditVerification(BaseModel):
-    """What a look at a part of the chain found. Go on with `after` = `last_link` while `has_more`."""
+    """What the verification of a part of the chain found. Go on with `after` = `last_link` while `has_more`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -81,11 +83,13 @@ class AuditVerification(BaseModel):
     )
     object: Literal["audit_verification"] = "audit_verification"
     is_sound: bool
-    num_events: int = Field(description="Whose digests were computed anew, and fit.")
-    last_link: int = Field(description="The last of those. Note it with its digest elsewhere, to compare with later.")
+    num_events: int = Field(description="Whose digests are right.")
+    last_link: int = Field(description="The last of those.")
     last_digest: str
     has_more: bool
-    misfit: AuditMisfit | None = Field(description="The first event that doesn't fit; its id is null where it is gone.")
+    misfit: AuditMisfit | None = Field(
+        description="The first event that doesn't fit; its id is null where it is gone. Of a false anchor, its name."
+    )
     num_unsealed: int = Field(description="Written lately, and not in the chain yet.")
 
 

@@ -13,7 +13,6 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -160,17 +159,20 @@ class ArtifactStore:
                 )
         return problems
 
-    def delete_damaged(self, digest: str) -> None:
-        """Delete those files of a manifest whose content has changed, so that putting them again writes them."""
+    def empty_damaged(self, digest: str) -> None:
+        """Empty those files of a manifest whose content has changed, so that putting them again writes them.
+
+        Workers call this: deleting the objects would need a permission that they should not have.
+        """
         try:
             manifest = self.get_manifest(digest)
         except DamagedArtifact:
-            self._delete(manifest_key(digest))
+            self.objects.put(manifest_key(digest), b"")
             return
         for file in manifest.files:
             alone = Manifest.of(manifest.kind, [file])
             if self.verify(alone):
-                self._delete(blob_key(file.digest))
+                self.objects.put(blob_key(file.digest), b"")
 
     def delete_unreferenced(self, live: set[str], *, grace_seconds: float = GRACE_SECONDS) -> int:
         """Delete what no digest in `live` (manifests and blobs) leads to and is older than the grace.
@@ -182,7 +184,7 @@ class ArtifactStore:
         oldest = self.clock() - grace_seconds
         kept = {manifest_key(digest) for digest in live} | {blob_key(digest) for digest in live}
         for entry in self.objects.list_all("manifests"):
-            if entry.key in kept or entry.written_at >= oldest:
+            if entry.num_bytes and (entry.key in kept or entry.written_at >= oldest):  # an emptied one names nothing
                 digest = entry.key.removeprefix("manifests/").removesuffix(".json")
                 kept |= {blob_key(file.digest) for file in self.get_manifest(digest).files}
         num_deleted = 0
@@ -205,10 +207,6 @@ class ArtifactStore:
         except NoSuchObject:
             return False
         return entry.num_bytes == num_bytes and self.clock() - entry.written_at < REFRESH_SECONDS
-
-    def _delete(self, key: str) -> None:
-        with suppress(NoSuchObject):
-            self.objects.delete(key)
 
     def _delete_if_old(self, key: str, oldest: float) -> bool:
         """Look once more: it may have been put again since it was listed."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit_chain
+from catalog import audit_anchors
 from catalog.artifacts.manifest import DamagedArtifact, Manifest
 from catalog.artifacts.store import ArtifactStore, blob_key, manifest_key
 from catalog.backup import holdings, integrity
@@ -26,9 +26,12 @@ class Checked:
     problems: list[str]
 
 
-def check(db: Database, store: ArtifactStore, *, chain_end: tuple[int, str] | None = None) -> Checked:
-    """Read every object that the record names, and compute the audit chain anew. Raises Unavailable.
+def check(
+    db: Database, store: ArtifactStore, *, peppers: Sequence[bytes], chain_end: tuple[int, str] | None = None
+) -> Checked:
+    """Read every object that the record names, and verify the audit chain and its anchors. Raises Unavailable.
 
+    peppers: where none is known, of the chain only the order is verified.
     chain_end: place and digest of an event that must be in the chain, as they were noted elsewhere; place 0: none.
     Where the database is damaged, that alone is reported: what it says of anything else can't be trusted.
     """
@@ -40,7 +43,7 @@ def check(db: Database, store: ArtifactStore, *, chain_end: tuple[int, str] | No
     damaged = holdings.damaged(keys, store.objects)
     with db.read() as session:
         problems = integrity.orphans(db) + _of_artifacts(session, artifacts, damaged) + _of_files(session, damaged)
-        num_events, misfits = _of_chain(db)
+        num_events, misfits = _of_chain(db, store, peppers)
         if chain_end is not None and chain_end[0]:
             at = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == chain_end[0]))
             if at != chain_end[1]:
@@ -78,13 +81,14 @@ def _of_files(session: Session, damaged: Mapping[str, str]) -> list[str]:
     return [f"{row.id}: {damaged[blob_key(row.digest)]}" for row in there if blob_key(row.digest) in damaged]
 
 
-def _of_chain(db: Database) -> tuple[int, list[str]]:
+def _of_chain(db: Database, store: ArtifactStore, peppers: Sequence[bytes]) -> tuple[int, list[str]]:
     """How many sealed events there are, and what doesn't fit."""
     num_events = 0
     while True:
-        found = audit_chain.check(db, after=num_events)
+        found = audit_anchors.verify(db, store.objects, peppers=peppers, after=num_events)
         num_events += found.num_events
         if found.misfit is not None:
-            return num_events, [f"The audit chain does not fit at {found.misfit.link}: {found.misfit.fault}."]
+            of = f" ({found.misfit.id})" if found.misfit.id else ""
+            return num_events, [f"The audit chain does not fit at {found.misfit.link}{of}: {found.misfit.fault}."]
         if not found.has_more:
             return num_events, []

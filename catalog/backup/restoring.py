@@ -9,7 +9,7 @@ from pathlib import Path
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 
-from catalog import audit
+from catalog import audit, pepper
 from catalog.artifacts.store import open_store
 from catalog.backup import dump, holdings, integrity
 from catalog.backup.checking import Checked, check
@@ -60,7 +60,8 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     try:
         _check_same(db, record)
         db.migrate()
-        checked = check(db, store, chain_end=(record.audit_link, record.audit_digest))
+        chain_end = (record.audit_link, record.audit_digest)
+        checked = check(db, store, peppers=pepper.known(settings), chain_end=chain_end)
         _note(db, record)
     finally:
         db.close()

@@ -1,8 +1,8 @@
 """What becomes of a sweep between its trials: the next ones are made, all are cancelled, the best is promoted.
 
-`advance` takes one step for one sweep, in one short transaction; workers and apis call it now and then, any of them,
-and whatever is killed, another goes on. Jobs are locked before the sweep, never after. Before each round of trials the
-sweep's key and project must be valid (validity).
+`advance` takes one step for one sweep, in one short transaction. Every API server calls it periodically; if one is
+killed, another continues. Workers don't: they may not create jobs. Jobs are locked before the sweep, never after.
+Before each round of trials the sweep's key and project must be valid (validity).
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ def advance(db: Database, sweep_id: str | None = None) -> bool:
         return True
 
 
-def advance_some(db: Database, *, most: int, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Up to `most` steps. After each one a pause as long as the step, so that others write for half of the time."""
-    for _ in range(most):
+def advance_some(db: Database, *, most: int, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Up to `most` steps; returns how many. After each one a pause as long as the step, so that others write for half of the time."""
+    for number in range(most):
         began = time.monotonic()
         if not advance(db):
-            return
+            return number
         sleep(time.monotonic() - began)
+    return most
 
 
 def _draft(db: Database, sweep: Sweep) -> _Round:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from typing import Any
+
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from catalog.states import JobState
@@ -23,9 +25,11 @@ def endpoint_disabled(session: Session, endpoint: WebhookEndpoint, *, now: float
 def add(session: Session, *, project_id: str, event_type: EventType, data: Json, now: float) -> None:
     """One delivery for each endpoint that asked for such events. For one that is disabled it is only kept, as failed:
     so it can be replayed."""
-    mine = select(WebhookEndpoint).where(WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
+    # Workers may read no more of an endpoint than this.
+    mine = select(WebhookEndpoint.id, WebhookEndpoint.event_types, WebhookEndpoint.disabled_at)
+    mine = mine.where(WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
     with session.no_autoflush:
-        asked = [endpoint for endpoint in session.scalars(mine) if _asks(endpoint, event_type, data)]
+        asked = [endpoint for endpoint in session.execute(mine) if _asks(endpoint, event_type, data)]
     event_id = new_id("evt")
     for endpoint in asked:
         is_open = endpoint.disabled_at is None
@@ -48,6 +52,6 @@ def add(session: Session, *, project_id: str, event_type: EventType, data: Json,
         )
 
 
-def _asks(endpoint: WebhookEndpoint, event_type: EventType, data: Json) -> bool:
+def _asks(endpoint: Row[str, list[Any], float | None], event_type: EventType, data: Json) -> bool:
     """It wants such events, and this one isn't about itself."""
     return event_type in endpoint.event_types and data.get("id") != endpoint.id

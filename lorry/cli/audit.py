@@ -1,4 +1,4 @@
-"""`lorry audit`: who changed what, and whether the log of it is whole."""
+"""`lorry audit`: who changed what, and whether the log of it is complete and unchanged."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -60,21 +59,13 @@ def list_(
 
 
 @app.command()
-def verify(
-    file: Annotated[Path | None, typer.Argument(help="An exported log. Left out: the service's own.")] = None,
-    head: Annotated[
-        str | None, typer.Option(help="PLACE:DIGEST as an earlier verify printed it, which must be there still.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Look whether every event of the log fits the one before (the service's own: an operator's key only)."""
-    noted = _head(head)
-    found = client().audit.verify(head=noted) if file is None else _of_file(file, noted)
+def verify(*, as_json: AsJson = False) -> None:
+    """Have the server verify every event of the log and the chain's anchors (an operator's key only)."""
+    found = client().audit.verify()
     if as_json:
         output.print_json({**found.raw, "is_sound": found.is_sound, "num_events": found.num_events})
     elif found.misfit is None:
-        output.say(f"{found.num_events} events fit; {found.num_unsealed} of late are not in the chain yet.")
-        output.console().print(f"{found.last_link}:{found.last_digest}", soft_wrap=True)
+        output.say(f"{found.num_events} events are as they were sealed; {found.num_unsealed} are not sealed yet.")
     else:
         output.say(_misfit_told(found))
     if not found.is_sound:
@@ -83,7 +74,10 @@ def verify(
 
 @app.command()
 def export() -> None:
-    """Write every sealed event to stdout, one a line (an operator's key only). `lorry audit verify FILE` reads it."""
+    """Write every sealed event to stdout, one a line (an operator's key only).
+
+    The server's `python -m api verify-export FILE` verifies it.
+    """
     for event in client().audit.export():
         sys.stdout.write(json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n")
 
@@ -115,52 +109,12 @@ def _near(typed: str, known: Sequence[str]) -> str:
     return f"Types are named {told}. Those of one: lorry audit list --type {groups[0]}"
 
 
-def _of_file(path: Path, noted: tuple[int, str] | None) -> AuditVerification:
-    from dataclasses import replace
-
-    from lorry import audit_chain
-    from lorry.accounts import AuditMisfit
-
-    seen: dict[int, str] = {}
-    found = audit_chain.check(_noting(_lines(path), noted, seen))
-    if noted is None or found.misfit is not None or seen.get(noted[0]) == noted[1]:
-        return found
-    fault = "changed" if noted[0] in seen else "missing"
-    return replace(found, is_sound=False, misfit=AuditMisfit(link=noted[0], fault=fault))
-
-
-def _noting(
-    events: Iterator[dict[str, Any]], noted: tuple[int, str] | None, seen: dict[int, str]
-) -> Iterator[dict[str, Any]]:
-    for event in events:
-        if noted is not None and event.get("link") == noted[0]:
-            seen[noted[0]] = str(event.get("digest"))
-        yield event
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if not isinstance(event, dict):
-                raise typer.BadParameter(f"line {number} of {path} is no event: give what `lorry audit export` wrote.")
-            yield event
-
-
-def _head(text: str | None) -> tuple[int, str] | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"([1-9]\d{0,15}):([0-9a-f]{64})", text)
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is no place in the chain: give what `lorry audit verify` printed.")
-    return int(found[1]), found[2]
-
-
 def _misfit_told(found: AuditVerification) -> str:
     assert found.misfit is not None
+    if found.misfit.fault == "anchor_changed":
+        return (
+            f"The anchor {found.misfit.id} is not what the server wrote. All {found.num_events} events fit each other."
+        )
     what = {
         "changed": "is not what was sealed: its content or its digest was changed",
         "missing": "is missing",

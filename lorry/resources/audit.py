@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorry.accounts import AuditEvent, AuditMisfit, AuditVerification
+from lorry.accounts import AuditEvent, AuditVerification
 from lorry.resources import pages
 from lorry.transport import Transport
 
@@ -35,13 +35,9 @@ class Audit:
         }
         return (AuditEvent.of(wire) for wire in pages.follow(self._transport, "audit_events", params=params))
 
-    def verify(self, *, head: tuple[int, str] | None = None) -> AuditVerification:
-        """For operators: have the whole chain computed anew, up to the first event that doesn't fit.
-
-        head: a place and its digest that were noted before, which must be in the chain still.
-        """
-        if head is not None and (lost := self._lost(*head)):
-            return lost
+    def verify(self) -> AuditVerification:
+        """For operators: have the server verify the whole chain and its anchors, up to the first event that doesn't
+        fit."""
         number, last = 0, 0
         while True:
             found = AuditVerification.of(self._transport.get("audit_events/verify", {"after": last}))
@@ -50,15 +46,8 @@ class Audit:
                 return replace(found, num_events=number)
 
     def export(self) -> Iterator[dict[str, Any]]:
-        """For operators: every sealed event in the order of the chain. `lorry.audit_chain.check` looks at them."""
+        """For operators: every sealed event in the order of the chain. The server's
+        `python -m api verify-export` verifies them."""
         with self._transport.stream("audit_events/export", headers={"accept": "application/jsonl"}) as response:
             for line in response.iter_lines():
                 yield json.loads(line)
-
-    def _lost(self, link: int, digest: str) -> AuditVerification | None:
-        """What says so where the chain has another digest at that place, or doesn't reach it."""
-        found = AuditVerification.of(self._transport.get("audit_events/verify", {"after": link - 1, "limit": 1}))
-        if found.misfit is None and (found.last_link, found.last_digest) == (link, digest):
-            return None
-        fault = "changed" if found.last_link == link else "missing"
-        return replace(found, is_sound=False, misfit=found.misfit or AuditMisfit(link=link, id=None, fault=fault))

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from api import background
-from api.background import clean_once, keep_running, look_once
+from api.background import advance_once, clean_once, keep_running, look_once
 from api.deps import Services
 from api.feed import Feed
 from catalog import audit_chain, deadlines, recovery
@@ -107,11 +107,12 @@ def test_an_act_that_fails_keeps_no_other_from_running(
     for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "tell_late")):
         monkeypatch.setattr(module, act, crash)
     with caplog.at_level(logging.WARNING):
+        advance_once(belled)
         look_once(belled)
 
     assert bell.rings == 1
-    assert audit_chain.check(world.db).num_unsealed == 0
-    named = ("recover", "advance_sweeps", "tell_late")
+    assert audit_chain.check(world.db, peppers=[belled.pepper.current]).num_unsealed == 0
+    named = ("advance_sweeps", "recover", "tell_late")
     assert [record.message for record in caplog.records] == [f"crash in {act}" for act in named]
     assert caplog.text.count("Traceback") == 3
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from catalog import audit_chain
+from catalog.db import Database
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,6 +47,7 @@ def test_a_service_is_copied_put_back_and_verified_by_three_commands(service: Pa
     assert json.loads(made.stdout)["problems"] == []
     assert json.loads(made.stdout)["name"] in back.stdout
     assert json.loads(verified.stdout)["problems"] == []
+    assert not json.loads(verified.stdout)["audit_chain_verified"]
     assert not (there / "pepper").exists()
     assert "LORRY_PEPPER" in back.stdout, "it is told that no key opens it yet"
     assert str(there / "pepper") in back.stdout
@@ -135,3 +139,25 @@ def test_restore_names_the_files_of_a_crashed_service_and_succeeds_once_they_are
     assert "Traceback" not in refused.stderr
     assert restored.returncode == 0, restored.stderr
     assert "no problems" in restored.stdout
+
+
+def test_an_exported_audit_log_is_verified_with_the_pepper_alone(service: Path, tmp_path: Path) -> None:
+    db, pepper = Database(f"sqlite:///{service / 'lorry.db'}"), (service / "pepper").read_bytes()
+    audit_chain.seal(db, pepper=pepper)
+    lines = [json.dumps(event) for event in audit_chain.lines(db)]
+    db.close()
+    whole, edited, odd = (tmp_path / name for name in ("whole.jsonl", "edited.jsonl", "odd.jsonl"))
+    whole.write_text("\n".join(lines))
+    edited.write_text("\n".join(lines).replace("first operator key", "mine"))
+    odd.write_text("[]\n")
+    there = tmp_path / "there"
+
+    without = run(there, "verify-export", str(whole))
+    there.mkdir()
+    (there / "pepper").write_bytes(pepper)
+    good, bad, no_export = (run(there, "verify-export", str(path)) for path in (whole, edited, odd))
+
+    assert (without.returncode, "only with the service's pepper" in without.stderr) == (1, True)
+    assert (good.returncode, f"{len(lines)} audit events, no problems" in good.stdout) == (0, True), good.stderr
+    assert (bad.returncode, "changed" in bad.stdout) == (1, True)
+    assert (no_export.returncode, "is not an audit event" in no_export.stderr) == (1, True)

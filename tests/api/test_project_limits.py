@@ -53,10 +53,10 @@ def test_the_largest_limit_can_be_sealed_in_the_audit_log_and_a_larger_one_is_re
     path = f"/v1/projects/{world.caller.project_id}/limits"
 
     answers = [operator.post(path, json={name: most}) for most in (MOST, MOST + 1)]
-    audit_chain.seal(services.db)
+    audit_chain.seal(services.db, pepper=services.pepper.current)
 
     assert [answer.status_code for answer in answers] == [200, 400]
-    assert audit_chain.check(services.db).num_unsealed == 0
+    assert audit_chain.check(services.db, peppers=[services.pepper.current]).num_unsealed == 0
 
 
 def test_what_is_reached_is_told_with_its_numbers_and_not_tried_again(

@@ -25,7 +25,7 @@ from tests.api.site import chat_lines
 from tests.api.test_openapi import operations
 from tests.api.trained import BASE, stored_weights, trained
 from tests.catalog.plan_data import ready as ready_plan
-from tests.catalog.world import World, manifest
+from tests.catalog.world import PEPPER, World, manifest
 
 ABSENT = "0" * 24
 SHARED = frozenset(
@@ -135,7 +135,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     client.post(f"/v1/sweeps/{sweep_id}/trials", json={"parameters": {"lora.rank": 8}})
     jobs.cancel(world.db, **world.of(world.submit().id))
     (delivery,) = client.get(f"/v1/webhook_endpoints/{hook_id}/deliveries").json()["data"]
-    audit_chain.seal(world.db)
+    audit_chain.seal(world.db, pepper=PEPPER.current)
     name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
     third = world.new_caller("third").project_id
     operator = replace(world.caller, is_operator=True)

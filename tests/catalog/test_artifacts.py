@@ -1,6 +1,7 @@
 """One suite for every kind of store: a local folder, and a bucket behind an S3 server."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -208,6 +209,37 @@ def test_cleaning_keeps_what_is_named_and_what_is_young(
     assert store.delete_unreferenced({kept.digest, file.digest}) == 2  # the other manifest, and its own blob
     assert keys(store) == everything - {manifest_key(dropped.digest), blob_key(sha256(b'{"r": 4}').hexdigest())}
     assert store.verify(kept) == []
+
+
+def test_damaged_files_come_again_without_a_permission_to_delete(
+    store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(_objects: Objects, key: str) -> None:
+        raise AssertionError(f"workers may not delete {key}")
+
+    monkeypatch.setattr(Objects, "delete", denied)
+    manifest = store.put_folder(folder, kind="checkpoint")
+    damaged = manifest.files[0]
+    store.objects.put(blob_key(damaged.digest), b"x" * damaged.num_bytes)
+
+    store.empty_damaged(manifest.digest)
+    assert len(store.verify(manifest)) == 1
+    store.put_folder(folder, kind="checkpoint")
+    assert store.verify(manifest) == []
+
+    store.objects.put(manifest_key(manifest.digest), b"{}")
+    store.empty_damaged(manifest.digest)
+    assert store.delete_unreferenced(set()) == 0, "an emptied manifest stops no cleaning"
+    store.put_folder(folder, kind="checkpoint")
+    assert store.get_manifest(manifest.digest) == manifest
+
+
+def test_no_worker_deletes_an_object() -> None:
+    """docs/OPERATIONS.md shows a policy for its credentials that does not let it."""
+    root = Path(__file__).parents[2] / "worker"
+    deleting = re.compile(r"store\.delete\w*\(|objects\.delete\w*\(")
+
+    assert [path.name for path in root.rglob("*.py") if deleting.search(path.read_text("utf-8"))] == []
 
 
 def test_a_blob_that_is_put_again_is_young_again(store: ArtifactStore, clock: Clock) -> None:

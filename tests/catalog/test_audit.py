@@ -27,7 +27,6 @@ from catalog.audit import Actor, Filters, Origin
 from catalog.db import Database
 from catalog.errors import Conflict
 from catalog.tables import AuditEvent, AuditHead
-from lorry import audit_chain as offline
 from tests.catalog.world import PEPPER, World
 
 MINE = Actor(type="api_key", id="key-me", name="mine")
@@ -46,7 +45,7 @@ def sealed(world: World, number: int = 6) -> list[AuditEvent]:
     """A log with at least so many events, all in the chain."""
     for _ in range(number):
         projects.weigh(world.db, caller=an_operator(world), project="ours", weight=2)
-    audit_chain.seal(world.db)
+    audit_chain.seal(world.db, pepper=PEPPER.current)
     return events(world.db)
 
 
@@ -155,7 +154,7 @@ def test_no_event_holds_a_key_or_a_link(world: World) -> None:
     key, secret = keys.create(world.db, project_id=world.caller.project_id, name="k", pepper=PEPPER)
     token = keys.create_sign_in_link(world.db, api_key_id=key.id, pepper=PEPPER)
     browser = keys.exchange_sign_in(world.db, token=token, pepper=PEPPER)
-    audit_chain.seal(world.db)
+    audit_chain.seal(world.db, pepper=PEPPER.current)
 
     text = str(list(audit_chain.lines(world.db)))
 
@@ -203,26 +202,26 @@ def test_events_are_found_by_what_they_are_by_whom_about_whose_and_when(world: W
     assert found(project_ids=[world.stranger.project_id], types=["job.created"]) == []
 
 
-def test_a_sealed_log_fits_here_and_as_an_export(world: World) -> None:
+def test_a_sealed_log_is_verified_here_and_as_an_export(world: World) -> None:
     rows = sealed(world)
     projects.create(world.db, "new")
 
-    found = audit_chain.check(world.db)
+    found = check(world)
     exported = list(audit_chain.lines(world.db))
 
     assert (found.misfit, found.num_events, found.num_unsealed) == (None, len(rows), 1)
     assert [event.link for event in rows] == list(range(1, len(rows) + 1))
     assert (found.last_link, found.last_digest) == (rows[-1].link, rows[-1].digest)
-    assert offline.check(exported).is_sound
-    assert offline.check(exported).last_digest == found.last_digest
-    assert offline.check(exported[3:]).is_sound
+    whole, part = (audit_chain.check_export(events, peppers=PEPPER.all()) for events in (exported, exported[3:]))
+    assert (whole.misfit, whole.last_digest) == (None, found.last_digest)
+    assert (part.misfit, part.last_digest) == (None, found.last_digest)
 
 
 def test_a_log_is_looked_at_in_pages(world: World) -> None:
     rows = sealed(world)
     last, number = 0, 0
 
-    while (found := audit_chain.check(world.db, after=last, limit=4)).has_more:
+    while (found := check(world, after=last, limit=4)).has_more:
         assert found.num_events == 4
         last, number = found.last_link, number + 1
 
@@ -233,13 +232,13 @@ def test_sealing_again_changes_nothing_and_goes_on_where_it_ended(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [(event.id, event.digest) for event in sealed(world)]
-    assert audit_chain.seal(world.db) == 0
+    assert audit_chain.seal(world.db, pepper=PEPPER.current) == 0
     monkeypatch.setattr(audit_chain, "SEALED_AT_ONCE", 2)
 
     after = [(event.id, event.digest) for event in sealed(world)]
 
     assert after[: len(before)] == before
-    assert audit_chain.check(world.db).misfit is None
+    assert check(world).misfit is None
 
 
 Tamper = Callable[[World, list[AuditEvent]], None]
@@ -258,7 +257,7 @@ def _rewrite(world: World, rows: list[AuditEvent]) -> None:
     with world.db.write() as session:
         event = session.scalars(select(AuditEvent).where(AuditEvent.link == 4)).one()
         event.actor_name = "somebody else"
-        event.digest = audit_chain.digest(audit_chain.content(event))
+        event.digest = audit_chain.seal_of(audit_chain.content(event), b"not the server's")
 
 
 def _exchange(world: World, rows: list[AuditEvent]) -> None:
@@ -287,7 +286,7 @@ def _rewrite_last(world: World, rows: list[AuditEvent]) -> None:
     with world.db.write() as session:
         event = session.scalars(select(AuditEvent).where(AuditEvent.link == len(rows))).one()
         event.details = {}
-        event.digest = audit_chain.digest(audit_chain.content(event))
+        event.digest = audit_chain.seal_of(audit_chain.content(event), b"not the server's")
 
 
 COLUMNS = [column.name for column in AuditEvent.__table__.columns if column.name not in ("seq", "link")]
@@ -296,7 +295,7 @@ TAMPERINGS: dict[str, tuple[Tamper, int]] = {
     **{f"its {name} is changed": (_set(name, OTHER.get(name, "f" * 64)), 4) for name in COLUMNS},
     "it is taken out of the chain": (_set("link", None), 4),
     "it is moved": (_set("link", 400), 4),
-    "it is changed with its digest": (_rewrite, 5),
+    "it is changed with its digest": (_rewrite, 4),
     "it is exchanged with the next": (_exchange, 4),
     "it is deleted": (_delete(4), 4),
     "the first is deleted": (_delete(1), 1),
@@ -312,14 +311,14 @@ def test_an_event_that_is_edited_deleted_or_moved_is_named(world: World) -> None
 
     for what, (tamper, place) in TAMPERINGS.items():
         tamper(world, rows)
-        misfit = audit_chain.check(world.db).misfit
+        misfit = check(world).misfit
         found[what] = (misfit.link if misfit else 0, place if place > 0 else len(rows))
         with world.db.write() as session:
             session.execute(delete(AuditEvent))
             session.execute(insert(AuditEvent), whole)
 
     assert {what: links for what, links in found.items() if links[0] != links[1]} == {}
-    assert audit_chain.check(world.db).misfit is None
+    assert check(world).misfit is None
 
 
 def test_a_head_that_was_set_back_is_seen(world: World) -> None:
@@ -328,23 +327,64 @@ def test_a_head_that_was_set_back_is_seen(world: World) -> None:
         head = session.get_one(AuditHead, 1)
         head.link, head.digest = 3, rows[2].digest or ""
 
-    assert audit_chain.check(world.db).misfit is not None
+    assert check(world).misfit is not None
 
 
-def test_an_export_that_was_edited_is_seen_without_the_service(world: World) -> None:
+def test_a_chain_that_was_computed_anew_without_the_pepper_is_no_chain(world: World) -> None:
+    """The attack with the database's password alone: an event is changed, and every digest after it is made to fit."""
+    sealed(world)
+    forger = b"any other secret of 32 bytes...."
+    with world.db.write() as session:
+        session.execute(update(AuditEvent).where(AuditEvent.link == 4).values(actor_name="somebody else"))
+        session.execute(update(AuditEvent).values(link=None, previous=None, digest=None))
+        session.execute(delete(AuditHead))
+    audit_chain.seal(world.db, pepper=forger)
+
+    misfit = check(world).misfit
+
+    assert misfit is not None
+    assert (misfit.link, misfit.fault) == (1, "changed")
+
+
+def test_events_that_were_sealed_under_the_previous_pepper_are_verified_after_a_rotation(world: World) -> None:
+    sealed(world)
+    projects.create(world.db, "new")
+    rotated = b"n" * 32
+    audit_chain.seal(world.db, pepper=rotated)
+
+    known = audit_chain.check(world.db, peppers=[rotated, PEPPER.current])
+    forgotten = audit_chain.check(world.db, peppers=[rotated])
+
+    assert (known.misfit, known.num_unsealed) == (None, 0)
+    assert forgotten.misfit is not None
+
+
+def test_sealing_ends_after_as_many_events_as_it_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_chain, "SEALED_AT_ONCE", 2)
+
+    assert audit_chain.seal(world.db, pepper=PEPPER.current, at_most=3) == 4
+    assert check(world).num_unsealed == len(events(world.db)) - 4
+
+
+def test_an_export_that_was_edited_is_seen(world: World) -> None:
     sealed(world)
     whole = list(audit_chain.lines(world.db))
     edited = [{**event, "details": {}} if event["link"] == 4 else event for event in whole]
-    rewritten = [{**event, "digest": offline.digest_of(event)} for event in edited]
+    odd = [*whole[:3], {**whole[3], "actor": "nobody"}]
+    logs = (edited, odd, whole[:3] + whole[4:], [*whole[:3], whole[4]])
 
-    faults = [offline.check(log).misfit for log in (edited, rewritten, whole[:3] + whole[4:], [*whole[:3], whole[4]])]
+    faults = [audit_chain.check_export(log, peppers=PEPPER.all()).misfit for log in logs]
 
     assert [(misfit.link, misfit.fault) for misfit in faults if misfit] == [
         (4, "changed"),
-        (5, "misplaced"),
+        (4, "changed"),
         (4, "missing"),
         (4, "missing"),
     ]
+
+
+def check(world: World, **part: int) -> audit_chain.Checked:
+    return audit_chain.check(world.db, peppers=PEPPER.all(), **part)
 
 
 def _columns(db: Database) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from catalog.settings import Settings
 from catalog.states import JobState
 from catalog.tables import Adapter, Artifact, Attempt, AuditEvent, Job
 from tests.catalog.backup_service import Service, opened
-from tests.catalog.world import LEASE, manifest, sha
+from tests.catalog.world import LEASE, PEPPER, manifest, sha
 
 
 class HookedObjects(Objects):
@@ -43,7 +43,7 @@ class HookedObjects(Objects):
 
 def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewhere: Settings) -> None:
     name = service.finish(service.running(), "adapter one")
-    audit_chain.seal(service.world.db)
+    audit_chain.seal(service.world.db, pepper=PEPPER.current)
     record = service.backup()
 
     restored = restore(elsewhere, service.place)
@@ -74,7 +74,7 @@ def test_a_backup_amid_writes_deletions_and_cleanings_is_one_state_with_every_fi
             name = service.finish(service.running(), f"meanwhile {number}")
             if number % 2:
                 service.delete(name)
-            audit_chain.seal(service.world.db)
+            audit_chain.seal(service.world.db, pepper=PEPPER.current)
             cleaning.clean(service.world.db, service.store)
             number += 1
         return number
@@ -171,27 +171,29 @@ def test_a_file_that_is_damaged_is_told_by_the_backup_and_after_it_by_name(
 
     assert record.problems == [f"The content of {blob_key(sha('to be damaged'))} has changed."]
     assert restored.checked.problems == [f"{name}: {blob_key(sha('to be damaged'))} is missing."]
-    here = check(service.world.db, service.store).problems
+    here = check(service.world.db, service.store, peppers=PEPPER.all()).problems
     assert here == [f"{name}: {record.problems[0]}"]
 
 
 def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Settings) -> None:
-    audit_chain.seal(service.world.db)
+    audit_chain.seal(service.world.db, pepper=PEPPER.current)
     service.backup()
     restore(elsewhere, service.place)
     db = opened(elsewhere)
     with db.write() as session:
         first = session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one()
         first.details = {"name": "somebody else"}
+        ident = first.id
 
-    assert check(db, service.store).problems == ["The audit chain does not fit at 1: changed."]
+    problems = check(db, service.store, peppers=PEPPER.all()).problems
+    assert problems == [f"The audit chain does not fit at 1 ({ident}): changed."]
     db.close()
 
 
 def test_the_end_of_the_chain_must_be_the_one_that_was_noted(service: Service) -> None:
-    audit_chain.seal(service.world.db)
+    audit_chain.seal(service.world.db, pepper=PEPPER.current)
 
-    problems = check(service.world.db, service.store, chain_end=(1, "0" * 64)).problems
+    problems = check(service.world.db, service.store, peppers=PEPPER.all(), chain_end=(1, "0" * 64)).problems
 
     assert problems == ["The audit chain has another event at 1 than was noted."]
 

@@ -15,7 +15,7 @@ from catalog.db import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLarge, Unavailable
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables import Artifact, BaseModelRow, File, Job, Organization, Prepared, Project, Table
+from catalog.tables import Artifact, BaseModelRow, File, Job, Organization, Prepared, Project
 from tests.services.small_disk import small_disk
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
@@ -26,7 +26,7 @@ def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     is_sqlite = request.param == "sqlite"
     url = f"sqlite:///{tmp_path / 'lorry.db'}" if is_sqlite else request.getfixturevalue("new_postgres_url")
     database = Database(url)
-    Table.metadata.create_all(database.engine)
+    database.migrate()
     with database.write() as session:
         session.add(Organization(id="org", name="org", created_at=0))
         session.flush()

@@ -221,9 +221,9 @@ ACTS: dict[str, Act] = {
     "what was cancelled": lambda w, _: audit.list_page(
         w.db, caller=_operator(w), filters=Filters(types=["job.cancelled"])
     ),
-    "whether the log is whole": lambda w, _: audit_chain.check(w.db, after=FAR + 9, limit=5),
-    "sealing": lambda w, _: audit_chain.seal(w.db),
-    "a second sealing": lambda w, _: audit_chain.seal(w.db),
+    "whether the log is whole": lambda w, _: audit_chain.check(w.db, peppers=PEPPER.all(), after=FAR + 9, limit=5),
+    "sealing": lambda w, _: audit_chain.seal(w.db, pepper=PEPPER.current),
+    "a second sealing": lambda w, _: audit_chain.seal(w.db, pepper=PEPPER.current),
     "what was used": lambda w, _: usage_report.report(
         w.db, caller=w.caller, asked=usage_report.Asked(start_time=w.clock.now - 9)
     ),

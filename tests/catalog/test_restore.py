@@ -18,7 +18,7 @@ from catalog.errors import Conflict
 from catalog.settings import Settings
 from catalog.tables import JobEvent, Project, Table
 from tests.catalog.backup_service import Service, opened
-from tests.catalog.world import World
+from tests.catalog.world import PEPPER, World
 
 
 def sqlite_path(settings: Settings) -> Path:
@@ -151,7 +151,7 @@ def orphan(world: World) -> None:
 def test_check_reports_rows_that_refer_to_missing_rows(service: Service) -> None:
     orphan(service.world)
 
-    (problem,) = check(service.world.db, service.store).problems
+    (problem,) = check(service.world.db, service.store, peppers=PEPPER.all()).problems
 
     assert "events" in problem
     assert "jobs" in problem
@@ -171,7 +171,7 @@ def test_check_reports_damaged_pages(service: Service) -> None:
         file.seek((root - 1) * size)
         file.write(b"\xff" * size)
 
-    checked = check(service.world.db, service.store)
+    checked = check(service.world.db, service.store, peppers=PEPPER.all())
 
     assert checked.problems
     assert checked.problems[0].startswith("The database is damaged:")
@@ -184,7 +184,7 @@ def test_check_reports_an_invalid_index(service: Service) -> None:
     with service.world.db.engine.begin() as connection:
         connection.execute(text(set_valid.format("false")))
     try:
-        problems = check(service.world.db, service.store).problems
+        problems = check(service.world.db, service.store, peppers=PEPPER.all()).problems
     finally:
         with service.world.db.engine.begin() as connection:
             connection.execute(text(set_valid.format("true")))

@@ -6,6 +6,7 @@ stored is looked at in stored.py, what is left over in leftovers.py.
 
 from __future__ import annotations
 
+import hmac
 import re
 import time
 from collections import defaultdict
@@ -37,6 +38,7 @@ def audit(
     *,
     store_url: str,
     lease_seconds: float,
+    pepper: bytes,
     seen: Seen | None = None,
     work_dir: Path | None = None,
     is_settled: bool = True,
@@ -44,9 +46,9 @@ def audit(
 ) -> list[Finding]:
     """What must not be. An empty list is a good report.
 
-    store_url: file:///… or s3://…, as LORRY_STORE_URL. work_dir: of the workers, all of which have ended; None: no
-    folder and no process is looked at. is_settled: every job has had the time to end. now: of the database, in seconds
-    since 1970.
+    store_url: file:///… or s3://…, as LORRY_STORE_URL. pepper: of the API servers. work_dir: of the workers, all of
+    which have ended; None: no folder and no process is looked at. is_settled: every job has had the time to end. now:
+    of the database, in seconds since 1970.
     """
     found = record.read(database_url)
     known = seen or Seen()
@@ -62,7 +64,7 @@ def audit(
         *(leftovers.on_machine(work_dir) if work_dir is not None else ()),
         *_moves(found),
         *_people(found),
-        *_chain(found),
+        *_chain(found, pepper),
     ]
 
 
@@ -230,12 +232,12 @@ def _people(found: Record) -> Iterator[Finding]:
                 yield _finding("I8", job["id"], f"{kind} happened {asked.count(kind)} times, and is noted less often")
 
 
-def _chain(found: Record) -> Iterator[Finding]:
+def _chain(found: Record, pepper: bytes) -> Iterator[Finding]:
     """Every sealed event has the digest of what it says and of the one before, to where the head stands."""
     sealed = sorted((event for event in found.audit_events if event["link"] is not None), key=lambda row: row["link"])
     digest = GENESIS
     for link, event in enumerate(sealed, start=1):
-        if event["link"] != link or event["previous"] != digest or event["digest"] != _digest(event):
+        if event["link"] != link or event["previous"] != digest or event["digest"] != _digest(event, pepper):
             yield _finding("I8", event["id"], f"the audit log does not fit at link {link}")
             return
         digest = event["digest"]
@@ -244,11 +246,12 @@ def _chain(found: Record) -> Iterator[Finding]:
         yield _finding("I8", "audit_head", f"the audit log ends at {len(sealed)}, and its head says {heads}")
 
 
-def _digest(event: Row) -> str:
+def _digest(event: Row, pepper: bytes) -> str:
     names = ("id", "type", "effective_at", "project_id", "object_id", "request_id", "address", "details", "link")
     told: dict[str, Any] = {name: event[name] for name in (*names, "previous") if event[name] is not None}
     actor = {name: event[f"actor_{name}"] for name in ("type", "id", "name") if event[f"actor_{name}"] is not None}
-    return sha256(rfc8785.dumps({**told, "object": "audit_event", "actor": actor})).hexdigest()
+    key = hmac.digest(pepper, b"lorry: audit chain", sha256)
+    return hmac.digest(key, rfc8785.dumps({**told, "object": "audit_event", "actor": actor}), sha256).hex()
 
 
 def _finding(invariant: Invariant, subject: str, sentence: str) -> Finding:

@@ -222,13 +222,14 @@ class FaultSite(WorkerSite):
     def audit(self) -> list[Finding]:
         """After `stop`. What was not sealed yet is, as an api's chore does."""
         self._watch.__exit__()
-        audit_chain.seal(self.db)
+        audit_chain.seal(self.db, pepper=PEPPER.encode())
         return audit(
             self.settings.resolved_database_url(),
             store_url=self.settings.resolved_store_url(),
             lease_seconds=self.settings.lease_seconds,
             seen=Seen(submissions=self.submissions, hooks=self.hooks, trainers=self._watch.sightings()),
             work_dir=self.settings.work_dir(),
+            pepper=PEPPER.encode(),
         )
 
     def heard(self, body: bytes, *, event_id: str) -> None:

@@ -56,7 +56,7 @@ class Site:
     def findings(self, seen: Seen | None = None, **given: Any) -> list[Finding]:
         store_url = (self.folder / "store").as_uri()
         given = {"store_url": store_url, "lease_seconds": LEASE, "now": self.now, **given}
-        return audit(self.url, seen=seen, work_dir=self.folder / "work", **given)
+        return audit(self.url, seen=seen, work_dir=self.folder / "work", pepper=PEPPER.current, **given)
 
     def found(self, seen: Seen | None = None) -> set[Invariant]:
         return {finding.invariant for finding in self.findings(seen)}
@@ -86,7 +86,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> S
     sent = sending.claim(db, pepper=PEPPER, room=10, in_flight=[])
     for outgoing in sent:
         sending.record(db, outgoing, sending.Outcome(started_at=clock.now, seconds=0.1, status_code=204))
-    audit_chain.seal(db)
+    audit_chain.seal(db, pepper=PEPPER.current)
     _store(db, ArtifactStore(Objects((folder / "store").as_uri())), f"curves of {claim.claim_id}")
     db.close()
     event_id = next(one.message_id for one in sent if job.id.encode() in one.body)

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import psycopg
+from sqlalchemy import make_url
 
+from catalog.tables.privileges import API_ROLE, WORKER_ROLE
 from tests.services.programs import Missing, find_or_install, install_debian, install_wheel, on_path
 from tests.services.running import Restartable, free_port, running, server_folder, unprivileged_user
 
@@ -48,6 +50,7 @@ def restartable_postgres(
         log = folder / "log.txt"
         server = Restartable(lambda: running(argv, log=log, is_ready=lambda: _answers(port), user=user))
         server.start()
+        _make_roles(port)
         try:
             yield f"postgresql+psycopg://lorry@127.0.0.1:{port}/postgres", server
         finally:
@@ -66,6 +69,21 @@ def empty_database(server_url: str, name: str, *, template: str = "template1") -
     finally:
         with psycopg.connect(admin_url, autocommit=True) as admin:
             admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
+
+
+def as_role(url: str, role: str | None) -> str:
+    """The address of the same database, for that role. SQLite has none."""
+    parsed = make_url(url)
+    if role is None or parsed.get_backend_name() == "sqlite":
+        return url
+    return parsed.set(username=role).render_as_string(hide_password=False)
+
+
+def role_of(argv: Sequence[str]) -> str | None:
+    """The role under which a service runs this program; None: the owner, who alone makes and changes tables."""
+    if "api" not in argv:
+        return WORKER_ROLE
+    return None if {"bootstrap", "restore"} & set(argv) else API_ROLE
 
 
 def find() -> Path | None:
@@ -92,6 +110,13 @@ def _initialise(program: Path, data: Path, user: str | None) -> None:
     )
     if done.returncode != 0:
         raise Missing(f"initdb failed: {done.stderr.strip()[-300:]}")
+
+
+def _make_roles(port: int) -> None:
+    """As deploy/postgres/roles.sql does, without passwords. The owner is who has started the server."""
+    with psycopg.connect(host="127.0.0.1", port=port, user="lorry", dbname="postgres", autocommit=True) as admin:
+        for role in (API_ROLE, WORKER_ROLE):
+            admin.execute(f"create role {role} login".encode())
 
 
 def _answers(port: int) -> bool:

@@ -12,6 +12,7 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.util import LRUCache
 
 from catalog import db
+from tests.services import roles
 
 KEPT = 2000
 
@@ -26,6 +27,7 @@ def share() -> None:
     def engine(url: str) -> Engine:
         made = make(url)
         made.update_execution_options(compiled_cache=compiled)
+        roles.assume(made)
         return made
 
     db._engine = engine

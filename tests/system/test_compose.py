@@ -17,15 +17,22 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 import yaml
 from opentelemetry.sdk import environment_variables as of_opentelemetry
+from sqlalchemy import make_url
 
 from api.__main__ import _parser as api_parser
 from api.settings import ApiSettings
 from catalog import logs
+from catalog.db import Database
 from catalog.settings import Settings
+from catalog.tables.privileges import API_ROLE, WORKER_ROLE
+from tests.services.postgres import as_role
+from tests.services.postgres import find as find_postgres
 from tests.services.running import free_port, running
 from tests.services.s3 import new_bucket
 
@@ -165,6 +172,56 @@ def test_logs_and_traces_can_be_switched_on_and_only_the_api_knows_the_pepper() 
     for name in ours:
         assert {"LORRY_LOG_FORMAT", "OTEL_EXPORTER_OTLP_ENDPOINT"} <= SERVICES[name]["environment"].keys(), name
     assert {name for name in ours if "LORRY_PEPPER" in SERVICES[name]["environment"]} == {"bootstrap", "api"}
+
+
+def role(name: str) -> str:
+    """The database role of a service."""
+    return str(urlsplit(SERVICES[name]["environment"]["LORRY_DATABASE_URL"].replace(":?set it in .env", "")).username)
+
+
+def test_each_service_has_the_database_role_that_it_needs() -> None:
+    roles = {name: role(name) for name in OURS if "LORRY_DATABASE_URL" in SERVICES[name].get("environment", {})}
+
+    assert roles == {
+        "bootstrap": "lorry_owner",
+        "api": API_ROLE,
+        "backup": API_ROLE,
+        "worker-cpu": WORKER_ROLE,
+        "worker-gpu": WORKER_ROLE,
+    }
+    for name, its_role in roles.items():
+        secrets = {found["name"] for text in texts(SERVICES[name]["environment"]) for found in VARIABLE.finditer(text)}
+        passwords = {secret for secret in secrets if secret.startswith("POSTGRES_")}
+        assert passwords == {f"POSTGRES_{its_role.removeprefix('lorry_').upper()}_PASSWORD"}, name
+
+
+@pytest.mark.timeout(120)
+def test_the_script_that_makes_the_roles_runs_twice_and_gives_each_its_own_rights(new_postgres_url: str) -> None:
+    """With a database of before, whose tables somebody else owns."""
+    psql = find_postgres()
+    assert psql is not None
+    url = make_url(new_postgres_url).set(drivername="postgresql")
+    before = Database(new_postgres_url)
+    before.migrate()
+    before.close()
+    script = ROOT / "deploy" / "postgres" / "roles.sql"
+    passwords = [word for name in ("owner", "api", "worker") for word in ("-v", f"{name}=it's-{name}")]
+    for _ in range(2):
+        argv = [str(psql.parent / "psql"), *passwords, "-f", str(script), url.render_as_string(hide_password=False)]
+        done = subprocess.run(argv, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    owner = Database(as_role(new_postgres_url, "lorry_owner"))
+    owner.migrate()
+    owner.close()
+
+    made = {}
+    for name in ("lorry_owner", API_ROLE, WORKER_ROLE):
+        with psycopg.connect(url.set(username=name).render_as_string(hide_password=False)) as connection:
+            reads = "select has_table_privilege('jobs', 'select'), has_table_privilege('api_keys', 'select'),"
+            found = connection.execute(f"{reads} has_schema_privilege('public', 'create')".encode()).fetchone()
+            made[name] = found
+    assert made == {"lorry_owner": (True, True, True), API_ROLE: (True, True, False), WORKER_ROLE: (True, False, False)}
     for target in ("api", "worker"):
         assert f"requirements/{target}.lock" in dockerfile_targets()[target]
         assert "opentelemetry-sdk==" in (ROOT / "requirements" / f"{target}.lock").read_text("utf-8")
@@ -258,7 +315,10 @@ class Stack:
 
     def environment(self, name: str) -> dict[str, str]:
         given = {key: self._fill(str(value)) for key, value in SERVICES[name]["environment"].items()}
-        return {**given, "LORRY_DATA_DIR": str(self.folder / name), **self._addresses, "TMPDIR": str(self.folder)}
+        its_role = role(name) if "LORRY_DATABASE_URL" in given else None
+        database = as_role(self._addresses["LORRY_DATABASE_URL"], None if its_role == "lorry_owner" else its_role)
+        here = {**self._addresses, "LORRY_DATABASE_URL": database}
+        return {**given, "LORRY_DATA_DIR": str(self.folder / name), **here, "TMPDIR": str(self.folder)}
 
     def argv(self, argv: list[str]) -> list[str]:
         here = {

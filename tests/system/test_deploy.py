@@ -266,11 +266,15 @@ def test_manifests_set_what_there_is_and_hold_no_secret() -> None:
     assert not any(manifest["kind"] == "Secret" for manifest in MANIFESTS)
 
 
-def test_only_the_api_knows_the_pepper() -> None:
+def test_only_the_api_knows_the_pepper_and_each_pod_its_own_database_role() -> None:
+    secrets: dict[str, list[str]] = {}
     for name, _, container in containers():
-        has_all = {"secretRef": {"name": "lorry"}} in container["envFrom"]
-        assert has_all == (name in ("migrate", "api")), name
+        secrets[name] = [given["secretRef"]["name"] for given in container["envFrom"] if "secretRef" in given]
+        named_alone = {variable["name"] for variable in container.get("env", ()) if "valueFrom" in variable}
+        assert named_alone <= ({"LORRY_DATABASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}), name
         assert not any(variable["name"] == "LORRY_PEPPER" for variable in container.get("env", ()))
+    # Of two that name a variable the last one counts.
+    assert secrets == {"migrate": ["lorry", "lorry-owner"], "api": ["lorry"], "worker": ["lorry-worker"], "backup": []}
 
 
 def test_a_pod_of_a_worker_has_one_gpu_and_time_to_drain() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from catalog import adapters
 from catalog.states import EndReason, JobState
 from catalog.sweeps import creation, reading
 from catalog.sweeps.spec import SweepRequest
-from tests.worker_site import BASE, WorkerSite, worker_site
+from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 NUM_STEPS = 120
@@ -33,9 +34,11 @@ def test_trials_train_in_one_pack_and_bad_ones_are_stopped_at_rungs(tmp_path: Pa
         rates = {"min": 1e-7, "max": 1e-2, "scale": "log"}
         sweep_id = make(site, search=search, parameters={"optimizer.learning_rate": rates})
 
-        site.work_until_done()
-
         mine: dict[str, Any] = {"project_id": site.caller.project_id, "sweep_id": sweep_id}
+        site.start([sys.executable, "-m", "api", "serve", "--port", "0"], LORRY_PEPPER=PEPPER)
+        site.start_worker()
+
+        site.wait_until(lambda: reading.get(site.db, **mine).sweep.finished_at is not None)
         view = reading.get(site.db, **mine)
         board = reading.leaderboard(site.db, **mine).items
         assert view.sweep.state == "succeeded", site.log()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import redis
 from lorry import Lorry
 from lorry.models import FINAL_STATUSES, Attempt
 from tests import tiny_base
+from tests.services.postgres import as_role, role_of
 from tests.services.redis import redis_server
 from tests.services.s3 import new_bucket
 from tests.worker_site import ROOT, wait_until
@@ -58,6 +59,11 @@ class Stack:
         }
         self._processes: list[subprocess.Popen[bytes]] = []
 
+    def environment_of(self, argv: Sequence[str]) -> dict[str, str]:
+        """With the database role that such a process has."""
+        url = as_role(self.environment["LORRY_DATABASE_URL"], role_of(argv))
+        return {**self.environment, "LORRY_DATABASE_URL": url}
+
     def told(self, *command: str) -> dict[str, Any]:
         argv = [sys.executable, "-m", "api", *command]
         done = subprocess.run(argv, env=self.environment, cwd=ROOT, capture_output=True, check=True, timeout=60)
@@ -67,7 +73,7 @@ class Stack:
         """is_told: what it prints is read by the caller."""
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                argv, env=self.environment, cwd=ROOT, stdout=subprocess.PIPE if is_told else log, stderr=log
+                argv, env=self.environment_of(argv), cwd=ROOT, stdout=subprocess.PIPE if is_told else log, stderr=log
             )
         self._processes.append(process)
         return process

@@ -1,0 +1,201 @@
+"""What each database role may do, as data: PostgreSQL enforces it where the roles exist.
+
+The owner, who migrates, applies this after each migration (migrations/env.py). A stolen worker's password then neither
+makes keys nor rewrites the audit log. Set-ups with one role, and SQLite, have no such boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, text
+
+from catalog.tables.table import Table
+
+API_ROLE: Final = "lorry_api"
+WORKER_ROLE: Final = "lorry_worker"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rights:
+    """What a role may do with a table's rows. Columns by name; True: every column, also those of later versions."""
+
+    select: bool | tuple[str, ...] = False
+    insert: bool | tuple[str, ...] = False
+    update: bool | tuple[str, ...] = False
+    delete: bool = False
+
+
+NONE = Rights()
+READ = Rights(select=True)
+APPEND = Rights(select=True, insert=True)
+KEEP = Rights(select=True, insert=True, update=True)
+EVERYTHING = Rights(select=True, insert=True, update=True, delete=True)
+
+AUDIT_CONTENT: Final = (
+    "id",
+    "type",
+    "effective_at",
+    "project_id",
+    "object_id",
+    "actor_type",
+    "actor_id",
+    "actor_name",
+    "request_id",
+    "address",
+    "details",
+)
+"""Of an audit event all that is known when it is written: `seq` is the sequence's, the seal is added later."""
+
+WORKER_RIGHTS: Mapping[str, Rights] = {
+    "adapters": APPEND,
+    "api_keys": NONE,
+    "artifacts": EVERYTHING,  # the rows of checkpoints that newer ones replace go at once
+    "attempts": KEEP,
+    "audit_events": Rights(insert=AUDIT_CONTENT),
+    "audit_head": NONE,
+    "base_models": Rights(
+        select=True, update=("state", "digest", "manifest", "description", "error", "importing_until")
+    ),
+    "checkpoints": KEEP,
+    "events": APPEND,
+    "file_overlaps": KEEP,
+    "files": APPEND,
+    "gang_seats": EVERYTHING,
+    "gangs": EVERYTHING,
+    "idempotency_keys": NONE,
+    "job_exports": Rights(
+        select=True,
+        update=("run_id", "train_step", "valid_step", "next_at", "claim_id", "num_failures", "error", "finished_at"),
+    ),
+    "job_labels": NONE,
+    "job_outputs": KEEP,
+    # Not what was asked for, nor for whom: project, submitter, spec, priority, deadline, holds.
+    "jobs": Rights(
+        select=True,
+        update=(
+            "adapter_name",
+            "adapter_parameters",
+            "attempt",
+            "cancel_requested",
+            "charged_at",
+            "claim_id",
+            "claimed_at",
+            "counted_attempts",
+            "device_seconds",
+            "divisible_bytes",
+            "error",
+            "finished_at",
+            "gathered_bytes",
+            "lease_expires_at",
+            "lease_extended",
+            "least_bytes",
+            "least_divided_bytes",
+            "longest_example",
+            "lost_attempts",
+            "lost_preparations",
+            "needed_start",
+            "num_preemptions",
+            "num_steps",
+            "own_bytes",
+            "pause_requested",
+            "place",
+            "preempted_for",
+            "progress",
+            "queued_at",
+            "reason",
+            "result_file",
+            "resumed_at",
+            "room_asked_at",
+            "run_after",
+            "saved_bytes",
+            "slice_bytes",
+            "started_at",
+            "state",
+            "train_prepared",
+            "trained_tokens",
+            "trainer_bytes",
+            "trainer_id",
+            "valid_prepared",
+            "worker_id",
+        ),
+    ),
+    "metric_blocks": EVERYTHING,
+    "model_permissions": NONE,
+    "organizations": READ,
+    "plans": Rights(
+        select=True,
+        update=("state", "found", "error", "claim_id", "lease_expires_at", "num_lost", "run_after"),
+    ),
+    "prepared": EVERYTHING,
+    "project_usage": KEEP,
+    "projects": Rights(select=True, update=("preparing_at",)),
+    "pulse": KEEP,
+    "rung_values": APPEND,
+    "service": READ,
+    "sign_ins": NONE,
+    "stored_bytes": KEEP,
+    "stored_days": KEEP,
+    # A worker says that a sweep is due; the API server decides and writes what follows.
+    "sweeps": Rights(select=True, update=("due_at",)),
+    "tallies": KEEP,
+    "trainers": KEEP,
+    "trials": Rights(select=True, update=("score", "step", "recent", "rung", "stopped")),
+    "upload_parts": NONE,
+    "uploads": NONE,
+    "usage_days": KEEP,
+    "usage_months": KEEP,
+    "webhook_deliveries": Rights(insert=True),
+    # Whom to tell of an event, and neither where nor with which secret.
+    "webhook_endpoints": Rights(select=("id", "project_id", "event_types", "disabled_at", "deleted_at")),
+    "webhook_tries": NONE,
+    "workers": KEEP,
+}
+"""Every table has a line here: a test says so."""
+
+API_RESTRICTED: Mapping[str, Rights] = {
+    # Append, and seal: no role of a running service changes or removes what happened.
+    "audit_events": Rights(select=True, insert=AUDIT_CONTENT, update=("link", "previous", "digest")),
+    "audit_head": KEEP,
+    "service": READ,
+}
+"""Where the API servers may do less than everything."""
+
+
+def rights(role: str) -> Mapping[str, Rights]:
+    """By name of the table."""
+    if role == WORKER_ROLE:
+        return WORKER_RIGHTS
+    return {table.name: API_RESTRICTED.get(table.name, EVERYTHING) for table in Table.metadata.sorted_tables}
+
+
+def apply(connection: Connection) -> None:
+    """Give the roles that exist what this version says, and nothing else. By the owner of the tables, within the
+    transaction of the migration; again and again it comes to the same."""
+    if connection.dialect.name != "postgresql":
+        return
+    named = {"roles": [API_ROLE, WORKER_ROLE]}
+    for role in connection.scalars(text("select rolname from pg_roles where rolname = any(:roles)"), named).all():
+        for statement in _statements(role):
+            connection.exec_driver_sql(statement)
+
+
+def _statements(role: str) -> Iterator[str]:
+    tables = "all tables in schema public"
+    sequences = "all sequences in schema public"
+    yield f"revoke all on {tables} from {role}"
+    yield f"revoke all on {sequences} from {role}"
+    yield f"grant usage on schema public to {role}"
+    yield f"grant select on alembic_version to {role}"
+    for table, given in rights(role).items():
+        for verb in ("select", "insert", "update"):
+            columns: bool | tuple[str, ...] = getattr(given, verb)
+            if columns:
+                of = "" if columns is True else f" ({', '.join(columns)})"
+                yield f"grant {verb}{of} on {table} to {role}"
+        if given.delete:
+            yield f"grant delete on {table} to {role}"
+    # A dump reads the sequences' state; numbers of new rows come from them.
+    yield f"grant usage, select on {sequences} to {role}"

@@ -1,0 +1,28 @@
+-- The three database roles of Lorry, and who may connect. By psql as a superuser, connected to the service's database:
+--
+--   psql -v owner=PASSWORD -v api=PASSWORD -v worker=PASSWORD -f deploy/postgres/roles.sql DATABASE
+--
+-- lorry_owner makes and changes the tables (`python -m api bootstrap`, `restore`), lorry_api is for API servers and
+-- backups, lorry_worker for workers. What the latter two may do is in catalog/tables/privileges.py, and is granted by
+-- each `bootstrap`. Running this again sets the passwords. One service of a PostgreSQL server can have these roles.
+\set ON_ERROR_STOP on
+select format('create role %I login', name)
+from unnest(array['lorry_owner', 'lorry_api', 'lorry_worker']) as name
+where not exists (select from pg_roles where rolname = name)
+\gexec
+alter role lorry_owner with nosuperuser nocreatedb nocreaterole password :'owner';
+alter role lorry_api with nosuperuser nocreatedb nocreaterole password :'api';
+alter role lorry_worker with nosuperuser nocreatedb nocreaterole password :'worker';
+
+-- A database of before: its tables change hands.
+select format('alter table %I.%I owner to lorry_owner', schemaname, tablename)
+from pg_tables
+where schemaname = 'public' and tableowner <> 'lorry_owner'
+\gexec
+select format('alter database %I owner to lorry_owner', current_database())
+\gexec
+revoke create on schema public from public;
+select format('revoke all on database %I from public', current_database())
+\gexec
+select format('grant connect on database %I to lorry_api, lorry_worker', current_database())
+\gexec

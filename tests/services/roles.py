@@ -1,0 +1,90 @@
+"""On PostgreSQL, what a test calls runs under the database role that calls it in a service.
+
+A connection takes its role when it leaves the pool, by the stack: a verb that workers alone call runs as the worker,
+all else of the catalog and the API as the API server, and what a test writes by itself as the owner. So a right that
+catalog/tables/privileges.py lacks fails every test that needs it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+from functools import cache
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from sqlalchemy import Engine, event
+
+from catalog.tables.privileges import API_ROLE, WORKER_ROLE
+
+ROOT = Path(__file__).parents[2]
+OWNER = "lorry"
+OF_OWNER = tuple(str(ROOT / place) for place in ("migrations", "catalog/backup", "api/bootstrap.py"))
+OWNER_VERBS = ("migrate", "announce")
+"""What `bootstrap` calls and no running process."""
+OF_WORKER = str(ROOT / "worker")
+OF_API, OF_CATALOG = str(ROOT / "api"), str(ROOT / "catalog")
+OF_NOBODY = str(ROOT / "catalog" / "db.py")
+
+
+def assume(engine: Engine) -> None:
+    """Of an engine whose role is the owner: let each connection have the role of whoever takes it."""
+    if engine.dialect.name == "postgresql" and engine.url.username == OWNER:
+        event.listen(engine, "checkout", _set_role)
+
+
+def _set_role(connection: Any, record: Any, _proxy: Any) -> None:
+    role = _role()
+    if record.info.get("role", OWNER) != role:
+        connection.autocommit = True
+        connection.execute(f"set role {role}")
+        connection.autocommit = False
+        record.info["role"] = role
+
+
+def _role() -> str:
+    """A worker or an API server that calls the catalog decides; else the verb does."""
+    frame, found = sys._getframe(2), OWNER
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(OF_OWNER) or code.co_name in OWNER_VERBS:
+            return OWNER
+        if code.co_filename.startswith(OF_API):
+            return API_ROLE
+        if code.co_filename.startswith(OF_WORKER) or code in _worker_verbs():
+            found = WORKER_ROLE
+        elif code.co_filename.startswith(OF_CATALOG) and code.co_filename != OF_NOBODY and found == OWNER:
+            found = API_ROLE
+        frame = frame.f_back
+    return found
+
+
+@cache
+def _worker_verbs() -> frozenset[CodeType]:
+    """Functions of the catalog that workers call and the API does not."""
+    return _called_by("worker") - _called_by("api")
+
+
+def _called_by(package: str) -> frozenset[CodeType]:
+    codes: set[CodeType] = set()
+    for path in (ROOT / package).rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        names: dict[str, Any] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "catalog":
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    found = getattr(module, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                    names[alias.asname or alias.name] = found
+        for node in ast.walk(tree):
+            called: Any = None
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = getattr(names.get(node.value.id), node.attr, None)
+            elif isinstance(node, ast.Name):
+                called = names.get(node.id)
+            if inspect.isfunction(called):
+                codes.add(inspect.unwrap(called).__code__)
+    return frozenset(codes)
