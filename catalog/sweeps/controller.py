@@ -62,7 +62,8 @@ def advance(db: Database, sweep_id: str | None = None) -> bool:
 
 
 def advance_some(db: Database, *, most: int, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Up to `most` steps; returns how many. After each one a pause as long as the step, so that others write for half of the time."""
+    """Up to `most` steps; returns how many. After each one a pause as long as the step: others write for half of the
+    time."""
     for number in range(most):
         began = time.monotonic()
         if not advance(db):
