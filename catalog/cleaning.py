@@ -20,7 +20,7 @@ CHECKPOINT_SECONDS = 7 * 24 * 3600.0
 
 
 def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
-    """Delete blobs and manifests that nothing names. Returns how many. Raises Unavailable, DamagedArtifact."""
+    """Delete blobs and manifests that nothing names. Returns how many. Raises Unavailable, OutOfSpace."""
     let_go(db)
     stored_bytes.reconcile(db)
     return store.delete_unreferenced(live_digests(db), grace_seconds=grace_seconds)
@@ -51,10 +51,12 @@ def let_go(db: Database) -> None:
 
 
 def live_digests(db: Database) -> set[str]:
-    """Manifests that are visible, files that are not deleted or that a job still needs, what trainers printed, and
-    parts of uploads."""
+    """Manifests that are visible and the files that they name, files that are not deleted or that a job still needs,
+    what trainers printed, and parts of uploads."""
     with db.read() as session:
-        return {*session.scalars(select(Artifact.digest)), *wanted_files(session)}
+        artifacts = session.execute(select(Artifact.digest, Artifact.files)).all()
+        files_of_artifacts = {file["digest"] for artifact in artifacts for file in artifact.files}
+        return {*(artifact.digest for artifact in artifacts), *files_of_artifacts, *wanted_files(session)}
 
 
 def wanted_files(session: Session) -> set[str]:

@@ -17,17 +17,20 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from catalog import durable
 from catalog.disk import is_full, out_of_space
-from catalog.errors import Unavailable
+from catalog.errors import OutOfSpace, Unavailable
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
 CHUNK_BYTES = 8 * 2**20
 RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
+PROBE = "clock"
+"""Object of a bucket that is written to read the bucket's clock."""
 STAGED = re.compile(r".*#\d+")
 """Name of a local file that obstore has not finished writing."""
 
@@ -50,15 +53,47 @@ class Objects:
 
     def __init__(self, url: str) -> None:
         self.folder = _folder(url)
+        self._synced: set[Path] = set()
         with translated():
+            if self.folder is not None:
+                durable.make_folder(self.folder)
             self._store = _open(url, self.folder)
 
     def put(self, key: str, chunks: bytes | Iterable[bytes]) -> None:
         """Write the object whole or not at all; an exception out of `chunks` leaves nothing."""
         with translated():
             obstore.put(self._store, key, chunks, chunk_size=CHUNK_BYTES, max_concurrency=2)
-            if self.folder is not None:
-                _settle(self.folder / key)
+            self._sync(key)
+
+    def create(self, key: str, content: bytes) -> bool:
+        """Write the object if there is none. Of several that try at the same time, one succeeds. Returns whether."""
+        with translated():
+            try:
+                obstore.put(self._store, key, content, mode="create")
+            except AlreadyExistsError:
+                return False
+            self._sync(key)
+        return True
+
+    def now(self) -> float:
+        """Seconds since 1970 by the store's clock, which alone says how old an object is. Writes to the store.
+
+        A folder's time is that of its file system, which needs no space. A bucket gives its time to an object. Where
+        the bucket is full, the last such object's time is returned, which is earlier. Raises OutOfSpace if there is
+        none, and Unavailable.
+        """
+        if self.folder is not None:
+            with translated():
+                os.utime(self.folder)
+                return self.folder.stat().st_mtime
+        try:
+            self.put(PROBE, b"")
+        except OutOfSpace as error:
+            try:
+                return self.head(PROBE).written_at
+            except NoSuchObject:
+                raise error from None
+        return self.head(PROBE).written_at
 
     def head(self, key: str) -> Entry:
         """Raises NoSuchObject."""
@@ -83,6 +118,18 @@ class Objects:
     def delete(self, key: str) -> None:
         with translated(key):
             obstore.delete(self._store, key)
+
+    def _sync(self, key: str) -> None:
+        """Make a finished file survive a power cut: its content, its name, and once the names of its folders."""
+        if self.folder is None:
+            return
+        path = self.folder / key
+        durable.sync(path)
+        durable.sync(path.parent)
+        above = [folder for folder in path.parent.parents if folder.is_relative_to(self.folder)]
+        for folder in (folder for folder in above if path.parent not in self._synced):
+            durable.sync(folder)
+        self._synced.add(path.parent)
 
     def delete_staged(self, *, older_than: float) -> None:
         """Remove what writers that were killed left unfinished in a local folder.
@@ -128,13 +175,3 @@ def _open(url: str, folder: Path | None) -> ObjectStore:
 
 def _entry(meta: Any) -> Entry:
     return Entry(key=meta["path"], num_bytes=meta["size"], written_at=meta["last_modified"].timestamp())
-
-
-def _settle(path: Path) -> None:
-    """Make a finished file and its name outlive a power cut."""
-    for place in (path, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

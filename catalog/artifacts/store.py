@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import os
 import shutil
 import stat
@@ -23,8 +25,11 @@ from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects
 from catalog.disk import full_disk_named
 from catalog.settings import Settings
 
+log = logging.getLogger("lorry.catalog")
 GRACE_SECONDS = 24 * 3600.0
 """An unreferenced object lives at least this long: longer than any upload or export takes."""
+CLOCK_SECONDS = 600.0
+"""The store's clock is read again after so long."""
 REFRESH_SECONDS = GRACE_SECONDS / 4
 """A blob older than this is written again when it is put again, so that its grace begins anew."""
 
@@ -45,9 +50,11 @@ def open_store(settings: Settings) -> ArtifactStore:
 class ArtifactStore:
     """Raises OutOfSpace, Unavailable, and DamagedArtifact where content and digest differ."""
 
-    def __init__(self, objects: Objects, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, objects: Objects, *, clock: Callable[[], float] | None = None) -> None:
+        """clock: in place of the store's own, in seconds since 1970, for tests that turn it."""
         self.objects = objects
-        self.clock = clock
+        self.clock = clock or objects.now
+        self._clock_read = (-math.inf, 0.0)
 
     def put_file(self, path: Path) -> Blob:
         """Store the content of one file. Idempotent; a file that changes meanwhile is not stored."""
@@ -175,18 +182,19 @@ class ArtifactStore:
                 self.objects.put(blob_key(file.digest), b"")
 
     def delete_unreferenced(self, live: set[str], *, grace_seconds: float = GRACE_SECONDS) -> int:
-        """Delete what no digest in `live` (manifests and blobs) leads to and is older than the grace.
+        """Delete manifests and blobs that are not in `live` and older than the grace, by the store's clock.
 
-        Returns the number of objects deleted. A live manifest keeps its blobs; one that can't be read stops
-        the cleaning before anything is deleted. What writers put or put again meanwhile is young, and stays; only
-        an old object that is put again between the last look at its age and its deletion, one call, is lost.
+        live: the digests of every manifest and of every blob that the database names. Returns the number of objects
+        deleted. A young manifest keeps its blobs, because its row may not be committed yet; one that can't be read is
+        logged. What writers put or put again meanwhile is young, and stays; only an old object that is put again
+        between the last look at its age and its deletion, one call, is lost. Raises Unavailable, OutOfSpace.
         """
         oldest = self.clock() - grace_seconds
         kept = {manifest_key(digest) for digest in live} | {blob_key(digest) for digest in live}
         for entry in self.objects.list_all("manifests"):
-            if entry.num_bytes and (entry.key in kept or entry.written_at >= oldest):  # an emptied one names nothing
-                digest = entry.key.removeprefix("manifests/").removesuffix(".json")
-                kept |= {blob_key(file.digest) for file in self.get_manifest(digest).files}
+            is_unlisted = entry.key not in kept and entry.written_at >= oldest
+            if is_unlisted and entry.num_bytes:  # an emptied one names nothing
+                kept |= self._blobs_of(entry.key)
         num_deleted = 0
         for prefix in ("manifests", "blobs"):
             for entry in list(self.objects.list_all(prefix)):
@@ -206,7 +214,26 @@ class ArtifactStore:
             entry = self.objects.head(key)
         except NoSuchObject:
             return False
-        return entry.num_bytes == num_bytes and self.clock() - entry.written_at < REFRESH_SECONDS
+        return entry.num_bytes == num_bytes and self._recent_clock() - entry.written_at < REFRESH_SECONDS
+
+    def _recent_clock(self) -> float:
+        """The store's time, as read at most CLOCK_SECONDS ago. A machine that was suspended since reads it late, by
+        less than what a blob that is not written again has left of its grace."""
+        read_at, seconds = self._clock_read
+        elapsed = time.monotonic() - read_at
+        if elapsed > CLOCK_SECONDS or self.clock != self.objects.now:
+            self._clock_read = (time.monotonic(), self.clock())
+            return self._clock_read[1]
+        return seconds + elapsed
+
+    def _blobs_of(self, key: str) -> set[str]:
+        """Keys of the blobs that a stored manifest names; none where it can't be read."""
+        digest = key.removeprefix("manifests/").removesuffix(".json")
+        try:
+            return {blob_key(file.digest) for file in self.get_manifest(digest).files}
+        except DamagedArtifact as error:
+            log.warning("a manifest without a row can't be read code=%s: %s", error.code, error)
+            return set()
 
     def _delete_if_old(self, key: str, oldest: float) -> bool:
         """Look once more: it may have been put again since it was listed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,10 +29,22 @@ class Made:
 def make(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path, keep: int | None = None) -> Made:
     """Copy the database and all that it names. keep: so many backups stay at the place, this one among them.
 
-    An object that the store does not have, or whose content has changed, is told in the record's `problems`; all else
-    is copied. One at a time at a place. Raises InvalidRequest where the database can't be dumped, Unavailable and
-    OutOfSpace.
+    An object that the store does not have, or whose content has changed, is reported in the record's `problems`; all
+    others are copied. Raises Conflict where another backup to the place is running, InvalidRequest where the database
+    can't be dumped, Unavailable and OutOfSpace.
     """
+    with place.lease() as lease:
+        made = _copy(db, store, place, work_dir=work_dir)
+        lease.check()
+        place.finish(made.record)
+        if keep is None:
+            return made
+        lease.check()
+        return replace(made, forgotten=place.forget_all_but(keep))
+
+
+def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path) -> Made:
+    """All of a backup except its record, without which it is none."""
     there = holdings.stored(place.store)
     num_before = len(there)
     with db.read() as session:
@@ -59,6 +71,4 @@ def make(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Pa
         problems=[*problems.values()],
         **told,
     )
-    place.finish(record)
-    forgotten = [] if keep is None else place.forget_all_but(keep)
-    return Made(record=record, num_copied=len(there) - num_before, forgotten=forgotten)
+    return Made(record=record, num_copied=len(there) - num_before, forgotten=[])

@@ -1,7 +1,8 @@
 """Where backups lie: a folder or a bucket, with one store for all of them, so that each adds what is new.
 
 `store/` holds objects by digest, as the service's own store does. `backups/NAME/` holds `database`, `objects.txt`, the
-keys of the objects that it names, and `backup.json`, which is written last: what has none is no backup.
+keys of the objects that it names, and `backup.json`, which is written last: what has none is no backup. `lease.json` is
+there while a backup runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any, cast
 
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects
-from catalog.artifacts.store import ArtifactStore, verified
-from catalog.backup.holdings import Keys, digest_of
+from catalog.artifacts.store import verified
+from catalog.backup.holdings import Keys, stored
+from catalog.backup.lease import RENEW_SECONDS, Lease
 from catalog.errors import InvalidRequest, NotFound
 
 FORMAT = 2
@@ -54,7 +56,12 @@ class BackupPlace:
     def __init__(self, url: str) -> None:
         self.url = url
         self.store = Objects(f"{url}/store")
+        self._root = Objects(url)
         self._backups = Objects(f"{url}/backups")
+
+    def lease(self, *, renew_seconds: float = RENEW_SECONDS) -> Lease:
+        """A context in which no other backup to this location runs."""
+        return Lease(self._root, self.url, renew_seconds=renew_seconds)
 
     def records(self) -> list[Record]:
         """Of whole backups, oldest first. Raises InvalidRequest where a newer version has written one."""
@@ -99,15 +106,18 @@ class BackupPlace:
                 out.write(chunk)
 
     def forget_all_but(self, keep: int) -> list[str]:
-        """Delete the oldest backups, and objects that none of the others names. Returns their names."""
+        """Delete the oldest backups, and objects that none of the others names. Returns their names. The caller holds
+        the lease: an object that a running backup counts as present must not be deleted."""
         records = self.records()
         old, kept = records[:-keep], records[-keep:]
         for record in old:
             for part in (RECORD, OBJECTS, DUMP):  # the record first: from then on it is no backup
                 self._backups.delete(f"{record.name}/{part}")
         if old:
-            live = {digest_of(key) for record in kept for key in self.keys(record)}
-            ArtifactStore(self.store).delete_unreferenced(live, grace_seconds=0)
+            live = {key for record in kept for key in self.keys(record)}
+            for key in stored(self.store) - live:
+                self.store.delete(key)
+            self.store.delete_staged(older_than=self.store.now())
         return [record.name for record in old]
 
     def _read(self, record: Record, part: str, digest: str) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from catalog.artifacts import ArtifactStore, DamagedArtifact, Manifest, ManifestFile, open_store
 from catalog.artifacts.manifest import check_path
-from catalog.artifacts.objects import CHUNK_BYTES, Objects
+from catalog.artifacts.objects import CHUNK_BYTES, Entry, Objects
 from catalog.artifacts.store import GRACE_SECONDS, blob_key, manifest_key
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.settings import Settings
@@ -69,6 +70,11 @@ def folder(tmp_path: Path) -> Path:
 
 def keys(store: ArtifactStore) -> set[str]:
     return {entry.key for prefix in ("blobs", "manifests") for entry in store.objects.list_all(prefix)}
+
+
+def live(manifest: Manifest) -> set[str]:
+    """What the database names of an artifact."""
+    return {manifest.digest, *(file.digest for file in manifest.files)}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -202,11 +208,11 @@ def test_cleaning_keeps_what_is_named_and_what_is_young(
     file = store.put_bytes(b"an uploaded file")
     everything = keys(store)
 
-    assert store.delete_unreferenced({kept.digest, file.digest}) == 0
+    assert store.delete_unreferenced({*live(kept), file.digest}) == 0
     assert keys(store) == everything
 
     clock.ahead_seconds = GRACE_SECONDS + 60
-    assert store.delete_unreferenced({kept.digest, file.digest}) == 2  # the other manifest, and its own blob
+    assert store.delete_unreferenced({*live(kept), file.digest}) == 2  # the other manifest, and its own blob
     assert keys(store) == everything - {manifest_key(dropped.digest), blob_key(sha256(b'{"r": 4}').hexdigest())}
     assert store.verify(kept) == []
 
@@ -266,18 +272,92 @@ def test_cleaning_looks_again_before_it_deletes(store: ArtifactStore, monkeypatc
     assert b"".join(store.open_blob(blob.digest)) == b"listed while old, then put again"
 
 
-def test_cleaning_deletes_nothing_where_a_live_manifest_cannot_be_read(
+def test_cleaning_goes_on_where_a_live_manifest_can_not_be_read_and_keeps_the_files_that_the_database_names(
     store: ArtifactStore, folder: Path, clock: Clock
 ) -> None:
     manifest = store.put_folder(folder, kind="adapter")
+    garbage = store.put_bytes(b"garbage")
     store.objects.put(manifest_key(manifest.digest), b"{}")
     before = keys(store)
     clock.ahead_seconds = 2 * GRACE_SECONDS
 
-    with pytest.raises(DamagedArtifact):
-        store.delete_unreferenced({manifest.digest})
+    num_deleted = store.delete_unreferenced(live(manifest))
 
+    assert num_deleted == 1
+    assert keys(store) == before - {blob_key(garbage.digest)}
+
+
+def test_cleaning_keeps_the_old_files_of_a_young_manifest_and_goes_on_where_another_can_not_be_read(
+    store: ArtifactStore, folder: Path, clock: Clock
+) -> None:
+    """A worker has stored an artifact whose row is not committed yet."""
+    in_flight = store.put_folder(folder, kind="adapter")
+    store.objects.put(manifest_key("0" * 64), b"{}")
+    before = keys(store)
+    clock.ahead_seconds = 2 * GRACE_SECONDS
+    listed, head = store.objects.list_all, store.objects.head
+
+    def as_written_now(entry: Entry) -> Entry:
+        return replace(entry, written_at=clock()) if entry.key.startswith("manifests/") else entry
+
+    store.objects.list_all = lambda prefix: map(as_written_now, listed(prefix))
+    store.objects.head = lambda key: as_written_now(head(key))
+
+    assert store.delete_unreferenced(set()) == 0
     assert keys(store) == before
+    assert store.verify(in_flight) == []
+
+
+@pytest.mark.parametrize("hours", [48, -48])
+def test_a_wrong_clock_of_this_machine_ages_no_object(
+    clock_and_url: tuple[Clock, str], monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """An upload is in flight: its blob is stored, and its row is not committed yet."""
+    store = ArtifactStore(Objects(clock_and_url[1]))
+    blob = store.put_bytes(b"in flight")
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + hours * 3600)
+
+    assert ArtifactStore(Objects(clock_and_url[1])).delete_unreferenced(set()) == 0
+    assert b"".join(store.open_blob(blob.digest)) == b"in flight"
+
+
+def test_the_time_of_a_full_bucket_is_read_from_the_last_probe(
+    clock_and_url: tuple[Clock, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = Objects(clock_and_url[1])
+    before = objects.now()
+
+    def full(*_: Any) -> None:
+        raise OutOfSpace("full", code="out_of_space", remedy="")
+
+    monkeypatch.setattr(objects, "put", full)
+
+    assert objects.now() >= before
+
+
+def test_an_object_is_created_once(store: ArtifactStore) -> None:
+    assert [store.objects.create("lease", content) for content in (b"first", b"second")] == [True, False]
+    assert b"".join(store.objects.read("lease")) == b"first"
+
+
+def test_a_stored_file_and_each_folder_above_it_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    root = tmp_path / "new" / "store"
+    store = ArtifactStore(Objects(root.as_uri()))
+
+    blob = store.put_bytes(b"x")
+
+    path = root / blob_key(blob.digest)
+    expected = {path, path.parent, root / "blobs", root, tmp_path / "new", tmp_path}
+    assert {str(folder) for folder in expected} <= set(synced)
 
 
 def test_a_store_that_answers_is_reachable(store: ArtifactStore) -> None:

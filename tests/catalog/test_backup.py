@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from catalog import adapters, audit_chain, claims, cleaning, recovery, workers
 from catalog.artifacts.objects import CHUNK_BYTES, Objects
 from catalog.artifacts.store import ArtifactStore, blob_key
 from catalog.backup import BackupPlace, check, dump, make, open_place, restore
+from catalog.backup.lease import LEASE_SECONDS
 from catalog.backup.place import Record
 from catalog.db import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound
@@ -213,6 +216,71 @@ def test_further_backups_add_what_is_new_and_old_ones_go_with_what_only_they_nam
     stored = {entry.key for entry in service.place.store.list_all("blobs")}
     assert blob_key(sha("second adapter")) in stored
     assert blob_key(sha("first adapter")) not in stored
+
+
+def test_a_second_backup_to_the_same_location_is_refused_while_the_first_runs(service: Service) -> None:
+    service.finish(service.running(), "adapter")
+    refused: list[Conflict] = []
+
+    def begin_another() -> None:
+        with pytest.raises(Conflict) as caught:
+            service.backup(keep=1)
+        refused.append(caught.value)
+
+    blob = blob_key(manifest("adapter").files[0].digest)
+    record = service.backup(ArtifactStore(HookedObjects(service.store.objects, blob, begin_another)))
+
+    (error,) = refused
+    assert error.code == "backup_running"
+    assert str(os.getpid()) in error.message
+    assert [found.name for found in service.place.records()] == [record.name]
+    assert service.backup().problems == [], "the first has released the location"
+
+
+def test_the_lease_of_a_killed_backup_expires_by_the_locations_clock(service: Service) -> None:
+    service.place.lease(renew_seconds=1e6).__enter__()  # and it is never left
+    path = service.folder / "backups" / "lease.json"
+    with pytest.raises(Conflict):
+        service.backup()
+
+    expired_at = time.time() - LEASE_SECONDS - 1
+    os.utime(path, (expired_at, expired_at))
+
+    assert service.backup().problems == []
+    assert not path.exists()
+
+
+def test_a_backup_that_lost_its_lease_neither_finishes_nor_deletes(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = service.backup()
+    put = service.place.put
+
+    def put_after_another_took_over(*given: Any) -> Any:
+        (service.folder / "backups" / "lease.json").write_text('{"token": "of another", "host": "h", "pid": 1}')
+        return put(*given)
+
+    monkeypatch.setattr(service.place, "put", put_after_another_took_over)
+
+    with pytest.raises(Conflict) as refused:
+        service.backup(keep=1)
+
+    assert refused.value.code == "backup_lease_lost"
+    assert [record.name for record in service.place.records()] == [first.name]
+    assert (service.folder / "backups" / "lease.json").exists(), "the other's lease"
+
+
+def test_a_lease_is_renewed_while_it_is_held(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed = Event()
+    lease = service.place.lease(renew_seconds=0.001)
+    path = service.folder / "backups" / "lease.json"
+    with lease:
+        os.utime(path, (1.0, 1.0))
+        put = lease.objects.put
+        monkeypatch.setattr(lease.objects, "put", lambda *given: (put(*given), renewed.set()))
+        assert renewed.wait(30)
+
+        assert path.stat().st_mtime > 1.0
 
 
 def test_a_backup_without_its_record_is_none(service: Service, elsewhere: Settings) -> None:
