@@ -36,13 +36,16 @@ def up(
     """Start the service: api, database, store and a worker per device. Ctrl-C drains and ends it."""
     from lorry import connection
     from lorry.local import devices as device_names
-    from lorry.local import ports, service
+    from lorry.local import ports, privacy, service
     from lorry.local.lock import DataLock
 
     service.check_installed()
     chosen = device_names.choose(devices)
     folder = (data_dir or connection.default_data_dir()).expanduser().resolve()
+    os.umask(0o077)  # all processes of the service inherit it
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if (message := privacy.make_private(folder)) is not None:
+        output.say(message)
     with DataLock(folder), ports.listen(host, port) as listening:
         if (told := ports.moved(listening, port)) is not None:
             output.say(told)

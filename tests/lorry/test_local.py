@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from lorry.errors import LorryError
-from lorry.local import child, devices, ports, service
+from lorry.local import child, devices, ports, privacy, service
 from lorry.local.child import Child
 from lorry.local.lock import DataLock
 from tests.services.running import free_port
@@ -35,6 +36,29 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("content", [None, "lorry.db"])
+def test_a_data_folder_that_other_users_can_access_is_made_private(tmp_path: Path, content: str | None) -> None:
+    tmp_path.chmod(0o755)
+    if content is not None:
+        (tmp_path / content).touch()
+
+    first, again = privacy.make_private(tmp_path), privacy.make_private(tmp_path)
+
+    assert "mode 755" in str(first)
+    assert again is None
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(("mode", "content"), [(0o1777, "lorry.db"), (0o755, "photos")])
+def test_a_shared_folder_is_reported_and_stays_as_it_is(tmp_path: Path, mode: int, content: str) -> None:
+    tmp_path.chmod(mode)
+    (tmp_path / content).touch()
+
+    assert f"chmod go-rwx {tmp_path}" in str(privacy.make_private(tmp_path))
+
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == mode
 
 
 def test_one_holder_at_a_time_and_the_refusal_names_it(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_a_first_start_makes_everything_and_a_client_finds_it(data_dir: Path) ->
 
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
+        database = data_dir / "lorry.db"
+        assert not database.exists() or not stat.S_IMODE(database.stat().st_mode) & 0o077
         assert told["url"] == json.loads(path.read_text())["url"]
         with Lorry(data_dir=data_dir) as lorry:
             until(lambda: list(lorry.workers.list()))
