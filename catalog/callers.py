@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from catalog.spec import PriorityClass
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
@@ -27,5 +29,7 @@ class Caller:
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
     """Of both: None: the service's; 0: without limit."""
+    highest_priority: int = PriorityClass.normal
+    """The highest class that the key's jobs may have; its project's holds as well."""
     service_jobs_per_day: int = 0
     """What the service says; 0: without limit."""

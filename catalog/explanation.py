@@ -235,6 +235,7 @@ def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
         "turn": mine.reason,
         "counts_as": mine.counts_as,
         "level": mine.level,
+        "effective_level": mine.effective_level,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from typing import cast as cast_to
 
 from sqlalchemy import (
     CTE,
@@ -88,8 +89,15 @@ def waiting(
 def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
     """Of each project and class the first job whose files wait to be prepared, in no order."""
     rows = session.execute(_to_prepare(for_sqlite=is_sqlite(session)), {"now": now, "per_group": 1})
-    names = ("job_id", "priority", "created_at", "preparing_at")
-    return [Unprepared(**{name: getattr(row, name) for name in names}) for row in rows]
+    names = ("job_id", "project_id", "priority", "created_at", "preparing_at")
+    return [
+        Unprepared(
+            **{name: getattr(row, name) for name in names},
+            class_prepared_at=float(prepared.get(str(row.priority), 0.0)),
+        )
+        for row in rows
+        for prepared in [cast_to(dict[str, float], row.class_prepared_at or {})]
+    ]
 
 
 def is_unprepared(job: type[Job], now: float | ColumnElement[float]) -> tuple[ColumnElement[bool], ...]:
@@ -147,7 +155,8 @@ def _to_prepare(*, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
     ).subquery()
     preparing_at = func.coalesce(Project.preparing_at, 0.0).label("preparing_at")
     with_project = rows.join(Project, Project.id == rows.c.project_id)
-    return select(rows.c.id.label("job_id"), rows.c.priority, rows.c.created_at, preparing_at).select_from(with_project)
+    columns = (rows.c.id.label("job_id"), rows.c.project_id, rows.c.priority, rows.c.created_at)
+    return select(*columns, preparing_at, Project.class_prepared_at).select_from(with_project)
 
 
 @cache

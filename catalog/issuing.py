@@ -5,7 +5,7 @@ A key's own holder may rotate and revoke it; another's key only who could have m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -18,7 +18,8 @@ from catalog.keys import Caller, is_live, lasting_operators, new_key
 from catalog.pages import Page, paginate
 from catalog.pepper import Pepper
 from catalog.scopes import OPERATORS, held
-from catalog.tables import ApiKey
+from catalog.spec import Priority, PriorityClass
+from catalog.tables import ApiKey, Json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,8 @@ class KeyRequest:
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
     """Of both: None: the caller's; another number is an operator's to give."""
+    highest_priority: Priority | None = None
+    """None: `normal`, or the caller's where that is lower; another one is an operator's to give."""
 
 
 def create(
@@ -52,7 +55,8 @@ def create(
     _check_rights(caller, wanted, is_operator=request.is_operator)
     limits = {"requests_per_minute": request.requests_per_minute, "jobs_per_day": request.jobs_per_day}
     given = {name: value for name, value in limits.items() if value is not None}
-    _check_limits(caller, given)
+    highest = request.highest_priority
+    _check_limits(caller, [*given, *(["highest_priority"] if highest is not None else [])])
     takes_all = request.scopes is None and not caller.is_limited
     with db.write() as session:
         now = read_clock(session)
@@ -67,6 +71,8 @@ def create(
         key.expires_at = _expiry(caller, request.expires_at, caller.expires_at, now=now)
         key.requests_per_minute = given.get("requests_per_minute", caller.requests_per_minute)
         key.jobs_per_day = given.get("jobs_per_day", caller.jobs_per_day)
+        usual = max(PriorityClass.normal, caller.highest_priority)
+        key.highest_priority = usual if highest is None else PriorityClass[highest]
         key.idempotency_key = idempotency_key
         keys.add(session, key, created_by=caller.api_key_id)
     return key, secret
@@ -118,8 +124,10 @@ def rotate(
         if key.expires_at is not None and _is_last_operator(session, old, now=now):
             raise last_operator(old)
         key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
+        key.highest_priority = old.highest_priority
         if old.id != caller.api_key_id and not caller.is_operator:
             key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
+            key.highest_priority = max(old.highest_priority, caller.highest_priority)
         keys.add(session, key, created_by=caller.api_key_id)
         old.replaced_by = key.id
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
@@ -127,20 +135,31 @@ def rotate(
     return key, secret
 
 
-def limit(db: Database, *, caller: Caller, api_key_id: str, limits: Mapping[str, int | None]) -> ApiKey:
+def limit(
+    db: Database,
+    *,
+    caller: Caller,
+    api_key_id: str,
+    limits: Mapping[str, int | None],
+    highest_priority: Priority | None = None,
+) -> ApiKey:
     """Change those of `requests_per_minute` and `jobs_per_day` that are given. None: the service's; 0: without limit.
+    highest_priority: None: as it was.
 
     Operators alone may. Raises NotFound and Forbidden.
     """
     with db.write() as session:
         key = find(session, caller, api_key_id)
-        _check_limits(caller, limits)
+        given: Json = {**limits, **({} if highest_priority is None else {"highest_priority": highest_priority})}
+        _check_limits(caller, given)
         check_may_change(session, caller, key)
         if key.id == caller.api_key_id and caller.is_limited:
             raise _exceeds("take what it likes", "api_key_id")
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
-        keys.note(session, "api_key.updated", key, now=read_clock(session), details=dict(limits))
+        if highest_priority is not None:
+            key.highest_priority = PriorityClass[highest_priority]
+        keys.note(session, "api_key.updated", key, now=read_clock(session), details=given)
         return key
 
 
@@ -231,7 +250,8 @@ def _end(caller: Caller, old: ApiKey) -> float | None:
     return min((end for end in ends if end is not None), default=None)
 
 
-def _check_limits(caller: Caller, limits: Mapping[str, int | None]) -> None:
+def _check_limits(caller: Caller, limits: Collection[str]) -> None:
+    """limits: names of those that are given."""
     if limits and not caller.is_operator:
         raise Forbidden(
             "What a key may take is for operators to say.",

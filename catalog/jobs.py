@@ -12,7 +12,7 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, events, labels, needs
+from catalog import audit, events, labels, needs, quotas
 from catalog.audit import AuditType
 from catalog.db import Database, read_clock
 from catalog.errors import Conflict
@@ -176,6 +176,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
                 code="job_not_paused",
                 remedy="Only a paused job can be resumed.",
             )
+        quotas.check_resumption(session, job.project_id, now=now)
         _note(session, "job.resumed", job, now=now)
         move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
         job.counted_attempts = job.lost_attempts = job.lost_preparations = 0

@@ -21,6 +21,7 @@ from catalog.db import Database, clock_of, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
 from catalog.pepper import Pepper
 from catalog.scopes import held
+from catalog.spec import PriorityClass
 from catalog.tables import ApiKey, Json, Organization, Project, SignIn, new_id
 
 ENDING_CHARACTERS = 4
@@ -69,6 +70,7 @@ def add(session: Session, key: ApiKey, *, created_by: str | None = None) -> None
     session.add(key)
     details = {"name": key.name, "is_operator": key.is_operator, "scopes": key.scopes, "expires_at": key.expires_at}
     limits = {"requests_per_minute": key.requests_per_minute, "jobs_per_day": key.jobs_per_day}
+    limits |= {"highest_priority": PriorityClass(key.highest_priority).name}
     note(session, "api_key.created", key, now=key.created_at, details={**details, **limits})
 
 
@@ -141,7 +143,7 @@ def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
 
 def new_key(project_id: str, name: str, pepper: Pepper) -> tuple[ApiKey, str]:
     """A row that is not stored yet, and the key's text."""
-    key = ApiKey(id=new_id("key"), project_id=project_id, name=name)
+    key = ApiKey(id=new_id("key"), project_id=project_id, name=name, highest_priority=PriorityClass.normal)
     secret = f"lorry_{key.id}_{secrets.token_urlsafe(32)}"
     key.digest, key.ending = pepper.digest(secret), secret[-ENDING_CHARACTERS:]
     return key, secret
@@ -288,6 +290,7 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
         expires_at=key.expires_at,
         requests_per_minute=key.requests_per_minute,
         jobs_per_day=key.jobs_per_day,
+        highest_priority=key.highest_priority,
     )
 
 

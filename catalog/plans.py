@@ -53,6 +53,7 @@ def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Sett
         serialise(session, f"plan {caller.project_id}")
         now = read_clock(session)
         quotas.check_plan(session, caller.project_id, now=now)
+        quotas.check_priority(session, caller, request.priority)
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
         # Rejects layers that the base model doesn't have.
         job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)

@@ -7,27 +7,25 @@ checkpoint at a tick's boundary and goes back to its place in the queue.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy import and_, select, union
 from sqlalchemy.orm import Session
 
-from catalog import events, fleet, heads, quotas, usage
+from catalog import device_counts, events, fleet, heads, quotas, usage
 from catalog.db import Database, read_clock, serialise
 from catalog.fleet import is_gpu, quantisations_of
 from catalog.living import is_live
 from catalog.scheduling import preempt
-from catalog.scheduling.picture import Candidate, Policy, Service
-from catalog.scheduling.preempt import Holder, Preemption, Training
-from catalog.scheduling.turns import order
+from catalog.scheduling.picture import Candidate, Policy, Service, Share
+from catalog.scheduling.preempt import AT_ONCE, Holder, Preemption, Training
+from catalog.scheduling.turns import Turn, order
 from catalog.spec import PriorityClass
 from catalog.states import JobState, is_suspect
 from catalog.tables import Attempt, Job, Trainer, Worker
 
-AT_ONCE = 8
-"""Urgent jobs of a project that are looked at, and for which room is made in one look."""
 PRESSING = PriorityClass.urgent
 ASKING = "ask jobs to leave"
 IS_ASKED = and_(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
@@ -48,7 +46,7 @@ def look(db: Database, *, policy: Policy) -> int:
         return 0
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
         now = read_clock(session)
-        if not _pressing(session, now=now, policy=policy) and not list(session.scalars(select(Job.id).where(IS_ASKED))):
+        if not _decide(session, now=now, policy=policy) and not list(session.scalars(select(Job.id).where(IS_ASKED))):
             return 0
     with db.write() as session:
         serialise(session, ASKING)
@@ -60,24 +58,32 @@ def look(db: Database, *, policy: Policy) -> int:
         return _ask(session, decided, now=now, policy=policy)
 
 
-def _pressing(session: Session, *, now: float, policy: Policy) -> list[Candidate]:
-    """Urgent jobs that have waited for long enough and for which no room is being made, first turn first; of a project
-    no more than it may begin."""
-    waiting = heads.waiting(session, heads.Such(priority=PRESSING), now=now, per_group=AT_ONCE)
-    late = [job for job in waiting if now - job.queued_at >= policy.preempt_after_seconds]
-    again = [job for job in late if not policy.is_making_room(job.room_asked_at, now)]
-    shares = usage.shares_of_waiting(session, now=now, policy=policy) if again else {}
-    ordered = [turn.candidate for turn in order(again, now, shares=shares, policy=policy)]
-    return _beginnable(session, ordered, late)[:AT_ONCE]
+def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[Turn, list[Candidate]]]:
+    """What `preempt.pressing` finds in the queue; of a project no more than it may begin."""
+    urgent = heads.waiting(session, heads.Such(priority=PRESSING), now=now, per_group=AT_ONCE)
+    late = [job for job in urgent if now - job.queued_at >= policy.preempt_after_seconds]
+    if all(policy.is_making_room(job.room_asked_at, now) for job in late):
+        return []
+    waiting = heads.waiting(session, heads.Such(), now=now, per_group=AT_ONCE)
+    shares, served = usage.shares_of_waiting(session, now=now, policy=policy), usage.served(session, now=now)
+    turns = order(waiting, now, shares=shares, served=served, policy=policy)
+    return _beginnable(session, preempt.pressing(turns, now=now, policy=policy), late)[:AT_ONCE]
 
 
-def _beginnable(session: Session, ordered: Sequence[Candidate], late: Collection[Candidate]) -> list[Candidate]:
+def _beginnable(
+    session: Session, found: Sequence[tuple[Turn, list[Candidate]]], late: Collection[Candidate]
+) -> list[tuple[Turn, list[Candidate]]]:
     """Those that their projects' limits let begin beside the late ones for which room is being made already."""
-    free = quotas.free_places(session, {job.project_id for job in ordered}) if ordered else {}
-    again, begun = {job.job_id for job in ordered}, list[Candidate]()
-    for job in (*(job for job in late if job.job_id not in again), *ordered):
-        free[job.project_id] = free.get(job.project_id, math.inf) - 1
-        begun += [job] if job.job_id in again and free[job.project_id] >= 0 else []
+    again = {turn.candidate.job_id for turn, _ in found}
+    free = quotas.free_places(session, {turn.candidate.project_id for turn, _ in found}) if found else {}
+    for job in late:
+        if job.job_id not in again:
+            free[job.project_id] = free.get(job.project_id, math.inf) - 1
+    begun: list[tuple[Turn, list[Candidate]]] = []
+    for turn, ahead in found:
+        project_id = turn.candidate.project_id
+        free[project_id] = free.get(project_id, math.inf) - 1
+        begun += [(turn, ahead)] if free[project_id] >= 0 else []
     return begun
 
 
@@ -103,13 +109,13 @@ def _may_begin(session: Session, job_id: str | None, *, now: float) -> bool:
 
 def _decide(session: Session, *, now: float, policy: Policy) -> list[Asked]:
     pressing = _pressing(session, now=now, policy=policy)
-    holders = _holders(session, now=now) if pressing else []
+    holders = _holders(session, now=now, policy=policy) if pressing else []
     decided: list[Asked] = []
-    for job in pressing:
-        chosen = preempt.choose(job, holders, now=now, policy=policy)
+    for turn, ahead in pressing:
+        chosen = preempt.choose(turn, holders, ahead=ahead, now=now, policy=policy)
         if chosen is None:
             continue
-        decided.append(Asked(job=job, preemption=chosen))
+        decided.append(Asked(job=turn.candidate, preemption=chosen))
         holders = [_without(holder, chosen) for holder in holders]
     return [one for one in decided if one.preemption.victims]
 
@@ -158,7 +164,7 @@ def _tell_who_waits(session: Session, one: Asked, *, now: float) -> None:
     events.add(session, one.job.job_id, now=now, message=f"{jobs} asked to make room for this one.", data=data)
 
 
-def _holders(session: Session, *, now: float) -> list[Holder]:
+def _holders(session: Session, *, now: float, policy: Policy) -> list[Holder]:
     """Workers that live, take jobs and hold some."""
     running = select(Job, Attempt).join(Attempt, Attempt.claim_id == Job.claim_id)
     held: defaultdict[str | None, list[tuple[Job, Attempt]]] = defaultdict(list)
@@ -167,12 +173,24 @@ def _holders(session: Session, *, now: float) -> list[Holder]:
     live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     rows = session.execute(live.where(is_live(now=now))).all()
     open_ones = [(worker, key) for worker, key in rows if held[worker.id] and not worker.takes_nothing_new]
-    return [_holder(worker, key, held[worker.id]) for worker, key in open_ones]
+    shares, lent = usage.shares_of_training(session, now=now, policy=policy), device_counts.lent(session)
+    found: list[Holder] = []
+    for worker, key in open_ones:
+        num_devices = device_counts.count(worker.id, worker.devices, lent)
+        found.append(_holder(worker, key, held[worker.id], shares=shares, num_devices=num_devices, policy=policy))
+    return found
 
 
-def _holder(worker: Worker, key: str | None, held: list[tuple[Job, Attempt]]) -> Holder:
-    recomputes, room = is_gpu(worker), fleet.room_told(worker)
-    can_load = quantisations_of(worker)
+def _holder(
+    worker: Worker,
+    key: str | None,
+    held: list[tuple[Job, Attempt]],
+    *,
+    shares: Mapping[str, Share],
+    num_devices: int,
+    policy: Policy,
+) -> Holder:
+    room, recomputes, can_load = fleet.room_told(worker), is_gpu(worker), quantisations_of(worker)
     service = Service(
         at={},
         memory_bytes=worker.memory_bytes,
@@ -180,27 +198,34 @@ def _holder(worker: Worker, key: str | None, held: list[tuple[Job, Attempt]]) ->
         group=fleet.room_of(worker).group,
         can_load=can_load,
     )
+    num_jobs = Counter(job.project_id for job, _ in held)
+
+    def training(job: Job, attempt: Attempt) -> Training:
+        devices_left = num_devices * num_jobs[job.project_id] / len(held)
+        counts_as = min(job.priority, int((attempt.why or {}).get("counts_as", job.priority)))
+        share = shares.get(job.project_id, Share())
+        level = preempt.level_if_it_left(share, priority=job.priority, devices_left=devices_left, policy=policy)
+        own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)
+        return Training(
+            job_id=job.id,
+            project_id=job.project_id,
+            counts_as=counts_as,
+            effective_level=level,
+            own_bytes=own,
+            began_at=attempt.started_at,
+            num_beside=len(held),
+            num_preemptions=job.num_preemptions,
+            is_leaving=job.cancel_requested or job.pause_requested or job.preempted_for is not None,
+            seconds_left=(job.progress or {}).get("seconds_left"),
+        )
+
     return Holder(
         worker_id=worker.id,
         pack_key=key or held[0][0].pack_key,
         service=service,
-        jobs=tuple(_training(job, attempt, len(held), recomputes=recomputes) for job, attempt in held),
+        jobs=tuple(training(job, attempt) for job, attempt in held),
         memory_bytes_free=room.memory_bytes_free,
         places=room.max_jobs,
         holding=room.holding,
         has_suspect=any(is_suspect(job.counted_attempts, job.lost_attempts) for job, _ in held),
-    )
-
-
-def _training(job: Job, attempt: Attempt, num_beside: int, *, recomputes: bool) -> Training:
-    own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)
-    return Training(
-        job_id=job.id,
-        counts_as=min(job.priority, int((attempt.why or {}).get("counts_as", job.priority))),
-        own_bytes=own,
-        began_at=attempt.started_at,
-        num_beside=num_beside,
-        num_preemptions=job.num_preemptions,
-        is_leaving=job.cancel_requested or job.pause_requested or job.preempted_for is not None,
-        seconds_left=(job.progress or {}).get("seconds_left"),
     )

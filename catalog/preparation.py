@@ -79,12 +79,12 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, polic
         worker = session.get(Worker, worker_id, with_for_update=True)
         if worker is not None and worker.takes_nothing_new:
             return None
-        job, is_turn = _take_first(session, now=now, policy=policy)
+        job = _take_first(session, now=now, policy=policy)
         if job is None:
             return None
-        if worker is not None and is_turn:
-            worker.prepared_at = {**(worker.prepared_at or {}), str(job.priority): now}
-        session.get_one(Project, job.project_id).preparing_at = now
+        project = session.get_one(Project, job.project_id)
+        project.preparing_at = now
+        project.class_prepared_at = {**(project.class_prepared_at or {}), str(job.priority): now}
         job.claim_id = claim_id = new_id("prep")
         job.worker_id = worker_id
         job.lease_expires_at = now + lease_seconds
@@ -98,27 +98,16 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, polic
         return Unprepared(claim_id=claim_id, job=job, training_file=training, validation_file=validation, base=base)
 
 
-def _take_first(session: Session, *, now: float, policy: Policy) -> tuple[Job | None, bool]:
-    """Locked, and whether it is its class's turn. Only people can be quicker here: what they cancel or pause is passed
-    over."""
+def _take_first(session: Session, *, now: float, policy: Policy) -> Job | None:
+    """Locked. Only people can be quicker here: what they cancel or pause is passed over."""
     while found := heads.to_prepare(session, now=now):
-        first, is_turn = first_to_prepare(found, now, last_turns=_last_turns(session, now=now), policy=policy)
+        first = first_to_prepare(found, now, policy=policy)
         job = session.scalar(
             select(Job).where(Job.id == first.job_id, *heads.is_unprepared(Job, now)).with_for_update()
         )
         if job is not None:
-            return job, is_turn
-    return None, False
-
-
-def _last_turns(session: Session, *, now: float) -> dict[int, float]:
-    """By class, when any worker that lives took files of its first job."""
-    rows = session.scalars(select(Worker.prepared_at).where(Worker.ended_at.is_(None), Worker.prepared_at.is_not(None)))
-    latest: dict[int, float] = {}
-    for priority, at in ((int(name), at) for row in rows for name, at in (row or {}).items()):
-        if at <= now:
-            latest[priority] = max(at, latest.get(priority, at))
-    return latest
+            return job
+    return None
 
 
 def prepared(

@@ -1,4 +1,5 @@
-"""What a project may use at most, and a key may submit in a day: an operator says so, and None is without limit.
+"""What a project may use at most, and a key may submit in a day: an operator says so, and None is without limit. The
+highest priority of both, too.
 
 Refused at submission: too many jobs that wait, too many in a day, the month's device-hours used up. Held in the queue:
 the jobs of a project that trains as many as it may, or has used up its month. Refused at upload, and where a worker
@@ -20,9 +21,10 @@ from catalog import audit, daily, prepared, projects
 from catalog.callers import Caller
 from catalog.daily import DAY_SECONDS
 from catalog.db import Database, read_clock, serialise
-from catalog.errors import QuotaExceeded, RateLimited
+from catalog.errors import Forbidden, QuotaExceeded, RateLimited
+from catalog.spec import Priority, PriorityClass
 from catalog.states import JobState
-from catalog.tables import File, Job, Json, Plan, Prepared, Project, Sweep
+from catalog.tables import ApiKey, File, Job, Json, Plan, Prepared, Project, Sweep
 
 Limit = Literal[
     "concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes", "plans_per_day"
@@ -84,13 +86,24 @@ def standings(db: Database, *, caller: Caller, project: str) -> tuple[Project, l
         return row, [_standing(session, row, name, now=now) for name in COLUMNS]
 
 
-def limit(db: Database, *, caller: Caller, project: str, limits: Mapping[Limit, float | None]) -> Project:
-    """Change those limits that are given; None: without limit. What is there already stays. Raises NotFound."""
+def limit(
+    db: Database,
+    *,
+    caller: Caller,
+    project: str,
+    limits: Mapping[Limit, float | None],
+    highest_priority: Priority | None = None,
+) -> Project:
+    """Change those limits that are given; None: without limit. highest_priority: None: as it was. What is there already
+    stays, and jobs keep their class. Raises NotFound."""
     with db.write() as session:
         row = projects.find(session, caller=caller, project=project)
         for name, value in limits.items():
             setattr(row, COLUMNS[name], value)
         told: Json = {"limits": dict(limits)}
+        if highest_priority is not None:
+            row.highest_priority = PriorityClass[highest_priority]
+            told["limits"]["highest_priority"] = highest_priority
         audit.note(
             session, "project.updated", now=read_clock(session), object_id=row.id, project_id=row.id, details=told
         )
@@ -123,6 +136,17 @@ def check_plan(session: Session, project_id: str, *, now: float) -> None:
         raise _exceeded(project, standing, now=now)
 
 
+def check_resumption(session: Session, project_id: str, *, now: float) -> None:
+    """One more job that waits, and was created before; otherwise as `check_submission`. Raises QuotaExceeded."""
+    project = session.get_one(Project, project_id)
+    if project.max_queued_jobs is None:
+        return
+    serialise(session, f"quota {project.id}")
+    standing = _standing(session, project, "queued_jobs", now=now)
+    if standing.is_reached:
+        raise _exceeded(project, standing, now=now)
+
+
 def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None:
     """The token caches that a new job or plan waits for, in the transaction that creates it: their size is taken to be
     that of the files. Raises QuotaExceeded."""
@@ -132,6 +156,34 @@ def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None
     if prepared.is_any_missing(session, (work.train_prepared, work.valid_prepared)):
         serialise(session, f"quota {work.project_id}")
         check_stored(session, work.project_id, prepared.promised_bytes(session, work.project_id), now=now)
+
+
+def check_priority(session: Session, caller: Caller, priority: Priority) -> None:
+    """Whether the caller's project and key may have a job of this class. Raises Forbidden.
+
+    The key is read here: whoever makes the trials of a sweep knows no more of it than its id.
+    """
+    project, key = session.get_one(Project, caller.project_id), session.get(ApiKey, caller.api_key_id)
+    raised = f"--highest-priority {priority}"
+    if PriorityClass[priority] < project.highest_priority:
+        raise _too_high(
+            f"project {project.name!r}",
+            project.highest_priority,
+            priority,
+            f"lorry projects limit {project.name} {raised}",
+        )
+    if key is not None and PriorityClass[priority] < key.highest_priority:
+        raise _too_high(f"API key {key.name!r}", key.highest_priority, priority, f"lorry keys limit {key.id} {raised}")
+
+
+def _too_high(owner: str, highest: int, priority: Priority, command: str) -> Forbidden:
+    allowed = PriorityClass(highest).name
+    return Forbidden(
+        f"The priority {priority!r} is above {allowed!r}, the highest priority of the {owner}.",
+        code="priority_too_high",
+        remedy=f"Use {allowed!r} or a lower priority, or ask an operator to raise the maximum: {command}.",
+        param="priority",
+    )
 
 
 def look_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:

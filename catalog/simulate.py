@@ -12,7 +12,7 @@ import heapq
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -25,8 +25,9 @@ from catalog.scheduling import preempt, shares
 from catalog.scheduling.decide import Join, Start, decide, leading
 from catalog.scheduling.packs import Choice
 from catalog.scheduling.picture import USUAL, Picture, Policy, Room, Service, Share
-from catalog.scheduling.preempt import Holder, Training
-from catalog.simulated_queue import Arrival, Record, Waiting, as_candidate
+from catalog.scheduling.preempt import Holder, Preemption, Training
+from catalog.scheduling.turns import order
+from catalog.simulated_queue import Arrival, Record, Waiting
 from catalog.spec import PriorityClass
 
 PLENTY = 10**12
@@ -75,7 +76,7 @@ class Simulation:
         self._workers = [_Worker() for _ in range(cluster.num_workers)]
         self._used: dict[str, tuple[float, float]] = {}
         self._running: defaultdict[str, int] = defaultdict(int)
-        self._served = Service(at=(served_at := dict[int, float]()), memory_bytes=PLENTY)
+        self._served = Service(at=(served_at := dict[tuple[str, int], float]()), memory_bytes=PLENTY)
         self._served_at = served_at
 
     def run(self, *, until: float = float("inf")) -> list[Record]:
@@ -119,9 +120,8 @@ class Simulation:
         """It has waited: others leave for it, if it waits still; and others later, if it waits on."""
         if record not in self._queue:
             return
-        policy, waiting = self.cluster.policy, as_candidate(record)
-        holders = [self._holder(number, worker) for number, worker in enumerate(self._workers) if worker.jobs]
-        chosen = preempt.choose(waiting, holders, now=self.now, policy=policy)
+        policy = self.cluster.policy
+        chosen = self._preemption(record)
         if chosen is not None and chosen.victims:
             record.room_asked_at = self.now
             worker = self._workers[int(chosen.worker_id)]
@@ -132,6 +132,18 @@ class Simulation:
             self._foresee(worker)
         self._push(self.now + policy.ask_again_seconds, record, 1)
 
+    def _preemption(self, record: Record) -> Preemption | None:
+        policy = self.cluster.policy
+        firsts = list(self._queue.firsts(preempt.AT_ONCE, None, 0))
+        if all(job.job_id != record.job_id for job in firsts):
+            return None
+        turns = order(firsts, self.now, shares=self._shares(), served=(self._served,), policy=policy)
+        for turn, ahead in preempt.pressing(turns, now=self.now, policy=policy):
+            if turn.candidate.job_id == record.job_id:
+                holders = [self._holder(number, worker) for number, worker in enumerate(self._workers) if worker.jobs]
+                return preempt.choose(turn, holders, ahead=ahead, now=self.now, policy=policy)
+        return None
+
     def _send_back(self, worker: _Worker, record: Record) -> None:
         del worker.jobs[record.job_id]
         self._running[record.arrival.project] -= 1
@@ -140,11 +152,21 @@ class Simulation:
         self._queue.add(record)
 
     def _holder(self, number: int, worker: _Worker) -> Holder:
-        slower = saturation.slowdown(len(worker.jobs), SPEEDS)
+        slower, policy = saturation.slowdown(len(worker.jobs), SPEEDS), self.cluster.policy
+        num_jobs = Counter(record.arrival.project for record in worker.jobs.values())
+        levels = {
+            (project, priority): preempt.level_if_it_left(
+                self._share(project), priority=priority, devices_left=number / len(worker.jobs), policy=policy
+            )
+            for project, number in num_jobs.items()
+            for priority in PriorityClass
+        }
         jobs = tuple(
             Training(
                 job_id=record.job_id,
+                project_id=record.arrival.project,
                 counts_as=record.counts_as,
+                effective_level=levels[record.arrival.project, PriorityClass(record.arrival.priority)],
                 own_bytes=1,
                 began_at=record.began_at,
                 num_beside=len(worker.jobs),
@@ -180,6 +202,7 @@ class Simulation:
             record.trained += elapsed / slower
             owed = shares.charge(elapsed, num_devices=1, num_jobs=len(worker.jobs))
             record.device_seconds += owed
+            owed *= self.cluster.policy.multiple(record.arrival.priority)
             self._used[record.arrival.project] = (self._left_of(record.arrival.project) + owed, self.now)
 
     def _left_of(self, project: str) -> float:
@@ -209,7 +232,7 @@ class Simulation:
         picture = Picture(
             now=self.now,
             candidates=tuple(self._queue.firsts(places + 1 if live else 1, worker.key, places)),
-            shares={project: self._share(project) for project in self._queue.projects()},
+            shares=self._shares(),
             served=(self._served,),
             room=room,
             live_key=live,
@@ -220,6 +243,9 @@ class Simulation:
             return picture
         alike = self._queue.firsts(0, lead.candidate.pack_key, places)
         return replace(picture, candidates=(*picture.candidates, *alike))
+
+    def _shares(self) -> dict[str, Share]:
+        return {project: self._share(project) for project in self._queue.projects()}
 
     def _share(self, project: str) -> Share:
         weight = self.cluster.weights.get(project, 1.0)
@@ -245,7 +271,8 @@ class Simulation:
             worker.as_of = self.now + self.cluster.load_seconds
         for choice in choices:
             if choice.turn.is_first_of_class:
-                self._served_at[choice.turn.candidate.priority] = self.now
+                job = choice.turn.candidate
+                self._served_at[job.project_id, job.priority] = self.now
         for candidate in chosen:
             record = self._queue.take(candidate.job_id)
             record.started_at = self.now if record.started_at is None else record.started_at

@@ -150,6 +150,7 @@ def submit(
         accepted = accept_planned(session, caller, request, now=now)
     else:
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
+    quotas.check_priority(session, caller, accepted.request.priority)
     job = job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
     begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")

@@ -165,9 +165,9 @@ def _take(session: Session, chosen: _Chosen, ask: _Ask, *, is_alone: bool = Fals
     since = {job_id: job.queued_at or job.created_at for job_id, job in jobs.items()}
     for job_id in sorted(jobs):
         _begin(session, jobs[job_id], decision, choices[job_id], ask, now=now)
-    turns = {str(job.priority): now for job_id, job in jobs.items() if choices[job_id].turn.is_first_of_class}
+    turns = [(job.project_id, job.priority) for job_id, job in jobs.items() if choices[job_id].turn.is_first_of_class]
     if worker is not None and turns:
-        worker.served_at = {**(worker.served_at or {}), **turns}
+        usage.note_turns(worker, turns, now=now, policy=ask.policy)
     return [_claim(session, job, waited_since=since[job_id]) for job_id, job in jobs.items()]
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from typing import cast as cast_to
 
-from sqlalchemy import Select, Text, bindparam, case, cast, func, select
+from sqlalchemy import Select, Text, bindparam, cast, func, select
 from sqlalchemy.orm import Session
 
 from catalog import daily, device_counts, heads
@@ -25,7 +26,7 @@ from catalog.scheduling import shares
 from catalog.scheduling.picture import Policy, Service, Share
 from catalog.spec import PriorityClass
 from catalog.states import JobState
-from catalog.tables import Attempt, Job, Project, ProjectUsage, Worker
+from catalog.tables import Attempt, Job, Json, Project, ProjectUsage, Worker
 from catalog.workers import SILENT_SECONDS
 
 SLOTS = 16
@@ -39,9 +40,8 @@ def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *,
     owed: defaultdict[str, float] = defaultdict(float)
     for job in training:
         num_jobs = beside[job.trainer_id]
-        owed[job.project_id] += _take_stock(
-            session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy
-        )
+        taken = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
+        owed[job.project_id] += taken * policy.multiple(job.priority)
     for project_id in sorted(owed):  # in one order, so that nobody waits in a circle
         row = _locked(session, project_id, worker, now=now)
         row.device_seconds = _left(row, now=now, policy=policy) + owed[project_id]
@@ -72,13 +72,23 @@ def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> Non
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     num_devices = _num_devices(session, worker)
     owed = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
+    owed *= policy.multiple(job.priority)
     row = _locked(session, job.project_id, worker, now=now)
     row.device_seconds, row.as_of = _left(row, now=now, policy=policy) + owed, now
 
 
 def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
     """The share of each project that has something in the queue."""
-    standing = session.execute(_standings()).all()
+    return _shares(session, JobState.QUEUED, now=now, policy=policy)
+
+
+def shares_of_training(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
+    """The share of each project whose jobs train."""
+    return _shares(session, JobState.RUNNING, now=now, policy=policy)
+
+
+def _shares(session: Session, state: JobState, *, now: float, policy: Policy) -> dict[str, Share]:
+    standing = session.execute(_standings(state)).all()
     used_by: defaultdict[str, float] = defaultdict(float)
     for row in standing:
         used_by[row.project_id] += 0.0 if row.as_of is None else _left(row, now=now, policy=policy)
@@ -96,15 +106,41 @@ def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[s
 
 def served(session: Session, *, now: float) -> list[Service]:
     """What workers that live have served: of those alike as one, and of those that have served nothing none."""
+    latest: defaultdict[tuple[int, str], dict[tuple[str, int], float]] = defaultdict(dict)
+    for memory_bytes, told, served_at in session.execute(_turns(), {"since": now - SILENT_SECONDS}):
+        turns = latest[memory_bytes, told]
+        for group, at in _by_project_and_class(served_at):
+            if at <= now:  # later ones are of a clock that was set back
+                turns[group] = max(at, turns.get(group, at))
     found: list[Service] = []
-    for memory_bytes, told, *latest in session.execute(_turns(), {"now": now, "since": now - SILENT_SECONDS}):
-        turns = {int(priority): at for priority, at in zip(PriorityClass, latest, strict=True) if at is not None}
-        if turns:
-            devices = json.loads(told)
-            can_load, recomputes = quantisations_on(devices), has_gpu(devices)
-            service = Service(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
-            found.append(replace(service, group=group_told(devices, memory_bytes)))
+    for (memory_bytes, told), turns in latest.items():
+        devices = json.loads(told)
+        can_load, recomputes = quantisations_on(devices), has_gpu(devices)
+        service = Service(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
+        found.append(replace(service, group=group_told(devices, memory_bytes)))
     return found
+
+
+def note_turns(worker: Worker, groups: Iterable[tuple[str, int]], *, now: float, policy: Policy) -> None:
+    """The worker, whose row is locked, has claimed the first job of each of these projects and classes.
+
+    What is so long ago that every class has risen above `urgent` since then is dropped: it decides nothing any more.
+    """
+    kept: Json = {}
+    oldest = now - (len(PriorityClass) + 1) * policy.promote_after_seconds
+    for (project_id, priority), at in [*_by_project_and_class(worker.served_at), *((group, now) for group in groups)]:
+        if at >= oldest:
+            kept.setdefault(project_id, {})[str(priority)] = at
+    worker.served_at = kept
+
+
+def _by_project_and_class(served_at: Json | None) -> Iterator[tuple[tuple[str, int], float]]:
+    """A worker of the version before has written times by class alone: they are passed over."""
+    for project_id, classes in (served_at or {}).items():
+        if isinstance(classes, dict):
+            yield from (
+                ((project_id, int(priority)), at) for priority, at in cast_to(dict[str, float], classes).items()
+            )
 
 
 def _held_by(trainer_id: str | None) -> Select[str]:
@@ -133,7 +169,7 @@ def _num_devices(session: Session, worker: Worker | None) -> int:
 
 
 def _take_stock(session: Session, job: Job, *, num_devices: int, num_jobs: int, now: float, policy: Policy) -> float:
-    """What the job owes since it was charged last; noted on its row."""
+    """The device-seconds that the job has had since it was charged last; noted on its row."""
     since = now if job.charged_at is None else job.charged_at
     elapsed = min(now - since, policy.lease_seconds)
     owed = shares.charge(elapsed, num_devices=num_devices, num_jobs=num_jobs)
@@ -164,9 +200,9 @@ def used(session: Session, project_ids: Collection[str], *, now: float, policy: 
 
 
 @cache
-def _standings() -> Select[*tuple[Any, ...]]:
-    """Each project that has something in the queue, its weight, and what it has had: a line for each of its rows."""
-    found = heads.projects(JobState.QUEUED)
+def _standings(state: JobState) -> Select[*tuple[Any, ...]]:
+    """Each project that has a job in `state`, its weight, and what it has had: a line for each of its rows."""
+    found = heads.projects(state)
     had = (ProjectUsage.device_seconds, ProjectUsage.as_of)
     standing = select(Project.id.label("project_id"), Project.weight, *had)
     standing = standing.join(found, found.c.project_id == Project.id)
@@ -183,11 +219,7 @@ def _packs() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _turns() -> Select[*tuple[Any, ...]]:
-    """By memory and devices of workers that live, when each class last had its turn. What a clock that was set back
-    makes later than now says nothing."""
-    devices = cast(Worker.devices, Text)
-    at = (Worker.served_at[str(int(priority))].as_float() for priority in PriorityClass)
-    latest = (func.max(case((each <= bindparam("now"), each))) for each in at)
-    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > bindparam("since"))
-    return select(Worker.memory_bytes, devices, *latest).where(*live).group_by(Worker.memory_bytes, devices)
+def _turns() -> Select[int, str, Json | None]:
+    """Memory and devices of workers that live, and the turns that they have given."""
+    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > bindparam("since"), Worker.served_at.is_not(None))
+    return select(Worker.memory_bytes, cast(Worker.devices, Text), Worker.served_at).where(*live)

@@ -32,6 +32,8 @@ class ApiKey(View):
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
     """Of both: None: the service's; 0: without limit."""
+    highest_priority: str = ""
+    """Of its jobs; its project's holds as well. Empty: of a service that has no such limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class Project(View):
     status: str = ""
     weight: float = 1.0
     """Its part of the devices, beside those of others whose jobs wait."""
+    highest_priority: str = ""
+    """Of its jobs. Empty: of a service that has no such limit."""
     created_at: int = 0
     created_by: str | None = None
     archived_at: int | None = None

@@ -30,6 +30,7 @@ from catalog.spec import JobRequest
 from catalog.states import FINAL_STATES
 from catalog.tables import Adapter, Artifact, Checkpoint, Job, JobEvent, Trainer
 from tests import tiny_base
+from tests.catalog.world import allow_urgent
 from tests.services.postgres import as_role, role_of
 from worker.trainer_directory import EventReader, TrainerDirectory
 
@@ -67,6 +68,7 @@ class WorkerSite:
         project = projects.ensure(self.db)
         pepper = Pepper(current=PEPPER.encode())
         key, self.key = keys.create(self.db, project_id=project.id, name="test", pepper=pepper, is_operator=True)
+        allow_urgent(self.db, key)
         self.caller = Caller(
             api_key_id=key.id,
             project_id=project.id,

@@ -44,6 +44,7 @@ def create_api_key(
         expires_at=body.expires_at,
         requests_per_minute=body.requests_per_minute,
         jobs_per_day=body.jobs_per_day,
+        highest_priority=body.highest_priority,
     )
     row, value = issuing.create(
         use.db, caller=caller, request=request, pepper=use.pepper, idempotency_key=idempotency_key
@@ -106,9 +107,11 @@ def rotate_api_key(
 
 @router.post("/{api_key_id}/limits", operation_id="limit_api_key", responses=errors(404))
 def limit_api_key(api_key_id: str, use: Use, caller: Signed, body: LimitsRequest) -> ApiKeyObject:
-    """For operators: how often the key may ask, and how many jobs it may create."""
+    """For operators: how often the key may ask, how many jobs it may create, and their highest priority."""
     given = body.model_dump(exclude_unset=True)
-    return key_object(issuing.limit(use.db, caller=caller, api_key_id=api_key_id, limits=given), now=_now(use))
+    highest = given.pop("highest_priority", None)
+    key = issuing.limit(use.db, caller=caller, api_key_id=api_key_id, limits=given, highest_priority=highest)
+    return key_object(key, now=_now(use))
 
 
 def _now(use: Services) -> float:

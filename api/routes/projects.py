@@ -70,7 +70,9 @@ def get_project_limits(project: str, use: Use, caller: Signed) -> ProjectLimitsO
 @router.post("/{project}/limits", operation_id="limit_project", responses=errors(404))
 def limit_project(project: str, body: ProjectLimits, use: Use, caller: Signed) -> ProjectLimitsObject:
     """For operators: what the project may use at most. What it has already stays."""
-    quotas.limit(use.db, caller=caller, project=project, limits=body.model_dump(exclude_unset=True))  # pyright: ignore
+    given = body.model_dump(exclude_unset=True)
+    highest = given.pop("highest_priority", None)
+    quotas.limit(use.db, caller=caller, project=project, limits=given, highest_priority=highest)  # pyright: ignore
     return limits_object(*quotas.standings(use.db, caller=caller, project=project))
 
 

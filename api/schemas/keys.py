@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from catalog.keys import is_live
 from catalog.revocation import Revocation
 from catalog.scopes import SCOPES, Scope, held
+from catalog.spec import Priority, PriorityClass
 from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import ApiKey
 
@@ -33,9 +34,11 @@ _EXAMPLE: dict[str, Any] = {
     "replaced_by": None,
     "requests_per_minute": None,
     "jobs_per_day": None,
+    "highest_priority": "normal",
 }
 MOST = 1_000_000_000
 _REQUESTS = "Requests a minute. null: the service's; 0: without limit."
+_HIGHEST = "The highest priority that its jobs may have: its project's limit holds as well."
 _JOBS = "Jobs that it may create in a day. null: the service's; 0: without limit."
 
 
@@ -64,6 +67,10 @@ class ApiKeyRequest(Strict):
         default=None, ge=0, le=MOST, description="0: without limit. null: as your key's. Else for operators to say."
     )
     jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="The same, of jobs that it creates.")
+    highest_priority: Priority | None = Field(
+        default=None,
+        description=f"{_HIGHEST} null: normal, or your key's where that is lower. Else for operators to say.",
+    )
 
 
 class RotateRequest(Strict):
@@ -95,6 +102,7 @@ class LimitsRequest(Strict):
     model_config = ConfigDict(json_schema_extra={"example": {"requests_per_minute": 600}})
     requests_per_minute: int | None = Field(default=None, ge=0, le=MOST, description=_REQUESTS)
     jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description=_JOBS)
+    highest_priority: Priority = Field(default="normal", description=_HIGHEST)
 
 
 class ApiKeyObject(BaseModel):
@@ -117,6 +125,7 @@ class ApiKeyObject(BaseModel):
     replaced_by: str | None = Field(description="Id of the key that took its place; until expires_at both are good.")
     requests_per_minute: int | None = Field(description=_REQUESTS)
     jobs_per_day: int | None = Field(description=_JOBS)
+    highest_priority: Priority = Field(description=_HIGHEST)
 
 
 class ApiKeyCreated(ApiKeyObject):
@@ -186,6 +195,7 @@ def _fields(row: ApiKey, now: float) -> dict[str, Any]:
         "replaced_by": row.replaced_by,
         "requests_per_minute": row.requests_per_minute,
         "jobs_per_day": row.jobs_per_day,
+        "highest_priority": PriorityClass(row.highest_priority).name,
     }
 
 

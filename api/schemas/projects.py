@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.quotas import Limit, Standing
-from catalog.spec import LABEL_PATTERN
+from catalog.spec import LABEL_PATTERN, Priority, PriorityClass
 from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import Project
 
@@ -18,6 +18,7 @@ _EXAMPLE: dict[str, Any] = {
     "name": "search",
     "status": "active",
     "weight": 1.0,
+    "highest_priority": "normal",
     "created_at": 1790000000,
     "created_by": "key-0c9d8e7f6a5b4c3d2e1f0a9b",
     "archived_at": None,
@@ -74,6 +75,7 @@ class ProjectObject(BaseModel):
     name: str
     status: Literal["active", "archived"] = Field(description="archived: its keys open nothing.")
     weight: float = Field(description="Its part of the devices, beside those of others whose jobs wait.")
+    highest_priority: Priority = Field(description="The highest priority that its jobs may have.")
     created_at: int
     created_by: str | None = Field(description="The key that made it; null: a command on the server itself.")
     archived_at: int | None
@@ -86,6 +88,7 @@ def project_object(row: Project) -> ProjectObject:
         name=row.name,
         status="active" if row.archived_at is None else "archived",
         weight=row.weight,
+        highest_priority=PriorityClass(row.highest_priority).name,
         created_at=int(row.created_at),
         created_by=row.created_by,
         archived_at=None if row.archived_at is None else int(row.archived_at),
@@ -96,6 +99,7 @@ _LIMITS: dict[str, Any] = {
     "object": "project.limits",
     "project_id": _EXAMPLE["id"],
     "limits": [{"name": "device_hours_per_month", "limit": 100.0, "used": 12.5, "resets_at": 1790812800}],
+    "highest_priority": "normal",
 }
 MOST = 2**53 - 1
 """The audit log, which tells of it, is sealed in a form that has no larger integer."""
@@ -117,6 +121,9 @@ class ProjectLimits(Strict):
     plans_per_day: int | None = Field(
         default=None, ge=0, le=MOST, description="Created in a day of UTC. 500 in a new project."
     )
+    highest_priority: Priority = Field(
+        default="normal", description="The highest priority that its jobs may have: its keys' own limits hold as well."
+    )
 
 
 class ProjectLimit(BaseModel):
@@ -135,6 +142,7 @@ class ProjectLimitsObject(BaseModel):
     object: Literal["project.limits"] = "project.limits"
     project_id: str
     limits: list[ProjectLimit]
+    highest_priority: Priority = Field(description="The highest priority that its jobs may have.")
 
 
 def limits_object(row: Project, standings: list[Standing]) -> ProjectLimitsObject:
@@ -147,4 +155,5 @@ def limits_object(row: Project, standings: list[Standing]) -> ProjectLimitsObjec
         )
         for one in standings
     ]
-    return ProjectLimitsObject(project_id=row.id, limits=told)
+    highest = PriorityClass(row.highest_priority).name
+    return ProjectLimitsObject(project_id=row.id, limits=told, highest_priority=highest)

@@ -58,6 +58,7 @@ class Decision:
             "waited_seconds": turn.waited_seconds,
             "counts_as": turn.counts_as,
             "level": turn.level,
+            "effective_level": turn.effective_level,
             "share": self.trace["shares"][turn.candidate.project_id],
             **{name: value for name, value in self.trace.items() if name != "shares"},
         }

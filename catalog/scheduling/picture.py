@@ -18,10 +18,13 @@ from catalog.settings import (
     SPARED_SECONDS,
     Settings,
 )
+from catalog.spec import PriorityClass
 
 PATIENCE_SECONDS = 60.0
 """How long a job for another base may be passed over for the sake of a base that is loaded already."""
 ADVANCE_SECONDS = 300.0
+CLASS_STEP_SECONDS = 7200.0
+URGENT_MULTIPLE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,10 @@ class Policy:
     advance_seconds: float = ADVANCE_SECONDS
     """Device-seconds that a job which goes before counts for, and a device that is held, beside what is charged: so
     that two workers who ask at once don't both serve one project."""
+    class_step_seconds: float = CLASS_STEP_SECONDS
+    """Between projects, each priority class is worth so many device-seconds for each unit of weight, and no more."""
+    urgent_multiple: float = URGENT_MULTIPLE
+    """A device-second of an urgent job is charged to its project as so many."""
     preempt_after_seconds: float = PREEMPT_AFTER_SECONDS
     """How long an urgent job waits before others are asked to leave for it."""
     spared_seconds: float = SPARED_SECONDS
@@ -57,6 +64,15 @@ class Policy:
             max_preemptions=settings.max_preemptions,
             lease_seconds=settings.lease_seconds,
         )
+
+    def handicap(self, priority: int) -> float:
+        """What is added to a project's level to rank a job of this class among other projects' jobs: below 0 for
+        `urgent`, above 0 for `batch`."""
+        return (priority - PriorityClass.normal) * self.class_step_seconds
+
+    def multiple(self, priority: int) -> float:
+        """How many device-seconds are charged for each one that a job of this class trains."""
+        return self.urgent_multiple if priority == PriorityClass.urgent else 1.0
 
     def is_making_room(self, room_asked_at: float | None, now: float) -> bool:
         """Whether it counts that others were asked then to leave for a job."""
@@ -102,10 +118,13 @@ class Unprepared:
     """A job whose files wait to be prepared: the first of its project and class."""
 
     job_id: str
+    project_id: str
     priority: int
     created_at: float
     preparing_at: float
     """When its project last had files prepared; 0: never."""
+    class_prepared_at: float = 0.0
+    """When its project last had files of this class prepared; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,13 +133,14 @@ class Share:
 
     weight: float = 1.0
     device_seconds: float = 0.0
-    """Charged so far, decayed to now."""
+    """Charged so far, decayed to now. Those of urgent jobs count `Policy.urgent_multiple` times."""
     num_running: int = 0
     devices_held: float = 0.0
     """By its running jobs: of a device that several share each has its part, as it is charged."""
 
-    def level(self, policy: Policy, *, num_before: int = 0) -> float:
-        """Device-seconds for each unit of weight; the lowest goes first. num_before: its jobs that go before."""
+    def level(self, policy: Policy, *, num_before: float = 0) -> float:
+        """Device-seconds for each unit of weight; the lowest goes first. num_before: its jobs that go before, or
+        below 0 the devices that it would leave."""
         in_advance = (self.devices_held + num_before) * policy.advance_seconds
         return (self.device_seconds + in_advance) / self.weight
 
@@ -184,10 +204,10 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Service:
-    """When a worker last gave each class its turn."""
+    """When a worker last gave each class of each project its turn."""
 
-    at: Mapping[int, float]
-    """By class: when the job was claimed whose turn it was, of those that the worker holds."""
+    at: Mapping[tuple[str, int], float]
+    """By project and class: when the first of these jobs was claimed, of those that the worker holds."""
     memory_bytes: int
     recomputes: bool = False
     group: Group = ONE

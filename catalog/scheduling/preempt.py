@@ -1,18 +1,25 @@
-"""Who leaves so that an urgent job can train: a pure function of what each worker holds.
+"""Which jobs leave so that an urgent job can train: a pure function of the queue and of what each worker holds.
 
-Nobody leaves for less than room for that job, who has just begun, who has left too often, or who stands as high.
+No job leaves for less than room for that job, or if it has just begun, has left too often or counts as urgent itself. A
+job of another project leaves only where it would stand behind the urgent job in the queue, and no worker makes room
+before the jobs of other projects that stand ahead: so fair share holds whatever is preempted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from catalog.dividing import Holding
-from catalog.scheduling.picture import Candidate, Policy, Service
+from catalog.scheduling.picture import Candidate, Policy, Service, Share
+from catalog.scheduling.turns import Turn
+from catalog.spec import PriorityClass
 
 Json = dict[str, Any]
+
+AT_ONCE = 8
+"""Urgent jobs of a project that are looked at, and for which room is made in one look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +27,11 @@ class Training:
     """A job that a trainer holds."""
 
     job_id: str
+    project_id: str
     counts_as: int
     """The class in which it was let in: its own, or a higher one, for which the waiting of its class was counted."""
+    effective_level: float
+    """As of a turn: what it would have if it waited, and its project's other jobs on the worker too."""
     own_bytes: int
     """That are free without it, its part of a tick among them."""
     began_at: float
@@ -69,12 +79,35 @@ class Preemption:
     """At stake, of all of them."""
 
 
-def choose(job: Candidate, holders: Iterable[Holder], *, now: float, policy: Policy) -> Preemption | None:
-    """Whom the job has leave; None where that would not help.
+def pressing(turns: Iterable[Turn], *, now: float, policy: Policy) -> list[tuple[Turn, list[Candidate]]]:
+    """Urgent jobs that have waited for long enough and for which no room is being made, first turn first; and the jobs
+    of other projects ahead of each that can't have room made for them, since they are not urgent."""
+    found: list[tuple[Turn, list[Candidate]]] = []
+    before: list[Candidate] = []
+    for turn in turns:
+        job = turn.candidate
+        if job.priority != PriorityClass.urgent:
+            before.append(job)
+        elif now - job.queued_at >= policy.preempt_after_seconds and not turn.is_made_room_for:
+            found.append((turn, [other for other in before if other.project_id != job.project_id]))
+    return found
 
-    Among workers, where the highest of those who leave stands lowest; then where least is at stake.
+
+def level_if_it_left(share: Share, *, priority: int, devices_left: float, policy: Policy) -> float:
+    """The effective level of a job that trains if it and those that leave with it waited; see Training."""
+    return share.level(policy, num_before=-devices_left) + policy.handicap(priority)
+
+
+def choose(
+    turn: Turn, holders: Iterable[Holder], *, ahead: Collection[Candidate] = (), now: float, policy: Policy
+) -> Preemption | None:
+    """Which jobs leave for the urgent job of `turn`; None where that would not help.
+
+    ahead: jobs of other projects that go before it: no room is made on a worker that could hold one of them. Among
+    workers, where the highest of those who leave stands lowest; then where least is at stake.
     """
-    found = [option for holder in holders if (option := _at(holder, job, now=now, policy=policy)) is not None]
+    able = (holder for holder in holders if not any(holder.service.holds(other) for other in ahead))
+    found = [option for holder in able if (option := _at(holder, turn, now=now, policy=policy)) is not None]
     return min(found, key=_price, default=None)
 
 
@@ -98,24 +131,23 @@ def told(job: Candidate, preemption: Preemption, victim: Training, *, now: float
     }
 
 
-def _at(holder: Holder, job: Candidate, *, now: float, policy: Policy) -> Preemption | None:
+def _at(holder: Holder, turn: Turn, *, now: float, policy: Policy) -> Preemption | None:
+    job = turn.candidate
     if not holder.service.holds(job):
         return None
     staying = [each for each in holder.jobs if not _leaves_by_itself(each, policy)]
     is_alike = holder.pack_key == job.pack_key and holder.service.room.trains(job, holding=holder.holding)
     may_join = is_alike and not job.is_suspect and not holder.has_suspect
-    beside = _beside(holder, job, staying, now=now, policy=policy) if may_join else None
+    beside = _beside(holder, turn, staying, now=now, policy=policy) if may_join else None
     if beside is not None:
         return beside
-    victims = tuple(each for each in staying if _may_go(each, job, now=now, policy=policy))
+    victims = tuple(each for each in staying if _may_go(each, turn, now=now, policy=policy))
     return _of(holder, victims, "a trainer", now=now) if len(victims) == len(staying) else None
 
 
-def _beside(
-    holder: Holder, job: Candidate, staying: list[Training], *, now: float, policy: Policy
-) -> Preemption | None:
+def _beside(holder: Holder, turn: Turn, staying: list[Training], *, now: float, policy: Policy) -> Preemption | None:
     """The cheapest first, until there is room; then without those that turned out to be needless."""
-    gone = [each for each in holder.jobs if each not in staying]
+    job, gone = turn.candidate, [each for each in holder.jobs if each not in staying]
     missing = (
         holder.service.room.own(job) + job.slice_bytes - holder.memory_bytes_free - sum(each.own_bytes for each in gone)
     )
@@ -128,7 +160,7 @@ def _beside(
     for each in sorted(staying, key=lambda each: _dearness(each, now)):
         if suffice(victims):
             break
-        if _may_go(each, job, now=now, policy=policy):
+        if _may_go(each, turn, now=now, policy=policy):
             victims.append(each)
     if not suffice(victims):
         return None
@@ -157,7 +189,9 @@ def _leaves_by_itself(job: Training, policy: Policy) -> bool:
     return job.is_leaving or (job.seconds_left is not None and job.seconds_left <= policy.preempt_after_seconds)
 
 
-def _may_go(victim: Training, job: Candidate, *, now: float, policy: Policy) -> bool:
-    is_lower = victim.counts_as > job.priority
+def _may_go(victim: Training, turn: Turn, *, now: float, policy: Policy) -> bool:
+    job = turn.candidate
+    is_own = victim.project_id == job.project_id
+    is_lower = victim.counts_as > job.priority and (is_own or victim.effective_level > turn.effective_level)
     has_had_time = now - victim.began_at >= policy.spared_seconds
     return is_lower and has_had_time and victim.num_preemptions < policy.max_preemptions

@@ -36,13 +36,13 @@ def in_turn(picture: Picture, turns: Sequence[Turn], first: Turn, policy: Policy
 def without(picture: Picture, passed: Collection[str]) -> Picture:
     """As if other workers, each like the one of this picture, had just begun these of its jobs."""
     shares = dict(picture.shares)
-    served: dict[int, float] = {}
+    served: dict[tuple[str, int], float] = {}
     for job in {job.job_id: job for job in picture.candidates if job.job_id in passed}.values():
         share = shares.get(job.project_id, Share())
         shares[job.project_id] = replace(
             share, num_running=share.num_running + 1, devices_held=share.devices_held + 1.0
         )
-        served[job.priority] = picture.now
+        served[job.project_id, job.priority] = picture.now
     recomputes, whole = picture.room.recomputes, max(picture.worker_bytes, picture.room.memory_bytes_free)
     given = Service(at=served, memory_bytes=whole, recomputes=recomputes, group=picture.room.group)
     return replace(picture, shares=shares, served=(*picture.served, given), taken=passed)

@@ -35,14 +35,10 @@ class Worker(Table):
     report: Mapped[Json | None]
     """Tokens a second, memory in use, versions."""
     served_at: Mapped[Json | None]
-    """By class, as text: when it last claimed the job whose class's turn it was, of those that it holds."""
+    """By project, and then by class as text: when it last claimed the first of these jobs. Workers of the version
+    before write the times by class alone."""
     prepared_at: Mapped[Json | None]
-    """By class, as text: when it last took files to prepare of the job whose class's turn it was."""
-
-    @property
-    def last_served(self) -> dict[int, float]:
-        """`served_at` by number of the class."""
-        return {int(priority): at for priority, at in (self.served_at or {}).items()}
+    """Of workers of the version before; see `Project.class_prepared_at`."""
 
     @property
     def takes_nothing_new(self) -> bool:

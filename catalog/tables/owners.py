@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Table
+from catalog.tables.table import Json, Table
 
 PLANS_PER_DAY = 500
 """Of a project whose limit nobody has changed."""
@@ -34,7 +34,9 @@ class Project(Table):
     archived_at: Mapped[float | None]
     """Since then its keys open nothing. All that it has stays."""
     weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
-    """Its part of the devices beside others', within a class."""
+    """Its part of the devices beside others'."""
+    highest_priority: Mapped[int] = mapped_column(Integer, default=1, server_default="1")
+    """The highest `spec.PriorityClass` that its jobs may have, as its number."""
     max_concurrent_jobs: Mapped[int | None]
     """This and the next five: see quotas. None: without limit."""
     max_queued_jobs: Mapped[int | None]
@@ -44,6 +46,8 @@ class Project(Table):
     max_plans_per_day: Mapped[int | None] = mapped_column(default=PLANS_PER_DAY, server_default=str(PLANS_PER_DAY))
     preparing_at: Mapped[float | None]
     """When a worker last took files of one of its jobs to prepare them: projects take turns."""
+    class_prepared_at: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
+    """The same by class, as text."""
 
 
 class ProjectUsage(Table):
@@ -82,6 +86,8 @@ class ApiKey(Table):
     requests_per_minute: Mapped[int | None]
     jobs_per_day: Mapped[int | None]
     """Of both: None: the service's; 0: without limit."""
+    highest_priority: Mapped[int] = mapped_column(Integer, default=1, server_default="1")
+    """As of a project: the lower of the two holds."""
     idempotency_key: Mapped[str | None]
     """Of the request that created it: the same caller can't create a second key with it."""
     __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "created_by", "created_at"))

@@ -131,7 +131,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     ),
     "prepared": EVERYTHING,
     "project_usage": KEEP,
-    "projects": Rights(select=True, update=("preparing_at",)),
+    "projects": Rights(select=True, update=("preparing_at", "class_prepared_at")),
     "pulse": KEEP,
     "rung_values": APPEND,
     "service": READ,

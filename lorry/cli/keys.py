@@ -10,6 +10,7 @@ import typer
 
 from lorry.cli import output
 from lorry.cli.app import client, group
+from lorry.cli.choices import Priority
 from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.tables import Column, table
 
@@ -75,11 +76,20 @@ def create(
     expires_in: ExpiresIn = None,
     operator: Annotated[bool, typer.Option("--operator", help="May do what reaches beyond a project.")] = False,
     project: Annotated[str | None, typer.Option(help="Another than yours, for operators.")] = None,
+    highest_priority: Annotated[
+        Priority | None, typer.Option(help="Highest priority of its jobs, for operators. Default: normal.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key. It is shown this once, alone on stdout."""
-    expires_at = None if expires_in is None else int(time.time()) + expires_in
-    key = client().keys.create(name, scopes=scope, expires_at=expires_at, is_operator=operator, project=project)
+    key = client().keys.create(
+        name,
+        scopes=scope,
+        expires_at=None if expires_in is None else int(time.time()) + expires_in,
+        is_operator=operator,
+        project=project,
+        highest_priority=None if highest_priority is None else highest_priority.value,
+    )
     _show_once(key, as_json=as_json)
 
 
@@ -162,14 +172,20 @@ def limit(
         str | None, typer.Option(help="A number; 0: any number; service: as the service says.")
     ] = None,
     jobs_per_day: Annotated[str | None, typer.Option(help="The same, of jobs that it creates.")] = None,
+    highest_priority: Annotated[Priority | None, typer.Option(help="Highest priority of its jobs.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how often a key may ask (an operator's key only). What is left out stays as it is."""
-    requests, jobs = _number(requests_per_minute), _number(jobs_per_day)
-    key = client().keys.limit(key_id, requests_per_minute=requests, jobs_per_day=jobs)
+    """Set the limits of a key (an operator's key only). What is left out stays as it is."""
+    key = client().keys.limit(
+        key_id,
+        requests_per_minute=_number(requests_per_minute),
+        jobs_per_day=_number(jobs_per_day),
+        highest_priority=None if highest_priority is None else highest_priority.value,
+    )
     if as_json:
         return output.print_json(key.raw)
     told = [_limit_told(key.requests_per_minute, "requests a minute"), _limit_told(key.jobs_per_day, "jobs a day")]
+    told += [f"priority at most {key.highest_priority}"] if key.highest_priority else []
     return output.say(f"{key.id} ({key.name}): {', '.join(told)}.")
 
 

@@ -9,6 +9,7 @@ import typer
 
 from lorry.cli import output
 from lorry.cli.app import client, group
+from lorry.cli.choices import Priority
 from lorry.cli.output import AsJson, YesTaken
 from lorry.cli.tables import Column, table
 
@@ -115,6 +116,7 @@ def limit_project(
     device_hours: Annotated[str | None, typer.Option(help="Device-hours of a calendar month.")] = None,
     stored_bytes: Annotated[str | None, typer.Option(help="Of all that it stores: 500MB, 20GB.")] = None,
     plans_per_day: Annotated[str | None, typer.Option(help="Plans created in a day (UTC).")] = None,
+    highest_priority: Annotated[Priority | None, typer.Option(help="Highest priority of its jobs.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a project may use at most (an operator's key only), or show it and what is used.
@@ -128,6 +130,7 @@ def limit_project(
         "device_hours_per_month": _hours(device_hours),
         "stored_bytes": _bytes(stored_bytes),
         "plans_per_day": _whole(plans_per_day),
+        "highest_priority": None if highest_priority is None else highest_priority.value,
     }
     projects = client().projects
     asked = {name: value for name, value in given.items() if value is not None}
@@ -135,7 +138,8 @@ def limit_project(
     if as_json:
         return output.print_json([limit.raw for limit in found.values()])
     titles = ("LIMIT", "AT MOST", "USED", "BEGINS ANEW")
-    return table([Column(title=title) for title in titles], map(_row, found.values()), empty="It has no limits.")
+    rows = [*map(_row, found.values()), ("priority", projects.get(project).highest_priority or "any", None, None)]
+    return table([Column(title=title) for title in titles], rows, empty="It has no limits.")
 
 
 def _told(project: Project, sentence: str, as_json: bool) -> None:

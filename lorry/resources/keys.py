@@ -8,6 +8,7 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from lorry.accounts import ApiKey, Project, ProjectLimit, RevokedKey
+from lorry.requests import Priority
 from lorry.resources import pages
 from lorry.transport import Transport
 
@@ -24,14 +25,17 @@ class Keys:
         expires_at: int | None = None,
         is_operator: bool = False,
         project: str | None = None,
+        highest_priority: Priority | None = None,
     ) -> ApiKey:
         """A key whose `value` is told this once. It can't have more than the key that asks.
 
         scopes: what it may do, such as "jobs:write"; None: all that yours can give. expires_at: seconds since 1970.
-        project: by id or name, another than yours for operators.
+        project: by id or name, another than yours for operators. highest_priority: of its jobs, for operators; None:
+        "normal".
         """
         body: dict[str, Any] = {"name": name, "is_operator": is_operator}
         given = {"scopes": None if scopes is None else list(scopes), "expires_at": expires_at, "project": project}
+        given |= {"highest_priority": highest_priority}
         body |= {field: value for field, value in given.items() if value is not None}
         # If the response is lost, the automatic retry creates no second key: it fails and names the first one.
         once = {"idempotency-key": str(uuid4())}
@@ -67,12 +71,14 @@ class Keys:
         *,
         requests_per_minute: int | Literal["service"] | None = None,
         jobs_per_day: int | Literal["service"] | None = None,
+        highest_priority: Priority | None = None,
     ) -> ApiKey:
-        """For operators: how often the key may ask, and how many jobs it may create.
+        """For operators: how often the key may ask, how many jobs it may create, and their highest priority.
 
         None: as it was; "service": as the service says; 0: without limit.
         """
         asked = {"requests_per_minute": requests_per_minute, "jobs_per_day": jobs_per_day}
+        asked |= {"highest_priority": highest_priority}
         body = {name: None if value == "service" else value for name, value in asked.items() if value is not None}
         return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/limits", body=body))
 
@@ -117,8 +123,9 @@ class Projects:
         device_hours_per_month: float | Literal["none"] | None = None,
         stored_bytes: int | Literal["none"] | None = None,
         plans_per_day: int | Literal["none"] | None = None,
+        highest_priority: Priority | None = None,
     ) -> dict[str, ProjectLimit]:
-        """For operators. None: as it was; "none": without limit."""
+        """For operators. None: as it was; "none": without limit. highest_priority: of its jobs; `get` shows it."""
         asked = {
             "concurrent_jobs": concurrent_jobs,
             "queued_jobs": queued_jobs,
@@ -126,6 +133,7 @@ class Projects:
             "device_hours_per_month": device_hours_per_month,
             "stored_bytes": stored_bytes,
             "plans_per_day": plans_per_day,
+            "highest_priority": highest_priority,
         }
         body = {name: None if value == "none" else value for name, value in asked.items() if value is not None}
         return _limits(self._transport.request("POST", f"{_project(project)}/limits", body=body))

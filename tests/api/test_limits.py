@@ -138,8 +138,11 @@ def test_a_key_has_the_limits_that_an_operator_gave_it_and_hands_them_on(
     made = client.post("/v1/api_keys", json={"name": "child"})
     freed = client.post("/v1/api_keys", json={"name": "child", "requests_per_minute": 0})
 
+    highest = operator.post(f"{path}/limits", json={"highest_priority": "batch"}).json()
+
     assert (given["requests_per_minute"], given["jobs_per_day"]) == (5, 7)
     assert (later["requests_per_minute"], later["jobs_per_day"]) == (5, None)
+    assert (highest["highest_priority"], highest["requests_per_minute"]) == ("batch", 5)
     assert [error_of(answer)["code"] for answer in (refused, freed)] == ["operator_required"] * 2
     assert made.json()["requests_per_minute"] == 5
     assert with_key(app, made.json()["value"]).get("/v1/files").headers["x-ratelimit-limit-requests"] == "5"

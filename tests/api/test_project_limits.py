@@ -33,8 +33,14 @@ def test_limits_are_an_operators_to_set_and_shown_with_what_is_used(
     operator.post(path, json={"queued_jobs": 5, "device_hours_per_month": 1.5})
     operator.post(path, json={"stored_bytes": 100})
     wrong = operator.post(path, json={"que_jobs": 5})
+    highest = operator.post(path, json={"highest_priority": "batch"}).json()["highest_priority"]
+    unclear = operator.post(path, json={"highest_priority": None})
+    too_high = client.post(JOBS, json={"model": "smol", "training_file": world.file_id, "seed": 1})
 
     assert error_of(refused)["code"] == "operator_required"
+    assert (highest, operator.get("/v1/projects/ours").json()["highest_priority"]) == ("batch", "batch")
+    assert unclear.status_code == 400
+    assert (too_high.status_code, error_of(too_high)["code"]) == (403, "priority_too_high")
     assert limits(client, "ours") == {
         "concurrent_jobs": (None, 0),
         "queued_jobs": (5, 1),

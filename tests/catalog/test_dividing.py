@@ -343,7 +343,8 @@ def test_a_live_trainer_takes_only_jobs_that_would_have_its_base_so() -> None:
 
 def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_held_as_it_has_it() -> None:
     urgent = replace(sized("urgent", own=50), priority=0, queued_at=0)
-    training = Training(job_id="victim", counts_as=1, own_bytes=60, began_at=0, num_beside=2)
+    held = {"project_id": urgent.project_id, "counts_as": 1, "effective_level": 0.0, "began_at": 0.0, "num_beside": 2}
+    training = Training(job_id="victim", own_bytes=60, **held)
     beside = replace(training, job_id="other", own_bytes=10)
     service = Service(at={}, memory_bytes=100, group=PAIR)
     divided = Holder(
@@ -351,7 +352,8 @@ def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_hel
     )
 
     def makes(holder: Holder) -> str:
-        chosen = choose_who_leaves(urgent, [holder], now=10_000, policy=Policy())
+        (turn,) = order([urgent], 10_000)
+        chosen = choose_who_leaves(turn, [holder], now=10_000, policy=Policy())
         assert chosen is not None
         return chosen.makes
 

@@ -42,9 +42,7 @@ def test_a_turn_explains_itself() -> None:
     turn = order([candidate("a", 40)], 100)[0]
 
     assert (turn.position, turn.waited_seconds) == (1, 60)
-    assert (
-        turn.reason == "priority normal; none of its project's jobs runs or, in its class, waits before it; waited 60 s"
-    )
+    assert turn.reason == "priority normal; none of its project's jobs runs or waits before it; waited 60 s"
 
 
 WAITING = st.builds(

@@ -8,8 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.scheduling.picture import Policy, Service
-from catalog.scheduling.preempt import Holder, Preemption, Training, choose
+from catalog.scheduling.picture import Candidate, Policy, Service, Share
+from catalog.scheduling.preempt import Holder, Preemption, Training, choose, level_if_it_left, pressing
+from catalog.scheduling.turns import Turn, order
 from tests.catalog.test_fair_share import candidate
 
 POLICY = Policy()
@@ -19,7 +20,7 @@ URGENT = candidate("urgent", NOW - 60, priority=0, own_bytes=10)
 
 
 def training(job_id: str, *, counts_as: int = 1, trained: float = 1000, **more: Any) -> Training:
-    told: dict[str, Any] = {"own_bytes": 10, "num_beside": 1, **more}
+    told: dict[str, Any] = {"own_bytes": 10, "num_beside": 1, "project_id": "p", "effective_level": 0.0, **more}
     return Training(job_id=job_id, counts_as=counts_as, began_at=NOW - trained, **told)
 
 
@@ -28,8 +29,13 @@ def holder(*jobs: Training, worker_id: str = "w1", key: str = KEY, memory_bytes:
     return Holder(worker_id=worker_id, pack_key=key, service=service, jobs=jobs, **more)
 
 
+def turn_of(job: Candidate, shares: dict[str, Share] | None = None) -> Turn:
+    (turn,) = order([job], NOW, shares=shares)
+    return turn
+
+
 def leaving(*holders: Holder, job: Any = URGENT, policy: Policy = POLICY) -> list[str] | None:
-    chosen = choose(job, holders, now=NOW, policy=policy)
+    chosen = choose(turn_of(job), holders, now=NOW, policy=policy)
     return None if chosen is None else sorted(victim.job_id for victim in chosen.victims)
 
 
@@ -89,6 +95,37 @@ def test_among_workers_the_one_whose_victims_stand_lowest_and_stake_least() -> N
     assert leaving(normal, batch, younger) == ["younger"]
 
 
+def test_a_job_of_another_project_leaves_only_where_it_would_stand_behind_the_urgent_one() -> None:
+    def victim(device_seconds: float) -> Training:
+        share = Share(device_seconds=device_seconds, devices_held=1)
+        level = level_if_it_left(share, priority=1, devices_left=1, policy=POLICY)
+        return training("foreign", project_id="q", effective_level=level)
+
+    turn = turn_of(URGENT, {"p": Share(device_seconds=10_000)})
+    least = 10_000 - POLICY.class_step_seconds
+
+    found = [choose(turn, [holder(victim(had))], now=NOW, policy=POLICY) for had in (least, least + 1)]
+
+    assert [chosen is not None for chosen in found] == [False, True]
+    own = choose(turn, [holder(training("own", effective_level=-1e9))], now=NOW, policy=POLICY)
+    assert own is not None
+
+
+def test_no_room_is_made_before_a_job_of_another_project_that_stands_ahead_and_fits_there() -> None:
+    shares = {"p": Share(device_seconds=10_000)}
+    small, large = candidate("small", 0, "q"), candidate("large", 0, "q", own_bytes=500)
+
+    def chosen(*others: Candidate) -> bool:
+        turns = order([URGENT, *others], NOW, shares=shares)
+        ((turn, ahead),) = pressing(turns, now=NOW, policy=POLICY)
+        batch = training("batch", counts_as=2)
+        return choose(turn, [holder(batch)], ahead=ahead, now=NOW, policy=POLICY) is not None
+
+    assert [chosen(), chosen(large), chosen(small)] == [True, True, False]
+    assert chosen(replace(small, project_id="p", place=0)), "its own project's jobs are in the order of their classes"
+    assert pressing(order([replace(URGENT, queued_at=NOW)], NOW), now=NOW, policy=POLICY) == []
+
+
 TRAININGS = st.builds(
     training,
     job_id=st.uuids().map(str),
@@ -111,7 +148,7 @@ HOLDERS = st.builds(
 
 @given(st.lists(HOLDERS, max_size=3))
 def test_who_leaves_may_be_asked_and_is_needed(holders: list[Holder]) -> None:
-    chosen = choose(URGENT, holders, now=NOW, policy=POLICY)
+    chosen = choose(turn_of(URGENT), holders, now=NOW, policy=POLICY)
 
     if chosen is None or not chosen.victims:
         return

@@ -12,7 +12,7 @@ from catalog.claims import Claim
 from catalog.errors import Unavailable
 from catalog.scheduling.picture import USUAL, Room
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables import Job, ProjectUsage
 from tests.catalog.world import World
 
 ONE = Room(max_jobs=1, memory_bytes_free=10**12)
@@ -44,6 +44,46 @@ def test_an_urgent_job_that_waits_has_a_lower_one_leave_for_it(world: World, bat
     left = world.job(batch.job.id)
     assert (left.counted_attempts, left.num_preemptions, left.preempted_for) == (0, 1, None)
     assert world.job(urgent.id).room_asked_at is None
+
+
+@pytest.mark.parametrize(("step_fraction", "is_asked"), [(0.9, True), (1.1, False)])
+def test_an_urgent_job_of_a_project_above_its_share_waits_for_its_turn(
+    world: World, step_fraction: float, is_asked: bool
+) -> None:
+    """As one among the jobs that wait, and against one that trains."""
+    world.worker()
+    mine = world.running()
+    world.pass_time(SPARED, mine.claim_id)
+    world.beat(mine.claim_id)
+    file_id = world.file(caller=world.stranger)
+    world.submit(caller=world.stranger, training_file=file_id, priority="urgent")
+    world.prepare_all()
+    with world.db.write() as session:
+        charged = SPARED + step_fraction * USUAL.class_step_seconds
+        had = {"device_seconds": charged, "as_of": world.clock.now}
+        session.add(ProjectUsage(project_id=world.stranger.project_id, slot=0, **had))
+    world.clock.turn(LATE)
+
+    assert world.beat(mine.claim_id)[mine.claim_id].preempt == is_asked
+
+
+def test_no_room_is_made_for_an_urgent_job_while_another_projects_job_is_ahead_of_it(
+    world: World, batch: Claim
+) -> None:
+    file_id = world.file(caller=world.stranger)
+    world.submit(caller=world.stranger, training_file=file_id)
+    world.prepare_all()
+    urgent = world.queued(priority="urgent")
+    with world.db.write() as session:
+        had = {"device_seconds": 2 * USUAL.class_step_seconds, "as_of": world.clock.now}
+        session.add(ProjectUsage(project_id=world.caller.project_id, slot=99, **had))
+    world.clock.turn(LATE)
+
+    assert not world.beat(batch.claim_id)[batch.claim_id].preempt
+    with world.db.write() as session:
+        session.delete(session.get_one(ProjectUsage, (world.caller.project_id, 99)))
+    assert world.beat(batch.claim_id)[batch.claim_id].preempt
+    assert world.job(urgent.id).room_asked_at is not None
 
 
 def test_what_was_made_free_for_one_is_not_given_to_a_later_one_whose_base_is_loaded(

@@ -216,8 +216,8 @@ def test_the_first_in_the_queue_is_told_of_none_before_it(world: World) -> None:
     turns = [explained(world, job.id) for job in (first, second)]
 
     assert [why["position"] for why in turns] == [1, 2]
-    assert "1 of its project's jobs runs, none of its class waits before it;" in turns[0]["turn"]
-    assert "1 of its project's jobs runs and 1 of its class waits before it;" in turns[1]["turn"]
+    assert "1 of its project's jobs runs, none waits before it;" in turns[0]["turn"]
+    assert "1 of its project's jobs runs and 1 waits before it;" in turns[1]["turn"]
 
 
 def test_a_job_that_fits_no_worker_says_so(world: World) -> None:

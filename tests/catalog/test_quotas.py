@@ -66,6 +66,24 @@ def test_a_job_beyond_those_that_may_wait_is_refused_until_one_trains(world: Wor
     world.submit()
 
 
+def test_resuming_is_refused_while_as_many_jobs_wait_as_may_and_costs_no_job_of_the_day(world: World) -> None:
+    limit(world, queued_jobs=2, jobs_per_day=4)
+    paused = [world.submit() for _ in range(2)]
+    for job in paused:
+        jobs.pause(world.db, **world.of(job.id))
+    waiting = [world.submit() for _ in range(2)]
+
+    with pytest.raises(QuotaExceeded) as refusal:
+        jobs.resume(world.db, **world.of(paused[0].id))
+
+    assert refusal.value.quota == {"name": "queued_jobs", "limit": 2, "used": 2, "resets_at": None}
+    assert world.job(paused[0].id).state == "paused"
+    jobs.cancel(world.db, **world.of(waiting[0].id))
+    jobs.resume(world.db, **world.of(paused[0].id))
+    with pytest.raises(QuotaExceeded):
+        jobs.resume(world.db, **world.of(paused[1].id))
+
+
 def test_jobs_of_a_day_are_counted_by_the_database_and_begin_anew_at_midnight(world: World) -> None:
     limit(world, jobs_per_day=2)
     done = [world.submit() for _ in range(2)]

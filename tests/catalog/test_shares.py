@@ -8,12 +8,14 @@ from itertools import cycle
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from catalog.scheduling import shares
 from catalog.scheduling.picture import Policy, Service, Share
 from catalog.scheduling.turns import Turn, most_before, order
+from catalog.simulate import Cluster, Simulation
+from catalog.simulated_queue import Arrival
 from tests.catalog.test_fair_share import candidate
 
 POLICY = Policy()
@@ -50,10 +52,24 @@ def test_who_has_had_less_for_its_weight_goes_first() -> None:
     assert firsts(order(waiting, 10, shares={**had, "b": replace(had["b"], weight=2)})) == ["b", "a"]
 
 
-def test_a_class_still_comes_before_what_was_had() -> None:
-    waiting = [candidate("a", 0, "a", priority=0), candidate("b", 0, "b")]
+@pytest.mark.parametrize(("of_a", "of_b", "steps"), [(0, 1, 1), (1, 2, 1), (0, 2, 2)])
+def test_between_projects_a_class_goes_first_only_while_its_project_has_had_little_more(
+    of_a: int, of_b: int, steps: int
+) -> None:
+    waiting = [candidate("a", 0, "a", of_a), candidate("b", 0, "b", of_b)]
+    head_start = steps * POLICY.class_step_seconds
 
-    assert firsts(order(waiting, 10, shares={"a": Share(device_seconds=1e9)})) == ["a", "b"]
+    def first(device_seconds: float, weight: float = 1) -> str:
+        return firsts(order(waiting, 10, shares={"a": Share(device_seconds=device_seconds, weight=weight)}))[0]
+
+    assert [first(head_start - 1), first(head_start + 1)] == ["a", "b"]
+    assert [first(3 * head_start - 3, 3), first(3 * head_start + 3, 3)] == ["a", "b"]
+
+
+def test_within_a_project_a_class_goes_first_whatever_it_has_had() -> None:
+    waiting = [candidate("normal"), candidate("urgent", 5, priority=0), candidate("batch", -5, priority=2)]
+
+    assert firsts(order(waiting, 10, shares={"p": Share(device_seconds=1e9)})) == ["urgent", "normal", "batch"]
 
 
 def test_a_turn_tells_what_its_project_has_had_and_that_its_waiting_counts() -> None:
@@ -61,48 +77,59 @@ def test_a_turn_tells_what_its_project_has_had_and_that_its_waiting_counts() -> 
     (turn,) = order([candidate("old", priority=2)], 2 * P, shares=had)
 
     assert turn.reason == (
-        "priority batch, as if urgent for the waiting of its class; none of its project's jobs runs or, in its class, "
-        "waits before it; its project has had 1234 device-seconds of late, at weight 2; waited 7200 s"
+        "priority batch, as if urgent in its project because its class has waited; none of its project's jobs runs or "
+        "waits before it; its project was charged 1234 device-seconds recently, at weight 2; waited 7200 s"
     )
 
 
-def test_batch_is_passed_by_what_is_urgent_only_for_so_long() -> None:
+def test_batch_is_passed_by_what_is_urgent_in_its_project_only_for_so_long() -> None:
     def first(now: float, **given: Any) -> str:
-        waiting = [candidate("old", 0, "a", 2), candidate("new", now - 1, "b", 0)]
-        return firsts(order(waiting, now, shares={"a": Share(device_seconds=1)}, **given))[0]
+        waiting = [candidate("old", 0, priority=2), candidate("new", now - 1, priority=0)]
+        return firsts(order(waiting, now, **given))[0]
 
-    assert [first(3 * P - 1), first(3 * P)] == ["new", "old"]
-    turn = Service(at={2: 1.0}, memory_bytes=11)
-    assert first(3 * P, served=[turn]) == "new", "its class had a turn since it came"
-    assert first(3 * P, served=[replace(turn, memory_bytes=10)]) == "old", "on a worker that can't hold it"
-    assert first(3 * P, served=[Service(at={2: 3 * P + 9}, memory_bytes=11)]) == "old", "by a clock that was set back"
+    assert [first(2 * P - 1), first(2 * P)] == ["new", "old"]
+    turn = Service(at={("p", 2): 1.0}, memory_bytes=11)
+    assert first(2 * P, served=[turn]) == "new", "its class had a turn since it came"
+    assert first(2 * P, served=[replace(turn, at={("other", 2): 1.0})]) == "old", "that was another project's turn"
+    assert first(2 * P, served=[replace(turn, memory_bytes=10)]) == "old", "on a worker that can't hold it"
+    ahead = Service(at={("p", 2): 2 * P + 9}, memory_bytes=11)
+    assert first(2 * P, served=[ahead]) == "old", "by a clock that was set back"
 
 
-def test_of_a_class_that_has_waited_one_job_rises() -> None:
-    waiting = [candidate("b1", 0, "a", 2), candidate("b2", 0, "b", 2), candidate("new", 4 * P, "c", 1)]
+def test_of_a_projects_class_that_has_waited_one_job_rises() -> None:
+    waiting = [candidate("b1", 0, priority=2), candidate("b2", 0, priority=2), candidate("new", 4 * P)]
 
     assert firsts(order(waiting, 4 * P)) == ["b1", "new", "b2"]
-    assert firsts(order(waiting, 4 * P, shares={"a": Share(devices_held=1)})) == ["b2", "new", "b1"]
+
+
+def test_that_a_class_has_risen_gains_its_project_nothing_over_others() -> None:
+    waiting = [candidate("risen", 0, "a", 2), candidate("normal", 99 * P, "b")]
+
+    assert firsts(order(waiting, 99 * P, shares={"a": Share(device_seconds=1)})) == ["normal", "risen"]
+    pressing = candidate("urgent", 98 * P, "a", 0)
+    assert firsts(order([*waiting, pressing], 99 * P)) == ["risen", "urgent", "normal"], "it takes that one's place"
 
 
 PAUSES = st.lists(st.floats(0, 2 * P), min_size=30, max_size=40)
 
 
-@given(PAUSES, st.lists(st.floats(0, 10 * DAY), min_size=40, max_size=40))
-def test_no_class_waits_longer_than_is_stated(pauses: list[float], charges: list[float]) -> None:
+@given(PAUSES, st.lists(st.floats(0, DAY), min_size=40, max_size=40))
+def test_no_class_of_a_project_waits_longer_than_is_stated(pauses: list[float], charges: list[float]) -> None:
     """Jobs of each class wait at every moment, of two projects; each time that a device is free, the first starts."""
-    came, served, passed = dict.fromkeys(range(3), 0.0), dict[int, float](), dict.fromkeys(range(3), 0)
+    groups = [(name, priority) for name in "ab" for priority in range(3)]
+    came, served, passed = dict.fromkeys(groups, 0.0), dict[tuple[str, int], float](), dict.fromkeys(groups, 0)
     had, now = {"a": Share(), "b": Share(weight=3)}, 0.0
     for pause, charged in zip(pauses, charges, strict=False):
         now += pause
-        waiting = [candidate(f"{name}{c}", came[c], name, c) for name in had for c in range(3)]
+        waiting = [candidate(f"{name}{c}", came[name, c], name, c) for name, c in groups]
         chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate
-        for other in set(came) - {chosen.priority}:
-            seconds, most = most_before(other)
+        group = (chosen.project_id, chosen.priority)
+        for other in [(name, c) for name, c in groups if name == chosen.project_id and c != chosen.priority]:
+            seconds, most = most_before(other[1])
             passed[other] += now - max(came[other], served.get(other, 0.0)) >= seconds
             assert passed[other] <= most
-        passed[chosen.priority] = 0
-        served[chosen.priority] = came[chosen.priority] = now
+        passed[group] = 0
+        served[group] = came[group] = now
         share = had[chosen.project_id]
         had[chosen.project_id] = replace(share, device_seconds=share.device_seconds + charged)
 
@@ -110,11 +137,11 @@ def test_no_class_waits_longer_than_is_stated(pauses: list[float], charges: list
 def a_day(had: dict[str, Share], lengths: list[float]) -> Iterator[tuple[float, str, float]]:
     """One device, more to do for every project than it can do: (time, whose job ended, its seconds). `had` is kept."""
     now, ends = 0.0, cycle(lengths)
-    served: dict[int, float] = {}
+    served: dict[tuple[str, int], float] = {}
     while now < DAY:
         waiting = [candidate(name, 0, name) for name in had]
         chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate.project_id
-        served[1] = now
+        served[chosen, 1] = now
         seconds = next(ends)
         now += seconds
         for name, share in had.items():
@@ -160,12 +187,10 @@ def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
     told = shares.described(had, "mine", POLICY)
 
     assert (told["weight"], told["num_projects"], told["projects_ahead"], told["level"]) == (1, 2, 1, 300)
-    assert shares.sentence(told) == (
-        "Of the 2 projects whose jobs wait, 1 has had less of late for the weight given, and goes first."
-    )
+    assert shares.sentence(told) == ("Of the 2 projects whose jobs wait, 1 was charged less for the weight recently.")
     assert shares.sentence(shares.described({"mine": had["mine"]}, "mine", POLICY)) is None
     assert shares.sentence(shares.described(had, "other", POLICY)) == (
-        "Of the 2 projects whose jobs wait, none has had less of late for its weight than its own."
+        "Of the 2 projects whose jobs wait, none was charged less for its weight recently."
     )
 
 
@@ -187,3 +212,64 @@ def test_jobs_that_share_a_device_count_in_advance_as_one_device() -> None:
     packed = Share(num_running=16, devices_held=1)
 
     assert packed.level(POLICY) == Share(num_running=1, devices_held=1).level(POLICY) == POLICY.advance_seconds
+
+
+BURSTS = st.lists(
+    st.tuples(
+        st.floats(0, DAY / 2),  # when
+        st.integers(0, 2),  # class
+        st.integers(1, 60),  # number of jobs
+        st.floats(1800, 5400),  # seconds of each
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=8)
+@given(
+    BURSTS,
+    st.lists(st.floats(1800, 5400), min_size=5, max_size=10),
+    st.integers(1, 2),
+    st.sampled_from([(1.0, 1.0), (1.0, 3.0), (2.0, 1.0)]),
+    st.integers(1, 3),
+)
+@example([(0.0, 0, 60, 3600.0)], [1800.0], 1, (1.0, 1.0), 2)
+@example([(0.0, 0, 60, 3600.0)], [1800.0], 2, (1.0, 1.0), 2)
+@example([(0.0, 1, 60, 3600.0)], [1800.0], 2, (1.0, 1.0), 2)
+def test_no_choice_of_classes_takes_more_than_the_stated_bound_from_another_projects_share(
+    bursts: list[tuple[float, int, int, float]],
+    lengths: list[float],
+    own_class: int,
+    weights: tuple[float, float],
+    num_workers: int,
+) -> None:
+    """The project `steady` has jobs waiting all day. The other chooses classes, times, numbers and lengths."""
+    due_by: dict[str, float] = dict(zip(("steady", "greedy"), weights, strict=True))
+    policy = replace(POLICY, ask_again_seconds=900)  # fewer looks for whom to preempt: the simulation takes less time
+    cluster = Cluster(num_workers=num_workers, max_jobs=1, weights=due_by, policy=policy)
+    num_needed = int(DAY * num_workers / min(lengths)) + len(lengths)
+    steady = [
+        Arrival(at=0, project="steady", priority=own_class, base="x", seconds=lengths[number % len(lengths)])
+        for number in range(num_needed)
+    ]
+    greedy = [
+        Arrival(at=at, project="greedy", priority=priority, base="x", seconds=seconds)
+        for at, priority, number, seconds in bursts
+        for _ in range(number)
+    ]
+    simulation = Simulation([*steady, *greedy], cluster)
+
+    records = simulation.run(until=DAY)
+
+    had = {name: sum(r.device_seconds for r in records if r.arrival.project == name) for name in cluster.weights}
+    due = sum(had.values()) * weights[0] / sum(weights)
+    bound = shares.largest_loss(
+        weights[0],
+        of_others=weights[1:],
+        longest_job=max(*lengths, *(seconds for _, _, _, seconds in bursts)),
+        num_devices=num_workers,
+        seconds=DAY,
+        policy=POLICY,
+    )
+    assert due - had["steady"] <= bound

@@ -70,6 +70,18 @@ def test_batch_starts_in_time_under_a_load_that_never_ends() -> None:
     assert record.waited <= seconds + (most + 1) * (120 + 60)
 
 
+def test_urgent_jobs_of_a_project_below_its_share_start_within_minutes() -> None:
+    pressing = [Arrival(at=3600.0 * n, project="b", priority=0, base=f"base-{n % 3}", seconds=1200) for n in range(12)]
+    simulation = Simulation([*backlog({"a": 1}, num_jobs=300, num_bases=3), *pressing], Cluster(num_workers=4))
+
+    records = simulation.run(until=DAY / 2)
+
+    waits = [record.waited for record in records if record.arrival.project == "b" and record.started_at is not None]
+    policy = simulation.cluster.policy
+    assert len(waits) == len(pressing)
+    assert max(waits) <= policy.preempt_after_seconds + policy.ask_again_seconds + policy.spared_seconds
+
+
 def test_room_that_is_made_for_an_urgent_job_starts_that_one() -> None:
     batch = Arrival(at=0, project="a", priority=2, base="x", seconds=1000)
     urgent = Arrival(at=400, project="a", priority=0, base="y", seconds=60)

@@ -59,6 +59,17 @@ def test_those_that_train_together_are_charged_their_parts_of_each_device(world:
     assert round(world.job(held[0].job.id).device_seconds) == 10
 
 
+def test_a_device_second_of_an_urgent_job_is_charged_twice_to_its_project_and_once_to_the_job(world: World) -> None:
+    world.worker()
+    claim = world.running(priority="urgent")
+    train(world, 40, claim)
+    world.clock.turn(10)
+    world.complete(claim.claim_id)
+
+    assert used(world)["ours"] == USUAL.urgent_multiple * 50 == 100
+    assert round(world.job(claim.job.id).device_seconds) == 50
+
+
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
@@ -301,8 +312,7 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
     assert (share["projects_ahead"], share["num_projects"], share["weight"]) == (1, 2, 1)
     assert share["device_seconds"] == pytest.approx(75, abs=0.1)
     assert why["explanation"] == (
-        "1 job is ahead of it. "
-        "Of the 2 projects whose jobs wait, 1 has had less of late for the weight given, and goes first."
+        "1 job is ahead of it. Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
     )
     assert "shares" not in why
     seen = jobs.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]

@@ -24,6 +24,7 @@ from catalog.settings import Settings
 from catalog.spec import JobRequest
 from catalog.states import EndReason
 from catalog.tables import Attempt, File, Job, Project
+from tests.catalog.world import allow_urgent
 
 LEASE_SECONDS = 3600.0
 WORKER = "worker-bay-1"
@@ -66,7 +67,8 @@ def start(data_dir: Path) -> Seeded:
     store = open_store(settings)
     pepper = load_pepper(settings, db)
     project = projects.ensure(db)
-    _, api_key = keys.create(db, project_id=project.id, name="first operator key", pepper=pepper, is_operator=True)
+    key, api_key = keys.create(db, project_id=project.id, name="first operator key", pepper=pepper, is_operator=True)
+    allow_urgent(db, key)
     _import_base(db)
     register(db, {"kind": "cpu", "name": "2 cores", "memory_bytes": 16 * 2**30}, bytes_of_each=16 * 2**30)
     return Seeded(

@@ -217,15 +217,21 @@ def test_a_length_of_time_has_a_unit(run: Run) -> None:
 
 def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, run: Run) -> None:
     path = "/v1/api_keys/key-1/limits"
-    service.on("POST", path, {**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0})
+    answers = ({**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0}, {**KEY, "highest_priority": "urgent"})
+    service.on("POST", path, *answers)
 
     told = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
     run("keys", "limit", "key-1", "--requests-per-minute", "service", "--jobs-per-day", "0")
+    run("keys", "limit", "key-1", "--highest-priority", "urgent")
     wrong = run("keys", "limit", "key-1", "--jobs-per-day", "many")
 
     assert "600 requests a minute, jobs a day as the service says" in told
     sent = [json.loads(request.body) for request in service.requests("POST", path)]
-    assert sent == [{"requests_per_minute": 600}, {"requests_per_minute": None, "jobs_per_day": 0}]
+    assert sent == [
+        {"requests_per_minute": 600},
+        {"requests_per_minute": None, "jobs_per_day": 0},
+        {"highest_priority": "urgent"},
+    ]
     assert wrong.exit_code == 2
 
 
@@ -235,8 +241,18 @@ def test_a_project_is_limited_and_its_limits_are_shown(service: Script, run: Run
     found = {"limits": [hours, {"name": "stored_bytes", "limit": None, "used": 2_000_000}]}
     service.on("POST", path, found)
     service.on("GET", path, found)
+    service.on("GET", "/v1/projects/search", {"id": "proj-1", "name": "search", "highest_priority": "normal"})
 
-    given = ("--device-hours", "100", "--stored-bytes", "1.5GB", "--queued-jobs", "none")
+    given = (
+        "--device-hours",
+        "100",
+        "--stored-bytes",
+        "1.5GB",
+        "--queued-jobs",
+        "none",
+        "--highest-priority",
+        "normal",
+    )
     set_, shown = run("projects", "limit", "search", *given), run("projects", "limit", "search")
     wrong = [run("projects", "limit", "search", *one) for one in (("--stored-bytes", "much"), ("--queued-jobs", "-1"))]
 
@@ -245,9 +261,11 @@ def test_a_project_is_limited_and_its_limits_are_shown(service: Script, run: Run
         "queued_jobs": None,
         "device_hours_per_month": 100.0,
         "stored_bytes": 1_500_000_000,
+        "highest_priority": "normal",
     }
     assert set_.stdout == shown.stdout
-    _, first, second = shown.stdout.splitlines()
+    _, first, second, third = shown.stdout.splitlines()
     assert first.split()[:5] == ["device-hours", "a", "month", "100", "12.5"]
     assert second.split() == ["stored", "bytes", "any", "2.00", "MB", "-"]
+    assert third.split() == ["priority", "normal", "-", "-"]
     assert [one.exit_code for one in wrong] == [2, 2]

@@ -113,7 +113,7 @@ def test_openai_client_goes_from_files_to_a_deleted_model(
         seed=7,
         metadata={"team": "search"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
-        extra_body={"lora": {"rank": 8}, "priority": "urgent"},
+        extra_body={"lora": {"rank": 8}, "priority": "batch"},
     )
     assert (job.status, job.seed, job.hyperparameters.n_epochs) == ("validating_files", 7, 2)
     assert job.fine_tuned_model is None

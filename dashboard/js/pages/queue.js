@@ -29,7 +29,8 @@ const asJob = (entry) => ({ ...entry, id: entry.job_id, status: entry.state, mod
 const Tally = ({ data, waiting, running }) => html`<p class="tally"><span><b>${format.count(waiting.length)}</b> waiting</span>
   <span><b>${format.count(running.length)}</b> training</span>${typeof data.workers === "number" && html`<span><b>${format.count(data.workers)}</b> ${data.workers === 1 ? "worker" : "workers"}</span>`}</p>`;
 
-const Rules = () => html`<p class="lead">Urgent goes before normal, normal before batch. Within a class projects take turns, and the oldest job goes first.
+const Rules = () => html`<p class="lead">Projects take turns by what they have used for their weight. Within a project, urgent goes before normal, and normal before batch;
+  between projects, a class gives a limited head start. Of equals, the oldest job goes first.
   A base model that a worker already holds is preferred for a short while, so that nobody waits long for it.</p>`;
 
 function WaitingTable({ jobs }) {
