@@ -171,7 +171,8 @@ def test_logs_and_traces_can_be_switched_on_and_only_the_api_knows_the_pepper() 
     assert ours == OURS - {"store"}
     for name in ours:
         assert {"LORRY_LOG_FORMAT", "OTEL_EXPORTER_OTLP_ENDPOINT"} <= SERVICES[name]["environment"].keys(), name
-    assert {name for name in ours if "LORRY_PEPPER" in SERVICES[name]["environment"]} == {"bootstrap", "api"}
+    for pepper in ("LORRY_PEPPER", "LORRY_PREVIOUS_PEPPER"):
+        assert {name for name in ours if pepper in SERVICES[name]["environment"]} == {"bootstrap", "api"}, pepper
 
 
 def role(name: str) -> str:
