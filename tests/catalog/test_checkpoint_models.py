@@ -75,8 +75,8 @@ def test_a_checkpoint_keeps_its_name_after_its_jobs_end_and_when_its_project_is_
     projects.rename(world.db, caller=operator, project="ours", name="renamed")
 
     assert get(world, name).adapter.name == name
-    kept = adapters.kept_checkpoints(world.db, project_id=world.caller.project_id)
-    assert [view.checkpoint.name for view in kept] == [name]
+    kept = adapters.list_checkpoint_models(world.db, project_id=world.caller.project_id)
+    assert [model.name for model in kept.items] == [name]
 
 
 def test_only_the_newest_two_can_be_used_and_the_others_are_told_to_have_expired(world: World) -> None:
@@ -112,7 +112,7 @@ def test_checkpoints_expire_a_week_after_the_end_of_their_job(world: World) -> N
         get(world, name)
     with pytest.raises(NoLongerKept):
         world.submit(model=name)
-    assert adapters.kept_checkpoints(world.db, project_id=world.caller.project_id) == []
+    assert adapters.list_checkpoint_models(world.db, project_id=world.caller.project_id).items == []
 
 
 def test_a_job_begins_with_a_checkpoint_and_keeps_it_until_it_has_ended(world: World) -> None:

@@ -74,8 +74,8 @@ def test_where_only_the_best_is_kept_the_others_adapters_go_but_not_one_that_is_
 
     advance(world)
 
-    kept = adapters.list_all(world.db, project_id=world.caller.project_id)
-    assert {adapter.job_id for adapter in kept} == {claimed[1].job.id, claimed[3].job.id}
+    kept = adapters.list_page(world.db, project_id=world.caller.project_id, after=None, limit=10)
+    assert {view.adapter.job_id for view in kept.items} == {claimed[1].job.id, claimed[3].job.id}
     assert world.job(child.id).state == JobState.VALIDATING_FILES
     assert view(world, sweep_id).sweep.best_job == claimed[1].job.id
 

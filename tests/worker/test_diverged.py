@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from catalog import jobs, records
-from catalog.adapters import kept_checkpoints
+from catalog.adapters import list_checkpoint_models
 from catalog.states import EndReason
 from tests.worker.pack_site import PackSite, say, step, tell
 from worker.news import NONE_IS_GOOD, RUINED
@@ -68,7 +68,7 @@ def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> 
     events = jobs.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert warning == f"The checkpoint of step 6 can't be used: {RUINED} The loss of train slice 1 is not finite."
-    assert kept_checkpoints(site.db, project_id=claim.job.project_id) == []
+    assert list_checkpoint_models(site.db, project_id=claim.job.project_id).items == []
 
 
 @pytest.mark.parametrize(
