@@ -37,7 +37,10 @@ class Trainer:
 
     def stand_by(self) -> None:
         """Start the process, which imports, and waits to be told its base model."""
-        self._process = launch(self._directory, node.cpu(), silence_seconds=LONGEST_SILENCE_SECONDS)
+        bases_dir = self._plan.workload.base.parent
+        self._process = launch(
+            self._directory, node.cpu(), bases_dir=bases_dir, silence_seconds=LONGEST_SILENCE_SECONDS
+        )
 
     def begin(self) -> None:
         base_dir, dtype = str(self._plan.workload.base), self._plan.dtype
