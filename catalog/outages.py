@@ -10,7 +10,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unavailable
 
-NO_SUCH_TABLE, READ_ONLY, INTERVENED = "42P01", "25006", "57"
+NO_SUCH_TABLE, DENIED, READ_ONLY, INTERVENED = "42P01", "42501", "25006", "57"
 """SQLSTATEs of PostgreSQL; 57 is the class of what its operator does, such as shutting it down."""
 
 
@@ -35,6 +35,13 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
             "The database has not been set up.",
             code="database_not_set_up",
             remedy="Make its tables: python -m api bootstrap.",
+        )
+    if sqlstate == DENIED:
+        return Unavailable(
+            "The database role of this process lacks a right that the process needs.",
+            code="database_permission_denied",
+            remedy="Check which role LORRY_DATABASE_URL names. `python -m api bootstrap`, as the owner of the tables, "
+            "grants each role its rights.",
         )
     if isinstance(error, DataError | UnicodeEncodeError | OverflowError):
         return InvalidRequest(

@@ -6,7 +6,9 @@ import psycopg
 import pytest
 from sqlalchemy import make_url, text
 
-from catalog import audit_chain, keys
+from catalog import audit_chain, keys, projects
+from catalog.db import Database
+from catalog.errors import Unavailable
 from catalog.tables import Table, privileges
 from catalog.tables.privileges import API_ROLE, WORKER_ROLE
 from tests.catalog.world import PEPPER, World
@@ -89,6 +91,18 @@ def test_what_a_role_was_given_by_hand_goes_with_the_next_migration(postgresql: 
 
     assert refused(postgresql, WORKER_ROLE, ATTACKS["read the keys' hashes"]) == "InsufficientPrivilege"
     assert refused(postgresql, WORKER_ROLE, ATTACKS["read webhook salts"]) == "InsufficientPrivilege"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_process_with_the_wrong_role_is_told_so(postgresql: World) -> None:
+    as_worker = Database(as_role(postgresql.db.url, WORKER_ROLE))
+
+    with pytest.raises(Unavailable) as refusal:
+        projects.create(as_worker, "new")
+
+    as_worker.close()
+    assert refusal.value.code == "database_permission_denied"
+    assert "LORRY_DATABASE_URL" in refusal.value.sentence()
 
 
 def test_every_table_has_a_line_and_every_line_names_columns_that_exist() -> None:
