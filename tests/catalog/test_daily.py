@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from catalog import adapters, claims, cleaning, daily, files, jobs, projects, usage_report
 from catalog.daily import DAY_SECONDS
 from catalog.db import Database
 from catalog.errors import InvalidRequest
 from catalog.states import EndReason
-from catalog.tables import File, Job, StoredBytes
+from catalog.tables import File, Job, Prepared, StoredBytes
 from catalog.usage_report import Asked, Day, Used
 from tests.catalog.world import World
 
@@ -89,7 +89,7 @@ def test_a_project_is_told_by_base_model_too(world: World) -> None:
     assert created("project_id", models=["other"]) == [(ours, None, 2)]
 
 
-def test_bytes_are_those_of_files_and_adapters_that_are_there(world: World) -> None:
+def test_bytes_are_those_of_files_adapters_and_token_caches(world: World) -> None:
     adapter = world.complete(world.running().claim_id)
     kept, gone, expiring = (_upload(world, size) for size in (1000, 200, 30))
     with world.db.write() as session:
@@ -103,9 +103,16 @@ def test_bytes_are_those_of_files_and_adapters_that_are_there(world: World) -> N
     cleaning.let_go(world.db)
 
     curves = _size(world, world.job(adapter.job_id).result_file)
-    assert full == 1230 + len("adapter") + curves
-    assert _held(world) == 1000 + curves
+    tokens = _prepared_bytes(world)
+    assert full == 1230 + len("adapter") + curves + tokens
+    assert _held(world) == 1000 + curves + tokens
     assert kept
+
+
+def _prepared_bytes(world: World) -> int:
+    """Of the project's token caches."""
+    with world.db.read() as session:
+        return session.scalar(select(func.sum(Prepared.num_bytes))) or 0
 
 
 def test_stored_bytes_are_told_for_the_end_of_each_day(world: World) -> None:

@@ -82,10 +82,11 @@ def test_a_process_gets_no_secret_from_the_environment(tmp_path: Path, monkeypat
 
 def test_a_check_that_nobody_waits_for_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_process, "COMMAND", STUCK)
-    seen: list[psutil.Process] = []
+    others = set(psutil.Process().children())  # such as the servers of other tests
+    seen: set[psutil.Process] = set()
 
     def is_abandoned() -> bool:
-        seen.extend(psutil.Process().children())
+        seen.update(set(psutil.Process().children()) - others)
         return True
 
     with pytest.raises(CheckStopped):
