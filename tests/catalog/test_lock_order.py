@@ -40,6 +40,9 @@ def wait_for_one_in_line(db: Database) -> None:
     )
     for look in count():
         with db.engine.connect() as connection:
+            connection.exec_driver_sql(
+                "set local role none"
+            )  # other roles do not see what the owner's sessions wait for
             if connection.execute(in_line).scalar():
                 return
             connection.execute(LOOK_PAUSE)
