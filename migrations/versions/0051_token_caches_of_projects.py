@@ -16,18 +16,19 @@ down_revision = "0050"
 branch_labels = None
 depends_on = None
 
-OWNERS = """
-select key, min(project_id) from (
-    select train_prepared as key, project_id from jobs where train_prepared is not null
-    union all
-    select valid_prepared as key, project_id from jobs where valid_prepared is not null
-) named group by key
-"""
 OWN = """
-update prepared set project_id = :project_id,
+update prepared set project_id = named.project_id,
     num_bytes = coalesce((select num_bytes from artifacts where digest = prepared.artifact), 0)
-where key = :key
+from (
+    select key, min(project_id) as project_id from (
+        select train_prepared as key, project_id from jobs where train_prepared is not null
+        union all
+        select valid_prepared as key, project_id from jobs where valid_prepared is not null
+    ) used group by key
+) named
+where named.key = prepared.key
 """
+FOREIGN_KEY = "fk_prepared_project_id_projects"
 RECOUNT = """
 update stored_bytes set num_bytes =
     coalesce((select sum(num_bytes) from files
@@ -38,18 +39,18 @@ update stored_bytes set num_bytes =
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("prepared") as batch:
-        batch.add_column(sa.Column("project_id", sa.String(255), nullable=True))
-        batch.add_column(sa.Column("num_bytes", sa.BigInteger(), server_default="0", nullable=False))
-        batch.add_column(sa.Column("evicted_at", sa.Float(53), nullable=True))
-        batch.create_foreign_key("fk_prepared_project_id_projects", "projects", ["project_id"], ["id"])
+    if _is_sqlite():  # no batch: it would read the table, which `alembic upgrade --sql` cannot
+        refers = f"constraint {FOREIGN_KEY} references projects (id)"
+        op.execute(f"alter table prepared add column project_id varchar(255) {refers}")
+    else:
+        op.add_column("prepared", sa.Column("project_id", sa.String(255), nullable=True))
+        op.create_foreign_key(FOREIGN_KEY, "prepared", "projects", ["project_id"], ["id"])
+    op.add_column("prepared", sa.Column("num_bytes", sa.BigInteger(), server_default="0", nullable=False))
+    op.add_column("prepared", sa.Column("evicted_at", sa.Float(53), nullable=True))
     op.create_index("ix_prepared_project_id_file_digest", "prepared", ["project_id", "file_digest"])
     op.add_column("projects", sa.Column("max_plans_per_day", sa.BigInteger(), server_default="500", nullable=True))
     op.add_column("usage_days", sa.Column("num_plans", sa.BigInteger(), server_default="0", nullable=False))
-    connection = op.get_bind()
-    owners = [{"key": key, "project_id": project_id} for key, project_id in connection.execute(sa.text(OWNERS))]
-    if owners:
-        connection.execute(sa.text(OWN), owners)
+    op.execute(OWN)
 
 
 def downgrade() -> None:
@@ -58,8 +59,13 @@ def downgrade() -> None:
     op.drop_column("usage_days", "num_plans")
     op.drop_column("projects", "max_plans_per_day")
     op.drop_index("ix_prepared_project_id_file_digest", table_name="prepared")
+    if not _is_sqlite():
+        op.drop_constraint(FOREIGN_KEY, "prepared", type_="foreignkey")
     with op.batch_alter_table("prepared") as batch:
-        batch.drop_constraint("fk_prepared_project_id_projects", type_="foreignkey")
         batch.drop_column("evicted_at")
         batch.drop_column("num_bytes")
         batch.drop_column("project_id")
+
+
+def _is_sqlite() -> bool:
+    return op.get_context().dialect.name == "sqlite"

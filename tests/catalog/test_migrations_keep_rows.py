@@ -19,8 +19,15 @@ from sqlalchemy.types import TypeEngine
 from catalog.db import Database, alembic_config
 from catalog.points import Point, pack
 
-MEANT = {("down to 0007", "api_keys", "revoked_at"), ("down to 0050", "stored_bytes", "num_bytes")}
+SEALS = ("link", "previous", "digest")
+MEANT = {
+    ("down to 0007", "api_keys", "revoked_at"),
+    ("down to 0050", "stored_bytes", "num_bytes"),
+    *((step, "audit_events", name) for step in ("up to 0053", "down to 0052") for name in SEALS),
+}
 """By step, table and column: what a migration changes on purpose, where another test holds what it becomes."""
+CLEARED = {("up to 0053", "audit_head"), ("down to 0052", "audit_head")}
+"""Tables whose rows a migration deletes on purpose: the API server seals the audit log again."""
 BEFORE_ORGANIZATIONS = "0029"
 Rows = dict[tuple[Any, ...], dict[str, Any]]
 """By primary key."""
@@ -84,7 +91,8 @@ def _check(database: Database, kept: Kept, step: str) -> list[Table]:
     with database.schema_connection() as connection:
         tables = _tables(connection)
         for table in tables:
-            found, before = _read(connection, table), kept.rows.get(table.name, {})
+            found = _read(connection, table)
+            before = {} if (step, table.name) in CLEARED else kept.rows.get(table.name, {})
             assert before.keys() <= found.keys(), f"{step}: rows of {table.name} are gone"
             for key, row in before.items():
                 for name in row.keys() & found[key].keys():
