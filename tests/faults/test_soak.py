@@ -15,9 +15,10 @@ import pytest
 
 from catalog.spec import JobRequest
 from tests.faults.record import Record
-from tests.faults.soak import chance, kinds
+from tests.faults.soak import chance, isolation, kinds
 from tests.faults.soak.acts import Acts
 from tests.faults.soak.asking import Sample
+from tests.faults.soak.isolation import Isolated, Stretch
 from tests.faults.soak.kept import Window
 from tests.faults.soak.kinds import Files
 from tests.faults.soak.verdict import MIN_SAMPLES, Compared, Ended, compare, ended, problems, refusals, slow
@@ -133,13 +134,15 @@ def test_only_what_came_after_the_furthest_checkpoint_counts_against_a_job() -> 
     ends = [("trainer_crashed", 10.0), ("infra_lost", 30.0), ("trainer_crashed", 40.0), ("drained", 50.0)]
     attempts = [{"reason": reason, "detail": f"at {at}", "ended_at": at} for reason, at in ends]
     empty = {one.name: [] for one in fields(Record)}
-    job = {"id": "job-1", "state": "failed", "error": None}
+    job = {"id": "job-1", "project_id": "ours", "state": "failed", "error": None}
+    job_of_others = {"id": "job-3", "project_id": "theirs", "state": "cancelled", "error": None}
     of_own = [{"job_id": "job-1", "step": 20, "created_at": 20.0}, {"job_id": "job-1", "step": 17, "created_at": 45.0}]
     checkpoints = [*of_own, {"job_id": "job-2", "step": 30, "created_at": 60.0}]
-    record = {**empty, "jobs": [job], "attempts": {"job-1": attempts}, "checkpoints": checkpoints}
+    record = {**empty, "jobs": [job, job_of_others], "attempts": {"job-1": attempts}, "checkpoints": checkpoints}
 
-    found = ended(Record(**record))  # pyright: ignore[reportArgumentType]
+    found = ended(Record(**record), project_id="ours")  # pyright: ignore[reportArgumentType]
 
+    assert list(found) == ["job-1"]
     assert found["job-1"].crashes == ["at 40.0"]
 
 
@@ -215,6 +218,52 @@ def compared(num: int, seconds: float) -> list[Compared]:
     calm = [sample("get", float(at), seconds=0.010) for at in range(num)]
     storm = [sample("get", 50.0 + at, seconds=seconds) for at in range(num - 1)]
     return compare([*calm, *storm, sample("get", 90.0, seconds=9.0)], [], calm=(0.0, 40.0), storm=(40.0, 300.0))
+
+
+def isolated(**changes: object) -> Isolated:
+    """A good result: two workers, fair shares, no cordon."""
+    beside = Stretch(gaps={"w1": 2.0, "w2": 4.9}, device_seconds={"ours": 46.0, "theirs": 54.0}, num_waiting=3)
+    found = Isolated(project_id="ours", beside=beside, num_crashes=2, lease_seconds=15.0)
+    for name, value in changes.items():
+        setattr(found if hasattr(found, name) else found.beside, name, value)
+    return found
+
+
+def isolation_problems(found: Isolated, *, p99_seconds: float = 0.010, num: int = isolation.MIN_SAMPLES) -> list[str]:
+    alone = [sample("get", float(at) / num, seconds=0.010) for at in range(num)]
+    beside = [sample("get", 50.0 + at / num, seconds=p99_seconds) for at in range(num)]
+    return [*isolation.problems(found, compare([*alone, *beside], [], calm=(0.0, 40.0), storm=(40.0, 300.0)))]
+
+
+def test_a_neighbor_that_nobody_notices_is_no_problem() -> None:
+    assert isolation_problems(isolated()) == []
+    assert isolation_problems(isolated(), p99_seconds=0.0199) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gaps": {"w1": 5.1}}, "5.1 s between two heartbeats"),
+        ({"gaps": {}}, "no worker sent a heartbeat"),
+        ({"num_cordons": 1}, "1 workers were cordoned"),
+        ({"num_crashes": 0}, "no trainer crashed"),
+        ({"num_waiting": 0}, "queue was empty"),
+        ({"device_seconds": {"ours": 44.0, "theirs": 56.0}}, "got 44.0%"),
+        ({"device_seconds": {"ours": 44.0}}, "the neighbor used no device"),
+    ],
+)
+def test_each_thing_that_tenants_notice_of_a_neighbor_is_found(changes: dict[str, object], says: str) -> None:
+    (problem,) = isolation_problems(isolated(**changes))
+
+    assert says in problem
+
+
+def test_a_p99_of_more_than_twice_the_undisturbed_one_is_found_and_too_few_samples_are() -> None:
+    (slow_problem,) = isolation_problems(isolated(), p99_seconds=0.021)
+    (few,) = isolation_problems(isolated(), num=isolation.MIN_SAMPLES - 1)
+
+    assert "2.10 times as long" in slow_problem
+    assert few.startswith("no kind of request")
 
 
 def test_a_failpoint_kills_one_process_each_time_that_its_file_is_made(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`python -m tests.faults.soak`: hundreds of jobs on one service, and a fault drawn by chance every few seconds.
 
 Ends with tables, a results file, and a status that is not 0 where a job was lost, done twice, or has other
-bytes, or the api took longer than twice its usual time.
+bytes, the API server took longer than twice its usual time, or a noisy neighbor disturbed other tenants.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=seed,
         minutes=options.minutes,
         calm_minutes=options.calm_minutes,
+        isolation_minutes=options.isolation_minutes,
         patience_minutes=options.patience_minutes,
         num_jobs=options.jobs,
         num_workers=options.workers,
@@ -80,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="Of the faults; else one is drawn, and told.")
     parser.add_argument("--minutes", type=float, default=20.0, help="Of faults (20).")
     parser.add_argument("--calm-minutes", type=float, default=4.0, help="Before them, to compare with (4).")
+    parser.add_argument(
+        "--isolation-minutes",
+        type=float,
+        default=4.0,
+        help="Minutes alone, and again as many next to a noisy neighbor, before the faults. Default: 4; 0: neither.",
+    )
     parser.add_argument("--patience-minutes", type=float, default=20.0, help="After them, until all has ended (20).")
     parser.add_argument("--jobs", type=int, default=300, help="Submitted amid the faults (300).")
     parser.add_argument("--workers", type=int, default=4, help="At a time (4).")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-GET_SECONDS, LIST_SECONDS = 0.5, 1.0
+GET_SECONDS, LIST_SECONDS = 0.25, 0.5
 """Between two of them."""
 TIMEOUT_SECONDS = 60.0
 AGAIN_SECONDS = 0.5

@@ -23,9 +23,10 @@ from tests.faults import record
 from tests.faults.api import add_endpoint, all_delivered
 from tests.faults.findings import Finding
 from tests.faults.site import BASE, FaultSite
-from tests.faults.soak import chance, kinds, verdict
+from tests.faults.soak import chance, isolation, kinds, verdict
 from tests.faults.soak.acts import Acts
 from tests.faults.soak.asking import Sample
+from tests.faults.soak.isolation import Isolated, Neighborhood
 from tests.faults.soak.kept import Kept, Window
 from tests.faults.soak.kinds import Files, Undisturbed, Work
 from tests.worker_site import ROOT
@@ -34,6 +35,8 @@ TICK_SECONDS = 0.1
 TELL_SECONDS = 30.0
 WARM_SECONDS = 45.0
 """Of the calm stretch, while workers start and load: not measured."""
+OVERLOAD = 2.0
+"""How many times the storm's rate of submissions the stretches with and without a neighbor have."""
 SUBMITTED_BY = 0.95
 """The part of the storm in which the jobs are submitted, at a steady rate; the calm stretch has the same rate."""
 
@@ -43,6 +46,8 @@ class Plan:
     seed: int
     minutes: float
     calm_minutes: float
+    isolation_minutes: float
+    """Of each of the two stretches with equal load, alone and next to a noisy neighbor. 0: neither."""
     patience_minutes: float
     """After the storm, until all jobs must have ended."""
     num_jobs: int
@@ -63,6 +68,7 @@ class Soaked:
     windows: list[Window] = field(default_factory=list[Window])
     calm: tuple[float, float] = (0.0, 0.0)
     storm: tuple[float, float] = (0.0, 0.0)
+    isolated: Isolated | None = None
     num_calm_jobs: int = 0
     seconds_after: float = 0.0
     """From the last fault until every job had ended."""
@@ -79,6 +85,13 @@ class Soaked:
     jobs: dict[str, verdict.Ended] = field(default_factory=dict[str, verdict.Ended])
     problems: list[str] = field(default_factory=list[str])
     findings: Sequence[Finding] = ()
+
+    def compare_isolated(self) -> list[verdict.Compared]:
+        """Requests of the ordinary project, alone and next to the noisy neighbor."""
+        assert self.isolated is not None
+        alone, beside = self.isolated.alone, self.isolated.beside
+        stretches = {"calm": (alone.since, alone.until), "storm": (beside.since, beside.until)}
+        return verdict.compare(self.samples, self.windows, **stretches)
 
 
 class Soak:
@@ -109,6 +122,8 @@ class Soak:
         files = kinds.upload(self.site)
         asking = self._start_asking(path)
         self._calm(asking, files)
+        if self.plan.isolation_minutes:
+            self._isolate(asking, files)
         self._storm(asking, files)
         self._rest(path, asking, files)
         assert asking.stdin is not None
@@ -126,6 +141,20 @@ class Soak:
         began = time.time()
         self._while(lambda: time.time() < began + seconds)
         self.seen.calm = (began + min(WARM_SECONDS, seconds / 3), time.time())
+
+    def _isolate(self, asking: subprocess.Popen[str], files: Files) -> None:
+        """Alone and next to a noisy neighbor, each time with more jobs than the workers finish."""
+        near, seconds = Neighborhood(self.site, self._while), self.plan.isolation_minutes * 60
+        number, every = int(seconds / (self.plan.every / OVERLOAD)), self.plan.every / OVERLOAD
+        stretch = {"seconds": seconds, "warm_seconds": min(WARM_SECONDS, seconds / 3)}
+        self._submit(asking, files, "alone", number, every=every)
+        near.measure(near.found.alone, **stretch)
+        self._submit(asking, files, "beside", number, every=every)
+        num_uncordoned = len(self.kept.answers)
+        with near.neighbor():
+            near.measure(near.found.beside, **stretch)
+        near.found.num_cordons = len(self.kept.answers) - num_uncordoned
+        self.seen.isolated = near.found
 
     def _storm(self, asking: subprocess.Popen[str], files: Files) -> None:
         self._submit(asking, files, "storm", self.plan.num_jobs)
@@ -182,6 +211,8 @@ class Soak:
         args = (seen.submitted, seen.samples, seen.jobs, self.undisturbed.digests, seen.windows)
         compared = verdict.compare(seen.samples, seen.windows, calm=seen.calm, storm=seen.storm)
         slow = verdict.slow(compared)
+        if seen.isolated is not None:
+            slow += isolation.problems(seen.isolated, seen.compare_isolated())
         seen.problems = [*verdict.problems(*args, of_operator=of_operator), *self.acts.failures, *slow]
         if not seen.num_hooks or not seen.done:
             seen.problems.append(f"{seen.done.total()} faults were done, and {seen.num_hooks} webhooks came")
@@ -205,7 +236,8 @@ class Soak:
             sys.stdout.flush()
 
     def _ended(self) -> dict[str, verdict.Ended]:
-        return verdict.ended(record.read(self.site.settings.resolved_database_url()))
+        found = record.read(self.site.settings.resolved_database_url())
+        return verdict.ended(found, project_id=self.site.caller.project_id)
 
     def _states(self) -> dict[str, int]:
         try:
@@ -220,10 +252,13 @@ class Soak:
         argv = [sys.executable, "-m", "tests.faults.soak.asking", self.site.url, self.site.key, str(path)]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, cwd=ROOT)
 
-    def _submit(self, asking: subprocess.Popen[str], files: Files, stretch: str, number: int) -> None:
+    def _submit(
+        self, asking: subprocess.Popen[str], files: Files, stretch: str, number: int, *, every: float | None = None
+    ) -> None:
         works = [self.works[count % len(self.works)] for count in range(number)]
         keys = [f"{stretch}-{count}-{work.name}" for count, work in enumerate(works)]
-        self._send(asking, [self._order(key, work, files) for key, work in zip(keys, works, strict=True)])
+        orders = [self._order(key, work, files) for key, work in zip(keys, works, strict=True)]
+        self._send(asking, orders, every=every)
 
     def _order(self, key: str, work: Work, files: Files) -> dict[str, Any]:
         training_file = files.pairs if work.kind.is_preference else files.chats
@@ -231,9 +266,9 @@ class Soak:
         self.seen.submitted[key] = work.name
         return {"key": key, "body": {**body, **kinds.fields(work, files)}}
 
-    def _send(self, asking: subprocess.Popen[str], orders: list[dict[str, Any]]) -> None:
+    def _send(self, asking: subprocess.Popen[str], orders: list[dict[str, Any]], *, every: float | None = None) -> None:
         assert asking.stdin is not None
-        asking.stdin.write(json.dumps({"jobs": orders, "every": self.plan.every}) + "\n")
+        asking.stdin.write(json.dumps({"jobs": orders, "every": every or self.plan.every}) + "\n")
         asking.stdin.flush()
 
 

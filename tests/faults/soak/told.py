@@ -10,7 +10,8 @@ from pathlib import Path
 
 from benchmarks.results import Result
 from benchmarks.results import write as write_result
-from tests.faults.soak import chance, verdict
+from tests.faults.soak import chance, isolation, verdict
+from tests.faults.soak.isolation import Isolated
 from tests.faults.soak.kinds import Undisturbed
 from tests.faults.soak.run import Plan, Soaked
 from tests.worker_site import ROOT
@@ -26,6 +27,8 @@ def of_works(undisturbed: Undisturbed) -> None:
 def of_run(plan: Plan, seen: Soaked) -> None:
     _say(f"\n{_faults_table(seen)}")
     _say(f"\n{_latency_table(seen)}")
+    if seen.isolated is not None:
+        _say(f"\n{_isolation_table(seen)}")
     for what in ("database", "api"):
         seconds = [(window.until or seen.storm[1]) - window.since for window in seen.windows if window.what == what]
         longest = max(seconds, default=0.0)
@@ -78,7 +81,49 @@ def write(
             result.find(
                 f"{each.what}, {part} amid faults / undisturbed", each.ratio(part), "x", at_most=verdict.MAX_RATIO
             )
+    if seen.isolated is not None:
+        _add_isolation(result, seen, seen.isolated)
     return write_result(result, folder, note=note, load_before=load_before, module="tests.faults.soak")
+
+
+def _add_isolation(result: Result, seen: Soaked, isolated: Isolated) -> None:
+    """What an ordinary project noticed of a noisy neighbor."""
+    result.repeats["neighbor_requests"] = [
+        {"behavior": name, **counted} for name, counted in sorted(isolated.statuses.items())
+    ]
+    for each in seen.compare_isolated():
+        is_enough = min(each.calm.num, each.storm.num) >= isolation.MIN_SAMPLES
+        limit = {"at_most": isolation.MAX_RATIO} if is_enough else {}
+        result.find(f"{each.what}, p99 next to the neighbor / alone", each.ratio("p99"), "x", **limit)
+        result.find(f"{each.what}, p99 alone", each.calm.p99, "ms")
+    renewal = isolated.lease_seconds * isolation.MAX_RENEWAL
+    result.find("longest time between two heartbeats, alone", isolated.alone.longest_gap, "s")
+    result.find(
+        "longest time between two heartbeats, next to the neighbor", isolated.beside.longest_gap, "s", at_most=renewal
+    )
+    result.find("cordons next to the neighbor", isolated.num_cordons, "", at_most=0)
+    result.find("trainers that crashed because of the neighbor's jobs", isolated.num_crashes, "")
+    share = isolated.beside.share(isolated.project_id)
+    result.find("share of device-seconds next to the neighbor", share, "", goal=0.5 * isolation.MIN_SHARE)
+
+
+def _isolation_table(seen: Soaked) -> str:
+    assert seen.isolated is not None
+    names = ("Alone: n, median, p95, p99 (ms)", "Next to the neighbor", "Median", "p95", "p99")
+    lines = [f"| Request | {' | '.join(names)} |", "| --- | --- | --- | --- | --- | --- |"]
+    for each in seen.compare_isolated():
+        both = (each.calm, each.storm)
+        stretches = [f"{one.num}, {one.median:.1f}, {one.p95:.1f}, {one.p99:.1f}" for one in both]
+        ratios = [f"{each.ratio(part):.2f}x" for part in ("median", "p95", "p99")]
+        lines.append(f"| {' | '.join([each.what, *stretches, *ratios])} |")
+    found = seen.isolated
+    gaps = f"{found.alone.longest_gap:.2f} s alone, {found.beside.longest_gap:.2f} s next to the neighbor"
+    lines += ["", f"longest time between two heartbeats: {gaps}; a lease is {found.lease_seconds:g} s"]
+    share = found.beside.share(found.project_id)
+    lines.append(f"share of the device-seconds: {share:.1%}; {found.num_crashes} crashes, {found.num_cordons} cordons")
+    for name, counted in sorted(found.statuses.items()):
+        lines.append(f"neighbor, {name}: {_counted(Counter(counted))}")
+    return "\n".join(lines)
 
 
 def _compared(seen: Soaked) -> list[verdict.Compared]:

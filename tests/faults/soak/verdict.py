@@ -38,8 +38,8 @@ class Ended:
     """Of its adapters' weights."""
 
 
-def ended(found: Record) -> dict[str, Ended]:
-    """By job."""
+def ended(found: Record, *, project_id: str) -> dict[str, Ended]:
+    """By job of the project."""
     artifacts = {row["digest"]: row for row in found.artifacts}
     digests: dict[str, list[str]] = defaultdict(list)
     for adapter in found.adapters:
@@ -55,6 +55,7 @@ def ended(found: Record) -> dict[str, Ended]:
             digests=digests[job["id"]],
         )
         for job in found.jobs
+        if job["project_id"] == project_id
     }
 
 
@@ -172,6 +173,7 @@ class Latency:
     num: int
     median: float
     p95: float
+    p99: float
     longest: float
 
 
@@ -248,8 +250,10 @@ def _status(sample: Sample) -> str:
 def _latency(samples: Iterable[Sample]) -> Latency:
     waits = sorted(sample.seconds * 1000 for sample in samples)
     if not waits:
-        return Latency(num=0, median=0.0, p95=0.0, longest=0.0)
-    return Latency(num=len(waits), median=_part(waits, 50), p95=_part(waits, 95), longest=waits[-1])
+        return Latency(num=0, median=0.0, p95=0.0, p99=0.0, longest=0.0)
+    return Latency(
+        num=len(waits), median=_part(waits, 50), p95=_part(waits, 95), p99=_part(waits, 99), longest=waits[-1]
+    )
 
 
 def _part(waits: list[float], percent: int) -> float:
