@@ -87,7 +87,7 @@ class Tenant:
             connection.request(method, path, body=content, headers=headers)
             response = connection.getresponse()
             told = response.read()
-            self.count(behavior, response.status)
+            self.count(behavior, f"{response.status} {_code(told)}" if response.status >= 400 else response.status)
             if response.status == 429:
                 backoff = min(float(response.headers.get("retry-after") or 0), MAX_BACKOFF_SECONDS)
             return json.loads(told) if response.status == 200 else {}
@@ -99,6 +99,14 @@ class Tenant:
             self.is_over.wait(backoff)
 
 
+def _code(told: bytes) -> str:
+    """The error's code."""
+    try:
+        return str(json.loads(told)["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return "no JSON"
+
+
 # Each behavior runs again and again in a thread of its own.
 
 
@@ -108,6 +116,7 @@ def send_slow_patterns(tenant: Tenant) -> None:
     body = {
         "model": BASE,
         "training_file": tenant.chats,
+        "validation_file": tenant.chats,
         "search": {"type": "random", "trials": 50, "seed": random.randrange(10**6)},
         "parameters": {"hyperparameters.learning_rate_multiplier": {"min": 0.1, "max": 2.0}},
         "lora": {"rank": 4, "rank_pattern": patterns},
@@ -129,7 +138,8 @@ def call_webhooks(tenant: Tenant) -> None:
     if len(tenant.endpoints) < NUM_ENDPOINTS:
         number = len(tenant.endpoints)
         url = f"http://soak-{number}-{random.randrange(10**9)}.invalid/" if number % 2 else tenant_hook(tenant)
-        made = tenant.ask("webhook created", "POST", "/v1/webhook_endpoints", {"name": f"n{number}", "url": url})
+        body = {"name": f"n{number}", "url": url, "event_types": ["fine_tuning.job.succeeded"]}
+        made = tenant.ask("webhook created", "POST", "/v1/webhook_endpoints", body)
         tenant.endpoints += [made["id"]] if made else []
         return
     path = f"/v1/webhook_endpoints/{random.choice(tenant.endpoints)}/test"
@@ -183,7 +193,7 @@ def submit_crashing_jobs(tenant: Tenant) -> None:
         "seed": random.randrange(10**6),
         "suffix": CRASH_SUFFIX,
         "max_steps": 400,
-        "hyperparameters": {"batch_size": 4, "n_epochs": 400},
+        "hyperparameters": {"batch_size": 4, "n_epochs": 100},
     }
     tenant.ask("crashing job", "POST", JOBS, body)
     tenant.is_over.wait(15.0)
