@@ -27,7 +27,7 @@ help:
 	@echo "make test-postgres    run the tests of api, catalog and clients with PostgreSQL in SQLite's place"
 	@echo "make test-deepspeed   run the tests of bases that DeepSpeed divides; brings it along, and builds a part of it"
 	@echo "make test-faults      break a real service in every way that this machine allows, on SQLite and PostgreSQL: 50 minutes"
-	@echo "make soak        300 jobs on four workers, and every few seconds a fault drawn by chance: 35 minutes"
+	@echo "make soak        300 jobs on four workers: a noisy neighbor, then a random fault every few seconds; 45 minutes"
 	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: half an hour or more"
 	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
 	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
