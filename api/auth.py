@@ -110,7 +110,12 @@ def cookie_name(request: HTTPConnection, use: Services) -> str:
     return SECURE_COOKIE if is_https(request, use) else COOKIE
 
 
-Session = Annotated[str | None, Security(cookie)]
+async def session_of(request: Request, use: Use) -> str | None:
+    """The secret of the browser's session cookie, unchecked. No security scheme: the routes that take it are open."""
+    return request.cookies.get(cookie_name(request, use))
+
+
+Session = Annotated[str | None, Depends(session_of)]
 Signed = Annotated[Caller, Depends(caller_of)]
 Operator = Annotated[Caller, Depends(operator_of)]
 Recheck = Annotated[Identity, Depends(recheck_of)]

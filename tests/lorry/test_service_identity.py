@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +117,14 @@ def test_each_new_connection_is_checked_again(service: Script, data_dir: Path) -
     assert not saw_the_key(service)
 
 
+def pump(source: socket.socket, target: socket.socket, kept: bytearray) -> None:
+    """Forwards one direction until it ends."""
+    with suppress(OSError):
+        while data := source.recv(65536):
+            kept.extend(data)
+            target.sendall(data)
+
+
 @contextmanager
 def relaying(url: str) -> Iterator[tuple[str, bytearray]]:
     """Forwards every connection at another port to the real service, and keeps what clients sent."""
@@ -131,10 +139,11 @@ def relaying(url: str) -> Iterator[tuple[str, bytearray]]:
                 except OSError:
                     return
                 with client, socket.create_connection((host, int(port))) as real:
-                    while data := client.recv(65536):
-                        heard.extend(data)
-                        real.sendall(data)
-                        client.sendall(real.recv(65536))
+                    back = threading.Thread(target=pump, args=(real, client, bytearray()), daemon=True)
+                    back.start()
+                    pump(client, real, heard)
+                    real.shutdown(socket.SHUT_RDWR)
+                    back.join(10)
 
         thread = threading.Thread(target=forward, daemon=True)
         thread.start()
