@@ -33,9 +33,13 @@ class Service:
 
 
 @contextmanager
-def api_process(data_dir: Path) -> Iterator[Service]:
-    """Bootstrap the folder, serve it on a free port, and stop in good order."""
-    environment = {**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
+def api_process(data_dir: Path, *, pepper: str | None = None) -> Iterator[Service]:
+    """Bootstrap the folder, serve it on a free port, and stop in good order.
+
+    pepper: of the keys that are in its database already; None where there are none.
+    """
+    given = {} if pepper is None else {"LORRY_PEPPER": pepper}
+    environment = {**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", **given}
     command = [sys.executable, "-m", "api", "--log-level", "warning"]
 
     def told(*arguments: str) -> Any:

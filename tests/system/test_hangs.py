@@ -13,7 +13,7 @@ import pytest
 from catalog.states import EndReason
 from tests.system.api_process import api_process
 from tests.system.test_killed_worker import small_job
-from tests.worker_site import WorkerSite, worker_site
+from tests.worker_site import PEPPER, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(1800)
 IMPATIENT_IN_VERIFICATION = [sys.executable, "-m", "tests.system.impatient_in_verification"]
@@ -24,7 +24,7 @@ SECRET = "failpoints.py"
 
 def lines_of_first_attempt(site: WorkerSite, job_id: str) -> list[dict[str, Any]]:
     """As the API tells them."""
-    with api_process(site.settings.data_dir) as service:
+    with api_process(site.settings.data_dir, pepper=PEPPER) as service:
         told = httpx.get(
             f"{service.url}/v1/fine_tuning/jobs/{job_id}/logs",
             params={"attempt": 1, "limit": 1000},

@@ -13,13 +13,17 @@ import pytest
 from catalog.tables import Artifact
 from tests import tiny_base
 from tests.system.api_process import Service, api_process
-from tests.worker_site import BASE, WorkerSite, worker_site
+from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 
 
 def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
-    with worker_site(tmp_path) as site, api_process(site.settings.data_dir) as service, service.client() as client:
+    with (
+        worker_site(tmp_path) as site,
+        api_process(site.settings.data_dir, pepper=PEPPER) as service,
+        service.client() as client,
+    ):
         site.start_worker()
         rows = tiny_base.write_chat(tmp_path / "train.jsonl", 40)
         training = client.files.create(file=rows, purpose="fine-tune")
@@ -62,7 +66,11 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
 
 
 def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None:
-    with worker_site(tmp_path) as site, api_process(site.settings.data_dir) as service, service.client() as client:
+    with (
+        worker_site(tmp_path) as site,
+        api_process(site.settings.data_dir, pepper=PEPPER) as service,
+        service.client() as client,
+    ):
         pairs = client.files.create(file=tiny_base.write_pairs(tmp_path / "pairs.jsonl", 24), purpose="fine-tune")
         held_out = tiny_base.write_pairs(tmp_path / "valid.jsonl", 4, seed=5)
         validation = client.files.create(file=held_out, purpose="fine-tune")
@@ -102,7 +110,11 @@ def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None
 
 
 def test_openai_client_is_told_which_rows_have_nothing_to_learn(tmp_path: Path) -> None:
-    with worker_site(tmp_path) as site, api_process(site.settings.data_dir) as service, service.client() as client:
+    with (
+        worker_site(tmp_path) as site,
+        api_process(site.settings.data_dir, pepper=PEPPER) as service,
+        service.client() as client,
+    ):
         messages = [
             {"role": "user", "content": "why " * tiny_base.MAX_POSITIONS},
             {"role": "assistant", "content": "because"},
