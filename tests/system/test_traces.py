@@ -49,10 +49,11 @@ def exporter() -> Iterator[InMemorySpanExporter]:
 
 
 @pytest.fixture
-def client(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+def client(site: PackSite) -> Iterator[TestClient]:
     """Of the project of the site's world, with a key of its own."""
-    monkeypatch.setenv("LORRY_PEPPER", PEPPER.decode())
-    settings = site.settings.model_copy(update={"database_url": SecretStr(site.db.url)})
+    settings = site.settings.model_copy(
+        update={"database_url": SecretStr(site.db.url), "pepper": SecretStr(PEPPER.decode())}
+    )
     app = create_app(settings, ApiSettings())
     project_id = site.world.caller.project_id
     _, secret = keys.create(site.db, project_id=project_id, name="k", pepper=app.state.services.pepper)
