@@ -161,7 +161,7 @@ def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None
 def check_priority(session: Session, caller: Caller, priority: Priority) -> None:
     """Whether the caller's project and key may have a job of this class. Raises Forbidden.
 
-    The key is read here: whoever makes the trials of a sweep knows no more of it than its id.
+    The key is read here: the code that creates the trials of a sweep has only its id.
     """
     project, key = session.get_one(Project, caller.project_id), session.get(ApiKey, caller.api_key_id)
     raised = f"--highest-priority {priority}"

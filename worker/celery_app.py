@@ -57,7 +57,7 @@ app.conf.update(
     worker_concurrency=1,  # one device, one trainer
     task_ignore_result=True,
     result_backend=None,  # results are in the database
-    accept_content=["json"],  # never pickle: whoever reaches Redis could run code here
+    accept_content=["json"],  # never pickle: a client of Redis could run code here
     task_serializer="json",  # what is accepted
     task_default_queue=QUEUE,
     broker_connection_max_retries=None,  # wait for Redis for as long as it takes

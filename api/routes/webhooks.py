@@ -55,7 +55,7 @@ def list_webhook_event_types(_caller: Signed) -> WebhookEventTypes:
 def create_webhook_endpoint(
     body: WebhookEndpointRequest, use: Use, caller: Signed, is_retry: IsRetry
 ) -> WebhookEndpointWithSecret:
-    """Its secret is in this answer, and in that of a rotation, alone."""
+    """Only this response has the whole URL. Only this response and that of a rotation have the secret."""
     target_of(body.url, use.webhooks.rules)
     row, secret = endpoints.create(
         use.db,
@@ -66,7 +66,7 @@ def create_webhook_endpoint(
         pepper=use.pepper,
         is_client_retry=is_retry,
     )
-    return with_secret(row, secret, now=_now(use))
+    return with_secret(row, secret, now=_now(use)).model_copy(update={"url": body.url})
 
 
 @router.get("/webhook_endpoints", operation_id="list_webhook_endpoints")

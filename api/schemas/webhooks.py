@@ -114,7 +114,10 @@ class WebhookEndpointObject(BaseModel):
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
     id: str
     name: str
-    url: str = Field(description="Host and last four characters; the whole is stored encrypted and never shown.")
+    url: str = Field(
+        description="Host and last four characters. The whole URL is stored encrypted; only the response that creates "
+        "the endpoint has it."
+    )
     event_types: list[str]
     signing_secret_hint: str
     status: Literal["enabled", "disabled"]

@@ -119,6 +119,12 @@ class Objects:
         with translated(key):
             obstore.delete(self._store, key)
 
+    def move(self, key: str, target: str) -> None:
+        """Replaces what `target` has. A bucket copies, then deletes. Raises NoSuchObject."""
+        with translated(key):
+            obstore.rename(self._store, key, target)
+            self._sync(target)
+
     def _sync(self, key: str) -> None:
         """Make a finished file survive a power cut: its content, its name, and once the names of its folders."""
         if self.folder is None:

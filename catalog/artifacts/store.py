@@ -23,6 +23,7 @@ from typing import BinaryIO
 from catalog.artifacts.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
 from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects
 from catalog.disk import full_disk_named
+from catalog.errors import OutOfSpace
 from catalog.settings import Settings
 
 log = logging.getLogger("lorry.catalog")
@@ -30,6 +31,11 @@ GRACE_SECONDS = 24 * 3600.0
 """An unreferenced object lives at least this long: longer than any upload or export takes."""
 CLOCK_SECONDS = 600.0
 """The store's clock is read again after so long."""
+TRASH = "trash/"
+"""Prefix of the keys of deleted objects, which can be read for another grace. obstore can't delete an object on the
+condition that it is old, so a writer may put it again between the check of its age and its deletion."""
+MAX_COPIED_BYTES = 5 * 2**30
+"""S3 copies no larger object in one request. The cleaning deletes larger ones directly."""
 REFRESH_SECONDS = GRACE_SECONDS / 4
 """A blob older than this is written again when it is put again, so that its grace begins anew."""
 
@@ -81,8 +87,8 @@ class ArtifactStore:
         """Store every file under `folder`, then the manifest that names them.
 
         dir_fd: of an open folder to which `folder` is relative. Raises DamagedArtifact for links and for files with a
-        second name: whoever wrote the folder might have had no right to read them. Replacing a file or a folder by a
-        link while this runs has no effect.
+        second name: the process that wrote the folder might have had no right to read them. Replacing a file or a
+        folder by a link while this runs has no effect.
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
             raise DamagedArtifact(f"The folder {folder.name!r} is missing.")
@@ -109,7 +115,7 @@ class ArtifactStore:
     def get_manifest(self, digest: str) -> Manifest:
         check_digest(digest)
         try:
-            content = b"".join(self.objects.read(manifest_key(digest)))
+            content = b"".join(self._read(manifest_key(digest)))
         except NoSuchObject as error:
             raise DamagedArtifact(f"The manifest {digest} is missing from the store.") from error
         if sha256(content).hexdigest() != digest:
@@ -123,7 +129,7 @@ class ArtifactStore:
         """
         check_digest(digest)
         try:
-            chunks = self.objects.read(blob_key(digest), chunk_bytes=chunk_bytes)
+            chunks = self._read(blob_key(digest), chunk_bytes=chunk_bytes)
         except NoSuchObject as error:
             raise DamagedArtifact(f"The blob {digest} is missing from the store.") from error
         return verified(chunks, digest)
@@ -186,8 +192,9 @@ class ArtifactStore:
 
         live: the digests of every manifest and of every blob that the database names. Returns the number of objects
         deleted. A young manifest keeps its blobs, because its row may not be committed yet; one that can't be read is
-        logged. What writers put or put again meanwhile is young, and stays; only an old object that is put again
-        between the last look at its age and its deletion, one call, is lost. Raises Unavailable, OutOfSpace.
+        logged. What writers put or put again meanwhile is young, and stays. If an object is put again between the
+        last check of its age and its deletion, readers find it in the trash, and the next call that has it in `live`
+        moves it back. Raises Unavailable, OutOfSpace.
         """
         oldest = self.clock() - grace_seconds
         kept = {manifest_key(digest) for digest in live} | {blob_key(digest) for digest in live}
@@ -198,7 +205,8 @@ class ArtifactStore:
         num_deleted = 0
         for prefix in ("manifests", "blobs"):
             for entry in list(self.objects.list_all(prefix)):
-                num_deleted += entry.key not in kept and self._delete_if_old(entry.key, oldest)
+                num_deleted += entry.key not in kept and self._discard_if_old(entry.key, oldest)
+        self._empty_trash(kept, oldest)
         self.objects.delete_staged(older_than=oldest)
         return num_deleted
 
@@ -235,12 +243,48 @@ class ArtifactStore:
             log.warning("a manifest without a row can't be read code=%s: %s", error.code, error)
             return set()
 
-    def _delete_if_old(self, key: str, oldest: float) -> bool:
-        """Look once more: it may have been put again since it was listed."""
+    def _read(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Of the object, or of what the trash has under its key. Raises NoSuchObject at the call."""
         try:
-            if self.objects.head(key).written_at >= oldest:
+            return self.objects.read(key, chunk_bytes=chunk_bytes)
+        except NoSuchObject:
+            return self.objects.read(TRASH + key, chunk_bytes=chunk_bytes)
+
+    def _discard_if_old(self, key: str, oldest: float) -> bool:
+        """Check the age once more, because a writer may have put the object again since it was listed."""
+        try:
+            entry = self.objects.head(key)
+            if entry.written_at >= oldest:
                 return False
-            self.objects.delete(key)
+            if entry.num_bytes > MAX_COPIED_BYTES:
+                self.objects.delete(key)
+                return True
+            try:
+                self.objects.move(key, TRASH + key)
+            except OutOfSpace:  # a full bucket has no room for the copy, and the cleaning must make some
+                self.objects.delete(key)
+        except NoSuchObject:
+            return False
+        return True
+
+    def _empty_trash(self, kept: set[str], oldest: float) -> None:
+        """Move back what is kept after all, and delete what is old.
+
+        In a folder a moved object keeps its age: garbage goes in the same cleaning. A bucket counts from the move.
+        """
+        for entry in list(self.objects.list_all(TRASH.rstrip("/"))):
+            key = entry.key.removeprefix(TRASH)
+            try:
+                if key in kept and not self._exists(key):
+                    self.objects.move(entry.key, key)
+                elif key in kept or entry.written_at < oldest:
+                    self.objects.delete(entry.key)
+            except NoSuchObject:
+                continue  # another cleaning was faster
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self.objects.head(key)
         except NoSuchObject:
             return False
         return True

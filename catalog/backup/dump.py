@@ -30,7 +30,8 @@ DEBIAN = Path("/usr/lib/postgresql")
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
 """Variables that PostgreSQL's programs see, beside its own, PG…."""
 SIDE_FILES = ("-wal", "-shm", "-journal")
-"""What SQLite keeps next to a database. It replays a log into any file of the matching name, whosever log it is."""
+"""What SQLite keeps next to a database. It replays a log into any file of the matching name, even that of another
+database."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

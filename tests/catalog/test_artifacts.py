@@ -272,6 +272,45 @@ def test_cleaning_looks_again_before_it_deletes(store: ArtifactStore, monkeypatc
     assert b"".join(store.open_blob(blob.digest)) == b"listed while old, then put again"
 
 
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_an_object_that_is_put_again_after_the_last_look_at_its_age_is_not_lost(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, is_committed: bool
+) -> None:
+    """Its row is committed after the cleaning, or never."""
+    blob = store.put_bytes(b"put again")
+    key = blob_key(blob.digest)
+    listed, head = store.objects.list_all, store.objects.head
+
+    def old(entry: Entry) -> Entry:
+        return replace(entry, written_at=0.0) if entry.key == key else entry
+
+    def head_before_another_put(wanted: str) -> Entry:
+        entry = old(head(wanted))
+        store.objects.put(key, b"put again")
+        return entry
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.objects, "list_all", lambda prefix: map(old, listed(prefix)))
+        patch.setattr(store.objects, "head", head_before_another_put)
+        assert store.delete_unreferenced(set()) == 1
+
+    assert b"".join(store.open_blob(blob.digest)) == b"put again"
+    store.delete_unreferenced({blob.digest} if is_committed else set())
+    assert (key in keys(store)) == is_committed
+    assert b"".join(store.open_blob(blob.digest)) == b"put again", "of another upload, perhaps, whose row comes later"
+
+
+def test_an_unreferenced_object_leaves_the_store_for_good(store: ArtifactStore, clock: Clock) -> None:
+    blob = store.put_bytes(b"garbage")
+    clock.ahead_seconds = 2 * GRACE_SECONDS
+
+    store.delete_unreferenced(set())
+
+    assert list(store.objects.list_all("")) == []
+    with pytest.raises(DamagedArtifact, match="is missing"):
+        store.open_blob(blob.digest)
+
+
 def test_cleaning_goes_on_where_a_live_manifest_can_not_be_read_and_keeps_the_files_that_the_database_names(
     store: ArtifactStore, folder: Path, clock: Clock
 ) -> None:

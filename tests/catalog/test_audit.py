@@ -330,7 +330,7 @@ def test_a_head_that_was_set_back_is_seen(world: World) -> None:
     assert check(world).misfit is not None
 
 
-def test_a_chain_that_was_computed_anew_without_the_pepper_is_no_chain(world: World) -> None:
+def test_a_chain_that_was_recomputed_without_the_pepper_is_no_chain(world: World) -> None:
     """The attack with the database's password alone: an event is changed, and every digest after it is made to fit."""
     sealed(world)
     forger = b"any other secret of 32 bytes...."

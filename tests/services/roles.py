@@ -31,7 +31,7 @@ OF_NOBODY = str(ROOT / "catalog" / "db.py")
 
 
 def assume(engine: Engine) -> None:
-    """Of an engine whose role is the owner: let each connection have the role of whoever takes it."""
+    """Of an engine whose role is the owner: let each connection have the role of the code that takes it."""
     if engine.dialect.name == "postgresql" and engine.url.username == OWNER:
         event.listen(engine, "checkout", _set_role)
 

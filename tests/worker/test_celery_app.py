@@ -58,7 +58,7 @@ SETTINGS = {
     "task_time_limit": None,
     "task_soft_time_limit": None,
     "worker_max_tasks_per_child": None,
-    # whoever reaches Redis could end workers
+    # a client of Redis could end workers
     "worker_enable_remote_control": False,
     # the API servers ring periodically
     "beat_schedule": {},
