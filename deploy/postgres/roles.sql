@@ -1,11 +1,23 @@
--- The three database roles of Lorry, and who may connect. By psql as a superuser, connected to the service's database:
+-- The three database roles of Lorry, and who may connect. Run it by psql as a superuser, connected to the service's
+-- database, with POSTGRES_OWNER_PASSWORD, POSTGRES_API_PASSWORD and POSTGRES_WORKER_PASSWORD in the environment:
 --
---   psql -v owner=PASSWORD -v api=PASSWORD -v worker=PASSWORD -f deploy/postgres/roles.sql DATABASE
+--   psql -f deploy/postgres/roles.sql DATABASE
 --
 -- lorry_owner makes and changes the tables (`python -m api bootstrap`, `restore`), lorry_api is for API servers and
 -- backups, lorry_worker for workers. What the latter two may do is in catalog/tables/privileges.py, and is granted by
 -- each `bootstrap`. Running this again sets the passwords. One service of a PostgreSQL server can have these roles.
 \set ON_ERROR_STOP on
+\getenv owner POSTGRES_OWNER_PASSWORD
+\getenv api POSTGRES_API_PASSWORD
+\getenv worker POSTGRES_WORKER_PASSWORD
+select :{?owner} and :{?api} and :{?worker} as has_passwords
+\gset
+\if :has_passwords
+\else
+do $$ begin
+    raise exception 'Set POSTGRES_OWNER_PASSWORD, POSTGRES_API_PASSWORD and POSTGRES_WORKER_PASSWORD in the environment.';
+end $$;
+\endif
 select format('create role %I login', name)
 from unnest(array['lorry_owner', 'lorry_api', 'lorry_worker']) as name
 where not exists (select from pg_roles where rolname = name)
@@ -22,6 +34,7 @@ where schemaname = 'public' and tableowner <> 'lorry_owner'
 select format('alter database %I owner to lorry_owner', current_database())
 \gexec
 revoke create on schema public from public;
+grant usage, create on schema public to lorry_owner; -- PostgreSQL 14 and older grant it to nobody but public
 select format('revoke all on database %I from public', current_database())
 \gexec
 select format('grant connect on database %I to lorry_api, lorry_worker', current_database())

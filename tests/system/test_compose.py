@@ -206,10 +206,13 @@ def test_the_script_that_makes_the_roles_runs_twice_and_gives_each_its_own_right
     before.migrate()
     before.close()
     script = ROOT / "deploy" / "postgres" / "roles.sql"
-    passwords = [word for name in ("owner", "api", "worker") for word in ("-v", f"{name}=it's-{name}")]
+    argv = [str(psql.parent / "psql"), "-f", str(script), url.render_as_string(hide_password=False)]
+    passwords = {f"POSTGRES_{name.upper()}_PASSWORD": f"it's-{name}" for name in ("owner", "api", "worker")}
+    refused = subprocess.run(argv, check=False, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "Set POSTGRES_OWNER_PASSWORD" in refused.stderr
     for _ in range(2):
-        argv = [str(psql.parent / "psql"), *passwords, "-f", str(script), url.render_as_string(hide_password=False)]
-        done = subprocess.run(argv, check=False, capture_output=True, text=True)
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, env={**os.environ, **passwords})
         assert done.returncode == 0, done.stderr
 
     owner = Database(as_role(new_postgres_url, "lorry_owner"))
