@@ -42,7 +42,7 @@ def anchor(db: Database, objects: Objects, *, pepper: bytes) -> bool:
     with db.read() as session:
         now = read_clock(session)
         link, digest = audit_chain.head(session)
-    key = f"{PREFIX}/{datetime.fromtimestamp(now, UTC).date().isoformat()}.json"
+    key = _key(now)
     if link == 0 or _exists(objects, key):
         return False
     told: Json = {"object": "audit_anchor", "link": link, "digest": digest, "anchored_at": now}
@@ -91,9 +91,16 @@ def _read(objects: Objects, key: str, peppers: Sequence[bytes]) -> Anchor | None
         content = {name: value for name, value in told.items() if name != "mac"}
         if peppers and not audit_chain.is_sealed(content, told["mac"], peppers):
             return None
+        if key != _key(told["anchored_at"]):  # a valid older one, put here under a newer name
+            return None
         return Anchor(link=int(told["link"]), digest=str(told["digest"]))
-    except (NoSuchObject, ValueError, KeyError, AttributeError, TypeError):
+    except (NoSuchObject, ValueError, KeyError, AttributeError, TypeError, OverflowError, OSError):
         return None
+
+
+def _key(anchored_at: float) -> str:
+    """The object's name: its day (UTC)."""
+    return f"{PREFIX}/{datetime.fromtimestamp(anchored_at, UTC).date().isoformat()}.json"
 
 
 def _exists(objects: Objects, key: str) -> bool:

@@ -148,6 +148,7 @@ def _sqlite_put_back(dump: Path, path: Path) -> None:
     """The name appears once the content is on the disk, and a service that started meanwhile is not overwritten."""
     durable.make_folder(path.parent)
     draft = path.with_name(f".{path.name}-restored")
+    draft.unlink(missing_ok=True)  # left by a restore that was killed, it may be a second name of a live database
     try:
         shutil.copyfile(dump, draft)
         durable.sync(draft)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
+from sqlalchemy import select
 
 from catalog import audit, pepper
 from catalog.artifacts.store import open_store
@@ -18,6 +19,7 @@ from catalog.db import Database, alembic_config, read_clock
 from catalog.disk import full_disk_named
 from catalog.errors import Conflict, InvalidRequest
 from catalog.settings import Settings
+from catalog.tables import AuditEvent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +62,7 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     try:
         _check_same(db, record)
         db.migrate()
-        chain_end = (record.audit_link, record.audit_digest)
-        checked = check(db, store, peppers=pepper.known(settings), chain_end=chain_end)
+        checked = check(db, store, peppers=pepper.known(settings))
         _note(db, record)
     finally:
         db.close()
@@ -69,10 +70,14 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
 
 
 def _check_same(db: Database, record: Record) -> None:
-    """Before anything is migrated: the database is sound, and has the revision and the rows of the backup."""
-    problems = integrity.damage(db) or integrity.differences(
-        db, recorded_revision=record.revision, recorded_counts=record.row_counts
-    )
+    """The database is sound, and has the revision, the rows and the end of the audit chain that the backup recorded.
+
+    Call it before any migration: a migration may change each of them.
+    """
+    problems = integrity.damage(db) or [
+        *integrity.differences(db, recorded_revision=record.revision, recorded_counts=record.row_counts),
+        *_differences_of_chain(db, record),
+    ]
     if problems:
         raise Conflict(
             f"The restored database is not the one in the backup {record.name}. {' '.join(problems)}",
@@ -80,6 +85,16 @@ def _check_same(db: Database, record: Record) -> None:
             remedy="Do not start the service on it. Drop the database, or move its file with the -wal and -shm files "
             "away. Then restore this backup again, or an earlier one with --backup NAME.",
         )
+
+
+def _differences_of_chain(db: Database, record: Record) -> list[str]:
+    if record.audit_link == 0:  # nothing was sealed, or the version of the backup had no audit log
+        return []
+    with db.read() as session:
+        digest = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == record.audit_link))
+    if digest == record.audit_digest:
+        return []
+    return [f"The audit chain has another event at {record.audit_link} than the backup recorded."]
 
 
 def _note(db: Database, record: Record) -> None:

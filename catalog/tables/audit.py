@@ -36,7 +36,7 @@ class AuditEvent(Table):
     previous: Mapped[str | None]
     """Digest of the event before."""
     digest: Mapped[str | None]
-    """sha256 over the RFC 8785 form of all that is above and is not None, but `seq`."""
+    """HMAC-SHA256 of the event (audit_chain.seal_of), in hex."""
     __table_args__ = (
         Index(None, "effective_at", "id"),
         Index(None, "project_id", "effective_at", "id"),

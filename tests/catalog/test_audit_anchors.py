@@ -99,6 +99,17 @@ def test_an_anchor_that_was_changed_is_named(world: World, objects: Objects, how
     assert verified(world, objects) == Misfit(link=0, id=name, fault="anchor_changed")
 
 
+def test_an_old_anchor_under_a_newer_name_is_rejected(world: World, objects: Objects) -> None:
+    """Its MAC is valid. Without this check it would stand in for the anchor of the events that were cut off."""
+    names = anchored(world, objects)
+    cut_off(world, after=json.loads(b"".join(objects.read(names[0])))["link"])
+    old = b"".join(objects.read(names[0]))
+    for newer in names[1:]:
+        objects.put(newer, old)
+
+    assert verified(world, objects) == Misfit(link=0, id=names[1], fault="anchor_changed")
+
+
 def test_anchors_of_before_a_new_pepper_are_verified_by_the_previous_one(world: World, objects: Objects) -> None:
     anchored(world, objects)
     rotated = b"n" * 32

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url, select, text
+from alembic import command
+from sqlalchemy import func, make_url, select, text, update
 from sqlalchemy.orm import Session
 
-from catalog import projects
+from catalog import audit_chain, projects
 from catalog.backup import check, restore
 from catalog.backup.place import Record
+from catalog.db import alembic_config
 from catalog.errors import Conflict
 from catalog.settings import Settings
-from catalog.tables import JobEvent, Project, Table
+from catalog.tables import AuditEvent, AuditHead, JobEvent, Project, Table
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import PEPPER, World
 
@@ -94,6 +97,56 @@ def test_a_database_that_appears_during_a_restore_is_not_replaced(
         restore(elsewhere, service.place)
 
     assert sqlite_path(elsewhere).read_bytes() == b"a new service's database"
+
+
+def test_a_draft_that_a_killed_restore_left_is_not_written_through(service: Service, elsewhere: Settings) -> None:
+    """Killed between the link and the removal of the draft, a restore leaves two names of the live database."""
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only: PostgreSQL restores in one transaction")
+    service.backup()
+    path = sqlite_path(elsewhere)
+    path.parent.mkdir()
+    path.write_bytes(b"the live database")
+    os.link(path, path.with_name(f".{path.name}-restored"))
+    moved = path.rename(path.with_name("moved away"))
+
+    restore(elsewhere, service.place)
+
+    assert moved.read_bytes() == b"the live database"
+
+
+def test_a_backup_of_before_the_audit_seals_had_a_key_is_restored_without_a_problem(
+    service: Service, elsewhere: Settings
+) -> None:
+    """The migration clears such seals, so the end of the chain is compared before it."""
+    db = service.world.db
+    command.downgrade(alembic_config(db.url), "0052")
+    try:
+        with db.write() as session:
+            session.execute(update(AuditEvent).values(link=AuditEvent.seq, previous="0" * 64, digest=AuditEvent.id))
+            last = session.scalar(select(func.max(AuditEvent.seq))) or 0
+            ident = session.scalar(select(AuditEvent.id).where(AuditEvent.seq == last)) or ""
+            session.add(AuditHead(id=1, link=last, digest=ident))
+        record = service.backup()
+    finally:
+        db.migrate()
+
+    restored = restore(elsewhere, service.place)
+
+    assert (record.revision, record.audit_link) == ("0052", last)
+    assert restored.checked.problems == []
+
+
+def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, elsewhere: Settings) -> None:
+    audit_chain.seal(service.world.db, pepper=PEPPER.current)
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "audit_digest": "0" * 64}))
+
+    with pytest.raises(Conflict, match="audit chain has another event") as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.code == "restored_database_differs"
 
 
 def test_a_backup_records_how_many_rows_each_table_has(service: Service) -> None:
