@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import iscoroutinefunction
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
-from starlette.concurrency import run_in_threadpool
+
+from api.threads import run_route
+from catalog.keys import Caller
 
 
 class Router(APIRouter):
@@ -28,6 +30,7 @@ class _Route(APIRoute):
 def _in_a_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(endpoint)
     async def called(**arguments: Any) -> Any:
-        return await run_in_threadpool(endpoint, **arguments)
+        caller = next((value for value in arguments.values() if isinstance(value, Caller)), None)
+        return await run_route(None if caller is None else caller.project_id, partial(endpoint, **arguments))
 
     return called

@@ -1,7 +1,7 @@
 """Which work of this process may use how many threads, so that none of it can take those of another.
 
-Routes share ROUTE_THREADS. The check of API keys has threads of its own: a valid key is recognized however busy routes
-are. Work that reads or writes whole files has others, of which one project gets a part.
+Routes share ROUTE_THREADS, of which one project gets a part. The check of API keys has threads of its own: a valid key
+is recognized however busy routes are. Work that reads or writes whole files has others, and one project a part of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from typing import TypeVar
 
 import anyio
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 from starlette.requests import Request
 
 from api.disconnects import watched
+from api.project_slots import ProjectSlots
 from catalog.errors import Unavailable
 
 ROUTE_THREADS = 20
+ROUTE_THREADS_OF_PROJECT = 5
+"""A project with many requests at once waits for itself. Python runs one thread at a time, so that more would slow down
+the requests of other projects, and end none of the project's own sooner."""
 KEY_CHECK_THREADS = 8
 """With those of routes, fewer than the database has connections."""
 SLOW_THREADS = 8
@@ -98,6 +103,21 @@ class SlowWork:
                 del self._projects[project_id]
 
 
+_route_slots: RunVar[ProjectSlots | None] = RunVar("route_slots")
+"""Of the event loop."""
+
+
 def limit_route_threads() -> None:
     """For the event loop that runs."""
     anyio.to_thread.current_default_thread_limiter().total_tokens = ROUTE_THREADS
+
+
+async def run_route(project_id: str | None, work: Callable[[], T]) -> T:
+    """In a thread for routes, as soon as the project has one. None: a request without a project."""
+    if project_id is None:
+        return await anyio.to_thread.run_sync(work)
+    slots = _route_slots.get(None)
+    if slots is None:
+        _route_slots.set(slots := ProjectSlots(ROUTE_THREADS, per_project=ROUTE_THREADS_OF_PROJECT))
+    async with slots.slot(project_id):
+        return await anyio.to_thread.run_sync(work)

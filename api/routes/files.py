@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from api.auth import Signed
@@ -16,6 +15,7 @@ from api.routes import SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds
 from api.schemas.pages import ListPage, page_of
+from api.threads import run_route
 from api.uploads import receive_upload
 from catalog import data_reports, files
 from catalog.row_kinds import FORMS
@@ -81,7 +81,9 @@ async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
                 is_abandoned=is_abandoned,
             ),
         )
-    return file_object(row, same_content_as=await run_in_threadpool(files.same_content, use.db, row))
+    return file_object(
+        row, same_content_as=await run_route(caller.project_id, partial(files.same_content, use.db, row))
+    )
 
 
 @router.get("", operation_id="list_files")

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import Query
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from api.auth import Recheck, Signed, require_operator
@@ -17,6 +16,7 @@ from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.fleet import CordonRequest, QueueObject, WorkerObject, worker_object
 from api.schemas.pages import ListPage, page_of
+from api.threads import run_route
 from catalog import cordons, fleet, queue
 from catalog.keys import Caller
 from catalog.scheduling.picture import Policy
@@ -42,7 +42,7 @@ def get_queue(use: Use, caller: Signed, everything: All = False) -> QueueObject:
 async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: All = False) -> LiveStream:
     """The queue whenever it changes."""
     project_id = _scope(caller, everything)
-    first = await run_in_threadpool(use.queue_source.begin, project_id)
+    first = await run_route(caller.project_id, partial(use.queue_source.begin, project_id))
     look = partial(use.queue_source.begin, project_id)
     listener = Listener(source=use.queue_source, key=project_id, look=look, signed=recheck.who)
     return LiveStream(use.feed, listener, first, recheck.identify)

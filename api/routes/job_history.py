@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import Header, Query
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from api.auth import Recheck, Signed
@@ -32,6 +32,7 @@ from api.schemas.job_history import (
 )
 from api.schemas.pages import ListPage, page_of
 from api.sse import last_event_id
+from api.threads import run_route
 from catalog import checkpoint_models, data_reports, jobs, outputs
 from catalog.errors import InvalidRequest
 from catalog.events import ShownType
@@ -167,8 +168,9 @@ async def stream_job(
     Without, the messages from the first, and metrics from a few seconds ago: read the curves once for what is older.
     And the job, whenever it changes. Ends after the job's final state; a client that comes back then gets 204."""
     seen = last_event_id(last_seen)
-    watch = await run_in_threadpool(JobWatch.start, use.db, project_id=caller.project_id, job_id=job_id, last_seen=seen)
-    first = await run_in_threadpool(watch.look)
+    start = partial(JobWatch.start, use.db, project_id=caller.project_id, job_id=job_id, last_seen=seen)
+    watch = await run_route(caller.project_id, start)
+    first = await run_route(caller.project_id, watch.look)
     if seen is not None and first.is_last and not watch.told_events:
         return Response(status_code=204)
     key = (caller.project_id, job_id)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 
 from api.auth import Signed
 from api.deps import IsRetry, Use
@@ -20,6 +19,7 @@ from api.schemas.uploads import (
     part_object,
     upload_object,
 )
+from api.threads import run_route
 from api.upload_form import PART
 from api.uploads import receive_upload
 from catalog import part_uploads
@@ -67,9 +67,8 @@ def create_upload(body: UploadRequest, use: Use, caller: Signed) -> UploadObject
 )
 async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Signed) -> UploadPartObject:
     """Some of the file's bytes, in any order; the same bytes twice are one part."""
-    await run_in_threadpool(
-        part_uploads.check_open, use.db, project_id=caller.project_id, upload_id=upload_id
-    )  # before its bytes are read
+    check = partial(part_uploads.check_open, use.db, project_id=caller.project_id, upload_id=upload_id)
+    await run_route(caller.project_id, check)  # before its bytes are read
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=part_uploads.MAX_PART_BYTES, shape=PART) as part:
         row = await use.slow_work.run(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Annotated
 
 from fastapi import Query
-from starlette.concurrency import run_in_threadpool
 
 from api.auth import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
@@ -30,6 +30,7 @@ from api.schemas.webhooks import (
     endpoint_object,
     with_secret,
 )
+from api.threads import run_route
 from catalog.db import read_clock
 from catalog.errors import Conflict
 from catalog.tables import WebhookDelivery
@@ -129,15 +130,15 @@ async def test_webhook_endpoint(
     webhook_endpoint_id: str, body: WebhookTestRequest, use: Use, caller: Signed
 ) -> WebhookTestResult:
     """Send a sample now, once, whatever types the endpoint asked for. It is about something that doesn't exist."""
-    endpoint = await run_in_threadpool(
-        endpoints.get, use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id
-    )
-    now = await run_in_threadpool(_now, use)
+    project_id = caller.project_id
+    get = partial(endpoints.get, use.db, project_id=project_id, endpoint_id=webhook_endpoint_id)
+    endpoint = await run_route(project_id, get)
+    now = await run_route(project_id, partial(_now, use))
     delivery = sending.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
     secrets = signing.good(endpoint, use.pepper, now=now)
     url = sealed_urls.get(endpoint, peppers=use.pepper.all())
-    outcome = await _sent(use, caller.project_id, url, delivery, secrets)
-    await run_in_threadpool(sending.record_test, use.db, endpoint, delivery, outcome)
+    outcome = await _sent(use, project_id, url, delivery, secrets)
+    await run_route(project_id, partial(sending.record_test, use.db, endpoint, delivery, outcome))
     if outcome.status_code is None:
         raise Conflict(
             f"The endpoint did not answer. {outcome.error}",

@@ -84,9 +84,29 @@ def test_verifications_of_one_project_take_two_threads_and_leave_the_others(
     assert num_inside == 2
 
 
+def test_requests_of_one_project_leave_most_threads_for_routes_to_others(
+    site: Site, monkeypatch: pytest.MonkeyPatch, stranger_key: str
+) -> None:
+    list_page = Gatekeeper()
+    monkeypatch.setattr(files, "list_page", list_page)
+    stranger = Site(url=site.url, key=stranger_key, server=site.server)
+
+    with sent(site, "GET", "/v1/files", MANY), stranger.http() as client:
+        try:
+            until(lambda: list_page.num_inside >= threads.ROUTE_THREADS_OF_PROJECT)
+            statuses = [client.get(path, timeout=20).status_code for path in ("/v1/fine_tuning/jobs", "/v1/queue")]
+            num_inside = list_page.num_inside
+        finally:
+            list_page.open.set()
+
+    assert statuses == [200, 200]
+    assert num_inside == threads.ROUTE_THREADS_OF_PROJECT
+
+
 def test_a_key_is_checked_while_every_route_is_busy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     list_page = Gatekeeper()
     monkeypatch.setattr(files, "list_page", list_page)
+    monkeypatch.setattr(threads, "ROUTE_THREADS_OF_PROJECT", threads.ROUTE_THREADS)
 
     with sent(site, "GET", "/v1/files", MANY), site.http() as client:
         try:
@@ -153,7 +173,14 @@ def test_a_large_data_set_is_checked_in_another_process(client: TestClient, monk
 
 
 def checks() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children() if list(STUCK) == each.cmdline()[: len(STUCK)]]
+    return [each for each in psutil.Process().children() if _is_check(each)]
+
+
+def _is_check(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[: len(STUCK)] == list(STUCK)
+    except psutil.NoSuchProcess:  # it has ended: psutil.ZombieProcess until it is waited for
+        return False
 
 
 def begin_upload(site: Site) -> socket.socket:
