@@ -182,7 +182,16 @@ def _run_child(
     write_json(arguments, {**asked, "result": str(result)})
     sources = {"hub": None, "here": Path(asked["target_dir"])}
     source = sources[asked["kind"]] if asked["kind"] in sources else Path(asked["source"])
-    box = sandbox.base_import(work, source=source)
+    try:
+        box = sandbox.base_import(work, source=source)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise ImportRefused(
+            f"The worker can't read the source of {row.name!r}: {error}",
+            code="source_unreachable",
+            remedy="Check that the source exists on the worker's machine, that the worker's user may read it, and that "
+            "its links lead to files; from the hub, that the worker may write to the hub's cache. Then add the same "
+            "model again, which retries.",
+        ) from error
     child = run_child("worker.import_entry", str(arguments), log_path=work / "log.txt", box=box)
     wait_renewing(child, context, renew, is_unwanted)
     if child.returncode == -signal.SIGXCPU:

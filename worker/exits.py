@@ -6,6 +6,7 @@ import re
 
 from catalog.states import EndReason
 from worker.echoes import own_error
+from worker.sandbox import REFUSAL, REFUSED
 from worker.tether import LOST_PARENT
 
 CUDA_OOM = re.compile(
@@ -45,9 +46,17 @@ def classify_exit(
         return EndReason.TRAINER_CRASHED, WAS_KILLED
     if returncode == LOST_PARENT or LOST.search(log_tail) is not None:
         return EndReason.INFRA_LOST, "The trainer heard nothing from its worker for a whole lease."
+    return _of_node(returncode, log_tail, is_disk_full=is_disk_full) or _by_itself(returncode, log_tail)
+
+
+def _of_node(returncode: int, log_tail: str, *, is_disk_full: bool) -> tuple[EndReason, str] | None:
+    """What no job is to blame for."""
+    if returncode == REFUSED:
+        detail = log_tail.rpartition(REFUSAL)[2].partition("\n")[0]
+        return EndReason.NODE_FAILED, f"The sandbox of the trainer could not be applied: {detail.strip()}"
     if returncode and (is_disk_full or returncode == DISK_FULL or NO_ROOM.search(log_tail) is not None):
         return EndReason.NODE_FAILED, "The worker's disk was full, and the trainer ended."
-    return _by_itself(returncode, log_tail)
+    return None
 
 
 def _by_itself(returncode: int, log_tail: str) -> tuple[EndReason, str]:

@@ -186,7 +186,8 @@ def launch(
     or its share of the cores; when one ends badly, so do all. It is confined by a sandbox, in which it reads no base
     model but those of `bases_dir`; it has TCP only where it talks to processes here or, `in_gang`, on other machines.
     """
-    box = sandbox.trainer(directory.path, bases_dir=bases_dir, tcp=num_processes > 1 or in_gang)
+    tcp, gpu = num_processes > 1 or in_gang, device.kind != "cpu"
+    box = sandbox.trainer(directory.path, bases_dir=bases_dir, tcp=tcp, gpu=gpu)
     sandbox.announce(box)
     (directory.path / TEMPORARY).mkdir(exist_ok=True)
     threads = max(1, node.num_threads() // num_processes)

@@ -1,9 +1,9 @@
-"""What a child process of the worker may reach: enforced by Linux (Landlock and resource limits), not by its own code.
+"""What a child process of the worker may reach, enforced by Linux: Landlock, seccomp and resource limits.
 
 The worker describes a `Sandbox`; `worker.tether` applies it to itself before it becomes the child. It holds for all
-processes that the child starts, and can't be taken off. Landlock needs no privilege. Where the kernel has none, the
+processes that the child starts, and can't be taken off. No privilege is needed. Where the kernel has no Landlock, the
 child runs without it and the worker's log says so; where the kernel has it and it can't be applied, no child starts.
-Landlock restricts no UDP and no access that only reads a file's attributes.
+Landlock restricts no UDP and no access that only reads a file's attributes. Unix sockets: see `worker.seccomp`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from catalog import failpoints
+from worker import seccomp
 
 log = logging.getLogger(__name__)
 Kind = Literal["trainer", "tokenization", "import"]
@@ -50,14 +51,24 @@ DEVICE = READ | WRITE_FILE | TRUNCATE | IOCTL_DEV
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 """The rights that a rule for a file, and not a folder, can have."""
 
-SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/opt", "/nix", "/proc", "/sys", "/run/nvidia-persistenced")
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/nix", "/proc", "/sys", "/run/nvidia-persistenced")
+VENDORS = ("amazon", "aws-ofi-nccl", "cuda", "hpcx", "intel", "mellanox", "nvidia", "rocm")
+"""Folders of libraries in /opt, where Lorry's own checkout and other programs may be as well."""
+DEV = Path("/dev")
+DEVICES = ("null", "zero", "full", "random", "urandom")
+GPU_DEVICES = ("nvidia*", "dri", "kfd", "dxg", "infiniband", "gdrdrv")
+"""Patterns of what CUDA, ROCm and NCCL open in /dev."""
 ETC = (
     *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "passwd", "group", "nsswitch.conf", "hosts", "host.conf"),
     *("gai.conf", "resolv.conf", "services", "protocols", "localtime", "timezone", "os-release", "machine-id"),
     *("ssl", "pki", "ca-certificates", "alternatives", "nvidia", "OpenCL", "vulkan", "libibverbs.d"),
+    "nccl.conf",
 )
 """Of /etc, which also holds what an operator keeps from others."""
-PATH_VARIABLES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CUDA_HOME")
+PATH_VARIABLES = (
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CUDA_HOME"),
+    *("NCCL_CONF_FILE", "NCCL_TOPO_FILE"),
+)
 PACKAGES = ("catalog", "lora_core", "worker")
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_CACHES = {
@@ -74,8 +85,10 @@ LIMITS = {"data": (resource.RLIMIT_DATA, 0), "cpu": (resource.RLIMIT_CPU, 60), "
 """The resource, and by how much its hard limit is higher: after SIGXCPU comes SIGKILL. There is no limit of processes:
 Linux counts those of all the user's programs together, trainers and their threads included."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (where torch's processes share tensors)
-REFUSED = 114
-"""Exit status of a child to which its sandbox could not be applied."""
+REFUSED = 115
+"""Exit status of a child to which its sandbox could not be applied. Of others see worker.exits and worker.tether."""
+REFUSAL = "The sandbox of this process could not be applied: "
+"""What it prints, before the kernel's error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +102,9 @@ class Sandbox:
     """Folders to write in which it may also make symbolic links: the hub's cache is made of them."""
     tcp: bool = False
     """Whether it may connect and listen."""
+    gpu: bool = False
+    """Whether it uses a GPU: then it has the GPUs' devices, and Unix sockets, by which CUDA reaches MPS and
+    nvidia-persistenced."""
     limits: dict[Limit, int] = field(default_factory=dict[Limit, int])
     """By resource: bytes of its own memory (data), seconds of processor time (cpu), bytes of a file (fsize)."""
 
@@ -99,10 +115,10 @@ class Sandbox:
     def of_argument(cls, text: str) -> Sandbox:
         told = json.loads(text)
         paths = {name: tuple(told[name]) for name in ("reads", "writes", "links")}
-        return cls(kind=told["kind"], tcp=told["tcp"], limits=told["limits"], **paths)
+        return cls(kind=told["kind"], tcp=told["tcp"], gpu=told["gpu"], limits=told["limits"], **paths)
 
 
-def trainer(folder: Path, *, bases_dir: Path, tcp: bool) -> Sandbox:
+def trainer(folder: Path, *, bases_dir: Path, tcp: bool, gpu: bool = False) -> Sandbox:
     """A trainer reads base models and writes its own folder, shared memory and the caches of compiled code.
 
     tcp: its processes, on this machine or on others, talk to each other.
@@ -110,7 +126,7 @@ def trainer(folder: Path, *, bases_dir: Path, tcp: bool) -> Sandbox:
     mps = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # noqa: S108  (the driver's default)
     caches = (environment()[name] for name in KERNEL_CACHES)
     writes = (str(folder.absolute()), SHARED_MEMORY, mps, *caches, *failpoints.folders())
-    return Sandbox(kind="trainer", reads=(str(bases_dir.absolute()),), writes=writes, tcp=tcp)
+    return Sandbox(kind="trainer", reads=(str(bases_dir.absolute()),), writes=writes, tcp=tcp, gpu=gpu)
 
 
 def tokenization(folder: Path, *, base_dir: Path | None, num_bytes: int) -> Sandbox:
@@ -129,7 +145,8 @@ def tokenization(folder: Path, *, base_dir: Path | None, num_bytes: int) -> Sand
 def base_import(folder: Path, *, source: Path | None) -> Sandbox:
     """A child that makes a base model from `source`, a folder or a file here, or from the hub (None).
 
-    A quantized GGUF file grows up to twelvefold in memory while it is converted.
+    A quantized GGUF file grows up to twelvefold in memory while it is converted. Raises OSError, and RuntimeError for a
+    loop of links.
     """
     num_bytes = ASSUMED_HUB_BYTES if source is None else _size_of(source)
     limits: dict[Limit, int] = {
@@ -139,7 +156,7 @@ def base_import(folder: Path, *, source: Path | None) -> Sandbox:
     }
     reads, links = (), (str(folder.absolute()),)
     if source is None:
-        links = (*links, str(hub_cache()))
+        links = (*links, *hub_folders())
     else:
         entries = sorted(source.iterdir()) if source.is_dir() else []  # a snapshot of the hub consists of links
         reads = tuple(str(path.resolve()) for path in (source, *entries))
@@ -159,13 +176,15 @@ def environment() -> dict[str, str]:
     return found
 
 
-def hub_cache() -> Path:
-    """The hub client's folder, created."""
+def hub_folders() -> tuple[str, ...]:
+    """The hub client's folders, created: HF_HOME, which holds its token and what hf_xet keeps, and the cache of
+    repositories, which HF_HUB_CACHE may place elsewhere. Raises OSError."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    found = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or Path(cache_home) / "huggingface"
-    path = Path(found).absolute()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    home = os.environ.get("HF_HOME") or Path(cache_home) / "huggingface"
+    found = [Path(path).expanduser().absolute() for path in (home, os.environ.get("HF_HUB_CACHE")) if path]
+    for path in found:
+        path.mkdir(parents=True, exist_ok=True)
+    return tuple(map(str, found))
 
 
 def _size_of(source: Path) -> int:
@@ -182,6 +201,8 @@ def apply(sandbox: Sandbox) -> None:
         resource.setrlimit(number, (most, most + grace if hard == resource.RLIM_INFINITY else hard))
     if (abi := landlock_abi()) > 0:
         _restrict(sandbox, abi)
+    if not sandbox.gpu and seccomp.is_available():
+        seccomp.deny_unix_sockets()
 
 
 _announced: set[Kind] = set()
@@ -191,8 +212,14 @@ def announce(sandbox: Sandbox) -> None:
     """Log once for each kind of child how it is confined."""
     if sandbox.kind not in _announced:
         _announced.add(sandbox.kind)
-        abi = landlock_abi()
-        log.log(logging.INFO if abi else logging.WARNING, "%s of %s processes", description(abi), sandbox.kind)
+        abi, has_filter = landlock_abi(), seccomp.is_available()
+        sockets = "no Unix sockets"
+        if sandbox.gpu:
+            sockets = "they may open Unix sockets, which CUDA uses"
+        elif not has_filter:
+            sockets = "they may open Unix sockets, because this kernel or processor offers no filter of system calls"
+        level = logging.INFO if abi and (has_filter or sandbox.gpu) else logging.WARNING
+        log.log(level, "%s of %s processes; %s", description(abi), sandbox.kind, sockets)
 
 
 @cache
@@ -226,20 +253,24 @@ def rules(sandbox: Sandbox) -> list[tuple[str, int]]:
     """Paths, and what may be done with them and all that is in them."""
     named = [part for name in PATH_VARIABLES for part in os.environ.get(name, "").split(os.pathsep) if part]
     packages = [str(ROOT / name) for name in PACKAGES]
+    vendors = [f"/opt/{name}" for name in VENDORS]
+    devices = [str(DEV / name) for name in DEVICES]
+    if sandbox.gpu:
+        devices += [str(path) for pattern in GPU_DEVICES for path in sorted(DEV.glob(pattern))]
     return [
-        *((path, RUN) for path in (*SYSTEM, *_python_folders(), *packages)),
+        *((path, RUN) for path in (*SYSTEM, *vendors, *_python_folders(), *packages)),
         *((f"/etc/{name}", READ) for name in ETC),
         *((path, READ) for path in (*named, *sandbox.reads)),
         (str(ROOT), READ_DIR),  # in which Python looks for the packages
-        ("/dev", DEVICE),
+        *((path, DEVICE) for path in devices),
         *((path, WRITE) for path in sandbox.writes),
         *((path, WRITE | MAKE_SYM) for path in sandbox.links),
     ]
 
 
 def _python_folders() -> list[str]:
-    """The installation, the virtual environment, and what else is on the path, but for the folder that this process was
-    started in and Lorry's own, which may have secrets beside its packages."""
+    """The installation, the virtual environment, and what else is on the path, except the folder that this process was
+    started in and Lorry's own, either of which may hold secrets in addition to its packages."""
     sites = [*site.getsitepackages(), site.getusersitepackages()]
     on_path = [entry for entry in sys.path if entry not in ("", str(Path.cwd()), str(ROOT)) and Path(entry) != ROOT]
     return list(dict.fromkeys([sys.prefix, sys.base_prefix, sys.exec_prefix, *sites, *on_path]))

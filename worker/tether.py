@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 
 from worker.clock import boot_seconds
-from worker.sandbox import REFUSED, Sandbox, apply
+from worker.sandbox import REFUSAL, REFUSED, Sandbox, apply
 
 PR_SET_PDEATHSIG = 1
 UNCONFINED = "-"
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
         try:
             apply(Sandbox.of_argument(confinement))
         except OSError as error:
-            sys.stderr.write(f"The sandbox of this process could not be applied: {error}\n")
+            sys.stderr.write(f"{REFUSAL}{error}\n")
             sys.exit(REFUSED)
     os.execv(argv[0], argv)  # noqa: S606  (a list of arguments, ours)
 

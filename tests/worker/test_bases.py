@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import threading
@@ -71,6 +72,33 @@ def test_the_import_of_a_base_that_was_deleted_is_abandoned(
     assert sleeper.returncode is not None
     assert record.list_all(context.db) == []
     assert list(context.settings.bases_dir().iterdir()) == []
+
+
+@pytest.mark.parametrize("problem", ["a loop of links", "no permission"])
+def test_a_source_that_the_worker_can_not_look_at_fails_the_import(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    if problem == "a loop of links":
+        (source / "config.json").symlink_to("config.json")
+    else:
+        listed = Path.iterdir
+
+        def iterdir(path: Path) -> Iterator[Path]:
+            if path == source:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+    record.add(context.db, name="closed", kind="folder", source=str(source))
+
+    assert bases.import_next(context) is True
+
+    row = record.get(context.db, "closed")
+    assert row.state == "failed"
+    assert row.error is not None
+    assert row.error["code"] == "source_unreachable"
 
 
 def test_a_child_that_gets_nowhere_is_ended(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from catalog.states import EndReason
-from worker.exits import classify_exit
+from worker.exits import DISK_FULL, classify_exit
+from worker.sandbox import REFUSED
 
 LAUNCHER = "subprocess.CalledProcessError: Command '[…]' {}"
 
@@ -34,6 +35,18 @@ def test_an_exit_is_classed_by_status_log_and_the_kernels_count(
 
     assert reason is expected
     assert detail
+
+
+def test_a_sandbox_that_could_not_be_applied_is_no_full_disk() -> None:
+    log_tail = "The sandbox of this process could not be applied: [Errno 7] Too many rules\n"
+
+    ended = classify_exit(REFUSED, log_tail, num_oom_kills=0, device_kind="cpu")
+
+    assert ended == (
+        EndReason.NODE_FAILED,
+        "The sandbox of the trainer could not be applied: [Errno 7] Too many rules",
+    )
+    assert REFUSED != DISK_FULL
 
 
 def test_a_crash_names_the_trainers_own_error_rather_than_the_launchers() -> None:

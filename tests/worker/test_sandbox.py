@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 from catalog import failpoints
 from tests.worker.chat_bases import Base
-from worker import sandbox, tether
+from worker import sandbox, seccomp, tether
 from worker.launch import run_child
 from worker.sandbox import Sandbox, description, handled, landlock_abi, rules
 from worker.tether import UNCONFINED, tethered
 
 ROOT = Path(__file__).parents[2]
+NEEDS_SECCOMP = pytest.mark.skipif(not seccomp.is_available(), reason="no filter of system calls here")
 NEEDS_LANDLOCK = pytest.mark.skipif(landlock_abi() == 0, reason=description(0))
 ACTS = """
 import json, os, socket, sys
@@ -56,6 +57,7 @@ acts = {
     "write a package": lambda: open(os.path.dirname(os.path.abspath(json.__file__)) + "/new.py", "w"),
     "read the command lines of processes": lambda: open(f"/proc/{parent}/stat").read(),
     "write to the null device": lambda: open("/dev/null", "w").write("x"),
+    "open a terminal": lambda: open("/dev/ptmx"),
 }
 print(json.dumps({name: denied(act) for name, act in acts.items()}))
 """
@@ -148,6 +150,111 @@ def test_a_failpoint_of_a_test_that_kills_once_works_in_a_sandbox(
     assert statuses == [-signal.SIGKILL, 0]
 
 
+SOCKETS = """
+import ctypes, json, socket, sys
+def outcome(act):
+    try:
+        return act() or "allowed"
+    except OSError as error:
+        return error.strerror
+def io_uring():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(425, 1, None) < 0:
+        raise OSError(ctypes.get_errno(), "Operation not permitted" if ctypes.get_errno() == 1 else "another error")
+def connect():
+    socket.socket(socket.AF_UNIX).connect(sys.argv[1])
+def pair(kind):
+    with socket.socketpair(socket.AF_UNIX, kind)[0] as end:
+        if kind is socket.SOCK_DGRAM:
+            end.connect(sys.argv[2])
+print(json.dumps({
+    "connect": outcome(connect),
+    "datagram": outcome(lambda: pair(socket.SOCK_DGRAM)),
+    "stream": outcome(lambda: pair(socket.SOCK_STREAM)),
+    "packets": outcome(lambda: pair(socket.SOCK_SEQPACKET)),
+    "io_uring": outcome(io_uring),
+    "TCP": outcome(lambda: socket.socket(socket.AF_INET).close()),
+}))
+"""
+DENIED = "Operation not permitted"
+
+
+def outcomes_of_sockets(place: Path, box: Sandbox | None) -> dict[str, str]:
+    """What a child in the sandbox gets for each of SOCKETS."""
+    stream, datagram = place / "stream", place / "datagram"
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        server.bind(str(stream))
+        server.listen()
+        receiver.bind(str(datagram))
+        argv = tethered([sys.executable, "-c", SOCKETS, str(stream), str(datagram)], box)
+        ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@NEEDS_SECCOMP
+@pytest.mark.parametrize("kind", ["trainer", "tokenization", "import"])
+def test_no_child_reaches_a_unix_socket_by_its_path(tmp_path: Path, kind: sandbox.Kind) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    box = {
+        "trainer": lambda: sandbox.trainer(own, bases_dir=tmp_path, tcp=True),
+        "tokenization": lambda: sandbox.tokenization(own, base_dir=None, num_bytes=100),
+        "import": lambda: sandbox.base_import(own, source=None),
+    }[kind]()
+
+    found = outcomes_of_sockets(tmp_path, box)
+
+    denied = {"connect": DENIED, "datagram": DENIED, "io_uring": DENIED}
+    assert found == denied | {"stream": "allowed", "packets": "allowed", "TCP": "allowed"}
+
+
+@NEEDS_SECCOMP
+def test_a_trainer_on_a_gpu_keeps_the_unix_sockets_that_cuda_uses(tmp_path: Path) -> None:
+    box = sandbox.trainer(tmp_path, bases_dir=tmp_path, tcp=False, gpu=True)
+
+    assert outcomes_of_sockets(tmp_path, box)["connect"] == "allowed"
+
+
+@pytest.mark.parametrize("kind", ["trainer", "tokenization", "import"])
+def test_only_a_trainer_on_a_gpu_has_other_devices_than_the_memory_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: sandbox.Kind
+) -> None:
+    monkeypatch.setattr(sandbox, "DEV", tmp_path)
+    for name in ("null", "urandom", "nvidia0", "nvidiactl", "nvidia-uvm", "sda", "ptmx", "snd"):
+        (tmp_path / name).touch()
+
+    def devices(box: Sandbox) -> set[str]:
+        writable = (path for path, rights in rules(box) if rights & sandbox.WRITE_FILE)
+        return {Path(path).name for path in writable if Path(path).parent == tmp_path and Path(path).exists()}
+
+    assert devices(Sandbox(kind=kind)) == {"null", "urandom"}
+    assert devices(Sandbox(kind="trainer", gpu=True)) == {"null", "urandom", "nvidia0", "nvidiactl", "nvidia-uvm"}
+    assert all(path != str(tmp_path) or not rights & sandbox.WRITE_FILE for path, rights in rules(Sandbox(kind=kind)))
+
+
+def test_a_checkout_in_opt_keeps_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "ROOT", Path("/opt/lorry"))
+
+    readable = [Path(path) for path, rights in rules(Sandbox(kind="trainer")) if rights & sandbox.READ_FILE]
+
+    assert Path("/opt/lorry/worker") in readable
+    assert not [path for path in readable if Path("/opt/lorry/.env").is_relative_to(path)]
+
+
+def test_an_import_from_the_hub_has_both_of_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token and what hf_xet keeps are in HF_HOME, wherever the cache of repositories is."""
+    home, cache = tmp_path / "home", tmp_path / "cache"
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+
+    box = sandbox.base_import(tmp_path / "own", source=None)
+
+    assert {str(home), str(cache)} <= {*box.links}
+    assert home.is_dir()
+    assert cache.is_dir()
+
+
 def test_a_child_whose_sandbox_can_not_be_applied_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
@@ -184,11 +291,11 @@ def test_no_rule_lets_a_child_write_what_others_run_or_make_links_outside_of_an_
 
     for path, rights in rules(box):
         writes = rights & (sandbox.WRITE_FILE | sandbox.MAKE_REG | sandbox.REMOVE_FILE | sandbox.MAKE_DIR)
-        assert not writes or path == "/dev" or path in box.writes + box.links
+        assert not writes or path.startswith("/dev/") or path in box.writes + box.links
         assert not rights & sandbox.MAKE_SYM or path in box.links
         assert not (rights & sandbox.EXECUTE and writes)
         assert not rights & (sandbox.MAKE_CHAR | sandbox.MAKE_BLOCK | sandbox.MAKE_FIFO)
-        assert path not in ("/", "/etc", "/home", "/root", "/var", "/tmp", "/run", str(Path.home()))
+        assert path not in ("/", "/etc", "/home", "/root", "/var", "/tmp", "/run", "/opt", "/dev", str(Path.home()))
 
 
 def test_a_sandbox_survives_its_way_to_the_child() -> None:
@@ -207,7 +314,26 @@ def test_how_each_kind_of_child_is_confined_is_logged_once(caplog: pytest.LogCap
         sandbox.announce(Sandbox(kind="import"))
 
     told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{description(landlock_abi())} of {kind} processes" for kind in ("trainer", "import")]
+    assert [line.split(";")[0] for line in told] == [
+        f"{description(landlock_abi())} of {kind} processes".split(";")[0] for kind in ("trainer", "import")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "is_available", "words"),
+    [(False, True, "no Unix sockets"), (False, False, "may open Unix sockets"), (True, True, "may open Unix sockets")],
+)
+def test_the_log_says_whether_a_child_may_open_unix_sockets(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, *, gpu: bool, is_available: bool, words: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(sandbox, "_announced", set())
+    monkeypatch.setattr(seccomp, "is_available", lambda: is_available)
+
+    sandbox.announce(Sandbox(kind="trainer", gpu=gpu))
+
+    assert words in caplog.text
+    assert is_available or caplog.records[0].levelno == logging.WARNING
 
 
 REPEATS = "{% for m in messages %}{{ 'a' * 10**10 }}{{ m.content }}{% endfor %}"
