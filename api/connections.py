@@ -17,6 +17,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MIN_BODY_BYTES = 2**14
 """What a client must send of a body within `body_seconds`, unless the body ends before."""
+MIN_RESPONSE_BYTES = 2**18
+"""What a client must take of a response within `send_seconds` of waiting for it, unless all that waits is taken before.
+asyncio resumes a writer after 48 KiB, so one resumption is not enough."""
 log = logging.getLogger("lorry.api")
 
 
@@ -29,7 +32,7 @@ class Timeouts:
     body_seconds: float = 60.0
     """For each MIN_BODY_BYTES of a request's body, while this process reads."""
     send_seconds: float = 60.0
-    """Without having taken a byte of a response that waits to be sent."""
+    """For each MIN_RESPONSE_BYTES of a response, while bytes wait to be sent."""
 
 
 class Connection(H11Protocol):
@@ -43,6 +46,12 @@ class Connection(H11Protocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
+        self._wait_began_at = 0.0
+        self._num_waiting = 0
+        """Bytes that waited to be sent when the timer was started."""
+        self._seconds_waited = 0.0
+        self._num_taken = 0
+        """Of a period of `send_seconds`, before the timer was started."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -51,8 +60,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_header_timer()
         self._cancel_body_timer()
-        if self._send_timer is not None:
-            self._send_timer.cancel()
+        self._stop_send_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -63,11 +71,18 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch_request()
+        self._begin_send_period()
         self._watch_response()
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self._watch_response()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_send_timer()
+        if self.cycle.response_complete:
+            self._watch_response()
 
     def _watch_request(self) -> None:
         """Start and stop the timers of headers and body by where the request is."""
@@ -113,18 +128,34 @@ class Connection(H11Protocol):
             self._start_body_timer()
 
     def _watch_response(self) -> None:
-        num_waiting = self.transport.get_write_buffer_size()
-        if self._send_timer is None and num_waiting:
-            self._send_timer = self.loop.call_later(self.timeouts.send_seconds, self._check_response, num_waiting)
+        """Time the client while bytes wait. Time in which this process produces nothing is not the client's."""
+        self._stop_send_timer()
+        self._num_waiting = self.transport.get_write_buffer_size()
+        if self._num_waiting:
+            self._wait_began_at = self.loop.time()
+            remaining = self.timeouts.send_seconds - self._seconds_waited
+            self._send_timer = self.loop.call_later(max(0.0, remaining), self._check_response)
 
-    def _check_response(self, num_waiting: int) -> None:
-        """Nothing is added to what waits while writing is paused, or after the response: so what it shrank by was
-        sent."""
-        self._send_timer = None
-        is_stuck = self.transport.get_write_buffer_size() >= num_waiting
-        if is_stuck and (self.flow.write_paused or self.cycle.response_complete):
+    def _stop_send_timer(self) -> None:
+        """While the timer runs, nothing is added to what waits: writing is paused, or the response is complete. So the
+        client has taken what the buffer shrank by."""
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+            self._seconds_waited += self.loop.time() - self._wait_began_at
+            self._num_taken += max(0, self._num_waiting - self.transport.get_write_buffer_size())
+
+    def _begin_send_period(self) -> None:
+        self._stop_send_timer()
+        self._seconds_waited, self._num_taken = 0.0, 0
+
+    def _check_response(self) -> None:
+        self._stop_send_timer()
+        is_slow = self._num_taken < MIN_RESPONSE_BYTES and self.transport.get_write_buffer_size() > 0
+        if is_slow and (self.flow.write_paused or self.cycle.response_complete):
             self._close("response")
         else:
+            self._begin_send_period()
             self._watch_response()
 
     def _close(self, what: str, *, is_abrupt: bool = True) -> None:

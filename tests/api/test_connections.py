@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from api.connections import MIN_BODY_BYTES, Connection, Timeouts
+from api.connections import MIN_BODY_BYTES, MIN_RESPONSE_BYTES, Connection, Timeouts
 from api.server import server_config
 from tests.api.site import connect, read_to_end, running
 
@@ -41,6 +41,9 @@ class ManualLoop:
     def __init__(self) -> None:
         self.now = 0.0
         self.timers: list[Timer] = []
+
+    def time(self) -> float:
+        return self.now
 
     def call_later(self, seconds: float, act: Callable[..., None], *arguments: Any) -> Timer:
         timer = Timer(self.now + seconds, lambda: act(*arguments))
@@ -175,18 +178,99 @@ def test_a_whole_request_may_be_worked_on_for_long(wire: Wire) -> None:
     assert wire.end is None
 
 
-def test_a_response_of_which_nothing_is_taken_ends_the_connection_and_a_slow_one_does_not(wire: Wire) -> None:
-    wire.receive(HEAD + b"\r\n")
-    wire.transport.num_waiting = 100_000
+def refill(wire: Wire, num_waiting: int) -> None:
+    """The response's next piece is written, and asyncio pauses the writer."""
+    wire.transport.num_waiting = num_waiting
     wire.connection.pause_writing()
-    for _ in range(5):
-        wire.transport.num_waiting -= 1
+
+
+def drain(wire: Wire, num_waiting: int) -> None:
+    """The client takes bytes down to so many, and asyncio resumes the writer."""
+    wire.transport.num_waiting = num_waiting
+    wire.connection.resume_writing()
+
+
+def test_a_response_of_which_nothing_is_taken_ends_the_connection(wire: Wire) -> None:
+    wire.receive(HEAD + b"\r\n")
+    refill(wire, 100_000)
+    wire.turn(LIMITS.send_seconds - 1)
+    assert wire.end is None
+
+    wire.turn(1)
+
+    assert wire.end == "aborted"
+
+
+def test_a_client_that_takes_a_byte_a_minute_is_disconnected(wire: Wire) -> None:
+    wire.receive(HEAD + b"\r\n")
+    refill(wire, 100_000)
+    wire.turn(LIMITS.send_seconds / 2)
+    wire.transport.num_waiting -= 1
+
+    wire.turn(LIMITS.send_seconds / 2)
+
+    assert wire.end == "aborted"
+
+
+def test_a_slow_download_goes_on_at_whatever_fill_level_it_is_checked(wire: Wire) -> None:
+    """The buffer is larger at each check than when the period began."""
+    wire.receive(HEAD + b"\r\n")
+    seconds = LIMITS.send_seconds / 5
+    refill(wire, 100_000)
+    for _ in range(100):
+        wire.turn(seconds)
+        drain(wire, 10_000)
+        refill(wire, 150_000)
+    assert wire.end is None
+
+
+def test_a_client_that_takes_just_enough_to_resume_the_response_is_disconnected(wire: Wire) -> None:
+    wire.receive(HEAD + b"\r\n")
+    for _ in range(3):
+        if wire.end is None:
+            refill(wire, 65_537)
+            wire.turn(LIMITS.send_seconds * 0.9)
+            drain(wire, 16_384)
+
+    assert wire.end == "aborted"
+
+
+def test_time_in_which_the_server_produces_nothing_is_not_the_clients_delay(wire: Wire) -> None:
+    wire.receive(HEAD + b"\r\n")
+    for _ in range(20):
+        refill(wire, 70_000)
+        wire.turn(1)
+        drain(wire, 10_000)
+        wire.turn(LIMITS.send_seconds)
+
+    assert wire.end is None
+
+
+def test_a_client_that_takes_the_minimum_in_each_period_is_not_disconnected(wire: Wire) -> None:
+    wire.receive(HEAD + b"\r\n")
+    refill(wire, 20 * MIN_RESPONSE_BYTES)
+    for _ in range(10):
+        wire.transport.num_waiting -= MIN_RESPONSE_BYTES
         wire.turn(LIMITS.send_seconds)
     assert wire.end is None
 
+    wire.transport.num_waiting -= MIN_RESPONSE_BYTES - 1
     wire.turn(LIMITS.send_seconds)
 
     assert wire.end == "aborted"
+
+
+def test_the_end_of_a_response_must_be_taken_too(wire: Wire) -> None:
+    wire.receive(HEAD + b"\r\n")
+    asyncio.run(wire.connection.cycle.send({"type": "http.response.start", "status": 204, "headers": []}))
+    refill(wire, 100_000)
+    wire.connection.flow.resume_writing()  # the last send got through before the buffer was full
+    asyncio.run(wire.connection.cycle.send({"type": "http.response.body", "body": b"", "more_body": False}))
+    drain(wire, 10_000)
+
+    wire.turn(LIMITS.send_seconds)
+
+    assert wire.transport.ends[-1] == "aborted"
 
 
 def test_a_finished_response_that_is_not_taken_ends_the_connection(wire: Wire) -> None:
