@@ -65,7 +65,7 @@ async def caller_of(
     """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
     scope that the route needs."""
     given = credentials.credentials if credentials is not None else session
-    with use.limits.guarding(client_address(request), given):
+    async with use.limits.guarding(client_address(request), given):
         found = await use.key_checks.run(partial(_identify, request, use, credentials, session))
     caller = replace(found, service_jobs_per_day=use.limits.jobs_per_day)
     _check_owners(request, caller)

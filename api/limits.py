@@ -7,18 +7,23 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from ipaddress import IPv6Address, ip_address, ip_network
+
+import anyio
 
 from api.settings import ApiSettings
 from api.token_bucket import Bucket, Rate, Standing, take
+from catalog import keys
 from catalog.errors import RateLimited, Unauthorized
 from catalog.keys import Caller
 
 MINUTE = 60.0
 FAILURES = Rate(limit=60, period_seconds=MINUTE)
 """Requests without a valid key, of one address."""
+CHECKS_BEYOND_FAILURES = 2
+"""Credentials that are checked at once for all addresses that have no failures left: too few to delay other checks."""
 IPV6_PREFIX = 64
 """What one client usually has: its addresses count together."""
 MAX_BUCKETS = 10_000
@@ -34,6 +39,7 @@ class Limits:
         self._buckets = Buckets(clock=clock)
         self._recognized: dict[bytes, None] = {}
         self._salt = secrets.token_bytes(32)
+        self._checks_beyond = anyio.CapacityLimiter(CHECKS_BEYOND_FAILURES)
 
     def count_request(self, caller: Caller) -> dict[str, str]:
         """The headers of the answer. Raises RateLimited, with them too."""
@@ -46,32 +52,40 @@ class Limits:
             raise _refused(standing, f"{limit} requests a minute")
         return headers(standing)
 
-    @contextmanager
-    def guarding(self, address: str | None, credential: str | None) -> Generator[None]:
-        """Around the check of a credential, which raises Unauthorized. Raises RateLimited before the check if the
-        address has sent too many that were not valid.
+    @asynccontextmanager
+    async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
+        """Around the check of a credential, which raises Unauthorized. Raises RateLimited if the address has sent too
+        many that were not valid.
 
-        A credential that was valid before, in this process, is always checked: it does not suffer from others behind
-        its address. A service whose settings have no limit of requests has none of these either.
+        Each check reserves one failure of its address and returns it if the credential is valid. An address without
+        failures left is refused before the check, unless the credential has the form of a secret: that is checked, few
+        at once. Secrets cannot be guessed, so the limit protects the database only, and clients with a valid key are
+        not locked out by others behind their address. A credential that was valid before, in this process, is always
+        checked. A service whose settings have no limit of requests has none of these either.
         """
         if self._settings.requests_per_minute == 0:
             yield
             return
         name, digest = f"failures:{_network(address)}", self._digest(credential)
         is_known = digest in self._recognized
-        if not is_known and not (standing := self._buckets.take(name, FAILURES)).is_allowed:
-            raise _too_many_failures(standing)
+        is_reserved = not is_known and (standing := self._buckets.take(name, FAILURES)).is_allowed
         try:
-            yield
-        except Unauthorized:
-            if is_known:
-                self._recognized.pop(digest, None)
-                self._buckets.take(name, FAILURES)
+            if is_known or is_reserved:
+                yield
+            elif credential is not None and keys.SECRET_TEXT.fullmatch(credential):
+                async with self._checks_beyond:
+                    yield
+            else:
+                raise _too_many_failures(standing)
+        except Unauthorized as error:
+            self._recognized.pop(digest, None)
+            if not is_reserved and not (standing := self._buckets.take(name, FAILURES)).is_allowed and not is_known:
+                raise _too_many_failures(standing) from error
             raise
         except BaseException:  # nothing is known of the credential
-            self._give_back(name, is_known=is_known)
+            self._give_back(name, is_reserved=is_reserved)
             raise
-        self._give_back(name, is_known=is_known)
+        self._give_back(name, is_reserved=is_reserved)
         self._recognize(digest)
 
     @property
@@ -79,8 +93,8 @@ class Limits:
         """Of a key without a number of its own; counted with the jobs themselves, by catalog.quotas."""
         return self._settings.jobs_per_day
 
-    def _give_back(self, name: str, *, is_known: bool) -> None:
-        if not is_known:
+    def _give_back(self, name: str, *, is_reserved: bool) -> None:
+        if is_reserved:
             self._buckets.take(name, FAILURES, cost=-1)
 
     def _digest(self, credential: str | None) -> bytes:

@@ -26,6 +26,8 @@ from catalog.tables import ApiKey, Json, Organization, Project, SignIn, new_id
 
 ENDING_CHARACTERS = 4
 KEY_TEXT = re.compile(r"lorry_key-[0-9a-f]{24}_[\w-]{43}", re.ASCII)
+SECRET_TEXT = re.compile(rf"{KEY_TEXT.pattern}|[\w-]{{43}}", re.ASCII)
+"""A key, or the secret of a sign-in link or of a browser session: each has 256 random bits."""
 LAST_USED_SECONDS = 60
 """`last_used_at` is this coarse, so that reading does not become writing."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from fastapi import Request, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
 from api.auth import Session, Signed, cookie_name, is_https, public_address, require_same_origin
@@ -49,15 +51,14 @@ def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLin
 
 
 @router.post("/v1/sign_in_links/preview", operation_id="preview_sign_in_link", responses=errors(400, 401, 429))
-def preview_sign_in_link(request: Request, use: Use, body: SignInToken) -> SignInPreview:
+async def preview_sign_in_link(request: Request, use: Use, body: SignInToken) -> SignInPreview:
     """What a link would sign a browser in to. The link stays unused."""
-    with use.limits.guarding(client_address(request), body.token):
-        caller, expires_at = keys.read_sign_in_link(use.db, token=body.token, pepper=use.pepper)
+    caller, expires_at = await _read_link(request, use, body.token)
     return sign_in_preview(caller, expires_at=expires_at)
 
 
 @router.post("/v1/sign_in_links/open", operation_id="open_sign_in_link", responses=errors(400, 401, 403, 409, 429))
-def open_sign_in_link(
+async def open_sign_in_link(
     request: Request, response: Response, use: Use, body: SignInLinkUse, session: Session
 ) -> BrowserSession:
     """Sign this browser in by a link, which is used up. From the dashboard only: `X-Lorry-Csrf: 1` is needed.
@@ -66,29 +67,30 @@ def open_sign_in_link(
     else a link from somebody else could exchange a user's session unnoticed.
     """
     require_same_origin(request)
-    with use.limits.guarding(client_address(request), body.token):
-        caller, _ = keys.read_sign_in_link(use.db, token=body.token, pepper=use.pepper)
-    current = _signed_in(use, session)
+    caller, _ = await _read_link(request, use, body.token)
+    current = await run_in_threadpool(_signed_in, use, session)
     if current is not None and current.api_key_id != caller.api_key_id and not body.replaces_session:
         raise Conflict(
             f"This browser is signed in to the project {current.project_name!r} with the key {current.name!r}.",
             code="session_exists",
             remedy="Sign out first, or send replaces_session: true.",
         )
-    _start_session(request, response, use, token=body.token, replaced=session)
+    secret = await run_in_threadpool(_exchange, use, token=body.token, replaced=session)
+    _set_cookie(request, response, use, secret)
     return browser_session(caller)
 
 
 @router.post("/v1/browser_session", operation_id="create_browser_session", responses=errors(400, 401, 403, 429))
-def create_browser_session(
+async def create_browser_session(
     request: Request, response: Response, use: Use, body: BrowserSessionRequest, session: Session
 ) -> BrowserSession:
     """Sign in with an API key. From the dashboard only: `X-Lorry-Csrf: 1` is needed. An earlier session ends."""
     require_same_origin(request)
-    with use.limits.guarding(client_address(request), body.api_key):
-        caller = keys.authenticate(use.db, secret=body.api_key, pepper=use.pepper)
-    token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=60)
-    _start_session(request, response, use, token=token, replaced=session)
+    check = partial(keys.authenticate, use.db, secret=body.api_key, pepper=use.pepper)
+    async with use.limits.guarding(client_address(request), body.api_key):
+        caller = await use.key_checks.run(check)
+    secret = await run_in_threadpool(_sign_in, use, caller, replaced=session)
+    _set_cookie(request, response, use, secret)
     return browser_session(caller)
 
 
@@ -121,11 +123,28 @@ def _signed_in(use: Services, session: str | None) -> Caller | None:
         return None
 
 
-def _start_session(request: Request, response: Response, use: Services, *, token: str, replaced: str | None) -> None:
-    """Exchanges a link's token for a session, ends the one that the browser had, and sets the cookie."""
+async def _read_link(request: Request, use: Services, token: str) -> tuple[Caller, float]:
+    """The caller that the link would sign in, and when the link expires. Raises Unauthorized; RateLimited."""
+    read = partial(keys.read_sign_in_link, use.db, token=token, pepper=use.pepper)
+    async with use.limits.guarding(client_address(request), token):
+        return await use.key_checks.run(read)
+
+
+def _sign_in(use: Services, caller: Caller, *, replaced: str | None) -> str:
+    """The secret of a new session for the holder of a key. The session that the browser had ends."""
+    token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=60)
+    return _exchange(use, token=token, replaced=replaced)
+
+
+def _exchange(use: Services, *, token: str, replaced: str | None) -> str:
+    """Exchange a link's token for the secret of a session, and end the session that the browser had."""
     secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
     if replaced is not None:
         keys.end_browser(use.db, secret=replaced, pepper=use.pepper)
+    return secret
+
+
+def _set_cookie(request: Request, response: Response, use: Services, secret: str) -> None:
     response.set_cookie(
         cookie_name(request, use),
         secret,

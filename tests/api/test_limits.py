@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,17 +14,23 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from api.limits import FAILURES, MAX_BUCKETS, Buckets, Limits, duration
+from api.limits import CHECKS_BEYOND_FAILURES, FAILURES, MAX_BUCKETS, Buckets, Limits, duration
 from api.settings import ApiSettings
 from api.token_bucket import Rate
 from catalog import keys
+from catalog.errors import Unauthorized
 from lorry import Lorry, RateLimited
 from tests.api.conftest import new_key, with_key
 from tests.api.site import Site, error_of
-from tests.catalog.world import World
+from tests.catalog.world import PEPPER, World
 
 JOBS = "/v1/fine_tuning/jobs"
 RATE = Rate(limit=3, period_seconds=60)
+
+
+def new_key_text() -> str:
+    """Of a key that is stored nowhere."""
+    return keys.new_key("project-1", "none", PEPPER)[1]
 
 
 class Hand:
@@ -210,9 +217,77 @@ def test_a_key_that_was_valid_before_is_not_held_up_by_others_of_its_address(
     guesser.use_up()
 
     assert guesser.get(key).status_code == 200
-    assert guesser.get(stranger_key).status_code == 429  # this process has not seen it yet
-    assert guesser.get(stranger_key, address="192.0.2.2").status_code == 200
-    assert guesser.get(stranger_key).status_code == 200  # by now it has
+    assert guesser.get(key).status_code == 200
+
+
+def test_a_valid_key_that_this_process_has_not_seen_is_not_locked_out_by_others_of_its_address(
+    guesser: Guesser, anonymous: TestClient, key: str
+) -> None:
+    guesser.use_up()
+
+    assert guesser.get(key).status_code == 200
+    assert guesser.get("wrong").status_code == 429
+    assert guesser.get(new_key_text()).status_code == 429
+
+
+def test_a_valid_link_and_a_valid_session_are_not_locked_out_either(
+    guesser: Guesser, app: FastAPI, services: Services, key: str
+) -> None:
+    guesser.use_up(address="127.0.0.1")
+    token = keys.create_sign_in_link(services.db, api_key_id=key.split("_")[1], pepper=services.pepper)
+    origin = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
+    browser = TestClient(app, base_url="http://127.0.0.1", headers=origin, client=("127.0.0.1", 50000))
+
+    opened = browser.post("/v1/sign_in_links/open", json={"token": token})
+
+    assert opened.status_code == 200
+    assert browser.get("/v1/files").status_code == 200
+
+
+def test_many_first_requests_with_valid_keys_at_once_are_all_accepted(hand: Hand) -> None:
+    """As after a restart, when this process has seen no key yet."""
+    limits = Limits(ApiSettings(), clock=hand)
+    secrets = [new_key_text() for _ in range(FAILURES.limit + 5)]
+
+    async def check(secret: str, until: asyncio.Event) -> None:
+        async with limits.guarding("192.0.2.1", secret):
+            await until.wait()
+
+    async def send_all() -> None:
+        finished, at_once = asyncio.Event(), asyncio.Event()
+        at_once.set()
+        first = [asyncio.create_task(check(secret, finished)) for secret in secrets[: FAILURES.limit]]
+        await asyncio.sleep(0)
+        await asyncio.gather(*(check(secret, at_once) for secret in secrets[FAILURES.limit :]))
+        finished.set()
+        await asyncio.gather(*first)
+
+    asyncio.run(send_all())
+
+
+def test_few_keys_of_addresses_without_failures_left_are_checked_at_once(
+    guesser: Guesser, anonymous: TestClient
+) -> None:
+    limits: Limits = guesser.app.state.services.limits
+    guesser.use_up()
+    running, most = 0, 0
+
+    async def check() -> None:
+        nonlocal running, most
+        async with limits.guarding("192.0.2.1", new_key_text()):
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
+            raise Unauthorized("No.", code="invalid_api_key", remedy="None.", reason="unknown")
+
+    async def flood() -> list[None | BaseException]:
+        return await asyncio.gather(*(check() for _ in range(20)), return_exceptions=True)
+
+    refusals = asyncio.run(flood())
+
+    assert most == CHECKS_BEYOND_FAILURES
+    assert [getattr(each, "code", None) for each in refusals] == ["too_many_failed_authentications"] * 20
 
 
 def test_valid_requests_of_an_address_use_up_nothing(
