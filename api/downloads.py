@@ -1,7 +1,7 @@
 """Downloads: bytes of the store as an attachment, whatever they contain, so that a browser never shows or runs them.
 
-A client that reads slowly or not at all holds two chunks of READ_BYTES and what its connection buffers. A key and the
-process have a limited number of downloads at once.
+A client that reads slowly or not at all holds two chunks of READ_BYTES and what its connection buffers. A key, a
+project and the process have a limited number of downloads at once; `api.connections` ends those that are too slow.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.disconnects import watched
+from catalog.callers import Caller
 from catalog.errors import RateLimited, Unavailable
 
 READ_BYTES = 2**20
@@ -26,6 +27,7 @@ READ_BYTES = 2**20
 PIECE_BYTES = 2**17
 """What is given to a connection at once. The next piece follows when most of it has been sent."""
 MAX_DOWNLOADS_OF_KEY = 8
+MAX_DOWNLOADS_OF_PROJECT = 16
 MAX_DOWNLOADS = 64
 READING_THREADS = 8
 BUSY_SECONDS = 5.0
@@ -35,39 +37,46 @@ BUSY_SECONDS = 5.0
 class Downloads:
     """Counts the downloads of this process, and reads for them in threads of their own."""
 
-    def __init__(self, *, per_key: int = MAX_DOWNLOADS_OF_KEY, per_process: int = MAX_DOWNLOADS) -> None:
+    def __init__(
+        self,
+        *,
+        per_key: int = MAX_DOWNLOADS_OF_KEY,
+        per_project: int = MAX_DOWNLOADS_OF_PROJECT,
+        per_process: int = MAX_DOWNLOADS,
+    ) -> None:
         self._per_key = per_key
+        self._per_project = per_project
         self._per_process = per_process
-        self._running: Counter[str] = Counter()
+        self._of_keys: Counter[str] = Counter()
+        self._of_projects: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._threads = anyio.CapacityLimiter(READING_THREADS)
 
     @contextmanager
-    def admitted(self, api_key_id: str) -> Generator[None]:
-        """Around one download. Raises RateLimited if the key has too many, and Unavailable if the process has."""
+    def admitted(self, *, api_key_id: str, project_id: str) -> Generator[None]:
+        """Around one download. Raises RateLimited if the key or the project has too many, and Unavailable if the
+        process has."""
         with self._lock:
-            if self._running[api_key_id] >= self._per_key:
-                raise RateLimited(
-                    f"The API key has {self._per_key} downloads at once, which is the maximum.",
-                    code="too_many_downloads",
-                    remedy="Try again when one of them has finished.",
-                    retry_after_seconds=BUSY_SECONDS,
-                    headers={},
-                )
-            if self._running.total() >= self._per_process:
+            if self._of_keys[api_key_id] >= self._per_key:
+                raise _too_many("API key", self._per_key)
+            if self._of_projects[project_id] >= self._per_project:
+                raise _too_many("project", self._per_project)
+            if self._of_keys.total() >= self._per_process:
                 raise Unavailable(
                     f"The API server has {self._per_process} downloads at once, which is the maximum.",
                     code="downloads_busy",
                     remedy="Try again in a few seconds.",
                 )
-            self._running[api_key_id] += 1
+            self._of_keys[api_key_id] += 1
+            self._of_projects[project_id] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._running[api_key_id] -= 1
-                if not self._running[api_key_id]:
-                    del self._running[api_key_id]
+                for running, owner in ((self._of_keys, api_key_id), (self._of_projects, project_id)):
+                    running[owner] -= 1
+                    if not running[owner]:
+                        del running[owner]
 
     async def read(self, chunks: Iterator[bytes]) -> bytes | None:
         """The next chunk; None at the end."""
@@ -82,7 +91,7 @@ class Download(Response):
         downloads: Downloads,
         chunks: Iterator[bytes],
         *,
-        api_key_id: str,
+        caller: Caller,
         record: Callable[[], None],
         filename: str,
         num_bytes: int,
@@ -104,12 +113,12 @@ class Download(Response):
         self.headers["content-length"] = str(num_bytes)
         self._downloads = downloads
         self._chunks = chunks
-        self._api_key_id = api_key_id
+        self._caller = caller
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The first chunk is read before the response begins, so that damage found by then is an error response."""
-        with self._downloads.admitted(self._api_key_id):
+        with self._downloads.admitted(api_key_id=self._caller.api_key_id, project_id=self._caller.project_id):
             chunk = await self._downloads.read(self._chunks)
             await anyio.to_thread.run_sync(self._record)
             async with watched(receive) as gone:
@@ -120,3 +129,13 @@ class Download(Response):
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
                     chunk = await self._downloads.read(self._chunks)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _too_many(owner: str, limit: int) -> RateLimited:
+    return RateLimited(
+        f"The {owner} has {limit} downloads at once, which is the maximum.",
+        code="too_many_downloads",
+        remedy="Try again when one of them has finished.",
+        retry_after_seconds=BUSY_SECONDS,
+        headers={},
+    )

@@ -26,8 +26,8 @@ ROUTE_THREADS_OF_PROJECT = 5
 """A project with many requests at once waits for itself. Python runs one thread at a time, so that more would slow down
 the requests of other projects, and end none of the project's own sooner."""
 KEY_CHECK_THREADS = 8
-"""With those of routes, fewer than the database has connections."""
 SLOW_THREADS = 8
+"""With those of routes and of the check of keys, fewer than the database has connections: catalog.db.POOL."""
 SLOW_THREADS_OF_PROJECT = 2
 WAIT_SECONDS = 60.0
 """How long slow work waits for a thread before its client is asked to try again."""

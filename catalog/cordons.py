@@ -307,7 +307,7 @@ def _is_used_by_others(session: Session, project_ids: Collection[str], *, now: f
 def _may_cordon_another(session: Session, *, now: float) -> bool:
     """At most a third of the live workers, and always one, are cordoned because of failed jobs."""
     live = list(session.scalars(select(Worker).where(is_live(now=now))))
-    cordoned = sum((worker.cordon or {}).get("reason") == OF_THE_SERVICE for worker in live)
+    cordoned = sum((worker.cordon or {}).get("reason") in (OF_THE_SERVICE, BEFORE_ANY_JOB) for worker in live)
     return cordoned < max(1, len(live) // 3)
 
 

@@ -61,7 +61,7 @@ def add(session: Session, job: Job, amount: Amount, number: float, *, now: float
 
 
 def add_plan(session: Session, plan: Plan, *, now: float) -> None:
-    """The project has created one more plan today."""
+    """The project has created one more plan today that a worker has to compute."""
     slot = zlib.crc32(plan.id.encode()) % SLOTS
     _pending(session).used[plan.project_id, day_of(now), plan.base_model, slot]["num_plans"] += 1
 

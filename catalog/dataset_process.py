@@ -34,6 +34,10 @@ COMMAND = (sys.executable, "-m", "catalog.dataset_process")
 log = logging.getLogger("lorry.catalog")
 
 
+class CheckCrashed(Unavailable):
+    """The process that checks the file ended without a result, for lack of memory perhaps."""
+
+
 class CheckStopped(Unavailable):
     """Nobody waits for the result any more: the client has gone, or the API server stops."""
 
@@ -43,7 +47,7 @@ def inspect(
 ) -> DatasetCheck:
     """As datasets.inspect, for a file. `is_abandoned` is asked several times a second; then the check is killed.
 
-    Raises InvalidRequest for a file that is rejected, CheckStopped, and Unavailable if the process fails.
+    Raises InvalidRequest for a file that is rejected, CheckStopped, and CheckCrashed.
     """
     command = [*COMMAND, str(path), str(max_line_bytes), str(max_rows)]
     environment = {name: os.environ[name] for name in ALLOWED if name in os.environ}
@@ -83,10 +87,10 @@ def _wait(process: subprocess.Popen[bytes], is_abandoned: Callable[[], bool]) ->
         return
 
 
-def _crashed(status: int, errors: bytes) -> Unavailable:
+def _crashed(status: int, errors: bytes) -> CheckCrashed:
     lines = errors.decode("utf-8", "replace").splitlines() or ["no output"]
     log.error("the check of a data set failed: status=%d %s", status, lines[-1][:300])
-    return Unavailable(
+    return CheckCrashed(
         f"The process that checks the file ended with exit status {status}.",
         code="dataset_check_failed",
         remedy="Try again. If it fails again, ask the operator whether the API server's machine has enough memory.",

@@ -56,8 +56,9 @@ log = logging.getLogger("lorry.database")
 
 BUSY_SECONDS = 30
 BRIEF_MILLISECONDS = 100
-POOL = {"pool_size": 10, "max_overflow": 20, "pool_timeout": 10}
-"""Connections of a process: more than the API server has threads for routes and for the check of keys."""
+POOL = {"pool_size": 10, "max_overflow": 30, "pool_timeout": 10}
+"""Connections of a process: more than the API server has threads for routes, the check of keys and slow work (36), so
+that background tasks find one."""
 STUCK_SECONDS = 30
 """PostgreSQL ends a transaction whose client says nothing for so long: stopped or cut off amid a write, it would hold
 its rows for hours. No transaction of ours is open across anything slow."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import keys, projects
@@ -20,6 +20,9 @@ from catalog.pepper import Pepper
 from catalog.scopes import OPERATORS, held
 from catalog.spec import Priority, PriorityClass
 from catalog.tables import ApiKey, Json
+
+MAX_VALID_KEYS = 100
+"""Of one project. Each key has a request rate, downloads and live streams of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +49,9 @@ def create(
 ) -> tuple[ApiKey, str]:
     """Create a key. Returns its row and its secret, which is not stored and can't be shown again.
 
-    Raises Forbidden for more rights than the caller has. Raises Conflict where the caller has created a key with this
-    Idempotency-Key before: a repeated request must not create a second key, and the secret can't be repeated.
+    Raises Forbidden for more rights than the caller has, and Unauthorized if the caller's key was revoked meanwhile.
+    Raises Conflict if the project has MAX_VALID_KEYS, and if the caller has created a key with this Idempotency-Key
+    before: a repeated request must not create a second key, and the secret can't be repeated.
     """
     able = held(None, is_operator=request.is_operator)
     wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
@@ -59,7 +63,7 @@ def create(
     _check_limits(caller, [*given, *(["highest_priority"] if highest is not None else [])])
     takes_all = request.scopes is None and not caller.is_limited
     with db.write() as session:
-        now = read_clock(session)
+        now = _begin(session, caller)
         if idempotency_key is not None:
             _check_unused(session, caller, idempotency_key)
         project_id = caller.project_id
@@ -74,6 +78,7 @@ def create(
         usual = max(PriorityClass.normal, caller.highest_priority)
         key.highest_priority = usual if highest is None else PriorityClass[highest]
         key.idempotency_key = idempotency_key
+        _check_room(session, project_id, now=now)
         keys.add(session, key, created_by=caller.api_key_id)
     return key, secret
 
@@ -109,13 +114,14 @@ def rotate(
 
     `expires_at` None: the new one ends when the old one would have, and of another's key no later than the caller's.
     A caller whose own limits are the tighter ones can't rid himself of them so: the new one has his. Raises Conflict
-    for a key that is not live, or whose place another has taken, and where the last operator's key would end.
+    for a key that is not live, or whose place another has taken, where the last operator's key would end, and if the
+    project has MAX_VALID_KEYS and the old key stays valid. Raises Unauthorized if the caller's key was revoked
+    meanwhile.
     """
     with db.write() as session:
-        serialise(session, "operators' keys")
+        now = _begin(session, caller)
         old = find(session, caller, api_key_id)
         refuse_browsers(caller)
-        now = read_clock(session)
         check_may_change(session, caller, old)
         _check_rotatable(old, now)
         key, secret = new_key(old.project_id, old.name, pepper)
@@ -128,9 +134,11 @@ def rotate(
         if old.id != caller.api_key_id and not caller.is_operator:
             key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
             key.highest_priority = max(old.highest_priority, caller.highest_priority)
+        old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
+        session.flush()
+        _check_room(session, old.project_id, now=now)
         keys.add(session, key, created_by=caller.api_key_id)
         old.replaced_by = key.id
-        old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
         keys.note(session, "api_key.rotated", old, now=now, details={"by": key.id, "expires_at": old.expires_at})
     return key, secret
 
@@ -161,6 +169,28 @@ def limit(
             key.highest_priority = PriorityClass[highest_priority]
         keys.note(session, "api_key.updated", key, now=read_clock(session), details=given)
         return key
+
+
+def _begin(session: Session, caller: Caller) -> float:
+    """The time. Until the transaction ends, no other creates or revokes keys: a revocation with descendants sees each
+    key of a revoked one, and a revoked key creates none. Raises Unauthorized."""
+    serialise(session, "operators' keys")
+    now = read_clock(session)
+    keys.check_valid(session, caller.api_key_id, now=now)
+    return now
+
+
+def _check_room(session: Session, project_id: str, *, now: float) -> None:
+    """Raises Conflict."""
+    valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
+    count = select(func.count()).select_from(ApiKey).where(ApiKey.project_id == project_id, *valid)
+    if (session.scalar(count) or 0) >= MAX_VALID_KEYS:
+        raise Conflict(
+            f"The project has {MAX_VALID_KEYS} valid keys, which is the maximum.",
+            code="too_many_keys",
+            remedy="Revoke a key that is not used: `lorry keys list` shows them with their last use. A rotation with "
+            "an overlap of 0 seconds adds none.",
+        )
 
 
 def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> None:

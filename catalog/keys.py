@@ -133,16 +133,6 @@ def authenticate(db: Database, *, secret: str, pepper: Pepper) -> Caller:
     return caller
 
 
-def revoke(db: Database, *, project_id: str, api_key_id: str) -> None:
-    """The key and every browser session made from it end now."""
-    with db.write() as session:
-        owned = (ApiKey.id == api_key_id, ApiKey.project_id == project_id, ApiKey.revoked_at.is_(None))
-        key = session.scalar(select(ApiKey).where(*owned).with_for_update())
-        if key is not None:
-            key.revoked_at = now = read_clock(session)
-            note(session, "api_key.revoked", key, now=now)
-
-
 def new_key(project_id: str, name: str, pepper: Pepper) -> tuple[ApiKey, str]:
     """A row that is not stored yet, and the key's text."""
     key = ApiKey(id=new_id("key"), project_id=project_id, name=name, highest_priority=PriorityClass.normal)

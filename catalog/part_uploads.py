@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from catalog import audit, files, quotas
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.daily import DAY_SECONDS
-from catalog.dataset_process import CheckStopped
+from catalog.dataset_process import CheckCrashed, CheckStopped
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import (
     Conflict,
@@ -51,7 +51,7 @@ MAX_COMPLETIONS = 10
 Status = Literal["pending", "completed", "cancelled", "expired"]
 OpenLimit = Literal["open_uploads", "open_upload_bytes"]
 _KEPT_PARTS = "What was sent in parts counts until it leaves the disk, within two days."
-_BEGIN_ANEW = "Begin a new upload, and send its parts again."
+_START_AGAIN = "Begin a new upload, and send its parts again."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,13 +225,14 @@ def _check_completions(upload: Upload) -> None:
         raise Conflict(
             f"The upload {upload.id} was completed {upload.num_completions} times without success.",
             code="too_many_completions",
-            remedy=f"{_BEGIN_ANEW} What is wrong with them was the answer to each completion.",
+            remedy=f"{_START_AGAIN} What is wrong with them was the answer to each completion.",
         )
 
 
 def _is_of_the_service(error: LorryError) -> bool:
-    """The service failed, and not what was sent. A client that goes away is not such a failure."""
-    return isinstance(error, Unavailable | OutOfSpace) and not isinstance(error, CheckStopped)
+    """The service failed, and not what was sent. A client that disconnects is not such a failure, nor is a check that
+    crashed: the file may need more memory than there is."""
+    return isinstance(error, Unavailable | OutOfSpace) and not isinstance(error, CheckStopped | CheckCrashed)
 
 
 def _lease(upload: Upload, *, now: float) -> None:
@@ -317,7 +318,7 @@ def _check_open(upload: Upload, *, now: float) -> None:
     _check_not_over(upload)
     if status(upload, now=now) == "expired":
         message = f"The upload {upload.id} has expired: its parts had an hour to come."
-        raise Conflict(message, code="upload_expired", remedy=_BEGIN_ANEW, param="upload_id")
+        raise Conflict(message, code="upload_expired", remedy=_START_AGAIN, param="upload_id")
 
 
 def _check_not_over(upload: Upload) -> None:
@@ -327,7 +328,7 @@ def _check_not_over(upload: Upload) -> None:
         raise Conflict(message, code="upload_completed", remedy=remedy, param="upload_id")
     if upload.cancelled_at is not None:
         message = f"The upload {upload.id} was cancelled."
-        raise Conflict(message, code="upload_cancelled", remedy=_BEGIN_ANEW, param="upload_id")
+        raise Conflict(message, code="upload_cancelled", remedy=_START_AGAIN, param="upload_id")
 
 
 def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings: Settings, *, now: float) -> None:
@@ -378,13 +379,13 @@ def _check_room(session: Session, upload: Upload, content: Blob, settings: Setti
     num_parts = session.scalar(select(func.count()).where(UploadPart.upload_id == upload.id)) or 0
     if num_parts >= MAX_PARTS:
         message = f"The upload has {MAX_PARTS:,} parts, which is the most."
-        raise TooLarge(message, code="too_many_parts", remedy=f"{_BEGIN_ANEW} Make them larger.", param="data")
+        raise TooLarge(message, code="too_many_parts", remedy=f"{_START_AGAIN} Make them larger.", param="data")
     most = min(settings.max_file_bytes, max(2 * upload.num_bytes, SPARE_BYTES))
     if upload.part_bytes + content.num_bytes > most:
         raise TooLarge(
             f"With this part the upload would hold more than {most:,} bytes; {upload.num_bytes:,} were announced.",
             code="upload_too_large",
-            remedy=f"{_BEGIN_ANEW} The most of all is LORRY_MAX_FILE_BYTES, which an operator can raise.",
+            remedy=f"{_START_AGAIN} The most of all is LORRY_MAX_FILE_BYTES, which an operator can raise.",
             param="data",
         )
 

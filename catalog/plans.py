@@ -52,20 +52,21 @@ def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Sett
     with db.write() as session:
         serialise(session, f"plan {caller.project_id}")
         now = read_clock(session)
-        quotas.check_plan(session, caller.project_id, now=now)
         quotas.check_priority(session, caller, request.priority)
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
         # Rejects layers that the base model doesn't have.
         job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
         plan = _row(accepted, caller, now=now)
         conclude(session, plan, accepted.request, targets, now=now, settings=settings)
-        if plan.state == "computing":
+        is_computed = plan.state == "computing"
+        if is_computed:
             _check_scope(caller)
             _check_room(session, caller.project_id)
+        quotas.check_plan(session, caller, is_computed=is_computed, now=now)
         session.add(plan)
-        if plan.state == "computing":
+        if is_computed:
             quotas.check_preparation(session, plan, now=now)
-        daily.add_plan(session, plan, now=now)
+            daily.add_plan(session, plan, now=now)
         return plan
 
 

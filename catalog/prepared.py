@@ -1,7 +1,8 @@
 """Token caches: one for each project, data file, tokenizer, length and data options.
 
 A cache is charged to its project. Of each file a project keeps MAX_VARIANTS; what is evicted is made again when it is
-needed. Whoever changes caches of a project holds its quota lock.
+needed. Functions here that change the caches of a project hold its quota lock. `catalog.cleaning` deletes caches that
+nothing needs without it: the counters of stored bytes are sums, and a deleted row is charged back once.
 """
 
 from __future__ import annotations

@@ -127,11 +127,19 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
             raise _exceeded(project, standing, now=now)
 
 
-def check_plan(session: Session, project_id: str, *, now: float) -> None:
-    """One more plan, in the transaction that creates it, which no other of the project runs beside. Raises
-    QuotaExceeded."""
-    project = session.get_one(Project, project_id)
+def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: float) -> None:
+    """One more plan, in the transaction that creates it. No other transaction of the project creates a plan at the same
+    time. Raises QuotaExceeded.
+
+    Plans that a worker has to compute count for the project. Each key creates as many from files that are prepared
+    already: so a key that may only read does not use up the plans of the others.
+    """
+    project = session.get_one(Project, caller.project_id)
     standing = _standing(session, project, "plans_per_day", now=now)
+    if not is_computed:
+        today = daily.day_of(now) * DAY_SECONDS
+        of_key = (Plan.project_id == project.id, Plan.created_at >= today, Plan.created_by == caller.api_key_id)
+        standing = replace(standing, used=session.scalar(select(func.count()).where(*of_key)) or 0)
     if standing.is_reached:
         raise _exceeded(project, standing, now=now)
 

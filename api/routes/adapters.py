@@ -82,7 +82,7 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
     return Download(
         use.downloads,
         use.store.open_blob(file.digest, chunk_bytes=READ_BYTES),
-        api_key_id=caller.api_key_id,
+        caller=caller,
         record=_record(view, use, caller, file=path),
         filename=path.rpartition("/")[2],
         num_bytes=file.num_bytes,
@@ -105,7 +105,7 @@ def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
     return Download(
         use.downloads,
         tar_chunks(members, modified_at=made_at),
-        api_key_id=caller.api_key_id,
+        caller=caller,
         record=_record(view, use, caller),
         filename=f"{view.adapter.name.replace(':', '-')}.tar",
         num_bytes=tar_size(members, modified_at=made_at),

@@ -125,7 +125,7 @@ def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
     return Download(
         use.downloads,
         use.store.open_blob(row.digest, chunk_bytes=READ_BYTES),
-        api_key_id=caller.api_key_id,
+        caller=caller,
         record=partial(
             use.read_audit.record,
             "file.downloaded",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import changes_schema
 from catalog.keys import is_live
 from catalog.revocation import Revocation
 from catalog.scopes import SCOPES, Scope, held
@@ -99,7 +100,7 @@ class RevokeRequest(Strict):
 class LimitsRequest(Strict):
     """What is left out stays as it is."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"requests_per_minute": 600}})
+    model_config = ConfigDict(json_schema_extra=changes_schema({"requests_per_minute": 600}))
     requests_per_minute: int | None = Field(default=None, ge=0, le=MOST, description=_REQUESTS)
     jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description=_JOBS)
     highest_priority: Priority = Field(default="normal", description=_HIGHEST)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import changes_schema
 from catalog.quotas import Limit, Standing
 from catalog.spec import LABEL_PATTERN, Priority, PriorityClass
 from catalog.strict import WITHOUT_NUL, Strict
@@ -108,7 +109,7 @@ MOST = 2**53 - 1
 class ProjectLimits(Strict):
     """What is left out stays as it is; null: without limit."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"device_hours_per_month": 100}})
+    model_config = ConfigDict(json_schema_extra=changes_schema({"device_hours_per_month": 100}))
     concurrent_jobs: int | None = Field(default=None, ge=0, le=MOST, description="That train at once; more wait.")
     queued_jobs: int | None = Field(default=None, ge=0, le=MOST, description="That wait, or whose files are prepared.")
     jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="Created in a day of UTC.")
@@ -122,7 +123,8 @@ class ProjectLimits(Strict):
         default=None, ge=0, le=MOST, description="Created in a day of UTC. 500 in a new project."
     )
     highest_priority: Priority = Field(
-        default="normal", description="The highest priority that its jobs may have: its keys' own limits hold as well."
+        default="normal",
+        description="The highest priority that its jobs may have: its keys' own limits hold as well.",
     )
 
 

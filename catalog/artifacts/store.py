@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from catalog.artifacts.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
 from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects
@@ -93,7 +93,8 @@ class ArtifactStore:
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
             raise DamagedArtifact(f"The folder {folder.name!r} is missing.")
         files: list[ManifestFile] = []
-        for parent, folders, names, descriptor in os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False):
+        walk = os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False, onerror=_raise)
+        for parent, folders, names, descriptor in walk:
             for name in folders:
                 if not stat.S_ISDIR(_mode_of(Path(name), descriptor)):
                     raise DamagedArtifact(f"{name!r} is not a plain file.")
@@ -296,6 +297,11 @@ def blob_key(digest: str) -> str:
 
 def manifest_key(digest: str) -> str:
     return f"manifests/{digest}.json"
+
+
+def _raise(error: OSError) -> NoReturn:
+    """For a walk that must not leave anything out."""
+    raise error
 
 
 def _mode_of(path: Path, dir_fd: int | None) -> int:

@@ -16,7 +16,7 @@ from catalog.db import read_clock
 from catalog.errors import Unauthorized
 from catalog.settings import Settings
 from tests.api.site import SAME_ORIGIN, error_of, new_token, open_link
-from tests.catalog.world import World
+from tests.catalog.world import World, end_key
 
 OPEN_PATHS = {
     "/healthz",
@@ -59,7 +59,7 @@ def test_an_expired_and_a_revoked_key_are_refused(services: Services, world: Wor
     project_id = world.caller.project_id
     _, expired = keys.create(services.db, project_id=project_id, name="old", pepper=services.pepper, expires_at=now - 1)
     row, revoked = keys.create(services.db, project_id=project_id, name="gone", pepper=services.pepper)
-    keys.revoke(services.db, project_id=project_id, api_key_id=row.id)
+    end_key(services.db, row.id)
 
     for secret in (expired, revoked):
         response = anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
@@ -75,7 +75,7 @@ def test_a_rejected_key_is_logged_and_counted_by_reason_and_the_client_is_not_to
     db, pepper, project_id = services.db, services.pepper, world.caller.project_id
     old, expired = keys.create(db, project_id=project_id, name="old", pepper=pepper, expires_at=now - 1)
     gone, revoked = keys.create(db, project_id=project_id, name="gone", pepper=pepper)
-    keys.revoke(db, project_id=project_id, api_key_id=gone.id)
+    end_key(db, gone.id)
     cases = {
         "malformed": ("sk-proj-1", "-"),
         "unknown": (key[:-1] + ("a" if key[-1] != "a" else "b"), "-"),
@@ -196,7 +196,7 @@ def test_a_link_of_another_key_replaces_a_session_only_with_the_users_consent(
 def test_a_link_of_a_revoked_key_shows_nothing(services: Services, world: World, anonymous: TestClient) -> None:
     row, _ = keys.create(services.db, project_id=world.caller.project_id, name="gone", pepper=services.pepper)
     token = keys.create_sign_in_link(services.db, api_key_id=row.id, pepper=services.pepper)
-    keys.revoke(services.db, project_id=world.caller.project_id, api_key_id=row.id)
+    end_key(services.db, row.id)
 
     for path in ("preview", "open"):
         response = anonymous.post(f"/v1/sign_in_links/{path}", json={"token": token}, headers=SAME_ORIGIN)

@@ -193,17 +193,34 @@ def test_a_key_has_a_limited_number_of_downloads_at_once_and_so_has_the_process(
     assert small.status_code == 200
 
 
+def test_a_project_has_a_limited_number_of_downloads_at_once_however_many_keys_it_has() -> None:
+    downloads = Downloads(per_key=2, per_project=3, per_process=10)
+
+    with ExitStack() as stack:
+        for number in range(3):
+            stack.enter_context(downloads.admitted(api_key_id=f"key {number}", project_id="ours"))
+        with pytest.raises(RateLimited, match="The project has 3 downloads at once") as refusal:
+            stack.enter_context(downloads.admitted(api_key_id="key 4", project_id="ours"))
+        stack.enter_context(downloads.admitted(api_key_id="key 5", project_id="theirs"))
+    with downloads.admitted(api_key_id="key 4", project_id="ours"):
+        pass
+
+    assert refusal.value.code == "too_many_downloads"
+
+
 class Unread(Connection):
     timeouts = Timeouts(send_seconds=0.1)
 
 
-def test_a_download_that_is_not_read_is_cut_off_and_makes_room(app: FastAPI, key: str, services: Services) -> None:
+def test_a_download_that_is_not_read_is_cut_off_and_makes_room(
+    app: FastAPI, key: str, services: Services, world: World
+) -> None:
     downloads = Downloads(per_key=1)
     app.state.services = replace(services, downloads=downloads)
 
     def has_room() -> bool:
         try:
-            with downloads.admitted(key.split("_")[1]):
+            with downloads.admitted(api_key_id=key.split("_")[1], project_id=world.caller.project_id):
                 return True
         except RateLimited:
             return False

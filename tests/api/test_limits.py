@@ -22,7 +22,7 @@ from catalog.errors import Unauthorized
 from lorry import Lorry, RateLimited
 from tests.api.conftest import new_key, with_key
 from tests.api.site import Site, error_of
-from tests.catalog.world import PEPPER, World
+from tests.catalog.world import PEPPER, World, end_key
 
 JOBS = "/v1/fine_tuning/jobs"
 RATE = Rate(limit=3, period_seconds=60)
@@ -281,7 +281,7 @@ def test_few_keys_of_addresses_without_failures_left_are_checked_at_once(
             running -= 1
             raise Unauthorized("No.", code="invalid_api_key", remedy="None.", reason="unknown")
 
-    async def flood() -> list[None | BaseException]:
+    async def flood() -> list[BaseException | None]:
         return await asyncio.gather(*(check() for _ in range(20)), return_exceptions=True)
 
     refusals = asyncio.run(flood())
@@ -305,7 +305,7 @@ def test_a_key_that_is_revoked_counts_as_a_failure_again(
 ) -> None:
     secret = new_key(services, world.caller.project_id)
     assert guesser.get(secret).status_code == 200
-    keys.revoke(services.db, project_id=world.caller.project_id, api_key_id=secret.split("_")[1])
+    end_key(services.db, secret.split("_")[1])
 
     answers = [guesser.get(secret).status_code for _ in range(FAILURES.limit + 2)]
 

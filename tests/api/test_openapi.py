@@ -163,3 +163,11 @@ def test_where_keys_have_a_pattern_the_document_says_that_there_are_no_others(ap
 
 def _subclasses(model: type[BaseModel]) -> set[type[BaseModel]]:
     return {one for child in model.__subclasses__() for one in {child, *_subclasses(child)}}
+
+
+def test_fields_that_stay_as_they_are_have_no_default(app: FastAPI) -> None:
+    schemas = app.openapi()["components"]["schemas"]
+
+    for name in ("LimitsRequest", "ProjectLimits"):
+        assert "example" in schemas[name]
+        assert [field for field, schema in schemas[name]["properties"].items() if "default" in schema] == []

@@ -19,7 +19,7 @@ from catalog.db import Database
 from catalog.states import EndReason
 from catalog.tables import Job
 from tests.api.site import Message, Site, messages
-from tests.catalog.world import World
+from tests.catalog.world import World, end_key
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def test_a_stream_ends_when_its_key_is_revoked(
     with opened(site, "/v1/queue/stream") as queue, opened(site, stream_path(job.id)) as stream:
         next(queue)
         next(stream)
-        keys.revoke(services.db, project_id=world.caller.project_id, api_key_id=key_id)
+        end_key(services.db, key_id)
         rest = [*queue, *stream]
 
     assert all(message.data.get("status") == "queued" for message in rest if message.event == "job")

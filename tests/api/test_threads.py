@@ -18,9 +18,10 @@ from starlette.testclient import TestClient
 
 from api import threads
 from api.deps import Services
-from api.threads import SlowWork
+from api.threads import KEY_CHECK_THREADS, ROUTE_THREADS, SLOW_THREADS, SlowWork
 from catalog import dataset_process, datasets, files
 from catalog.artifacts.store import ArtifactStore
+from catalog.db import POOL
 from catalog.tables import Adapter
 from tests.api.site import Site, chat_lines, connect, error_of, running, until
 from tests.api.trained import trained
@@ -218,3 +219,7 @@ def test_a_check_ends_with_the_server(app: FastAPI, key: str, monkeypatch: pytes
             stack.enter_context(closing(begin_upload(site)))
             until(checks)
         until(lambda: not checks())
+
+
+def test_the_database_has_a_connection_for_each_thread_that_may_want_one() -> None:
+    assert POOL["pool_size"] + POOL["max_overflow"] > ROUTE_THREADS + KEY_CHECK_THREADS + SLOW_THREADS

@@ -103,6 +103,25 @@ def test_a_blob_is_named_by_its_content_and_streams_in_bounded_chunks(store: Art
     assert max(len(chunk) for chunk in chunks) <= CHUNK_BYTES
 
 
+def test_a_subfolder_that_can_not_be_opened_publishes_nothing(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, opened = tmp_path / "out", os.open
+    (root / "sub").mkdir(parents=True)
+    (root / "a").write_bytes(b"a")
+    (root / "sub" / "b").write_bytes(b"b")
+
+    def refuse(path: Any, *arguments: Any, **given: Any) -> int:
+        if path == "sub":
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *arguments, **given)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+    with pytest.raises(PermissionError):
+        store.put_folder(root, kind="adapter")
+
+
 def test_putting_twice_is_putting_once(store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = store.put_folder(folder, kind="adapter")
 

@@ -389,6 +389,21 @@ def test_failed_jobs_cordon_at_most_a_third_of_the_workers(world: World) -> None
     assert [name for name in names if row(world, name).cordon] == names[:2]
 
 
+def test_jobs_that_fail_before_they_begin_cordon_at_most_a_third_of_the_workers_too(world: World) -> None:
+    names = [f"w{number}" for number in range(1, 7)]
+    for name in names:
+        world.worker(name, host=name)
+        with world.db.write() as session:
+            session.get_one(Worker, name).cordon = (
+                {"by": "service", "reason": cordons.BEFORE_ANY_JOB} if name in names[:2] else None
+            )
+
+    for number in range(3):
+        fail(world, worker_id="w6", trainer=f"w6-{number}", caller=world.stranger if number else None)
+
+    assert row(world, "w6").cordon is None
+
+
 def test_an_outage_that_loses_every_worker_cordons_none(world: World) -> None:
     world.worker()
     for name in ("t1", "t2", "t3", "t4"):

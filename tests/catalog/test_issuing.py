@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
 from catalog import issuing, keys, projects, revocation
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthorized
@@ -288,3 +289,31 @@ def test_limits_are_an_operators_to_give_and_go_on_to_what_a_key_makes(world: Wo
 
     assert [(row.requests_per_minute, row.jobs_per_day) for row in (child, heir)] == [(10, 0)] * 2
     assert (changed.requests_per_minute, changed.jobs_per_day) == (10, None)
+
+
+def test_a_project_has_so_many_valid_keys(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with world.db.read() as session:
+        valid = select(func.count()).where(ApiKey.project_id == world.caller.project_id)
+        monkeypatch.setattr(issuing, "MAX_VALID_KEYS", (session.scalar(valid) or 0) + 2)
+
+    def create(**given: Any) -> ApiKey:
+        return issuing.create(world.db, caller=world.caller, request=KeyRequest(name="n", **given), pepper=PEPPER)[0]
+
+    def rotate(key: ApiKey, seconds: float) -> ApiKey:
+        given: dict[str, Any] = {"overlap_seconds": seconds, "pepper": PEPPER}
+        return issuing.rotate(world.db, caller=world.caller, api_key_id=key.id, **given)[0]
+
+    expiring, kept = create(expires_at=world.clock.now + 100), create()
+    for beyond in (create, lambda: rotate(kept, 10)):
+        with pytest.raises(Conflict) as refusal:
+            beyond()
+        assert refusal.value.code == "too_many_keys"
+    kept = rotate(kept, 0)
+    world.clock.turn(200)
+    create()
+    with pytest.raises(Conflict):
+        create()
+    revocation.revoke(world.db, caller=world.caller, api_key_id=kept.id)
+    create()
+
+    assert not keys.is_live(expiring, world.clock.now)

@@ -16,7 +16,7 @@ from catalog.db import Database
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unauthorized, Unavailable
 from catalog.pepper import Pepper
 from catalog.tables import ApiKey
-from tests.catalog.world import PEPPER, World
+from tests.catalog.world import PEPPER, World, end_key
 
 
 def new_key(world: World, **given: object) -> tuple[ApiKey, str]:
@@ -73,9 +73,7 @@ def test_a_key_that_is_expired_or_revoked_is_refused(world: World) -> None:
     browser = keys.exchange_sign_in(world.db, token=link, pepper=PEPPER)
 
     world.clock.turn(11)
-    keys.revoke(world.db, project_id=world.stranger.project_id, api_key_id=revoked.id)
-    keys.authenticate(world.db, secret=secret, pepper=PEPPER)
-    keys.revoke(world.db, project_id=world.caller.project_id, api_key_id=revoked.id)
+    end_key(world.db, revoked.id)
 
     for refused in (expiring, secret):
         with pytest.raises(Unauthorized):

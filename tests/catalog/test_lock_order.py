@@ -15,11 +15,13 @@ import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, claims, exports, prepared
+from catalog import artifact_rows, claims, exports, issuing, keys, prepared, revocation
 from catalog.artifacts.manifest import Manifest
 from catalog.db import Database
+from catalog.errors import Unauthorized
+from catalog.issuing import KeyRequest
 from catalog.tables import Artifact, Job, Prepared, Worker
-from tests.catalog.world import LEASE, World, manifest, sha
+from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 MOST_LOOKS = 2_000
@@ -154,3 +156,25 @@ def test_a_run_that_falls_asleep_while_its_job_begins_to_train_is_woken(
 
 def lock(session: Session, job_id: str) -> None:
     assert session.scalar(select(Job.id).where(Job.id == job_id).with_for_update())
+
+
+def test_a_key_is_not_created_past_the_revocation_of_its_creator_with_descendants(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The creation begins after the descendants were read, and before the creator's key is revoked."""
+    request = KeyRequest(name="child")
+    creator, secret = issuing.create(world.db, caller=world.caller, request=request, pepper=PEPPER)
+    holder = keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+    with ThreadPoolExecutor(1) as pool:
+        creating: list[Any] = []
+
+        def create_meanwhile() -> None:
+            creating.append(pool.submit(issuing.create, world.db, caller=holder, request=request, pepper=PEPPER))
+            wait_for_one_in_line(world.db)
+
+        read = after_the_first_call(revocation._descendants, create_meanwhile)  # pyright: ignore[reportPrivateUsage]
+        monkeypatch.setattr(revocation, "_descendants", read)
+        revocation.revoke(world.db, caller=world.caller, api_key_id=creator.id, with_descendants=True)
+
+        with pytest.raises(Unauthorized):
+            creating[0].result()

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from catalog import cleaning, files, part_uploads
+from catalog.dataset_process import CheckCrashed
 from catalog.errors import (
     Conflict,
     InvalidRequest,
@@ -190,6 +191,24 @@ def test_a_completion_that_was_rejected_may_be_repeated_a_few_times_only(
 
     assert refused.value.code == "too_many_completions"
     assert sender.made() == []
+
+
+def test_a_completion_whose_check_crashed_counts(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any, **__: Any) -> None:
+        raise CheckCrashed("The process ended.", code="dataset_check_failed", remedy="Try again.")
+
+    monkeypatch.setattr(part_uploads, "MAX_COMPLETIONS", 2)
+    monkeypatch.setattr(files, "stored", crash)
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    for _ in range(2):
+        with pytest.raises(CheckCrashed):
+            sender.complete(upload_id, part)
+
+    with pytest.raises(Conflict) as refused:
+        sender.complete(upload_id, part)
+
+    assert refused.value.code == "too_many_completions"
 
 
 def test_a_completion_that_the_service_could_not_finish_is_not_counted(

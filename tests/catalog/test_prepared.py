@@ -11,7 +11,9 @@ from catalog import (
     cleaning,
     daily,
     files,
+    issuing,
     jobs,
+    keys,
     outputs,
     plan_claims,
     plans,
@@ -21,11 +23,12 @@ from catalog import (
 )
 from catalog.artifacts.store import Blob
 from catalog.errors import QuotaExceeded
+from catalog.issuing import KeyRequest
 from catalog.tables import File, Job, Plan, Prepared, StoredBytes
 from catalog.tables.owners import PLANS_PER_DAY
 from tests.catalog.plan_data import DETAILS, REPORT, SETTINGS, plan, ready
 from tests.catalog.test_quotas import limit, upload
-from tests.catalog.world import LEASE, World, manifest, request, sha
+from tests.catalog.world import LEASE, PEPPER, World, manifest, request, sha
 
 
 def twin_of(world: World, file_id: str) -> str:
@@ -139,16 +142,37 @@ def test_an_upload_takes_the_room_of_unused_caches_and_what_is_evicted_leaves_li
 
 def test_a_project_creates_so_many_plans_a_day(world: World) -> None:
     limit(world, plans_per_day=2)
-    first = ready(world)
-    plans.delete(world.db, project_id=world.caller.project_id, plan_id=first.id)
+    for length in (128, 256):
+        row = plan(world, max_length=length)
+        plans.delete(world.db, project_id=world.caller.project_id, plan_id=row.id)
 
     with pytest.raises(QuotaExceeded) as refusal:
         plan(world)
     world.clock.turn(refusal.value.retry_after_seconds)
 
     assert refusal.value.quota | {"resets_at": 0} == {"name": "plans_per_day", "limit": 2, "used": 2, "resets_at": 0}
-    assert plan(world).state == "ready"
+    assert plan(world).state == "computing"
     assert projects.create(world.db, "fresh", organization="default").max_plans_per_day == PLANS_PER_DAY
+
+
+def test_a_key_that_only_reads_does_not_use_up_the_plans_of_the_others(world: World) -> None:
+    limit(world, plans_per_day=2)
+    ready(world, max_length=128)
+    reader = issuing.create(
+        world.db, caller=world.caller, request=KeyRequest(name="reader", scopes=["jobs:read"]), pepper=PEPPER
+    )[1]
+    holder = keys.authenticate(world.db, secret=reader, pepper=PEPPER)
+
+    def read() -> Plan:
+        body = request(training_file=world.file_id, max_length=128)
+        return plans.create(world.db, caller=holder, request=body, settings=SETTINGS)
+
+    assert [read().state, read().state] == ["ready", "ready"]
+    with pytest.raises(QuotaExceeded) as refusal:
+        read()
+
+    assert plan(world, max_length=256).state == "computing"
+    assert (refusal.value.quota["name"], refusal.value.quota["used"]) == ("plans_per_day", 2)
 
 
 def test_a_cache_of_a_worker_that_knows_no_project_stays_while_a_job_needs_it_and_is_never_charged(

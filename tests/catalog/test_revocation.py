@@ -184,14 +184,19 @@ def test_cancelling_needs_the_right_to_cancel_jobs(world: World) -> None:
     assert opens(world, secret)
 
 
-@pytest.mark.parametrize("what", ["a job", "a sweep", "a trial"])
+@pytest.mark.parametrize("what", ["a job", "a sweep", "a trial", "a key", "a rotation"])
 def test_a_key_that_is_revoked_during_a_request_creates_nothing(world: World, what: str) -> None:
     key, _ = child_of(world, world.caller)
+    child, _ = child_of(world, key)
     sweep_id = sweep_of(world, key, search={"type": "ask_tell", "trials": 2}, parameters={})
     requests: dict[str, Callable[[], object]] = {
         "a job": lambda: world.submit(caller=key),
         "a sweep": lambda: sweep_of(world, key),
         "a trial": lambda: creation.add_trial(world.db, caller=key, sweep_id=sweep_id, parameters={"lora.rank": 8}),
+        "a key": lambda: child_of(world, key),
+        "a rotation": lambda: issuing.rotate(
+            world.db, caller=key, api_key_id=child.api_key_id, overlap_seconds=HOUR, pepper=PEPPER
+        ),
     }
     revoke(world, key)
 
