@@ -68,7 +68,8 @@ class Limits:
             return
         name, digest = f"failures:{_network(address)}", self._digest(credential)
         is_known = digest in self._recognized
-        is_reserved = not is_known and (standing := self._buckets.take(name, FAILURES)).is_allowed
+        standing = self._buckets.take(name, FAILURES, cost=0 if is_known else 1)
+        is_reserved = not is_known and standing.is_allowed
         try:
             if is_known or is_reserved:
                 yield
