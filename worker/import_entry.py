@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 
@@ -41,12 +42,19 @@ def import_base_model(arguments_path: Path) -> None:
     except LoraCoreError as error:
         result = {"error": described(error)}
     except MemoryError:
-        message = "The base model takes more memory than its size allows for, or than this machine has."
-        remedy = "Look at the source's config.json and tokenizer, and at the worker's memory."
-        result = {"error": {"code": "import_limit", "message": message, "remedy": remedy}}
+        result = {"error": _limit_error("takes more memory than its size allows for, or than this machine has.")}
     except OSError as error:
-        result = {"error": disk_error(error) if error.errno else _source_error(error)}
+        if error.errno == errno.EFBIG:
+            result = {"error": _limit_error("writes a larger file than its size allows for.")}
+        else:
+            result = {"error": disk_error(error) if error.errno else _source_error(error)}
     write_json(Path(arguments["result"]), result)
+
+
+def _limit_error(what: str) -> dict[str, str]:
+    """Of the resource limits of this process; see worker.sandbox."""
+    remedy = "Look at the source's config.json and tokenizer, and at the worker's memory and disk."
+    return {"code": "import_limit", "message": f"The import of the base model {what}", "remedy": remedy}
 
 
 def _source_error(error: OSError) -> dict[str, str]:

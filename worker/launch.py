@@ -19,9 +19,10 @@ import psutil
 
 from catalog import failpoints, logs
 from worker import cgroup, node, sandbox
+from worker.clock import boot_seconds
 from worker.meeting import RANKS_FILE
 from worker.sandbox import Sandbox
-from worker.tether import OPTION, tethered
+from worker.tether import OPTION, SIGN, tethered
 from worker.trainer_directory import Json, TrainerDirectory
 
 SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
@@ -122,7 +123,7 @@ class TrainerProcess:
         """Tell the trainer that its worker lives. Never blocks."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
-            os.write(self._process.stdin.fileno(), b".")
+            os.write(self._process.stdin.fileno(), SIGN.pack(boot_seconds()))
 
     def wait(self, seconds: float) -> bool:
         """True once it has ended."""
@@ -186,6 +187,8 @@ def launch(
     or its share of the cores; when one ends badly, so do all. It is confined by a sandbox, in which it reads no base
     model but those of `bases_dir`; it has TCP only where it talks to processes here or, `in_gang`, on other machines.
     """
+    if device.kind == "cuda":
+        node.create_uvm_node()
     tcp, gpu = num_processes > 1 or in_gang, device.kind != "cpu"
     box = sandbox.trainer(directory.path, bases_dir=bases_dir, tcp=tcp, gpu=gpu)
     sandbox.announce(box)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +31,8 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """What the kernel calls it on x86 and on ARM."""
 BFLOAT16_CAPABILITY = 8
 """The first generation of NVIDIA's GPUs (Ampere) that multiplies it in hardware."""
+UVM_NODE = Path("/dev/nvidia-uvm")
+MODPROBE_SECONDS = 30.0
 LEAST_BYTES = 64 * 2**10
 """Of a disk, below which a trainer can't even say what it wants to."""
 
@@ -107,6 +110,24 @@ def settle_on(device: Device) -> None:
     """Keep this process, and what it starts, to the cores of its device. Before it starts threads."""
     if device.cores:
         os.sched_setaffinity(0, device.cores)
+
+
+@cache
+def create_uvm_node() -> None:
+    """Create the device node of CUDA's memory, where it is missing and the driver's program for that is installed.
+
+    CUDA would start this setuid program itself, which a trainer's sandbox prevents (no_new_privs).
+    """
+    program = shutil.which("nvidia-modprobe")
+    if UVM_NODE.exists() or program is None:
+        return
+    try:
+        arguments = [program, "-u", "-c", "0"]
+        subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=MODPROBE_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("%s does not exist, and could not be created: %s. Run nvidia-modprobe as root.", UVM_NODE, error)
+    else:
+        log.info("nvidia-modprobe was run, because %s did not exist.", UVM_NODE)
 
 
 def _together(gpus: Sequence[Device]) -> Device:

@@ -30,7 +30,7 @@ from worker.news import Listener, Next
 from worker.output import Output, cleaned
 from worker.preparation import FileRefused
 from worker.strategy import strategy_for
-from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory, Verb
+from worker.trainer_directory import EventReader, InboxWriter, MalformedEvent, TrainerDirectory, Verb
 from worker.trainer_paths import UnsafePath
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Pack:
         """It saves what it holds, for somebody is to leave."""
         self.fault: End | None = None
         """Why its trainer is to be killed: it can't be told to stop a job, or it reported a path outside of its
-        directory."""
+        directory, or what is no event."""
         self.speeds = saturation.UNKNOWN
         """What the trainer has learnt of its ticks."""
         self._context = context
@@ -243,13 +243,19 @@ class Pack:
             self._guarded(held, self._catch_up)
         self._output.push_due()
 
+    def hear_all(self) -> None:
+        """The same of a trainer that has ended, which may have left more than is read at once."""
+        self.hear()
+        while self._reader.has_more:
+            self.hear()
+
     def silent_seconds(self) -> float:
         """Since the trainer last said something, be it heard or not."""
         self._take_in()
         return time.monotonic() - self.heard_at
 
     def _take_in(self) -> None:
-        for event in self._reader.read():
+        for event in self._read():
             self.heard_at, self.is_verifying = time.monotonic(), bool(event.get("verifying"))
             if self._said_at is not None and self._held and self.ready is not None:
                 self.longest_silence = max(self.longest_silence, event["seconds"] - self._said_at)
@@ -268,6 +274,15 @@ class Pack:
                 self._context.pulse.status["report"] |= _without(event, "type", "seconds", "verifying")
             elif event["type"] == "load_refused":
                 self.verdict = self._listener.load_refusal(event["error"], event["ranks"])
+
+    def _read(self) -> list[Json]:
+        try:
+            return self._reader.read()
+        except MalformedEvent as error:
+            log.error("%s %s", self.trainer_id, error.message)
+            self.fault = End(reason=EndReason.TRAINER_CRASHED, detail=error.message)
+            self._reader.has_more = False
+            return []
 
     def _catch_up(self, held: Held) -> None:
         while held.superseded:

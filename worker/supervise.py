@@ -283,7 +283,7 @@ def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> No
     lost = UNREACHABLE
     while not context.pulse.lost.is_set() and boot_seconds() < deadline:
         try:
-            pack.hear()
+            pack.hear_all()
             set_aside(context, trainer)
             if pack.is_leaving:  # whatever becomes of what it was to save
                 pack.end_all(_left(context), only_unseen=True)

@@ -2,7 +2,7 @@
 
 Two ropes. The kernel kills a direct child (`python -m worker.tether PARENT SANDBOX ARGV…` asks for it, then
 applies the sandbox and becomes ARGV). A trainer holds the read end of a pipe as its standard input, the only descriptor
-that launchers hand on: it exits when that closes, or when the parent sends no byte for too long.
+that launchers hand on: it exits when that closes, or when the parent sends no sign of life for too long.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import os
 import select
 import signal
+import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ PR_SET_PDEATHSIG = 1
 UNCONFINED = "-"
 """In the place of a sandbox: a worker itself has none."""
 OPTION = "--tethered="
+SIGN = struct.Struct("=d")
+"""A sign of life: the `boot_seconds` at which the parent sent it. A pipe takes one whole or not at all."""
+PIPE_BYTES = 2**16
 LOST_PARENT = 113
 """Exit status of a trainer whose parent has gone, or has shown no sign of life."""
 
@@ -39,9 +43,9 @@ def die_with_parent() -> None:
 
 
 def hold_on(argv: Sequence[str]) -> None:
-    """Tie this process to its parent if `argv` says `--tethered=SECONDS`: end after so long without a byte.
+    """Tie this process to its parent if `argv` says `--tethered=SECONDS`: end after so long without a sign.
 
-    Of several processes that one launcher has started the first reads the pipe, for a byte goes to one reader; the
+    Of several processes that one launcher has started the first reads the pipe, for a sign goes to one reader; the
     others watch for its end, and end with their launcher, which ends when the first does.
     """
     for argument in argv:
@@ -58,8 +62,8 @@ def is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def watch_pipe(descriptor: int, *, silence_seconds: float | None) -> threading.Thread:
-    """Start the thread that ends this process when the pipe closes, or says nothing for so long."""
+def watch_pipe(descriptor: int, *, silence_seconds: float) -> threading.Thread:
+    """Start the thread that ends this process when the pipe closes, or brings no sign of life for so long."""
     since = descriptor, silence_seconds, boot_seconds()
     thread = threading.Thread(target=_watch, args=since, name="tether", daemon=True)
     thread.start()
@@ -67,7 +71,7 @@ def watch_pipe(descriptor: int, *, silence_seconds: float | None) -> threading.T
 
 
 def watch_end(descriptor: int) -> threading.Thread:
-    """Start the thread that ends this process when the pipe closes; it takes no byte from who reads it."""
+    """Start the thread that ends this process when the pipe closes; it reads nothing."""
     thread = threading.Thread(target=_watch_end, args=(descriptor,), name="tether", daemon=True)
     thread.start()
     return thread
@@ -80,15 +84,26 @@ def _watch_end(descriptor: int) -> None:
     os._exit(LOST_PARENT)
 
 
-def _watch(descriptor: int, silence_seconds: float | None, heard_at: float) -> None:
-    """A machine that was suspended for longer than the silence wakes up with bytes of before in the pipe: they are no
-    sign of life, for the lease has ended meanwhile."""
+def _watch(descriptor: int, silence_seconds: float, sent_at: float) -> None:
+    """End this process when the worker has shown no sign of life for `silence_seconds`, a lease.
+
+    What counts is when the signs were sent, not when they are read: after a suspension the pipe holds old ones, and
+    this thread may run late although its worker lives, for instance while another holds the GIL. Both processes read
+    the machine's clock. A gap between two signs ends the process too, for the lease has ended in it.
+    """
     while True:
-        readable, _, _ = select.select([descriptor], [], [], silence_seconds)
-        is_silent = silence_seconds is not None and boot_seconds() - heard_at > silence_seconds
-        if not readable or is_silent or not os.read(descriptor, 4096):
+        select.select([descriptor], [], [], max(0.0, sent_at + silence_seconds - boot_seconds()))
+        now = boot_seconds()  # before the pipe is read, so that no sign that came by then is missed
+        readable, _, _ = select.select([descriptor], [], [], 0)
+        signs = os.read(descriptor, PIPE_BYTES) if readable else None
+        if signs == b"":
             os._exit(LOST_PARENT)
-        heard_at = boot_seconds()
+        for (sign,) in SIGN.iter_unpack(signs or b""):
+            if sign - sent_at > silence_seconds:
+                os._exit(LOST_PARENT)
+            sent_at = sign
+        if now - sent_at > silence_seconds:
+            os._exit(LOST_PARENT)
 
 
 def main(arguments: Sequence[str]) -> None:

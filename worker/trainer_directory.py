@@ -9,20 +9,35 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog.disk import full_disk_named
+from catalog.errors import LorryError
 from worker.rank_log import log_of
 from worker.trainer_paths import Entry, UnsafePath, confined, delete, open_file, opened
 
 Json = dict[str, Any]
+LONGEST_LINE_BYTES = 2**22
+"""Of an event. As much at once is read of a trainer's events."""
+LATEST_SECONDS = 1e12
 Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
 """admit: train a job. cancel: forget it. pause, preempt: save its checkpoint, then forget it. drain:
 pause all, then exit. unload: exit if no job is held."""
+
+
+class MalformedEvent(LorryError):
+    """A trainer wrote a line that is no event."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"The trainer's events can't be read: a line {reason}.",
+            code="malformed_event",
+            remedy="Check the worker's machine and the versions of its libraries; the job starts again in a new "
+            "trainer.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +105,7 @@ class TrainerDirectory:
 
     def delete_job(self, claim_id: str) -> None:
         """Delete all files of a job, as far as that is possible."""
-        with suppress(UnsafePath):
+        with suppress(UnsafePath, OSError):
             delete(self.path, self.named(self.job_path(claim_id)))
 
     def _of_job(self, claim_id: str, name: object) -> str:
@@ -201,18 +216,26 @@ class EventReader:
     def __init__(self, directory: TrainerDirectory) -> None:
         self._path = directory.events_path
         self._offset = 0
+        self.has_more = False
+        """Whether the last `read` left whole lines unread."""
 
     def read(self) -> list[Json]:
-        """Nothing where the file can't be read now: a trainer that can't be heard is silent."""
+        """The next events, at most LONGEST_LINE_BYTES of them. Raises MalformedEvent.
+
+        Nothing where the file can't be read now: a trainer that can't be heard is silent.
+        """
         try:
             with os.fdopen(open_file(self._path), "rb") as file:
                 file.seek(self._offset)
-                content = file.read()
+                content = file.read(LONGEST_LINE_BYTES)
         except OSError:
             return []
         whole = content[: content.rfind(b"\n") + 1]
+        self.has_more = bool(whole) and len(content) == LONGEST_LINE_BYTES
+        if not whole and len(content) == LONGEST_LINE_BYTES:
+            raise MalformedEvent(f"is longer than {LONGEST_LINE_BYTES:,} bytes")
         self._offset += len(whole)
-        return list(_parse_lines(whole.splitlines()))
+        return [_event(line) for line in whole.removesuffix(b"\n").split(b"\n")] if whole else []
 
 
 def write_json(path: Path, content: Json) -> None:
@@ -241,6 +264,15 @@ def _take(path: Path) -> Message:
     return Message(verb=path.stem.partition("-")[2], body=body)
 
 
-def _parse_lines(lines: Iterable[bytes]) -> Iterable[Json]:
-    for line in lines:
-        yield cast(Json, json.loads(line))
+def _event(line: bytes) -> Json:
+    """Raises MalformedEvent unless it is an object with a type and a time, which all events have."""
+    try:
+        parsed: object = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MalformedEvent("is not JSON") from error
+    event = cast(Json, parsed) if isinstance(parsed, dict) else {}
+    kind, seconds = event.get("type"), event.get("seconds")
+    is_moment = isinstance(seconds, int | float) and abs(seconds) < LATEST_SECONDS  # not NaN either
+    if not isinstance(kind, str) or not is_moment:
+        raise MalformedEvent("is not an object with a type and a time")
+    return event

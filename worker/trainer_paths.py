@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Generator
@@ -19,6 +20,11 @@ from pathlib import Path, PurePosixPath
 from catalog.errors import LorryError
 
 MAX_NAME_CHARS = 1024
+MAX_COMPONENT_BYTES = 255
+"""Of Linux's and macOS's file systems."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+OF_TRAINER = (errno.ELOOP, errno.ENOTDIR, errno.EACCES)
+"""Errors that a trainer causes by what it puts in the place of a folder. All others are the node's."""
 NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -55,7 +61,7 @@ def opened(root: Path, name: object) -> Generator[Entry]:
     """The last component of `name` in its parent folder, which stays open for the length of the block. The component
     may become a link meanwhile: the caller opens it without following links.
 
-    Raises UnsafePath like `confined`, and FileNotFoundError.
+    Raises UnsafePath like `confined`, FileNotFoundError, and OSError for a fault of the node.
     """
     *parents, last = _parts(name)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -63,10 +69,10 @@ def opened(root: Path, name: object) -> Generator[Entry]:
         for parent in parents:
             try:
                 inner = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | NO_LINK, dir_fd=descriptor)
-            except FileNotFoundError:
-                raise
-            except OSError as error:  # ELOOP or ENOTDIR
-                raise UnsafePath(name, "leads through a link or a file") from error
+            except OSError as error:
+                if error.errno not in OF_TRAINER:
+                    raise
+                raise UnsafePath(name, "leads through a link, a file or a closed folder") from error
             os.close(descriptor)
             descriptor = inner
         if stat.S_ISLNK(os.stat(last, dir_fd=descriptor, follow_symlinks=False).st_mode):
@@ -100,9 +106,11 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def _parts(name: object) -> tuple[str, ...]:
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or "\0" in name:
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or "\0" in name or SURROGATE.search(name):
         raise UnsafePath(name, "is not a name of 1 to 1,024 characters")
     parts = name.split("/")
     if PurePosixPath(name).is_absolute() or not all(parts) or {".", ".."} & set(parts):
         raise UnsafePath(name, "is not relative to the trainer's directory, or has '.' or '..' in it")
+    if any(len(os.fsencode(part)) > MAX_COMPONENT_BYTES for part in parts):
+        raise UnsafePath(name, "has a component that is longer than any file's name")
     return tuple(parts)

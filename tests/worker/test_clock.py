@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.worker.pack_site import PackSite
+from worker import tether
 from worker.clock import boot_seconds
-from worker.tether import LOST_PARENT
+from worker.tether import LOST_PARENT, SIGN
 
 ROOT = Path(__file__).parents[2]
 NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python reaches no such clock elsewhere")
@@ -67,9 +69,56 @@ def test_a_trainer_that_wakes_up_after_its_lease_does_not_take_an_old_byte_for_a
         assert child.stdout is not None
         assert child.stdout.readline() == b"watching\n"
         try:
-            child.stdin.write(b".")
+            child.stdin.write(SIGN.pack(boot_seconds()))
             child.stdin.flush()
 
             assert child.wait(30) == LOST_PARENT
         finally:
             child.kill()
+
+
+@pytest.mark.parametrize(
+    ("signs", "is_ended"),
+    [
+        ([5.0, 12.0, 20.0], False),
+        ([5.0, 8.0], True),
+        ([5.0, 20.0], True),
+        ([], True),
+    ],
+    ids=["signs without a gap", "no recent sign", "a gap longer than the lease", "no sign"],
+)
+def test_a_trainer_that_was_starved_judges_its_worker_by_when_the_signs_of_life_were_sent(
+    monkeypatch: pytest.MonkeyPatch, signs: list[float], *, is_ended: bool
+) -> None:
+    """Its thread did not run from second 0 to 25, of a lease of 10, for instance because another held the GIL."""
+
+    class Survived(Exception):
+        pass
+
+    select_now, waits = select.select, list[float]()
+
+    def selected(read: list[int], *others: list[int], **_: float) -> object:
+        timeout = others[-1]
+        if timeout == 0:
+            return select_now(read, [], [], 0)
+        waits.append(1)
+        if len(waits) > 1:
+            raise Survived
+        return [], [], []
+
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(select, "select", selected)
+    monkeypatch.setattr(os, "_exit", ended)
+    monkeypatch.setattr(tether, "boot_seconds", lambda: 25.0)
+    reader, writer = os.pipe()
+    for sent_at in signs:
+        os.write(writer, SIGN.pack(sent_at))
+
+    with pytest.raises((SystemExit, Survived)) as outcome:
+        tether._watch(reader, 10.0, 0.0)
+
+    assert outcome.type is (SystemExit if is_ended else Survived)
+    os.close(reader)
+    os.close(writer)

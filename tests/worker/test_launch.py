@@ -147,3 +147,32 @@ def test_a_child_whose_parent_has_gone_already_does_not_begin() -> None:
 
     assert ended.returncode == LOST_PARENT
     assert ended.stdout == b""
+
+
+MODPROBE = """#!/bin/sh
+echo "$@" >> {calls}
+touch {node}
+exit {status}
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize("device", [GPU, node.cpu()], ids=["GPU", "CPU"])
+def test_the_worker_has_cudas_device_node_created_before_the_first_trainer_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: node.Device, status: int
+) -> None:
+    """In its sandbox the trainer could not: no_new_privs takes the effect of the program's setuid bit away."""
+    calls, uvm, program = tmp_path / "calls", tmp_path / "nvidia-uvm", tmp_path / "nvidia-modprobe"
+    program.write_text(MODPROBE.format(calls=calls, node=uvm if status == 0 else "/dev/null", status=status))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(node, "UVM_NODE", uvm)
+    node.create_uvm_node.cache_clear()
+
+    for name in ("first", "second"):
+        directory = TrainerDirectory.create(tmp_path / name)
+        launch(directory, device, silence_seconds=60, bases_dir=tmp_path).close()
+
+    assert (calls.read_text() if calls.exists() else "") == ("-u -c 0\n" if device is GPU else "")
+    assert ("nvidia-uvm" in caplog.text) == (device is GPU and status != 0)
+    node.create_uvm_node.cache_clear()

@@ -108,6 +108,25 @@ def test_an_import_tells_the_commit_and_the_licence_of_its_source(
     assert read_json(tmp_path / "result.json") == {"description": description, "commit": "c0ffee"}
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EFBIG, "import_limit"), (errno.ENOSPC, "out_of_space"), (errno.EIO, "disk_error")],
+)
+def test_an_import_that_writes_more_than_its_limit_is_no_failed_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    def fail(**_: object) -> Imported:
+        raise OSError(number, "It failed")
+
+    monkeypatch.setattr(import_entry, "import_base", fail)
+    given = {"source": "org/model", "kind": "hub", "revision": None, "target_dir": str(tmp_path / "base")}
+    write_json(tmp_path / "arguments.json", {**given, "result": str(tmp_path / "result.json")})
+
+    import_entry.import_base_model(tmp_path / "arguments.json")
+
+    assert read_json(tmp_path / "result.json")["error"]["code"] == code
+
+
 def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
     trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from worker.trainer_directory import EventReader, EventWriter, InboxReader, InboxWriter, TrainerDirectory
+from worker import trainer_directory
+from worker.trainer_directory import (
+    EventReader,
+    EventWriter,
+    InboxReader,
+    InboxWriter,
+    MalformedEvent,
+    TrainerDirectory,
+)
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def test_events_are_read_once_and_half_a_line_waits_for_the_rest(directory: Trai
         file.write('{"type": "unlo')
     first = reader.read()
     with directory.events_path.open("a") as file:
-        file.write('aded"}\n')
+        file.write('aded", "seconds": 1}\n')
     second = reader.read()
 
     assert [event["type"] for event in first] == ["ready", "idle"]
@@ -81,3 +89,46 @@ def test_a_trainer_whose_words_can_not_be_read_is_silent(directory: TrainerDirec
     writer.close()
 
     assert [event["type"] for event in reader.read()] == ["idle"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        "[1]",
+        "{}",
+        '{"type": "ready"}',
+        '{"type": 1, "seconds": 1}',
+        "[" * 100_000,
+        '{"type": "a", "seconds": NaN}',
+        "\xff",
+    ],
+)
+def test_a_line_that_is_no_event_is_the_trainers_fault(directory: TrainerDirectory, line: str) -> None:
+    reader = EventReader(directory)
+    directory.events_path.write_bytes(line.encode("latin-1") + b"\n")
+
+    with pytest.raises(MalformedEvent):
+        reader.read()
+
+
+def test_a_line_without_end_is_not_read_into_memory(
+    directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_directory, "LONGEST_LINE_BYTES", 100)
+    directory.events_path.write_bytes(b"x" * 101)
+
+    with pytest.raises(MalformedEvent, match="longer"):
+        EventReader(directory).read()
+
+
+def test_many_events_are_read_in_parts(directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_directory, "LONGEST_LINE_BYTES", 100)
+    reader, writer = EventReader(directory), EventWriter(directory)
+    writer.write(*({"type": "idle", "number": number} for number in range(20)))
+    writer.close()
+
+    parts = [reader.read() for _ in range(20)]
+
+    assert [event["number"] for part in parts for event in part] == list(range(20))
+    assert len(parts[0]) < 20

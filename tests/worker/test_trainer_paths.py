@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from catalog.artifacts.manifest import DamagedArtifact
 from catalog.jobs import attempts
 from tests.worker.pack_site import PASSED, READY, PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script
-from worker import output
+from worker import output, trainer_directory
 from worker.output import LogFile
 from worker.trainer_directory import TrainerDirectory
 from worker.trainer_paths import UnsafePath, confined, delete, opened
@@ -222,3 +224,70 @@ def test_a_trainer_that_reports_a_path_outside_of_its_job_is_killed_and_nothing_
     assert found[0].reason == "trainer_crashed"
     assert "The trainer reported the path" in found[0].detail
     assert site.world.job(job.id).adapter_name is None
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_a_fault_of_the_node_is_not_taken_for_an_unsafe_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / "folder").mkdir()
+    open_any = os.open
+
+    def failing(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if dir_fd is not None:
+            raise OSError(number, os.strerror(number))
+        return open_any(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", failing)
+
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        confined(tmp_path, "folder/file")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" + "b" * 300, "\ud800", "a/\udcff/b"])
+def test_a_name_that_no_file_can_have_is_rejected(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a").mkdir()
+
+    with pytest.raises(UnsafePath):
+        confined(tmp_path, name)
+
+
+def test_a_trainer_whose_events_can_not_be_read_is_killed_and_its_job_tried_again(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
+) -> None:
+    job = site.queued()
+
+    def garbles(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        yield from trainer.listen("admit")
+        with trainer.directory.events_path.open("a") as file:
+            file.write("no event\n")
+        for _ in range(20):
+            yield
+
+    (trainer, *_) = run(garbles)
+
+    found: list[Any] = attempts(site.db, **site.world.of(job.id))
+    assert trainer.is_killed
+    assert found[0].reason == "trainer_crashed"
+    assert "events" in found[0].detail
+
+
+def test_what_a_trainer_said_last_is_heard_though_it_is_long(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_directory, "LONGEST_LINE_BYTES", 2000)
+    job = site.queued()
+
+    def ends(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        claim_id = (yield from trainer.listen("admit")).body["claim_id"]
+        for _ in range(200):
+            trainer.say("idle")
+        error = {"code": "bad", "message": "The last word.", "remedy": "None."}
+        trainer.say("refused", claim_id=claim_id, is_checkpoint=False, error=error)
+
+    run(ends)
+
+    found: list[Any] = attempts(site.db, **site.world.of(job.id))
+    assert "The last word." in found[0].detail
