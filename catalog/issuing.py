@@ -22,7 +22,7 @@ from catalog.spec import Priority, PriorityClass
 from catalog.tables import ApiKey, Json
 
 MAX_VALID_KEYS = 100
-"""Of one project. Each key has a request rate, downloads and live streams of its own."""
+"""Of one project. Each key has a request rate and downloads of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
