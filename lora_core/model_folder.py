@@ -26,6 +26,8 @@ REFERENCE = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
 """OWNER/NAME of a repository of the hub, with a revision and a part of it."""
 NAMES_OF_ORIGIN = re.compile(r"name_or_path$|^(base_)?model(_name)?$")
 """Keys that say what a model was made of. Nothing is loaded by them."""
+LABELS = ("id2label", "label2id")
+"""Objects of a classifier's labels, such as "N/A", which are texts."""
 
 
 AUTO_MODELS: dict[Task, Any] = {
@@ -79,22 +81,26 @@ def refuse_code(folder: Path) -> None:
             content = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:
             raise refused(f"{path.name} is not valid JSON") from error
-        for key, value in _entries(content):
-            if (why := _why_code(key, value, is_config=path.name == "config.json")) is not None:
+        for parent, key, value in _entries(content):
+            may_refer = path.name == "config.json" and parent not in LABELS
+            if (why := _why_code(key, value, may_refer=may_refer)) is not None:
                 raise refused(f"{path.name} has {key!r}, {why}")
 
 
-def _entries(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and value of every object, however deep."""
-    for key, value in content.items() if isinstance(content, dict) else ():
-        yield key, value
-    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    for value in inner:
-        yield from _entries(value)
+def _entries(content: Any, parent: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(key of the object, key, value) of every entry of every object, however deep."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield parent, key, value
+            yield from _entries(value, key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _entries(value)
 
 
-def _why_code(key: str, value: Any, *, is_config: bool) -> str | None:
-    """Why an entry might have transformers load code that does not come with it."""
+def _why_code(key: str, value: Any, *, may_refer: bool) -> str | None:
+    """Why an entry might have transformers load code that does not come with it. may_refer: it is read as more than a
+    text."""
     if key == "auto_map":
         return "which means that it needs code of its own"
     if IMPLEMENTATION.search(key) and not (value is None or (isinstance(value, bool | str) and value in BUILT_IN)):
@@ -102,7 +108,7 @@ def _why_code(key: str, value: Any, *, is_config: bool) -> str | None:
     if key.lower() in KERNELS and value:
         return "which has kernels loaded as code; remove the entry"
     is_reference = isinstance(value, str) and REFERENCE.fullmatch(value) is not None
-    if is_config and is_reference and not NAMES_OF_ORIGIN.search(key):
+    if may_refer and is_reference and not NAMES_OF_ORIGIN.search(key):
         return f"which refers to a repository, {str(value)[:100]!r}; remove the entry"
     return None
 

@@ -55,8 +55,7 @@ def find(
         url = normalise_url(url)
         return Connection(url=url, api_key=api_key or _key_of_environment(environ, url))
     if environ.get("LORRY_URL") and data_dir is None:
-        named = _named_by_environment(environ)
-        return replace(named, api_key=api_key or named.api_key)
+        return _named_by_environment(environ, api_key)
     folder = data_dir or default_data_dir(environ)
     local = read(folder)
     if local is None:
@@ -151,17 +150,20 @@ def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
     return (environ.get("LORRY_API_KEY") or None) if not named or normalise_url(named) == url else None
 
 
-def _named_by_environment(environ: Mapping[str, str]) -> Connection:
-    """A variable that was exported long ago is easily forgotten: `origin` names the local service that it hides."""
+def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Connection:
+    """A variable that was exported long ago is easily forgotten: `origin` names the local service that it hides.
+
+    An explicit key is sent to the address even if the file of an earlier version holds no secret to verify it by.
+    """
     url = normalise_url(environ["LORRY_URL"])
-    key, secret = environ.get("LORRY_API_KEY") or None, None
+    key, secret = api_key or environ.get("LORRY_API_KEY") or None, None
     origin = "The address is from the variable LORRY_URL."
     folder = default_data_dir(environ)
     local = None
     with contextlib.suppress(NotConfigured):
         local = read(folder)
     if local is not None and local.url == url:
-        local = _verifiable(local, folder)
+        local = local if key else _verifiable(local, folder)
         key, secret = key or local.api_key, local.identity_secret
     elif local is not None:
         origin = f"{origin[:-1]}; without it, it would be {local.url}, from {folder / FILE_NAME}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,7 +65,18 @@ class Contents:
 
     def write_records(self, folder: Path) -> None:
         (folder / MANIFEST).write_bytes(canonical_json.encode(self.manifest()))
-        (folder / LINEAGE).write_text(json.dumps(self.lineage, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / LINEAGE).write_text(self._lineage_text(), "utf-8")
+
+    def update_lineage(self, folder: Path) -> None:
+        """Replace a record that differs, in one step."""
+        text, path = self._lineage_text(), folder / LINEAGE
+        if path.read_text("utf-8") != text:
+            temporary = folder / f".{LINEAGE}.{os.getpid()}"
+            temporary.write_text(text, "utf-8")
+            temporary.replace(path)
+
+    def _lineage_text(self) -> str:
+        return json.dumps(self.lineage, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_free(target: Path) -> None:
@@ -92,7 +104,8 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     """Checks a pulled folder offline: files against the manifest, record against its id, and the record's signature.
 
     keys: the service's public keys (signatures.read_keys). Without them, only digests are checked, and `signature` is
-    `not_checked`. With them it is `valid` or `invalid`. `problems` are sentences.
+    `not_checked`. With them it is `valid`, `invalid`, or `unknown_key` where it names none of them: another service may
+    have made it. `problems` are sentences.
     Raises LorryError for a folder that has neither a manifest nor a record.
     """
     if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
@@ -116,10 +129,10 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     problems += lineage_problems(lineage, artifact)
     if keys is None:
         return _result(problems, signature="not_checked")
-    unsigned = signatures.problem(
+    status, problem = signatures.check(
         lineage.get("signature"), lineage_id=lineage.get("lineage_id"), artifact=artifact, keys=keys
     )
-    return _result([*problems, *([unsigned] if unsigned else [])], signature="invalid" if unsigned else "valid")
+    return _result([*problems, *([problem] if problem else [])], signature=status)
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:

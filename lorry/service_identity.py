@@ -132,6 +132,8 @@ class _VerifyingBackend(httpcore.NetworkBackend):
         expected = expected_proof(self._secret, nonce=nonce, host=peer_host, port=peer_port)
         if response.status != 200 or not hmac.compare_digest(_proof_in(body), expected.encode("ascii")):
             raise _not_verified(authority)
+        if exchange.is_closed():  # `Connection: close`: no request may follow
+            raise httpcore.ConnectError("it closed the connection after the identity check, so it is shutting down")
 
 
 def _bounded(response: httpcore.Response) -> bytes:

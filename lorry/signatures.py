@@ -9,7 +9,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -19,6 +19,8 @@ from lorry.errors import LorryError
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:lorry:lineage:1"
+UNKNOWN_KEY = "The signature in lineage.json is of an unknown key."
+Status = Literal["valid", "invalid", "unknown_key"]
 _MAX_PAYLOAD_CHARACTERS = 2**16
 
 
@@ -37,10 +39,12 @@ def read_keys(text: str | bytes) -> list[Mapping[str, Any]]:
     return [*ours]
 
 
-def problem(envelope: object, *, lineage_id: object, artifact: str, keys: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why the envelope does not prove that an owner of `keys` issued this record for these files; None if it does."""
+def check(
+    envelope: object, *, lineage_id: object, artifact: str, keys: Sequence[Mapping[str, Any]]
+) -> tuple[Status, str | None]:
+    """Whether the envelope proves that an owner of `keys` issued this record for these files; if not, why."""
     if not isinstance(envelope, dict):
-        return "lineage.json has no signature."
+        return "invalid", "lineage.json has no signature."
     wire = cast("dict[str, Any]", envelope)
     try:
         payload = _decoded(wire["payload"])
@@ -52,12 +56,14 @@ def problem(envelope: object, *, lineage_id: object, artifact: str, keys: Sequen
         subjects = [each["digest"]["sha256"] for each in statement["subject"]]
         kind, issued = (statement["_type"], statement["predicateType"]), statement["predicate"]["lineage_id"]
     except (KeyError, TypeError, ValueError, RecursionError):
-        return "The signature in lineage.json is malformed."
+        return "invalid", "The signature in lineage.json is malformed."
+    if signatures and not {key_id for key_id, _ in signatures} & {key.get("kid") for key in keys}:
+        return "unknown_key", UNKNOWN_KEY
     if not is_signed:
-        return "The signature in lineage.json was not made with a key of this service."
+        return "invalid", "The signature in lineage.json was not made with the key that it names."
     if kind != (STATEMENT_TYPE, PREDICATE_TYPE) or issued != lineage_id or subjects != [artifact]:
-        return "The signature in lineage.json belongs to another adapter."
-    return None
+        return "invalid", "The signature in lineage.json belongs to another adapter."
+    return "valid", None
 
 
 def _encoding(payload: bytes) -> bytes:

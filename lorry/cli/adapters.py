@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.cli import output, sharing
-from lorry.cli.app import EXIT_REFUSED, client, group
+from lorry.cli.app import EXIT_NOT_CHECKED, EXIT_REFUSED, client, group
 from lorry.cli.files import byte_bar
 from lorry.cli.output import AsJson
 from lorry.cli.tables import Column, table
@@ -116,11 +116,13 @@ def verify(
 ) -> None:
     """Check an adapter's files, lineage record and signature. Exit code 1 if a check fails.
 
-    A folder's signature is checked with the keys of the connected service, or of --keys without any service.
+    A folder's signature is checked with the keys of the connected service, or of --keys without any service. Exit
+    code 3 if the digests are right, but there were no keys.
     """
     folder = _folder(adapter)
+    owner = None
     if folder is not None:
-        result = _verify_folder(folder, keys)
+        result, owner = _verify_folder(folder, keys)
     elif keys is not None:
         raise typer.BadParameter(
             "--keys applies to a folder; the service checks its own adapters.", param_hint="--keys"
@@ -130,7 +132,9 @@ def verify(
             result = client().adapters.verify(adapter)
     if as_json:
         output.print_json(result)
-    _say_verdict(adapter, result, as_json=as_json)
+    _say_verdict(adapter, result, owner=owner, as_json=as_json)
+    if result.get("signature") == "not_checked":
+        raise typer.Exit(EXIT_NOT_CHECKED)
 
 
 @app.command()
@@ -256,37 +260,55 @@ def _no_folder_either(adapter: str) -> Generator[None]:
         raise
 
 
-def _verify_folder(folder: Path, keys: Path | None) -> dict[str, Any]:
-    """Checks the signature with the keys of the file, else of the service; says so if it has neither."""
+def _verify_folder(folder: Path, keys: Path | None) -> tuple[dict[str, Any], str | None]:
+    """Checks the signature with the keys of the file, else of the service; says so if it has neither.
+
+    Returns also whose keys were used.
+    """
     from lorry.folder import verify_folder
     from lorry.signatures import read_keys
 
     if keys is not None:
-        return verify_folder(folder, keys=read_keys(keys.read_bytes()))
+        return verify_folder(folder, keys=read_keys(keys.read_bytes())), str(keys)
     result = verify_folder(folder)
     if not result["passed"]:
-        return result
+        return result, None
     try:
-        found = client().adapters.signing_keys()
+        lorry = client()
+        found = lorry.adapters.signing_keys()
     except LorryError as error:
         output.say(f"The signature was not checked: the service returned no public keys. {error.message}")
         output.say("Pass --keys FILE, with the answer of GET /v1/keys.json, to check it offline.")
-        return result
-    return verify_folder(folder, keys=found)
+        return result, None
+    return verify_folder(folder, keys=found), lorry.url
 
 
-def _say_verdict(adapter: str, result: dict[str, Any], *, as_json: bool = False) -> None:
-    """What a check found; exits with 1 if it is bad."""
+def _say_verdict(adapter: str, result: dict[str, Any], *, owner: str | None = None, as_json: bool = False) -> None:
+    """What a check found; exits with 1 if it is bad. owner: the service or the file whose keys were used."""
+    from lorry.signatures import UNKNOWN_KEY
+
     problems: list[str] = result.get("problems") or []
     if not as_json:
         for problem in problems:
             output.say(problem)
         if result.get("signature") == "valid":
-            output.say("The signature is valid: a service with this key issued the lineage record.")
-        verdict = "OK, it is what its record says" if result.get("passed") else "NOT what its record says"
-        output.say(f"{adapter}: {verdict}.")
+            output.say(f"The signature is valid: a key of {owner} made it, and it belongs to this lineage record.")
+        output.say(f"{adapter}: {_verdict(result, is_unknown=problems == [UNKNOWN_KEY], owner=owner)}.")
     if not result.get("passed"):
         raise typer.Exit(EXIT_REFUSED)
+
+
+def _verdict(result: dict[str, Any], *, is_unknown: bool, owner: str | None) -> str:
+    if is_unknown:
+        return (
+            f"the digests are right, but the signature is of a key that {owner} does not have. If another service "
+            "trained it, pass --keys FILE with the answer of that service's GET /v1/keys.json"
+        )
+    if not result.get("passed"):
+        return "NOT what its record says"
+    if result.get("signature") == "not_checked":
+        return "the digests are right, but the signature was not checked"
+    return "OK, it is what its record says"
 
 
 def _source_of(lorry: Lorry, base_model: str) -> str | None:

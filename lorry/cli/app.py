@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
+EXIT_NOT_CHECKED = 3
 EXIT_INTERRUPTED = 130
 ALIKE = (
     ("remove", "delete", "revoke", "archive", "cancel", "rm"),

@@ -134,7 +134,8 @@ def revoke(
     if as_json:
         return output.print_json(key.raw)
     others = len(key.revoked_keys) - 1
-    also = f", and {others} keys that descend from it," if others > 0 else ""
+    descendants = "1 key that descends" if others == 1 else f"{others} keys that descend"
+    also = f", and {descendants} from it," if others > 0 else ""
     output.say(f"{key.id} ({key.name}){also} {'are' if also else 'is'} not valid any more.")
     if key.unfinished_jobs or key.unfinished_sweeps:
         left = f"{key.unfinished_jobs} jobs and {key.unfinished_sweeps} sweeps"

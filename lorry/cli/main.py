@@ -29,7 +29,8 @@ from lorry.cli.plan import plan
 app = group(
     "Trains many LoRA adapters at once on the GPUs you own.\n\n"
     "Talks to the service that LORRY_URL and LORRY_API_KEY name, or to the local one that `lorry up` started.\n\n"
-    "Exit codes: 0 done; 1 the service or a check refused; 2 wrong usage; 130 interrupted."
+    "Exit codes: 0 done; 1 the service or a check refused; 2 wrong usage; 3 a signature was not checked; "
+    "130 interrupted."
 )
 app.command("up")(up.up)
 app.command("worker")(worker.worker)

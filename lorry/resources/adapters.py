@@ -61,7 +61,8 @@ class Adapters:
         self._transport.request("DELETE", _permissions(name, permission_id))
 
     def pull(self, name: str, directory: Path | str, *, on_progress: OnBytes | None = None) -> Path:
-        """Downloads the adapter into `directory`, which must not exist, be empty or hold this very adapter.
+        """Downloads the adapter into `directory`, which must not exist, be empty or hold this very adapter; then only
+        its lineage record is written again, which may have got a signature since.
 
         Every digest is checked before the folder appears under its name. What PEFT needs lies in it, and
         manifest.json and lineage.json for `lorry.folder.verify_folder`. Raises BadDownload.
@@ -71,6 +72,7 @@ class Adapters:
         contents = folder.Contents.of(manifest=self.manifest(adapter.id), artifact=adapter.artifact, lineage=lineage)
         target = Path(directory).expanduser()
         if folder.holds(target, contents):
+            contents.update_lineage(target)
             return target
         folder.check_free(target)
         with self._transport.stream(_of(adapter.id, "archive"), headers={"accept": "application/x-tar"}) as response:

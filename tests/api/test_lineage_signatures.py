@@ -89,9 +89,11 @@ def test_a_forger_cannot_sign_the_record_with_a_key_of_their_own(pulled: Path, k
     forged["signatures"][0]["keyid"] = keys[0]["kid"]
     change_signature(pulled, **forged)
 
-    for result in (by_name, verify_folder(pulled, keys=keys)):
-        assert result["problems"] == ["The signature in lineage.json was not made with a key of this service."]
-        assert (result["passed"], result["signature"]) == (False, "invalid")
+    by_signature = verify_folder(pulled, keys=keys)
+    assert by_name["problems"] == ["The signature in lineage.json is of an unknown key."]
+    assert (by_name["passed"], by_name["signature"]) == (False, "unknown_key")
+    assert by_signature["problems"] == ["The signature in lineage.json was not made with the key that it names."]
+    assert (by_signature["passed"], by_signature["signature"]) == (False, "invalid")
 
 
 @pytest.mark.parametrize(

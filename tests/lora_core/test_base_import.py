@@ -22,7 +22,7 @@ from lora_core.base_import import import_base
 from lora_core.base_model import describe_base, load_base
 from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
 from lora_core.licence import licence_of_folder
-from lora_core.model_folder import load_with_transformers, read_config
+from lora_core.model_folder import load_with_transformers, read_config, refuse_code
 from tests.lora_core.loopback_hub import Importer, hub_that_refuses, hub_that_serves, importer
 from tests.lora_core.test_longrope import longrope
 
@@ -91,6 +91,19 @@ def test_pickles_are_refused(source, tmp_path):
     with pytest.raises(UnsupportedModel, match=r"pickles \(pytorch_model.bin\)"):
         import_folder(source, tmp_path / "base")
     assert not (tmp_path / "base").exists()
+
+
+def test_a_label_that_looks_like_a_repository_is_no_reference(source):
+    edit_json(source / "config.json", id2label={"0": "N/A", "1": "yes/no"}, label2id={"N/A": 0, "yes/no": 1})
+
+    refuse_code(source)
+
+    edit_json(source / "config.json", id2label={"0": "N/A", "use_kernels": "yes"})
+    with pytest.raises(UnsupportedModel, match="use_kernels"):
+        refuse_code(source)
+    edit_json(source / "config.json", id2label={"0": {"weights": "owner/name"}})
+    with pytest.raises(UnsupportedModel, match="refers to a repository"):
+        refuse_code(source)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])

@@ -37,12 +37,14 @@ class Seen:
 class Script:
     """Replies per method and path (without the query), in order; the last one is repeated.
 
-    It proves its identity by `identity_secret`, unless that is None; what it is asked for that is not in `seen`.
+    It proves its identity by `identity_secret`, unless that is None; what it is asked for that is not in `seen`. While
+    it is shutting down, it closes the connection after that.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.identity_secret: str | None = "5e" * 32
+        self.is_shutting_down = False
         self.seen: list[Seen] = []
         self._replies: dict[tuple[str, str], list[Reply]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -115,7 +117,7 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
             host, port = self.connection.getsockname()
             nonce = query.removeprefix("nonce=")
             proof = service_identity.expected_proof(script.identity_secret, nonce=nonce, host=host, port=port)
-            return Reply(body={"proof": proof})
+            return Reply(body={"proof": proof}, headers={"connection": "close"} if script.is_shutting_down else {})
 
         do_GET = do_POST = do_DELETE = handle_any
 

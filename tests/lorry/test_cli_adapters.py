@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from catalog import lineage_signatures
 from lorry.cli.adapters import folder_name
-from tests.lorry.adapter_fixture import serve, tar
+from lorry.cli.app import EXIT_NOT_CHECKED
+from tests.lorry.adapter_fixture import lineage, manifest, serve, tar
 from tests.lorry.scripted_server import Reply, Script
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -28,7 +30,9 @@ def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tm
     second = run("adapters", "verify", folder, "--json")
 
     assert folder.name == "ft-m-p-s-..-x-1"
-    assert first.exit_code == 0
+    assert first.exit_code == EXIT_NOT_CHECKED
+    assert "the digests are right, but the signature was not checked" in first.stderr
+    assert "OK" not in first.stderr
     assert second.exit_code == 1
     assert json.loads(second.stdout)["passed"] is False
 
@@ -103,6 +107,30 @@ def test_a_sweep_that_has_no_best_yet_is_looked_at_by_a_command(service: Script,
 
     assert "lorry sweep show sweep-1" in told
     assert "/v1/" not in told
+
+
+def test_a_signature_of_another_service_is_of_an_unknown_key_and_the_adapter_is_not_called_forged(
+    service: Script, run: Run, tmp_path: Path
+) -> None:
+    artifact = manifest()["artifact"]
+    mine, other = b"m" * 32, b"o" * 32
+    told = lineage(artifact)
+    told["signature"] = lineage_signatures.sign_lineage(lineage_id=told["lineage_id"], artifact=artifact, pepper=other)
+    service.on("GET", "/v1/adapters/a/lineage", told)
+    serve(service, tar())
+    keys = [lineage_signatures.key_set([pepper]) for pepper in (mine, other)]
+    service.on("GET", "/v1/keys.json", *keys)
+    folder = tmp_path / run("adapters", "pull", "a").stdout.strip()
+
+    unknown = run("adapters", "verify", folder)
+    valid = run("adapters", "verify", folder)
+
+    words = " ".join(unknown.stderr.split())
+    assert unknown.exit_code == 1
+    assert f"the signature is of a key that {service.url} does not have" in words
+    assert "NOT what its record says" not in words
+    assert valid.exit_code == 0
+    assert f"a key of {service.url}" in " ".join(valid.stderr.split())
 
 
 def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) -> None:

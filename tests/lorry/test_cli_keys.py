@@ -145,6 +145,15 @@ def test_a_revocation_shows_what_is_left_and_how_to_end_it(service: Script, run:
     assert "2. Revoke them: lorry keys revoke key-1 --with-descendants" in shown
 
 
+def test_one_descendant_is_named_in_the_singular(service: Script, run: Run) -> None:
+    left = {"revoked_keys": ["key-1", "key-2"]}
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
+
+    shown = run("keys", "revoke", "key-1", "--with-descendants").stderr
+
+    assert shown == "key-1 (ci), and 1 key that descends from it, are not valid any more.\n"
+
+
 def test_a_key_is_revoked_with_its_descendants_and_its_work(service: Script, run: Run) -> None:
     left = {"revoked_keys": ["key-1", "key-2", "key-3"]}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})

@@ -164,3 +164,11 @@ def test_the_secret_of_the_file_goes_with_its_address_and_is_never_printed(tmp_p
     assert connection.find(url="http://127.0.0.1:8472", environ=local).identity_secret is None
     assert SECRET not in repr(found)
     assert "of-the-file" not in repr(found)
+
+
+def test_an_explicit_key_works_with_a_file_of_an_earlier_version(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="of-the-file"))
+    local = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://127.0.0.1:8472"}
+
+    assert connection.find(environ={**local, "LORRY_API_KEY": "mine"}).api_key == "mine"
+    assert connection.find(environ=local, api_key="given").api_key == "given"

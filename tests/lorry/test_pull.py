@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from lorry import BadDownload, Lorry, LorryError
 from lorry.errors import ConnectionFailed
 from lorry.folder import verify_folder
-from tests.lorry.adapter_fixture import FILES, digest_of, link, manifest, serve, tar
+from tests.lorry.adapter_fixture import FILES, digest_of, lineage, link, manifest, serve, tar
 from tests.lorry.scripted_server import Reply, Script
 
 BIG = "adapter_model.safetensors"
@@ -45,6 +46,23 @@ def test_pulling_again_is_free_and_pulling_over_something_else_is_refused(
 
     assert len(service.requests("GET", "/v1/adapters/a/archive")) == 1
     assert (tmp_path / "adapter" / BIG).read_bytes() == b"mine"
+
+
+def test_pulling_again_writes_the_signature_that_an_earlier_pull_did_not_have(
+    service: Script, client: Lorry, tmp_path: Path
+) -> None:
+    serve(service, tar())
+    signed = lineage(manifest()["artifact"]) | {"signature": {"payload": "eA=="}}
+    service.on("GET", "/v1/adapters/a/lineage", signed)
+    folder = client.adapters.pull("a", tmp_path / "adapter")
+    before = json.loads((folder / "lineage.json").read_text())
+
+    client.adapters.pull("a", folder)
+
+    assert "signature" not in before
+    assert json.loads((folder / "lineage.json").read_text()) == signed
+    assert verify_folder(folder)["passed"]
+    assert len(service.requests("GET", "/v1/adapters/a/archive")) == 1
 
 
 def test_an_empty_folder_that_is_there_is_used(service: Script, client: Lorry, tmp_path: Path) -> None:

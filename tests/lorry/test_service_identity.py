@@ -177,6 +177,17 @@ def test_a_busy_service_is_tried_again_and_a_silent_or_absent_one_is_not_reached
     assert not saw_the_key(service)
 
 
+def test_a_service_that_closes_the_connection_after_its_proof_is_not_reached(service: Script, data_dir: Path) -> None:
+    service.is_shutting_down = True
+    service.on("GET", JOBS, ONE_PAGE)
+    slept: list[float] = []
+
+    with Lorry(data_dir=data_dir, sleep=slept.append) as lorry, pytest.raises(ConnectionFailed, match="shutting down"):
+        list(lorry.jobs.list())
+
+    assert len(slept) == RetryPolicy().max_retries
+
+
 def test_an_answer_that_breaks_off_is_an_error_of_httpx(service: Script, data_dir: Path) -> None:
     service.on("GET", JOBS, Reply(body={"data": []}, cut=True))
     secret = connection.find(data_dir=data_dir, environ={}).identity_secret
