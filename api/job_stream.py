@@ -28,9 +28,10 @@ class JobWatch:
         self.told_events = 0
 
     @classmethod
-    def start(cls, db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> JobWatch:
-        """Raises NotFound."""
-        return cls(db, watching.start(db, project_id=project_id, job_id=job_id, last_seen=last_seen))
+    def start(cls, db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
+        """With its first look. Raises NotFound."""
+        watch = cls(db, watching.start(db, project_id=project_id, job_id=job_id, last_seen=last_seen))
+        return watch, watch.look()
 
     def look(self) -> Found:
         """Points and events as they were written, then the job if it has changed: a final job comes after all that

@@ -1,12 +1,18 @@
 """How much of a rate is left: a bucket of tokens that fills evenly. Pure; the clock is the caller's.
 
-At once a client may have the whole of its limit, and in the long run no more than the limit in each period.
+At once a client may have what the bucket holds, and in the long run no more than the limit in each period.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+
+BURST_PART = 0.1
+"""Of a limit: what the bucket holds. A whole minute's requests at once would delay those of all other clients."""
+MIN_BURST = 60
+"""What the bucket of a larger limit holds at least: what a page of the dashboard or a script asks for at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +25,11 @@ class Rate:
     @property
     def per_second(self) -> float:
         return self.limit / self.period_seconds
+
+    @property
+    def burst(self) -> int:
+        """Tokens of a full bucket."""
+        return min(self.limit, max(MIN_BURST, math.ceil(self.limit * BURST_PART)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +56,12 @@ class Standing:
     @property
     def reset_seconds(self) -> float:
         """Until the bucket is full."""
-        return max(0.0, self.rate.limit - self.tokens) / self.rate.per_second
+        return max(0.0, self.rate.burst - self.tokens) / self.rate.per_second
 
     @property
     def retry_after_seconds(self) -> float:
-        """Until as much is there as was asked for; infinite where that is more than the limit."""
-        if self.cost > self.rate.limit:
+        """Until as much is there as was asked for; infinite where that is more than the bucket holds."""
+        if self.cost > self.rate.burst:
             return math.inf
         return max(0.0, self.cost - self.tokens) / self.rate.per_second
 
@@ -60,11 +71,11 @@ def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tup
 
     A negative cost gives back. A clock that went backwards fills nothing.
     """
-    tokens = float(rate.limit)
+    tokens = float(rate.burst)
     if bucket is not None:
         tokens = min(tokens, bucket.tokens + max(0.0, now - bucket.at) * rate.per_second)
     is_allowed = tokens >= cost
     if is_allowed:
-        tokens = min(float(rate.limit), tokens - cost)
+        tokens = min(float(rate.burst), tokens - cost)
     at = now if bucket is None else max(now, bucket.at)
     return Bucket(tokens=tokens, at=at), Standing(rate=rate, tokens=tokens, is_allowed=is_allowed, cost=cost)

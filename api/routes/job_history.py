@@ -169,8 +169,7 @@ async def stream_job(
     And the job, whenever it changes. Ends after the job's final state; a client that comes back then gets 204."""
     seen = last_event_id(last_seen)
     start = partial(JobWatch.start, use.db, project_id=caller.project_id, job_id=job_id, last_seen=seen)
-    watch = await run_route(caller.project_id, start)
-    first = await run_route(caller.project_id, watch.look)
+    watch, first = await run_route(caller.project_id, start)
     if seen is not None and first.is_last and not watch.told_events:
         return Response(status_code=204)
     key = (caller.project_id, job_id)

@@ -283,8 +283,7 @@ def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
     monkeypatch.setattr(job_stream, "job_objects", counted)
     claim = world.running()
     project_id = world.caller.project_id
-    watch = job_stream.JobWatch.start(world.db, project_id=project_id, job_id=claim.job.id, last_seen=None)
-    watch.look()
+    watch, _ = job_stream.JobWatch.start(world.db, project_id=project_id, job_id=claim.job.id, last_seen=None)
 
     world.pass_time(5, claim.claim_id)
     quiet = watch.look()

@@ -71,3 +71,15 @@ def test_no_stretch_of_time_grants_more_than_the_limit_and_what_came_back_in_it(
     for first, began in enumerate(moments):
         for last, ended in enumerate(moments[first:], start=1):
             assert last <= limit + (ended - began) * rate.per_second + 1e-6
+
+
+@pytest.mark.parametrize(("limit", "burst"), [(5, 5), (60, 60), (600, 60), (6000, 600)])
+def test_a_bucket_holds_a_tenth_of_a_limit_or_sixty_and_no_more_than_the_limit(limit: int, burst: int) -> None:
+    rate = Rate(limit=limit, period_seconds=60)
+
+    bucket, all_at_once = take(None, rate, now=0, cost=burst)
+    _, one_more = take(bucket, rate, now=0)
+
+    assert (all_at_once.is_allowed, one_more.is_allowed) == (True, False)
+    assert one_more.retry_after_seconds == pytest.approx(60 / limit)
+    assert take(bucket, rate, now=10_000)[1].remaining == burst - 1

@@ -22,13 +22,15 @@ from sqlalchemy import func, select
 from catalog import jobs
 from catalog.db import read_clock
 from catalog.errors import LorryError
+from catalog.pepper import Pepper
 from catalog.states import FINAL_STATES, JobState
 from catalog.tables import Job, Trainer, UsageDay, Worker
+from catalog.webhooks import endpoints
 from tests.api.hook_receiver import Answer, receiving
 from tests.faults.site import FaultSite
 from tests.faults.soak.neighbor import CRASH_SUFFIX
 from tests.faults.soak.verdict import Compared
-from tests.worker_site import ROOT
+from tests.worker_site import PEPPER, ROOT
 
 NAME = "neighbor"
 MAX_RATIO = 2.0
@@ -158,6 +160,7 @@ class Neighborhood:
                 told, _ = client.communicate(timeout=180)
                 self.found.statuses = json.loads(told or "{}")
         self._cancel_all(project_id)
+        self._disable_endpoints(project_id)
 
     def _create(self) -> tuple[str, str]:
         """Its project, which an operator lets submit urgent jobs, and the text of its key."""
@@ -196,15 +199,21 @@ class Neighborhood:
                 continue  # it has finished meanwhile
         self.wait(unfinished)
 
+    def _disable_endpoints(self, project_id: str) -> None:
+        """Of those that never answer: nothing is delivered to them any more."""
+        changes, pepper = endpoints.EndpointChange(enabled=False), Pepper(current=PEPPER.encode())
+        for endpoint in endpoints.list_page(self.site.db, project_id=project_id, after=None, limit=100).items:
+            given = {"project_id": project_id, "endpoint_id": endpoint.id, "changes": changes, "pepper": pepper}
+            endpoints.change(self.site.db, **given)
+
     def _device_seconds(self) -> dict[str, float]:
         total = select(UsageDay.project_id, func.sum(UsageDay.device_seconds)).group_by(UsageDay.project_id)
         with self.site.db.read() as session:
             return {row[0]: float(row[1]) for row in session.execute(total)}
 
     def _num_waiting(self) -> int:
-        waiting = select(func.count()).where(
-            Job.project_id == self.site.caller.project_id, Job.state == JobState.QUEUED
-        )
+        states = (JobState.VALIDATING_FILES, JobState.QUEUED)
+        waiting = select(func.count()).where(Job.project_id == self.site.caller.project_id, Job.state.in_(states))
         with self.site.db.read() as session:
             return session.scalar(waiting) or 0
 

@@ -192,6 +192,7 @@ def submit_crashing_jobs(tenant: Tenant) -> None:
         "precision": "float32",
         "seed": random.randrange(10**6),
         "suffix": CRASH_SUFFIX,
+        "priority": "urgent",
         "max_steps": 400,
         "hyperparameters": {"batch_size": 4, "n_epochs": 100},
     }
