@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-
 BURST_PART = 0.1
 """Of a limit: what the bucket holds. A whole minute's requests at once would delay those of all other clients."""
 MIN_BURST = 60
