@@ -57,6 +57,7 @@ from api.telemetry import Telemetry
 from api.threads import KeyChecks, SlowWork, limit_route_threads
 from api.webhook_deliverer import WebhookDeliverer
 from api.webhook_sender import WebhookSender
+from catalog import derived_keys
 from catalog.artifacts.store import open_store
 from catalog.db import Database
 from catalog.doorbell import open_doorbell
@@ -155,6 +156,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     telemetry.count_streams(feed.num_listeners)
     db = Database(settings.resolved_database_url())
     pepper = load_pepper(settings, db)
+    derived_keys.retire(db, pepper)
     telemetry.count_long_writes(lambda: db.num_long_writes)
     sender = WebhookSender(api_settings.webhook_rules())
     return Services(

@@ -13,6 +13,7 @@ from api.deps import Services
 from api.telemetry import Telemetry
 from catalog import audit_anchors, audit_chain, deadlines, queue, recovery
 from catalog.cleaning import clean
+from catalog.derived_keys import PepperReplaced
 from catalog.errors import LorryError, Unavailable
 from catalog.sweeps import controller
 from catalog.webhooks import deliveries, sealed_urls
@@ -100,7 +101,7 @@ def _run(act: Callable[[Services], None], services: Services) -> None:
     try:
         act(services)
         is_done = True
-    except Unavailable as error:
+    except (Unavailable, PepperReplaced) as error:
         log.warning("%s code=%s", duty, error.code)
     except Exception:  # the loop outlives whatever one run meets
         log.exception("crash in %s", duty)

@@ -12,6 +12,7 @@ from typing import Any, cast
 from api.bootstrap import open_existing
 from catalog import audit_chain, pepper
 from catalog.artifacts.store import open_store
+from catalog.audit_anchors import SUPERSEDED_PREFIX
 from catalog.backup import Checked, check, make, open_place, restore
 from catalog.errors import InvalidRequest
 from catalog.settings import Settings
@@ -72,7 +73,15 @@ def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
         told += (
             f" Before you start the service, give it its pepper (LORRY_PEPPER, or {path}): else no API key opens it."
         )
-    details = {"backup": restored.record.name, "num_copied": restored.num_copied, **_counts(restored.checked)}
+    if anchors := restored.superseded_anchors:
+        told += f" {len(anchors)} anchors of the audit log were made after the backup and no longer apply: they are in "
+        told += f"{SUPERSEDED_PREFIX}/ of the store, and service.restored in the audit log names them."
+    details = {
+        "backup": restored.record.name,
+        "num_copied": restored.num_copied,
+        "superseded_anchors": restored.superseded_anchors,
+        **_counts(restored.checked),
+    }
     _tell(arguments, told, problems=restored.checked.problems, details=details)
     return 1 if restored.checked.problems else 0
 

@@ -8,20 +8,24 @@ deleted more than a day after it was written is noticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import select
 
-from catalog import audit_chain
+from catalog import audit_chain, derived_keys
 from catalog.artifacts.objects import NoSuchObject, Objects
 from catalog.audit_chain import Checked, Misfit
 from catalog.db import Database, read_clock
+from catalog.derived_keys import ChainKey
 from catalog.tables import AuditEvent, Json
 
 PREFIX = "audit/anchors"
+SUPERSEDED_PREFIX = "audit/superseded"
+"""Anchors that a restore has moved away, in a folder for each restore."""
 MAX_BYTES = 4096
 """An anchor has some 250; a larger object is none."""
 
@@ -32,21 +36,33 @@ class Anchor:
 
     link: int
     digest: str
+    anchored_at: float
+    """Seconds since 1970 by the database's clock."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Superseded:
+    """An anchor of events that a restore has lost: its object, and the place of its event."""
+
+    key: str
+    link: int
 
 
 def anchor(db: Database, objects: Objects, *, pepper: bytes) -> bool:
     """Write the anchor of this day (UTC) where there is none and the chain has an event. Returns whether it did.
 
-    Of several API servers that write at once the last one's stays: each of them is right. Raises Unavailable.
+    Of several API servers that write at once the last one's stays: each of them is right. Raises Unavailable,
+    PepperReplaced.
     """
     with db.read() as session:
         now = read_clock(session)
         link, digest = audit_chain.head(session)
+        derived_keys.check_current(session, pepper)  # after the head: a key covers what preceded its retirement
     key = _key(now)
     if link == 0 or _exists(objects, key):
         return False
     told: Json = {"object": "audit_anchor", "link": link, "digest": digest, "anchored_at": now}
-    told["mac"] = audit_chain.seal_of(told, audit_chain.chain_key(pepper))
+    told["mac"] = audit_chain.seal_of(told, derived_keys.chain_key(pepper))
     objects.put(key, json.dumps(told, separators=(",", ":")).encode())
     return True
 
@@ -59,41 +75,103 @@ def verify(
     after: int = 0,
     limit: int = audit_chain.CHECKED_AT_ONCE,
 ) -> Checked:
-    """As audit_chain.check; once it has come to the end of the chain, the anchors too. Raises Unavailable."""
+    """As audit_chain.check, and the anchors of this part of the chain. At the end of the chain, these are all anchors
+    behind `after`. Raises Unavailable."""
     found = audit_chain.check(db, peppers=peppers, after=after, limit=limit)
-    if found.has_more or found.misfit is not None:
+    if found.misfit is not None:
         return found
-    return replace(found, misfit=_against_anchors(db, objects, peppers))
+    anchors = _Anchors(db, objects, peppers)
+    try:
+        misfit = anchors.first_misfit(after=after, last=found.last_link if found.has_more else None)
+    except _ChangedAnchor as changed:
+        misfit = Misfit(link=0, id=changed.key, fault="anchor_changed")
+    return replace(found, misfit=misfit)
 
 
-def _against_anchors(db: Database, objects: Objects, peppers: Sequence[bytes]) -> Misfit | None:
-    """The earliest anchor that doesn't fit."""
-    for entry in sorted(objects.list_all(PREFIX), key=lambda entry: entry.key):
-        found = _read(objects, entry.key, peppers)
-        if found is None:
-            return Misfit(link=0, id=entry.key, fault="anchor_changed")
+def contradicting(db: Database, objects: Objects, *, peppers: Sequence[bytes], since: float) -> list[Superseded]:
+    """Anchors since that time (seconds since 1970) which don't fit the chain. Raises Unavailable.
+
+    After a restore of a backup of that time they are expected: what they anchored came later and is lost. Anchors of
+    before the backup, and those that were changed, are not among them: verification goes on to report these.
+    """
+    anchors, found = _Anchors(db, objects, peppers), list[Superseded]()
+    for key in anchors.keys[bisect_left(anchors.keys, _key(since)) :]:
+        try:
+            anchor = anchors.read(key)
+        except _ChangedAnchor:
+            continue
+        if anchor.anchored_at > since and anchors.misfit(anchor) is not None:
+            found.append(Superseded(key=key, link=anchor.link))
+    return found
+
+
+def supersede(objects: Objects, anchors: Iterable[Superseded], *, at: float) -> None:
+    """Move them to where verification does not look. Raises Unavailable."""
+    folder = datetime.fromtimestamp(at, UTC).strftime("%Y%m%dT%H%M%SZ")
+    for anchor in anchors:
+        objects.move(anchor.key, f"{SUPERSEDED_PREFIX}/{folder}/{anchor.key.rpartition('/')[2]}")
+
+
+class _ChangedAnchor(Exception):
+    """No API server has written this object."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+class _Anchors:
+    """The stored anchors, by day. Each is read once."""
+
+    def __init__(self, db: Database, objects: Objects, peppers: Sequence[bytes]) -> None:
+        self._db, self._objects = db, objects
         with db.read() as session:
-            event = select(AuditEvent.id, AuditEvent.digest).where(AuditEvent.link == found.link)
+            self._chain_keys = derived_keys.chain_keys(derived_keys.wire_rows(session), peppers)
+        self.keys = sorted(entry.key for entry in objects.list_all(PREFIX))
+        self._found: dict[str, Anchor] = {}
+
+    def first_misfit(self, *, after: int, last: int | None) -> Misfit | None:
+        """Of the anchors behind `after`, up to `last`. The chain only grows, so their places are in the order of their
+        days: of the others, a binary search reads a few. Raises _ChangedAnchor."""
+        first = bisect_right(self.keys, after, key=lambda key: self.read(key).link)
+        for key in self.keys[first:]:
+            anchor = self.read(key)
+            if last is not None and anchor.link > last:
+                return None
+            if (misfit := self.misfit(anchor)) is not None:
+                return misfit
+        return None
+
+    def misfit(self, anchor: Anchor) -> Misfit | None:
+        with self._db.read() as session:
+            event = select(AuditEvent.id, AuditEvent.digest).where(AuditEvent.link == anchor.link)
             row = session.execute(event).first()
         if row is None:
-            return Misfit(link=found.link, id=None, fault="missing")
-        if row.digest != found.digest:
-            return Misfit(link=found.link, id=row.id, fault="changed")
-    return None
+            return Misfit(link=anchor.link, id=None, fault="missing")
+        return None if row.digest == anchor.digest else Misfit(link=anchor.link, id=row.id, fault="changed")
+
+    def read(self, key: str) -> Anchor:
+        """Raises _ChangedAnchor."""
+        if key not in self._found:
+            anchor = _read(self._objects, key, self._chain_keys)
+            if anchor is None:
+                raise _ChangedAnchor(key)
+            self._found[key] = anchor
+        return self._found[key]
 
 
-def _read(objects: Objects, key: str, peppers: Sequence[bytes]) -> Anchor | None:
+def _read(objects: Objects, key: str, keys: Sequence[ChainKey]) -> Anchor | None:
     """None where it is not what an API server has written. Where no pepper is known it is taken at its word."""
     try:
         if objects.head(key).num_bytes > MAX_BYTES:
             return None
         told: Any = json.loads(b"".join(objects.read(key)))
         content = {name: value for name, value in told.items() if name != "mac"}
-        if peppers and not audit_chain.is_sealed(content, told["mac"], peppers):
+        if keys and not audit_chain.is_sealed(content, told["mac"], keys, at=(told["link"], told["digest"])):
             return None
         if key != _key(told["anchored_at"]):  # a valid older one, put here under a newer name
             return None
-        return Anchor(link=int(told["link"]), digest=str(told["digest"]))
+        return Anchor(link=int(told["link"]), digest=str(told["digest"]), anchored_at=float(told["anchored_at"]))
     except (NoSuchObject, ValueError, KeyError, AttributeError, TypeError, OverflowError, OSError):
         return None
 

@@ -18,13 +18,13 @@ import rfc8785
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from catalog import derived_keys
 from catalog.db import Database, serialise
-from catalog.tables import AuditEvent, AuditHead, Json
+from catalog.derived_keys import ChainKey
+from catalog.tables import AuditEvent, AuditHead, Json, RetiredKey
 
 GENESIS = "0" * 64
 """What the first event has for the digest of the one before."""
-PURPOSE = b"lorry: audit chain"
-"""Separates this key from others that are derived from the pepper."""
 LARGEST = 2**53 - 1
 """Of RFC 8785's whole numbers."""
 SEALED_AT_ONCE = 500
@@ -75,24 +75,20 @@ def content(event: AuditEvent) -> Json:
     return cast(Json, _within_json(told))
 
 
-def chain_key(pepper: bytes) -> bytes:
-    return hmac.new(pepper, PURPOSE, hashlib.sha256).digest()
-
-
 def seal_of(told: Mapping[str, Any], key: bytes) -> str:
     """HMAC-SHA256 over the RFC 8785 form, without what is null: a field that is added later changes no digest."""
     return hmac.new(key, rfc8785.dumps(_without_nulls(told)), hashlib.sha256).hexdigest()
 
 
-def is_sealed(told: Mapping[str, Any], digest: object, peppers: Iterable[bytes]) -> bool:
-    """Whether the digest was made under one of the peppers."""
-    return any(hmac.compare_digest(str(digest), seal_of(told, chain_key(pepper))) for pepper in peppers)
+def is_sealed(told: Mapping[str, Any], seal: object, keys: Iterable[ChainKey], *, at: tuple[int, str]) -> bool:
+    """Whether the seal was made with one of the keys that cover the event at this place, with this digest."""
+    return any(key.covers(*at) and hmac.compare_digest(str(seal), seal_of(told, key.key)) for key in keys)
 
 
 def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
     """Append unsealed events to the chain, in the order of writing. Returns how many.
 
-    at_most: end after about so many, and leave the others to the next call.
+    at_most: end after about so many, and leave the others to the next call. Raises PepperReplaced.
     """
     num_sealed = 0
     while at_most is None or num_sealed < at_most:
@@ -100,19 +96,20 @@ def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
             if session.scalar(select(AuditEvent.seq).where(AuditEvent.link.is_(None)).limit(1)) is None:
                 break
         with db.write() as session:
-            num_sealed += _seal_some(session, chain_key(pepper))
+            num_sealed += _seal_some(session, pepper)
     return num_sealed
 
 
 def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int = CHECKED_AT_ONCE) -> Checked:
     """Verify at most `limit` digests of the chain behind the place `after`.
 
-    peppers: the current one and earlier ones under which events were sealed. Where none is known, only whether each
-    event follows the one before is verified.
+    peppers: the current one first. With it, events that were sealed under replaced peppers are verified too
+    (derived_keys). Where none is known, only whether each event follows the one before is verified.
     """
     with db.read() as session:
         end, noted = head(session)
-        walk = _walk(session, peppers, after=after, limit=limit)
+        keys = derived_keys.chain_keys(derived_keys.wire_rows(session), peppers)
+        walk = _walk(session, keys, after=after, limit=limit)
         if walk.link > end:  # sealed meanwhile, or the head was set back
             end, noted = head(session)
         return Checked(
@@ -126,14 +123,23 @@ def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int 
 
 
 def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> Checked:
-    """Verify exported events in their order. An export that begins in the middle is taken at its word there."""
+    """Verify exported events in their order. An export that begins in the middle is taken at its word there.
+
+    The rows of retired keys precede the events, if there are any.
+    """
     walk, number = _Walk(link=0, digest=GENESIS), 0
+    rows: list[Json] = []
+    keys: list[ChainKey] | None = None
     for event in events:
+        if keys is None and event.get("object") == RetiredKey.WIRE_OBJECT:
+            rows.append(event)
+            continue
+        keys = derived_keys.chain_keys(rows, peppers) if keys is None else keys
         told = {name: value for name, value in event.items() if name != "digest"}
         link, previous = event.get("link"), event.get("previous")
         if number == 0 and isinstance(link, int) and link > 1:
             walk = _Walk(link=link - 1, digest=str(previous))
-        fault = _fault(told, event.get("digest"), walk, peppers)
+        fault = _fault(told, event.get("digest"), walk, keys)
         if fault is not None:
             ident = None if fault == "missing" else event.get("id")
             walk = replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
@@ -150,7 +156,10 @@ def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> Checked
 
 
 def lines(db: Database) -> Iterator[Json]:
-    """Every sealed event with its digest, in the order of the chain; read in pages."""
+    """The rows of retired keys, then every sealed event with its digest, in the order of the chain; read in pages."""
+    with db.read() as session:
+        rows = derived_keys.wire_rows(session)
+    yield from rows
     last = 0
     while True:
         with db.read() as session:
@@ -161,8 +170,10 @@ def lines(db: Database) -> Iterator[Json]:
         last = page[-1].link or 0
 
 
-def _seal_some(session: Session, key: bytes) -> int:
-    serialise(session, "audit chain")
+def _seal_some(session: Session, pepper: bytes) -> int:
+    serialise(session, derived_keys.CHAIN)
+    derived_keys.check_current(session, pepper)
+    key = derived_keys.chain_key(pepper)
     end = session.get(AuditHead, 1, with_for_update=True, populate_existing=True)
     if end is None:
         end = AuditHead(id=1, link=0, digest=GENESIS)
@@ -185,13 +196,13 @@ class _Walk:
     misfit: Misfit | None = None
 
 
-def _walk(session: Session, peppers: Sequence[bytes], *, after: int, limit: int) -> _Walk:
+def _walk(session: Session, keys: Sequence[ChainKey], *, after: int, limit: int) -> _Walk:
     digest_before = GENESIS if after == 0 else session.scalar(select(AuditEvent.digest).where(AuditEvent.link == after))
     if digest_before is None:
         return _Walk(link=after, digest=GENESIS, misfit=Misfit(link=after, id=None, fault="missing"))
     walk = _Walk(link=after, digest=digest_before)
     for event in _sealed(session, after=after, limit=limit):
-        fault = _fault(content(event), event.digest, walk, peppers)
+        fault = _fault(content(event), event.digest, walk, keys)
         if fault is not None:
             ident = None if fault == "missing" else event.id
             return replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
@@ -199,11 +210,11 @@ def _walk(session: Session, peppers: Sequence[bytes], *, after: int, limit: int)
     return walk
 
 
-def _fault(told: Json, digest: object, before: _Walk, peppers: Sequence[bytes]) -> Fault | None:
+def _fault(told: Json, digest: object, before: _Walk, keys: Sequence[ChainKey]) -> Fault | None:
     if told.get("link") != before.link + 1:
         return "missing"
     try:
-        is_whole = not peppers or is_sealed(told, digest, peppers)
+        is_whole = not keys or is_sealed(told, digest, keys, at=(before.link + 1, str(digest)))
     except (ValueError, AttributeError, TypeError):  # no form of an event was ever sealed that has no canonical form
         is_whole = False
     if not is_whole:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
 
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -46,9 +45,11 @@ def sign_lineage(*, lineage_id: str, artifact: str, pepper: bytes) -> Json:
     }
 
 
-def key_set(peppers: Sequence[bytes]) -> Json:
-    """The public keys as a JSON Web Key Set, one for each server secret: the current one first, then previous ones."""
-    return {"keys": [_public_key(pepper) for pepper in peppers]}
+def public_key(pepper: bytes) -> Json:
+    """As a JSON Web Key (RFC 8037)."""
+    public = _public_bytes(_private_key(pepper))
+    encoded = base64.urlsafe_b64encode(public).rstrip(b"=").decode()
+    return {"kty": "OKP", "crv": "Ed25519", "use": "sig", "alg": "EdDSA", "kid": _key_id(public), "x": encoded}
 
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
@@ -64,12 +65,6 @@ def _private_key(pepper: bytes) -> Ed25519PrivateKey:
 
 def _public_bytes(key: Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes_raw()
-
-
-def _public_key(pepper: bytes) -> Json:
-    public = _public_bytes(_private_key(pepper))
-    encoded = base64.urlsafe_b64encode(public).rstrip(b"=").decode()
-    return {"kty": "OKP", "crv": "Ed25519", "use": "sig", "alg": "EdDSA", "kid": _key_id(public), "x": encoded}
 
 
 def _key_id(public: bytes) -> str:

@@ -104,8 +104,9 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     """Checks a pulled folder offline: files against the manifest, record against its id, and the record's signature.
 
     keys: the service's public keys (signatures.read_keys). Without them, only digests are checked, and `signature` is
-    `not_checked`. With them it is `valid`, `invalid`, or `unknown_key` where it names none of them: another service may
-    have made it. `problems` are sentences.
+    result = _result([*problems, *([problem] if problem else [])], signature=status)
+    retired_at = signatures.key_retired_at(lineage["signature"], keys) if status == "valid" else None
+    return result if retired_at is None else {**result, "key_retired_at": retired_at}
     Raises LorryError for a folder that has neither a manifest nor a record.
     """
     if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
@@ -132,7 +133,9 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     status, problem = signatures.check(
         lineage.get("signature"), lineage_id=lineage.get("lineage_id"), artifact=artifact, keys=keys
     )
-    return _result([*problems, *([problem] if problem else [])], signature=status)
+    result = _result([*problems, *([problem] if problem else [])], signature=status)
+    retired_at = signatures.key_retired_at(lineage["signature"], keys) if status == "valid" else None
+    return result if retired_at is None else {**result, "key_retired_at": retired_at}
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:

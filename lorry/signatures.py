@@ -66,6 +66,19 @@ def check(
     return "valid", None
 
 
+def key_retired_at(envelope: Mapping[str, Any], keys: Sequence[Mapping[str, Any]]) -> float | None:
+    """When the service retired the key of this valid envelope, in seconds since 1970; None: it is in use."""
+    signed = _encoding(_decoded(envelope["payload"]))
+    made_with = [
+        key
+        for key in keys
+        for each in envelope["signatures"]
+        if _is_valid(signed, _decoded(each["sig"]), str(each["keyid"]), [key])
+    ]
+    retired = [key.get("retired_at") for key in made_with]
+    return None if None in retired else max(map(float, filter(None, retired)))
+
+
 def _encoding(payload: bytes) -> bytes:
     """PAE of DSSE v1: the bytes that are signed."""
     kind = PAYLOAD_TYPE.encode()

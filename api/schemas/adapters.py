@@ -139,6 +139,9 @@ class PublicKey(BaseModel):
     alg: Literal["EdDSA"]
     kid: str
     x: str = Field(description="Base64url of the 32 bytes of the key, without padding.")
+    retired_at: float | None = Field(
+        default=None, description="When the server's pepper was replaced: the service signs nothing with it since then."
+    )
 
 
 class PublicKeySet(BaseModel):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import select
 
-from catalog import audit, pepper
+from catalog import audit, audit_anchors, pepper
 from catalog.artifacts.store import open_store
+from catalog.audit_anchors import Superseded
 from catalog.backup import dump, holdings, integrity
 from catalog.backup.checking import Checked, check
 from catalog.backup.place import BackupPlace, Record
@@ -19,7 +21,7 @@ from catalog.db import Database, alembic_config, read_clock
 from catalog.disk import full_disk_named
 from catalog.errors import Conflict, InvalidRequest
 from catalog.settings import Settings
-from catalog.tables import AuditEvent
+from catalog.tables import AuditEvent, Json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +31,8 @@ class Restored:
     record: Record
     num_copied: int
     """Objects that the store did not have."""
+    superseded_anchors: list[str]
+    """Objects of anchors of the audit chain that came after the backup: their events are lost."""
     checked: Checked
     """Also what could not be copied, as far as the record names it."""
 
@@ -62,11 +66,15 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     try:
         _check_same(db, record)
         db.migrate()
-        checked = check(db, store, peppers=pepper.known(settings))
-        _note(db, record)
+        peppers = pepper.known(settings)
+        superseded = audit_anchors.contradicting(db, store.objects, peppers=peppers, since=record.taken_at)
+        restored_at = _note(db, record, superseded)
+        audit_anchors.supersede(store.objects, superseded, at=restored_at)
+        checked = check(db, store, peppers=peppers)
     finally:
         db.close()
-    return Restored(record=record, num_copied=len(there) - num_before, checked=checked)
+    names = [anchor.key for anchor in superseded]
+    return Restored(record=record, num_copied=len(there) - num_before, superseded_anchors=names, checked=checked)
 
 
 def _check_same(db: Database, record: Record) -> None:
@@ -97,18 +105,25 @@ def _differences_of_chain(db: Database, record: Record) -> list[str]:
     return [f"The audit chain has another event at {record.audit_link} than the backup recorded."]
 
 
-def _note(db: Database, record: Record) -> None:
-    """Who reads the log learns that what came after the backup is not in it."""
+def _note(db: Database, record: Record, superseded: Sequence[Superseded]) -> float:
+    """Readers of the log learn that what came after the backup is not in it. Returns the time, in seconds since 1970.
+
+    It precedes the move of the anchors: so none was moved without an event that names it.
+    """
     with db.write() as session:
-        details = {"taken_at": record.taken_at}
+        now = read_clock(session)
+        details: Json = {"taken_at": record.taken_at}
+        if superseded:
+            details["superseded_anchors"] = [asdict(anchor) for anchor in superseded]
         audit.note(
             session,
             "service.restored",
-            now=read_clock(session),
+            now=now,
             object_id=record.name,
             project_id=None,
             details=details,
         )
+    return now
 
 
 def _check_fits(record: Record, url: str) -> None:

@@ -3,7 +3,7 @@
 Migrations under migrations/ must agree with these files: `alembic check` says so in CI.
 """
 
-from catalog.tables.audit import AuditEvent, AuditHead
+from catalog.tables.audit import AuditEvent, AuditHead, RetiredKey
 from catalog.tables.exports import JobExport
 from catalog.tables.fleet import Pulse, Service, Trainer, Worker
 from catalog.tables.gangs import Gang, GangSeat
@@ -49,6 +49,7 @@ __all__ = [
     "Project",
     "ProjectUsage",
     "Pulse",
+    "RetiredKey",
     "RungValue",
     "Service",
     "SignIn",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from sqlalchemy import Index, Integer, text
+from sqlalchemy import Index, Integer, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import AutoKey, Json, Table
@@ -53,3 +53,14 @@ class AuditHead(Table):
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     link: Mapped[int]
     digest: Mapped[str]
+
+
+class RetiredKey(Table):
+    """The keys that were derived from one replaced pepper (derived_keys)."""
+
+    __tablename__ = "retired_keys"
+    WIRE_OBJECT: ClassVar = "retired_key"
+    """`object` of such a row in an export of the audit log."""
+    id: Mapped[str] = mapped_column(primary_key=True)
+    sealed: Mapped[str] = mapped_column(Text)
+    """Base64; AES-256-GCM under the current pepper."""

@@ -133,6 +133,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "project_usage": KEEP,
     "projects": Rights(select=True, update=("preparing_at", "class_prepared_at")),
     "pulse": KEEP,
+    "retired_keys": NONE,
     "rung_values": APPEND,
     "service": READ,
     "sign_ins": NONE,

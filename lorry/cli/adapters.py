@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -293,6 +294,9 @@ def _say_verdict(adapter: str, result: dict[str, Any], *, owner: str | None = No
             output.say(problem)
         if result.get("signature") == "valid":
             output.say(f"The signature is valid: a key of {owner} made it, and it belongs to this lineage record.")
+        if (retired_at := result.get("key_retired_at")) is not None:
+            day = datetime.fromtimestamp(retired_at, UTC).date().isoformat()
+            output.say(f"This key was retired on {day}. If its secret has leaked, pull the adapter again.")
         output.say(f"{adapter}: {_verdict(result, is_unknown=problems == [UNKNOWN_KEY], owner=owner)}.")
     if not result.get("passed"):
         raise typer.Exit(EXIT_REFUSED)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from pydantic import SecretStr
 from starlette.testclient import TestClient
 
+from api.app import open_services
 from api.background import look_once
 from api.deps import Services
 from api.scopes import NEEDED
+from api.threads import SlowWork
 from catalog import audit_chain
 from tests.api.site import chat_lines, error_of, open_link
 from tests.api.test_openapi import operations
@@ -255,3 +259,39 @@ def test_a_download_that_does_not_begin_is_not_recorded(
 
     params = {"event_types[]": "file.downloaded"}
     assert operator.get("/v1/audit_events", params=params).json()["data"] == []
+
+
+def test_verification_runs_in_the_threads_of_slow_work(
+    operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads files of the store: routes that only read the database must not wait for it."""
+    look_once(services)
+    run, num_runs = SlowWork.run, list[str]()
+
+    async def counted(self: SlowWork, project_id: str, work: Callable[[], Any]) -> Any:
+        num_runs.append(project_id)
+        return await run(self, project_id, work)
+
+    monkeypatch.setattr(SlowWork, "run", counted)
+
+    assert operator.get("/v1/audit_events/verify").json()["is_sound"]
+    assert len(num_runs) == 1
+
+
+def test_a_finished_rotation_leaves_a_log_that_verifies(operator: TestClient, services: Services) -> None:
+    """A server that starts with both peppers keeps the old keys; from then on the new pepper is enough."""
+    look_once(services)
+    old_file = services.settings.data_dir / "pepper.previous"
+    old_file.write_bytes(services.pepper.current)
+    settings = services.settings.model_copy(update={"pepper": SecretStr("n" * 32)})
+    open_services(settings, services.api_settings).db.close()
+    old_file.unlink()
+
+    started = open_services(settings, services.api_settings)
+    operator.post("/v1/projects", json={"name": "after"})
+    look_once(started)
+
+    assert started.pepper.previous is None
+    found = audit_chain.check(started.db, peppers=started.pepper.all())
+    assert (found.misfit, found.num_unsealed) == (None, 0)
+    started.db.close()

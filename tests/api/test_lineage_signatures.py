@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import rfc8785
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import lineage_signatures
+from catalog import derived_keys, lineage_signatures
+from catalog.pepper import Pepper
 from catalog.tables import Adapter
 from lorry import LorryError
 from lorry.folder import verify_folder
@@ -134,13 +136,21 @@ def test_the_service_signs_no_record_that_differs_from_its_id(
     assert client.get(f"/v1/adapters/{adapter.id}/lineage").json()["signature"] is None
 
 
-def test_keys_of_previous_server_secrets_still_verify_what_they_signed() -> None:
-    old, new = b"o" * 32, b"n" * 32
-    signed = lineage_signatures.sign_lineage(lineage_id="1" * 64, artifact="2" * 64, pepper=old)
-    keys = lineage_signatures.key_set([new, old])["keys"]
+def test_an_adapter_that_was_pulled_before_a_rotation_verifies_after_it(
+    client: TestClient, services: Services, pulled: Path
+) -> None:
+    old, new = services.pepper.current, b"n" * 32
+    derived_keys.retire(services.db, Pepper(current=new, previous=old))
+    renewed = replace(services, pepper=Pepper(current=new))
+    client.app.state.services = renewed  # pyright: ignore[reportAttributeAccessIssue,reportFunctionMemberAccess]
 
-    assert [key["kid"] for key in keys] == [lineage_signatures.key_set([each])["keys"][0]["kid"] for each in (new, old)]
-    assert signed["signatures"][0]["keyid"] == keys[1]["kid"]
+    served = client.get("/v1/keys.json")
+
+    keys = served.json()["keys"]
+    assert [key["retired_at"] is not None for key in keys] == [False, True]
+    result = verify_folder(pulled, keys=read_keys(served.content))
+    assert (result["problems"], result["signature"]) == ([], "valid")
+    assert result["key_retired_at"] == keys[1]["retired_at"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"keys": []}', '{"keys": [{"kty": "RSA"}]}', '{"keys": 3}'])

@@ -99,6 +99,35 @@ def test_an_anchor_that_was_changed_is_named(world: World, objects: Objects, how
     assert verified(world, objects) == Misfit(link=0, id=name, fault="anchor_changed")
 
 
+def test_each_part_of_the_chain_is_verified_with_its_own_anchors_and_reads_few_others(
+    world: World, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_days = 32
+    for number in range(num_days):
+        projects.create(world.db, f"day-{number}")
+        audit_chain.seal(world.db, pepper=PEPPER.current)
+        audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
+        world.clock.turn(DAY)
+    num_reads: list[int] = []
+    read = objects.read
+    monkeypatch.setattr(objects, "read", lambda key: (num_reads.append(1), read(key))[1])
+
+    after, pages = 0, list[int]()
+    while True:
+        found = audit_anchors.verify(world.db, objects, peppers=PEPPER.all(), after=after, limit=16)
+        assert found.misfit is None
+        pages.append(len(num_reads))
+        num_reads.clear()
+        after = found.last_link
+        if not found.has_more:
+            break
+
+    assert sum(pages) >= num_days
+    assert max(pages) <= 16 + 1 + 6, "those of 16 events, the one after them, and a binary search among 32"
+    audit_anchors.verify(world.db, objects, peppers=PEPPER.all(), after=after)
+    assert len(num_reads) <= 6
+
+
 def test_an_old_anchor_under_a_newer_name_is_rejected(world: World, objects: Objects) -> None:
     """Its MAC is valid. Without this check it would stand in for the anchor of the events that were cut off."""
     names = anchored(world, objects)

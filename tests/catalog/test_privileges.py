@@ -21,6 +21,8 @@ ATTACKS = {
     " values ('key-x', 'p', 'x', 'x', true, 0)",
     "sign a browser in": "update sign_ins set browser_digest = 'x'",
     "read browser sessions": "select * from sign_ins",
+    "read the keys of replaced peppers": "select sealed from retired_keys",
+    "add a key of a replaced pepper": "insert into retired_keys (id, sealed) values ('x', 'x')",
     "read webhook salts": "select salt from webhook_endpoints",
     "lead webhooks elsewhere": "update webhook_endpoints set url = 'https://evil.example'",
     "delete audit events": "delete from audit_events",

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from alembic import command
-from sqlalchemy import func, make_url, select, text, update
+from pydantic import SecretStr
+from sqlalchemy import delete, func, make_url, select, text, update
 from sqlalchemy.orm import Session
 
-from catalog import audit_chain, projects
-from catalog.backup import check, restore
+from catalog import audit_anchors, audit_chain, projects
+from catalog.artifacts.objects import Objects
+from catalog.backup import check, dump, restore
 from catalog.backup.place import Record
 from catalog.db import alembic_config
 from catalog.errors import Conflict
@@ -22,6 +24,8 @@ from catalog.settings import Settings
 from catalog.tables import AuditEvent, AuditHead, JobEvent, Project, Table
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import PEPPER, World
+
+DAY = 24 * 3600.0
 
 
 def sqlite_path(settings: Settings) -> Path:
@@ -147,6 +151,68 @@ def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, el
         restore(elsewhere, service.place)
 
     assert refused.value.code == "restored_database_differs"
+
+
+def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
+    service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database was lost and the store was kept. Tampering that comes later must not hide behind old anchors."""
+    world, objects = service.world, service.store.objects
+    monkeypatch.setattr(dump, "read_clock", lambda _: world.clock())
+    keeps = elsewhere.model_copy(
+        update={"store_url": (service.folder / "store").as_uri(), "pepper": SecretStr(PEPPER.current.decode())}
+    )
+    kept = anchored(world, objects, "before")
+    record = service.backup()
+    world.clock.turn(DAY)
+    lost = anchored(world, objects, "after")
+
+    restored = restore(keeps, service.place)
+
+    assert (restored.checked.problems, restored.superseded_anchors) == ([], [lost])
+    assert [entry.key for entry in objects.list_all(audit_anchors.PREFIX)] == [kept]
+    (moved,) = [entry.key for entry in objects.list_all(audit_anchors.SUPERSEDED_PREFIX)]
+    assert moved.endswith(lost.removeprefix(audit_anchors.PREFIX))
+    db = opened(keeps)
+    with db.write() as session:
+        told = session.scalars(select(AuditEvent).where(AuditEvent.type == "service.restored")).one()
+        assert told.details["superseded_anchors"] == [{"key": lost, "link": record.audit_link + 1}]
+        session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one().actor_name = "somebody else"
+    assert "does not fit at 1 " in str(check(db, service.store, peppers=PEPPER.all()).problems)
+    db.close()
+
+
+def test_an_anchor_of_before_the_backup_that_does_not_fit_is_still_reported(
+    service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log was cut off before the backup: a restore doesn't clear that up."""
+    world, objects = service.world, service.store.objects
+    monkeypatch.setattr(dump, "read_clock", lambda _: world.clock())
+    keeps = elsewhere.model_copy(
+        update={"store_url": (service.folder / "store").as_uri(), "pepper": SecretStr(PEPPER.current.decode())}
+    )
+    name = anchored(world, objects, "cut-off")
+    with world.db.write() as session:
+        head = session.get_one(AuditHead, 1)
+        session.execute(delete(AuditEvent).where(AuditEvent.link == head.link))
+        cut, head.link = head.link, head.link - 1
+        head.digest = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == head.link)) or ""
+    world.clock.turn(1.0)
+    service.backup()
+
+    restored = restore(keeps, service.place)
+
+    assert restored.checked.problems == [f"The audit chain does not fit at {cut}: missing."]
+    assert restored.superseded_anchors == []
+    assert [entry.key for entry in objects.list_all(audit_anchors.PREFIX)] == [name]
+
+
+def anchored(world: World, objects: Objects, project: str) -> str:
+    """The name of this day's anchor, whose event is that of a new project."""
+    projects.create(world.db, project)
+    audit_chain.seal(world.db, pepper=PEPPER.current)
+    assert audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
+    return max(entry.key for entry in objects.list_all(audit_anchors.PREFIX))
 
 
 def test_a_backup_records_how_many_rows_each_table_has(service: Service) -> None:
