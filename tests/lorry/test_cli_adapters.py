@@ -118,7 +118,7 @@ def test_a_signature_of_another_service_is_of_an_unknown_key_and_the_adapter_is_
     told["signature"] = lineage_signatures.sign_lineage(lineage_id=told["lineage_id"], artifact=artifact, pepper=other)
     service.on("GET", "/v1/adapters/a/lineage", told)
     serve(service, tar())
-    keys = [lineage_signatures.key_set([pepper]) for pepper in (mine, other)]
+    keys = [{"keys": [lineage_signatures.public_key(pepper)]} for pepper in (mine, other)]
     service.on("GET", "/v1/keys.json", *keys)
     folder = tmp_path / run("adapters", "pull", "a").stdout.strip()
 
