@@ -18,14 +18,28 @@ from catalog.outages import translated
 REVISION_TABLE = "alembic_version"
 INVALID_INDEXES = """
     select cls.relname from pg_index idx join pg_class cls on cls.oid = idx.indexrelid
-    where cls.relnamespace = current_schema()::regnamespace and not idx.indisvalid order by cls.relname
+    where cls.relnamespace = current_schema()::regnamespace and not idx.indisvalid
+    and cls.relowner = (select relowner from pg_class where oid = 'alembic_version'::regclass)
+    order by cls.relname
+"""
+FOREIGN_RELATIONS = """
+    select cls.relname from pg_class cls
+    where cls.relnamespace = current_schema()::regnamespace and cls.relkind in ('r', 'p', 'v', 'm', 'f', 'S')
+    and cls.relowner <> (select relowner from pg_class where oid = 'alembic_version'::regclass)
+    order by cls.relname
 """
 
 
 def row_counts(session: Session) -> dict[str, int]:
-    """Rows by table, of every table in the database, alembic's too."""
-    names = inspect(session.connection()).get_table_names()
+    """Rows by table, of every table of Lorry's in the database, alembic's too."""
+    names = _table_names(session.connection())
     return {name: session.scalar(select(func.count()).select_from(table(name))) or 0 for name in names}
+
+
+def foreign_relations(connection: Connection) -> list[str]:
+    """Tables, views and sequences in the schema that belong to another PostgreSQL role than Lorry's tables: the role
+    of this process may not be allowed to read them."""
+    return [] if connection.dialect.name == "sqlite" else list(connection.scalars(text(FOREIGN_RELATIONS)))
 
 
 def revision(session: Session) -> str:
@@ -84,6 +98,11 @@ def refusal(problem: str) -> Conflict:
     )
 
 
+def _table_names(connection: Connection) -> list[str]:
+    foreign = set(foreign_relations(connection))
+    return [name for name in inspect(connection).get_table_names() if name not in foreign]
+
+
 def _sqlite_damage(connection: Connection) -> list[str]:
     found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
     return [] if found == ["ok"] else found
@@ -98,7 +117,7 @@ def _sqlite_orphans(connection: Connection) -> dict[tuple[str, str], int]:
 
 def _postgresql_damage(connection: Connection) -> list[str]:
     """Each row is turned into text, so that its out-of-line values are read too."""
-    for name in inspect(connection).get_table_names():
+    for name in _table_names(connection):
         whole_row = text(f"length({connection.dialect.identifier_preparer.quote(name)}::text)")
         connection.execute(select(func.count(whole_row)).select_from(table(name)))
     return [f"the index {name} is not valid" for name in connection.scalars(text(INVALID_INDEXES))]
@@ -107,7 +126,7 @@ def _postgresql_damage(connection: Connection) -> list[str]:
 def _postgresql_orphans(connection: Connection) -> dict[tuple[str, str], int]:
     inspector = inspect(connection)
     found: dict[tuple[str, str], int] = {}
-    for name in inspector.get_table_names():
+    for name in _table_names(connection):
         for key in inspector.get_foreign_keys(name):
             here, there = key["constrained_columns"], key["referred_columns"]
             child = table(name, *map(column, here)).alias("child")

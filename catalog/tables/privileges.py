@@ -17,6 +17,15 @@ from catalog.tables.table import Table
 API_ROLE: Final = "lorry_api"
 WORKER_ROLE: Final = "lorry_worker"
 
+SEQUENCES: Final = """
+    select seq.oid::regclass::text from pg_class seq
+    join pg_depend dep on dep.objid = seq.oid and dep.classid = 'pg_class'::regclass and dep.deptype in ('a', 'i')
+    join pg_class tab on tab.oid = dep.refobjid and dep.refclassid = 'pg_class'::regclass
+    where seq.relkind = 'S' and tab.relnamespace = 'public'::regnamespace and tab.relname = any(:tables)
+    order by 1
+"""
+"""Those that number the rows of Lorry's tables."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rights:
@@ -178,16 +187,17 @@ def apply(connection: Connection) -> None:
     if connection.dialect.name != "postgresql":
         return
     named = {"roles": [API_ROLE, WORKER_ROLE]}
+    sequences = connection.scalars(text(SEQUENCES), {"tables": list(Table.metadata.tables)}).all()
     for role in connection.scalars(text("select rolname from pg_roles where rolname = any(:roles)"), named).all():
-        for statement in _statements(role):
+        for statement in _statements(role, ", ".join(sequences)):
             connection.exec_driver_sql(statement)
 
 
-def _statements(role: str) -> Iterator[str]:
-    tables = "all tables in schema public"
-    sequences = "all sequences in schema public"
+def _statements(role: str, sequences: str) -> Iterator[str]:
+    """Each names Lorry's tables: those of others in the schema may not be changed by the owner of Lorry's."""
+    tables = ", ".join([*Table.metadata.tables, "alembic_version"])
     yield f"revoke all on {tables} from {role}"
-    yield f"revoke all on {sequences} from {role}"
+    yield f"revoke all on sequence {sequences} from {role}"
     yield f"grant usage on schema public to {role}"
     yield f"grant select on alembic_version to {role}"
     for table, given in rights(role).items():
@@ -199,4 +209,4 @@ def _statements(role: str) -> Iterator[str]:
         if given.delete:
             yield f"grant delete on {table} to {role}"
     # A dump reads the sequences' state; numbers of new rows come from them.
-    yield f"grant usage, select on {sequences} to {role}"
+    yield f"grant usage, select on sequence {sequences} to {role}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import psycopg
 import pytest
 from sqlalchemy import make_url, text
@@ -122,3 +124,30 @@ def test_a_worker_reads_all_of_a_row_but_what_its_line_leaves_out() -> None:
     parts = {name: given.select for name, given in privileges.WORKER_RIGHTS.items() if isinstance(given.select, tuple)}
 
     assert set(parts) == {"webhook_endpoints"}
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_table_of_another_owner_in_the_schema_is_no_obstacle_to_migrations_and_is_left_alone(
+    postgresql: World,
+) -> None:
+    """A migration by the owner of Lorry's tables, who has no rights on the other's."""
+    owner = f"owner_{secrets.token_hex(4)}"
+    with postgresql.db.engine.begin() as connection:
+        connection.execute(text("create table public.of_another (x int)"))
+        connection.execute(text(f"grant select on public.of_another to {WORKER_ROLE}"))
+        connection.execute(text(f"create role {owner} login"))
+        for table in [*Table.metadata.tables, "alembic_version"]:
+            connection.execute(text(f"alter table {table} owner to {owner}"))
+        connection.execute(text(f"grant usage, create on schema public to {owner} with grant option"))
+    try:
+        with postgresql.db.engine.begin() as connection:
+            connection.execute(text(f"set local role {owner}"))
+            privileges.apply(connection)
+        assert refused(postgresql, WORKER_ROLE, "select * from of_another") is None
+        assert refused(postgresql, WORKER_ROLE, ATTACKS["read the keys' hashes"]) == "InsufficientPrivilege"
+    finally:
+        with postgresql.db.engine.begin() as connection:
+            connection.execute(text("drop table public.of_another"))
+            connection.execute(text(f"reassign owned by {owner} to current_user"))
+            connection.execute(text(f"drop owned by {owner}"))
+            connection.execute(text(f"drop role {owner}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from sqlalchemy.orm import Session
 
 from catalog import audit_anchors, audit_chain, projects
 from catalog.artifacts.objects import Objects
-from catalog.backup import check, dump, restore
+from catalog.backup import check, dump, integrity, make, restore
 from catalog.backup.place import Record
-from catalog.db import alembic_config
+from catalog.db import Database, alembic_config
 from catalog.errors import Conflict
 from catalog.settings import Settings
 from catalog.tables import AuditEvent, AuditHead, JobEvent, Project, Table
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import PEPPER, World
+from tests.services.postgres import as_role
 
 DAY = 24 * 3600.0
 
@@ -309,3 +311,34 @@ def test_check_reports_an_invalid_index(service: Service) -> None:
             connection.execute(text(set_valid.format("true")))
 
     assert problems == ["The database is damaged: the index pk_projects is not valid."]
+
+
+def test_a_table_of_another_owner_is_in_no_backup_and_no_obstacle_to_one(
+    service: Service, elsewhere: Settings, tmp_path: Path
+) -> None:
+    if service.world.db.is_sqlite:
+        pytest.skip("PostgreSQL only: SQLite has no owners")
+    db = service.world.db
+    owner, another = (f"{name}_{secrets.token_hex(4)}" for name in ("backup", "another"))
+    with db.engine.begin() as connection:
+        connection.execute(text("create table of_another (x int)"))
+        connection.execute(text(f"create role {owner} login"))
+        connection.execute(text(f"create role {another}"))
+        connection.execute(text(f"grant usage on schema public to {owner}"))
+        for name in [*Table.metadata.tables, "alembic_version"]:
+            connection.execute(text(f"grant select on {name} to {owner}"))
+        connection.execute(text(f"grant select on all sequences in schema public to {owner}"))
+        connection.execute(text('create table "Of ""another.*" (x int)'))
+        for name in ("of_another", '"Of ""another.*"'):
+            connection.execute(text(f"alter table {name} owner to {another}"))
+    reader = Database(as_role(db.url, owner))
+    try:
+        made = make(reader, service.store, service.place, work_dir=tmp_path / "work")
+        assert "of_another" not in (made.record.row_counts or {})
+        assert integrity.damage(reader) == integrity.orphans(reader) == []
+    finally:
+        reader.close()
+        with db.engine.begin() as connection:
+            connection.execute(text(f"drop owned by {owner}, {another}"))
+            connection.execute(text(f"drop role {owner}, {another}"))
+    assert restore(elsewhere, service.place).checked.problems == []
