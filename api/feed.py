@@ -30,6 +30,8 @@ MAX_SHARE = 0.5
 """Of the time, that looks may take: where they take long, they come more rarely."""
 MAX_RECHECKED = 100
 """Keys in one round."""
+BATCH = 20
+"""Listeners that are given news before other requests have their turn."""
 CATCHING_UP = 8
 """Listeners that read the database for themselves at one time."""
 log = logging.getLogger("lorry.api")
@@ -251,7 +253,7 @@ class Feed:
             found = await run_in_threadpool(_look_at, source, looked_at)
             for key, news in found.items():
                 if topics.get(key) is looked_at[key]:  # else everybody left, and one who came meanwhile is elsewhere
-                    _deliver(looked_at[key], news)
+                    await _deliver(looked_at[key], news)
 
     async def _recheck(self) -> None:
         now = time.monotonic()
@@ -275,19 +277,23 @@ class Feed:
                     listener.give(COMMENT)
 
 
-def _deliver(topic: Topic, news: Found) -> None:
-    usual = news.after(topic.seq, topic.view)
-    for listener in list(topic.listeners):
-        if listener.seq == topic.seq and listener.view is None:
+async def _deliver(topic: Topic, news: Found) -> None:
+    """In batches, between which other requests have their turn: a thousand listeners take a tenth of a second."""
+    seq, view = topic.seq, topic.view
+    topic.seq, topic.mark = news.seq, news.mark  # first: who joins between two batches has to catch up with the news
+    if news.view is not None:
+        topic.view = news.view
+    usual = news.after(seq, view)
+    for number, listener in enumerate(list(topic.listeners), start=1):
+        if listener.seq == seq and listener.view is None:
             listener.give(usual)
         else:  # it joined since the last look, and may be further than that was
-            listener.give(news.after(listener.seq, topic.view if listener.view is None else listener.view))
+            listener.give(news.after(listener.seq, view if listener.view is None else listener.view))
         listener.seq, listener.view = max(listener.seq, news.seq), None
         if news.is_last:
             listener.end()
-    topic.seq, topic.mark = news.seq, news.mark
-    if news.view is not None:
-        topic.view = news.view
+        if number % BATCH == 0:
+            await asyncio.sleep(0)
 
 
 def _look_at(source: Source, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:

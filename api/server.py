@@ -27,6 +27,11 @@ KEEP_ALIVE_SECONDS = 5
 """How long a connection may wait between two requests."""
 
 
+SWITCH_SECONDS = 0.0005
+"""After so long Python lets another thread run. The event loop waits for its turn dozens of times per request, each
+time behind every thread that computes. Python's own 5 ms let a few large requests delay all others by half a second."""
+
+
 class Server(uvicorn.Server):
     """uvicorn's, which waits for connections to close before anybody tells the streams to end."""
 
@@ -56,6 +61,7 @@ def serve(settings: Settings, *, host: str, port: int, listen_fd: int | None = N
     """
     sockets = None if listen_fd is None else [_inherited(listen_fd)]
     deny_inspection()
+    sys.setswitchinterval(SWITCH_SECONDS)
     _allow_many_connections()
     own = ApiSettings()
     app = create_app(settings, own, bound_host=host)

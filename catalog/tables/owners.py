@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer
+from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
@@ -61,6 +61,9 @@ class ProjectUsage(Table):
     as_of: Mapped[float]
 
 
+NOT_REVOKED = text("revoked_at IS NULL")
+
+
 class ApiKey(Table):
     """Only an HMAC of the key is kept."""
 
@@ -90,7 +93,11 @@ class ApiKey(Table):
     """As of a project: the lower of the two holds."""
     idempotency_key: Mapped[str | None]
     """Of the request that created it: the same caller can't create a second key with it."""
-    __table_args__ = (Index(None, "project_id", "created_at", "id"), Index(None, "created_by", "created_at"))
+    __table_args__ = (
+        Index(None, "project_id", "created_at", "id"),
+        Index(None, "created_by", "created_at"),
+        Index("ix_api_keys_valid", "project_id", sqlite_where=NOT_REVOKED, postgresql_where=NOT_REVOKED),
+    )
 
 
 class ModelPermission(Table):

@@ -237,3 +237,54 @@ def test_a_silent_stream_hears_comments() -> None:
         assert heard == [b": still here\n\n"] * 3
 
     asyncio.run(scenario())
+
+
+def test_other_work_has_its_turn_while_a_thousand_listeners_are_given_news() -> None:
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("topic")
+        listeners = [log.listener("topic") for _ in range(1000)]
+        for listener in listeners:
+            await caught_up(feed, listener)
+            await listener.take()
+        running = asyncio.create_task(feed.run())
+        log.write("topic")
+        num_given: set[int] = set()
+        while not num_given or max(num_given) < len(listeners):
+            await asyncio.sleep(0)
+            num_given.add(sum(bool(listener.held) for listener in listeners))
+        running.cancel()
+
+        assert len(num_given) > len(listeners) / feeds.BATCH
+
+    asyncio.run(scenario())
+
+
+def test_one_who_joins_between_two_batches_is_told_all_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "BATCH", 1)
+
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("topic")
+        first, second, late = (log.listener("topic") for _ in range(3))
+        for listener in (first, second):
+            await caught_up(feed, listener)
+            await listener.take()
+        began = Found(seq=1)
+        running = asyncio.create_task(feed.run())
+        log.write("topic")
+        while bool(first.held) == bool(second.held):
+            await asyncio.sleep(0)
+        late.seq = 1
+        feed.enter(late, began, welcome)  # its own look was before the news
+        while not await feed.catch_up(late):
+            pass
+        log.write("topic")
+        told = b""
+        while b"3" not in told:
+            told += await late.take()
+        running.cancel()
+
+        assert told == b"2 3 "
+
+    asyncio.run(scenario())

@@ -63,7 +63,7 @@ MANY = 2000
 """Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
 Changes = Callable[[str], dict[str, Any]]
 COPIED: dict[type[Table], Changes] = {
-    ApiKey: lambda n: {"id": f"key-{n}", "digest": f"hmac {n}"},
+    ApiKey: lambda n: {"id": f"key-{n}", "digest": f"hmac {n}", "revoked_at": 1.0},
     Artifact: lambda n: {"digest": f"artifact {n}"},
     File: lambda n: {"id": f"file-{n}", "digest": f"bytes {n}"},
     Prepared: lambda n: {"key": f"key {n}", "file_digest": f"bytes {n}", "artifact": f"artifact {n}"},
@@ -82,7 +82,7 @@ COPIED: dict[type[Table], Changes] = {
     },
     Adapter: lambda n: {"id": f"adapter-{n}", "name": f"ft:{n}", "job_id": f"ftjob-{n}", "artifact": f"artifact {n}"},
     ModelPermission: lambda n: {"id": f"cp-{n}", "model_id": f"adapter-{n}"},
-    Plan: lambda n: {"id": f"plan-{n}", "state": "ready", "claim_id": f"planning-{n}"},
+    Plan: lambda n: {"id": f"plan-{n}", "state": "ready", "claim_id": f"planning-{n}", "created_at": 1.0},
     FileOverlap: lambda n: {"train_key": f"train {n}", "valid_key": f"valid {n}"},
     Trainer: lambda n: {"id": f"trainer-{n}", "worker_id": f"w-{n}", "pack_key": f"key {n}"},
     Upload: lambda n: {"id": f"upload-{n}", "cancelled_at": 1.0, "part_bytes": 0},
