@@ -7,13 +7,15 @@ is broken on purpose in either. `problems` compares what other tenants notice: l
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -139,6 +141,19 @@ class Neighborhood:
         stretch.num_waiting = self._num_waiting()
 
     @contextmanager
+    def separate_machines(self, workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+        """While the block lasts, workers and all their processes leave the first processor to the service.
+
+        In production they run on other machines. Here a process of the service that wakes up would wait for the end of
+        a trainer's time slice, dozens of times in each request: that is all that would be measured.
+        """
+        try:
+            _use_processors_of_all(workers, _elsewhere())
+            yield
+        finally:
+            _use_processors_of_all(workers, os.sched_getaffinity(0))
+
+    @contextmanager
     def neighbor(self) -> Iterator[None]:
         """The misbehaving tenant, for as long as the block. Its jobs are cancelled afterwards."""
         project_id, key = self._create()
@@ -149,6 +164,7 @@ class Neighborhood:
             (folder / "slow-hook").write_text(receiver.url, "utf-8")
             argv = [sys.executable, "-m", "tests.faults.soak.neighbor", self.site.url, key, str(folder)]
             client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            _use_processors(client.pid, _elsewhere())
             crashing = threading.Event()
             thread = threading.Thread(target=self._crash, args=(project_id, crashing))
             thread.start()
@@ -248,3 +264,26 @@ class Neighborhood:
 def _answer_late(_: object) -> Answer:
     time.sleep(HOOK_SECONDS)
     return Answer()
+
+
+def _elsewhere() -> set[int]:
+    """All processors but the first; a machine with one has no other."""
+    mine = os.sched_getaffinity(0)
+    return mine - {min(mine)} or mine
+
+
+def _use_processors_of_all(workers: Sequence[subprocess.Popen[bytes]], processors: set[int]) -> None:
+    for worker in workers:
+        try:
+            processes = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+        for process in processes:
+            _use_processors(process.pid, processors)
+
+
+def _use_processors(pid: int, processors: set[int]) -> None:
+    """Each thread by itself; threads and processes that they start later use the same."""
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), processors)

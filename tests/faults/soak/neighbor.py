@@ -1,15 +1,13 @@
 """`python -m tests.faults.soak.neighbor URL KEY FOLDER`: a tenant that behaves as badly as its rights allow.
 
 It sends only requests that its key may send, waits no longer than a second after a 429, and ends when its input ends.
-Then it prints one line of JSON: per behavior, how often each status was answered. It runs at the lowest CPU priority,
-because in production a client does not share the service's cores.
+Then it prints one line of JSON: per behavior, how often each status was answered.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import random
 import resource
 import selectors
@@ -280,7 +278,6 @@ def prepare(tenant: Tenant) -> None:
 
 
 def main(url: str, key: str, folder: str) -> None:
-    os.nice(19)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     tenant = Tenant(url, key, Path(folder))

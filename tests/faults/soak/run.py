@@ -147,12 +147,13 @@ class Soak:
         near, seconds = Neighborhood(self.site, self._while), self.plan.isolation_minutes * 60
         number, every = int(seconds / (self.plan.every / OVERLOAD)), self.plan.every / OVERLOAD
         stretch = {"seconds": seconds, "warm_seconds": min(WARM_SECONDS, seconds / 3)}
-        self._submit(asking, files, "alone", number, every=every)
-        near.measure(near.found.alone, **stretch)
-        self._submit(asking, files, "beside", number, every=every)
         num_uncordoned = len(self.kept.answers)
-        with near.neighbor():
-            near.measure(near.found.beside, **stretch)
+        with near.separate_machines(self.kept.workers):
+            self._submit(asking, files, "alone", number, every=every)
+            near.measure(near.found.alone, **stretch)
+            self._submit(asking, files, "beside", number, every=every)
+            with near.neighbor():
+                near.measure(near.found.beside, **stretch)
         near.found.num_cordons = len(self.kept.answers) - num_uncordoned
         self.seen.isolated = near.found
 
