@@ -70,7 +70,7 @@ async def caller_of(
     caller = replace(found, service_jobs_per_day=use.limits.jobs_per_day)
     _check_owners(request, caller)
     request.state.headers = {"openai-organization": caller.organization_name}
-    request.state.headers |= use.limits.count_request(caller)
+    request.state.headers |= use.limits.count_request(caller, given)
     check_operation(caller, getattr(request.scope.get("route"), "operation_id", None))
     request.state.caller = caller
     audit.actor_is(Actor(type="browser" if caller.is_browser else "api_key", id=caller.api_key_id, name=caller.name))

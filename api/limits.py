@@ -37,19 +37,22 @@ class Limits:
     def __init__(self, settings: ApiSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._buckets = Buckets(clock=clock)
-        self._recognized: dict[bytes, None] = {}
+        self._recognized: dict[bytes, tuple[str, Rate] | None] = {}
+        """Credentials that were valid, by digest, and where their requests are counted."""
         self._salt = secrets.token_bytes(32)
         self._checks_beyond = anyio.CapacityLimiter(CHECKS_BEYOND_FAILURES)
 
-    def count_request(self, caller: Caller) -> dict[str, str]:
+    def count_request(self, caller: Caller, credential: str | None) -> dict[str, str]:
         """The headers of the answer. Raises RateLimited, with them too."""
         limit = _own(caller.requests_per_minute, self._settings.requests_per_minute)
         if limit == 0:
+            self._recognize(self._digest(credential), None)
             return {}
-        rate = Rate(limit=limit, period_seconds=MINUTE)
-        standing = self._buckets.take(f"requests:{caller.api_key_id}", rate)
+        counted = (f"requests:{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE))
+        self._recognize(self._digest(credential), counted)
+        standing = self._buckets.take(*counted)
         if not standing.is_allowed:
-            raise _refused(standing, f"{limit} requests a minute")
+            raise _refused(standing)
         return headers(standing)
 
     @asynccontextmanager
@@ -61,13 +64,16 @@ class Limits:
         failures left is refused before the check, unless the credential has the form of a secret: that is checked, few
         at once. Secrets cannot be guessed, so the limit protects the database only, and clients with a valid key are
         not locked out by others behind their address. A credential that was valid before, in this process, is always
-        checked. A service whose settings have no limit of requests has none of these either.
+        checked, except while its key has no requests left: those are refused without asking the database. A service
+        whose settings have no limit of requests has none of these either.
         """
         if self._settings.requests_per_minute == 0:
             yield
             return
         name, digest = f"failures:{_network(address)}", self._digest(credential)
         is_known = digest in self._recognized
+        if (counted := self._recognized.get(digest)) and (left := self._buckets.take(*counted, cost=0)).tokens < 1:
+            raise _refused(left.of_one())
         standing = self._buckets.take(name, FAILURES, cost=0 if is_known else 1)
         is_reserved = not is_known and standing.is_allowed
         try:
@@ -87,7 +93,7 @@ class Limits:
             self._give_back(name, is_reserved=is_reserved)
             raise
         self._give_back(name, is_reserved=is_reserved)
-        self._recognize(digest)
+        self._recognize(digest, self._recognized.get(digest))
 
     @property
     def jobs_per_day(self) -> int:
@@ -101,9 +107,9 @@ class Limits:
     def _digest(self, credential: str | None) -> bytes:
         return hashlib.blake2b((credential or "").encode("utf-8", "replace"), key=self._salt).digest()
 
-    def _recognize(self, digest: bytes) -> None:
+    def _recognize(self, digest: bytes, counted: tuple[str, Rate] | None) -> None:
         self._recognized.pop(digest, None)
-        self._recognized[digest] = None
+        self._recognized[digest] = counted
         if len(self._recognized) > MAX_RECOGNIZED:
             self._recognized.pop(next(iter(self._recognized)), None)
 
@@ -172,11 +178,11 @@ def _own(of_the_key: int | None, of_the_service: int) -> int:
     return of_the_service if of_the_key is None else of_the_key
 
 
-def _refused(standing: Standing, what: str) -> RateLimited:
+def _refused(standing: Standing) -> RateLimited:
     after = standing.retry_after_seconds
     remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Ask for fewer at once."
     return RateLimited(
-        f"The API key has reached its limit of {what}.",
+        f"The API key has reached its limit of {standing.rate.limit} requests a minute.",
         code="rate_limit_exceeded",
         remedy=f"{remedy} An operator can give the key a higher limit: lorry keys limit.",
         retry_after_seconds=after,

@@ -6,7 +6,7 @@ At once a client may have what the bucket holds, and in the long run no more tha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BURST_PART = 0.1
 """Of a limit: what the bucket holds. A whole minute's requests at once would delay those of all other clients."""
@@ -47,6 +47,10 @@ class Standing:
     tokens: float
     is_allowed: bool
     cost: int = 1
+
+    def of_one(self) -> Standing:
+        """As if one token had been asked for."""
+        return replace(self, cost=1, is_allowed=self.tokens >= 1)
 
     @property
     def remaining(self) -> int:

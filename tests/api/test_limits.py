@@ -18,7 +18,10 @@ from api.limits import CHECKS_BEYOND_FAILURES, FAILURES, MAX_BUCKETS, Buckets, L
 from api.settings import ApiSettings
 from api.token_bucket import Rate
 from catalog import keys
+from catalog.callers import Caller
+from catalog.db import Database
 from catalog.errors import Unauthorized
+from catalog.pepper import Pepper
 from lorry import Lorry, RateLimited
 from tests.api.conftest import new_key, with_key
 from tests.api.site import Site, error_of
@@ -76,6 +79,26 @@ def test_every_answer_tells_what_is_left_and_one_too_many_is_refused(client: Tes
     assert (answers[3].headers["retry-after"], answers[3].headers["retry-after-ms"]) == ("20", "20000")
     hand.turn(20)
     assert client.get("/v1/files").status_code == 200
+
+
+def test_requests_beyond_a_keys_limit_are_refused_without_asking_the_database(
+    client: TestClient, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    authenticate = keys.authenticate
+
+    def counted(db: Database, *, secret: str, pepper: Pepper) -> Caller:
+        asked.append(secret)
+        return authenticate(db, secret=secret, pepper=pepper)
+
+    monkeypatch.setattr(keys, "authenticate", counted)
+
+    statuses = [client.get("/v1/files").status_code for _ in range(9)]
+    hand.turn(20)
+    statuses.append(client.get("/v1/files").status_code)
+
+    assert statuses == [200] * 3 + [429] * 6 + [200]
+    assert len(asked) == 4
 
 
 def test_keys_are_counted_each_by_itself_and_what_needs_no_key_not_at_all(
