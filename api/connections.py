@@ -52,6 +52,8 @@ class Connection(H11Protocol):
         self._seconds_waited = 0.0
         self._num_taken = 0
         """Of a period of `send_seconds`, before the timer was started."""
+        self._is_of_ended_response = False
+        """The period began with the end of a response, of which the last bytes may have waited."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -73,9 +75,12 @@ class Connection(H11Protocol):
         self._watch_request()
         self._begin_send_period()
         self._watch_response()
+        self._is_of_ended_response = True
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        if self._is_of_ended_response:  # the time since then was idle, or of another response
+            self._begin_send_period()
         self._watch_response()
 
     def resume_writing(self) -> None:
@@ -147,6 +152,7 @@ class Connection(H11Protocol):
 
     def _begin_send_period(self) -> None:
         self._stop_send_timer()
+        self._is_of_ended_response = False
         self._seconds_waited, self._num_taken = 0.0, 0
 
     def _check_response(self) -> None:
@@ -156,6 +162,7 @@ class Connection(H11Protocol):
             self._close("response")
         else:
             self._begin_send_period()
+            self._is_of_ended_response = self.cycle.response_complete
             self._watch_response()
 
     def _close(self, what: str, *, is_abrupt: bool = True) -> None:

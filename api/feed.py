@@ -284,16 +284,22 @@ async def _deliver(topic: Topic, news: Found) -> None:
     if news.view is not None:
         topic.view = news.view
     usual = news.after(seq, view)
-    for number, listener in enumerate(list(topic.listeners), start=1):
-        if listener.seq == seq and listener.view is None:
-            listener.give(usual)
-        else:  # it joined since the last look, and may be further than that was
-            listener.give(news.after(listener.seq, view if listener.view is None else listener.view))
-        listener.seq, listener.view = max(listener.seq, news.seq), None
-        if news.is_last:
+    waiting = list(topic.listeners)
+    try:
+        while waiting:
+            listener = waiting.pop()
+            if listener.seq == seq and listener.view is None:
+                listener.give(usual)
+            else:  # it joined since the last look, and may be further than that was
+                listener.give(news.after(listener.seq, view if listener.view is None else listener.view))
+            listener.seq, listener.view = max(listener.seq, news.seq), None
+            if news.is_last:
+                listener.end()
+            if len(waiting) % BATCH == 0:
+                await asyncio.sleep(0)
+    finally:
+        for listener in waiting:  # after a crash: each comes back and asks for what it has missed
             listener.end()
-        if number % BATCH == 0:
-            await asyncio.sleep(0)
 
 
 def _look_at(source: Source, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:

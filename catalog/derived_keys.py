@@ -121,7 +121,7 @@ def check_current(session: Session, pepper: bytes) -> None:
 
 
 def wire_rows(session: Session) -> list[Json]:
-    """The rows as an export of the audit log holds them: whoever has the pepper can read them."""
+    """The rows as an export of the audit log holds them: a holder of the pepper can read them."""
     rows = session.scalars(select(RetiredKey).order_by(RetiredKey.id))
     return [{"object": RetiredKey.WIRE_OBJECT, "id": row.id, "sealed": row.sealed} for row in rows]
 
@@ -193,7 +193,7 @@ def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
         told: Any = json.loads(opened)
         key = ChainKey(key=bytes.fromhex(told["key"]), last_link=int(told["link"]), last_digest=str(told["digest"]))
         return Retired(chain_key=key, public_key=dict(told["public_key"]), retired_at=float(told["retired_at"]))
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
 
 

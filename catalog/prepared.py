@@ -83,7 +83,7 @@ def put(
 
 
 def forget(db: Database, key: str) -> None:
-    """A cache whose files are damaged: whoever needs it next makes it again."""
+    """A cache whose files are damaged: the next job that needs it makes it again."""
     with db.write() as session:
         project_id, digest = session.execute(
             select(Prepared.project_id, Prepared.artifact).where(Prepared.key == key)

@@ -104,9 +104,8 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     """Checks a pulled folder offline: files against the manifest, record against its id, and the record's signature.
 
     keys: the service's public keys (signatures.read_keys). Without them, only digests are checked, and `signature` is
-    result = _result([*problems, *([problem] if problem else [])], signature=status)
-    retired_at = signatures.key_retired_at(lineage["signature"], keys) if status == "valid" else None
-    return result if retired_at is None else {**result, "key_retired_at": retired_at}
+    `not_checked`. With them it is `valid`, `invalid`, or `unknown_key` if none of the keys made it. `key_retired_at`
+    (seconds since 1970) is set if the key of a valid signature was retired. `problems` are sentences.
     Raises LorryError for a folder that has neither a manifest nor a record.
     """
     if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):

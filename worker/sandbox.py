@@ -52,7 +52,7 @@ OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 """The rights that a rule for a file, and not a folder, can have."""
 
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/nix", "/proc", "/sys", "/run/nvidia-persistenced")
-VENDORS = ("amazon", "aws-ofi-nccl", "cuda", "hpcx", "intel", "mellanox", "nvidia", "rocm")
+VENDORS = ("amazon", "amdgpu", "aws-ofi-nccl", "cuda", "hpcx", "intel", "mellanox", "nvidia", "rocm")
 """Folders of libraries in /opt, where Lorry's own checkout and other programs may be as well."""
 DEV = Path("/dev")
 DEVICES = ("null", "zero", "full", "random", "urandom")

@@ -224,6 +224,7 @@ class EventReader:
 
         Nothing where the file can't be read now: a trainer that can't be heard is silent.
         """
+        self.has_more = False
         try:
             with os.fdopen(open_file(self._path), "rb") as file:
                 file.seek(self._offset)

@@ -116,7 +116,7 @@ class ArtifactStore:
     def get_manifest(self, digest: str) -> Manifest:
         check_digest(digest)
         try:
-            content = b"".join(self._read(manifest_key(digest)))
+            content = b"".join(read_stored(self.objects, manifest_key(digest)))
         except NoSuchObject as error:
             raise DamagedArtifact(f"The manifest {digest} is missing from the store.") from error
         if sha256(content).hexdigest() != digest:
@@ -130,7 +130,7 @@ class ArtifactStore:
         """
         check_digest(digest)
         try:
-            chunks = self._read(blob_key(digest), chunk_bytes=chunk_bytes)
+            chunks = read_stored(self.objects, blob_key(digest), chunk_bytes=chunk_bytes)
         except NoSuchObject as error:
             raise DamagedArtifact(f"The blob {digest} is missing from the store.") from error
         return verified(chunks, digest)
@@ -244,13 +244,6 @@ class ArtifactStore:
             log.warning("a manifest without a row can't be read code=%s: %s", error.code, error)
             return set()
 
-    def _read(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """Of the object, or of what the trash has under its key. Raises NoSuchObject at the call."""
-        try:
-            return self.objects.read(key, chunk_bytes=chunk_bytes)
-        except NoSuchObject:
-            return self.objects.read(TRASH + key, chunk_bytes=chunk_bytes)
-
     def _discard_if_old(self, key: str, oldest: float) -> bool:
         """Check the age once more, because a writer may have put the object again since it was listed."""
         try:
@@ -289,6 +282,14 @@ class ArtifactStore:
         except NoSuchObject:
             return False
         return True
+
+
+def read_stored(objects: Objects, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Of the object, or of what the trash has under its key. Raises NoSuchObject at the call."""
+    try:
+        return objects.read(key, chunk_bytes=chunk_bytes)
+    except NoSuchObject:
+        return objects.read(TRASH + key, chunk_bytes=chunk_bytes)
 
 
 def blob_key(digest: str) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from catalog import cleaning
 from catalog.artifacts.manifest import DamagedArtifact
 from catalog.artifacts.objects import CHUNK_BYTES, NoSuchObject, Objects
-from catalog.artifacts.store import blob_key, manifest_key, verified
+from catalog.artifacts.store import blob_key, manifest_key, read_stored, verified
 from catalog.disk import full_disk_named
 from catalog.tables import Artifact
 
@@ -65,7 +65,7 @@ class Copier:
     def _copy_one(self, key: str) -> None:
         """Whole before it is written: the library can't read one object while it writes another."""
         with full_disk_named(), SpooledTemporaryFile(max_size=CHUNK_BYTES, dir=str(self.spool_dir)) as spool:
-            for chunk in verified(self.source.read(key), digest_of(key)):
+            for chunk in verified(read_stored(self.source, key), digest_of(key)):
                 spool.write(chunk)
             spool.seek(0)
             self.target.put(key, iter(lambda: spool.read(CHUNK_BYTES), b""))
@@ -76,7 +76,7 @@ def damaged(keys: Keys, objects: Objects) -> dict[str, str]:
     """Read all of them. What is wrong, by key. Raises Unavailable."""
 
     def one(key: str) -> None:
-        for _ in verified(objects.read(key), digest_of(key)):
+        for _ in verified(read_stored(objects, key), digest_of(key)):
             pass
 
     return _each(keys, one)

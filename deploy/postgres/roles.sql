@@ -1,5 +1,6 @@
 -- The three database roles of Lorry, and who may connect. Run it by psql as a superuser, connected to the service's
--- database, with POSTGRES_OWNER_PASSWORD, POSTGRES_API_PASSWORD and POSTGRES_WORKER_PASSWORD in the environment:
+-- database, with POSTGRES_OWNER_PASSWORD, POSTGRES_API_PASSWORD and POSTGRES_WORKER_PASSWORD in the environment
+-- (psql 15 or later; the server may be older):
 --
 --   psql -f deploy/postgres/roles.sql DATABASE
 --
@@ -7,10 +8,13 @@
 -- backups, lorry_worker for workers. What the latter two may do is in catalog/tables/privileges.py, and is granted by
 -- each `bootstrap`. Running this again sets the passwords. One service of a PostgreSQL server can have these roles.
 \set ON_ERROR_STOP on
+\set owner ''
+\set api ''
+\set worker ''
 \getenv owner POSTGRES_OWNER_PASSWORD
 \getenv api POSTGRES_API_PASSWORD
 \getenv worker POSTGRES_WORKER_PASSWORD
-select :{?owner} and :{?api} and :{?worker} as has_passwords
+select '' not in (:'owner', :'api', :'worker') as has_passwords
 \gset
 \if :has_passwords
 \else

@@ -273,6 +273,23 @@ def test_the_end_of_a_response_must_be_taken_too(wire: Wire) -> None:
     assert wire.transport.ends[-1] == "aborted"
 
 
+def test_time_before_the_next_response_is_not_the_clients_delay(wire: Wire) -> None:
+    wire.receive(HEAD + b"\r\n")
+    asyncio.run(wire.connection.cycle.send({"type": "http.response.start", "status": 204, "headers": []}))
+    wire.transport.num_waiting = 20_000
+    asyncio.run(wire.connection.cycle.send({"type": "http.response.body", "body": b"", "more_body": False}))
+    wire.transport.num_waiting = 0  # soon taken, and nobody is told
+    wire.receive(HEAD + b"\r\n")
+    wire.turn(LIMITS.send_seconds - 3)  # the server works on it
+    refill(wire, 100_000)
+
+    wire.turn(LIMITS.send_seconds - 1)
+    assert wire.end is None
+    wire.turn(1)
+
+    assert wire.end == "aborted"
+
+
 def test_a_finished_response_that_is_not_taken_ends_the_connection(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     wire.transport.num_waiting = 10  # too little for writing to be paused

@@ -17,6 +17,7 @@ from catalog.artifacts import ArtifactStore, DamagedArtifact, Manifest, Manifest
 from catalog.artifacts.manifest import check_path
 from catalog.artifacts.objects import CHUNK_BYTES, Entry, Objects
 from catalog.artifacts.store import GRACE_SECONDS, blob_key, manifest_key
+from catalog.backup import holdings
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.settings import Settings
 from tests.services.running import free_port
@@ -314,6 +315,7 @@ def test_an_object_that_is_put_again_after_the_last_look_at_its_age_is_not_lost(
         assert store.delete_unreferenced(set()) == 1
 
     assert b"".join(store.open_blob(blob.digest)) == b"put again"
+    assert holdings.damaged([key], store.objects) == {}
     store.delete_unreferenced({blob.digest} if is_committed else set())
     assert (key in keys(store)) == is_committed
     assert b"".join(store.open_blob(blob.digest)) == b"put again", "of another upload, perhaps, whose row comes later"

@@ -144,7 +144,7 @@ def test_a_row_shows_no_key_and_opens_under_the_current_pepper_and_its_own_id_al
 
 @pytest.mark.parametrize("num_more", [1000, None])
 def test_a_key_that_was_planted_under_the_replaced_pepper_is_not_kept(world: World, num_more: int | None) -> None:
-    """Whoever had the old pepper, and the database, before the rotation, gains nothing after it."""
+    """An attacker who had the old pepper, and the database, before the rotation, gains nothing after it."""
     last = sealed_event(world.db, "before", OLD)
     last_link = None if num_more is None else last + num_more
     planted = derived_keys.Retired(

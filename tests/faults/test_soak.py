@@ -222,17 +222,17 @@ def compared(num: int, seconds: float) -> list[Compared]:
 
 def isolated(**changes: object) -> Isolated:
     """A good result: two workers, fair shares, no cordon."""
-    beside = Stretch(gaps={"w1": 2.0, "w2": 4.9}, device_seconds={"ours": 46.0, "theirs": 54.0}, num_waiting=3)
-    found = Isolated(project_id="ours", beside=beside, num_crashes=2, lease_seconds=15.0)
+    disturbed = Stretch(gaps={"w1": 2.0, "w2": 4.9}, device_seconds={"ours": 46.0, "theirs": 54.0}, num_waiting=3)
+    found = Isolated(project_id="ours", disturbed=disturbed, num_crashes=2, lease_seconds=15.0)
     for name, value in changes.items():
-        setattr(found if hasattr(found, name) else found.beside, name, value)
+        setattr(found if hasattr(found, name) else found.disturbed, name, value)
     return found
 
 
 def isolation_problems(found: Isolated, *, p99_seconds: float = 0.010, num: int = isolation.MIN_SAMPLES) -> list[str]:
     alone = [sample("get", float(at) / num, seconds=0.010) for at in range(num)]
-    beside = [sample("get", 50.0 + at / num, seconds=p99_seconds) for at in range(num)]
-    return [*isolation.problems(found, compare([*alone, *beside], [], calm=(0.0, 40.0), storm=(40.0, 300.0)))]
+    disturbed = [sample("get", 50.0 + at / num, seconds=p99_seconds) for at in range(num)]
+    return [*isolation.problems(found, compare([*alone, *disturbed], [], calm=(0.0, 40.0), storm=(40.0, 300.0)))]
 
 
 def test_a_neighbor_that_nobody_notices_is_no_problem() -> None:

@@ -132,3 +132,17 @@ def test_many_events_are_read_in_parts(directory: TrainerDirectory, monkeypatch:
 
     assert [event["number"] for part in parts for event in part] == list(range(20))
     assert len(parts[0]) < 20
+
+
+def test_nothing_more_is_awaited_of_events_that_can_not_be_read_any_more(
+    directory: TrainerDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_directory, "LONGEST_LINE_BYTES", 64)
+    directory.events_path.write_text('{"type": "ready", "seconds": 1}\n' * 10)
+    reader = EventReader(directory)
+    assert (len(reader.read()), reader.has_more) == (2, True)
+
+    directory.events_path.unlink()
+    directory.events_path.symlink_to(tmp_path / "elsewhere")
+
+    assert (reader.read(), reader.has_more) == ([], False)

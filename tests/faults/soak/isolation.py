@@ -77,7 +77,7 @@ class Isolated:
 
     project_id: str = ""
     alone: Stretch = field(default_factory=Stretch)
-    beside: Stretch = field(default_factory=Stretch)
+    disturbed: Stretch = field(default_factory=Stretch)
     statuses: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
     num_crashes: int = 0
     num_cordons: int = 0
@@ -96,19 +96,19 @@ def problems(isolated: Isolated, compared: Sequence[Compared]) -> Iterator[str]:
                 f"{each.ratio('p99'):.2f} times as long"
             )
     most = isolated.lease_seconds * MAX_RENEWAL
-    for worker_id, seconds in isolated.beside.gaps.items():
+    for worker_id, seconds in isolated.disturbed.gaps.items():
         if seconds > most:
             yield f"{worker_id}: {seconds:.1f} s between two heartbeats, and a third of a lease is {most:.1f} s"
-    if not isolated.beside.gaps:
+    if not isolated.disturbed.gaps:
         yield "no worker sent a heartbeat next to the neighbor"
     if isolated.num_cordons:
         yield f"{isolated.num_cordons} workers were cordoned next to the neighbor"
     if not isolated.num_crashes:
         yield "no trainer crashed because of the neighbor's jobs"
-    if not isolated.beside.num_waiting:
+    if not isolated.disturbed.num_waiting:
         yield "the ordinary project's queue was empty at the end: its share says nothing"
-    num_projects = len(isolated.beside.device_seconds)
-    share, fair = isolated.beside.share(isolated.project_id), 1 / max(1, num_projects)
+    num_projects = len(isolated.disturbed.device_seconds)
+    share, fair = isolated.disturbed.share(isolated.project_id), 1 / max(1, num_projects)
     if num_projects < 2:
         yield "the neighbor used no device"
     if share < fair * MIN_SHARE:

@@ -89,8 +89,8 @@ class Soaked:
     def compare_isolated(self) -> list[verdict.Compared]:
         """Requests of the ordinary project, alone and next to the noisy neighbor."""
         assert self.isolated is not None
-        alone, beside = self.isolated.alone, self.isolated.beside
-        stretches = {"calm": (alone.since, alone.until), "storm": (beside.since, beside.until)}
+        alone, disturbed = self.isolated.alone, self.isolated.disturbed
+        stretches = {"calm": (alone.since, alone.until), "storm": (disturbed.since, disturbed.until)}
         return verdict.compare(self.samples, self.windows, **stretches)
 
 
@@ -151,9 +151,9 @@ class Soak:
         with near.separate_machines(self.kept.workers):
             self._submit(asking, files, "alone", number, every=every)
             near.measure(near.found.alone, **stretch)
-            self._submit(asking, files, "beside", number, every=every)
+            self._submit(asking, files, "disturbed", number, every=every)
             with near.neighbor():
-                near.measure(near.found.beside, **stretch)
+                near.measure(near.found.disturbed, **stretch)
         near.found.num_cordons = len(self.kept.answers) - num_uncordoned
         self.seen.isolated = near.found
 

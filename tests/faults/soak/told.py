@@ -99,11 +99,14 @@ def _add_isolation(result: Result, seen: Soaked, isolated: Isolated) -> None:
     renewal = isolated.lease_seconds * isolation.MAX_RENEWAL
     result.find("longest time between two heartbeats, alone", isolated.alone.longest_gap, "s")
     result.find(
-        "longest time between two heartbeats, next to the neighbor", isolated.beside.longest_gap, "s", at_most=renewal
+        "longest time between two heartbeats, next to the neighbor",
+        isolated.disturbed.longest_gap,
+        "s",
+        at_most=renewal,
     )
     result.find("cordons next to the neighbor", isolated.num_cordons, "", at_most=0)
     result.find("trainers that crashed because of the neighbor's jobs", isolated.num_crashes, "")
-    share = isolated.beside.share(isolated.project_id)
+    share = isolated.disturbed.share(isolated.project_id)
     result.find("share of device-seconds next to the neighbor", share, "", goal=0.5 * isolation.MIN_SHARE)
 
 
@@ -117,9 +120,9 @@ def _isolation_table(seen: Soaked) -> str:
         ratios = [f"{each.ratio(part):.2f}x" for part in ("median", "p95", "p99")]
         lines.append(f"| {' | '.join([each.what, *stretches, *ratios])} |")
     found = seen.isolated
-    gaps = f"{found.alone.longest_gap:.2f} s alone, {found.beside.longest_gap:.2f} s next to the neighbor"
+    gaps = f"{found.alone.longest_gap:.2f} s alone, {found.disturbed.longest_gap:.2f} s next to the neighbor"
     lines += ["", f"longest time between two heartbeats: {gaps}; a lease is {found.lease_seconds:g} s"]
-    share = found.beside.share(found.project_id)
+    share = found.disturbed.share(found.project_id)
     lines.append(f"share of the device-seconds: {share:.1%}; {found.num_crashes} crashes, {found.num_cordons} cordons")
     for name, counted in sorted(found.statuses.items()):
         lines.append(f"neighbor, {name}: {_counted(Counter(counted))}")
