@@ -278,7 +278,7 @@ def test_time_before_the_next_response_is_not_the_clients_delay(wire: Wire) -> N
     asyncio.run(wire.connection.cycle.send({"type": "http.response.start", "status": 204, "headers": []}))
     wire.transport.num_waiting = 20_000
     asyncio.run(wire.connection.cycle.send({"type": "http.response.body", "body": b"", "more_body": False}))
-    wire.transport.num_waiting = 0  # soon taken, and nobody is told
+    wire.transport.num_waiting = 0  # the client takes it, and asyncio calls nothing
     wire.receive(HEAD + b"\r\n")
     wire.turn(LIMITS.send_seconds - 3)  # the server works on it
     refill(wire, 100_000)

@@ -155,15 +155,19 @@ def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, el
     assert refused.value.code == "restored_database_differs"
 
 
+def with_the_old_store(service: Service, elsewhere: Settings) -> Settings:
+    """A new database next to the store and the pepper of the service."""
+    store_url = (service.folder / "store").as_uri()
+    return elsewhere.model_copy(update={"store_url": store_url, "pepper": SecretStr(PEPPER.current.decode())})
+
+
 def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
     service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The database was lost and the store was kept. Tampering that comes later must not hide behind old anchors."""
     world, objects = service.world, service.store.objects
     monkeypatch.setattr(dump, "read_clock", lambda _: world.clock())
-    keeps = elsewhere.model_copy(
-        update={"store_url": (service.folder / "store").as_uri(), "pepper": SecretStr(PEPPER.current.decode())}
-    )
+    keeps = with_the_old_store(service, elsewhere)
     kept = anchored(world, objects, "before")
     record = service.backup()
     world.clock.turn(DAY)
@@ -190,9 +194,7 @@ def test_an_anchor_of_before_the_backup_that_does_not_fit_is_still_reported(
     """The log was cut off before the backup: a restore doesn't clear that up."""
     world, objects = service.world, service.store.objects
     monkeypatch.setattr(dump, "read_clock", lambda _: world.clock())
-    keeps = elsewhere.model_copy(
-        update={"store_url": (service.folder / "store").as_uri(), "pepper": SecretStr(PEPPER.current.decode())}
-    )
+    keeps = with_the_old_store(service, elsewhere)
     name = anchored(world, objects, "cut-off")
     with world.db.write() as session:
         head = session.get_one(AuditHead, 1)
