@@ -11,6 +11,7 @@ from api.schemas.job_history import event_object, metric_point
 from api.schemas.jobs import FineTuningJob, job_object
 from api.sse import message
 from catalog import watching
+from catalog.callers import Caller
 from catalog.db import Database
 from catalog.points import Point
 from catalog.states import FINAL_STATES
@@ -21,16 +22,18 @@ from catalog.watching import Seen
 class JobWatch:
     """One watcher's own looks, page by page."""
 
-    def __init__(self, db: Database, mark: watching.Mark) -> None:
+    def __init__(self, db: Database, mark: watching.Mark, caller: Caller) -> None:
         self._db = db
+        self._caller = caller
         self._mark = mark
         self._shown: FineTuningJob | None = None
         self.told_events = 0
 
     @classmethod
-    def start(cls, db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
+    def start(cls, db: Database, *, caller: Caller, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
         """With its first look. Raises NotFound."""
-        watch = cls(db, watching.start(db, project_id=project_id, job_id=job_id, last_seen=last_seen))
+        mark = watching.start(db, project_id=caller.project_id, job_id=job_id, last_seen=last_seen)
+        watch = cls(db, mark, caller)
         return watch, watch.look()
 
     def look(self) -> Found:
@@ -44,7 +47,7 @@ class JobWatch:
         told, shown = b"", _of_its_row(news.job)
         if shown != self._shown:
             self._shown = shown
-            told = _whole(self._db, [news.job])[news.job.id]
+            told = _whole(self._db, [news.job], self._caller)[news.job.id]
         is_last = news.job.state in FINAL_STATES
         return Found(seq=self._mark.seq, parts=parts, view=shown, told_view=told, is_last=is_last)
 
@@ -97,8 +100,8 @@ def _message(item: JobEvent | Point) -> bytes:
     return message("event", event_object(item).model_dump_json(), ident=item.seq)
 
 
-def _whole(db: Database, rows: Sequence[Job]) -> dict[str, bytes]:
-    shown = job_objects(db, rows) if rows else []
+def _whole(db: Database, rows: Sequence[Job], caller: Caller | None = None) -> dict[str, bytes]:
+    shown = job_objects(db, rows, caller=caller) if rows else []
     return {row.id: message("job", job.model_dump_json()) for row, job in zip(rows, shown, strict=True)}
 
 

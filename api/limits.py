@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from ipaddress import IPv6Address, ip_address, ip_network
 
 import anyio
 
 from api.settings import ApiSettings
-from api.token_bucket import Bucket, Rate, Standing, take
+from api.token_bucket import Bucket, Rate, Standing, charge, take
 from catalog import keys
 from catalog.errors import RateLimited, Unauthorized
 from catalog.keys import Caller
@@ -44,16 +45,20 @@ class Limits:
 
     def count_request(self, caller: Caller, credential: str | None) -> dict[str, str]:
         """The headers of the answer. Raises RateLimited, with them too."""
-        limit = _own(caller.requests_per_minute, self._settings.requests_per_minute)
-        if limit == 0:
-            self._recognize(self._digest(credential), None)
-            return {}
-        counted = (f"requests:{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE))
+        counted = self._counted(caller)
         self._recognize(self._digest(credential), counted)
+        if counted is None:
+            return {}
         standing = self._buckets.take(*counted)
         if not standing.is_allowed:
             raise _refused(standing)
         return headers(standing)
+
+    def charge(self, caller: Caller, num_requests: int) -> dict[str, str]:
+        """For a request that did the work of so many more. It is not refused, but the key's next requests may be.
+        Returns the headers of the answer, as `count_request` does."""
+        counted = self._counted(caller)
+        return headers(self._buckets.charge(*counted, cost=num_requests)) if counted else {}
 
     @asynccontextmanager
     async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
@@ -100,6 +105,12 @@ class Limits:
         """Of a key without a number of its own; counted with the jobs themselves, by catalog.quotas."""
         return self._settings.jobs_per_day
 
+    def _counted(self, caller: Caller) -> tuple[str, Rate] | None:
+        """The key's bucket; None: it has no limit."""
+        own = caller.requests_per_minute
+        limit = self._settings.requests_per_minute if own is None else own
+        return (f"requests:{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE)) if limit else None
+
     def _give_back(self, name: str, *, is_reserved: bool) -> None:
         if is_reserved:
             self._buckets.take(name, FAILURES, cost=-1)
@@ -128,10 +139,17 @@ class Buckets:
 
     def take(self, name: str, rate: Rate, *, cost: int = 1) -> Standing:
         """Ask the bucket of that name for `cost` tokens; a negative cost gives back."""
+        return self._change(name, rate, partial(take, cost=cost))
+
+    def charge(self, name: str, rate: Rate, *, cost: int) -> Standing:
+        """Take `cost` tokens from the bucket of that name, whether or not it has them."""
+        return self._change(name, rate, partial(charge, cost=cost))
+
+    def _change(self, name: str, rate: Rate, change: Callable[..., tuple[Bucket, Standing]]) -> Standing:
         with self._lock:
             now = self._clock()
             kept = self._buckets.pop(name, None)
-            bucket, standing = take(kept[0] if kept else None, rate, now=now, cost=cost)
+            bucket, standing = change(kept[0] if kept else None, rate, now=now)
             self._buckets[name] = (bucket, rate)
             if len(self._buckets) > MAX_BUCKETS:
                 self._drop_full(now)
@@ -172,10 +190,6 @@ def retry_headers(error: RateLimited) -> Mapping[str, str]:
     elif after > 0:
         told["retry-after-ms"] = str(max(1, math.ceil(after * 1000 - 1e-3)))
     return told
-
-
-def _own(of_the_key: int | None, of_the_service: int) -> int:
-    return of_the_service if of_the_key is None else of_the_key
 
 
 def _refused(standing: Standing) -> RateLimited:

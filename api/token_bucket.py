@@ -13,6 +13,9 @@ BURST_PART = 0.1
 MIN_BURST = 60
 """What the bucket of a larger limit holds at least: what a page of the dashboard or a script asks for at once."""
 
+MAX_DEBT_SECONDS = 10.0
+"""How long a client waits at most for its next token because of what was charged afterwards."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rate:
@@ -54,7 +57,7 @@ class Standing:
 
     @property
     def remaining(self) -> int:
-        return math.floor(self.tokens + 1e-6)
+        return max(0, math.floor(self.tokens + 1e-6))
 
     @property
     def reset_seconds(self) -> float:
@@ -74,11 +77,22 @@ def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tup
 
     A negative cost gives back. A clock that went backwards fills nothing.
     """
-    tokens = float(rate.burst)
-    if bucket is not None:
-        tokens = min(tokens, bucket.tokens + max(0.0, now - bucket.at) * rate.per_second)
-    is_allowed = tokens >= cost
+    filled = _filled(bucket, rate, now)
+    is_allowed = filled.tokens >= cost
     if is_allowed:
-        tokens = min(float(rate.burst), tokens - cost)
-    at = now if bucket is None else max(now, bucket.at)
-    return Bucket(tokens=tokens, at=at), Standing(rate=rate, tokens=tokens, is_allowed=is_allowed, cost=cost)
+        filled = replace(filled, tokens=min(float(rate.burst), filled.tokens - cost))
+    return filled, Standing(rate=rate, tokens=filled.tokens, is_allowed=is_allowed, cost=cost)
+
+
+def charge(bucket: Bucket | None, rate: Rate, *, now: float, cost: int) -> tuple[Bucket, Standing]:
+    """The bucket after work that has been done, which is never refused: it may owe tokens, of MAX_DEBT_SECONDS at most."""
+    filled = _filled(bucket, rate, now)
+    charged = replace(filled, tokens=max(filled.tokens - cost, -rate.per_second * MAX_DEBT_SECONDS))
+    return charged, Standing(rate=rate, tokens=charged.tokens, is_allowed=True)
+
+
+def _filled(bucket: Bucket | None, rate: Rate, now: float) -> Bucket:
+    if bucket is None:
+        return Bucket(tokens=float(rate.burst), at=now)
+    gained = max(0.0, now - bucket.at) * rate.per_second
+    return Bucket(tokens=min(float(rate.burst), bucket.tokens + gained), at=max(now, bucket.at))

@@ -8,7 +8,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import curve_blocks
-from catalog.db import Database, read_clock
+from catalog.db import Database, clock_of
 from catalog.errors import NotFound
 from catalog.events import ShownType
 from catalog.pages import Page, paginate, unknown_cursor
@@ -107,7 +107,7 @@ def seconds_running(db: Database, job_ids: Collection[str]) -> dict[str, float]:
     if not job_ids:
         return {}
     with db.read() as session:
-        until = func.coalesce(Attempt.ended_at, read_clock(session))
+        until = func.coalesce(Attempt.ended_at, clock_of(session))
         total = select(Attempt.job_id, func.sum(until - Attempt.started_at)).where(Attempt.job_id.in_(job_ids))
         return {row[0]: max(0.0, row[1]) for row in session.execute(total.group_by(Attempt.job_id))}
 

@@ -20,8 +20,8 @@ from catalog import write_guard
 from catalog.errors import InvalidRequest
 from catalog.lora_spec import LoraSpec
 
-MATCH_SECONDS = 0.5
-"""Of all patterns of a submission on all layers. Sound ones take milliseconds."""
+MATCH_SECONDS = 0.1
+"""Of processor time, for all patterns of a submission on all layers. Sound ones take milliseconds."""
 MAX_LISTED = 12
 LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
@@ -71,10 +71,10 @@ def linears_of(description: Description) -> list[Linear]:
 
 
 class Matcher:
-    """Matches patterns on paths, each pair once, until MATCH_SECONDS after its creation."""
+    """Matches patterns on paths, each pair once, for MATCH_SECONDS of processor time in all."""
 
     def __init__(self) -> None:
-        self._deadline = time.monotonic() + MATCH_SECONDS
+        self._left = MATCH_SECONDS
         self._compiled: dict[str, regex.Pattern[str]] = {}
         self._known: dict[tuple[str, str], bool] = {}
 
@@ -87,13 +87,13 @@ class Matcher:
         return known
 
     def _match(self, expression: str, path: str, param: str) -> bool:
-        left = self._deadline - time.monotonic()
-        if expression not in self._compiled:
-            self._compiled[expression] = regex.compile(expression)
+        began = time.thread_time()
         try:
-            if left <= 0:
+            if self._left <= 0:
                 raise TimeoutError
-            return self._compiled[expression].fullmatch(path, timeout=left) is not None
+            if expression not in self._compiled:
+                self._compiled[expression] = regex.compile(expression)
+            return self._compiled[expression].fullmatch(path, timeout=self._left) is not None
         except TimeoutError as error:
             raise InvalidRequest(
                 f"The patterns of {param} take too long to match the paths of the layers.",
@@ -101,6 +101,8 @@ class Matcher:
                 remedy="Write them without nested repetitions, such as (a+)+, or give names.",
                 param=param,
             ) from error
+        finally:
+            self._left -= time.thread_time() - began
 
 
 def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher: Matcher) -> list[Adapted]:

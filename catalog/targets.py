@@ -1,6 +1,6 @@
 """The layers that jobs are to adapt, resolved before the transaction that accepts the jobs.
 
-Patterns come from clients and may take up to half a second to match; a write transaction must not wait for that. The
+Patterns come from clients and may take a tenth of a second to match; a write transaction must not wait for that. The
 transaction then asks for the layers by the base model's digest and the adapter's shape. If one of them has changed
 since, the layers are resolved again.
 """

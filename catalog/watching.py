@@ -14,7 +14,7 @@ from sqlalchemy import and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog import curve_blocks
-from catalog.db import Database, read_clock
+from catalog.db import Database, clock_of
 from catalog.job_records import find
 from catalog.points import Point
 from catalog.states import FINAL_STATES
@@ -89,8 +89,7 @@ def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) 
         mark = Mark(project_id=project_id, job_id=job_id, seq=last_seen or 0)
         seen = session.get(JobEvent, last_seen) if last_seen else None
         if seen is None or seen.job_id != job_id:
-            since = read_clock(session) - RECENT_SECONDS
-            old = (JobEvent.job_id == job_id, JobEvent.created_at < since)
+            old = (JobEvent.job_id == job_id, JobEvent.created_at < clock_of(session) - RECENT_SECONDS)
             mark.quiet_until = session.scalar(select(func.max(JobEvent.seq)).where(*old)) or 0
         return mark
 

@@ -168,7 +168,7 @@ async def stream_job(
     Without, the messages from the first, and metrics from a few seconds ago: read the curves once for what is older.
     And the job, whenever it changes. Ends after the job's final state; a client that comes back then gets 204."""
     seen = last_event_id(last_seen)
-    start = partial(JobWatch.start, use.db, project_id=caller.project_id, job_id=job_id, last_seen=seen)
+    start = partial(JobWatch.start, use.db, caller=caller, job_id=job_id, last_seen=seen)
     watch, first = await run_route(caller.project_id, start)
     if seen is not None and first.is_last and not watch.told_events:
         return Response(status_code=204)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Body, Header, Path
+from fastapi import Body, Header, Path, Request
 from fastapi.openapi.models import Example
 
 from api.auth import Signed
@@ -40,6 +40,7 @@ def create_sweep(
     body: Annotated[SweepRequest, Body(openapi_examples=EXAMPLES)],
     use: Use,
     caller: Signed,
+    request: Request,
     idempotency_key: Annotated[
         str | None,
         Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One per sweep: again is the same sweep."),
@@ -47,15 +48,20 @@ def create_sweep(
     *,
     is_retry: IsRetry,
 ) -> SweepObject:
-    """Each trial is a job of its own, of the body's fields and its parameters. All are checked before one is made."""
+    """Each trial is a job of its own, of the body's fields and its parameters. All are checked before one is made. Each
+    trial that is made at once counts as a request of the key."""
     digest = body_digest(body)
     sent: Sent = {"idempotency_key": idempotency_key, "body_digest": digest, "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
     sweep = creation.made_before(use.db, caller=caller, **sent) if may_repeat else None
+    is_new = sweep is None
     if sweep is None:
         sweep = creation.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
-    return sweep_object(reading.get(use.db, project_id=caller.project_id, sweep_id=sweep.id))
+    view = reading.get(use.db, project_id=caller.project_id, sweep_id=sweep.id)
+    if is_new:
+        request.state.headers |= use.limits.charge(caller, view.sweep.num_created)
+    return sweep_object(view)
 
 
 @router.get("", operation_id="list_sweeps")

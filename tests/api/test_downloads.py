@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
+import os
 import random
 import shutil
 import socket
@@ -86,6 +87,7 @@ def by_hand(site: Site, path: str) -> bytes:
 
 def by_curl(site: Site, path: str) -> bytes:
     if shutil.which("curl") is None:
+        assert os.environ.get("CI", "").lower() not in ("true", "1"), "curl is not installed"
         pytest.skip("curl is not installed")
     command = ["curl", "-s", "--noproxy", "*", "-H", f"Authorization: Bearer {site.key}", f"{site.url}{path}"]
     return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout

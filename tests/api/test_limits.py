@@ -22,6 +22,7 @@ from catalog.callers import Caller
 from catalog.db import Database
 from catalog.errors import Unauthorized
 from catalog.pepper import Pepper
+from catalog.sweeps.creation import AT_ONCE
 from lorry import Lorry, RateLimited
 from tests.api.conftest import new_key, with_key
 from tests.api.site import Site, error_of
@@ -99,6 +100,26 @@ def test_requests_beyond_a_keys_limit_are_refused_without_asking_the_database(
 
     assert statuses == [200] * 3 + [429] * 6 + [200]
     assert len(asked) == 4
+
+
+def test_each_trial_that_a_sweep_makes_at_once_counts_as_a_request(
+    client: TestClient, operator: TestClient, key: str, world: World
+) -> None:
+    operator.post(f"/v1/api_keys/{key.split('_')[1]}/limits", json={"requests_per_minute": 60, "jobs_per_day": 0})
+    files = {"training_file": world.file_id, "validation_file": world.file_id}
+    search = {"search": {"type": "random", "trials": 50}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
+    body = {"model": "smol", **files, **search}
+    once = {"idempotency-key": "once"}
+
+    made, again = (client.post("/v1/sweeps", json=body, headers=once) for _ in range(2))
+
+    assert made.json()["counts"] == {"validating_files": AT_ONCE}
+    assert made.headers["x-ratelimit-remaining-requests"] == str(60 - 1 - AT_ONCE)
+    assert again.headers["x-ratelimit-remaining-requests"] == str(60 - 1 - AT_ONCE - 1)
+    for _ in range(4):
+        assert client.post("/v1/sweeps", json=body).status_code == 200
+    sent = [client.get("/v1/files") for _ in range(5)]
+    assert [answer.status_code for answer in sent] == [200] * 4 + [429]
 
 
 def test_keys_are_counted_each_by_itself_and_what_needs_no_key_not_at_all(

@@ -15,6 +15,7 @@ from api.deps import Services
 from api.job_objects import job_objects
 from api.schemas.jobs import FineTuningJob
 from catalog import claims, jobs, keys, watching
+from catalog.callers import Caller
 from catalog.db import Database
 from catalog.states import EndReason
 from catalog.tables import Job
@@ -276,14 +277,13 @@ def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
 ) -> None:
     asked: list[int] = []
 
-    def counted(db: Database, rows: Sequence[Job]) -> list[FineTuningJob]:
+    def counted(db: Database, rows: Sequence[Job], *, caller: Caller | None = None) -> list[FineTuningJob]:
         asked.append(len(rows))
-        return job_objects(db, rows)
+        return job_objects(db, rows, caller=caller)
 
     monkeypatch.setattr(job_stream, "job_objects", counted)
     claim = world.running()
-    project_id = world.caller.project_id
-    watch, _ = job_stream.JobWatch.start(world.db, project_id=project_id, job_id=claim.job.id, last_seen=None)
+    watch, _ = job_stream.JobWatch.start(world.db, caller=world.caller, job_id=claim.job.id, last_seen=None)
 
     world.pass_time(5, claim.claim_id)
     quiet = watch.look()

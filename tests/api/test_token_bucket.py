@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.token_bucket import Bucket, Rate, take
+from api.token_bucket import MAX_DEBT_SECONDS, Bucket, Rate, charge, take
 
 MINUTE = Rate(limit=60, period_seconds=60)
 
@@ -47,6 +47,17 @@ def test_what_is_given_back_fills_no_further_than_the_limit() -> None:
     over, _ = take(bucket, MINUTE, now=0, cost=-5)
 
     assert bucket.tokens == over.tokens == 60
+
+
+def test_what_is_charged_afterwards_is_owed_for_a_limited_time() -> None:
+    bucket, some = charge(None, MINUTE, now=0, cost=65)
+    assert (bucket.tokens, some.remaining, some.reset_seconds) == (-5, 0, 65)
+
+    bucket, _ = charge(bucket, MINUTE, now=0, cost=1000)
+
+    _, early = take(bucket, MINUTE, now=0)
+    assert (early.is_allowed, early.retry_after_seconds) == (False, MAX_DEBT_SECONDS + 1)
+    assert take(bucket, MINUTE, now=MAX_DEBT_SECONDS + 1)[1].is_allowed
 
 
 @given(

@@ -1,7 +1,8 @@
 """A soak's test of isolation: two stretches of equal load, the ordinary project alone, then next to a noisy neighbor.
 
 In both, the ordinary project submits more jobs than the workers finish, so that the processors are equally busy.
-is broken on purpose in either. `problems` compares what other tenants notice: latency, renewals, cordons and shares.
+Nothing is broken on purpose in either. `problems` compares what other tenants notice: latency, renewals, cordons and
+shares.
 """
 
 from __future__ import annotations

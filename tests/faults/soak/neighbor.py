@@ -37,8 +37,8 @@ TIMEOUT_SECONDS = 60.0
 JOBS = "/v1/fine_tuning/jobs"
 CRASH_SUFFIX = "crash"
 """The soak kills every trainer that holds a job of this suffix: such a job crashes whatever trains it."""
-SLOW_PATTERN = "(?:.*?.*?.*?z0z|q_proj)"
-"""Matches q_proj after about 0.1 s on the paths of a real model; the service accepts it."""
+SLOW_PATTERN = "(?:.*?.*?.*?.*?z0z|q_proj)"
+"""Four of these on the paths of the base model take 40 ms, of the 100 ms that the service allows."""
 Json = dict[str, Any]
 
 
