@@ -22,7 +22,7 @@ from api.project_slots import ProjectSlots
 from catalog.errors import Unavailable
 
 ROUTE_THREADS = 20
-ROUTE_THREADS_OF_PROJECT = 3
+ROUTE_THREADS_OF_PROJECT = 2
 """A project with many requests at once waits for itself. Python runs one thread at a time, so that more would slow down
 the requests of other projects, and end none of the project's own sooner."""
 KEY_CHECK_THREADS = 8
