@@ -71,7 +71,8 @@ def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
     if settings.pepper is None and not (settings.data_dir / "pepper").exists():
         path = settings.data_dir / "pepper"
         told += (
-            f" Before you start the service, give it its pepper (LORRY_PEPPER, or {path}): else no API key opens it."
+            f" The audit chain was not verified, for that takes the service's pepper. Set LORRY_PEPPER, or write the "
+            f"pepper to {path}, and run `python -m api verify`. Without the pepper no API key is valid."
         )
     if anchors := restored.superseded_anchors:
         told += f" {len(anchors)} anchors of the audit log were made after the backup and no longer apply: they are in "

@@ -85,7 +85,7 @@ def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tup
 
 
 def charge(bucket: Bucket | None, rate: Rate, *, now: float, cost: int) -> tuple[Bucket, Standing]:
-    """The bucket after work that has been done, which is never refused: it may owe tokens, of MAX_DEBT_SECONDS at most."""
+    """The bucket after work that has been done: never refused, it may owe tokens of MAX_DEBT_SECONDS at most."""
     filled = _filled(bucket, rate, now)
     charged = replace(filled, tokens=max(filled.tokens - cost, -rate.per_second * MAX_DEBT_SECONDS))
     return charged, Standing(rate=rate, tokens=charged.tokens, is_allowed=True)

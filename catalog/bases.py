@@ -58,7 +58,7 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             raise Conflict(
                 f"There is another base model named {name!r}, from {row.source}.",
                 code="model_exists",
-                remedy="Add this one under another name, or delete the other first: DELETE /v1/models/NAME.",
+                remedy=f"Add this one under another name, or delete the other first: lorry models delete {name}.",
                 param="name",
             )
         elif row.state == "failed":

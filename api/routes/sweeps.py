@@ -49,7 +49,7 @@ def create_sweep(
     is_retry: IsRetry,
 ) -> SweepObject:
     """Each trial is a job of its own, of the body's fields and its parameters. All are checked before one is made. Each
-    trial that is made at once counts as a request of the key."""
+    trial counts as a request of the key."""
     digest = body_digest(body)
     sent: Sent = {"idempotency_key": idempotency_key, "body_digest": digest, "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
@@ -60,7 +60,7 @@ def create_sweep(
     use.doorbell.ring()
     view = reading.get(use.db, project_id=caller.project_id, sweep_id=sweep.id)
     if is_new:
-        request.state.headers |= use.limits.charge(caller, view.sweep.num_created)
+        request.state.headers |= use.limits.charge(caller, view.sweep.num_trials)
     return sweep_object(view)
 
 

@@ -125,8 +125,13 @@ def _misfit_told(found: AuditVerification) -> str:
     return f"Event {found.misfit.link}{named} {told}. {found.num_events} before it fit."
 
 
+def _detail(name: str, value: object) -> str:
+    is_time = name.endswith("_at") and isinstance(value, (int, float))
+    return str(output.when(int(value))) if is_time else output.cell(value)
+
+
 def _row(event: AuditEvent) -> tuple[object, ...]:
     by = event.actor.get("name") or event.actor.get("type")
-    details = " ".join(f"{name}={output.cell(value)}" for name, value in event.details.items() if value is not None)
+    details = " ".join(f"{name}={_detail(name, value)}" for name, value in event.details.items() if value is not None)
     details = DIGEST.sub(r"\1…", details)
     return output.briefly(int(event.effective_at)), event.type, event.object_id, by, event.address, details

@@ -137,7 +137,9 @@ def revoke(
     descendants = "1 key that descends" if others == 1 else f"{others} keys that descend"
     also = f", and {descendants} from it," if others > 0 else ""
     output.say(f"{key.id} ({key.name}){also} {'are' if also else 'is'} not valid any more.")
-    if key.unfinished_jobs or key.unfinished_sweeps:
+    if cancel:
+        output.say("Its unfinished jobs and sweeps are being cancelled.")
+    elif key.unfinished_jobs or key.unfinished_sweeps:
         left = f"{key.unfinished_jobs} jobs and {key.unfinished_sweeps} sweeps"
         output.say(f"Unfinished work that it created: {left}. Cancel them: lorry keys revoke {key.id} --cancel")
     if key.valid_descendants:

@@ -182,6 +182,7 @@ def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
 
 def _tell(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:
     if watch:
+        output.say(f"Job {job.id} was created.")  # first: watching needs another scope
         watching.stay(lorry, [job.id], as_json=as_json)
     elif as_json:
         output.print_json(job.raw)

@@ -11,6 +11,7 @@ from typer.testing import Result
 
 from api.validation import explain
 from catalog.audit import AuditType
+from lorry.cli import output
 from tests.lorry.scripted_server import Reply, Script
 
 Run = Callable[..., Result]
@@ -49,6 +50,15 @@ def test_digests_are_shortened_for_people_alone(service: Script, run: Run) -> No
 
     assert "artifact=01234567… hex=0123456789abcdef\n" in run("audit", "list").stdout
     assert json.loads(run("audit", "list", "--json").stdout)[0]["details"] == event["details"]
+
+
+def test_a_time_among_the_details_is_shown_as_one(service: Script, run: Run) -> None:
+    event = {**_log(1)[0], "details": {"taken_at": 1790000000.5, "at_once": 2}}
+    service.on("GET", PATH, {"data": [event], "has_more": False})
+
+    shown = run("audit", "list").stdout
+
+    assert f"taken_at={output.when(1790000000)} at_once=2" in shown
 
 
 @pytest.mark.parametrize(

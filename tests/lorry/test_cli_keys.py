@@ -160,7 +160,10 @@ def test_a_key_is_revoked_with_its_descendants_and_its_work(service: Script, run
 
     shown = run("keys", "revoke", "key-1", "--cancel", "--with-descendants").stderr
 
-    assert shown == "key-1 (ci), and 2 keys that descend from it, are not valid any more.\n"
+    assert shown.splitlines() == [
+        "key-1 (ci), and 2 keys that descend from it, are not valid any more.",
+        "Its unfinished jobs and sweeps are being cancelled.",
+    ]
     (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
     assert json.loads(sent.body) == {"cancel": True, "with_descendants": True}
 

@@ -16,7 +16,7 @@ from catalog.methods import NUMBERS as METHOD_NUMBERS
 from catalog.spec import JobRequest, LoraRequest
 from lorry.cli.submit import FIELDS, NAMES
 from lorry.cli.submit import submit as submit_command
-from tests.lorry.scripted_server import Script
+from tests.lorry.scripted_server import Reply, Script
 
 JOBS = "/v1/fine_tuning/jobs"
 JOB = {"id": "ftjob-1", "status": "queued"}
@@ -169,6 +169,19 @@ def test_the_help_lays_options_out_in_groups(submit: Run) -> None:
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["Arguments:", "Adapter:", "Training:", "Evaluation and checkpoints:", "The job:", "Options:"]
     assert any(line.startswith("  --rank") for line in lines[lines.index("Adapter:") : lines.index("Training:")])
+
+
+def test_the_job_is_named_before_it_is_watched(service: Script, submit: Run) -> None:
+    error = {"message": "The API key lacks the scope jobs:read.", "code": "missing_scope", "type": "x", "param": None}
+    service.on("POST", JOBS, JOB)
+    service.on("GET", f"{JOBS}/ftjob-1", Reply(body={"error": error}, status=403))
+    service.on("GET", f"{JOBS}/ftjob-1/stream", Reply(body={"error": error}, status=403))
+
+    result = submit("m", "file-9", "--watch")
+
+    assert result.exit_code == 1
+    first, second, *_ = result.stderr.splitlines()
+    assert (first, "jobs:read" in second) == ("Job ftjob-1 was created.", True)
 
 
 def test_the_learning_rate_has_a_short_name(service: Script, submit: Run) -> None:
