@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import client_address
 from api.body import RequestBody
-from api.error_handlers import error_response, internal_error
+from api.deps import Services
+from api.error_handlers import error_response, internal_error, refusal
 from api.headers import security_headers
 from api.hosts import HostPolicy
 from api.telemetry import Telemetry, route_template
@@ -129,7 +130,7 @@ class Gate:
         declared = headers.get("content-length", "0")
         if _is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
             return self._too_large()
-        return None
+        return _limited(scope, headers)
 
     def _too_large(self) -> Response:
         return error_response(
@@ -158,6 +159,16 @@ class Gate:
                 exchange.address or "-",
                 f" rejected={rejected}" if rejected else "",
             )
+
+
+def _limited(scope: Scope, headers: Headers) -> Response | None:
+    """The response to a key that has no requests left, before anything that costs: such clients send many."""
+    scheme, _, credential = headers.get("authorization", "").partition(" ")
+    if not scope["path"].startswith("/v1/") or scheme.lower() != "bearer":
+        return None
+    services: Services = scope["app"].state.services
+    limited = services.limits.refusal(credential)
+    return None if limited is None else refusal(limited)
 
 
 @contextmanager

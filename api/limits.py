@@ -60,6 +60,14 @@ class Limits:
         counted = self._counted(caller)
         return headers(self._buckets.charge(*counted, cost=num_requests)) if counted else {}
 
+    def refusal(self, credential: str) -> RateLimited | None:
+        """Of a request whose credential was valid before, in this process, and whose key has no requests left. Asks no
+        database."""
+        counted = self._recognized.get(self._digest(credential))
+        if counted is None or (left := self._buckets.take(*counted, cost=0)).tokens >= 1:
+            return None
+        return _refused(left.of_one())
+
     @asynccontextmanager
     async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
         """Around the check of a credential, which raises Unauthorized. Raises RateLimited if the address has sent too
@@ -69,16 +77,13 @@ class Limits:
         failures left is refused before the check, unless the credential has the form of a secret: that is checked, few
         at once. Secrets cannot be guessed, so the limit protects the database only, and clients with a valid key are
         not locked out by others behind their address. A credential that was valid before, in this process, is always
-        checked, except while its key has no requests left: those are refused without asking the database. A service
-        whose settings have no limit of requests has none of these either.
+        checked. A service whose settings have no limit of requests has none of these either.
         """
         if self._settings.requests_per_minute == 0:
             yield
             return
         name, digest = f"failures:{_network(address)}", self._digest(credential)
         is_known = digest in self._recognized
-        if (counted := self._recognized.get(digest)) and (left := self._buckets.take(*counted, cost=0)).tokens < 1:
-            raise _refused(left.of_one())
         standing = self._buckets.take(name, FAILURES, cost=0 if is_known else 1)
         is_reserved = not is_known and standing.is_allowed
         try:

@@ -143,16 +143,20 @@ class Neighborhood:
 
     @contextmanager
     def separate_machines(self, workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-        """While the block lasts, workers and all their processes leave the first processor to the service.
+        """While the block lasts, workers with all their processes, and this process, which is the S3 server and the
+        receiver of webhooks, leave the first processor to the API server and its databases.
 
         In production they run on other machines. Here a process of the service that wakes up would wait for the end of
         a trainer's time slice, dozens of times in each request: that is all that would be measured.
         """
+        every = os.sched_getaffinity(0)
         try:
             _use_processors_of_all(workers, _elsewhere())
+            _use_processors(os.getpid(), _elsewhere())
             yield
         finally:
-            _use_processors_of_all(workers, os.sched_getaffinity(0))
+            _use_processors(os.getpid(), every)
+            _use_processors_of_all(workers, every)
 
     @contextmanager
     def neighbor(self) -> Iterator[None]:
