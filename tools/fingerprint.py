@@ -1,0 +1,185 @@
+"""`python -m tools.fingerprint`: prints a digest of what each kind of job trains, to compare before and after a change.
+
+Each job of the engine's tests is trained alone, and again with all others of its base model, where it is stopped after
+its first step and resumed from its checkpoint. A digest covers the values of the job's events and the bytes of the
+exported adapter. Digests depend on the processor and on torch, so compare only those of one machine. The exit status is
+1 if a packed run differs from the run alone.
+
+`python -m tools.fingerprint interfaces DIR` writes /openapi.json and the --help output of every command to DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer.main
+from pydantic import SecretStr
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from api.app import create_app
+from api.settings import ApiSettings
+from catalog.db import Database
+from catalog.settings import Settings
+from lora_core.base_model import BaseModel, load_base
+from lora_core.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.events import Event, JobFinished
+from lorry.cli.main import app
+from tests.lora_core.classifiers import classification_jobs, classifier
+from tests.lora_core.drawn_jobs import ABSURD, NAN_AT_ONCE, drawn_job
+from tests.lora_core.scenarios import VOCAB, Submission, admit, submissions
+
+DRAWN = [number for number in range(12) if number % 8 not in (NAN_AT_ONCE, ABSURD)]
+TOKEN_BUDGET = 96
+"""Small, so that most steps take several passes."""
+MODULES = ("api", "worker.loop", "benchmarks")
+
+
+def digests(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Name of the kind, digest of the job alone, digest of the packed and resumed job."""
+    for name, base, jobs in _groups(folder):
+        alone = {job: _alone(base, submission, folder) for job, submission in jobs.items()}
+        packed = _packed(base, jobs, folder)
+        for job in jobs:
+            yield f"{name}/{job}", alone[job], packed[job]
+
+
+def _groups(folder: Path) -> Iterator[tuple[str, BaseModel, dict[str, Submission]]]:
+    for family, model in _models().items():
+        model.save_pretrained(folder / family)
+        for dtype in ("float32", "bfloat16"):
+            base = load_base(folder / family, dtype=dtype, device="cpu")
+            drawn = {f"drawn-{number}": drawn_job(family, number) for number in DRAWN}
+            yield f"{family}-{dtype}", base, submissions(family) | (drawn if dtype == "float32" else {})
+    for family in ("bert", "llama"):
+        base = classifier(family, folder / f"{family}-classifier")
+        yield f"{family}-classifier", base, classification_jobs(with_types=family == "bert")
+
+
+def _models() -> dict[str, Any]:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    llama = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=256, **sizes)
+    gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    llama.initializer_range = gpt2.initializer_range = 0.1
+    return {"llama": LlamaForCausalLM(llama), "gpt2": GPT2LMHeadModel(gpt2)}
+
+
+def _alone(base: BaseModel, submission: Submission, folder: Path) -> str:
+    engine = Engine(base, EngineConfig())
+    admit(engine, "job", submission)
+    events: list[Event] = []
+    while not engine.idle:
+        events += engine.tick()
+    return _digest(engine, "job", events, folder)
+
+
+def _packed(base: BaseModel, jobs: dict[str, Submission], folder: Path) -> dict[str, str]:
+    engine = Engine(base, EngineConfig(token_budget=TOKEN_BUDGET))
+    for name, submission in jobs.items():
+        admit(engine, name, submission)
+    events: dict[str, list[Event]] = {name: [] for name in jobs}
+    resumed: set[str] = set()
+    found: dict[str, str] = {}
+    while not engine.idle:
+        for event in engine.tick():
+            events[event.job].append(event)
+            if isinstance(event, JobFinished):
+                found[event.job] = _digest(engine, event.job, events[event.job], folder)
+                engine.evict(event.job)
+        for name in set(engine.jobs()) - resumed:
+            if engine.progress(name)[0] >= 1:
+                resumed.add(name)
+                with tempfile.TemporaryDirectory(dir=folder) as place:
+                    engine.save_checkpoint(name, Path(place) / "checkpoint")
+                    engine.evict(name)
+                    admit(engine, name, jobs[name], resume_from=Path(place) / "checkpoint")
+    return found
+
+
+def _digest(engine: Engine, job: str, events: list[Event], folder: Path) -> str:
+    """Of the values of its events, without the name of the job, and of its exported adapter."""
+    digest = hashlib.sha256()
+    for event in events:
+        digest.update(repr([value for value in astuple(event) if value != job]).encode())
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        engine.export(job, Path(place) / "adapter", base_name="base")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            digest.update((Path(place) / "adapter" / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_interfaces(folder: Path) -> None:
+    """openapi.json, and a file of each command with its --help output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as data:
+        settings = Settings(
+            data_dir=Path(data), database_url=SecretStr(f"sqlite:///{data}/lorry.db"), pepper=SecretStr("0" * 64)
+        )
+        Database(f"sqlite:///{data}/lorry.db").migrate()
+        described = create_app(settings, ApiSettings()).openapi()
+    (folder / "openapi.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", "utf-8")
+    for words, told in [*_click_helps(), *_argparse_helps()]:
+        (folder / f"{'-'.join(words)}.txt").write_text(told, "utf-8")
+
+
+def _click_helps() -> Iterator[tuple[list[str], str]]:
+    def walk(command: Any, parent: Any, name: str) -> Iterator[tuple[list[str], str]]:
+        context = command.context_class(command, parent=parent, info_name=name, terminal_width=100)
+        yield context.command_path.split(), command.get_help(context)
+        for each, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, context, each)
+
+    yield from walk(typer.main.get_command(app), None, "lorry")
+
+
+def _argparse_helps() -> Iterator[tuple[list[str], str]]:
+    for module in MODULES:
+        whole = _help(module)
+        yield [module], whole
+        for verb in re.findall(r"^    ([a-z][a-z-]+)(?: |$)", whole, re.MULTILINE):
+            yield [module, verb], _help(module, verb)
+
+
+def _help(module: str, *verbs: str) -> str:
+    command = [sys.executable, "-m", module, *verbs, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.fingerprint", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("adapters", "interfaces"), default="adapters")
+    parser.add_argument("folder", nargs="?", type=Path)
+    options = parser.parse_args()
+    if options.what == "interfaces":
+        if options.folder is None:
+            parser.error("interfaces needs a folder to write to")
+        write_interfaces(options.folder)
+        return 0
+    torch.set_num_threads(1)
+    has_difference = False
+    with tempfile.TemporaryDirectory() as folder:
+        for name, alone, packed in digests(Path(folder)):
+            has_difference = has_difference or alone != packed
+            print(f"{alone} {name}" + ("" if alone == packed else f" (packed and resumed: {packed})"), flush=True)
+    return int(has_difference)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
