@@ -126,8 +126,9 @@ def _misfit_told(found: AuditVerification) -> str:
 
 
 def _detail(name: str, value: object) -> str:
-    is_time = name.endswith("_at") and isinstance(value, (int, float))
-    return str(output.when(int(value))) if is_time else output.cell(value)
+    if name.endswith("_at") and isinstance(value, int | float):
+        return str(output.when(int(value)))
+    return output.cell(value)
 
 
 def _row(event: AuditEvent) -> tuple[object, ...]:
