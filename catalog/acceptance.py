@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from catalog import bases, continuing, evaluations, files, fleet, memory, places, prepared
 from catalog.course_spec import BASE_LEARNING_RATE
 from catalog.data_spec import check_data
-from catalog.db import Database
+from catalog.db import Database, get_locked
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.integrations import INSTALL
 from catalog.keys import Caller
@@ -228,7 +228,7 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
 
 def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, now: float) -> File:
     """Locked against deletion until the job that uses it exists."""
-    file = session.get(File, file_id, with_for_update={"read": True})
+    file = get_locked(session, File, file_id)
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
         remedy = "Upload it with this project's key, and use the id that the upload returned."
         raise NotFound("file", file_id, param=param, remedy=remedy)

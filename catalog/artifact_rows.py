@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, exists, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.artifacts.manifest import Manifest
-from catalog.db import upsert
+from catalog.db import get_locked, upsert
 from catalog.tables import Adapter, Artifact, Checkpoint, Prepared
 
 
@@ -17,7 +17,7 @@ def show(session: Session, manifest: Manifest, *, now: float) -> str:
     """
     files = [{"path": f.path, "digest": f.digest, "num_bytes": f.num_bytes} for f in manifest.files]
     row = {"digest": manifest.digest, "kind": manifest.kind, "files": files, "num_bytes": manifest.num_bytes}
-    if session.get(Artifact, manifest.digest, with_for_update={"read": True}) is None:
+    if get_locked(session, Artifact, manifest.digest) is None:
         upsert(session, Artifact, [{**row, "created_at": now}])
     return manifest.digest
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, defer
 
 from catalog import audit, needs
 from catalog.audit import AuditType
-from catalog.db import Database, read_clock, serialise, skip_locked
+from catalog.db import Database, get_locked, read_clock, serialise, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec import LABEL
 from catalog.states import UNFINISHED_STATES
@@ -127,7 +127,7 @@ def get(db: Database, name: str) -> BaseModelRow:
 
 def find(session: Session, name: str, *, lock: Literal["share", "update"] | None = None) -> BaseModelRow:
     """`get`, within a transaction. `lock`: "share" keeps it from being deleted until the transaction ends."""
-    row = session.get(BaseModelRow, name, with_for_update={"read": lock == "share"} if lock else None)
+    row = get_locked(session, BaseModelRow, name, lock=lock) if lock else session.get(BaseModelRow, name)
     if row is None or row.state == "deleted":
         raise NotFound("model", name, param="model", remedy=_known(session, name))
     return row

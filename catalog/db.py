@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from alembic import command
 from alembic.config import Config
@@ -45,7 +45,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Session, SessionTransaction, sessionmaker
 from sqlalchemy.sql.functions import GenericFunction
 
 from catalog import write_guard
@@ -69,6 +69,9 @@ IDLE_SECONDS = 1.0
 """A connection that was not used for so long is tried before it is."""
 LAST = "last"
 """In a session's `info`: see `at_the_end`."""
+LOCKED = "locked"
+"""In a session's `info`: see `get_locked`."""
+TableT = TypeVar("TableT", bound=DeclarativeBase)
 SelectT = TypeVar("SelectT", bound="Select[*tuple[Any, ...]]")
 
 
@@ -123,6 +126,7 @@ class Database:
         reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._readers = sessionmaker(reading, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
+        event.listen(self._writers, "after_soft_rollback", _forget_locked)
         self._turn = FairLock()
 
     @contextmanager
@@ -270,6 +274,28 @@ def clock_given(session: Session) -> dict[str, float]:
 def clock_column(*, is_given: bool) -> ColumnElement[float]:
     """The database's time, in a statement that is made once. is_given: by `clock_given`."""
     return bindparam("clock", type_=Float(53)) if is_given else now()
+
+
+def get_locked(
+    session: Session, table: type[TableT], key: str, *, lock: Literal["share", "update"] = "share"
+) -> TableT | None:
+    """The row with that primary key as it is now, locked until this transaction ends; None where there is none.
+
+    "share" keeps others from changing the row, "update" from locking it too. A transaction asks for each row once: a
+    sweep makes and cancels many jobs of the same file and base model.
+    """
+    locked: dict[tuple[type[DeclarativeBase], str, str], Any] = session.info.setdefault(LOCKED, {})
+    row = locked.get((table, key, lock))
+    if row is None:
+        row = session.get(table, key, with_for_update={"read": lock == "share"}, populate_existing=True)
+        if row is not None:
+            locked[table, key, lock] = row
+    return row
+
+
+def _forget_locked(session: Session, _: SessionTransaction) -> None:
+    """PostgreSQL releases at a savepoint's rollback what was locked since."""
+    session.info.pop(LOCKED, None)
 
 
 def serialise(session: Session, name: str, *, shared: bool = False) -> None:

@@ -134,7 +134,7 @@ def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         if not (is_client_retry and job.state == JobState.CANCELLED):
-            stop(session, job, CANCEL)
+            stop(session, job, CANCEL, now=read_clock(session))
         return job
 
 
@@ -149,7 +149,7 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
                 remedy="It can't be paused any more. Create a new job to train again.",
             )
         if job.state != JobState.PAUSED:
-            stop(session, job, PAUSE)
+            stop(session, job, PAUSE, now=read_clock(session))
         return job
 
 
@@ -188,9 +188,8 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         return job
 
 
-def stop(session: Session, job: Job, wish: Stop) -> None:
+def stop(session: Session, job: Job, wish: Stop, *, now: float) -> None:
     """At once where no worker trains the job; else its worker is asked, once. Raises Conflict where it has ended."""
-    now = read_clock(session)
     if job.state in FINAL_STATES:
         raise _already_final(job)
     if job.state == JobState.RUNNING and getattr(job, wish.flag):

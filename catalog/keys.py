@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from catalog import audit
 from catalog.audit import Actor, AuditType
 from catalog.callers import Caller
-from catalog.db import Database, clock_of, read_clock, serialise
+from catalog.db import Database, clock_of, get_locked, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
 from catalog.pepper import Pepper
 from catalog.scopes import held
@@ -144,7 +144,7 @@ def new_key(project_id: str, name: str, pepper: Pepper) -> tuple[ApiKey, str]:
 def check_valid(session: Session, api_key_id: str, *, now: float) -> None:
     """Within the transaction that acts for a key: it may have been revoked since the request was authenticated. A
     concurrent revocation waits until the transaction has ended. Raises Unauthorized."""
-    key = session.get(ApiKey, api_key_id, with_for_update={"read": True})
+    key = get_locked(session, ApiKey, api_key_id)
     if key is None:
         raise _key_refused("unknown")
     if not is_live(key, now):

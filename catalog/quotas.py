@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from catalog import audit, daily, prepared, projects
 from catalog.callers import Caller
 from catalog.daily import DAY_SECONDS
-from catalog.db import Database, read_clock, serialise
+from catalog.db import Database, get_locked, read_clock, serialise
 from catalog.errors import Forbidden, QuotaExceeded, RateLimited
 from catalog.spec import Priority, PriorityClass
 from catalog.states import JobState
@@ -116,7 +116,7 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
     is_promised: as of check_key. Raises QuotaExceeded, and RateLimited for the key's own jobs a day.
     """
     check_key(session, caller, now=now, is_promised=is_promised)
-    project = session.get_one(Project, caller.project_id)
+    project = _project(session, caller.project_id)
     names: list[Limit] = ["queued_jobs", "jobs_per_day", "device_hours_per_month"]
     limited: list[Limit] = [name for name in names if getattr(project, COLUMNS[name]) is not None]
     if limited:
@@ -134,7 +134,7 @@ def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: floa
     Plans that a worker has to compute count for the project. Each key creates as many from files that are prepared
     already: so a key that may only read does not use up the plans of the others.
     """
-    project = session.get_one(Project, caller.project_id)
+    project = _project(session, caller.project_id)
     standing = _standing(session, project, "plans_per_day", now=now)
     if not is_computed:
         today = daily.day_of(now) * DAY_SECONDS
@@ -146,7 +146,7 @@ def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: floa
 
 def check_resumption(session: Session, project_id: str, *, now: float) -> None:
     """One more job that waits, and was created before; otherwise as `check_submission`. Raises QuotaExceeded."""
-    project = session.get_one(Project, project_id)
+    project = _project(session, project_id)
     if project.max_queued_jobs is None:
         return
     serialise(session, f"quota {project.id}")
@@ -158,7 +158,7 @@ def check_resumption(session: Session, project_id: str, *, now: float) -> None:
 def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None:
     """The token caches that a new job or plan waits for, in the transaction that creates it: their size is taken to be
     that of the files. Raises QuotaExceeded."""
-    if session.get_one(Project, work.project_id).max_stored_bytes is None:
+    if _project(session, work.project_id).max_stored_bytes is None:
         return
     session.flush()
     if prepared.is_any_missing(session, (work.train_prepared, work.valid_prepared)):
@@ -171,7 +171,7 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
 
     The key is read here: the code that creates the trials of a sweep has only its id.
     """
-    project, key = session.get_one(Project, caller.project_id), session.get(ApiKey, caller.api_key_id)
+    project, key = _project(session, caller.project_id), get_locked(session, ApiKey, caller.api_key_id)
     raised = f"--highest-priority {priority}"
     if PriorityClass[priority] < project.highest_priority:
         raise _too_high(
@@ -182,6 +182,14 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
         )
     if key is not None and PriorityClass[priority] < key.highest_priority:
         raise _too_high(f"API key {key.name!r}", key.highest_priority, priority, f"lorry keys limit {key.id} {raised}")
+
+
+def _project(session: Session, project_id: str) -> Project:
+    """Read once in a transaction, which may make many jobs: the session keeps no row that nobody refers to."""
+    read: dict[str, Project] = session.info.setdefault("projects", {})
+    if project_id not in read:
+        read[project_id] = session.get_one(Project, project_id)
+    return read[project_id]
 
 
 def _too_high(owner: str, highest: int, priority: Priority, command: str) -> Forbidden:
@@ -196,7 +204,7 @@ def _too_high(owner: str, highest: int, priority: Priority, command: str) -> For
 
 def look_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
     """Whether so many bytes more would be refused as things are. `check_stored` alone makes sure of it."""
-    project = session.get_one(Project, project_id)
+    project = _project(session, project_id)
     if project.max_stored_bytes is not None:
         _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
 
@@ -205,7 +213,7 @@ def check_stored(session: Session, project_id: str, num_bytes: int, *, now: floa
     """So many bytes more, in the transaction that stores them. Unused token caches are evicted where they are in the
     way. Deleting and evicting make room at once, though bytes leave the disk later: what is there and what is leaving
     come to twice the limit at most. Raises QuotaExceeded."""
-    project = session.get_one(Project, project_id)
+    project = _project(session, project_id)
     if project.max_stored_bytes is not None:
         serialise(session, f"quota {project.id}")
         num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)

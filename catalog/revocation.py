@@ -154,7 +154,8 @@ def _cancel_jobs(db: Database, key_ids: Collection[str], project_ids: Collection
     while True:
         with db.write() as session:
             found = list(session.scalars(some.with_for_update(of=Job)))
+            now = read_clock(session)
             for job in found:
-                jobs.stop(session, job, jobs.CANCEL)
+                jobs.stop(session, job, jobs.CANCEL, now=now)
         if not found:
             return

@@ -15,7 +15,7 @@ from catalog.errors import Conflict, InvalidRequest
 from catalog.keys import Caller, check_valid
 from catalog.moves import begin
 from catalog.planned import AgreedPlan, accept_planned, agree
-from catalog.spec import JobRequest, PlannedJob
+from catalog.spec import JobRequest, PlannedJob, Precision
 from catalog.tables import IdempotencyKey, Job
 from catalog.targets import Targets, retried
 
@@ -139,17 +139,20 @@ def submit(
     now: float,
     sweep_id: str | None = None,
     is_promised: bool = False,
+    auto_precision: Precision | None = None,
 ) -> Job:
     """Accept a job within a transaction.
 
     targets: of `resolve_targets`, from before the transaction. body_digest: None for a job that no client repeats by
-    itself. is_promised: it was counted with its sweep. Raises what `accept` and `job_row` do.
+    itself. is_promised: it was counted with its sweep. auto_precision: as of `accept`. Raises what `accept` and
+    `job_row` do.
     """
     quotas.check_submission(session, caller, now=now, is_promised=is_promised)
     if isinstance(request, AgreedPlan):
         accepted = accept_planned(session, caller, request, now=now)
     else:
-        accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
+        seed = secrets.randbelow(2**31)
+        accepted = accept(session, caller, request, now=now, seed=seed, auto_precision=auto_precision)
     quotas.check_priority(session, caller, accepted.request.priority)
     job = job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from catalog import daily, jobs
+from catalog import daily, fleet, jobs
 from catalog.acceptance import resolve_targets
 from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
@@ -113,9 +113,9 @@ def _cancel_some(session: Session, sweep_id: str) -> bool:
         return False
     untold = (Job.sweep_id == sweep_id, Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
     some = select(Job).where(*untold).order_by(Job.id).limit(CANCELLED_AT_ONCE).with_for_update(of=Job)
-    told = list(session.scalars(some))
+    told, now = list(session.scalars(some)), read_clock(session)
     for job in told:
-        jobs.stop(session, job, jobs.CANCEL)
+        jobs.stop(session, job, jobs.CANCEL, now=now)
     return bool(told)
 
 
@@ -166,6 +166,7 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now:
 
 def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now: float) -> int:
     """Up to `room` trials of those that were drafted and no other process has made. Returns how many."""
+    precision = fleet.auto_precision(session, now=now)
     for num_made in range(min(room, sweep.num_trials - sweep.num_created)):
         draft = next_round.drafts.of(sweep.num_created)
         if draft is None:
@@ -173,7 +174,8 @@ def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, room: int,
                 raise next_round.error
             return num_made
         with daily.savepoint(session):
-            make_trial(session, _caller(sweep), sweep, draft, next_round.drafts.targets, now=now)
+            targets = next_round.drafts.targets
+            make_trial(session, _caller(sweep), sweep, draft, targets, now=now, auto_precision=precision)
     return room
 
 

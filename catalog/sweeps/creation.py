@@ -14,14 +14,14 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import daily, quotas, submission
+from catalog import daily, fleet, quotas, submission
 from catalog.acceptance import resolve_targets
 from catalog.audit import note
 from catalog.callers import Caller
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict
 from catalog.keys import check_valid
-from catalog.spec import JobRequest
+from catalog.spec import JobRequest, Precision
 from catalog.submission import CLIENT_RETRY_SECONDS, check_idempotency_key, key_reused
 from catalog.sweeps.design import Design, check_given, checked, designed, fewest_steps, rungs
 from catalog.sweeps.designs import design_of
@@ -111,8 +111,9 @@ def _accept(session: Session, caller: Caller, sweep: Sweep, design: Design, draf
     details = {"model": sweep.requested["model"], "search": design.search, "trials": design.num_trials}
     note(session, "sweep.created", now=now, object_id=sweep.id, project_id=sweep.project_id, details=details)
     if is_chosen_here:
+        precision = fleet.auto_precision(session, now=now)
         for draft in drafts.trials:
-            make_trial(session, caller, sweep, draft, drafts.targets, now=now)
+            make_trial(session, caller, sweep, draft, drafts.targets, now=now, auto_precision=precision)
     sweep.due_at = now if is_chosen_here and sweep.num_created < sweep.num_trials else None
 
 
@@ -134,10 +135,19 @@ def draft_of(design: Design, parameters: Mapping[str, Any]) -> Draft:
     )
 
 
-def make_trial(session: Session, caller: Caller, sweep: Sweep, draft: Draft, targets: Targets, *, now: float) -> Trial:
+def make_trial(
+    session: Session,
+    caller: Caller,
+    sweep: Sweep,
+    draft: Draft,
+    targets: Targets,
+    *,
+    now: float,
+    auto_precision: Precision | None = None,
+) -> Trial:
     """The next one by number, as a job of the sweep's creator. The sweep is locked, or not visible to others yet.
 
-    Raises what submission does.
+    auto_precision: as of `accept`. Raises what submission does.
     """
     job = submission.submit(
         session,
@@ -148,6 +158,7 @@ def make_trial(session: Session, caller: Caller, sweep: Sweep, draft: Draft, tar
         now=now,
         sweep_id=sweep.id,
         is_promised=draft.is_promised,
+        auto_precision=auto_precision,
     )
     trial = Trial(job_id=job.id, sweep_id=sweep.id, number=sweep.num_created, parameters=dict(draft.parameters))
     trial.score, trial.step, trial.recent, trial.rung, trial.stopped = float("inf"), None, None, None, None

@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog import events
+from catalog.db import get_locked
 from catalog.states import FINAL_STATES, EndReason
 from catalog.sweeps.designs import rungs_of
 from catalog.sweeps.halving import Rungs
@@ -99,8 +100,8 @@ def ended_for(session: Session, job: Job, reason: EndReason) -> EndReason:
 def moved(session: Session, job: Job, *, now: float) -> None:
     """When a trial has ended its sweep may go on, or be at its end."""
     if job.sweep_id is not None and job.state in FINAL_STATES:
-        sweep = session.get_one(Sweep, job.sweep_id, with_for_update=True, populate_existing=True)
-        if sweep.finished_at is None:
+        sweep = get_locked(session, Sweep, job.sweep_id, lock="update")
+        if sweep is not None and sweep.finished_at is None:
             sweep.due_at = now
 
 

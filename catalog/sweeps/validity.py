@@ -9,6 +9,7 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from catalog import audit
+from catalog.db import get_locked
 from catalog.keys import is_live
 from catalog.tables import ApiKey, Json, Project, Sweep
 
@@ -47,9 +48,9 @@ def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
 def _valid_or_last(session: Session, key_id: str, *, now: float) -> ApiKey | None:
     """The key, or after a rotation has ended it, the key that replaced it: a rotation keeps the owner's sweeps. A key
     that was revoked has no successor here, whether it was rotated or not."""
-    key = session.get(ApiKey, key_id, with_for_update={"read": True})
+    key = get_locked(session, ApiKey, key_id)
     while key is not None and key.revoked_at is None and not is_live(key, now) and key.replaced_by is not None:
-        key = session.get(ApiKey, key.replaced_by, with_for_update={"read": True})
+        key = get_locked(session, ApiKey, key.replaced_by)
     return key
 
 

@@ -65,7 +65,7 @@ def stop_trial(
 def _stop(session: Session, trial: Trial, job: Job) -> None:
     """One whose job is being cancelled ends as that."""
     is_cancelled = job.cancel_requested
-    jobs.stop(session, job, jobs.PRUNE)
+    jobs.stop(session, job, jobs.PRUNE, now=read_clock(session))
     if trial.stopped is None and not is_cancelled:
         trial.stopped = BY_CLIENT
 

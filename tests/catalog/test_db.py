@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy import Connection, QueuePool, event, select, text
 
 from catalog import projects
-from catalog.db import STUCK_SECONDS, Database, read_clock, serialise, serialised_at, upsert
+from catalog.db import STUCK_SECONDS, Database, get_locked, read_clock, serialise, serialised_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
-from catalog.tables import MetricBlock, Organization, Pulse
+from catalog.tables import File, MetricBlock, Organization, Pulse
+from tests.catalog.reading import statements_of
 from tests.catalog.world import World, request
 
 
@@ -91,6 +92,23 @@ def test_the_time_is_told_once_nobody_is_waited_for(database_url: str) -> None:
         assert waiting.result(timeout=30) >= last
 
     database.close()
+
+
+def test_a_row_is_locked_once_in_a_transaction_and_again_after_a_savepoint_was_rolled_back(world: World) -> None:
+    def act() -> None:
+        with world.db.write() as session:
+            row = get_locked(session, File, world.file_id)
+            with session.begin_nested() as attempt:
+                assert get_locked(session, File, world.file_id) is row
+                attempt.rollback()
+            assert get_locked(session, File, world.file_id) is row
+            assert get_locked(session, File, world.file_id) is row
+            assert get_locked(session, File, "file-none") is None
+
+    asked = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
+
+    assert len(asked) == 3
+    assert world.db.is_sqlite or all("FOR SHARE" in text for text in asked)
 
 
 def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World) -> None:

@@ -11,6 +11,7 @@ from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.states import EndReason, JobState
 from catalog.sweeps import creation, reading, verbs
 from catalog.tables import Sweep
+from tests.catalog.reading import statements_of
 from tests.catalog.sweeping import (
     ON_ONE_DATABASE,
     add,
@@ -297,6 +298,24 @@ def test_a_cancelled_sweep_cancels_what_has_not_ended_and_keeps_what_has(world: 
     with pytest.raises(Conflict):
         verbs.cancel(world.db, **of(world, sweep_id))
     assert verbs.cancel(world.db, **of(world, sweep_id), is_client_retry=True).state == "cancelled"
+
+
+@ON_ONE_DATABASE
+def test_what_all_trials_of_a_sweep_share_is_asked_for_once_and_not_for_each(world: World) -> None:
+    shared = ("FROM files", "FROM base_models", "FROM projects", "FROM api_keys", "FROM workers", "FROM sweeps")
+
+    def num_asked(num_trials: int) -> tuple[int, int]:
+        ranks = {"lora.rank": {"values": list(range(1, num_trials + 1))}}
+        made: list[str] = []
+        asked_of = [
+            statements_of(world.db, lambda: made.append(make(world, parameters=ranks))),
+            statements_of(world.db, lambda: (verbs.cancel(world.db, **of(world, made[0])), advance(world))),
+        ]
+        first, second = (sum(any(name in text for name in shared) for text, _ in some) for some in asked_of)
+        assert sum("INSERT INTO jobs" in text for text, _ in asked_of[0]) == num_trials + 1, "one of them is tried"
+        return first, second
+
+    assert num_asked(8) == num_asked(2)
 
 
 @ON_ONE_DATABASE
