@@ -78,6 +78,9 @@ class Downloads:
                     if not running[owner]:
                         del running[owner]
 
+    async def open(self, content: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+        return await anyio.to_thread.run_sync(content, limiter=self._threads)
+
     async def read(self, chunks: Iterator[bytes]) -> bytes | None:
         """The next chunk; None at the end."""
         return await anyio.to_thread.run_sync(next, chunks, None, limiter=self._threads)
@@ -89,7 +92,7 @@ class Download(Response):
     def __init__(
         self,
         downloads: Downloads,
-        chunks: Iterator[bytes],
+        content: Callable[[], Iterator[bytes]],
         *,
         caller: Caller,
         record: Callable[[], None],
@@ -99,8 +102,9 @@ class Download(Response):
         sha256: str | None = None,
         media_type: str = "application/octet-stream",
     ) -> None:
-        """record: notes the download in the audit log; called once its first bytes were read, before they are sent.
-        sha256: of all the bytes, in hex, where it is known before they are sent."""
+        """content: opens what is sent, once the download is admitted. record: notes the download in the audit log;
+        called once its first bytes were read, before they are sent. sha256: of all the bytes, in hex, where it is
+        known before they are sent."""
         plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in filename) or "download"
         headers = {
             "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
@@ -112,14 +116,15 @@ class Download(Response):
         super().__init__(headers=headers, media_type=media_type)
         self.headers["content-length"] = str(num_bytes)
         self._downloads = downloads
-        self._chunks = chunks
+        self._content = content
         self._caller = caller
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The first chunk is read before the response begins, so that damage found by then is an error response."""
         with self._downloads.admitted(api_key_id=self._caller.api_key_id, project_id=self._caller.project_id):
-            chunk = await self._downloads.read(self._chunks)
+            chunks = await self._downloads.open(self._content)
+            chunk = await self._downloads.read(chunks)
             await anyio.to_thread.run_sync(self._record)
             async with watched(receive) as gone:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -127,7 +132,7 @@ class Download(Response):
                     for start in range(0, len(chunk), PIECE_BYTES):
                         piece = chunk[start : start + PIECE_BYTES]
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    chunk = await self._downloads.read(self._chunks)
+                    chunk = await self._downloads.read(chunks)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -30,8 +30,9 @@ MAX_SHARE = 0.5
 """Of the time, that looks may take: where they take long, they come more rarely."""
 MAX_RECHECKED = 100
 """Keys in one round."""
-BATCH = 20
-"""Listeners that are given news before other requests have their turn."""
+BATCH = 10
+PAUSE_SECONDS = 0.002
+"""After so many listeners were given news the event loop and Python's lock are free for so long."""
 CATCHING_UP = 8
 """Listeners that read the database for themselves at one time."""
 log = logging.getLogger("lorry.api")
@@ -278,7 +279,7 @@ class Feed:
 
 
 async def _deliver(topic: Topic, news: Found) -> None:
-    """In batches, between which other requests have their turn: a thousand listeners take a tenth of a second."""
+    """In batches, between which other requests have their turn."""
     seq, view = topic.seq, topic.view
     topic.seq, topic.mark = news.seq, news.mark  # first: who joins between two batches has to catch up with the news
     if news.view is not None:
@@ -296,7 +297,7 @@ async def _deliver(topic: Topic, news: Found) -> None:
             if news.is_last:
                 listener.end()
             if len(waiting) % BATCH == 0:
-                await asyncio.sleep(0)
+                await asyncio.sleep(PAUSE_SECONDS if waiting else 0)
     finally:
         for listener in waiting:  # after a crash: each comes back and asks for what it has missed
             listener.end()

@@ -81,7 +81,7 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
         raise NotFound("adapter file", path, param="path", remedy=f"It has: {names}.")
     return Download(
         use.downloads,
-        use.store.open_blob(file.digest, chunk_bytes=READ_BYTES),
+        partial(use.store.open_blob, file.digest, chunk_bytes=READ_BYTES),
         caller=caller,
         record=_record(view, use, caller, file=path),
         filename=path.rpartition("/")[2],
@@ -104,7 +104,7 @@ def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
     made_at = int(view.adapter.created_at)
     return Download(
         use.downloads,
-        tar_chunks(members, modified_at=made_at),
+        partial(tar_chunks, members, modified_at=made_at),
         caller=caller,
         record=_record(view, use, caller),
         filename=f"{view.adapter.name.replace(':', '-')}.tar",

@@ -124,7 +124,7 @@ def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
     row = files.get(use.db, project_id=caller.project_id, file_id=file_id)
     return Download(
         use.downloads,
-        use.store.open_blob(row.digest, chunk_bytes=READ_BYTES),
+        partial(use.store.open_blob, row.digest, chunk_bytes=READ_BYTES),
         caller=caller,
         record=partial(
             use.read_audit.record,

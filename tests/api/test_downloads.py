@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -26,7 +26,7 @@ from api.connections import Connection, Timeouts
 from api.deps import Services
 from api.downloads import PIECE_BYTES, READ_BYTES, Downloads
 from catalog.artifacts.objects import Objects
-from catalog.artifacts.store import blob_key
+from catalog.artifacts.store import ArtifactStore, blob_key
 from catalog.errors import RateLimited
 from catalog.settings import Settings
 from tests.api.conftest import new_key
@@ -173,10 +173,17 @@ def test_a_client_that_does_not_read_holds_a_bounded_number_of_bytes(
 
 
 def test_a_key_has_a_limited_number_of_downloads_at_once_and_so_has_the_process(
-    site: Site, app: FastAPI, services: Services, world: World
+    site: Site, app: FastAPI, services: Services, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = f"/v1/files/{upload(site, random.Random(3).randbytes(MORE_THAN_A_SOCKET_TAKES))}/content"
     app.state.services = replace(services, downloads=Downloads(per_key=2, per_process=3))
+    open_blob, opened = ArtifactStore.open_blob, list[str]()
+
+    def noted(self: ArtifactStore, digest: str, **given: Any) -> Iterator[bytes]:
+        opened.append(digest)
+        return open_blob(self, digest, **given)
+
+    monkeypatch.setattr(ArtifactStore, "open_blob", noted)
     other = Site(url=site.url, key=new_key(services, world.caller.project_id), server=site.server)
 
     with ExitStack() as stack, site.http() as client, other.http() as another:
@@ -193,6 +200,7 @@ def test_a_key_has_a_limited_number_of_downloads_at_once_and_so_has_the_process(
     assert (of_process.status_code, error_of(of_process)["code"]) == (503, "downloads_busy")
     assert of_key.headers["retry-after"] == of_process.headers["retry-after"] == "5"
     assert small.status_code == 200
+    assert len(opened) == 3, "a download that is refused opens nothing"
 
 
 def test_a_project_has_a_limited_number_of_downloads_at_once_however_many_keys_it_has() -> None:
