@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 from sqlalchemy import func, select
 
+from api.settings import ApiSettings
 from catalog import jobs
 from catalog.db import read_clock
 from catalog.errors import LorryError
@@ -184,12 +185,17 @@ class Neighborhood:
         self._disable_endpoints(project_id)
 
     def _create(self) -> tuple[str, str]:
-        """Its project, which an operator lets submit urgent jobs, and the text of its key."""
+        """Its project, which an operator lets submit urgent jobs, and the text of its key.
+
+        The key has the default limit of requests; the soak's own clients have none.
+        """
         made = self.site.ask("POST", "/v1/projects", json={"name": NAME})
         assert made.status_code == 200, made.text
         limited = self.site.ask("POST", f"/v1/projects/{NAME}/limits", json={"highest_priority": "urgent"})
         assert limited.status_code == 200, limited.text
-        key = self.site.ask("POST", "/v1/api_keys", json={"name": NAME, "project": NAME, "highest_priority": "urgent"})
+        limit = ApiSettings.model_fields["requests_per_minute"].default
+        wanted = {"name": NAME, "project": NAME, "highest_priority": "urgent", "requests_per_minute": limit}
+        key = self.site.ask("POST", "/v1/api_keys", json=wanted)
         assert key.status_code == 200, key.text
         return made.json()["id"], key.json()["value"]
 
