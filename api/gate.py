@@ -4,6 +4,7 @@ body, security headers, one line in the log, and the last catch of a crash.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -25,7 +26,7 @@ from api.hosts import HostPolicy
 from api.telemetry import Telemetry, route_template
 from catalog import audit, logs, tracing
 from catalog.callers import Caller
-from catalog.errors import Unauthorized
+from catalog.errors import Unauthorized, Unavailable
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
@@ -112,6 +113,10 @@ class Gate:
             if exchange.status:  # the answer has begun: all that is left is to cut it off
                 raise
             await internal_error(exchange.request_id)(scope, receive, sender)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough for this request
+            if exchange.status:
+                raise
+            await refusal(_ending())(scope, receive, sender)
         finally:
             self._note(exchange)
 
@@ -169,6 +174,14 @@ def _limited(scope: Scope, headers: Headers) -> Response | None:
     services: Services = scope["app"].state.services
     limited = services.limits.refusal(credential)
     return None if limited is None else refusal(limited)
+
+
+def _ending() -> Unavailable:
+    return Unavailable(
+        "The API server is shutting down, and the request was not finished in time.",
+        code="shutting_down",
+        remedy="Send it again. A submission with the same Idempotency-Key is not repeated.",
+    )
 
 
 @contextmanager

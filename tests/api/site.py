@@ -49,8 +49,10 @@ class QuietServer(Server):
 
 
 @contextmanager
-def running(app: FastAPI, key: str, *, connection: type[Connection] = Connection) -> Iterator[Site]:
-    config = server_config(app, host="127.0.0.1", port=0, shutdown_seconds=5, connection=connection)
+def running(
+    app: FastAPI, key: str, *, connection: type[Connection] = Connection, shutdown_seconds: int = 5
+) -> Iterator[Site]:
+    config = server_config(app, host="127.0.0.1", port=0, shutdown_seconds=shutdown_seconds, connection=connection)
     server = QuietServer(config, app)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -23,7 +23,7 @@ from catalog import dataset_process, datasets, files
 from catalog.artifacts.store import ArtifactStore
 from catalog.db import POOL
 from catalog.tables import Adapter
-from tests.api.site import Site, chat_lines, connect, error_of, running, until
+from tests.api.site import Site, chat_lines, connect, error_of, read_to_end, running, until
 from tests.api.trained import trained
 from tests.catalog.world import World
 
@@ -118,6 +118,25 @@ def test_a_key_is_checked_while_every_route_is_busy(site: Site, monkeypatch: pyt
 
     assert refused.status_code == 401
     assert list_page.num_inside <= MANY
+
+
+def test_a_request_that_is_not_finished_when_the_server_ends_is_to_be_sent_again(
+    app: FastAPI, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_page = Gatekeeper()
+    monkeypatch.setattr(files, "list_page", list_page)
+
+    try:
+        with running(app, key, shutdown_seconds=1) as site, sent(site, "GET", "/v1/files", 1) as (client,):
+            until(lambda: list_page.num_inside == 1)
+            site.server.should_exit = True
+            head, _, body = read_to_end(client).partition(b"\r\n\r\n")
+    finally:
+        list_page.open.set()
+
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 5" in head
+    assert json.loads(body)["error"]["code"] == "shutting_down"
 
 
 def test_a_request_that_gets_no_thread_in_time_is_told_to_come_again(
