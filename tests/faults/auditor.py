@@ -159,8 +159,9 @@ def _hooks(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
         events[job["id"]] = {row["event_id"] for row in mine}
         yield from _hooks_of(job, mine, found.endpoints, is_settled=is_settled)
     yield from _sent(found, seen)
+    tests = {row["event_id"] for row in found.deliveries if row["is_test"]}
     for hook in seen.hooks:
-        if hook.event_id not in events.get(hook.job_id, ()):
+        if hook.event_id not in tests | events.get(hook.job_id, set()):
             yield _finding("I6", hook.job_id, f"{hook.event_type} came as {hook.event_id}, which is none of its own")
 
 

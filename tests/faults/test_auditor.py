@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,21 @@ def test_a_webhook_that_never_came_or_came_by_another_id_is_found(site: Site) ->
 
     assert any(site.event_id in sentence and "never came" in sentence for sentence in sentences)
     assert any("evt-other" in sentence for sentence in sentences)
+
+
+def test_a_webhook_that_tests_an_endpoint_is_no_end_of_a_job(site: Site) -> None:
+    columns = "endpoint_id, event_at, data, created_at, num_tries, num_tries_before"
+    fields = f"insert into webhook_deliveries (id, event_id, event_type, status, is_test, {columns})"
+    values = f"select 'delivery-test', 'evt-test-1', event_type, 'failed', true, {columns}"
+    site.change(f"{fields} {values} from webhook_deliveries where event_id = '{site.event_id}'")
+    came = [
+        Hook(event_id=row["event_id"], event_type=row["event_type"], job_id=json.loads(row["data"])["id"])
+        for row in _deliveries(site)
+    ]
+    test = Hook(event_id="evt-test-1", event_type="fine_tuning.job.succeeded", job_id="ftjob-example")
+
+    assert site.findings(Seen(hooks=[*came, test])) == []
+    assert site.found(Seen(hooks=[*came, replace(test, event_id="evt-test-2")])) == {"I6"}
 
 
 def test_two_trainers_of_one_job_are_found_once_they_live_together_for_longer_than_a_lease(site: Site) -> None:

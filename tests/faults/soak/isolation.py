@@ -30,7 +30,7 @@ from catalog.pepper import Pepper
 from catalog.states import FINAL_STATES, JobState
 from catalog.tables import Job, Trainer, UsageDay, Worker
 from catalog.webhooks import endpoints
-from tests.api.hook_receiver import Answer, receiving
+from tests.api.hook_receiver import Answer, Received, receiving
 from tests.faults.site import FaultSite
 from tests.faults.soak.neighbor import CRASH_SUFFIX
 from tests.faults.soak.verdict import Compared
@@ -166,7 +166,7 @@ class Neighborhood:
         folder = self.site.folder / NAME
         folder.mkdir()
         with receiving() as receiver:
-            receiver.answer = _answer_late
+            receiver.answer = self._answer_late
             (folder / "slow-hook").write_text(receiver.url, "utf-8")
             argv = [sys.executable, "-m", "tests.faults.soak.neighbor", self.site.url, key, str(folder)]
             client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -183,6 +183,11 @@ class Neighborhood:
                 self.found.statuses = json.loads(told or "{}")
         self._cancel_all(project_id)
         self._disable_endpoints(project_id)
+
+    def _answer_late(self, request: Received) -> Answer:
+        time.sleep(HOOK_SECONDS)
+        self.site.heard(request.body, event_id=request.headers["webhook-id"])
+        return Answer()
 
     def _create(self) -> tuple[str, str]:
         """Its project, which an operator lets submit urgent jobs, and the text of its key.
@@ -270,11 +275,6 @@ class Neighborhood:
         finally:
             is_over.set()
             thread.join()
-
-
-def _answer_late(_: object) -> Answer:
-    time.sleep(HOOK_SECONDS)
-    return Answer()
 
 
 def _elsewhere() -> set[int]:

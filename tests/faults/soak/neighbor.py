@@ -121,8 +121,9 @@ def send_slow_patterns(tenant: Tenant) -> None:
         "max_steps": 1,
     }
     made = tenant.ask("sweep with slow patterns", "POST", "/v1/sweeps", body)
-    if made:
-        tenant.ask("sweep cancelled", "POST", f"/v1/sweeps/{made['id']}/cancel")
+    while made and not tenant.is_over.is_set():
+        if tenant.ask("sweep cancelled", "POST", f"/v1/sweeps/{made['id']}/cancel"):
+            return
 
 
 def send_plans(tenant: Tenant) -> None:
