@@ -32,7 +32,7 @@ MAX_RECHECKED = 100
 """Keys in one round."""
 BATCH = 10
 PAUSE_SECONDS = 0.002
-"""After so many listeners were given news the event loop and Python's lock are free for so long."""
+"""After each batch of BATCH listeners, delivery pauses for PAUSE_SECONDS: other requests run meanwhile."""
 CATCHING_UP = 8
 """Listeners that read the database for themselves at one time."""
 log = logging.getLogger("lorry.api")
@@ -279,7 +279,7 @@ class Feed:
 
 
 async def _deliver(topic: Topic, news: Found) -> None:
-    """In batches, between which other requests have their turn."""
+    """In batches, with a pause after each, so that other requests run."""
     seq, view = topic.seq, topic.view
     topic.seq, topic.mark = news.seq, news.mark  # first: who joins between two batches has to catch up with the news
     if news.view is not None:

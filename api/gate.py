@@ -113,10 +113,10 @@ class Gate:
             if exchange.status:  # the answer has begun: all that is left is to cut it off
                 raise
             await internal_error(exchange.request_id)(scope, receive, sender)
-        except asyncio.CancelledError:  # the server ends, and has waited long enough for this request
+        except asyncio.CancelledError:  # only uvicorn cancels this task: its shutdown timeout has expired
             if exchange.status:
                 raise
-            await refusal(_ending())(scope, receive, sender)
+            await refusal(_shutting_down())(scope, receive, sender)
         finally:
             self._note(exchange)
 
@@ -167,7 +167,7 @@ class Gate:
 
 
 def _limited(scope: Scope, headers: Headers) -> Response | None:
-    """The response to a key that has no requests left, before anything that costs: such clients send many."""
+    """The response to a key that has no requests left. It is sent before routing, because such clients send many."""
     scheme, _, credential = headers.get("authorization", "").partition(" ")
     if not scope["path"].startswith("/v1/") or scheme.lower() != "bearer":
         return None
@@ -176,11 +176,11 @@ def _limited(scope: Scope, headers: Headers) -> Response | None:
     return None if limited is None else refusal(limited)
 
 
-def _ending() -> Unavailable:
+def _shutting_down() -> Unavailable:
     return Unavailable(
         "The API server is shutting down, and the request was not finished in time.",
         code="shutting_down",
-        remedy="Send it again. A submission with the same Idempotency-Key is not repeated.",
+        remedy="Send it again. A submission with the same Idempotency-Key creates no second job.",
     )
 
 

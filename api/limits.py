@@ -61,8 +61,8 @@ class Limits:
         return headers(self._buckets.charge(*counted, cost=num_requests)) if counted else {}
 
     def refusal(self, credential: str) -> RateLimited | None:
-        """Of a request whose credential was valid before, in this process, and whose key has no requests left. Asks no
-        database."""
+        """The error for a credential that this process has accepted before and whose key has no requests left; else
+        None. Does not query the database."""
         counted = self._recognized.get(self._digest(credential))
         if counted is None or (left := self._buckets.take(*counted, cost=0)).tokens >= 1:
             return None

@@ -29,9 +29,9 @@ KEEP_ALIVE_SECONDS = 5
 
 
 SWITCH_SECONDS = 0.002
-"""After so long Python lets another thread run. A request gives up its turn at each statement and waits for it again
-behind every thread that computes: with Python's own 5 ms, a few large requests delayed all others by half a second.
-With 0.5 ms, threads that compute at the same time lost a fifth of the processor to switching."""
+"""Interval after which Python switches threads. A request releases the interpreter lock at each statement, then waits
+behind every thread that computes. With Python's default of 5 ms, a few large requests delayed all others by half a
+second. With 0.5 ms, requests next to busy threads were slower too, because the threads switched too often."""
 
 
 class Server(uvicorn.Server):

@@ -281,8 +281,8 @@ def get_locked(
 ) -> TableT | None:
     """The row with that primary key as it is now, locked until this transaction ends; None where there is none.
 
-    "share" keeps others from changing the row, "update" from locking it too. A transaction asks for each row once: a
-    sweep makes and cancels many jobs of the same file and base model.
+    "share" keeps others from changing the row, "update" from locking it too. A transaction queries each row once,
+    because a sweep creates many jobs of the same file and base model.
     """
     locked: dict[tuple[type[DeclarativeBase], str, str], Any] = session.info.setdefault(LOCKED, {})
     row = locked.get((table, key, lock))

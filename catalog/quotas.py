@@ -185,7 +185,7 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
 
 
 def _project(session: Session, project_id: str) -> Project:
-    """Read once in a transaction, which may make many jobs: the session keeps no row that nobody refers to."""
+    """Queried once per transaction, which may create many jobs. The session itself holds rows by weak references."""
     read: dict[str, Project] = session.info.setdefault("projects", {})
     if project_id not in read:
         read[project_id] = session.get_one(Project, project_id)

@@ -101,7 +101,8 @@ def moved(session: Session, job: Job, *, now: float) -> None:
     """When a trial has ended its sweep may go on, or be at its end."""
     if job.sweep_id is not None and job.state in FINAL_STATES:
         sweep = get_locked(session, Sweep, job.sweep_id, lock="update")
-        if sweep is not None and sweep.finished_at is None:
+        assert sweep is not None
+        if sweep.finished_at is None:
             sweep.due_at = now
 
 

@@ -32,6 +32,8 @@ BIG_ROWS = 60_000
 """About 20 MB."""
 MAX_QUEUED = 40
 PAUSE_SECONDS = 0.05
+CANCEL_TRIES = 30
+"""Each refusal by the rate limit is followed by a pause of up to a second, and a sweep may cost ten seconds of it."""
 MAX_BACKOFF_SECONDS = 1.0
 TIMEOUT_SECONDS = 60.0
 JOBS = "/v1/fine_tuning/jobs"
@@ -121,8 +123,8 @@ def send_slow_patterns(tenant: Tenant) -> None:
         "max_steps": 1,
     }
     made = tenant.ask("sweep with slow patterns", "POST", "/v1/sweeps", body)
-    while made and not tenant.is_over.is_set():
-        if tenant.ask("sweep cancelled", "POST", f"/v1/sweeps/{made['id']}/cancel"):
+    for _ in range(CANCEL_TRIES if made else 0):
+        if tenant.is_over.is_set() or tenant.ask("sweep cancelled", "POST", f"/v1/sweeps/{made['id']}/cancel"):
             return
 
 
