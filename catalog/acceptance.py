@@ -22,7 +22,8 @@ from catalog.methods import MethodType, compared_kind
 from catalog.packing import pack_key
 from catalog.planning.cautions import Caution
 from catalog.row_kinds import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
-from catalog.spec import JobRequest, JobSpec, Precision, PriorityClass, resolve
+from catalog.spec import JobRequest, JobSpec, Precision, resolve
+from catalog.states import PriorityClass
 from catalog.tables import Adapter, BaseModelRow, File, Job, new_id
 from catalog.targets import Targets
 

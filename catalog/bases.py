@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection
 from typing import Literal
 
-import rfc8785
 from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session, defer
 
@@ -23,16 +21,6 @@ KINDS = ("hub", "folder", "gguf")
 SOURCE_PATTERN = r"^[^\x00-\x1f\x7f\S]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$"
 """Not blank, and without control characters. The first that is no space is where the middle matches: nothing is tried
 twice."""
-TOKENIZER_FILES = frozenset(
-    {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    }
-)
-"""What decides how a conversation becomes tokens."""
 IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
@@ -222,18 +210,6 @@ def fail_import(db: Database, name: str, *, error: Json, added_at: float) -> Non
         row = _wanted(session, name, added_at)
         if row is not None and row.state == "importing":
             row.state, row.error, row.importing_until = "failed", error, None
-
-
-def tokenizer_digest(row: BaseModelRow) -> str:
-    """Digest of the files that decide tokens and template; bases that share them share token caches."""
-    assert row.manifest is not None, "the base is ready"
-    files = [file for file in row.manifest["files"] if file["path"] in TOKENIZER_FILES]
-    return files_digest({"files": files})
-
-
-def files_digest(manifest: Json) -> str:
-    """A base's digest: sha256 over the RFC 8785 form of its files, whatever they came from."""
-    return hashlib.sha256(rfc8785.dumps(manifest["files"])).hexdigest()
 
 
 def _note(session: Session, type: AuditType, name: str, *, details: Json) -> None:  # noqa: A002

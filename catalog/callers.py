@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

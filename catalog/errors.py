@@ -25,6 +25,10 @@ class LorryError(Exception):
         """The message and the remedy, as one text for a person."""
         return f"{self.message} {self.remedy}".strip()
 
+    def as_job_error(self) -> dict[str, str | None]:
+        """As the `error` of a job, a plan or a sweep holds it."""
+        return {"code": self.code, "message": self.sentence(), "param": self.param}
+
 
 class InvalidRequest(LorryError):
     """The request says something that cannot be done as it stands."""

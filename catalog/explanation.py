@@ -30,8 +30,7 @@ from catalog.quotas import Standing
 from catalog.scheduling import shares
 from catalog.scheduling.picture import PATIENCE_SECONDS, USUAL, Policy, Room
 from catalog.scheduling.turns import Turn
-from catalog.spec import PriorityClass
-from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState
+from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, PriorityClass
 from catalog.sweeps.observing import trial_of
 from catalog.tables import Attempt, BaseModelRow, Job, Json, Worker
 

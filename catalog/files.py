@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from catalog import audit, daily, dataset_process, datasets, quotas
+from catalog import audit, daily, dataset_process, datasets, stored_quota
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.audit import AuditType
 from catalog.datasets import DatasetCheck
@@ -56,7 +56,7 @@ def create(
     """
     content = Blob(digest=digest, num_bytes=num_bytes)
     with db.read() as session:  # what would be refused isn't stored
-        quotas.look_stored(session, project_id, num_bytes, now=read_clock(session))
+        stored_quota.look_stored(session, project_id, num_bytes, now=read_clock(session))
     file = stored(
         store,
         project_id=project_id,
@@ -112,7 +112,7 @@ def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
     """From now on the file is there. Raises QuotaExceeded."""
     file.created_at = read_clock(session)
     file.expires_at = None if lifetime_seconds is None else file.created_at + lifetime_seconds
-    quotas.check_stored(session, file.project_id, file.num_bytes, now=file.created_at)
+    stored_quota.check_stored(session, file.project_id, file.num_bytes, now=file.created_at)
     session.add(file)
     daily.store(session, file.project_id, file.num_bytes, now=file.created_at)
     details = {"filename": file.filename, "purpose": file.purpose, "bytes": file.num_bytes, "digest": file.digest}

@@ -26,8 +26,7 @@ from catalog.saturation import Speeds
 from catalog.scheduling.picture import Candidate, Policy, Share
 from catalog.scheduling.turns import order
 from catalog.settings import Settings
-from catalog.spec import PriorityClass
-from catalog.states import JobState
+from catalog.states import JobState, PriorityClass
 from catalog.tables import BaseModelRow, Job, Json, Project, Trainer, Worker
 
 NUM_RECENT = 20

@@ -33,8 +33,7 @@ from catalog import needs, quotas
 from catalog.db import each_of, is_sqlite
 from catalog.dividing import GATHERED_BLOCKS, ONE, DividesWhen, Group, Holding
 from catalog.scheduling.picture import Candidate, Unprepared
-from catalog.spec import PriorityClass
-from catalog.states import MAX_ENDS_IN_COMPANY, JobState, is_suspect
+from catalog.states import MAX_ENDS_IN_COMPANY, JobState, PriorityClass, is_suspect
 from catalog.tables import Job, Project
 
 NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "divisible_bytes", "gathered_bytes")

@@ -18,7 +18,7 @@ from catalog.keys import Caller, is_live, lasting_operators, new_key
 from catalog.pages import Page, paginate
 from catalog.pepper import Pepper
 from catalog.scopes import OPERATORS, held
-from catalog.spec import Priority, PriorityClass
+from catalog.states import Priority, PriorityClass
 from catalog.tables import ApiKey, Json
 
 MAX_VALID_KEYS = 100

@@ -21,7 +21,7 @@ from catalog.db import Database, clock_of, get_locked, read_clock, serialise
 from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
 from catalog.pepper import Pepper
 from catalog.scopes import held
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 from catalog.tables import ApiKey, Json, Organization, Project, SignIn, new_id
 
 ENDING_CHARACTERS = 4

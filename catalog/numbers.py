@@ -15,8 +15,7 @@ from catalog import cordons, fleet, tallies
 from catalog.db import Database, read_clock
 from catalog.fleet import WorkerState, WorkerView
 from catalog.recovery import Work
-from catalog.spec import PriorityClass
-from catalog.states import EndReason, JobState
+from catalog.states import EndReason, JobState, PriorityClass
 from catalog.tables import Job, JobEvent, WebhookDelivery
 
 MAX_COUNTED = 10_000

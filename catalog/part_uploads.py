@@ -16,7 +16,7 @@ from typing import Any, Literal
 from sqlalchemy import and_, case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import audit, files, quotas
+from catalog import audit, files, quotas, stored_quota
 from catalog.artifacts.store import ArtifactStore, Blob
 from catalog.daily import DAY_SECONDS
 from catalog.dataset_process import CheckCrashed, CheckStopped
@@ -79,7 +79,7 @@ def create(
     with db.write() as session:
         now = read_clock(session)
         _check_open_ones(session, project_id, num_bytes, settings, now=now)
-        quotas.check_stored(session, project_id, num_bytes, now=now)
+        stored_quota.check_stored(session, project_id, num_bytes, now=now)
         upload = Upload(
             id=new_id("upload"),
             project_id=project_id,
@@ -173,7 +173,7 @@ def complete(
         now = read_clock(session)
         _check_open(upload, now=now)
         parts = _named(session, upload, part_ids)
-        quotas.check_stored(session, project_id, upload.num_bytes, now=now)  # what would be refused isn't stored
+        stored_quota.check_stored(session, project_id, upload.num_bytes, now=now)  # what would be refused isn't stored
         _check_completions(upload)
         _lease(upload, now=now)
     try:

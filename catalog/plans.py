@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog import daily, prepared, quotas
+from catalog import daily, prepared, quotas, stored_quota
 from catalog.acceptance import Accepted, accept, job_row, resolve_targets, surprises
 from catalog.db import Database, read_clock, serialise
 from catalog.errors import Conflict, Forbidden, NotFound
@@ -65,7 +65,7 @@ def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Sett
         quotas.check_plan(session, caller, is_computed=is_computed, now=now)
         session.add(plan)
         if is_computed:
-            quotas.check_preparation(session, plan, now=now)
+            stored_quota.check_preparation(session, plan, now=now)
             daily.add_plan(session, plan, now=now)
         return plan
 

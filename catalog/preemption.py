@@ -22,8 +22,7 @@ from catalog.scheduling import preempt
 from catalog.scheduling.picture import Candidate, Policy, Service, Share
 from catalog.scheduling.preempt import AT_ONCE, Holder, Preemption, Training
 from catalog.scheduling.turns import Turn, order
-from catalog.spec import PriorityClass
-from catalog.states import JobState, is_suspect
+from catalog.states import JobState, PriorityClass, is_suspect
 from catalog.tables import Attempt, Job, Trainer, Worker
 
 PRESSING = PriorityClass.urgent

@@ -14,8 +14,8 @@ import rfc8785
 from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, union, update
 from sqlalchemy.orm import Session
 
-from catalog import artifact_rows, bases, daily
-from catalog.artifacts.manifest import Manifest
+from catalog import artifact_rows, daily
+from catalog.artifacts.manifest import Manifest, files_digest
 from catalog.data_spec import DataSpec
 from catalog.db import Database, read_clock, serialise, skip_locked, upsert
 from catalog.spec import JobSpec
@@ -24,6 +24,16 @@ from catalog.tables import BaseModelRow, File, Job, Json, Plan, Prepared
 
 FORMAT = 1
 """Counts up when preparing the same file would give other tokens."""
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
+)
+"""What decides how a conversation becomes tokens."""
 MAX_VARIANTS = 4
 """Caches of one file that a project keeps: for different lengths, tokenizers or data options."""
 
@@ -42,9 +52,16 @@ def key(project_id: str, file_digest: str, tokenizer_digest: str, max_length: in
     return hashlib.sha256(rfc8785.dumps(parts)).hexdigest()
 
 
+def tokenizer_digest(row: BaseModelRow) -> str:
+    """Digest of the files that decide tokens and template; bases that share them share token caches."""
+    assert row.manifest is not None, "the base is ready"
+    files = [file for file in row.manifest["files"] if file["path"] in TOKENIZER_FILES]
+    return files_digest({"files": files})
+
+
 def key_of(project_id: str, base: BaseModelRow, file: File, spec: JobSpec) -> str:
     """The key of a file's cache, which may not be there yet, for jobs of the project with this spec."""
-    return key(project_id, file.digest, bases.tokenizer_digest(base), spec.max_length, spec.data)
+    return key(project_id, file.digest, tokenizer_digest(base), spec.max_length, spec.data)
 
 
 def get(db: Database, key: str) -> Prepared | None:

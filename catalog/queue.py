@@ -14,8 +14,7 @@ from catalog import fleet, heads, usage, waiting_plans
 from catalog.db import Database, read_clock
 from catalog.scheduling.picture import USUAL, Candidate, Policy
 from catalog.scheduling.turns import Turn, order
-from catalog.spec import PriorityClass
-from catalog.states import UNFINISHED_STATES, JobState
+from catalog.states import UNFINISHED_STATES, JobState, PriorityClass
 from catalog.tables import BaseModelRow, Job, Json, Plan, Project
 
 MAX_SHOWN = 5000

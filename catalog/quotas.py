@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from sqlalchemy import Select, func, or_, select, union_all
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog import audit, daily, prepared, projects
+from catalog import audit, daily, projects
 from catalog.callers import Caller
 from catalog.daily import DAY_SECONDS
 from catalog.db import Database, get_locked, read_clock, serialise
 from catalog.errors import Forbidden, QuotaExceeded, RateLimited
-from catalog.spec import Priority, PriorityClass
-from catalog.states import JobState
-from catalog.tables import ApiKey, File, Job, Json, Plan, Prepared, Project, Sweep
+from catalog.states import JobState, Priority, PriorityClass
+from catalog.tables import ApiKey, Job, Json, Plan, Project, Sweep
 
 Limit = Literal[
     "concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes", "plans_per_day"
@@ -53,8 +52,6 @@ REMEDIES: dict[Limit, str] = {
     "stored_bytes": "Delete files or adapters that you don't need.",
     "plans_per_day": "Create the plan after that time.",
 }
-LEAVING_SECONDS = 2 * DAY_SECONDS
-"""So long after a deletion bytes may lie in the store: cleanings are a day apart, and spare what is younger."""
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
 CAN_HOLD = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hours_per_month.is_not(None))
 """In a query: the project has a limit that can hold its jobs in the queue."""
@@ -83,7 +80,7 @@ def standings(db: Database, *, caller: Caller, project: str) -> tuple[Project, l
     with db.read() as session:
         row = projects.find(session, caller=caller, project=project)
         now = read_clock(session)
-        return row, [_standing(session, row, name, now=now) for name in COLUMNS]
+        return row, [standing_of(session, row, name, now=now) for name in COLUMNS]
 
 
 def limit(
@@ -116,15 +113,15 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
     is_promised: as of check_key. Raises QuotaExceeded, and RateLimited for the key's own jobs a day.
     """
     check_key(session, caller, now=now, is_promised=is_promised)
-    project = _project(session, caller.project_id)
+    project = project_of(session, caller.project_id)
     names: list[Limit] = ["queued_jobs", "jobs_per_day", "device_hours_per_month"]
     limited: list[Limit] = [name for name in names if getattr(project, COLUMNS[name]) is not None]
     if limited:
         serialise(session, f"quota {project.id}")
     for name in limited:
-        standing = _standing(session, project, name, now=now)
+        standing = standing_of(session, project, name, now=now)
         if standing.is_reached:
-            raise _exceeded(project, standing, now=now)
+            raise exceeded(project, standing, now=now)
 
 
 def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: float) -> None:
@@ -134,36 +131,25 @@ def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: floa
     Plans that a worker has to compute count for the project. Each key creates as many from files that are prepared
     already: so a key that may only read does not use up the plans of the others.
     """
-    project = _project(session, caller.project_id)
-    standing = _standing(session, project, "plans_per_day", now=now)
+    project = project_of(session, caller.project_id)
+    standing = standing_of(session, project, "plans_per_day", now=now)
     if not is_computed:
         today = daily.day_of(now) * DAY_SECONDS
         of_key = (Plan.project_id == project.id, Plan.created_at >= today, Plan.created_by == caller.api_key_id)
         standing = replace(standing, used=session.scalar(select(func.count()).where(*of_key)) or 0)
     if standing.is_reached:
-        raise _exceeded(project, standing, now=now)
+        raise exceeded(project, standing, now=now)
 
 
 def check_resumption(session: Session, project_id: str, *, now: float) -> None:
     """One more job that waits, and was created before; otherwise as `check_submission`. Raises QuotaExceeded."""
-    project = _project(session, project_id)
+    project = project_of(session, project_id)
     if project.max_queued_jobs is None:
         return
     serialise(session, f"quota {project.id}")
-    standing = _standing(session, project, "queued_jobs", now=now)
+    standing = standing_of(session, project, "queued_jobs", now=now)
     if standing.is_reached:
-        raise _exceeded(project, standing, now=now)
-
-
-def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None:
-    """The token caches that a new job or plan waits for, in the transaction that creates it: their size is taken to be
-    that of the files. Raises QuotaExceeded."""
-    if _project(session, work.project_id).max_stored_bytes is None:
-        return
-    session.flush()
-    if prepared.is_any_missing(session, (work.train_prepared, work.valid_prepared)):
-        serialise(session, f"quota {work.project_id}")
-        check_stored(session, work.project_id, prepared.promised_bytes(session, work.project_id), now=now)
+        raise exceeded(project, standing, now=now)
 
 
 def check_priority(session: Session, caller: Caller, priority: Priority) -> None:
@@ -171,7 +157,7 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
 
     The key is read here: the code that creates the trials of a sweep has only its id.
     """
-    project, key = _project(session, caller.project_id), get_locked(session, ApiKey, caller.api_key_id)
+    project, key = project_of(session, caller.project_id), get_locked(session, ApiKey, caller.api_key_id)
     raised = f"--highest-priority {priority}"
     if PriorityClass[priority] < project.highest_priority:
         raise _too_high(
@@ -184,7 +170,7 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
         raise _too_high(f"API key {key.name!r}", key.highest_priority, priority, f"lorry keys limit {key.id} {raised}")
 
 
-def _project(session: Session, project_id: str) -> Project:
+def project_of(session: Session, project_id: str) -> Project:
     """Queried once per transaction, which may create many jobs. The session itself holds rows by weak references."""
     read: dict[str, Project] = session.info.setdefault("projects", {})
     if project_id not in read:
@@ -202,41 +188,6 @@ def _too_high(owner: str, highest: int, priority: Priority, command: str) -> For
     )
 
 
-def look_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """Whether so many bytes more would be refused as things are. `check_stored` alone makes sure of it."""
-    project = _project(session, project_id)
-    if project.max_stored_bytes is not None:
-        _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
-
-
-def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """So many bytes more, in the transaction that stores them. Unused token caches are evicted where they are in the
-    way. Deleting and evicting make room at once, though bytes leave the disk later: what is there and what is leaving
-    come to twice the limit at most. Raises QuotaExceeded."""
-    project = _project(session, project_id)
-    if project.max_stored_bytes is not None:
-        serialise(session, f"quota {project.id}")
-        num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
-        if num_beyond > 0:
-            prepared.evict(session, project.id, num_beyond, now=now)
-
-
-def _num_beyond(session: Session, project: Project, most: int, num_bytes: int, *, now: float) -> int:
-    """How many bytes of unused token caches have to go for so many bytes more; not positive: none."""
-    standing = _standing(session, project, "stored_bytes", now=now)
-    num_over = int(standing.used) + num_bytes - most
-    if num_over > 0 and num_over > prepared.evictable_bytes(session, project.id):
-        raise _exceeded(project, standing, now=now, num_more=num_bytes)
-    each = _leaving(project.id, now=now).subquery()
-    num_leaving = int(session.scalar(select(func.sum(each.c.num_bytes))) or 0)
-    num_beyond = int(standing.used) + num_leaving + num_bytes - 2 * most
-    if num_beyond > 0:
-        leaving = [(row.num_bytes, row.at) for row in session.execute(_leaving(project.id, now=now))]
-        told = replace(standing, resets_at=enough_at(leaving, num_beyond, now=now))
-        raise _too_many_leaving(project, told, now=now, num_more=num_bytes, num_leaving=num_leaving)
-    return num_over
-
-
 def enough_at(leaving: Iterable[tuple[int, float]], num_needed: int, *, now: float) -> float | None:
     """When so much has left, of what leaves each by a time of its own; None: not by itself, or nobody knows when."""
     num_left = 0
@@ -247,17 +198,6 @@ def enough_at(leaving: Iterable[tuple[int, float]], num_needed: int, *, now: flo
     return None
 
 
-def _leaving(project_id: str, *, now: float) -> Select[int, float]:
-    """Bytes of deleted files and evicted token caches that may be on the disk still, and by when they are not."""
-    gone = (File.project_id == project_id, File.deleted_at > now - LEAVING_SECONDS)
-    by_when = (func.max(File.deleted_at) + LEAVING_SECONDS).label("at")
-    deleted = select(File.num_bytes, by_when).where(*gone).group_by(File.digest, File.num_bytes)
-    evicted = select(Prepared.num_bytes, (Prepared.evicted_at + LEAVING_SECONDS).label("at"))
-    evicted = evicted.where(Prepared.project_id == project_id, Prepared.evicted_at > now - LEAVING_SECONDS)
-    each = union_all(deleted, evicted).subquery()
-    return select(each.c.num_bytes, each.c.at)
-
-
 def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, Standing]:
     """By project the limit for which none of its jobs is begun now. None: of all projects."""
     limited = select(Project).where(CAN_HOLD)
@@ -266,7 +206,7 @@ def holds(session: Session, *, now: float, project_ids: Collection[str] | None =
     found: dict[str, Standing] = {}
     for project in session.scalars(limited):
         names: tuple[Limit, ...] = ("concurrent_jobs", "device_hours_per_month")
-        reached = (_standing(session, project, name, now=now) for name in names)
+        reached = (standing_of(session, project, name, now=now) for name in names)
         held = next((standing for standing in reached if standing.is_reached), None)
         if held is not None:
             found[project.id] = held
@@ -323,7 +263,7 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     earliest = session.scalar(latest.offset(most - num_more).limit(1))
     if earliest is not None:
         again = earliest + DAY_SECONDS
-        remedy = f"Try again at {_moment(again)}. {raised}"
+        remedy = f"Try again at {told_moment(again)}. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=again - now, headers={})
 
 
@@ -336,7 +276,7 @@ def _promised(session: Session, api_key_id: str) -> int:
     return int(session.scalar(left) or 0)
 
 
-def _standing(session: Session, project: Project, name: Limit, *, now: float) -> Standing:
+def standing_of(session: Session, project: Project, name: Limit, *, now: float) -> Standing:
     most: float | None = getattr(project, COLUMNS[name])
     used, resets_at = 0.0, None
     match name:
@@ -374,28 +314,15 @@ def _count(session: Session, project_id: str, *states: JobState, most: float | N
     return found
 
 
-def _exceeded(project: Project, standing: Standing, *, now: float, num_more: int = 0) -> QuotaExceeded:
+def exceeded(project: Project, standing: Standing, *, now: float, num_more: int = 0) -> QuotaExceeded:
     used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
     more = f", and this would be {num_more:,} more" if num_more else ""
-    resets = f" It begins anew at {_moment(standing.resets_at)}." if standing.resets_at is not None else ""
+    resets = f" It begins anew at {told_moment(standing.resets_at)}." if standing.resets_at is not None else ""
     message = f"The project {project.name!r} may have {standing.said()}; it has {used}{more}.{resets}"
-    return _refusal(project, standing, message, REMEDIES[standing.name], now=now)
+    return refusal(project, standing, message, REMEDIES[standing.name], now=now)
 
 
-def _too_many_leaving(
-    project: Project, standing: Standing, *, now: float, num_more: int, num_leaving: int
-) -> QuotaExceeded:
-    """Bytes that were deleted stand in the way: deleting more would not help."""
-    message = (
-        f"The project {project.name!r} may have {standing.said()}, and twice as many with those that were deleted and "
-        f"are on the disk still; it has {standing.used:,.0f} and {num_leaving:,} of deleted files and evicted tokens, "
-        f"and this would be {num_more:,} more."
-    )
-    by_when = "" if standing.resets_at is None else f": by {_moment(standing.resets_at)} enough of them have left"
-    return _refusal(project, standing, message, f"Wait for the daily cleaning{by_when}.", now=now)
-
-
-def _refusal(project: Project, standing: Standing, message: str, remedy: str, *, now: float) -> QuotaExceeded:
+def refusal(project: Project, standing: Standing, message: str, remedy: str, *, now: float) -> QuotaExceeded:
     return QuotaExceeded(
         message,
         code="quota_exceeded",
@@ -410,5 +337,5 @@ def _refusal(project: Project, standing: Standing, message: str, remedy: str, *,
     )
 
 
-def _moment(seconds: float) -> str:
+def told_moment(seconds: float) -> str:
     return f"{datetime.fromtimestamp(math.ceil(seconds), UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -28,7 +28,7 @@ from catalog.scheduling.picture import USUAL, Picture, Policy, Room, Service, Sh
 from catalog.scheduling.preempt import Holder, Preemption, Training
 from catalog.scheduling.turns import order
 from catalog.simulated_queue import Arrival, Record, Waiting
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 
 PLENTY = 10**12
 SPEEDS = Speeds(alone=((1024.0, 1.0),), together=((2048.0, 1.9), (4096.0, 3.4), (8192.0, 4.0)))

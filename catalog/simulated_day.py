@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from catalog.simulated_queue import Arrival
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 
 HOUR = 3600.0
 NUM_BASES = 40

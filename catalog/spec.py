@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from enum import IntEnum
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -39,6 +38,7 @@ from catalog.methods import (
     resolve_supervised,
 )
 from catalog.sample_spec import Samples
+from catalog.states import Priority
 from catalog.strict import WITHOUT_NUL, Auto, Strict
 
 SPEC_VERSION = 1
@@ -52,15 +52,6 @@ Length = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": 131_07
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Id = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=WITHOUT_NUL)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra=WITHOUT_NUL)]
-Priority = Literal["urgent", "normal", "batch"]
-
-
-class PriorityClass(IntEnum):
-    """Stored order: the lower trains first."""
-
-    urgent = 0
-    normal = 1
-    batch = 2
 
 
 class ResourcesRequest(Strict):

@@ -7,8 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import partial
+from typing import Literal
+
+Priority = Literal["urgent", "normal", "batch"]
+
+
+class PriorityClass(IntEnum):
+    """Stored order: the lower trains first."""
+
+    urgent = 0
+    normal = 1
+    batch = 2
 
 
 class JobState(StrEnum):

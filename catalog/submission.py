@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import audit, daily, events, exports, failpoints, labels, quotas, tracing
+from catalog import audit, daily, events, exports, failpoints, labels, quotas, stored_quota, tracing
 from catalog.acceptance import accept, job_row, resolve_targets
 from catalog.db import Database, read_clock, serialised_at
 from catalog.errors import Conflict, InvalidRequest
@@ -157,7 +157,7 @@ def submit(
     job = job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
     begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
-    quotas.check_preparation(session, job, now=now)
+    stored_quota.check_preparation(session, job, now=now)
     labels.note(session, job)
     daily.add(session, job, "num_created", 1, now=now)
     told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}

@@ -15,8 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog.db import add_all_to, at_the_end
-from catalog.spec import PriorityClass
-from catalog.states import JobState
+from catalog.states import JobState, PriorityClass
 from catalog.tables import Tally
 
 SLOTS = 16

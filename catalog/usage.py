@@ -24,8 +24,7 @@ from catalog.dividing import group_told
 from catalog.living import has_gpu, quantisations_on
 from catalog.scheduling import shares
 from catalog.scheduling.picture import Policy, Service, Share
-from catalog.spec import PriorityClass
-from catalog.states import JobState
+from catalog.states import JobState, PriorityClass
 from catalog.tables import Attempt, Job, Json, Project, ProjectUsage, Worker
 from catalog.workers import SILENT_SECONDS
 

@@ -10,10 +10,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_core.job import RewardSums
 from lora_core.kto import SingleAnswers, score_single
 from lora_core.pack import Compared
 from lora_core.preferences import Answers, score_pairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardSums:
+    """Over the pairs of a slice; `num_ordered` of them give the chosen answer the greater reward.
+
+    Of single answers the sums are over the desirable ones and over the others.
+    """
+
+    chosen: float
+    rejected: float
+    num_ordered: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceScores:
+    loss_sum: float
+    num_correct: int
+    rewards: RewardSums | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,8 @@ INIT = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora")
 MAX_LABELS = 10_000
 MAX_DROPOUT = 0.9
 """What is kept is scaled by 1 / (1 - dropout): past this, a step is noise."""
+Kind = Literal["train", "evaluate"]
+"""Of a slice: part of an optimizer step, or of an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_core import checkpoint
+from lora_core.answers import SliceScores
 from lora_core.base_model import BaseModel
 from lora_core.between_parts import Between, silent, told_at_linears
 from lora_core.booked import Booked, Outcome
@@ -26,7 +27,7 @@ from lora_core.events import Event
 from lora_core.export import ExportReport, export_adapter
 from lora_core.generate import Generation, Prompts
 from lora_core.interrupts import interrupts_wait
-from lora_core.job import Job, SliceScores
+from lora_core.job import Job
 from lora_core.job_start import job_on
 from lora_core.lanes import Lanes
 from lora_core.memory_shortage import shortage_in_pass, shortage_of

@@ -13,7 +13,8 @@ from functools import cached_property
 from torch import Tensor
 
 from lora_core.adapters import AdapterRow
-from lora_core.config import JobConfig
+from lora_core.answers import SliceScores
+from lora_core.config import JobConfig, Kind
 from lora_core.data import TokenDataset, data_digest, rows_of_step
 from lora_core.dead_gradient import is_dead
 from lora_core.distributed import ALONE, Ranks
@@ -23,7 +24,6 @@ from lora_core.optim import gradient_norm, learning_rate_at, optimizer_step, sta
 from lora_core.pack import DropoutKey, SliceInput
 from lora_core.selection import Selection
 from lora_core.slice_gradients import SliceGradients
-from lora_core.turns import Kind
 from lora_core.units import Unit, make_unit
 from lora_core.unpaired import mismatched
 
@@ -38,25 +38,6 @@ class Tally:
     chosen_sum: float = 0.0
     rejected_sum: float = 0.0
     num_ordered: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardSums:
-    """Over the pairs of a slice; `num_ordered` of them give the chosen answer the greater reward.
-
-    Of single answers the sums are over the desirable ones and over the others.
-    """
-
-    chosen: float
-    rejected: float
-    num_ordered: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SliceScores:
-    loss_sum: float
-    num_correct: int
-    rewards: RewardSums | None = None
 
 
 @dataclass(kw_only=True, slots=True)

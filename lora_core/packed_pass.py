@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.answers import AnswerScores, score_answers
+from lora_core.answers import AnswerScores, SliceScores, score_answers
 from lora_core.base_model import BaseModel
-from lora_core.job import SliceScores
 from lora_core.objectives import TokenScores, score_labels
 from lora_core.pack import Pack, Segment, running
 from lora_core.task_heads import ENCODERS, positions_of

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from lora_core.adapters import AdapterRow
+from lora_core.answers import RewardSums, SliceScores
 from lora_core.base_model import BaseModel
-from lora_core.config import LoraConfig
+from lora_core.config import Kind, LoraConfig
 from lora_core.distributed import Ranks
-from lora_core.job import Job, RewardSums, SliceScores
+from lora_core.job import Job
 from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_in_pass
 from lora_core.pack import ROW_MULTIPLE, SliceInput, build_pack
 from lora_core.packed_pass import run_evaluation, run_training
 from lora_core.prefixes import Prefixes, by_entry, slices_of
-from lora_core.turns import Kind
 
 NOTHING = LoraConfig(rank=1, alpha=1)
 """Of a row without targets."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_core.adapters import AdapterRow
+from lora_core.answers import SliceScores
 from lora_core.attach import Attachment, choose_targets
 from lora_core.base_model import BaseModel
 from lora_core.config import LoraConfig, ObjectiveConfig
@@ -22,7 +23,6 @@ from lora_core.counter_random import random_words, uniform
 from lora_core.device_faults import is_device_fault
 from lora_core.errors import ANY_FAILURE, UnsupportedModel
 from lora_core.export import PROBE_POSITIONS, packed_logits
-from lora_core.job import SliceScores
 from lora_core.lanes import Lanes, split
 from lora_core.memory_shortage import shortage_named
 from lora_core.model_parts import kind_of

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_core.config import Kind
 from lora_core.pack import current_kernels, current_pack, running
-from lora_core.turns import Kind
 
 CheckpointBlocks = Literal["auto", "always", "never"]
 MARGIN = 1.25

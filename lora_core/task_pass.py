@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.adapters import AdapterRow
+from lora_core.answers import RewardSums, SliceScores
 from lora_core.base_model import BaseModel
 from lora_core.config import JobConfig, ObjectiveConfig
 from lora_core.errors import ConfigError
-from lora_core.job import RewardSums, SliceScores
 from lora_core.pack import ROW_MULTIPLE, Graded, Pack, Segment, running
 from lora_core.task_heads import between, class_logits, head_tensors, own_head, pooled_hidden, task_head_of
 from lora_core.trained_tensors import TrainedTensors, choose_trained, module_tensors

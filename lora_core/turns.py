@@ -3,9 +3,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Kind = Literal["train", "evaluate"]
+from lora_core.config import Kind
+
 SMALLER = 4
 """Times that the ticks of a job are smaller for which memory has run out once."""
 

@@ -4,9 +4,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_core.config import JobConfig
+from lora_core.config import JobConfig, Kind
 from lora_core.data import TokenDataset, cut_slices, rows_of_examples
-from lora_core.turns import Kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from secrets import token_hex
 import psutil
 
 from catalog import bases
-from catalog.artifacts.manifest import ManifestFile
+from catalog.artifacts.manifest import ManifestFile, files_digest
 from catalog.disk import tells_of_full
 from catalog.errors import Conflict, LorryError, OutOfSpace, Unavailable
 from catalog.tables import BaseModelRow, Json
@@ -59,7 +59,7 @@ def import_next(context: WorkerContext) -> bool:
         bases.finish_import(
             context.db,
             row.name,
-            digest=bases.files_digest(manifest),
+            digest=files_digest(manifest),
             manifest=manifest,
             description=description,
             added_at=row.created_at,
@@ -87,7 +87,7 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
         if error.code == OUT_OF_SPACE:  # no base's doing
             raise OutOfSpace(error.message, code=error.code, remedy=error.remedy) from error
         raise
-    found = bases.files_digest(manifest)
+    found = files_digest(manifest)
     if found != digest:
         raise ImportRefused(
             f"The source of the base model {name!r} gives other files than it did at first.",
@@ -149,7 +149,7 @@ def _import(
             "source": row.source,
             "revision": commit or row.revision,
         }
-        final = context.settings.bases_dir() / bases.files_digest(manifest)
+        final = context.settings.bases_dir() / files_digest(manifest)
         if not final.is_dir():
             _rename(target, final)
     return manifest, description

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from catalog.errors import LorryError, NotFound, OutOfSpace, Unavailable
 from catalog.states import EndReason
-from worker import publish
 from worker.bases import ImportRefused
 from worker.held import End
 from worker.preparation import FileRefused
@@ -27,7 +26,7 @@ def mishap(error: LorryError | OSError) -> End:
 def mishap_of_job(error: LorryError | OSError) -> End:
     """What went wrong with one job alone. A file that is refused now would have been before the job began."""
     if isinstance(error, LorryError):
-        wire = publish.wire_error(error)
+        wire = error.as_job_error()
         if isinstance(error, FileRefused):
             return End(reason=EndReason.USER_ERROR, detail=error.sentence(), error=wire)
         if isinstance(error, UnsafePath):

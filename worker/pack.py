@@ -20,7 +20,7 @@ from catalog.logs import Subjects
 from catalog.saturation import Speeds
 from catalog.states import EndReason
 from catalog.tables import Job, Json
-from worker import admission, node, publish
+from worker import admission, node
 from worker.bases import Abandoned
 from worker.context import WorkerContext
 from worker.curves import Curve
@@ -187,7 +187,7 @@ class Pack:
         except (DamagedArtifact, FileRefused) as error:
             self._end(held, mishap_of_job(error))
         except OutOfSpace as error:
-            wire = publish.wire_error(error)
+            wire = error.as_job_error()
             own = self._context.worker_id
             self._end(
                 held, End(reason=EndReason.NODE_FAILED, detail=error.sentence(), error=wire, blamed_worker_id=own)

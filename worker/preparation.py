@@ -22,7 +22,6 @@ from worker import bases, sandbox, scratch
 from worker.clock import boot_seconds
 from worker.context import WorkerContext
 from worker.launch import run_child
-from worker.publish import wire_error
 from worker.trainer_directory import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ MAY_BE_THE_NODES = (PreparationCrashed, bases.ImportRefused, DamagedArtifact, OS
 def hindrance(error: LorryError | OSError) -> Json:
     """One of these, for the record of the job or plan that it may end."""
     if isinstance(error, LorryError):
-        return wire_error(error)
+        return error.as_job_error()
     message = f"The worker's machine failed: {error.strerror or error}. Look at its disk, memory and processes."
     return {"code": "node_failed", "message": message, "param": None}
 
@@ -89,7 +88,9 @@ def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
         with full_disk_named():
             train, valid = both_files(context, wanted)
     except FileRefused as error:
-        record.refused(context.db, claim_id=claim_id, error=wire_error(error), train_key=train_key, valid_key=valid_key)
+        record.refused(
+            context.db, claim_id=claim_id, error=error.as_job_error(), train_key=train_key, valid_key=valid_key
+        )
     except MAY_BE_THE_NODES as error:
         log.warning("%s", error)
         record.fail_preparation(

@@ -182,8 +182,3 @@ def _of_the_method(first: Point, last: Point, began: str) -> Json:
 def perplexity(loss: float) -> float:
     """exp(loss); where that is beyond a float, the largest that is not."""
     return math.exp(min(loss, MAX_EXPONENT))
-
-
-def wire_error(error: LorryError) -> Json:
-    """As a job's `error` holds it."""
-    return {"code": error.code, "message": error.sentence(), "param": error.param}

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from catalog.course_spec import EarlyStopping
 from catalog.methods import MethodType, method_object
 from catalog.sample_spec import Samples
-from catalog.spec import JobSpec, PriorityClass
-from catalog.states import JobState
+from catalog.spec import JobSpec
+from catalog.states import JobState, PriorityClass
 from catalog.strict import Strict
 from catalog.tables import Job, Trial
 

@@ -10,7 +10,7 @@ from api.schemas import changes_schema
 from catalog.keys import is_live
 from catalog.revocation import Revocation
 from catalog.scopes import SCOPES, Scope, held
-from catalog.spec import Priority, PriorityClass
+from catalog.states import Priority, PriorityClass
 from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import ApiKey
 

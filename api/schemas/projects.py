@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import changes_schema
 from catalog.quotas import Limit, Standing
-from catalog.spec import LABEL_PATTERN, Priority, PriorityClass
+from catalog.spec import LABEL_PATTERN
+from catalog.states import Priority, PriorityClass
 from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import Project
 

@@ -114,6 +114,11 @@ class Manifest:
         return next((file for file in self.files if file.path == path), None)
 
 
+def files_digest(manifest: Mapping[str, Any]) -> str:
+    """A base's digest: sha256 over the RFC 8785 form of its files, whatever they came from."""
+    return sha256(rfc8785.dumps(manifest["files"])).hexdigest()
+
+
 def check_path(path: str) -> None:
     """Refuse what could name a place outside the folder, on any system. Raises DamagedArtifact."""
     parts = path.split("/")

@@ -18,7 +18,7 @@ from catalog.settings import (
     SPARED_SECONDS,
     Settings,
 )
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 
 PATIENCE_SECONDS = 60.0
 """How long a job for another base may be passed over for the sake of a base that is loaded already."""

@@ -14,7 +14,7 @@ from typing import Any
 from catalog.dividing import Holding
 from catalog.scheduling.picture import Candidate, Policy, Service, Share
 from catalog.scheduling.turns import Turn
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 
 Json = dict[str, Any]
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from catalog.scheduling.picture import Policy, Share
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 
 
 def decay(amount: float, age_seconds: float, *, half_life_seconds: float) -> float:

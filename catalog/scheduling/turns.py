@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from catalog.scheduling.picture import USUAL, Candidate, Policy, Service, Share, Unprepared
-from catalog.spec import PriorityClass
+from catalog.states import PriorityClass
 
 NUM_CLASSES = len(PriorityClass)
 

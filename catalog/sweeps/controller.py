@@ -156,7 +156,7 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now:
     except LorryError as error:
         session.refresh(sweep, with_for_update=True)
         sweep.is_closed = True
-        sweep.error = {"code": error.code, "message": error.sentence(), "param": error.param}
+        sweep.error = error.as_job_error()
         return now
     if sweep.num_created == sweep.num_trials:
         return None

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from catalog.spec import JobRequest, Priority
+from catalog.spec import JobRequest
+from catalog.states import Priority
 from catalog.strict import Strict
 from catalog.sweeps.fields import VARIABLE
 

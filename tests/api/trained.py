@@ -7,6 +7,7 @@ from pathlib import Path
 
 from api.deps import Services
 from catalog import bases, claims, jobs, lineage
+from catalog.artifacts.manifest import files_digest
 from catalog.tables import Adapter
 from tests.catalog.world import DESCRIPTION, World, sha
 
@@ -20,7 +21,7 @@ def solid_base(world: World) -> None:
     """A base whose digest is that of its files, as lineage wants it."""
     files = {"files": [{"path": "config.json", "digest": sha("config"), "num_bytes": 6}]}
     added_at = bases.add(world.db, name=BASE, kind="folder", source="/models/solid").created_at
-    digest = bases.files_digest(files)
+    digest = files_digest(files)
     bases.finish_import(world.db, BASE, digest=digest, manifest=files, description=DESCRIPTION, added_at=added_at)
 
 

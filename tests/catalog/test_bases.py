@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 
 from catalog import adapters, bases, jobs, prepared
+from catalog.artifacts.manifest import files_digest
 from catalog.bases import SOURCE_PATTERN
 from catalog.data_spec import DataSpec
 from catalog.errors import Conflict, InvalidRequest, NotFound
@@ -128,7 +129,7 @@ def test_bases_are_listed_and_found_by_name(world: World) -> None:
 def test_a_bases_digest_is_that_of_its_files_alone() -> None:
     files = [{"path": "a", "digest": "0", "num_bytes": 1}]
 
-    digests = {bases.files_digest({"files": files, "source": source}) for source in ("x", "y")}
+    digests = {files_digest({"files": files, "source": source}) for source in ("x", "y")}
 
     assert len(digests) == 1
 

@@ -14,8 +14,7 @@ from sqlalchemy import select
 from catalog import adapters, claims, jobs, numbers, recovery, tallies
 from catalog.db import Database, alembic_config
 from catalog.numbers import Numbers
-from catalog.spec import PriorityClass
-from catalog.states import EndReason, JobState
+from catalog.states import EndReason, JobState, PriorityClass
 from catalog.tables import Job, WebhookDelivery, WebhookEndpoint
 from tests.catalog.world import LEASE, Clock, World
 

@@ -13,7 +13,8 @@ from catalog.audit import Filters
 from catalog.errors import Forbidden
 from catalog.keys import Caller
 from catalog.settings import Settings
-from catalog.spec import PlannedJob, Priority
+from catalog.spec import PlannedJob
+from catalog.states import Priority
 from catalog.sweeps import controller, creation, reading
 from catalog.sweeps.spec import SweepRequest
 from catalog.tables import ApiKey, Project

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from catalog import adapters, audit, files, jobs, queue, quotas
+from catalog import adapters, audit, files, jobs, queue, quotas, stored_quota
 from catalog.artifacts.store import open_store
 from catalog.audit import Filters
 from catalog.daily import DAY_SECONDS
@@ -204,8 +204,8 @@ def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(w
     assert "it has 0 and 1,400 of deleted files and evicted tokens, and this would be 601 more" in refusal.value.message
     assert "anew" not in refusal.value.message
     assert refusal.value.remedy.startswith("Wait for the daily cleaning: by ")
-    assert 0 < refusal.value.retry_after_seconds <= quotas.LEAVING_SECONDS
-    world.clock.turn(quotas.LEAVING_SECONDS)
+    assert 0 < refusal.value.retry_after_seconds <= stored_quota.LEAVING_SECONDS
+    world.clock.turn(stored_quota.LEAVING_SECONDS)
     upload(world, 400)
 
 
@@ -221,7 +221,7 @@ def test_a_refusal_for_bytes_that_are_leaving_tells_by_when_enough_have(world: W
     for num_bytes in (800, 1000):
         with pytest.raises(QuotaExceeded) as refusal:
             upload(world, num_bytes)
-        leave_at.append(world.clock.now + refusal.value.retry_after_seconds - quotas.LEAVING_SECONDS)
+        leave_at.append(world.clock.now + refusal.value.retry_after_seconds - stored_quota.LEAVING_SECONDS)
 
     assert leave_at == pytest.approx(
         [start + 1, start + 2], rel=0, abs=0.5
@@ -263,7 +263,7 @@ def test_a_first_look_at_what_is_stored_waits_for_nobody(
         locked.append(name)
         assert session.connection().get_execution_options().get("lorry_immediate"), "not in a writing transaction"
 
-    monkeypatch.setattr(quotas, "serialise", noted)
+    monkeypatch.setattr(stored_quota, "serialise", noted)
     files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **told)
 
     assert locked == [f"quota {world.caller.project_id}"]

@@ -17,7 +17,8 @@ from catalog.errors import Unauthorized
 from catalog.keys import Caller
 from catalog.pepper import Pepper
 from catalog.scheduling.picture import Room
-from catalog.spec import JobRequest, PriorityClass
+from catalog.spec import JobRequest
+from catalog.states import PriorityClass
 from catalog.tables import ApiKey, File, Job, Prepared, Project, new_id
 
 PEPPER = Pepper(current=b"p" * 32)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from catalog import bases, claims, files, jobs, keys, lineage, prepared, projects, result_files
-from catalog.artifacts.manifest import Manifest
+from catalog.artifacts.manifest import Manifest, files_digest
 from catalog.artifacts.store import ArtifactStore, Blob, open_store
 from catalog.db import Database
 from catalog.lineage import AttemptRecord, DataSource
@@ -266,7 +266,7 @@ def _import_base(db: Database) -> None:
     bases.claim_import(db, lease_seconds=LEASE_SECONDS)
     manifest = {"files": [{"path": "model.safetensors", "digest": "5e" * 32, "num_bytes": 269_060_552}]}
     told = {"manifest": manifest, "description": DESCRIPTION, "added_at": added_at}
-    bases.finish_import(db, BASE, digest=bases.files_digest(manifest), **told)
+    bases.finish_import(db, BASE, digest=files_digest(manifest), **told)
 
 
 def _put_report(db: Database, file: File) -> str:

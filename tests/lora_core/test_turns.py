@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from lora_core.turns import Kind, Turn, choose
+from lora_core.config import Kind
+from lora_core.turns import Turn, choose
 
 
 def turn(job: str, num_tokens: int, served: int = 0, kind: Kind = "train") -> Turn:

@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from catalog import memory
 from lora_core import passes as passes_module
 from lora_core import strip_attention
+from lora_core.answers import SliceScores
 from lora_core.base_model import BaseModel, describe_base, load_base
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.generate import Prompts
 from lora_core.initial import decomposed
-from lora_core.job import SliceScores
 from lora_core.pack import Pack
 from tests import tiny_base
 from tests.lora_core.scenarios import dataset
